@@ -1,0 +1,13 @@
+"""The two kinds of failure that lvrpo tells apart."""
+
+
+class LvrpoError(Exception):
+    """Base of every error that lvrpo raises on purpose."""
+
+
+class InputError(LvrpoError):
+    """The user's input is wrong. The message is one line: value, rule, remedy. The command line exits with 2."""
+
+
+class ContractError(LvrpoError):
+    """A promise between parts was broken (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""

@@ -1,0 +1,82 @@
+"""What a policy promises, whatever it draws with (DESIGN section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, Self, runtime_checkable
+
+import torch
+from torch import nn
+
+from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Trajectory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How outputs are sampled. One object is shared by all members of a group."""
+
+    group_size: int = 8
+    temperature: float = 1.0
+    """Of text; 0 is greedy (log-probs are then those of temperature 1)."""
+    max_new_tokens: int = 24
+    num_steps: int = 8
+    """Model evaluations per picture."""
+    timestep_shift: float = 1.0
+    sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    noise_level: float = 0.7
+    window: tuple[int, ...] = ()
+    """The steps sampled with noise and trained; all others follow the ODE."""
+    guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
+    guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    logprob_reduction: Literal["mean", "sum"] = "mean"
+    shared_noise: bool = False
+    """Whether the members of a group start from the same noise."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """One model that reads pictures and draws them."""
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """Draws a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
+        ...
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
+        """Differentiable replay: for each trajectory, one entry per segment. Equals behavior_logprobs before an update."""
+        ...
+
+    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C) and times ``t`` (B,), given its context."""
+        ...
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """Reading side as judge: mean log-prob per token (end token included) of each text after its context, (batch,)."""
+        ...
+
+    def image_logprob(self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0) -> torch.Tensor:
+        """Drawing side as judge: minus the flow loss of each image after its context, with noise shared by all, (batch,)."""
+        ...
+
+    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss)."""
+        ...
+
+    def frozen(self) -> Self:
+        """A copy that no update reaches: the reference, and the judge."""
+        ...
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by expert: "understand", "generate", "shared"."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, safetensors and tokenizer files (Hub layout)."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what ``save`` wrote; raises InputError on another model's folder or a truncated file."""
+        ...

@@ -1,0 +1,182 @@
+"""The vocabulary of lvrpo: what flows from rows to rewards.
+
+Axis letters used everywhere: P prompts, G members of a group, B = P * G, T sampling steps, L tokens of a sequence,
+V vocabulary, D width, N image tokens, C channels of an image token, K rewards.
+Time of a flow runs from t = 1 (noise) to t = 0 (data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Task = Literal["understand", "generate", "edit", "reason"]
+TASKS: tuple[Task, ...] = ("understand", "generate", "edit", "reason")
+
+OutputKind = Literal["text", "image"]
+
+Image = torch.Tensor
+"""A picture: float32 (3, height, width), values in [0, 1]."""
+
+Part = str | Image
+"""One piece of a prompt: a string or a picture."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One atomic, checkable statement about an output picture, put as a question."""
+
+    kind: str
+    """What it is about: color, count, shape, exists, position, digit, total, unchanged ..."""
+    question: str
+    """The question whose answer tells whether the fact holds; the reading side can be asked it."""
+    answer: str
+    """The answer if the fact holds."""
+    check: Mapping[str, Any] = field(default_factory=dict)
+    """The same as data (JSON values only), for a verifier of the world that the prompt comes from."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy is asked."""
+
+    id: str
+    """Stable and unique: the key of the group. Two rows with the same text have two ids."""
+    task: Task
+    parts: tuple[Part, ...]
+    """Text and pictures, in order."""
+    output: tuple[OutputKind, ...]
+    """The kinds of segments to produce, in order: ("text",), ("image",) or ("text", "image")."""
+    answer: str | None = None
+    """The right text output, where there is one."""
+    facts: tuple[Fact, ...] = ()
+    """What must hold of the picture drawn."""
+    category: str = ""
+    """The row of the results table that it counts in (counting, color_attr, sum ...)."""
+    source: str = ""
+    """The data set (and split) it comes from."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with outputs to imitate: one row of a supervised corpus."""
+
+    prompt: Prompt
+    outputs: tuple[Part, ...]
+    """One per entry of ``prompt.output``."""
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Sampled text."""
+
+    tokens: torch.Tensor
+    """int64 (L,): the sampled tokens, the end token included when the text ended by itself."""
+    behavior_logprobs: torch.Tensor
+    """float32 (L,): log-prob of each token under the policy that sampled it, at ``temperature``."""
+    temperature: float
+    text: str
+    ended: bool
+    """Whether the end token was sampled (False: cut off at the length limit)."""
+
+
+@dataclass(frozen=True)
+class FlowSegment:
+    """A picture drawn by integrating a flow from noise; latents in token layout."""
+
+    latent: torch.Tensor
+    """float32 (N, C): the final state, t = 0."""
+    timesteps: torch.Tensor
+    """float32 (T + 1,): the grid, from 1 to 0."""
+    trained_steps: tuple[int, ...]
+    """Which of the T steps were sampled with noise and are trained; empty for a pure ODE."""
+    states: torch.Tensor
+    """float32 (W, N, C): the state before each trained step."""
+    next_states: torch.Tensor
+    """float32 (W, N, C): the state after each trained step, exactly as stored at sampling."""
+    behavior_logprobs: torch.Tensor
+    """float32 (W,): log-density of each trained step, reduced over its dimensions by ``logprob_reduction``."""
+    sampler: str
+    """The stochastic step: flow_sde, dance_sde, cps; ode when nothing is trained."""
+    noise_level: float
+    guidance_scale: float
+    image_guidance_scale: float
+    logprob_reduction: Literal["mean", "sum"]
+    image: Image
+    """The decoded picture."""
+
+
+Segment = TextSegment | FlowSegment
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One recorded sample: the outputs of one member of a group."""
+
+    prompt: Prompt
+    member: int
+    segments: tuple[Segment, ...]
+    """One per entry of ``prompt.output``."""
+    seed: int
+    policy_version: int = 0
+
+    @property
+    def text(self) -> str | None:
+        """The last sampled text, if any."""
+        return next((s.text for s in reversed(self.segments) if isinstance(s, TextSegment)), None)
+
+    @property
+    def image(self) -> Image | None:
+        """The last drawn picture, if any."""
+        return next((s.image for s in reversed(self.segments) if isinstance(s, FlowSegment)), None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G trajectories of one prompt."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+
+@dataclass(frozen=True)
+class SegmentLogprobs:
+    """Differentiable log-probs of one segment under the current weights, shaped as its ``behavior_logprobs``."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    """float32 (L,): entropy of the token distributions (text only)."""
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Every score of a step, and why a score is missing."""
+
+    names: tuple[str, ...]
+    """K reward names."""
+    weights: torch.Tensor
+    """float32 (K,)."""
+    scores: torch.Tensor
+    """float32 (P, G, K); whatever stands in a masked cell never matters."""
+    mask: torch.Tensor
+    """bool (P, G, K): True where the score counts."""
+    reasons: Mapping[tuple[int, int, int], str]
+    """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
+    tasks: tuple[Task, ...]
+    """P task names, one per group."""
+
+    def mean(self, name: str) -> float:
+        """Mean of one reward over its valid cells; nan where it has none."""
+        k = self.names.index(name)
+        valid = self.scores[..., k][self.mask[..., k]]
+        return float(valid.mean()) if valid.numel() else float("nan")
+
+
+Parts = Sequence[Part]
+"""A context: what a policy has seen before it writes or draws."""
