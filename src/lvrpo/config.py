@@ -1,11 +1,370 @@
-"""Strict typed configuration: every section is a frozen pydantic model that forbids unknown keys."""
+"""Strict typed configuration: every section is a frozen pydantic model that forbids unknown keys.
+
+A run is configured by one YAML file, which may extend another, and by ``section.key=value`` overrides. Scalars follow
+YAML 1.2: ``1e-4`` is a number and ``off`` is text. No value is converted in silence: text is not taken
+for a number, nor true for 1.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lvrpo.errors import InputError
 
 
 class Config(BaseModel):
     """Base of every configuration section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+Tree = dict[str, Any]  # Any: whatever a YAML file may hold
+Location = tuple[str | int, ...]
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Reads ``path`` (defaults only where it is None), applies ``section.key=value`` overrides, validates.
+
+    Raises InputError with one line that names the value, the rule and the remedy.
+    """
+    tree = {} if path is None else _read_tree(Path(path), ())
+    raw: dict[Location, str] = {}
+    for override in overrides:
+        keys, text = _split_override(override)
+        _set(tree, keys, _parse_override(override, text))
+        raw[keys] = text
+    while True:
+        try:
+            config = cls.model_validate(tree)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+            location = _real_location(tree, first["loc"])
+            # `name=2024` on the command line means text where only text is allowed
+            text = raw.pop(location, "") if first["type"] in ("string_type", "literal_error", "path_type") else ""
+            if text and not isinstance(first["input"], str):
+                _set(tree, [str(key) for key in location], text)
+                continue
+            message = _explain(cls, dict(first), location)
+        else:
+            converted = next(_converted(tree, config.model_dump(mode="json")), None)
+            if converted is None:
+                return config
+            location, message = converted
+        from_file = path is not None and not any(keys[: len(location)] == location for keys in raw)
+        raise InputError(f"{path}: {message}" if from_file else message)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, keys in the order of declaration; ``load_config`` reads it back equal."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_sha256(config: Config) -> str:
+    """Fingerprint of the resolved configuration; it does not depend on the order of keys."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two configuration trees: lines ``section.key=1 against 2``."""
+    left, right = dict(_leaves(one)), dict(_leaves(other))
+    absent = object()
+    return [
+        f"{key}={_show(left[key]) if key in left else 'unset'} against {_show(right[key]) if key in right else 'unset'}"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, absent) != right.get(key, absent)
+    ]
+
+
+def read_yaml(path: Path) -> Tree:
+    """The mapping that a YAML file holds, with duplicate keys refused; raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        hint = f"did you mean {path.parent / near}?" if near else "check the path"
+        raise InputError(f"{path}: no such file: {hint}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8: give a YAML text file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give a readable YAML file") from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}:1: holds {_show(tree)}: a configuration is 'key: value' lines")
+    return tree
+
+
+# --- YAML 1.2 scalars ---
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _tag, (_pattern, _starts) in _SCALARS.items():
+    for _start in _starts:
+        _RESOLVERS.setdefault(_start.strip("\0"), []).append((_tag, re.compile(rf"(?:{_pattern})\Z")))
+
+
+_NUMBER = re.compile(
+    r"\s*[-+]?(?:[0-9._]+(?:[eE][-+]?[0-9]+)?|inf|nan|infinity|true|false|yes|no|on|off|[tfyn])\s*", re.IGNORECASE
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # only marked errors have one
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML ({str(error).splitlines()[0]}): correct the file") from None
+
+
+# --- files and overrides ---
+
+
+def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
+    """The file merged over the files that it extends."""
+    here = path.resolve()
+    if here in chain:
+        cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
+        raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
+    tree = read_yaml(path)
+    if "extends" not in tree:
+        return tree
+    parent = tree.pop("extends")
+    if not isinstance(parent, str) or not parent:
+        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file")
+    return _merged(_read_tree(path.parent / parent, (*chain, here)), tree)
+
+
+def _merged(base: Tree, over: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _split_override(override: str) -> tuple[tuple[str, ...], str]:
+    name, equals, text = override.partition("=")
+    keys = tuple(key.strip() for key in name.split("."))
+    if not equals or not all(keys):
+        raise InputError(f"{override!r}: an override is written section.key=value")
+    return keys, text.strip()
+
+
+def _parse_override(override: str, text: str) -> Any:
+    try:
+        return _parse_yaml(text, override)
+    except InputError:
+        raise InputError(f"{override!r}: the value is not valid YAML: put it in quotes") from None
+
+
+def _set(tree: Tree, keys: Sequence[str], value: Any) -> None:
+    *sections, last = keys
+    for depth, key in enumerate(sections):
+        if tree.get(key) is None:
+            tree[key] = {}
+        if not isinstance(tree[key], dict):
+            where = ".".join(sections[: depth + 1])
+            raise InputError(
+                f"{'.'.join(keys)}={_show(value)}: {where} is {_show(tree[key])}, not a section: set {where}"
+            )
+        tree = tree[key]
+    tree[last] = value
+
+
+def _converted(tree: Any, value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+    """Scalars that pydantic converted: '3' or true to 3, 3.0 to 3, 1 to true."""
+    if isinstance(tree, dict) and isinstance(value, dict):
+        for key in tree.keys() & value.keys():
+            yield from _converted(tree[key], value[key], (*location, key))
+    elif isinstance(tree, list) and isinstance(value, list):
+        for number, (before, after) in enumerate(zip(tree, value, strict=False)):
+            yield from _converted(before, after, (*location, number))
+    elif isinstance(tree, (bool, int, float, str)) and isinstance(value, (bool, int, float)):
+        widened = isinstance(tree, int) and not isinstance(tree, bool) and isinstance(value, float)
+        if (
+            type(tree) is not type(value)
+            and not widened
+            and not (isinstance(tree, str) and not _NUMBER.fullmatch(tree))
+        ):
+            rule = {bool: "must be true or false", int: "must be a whole number", float: "must be a number"}[
+                type(value)
+            ]
+            shown = repr(tree) if isinstance(tree, str) else _show(tree)
+            yield location, f"{'.'.join(map(str, location))}={shown}: {rule}"
+
+
+# --- explaining what pydantic found ---
+
+_RULES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text: put it in quotes",
+    "path_type": "must be a path",
+    "recursion_loop": "holds itself: remove the YAML alias",
+    "invalid_key": "must be a text key: put it in quotes",
+    "list_type": "must be a list [a, b]",
+    "tuple_type": "must be a list [a, b]",
+    "set_type": "must be a list [a, b]",
+    "frozen_set_type": "must be a list [a, b]",
+    "dict_type": "must be a section of 'key: value' lines",
+    "model_type": "must be a section of 'key: value' lines",
+    "model_attributes_type": "must be a section of 'key: value' lines",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "union_tag_invalid": "must have {discriminator} among {expected_tags}",
+    "union_tag_not_found": "must say which kind it is: set {discriminator}",
+}
+
+
+def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> str:
+    dotted = ".".join(str(key) for key in location)
+    kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
+    if kind == "missing":
+        return f"{dotted}: is missing: set it, in the file or as {dotted}=VALUE"
+    if kind in ("value_error", "assertion_error"):
+        message = " ".join(str(context.get("error") or error["msg"]).split())
+        at = f"{dotted}: " if isinstance(value, dict) else f"{dotted}={_show(value)}: "
+        return at + message if dotted else message
+    rule = _RULES.get(kind)
+    words = rule.format(**context) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
+    if kind == "literal_error" and isinstance(value, str):
+        near = _nearest(value, re.findall(r"'([^']*)'", context["expected"]))
+        words += f": did you mean {near}?" if near else ""
+    return f"{dotted}={_show(value)}: {words}" if dotted else words
+
+
+def _real_location(tree: Any, location: Location) -> Location:
+    """The location without the names of union members that pydantic puts in."""
+    real: list[str | int] = []
+    for number, key in enumerate(location):
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            if number < len(location) - 1 or not isinstance(tree, dict):
+                continue
+        real.append(key)
+    return tuple(real)
+
+
+def _suggest_key(cls: type[Config], location: Location) -> str:
+    *sections, last = (str(key) for key in location)
+    siblings = _fields_at(cls, sections)
+    near = _nearest(last, siblings)
+    if near:
+        return f"did you mean {'.'.join([*sections, near])}?"
+    paths = list(_key_paths(cls))
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == last]
+    close = elsewhere[0] if elsewhere else _nearest(".".join([*sections, last]), paths)
+    if close:
+        return f"did you mean {close}?"
+    where = ".".join(sections) or "the configuration"
+    return f"{where} has {', '.join(siblings) or 'no keys'}"
+
+
+def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
+    models = [cls]
+    for section in sections:
+        models = [
+            inner
+            for model in models
+            for inner in (
+                _models_in(model.model_fields[section].annotation) if section in model.model_fields else [model]
+            )
+        ]
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _models_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _key_paths(cls: type[Config], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield prefix + name
+        if depth < 6:  # a section may hold itself
+            for model in _models_in(field.annotation):
+                yield from _key_paths(model, f"{prefix}{name}.", depth + 1)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
+
+
+def _nearest(name: str, known: Collection[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    text = " ".join(text.split()) if text.strip() else repr(text)
+    return text if len(text) <= 60 else text[:57] + "..."
