@@ -1,0 +1,34 @@
+"""The equations of post-training: pure functions on tensors, usable in any loop."""
+
+from lvrpo.algorithms.advantages import (
+    best_worst_mask,
+    gdpo_advantages,
+    group_relative_advantages,
+    leave_one_out_advantages,
+    signal_mask,
+    win_rate,
+)
+from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
+from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
+from lvrpo.algorithms.objectives import SurrogateLoss, clipped_surrogate, reduce_tokens
+
+__all__ = [
+    "NFTLoss",
+    "SurrogateLoss",
+    "best_worst_mask",
+    "clipped_surrogate",
+    "gaussian_kl",
+    "gdpo_advantages",
+    "group_relative_advantages",
+    "k1",
+    "k2",
+    "k3",
+    "leave_one_out_advantages",
+    "nft_loss",
+    "old_policy_decay",
+    "reduce_tokens",
+    "reward_probability",
+    "signal_mask",
+    "velocity_regularizer",
+    "win_rate",
+]

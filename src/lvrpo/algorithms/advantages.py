@@ -1,0 +1,195 @@
+"""Advantages: how much better a member of a group did than its siblings.
+
+Every function takes scores and a mask. What stands in a masked cell never matters (it may be nan), a masked member
+gets 0, and a group whose scores do not differ gets 0: it carries no signal. Statistics run over valid members only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = [
+    "best_worst_mask",
+    "gdpo_advantages",
+    "group_relative_advantages",
+    "leave_one_out_advantages",
+    "signal_mask",
+    "win_rate",
+]
+
+StdChoice = Literal["population", "sample", "batch", "none"]
+
+
+def group_relative_advantages(
+    scores: Float[Tensor, "P G"],
+    mask: Bool[Tensor, "P G"],
+    *,
+    std: StdChoice = "population",
+    std_floor: float = 1e-6,
+    eps: float = 1e-4,
+) -> Float[Tensor, "P G"]:
+    """Scores relative to the group's mean, in units of a standard deviation (GRPO, arXiv:2402.03300).
+
+    A_i = (r_i - mean_G) / (std + eps), with std by name: ``population`` (divisor n) or ``sample`` (n - 1) of the group,
+    ``batch`` (population, of all valid scores of groups with signal) or ``none`` (Dr.GRPO, arXiv:2503.20783: A = r -
+    mean).
+
+    Shapes: scores and mask (P, G) to (P, G). Range: at most sqrt(n - 1) in size for ``population``; the scores' own
+    units for ``none``.
+    Raises: InputError for an unknown ``std``.
+    Differs from the paper: a group whose population std is at most ``std_floor`` gets 0 under every choice of std,
+    since dividing by a tiny std invents an advantage; masked members are left out of mean and std.
+    """
+    centered, group_std = _group_moments(scores, mask)
+    signal = group_std > std_floor  # (P,)
+    if std == "none":
+        advantages = centered
+    elif std == "population":
+        advantages = centered / (group_std + eps)[:, None]
+    elif std == "sample":
+        count = mask.sum(dim=1)
+        bessel = (count / (count - 1).clamp(min=1)).sqrt()
+        advantages = centered / (group_std * bessel + eps)[:, None]
+    elif std == "batch":
+        batch_std = _masked_std(scores, mask & signal[:, None])
+        advantages = centered / (batch_std + eps)
+    else:
+        raise InputError(f"advantage std={std!r} is unknown: use population, sample, batch or none")
+    return torch.where(mask & signal[:, None], advantages, 0.0)
+
+
+def leave_one_out_advantages(
+    scores: Float[Tensor, "P G"], mask: Bool[Tensor, "P G"], *, std_floor: float = 1e-6
+) -> Float[Tensor, "P G"]:
+    """Scores relative to the mean of the *other* members (RLOO).
+
+    A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean_G), n the number of valid members.
+
+    Shapes: scores and mask (P, G) to (P, G). Range: the scores' own units.
+    Raises: nothing.
+    Differs from the paper: groups with std at most ``std_floor``, hence also those with one valid member, get 0.
+    """
+    centered, group_std = _group_moments(scores, mask)
+    count = mask.sum(dim=1)
+    advantages = (count / (count - 1).clamp(min=1))[:, None] * centered
+    return torch.where(mask & (group_std > std_floor)[:, None], advantages, 0.0)
+
+
+def gdpo_advantages(
+    scores: Float[Tensor, "P G K"],
+    mask: Bool[Tensor, "P G K"],
+    weights: Float[Tensor, " K"],
+    tasks: Int[Tensor, " P"],
+    *,
+    std_floor: float = 1e-6,
+    eps: float = 1e-4,
+    clamp: float | None = None,
+) -> Float[Tensor, "P G"]:
+    """Each reward is normalised in its group before the rewards are summed (GDPO, arXiv:2601.05242).
+
+    z_k = (r_k - mean_G r_k) / (std_G r_k + eps);  s = sum_k w_k z_k;  A = (s - mean_task s) / (std_task s + eps).
+    mean_task s is 0 by construction, as every z_k sums to 0 over the valid members of its group, so it is not computed.
+
+    Shapes: scores and mask (P, G, K), weights (K,), tasks (P,) any integers, to (P, G). Range: about unit std per task;
+    within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
+    Raises: nothing.
+    Differs from the paper: the batch step runs per task, else the task with the widest scores sets the scale of all;
+    a reward whose group std is at most ``std_floor`` contributes 0 in that group; a masked score contributes 0;
+    std_task runs over members that have a valid score in a group with signal, so that dead groups do not inflate the
+    others.
+    """
+    P, G, K = scores.shape
+    cells = scores.transpose(1, 2).reshape(P * K, G)
+    valid = mask.transpose(1, 2).reshape(P * K, G)
+    z = group_relative_advantages(cells, valid, std_floor=std_floor, eps=eps).reshape(P, K, G)
+    s = torch.einsum("k,pkg->pg", weights.to(z.dtype), z)  # (P, G)
+    counted = mask.any(dim=2) & (s != 0).any(dim=1, keepdim=True)  # (P, G)
+    advantages = torch.zeros_like(s)
+    for task in tasks.unique():
+        rows = tasks == task
+        std_task = _masked_std(s[rows], counted[rows])
+        if std_task > std_floor:
+            advantages[rows] = s[rows] / (std_task + eps)
+    return advantages if clamp is None else advantages.clamp(-clamp, clamp)
+
+
+def signal_mask(
+    scores: Float[Tensor, "P G *K"], mask: Bool[Tensor, "P G *K"], std_floor: float = 1e-6
+) -> Bool[Tensor, " P"]:
+    """Which groups carry any signal: at least one reward whose valid scores have a population std above the floor.
+
+    signal_p = max_k std_G(r_pk) > std_floor.
+
+    Shapes: scores and mask (P, G) or (P, G, K) to (P,).
+    Raises: nothing.
+    Differs from the paper: DAPO (arXiv:2503.14476) asks for more than one distinct total; this is per reward, with a
+    floor.
+    """
+    P, G = scores.shape[:2]
+    cells = scores.reshape(P, G, -1).transpose(1, 2)  # (P, K, G)
+    valid = mask.reshape(P, G, -1).transpose(1, 2)
+    K = cells.shape[1]
+    _, group_std = _group_moments(cells.reshape(P * K, G), valid.reshape(P * K, G))
+    return (group_std.reshape(P, K) > std_floor).any(dim=1)
+
+
+def win_rate(wins: Float[Tensor, "P G G"], played: Bool[Tensor, "P G G"]) -> Float[Tensor, "P G"]:
+    """The share of its comparisons that a member wins, a tie counting one half (Pref-GRPO, arXiv:2508.20751).
+
+    reward_i = sum_j wins_ij / sum_j played_ij, over the pairs played, j != i.
+
+    Shapes: wins (P, G, G), in [0, 1]: row i against column j; played (P, G, G), its diagonal ignored; to (P, G).
+    Range: [0, 1]; nan for a member that played no one, to be masked.
+    Raises: nothing.
+    Differs from the paper: any subset of the pairs may be played; with all of them the divisor is the paper's G - 1.
+    """
+    others = played & ~torch.eye(wins.shape[1], dtype=torch.bool, device=wins.device)
+    return torch.where(others, wins, 0.0).sum(dim=2) / others.sum(dim=2)
+
+
+def best_worst_mask(
+    advantages: Float[Tensor, "P G"], keep: int, mask: Bool[Tensor, "P G"] | None = None
+) -> Bool[Tensor, "P G"]:
+    """Selects the ``keep`` best and the ``keep`` worst valid members of each group with signal.
+
+    Members are ordered by falling advantage, ties by rising member index; the first and the last ``keep`` are taken, so
+    2 * keep different members where there are that many. A group without signal (all valid advantages equal) has none.
+
+    Shapes: advantages and mask (P, G) to (P, G).
+    Raises: InputError for ``keep`` below 1.
+    Differs from the paper: no paper; it halves the update of a group of 8 and keeps its contrast.
+    """
+    if keep < 1:
+        raise InputError(f"keep={keep} members is no choice: use 1 or more")
+    valid = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+    ordered = torch.where(valid, advantages, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = ordered.argsort(dim=1)  # of each member, invalid ones last
+    count = valid.sum(dim=1, keepdim=True)
+    chosen = (rank < keep) | (rank >= count - keep)
+    lowest = torch.where(valid, advantages, torch.inf).amin(dim=1, keepdim=True)
+    highest = torch.where(valid, advantages, -torch.inf).amax(dim=1, keepdim=True)
+    return chosen & valid & (highest > lowest)
+
+
+def _group_moments(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Centered scores (P, G), 0 where masked, and population std (P,), 0 where nothing is valid."""
+    lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
+    # above the group's lowest score: equal scores then have a std of exactly 0, without rounding
+    above = torch.where(mask, scores - lowest, 0.0)
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    centered = torch.where(mask, above - above.sum(dim=1, keepdim=True) / count, 0.0)
+    return centered, ((centered**2).sum(dim=1, keepdim=True) / count).sqrt().squeeze(1)
+
+
+def _masked_std(values: Tensor, mask: Tensor) -> Tensor:
+    """Population std over all valid cells; 0 where there are none."""
+    _, std = _group_moments(values.reshape(1, -1), mask.reshape(1, -1))
+    return std[0]

@@ -1,0 +1,68 @@
+"""Guidance: three velocities of one state, mixed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["guide"]
+
+Renorm = Literal["none", "global", "channel", "text_channel"]
+
+
+def guide(
+    v: Float[Tensor, "B N C"],
+    v_no_text: Float[Tensor, "B N C"] | None,
+    v_no_image: Float[Tensor, "B N C"] | None,
+    guidance_scale: float,
+    image_guidance_scale: float = 1.0,
+    renorm: Renorm = "none",
+    renorm_min: float = 0.0,
+) -> Float[Tensor, "B N C"]:
+    """Three-way guidance as in BAGEL: away from the context without text, then from the one without images.
+
+    a = v_no_text + guidance_scale (v - v_no_text);  b = v_no_image + image_guidance_scale (a - v_no_image);
+    out = b clip(|v| / (|b| + 1e-8), renorm_min, 1), the norm over tokens and channels of a sample (``global``) or
+    over the channels of a token (``channel``). ``text_channel``: a is renormed per token, then mixed into b, which is
+    not.
+
+    A guidance_scale of at most 1 leaves v unchanged *and ignores the image scale*; an image_guidance_scale of at most
+    1 means b = a. A velocity that is not used may be None.
+
+    Shapes: all (B, N, C) to the same. Renorming only shrinks; renorm_min = 1 switches it off.
+    Raises: InputError for an unknown renorm, or for a scale above 1 without its velocity.
+    Differs from the paper: the original takes the global norm over the whole packed batch; here it is per sample, so
+    that a picture does not depend on its neighbors.
+    """
+    if renorm not in ("none", "global", "channel", "text_channel"):
+        raise InputError(f"guidance_renorm={renorm!r} is unknown: use none, global, channel or text_channel")
+    if guidance_scale <= 1:
+        return v
+    if v_no_text is None:
+        raise InputError(f"guidance_scale={guidance_scale} needs the velocity without text: give it or use 1")
+    if image_guidance_scale > 1 and v_no_image is None:
+        raise InputError(
+            f"image_guidance_scale={image_guidance_scale} needs the velocity without images: give it or use 1"
+        )
+    a = v_no_text + guidance_scale * (v - v_no_text)
+    if renorm == "text_channel":
+        a = _shrink(a, v, (-1,), renorm_min)
+    b = a if image_guidance_scale <= 1 or v_no_image is None else v_no_image + image_guidance_scale * (a - v_no_image)
+    if renorm == "global":
+        return _shrink(b, v, (-2, -1), renorm_min)
+    if renorm == "channel":
+        return _shrink(b, v, (-1,), renorm_min)
+    return b
+
+
+def _shrink(guided: Tensor, v: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:
+    norm = torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+    norm_guided = torch.linalg.vector_norm(guided, dim=dims, keepdim=True)
+    return guided * (norm / (norm_guided + 1e-8)).clamp(renorm_min, 1.0)

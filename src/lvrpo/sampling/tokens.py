@@ -1,0 +1,82 @@
+"""Sampling tokens and scoring them. Temperature 0 is greedy; its log-probs are those of temperature 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = ["sample_tokens", "token_entropy", "token_logprobs"]
+
+
+def sample_tokens(
+    logits: Float[Tensor, "B V"],
+    uniforms: Float[Tensor, " B"],
+    temperature: float = 1.0,
+    allowed: Bool[Tensor, "*#B V"] | None = None,
+) -> Int[Tensor, " B"]:
+    """Draws one token per row by inverting the cumulative distribution at the row's own uniform number.
+
+    token = min { j : sum_{i <= j} p_i > u },  p = softmax(logits / temperature) over the allowed tokens; argmax for 0.
+
+    A row's token depends on its logits and its number alone, never on the batch. No top-k or top-p: the density that is
+    replayed is the full one.
+
+    Shapes: logits (B, V), uniforms (B,) in [0, 1) as from ``uniform_noise``, allowed (V,) or (B, V), to int64 (B,).
+    Raises: InputError for a negative temperature. At least one token of each row has to be allowed.
+    Differs from the paper: no paper given.
+    """
+    scaled = _scaled(logits, temperature, allowed)
+    if temperature == 0:
+        return scaled.argmax(dim=-1)
+    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)
+    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]  # below the last value, so a token always exists
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def token_logprobs(
+    logits: Float[Tensor, "*B V"],
+    tokens: Int[Tensor, "*B"],
+    temperature: float = 1.0,
+    allowed: Bool[Tensor, "*#B V"] | None = None,
+) -> Float[Tensor, "*B"]:
+    """The log-prob of given tokens under the distribution that ``sample_tokens`` draws from.
+
+    log softmax(logits / temperature)[token], over the allowed tokens; temperature 0 counts as 1.
+
+    Shapes: logits (..., V), tokens (...), allowed broadcastable to the logits, to float32 (...). Range: <= 0.
+    Raises: InputError for a negative temperature.
+    Differs from the paper: no paper given.
+    """
+    logprobs = torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1)
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def token_entropy(
+    logits: Float[Tensor, "*B V"], temperature: float = 1.0, allowed: Bool[Tensor, "*#B V"] | None = None
+) -> Float[Tensor, "*B"]:
+    """The entropy of the token distributions.
+
+    H = -sum_j p_j log p_j,  p = softmax(logits / temperature) over the allowed tokens; temperature 0 counts as 1.
+
+    Shapes: logits (..., V), allowed broadcastable to them, to float32 (...). Range: [0, log V], in nats.
+    Raises: InputError for a negative temperature.
+    Differs from the paper: no paper given.
+    """
+    logprobs = torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1)
+    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 = 0, also in the gradient
+    return -(logprobs.exp() * finite).sum(dim=-1)
+
+
+def _scaled(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
+    """float32 logits at the temperature, -inf where not allowed."""
+    if temperature < 0:
+        raise InputError(f"temperature={temperature}: use 0 (greedy) or a positive number")
+    scaled = logits.float() / (temperature if temperature > 0 else 1.0)
+    return scaled if allowed is None else scaled.masked_fill(~allowed, -torch.inf)
