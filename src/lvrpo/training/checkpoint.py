@@ -1,0 +1,396 @@
+"""Checkpoints without pickle that no crash can halve: safetensors and JSON in a folder that appears by one rename.
+
+A folder is written under a temporary name beside its own, sealed with the size and hash of every file
+(``checkpoint.json``), synced, then renamed. What a crash leaves behind is a temporary folder, which is never taken
+for a checkpoint and is removed at the next save.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lvrpo.errors import ContractError, InputError
+
+SEAL = "checkpoint.json"
+"""The file that makes a folder a checkpoint: size and sha256 of every other file."""
+
+State = Any
+"""Any: nested dicts (text keys) and lists of None, bool, int, float, str and tensors."""
+
+
+# --- nested state ---
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Writes ``state.safetensors`` and ``state.json`` into an existing folder; ``load_state`` gives it back exactly.
+
+    Tuples come back as lists. Raises ContractError on any other type.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    tree = _encode(state, (), tensors, storages)
+    text = json.dumps(tree, allow_nan=False)
+    with disk_errors(folder):
+        _save_tensors(tensors, folder / "state.safetensors")
+        (folder / "state.json").write_text(text, encoding="utf-8")
+
+
+def load_state(folder: Path, device: torch.device | str = "cpu") -> State:
+    """What ``save_state`` wrote; raises InputError on a missing or truncated file."""
+    for name in ("state.json", "state.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file: give a folder that a training run saved")
+    with disk_errors(folder, "read"):
+        try:
+            tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{folder / 'state.json'}: truncated or not JSON: use another checkpoint") from None
+        try:
+            tensors = load_file(folder / "state.safetensors", device=str(device))
+        except SafetensorError:
+            path = folder / "state.safetensors"
+            raise InputError(f"{path}: truncated or not safetensors: use another checkpoint") from None
+    try:
+        return _decode(tree, tensors)
+    except KeyError as error:
+        raise InputError(f"{folder}: tensor {error} is missing: use another checkpoint") from None
+
+
+def _encode(value: State, path: tuple[str, ...], tensors: dict[str, torch.Tensor], storages: set[int]) -> State:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors)}:{'/'.join(path)}".encode("utf-8", "backslashreplace").decode()
+        tensors[name] = _alone(value.detach(), storages)
+        return {"$tensor": name}
+    if isinstance(value, (list, tuple)):
+        return [_encode(inner, (*path, str(i)), tensors, storages) for i, inner in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ContractError(f"state key {'/'.join(path)}/{key!r} is {type(key).__name__}: keys must be text")
+        inner = {key: _encode(value[key], (*path, key), tensors, storages) for key in value}
+        return {"$dict": list(inner.items())} if any(key.startswith("$") for key in inner) else inner
+    raise ContractError(f"state {'/'.join(path)} is {type(value).__name__}: save numbers, text, lists, dicts, tensors")
+
+
+def _decode(tree: State, tensors: Mapping[str, torch.Tensor]) -> State:
+    if isinstance(tree, list):
+        return [_decode(inner, tensors) for inner in tree]
+    if isinstance(tree, dict):
+        if "$tensor" in tree:
+            return tensors[tree["$tensor"]]
+        if "$float" in tree:
+            return float(tree["$float"])
+        if "$dict" in tree:
+            return {key: _decode(inner, tensors) for key, inner in tree["$dict"]}
+        return {key: _decode(inner, tensors) for key, inner in tree.items()}
+    return tree
+
+
+def _alone(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """The tensor, copied only where it shares or does not fill its memory (safetensors refuses both)."""
+    storage = tensor.untyped_storage()
+    whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+    if whole and tensor.numel() and storage.data_ptr() not in storages:
+        storages.add(storage.data_ptr())
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it hides the operating system's error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+# --- optimizers by parameter name ---
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> State:
+    """The optimizer's state under the names of its parameters, for ``save_state``."""
+    names = {id(parameter): name for name, parameter in named}
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = sum(id(parameter) not in names for parameter in group["params"])
+        if unknown:
+            raise ContractError(
+                f"{unknown} parameters of the optimizer have no name: pass the model's named_parameters()"
+            )
+        options = {key: value for key, value in group.items() if key != "params"}
+        groups.append({"params": [names[id(p)] for p in group["params"]], "options": options})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "groups": groups,
+        "shapes": {names[id(p)]: list(p.shape) for p in parameters},
+        "state": {names[id(p)]: dict(optimizer.state[p]) for p in parameters if p in optimizer.state},
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: State
+) -> None:
+    """Puts back what ``optimizer_state`` gave, bit for bit, whatever the order of the parameters.
+
+    Raises InputError if the saved groups hold other parameters or shapes.
+    """
+    parameters = dict(named)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        raise InputError(
+            f"the checkpoint's optimizer has {len(saved['groups'])} parameter groups, this one "
+            f"{len(optimizer.param_groups)}: resume with the configuration of the run"
+        )
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    for number, (group, old) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
+        here = {names.get(id(p), "(unnamed)") for p in group["params"]}
+        differing = sorted(here ^ set(old["params"]))
+        differing += [name for name in old["params"] if name in here and saved["shapes"][name] != shapes[name]]
+        if differing:
+            raise InputError(
+                f"the checkpoint's optimizer group {number} differs at {differing[0]}: resume with the model of the run"
+            )
+    optimizer.state.clear()
+    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in old["options"].items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        on_host = not (group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            entries = saved["state"].get(names[id(parameter)])
+            if entries is not None:
+                optimizer.state[parameter] = {
+                    # Adam keeps its step count on the host unless it is captured or fused
+                    key: _placed(value, torch.device("cpu") if key == "step" and on_host else parameter.device)
+                    for key, value in entries.items()
+                }
+
+
+def _placed(value: State, device: torch.device) -> State:
+    return value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
+
+
+# --- folders that appear whole ---
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder to fill; on success it is synced and renamed to ``path``, on failure removed.
+
+    Raises InputError if ``path`` exists (unless ``replace``) or the disk does not let it be written.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise InputError(f"{path}: exists already: choose another name or delete it")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(path.parent)
+        temporary, lock = _locked_temporary(path)
+        try:
+            yield temporary
+            sync_tree(temporary)
+            if path.exists():
+                old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+                os.rename(path, old)
+                os.rename(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def checkpoint_writer(path: Path) -> Iterator[Path]:
+    """``atomic_folder`` that seals what was written, so that a later truncation is noticed; replaces its namesake."""
+    with atomic_folder(path, replace=True) as folder:
+        yield folder
+        seal_checkpoint(folder)
+
+
+def clean_leftovers(parent: Path) -> None:
+    """Removes temporary folders of writers that are dead, and puts back a folder whose replacement never came."""
+    for leftover in sorted(parent.glob(".*.old-*")):
+        path = leftover.with_name(leftover.name[1:].rpartition(".old-")[0])
+        if path.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            os.rename(leftover, path)
+    for leftover in sorted(parent.glob(".*.tmp-*")):
+        with suppress(OSError):
+            if not leftover.is_dir():
+                leftover.unlink()
+                continue
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _locked_temporary(path: Path) -> tuple[Path, int]:
+    """A new folder beside ``path``, locked for as long as its writer lives."""
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    lock = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return temporary, lock
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync of every file and folder below, then of the folder."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+@contextmanager
+def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
+    """Turns a full disk or a missing permission into an InputError of one line."""
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename) if isinstance(error.filename, str) else Path(path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = _free_bytes(Path(path)) / 2**20
+            raise InputError(
+                f"{where}: cannot be {doing}: the disk is full ({free:.0f} MiB free): free some or choose another folder"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(
+                f"{where}: cannot be {doing}: permission denied: change its permissions or choose another folder"
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{where}: cannot be {doing}: {error.strerror}: choose another name") from error
+        raise
+
+
+def _free_bytes(path: Path) -> int:
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+# --- checkpoints of a run ---
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Writes ``checkpoint.json``: size and sha256 of every file of the folder."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / SEAL
+    }
+    (folder / SEAL).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raises InputError unless every file of the folder is as it was sealed."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint: give a folder that a training run saved")
+    if not (folder / SEAL).is_file():
+        raise InputError(f"{folder}: has no {SEAL}, so it is not a whole checkpoint: use another one")
+    with disk_errors(folder, "read"):
+        try:
+            files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{folder / SEAL}: truncated or not a seal: use another checkpoint") from None
+        for name, (size, sha256) in expected.items():
+            file = folder / name
+            if not file.is_file():
+                raise InputError(f"{file}: is missing from the checkpoint: use another one")
+            if file.stat().st_size != size:
+                raise InputError(f"{file}: has {file.stat().st_size} of {size} bytes: use another checkpoint")
+            if file_sha256(file) != sha256:
+                raise InputError(f"{file}: was changed after it was saved: use another checkpoint")
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of ``step_000050``; None if the folder is named otherwise."""
+    match = re.fullmatch(r"step_(\d{6,})", folder.name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run directory, by rising step."""
+    found = [
+        (step, folder)
+        for folder in (run / "checkpoints").glob("step_*")
+        if (step := checkpoint_step(folder)) is not None and (folder / SEAL).is_file()
+    ]
+    return [folder for _, folder in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The whole checkpoint of the highest step, if there is one."""
+    return next(reversed(list_checkpoints(run)), None)
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep: Collection[int] = ()) -> list[Path]:
+    """Deletes all checkpoints but the last ``keep_last`` and the steps in ``keep``; returns what it deleted."""
+    folders = list_checkpoints(run)
+    last = folders[max(0, len(folders) - max(1, keep_last)) :]
+    doomed = [folder for folder in folders if folder not in last and checkpoint_step(folder) not in keep]
+    with disk_errors(run):
+        for folder in doomed:
+            temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+            os.rename(folder, temporary)
+            shutil.rmtree(temporary)
+    return doomed
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, or of a folder's files taken together; for the manifest."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
+    sha256 = file_sha256(path) if path.is_file() else digest.hexdigest()
+    return {"name": path.name, "bytes": sum(file.stat().st_size for file in files), "sha256": sha256}

@@ -1,0 +1,356 @@
+"""The run directory (DESIGN section 6): everything a run writes, each file atomically, by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml
+from lvrpo.errors import ContractError, InputError
+from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint, sync
+
+C = TypeVar("C", bound=Config)
+Json = Any
+"""Any: whatever JSON can hold."""
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+LOCK = ".lock"
+
+
+class RunDirectory:
+    """One run on the disk. A context manager: leaving it gives the lock back."""
+
+    def __init__(self, path: Path) -> None:
+        """Only names the directory; use ``create``, ``open`` or ``read``."""
+        self.path = Path(path)
+        self._unlock: Callable[[], object] | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> Self:
+        """Starts a run in a new directory, or in one where the same run never reached its first step.
+
+        Raises InputError if the directory holds another configuration, steps, foreign files, or a live writer.
+        """
+        run = cls(path)
+        run._refuse_foreign(config)
+        with disk_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        run._lock()
+        try:
+            run._refuse_foreign(config)
+            run._recover()
+            if not (run.path / CONFIG).exists():
+                run.write_text(CONFIG, dump_config(config))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Takes an existing run to go on writing it (resume); raises InputError if it is none or another writes it."""
+        run = cls.read(path)
+        run._lock()
+        run._recover()
+        return run
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """An existing run without its lock, for readers."""
+        run = cls(path)
+        if not (run.path / CONFIG).is_file():
+            raise InputError(f"{run.path}: is not a run directory (no {CONFIG}): give the folder of a run")
+        return run
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- configuration ---
+
+    def config(self, cls: type[C]) -> C:
+        """The resolved configuration of the run."""
+        return load_config(cls, self.path / CONFIG)
+
+    def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
+        """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""
+        differing = [line for line in self._differences(config) if line.partition("=")[0] not in allow]
+        if differing:
+            raise InputError(
+                f"{self.path}: holds a run with another configuration ({_first(differing)}): "
+                "choose another name, or continue that run with --resume and its own configuration"
+            )
+
+    def _differences(self, config: Config) -> list[str]:
+        held = read_yaml(self.path / CONFIG)
+        return config_differences(held, config.model_dump(mode="json"))
+
+    def _refuse_foreign(self, config: Config) -> None:
+        with disk_errors(self.path, "read"):
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"{self.path}: is a file: choose another name")
+            names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if CONFIG not in names:
+            foreign = sorted(name for name in names if name != LOCK and not name.startswith(f".{CONFIG}."))
+            if foreign:
+                raise InputError(f"{self.path}: is no run and holds {foreign[0]}: choose another name")
+            return
+        self.require_config(config)
+        if (self.path / SUMMARY).exists() or latest_checkpoint(self.path) is not None or self.metrics():
+            raise InputError(f"{self.path}: holds this run already: continue it with --resume or choose another name")
+
+    # --- lock and crash recovery ---
+
+    def _lock(self) -> None:
+        with disk_errors(self.path):
+            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise InputError(
+                f"{self.path}: process {holder} is writing this run: wait for it or choose another name"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        self._unlock = weakref.finalize(self, os.close, handle)
+
+    def _recover(self) -> None:
+        """Clears what a killed writer left: temporary files and folders, half a line of metrics."""
+        with disk_errors(self.path):
+            for folder in (self.path, self.path / "checkpoints", self.path / "eval"):
+                if folder.is_dir():
+                    clean_leftovers(folder)
+            metrics = self.path / METRICS
+            if metrics.exists():
+                content = metrics.read_bytes()
+                whole = content.rfind(b"\n") + 1
+                if whole < len(content):
+                    os.truncate(metrics, whole)
+
+    # --- files ---
+
+    def write_bytes(self, relative: str, content: bytes) -> Path:
+        """Writes one file whole or not at all (temporary name, fsync, rename)."""
+        path = self._inside(relative)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            sync(path.parent)
+        return path
+
+    def write_text(self, relative: str, text: str) -> Path:
+        """``write_bytes`` of UTF-8."""
+        return self.write_bytes(relative, text.encode("utf-8"))
+
+    def write_json(self, relative: str, value: Json) -> Path:
+        """``write_text`` of valid JSON: nan and infinities become null."""
+        return self.write_text(relative, json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n")
+
+    def read_json(self, relative: str) -> Json:
+        """A JSON file of the run; raises InputError if it is missing or broken."""
+        path = self._inside(relative)
+        with disk_errors(path, "read"):
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise InputError(f"{path}: no such file: the run has not written it") from None
+            except ValueError:
+                raise InputError(f"{path}: is not JSON: restore it or delete it") from None
+
+    def samples_dir(self, step: int) -> Path:
+        """``samples/step_000010``, created."""
+        path = self.path / "samples" / f"step_{step:06d}"
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """``checkpoints/step_000050``, not created: hand it to ``checkpoint_writer``."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def _inside(self, relative: str) -> Path:
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise ContractError(f"{relative!r} leaves the run directory: give a path inside it")
+        return self.path / relative
+
+    # --- metrics ---
+
+    def append_metrics(self, row: Mapping[str, Json], durable: bool = False) -> None:
+        """Adds one line, whole or not at all; ``durable`` also syncs it to the disk."""
+        line = json.dumps(to_json(row), ensure_ascii=False) + "\n"
+        path = self.path / METRICS
+        with disk_errors(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            size = os.fstat(handle).st_size
+            try:
+                rest = memoryview(line.encode("utf-8"))
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+                if durable:
+                    os.fsync(handle)
+            except BaseException:
+                os.ftruncate(handle, size)
+                raise
+            finally:
+                os.close(handle)
+
+    def metrics(self) -> list[dict[str, Json]]:
+        """Every line; a last one that a crash cut off is left out. Raises InputError on any other broken line."""
+        path = self.path / METRICS
+        with disk_errors(path, "read"):
+            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise InputError(f"{path}:{number}: is not JSON: delete this line") from None
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after ``step``, which a resumed run writes anew."""
+        rows = self.metrics()
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if len(kept) < len(rows):
+            self.write_text(METRICS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    # --- summary and manifest ---
+
+    def write_summary(self, summary: Mapping[str, Json]) -> Path:
+        """``summary.json``, in the one shape of DESIGN section 6."""
+        return self.write_json(SUMMARY, summary)
+
+    def read_summary(self) -> dict[str, Json] | None:
+        """``summary.json``, or None if the run has not finished."""
+        return self.read_json(SUMMARY) if (self.path / SUMMARY).exists() else None
+
+    def write_manifest(
+        self,
+        config: Config,
+        seeds: Mapping[str, int],
+        data: Mapping[str, Json] | None = None,
+        checkpoints: Mapping[str, Json] | None = None,
+    ) -> Path:
+        """``manifest.json``; a resumed run adds itself under "resumed" and leaves the first start as it was.
+
+        ``data`` and ``checkpoints`` are fingerprints by name.
+        """
+        start = {
+            **environment(),
+            "config_sha256": config_sha256(config),
+            "seeds": dict(seeds),
+            "data": dict(data or {}),
+            "checkpoints": dict(checkpoints or {}),
+        }
+        if not (self.path / MANIFEST).exists():
+            return self.write_json(MANIFEST, start)
+        manifest = self.read_json(MANIFEST)
+        return self.write_json(MANIFEST, {**manifest, "resumed": [*manifest.get("resumed", []), start]})
+
+
+def environment() -> dict[str, Json]:
+    """Where and with what a run started: versions, commit, platform, hardware, command, time."""
+    versions = {name: metadata.version(name) for name in ("lvrpo", "torch", "numpy", "safetensors", "tokenizers")}
+    cuda = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": git_commit(),
+        "platform": platform.platform(),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(psutil.Process().cpu_affinity() or []) if sys.platform == "linux" else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": cuda,
+        },
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that lvrpo runs from, with "-dirty" after it if files differ; None if installed."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def to_json(value: Json) -> Json:
+    """The value as valid JSON: tuples to lists, scalars of torch and numpy to numbers, nan and infinities to null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return to_json(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): to_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(inner) for inner in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    raise ContractError(f"{type(value).__name__} cannot be written as JSON: pass numbers, text, lists and dicts")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _first(lines: list[str], count: int = 3) -> str:
+    more = f" and {len(lines) - count} more" if len(lines) > count else ""
+    return ", ".join(lines[:count]) + more
