@@ -104,6 +104,7 @@ class FlowSegment:
     noise_level: float
     guidance_scale: float
     image_guidance_scale: float
+    guidance_renorm: str
     logprob_reduction: Literal["mean", "sum"]
     image: Image
     """The decoded picture."""

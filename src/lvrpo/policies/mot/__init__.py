@@ -1,0 +1,1 @@
+"""The Mixture-of-Transformers core: sequence rules, transformer with cache, sampling and replay."""

@@ -1,0 +1,154 @@
+"""From prompts to rows: the pieces of a context, embedded and prefilled once for all who share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from lvrpo.policies.mot.sequence import Span, SpanKind, pack
+from lvrpo.policies.mot.towers import Towers, Words
+from lvrpo.policies.mot.transformer import Cache, Hidden, MoT, drop_padding
+from lvrpo.types import Image, Parts
+
+PICTURE = -1
+"""Stands for a picture token in a list of token ids."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One span of a row with its content."""
+
+    span: Span
+    ids: tuple[int, ...]
+    """Ids of the span's reading-expert tokens, markers included; PICTURE where the reading tower's token goes."""
+    image: Image | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for pieces with the same content."""
+        return self.span.kind, self.ids, id(self.image)
+
+
+Row = tuple[Piece, ...]
+T = TypeVar("T")
+
+
+class Contexts:
+    """Builds rows from parts and runs them through the transformer."""
+
+    def __init__(self, transformer: MoT, towers: Towers, words: Words) -> None:
+        self.transformer, self.towers, self.words = transformer, towers, words
+        self.image_tokens = towers.latent_shape()[0]
+
+    def text(self, ids: Sequence[int]) -> Piece:
+        """A finished text: [bos] ids [eos]."""
+        whole = (self.words.bos_id, *ids, self.words.eos_id)
+        return Piece(Span("text", len(whole)), whole)
+
+    def open_text(self, ids: Sequence[int]) -> Piece:
+        """A text being written or scored: [bos] ids."""
+        whole = (self.words.bos_id, *ids)
+        return Piece(Span("text", len(whole)), whole)
+
+    def picture(self, image: Image, kind: SpanKind) -> Piece:
+        """A picture for the reading side ("read") or a clean latent for the drawing side ("clean")."""
+        n = self.image_tokens
+        inside = (PICTURE,) * n if kind == "read" else ()
+        return Piece(Span(kind, n + 2), (self.words.image_start_id, *inside, self.words.image_end_id), image)
+
+    def noise(self) -> Piece:
+        """The place of a picture being drawn."""
+        return Piece(
+            Span("noise", self.image_tokens + 2), (self.words.image_start_id, self.words.image_end_id)
+        )
+
+    def row(self, parts: Parts, draws: bool) -> Row:
+        """The pieces of a context; a context that will draw sees its pictures with both sides, drawing side first."""
+        pieces: list[Piece] = []
+        for part in parts:
+            if isinstance(part, str):
+                pieces.append(self.text(self.words.encode(part)))
+            else:
+                if draws:
+                    pieces.append(self.picture(part, "clean"))
+                pieces.append(self.picture(part, "read"))
+        return tuple(pieces)
+
+    def without_text(self, row: Row) -> Row:
+        """The context of the no-text branch of guidance: everything before the last text."""
+        last = max((i for i, piece in enumerate(row) if piece.span.kind == "text"), default=len(row))
+        return row[:last]
+
+    def without_images(self, row: Row) -> Row:
+        """The context of the no-image branch of guidance: all texts."""
+        return tuple(piece for piece in row if piece.span.kind == "text")
+
+    def run(
+        self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Hidden:
+        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) for rows that draw."""
+        device = self.transformer.inv_freq.device
+        packing = pack([tuple(piece.span for piece in row) for row in rows], device)
+        pieces = [piece for row in rows for piece in row]
+        ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64, device=device)
+        reading = self.towers.embed_tokens(ids.clamp(min=0))
+        read = [piece.image for piece in pieces if piece.span.kind == "read" and piece.image is not None]
+        if read:
+            distinct, index = _distinct(read, id)
+            tokens = self.towers.read_pictures(distinct)
+            if len(distinct) != len(read):
+                tokens = tokens.index_select(0, torch.tensor(index, device=device))
+            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.flatten(0, 1))
+        drawing = reading.new_zeros(0, reading.shape[-1])
+        clean = [piece.image for piece in pieces if piece.span.kind == "clean" and piece.image is not None]
+        if clean:
+            latents = self.towers.encode_latents(clean)
+            drawing = self.towers.embed_latents(latents, latents.new_zeros(len(clean))).flatten(0, 1)
+        elif noisy is not None:
+            drawing = self.towers.embed_latents(*noisy).flatten(0, 1)
+        return self.transformer(reading, drawing, packing, cache)
+
+    def prefill(self, rows: Sequence[Row]) -> Cache:
+        """The contexts of all rows; rows that begin with the same pictures share their computation."""
+        heads = [_leading_pictures(row) for row in rows]
+        distinct, index = _distinct(heads, _row_key)
+        if len(distinct) == len(rows):
+            return self._append(rows, self.transformer.empty_cache(len(rows)))
+        cache = self._append(distinct, self.transformer.empty_cache(len(distinct)))
+        cache = cache.select(torch.tensor(index, device=cache.rope.device))
+        return self._append([row[len(head) :] for row, head in zip(rows, heads, strict=True)], cache)
+
+    def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, torch.Tensor]:
+        """The distinct contexts, and for every row the index of its own: (cache of U rows, int64 (B,))."""
+        distinct, index = _distinct(rows, _row_key)
+        return self.prefill(distinct), torch.tensor(index, device=self.transformer.inv_freq.device)
+
+    def _append(self, rows: Sequence[Row], cache: Cache) -> Cache:
+        if not any(rows):
+            return cache
+        return drop_padding(self.run(rows, cache).cache)
+
+
+def _leading_pictures(row: Row) -> Row:
+    count = next((i for i, piece in enumerate(row) if piece.span.kind == "text"), len(row))
+    return row[:count]
+
+
+def _row_key(row: Row) -> Hashable:
+    return tuple(piece.key for piece in row)
+
+
+def _distinct(items: Sequence[T], key: Callable[[T], Hashable]) -> tuple[list[T], list[int]]:
+    """The items without repetitions, in order of first appearance, and each item's place among them."""
+    places: dict[Hashable, int] = {}
+    distinct: list[T] = []
+    index = []
+    for item in items:
+        place = places.setdefault(key(item), len(distinct))
+        if place == len(distinct):
+            distinct.append(item)
+        index.append(place)
+    return distinct, index

@@ -1,0 +1,143 @@
+"""Drawing with a Mixture-of-Transformers: guided velocity after a context, and the sampling loop of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.transformer import Cache
+from lvrpo.sampling import STEPS, guide, normal_noise, ode_step, step_logprob, timestep_grid
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The contexts of guidance, (B,) rows each; a branch that is not needed is absent."""
+
+    full: Cache
+    no_text: Cache | None
+    no_image: Cache | None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the branches are combined."""
+
+    scale: float
+    image_scale: float
+    renorm: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of drawn latents and the record of its trained steps; W trained steps."""
+
+    latents: torch.Tensor
+    """(B, N, C)."""
+    timesteps: torch.Tensor
+    """(T + 1,)."""
+    states: torch.Tensor
+    """(B, W, N, C)."""
+    next_states: torch.Tensor
+    """(B, W, N, C)."""
+    logprobs: torch.Tensor
+    """(B, W)."""
+
+
+def branches(contexts: Contexts, full: Cache, prompt_rows: Sequence[Row], guidance: Guidance) -> Branches:
+    """Prefills the unguided branches; ``prompt_rows`` are the contexts without any thinking text."""
+    no_text = no_image = None
+    if guidance.scale != 1.0:
+        cache, index = contexts.prefill_shared([contexts.without_text(row) for row in prompt_rows])
+        no_text = cache.select(index)
+    if guidance.scale != 1.0 and guidance.image_scale != 1.0:
+        cache, index = contexts.prefill_shared([contexts.without_images(row) for row in prompt_rows])
+        no_image = cache.select(index)
+    return Branches(full, no_text, no_image)
+
+
+def velocity(contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the context is left alone."""
+    noise = contexts.noise()
+    hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t))
+    return contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+
+
+def guided_velocity(
+    contexts: Contexts, caches: Branches, x_t: torch.Tensor, t: torch.Tensor, guidance: Guidance
+) -> torch.Tensor:
+    """Three-way classifier-free guidance; one pass per branch that is present."""
+    v = velocity(contexts, caches.full, x_t, t)
+    if caches.no_text is None:
+        return v
+    v_no_text = velocity(contexts, caches.no_text, x_t, t)
+    v_no_image = velocity(contexts, caches.no_image, x_t, t) if caches.no_image is not None else None
+    return guide(
+        v,
+        v_no_text,
+        v_no_image,
+        guidance_scale=guidance.scale,
+        image_guidance_scale=guidance.image_scale,
+        renorm=guidance.renorm,
+    )
+
+
+def draw(
+    contexts: Contexts, caches: Branches, sampling: Sampling, noise_seeds: Sequence[int], step_seeds: Sequence[int]
+) -> Drawn:
+    """Integrates from noise to data; the steps of ``sampling.window`` are stochastic and recorded, the rest are Euler's."""
+    shape = contexts.towers.latent_shape()
+    device = caches.full.rope.device
+    guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
+    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift).to(device)
+    window = sampling.window if sampling.sampler != "ode" else ()
+    x_t = normal_noise(noise_seeds, shape).to(device)
+    step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
+    states, next_states, logprobs = [], [], []
+    for i in range(sampling.num_steps):
+        t, t_next = timesteps[i], timesteps[i + 1]
+        v = guided_velocity(contexts, caches, x_t, t.expand(len(x_t)), guidance)
+        if i in window:
+            assert step_noise is not None
+            step = STEPS[sampling.sampler](x_t, v, t, t_next, sampling.noise_level)
+            x_next = step.mean + step.std * step_noise[:, window.index(i)]
+            states.append(x_t)
+            next_states.append(x_next)
+            logprobs.append(step_logprob(x_next, step.mean, step.std, sampling.logprob_reduction))
+            x_t = x_next
+        else:
+            x_t = ode_step(x_t, v, t, t_next).mean
+    batch = len(x_t)
+    return Drawn(
+        latents=x_t,
+        timesteps=timesteps,
+        states=torch.stack(states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
+        next_states=torch.stack(next_states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
+        logprobs=torch.stack(logprobs, dim=1) if states else x_t.new_zeros(batch, 0),
+    )
+
+
+def replay_logprobs(
+    contexts: Contexts,
+    caches: Branches,
+    states: torch.Tensor,
+    next_states: torch.Tensor,
+    timesteps: torch.Tensor,
+    trained_steps: Sequence[int],
+    sampler: str,
+    noise_level: float,
+    reduction: str,
+    guidance: Guidance,
+) -> torch.Tensor:
+    """Log-probs (B, W) of recorded steps under the current weights, with the very calls that sampled them."""
+    out = []
+    for w, i in enumerate(trained_steps):
+        t, t_next = timesteps[i], timesteps[i + 1]
+        x_t = states[:, w]
+        v = guided_velocity(contexts, caches, x_t, t.expand(len(x_t)), guidance)
+        step = STEPS[sampler](x_t, v, t, t_next, noise_level)
+        out.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
+    return torch.stack(out, dim=1) if out else states.new_zeros(len(states), 0)

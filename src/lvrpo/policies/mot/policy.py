@@ -1,0 +1,369 @@
+"""The Policy contract on the Mixture-of-Transformers core (see ``lvrpo.policies.base``)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot import drawing, writing
+from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.towers import Towers, Words
+from lvrpo.policies.mot.transformer import MoT
+from lvrpo.policies.mot.writing import Written
+from lvrpo.sampling import derive_seed, normal_noise, uniform_noise
+from lvrpo.types import (
+    Example,
+    FlowSegment,
+    Group,
+    Image,
+    Parts,
+    Prompt,
+    Segment,
+    SegmentLogprobs,
+    TextSegment,
+    Trajectory,
+)
+
+MAX_ROWS = 512
+"""Rows that go through the transformer at once when sampling or replaying."""
+JUDGE_TIMES = (0.5, 0.85)
+"""The drawing side judges between these times: the most telling at few draws."""
+
+T = TypeVar("T")
+
+
+class MoTPolicy(nn.Module):
+    """One policy that reads and draws, whatever its towers."""
+
+    model_type = "lvrpo_mot"
+
+    def __init__(self, transformer: MoT, towers: nn.Module, words: Words) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.towers: Towers = towers  # type: ignore[assignment]  # a Module that keeps the Towers protocol
+        self.words = words
+        self.version = 0
+
+    @property
+    def contexts(self) -> Contexts:
+        return Contexts(self.transformer, self.towers, self.words)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.inv_freq.device
+
+    # ---------------------------------------------------------------- rollout
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """Draws a group for every prompt; see ``Policy.sample``."""
+        groups: dict[int, Group] = {}
+        size = max(1, MAX_ROWS // sampling.group_size)
+        for indices in _batches([prompt.output for prompt in prompts], size):
+            batch = self._sample_batch([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+            groups.update(zip(indices, batch, strict=True))
+        return [groups[i] for i in range(len(prompts))]
+
+    def _sample_batch(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[Group]:
+        """Prompts with the same output kinds."""
+        g = sampling.group_size
+        contexts = self.contexts
+        member_seeds = [derive_seed(seed, member) for seed in seeds for member in range(g)]
+        prompt_rows = [self._row(prompt) for prompt in prompts]
+        cache = contexts.prefill(prompt_rows)
+        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(g)
+        segments: list[list[Segment]] = [[] for _ in member_seeds]
+        for kind in prompts[0].output:
+            if kind == "text":
+                uniforms = uniform_noise([derive_seed(s, "text") for s in member_seeds], (sampling.max_new_tokens,))
+                texts = writing.write(contexts, cache, owner, uniforms.to(self.device), sampling.temperature)
+                closed = len(prompts[0].output) > 1
+                scores = writing.score(contexts, cache, owner, texts, sampling.temperature, closed)
+                for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
+                    segment_list.append(self._text_segment(text, logprobs, sampling.temperature))
+                if closed:
+                    cache, owner = scores.cache, torch.arange(len(member_seeds), device=self.device)
+            else:
+                shared = [s for s in seeds for _ in range(g)] if sampling.shared_noise else member_seeds
+                drawn = drawing.draw(
+                    contexts,
+                    self._branches(cache.select(owner), [row for row in prompt_rows for _ in range(g)], sampling),
+                    sampling,
+                    noise_seeds=[derive_seed(s, "noise") for s in shared],
+                    step_seeds=[derive_seed(s, "steps") for s in member_seeds],
+                )
+                images = self.towers.decode_latents(drawn.latents)
+                for b, segment_list in enumerate(segments):
+                    segment_list.append(_flow_segment(drawn, b, images[b], sampling))
+        trajectories = [
+            Trajectory(prompts[b // g], b % g, tuple(segments[b]), member_seeds[b], self.version)
+            for b in range(len(member_seeds))
+        ]
+        return [Group(prompt, tuple(trajectories[p * g : (p + 1) * g])) for p, prompt in enumerate(prompts)]
+
+    def _text_segment(self, text: Written, logprobs: torch.Tensor, temperature: float) -> TextSegment:
+        return TextSegment(
+            tokens=torch.tensor(text.tokens, dtype=torch.int64),
+            behavior_logprobs=logprobs.detach().cpu(),
+            temperature=temperature,
+            text=self.words.decode(text.tokens),
+            ended=text.ended,
+        )
+
+    def _row(self, prompt: Prompt) -> Row:
+        return self.contexts.row(prompt.parts, draws="image" in prompt.output)
+
+    def _branches(self, full, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
+        guidance = drawing.Guidance(
+            sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm
+        )
+        return drawing.branches(self.contexts, full, rows, guidance)
+
+    # ---------------------------------------------------------------- replay
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
+        """Differentiable replay of every segment; see ``Policy.logprobs``."""
+        out: dict[int, list[SegmentLogprobs]] = {}
+        settings = [(t.prompt.output, _replay_settings(t)) for t in trajectories]
+        for indices in _batches(settings, MAX_ROWS):
+            batch = self._replay_batch([trajectories[i] for i in indices])
+            out.update(zip(indices, batch, strict=True))
+        return [out[i] for i in range(len(trajectories))]
+
+    def _replay_batch(self, trajectories: list[Trajectory]) -> list[list[SegmentLogprobs]]:
+        contexts = self.contexts
+        prompt_rows = [self._row(t.prompt) for t in trajectories]
+        cache, owner = contexts.prefill_shared(prompt_rows)
+        out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
+        for s, kind in enumerate(trajectories[0].prompt.output):
+            segments = [t.segments[s] for t in trajectories]
+            if kind == "text":
+                texts = [_written(segment) for segment in segments]
+                closed = s + 1 < len(trajectories[0].segments)
+                scores = writing.score(contexts, cache, owner, texts, _temperature(segments[0]), closed)
+                for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
+                    row.append(SegmentLogprobs(logprobs, entropy))
+                if closed:
+                    cache, owner = scores.cache, torch.arange(len(trajectories), device=self.device)
+            else:
+                for row, logprobs in zip(out, self._replay_drawing(cache.select(owner), prompt_rows, segments), strict=True):
+                    row.append(SegmentLogprobs(logprobs))
+        return out
+
+    def _replay_drawing(self, cache, rows: Sequence[Row], segments: Sequence[Segment]) -> torch.Tensor:
+        flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
+        first = flows[0]
+        guidance = drawing.Guidance(first.guidance_scale, first.image_guidance_scale, first.guidance_renorm)
+        return drawing.replay_logprobs(
+            self.contexts,
+            drawing.branches(self.contexts, cache, rows, guidance),
+            torch.stack([f.states for f in flows]).to(self.device),
+            torch.stack([f.next_states for f in flows]).to(self.device),
+            first.timesteps.to(self.device),
+            first.trained_steps,
+            first.sampler,
+            first.noise_level,
+            first.logprob_reduction,
+            guidance,
+        )
+
+    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Unguided velocity of the drawn segment, given the prompt and any text thought before it."""
+        contexts = self.contexts
+        rows = []
+        for trajectory in trajectories:
+            thoughts = [s for s in trajectory.segments if isinstance(s, TextSegment)]
+            ids = [_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
+            rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
+        cache, owner = contexts.prefill_shared(rows)
+        return drawing.velocity(contexts, cache.select(owner), x_t, t)
+
+    # ---------------------------------------------------------------- judge
+    @torch.no_grad()
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
+        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=False) for parts in contexts])
+        written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
+        scores = writing.score(self.contexts, cache, owner, written, temperature=1.0, closed=False)
+        return torch.stack([logprobs.mean() for logprobs in scores.logprobs])
+
+    @torch.no_grad()
+    def image_logprob(self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0) -> torch.Tensor:
+        """Drawing side as judge: minus the flow loss under noise and times shared by all, (batch,)."""
+        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
+        cache = cache.select(owner)
+        x_0 = self.towers.encode_latents(images)
+        total = x_0.new_zeros(len(x_0))
+        low, high = JUDGE_TIMES
+        for k in range(draws):
+            noise = normal_noise([derive_seed(seed, "judge", k)], x_0.shape[1:]).to(x_0)
+            t = x_0.new_full((len(x_0),), low + (high - low) * (k + 0.5) / draws)
+            x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+            v = drawing.velocity(self.contexts, cache, x_t, t)
+            total -= (v - (noise - x_0)).square().mean(dim=(1, 2))
+        return total / draws
+
+    # ---------------------------------------------------------------- supervised
+    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+        """ "text": cross-entropy per token; "image": flow loss, times drawn from a logit-normal. Means over what is there."""
+        contexts = self.contexts
+        text_losses: list[torch.Tensor] = []
+        image_losses: list[torch.Tensor] = []
+        for indices in _batches([example.prompt.output for example in examples], len(examples)):
+            batch = [examples[i] for i in indices]
+            cache, owner = contexts.prefill_shared([self._row(example.prompt) for example in batch])
+            for s, kind in enumerate(batch[0].prompt.output):
+                outputs = [example.outputs[s] for example in batch]
+                if kind == "text":
+                    texts = [Written((*self.words.encode(str(o)), self.words.eos_id), True) for o in outputs]
+                    closed = s + 1 < len(batch[0].prompt.output)
+                    scores = writing.score(contexts, cache, owner, texts, 1.0, closed)
+                    text_losses += [-logprobs for logprobs in scores.logprobs]
+                    if closed:
+                        cache, owner = scores.cache, torch.arange(len(batch), device=self.device)
+                else:
+                    images = [o for o in outputs if isinstance(o, torch.Tensor)]
+                    image_losses.append(self._flow_loss(cache.select(owner), images, generator))
+        losses = {}
+        if text_losses:
+            losses["text"] = torch.cat(text_losses).mean()
+        if image_losses:
+            losses["image"] = torch.cat(image_losses).mean()
+        return losses
+
+    def _flow_loss(self, cache, images: Sequence[Image], generator: torch.Generator) -> torch.Tensor:
+        x_0 = self.towers.encode_latents(images)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+        t = torch.sigmoid(0.4 + torch.randn(len(x_0), generator=generator)).to(x_0)
+        x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+        v = drawing.velocity(self.contexts, cache, x_t, t)
+        weight = (t / t.clamp(min=self.min_time())).square()
+        return weight * (v - (noise - x_0)).square().mean(dim=(1, 2))
+
+    def min_time(self) -> float:
+        """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
+        return 0.0
+
+    # ---------------------------------------------------------------- weights
+    def frozen(self) -> Self:
+        """A copy that no update reaches."""
+        twin = copy.deepcopy(self)
+        twin.requires_grad_(False)
+        return twin.eval()
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by expert; tokens and positions that both experts read are shared."""
+        groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            groups[_expert_of(name)].append(parameter)
+        return groups
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        config = {"model_type": self.model_type, **self._config_dict()}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.words.save(folder)
+
+    def _config_dict(self) -> dict[str, object]:
+        raise NotImplementedError
+
+    @classmethod
+    def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what ``save`` wrote."""
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
+        found = config.pop("model_type", None)
+        if found != cls.model_type:
+            raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
+        policy = cls._from_folder(folder, config)
+        try:
+            state = load_file(str(folder / "model.safetensors"))
+        except SafetensorError as error:
+            raise InputError(f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file") from error
+        own = policy.state_dict()
+        wrong = sorted(
+            set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape}
+        )
+        if wrong:
+            raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
+        policy.load_state_dict(state)
+        return policy
+
+
+def _expert_of(name: str) -> str:
+    if ".reading." in name or "reading_norm" in name or "towers.read_" in name or "lm_head" in name:
+        return "understand"
+    if ".drawing." in name or "drawing_norm" in name or "towers.latent_" in name or "towers.time_" in name:
+        return "generate"
+    return "shared"
+
+
+def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
+    """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
+    classes: dict[object, list[int]] = {}
+    for i, key in enumerate(keys):
+        classes.setdefault(key, []).append(i)
+    return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
+
+
+def _written(segment: Segment) -> Written:
+    assert isinstance(segment, TextSegment)
+    return Written(tuple(segment.tokens.tolist()), segment.ended)
+
+
+def _temperature(segment: Segment) -> float:
+    assert isinstance(segment, TextSegment)
+    return segment.temperature
+
+
+def _replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
+    """What must agree for two trajectories to be replayed in one batch."""
+    out: list[object] = []
+    for s in trajectory.segments:
+        if isinstance(s, TextSegment):
+            out.append(s.temperature)
+        else:
+            out += [s.trained_steps, len(s.timesteps), s.sampler, s.noise_level, s.logprob_reduction]
+            out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm]
+    return tuple(out)
+
+
+def _flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
+    stochastic = sampling.sampler != "ode"
+    return FlowSegment(
+        latent=drawn.latents[b],
+        timesteps=drawn.timesteps,
+        trained_steps=sampling.window if stochastic else (),
+        states=drawn.states[b],
+        next_states=drawn.next_states[b],
+        behavior_logprobs=drawn.logprobs[b],
+        sampler=sampling.sampler,
+        noise_level=sampling.noise_level,
+        guidance_scale=sampling.guidance_scale,
+        image_guidance_scale=sampling.image_guidance_scale,
+        guidance_renorm=sampling.guidance_renorm,
+        logprob_reduction=sampling.logprob_reduction,
+        image=image,
+    )

@@ -1,0 +1,113 @@
+"""Writing and scoring text with a Mixture-of-Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lvrpo.policies.mot.context import Contexts, Piece, Row
+from lvrpo.policies.mot.sequence import Span
+from lvrpo.policies.mot.transformer import Cache
+from lvrpo.sampling import sample_tokens
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sampled text."""
+
+    tokens: tuple[int, ...]
+    """The end token is included when the text ended by itself."""
+    ended: bool
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of a batch of texts, one entry per row; the tensors of row b are (L_b,)."""
+
+    logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+    cache: Cache
+    """The contexts, extended by the texts."""
+
+
+def write(
+    contexts: Contexts, cache: Cache, owner: torch.Tensor, uniforms: torch.Tensor, temperature: float
+) -> list[Written]:
+    """Samples one text per member: member m continues row ``owner[m]`` of the cache, with uniforms (B, max tokens).
+
+    Members that have written the same so far share one row, so a step costs the number of distinct prefixes.
+    """
+    eos = contexts.words.eos_id
+    row_of = owner.tolist()
+    written: list[list[int]] = [[] for _ in row_of]
+    active = list(range(len(row_of)))
+    feed = [contexts.words.bos_id] * len(cache.rope)
+    for position in range(uniforms.shape[1]):
+        hidden = contexts.run(_single_tokens(contexts, feed), cache)
+        logits = _allowed_logits(contexts, hidden.reading)
+        rows = torch.tensor([row_of[m] for m in active], device=logits.device)
+        tokens = sample_tokens(logits.index_select(0, rows), uniforms[active, position], temperature).tolist()
+        prefixes: dict[tuple[int, int], int] = {}
+        still = []
+        for m, token in zip(active, tokens, strict=True):
+            written[m].append(token)
+            if token != eos:
+                row_of[m] = prefixes.setdefault((row_of[m], token), len(prefixes))
+                still.append(m)
+        active = still
+        if not active:
+            break
+        parents = torch.tensor([parent for parent, _ in prefixes], device=logits.device)
+        cache = hidden.cache.select(parents)
+        feed = [token for _, token in prefixes]
+    return [Written(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
+
+
+def score(
+    contexts: Contexts, cache: Cache, owner: torch.Tensor, texts: Sequence[Written], temperature: float, closed: bool
+) -> TextScores:
+    """Log-prob of every token of text b after row ``owner[b]`` of the cache, differentiable.
+
+    ``closed`` feeds the end token too, so that the returned contexts can be continued. Equal texts after the same context
+    are computed once.
+    """
+    words = contexts.words
+    keys = list(zip(owner.tolist(), texts, strict=True))
+    places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    rows: list[Row] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    start = 0
+    for _, text in places:
+        ids = text.tokens[:-1] if text.ended else text.tokens
+        piece = contexts.text(ids) if closed else contexts.open_text(ids)
+        rows.append((piece,))
+        positions += range(start, start + len(text.tokens))
+        targets += text.tokens
+        counts.append(len(text.tokens))
+        start += piece.span.length
+    parents = torch.tensor([parent for parent, _ in places], device=cache.rope.device)
+    hidden = contexts.run(rows, cache.select(parents))
+    device = hidden.reading.device
+    selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
+    logits = _allowed_logits(contexts, selected)
+    # at temperature 0 the density is a point: the plain distribution is scored instead
+    distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
+    entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0)).sum(-1)
+    logprobs, entropies = chosen.split(counts), entropy.split(counts)
+    order = [places[key] for key in keys]
+    extended = hidden.cache.select(torch.tensor(order, device=device)) if closed else hidden.cache
+    return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
+
+
+def _single_tokens(contexts: Contexts, tokens: Sequence[int]) -> list[Row]:
+    return [(Piece(Span("text", 1), (token,)),) for token in tokens]
+
+
+def _allowed_logits(contexts: Contexts, hidden: torch.Tensor) -> torch.Tensor:
+    logits = contexts.towers.text_logits(hidden)
+    return logits.masked_fill(contexts.words.forbidden().to(logits.device), -torch.inf)

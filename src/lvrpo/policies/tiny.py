@@ -1,0 +1,213 @@
+"""The built-in tiny policy: the Mixture-of-Transformers core with pixel patches and a small vocabulary.
+
+About 1.8 million parameters: small enough to be trained on two CPU cores in minutes, and obeying the sequence rules of
+BAGEL, so that what is learned about an algorithm here is learned on the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from torch.nn import functional as F
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.transformer import MoT, MoTConfig
+from lvrpo.types import Image
+
+SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
+
+
+class TinyConfig(Config):
+    """Sizes of the tiny policy."""
+
+    image_size: int = Field(32, ge=8, multiple_of=8)
+    patch_size: int = Field(8, ge=2)
+    transformer: MoTConfig = MoTConfig()
+    tower_width: int = Field(256, ge=8)
+    min_time: float = Field(0.1, gt=0, lt=1)
+    """The flow loss of the predicted picture is weighted by 1 / max(t, min_time)^2."""
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def channels(self) -> int:
+        return 3 * self.patch_size**2
+
+
+class TinyWords:
+    """A closed vocabulary of whole words."""
+
+    pad_id, bos_id, eos_id, image_start_id, image_end_id, unknown_id = range(len(SPECIAL_TOKENS))
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = tokenizer.get_vocab()
+        self._encoded: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Sequence[str]) -> Self:
+        """A word-level tokenizer over the given words."""
+        table = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
+        tokenizer = Tokenizer(models.WordLevel(table, unk_token="[unk]"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return cls(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words; an unknown word raises InputError and names the nearest known one."""
+        if text not in self._encoded:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token == self.unknown_id:
+                    word = text[start:stop]
+                    near = get_close_matches(word.lower(), self.vocabulary, n=1)
+                    hint = f"did you mean '{near[0]}'?" if near else "use the words of `lvrpo data vocabulary`"
+                    raise InputError(f"{word!r} in {text!r}: not among the {len(self)} words of this model: {hint}")
+            self._encoded[text] = encoding.ids
+        return self._encoded[text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.tokenizer.id_to_token(int(i)) for i in ids if i >= len(SPECIAL_TOKENS))
+
+    def forbidden(self) -> torch.Tensor:
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[[self.pad_id, self.bos_id, self.image_start_id, self.image_end_id, self.unknown_id]] = True
+        return mask
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+class TinyTowers(nn.Module):
+    """Pixel patches in, pixel patches out; the drawing side predicts the clean picture and turns it into a velocity."""
+
+    def __init__(self, config: TinyConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        width = config.transformer.width
+        self.config = config
+        self.embed_tokens_table = nn.Embedding(vocabulary_size, width)
+        self.lm_head = nn.Linear(width, vocabulary_size, bias=False)
+        self.read_in = nn.Linear(config.channels, config.tower_width)
+        self.read_out = nn.Linear(config.tower_width, width)
+        self.read_position = nn.Parameter(_position_table(config.image_size // config.patch_size, width))
+        self.latent_in = nn.Linear(config.channels, width)
+        self.latent_out = nn.Linear(width, config.channels)
+        self.latent_position = nn.Parameter(_position_table(config.image_size // config.patch_size, width))
+        self.time_in = nn.Linear(width, width)
+        self.time_out = nn.Linear(width, width)
+        nn.init.normal_(self.embed_tokens_table.weight, std=0.5)
+        nn.init.zeros_(self.lm_head.weight)
+        nn.init.zeros_(self.latent_out.weight)
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(width // 2) / (width // 2))
+        self.register_buffer("frequencies", 1000.0 * frequencies, persistent=False)
+        self.frequencies: torch.Tensor
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens_table(ids)
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden)
+
+    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
+        hidden = F.relu(self.read_in(self.encode_latents(images))).square()
+        return self.read_out(hidden) + self.read_position
+
+    def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
+        size = self.config.image_size
+        for image in images:
+            if image.shape != (3, size, size):
+                raise InputError(f"picture of shape {tuple(image.shape)}: this model reads (3, {size}, {size}): resize it")
+        pixels = torch.stack(list(images)).to(self.frequencies) * 2 - 1
+        return patchify(pixels, self.config.patch_size)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return (unpatchify(latents, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
+
+    def embed_latents(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        angles = t[:, None] * self.frequencies
+        time = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        time = self.time_out(F.silu(self.time_in(time)))
+        return self.latent_in(latents) + time[:, None] + self.latent_position
+
+    def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x_0 = self.latent_out(hidden)
+        return (x_t - x_0) / t[:, None, None]
+
+    def latent_shape(self) -> tuple[int, int]:
+        return self.config.image_tokens, self.config.channels
+
+
+class TinyPolicy(MoTPolicy):
+    """The core with the tiny towers: a complete policy."""
+
+    model_type = "lvrpo_tiny"
+
+    def __init__(self, config: TinyConfig, words: TinyWords) -> None:
+        super().__init__(MoT(config.transformer), TinyTowers(config, len(words)), words)
+        self.config = config
+
+    @classmethod
+    def from_vocabulary(cls, config: TinyConfig, vocabulary: Sequence[str], seed: int = 0) -> Self:
+        """A fresh random policy."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, TinyWords.from_vocabulary(vocabulary))
+
+    def min_time(self) -> float:
+        return self.config.min_time
+
+    def _config_dict(self) -> dict[str, object]:
+        return self.config.model_dump(mode="json")
+
+    @classmethod
+    def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
+        return cls(TinyConfig.model_validate(config), TinyWords.load(folder))
+
+
+def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, N, patch_size^2 * 3), tokens row-major, each in order row, column, channel."""
+    b, c, h, w = pixels.shape
+    p = patch_size
+    return pixels.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of ``patchify`` for square pictures."""
+    b, n, channels = tokens.shape
+    p, side = patch_size, math.isqrt(n)
+    return (
+        tokens.reshape(b, side, side, p, p, channels // (p * p))
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(b, channels // (p * p), side * p, side * p)
+    )
+
+
+def _position_table(side: int, width: int) -> torch.Tensor:
+    """2-D sin-cos table (side^2, width): the first half of a row encodes the column, the second the row."""
+    frequencies = 1.0 / 100 ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = table.repeat(side, 1)
+    rows = table.repeat_interleave(side, dim=0)
+    return 0.5 * torch.cat([columns, rows], dim=1)
+
+
