@@ -1,0 +1,76 @@
+"""Align unified multimodal models by group-relative policy optimization.
+
+The names below are imported when they are first used, so that ``import lvrpo`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Config": "lvrpo.config",
+    "ContractError": "lvrpo.errors",
+    "Example": "lvrpo.types",
+    "Fact": "lvrpo.types",
+    "FlowSegment": "lvrpo.types",
+    "Group": "lvrpo.types",
+    "InputError": "lvrpo.errors",
+    "LvrpoError": "lvrpo.errors",
+    "Policy": "lvrpo.policies.base",
+    "Prompt": "lvrpo.types",
+    "RewardTable": "lvrpo.types",
+    "Sampling": "lvrpo.policies.base",
+    "SegmentLogprobs": "lvrpo.types",
+    "TextSegment": "lvrpo.types",
+    "Trajectory": "lvrpo.types",
+    "load_config": "lvrpo.config",
+}
+
+__all__ = [
+    "Config",
+    "ContractError",
+    "Example",
+    "Fact",
+    "FlowSegment",
+    "Group",
+    "InputError",
+    "LvrpoError",
+    "Policy",
+    "Prompt",
+    "RewardTable",
+    "Sampling",
+    "SegmentLogprobs",
+    "TextSegment",
+    "Trajectory",
+    "__version__",
+    "load_config",
+]
+
+if TYPE_CHECKING:
+    from lvrpo.config import Config, load_config
+    from lvrpo.errors import ContractError, InputError, LvrpoError
+    from lvrpo.policies.base import Policy, Sampling
+    from lvrpo.types import (
+        Example,
+        Fact,
+        FlowSegment,
+        Group,
+        Prompt,
+        RewardTable,
+        SegmentLogprobs,
+        TextSegment,
+        Trajectory,
+    )
+
+
+def __getattr__(name: str) -> Any:  # Any: the type checker reads the imports above
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lvrpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

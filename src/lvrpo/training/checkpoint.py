@@ -289,11 +289,12 @@ def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = Path(error.filename) if isinstance(error.filename, str) else Path(path)
+        named = error.filename if isinstance(error.filename, str) else ""
+        where = Path(named) if named and ".tmp-" not in named else Path(path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = _free_bytes(Path(path)) / 2**20
+            free = f"{_free_bytes(Path(path)) / 2**20:.0f} MiB free"
             raise InputError(
-                f"{where}: cannot be {doing}: the disk is full ({free:.0f} MiB free): free some or choose another folder"
+                f"{where}: cannot be {doing}: the disk is full ({free}): free some space or choose another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(

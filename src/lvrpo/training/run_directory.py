@@ -132,17 +132,20 @@ class RunDirectory:
     def _lock(self) -> None:
         with disk_errors(self.path):
             handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(handle)
-            raise InputError(
-                f"{self.path}: process {holder} is writing this run: wait for it or choose another name"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        self._unlock = weakref.finalize(self, os.close, handle)
+            self._unlock = weakref.finalize(self, os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+            except BlockingIOError:
+                holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+                self.close()
+                raise InputError(
+                    f"{self.path}: process {holder} is writing this run: wait for it or choose another name"
+                ) from None
+            except BaseException:
+                self.close()
+                raise
 
     def _recover(self) -> None:
         """Clears what a killed writer left: temporary files and folders, half a line of metrics."""

@@ -1,0 +1,151 @@
+"""Scores with their uncertainty: 95 % intervals by bootstrap over prompts, and by Student's t over seeds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from lvrpo.errors import ContractError
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval that covers the true one in 95 of 100 experiments."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+    """How many values (prompts, or seeds) stand behind it."""
+
+    def as_dict(self) -> dict[str, float | int]:
+        """As ``summary.json`` holds it."""
+        return {"score": self.score, "low": self.low, "high": self.high, "n": self.n}
+
+    @property
+    def clear_of_zero(self) -> bool:
+        """Whether a difference is told from none."""
+        return self.low > 0 or self.high < 0
+
+
+def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """Mean of per-prompt scores with a percentile bootstrap.
+
+    ``clusters`` names what each value belongs to (the prompt of several samples): whole clusters are then resampled.
+    Where all values are equal the bootstrap sees no spread: 0/1 scores get Wilson's interval, with the clusters as the
+    sample size; others get an interval of width 0. One cluster alone says nothing of its spread: nan, as for no value.
+    Raises ContractError on a value that is not finite.
+    """
+    scores = _checked(values)
+    if scores.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    sums, counts = _by_cluster(scores, clusters)
+    score = float(scores.mean())
+    if np.all(scores == scores[0]):
+        low, high = _wilson(score, sums.size) if scores[0] in (0.0, 1.0) else _no_spread(score, sums.size)
+    else:
+        low, high = _bootstrap(sums, counts, seed)
+    return Interval(score, min(low, score), max(high, score), int(scores.size))
+
+
+def paired_difference(
+    before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0
+) -> Interval:
+    """Mean of ``after - before`` over the same prompts, resampling prompts (or clusters) as pairs.
+
+    Where all differences of 0/1 scores are equal, Wilson's bound on how often another one could have turned up is put
+    on both sides; other equal differences get an interval of width 0. Raises ContractError if the two have different lengths or a value is not finite.
+    """
+    one, two = _checked(before), _checked(after)
+    if one.shape != two.shape:
+        raise ContractError(f"{one.size} scores before and {two.size} after: pair the same prompts")
+    differences = two - one
+    if differences.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    sums, counts = _by_cluster(differences, clusters)
+    score = float(differences.mean())
+    if np.all(differences == differences[0]):
+        low, high = _no_spread(score, sums.size)
+        if np.isin(one, (0.0, 1.0)).all() and np.isin(two, (0.0, 1.0)).all():
+            share = _wilson(0.0, sums.size)[1]
+            low, high = max(-1.0, score - share), min(1.0, score + share)
+    else:
+        low, high = _bootstrap(sums, counts, seed)
+    return Interval(score, min(low, score), max(high, score), int(differences.size))
+
+
+def seeds_interval(scores: ArrayLike) -> Interval:
+    """Mean over seeds with Student's t interval; one seed says nothing of its spread, so its bounds are nan.
+
+    Raises ContractError on a value that is not finite.
+    """
+    values = _checked(scores)
+    if values.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    mean = float(values.mean())
+    if values.size == 1:
+        return Interval(mean, float("nan"), float("nan"), 1)
+    error = float(values.std(ddof=1)) / values.size**0.5
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)) * error
+    return Interval(mean, mean - half, mean + half, int(values.size))
+
+
+def _checked(values: ArrayLike) -> Floats:
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not np.isfinite(array).all():
+        raise ContractError("a score is not finite: leave missing scores out, they are never numbers")
+    return array
+
+
+def _by_cluster(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
+    """Sum and count of each cluster; each value is its own where no clusters are given."""
+    if clusters is None:
+        return values, np.ones_like(values)
+    if len(clusters) != values.size:
+        raise ContractError(f"{values.size} scores but {len(clusters)} clusters: give one cluster per score")
+    index: dict[Hashable, int] = {}
+    codes = np.array([index.setdefault(cluster, len(index)) for cluster in clusters], dtype=np.int64)
+    return np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
+
+
+def _no_spread(score: float, n: int) -> tuple[float, float]:
+    return (score, score) if n > 1 else (float("nan"), float("nan"))
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    interval = stats.binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _bootstrap(sums: Floats, counts: Floats, seed: int) -> tuple[float, float]:
+    if sums.size == 1:
+        return float("nan"), float("nan")
+
+    def ratio(total: Any, count: Any, axis: int = -1) -> Any:  # scipy calls it with arrays of any rank
+        return total.sum(axis=axis) / count.sum(axis=axis)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            (sums, counts),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=max(1, 4_000_000 // sums.size),
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
