@@ -65,7 +65,8 @@ def paired_difference(
     """Mean of ``after - before`` over the same prompts, resampling prompts (or clusters) as pairs.
 
     Where all differences of 0/1 scores are equal, Wilson's bound on how often another one could have turned up is put
-    on both sides; other equal differences get an interval of width 0. Raises ContractError if the two have different lengths or a value is not finite.
+    on both sides; other equal differences get an interval of width 0.
+    Raises ContractError if the two have different lengths or a value is not finite.
     """
     one, two = _checked(before), _checked(after)
     if one.shape != two.shape:
@@ -116,7 +117,10 @@ def _by_cluster(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Fl
         raise ContractError(f"{values.size} scores but {len(clusters)} clusters: give one cluster per score")
     index: dict[Hashable, int] = {}
     codes = np.array([index.setdefault(cluster, len(index)) for cluster in clusters], dtype=np.int64)
-    return np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
+    sums, counts = np.zeros(len(index)), np.zeros(len(index))
+    np.add.at(sums, codes, values)
+    np.add.at(counts, codes, 1.0)
+    return sums, counts
 
 
 def _no_spread(score: float, n: int) -> tuple[float, float]:
