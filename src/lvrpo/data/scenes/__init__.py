@@ -1,0 +1,51 @@
+"""The built-in world: small pictures of colored shapes and handwritten digits, with a grammar and a verifier."""
+
+from lvrpo.data.scenes.corpus import CorpusConfig, WebCorpus, web_corpus
+from lvrpo.data.scenes.grammar import DESCRIBE, VOCABULARY, normalize
+from lvrpo.data.scenes.objects import (
+    COLOR,
+    COLORS,
+    DIGITS,
+    GROUND,
+    GROUNDS,
+    HELD_OUT,
+    SHAPES,
+    SPLITS,
+    Scene,
+    SceneObject,
+    Split,
+)
+from lvrpo.data.scenes.prompts import CATEGORIES, ScenePrompts, ScenesConfig
+from lvrpo.data.scenes.render import render
+from lvrpo.data.scenes.verifier import Reading, SeenObject, Verifier, fact_results, holds, read, verify
+
+__all__ = [
+    "CATEGORIES",
+    "COLOR",
+    "COLORS",
+    "DESCRIBE",
+    "DIGITS",
+    "GROUND",
+    "GROUNDS",
+    "HELD_OUT",
+    "SHAPES",
+    "SPLITS",
+    "VOCABULARY",
+    "CorpusConfig",
+    "Reading",
+    "Scene",
+    "SceneObject",
+    "ScenePrompts",
+    "ScenesConfig",
+    "SeenObject",
+    "Split",
+    "Verifier",
+    "WebCorpus",
+    "fact_results",
+    "holds",
+    "normalize",
+    "read",
+    "render",
+    "verify",
+    "web_corpus",
+]

@@ -1,0 +1,305 @@
+"""The web corpus: a finite, web-like collection for pretraining, in which captions leave things out and err.
+
+The rates are fields of ``CorpusConfig``; ``WebCorpus.rates`` reports what was actually drawn. Only scenes and handwritten
+samples of the train split appear, and no held-out combination does, in pictures or in words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pydantic import Field, field_validator
+
+from lvrpo.config import Config
+from lvrpo.data.scenes import edits, grammar, reasoning
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Mention, clear_relation, mention
+from lvrpo.data.scenes.layout import Layout
+from lvrpo.data.scenes.objects import (
+    CELL,
+    COLORS,
+    DEFAULT_SIZE,
+    DIGITS,
+    HELD_OUT,
+    MAX_OBJECTS,
+    SHAPES,
+    Scene,
+)
+from lvrpo.data.scenes.questions import ask
+from lvrpo.data.scenes.render import render
+from lvrpo.types import Example, Image, OutputKind, Part, Prompt, Task
+
+
+class CorpusConfig(Config):
+    """Sizes and rates of the web corpus; shares of scenes and of questions are relative weights."""
+
+    seed: int = 0
+    size: int = DEFAULT_SIZE
+    """Side of the pictures in pixels, a multiple of 8."""
+    scenes: int = Field(12000, ge=1)
+    """Captioned pictures, each with ``questions_per_scene`` questions."""
+    edits: int = Field(6000, ge=0)
+    reasons: int = Field(6000, ge=0)
+    """Rows of sum, compare and draw_answer, in equal parts."""
+    questions_per_scene: int = Field(4, ge=0)
+    scene_shares: dict[str, float] = Field(
+        default_factory=lambda: {"one": 0.30, "two": 0.28, "several": 0.14, "alike": 0.10, "digit": 0.18}
+    )
+    """What the pictures show; "alike", that is counting, is rare."""
+    question_shares: dict[str, float] = Field(
+        default_factory=lambda: {"color": 0.28, "shape": 0.24, "exists": 0.30, "count": 0.12, "position": 0.06}
+    )
+    """What is asked; counts and positions are rare. A picture with a digit is asked for it half of the time."""
+    drop_color: float = Field(0.30, ge=0, le=1)
+    """Captions: share of colors left out."""
+    drop_object: float = Field(0.30, ge=0, le=1)
+    """Captions: share of further objects left out."""
+    wrong_slot: float = Field(0.15, ge=0, le=1)
+    """Share of captions with one wrong word: a color, a shape, a digit, a number or a relation."""
+    relation: float = Field(0.12, ge=0, le=1)
+    """Share of captions of two objects that say where they stand."""
+    attribution: float = Field(0.15, ge=0, le=1)
+    """Share of captions of several objects that may tell more than one color; the others tell at most one."""
+    wrong_yes: float = Field(0.30, ge=0, le=1)
+    """Share of no-answers turned to yes."""
+    wrong_count: float = Field(0.25, ge=0, le=1)
+    """Share of counts of three or more that are off by one."""
+    wrong_answer: float = Field(0.08, ge=0, le=1)
+    """Share of all other answers that are another answer of the same kind."""
+    wrong_edit: float = Field(0.15, ge=0, le=1)
+    """Share of edits of which one half changes nothing and the other half changes something else too."""
+    wrong_reason: float = Field(0.15, ge=0, le=1)
+
+    @field_validator("size")
+    @classmethod
+    def _whole_cells(cls, size: int) -> int:
+        if size % CELL or size < 4 * CELL:
+            raise ValueError(f"size={size}: use a multiple of {CELL}, 32 or more")
+        return size
+
+    @field_validator("scene_shares", "question_shares")
+    @classmethod
+    def _known_shares(cls, shares: dict[str, float]) -> dict[str, float]:
+        known = {"one", "two", "several", "alike", "digit"} if "one" in shares else set(grammar.UNDERSTAND)
+        if not shares or set(shares) - known or min(shares.values()) < 0 or not sum(shares.values()):
+            raise ValueError(f"shares {shares}: use names among {', '.join(sorted(known))} and weights >= 0")
+        return shares
+
+
+@dataclass(frozen=True)
+class WebCorpus:
+    """Rows to imitate. Rows about one picture hold the same tensor object."""
+
+    config: CorpusConfig
+    generate: list[Example]
+    """Caption -> picture."""
+    caption: list[Example]
+    """Picture and "describe the picture" -> caption."""
+    question: list[Example]
+    """Picture and question -> answer."""
+    edit: list[Example]
+    """Picture and instruction -> picture."""
+    reason: list[Example]
+    """Picture and question -> answer, or text -> answer and picture."""
+    scenes: list[Scene] = field(repr=False)
+    """What the pictures of the captions show, in their order."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Measured shares: dropped colors and objects, wrong captions, answers, edits, reasons."""
+
+    def examples(self) -> list[Example]:
+        """All rows."""
+        return [*self.generate, *self.caption, *self.question, *self.edit, *self.reason]
+
+    def __len__(self) -> int:
+        return len(self.examples())
+
+
+def web_corpus(config: CorpusConfig | None = None) -> WebCorpus:
+    """Builds the corpus: a pure function of its config, about 5 seconds for the default."""
+    return _Builder(config or CorpusConfig()).build()
+
+
+def _other(rng: random.Random, options: Sequence[str], value: str) -> str:
+    return rng.choice([o for o in options if o != value])
+
+
+class _Builder:
+    def __init__(self, config: CorpusConfig) -> None:
+        self.config = config
+        self.rng = random.Random(f"web corpus {config.seed}")
+        self.layout = Layout(self.rng, "train", config.size // CELL)
+        self.counts: Counter[str] = Counter()
+
+    def build(self) -> WebCorpus:
+        c = self.config
+        corpus = WebCorpus(c, [], [], [], [], [], [], {})
+        for i in range(c.scenes):
+            scene = self._scene()
+            image = render(scene, c.size)
+            text = self._caption(scene)
+            corpus.scenes.append(scene)
+            wording = (0, 0, 1, 2)[self.rng.randrange(4)]
+            said = grammar.caption(*text, wording=wording)
+            corpus.generate.append(self._row("generate", "caption", i, (said,), ("image",), (image,)))
+            plain = grammar.caption(*text)
+            parts = (image, grammar.DESCRIBE)
+            corpus.caption.append(self._row("understand", "caption", i, parts, ("text",), (plain,)))
+            self._questions(corpus.question, scene, image)
+        corpus.edit.extend(self._edit(i) for i in range(c.edits))
+        corpus.reason.extend(self._reason(i) for i in range(c.reasons))
+        return replace(corpus, rates=self._rates())
+
+    def _row(
+        self,
+        task: Task,
+        category: str,
+        index: int,
+        parts: tuple[Part, ...],
+        output: tuple[OutputKind, ...],
+        outputs: tuple[Part, ...],
+    ) -> Example:
+        answer = next((o for o in outputs if isinstance(o, str)), None)
+        key = f"scenes/web/{task}/{category}/{index:06d}"
+        return Example(Prompt(key, task, parts, output, answer, (), category, "scenes/web"), outputs)
+
+    def _happens(self, name: str, rate: float) -> bool:
+        """Draws an error of a rate and counts it."""
+        self.counts[f"{name} of"] += 1
+        happened = self.rng.random() < rate
+        self.counts[name] += happened
+        return happened
+
+    def _rates(self) -> dict[str, float]:
+        names = [n.removesuffix(" of") for n in self.counts if n.endswith(" of")]
+        return {n: self.counts[n] / self.counts[f"{n} of"] for n in names}
+
+    def _scene(self) -> Scene:
+        shares = self.config.scene_shares
+        kind = self.rng.choices(list(shares), list(shares.values()))[0]
+        build = {
+            "one": lambda: self.layout.objects(1),
+            "two": lambda: self.layout.objects(2),
+            "several": lambda: self.layout.to_ask(digit=False),
+            "alike": lambda: self.layout.alike().scene,
+            "digit": self._with_digit,
+        }[kind]
+        return self.layout.until(build, lambda s: s)
+
+    def _with_digit(self) -> Scene:
+        return self.layout.one_digit().scene if self.rng.random() < 0.8 else self.layout.to_ask(digit=True)
+
+    def _caption(self, scene: Scene) -> tuple[list[Mention], str | None]:
+        c, objects = self.config, scene.objects
+        relation = None
+        if len(objects) > 1 and len({o.shape for o in objects}) == 1:
+            color = objects[0].color if len({o.color for o in objects}) == 1 else None
+            mentions = [Mention(objects[0].shape, color, len(objects))]
+        else:
+            shown = self.rng.sample(objects, len(objects))[:3]
+            mentions = [mention(o) for o in shown]
+            if len(shown) == 2 and self._happens("relation", c.relation):
+                relation = clear_relation(shown[0].cell, shown[1].cell)
+            if relation is None:
+                mentions[1:] = [m for m in mentions[1:] if not self._happens("drop_object", c.drop_object)]
+        mentions = [m.without_color() if m.color and self._happens("drop_color", c.drop_color) else m for m in mentions]
+        colored = [i for i, m in enumerate(mentions) if m.color]
+        if len(colored) > 1 and not self._happens("attribution", c.attribution):
+            kept = self.rng.choice(colored)
+            mentions = [m if i == kept else m.without_color() for i, m in enumerate(mentions)]
+        if self._happens("wrong_slot", c.wrong_slot):
+            return self._spoil(mentions, relation)
+        return mentions, relation
+
+    def _spoil(self, mentions: list[Mention], relation: str | None) -> tuple[list[Mention], str | None]:
+        """The caption with one wrong word, never one that names a held-out combination."""
+        if relation is not None and self.rng.random() < 0.3:
+            return mentions, OPPOSITE[relation]
+        i = self.rng.randrange(len(mentions))
+        m = mentions[i]
+        while True:
+            slot = self.rng.choice(("shape", "color", "count"))
+            if slot == "count" and m.count > 1:
+                near = [n for n in (m.count - 1, m.count + 1) if 2 <= n <= MAX_OBJECTS]
+                wrong = replace(m, count=self.rng.choice(near))
+            elif slot == "color" and m.color is not None:
+                wrong = replace(m, color=_other(self.rng, COLORS, m.color))
+            else:
+                wrong = replace(m, shape=_other(self.rng, DIGITS if m.is_digit else SHAPES, m.shape))
+            if (wrong.color, wrong.shape) not in HELD_OUT:
+                return [wrong if k == i else other for k, other in enumerate(mentions)], relation
+
+    def _questions(self, rows: list[Example], scene: Scene, image: Image) -> None:
+        shares = self.config.question_shares
+        names, weights = list(shares), list(shares.values())
+        digit = sum(o.is_digit for o in scene.objects) == 1
+        for k in range(self.config.questions_per_scene):
+            question = category = None
+            while question is None:
+                ask_digit = digit and k % 2 == 0
+                category = "digit" if ask_digit else self.rng.choices(names, weights)[0]
+                question = ask(category, scene, self.rng, self.layout.grid)
+            answer = self._answer(question.answer)
+            parts = (image, question.text)
+            rows.append(self._row("understand", category or "", len(rows), parts, ("text",), (answer,)))
+
+    def _answer(self, answer: str) -> str:
+        """The answer, or a wrong one of its kind."""
+        c, rng = self.config, self.rng
+        if answer == "no":
+            wrong = "yes" if self._happens("wrong_yes", c.wrong_yes) else answer
+        elif answer in NUMBER_WORDS[3:]:
+            near = [n for n in NUMBER_WORDS[1:] if abs(NUMBER_WORDS.index(n) - NUMBER_WORDS.index(answer)) == 1]
+            wrong = rng.choice(near) if self._happens("wrong_count", c.wrong_count) else answer
+        elif self._happens("wrong_answer", c.wrong_answer):
+            wrong = _other(rng, next(kind for kind in _ANSWERS if answer in kind), answer)
+        else:
+            wrong = answer
+        self.counts["wrong_question of"] += 1
+        self.counts["wrong_question"] += wrong != answer
+        return wrong
+
+    def _edit(self, index: int) -> Example:
+        category = grammar.EDIT[index % len(grammar.EDIT)]
+        made = edits.edit(category, self.layout)
+        target = made.target
+        if self._happens("wrong_edit", self.config.wrong_edit):
+            target = made.source if self.rng.random() < 0.5 else self._changed_too(target)
+        parts = (render(made.source, self.config.size), made.instruction)
+        return self._row("edit", category, index, parts, ("image",), (render(target, self.config.size),))
+
+    def _changed_too(self, scene: Scene) -> Scene:
+        def build() -> Scene:
+            k = self.rng.randrange(len(scene.objects))
+            o = scene.objects[k]
+            other = replace(o, color=self.layout.color_of(o.shape))
+            return replace(scene, objects=tuple(other if i == k else p for i, p in enumerate(scene.objects)))
+
+        return self.layout.until(lambda: None if (s := build()) == scene else s, lambda s: s)
+
+    def _reason(self, index: int) -> Example:
+        category = grammar.REASON[index % len(grammar.REASON)]
+        r = reasoning.reason(category, self.layout)
+        answer, drawing = r.answer, r.drawing
+        if self._happens("wrong_reason", self.config.wrong_reason):
+            answer = _other(self.rng, ("yes", "no") if answer in ("yes", "no") else DIGITS, answer)
+            drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
+        if drawing is not None:
+            outputs = (answer, render(drawing, self.config.size))
+            return self._row("reason", category, index, (r.text,), ("text", "image"), outputs)
+        assert r.picture is not None
+        parts = (render(r.picture, self.config.size), r.text)
+        return self._row("reason", category, index, parts, ("text",), (answer,))
+
+
+_PLACES = ("top left", "top right", "bottom left", "bottom right")
+_ANSWERS: tuple[tuple[str, ...], ...] = (
+    ("yes", "no"),
+    COLORS,
+    SHAPES,
+    DIGITS,
+    NUMBER_WORDS[1:],
+    _PLACES,
+    grammar.RELATIONS,
+)

@@ -1,0 +1,161 @@
+"""What a scene is made of: the color table, the shapes, the real handwritten digits, the grounds, and ``Scene``.
+
+A picture is ``size`` x ``size`` pixels, a grid of 8-pixel cells with at most one object per cell. Every object is an
+8 x 8 alpha mask (a drawn shape or a scanned digit) in one color on the ground:
+pixel = ground + alpha * (color - ground).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+import numpy as np
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+CELL = 8
+"""Side of a cell in pixels."""
+DEFAULT_SIZE = 32
+"""Default side of a picture in pixels."""
+MAX_OBJECTS = 5
+"""The most objects that a scene of the grammar has."""
+
+COLOR: Mapping[str, tuple[float, float, float]] = {
+    "red": (0.84, 0.06, 0.10),
+    "orange": (1.00, 0.46, 0.00),
+    "yellow": (0.98, 0.92, 0.12),
+    "green": (0.10, 0.62, 0.18),
+    "cyan": (0.10, 0.82, 0.90),
+    "blue": (0.10, 0.20, 0.88),
+    "purple": (0.50, 0.12, 0.62),
+    "pink": (1.00, 0.50, 0.80),
+}
+"""RGB in [0, 1] of the eight colors."""
+
+GROUND: Mapping[str, tuple[float, float, float]] = {
+    "white": (0.96, 0.96, 0.96),
+    "gray": (0.55, 0.55, 0.55),
+    "black": (0.05, 0.05, 0.05),
+}
+"""RGB in [0, 1] of the three plain grounds."""
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+DIGITS = tuple("0123456789")
+COLORS = tuple(COLOR)
+GROUNDS = tuple(GROUND)
+
+HELD_OUT: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("red", "star"),
+        ("green", "circle"),
+        ("blue", "triangle"),
+        ("yellow", "cross"),
+        ("purple", "square"),
+        ("cyan", "diamond"),
+    }
+)
+"""(color, shape) pairs never seen together in training: 6 of 48, one per shape, six different colors."""
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One object in one cell."""
+
+    shape: str
+    """One of ``SHAPES``, or "0" .. "9" for a handwritten digit."""
+    color: str
+    row: int
+    col: int
+    sample: int = -1
+    """Index into the handwritten samples; -1 for a shape."""
+
+    @property
+    def is_digit(self) -> bool:
+        """Whether it is a handwritten digit."""
+        return self.sample >= 0
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """(row, col)."""
+        return self.row, self.col
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a picture shows."""
+
+    ground: str
+    objects: tuple[SceneObject, ...]
+
+    def split(self) -> Split:
+        """The split that this scene belongs to: 80 / 10 / 10 by a hash of its content, whatever the objects' order."""
+        key = ";".join(sorted(f"{o.shape},{o.color},{o.row},{o.col},{o.sample}" for o in self.objects))
+        return _bucket(f"{self.ground}|{key}")
+
+    def held_out(self) -> bool:
+        """Whether it shows a combination that training never sees."""
+        return any((o.color, o.shape) in HELD_OUT for o in self.objects)
+
+
+def _bucket(key: str) -> Split:
+    bucket = zlib.crc32(key.encode()) % 1000
+    return "train" if bucket < 800 else "validation" if bucket < 900 else "test"
+
+
+def _polygon(points: list[tuple[float, float]], supersample: int = 16) -> np.ndarray:
+    """Anti-aliased alpha (8, 8) of a polygon with (x, y) corners in cell units [-1, 1], y down, even-odd rule."""
+    steps = (np.arange(CELL * supersample) + 0.5) / (CELL * supersample) * 2 - 1
+    x, y = np.meshgrid(steps, steps)
+    inside = np.zeros_like(x, dtype=bool)
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
+        if y0 == y1:
+            continue
+        crosses = (y0 > y) != (y1 > y)
+        inside ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    return inside.reshape(CELL, supersample, CELL, supersample).mean((1, 3)).astype(np.float32)
+
+
+@cache
+def shape_masks() -> Mapping[str, np.ndarray]:
+    """Alpha of each shape: name -> float32 (8, 8) in [0, 1]."""
+    turn = 2 * np.pi
+    circle = [(0.86 * np.cos(turn * k / 64), 0.86 * np.sin(turn * k / 64)) for k in range(64)]
+    star = [
+        (
+            (1.05, 0.42)[k % 2] * float(np.sin(turn * k / 10)),
+            0.08 - (1.05, 0.42)[k % 2] * float(np.cos(turn * k / 10)),
+        )
+        for k in range(10)
+    ]
+    a, b = 1.0, 0.25
+    cross = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+    return {
+        "circle": _polygon(circle),
+        "square": _polygon([(-0.93, -0.93), (0.93, -0.93), (0.93, 0.93), (-0.93, 0.93)]),
+        "triangle": _polygon([(0.0, -0.95), (0.97, 0.85), (-0.97, 0.85)]),
+        "star": _polygon(star),
+        "diamond": _polygon([(0.0, -1.0), (0.66, 0.0), (0.0, 1.0), (-0.66, 0.0)]),
+        "cross": _polygon(cross),
+    }
+
+
+@cache
+def digit_samples() -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits that ship with scikit-learn: alpha float32 (1797, 8, 8) in [0, 1] and labels (1797,)."""
+    from sklearn.datasets import load_digits  # heavy, and needed only where digits are drawn
+
+    images, labels = load_digits(return_X_y=True)
+    return (images.reshape(-1, CELL, CELL) / 16).astype(np.float32), labels.astype(np.int64)
+
+
+@cache
+def digit_indices(split: Split) -> tuple[tuple[int, ...], ...]:
+    """For each digit 0..9, the handwritten samples of a split; the splits are disjoint by sample."""
+    _, labels = digit_samples()
+    rows = [[i for i in np.flatnonzero(labels == d) if _bucket(f"digit {i}") == split] for d in range(10)]
+    return tuple(tuple(int(i) for i in row) for row in rows)

@@ -1,0 +1,194 @@
+"""The endless source of alignment and evaluation prompts: fully specified, with facts and answers."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from lvrpo.config import Config
+from lvrpo.data.scenes import edits, facts, grammar, reasoning
+from lvrpo.data.scenes.layout import Layout
+from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split
+from lvrpo.data.scenes.questions import Question, ask
+from lvrpo.data.scenes.render import render
+from lvrpo.types import Example, Image, Part, Prompt, Task
+
+CATEGORIES: Mapping[Task, tuple[str, ...]] = {
+    "understand": grammar.UNDERSTAND,
+    "generate": grammar.GENERATE,
+    "edit": grammar.EDIT,
+    "reason": grammar.REASON,
+}
+"""The rows of the results table, by task."""
+
+CAN_HOLD_OUT: Mapping[Task, frozenset[str]] = {
+    "understand": frozenset({"color", "count", "shape", "exists", "position"}),
+    "generate": frozenset({"counting", "colors", "position", "color_attr"}),
+    "edit": frozenset(grammar.EDIT),
+    "reason": frozenset(),
+}
+"""The categories that can show a held-out combination."""
+
+
+class ScenesConfig(Config):
+    """Which prompts the built-in world gives."""
+
+    size: int = Field(DEFAULT_SIZE, ge=4 * CELL, le=256)
+    """Side of the pictures in pixels, a multiple of 8."""
+    weights: dict[str, int] = Field(default_factory=dict)
+    """Weight of a category in the round robin, by "task/category", such as ``{"generate/counting": 2}``; 1 by default,
+    0 leaves it out."""
+    questions_per_picture: int = Field(4, ge=1, le=16)
+    """Consecutive questions that share one picture."""
+    held_out: Literal["never", "mixed", "only"] = "mixed"
+    """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
+    categories that can show one, or only those. The train split never shows any."""
+    held_out_share: float = Field(0.2, ge=0, le=1)
+
+    @field_validator("size")
+    @classmethod
+    def _whole_cells(cls, size: int) -> int:
+        if size % CELL:
+            raise ValueError(f"size={size} is not a multiple of {CELL}: use 32, 40, 48 ...")
+        return size
+
+    @field_validator("weights")
+    @classmethod
+    def _known_categories(cls, weights: dict[str, int]) -> dict[str, int]:
+        known = {f"{task}/{c}" for task, names in CATEGORIES.items() for c in names}
+        for name, weight in weights.items():
+            if name not in known:
+                raise ValueError(f"weights has {name!r}, which is no category: use one of {', '.join(sorted(known))}")
+            if weight < 0:
+                raise ValueError(f"weights[{name!r}]={weight} is negative: use 0 to leave the category out")
+        return weights
+
+
+@dataclass
+class _Picture:
+    """A picture with one question per consecutive index."""
+
+    scene: Scene
+    image: Image
+    questions: list[Question]
+
+
+@dataclass
+class ScenePrompts:
+    """Prompts of one split: ``prompt(task, index)`` is a pure function of (config, split, seed, task, index)."""
+
+    config: ScenesConfig = field(default_factory=ScenesConfig)
+    split: Split = "train"
+    seed: int = 0
+    _pictures: OrderedDict[int, _Picture] = field(default_factory=OrderedDict, init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The source as it stands in ids: scenes/SPLIT, with the seed unless it is 0."""
+        only = ".held_out" if self._only_held_out else ""
+        return f"scenes/{self.split}{only}{f'.{self.seed}' if self.seed else ''}"
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that have at least one category."""
+        return tuple(self.cycles)
+
+    @cached_property
+    def cycles(self) -> Mapping[Task, tuple[str, ...]]:
+        """For each task, the categories in the order in which indices take them."""
+        cycles: dict[Task, tuple[str, ...]] = {}
+        for task, names in CATEGORIES.items():
+            allowed = [c for c in names if not self._only_held_out or c in CAN_HOLD_OUT[task]]
+            weights = {c: self.config.weights.get(f"{task}/{c}", 1) for c in allowed}
+            rounds = range(max(weights.values(), default=0))
+            cycle = tuple(c for k in rounds for c in allowed if weights[c] > k)
+            if cycle:
+                cycles[task] = cycle
+        return cycles
+
+    def category(self, task: Task, index: int) -> str:
+        """The category of an index (KeyError for a task without categories)."""
+        cycle = self.cycles[task]
+        return cycle[index % len(cycle)]
+
+    def prompt(self, task: Task, index: int) -> Prompt:
+        """The prompt at an index >= 0 (KeyError for a task without categories)."""
+        return self._build(task, index)[0]
+
+    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+        """``n`` prompts from ``start`` on."""
+        return [self.prompt(task, index) for index in range(start, start + n)]
+
+    def example(self, task: Task, index: int) -> Example:
+        """The prompt at an index with its right outputs: the clean supervised oracle."""
+        prompt, outputs = self._build(task, index)
+        drawn: tuple[Part, ...] = tuple(o if isinstance(o, str) else render(o, self.config.size) for o in outputs)
+        return Example(prompt, drawn)
+
+    @property
+    def _only_held_out(self) -> bool:
+        return self.config.held_out == "only" and self.split != "train"
+
+    @property
+    def _grid(self) -> int:
+        return self.config.size // CELL
+
+    def _layout(self, task: Task, index: int, category: str) -> Layout:
+        rng = random.Random(f"{self.seed}/{self.split}/{task}/{index}")
+        share = {"never": 0.0, "mixed": self.config.held_out_share, "only": 1.0}[self.config.held_out]
+        held_out = rng.random() < share and self.split != "train" and category in CAN_HOLD_OUT[task]
+        return Layout(rng, self.split, self._grid, held_out)
+
+    def _build(self, task: Task, index: int) -> tuple[Prompt, tuple[str | Scene, ...]]:
+        if index < 0:
+            raise IndexError(f"index={index} is negative")
+        category = self.category(task, index)
+        key = f"{self.name}/{task}/{category}/{index:06d}"
+        if task == "understand":
+            picture = self._picture(index // self.config.questions_per_picture)
+            question = picture.questions[index % self.config.questions_per_picture]
+            parts = (picture.image, question.text)
+            return Prompt(key, task, parts, ("text",), question.answer, (), category, self.name), (question.answer,)
+        layout = self._layout(task, index, category)
+        if task == "generate":
+            d = layout.describe(category)
+            text = grammar.caption(d.mentions, d.relation, wording=layout.rng.randrange(3))
+            said = facts.of_caption(d.mentions, d.relation)
+            return Prompt(key, task, (text,), ("image",), None, said, category, self.name), (d.scene,)
+        if task == "edit":
+            e = edits.edit(category, layout)
+            parts = (render(e.source, self.config.size), e.instruction)
+            return Prompt(key, task, parts, ("image",), None, e.facts, category, self.name), (e.target,)
+        r = reasoning.reason(category, layout)
+        if r.drawing is not None:
+            prompt = Prompt(key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name)
+            return prompt, (r.answer, r.drawing)
+        assert r.picture is not None
+        parts = (render(r.picture, self.config.size), r.text)
+        return Prompt(key, task, parts, ("text",), r.answer, (), category, self.name), (r.answer,)
+
+    def _picture(self, number: int) -> _Picture:
+        if number in self._pictures:
+            self._pictures.move_to_end(number)
+            return self._pictures[number]
+        each = self.config.questions_per_picture
+        categories = [self.category("understand", i) for i in range(number * each, (number + 1) * each)]
+        asked = next((c for c in categories if c in CAN_HOLD_OUT["understand"]), "")
+        layout = self._layout("understand", number, asked)
+        while True:
+            digit = "digit" in categories or layout.rng.random() < 0.15
+            scene = layout.until(lambda digit=digit: layout.to_ask(digit), lambda s: s)
+            questions = [ask(c, scene, layout.rng, self._grid) for c in categories]
+            known = [q for q in questions if q is not None]
+            if len(known) == each:
+                break
+        self._pictures[number] = _Picture(scene, render(scene, self.config.size), known)
+        if len(self._pictures) > 256:
+            self._pictures.popitem(last=False)
+        return self._pictures[number]
