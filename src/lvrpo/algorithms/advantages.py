@@ -116,8 +116,7 @@ def gdpo_advantages(
     for task in tasks.unique():
         rows = tasks == task
         std_task = _masked_std(s[rows], counted[rows])
-        if std_task > std_floor:
-            advantages[rows] = s[rows] / (std_task + eps)
+        advantages[rows] = torch.where(std_task > 0, s[rows] / (std_task + eps), 0.0)
     return advantages if clamp is None else advantages.clamp(-clamp, clamp)
 
 
