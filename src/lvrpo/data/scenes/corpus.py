@@ -1,7 +1,7 @@
 """The web corpus: a finite, web-like collection for pretraining, in which captions leave things out and err.
 
-The rates are fields of ``CorpusConfig``; ``WebCorpus.rates`` reports what was actually drawn. Only scenes and handwritten
-samples of the train split appear, and no held-out combination does, in pictures or in words.
+The rates are fields of ``CorpusConfig``; ``WebCorpus.rates`` reports what was actually drawn. Only scenes and
+handwritten samples of the train split appear, and no held-out combination does, in pictures or in words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from lvrpo.config import Config
 from lvrpo.data.scenes import edits, grammar, reasoning
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Mention, clear_relation, mention
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Mention, clear_relation
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import (
     CELL,
@@ -26,6 +26,7 @@ from lvrpo.data.scenes.objects import (
     MAX_OBJECTS,
     SHAPES,
     Scene,
+    SceneObject,
 )
 from lvrpo.data.scenes.questions import ask
 from lvrpo.data.scenes.render import render
@@ -45,7 +46,7 @@ class CorpusConfig(Config):
     """Rows of sum, compare and draw_answer, in equal parts."""
     questions_per_scene: int = Field(4, ge=0)
     scene_shares: dict[str, float] = Field(
-        default_factory=lambda: {"one": 0.30, "two": 0.28, "several": 0.14, "alike": 0.10, "digit": 0.18}
+        default_factory=lambda: {"one": 0.32, "two": 0.30, "several": 0.12, "alike": 0.07, "digit": 0.19}
     )
     """What the pictures show; "alike", that is counting, is rare."""
     question_shares: dict[str, float] = Field(
@@ -121,6 +122,12 @@ def web_corpus(config: CorpusConfig | None = None) -> WebCorpus:
     return _Builder(config or CorpusConfig()).build()
 
 
+def _alike(group: Sequence[SceneObject]) -> Mention:
+    """Objects of one shape in one mention; their color only if they share it."""
+    one_color = all(o.color == group[0].color for o in group)
+    return Mention(group[0].shape, group[0].color if one_color else None, len(group))
+
+
 def _other(rng: random.Random, options: Sequence[str], value: str) -> str:
     return rng.choice([o for o in options if o != value])
 
@@ -193,13 +200,13 @@ class _Builder:
     def _caption(self, scene: Scene) -> tuple[list[Mention], str | None]:
         c, objects = self.config, scene.objects
         relation = None
-        if len(objects) > 1 and len({o.shape for o in objects}) == 1:
-            color = objects[0].color if len({o.color for o in objects}) == 1 else None
-            mentions = [Mention(objects[0].shape, color, len(objects))]
-        else:
-            shown = self.rng.sample(objects, len(objects))[:3]
-            mentions = [mention(o) for o in shown]
-            if len(shown) == 2 and self._happens("relation", c.relation):
+        groups: dict[str, list[SceneObject]] = {}
+        for o in self.rng.sample(objects, len(objects)):
+            groups.setdefault(o.shape, []).append(o)
+        mentions = [_alike(group) for group in groups.values()][:3]
+        if len(mentions) > 1:
+            shown = [group[0] for group in groups.values()]
+            if len(objects) == len(shown) == 2 and self._happens("relation", c.relation):
                 relation = clear_relation(shown[0].cell, shown[1].cell)
             if relation is None:
                 mentions[1:] = [m for m in mentions[1:] if not self._happens("drop_object", c.drop_object)]

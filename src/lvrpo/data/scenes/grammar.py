@@ -22,7 +22,7 @@ DESCRIBE = "describe the picture"
 """The prompt of a caption."""
 
 _FUNCTION_WORDS = (
-    "? + a add above an and are at below bottom color describe digit draw edge green how is in it larger left make "
+    "? + a add above an and are at below bottom color describe digit draw edge green how is larger left make "
     "many more move no object objects of picture red relative remove replace right shape sum than the there to top two "
     "what where which with yes"
 )

@@ -43,18 +43,15 @@ def _color(scene: Scene, rng: random.Random, grid: int) -> Question | None:
 
 
 def _count(scene: Scene, rng: random.Random, grid: int) -> Question | None:
-    """One of the scene's counts, each number that it offers equally likely."""
-    if rng.random() < 0.25:
-        return Question(grammar.ask_count(), NUMBER_WORDS[len(scene.objects)])
-    plain = [o for o in scene.objects if not o.is_digit]
-    counts: dict[tuple[str, str | None], int] = {}
+    """One of the scene's counts: numbers above one first, each that the scene offers equally likely."""
+    counts: dict[tuple[str, str | None], int] = {("object", None): len(scene.objects)}
     for o in scene.objects:
         named = [("object", o.color)] if o.is_digit else [("object", o.color), (o.shape, None), (o.shape, o.color)]
         for name in named:
             counts[name] = counts.get(name, 0) + 1
-    if not plain:
-        return None
-    wanted = rng.choice(sorted(set(counts.values())))
+    numbers = sorted(set(counts.values()))
+    several = [n for n in numbers if n > 1]
+    wanted = rng.choice(several if several and rng.random() < 0.8 else numbers)
     shape, color = rng.choice([name for name, count in counts.items() if count == wanted])
     return Question(grammar.ask_count(shape, color), NUMBER_WORDS[wanted])
 

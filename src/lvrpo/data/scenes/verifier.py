@@ -1,11 +1,12 @@
 """Picture -> what it shows: an exact reader for the pictures of this world, whoever drew them.
 
-Objects sit in cells, so a picture is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus g,
-an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797 handwritten
-digits) the explained share of the cell's energy is |a^T D|^2 / (|a|^2 |D|^2); the noise, seen in the median cell (so at most
-half of the cells may be occupied), is taken off the energy first. The best shape competes with the vote of the nearest digits; the color is the nearest entry of the table
-to g + a^T D / |a|^2. A cell with energy that no object explains, in a color that no entry matches, or between two digits
-is *unreadable*: it counts neither as an object nor as empty, and the total of such a picture cannot be confirmed.
+Objects sit in cells, so a picture is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus
+g, an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797
+handwritten digits) the explained share of the cell's energy is |a^T D|^2 / (|a|^2 |D|^2); the noise, seen in the median
+cell (so at most half of the cells may be occupied), is taken off the energy first. The best shape competes with the
+vote of the nearest digits; the color is the nearest entry of the table to g + a^T D / |a|^2. A cell with energy that no
+object explains, in a color that no entry matches, or between two digits is *unreadable*: it counts neither as an object
+nor as empty, and the total of such a picture cannot be confirmed.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Verifier:
     def _classify(
         self, delta: np.ndarray, energy: np.ndarray, variance: np.ndarray, median: np.ndarray
     ) -> tuple[list[Any], np.ndarray, np.ndarray]:
-        """Name (None where unreadable), color index and score of n cells: delta (n, 64, 3), energy and variance (n,)."""
+        """Name (None where unreadable), color index and score of n cells: delta (n, 64, 3), the others (n, ...)."""
         n, S = len(delta), len(SHAPES)
         projected = (delta.transpose(0, 2, 1).reshape(n * 3, -1) @ self._units.T).reshape(n, 3, -1)
         explained = (projected**2).sum(1) - variance[:, None]
