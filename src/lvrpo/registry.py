@@ -25,7 +25,7 @@ def resolve(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{kind} {name!r}: unknown: {hint}There are {', '.join(sorted(table)) or 'none'}; "
+        f"{kind} {name!r}: unknown: {hint}there are {', '.join(sorted(table)) or 'none'}; "
         "your own is given as my_package.module:Name"
     )
 
