@@ -45,8 +45,8 @@ def normal_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, " 
     Differs from the paper: no paper given.
     """
     rows = np.empty((len(seeds), *shape), dtype=np.float32)
-    for row, seed in zip(rows, seeds, strict=True):
-        row[...] = _generator(seed).standard_normal(row.shape, dtype=np.float32)
+    for row, seed in enumerate(seeds):
+        rows[row] = _generator(seed).standard_normal(rows.shape[1:], dtype=np.float32)
     return torch.from_numpy(rows)
 
 
@@ -58,8 +58,8 @@ def uniform_noise(seeds: Sequence[int], shape: Sequence[int]) -> Float[Tensor, "
     Differs from the paper: no paper given.
     """
     rows = np.empty((len(seeds), *shape), dtype=np.float32)
-    for row, seed in zip(rows, seeds, strict=True):
-        row[...] = _generator(seed).random(row.shape, dtype=np.float32)
+    for row, seed in enumerate(seeds):
+        rows[row] = _generator(seed).random(rows.shape[1:], dtype=np.float32)
     return torch.from_numpy(rows)
 
 

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvrpo.errors import InputError
+from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs
+
+LOGITS = torch.tensor([0.1, 0.2, 0.7]).log()
+ALMOST_ONE = 1 - 2**-24
+
+
+def test_sample_tokens_by_hand() -> None:
+    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, ALMOST_ONE])
+    assert sample_tokens(LOGITS.expand(6, 3), uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+    # at temperature 1/2 the odds are squared: 1 : 4 : 49, cumulated .0185, .0926
+    assert sample_tokens(LOGITS.expand(6, 3), torch.tensor([0.018, 0.019, 0.092, 0.093, 0.5, 0.9]), 0.5).tolist() == [
+        0, 1, 1, 2, 2, 2,
+    ]  # fmt: skip
+
+
+def test_sample_tokens_greedy_and_allowed() -> None:
+    uniforms = torch.tensor([0.0, 0.32, 0.34, ALMOST_ONE])
+    allowed = torch.tensor([True, True, False])
+    assert sample_tokens(LOGITS.expand(4, 3), uniforms, 1.0, allowed).tolist() == [0, 0, 1, 1]  # odds 1 : 2
+    assert sample_tokens(LOGITS.expand(4, 3), uniforms, 0.0, allowed).tolist() == [1] * 4
+    assert sample_tokens(LOGITS.expand(4, 3), uniforms, 0.0).tolist() == [2] * 4
+    rows = torch.tensor([[True, False, False], [False, True, False], [False, False, True], [True, True, True]])
+    assert sample_tokens(LOGITS.expand(4, 3), uniforms, 1.0, rows).tolist() == [0, 1, 2, 2]
+
+
+def test_sample_tokens_frequencies() -> None:
+    count = 30_000
+    uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    tokens = sample_tokens(LOGITS.expand(count, 3), uniforms)
+    shares = torch.bincount(tokens, minlength=3) / count
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), rtol=0, atol=0.01)
+
+
+@given(st.integers(0, 2**30), st.integers(2, 40), st.floats(0, 1, exclude_max=True, width=32), st.data())
+def test_a_token_is_allowed_and_independent_of_its_batch(seed: int, V: int, u: float, data: st.DataObject) -> None:
+    logits = 5 * torch.randn(3, V, generator=torch.Generator().manual_seed(seed))
+    uniforms = torch.tensor([u, 0.0, ALMOST_ONE])
+    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=V, max_size=V)))
+    allowed[data.draw(st.integers(0, V - 1))] = True
+    tokens = sample_tokens(logits, uniforms, 0.7, allowed)
+    assert allowed[tokens].all()
+    assert torch.equal(sample_tokens(logits.flip(0), uniforms.flip(0), 0.7, allowed).flip(0), tokens)
+    assert torch.equal(sample_tokens(logits[1:2], uniforms[1:2], 0.7, allowed), tokens[1:2])
+
+
+def test_token_logprobs_by_hand() -> None:
+    tokens = torch.tensor([[0, 1], [2, 1]])
+    logits = LOGITS.expand(2, 2, 3)
+    expected = torch.tensor([[0.1, 0.2], [0.7, 0.2]]).log()
+    torch.testing.assert_close(token_logprobs(logits, tokens), expected)
+    torch.testing.assert_close(token_logprobs(logits, tokens, 0.0), expected)
+    torch.testing.assert_close(token_logprobs(logits, tokens, 0.5)[0], torch.tensor([1 / 54, 4 / 54]).log())
+    allowed = torch.tensor([True, True, False])
+    torch.testing.assert_close(token_logprobs(logits, tokens, 1.0, allowed)[0], torch.tensor([1 / 3, 2 / 3]).log())
+
+
+def test_token_entropy_by_hand() -> None:
+    torch.testing.assert_close(token_entropy(LOGITS[None]), torch.tensor([0.8018186]))
+    torch.testing.assert_close(token_entropy(torch.zeros(2, 8)), torch.full((2,), math.log(8)))
+    allowed = torch.tensor([True, True, False])
+    torch.testing.assert_close(token_entropy(LOGITS[None], 1.0, allowed), torch.tensor([0.6365142]))
+
+
+def test_a_forbidden_token_leaves_all_gradients_finite() -> None:
+    logits = LOGITS[None].clone().requires_grad_()
+    allowed = torch.tensor([True, True, False])
+    loss = token_entropy(logits, 1.0, allowed) + token_logprobs(logits, torch.tensor([0]), 1.0, allowed)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.isfinite().all()
+    assert gradient[0, 2] == 0
+
+
+def test_a_negative_temperature_is_refused() -> None:
+    with pytest.raises(InputError, match="use 0"):
+        sample_tokens(LOGITS[None], torch.zeros(1), -1.0)
