@@ -1,0 +1,46 @@
+"""Scoring a policy on held-out prompts: one list of right-or-wrong per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.rewards.success import successes
+from lvrpo.sampling import derive_seed
+from lvrpo.types import Group, Prompt
+
+CHUNK = 256
+"""Prompts sampled at once."""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The scores of one task, prompt by prompt."""
+
+    prompts: tuple[Prompt, ...]
+    scores: tuple[float, ...]
+    groups: tuple[Group, ...]
+    """The sampled outputs, one member each."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.scores) / len(self.scores)
+
+    def by_category(self) -> Mapping[str, list[float]]:
+        """Scores per category, in order of first appearance."""
+        out: dict[str, list[float]] = {}
+        for prompt, score in zip(self.prompts, self.scores, strict=True):
+            out.setdefault(prompt.category, []).append(score)
+        return out
+
+
+def score_prompts(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> TaskScores:
+    """One output per prompt, right or wrong; the same seed gives every policy the same noise."""
+    single = replace(sampling, group_size=1)
+    groups: list[Group] = []
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        groups += policy.sample(chunk, single, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
+    scores = [row[0] for row in successes(groups)]
+    return TaskScores(tuple(prompts), tuple(scores), tuple(groups))

@@ -1,0 +1,34 @@
+"""What a reward is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from lvrpo.policies.base import Policy
+from lvrpo.types import Group, Prompt
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores that one reward gave to groups of equal size."""
+
+    values: torch.Tensor
+    """float32 (P, G)."""
+    failures: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """Why a score is missing, by (group, member); the value there is never used."""
+
+
+class Reward(Protocol):
+    """Scores outputs. The table calls it only with groups that it applies to."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether outputs of this prompt can be scored."""
+        ...
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        """Scores every member; ``judge`` is a frozen policy, never the live one."""
+        ...

@@ -1,0 +1,55 @@
+"""Verifiable reward: the text output is the right answer."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import torch
+
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.types import Group, Prompt
+
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+
+
+class ExactAnswer:
+    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        return prompt.answer is not None and "text" in prompt.output
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        return Scores(
+            torch.tensor(
+                [[float(answers_match(t.text or "", t.prompt.answer or "")) for t in g.trajectories] for g in groups]
+            )
+        )
+
+
+def answers_match(given: str, right: str) -> bool:
+    """Whether two answers are the same after normalisation."""
+    return normalize_answer(given) == normalize_answer(right)
+
+
+def normalize_answer(text: str) -> str:
+    """Case, width, articles, surrounding punctuation and number words do not matter: "The  Three." is "3"."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"[^\w\s.+\-/%]", " ", text)
+    words = [word.rstrip(".") for word in text.split()]
+    words = [word for word in words if word not in ("a", "an", "the", "")]
+    return " ".join(_plain_number(_NUMBERS.get(word, word)) for word in words)
+
+
+def _plain_number(word: str) -> str:
+    """07 is 7 and 3.50 is 3.5; anything else is itself."""
+    if not re.fullmatch(r"[+-]?\d+(\.\d+)?", word):
+        return word
+    sign = "-" if word.startswith("-") else ""
+    whole, _, fraction = word.lstrip("+-").partition(".")
+    fraction = fraction.rstrip("0")
+    plain = (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
+    return plain if plain == "0" else sign + plain

@@ -1,0 +1,43 @@
+"""Verifiable reward of the built-in world: the exact verifier reads the picture and checks the prompt's facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from lvrpo.data.scenes import verifier
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.types import Group, Prompt
+
+
+class SceneFacts:
+    """Facts of the prompt that the picture shows. Range [0, 1].
+
+    fraction: the share that holds; all: 1 if every one holds, else 0; mixed: the mean of the two, so that a group
+    in which no picture is right still ranks its members.
+    """
+
+    def __init__(self, mode: Literal["fraction", "all", "mixed"] = "fraction") -> None:
+        self.mode = mode
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        results = iter(fact_table(groups))
+        return Scores(torch.tensor([[self._value(next(results)) for _ in group.trajectories] for group in groups]))
+
+    def _value(self, holds: Sequence[bool]) -> float:
+        fraction, everything = sum(holds) / len(holds), float(all(holds))
+        return {"fraction": fraction, "all": everything, "mixed": (fraction + everything) / 2}[self.mode]
+
+
+def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
+    """For every trajectory, in order, which facts of its prompt hold of its last picture."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    images = [t.image for t in trajectories]
+    readings = verifier.read([image for image in images if image is not None])
+    return [verifier.fact_results(t.prompt.facts, r) for t, r in zip(trajectories, readings, strict=True)]

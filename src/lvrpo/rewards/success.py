@@ -1,0 +1,27 @@
+"""Whether an output is right as a whole: what the benchmarks and the guard count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lvrpo.rewards.exact_answer import answers_match
+from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.types import Group
+
+
+def successes(groups: Sequence[Group]) -> list[list[float]]:
+    """For every group, 1.0 or 0.0 per member: the text is the answer (where there is one) and all facts hold of the picture."""
+    drawn = [group for group in groups if "image" in group.prompt.output]
+    facts = iter(fact_table(drawn)) if drawn else iter(())
+    out = []
+    for group in groups:
+        row = []
+        for trajectory in group.trajectories:
+            right = True
+            if trajectory.prompt.answer is not None and "text" in trajectory.prompt.output:
+                right = answers_match(trajectory.text or "", trajectory.prompt.answer)
+            if "image" in group.prompt.output:
+                right = all(next(facts)) and right
+            row.append(float(right))
+        out.append(row)
+    return out

@@ -1,0 +1,126 @@
+"""From rewards to one table of scores, in which a missing number is masked and never invented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from lvrpo.config import Config
+from lvrpo.errors import ContractError, InputError, LvrpoError
+from lvrpo.policies.base import Policy
+from lvrpo.registry import resolve
+from lvrpo.rewards import REWARDS
+from lvrpo.rewards.base import Reward, Scores
+from lvrpo.types import Group, RewardTable, Task
+
+NOT_APPLICABLE = "not applicable"
+
+
+class RewardConfig(Config):
+    """One row of the reward section."""
+
+    name: str
+    """An entry of REWARDS, or my_package.module:Class."""
+    weight: float = Field(1.0, gt=0)
+    tasks: tuple[Task, ...] | None = None
+    """Only these tasks; None: every task whose prompts it applies to."""
+    label: str | None = None
+    """Its name in tables and curves; the name where None."""
+    options: dict[str, Any] = {}
+    """Arguments of the reward's class. Any: each class has its own."""
+    on_failure: Literal["mask", "stop"] = "mask"
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """A reward with its configuration."""
+
+    config: RewardConfig
+    reward: Reward
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
+    """Resolves the reward section; raises InputError on an unknown name, wrong options or two equal labels."""
+    sources = []
+    for i, config in enumerate(configs):
+        if config.title in [c.title for c in configs[:i]]:
+            raise InputError(f"rewards: two entries are called {config.title!r}: give one a label of its own")
+        cls = resolve("reward", config.name, REWARDS)
+        try:
+            reward = cls(**config.options)
+        except TypeError as error:
+            raise InputError(f"rewards.{config.title}.options={config.options}: {error}: see {config.name}") from None
+        for method in ("applies", "score"):
+            if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
+                raise InputError(f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward")
+        sources.append(RewardSource(config, reward))
+    return sources
+
+
+def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy) -> RewardTable:
+    """Scores all groups (equal sizes) with all rewards; raises ContractError where a reward says ``on_failure: stop``."""
+    P, G, K = len(groups), len(groups[0]), len(sources)
+    scores = torch.zeros(P, G, K)
+    mask = torch.zeros(P, G, K, dtype=torch.bool)
+    reasons: dict[tuple[int, int, int], str] = {}
+    for k, source in enumerate(sources):
+        chosen = [p for p, group in enumerate(groups) if _wanted(source, group)]
+        if chosen:
+            result, failures = _checked(source, [groups[p] for p in chosen], judge)
+            for row, p in enumerate(chosen):
+                scores[p, :, k] = torch.nan_to_num(result[row], nan=0.0, posinf=0.0, neginf=0.0)
+                mask[p, :, k] = True
+                for g in range(G):
+                    if (row, g) in failures:
+                        mask[p, g, k] = False
+                        reasons[p, g, k] = f"failed: {failures[row, g]}"
+        for p in set(range(P)) - set(chosen):
+            reasons.update({(p, g, k): NOT_APPLICABLE for g in range(G)})
+    return RewardTable(
+        names=tuple(source.config.title for source in sources),
+        weights=torch.tensor([source.config.weight for source in sources]),
+        scores=scores,
+        mask=mask,
+        reasons=reasons,
+        tasks=tuple(group.prompt.task for group in groups),
+    )
+
+
+def _wanted(source: RewardSource, group: Group) -> bool:
+    tasks = source.config.tasks
+    return (tasks is None or group.prompt.task in tasks) and source.reward.applies(group.prompt)
+
+
+def _checked(
+    source: RewardSource, groups: Sequence[Group], judge: Policy
+) -> tuple[torch.Tensor, Mapping[tuple[int, int], str]]:
+    """The scores of one reward, with every cell that is no number among the failures."""
+    P, G, title = len(groups), len(groups[0]), source.config.title
+    try:
+        result = source.reward.score(groups, judge)
+        values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
+        failures = dict(result.failures)
+    except LvrpoError:
+        raise
+    except Exception as error:  # anybody's reward may raise anything: it is masked or stops the run, as configured
+        result = Scores(torch.full((P, G), math.nan))
+        values, failures = result.values, {(p, g): repr(error) for p in range(P) for g in range(G)}
+    if values.shape != (P, G):
+        raise ContractError(
+            f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"
+        )
+    for p, g in (~values.isfinite()).nonzero().tolist():
+        failures.setdefault((p, g), f"the score is {float(values[p, g])}")
+    if failures and source.config.on_failure == "stop":
+        (p, g), reason = next(iter(failures.items()))
+        raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
+    return values, failures

@@ -1,0 +1,119 @@
+"""Optimizers, their schedule, and moving averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from lvrpo.config import Config
+from lvrpo.policies.base import Policy
+from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
+
+
+class OptimizerConfig(Config):
+    """One learning rate per kind of parameter, one multiplier per expert."""
+
+    kind: Literal["adamw", "muon"] = "muon"
+    """muon: Muon on the transformer's matrices, AdamW on the rest; adamw: AdamW on everything."""
+    adamw_lr: float = Field(5e-4, gt=0)
+    muon_lr: float = Field(5e-3, gt=0)
+    expert_lr: dict[Literal["understand", "generate", "shared"], float] = {}
+    """Multipliers of the learning rates per expert; 1 where absent."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
+    warmup_steps: int = Field(5, ge=0)
+    decay_start: float = Field(0.25, ge=0, le=1)
+    """From this share of the run on the rates fall linearly ..."""
+    final_lr: float = Field(0.05, ge=0, le=1)
+    """... to this share of themselves at the end."""
+
+
+class Optimizers:
+    """Every trainable parameter of a policy, stepped together."""
+
+    def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
+        assert isinstance(policy, nn.Module)
+        self.config = config
+        self.total_steps = total_steps
+        self.experts = policy.parameter_groups()
+        self.named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        matrices = {id(p) for name, p in self.named if p.ndim == 2 and ".layers." in name} if config.kind == "muon" else set()
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for muon in (True, False):
+            groups = [
+                {"params": chosen, "lr": (config.muon_lr if muon else config.adamw_lr) * config.expert_lr.get(expert, 1.0)}
+                for expert, parameters in self.experts.items()
+                if (chosen := [p for p in parameters if (id(p) in matrices) == muon])
+            ]
+            if not groups:
+                continue
+            if muon:
+                self.optimizers.append(torch.optim.Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
+            else:
+                self.optimizers.append(
+                    torch.optim.AdamW(
+                        groups, lr=config.adamw_lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+                    )
+                )
+        self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+
+    def rate(self, step: int) -> float:
+        """The schedule: share of the base rate at a step counted from 0."""
+        config = self.config
+        warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        start = config.decay_start * self.total_steps
+        if step <= start:
+            return warm
+        fraction = min(1.0, (step - start) / max(1.0, self.total_steps - start))
+        return warm * (1 + fraction * (config.final_lr - 1))
+
+    def step(self, step: int) -> dict[str, float]:
+        """Clips, steps and clears the gradients; returns the gradient norm per expert before clipping.
+
+        A gradient that is not finite leaves the weights as they are; its norm then says so.
+        """
+        norms = {}
+        for expert, parameters in self.experts.items():
+            with_gradient = [p for p in parameters if p.grad is not None]
+            if with_gradient:
+                norms[expert] = float(nn.utils.clip_grad_norm_(with_gradient, self.config.clip_norm))
+        if all(norm == norm and norm < float("inf") for norm in norms.values()):
+            rate = self.rate(step)
+            for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = lr * rate
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def state(self) -> list[Any]:
+        """For a checkpoint."""
+        return [optimizer_state(optimizer, self.named) for optimizer in self.optimizers]
+
+    def load_state(self, state: list[Any]) -> None:
+        """Puts back what ``state`` gave."""
+        for optimizer, saved in zip(self.optimizers, state, strict=True):
+            load_optimizer_state(optimizer, self.named, saved)
+
+
+@torch.no_grad()
+def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * live, parameter by parameter."""
+    for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
+        if decay == 0:
+            slow.copy_(fast)
+        else:
+            slow.lerp_(fast, 1 - decay)
+
+
+@torch.no_grad()
+def copy_weights(target: nn.Module, state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Loads weights in place, so that optimizers keep their parameters."""
+    target.load_state_dict(dict(state))

@@ -1,0 +1,126 @@
+"""Unified pretraining: cross-entropy and flow loss together on the finite web corpus. Also the supervised baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from lvrpo.config import Config
+from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus, web_corpus
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.sampling import derive_seed
+from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into
+from lvrpo.types import Example, Prompt
+
+Kind = Literal["generate", "caption", "question", "edit", "reason"]
+
+
+class PretrainConfig(Config):
+    """A supervised run on the web corpus."""
+
+    name: str = "tiny-base"
+    seed: int = 0
+    init: Path | None = None
+    """Start from this policy folder (continued pretraining); None: from random weights."""
+    policy: TinyConfig = TinyConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    steps: int = Field(3000, ge=1)
+    batch: dict[Kind, int] = {"generate": 64, "caption": 24, "question": 128, "edit": 24, "reason": 24}
+    """Rows of each kind in a step; questions come in runs that share a picture."""
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
+    text_weight: float = Field(0.5, ge=0)
+    image_weight: float = Field(1.0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.6, final_lr=0.0
+    )
+    average_decay: float = Field(0.998, ge=0, lt=1)
+    """The saved weights are a moving average with this decay (shorter at the start)."""
+    threads: int = Field(1, ge=1)
+
+
+@dataclass(frozen=True)
+class SupervisedStep:
+    """What one step reports."""
+
+    losses: dict[str, float]
+    grad_norms: dict[str, float]
+
+
+class Supervised:
+    """The supervised trainer: one object that can be stepped, saved and resumed."""
+
+    def __init__(self, config: PretrainConfig, policy: TinyPolicy, corpus: WebCorpus) -> None:
+        self.config = config
+        self.policy = policy
+        self.average = policy.frozen()
+        self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
+        self.optimizers = Optimizers(policy, config.optimizer, config.steps)
+        self.step_number = 0
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def step(self) -> SupervisedStep:
+        """One update; everything random is a function of (seed, step)."""
+        step = self.step_number
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "supervised", step) % 2**32)
+        total: dict[str, float] = {}
+        losses = self.policy.supervised_losses(self.batch(step), generator)
+        loss = sum(
+            weight * losses[name]
+            for name, weight in (("text", self.config.text_weight), ("image", self.config.image_weight))
+            if name in losses
+        )
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        total.update({name: float(value.detach()) for name, value in losses.items()})
+        norms = self.optimizers.step(step)
+        self.step_number += 1
+        average_into(self.average, self.policy, min(self.config.average_decay, step / (step + 10)))
+        return SupervisedStep(total, norms)
+
+    def batch(self, step: int) -> list[Example]:
+        """The rows of a step: every kind is walked through in an order of its own, shuffled anew each epoch."""
+        config = self.config
+        rng = np.random.default_rng(derive_seed(config.seed, "condition dropout", step))
+        out: list[Example] = []
+        for kind, count in config.batch.items():
+            rows = self.rows[kind]
+            run = self._run_length(kind)
+            units = len(rows) // run
+            for j in range(step * count // run, (step + 1) * count // run):
+                unit = int(self._order(kind, j // units)[j % units])
+                out += rows[unit * run : (unit + 1) * run]
+        return [
+            _without_text(e) if e.prompt.output == ("image",) and rng.random() < config.condition_dropout else e
+            for e in out
+        ]
+
+    def _run_length(self, kind: str) -> int:
+        return 4 if kind == "question" else 1
+
+    def _order(self, kind: str, epoch: int) -> np.ndarray:
+        key = (kind, epoch)
+        if key not in self._orders:
+            rng = np.random.default_rng(derive_seed(self.config.seed, "order", kind, epoch))
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != kind or k[1] == epoch - 1}
+            self._orders[key] = rng.permutation(len(self.rows[kind]) // self._run_length(kind))
+        return self._orders[key]
+
+
+def _without_text(example: Example) -> Example:
+    prompt = example.prompt
+    pictures = tuple(part for part in prompt.parts if not isinstance(part, str))
+    return Example(Prompt(f"{prompt.id}/no text", prompt.task, pictures, prompt.output), example.outputs)
+
+
+def fresh_policy(config: PretrainConfig) -> TinyPolicy:
+    """The policy to start from."""
+    if config.init is not None:
+        return TinyPolicy.load(config.init)
+    return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed)
