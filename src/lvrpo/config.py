@@ -283,6 +283,8 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
     if kind == "extra_forbidden":
         return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return f"{dotted}={_show(value)}: must have more entries"
     if kind == "missing":
         return f"{dotted}: is missing: set it, in the file or as {dotted}=VALUE"
     if kind in ("value_error", "assertion_error"):
@@ -290,7 +292,8 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
         at = f"{dotted}: " if isinstance(value, dict) else f"{dotted}={_show(value)}: "
         return at + message if dotted else message
     rule = _RULES.get(kind)
-    words = rule.format(**context) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
+    limits = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
+    words = rule.format(**limits) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
     if kind == "literal_error" and isinstance(value, str):
         near = _nearest(value, re.findall(r"'([^']*)'", context["expected"]))
         words += f": did you mean {near}?" if near else ""
@@ -316,11 +319,11 @@ def _suggest_key(cls: type[Config], location: Location) -> str:
     near = _nearest(last, siblings)
     if near:
         return f"did you mean {'.'.join([*sections, near])}?"
-    paths = list(_key_paths(cls))
-    elsewhere = [path for path in paths if path.rpartition(".")[2] == last]
-    close = elsewhere[0] if elsewhere else _nearest(".".join([*sections, last]), paths)
-    if close:
-        return f"did you mean {close}?"
+    parents = {".".join(sections[:depth]) for depth in range(1, len(sections) + 1)}
+    elsewhere = {path.rpartition(".")[2]: path for path in reversed(list(_key_paths(cls))) if path not in parents}
+    near = _nearest(last, elsewhere, cutoff=0.75)
+    if near:
+        return f"did you mean {elsewhere[near]}?"
     where = ".".join(sections) or "the configuration"
     return f"{where} has {', '.join(siblings) or 'no keys'}"
 
@@ -360,8 +363,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + str(key), value
 
 
-def _nearest(name: str, known: Collection[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+def _nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
 def _show(value: Any) -> str:
