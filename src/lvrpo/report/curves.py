@@ -1,0 +1,214 @@
+"""Curves of a run as the template draws them: SVG paths in a fixed box, with ticks and direct labels."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lvrpo.report.numbers import MINUS, compact, score
+from lvrpo.report.records import Metrics
+from lvrpo.report.verdict import label
+
+WIDTH, HEIGHT = 360.0, 196.0
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 44.0, 10.0, 26.0
+MOST_POINTS = 400
+TASK_NAMES = {"understand": "Questions"}
+NOT_PLOTTED = ("step", "seconds", "seconds_left")
+Points = list[tuple[float, float]]
+Marks = Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series."""
+
+    kind: str
+    """now or control."""
+    raw: str
+    """Every step, drawn faintly; empty where there is nothing to smooth."""
+    smooth: str
+    dots: tuple[tuple[float, float, str], ...]
+    """(x, y, words) where the points are few enough to be told apart."""
+    end: tuple[float, float]
+    label_y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small plot."""
+
+    title: str
+    words: str
+    """What it shows, for readers who do not see it."""
+    lines: tuple[Line, ...]
+    area: str
+    """Between the series and its control."""
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    marks: tuple[tuple[float, str], ...]
+    """(x, words): what the guard did."""
+    window: int
+
+
+@dataclass(frozen=True)
+class ChartGroup:
+    title: str
+    charts: tuple[Chart, ...]
+
+
+def reward_charts(metrics: Metrics) -> list[Chart]:
+    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it."""
+    charts: list[Chart] = []
+    for key in metrics.numeric_keys():
+        parts = key.split("/")
+        if parts[0] != "reward":
+            continue
+        task, name = (parts[1], "/".join(parts[2:])) if len(parts) > 2 else ("", "/".join(parts[1:]) or key)
+        control = metrics.series("/".join(["control", *parts[1:]]))
+        title = f"{TASK_NAMES.get(task) or label(task)}: {name}" if task else name
+        charts.append(_chart(title.replace("_", " "), metrics.series(key), control, _guard_marks(metrics), 0.1))
+    return charts
+
+
+def guard_charts(metrics: Metrics) -> list[Chart]:
+    """``guard/...`` on the steps where the guard ran."""
+    keys = [key for key in metrics.numeric_keys() if key.startswith("guard/")]
+    return [
+        _chart(label(key.removeprefix("guard/")), metrics.series(key), [], _guard_marks(metrics), least_span=0.1)
+        for key in keys
+    ]
+
+
+def other_charts(metrics: Metrics) -> list[ChartGroup]:
+    """Everything else that is a number, under its first word."""
+    groups: dict[str, list[Chart]] = defaultdict(list)
+    for key in metrics.numeric_keys():
+        word, _, rest = key.partition("/")
+        if key in NOT_PLOTTED or word in ("reward", "guard"):
+            continue
+        if word == "control" and metrics.series("reward/" + rest):
+            continue
+        groups[word.replace("_", " ")].append(_chart((rest or word).replace("_", " "), metrics.series(key), []))
+    return [ChartGroup(title, tuple(charts)) for title, charts in groups.items()]
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round values inside [low, high], about ``count`` of them."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count >= span * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _chart(title: str, points: Points, control: Points, marks: Marks = (), least_span: float = 0.0) -> Chart:
+    steps = [x for x, _ in points + control]
+    x_low, x_high = min(steps), max(steps)
+    y_low, y_high = _padded([y for _, y in points + control], least_span)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        up = (y - y_low) / (y_high - y_low)
+        return (
+            round(LEFT + across * (WIDTH - LEFT - RIGHT), 1),
+            round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1),
+        )
+
+    window = max(1, len(points) // 12 // 2 * 2 + 1) if len(points) >= 24 else 1
+    smooth, smooth_control = _thin(_smoothed(points, window)), _thin(_smoothed(control, window))
+    series = [("control", control, smooth_control), ("now", points, smooth)]
+    lines = tuple(_line(kind, every, line, place) for kind, every, line in series if every)
+    area = ""
+    if smooth_control:
+        outline = [place(*p) for p in smooth] + [place(*p) for p in reversed(smooth_control)]
+        area = _path(outline) + "Z"
+    x_ticks = [x for x in nice_ticks(x_low, x_high, 4) if float(x).is_integer()] or [x_low]
+    return Chart(
+        title=title,
+        words=_words(title, smooth, smooth_control),
+        lines=_apart(lines),
+        area=area,
+        x_ticks=tuple((place(x, y_low)[0], f"{x:,.0f}" if i else f"step {x:,.0f}") for i, x in enumerate(x_ticks)),
+        y_ticks=tuple((place(x_low, y)[1], _tick(y)) for y in nice_ticks(y_low, y_high, 5)),
+        marks=tuple((place(x, y_low)[0], words) for x, words in marks if x_low <= x <= x_high),
+        window=window,
+    )
+
+
+def _line(kind: str, points: Points, smooth: Points, place: Callable[[float, float], tuple[float, float]]) -> Line:
+    raw = [place(*p) for p in _thin(points)]
+    placed = [place(*p) for p in smooth]
+    few = len(points) <= 16
+    dots = tuple((*place(x, y), f"step {x:,.0f}: {compact(y)}") for x, y in points) if few else ()
+    faint = _path(raw) if raw != placed else ""
+    return Line(kind, faint, _path(placed), dots, placed[-1], placed[-1][1], _tick(smooth[-1][1], 3))
+
+
+def _apart(lines: tuple[Line, ...]) -> tuple[Line, ...]:
+    """Two end labels that would overlap are pushed apart."""
+    if len(lines) != 2 or abs(lines[0].label_y - lines[1].label_y) >= 13:
+        return lines
+    middle = (lines[0].label_y + lines[1].label_y) / 2
+    middle = min(max(middle, TOP + 7), HEIGHT - BOTTOM - 7)
+    sign = 1 if lines[0].label_y >= lines[1].label_y else -1
+    return (replace(lines[0], label_y=middle + 6.5 * sign), replace(lines[1], label_y=middle - 6.5 * sign))
+
+
+def _padded(values: list[float], least_span: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    span = max(high - low, least_span, 1e-12, abs(high) * 1e-6)
+    middle = (low + high) / 2
+    padded_low, padded_high = middle - span * 0.56, middle + span * 0.56
+    if low >= 0 > padded_low:  # a share or a norm: no empty room below 0
+        padded_low = -0.02 * span
+    return padded_low, padded_high
+
+
+def _smoothed(points: Points, window: int) -> Points:
+    """Centered mean over ``window`` neighbors, only those that exist at the ends."""
+    half = window // 2
+    means: Points = []
+    for i, (x, _) in enumerate(points):
+        near = points[max(0, i - half) : i + half + 1]
+        means.append((x, sum(y for _, y in near) / len(near)))
+    return means
+
+
+def _thin(points: Points) -> Points:
+    """At most ``MOST_POINTS`` points: means of equal bins."""
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(len(points) / MOST_POINTS)
+    bins = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
+
+
+def _guard_marks(metrics: Metrics) -> Marks:
+    """Where the guard stepped in."""
+    acted = [(float(row["step"]), str(row.get("guard/action") or "")) for row in metrics.rows]
+    return [(step, action) for step, action in acted if "roll" in action.lower() or "stop" in action.lower()]
+
+
+def _words(title: str, points: Points, control: Points) -> str:
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    text = f"{title}: from {compact(y0)} at step {x0:,.0f} to {compact(y1)} at step {x1:,.0f}"
+    if control:
+        text += f"; the base on the same prompts: from {compact(control[0][1])} to {compact(control[-1][1])}"
+    return text
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def _tick(value: float, digits: int = 0) -> str:
+    """Short enough for an axis: .25, 1.5, 40, 2e-5."""
+    if digits and 0.0005 <= abs(value) < 10:
+        return score(value, digits if abs(value) < 1 else 2)
+    text = compact(value)
+    return text.replace("0.", ".", 1) if text.lstrip(MINUS).startswith("0.") else text

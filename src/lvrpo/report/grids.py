@@ -1,0 +1,132 @@
+"""Rows of captioned pictures in one picture: what ``grid.png`` of a training step is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, QUIET, PAPER, HOLE = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)
+FRAMES = {True: (0, 122, 94), False: (200, 70, 20)}
+GAP, EDGE, MARGIN = 10, 3, 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture with a caption under it."""
+
+    picture: torch.Tensor | np.ndarray | Image.Image | None
+    """float (3, H, W) in [0, 1], uint8 (3, H, W) or (H, W, 3), or a PIL image; None leaves an empty place."""
+    caption: str = ""
+    good: bool | None = None
+    """A green frame and a check mark, a red frame and a cross, or neither."""
+
+
+def picture_grid(
+    rows: Sequence[tuple[str, Sequence[Tile]]], *, tile_size: int = 96, font_size: int = 12
+) -> Image.Image:
+    """Rows of (title, tiles) as one RGB picture; small pictures are enlarged to whole pixels with hard edges.
+
+    A title is written above its row, a caption under its picture; both wrap, and a caption ends in dots after two
+    lines. Raises ``ValueError`` for a tensor that is no picture.
+    """
+    font = _font(font_size)
+    line = round(font_size * 1.35)
+    columns = max((len(tiles) for _, tiles in rows), default=1)
+    cell = tile_size + 2 * EDGE
+    width = max(2 * MARGIN + columns * cell + (columns - 1) * GAP, 2 * MARGIN + 3 * cell)
+    layout: list[tuple[list[str], list[list[str]], int]] = []
+    for title, tiles in rows:
+        title_lines = _wrapped(title, font, width - 2 * MARGIN, 3)
+        captions = [_wrapped(_marked(tile), font, cell, 2) for tile in tiles]
+        height = line * (len(title_lines) + max((len(c) for c in captions), default=0)) + cell + GAP * 2
+        layout.append((title_lines, captions, height))
+    total = max(1, sum(height for *_, height in layout)) + 2 * MARGIN - (GAP if rows else 0)
+    canvas = Image.new("RGB", (width, total), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = MARGIN
+    for (_, tiles), (title_lines, captions, height) in zip(rows, layout, strict=True):
+        y = top
+        for text in title_lines:
+            draw.text((MARGIN, y), text, fill=INK, font=font)
+            y += line
+        y += 3 if title_lines else 0
+        for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+            x = MARGIN + i * (cell + GAP)
+            _place(canvas, draw, tile, (x, y), tile_size)
+            for k, text in enumerate(caption):
+                draw.text((x, y + cell + 2 + k * line), text, fill=QUIET, font=font)
+        top += height
+    return canvas
+
+
+def to_image(picture: torch.Tensor | np.ndarray | Image.Image) -> Image.Image:
+    """An RGB picture from a tensor or an array."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    array = picture.detach().cpu().numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"a picture is (3, H, W) or (H, W, 3), not {tuple(array.shape)}")
+    if array.dtype != np.uint8:
+        array = (np.nan_to_num(array.astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple[int, int], size: int) -> None:
+    x, y = at
+    box = (x, y, x + size + 2 * EDGE - 1, y + size + 2 * EDGE - 1)
+    inner = (x + EDGE, y + EDGE)
+    if tile.good is not None:
+        draw.rectangle(box, fill=FRAMES[tile.good])
+    if tile.picture is None:
+        draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=HOLE)
+        return
+    image = to_image(tile.picture)
+    canvas.paste(_fitted(image, size), inner)
+
+
+def _fitted(image: Image.Image, size: int) -> Image.Image:
+    """``size`` x ``size`` with the proportions kept: enlarged with hard edges, made smaller softly."""
+    scale = size / max(image.size)
+    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    square = Image.new("RGB", (size, size), HOLE)
+    square.paste(image.resize(shape, how), ((size - shape[0]) // 2, (size - shape[1]) // 2))
+    return square
+
+
+def _marked(tile: Tile) -> str:
+    mark = {True: "✓ ", False: "✗ ", None: ""}[tile.good]
+    return (mark + tile.caption).strip()
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """At most ``most`` lines of ``width`` pixels; what is cut off ends in dots."""
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    kept = lines[:most]
+    for i, text_line in enumerate(kept):
+        is_cut = i == most - 1 and len(lines) > most
+        if is_cut or font.getlength(text_line) > width:
+            while text_line and font.getlength(text_line + "…") > width:
+                text_line = text_line[:-1]
+            kept[i] = text_line + "…"
+    return kept
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

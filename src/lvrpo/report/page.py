@@ -1,0 +1,170 @@
+"""One self-contained HTML page from a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from lvrpo.report import numbers
+from lvrpo.report.cases import case_sections, task_label
+from lvrpo.report.curves import guard_charts, other_charts, reward_charts
+from lvrpo.report.pictures import Picture, PictureStore
+from lvrpo.report.records import RunRecord, load_run, number
+from lvrpo.report.scores import score_table
+from lvrpo.report.verdict import label, verdict
+
+HERE = Path(__file__).parent
+GRID_SIDE = 1400
+
+
+@dataclass(frozen=True)
+class GuardRow:
+    """One step on which the guard ran."""
+
+    step: int
+    scores: tuple[float | None, ...]
+    action: str
+
+
+def build_report(run: Path) -> Path:
+    """Write ``report.html`` into the run directory and return its path.
+
+    Works for a run that is still going on. Raises ``InputError`` where the folder is no run directory or its summary
+    is unreadable.
+    """
+    record = load_run(run)
+    page = render(record)
+    target = record.path / "report.html"
+    temporary = target.with_name(".report.html.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page as a string."""
+    store = PictureStore(run.path)
+    guard_keys = [key for key in run.metrics.numeric_keys() if key.startswith("guard/")]
+    raw = run.summary.raw if run.summary else {}
+    context: dict[str, Any] = {
+        "run": run,
+        "style": markupsafe.Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        "verdict": verdict(run),
+        "facts": what_was_run(run),
+        "command": _command(run.manifest),
+        "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
+        "rewards": reward_charts(run.metrics),
+        "others": other_charts(run.metrics),
+        "guard_charts": guard_charts(run.metrics),
+        "guard_names": [label(key.removeprefix("guard/")) for key in guard_keys],
+        "guard_rows": guard_history(run, guard_keys),
+        "guard_summary": raw.get("guard"),
+        "judge": raw.get("judge"),
+        "notices": [*run.problems, *_notes(raw.get("notes"))],
+        "cases": case_sections(run, store),
+        "grids": _few_grids(run, store),
+    }
+    return _environment().get_template("page.html").render(context)
+
+
+def guard_history(run: RunRecord, keys: list[str]) -> list[GuardRow]:
+    ran = [row for row in run.metrics.rows if any(k.startswith("guard/") for k in row)]
+    return [
+        GuardRow(int(row["step"]), tuple(number(row.get(k)) for k in keys), str(row.get("guard/action") or ""))
+        for row in ran
+    ]
+
+
+def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
+    """(term, value) for the head of the page; only what is on record."""
+    raw = run.summary.raw if run.summary else {}
+    last = run.metrics.rows[-1] if run.metrics.rows else {}
+    seconds = number(raw.get("seconds"))
+    so_far = number(last.get("seconds"))
+    memory = number(raw.get("peak_memory_gib"))
+    facts = [
+        ("Policy", _flat(_find(run.manifest, ("policy", "model", "base")))),
+        ("Seed", _flat(raw.get("seed", _find(run.manifest, ("seed", "seeds"))))),
+        ("Steps", f"{len(run.metrics.rows):,}" if run.metrics.rows else ""),
+        ("Time", numbers.duration(seconds) if seconds is not None else ""),
+        ("Peak memory", f"{memory:.2f} GiB" if memory is not None else ""),
+        ("Hardware", _flat(_find(run.manifest, ("hardware", "device")))),
+    ]
+    if seconds is None and so_far is not None:
+        facts[3] = ("Time so far", numbers.duration(so_far))
+    return [(term, value) for term, value in facts if value]
+
+
+def _command(manifest: Mapping[str, Any]) -> str:
+    command = _find(manifest, ("command", "argv"))
+    return " ".join(map(str, command)) if isinstance(command, list) else _flat(command)
+
+
+def _find(tree: object, names: tuple[str, ...]) -> Any:
+    """The value of the first of these names, the upper levels before the lower ones."""
+    level = [tree]
+    while level:
+        for name in names:
+            for node in level:
+                if isinstance(node, Mapping) and node.get(name) not in (None, "", {}, []):
+                    return node[name]
+        level = [child for node in level if isinstance(node, Mapping) for child in node.values()]
+    return None
+
+
+def _flat(value: object) -> str:
+    """A nested value in one line."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        parts = [(str(k).replace("_", " "), _flat(v)) for k, v in value.items()]
+        return " · ".join(
+            f"{k.removesuffix(' gib')} {v} GiB" if k.endswith(" gib") else f"{k} {v}" for k, v in parts if v
+        )
+    if isinstance(value, list):
+        return ", ".join(_flat(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _notes(notes: object) -> list[str]:
+    if not notes:
+        return []
+    return [_flat(note) for note in notes] if isinstance(notes, list) else [_flat(notes)]
+
+
+def _few_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Picture]]:
+    """The first, the middle and the last picture of sampled groups."""
+    last = len(run.grids) - 1
+    chosen = dict.fromkeys((0, last // 2, last)) if run.grids else {}
+    read = [(step, store.picture(path.resolve(), GRID_SIDE)) for step, path in (run.grids[i] for i in chosen)]
+    return [(step, picture) for step, picture in read if picture is not None]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        score=numbers.score,
+        compact=numbers.compact,
+        words=lambda text: str(text).replace("_", " "),
+    )
+    environment.globals.update(task_label=task_label)
+    environment.tests["table"] = lambda value: isinstance(value, Mapping)
+    environment.tests["listing"] = lambda value: isinstance(value, list | tuple)
+    return environment
