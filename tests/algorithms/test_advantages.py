@@ -15,7 +15,7 @@ from lvrpo.algorithms import (
     signal_mask,
     win_rate,
 )
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 
 NAN = float("nan")
 
@@ -119,6 +119,14 @@ def test_masked_entries_never_matter(table, junk: float) -> None:
         gdpo_advantages(dirty, mask, torch.ones(K), tasks), gdpo_advantages(scores, mask, torch.ones(K), tasks)
     )
     assert torch.equal(signal_mask(dirty, mask), signal_mask(scores, mask))
+
+
+@pytest.mark.parametrize("junk", [NAN, float("inf")])
+def test_a_valid_score_that_is_no_number_is_refused(junk: float) -> None:
+    scores = torch.tensor([[0.0, 1, junk]])
+    for function in (group_relative_advantages, leave_one_out_advantages, signal_mask):
+        with pytest.raises(ContractError, match="mask it"):
+            function(scores, everything(scores))
 
 
 # leave_one_out_advantages

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -44,7 +44,7 @@ def group_relative_advantages(
 
     Shapes: scores and mask (P, G) to (P, G). Range: at most sqrt(n - 1) in size for ``population``; the scores' own
     units for ``none``.
-    Raises: InputError for an unknown ``std``.
+    Raises: InputError for an unknown ``std``; ContractError for a valid score that is not finite.
     Differs from the paper: a group whose population std is at most ``std_floor`` gets 0 under every choice of std,
     since dividing by a tiny std invents an advantage; masked members are left out of mean and std.
     """
@@ -74,7 +74,7 @@ def leave_one_out_advantages(
     A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean_G), n the number of valid members.
 
     Shapes: scores and mask (P, G) to (P, G). Range: the scores' own units.
-    Raises: nothing.
+    Raises: ContractError for a valid score that is not finite.
     Differs from the paper: groups with std at most ``std_floor``, hence also those with one valid member, get 0.
     """
     centered, group_std = _group_moments(scores, mask)
@@ -100,7 +100,7 @@ def gdpo_advantages(
 
     Shapes: scores and mask (P, G, K), weights (K,), tasks (P,) any integers, to (P, G). Range: about unit std per task;
     within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
-    Raises: nothing.
+    Raises: ContractError for a valid score that is not finite.
     Differs from the paper: the batch step runs per task, else the task with the widest scores sets the scale of all;
     a reward whose group std is at most ``std_floor`` contributes 0 in that group; a masked score contributes 0;
     std_task runs over members that have a valid score in a group with signal, so that dead groups do not inflate the
@@ -128,7 +128,7 @@ def signal_mask(
     signal_p = max_k std_G(r_pk) > std_floor.
 
     Shapes: scores and mask (P, G) or (P, G, K) to (P,).
-    Raises: nothing.
+    Raises: ContractError for a valid score that is not finite.
     Differs from the paper: DAPO (arXiv:2503.14476) asks for more than one distinct total; this is per reward, with a
     floor.
     """
@@ -180,6 +180,10 @@ def best_worst_mask(
 
 def _group_moments(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Centered scores (P, G), 0 where masked, and population std (P,), 0 where nothing is valid."""
+    if (
+        not torch.where(mask, scores, 0.0).isfinite().all()
+    ):  # nan compares false with any floor: it would pass as no signal
+        raise ContractError("a score is nan or infinite but not masked: mask it, with its reason")
     lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
     # above the group's lowest score: equal scores then have a std of exactly 0, without rounding
     above = torch.where(mask, scores - lowest, 0.0)
