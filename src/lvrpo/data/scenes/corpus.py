@@ -39,12 +39,12 @@ class CorpusConfig(Config):
     seed: int = 0
     size: int = DEFAULT_SIZE
     """Side of the pictures in pixels, a multiple of 8."""
-    scenes: int = Field(12000, ge=1)
+    scenes: int = Field(default=12000, ge=1)
     """Captioned pictures, each with ``questions_per_scene`` questions."""
-    edits: int = Field(6000, ge=0)
-    reasons: int = Field(6000, ge=0)
+    edits: int = Field(default=6000, ge=0)
+    reasons: int = Field(default=6000, ge=0)
     """Rows of sum, compare and draw_answer, in equal parts."""
-    questions_per_scene: int = Field(4, ge=0)
+    questions_per_scene: int = Field(default=4, ge=0)
     scene_shares: dict[str, float] = Field(
         default_factory=lambda: {"one": 0.32, "two": 0.30, "several": 0.12, "alike": 0.07, "digit": 0.19}
     )
@@ -53,25 +53,25 @@ class CorpusConfig(Config):
         default_factory=lambda: {"color": 0.28, "shape": 0.24, "exists": 0.30, "count": 0.12, "position": 0.06}
     )
     """What is asked; counts and positions are rare. A picture with a digit is asked for it half of the time."""
-    drop_color: float = Field(0.30, ge=0, le=1)
+    drop_color: float = Field(default=0.30, ge=0, le=1)
     """Captions: share of colors left out."""
-    drop_object: float = Field(0.30, ge=0, le=1)
+    drop_object: float = Field(default=0.30, ge=0, le=1)
     """Captions: share of further objects left out."""
-    wrong_slot: float = Field(0.15, ge=0, le=1)
+    wrong_slot: float = Field(default=0.15, ge=0, le=1)
     """Share of captions with one wrong word: a color, a shape, a digit, a number or a relation."""
-    relation: float = Field(0.12, ge=0, le=1)
+    relation: float = Field(default=0.12, ge=0, le=1)
     """Share of captions of two objects that say where they stand."""
-    attribution: float = Field(0.15, ge=0, le=1)
+    attribution: float = Field(default=0.15, ge=0, le=1)
     """Share of captions of several objects that may tell more than one color; the others tell at most one."""
-    wrong_yes: float = Field(0.30, ge=0, le=1)
+    wrong_yes: float = Field(default=0.30, ge=0, le=1)
     """Share of no-answers turned to yes."""
-    wrong_count: float = Field(0.25, ge=0, le=1)
+    wrong_count: float = Field(default=0.25, ge=0, le=1)
     """Share of counts of three or more that are off by one."""
-    wrong_answer: float = Field(0.08, ge=0, le=1)
+    wrong_answer: float = Field(default=0.08, ge=0, le=1)
     """Share of all other answers that are another answer of the same kind."""
-    wrong_edit: float = Field(0.15, ge=0, le=1)
+    wrong_edit: float = Field(default=0.15, ge=0, le=1)
     """Share of edits of which one half changes nothing and the other half changes something else too."""
-    wrong_reason: float = Field(0.15, ge=0, le=1)
+    wrong_reason: float = Field(default=0.15, ge=0, le=1)
 
     @field_validator("size")
     @classmethod

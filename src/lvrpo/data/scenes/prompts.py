@@ -39,17 +39,17 @@ CAN_HOLD_OUT: Mapping[Task, frozenset[str]] = {
 class ScenesConfig(Config):
     """Which prompts the built-in world gives."""
 
-    size: int = Field(DEFAULT_SIZE, ge=4 * CELL, le=256)
+    size: int = Field(default=DEFAULT_SIZE, ge=4 * CELL, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
     weights: dict[str, int] = Field(default_factory=dict)
     """Weight of a category in the round robin, by "task/category", such as ``{"generate/counting": 2}``; 1 by default,
     0 leaves it out."""
-    questions_per_picture: int = Field(4, ge=1, le=16)
+    questions_per_picture: int = Field(default=4, ge=1, le=16)
     """Consecutive questions that share one picture."""
     held_out: Literal["never", "mixed", "only"] = "mixed"
     """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
     categories that can show one, or only those. The train split never shows any."""
-    held_out_share: float = Field(0.2, ge=0, le=1)
+    held_out_share: float = Field(default=0.2, ge=0, le=1)
 
     @field_validator("size")
     @classmethod

@@ -4,7 +4,7 @@ Objects sit in cells, so a picture is read cell by cell. With g the ground (medi
 g, an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797
 handwritten digits) the explained share of the cell's energy is |a^T D|^2 / (|a|^2 |D|^2); the noise, seen in the median
 cell (so at most half of the cells may be occupied), is taken off the energy first. The best shape competes with the
-vote of the nearest digits; the color is the nearest entry of the table to g + a^T D / |a|^2. A cell with energy that no
+vote of the nearest digits; the color is the entry of the table nearest to v = a^T D / |a|^2. A cell with energy that no
 object explains, in a color that no entry matches, or between two digits is *unreadable*: it counts neither as an object
 nor as empty, and the total of such a picture cannot be confirmed.
 """
@@ -34,13 +34,19 @@ from lvrpo.types import Fact, Image
 
 GROUND_TOLERANCE = 0.12
 """Largest distance (Euclidean, RGB) of the median color to a ground."""
-COLOR_TOLERANCE = 0.30
-"""Largest distance (Euclidean, RGB) of an object's color to its entry of the table."""
+STRENGTH = (0.75, 1.15)
+"""How weak or strong an object may be drawn against its mask: color = ground + strength * (entry - ground)."""
+COLOR_TOLERANCE = 0.15
+"""Largest distance (Euclidean, RGB) of an object's color to its entry of the table at the best strength."""
 COLOR_MARGIN = 0.85
 """The nearest color must be closer than this share of the distance to the second nearest."""
-SHAPE_SCORE = 0.84
+SHAPE_SCORE = 0.90
 """Least explained share of the energy of a shape."""
-DIGIT_SCORE = 0.72
+SHAPE_MARGIN = 0.06
+"""By how much a shape must explain more of the energy than the second shape."""
+NOISE_SLACK = 0.25
+"""Least scores are lowered by this times the ratio of noise to the energy of the cell, by 0.1 at most."""
+DIGIT_SCORE = 0.78
 """Least explained share of the energy of a digit by its nearest handwritten sample."""
 DIGIT_VOTE = 0.55
 """Least share of the winning digit in the vote of the nearest samples."""
@@ -103,9 +109,9 @@ class Verifier:
 
         Raises ValueError for another shape. Pictures with values that are not finite are unreadable everywhere.
         """
-        batch = images if isinstance(images, torch.Tensor) else torch.stack(list(images)) if len(images) else None
-        if batch is None:
+        if len(images) == 0:
             return []
+        batch = images if isinstance(images, torch.Tensor) else torch.stack(list(images))
         if batch.ndim != 4 or batch.shape[1] != 3 or batch.shape[2] % CELL or batch.shape[3] % CELL:
             raise ValueError(f"pictures of shape {tuple(batch.shape)}: need (batch, 3, 8 rows, 8 columns)")
         pixels = batch.detach().to("cpu", torch.float32).numpy()
@@ -114,7 +120,7 @@ class Verifier:
     def _read(self, pixels: np.ndarray) -> list[Reading]:
         B, _, H, W = pixels.shape
         rows, cols = H // CELL, W // CELL
-        finite = np.isfinite(pixels).all((1, 2, 3))
+        finite = np.isfinite(pixels).reshape(B, -1).all(axis=1)
         pixels = np.clip(np.nan_to_num(pixels), 0, 1)
         flat = pixels.reshape(B, 3, -1)
         median = np.median(flat, axis=2)
@@ -172,11 +178,16 @@ class Verifier:
         is_shape = shape_score >= digit_score
         template = np.where(is_shape, shape, S + best_digit)
         v = projected[np.arange(n), :, template] / self._norms[template][:, None]
-        distance = np.linalg.norm((median + v)[:, None] - self._colors, axis=2)
+        u = self._colors - median[:, None]
+        strength = np.clip((v[:, None] * u).sum(2) / np.maximum((u**2).sum(2), 1e-6), *STRENGTH)
+        distance = np.linalg.norm(v[:, None] - strength[:, :, None] * u, axis=2)
         order = np.sort(distance, axis=1)
         good_color = (order[:, 0] < COLOR_TOLERANCE) & (order[:, 0] < COLOR_MARGIN * order[:, 1])
-        good_digit = (digit_score >= DIGIT_SCORE) & (votes.max(1) >= DIGIT_VOTE)
-        good = good_color & np.where(is_shape, shape_score >= SHAPE_SCORE, good_digit)
+        slack = np.minimum(NOISE_SLACK * CELL * CELL * variance / np.maximum(energy, 1e-6), 0.1)
+        margin = shape_score - np.partition(scores[:, :S], -2, axis=1)[:, -2]
+        good_shape = (shape_score >= SHAPE_SCORE - slack) & (margin >= SHAPE_MARGIN - slack)
+        good_digit = (digit_score >= DIGIT_SCORE - slack) & (votes.max(1) >= DIGIT_VOTE)
+        good = good_color & np.where(is_shape, good_shape, good_digit)
         names = [None if not good[i] else SHAPES[shape[i]] if is_shape[i] else DIGITS[digit[i]] for i in range(n)]
         return names, distance.argmin(1), np.where(is_shape, shape_score, digit_score)
 

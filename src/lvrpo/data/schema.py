@@ -1,0 +1,113 @@
+"""The user's own rows: one JSON object per line."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lvrpo.types import OutputKind, Task
+
+_DEFAULT_OUTPUT: dict[Task, tuple[OutputKind, ...]] = {
+    "understand": ("text",),
+    "generate": ("image",),
+    "edit": ("image",),
+    "reason": ("text",),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RowFact(_Strict):
+    """One statement about the picture to be drawn, as a question with its answer."""
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    kind: str = "question"
+
+
+class Row(_Strict):
+    """One prompt, as it stands in a file."""
+
+    id: str | None = Field(default=None, min_length=1)
+    """Unique in the file; by default the file's name and the line number."""
+    task: Task
+    prompt: str = Field(min_length=1)
+    """The question, the description or the instruction."""
+    images: list[str] = Field(default_factory=list)
+    """Picture files, relative to the folder of the file; they come before the text."""
+    answer: str | None = None
+    """The right answer, where there is one."""
+    facts: list[RowFact] = Field(default_factory=list)
+    category: str = ""
+    """The row of the results table that it counts in."""
+    output: list[OutputKind] = Field(default_factory=list)
+    """What to produce, in order; by default text (understand, reason) or image (generate, edit)."""
+    target: str | list[str] | None = None
+    """Outputs to imitate, for supervised rows: a text or a picture file for each entry of ``output``."""
+
+    @property
+    def kinds(self) -> tuple[OutputKind, ...]:
+        """``output``, or the task's own."""
+        return tuple(self.output) or _DEFAULT_OUTPUT[self.task]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """``target`` as a tuple, empty where there is none."""
+        if self.target is None:
+            return ()
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+
+    @model_validator(mode="after")
+    def _task_has_what_it_needs(self) -> Row:
+        if not self.prompt.strip():
+            raise ValueError("field 'prompt' is blank: write the question, the description or the instruction")
+        if self.task in ("understand", "edit") and not self.images:
+            raise ValueError(f"task '{self.task}' needs a picture: give field 'images', such as [\"0.png\"]")
+        if self.output and self.task != "reason" and tuple(self.output) != _DEFAULT_OUTPUT[self.task]:
+            raise ValueError(f"task '{self.task}' produces {_DEFAULT_OUTPUT[self.task][0]}: leave out field 'output'")
+        if self.target is not None and len(self.targets) != len(self.kinds):
+            raise ValueError(
+                f"field 'target' has {len(self.targets)} entries for {len(self.kinds)} outputs "
+                f"({', '.join(self.kinds)}): give one for each"
+            )
+        return self
+
+
+def parse_row(data: Any) -> Row:
+    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON."""
+    if not isinstance(data, dict):
+        raise ValueError(f'{_short(data)} is no JSON object: write {{"task": ..., "prompt": ...}}')
+    try:
+        return Row.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")
+    raise ValueError(_explain(problems[0], data))
+
+
+def _explain(problem: Any, data: dict[str, Any]) -> str:
+    where = [str(part) for part in problem["loc"] if not (problem["loc"][0] == "target" and part in _TYPE_NAMES)]
+    name, value = ".".join(where), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        fields = sorted((RowFact if where[0] == "facts" else Row).model_fields)
+        near = difflib.get_close_matches(where[-1], fields, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return f"unknown field '{name}': {hint}there are {', '.join(fields)}"
+    if problem["type"] == "missing":
+        return f"field '{name}' is missing: add it"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    rule = problem["msg"][0].lower() + problem["msg"][1:].replace("Input should", "should")
+    return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
+
+
+_TYPE_NAMES = ("str", "list[str]")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
