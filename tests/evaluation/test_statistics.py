@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvrpo.errors import ContractError
+from lvrpo.evaluation.statistics import Interval, mean_interval, paired_difference, seeds_interval
+
+shares = st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), min_size=2, max_size=40)
+
+
+def close(interval: Interval, score: float, low: float, high: float, n: int) -> bool:
+    found = (interval.score, interval.low, interval.high)
+    return found == pytest.approx((score, low, high), abs=5e-4, nan_ok=True) and interval.n == n
+
+
+def test_the_bootstrap_agrees_with_the_normal_approximation() -> None:
+    values = np.repeat([1.0, 0.0], [900, 1500])
+    interval = mean_interval(values)
+    half = 1.96 * math.sqrt(0.375 * 0.625 / 2400)
+    assert interval.score == 0.375
+    assert interval.low == pytest.approx(0.375 - half, abs=0.002)
+    assert interval.high == pytest.approx(0.375 + half, abs=0.002)
+    assert interval.n == 2400
+
+
+def test_two_values_by_hand() -> None:
+    # the resamples of (0, 1) have means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
+    assert close(mean_interval([0.0, 1.0]), 0.5, 0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1] * 10, (1.0, 0.72247, 1.0)),  # Wilson: 1 / (1 + z^2 / n) with z = 1.95996
+        ([0] * 10, (0.0, 0.0, 0.27753)),
+        ([1], (1.0, 0.20654, 1.0)),
+        ([0.5] * 4, (0.5, 0.5, 0.5)),
+        ([0.5], (0.5, math.nan, math.nan)),
+        ([], (math.nan, math.nan, math.nan)),
+    ],
+)
+def test_values_without_spread(values: list[float], expected: tuple[float, float, float]) -> None:
+    assert close(mean_interval(values), *expected, len(values))
+
+
+def test_whole_clusters_are_resampled() -> None:
+    rng = np.random.default_rng(0)
+    prompts = (rng.random(200) < 0.5).astype(float)
+    values = np.repeat(prompts, 8)
+    clusters = [f"prompt {i // 8}" for i in range(values.size)]
+    alone, clustered, once = mean_interval(values), mean_interval(values, clusters), mean_interval(prompts)
+    assert clustered.score == alone.score
+    assert clustered.n == 1600
+    assert (clustered.low, clustered.high) == pytest.approx((once.low, once.high))
+    assert clustered.high - clustered.low > 2.5 * (alone.high - alone.low)
+    # eight copies of one right answer are one observation
+    assert close(mean_interval([1.0] * 80, [i // 8 for i in range(80)]), 1.0, 0.72247, 1.0, 80)
+
+
+def test_clusters_of_unequal_size_keep_the_mean_over_values() -> None:
+    interval = mean_interval([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])
+    assert interval.score == 0.75
+    assert (interval.low, interval.high) == (0.0, 1.0)
+    assert math.isnan(mean_interval([1.0, 0.0], ["a", "a"]).low)
+
+
+def test_pairs_tell_more_than_two_separate_intervals() -> None:
+    rng = np.random.default_rng(0)
+    easy = rng.random(300)
+    before, after = (easy > 0.5).astype(float), (easy > 0.45).astype(float)
+    paired = paired_difference(before, after)
+    one, two = mean_interval(before), mean_interval(after)
+    assert paired.score == pytest.approx(after.mean() - before.mean())
+    assert paired.clear_of_zero
+    assert paired.high - paired.low < (one.high - one.low) / 1.5
+    assert one.high > two.low
+    same = paired_difference(after, before)
+    assert same.score == -paired.score
+    assert same.clear_of_zero
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([1, 0] * 5, [1, 0] * 5, (0.0, -0.27753, 0.27753)),
+        ([0] * 10, [1] * 10, (1.0, 0.72247, 1.0)),
+        ([0.1, 0.3], [0.1, 0.3], (0.0, 0.0, 0.0)),
+        ([0.25], [0.5], (0.25, math.nan, math.nan)),
+        ([], [], (math.nan, math.nan, math.nan)),
+    ],
+)
+def test_pairs_without_spread(before: list[float], after: list[float], expected: tuple[float, float, float]) -> None:
+    assert close(paired_difference(before, after), *expected, len(before))
+
+
+def test_seeds_by_hand() -> None:
+    # t(0.975, 2) = 4.302653; standard deviation 1; standard error 1 / sqrt(3)
+    assert close(seeds_interval([1.0, 2.0, 3.0]), 2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5, 3)
+    assert close(seeds_interval([0.5]), 0.5, math.nan, math.nan, 1)
+    assert close(seeds_interval([]), math.nan, math.nan, math.nan, 0)
+    assert close(seeds_interval([0.25, 0.25]), 0.25, 0.25, 0.25, 2)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    truth, hits = 0.3, 0
+    for _ in range(200):
+        interval = mean_interval((rng.random(60) < truth).astype(float))
+        hits += interval.low <= truth <= interval.high
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+@given(values=shares)
+def test_an_interval_holds_its_score_and_stays_in_range(values: list[float]) -> None:
+    interval = mean_interval(values)
+    assert 0 <= interval.low <= interval.score <= interval.high <= 1 + 1e-12
+    assert interval == mean_interval(values)
+
+
+@given(values=shares)
+def test_no_change_has_score_zero_inside(values: list[float]) -> None:
+    interval = paired_difference(values, values)
+    assert interval.score == 0
+    assert interval.low <= 0 <= interval.high
+    assert not interval.clear_of_zero
+
+
+def test_tensors_and_booleans_are_values_too() -> None:
+    assert mean_interval(torch.tensor([True, False])) == mean_interval([1, 0])
+    assert mean_interval([1, 0]).as_dict() == {"score": 0.5, "low": 0.0, "high": 1.0, "n": 2}
+
+
+@pytest.mark.parametrize("function", [mean_interval, seeds_interval])
+def test_a_missing_score_is_never_a_number(function) -> None:
+    with pytest.raises(ContractError, match="not finite"):
+        function([0.5, float("nan")])
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ContractError, match="2 scores before and 1 after"):
+        paired_difference([1, 2], [1])
+    with pytest.raises(ContractError, match="2 scores but 1 clusters"):
+        mean_interval([1, 2], ["a"])
