@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from lvrpo.report import Tile, picture_grid
+
 COLORS = {"red": (214, 54, 46), "blue": (46, 92, 214), "green": (40, 150, 70), "yellow": (236, 190, 40)}
 CATEGORIES = {
     "generate": ["single_object", "two_object", "counting", "colors", "position", "color_attr", "digits"],
@@ -68,7 +70,9 @@ def write_run(folder: Path, steps: int = 60, seed: int = 7) -> Path:
     for step in (10, 20, 30):
         grid = folder / "samples" / f"step_{step:06d}" / "grid.png"
         grid.parent.mkdir(parents=True)
-        draw_scene(rng, 4).resize((512, 256), Image.Resampling.NEAREST).save(grid)
+        captions = ["two red circles left of a blue star", "a large handwritten 7 under three small yellow squares"]
+        rows = [(c, [Tile(draw_scene(rng, 2), f"facts {k / 8:.2f}", k > 4) for k in range(8)]) for c in captions]
+        picture_grid(rows).save(grid)
         (grid.parent / "groups.jsonl").write_text('{"id": "train-1", "members": [{"image": null}]}\n', encoding="utf-8")
     return folder
 

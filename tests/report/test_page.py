@@ -54,7 +54,9 @@ def test_full_run_has_every_section(tmp_path: Path, make_run: MakeRun) -> None:
     text = page_of(make_run(tmp_path / "example"))
     for section in ("results", "pictures", "curves", "answers", "worst", "guard", "contract", "record"):
         assert f'id="{section}"' in text
-    assert "Generation rose from .24 to .52 (+.28, 95 % interval .25 to .31), but reasoning fell." in text
+    assert (
+        "Generation rose from .24 to .52 (+.28, 95\N{NO-BREAK SPACE}% interval .25 to .31), but reasoning fell." in text
+    )
     assert "Question answering (greedy) did not clearly change: .71 to .72" in text
     assert "lvrpo quickstart --seed 0 --out runs/example" in text
     assert "8 min 12 s" in text
@@ -210,6 +212,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         build_report(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):
         build_report(tmp_path / "missing")
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "example")
+    (run / "report.html").mkdir()
+    with pytest.raises(InputError, match="and report again"):
+        build_report(run)
+    assert not list(run.glob(".report*"))
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path, make_run: MakeRun) -> None:

@@ -61,10 +61,10 @@ def test_duration(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("estimate", "direction", "text"),
     [
-        (Estimate(0.28, 0.25, 0.31), "up", "+.28, 95 % interval .25 to .31"),
-        (Estimate(-0.06, -0.09, -0.03), "down", "−.06, 95 % interval −.09 to −.03"),
-        (Estimate(0.01, -0.02, 0.04), "flat", "+.01, 95 % interval −.02 to +.04"),
-        (Estimate(0.011, 0.001, 0.021), "up", "+.011, 95 % interval .001 to .021"),
+        (Estimate(0.28, 0.25, 0.31), "up", "+.28, 95\N{NO-BREAK SPACE}% interval .25 to .31"),
+        (Estimate(-0.06, -0.09, -0.03), "down", "−.06, 95\N{NO-BREAK SPACE}% interval −.09 to −.03"),
+        (Estimate(0.01, -0.02, 0.04), "flat", "+.01, 95\N{NO-BREAK SPACE}% interval −.02 to +.04"),
+        (Estimate(0.011, 0.001, 0.021), "up", "+.011, 95\N{NO-BREAK SPACE}% interval .001 to .021"),
         (Estimate(0.1), "unsure", "+.10, no interval"),
     ],
 )

@@ -134,7 +134,7 @@ def _chart(title: str, points: Points, control: Points, marks: Marks = (), least
         lines=_apart(lines),
         area=area,
         x_ticks=tuple((place(x, y_low)[0], f"{x:,.0f}" if i else f"step {x:,.0f}") for i, x in enumerate(x_ticks)),
-        y_ticks=tuple((place(x_low, y)[1], _tick(y)) for y in nice_ticks(y_low, y_high, 5)),
+        y_ticks=tuple((place(x_low, y)[1], _tick(y)) for y in nice_ticks(y_low, y_high, 6)),
         marks=tuple((place(x, y_low)[0], words) for x, words in marks if x_low <= x <= x_high),
         window=window,
     )

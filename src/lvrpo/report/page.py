@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import yaml
 
+from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.cases import case_sections, task_label
 from lvrpo.report.curves import guard_charts, other_charts, reward_charts
@@ -35,18 +38,23 @@ class GuardRow:
 def build_report(run: Path) -> Path:
     """Write ``report.html`` into the run directory and return its path.
 
-    Works for a run that is still going on. Raises ``InputError`` where the folder is no run directory or its summary
-    is unreadable.
+    Works for a run that is still going on. Raises ``InputError`` where the folder is no run directory, its summary is
+    unreadable, or the page cannot be written; what was there before then stays.
     """
-    record = load_run(run)
-    page = render(record)
-    target = record.path / "report.html"
-    temporary = target.with_name(".report.html.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    target = Path(run) / "report.html"
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        page = render(load_run(Path(run)))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        why = f"{error.strerror or error} ({error.filename or target})"
+        raise InputError(f"no report of {run}: {why}: free the disk or the permission and report again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -91,8 +99,9 @@ def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
     seconds = number(raw.get("seconds"))
     so_far = number(last.get("seconds"))
     memory = number(raw.get("peak_memory_gib"))
+    policy = _find(run.manifest, ("policy", "model")) or _find(_config(run), ("policy", "model"))
     facts = [
-        ("Policy", _flat(_find(run.manifest, ("policy", "model", "base")))),
+        ("Policy", policy if isinstance(policy, str) else ""),
         ("Seed", _flat(raw.get("seed", _find(run.manifest, ("seed", "seeds"))))),
         ("Steps", f"{len(run.metrics.rows):,}" if run.metrics.rows else ""),
         ("Time", numbers.duration(seconds) if seconds is not None else ""),
@@ -102,6 +111,13 @@ def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
     if seconds is None and so_far is not None:
         facts[3] = ("Time so far", numbers.duration(so_far))
     return [(term, value) for term, value in facts if value]
+
+
+def _config(run: RunRecord) -> object:
+    try:
+        return yaml.safe_load(run.config)
+    except yaml.YAMLError:
+        return None  # half written; the text itself is on the page
 
 
 def _command(manifest: Mapping[str, Any]) -> str:

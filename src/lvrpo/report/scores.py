@@ -61,7 +61,7 @@ def score_table(summary: Summary) -> ScoreTable:
     low, high = _range(tables)
     tasks = task_order(summary.before, summary.after, summary.difference)
     rows = tuple(_task_row(summary, task, low, high) for task in tasks)
-    ticks = tuple((_place(v, low, high), f"{v:g}") for v in nice_ticks(low, high, 4))
+    ticks = tuple((_place(v, low, high), f"{v:g}".replace("0.", ".", 1)) for v in nice_ticks(low, high, 4))
     return ScoreTable(rows, ticks, base.name if base else None)
 
 

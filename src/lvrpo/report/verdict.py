@@ -52,14 +52,14 @@ def task_order(*tables: object) -> list[str]:
 
 
 def change(estimate: Estimate) -> str:
-    """``+.28, 95 % interval .25 to .31``."""
+    """``+.28, 95 % interval .25 to .31``, with a space that does not break."""
     digits = enough_digits(estimate.score, estimate.low, estimate.high)
     text = score(estimate.score, digits, signed=True)
     if estimate.low is None or estimate.high is None:
         return f"{text}, no interval"
     signed = estimate.low < 0 < estimate.high or estimate.high <= 0
     low, high = (score(v, digits, signed=signed) for v in (estimate.low, estimate.high))
-    return f"{text}, 95 % interval {low} to {high}"
+    return f"{text}, 95\N{NO-BREAK SPACE}% interval {low} to {high}"
 
 
 def verdict(run: RunRecord) -> Verdict:
