@@ -73,7 +73,7 @@ class Optimizers:
         fraction = min(1.0, (step - start) / max(1.0, self.total_steps - start))
         return warm * (1 + fraction * (config.final_lr - 1))
 
-    def step(self, step: int) -> dict[str, float]:
+    def step(self, step: int, scale: float = 1.0) -> dict[str, float]:
         """Clips, steps and clears the gradients; returns the gradient norm per expert before clipping.
 
         A gradient that is not finite leaves the weights as they are; its norm then says so.
@@ -84,7 +84,7 @@ class Optimizers:
             if with_gradient:
                 norms[expert] = float(nn.utils.clip_grad_norm_(with_gradient, self.config.clip_norm))
         if all(norm == norm and norm < float("inf") for norm in norms.values()):
-            rate = self.rate(step)
+            rate = self.rate(step) * scale
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
                 for group, lr in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = lr * rate

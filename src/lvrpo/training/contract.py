@@ -1,0 +1,120 @@
+"""The step-0 contract: what must hold before the first update, measured on a small batch (FORMULAS section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvrpo.algorithms import signal_mask
+from lvrpo.errors import ContractError
+from lvrpo.policies.base import Policy
+from lvrpo.types import FlowSegment, Group, RewardTable, TextSegment, Trajectory
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""Largest difference of log-probs between rollout and a replay in another batch, by dtype of the weights."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, measured."""
+
+    check: str
+    value: float
+    limit: float
+    ok: bool
+    detail: str
+    """What a breach means, and what to do."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTable, std_floor: float) -> list[Check]:
+    """Measures every promise on a rollout of ``policy`` that has not been updated since."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    checks = _replay_checks(policy, trajectories) + _group_checks(groups)
+    signal = signal_mask(table.scores, table.mask, std_floor)
+    checks.append(
+        Check(
+            "groups with signal",
+            float(signal.float().mean()),
+            0.0,
+            bool(signal.any()),
+            f"no group's reward spreads by more than advantages.std_floor={std_floor}: use easier prompts, other rewards, "
+            "or a higher temperature",
+        )
+    )
+    failed = [reason for reason in table.reasons.values() if reason.startswith("failed")]
+    total = table.mask.numel()
+    checks.append(
+        Check("scores that failed", len(failed) / total, 0.0, not failed, failed[0] if failed else "no reward failed")
+    )
+    assert isinstance(policy, nn.Module)
+    low = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    checks.append(
+        Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "all float32")
+    )
+    return checks
+
+
+def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
+    """The replay law per kind of segment, in the rollout's own batch and in another."""
+    assert isinstance(policy, nn.Module)
+    dtype = next(policy.parameters()).dtype
+    limit = TOLERANCE[dtype]
+    odd = list(range(1, len(trajectories), 2))[::-1]
+    with torch.no_grad():
+        own = policy.logprobs(trajectories)
+        other = policy.logprobs([trajectories[i] for i in odd])
+    checks = []
+    for kind in ("text", "drawing"):
+        own_ratio = _log_ratios(trajectories, own, kind)
+        if not len(own_ratio):
+            continue
+        other_ratio = _log_ratios([trajectories[i] for i in odd], other, kind)
+        same = float(own_ratio.abs().max())
+        exact = 0.0 if dtype == torch.float32 and own_ratio.device.type == "cpu" else limit
+        remedy = "sampling and training score different distributions: compare guidance, temperature, masks and dtype"
+        checks.append(Check(f"replay, {kind}, own batch: max |difference|", same, exact, same <= exact, remedy))
+        if len(other_ratio):
+            apart = float(other_ratio.abs().max())
+            checks.append(Check(f"replay, {kind}, other batch: max |difference|", apart, limit, apart <= limit, remedy))
+        mean = float(own_ratio.exp().mean())
+        checks.append(Check(f"ratio, {kind}: |mean - 1|", abs(mean - 1), 1e-4, abs(mean - 1) <= 1e-4, remedy))
+    return checks
+
+
+def _log_ratios(trajectories: Sequence[Trajectory], replayed: Sequence[Sequence[Any]], kind: str) -> torch.Tensor:
+    wanted = TextSegment if kind == "text" else FlowSegment
+    pairs = [
+        scored.logprobs.detach().cpu() - segment.behavior_logprobs.cpu()
+        for trajectory, row in zip(trajectories, replayed, strict=True)
+        for segment, scored in zip(trajectory.segments, row, strict=True)
+        if isinstance(segment, wanted)
+    ]
+    return torch.cat(pairs) if pairs else torch.zeros(0)
+
+
+def _group_checks(groups: Sequence[Group]) -> list[Check]:
+    """Members of a group share everything that their log-probs depend on."""
+    torn = 0
+    for group in groups:
+        flows = [s for t in group.trajectories for s in t.segments if isinstance(s, FlowSegment)]
+        settings = {
+            (s.trained_steps, tuple(s.timesteps.tolist()), s.guidance_scale, s.image_guidance_scale, s.noise_level)
+            for s in flows
+        }
+        torn += len(settings) > 1
+    detail = "the members of a group must share window, grid, guidance and noise level"
+    return [Check("groups whose members differ in settings", torn, 0, torn == 0, detail)]
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raises ContractError at the first breach, with its cause."""
+    for check in checks:
+        if not check.ok:
+            raise ContractError(f"step-0 contract: {check.check} is {check.value:.3g}, limit {check.limit:.3g}: {check.detail}")

@@ -1,0 +1,80 @@
+"""The guard: a held-out set of every task, scored every few steps; keeps the best weights and acts on a fall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.rewards.success import successes
+from lvrpo.sampling import derive_seed
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.state import GuardState
+from lvrpo.types import Prompt, Task
+
+Verdict = Literal["best", "kept", "fallen"]
+
+Z = 1.96
+"""Half width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """One look of the guard."""
+
+    means: Mapping[Task, float]
+    verdict: Verdict
+    fallen: tuple[Task, ...]
+    """Tasks whose paired difference to the best lies below 0 with its whole interval."""
+
+
+class Guard:
+    """Scores the held-out prompts and compares with the best so far, prompt by prompt."""
+
+    def __init__(self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig) -> None:
+        self.prompts = {task: list(rows) for task, rows in prompts.items() if rows}
+        self.config = config
+        rollout = config.rollout
+        self.sampling = Sampling(
+            group_size=1,
+            temperature=0.0,
+            max_new_tokens=rollout.max_new_tokens,
+            num_steps=rollout.num_steps,
+            timestep_shift=rollout.timestep_shift,
+        )
+
+    def score(self, policy: Policy) -> dict[str, list[float]]:
+        """Right or wrong for every held-out prompt; the same noise at every look."""
+        out = {}
+        for task, rows in self.prompts.items():
+            seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
+            out[task] = [row[0] for row in successes(policy.sample(rows, self.sampling, seeds))]
+        return out
+
+    def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
+        """Scores ``policy`` and updates the state when it is the best so far: no task fallen, and a higher mean of tasks."""
+        scores = self.score(policy)
+        means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
+        if not state.best_scores:
+            state.best_step, state.best_scores = step, scores
+            return GuardReport(means, "best", ())
+        fallen = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
+        if fallen:
+            return GuardReport(means, "fallen", fallen)
+        best = float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts]))
+        if float(np.mean(list(means.values()))) >= best:
+            state.best_step, state.best_scores = step, scores
+            return GuardReport(means, "best", ())
+        return GuardReport(means, "kept", ())
+
+
+def fell(now: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether the mean paired difference is below 0 with its whole 95 % interval (normal approximation)."""
+    difference = np.asarray(now) - np.asarray(before)
+    if len(difference) < 2:
+        return False
+    error = float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return float(difference.mean()) + Z * error < 0

@@ -1,0 +1,203 @@
+"""The training loop: data -> rollout -> rewards -> advantages -> loss -> step, in that order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvrpo.algorithms import old_policy_decay
+from lvrpo.data.sources import PromptSource
+from lvrpo.errors import ContractError
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.rewards.success import successes
+from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.sampling import derive_seed
+from lvrpo.training import contract, samples
+from lvrpo.training.checkpoint import prune_checkpoints
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.guard import Guard
+from lvrpo.training.optimizer import average_into
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.state import RunState, weights_changed
+from lvrpo.training.update import Policies, compute_advantages, update
+from lvrpo.types import Group, Prompt, RewardTable
+
+Observer = Callable[[Mapping[str, Any]], None]
+"""Called with the metrics row of every step."""
+
+
+def align(
+    config: TrainConfig,
+    run: RunDirectory,
+    state: RunState,
+    source: PromptSource,
+    rewards: Sequence[RewardSource],
+    guard: Guard,
+    observe: Observer = lambda row: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> RunState:
+    """Runs until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop."""
+    if state.step == 0:
+        _check_contract(config, run, state, source, rewards)
+        report = guard.look(state.policies.average, state.guard, 0)
+        run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
+        state.save(run)
+    stopped = False
+    while state.step < config.steps and not stopped:
+        started = time.perf_counter()
+        step = state.step
+        row: dict[str, Any] = {"step": step + 1}
+
+        prompts = prompts_of_step(source, config, step)
+        groups = rollout(state.policies, prompts, config, step)
+        table = score_groups(rewards, groups, state.policies.reference)
+        advantages = compute_advantages(table, config.advantages)
+        metrics = update(state.policies, groups, advantages, config, step)
+        norms = state.optimizers.step(step, state.guard.lr_scale)
+        decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
+        average_into(_module(state.policies.old), _module(state.policies.live), decay)
+        average_into(_module(state.policies.average), _module(state.policies.live), min(config.average_decay, step / (step + 10)))
+        state.step += 1
+
+        if step == 0 and not weights_changed(state.policies.live, state.policies.reference):
+            raise ContractError("the first update changed no weight: check learning rates, task weights and rewards")
+        row |= metrics.means() | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
+        row |= reward_means("reward", table, groups)
+        row["lr_scale"] = state.optimizers.rate(step) * state.guard.lr_scale
+        if step % config.control_every == 0:
+            row |= control(state.policies, prompts, config, rewards, step)
+        if state.step % config.samples_every == 0 or state.step == config.steps:
+            samples.write(run, state.step, groups, table)
+        if state.step % config.guard.every == 0 or state.step == config.steps:
+            stopped = _guarded(config, run, state, guard, row)
+        state.seconds += time.perf_counter() - started
+        row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}
+        run.append_metrics(row)
+        observe(row)
+        last = stopped or interrupted() or state.step == config.steps
+        if state.step % config.checkpoint_every == 0 or last or state.guard.best_step == state.step:
+            state.save(run)
+            prune_checkpoints(run.path, config.keep_checkpoints, keep={state.guard.best_step})
+        if interrupted():
+            break
+    return state
+
+
+def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
+    """The prompts of a step: for each task the next ones of the source, so the cursor is the step itself."""
+    prompts: list[Prompt] = []
+    for task, count in config.data.prompts_per_step.items():
+        prompts += [source.prompt(task, step * count + i) for i in range(count)]
+    return prompts
+
+
+def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
+    """Groups for all prompts: text from the live policy; drawings from the old one where DiffusionNFT trains them."""
+    sampling = config.rollout.sampling(config.seed, step)
+    painter = policies.old if config.flow.kind == "nft" else policies.live
+    groups: dict[int, Group] = {}
+    for sampler, wanted in ((policies.live, False), (painter, True)):
+        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
+        seeds = [derive_seed(config.seed, "rollout", step, prompts[i].id) for i in indices]
+        if indices:
+            groups.update(zip(indices, sampler.sample([prompts[i] for i in indices], sampling, seeds), strict=True))
+    return [groups[i] for i in range(len(prompts))]
+
+
+def control(
+    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, rewards: Sequence[RewardSource], step: int
+) -> dict[str, float]:
+    """The reference on the very same prompts: prompts drift in difficulty, and a raw curve has been misread as learning."""
+    sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
+    seeds = [derive_seed(config.seed, "rollout", step, prompt.id) for prompt in prompts]
+    groups = policies.reference.sample(prompts, sampling, seeds)
+    return reward_means("control", score_groups(rewards, groups, policies.reference), groups)
+
+
+def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of every reward per task, and the share of outputs that are right as a whole."""
+    out: dict[str, float] = {}
+    right = torch.tensor(successes(groups))
+    for task in dict.fromkeys(table.tasks):
+        rows = [p for p, name in enumerate(table.tasks) if name == task]
+        out[f"{prefix}/{task}/success"] = float(right[rows].mean())
+        for k, name in enumerate(table.names):
+            valid = table.mask[rows, :, k]
+            if valid.any():
+                out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
+    return out
+
+
+def contract_checks(
+    config: TrainConfig, policies: Policies, source: PromptSource, rewards: Sequence[RewardSource]
+) -> list[contract.Check]:
+    """The step-0 contract on a few prompts of every task, with stochastic steps so that drawings have log-probs too."""
+    prompts = [
+        source.prompt(task, i) for task, count in config.data.prompts_per_step.items() for i in range(min(count, 8))
+    ]
+    sampling = config.rollout.sampling(config.seed, 0)
+    if sampling.sampler == "ode":
+        sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
+    seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
+    groups = policies.live.sample(prompts, sampling, seeds)
+    table = score_groups(rewards, groups, policies.reference)
+    return contract.step_zero_contract(policies.live, groups, table, config.advantages.std_floor)
+
+
+def _check_contract(
+    config: TrainConfig, run: RunDirectory, state: RunState, source: PromptSource, rewards: Sequence[RewardSource]
+) -> None:
+    checks = contract_checks(config, state.policies, source, rewards)
+    run.write_json("contract.json", [check.as_dict() for check in checks])
+    contract.require(checks)
+
+
+def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
+    """One look of the guard and what follows from it; returns whether the run stops."""
+    report = guard.look(state.policies.average, state.guard, state.step)
+    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
+    if report.verdict != "fallen":
+        row["guard/action"] = "kept best" if report.verdict == "best" else "none"
+        return False
+    fallen = ", ".join(report.fallen)
+    if config.guard.action == "warn":
+        row["guard/action"] = f"warned: {fallen} fell"
+        return False
+    if config.guard.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
+        row["guard/action"] = f"stopped: {fallen} fell"
+        return True
+    at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
+    state.load(run.checkpoint_dir(state.guard.best_step))
+    state.step, state.seconds = at, seconds
+    state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
+    row["guard/action"] = f"rolled back to step {state.guard.best_step}: {fallen} fell"
+    return False
+
+
+def best_policy(state: RunState, run: RunDirectory) -> Policy:
+    """The weights that the guard found best."""
+    policy = state.policies.average
+    return type(policy).load(run.checkpoint_dir(state.guard.best_step))
+
+
+def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_scale: float = 1.0) -> Sampling:
+    """One output per prompt, with the rollout's number of steps."""
+    rollout_config = config.rollout
+    return Sampling(
+        group_size=1,
+        temperature=temperature,
+        max_new_tokens=rollout_config.max_new_tokens,
+        num_steps=rollout_config.num_steps,
+        timestep_shift=rollout_config.timestep_shift,
+        guidance_scale=guidance_scale,
+    )
+
+
+def _module(policy: Policy) -> nn.Module:
+    assert isinstance(policy, nn.Module)
+    return policy

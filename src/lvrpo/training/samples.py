@@ -1,0 +1,65 @@
+"""What a person looks at while a run goes on: a grid of drawings and the sampled groups as rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lvrpo.report.grids import Tile, picture_grid
+from lvrpo.rewards.success import successes
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.types import TASKS, Group, RewardTable
+
+GROUPS_PER_TASK = 4
+
+
+def write(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable) -> None:
+    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task."""
+    chosen = [
+        p
+        for task in TASKS
+        for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
+    ]
+    right = successes([groups[p] for p in chosen])
+    rows = []
+    for p, success in zip(chosen, right, strict=True):
+        group = groups[p]
+        if group.trajectories[0].image is None:
+            continue
+        pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
+        pictures += [
+            Tile(t.image, t.text or "", good=bool(ok)) for t, ok in zip(group.trajectories, success, strict=True)
+        ]
+        rows.append((prompt_text(group), pictures))
+    folder = f"samples/{run.samples_dir(step).name}"
+    if rows:
+        buffer = io.BytesIO()
+        picture_grid(rows).save(buffer, format="PNG")
+        run.write_bytes(f"{folder}/grid.png", buffer.getvalue())
+    lines = [json.dumps(_row(groups[p], table, p, success)) for p, success in zip(chosen, right, strict=True)]
+    run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
+
+
+def prompt_text(group: Group) -> str:
+    """The words of the prompt."""
+    return " ".join(part for part in group.prompt.parts if isinstance(part, str))
+
+
+def _row(group: Group, table: RewardTable, p: int, success: Sequence[float]) -> dict[str, Any]:
+    members = []
+    for g, trajectory in enumerate(group.trajectories):
+        scores = {
+            name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None for k, name in enumerate(table.names)
+        }
+        members.append({"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores})
+    prompt = group.prompt
+    return {
+        "id": prompt.id,
+        "task": prompt.task,
+        "category": prompt.category,
+        "prompt": prompt_text(group),
+        "answer": prompt.answer,
+        "members": members,
+    }

@@ -1,0 +1,92 @@
+"""The state of an alignment run: what a checkpoint holds, so that a resumed run goes on bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvrpo.policies.base import Policy
+from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.optimizer import Optimizers, copy_weights
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.update import Policies
+
+STATE = "state"
+"""Folder of a checkpoint that holds everything but the policy to use."""
+
+
+@dataclass
+class GuardState:
+    """What the guard remembers."""
+
+    best_step: int = 0
+    best_scores: dict[str, list[float]] = field(default_factory=dict)
+    """Per task, the score of every held-out prompt under the best weights."""
+    rollbacks: int = 0
+    lr_scale: float = 1.0
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run goes on."""
+
+    policies: Policies
+    optimizers: Optimizers
+    step: int = 0
+    """Steps done."""
+    guard: GuardState = field(default_factory=GuardState)
+    seconds: float = 0.0
+    """Training seconds so far, over all resumptions."""
+
+    @classmethod
+    def start(cls, policy: Policy, config: TrainConfig) -> RunState:
+        """The state before the first step: all four policies are the given one."""
+        policies = Policies(live=policy, old=policy.frozen(), reference=policy.frozen(), average=policy.frozen())
+        return cls(policies, Optimizers(policy, config.optimizer, config.steps))
+
+    def save(self, run: RunDirectory) -> Path:
+        """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
+        path = run.checkpoint_dir(self.step)
+        with checkpoint_writer(path) as folder:
+            self.policies.average.save(folder)
+            (folder / STATE).mkdir()
+            save_state(folder / STATE, self._tree())
+        return path
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        verify_checkpoint(checkpoint)
+        tree = load_state(checkpoint / STATE)
+        for name in ("live", "old", "average"):
+            copy_weights(_module(getattr(self.policies, name)), tree["policies"][name])
+        self.optimizers.load_state(tree["optimizers"])
+        self.step = tree["step"]
+        self.seconds = tree["seconds"]
+        self.guard = GuardState(**tree["guard"])
+
+    def _tree(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "policies": {
+                name: dict(_module(getattr(self.policies, name)).state_dict()) for name in ("live", "old", "average")
+            },
+            "optimizers": self.optimizers.state(),
+            "guard": vars(self.guard),
+        }
+
+
+def _module(policy: object) -> nn.Module:
+    assert isinstance(policy, nn.Module)
+    return policy
+
+
+def weights_changed(one: Policy, other: Policy) -> bool:
+    """Whether any parameter differs."""
+    pairs = zip(_module(one).parameters(), _module(other).parameters(), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
