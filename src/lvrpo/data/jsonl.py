@@ -126,7 +126,9 @@ def _read(path: Path, decode: bool) -> list[_Line]:
             row = parse_row(json.loads(text, parse_constant=_no_constant))
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): one object per line") from None
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise InputError(f"{where}: nested too deeply: write one flat JSON object per line") from None
+        except ValueError as error:
             raise InputError(f"{where}: {' '.join(str(error).split())}") from None
         key = row.id or f"{path.stem}:{number}"
         if key in seen:

@@ -31,7 +31,7 @@ def preview(
     side = source.config.size * scale
     blocks: list[tuple[Task, str]] = [(t, c) for t in source.tasks for c in CATEGORIES[t] if c in source.cycles[t]]
     places, rows = _places(blocks)
-    half, height = _LABEL + _PER_BLOCK * (side + _GAP), side + 62 + _GAP
+    half, height = _LABEL + _PER_BLOCK * (side + _GAP), side + 70 + _GAP
     sheet_size = (2 * _MARGIN + 2 * half, 2 * _MARGIN + 40 + rows * height)
     sheet = PilImage.new("RGB", sheet_size, _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -80,7 +80,7 @@ def _show(
         middle = top + side // 2
         x = left + side + 2
         draw.polygon([(x, middle - 5), (x + _GAP - 4, middle), (x, middle + 5)], _SOFT)
-    text = " ".join(p for p in example.prompt.parts if isinstance(p, str))
+    text = " ".join(p for p in example.prompt.parts if isinstance(p, str)).replace(" ?", "?")
     answer = next((p for p in example.outputs if isinstance(p, str)), None)
     below = f"answer: {answer}" if answer else f"{len(example.prompt.facts)} facts"
     font = ImageFont.load_default(size=13)

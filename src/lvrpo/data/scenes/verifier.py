@@ -52,6 +52,8 @@ DIGIT_VOTE = 0.55
 """Least share of the winning digit in the vote of the nearest samples."""
 EMPTY_ENERGY = 0.45
 """A cell with less energy (sum over pixels and channels of squared differences to the ground) is empty."""
+MAX_NOISE = 0.22
+"""Standard deviation per value above which nothing of a picture is readable."""
 NOISE_SPREAD = 0.5
 """How far the energy of an empty noisy cell may exceed the median cell's, as a share of it."""
 NEIGHBORS = 12
@@ -107,7 +109,8 @@ class Verifier:
     def read(self, images: Sequence[Image] | torch.Tensor) -> list[Reading]:
         """Reads pictures (B, 3, H, W) or a list of (3, H, W), H and W multiples of 8, values clamped to [0, 1].
 
-        Raises ValueError for another shape. Pictures with values that are not finite are unreadable everywhere.
+        Raises ValueError for another shape. Pictures with values that are not finite, or all noise, are
+        unreadable everywhere.
         """
         if len(images) == 0:
             return []
@@ -120,7 +123,7 @@ class Verifier:
     def _read(self, pixels: np.ndarray) -> list[Reading]:
         B, _, H, W = pixels.shape
         rows, cols = H // CELL, W // CELL
-        finite = np.isfinite(pixels).reshape(B, -1).all(axis=1)
+        finite = np.asarray([np.isfinite(picture).all() for picture in pixels])
         pixels = np.clip(np.nan_to_num(pixels), 0, 1)
         flat = pixels.reshape(B, 3, -1)
         median = np.median(flat, axis=2)
@@ -129,6 +132,7 @@ class Verifier:
         delta = cells.reshape(B, rows * cols, CELL * CELL, 3) - median[:, None, None]
         raw_energy = (delta**2).sum((2, 3))
         noise_energy = np.median(raw_energy, axis=1)
+        readable = [bool(f) for f in finite & (noise_energy < 3 * CELL * CELL * MAX_NOISE**2)]
         energy = raw_energy - noise_energy[:, None]
         variance = noise_energy / (CELL * CELL)
         occupied = np.argwhere(energy > EMPTY_ENERGY + NOISE_SPREAD * noise_energy[:, None])
@@ -147,7 +151,7 @@ class Verifier:
         everywhere = tuple((r, c) for r in range(rows) for c in range(cols))
         readings = []
         for i in range(B):
-            if not finite[i]:
+            if not readable[i]:
                 readings.append(Reading(None, (), everywhere, (rows, cols)))
                 continue
             nearest = int(ground_distance[i].argmin())

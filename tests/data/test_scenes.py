@@ -1,0 +1,411 @@
+"""The world: objects, splits, language, prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lvrpo.data.scenes import (
+    CATEGORIES,
+    COLOR,
+    COLORS,
+    DESCRIBE,
+    GROUND,
+    HELD_OUT,
+    SHAPES,
+    SPLITS,
+    VOCABULARY,
+    CorpusConfig,
+    Scene,
+    SceneObject,
+    ScenePrompts,
+    ScenesConfig,
+    Split,
+    normalize,
+    read,
+    render,
+    verify,
+    web_corpus,
+)
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, Mention, caption, clear_relation, place
+from lvrpo.data.scenes.objects import digit_indices, digit_samples, shape_masks
+from lvrpo.data.scenes.preview import preview
+from lvrpo.data.sources import DATASETS, PromptSource
+from lvrpo.registry import resolve
+from lvrpo.types import TASKS, Prompt, Task
+
+WORDS = frozenset(VOCABULARY)
+
+
+def texts(prompt: Prompt) -> list[str]:
+    said = [p for p in prompt.parts if isinstance(p, str)] + ([prompt.answer] if prompt.answer else [])
+    return said + [t for f in prompt.facts for t in (f.question, f.answer)]
+
+
+def test_the_table_of_objects() -> None:
+    assert len(COLORS) == 8
+    assert len(SHAPES) == 6
+    assert len(HELD_OUT) == 6
+    assert {s for _, s in HELD_OUT} == set(SHAPES)
+    assert all(c in COLOR for c, _ in HELD_OUT)
+    rgb = np.array(list(COLOR.values()))
+    grounds = np.array(list(GROUND.values()))
+    assert np.sort(np.linalg.norm(rgb[:, None] - rgb, axis=2), axis=1)[:, 1].min() > 0.4
+    assert np.linalg.norm(rgb[:, None] - grounds, axis=2).min() > 0.4
+    masks = np.stack([m.ravel() / np.linalg.norm(m) for m in shape_masks().values()])
+    assert np.triu(masks @ masks.T, 1).max() < 0.9
+
+
+def test_digits_are_the_scans_in_a_color() -> None:
+    alphas, labels = digit_samples()
+    assert alphas.shape == (1797, 8, 8)
+    index = digit_indices("train")[7][3]
+    assert labels[index] == 7
+    image = render(Scene("black", (SceneObject("7", "yellow", 1, 2, index),)))
+    ground, color = (torch.tensor(t)[:, None, None] for t in (GROUND["black"], COLOR["yellow"]))
+    expected = ground + torch.from_numpy(alphas[index]) * (color - ground)
+    assert torch.allclose(image[:, 8:16, 16:24], expected)
+    assert torch.equal(image[:, :8, :8], ground.expand(3, 8, 8))
+
+
+def test_handwriting_of_the_splits_is_disjoint_and_complete() -> None:
+    rows = [[i for row in digit_indices(s) for i in row] for s in SPLITS]
+    assert sum(map(len, rows)) == len(set().union(*rows)) == 1797
+    assert all(len(row) >= 8 for s in SPLITS for row in digit_indices(s))
+
+
+def test_render_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        render(Scene("white", ()), 30)
+    with pytest.raises(ValueError, match="outside"):
+        render(Scene("white", (SceneObject("star", "red", 4, 0),)))
+
+
+def test_split_ignores_the_order_of_objects() -> None:
+    a, b = SceneObject("star", "pink", 0, 1), SceneObject("circle", "blue", 2, 2)
+    assert Scene("gray", (a, b)).split() == Scene("gray", (b, a)).split()
+
+
+def _scenes(split: Split, seed: int, n: int) -> set[str]:
+    """Keys of the pictures shown and drawn."""
+    source, keys = ScenePrompts(ScenesConfig(), split, seed), set()
+    for task in source.tasks:
+        for index in range(n):
+            example = source.example(task, index)
+            for part in (*example.prompt.parts, *example.outputs):
+                if isinstance(part, torch.Tensor):
+                    keys.add(part.numpy().tobytes())
+    return keys
+
+
+def test_splits_share_no_picture() -> None:
+    train, validation, test = (_scenes(s, 0, 700) for s in SPLITS)
+    corpus = web_corpus(CorpusConfig(scenes=2000, edits=400, reasons=400))
+    web = {
+        p.numpy().tobytes()
+        for e in corpus.examples()
+        for p in (*e.prompt.parts, *e.outputs)
+        if isinstance(p, torch.Tensor)
+    }
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    assert not web & (validation | test)
+    assert len(web) > 2000
+
+
+def _pairs(image: torch.Tensor) -> set[tuple[str, str]]:
+    return {(o.color, o.shape) for o in read(image[None])[0].objects}
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out"), [("train", "mixed"), ("test", "mixed"), ("test", "never"), ("test", "only")]
+)
+def test_held_out_combinations(split: Split, held_out: str) -> None:
+    source = ScenePrompts(ScenesConfig.model_validate({"held_out": held_out}), split)
+    shows: list[bool] = []
+    spoken = re.compile("|".join(f"{c} {s}" for c, s in sorted(HELD_OUT)))
+    for task in source.tasks:
+        for index in range(0, 480, 4):
+            example = source.example(task, index + index // 4 % 4)
+            images = [p for p in (*example.prompt.parts, *example.outputs) if isinstance(p, torch.Tensor)]
+            shows.append(any(_pairs(image) & HELD_OUT for image in images))
+            if split == "train" or held_out == "never":
+                assert not any(spoken.search(text) for text in texts(example.prompt))
+    share = sum(shows) / len(shows)
+    low, high = {"train": (0, 0), "never": (0, 0), "only": (1, 1), "mixed": (0.06, 0.2)}[
+        "train" if split == "train" else held_out
+    ]
+    print(f"{split} {held_out}: {share:.3f} of the prompts show a held-out combination")
+    assert low <= share <= high
+    assert ("reason" in source.tasks) == (held_out != "only")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts(task: Task, split: Split) -> None:
+    source = ScenePrompts(ScenesConfig(), split)
+    prompts = source.prompts(task, 420)
+    assert len({p.id for p in prompts}) == 420
+    counts = Counter(p.category for p in prompts)
+    assert set(counts) == set(CATEGORIES[task])
+    assert len(set(counts.values())) == 1
+    for p in prompts:
+        assert p.task == task
+        assert p.source == f"scenes/{split}"
+        for text in texts(p):
+            assert set(text.split()) <= WORDS, text
+            assert normalize(text) == text
+        drawn = "image" in p.output
+        assert bool(p.facts) == drawn
+        assert (p.answer is None) == (p.output == ("image",))
+        if drawn:
+            assert p.facts[-1].kind == "total"
+            json.dumps([dict(f.check) for f in p.facts])
+    assert prompts[0].id == f"scenes/{split}/{task}/{CATEGORIES[task][0]}/000000"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_random_access_is_pure(task: Task) -> None:
+    first, second = (ScenePrompts(ScenesConfig(), "test", seed=5) for _ in range(2))
+    in_order = [first.example(task, i) for i in range(60)]
+    for i in reversed(range(60)):
+        again = second.example(task, i)
+        assert again.prompt.id == in_order[i].prompt.id
+        assert again.prompt.facts == in_order[i].prompt.facts
+        for a, b in zip(
+            (*again.prompt.parts, *again.outputs), (*in_order[i].prompt.parts, *in_order[i].outputs), strict=True
+        ):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    other = ScenePrompts(ScenesConfig(), "test", seed=6)
+    assert other.prompt(task, 0).id != in_order[0].prompt.id
+    assert any(texts(other.prompt(task, i)) != texts(in_order[i].prompt) for i in range(20))
+
+
+def test_questions_share_their_picture() -> None:
+    prompts = ScenePrompts(ScenesConfig(questions_per_picture=3), "train").prompts("understand", 9)
+    assert [p.parts[0] is prompts[0].parts[0] for p in prompts] == [True] * 3 + [False] * 6
+    assert prompts[3].parts[0] is prompts[5].parts[0]
+
+
+def test_weights_and_their_errors() -> None:
+    weights = {
+        "generate/counting": 3,
+        "generate/digits": 0,
+        "reason/sum": 0,
+        "reason/compare": 0,
+        "reason/draw_answer": 0,
+    }
+    source = ScenePrompts(ScenesConfig(weights=weights))
+    assert source.tasks == ("understand", "generate", "edit")
+    assert Counter(source.cycles["generate"])["counting"] == 3
+    assert "digits" not in source.cycles["generate"]
+    with pytest.raises(ValidationError, match="no category"):
+        ScenesConfig(weights={"counting": 1})
+    with pytest.raises(ValidationError, match="multiple of 8"):
+        ScenesConfig(size=36)
+
+
+def test_other_sizes() -> None:
+    source = ScenePrompts(ScenesConfig(size=40), "test")
+    for task in source.tasks:
+        for index in range(60):
+            example = source.example(task, index)
+            for part, kind in zip(example.outputs, example.prompt.output, strict=True):
+                if kind == "image":
+                    assert isinstance(part, torch.Tensor)
+                    assert part.shape == (3, 40, 40)
+                    assert verify(example.prompt.facts, read(part[None])[0])
+
+
+def test_answers_are_balanced() -> None:
+    source = ScenePrompts(ScenesConfig(), "train", seed=9)
+    answers: dict[str, Counter[str | None]] = {}
+    for p in source.prompts("understand", 6000):
+        answers.setdefault(p.category, Counter())[p.answer] += 1
+    yes, no = answers["exists"]["yes"], answers["exists"]["no"]
+    assert abs(yes - no) < 0.1 * (yes + no)
+    for category, most in {"color": 0.2, "count": 0.35, "shape": 0.25, "digit": 0.2, "position": 0.35}.items():
+        assert max(answers[category].values()) < most * answers[category].total()
+    assert set(answers["count"]) == set(NUMBER_WORDS[1:])
+
+
+def _answer(question: str, image: torch.Tensor) -> str:
+    """Answers from the picture by its own parser: an independent check of the questions."""
+    objects = read(image[None])[0].objects
+    singular = {"crosses": "cross"} | {f"{s}s": s for s in (*SHAPES, "object")}
+    w = [singular.get(x, x) for x in question.removesuffix(" ?").split() if x not in ("a", "an")]
+
+    def named(words: list[str]) -> list:
+        color = next((x for x in words if x in COLORS), None)
+        shape = next((x for x in words if x not in COLORS), "object")
+        digit = shape == "digit"
+        return [
+            o
+            for o in objects
+            if color in (None, o.color) and (shape in ("object", o.shape) or (digit and o.shape.isdigit()))
+        ]
+
+    if question.startswith("what color"):
+        return next(iter({o.color for o in named(w[4:])}))
+    if question.startswith("what shape"):
+        return next(iter({o.shape for o in named(w[4:])}))
+    if question.startswith("how many"):
+        return NUMBER_WORDS[len(named(w[2:-2]))]
+    if question.startswith("is there"):
+        return "yes" if named(w[2:]) else "no"
+    if question == "what digit is there ?":
+        return next(o.shape for o in objects if o.shape.isdigit())
+    if question == "what is the sum ?":
+        return str(sum(int(o.shape) for o in objects))
+    if question == "which digit is larger ?":
+        return max(o.shape for o in objects)
+    if question.startswith("are there more"):
+        return "yes" if len(named([w[3]])) > len(named([w[5]])) else "no"
+    if " edge" in question:
+        (o,) = named([w[2]])
+        return (
+            "yes" if {"left": o.col == 0, "right": o.col == 3, "top": o.row == 0, "bottom": o.row == 3}[w[5]] else "no"
+        )
+    (a,) = named([w[3 if w[0] == "where" else 2]])
+    if "relative" in w:
+        (b,) = named([w[-1]])
+        return clear_relation((a.row, a.col), (b.row, b.col)) or ""
+    if w[0] == "where":
+        return place(a.row, a.col, 4) or ""
+    (b,) = named([w[-1]])
+    side = {"left": a.col < b.col, "right": a.col > b.col, "above": a.row < b.row, "below": a.row > b.row}
+    return "yes" if side[w[3]] else "no"
+
+
+@pytest.mark.parametrize("task", ["understand", "reason"])
+def test_answers_agree_with_an_independent_parser(task: Task) -> None:
+    source = ScenePrompts(ScenesConfig(), "validation", seed=2)
+    for p in source.prompts(task, 900):
+        if p.output == ("text",):
+            image, question = p.parts
+            assert isinstance(image, torch.Tensor)
+            assert isinstance(question, str)
+            assert _answer(question, image) == p.answer, question
+
+
+def test_sums_and_drawn_answers() -> None:
+    for p in ScenePrompts(ScenesConfig(), "train").prompts("reason", 600):
+        text = p.parts[-1]
+        assert isinstance(text, str)
+        if p.category == "draw_answer":
+            a, b = map(int, re.findall(r"\d", text))
+            assert p.output == ("text", "image")
+            assert p.answer == str(a + b if "+" in text else max(a, b))
+            assert p.facts[0].answer == p.answer
+
+
+def test_web_corpus() -> None:
+    config = CorpusConfig(scenes=3000, edits=1000, reasons=900)
+    start = time.perf_counter()
+    corpus = web_corpus(config)
+    print(f"{len(corpus)} rows in {time.perf_counter() - start:.1f} s: {corpus.rates}")
+    assert [len(x) for x in (corpus.generate, corpus.caption, corpus.question)] == [3000, 3000, 12000]
+    expected = {n: getattr(config, n) for n in ("drop_color", "drop_object", "wrong_slot", "relation", "attribution")}
+    expected |= {
+        n: getattr(config, n) for n in ("wrong_yes", "wrong_count", "wrong_answer", "wrong_edit", "wrong_reason")
+    }
+    expected["wrong_question"] = 0.115
+    for name, rate in expected.items():
+        assert corpus.rates[name] == pytest.approx(rate, abs=0.045), name
+    assert len({e.prompt.id for e in corpus.examples()}) == len(corpus)
+    spoken = re.compile("|".join(f"{c} {s}\\b" for c, s in sorted(HELD_OUT)))
+    for e in corpus.examples():
+        said = [p for p in (*e.prompt.parts, *e.outputs) if isinstance(p, str)]
+        for text in said:
+            assert set(text.split()) <= WORDS
+            assert not spoken.search(text)
+        assert len(e.outputs) == len(e.prompt.output)
+    assert corpus.generate[5].outputs[0] is corpus.caption[5].prompt.parts[0] is corpus.question[20].prompt.parts[0]
+    assert corpus.caption[5].prompt.parts[1] == DESCRIBE
+    assert not any(scene.held_out() for scene in corpus.scenes)
+    assert {scene.split() for scene in corpus.scenes} == {"train"}
+    wrong = [_answer(str(e.prompt.parts[1]), _image(e.prompt.parts[0])) != e.outputs[0] for e in corpus.question[:2000]]
+    print(f"wrong answers by the independent parser: {sum(wrong) / len(wrong):.3f}")
+    assert sum(wrong) / len(wrong) == pytest.approx(0.115, abs=0.025)
+
+
+def _image(part: object) -> torch.Tensor:
+    assert isinstance(part, torch.Tensor)
+    return part
+
+
+def test_web_corpus_is_deterministic() -> None:
+    a, b = (web_corpus(CorpusConfig(scenes=50, edits=20, reasons=20, seed=3)) for _ in range(2))
+    for x, y in zip(a.examples(), b.examples(), strict=True):
+        for p, q in zip((*x.prompt.parts, *x.outputs), (*y.prompt.parts, *y.outputs), strict=True):
+            assert torch.equal(p, q) if isinstance(p, torch.Tensor) and isinstance(q, torch.Tensor) else p == q
+
+
+def test_web_corpus_refuses_unknown_shares() -> None:
+    with pytest.raises(ValidationError, match="use names among"):
+        CorpusConfig(question_shares={"smell": 1.0})
+
+
+def test_language() -> None:
+    assert tuple(sorted(VOCABULARY)) == VOCABULARY
+    assert normalize("What color is the Circle?") == "what color is the circle ?"
+    assert normalize("Draw 3+4.") == "draw 3 + 4"
+    assert normalize("two red circles, left of a star") == "two red circles left of a star"
+    assert Mention("circle", "orange").phrase == "an orange circle"
+    assert Mention("8", "red").phrase == "a red 8"
+    assert Mention("cross", None, 3).phrase == "three crosses"
+    assert caption([Mention("7")]) == "the digit 7"
+    assert caption([Mention("star", "red"), Mention("circle")], "left", 2) == "a picture of a red star left of a circle"
+    assert [clear_relation(*c) for c in (((0, 0), (1, 3)), ((3, 0), (0, 1)), ((1, 1), (2, 2)))] == [
+        "left",
+        "below",
+        None,
+    ]
+
+
+def test_every_word_is_used() -> None:
+    used: set[str] = set()
+    corpus = web_corpus(CorpusConfig(scenes=500, edits=100, reasons=100))
+    for e in corpus.examples():
+        used |= {w for p in (*e.prompt.parts, *e.outputs) if isinstance(p, str) for w in p.split()}
+    assert used == WORDS
+
+
+@given(st.text(max_size=60))
+def test_normalize_is_idempotent(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_speed(split: Split) -> None:
+    source = ScenePrompts(ScenesConfig(), split)
+    for task in source.tasks:
+        source.prompt(task, 0)
+        start = time.perf_counter()
+        source.prompts(task, 400, start=8)
+        rate = 400 / (time.perf_counter() - start)
+        print(f"{split} {task}: {rate:.0f} prompts/s")
+        assert rate > 200
+
+
+def test_preview(tmp_path: object) -> None:
+    file = preview(f"{tmp_path}/sheets")
+    assert file.name == "scenes.png"
+    assert file.stat().st_size > 10_000
+
+
+def test_table_of_sources() -> None:
+    source = resolve("dataset", "scenes", DATASETS)(ScenesConfig(), "train", 0)
+    assert isinstance(source, PromptSource)
+    assert source.tasks == TASKS
+    assert resolve("dataset", "jsonl", DATASETS).__name__ == "JsonlPrompts"
