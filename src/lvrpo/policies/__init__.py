@@ -1,0 +1,17 @@
+"""Policies: one contract (``base``), the Mixture-of-Transformers core (``mot``), and models on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+POLICIES: Mapping[str, str] = {
+    "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
+}
+"""Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there."""
+
+BUILT_IN: Mapping[str, str] = {
+    "tiny": "tiny-base",
+}
+"""Shipped weights: name -> folder of ``lvrpo/assets``."""
+
+__all__ = ["BUILT_IN", "POLICIES"]

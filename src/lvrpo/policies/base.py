@@ -40,6 +40,11 @@ class Sampling:
 class Policy(Protocol):
     """One model that reads pictures and draws them."""
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square pictures that it reads and draws."""
+        ...
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
         ...

@@ -172,6 +172,11 @@ class TinyPolicy(MoTPolicy):
             torch.manual_seed(seed)
             return cls(config, TinyWords.from_vocabulary(vocabulary))
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that it reads and draws."""
+        return self.config.image_size
+
     def min_time(self) -> float:
         return self.config.min_time
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from lvrpo.rewards.exact_answer import answers_match
 from lvrpo.rewards.scene_facts import fact_table
-from lvrpo.types import Group
+from lvrpo.types import Group, Prompt
+
+
+def scorable(prompt: Prompt) -> bool:
+    """Whether right and wrong can be told: a text with an answer, a drawing with facts that a verifier can check."""
+    if "image" in prompt.output and not (prompt.facts and all(fact.check for fact in prompt.facts)):
+        return False
+    return "image" in prompt.output or prompt.answer is not None
 
 
 def successes(groups: Sequence[Group]) -> list[list[float]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
+from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
@@ -23,8 +23,8 @@ class DataConfig(Config):
     source: str = "scenes"
     """An entry of DATASETS."""
     scenes: ScenesConfig = ScenesConfig()
-    path: Path | None = None
-    """The rows of the source "jsonl"."""
+    jsonl: JsonlConfig = JsonlConfig()
+    """The files of the source "jsonl"."""
     prompts_per_step: dict[Task, int] = Field({"generate": 24, "understand": 128, "edit": 12, "reason": 24}, min_length=1)
 
 
@@ -183,6 +183,6 @@ class TrainConfig(Config):
             raise ValueError("data.prompts_per_step: give at least one task a positive number, and none a negative one")
         if any(weight < 0 for weight in self.task_weights.values()):
             raise ValueError("task_weights: weights must be 0 or more")
-        if self.data.source == "jsonl" and self.data.path is None:
-            raise ValueError("data.source=jsonl: set data.path to the file of rows")
+        if self.data.source == "jsonl" and self.data.jsonl.train is None:
+            raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
         return self

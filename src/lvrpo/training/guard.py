@@ -58,7 +58,7 @@ class Guard:
         """Scores ``policy`` and updates the state when it is the best so far: no task fallen, and a higher mean of tasks."""
         scores = self.score(policy)
         means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
-        if not state.best_scores:
+        if not self.prompts or not state.best_scores:
             state.best_step, state.best_scores = step, scores
             return GuardReport(means, "best", ())
         fallen = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))

@@ -14,7 +14,7 @@ from lvrpo.algorithms import old_policy_decay
 from lvrpo.data.sources import PromptSource
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.success import successes
+from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training import contract, samples
@@ -122,10 +122,13 @@ def control(
 def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float]:
     """Mean of every reward per task, and the share of outputs that are right as a whole."""
     out: dict[str, float] = {}
-    right = torch.tensor(successes(groups))
+    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
+    right = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
     for task in dict.fromkeys(table.tasks):
         rows = [p for p, name in enumerate(table.tasks) if name == task]
-        out[f"{prefix}/{task}/success"] = float(right[rows].mean())
+        known = [right[p] for p in rows if p in right]
+        if known:
+            out[f"{prefix}/{task}/success"] = float(torch.tensor(known).mean())
         for k, name in enumerate(table.names):
             valid = table.mask[rows, :, k]
             if valid.any():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,11 +11,13 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus, web_corpus
+from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
+from lvrpo.errors import InputError
+from lvrpo.policies.loading import load_policy, pick_device
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.sampling import derive_seed
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into
-from lvrpo.types import Example, Prompt
+from lvrpo.types import Example, Prompt, Task
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
 
@@ -24,10 +25,11 @@ Kind = Literal["generate", "caption", "question", "edit", "reason"]
 class PretrainConfig(Config):
     """A supervised run on the web corpus."""
 
-    name: str = "tiny-base"
-    seed: int = 0
-    init: Path | None = None
-    """Start from this policy folder (continued pretraining); None: from random weights."""
+    name: str = Field("tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    init: str | None = None
+    """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
+    device: str = "auto"
     policy: TinyConfig = TinyConfig()
     corpus: CorpusConfig = CorpusConfig()
     steps: int = Field(3000, ge=1)
@@ -43,6 +45,11 @@ class PretrainConfig(Config):
     average_decay: float = Field(0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
     threads: int = Field(1, ge=1)
+    held_out_every: int = Field(500, ge=0)
+    """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
+    held_out: dict[Task, int] = {"generate": 210, "understand": 600, "edit": 150, "reason": 210}
+    checkpoint_every: int = Field(200, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
 
 
 @dataclass(frozen=True)
@@ -122,5 +129,10 @@ def _without_text(example: Example) -> Example:
 def fresh_policy(config: PretrainConfig) -> TinyPolicy:
     """The policy to start from."""
     if config.init is not None:
-        return TinyPolicy.load(config.init)
-    return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed)
+        policy = load_policy(config.init, config.device)
+        if not isinstance(policy, TinyPolicy):
+            raise InputError(
+                f"init={config.init}: holds a {type(policy).__name__}: the web corpus trains the tiny policy"
+            )
+        return policy
+    return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lvrpo.report.grids import Tile, picture_grid
-from lvrpo.rewards.success import successes
+from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS, Group, RewardTable
 
@@ -22,7 +22,9 @@ def write(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTa
         for task in TASKS
         for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
     ]
-    right = successes([groups[p] for p in chosen])
+    judged = [p for p in chosen if scorable(groups[p].prompt)]
+    known = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
+    right: list[Sequence[float | None]] = [known.get(p, [None] * len(groups[p])) for p in chosen]
     rows = []
     for p, success in zip(chosen, right, strict=True):
         group = groups[p]
@@ -30,7 +32,8 @@ def write(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTa
             continue
         pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
         pictures += [
-            Tile(t.image, t.text or "", good=bool(ok)) for t, ok in zip(group.trajectories, success, strict=True)
+            Tile(t.image, t.text or "", good=None if ok is None else bool(ok))
+            for t, ok in zip(group.trajectories, success, strict=True)
         ]
         rows.append((prompt_text(group), pictures))
     folder = f"samples/{run.samples_dir(step).name}"
@@ -47,11 +50,12 @@ def prompt_text(group: Group) -> str:
     return " ".join(part for part in group.prompt.parts if isinstance(part, str))
 
 
-def _row(group: Group, table: RewardTable, p: int, success: Sequence[float]) -> dict[str, Any]:
+def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | None]) -> dict[str, Any]:
     members = []
     for g, trajectory in enumerate(group.trajectories):
         scores = {
-            name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None for k, name in enumerate(table.names)
+            name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None
+            for k, name in enumerate(table.names)
         }
         members.append({"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores})
     prompt = group.prompt

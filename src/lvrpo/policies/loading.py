@@ -1,0 +1,127 @@
+"""MODEL -> policy: a folder, a run, a built-in name, or a model of the Hugging Face Hub that lies in the local cache."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lvrpo.errors import InputError
+from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies.base import Policy
+from lvrpo.registry import resolve
+
+FINAL = "policy.json"
+"""In a run directory: which checkpoint is the run's result."""
+_RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
+
+
+def load_policy(model: str | Path, device: str = "cpu") -> Policy:
+    """The policy that MODEL names, on a device; raises InputError with one line."""
+    folder = policy_folder(model)
+    where = pick_device(device)
+    policy = resolve("model type", model_type(folder), POLICIES).load(folder)
+    assert isinstance(policy, nn.Module)
+    policy.to(where)
+    return policy
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is a CUDA card where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name}: unknown: use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name}: not supported: use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA cards: use cpu or auto")
+    return device
+
+
+def policy_folder(model: str | Path) -> Path:
+    """The folder of weights that MODEL names."""
+    name = str(model)
+    if name in BUILT_IN:
+        return _built_in_folder(name)
+    path = Path(name)
+    if path.is_dir():
+        return _run_result(path) if any((path / file).is_file() for file in _RUN_FILES) else path
+    if path.exists():
+        raise InputError(f"{path}: is a file: give the folder of a model or of a run")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
+        return _from_hub_cache(name)
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    names = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {names[0] if names else path.parent / near[0]}? " if names or near else ""
+    raise InputError(
+        f"model {name!r}: no such folder: {hint}give a folder, a run, a Hub id, or one of {', '.join(BUILT_IN)}"
+    )
+
+
+def model_type(folder: Path) -> str:
+    """The ``model_type`` of a folder's config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no config.json: give a folder that lvrpo saved")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}): restore the file") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved")
+    if kind not in POLICIES and ":" not in kind:
+        raise InputError(f"{folder}: holds a model of type {kind!r}: lvrpo knows {', '.join(POLICIES)}")
+    return kind
+
+
+def _built_in_folder(name: str) -> Path:
+    folder = Path(str(resources.files("lvrpo"))) / "assets" / BUILT_IN[name]
+    if not folder.is_dir():
+        raise InputError(
+            f"model {name!r}: {folder} is missing: make it with `lvrpo pretrain pretrain`, or name a folder"
+        )
+    return folder
+
+
+def _run_result(run: Path) -> Path:
+    """The checkpoint that a finished run chose, or the last whole one of an unfinished run."""
+    whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
+    if (run / FINAL).is_file():
+        try:
+            chosen = run / json.loads((run / FINAL).read_text(encoding="utf-8"))["checkpoint"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{run / FINAL}: does not name a checkpoint: delete it to take the last one") from None
+        if chosen not in whole:
+            raise InputError(
+                f"{run / FINAL}: names {chosen.name}, which is gone: delete it to take the last checkpoint"
+            )
+        return chosen
+    if not whole:
+        raise InputError(f"{run}: has no whole checkpoint yet: wait for the first one, or name another run")
+    return whole[-1]
+
+
+def _from_hub_cache(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError:
+        raise InputError(
+            f"model {name!r}: a Hub id needs huggingface_hub: pip install huggingface_hub, or name a folder"
+        ) from None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        raise InputError(
+            f"model {name!r}: not in the local Hub cache and no folder: fetch it with `hf download {name}`, or name a folder"
+        ) from None
