@@ -78,9 +78,8 @@ class Contexts:
         return tuple(pieces)
 
     def without_text(self, row: Row) -> Row:
-        """The context of the no-text branch of guidance: everything before the last text."""
-        last = max((i for i, piece in enumerate(row) if piece.span.kind == "text"), default=len(row))
-        return row[:last]
+        """The context of the no-text branch of guidance: without the text that ends it, if one does."""
+        return row[:-1] if row and row[-1].span.kind == "text" else row
 
     def without_images(self, row: Row) -> Row:
         """The context of the no-image branch of guidance: all texts."""
