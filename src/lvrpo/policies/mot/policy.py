@@ -345,7 +345,7 @@ def _replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
         if isinstance(s, TextSegment):
             out.append(s.temperature)
         else:
-            out += [s.trained_steps, len(s.timesteps), s.sampler, s.noise_level, s.logprob_reduction]
+            out += [s.trained_steps, tuple(s.timesteps.tolist()), s.sampler, s.noise_level, s.logprob_reduction]
             out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm]
     return tuple(out)
 
