@@ -10,7 +10,7 @@ import torch
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.sampling import STEPS, guide, normal_noise, ode_step, step_logprob, timestep_grid
+from lvrpo.sampling import STEPS, check_window, guide, normal_noise, ode_step, step_logprob, timestep_grid
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def draw(
     guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
     timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift).to(device)
     window = sampling.window if sampling.sampler != "ode" else ()
+    check_window(window, sampling.num_steps, sampling.sampler)
     x_t = normal_noise(noise_seeds, shape).to(device)
     step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
     states, next_states, logprobs = [], [], []
