@@ -94,7 +94,11 @@ class TinyWords:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        path = folder / "tokenizer.json"
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
 
 
 class TinyTowers(nn.Module):

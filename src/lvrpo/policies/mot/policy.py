@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -294,10 +295,17 @@ class MoTPolicy(nn.Module):
             config = json.loads((folder / "config.json").read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
-        policy = cls._from_folder(folder, config)
+        try:
+            policy = cls._from_folder(folder, config)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{folder / 'config.json'}: {where}: {first['msg']}: restore the file") from error
         try:
             state = load_file(str(folder / "model.safetensors"))
         except SafetensorError as error:
