@@ -7,11 +7,12 @@ Nr / Nd tokens of the reading / drawing block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.policies.mot.sequence import Packing
@@ -20,15 +21,23 @@ from lvrpo.policies.mot.sequence import Packing
 class MoTConfig(Config):
     """Sizes and choices of the transformer; the two experts are alike."""
 
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    key_heads: int = 4
-    mlp_width: int = 512
+    width: int = Field(default=128, ge=1)
+    depth: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    key_heads: int = Field(default=4, ge=1)
+    mlp_width: int = Field(default=512, ge=1)
     mlp: Literal["relu2", "swiglu"] = "relu2"
     attention_bias: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width={self.width}, heads={self.heads}: the width must be heads times an even number")
+        if self.heads % self.key_heads:
+            raise ValueError(f"key_heads={self.key_heads}: must divide heads={self.heads}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,8 @@ class Expert(nn.Module):
         x = x + self.o_proj(attended)
         h = self.post_norm(x)
         if self.config.mlp == "swiglu":
-            return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
-        return x + self.down_proj(F.relu(self.up_proj(h)).square())
+            return x + self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + self.down_proj(functional.relu(self.up_proj(h)).square())
 
 
 class Layer(nn.Module):
@@ -212,7 +221,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(B, L, H, E) queries over (B, S + L, K, E) keys and values -> (B, L, H, E)."""
-    out = F.scaled_dot_product_attention(
+    out = functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
