@@ -50,19 +50,21 @@ class Policy(Protocol):
         ...
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
-        """Differentiable replay: for each trajectory, one entry per segment. Equals behavior_logprobs before an update."""
+        """Differentiable replay, one entry per segment of a trajectory; before an update it equals behavior_logprobs."""
         ...
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C) and times ``t`` (B,), given its context."""
+        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Reading side as judge: mean log-prob per token (end token included) of each text after its context, (batch,)."""
+        """Reading side as judge: mean log-prob per token, end token included, of each text in its context, (batch,)."""
         ...
 
-    def image_logprob(self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0) -> torch.Tensor:
-        """Drawing side as judge: minus the flow loss of each image after its context, with noise shared by all, (batch,)."""
+    def image_logprob(
+        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0
+    ) -> torch.Tensor:
+        """Drawing side as judge: minus the flow loss of each image after its context, noise shared by all: (batch,)."""
         ...
 
     def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:

@@ -61,9 +61,7 @@ class Contexts:
 
     def noise(self) -> Piece:
         """The place of a picture being drawn."""
-        return Piece(
-            Span("noise", self.image_tokens + 2), (self.words.image_start_id, self.words.image_end_id)
-        )
+        return Piece(Span("noise", self.image_tokens + 2), (self.words.image_start_id, self.words.image_end_id))
 
     def row(self, parts: Parts, draws: bool) -> Row:
         """The pieces of a context; a context that will draw sees its pictures with both sides, drawing side first."""
@@ -85,9 +83,7 @@ class Contexts:
         """The context of the no-image branch of guidance: all texts."""
         return tuple(piece for piece in row if piece.span.kind == "text")
 
-    def run(
-        self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> Hidden:
+    def run(self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) for rows that draw."""
         device = self.transformer.inv_freq.device
         packing = pack([tuple(piece.span for piece in row) for row in rows], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import STEPS, check_window, guide, normal_noise, ode_step, step_logprob, timestep_grid
+from lvrpo.sampling.guidance import Renorm
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Guidance:
 
     scale: float
     image_scale: float
-    renorm: str
+    renorm: Renorm
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def guided_velocity(
 def draw(
     contexts: Contexts, caches: Branches, sampling: Sampling, noise_seeds: Sequence[int], step_seeds: Sequence[int]
 ) -> Drawn:
-    """Integrates from noise to data; the steps of ``sampling.window`` are stochastic and recorded, the rest are Euler's."""
+    """Integrates from noise to data; steps of ``sampling.window`` are stochastic and recorded, the rest are Euler's."""
     shape = contexts.towers.latent_shape()
     device = caches.full.rope.device
     guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
@@ -130,7 +132,7 @@ def replay_logprobs(
     trained_steps: Sequence[int],
     sampler: str,
     noise_level: float,
-    reduction: str,
+    reduction: Literal["mean", "sum"],
     guidance: Guidance,
 ) -> torch.Tensor:
     """Log-probs (B, W) of recorded steps under the current weights, with the very calls that sampled them."""

@@ -1,8 +1,8 @@
 """Sequence rules of a unified model: who sees whom, which expert, which rope id (BAGEL, arXiv 2505.14683).
 
-A row of a batch is a list of spans. Inside one row, query i may look at key j if j comes no later than i, or both stand in
-the same image, unless j belongs to a noisy image that is not i's own. Text takes one rope id per token; all tokens of an
-image, its two markers included, share one id; after an image the id advances by 1, after a noisy image not at all.
+A row of a batch is a list of spans. Inside one row, query i may look at key j if j comes no later than i, or both stand
+in the same image, unless j belongs to a noisy image that is not i's own. Text takes one rope id per token; all tokens
+of an image, its two markers included, share one id; after an image the id advances by 1, after a noisy one not at all.
 The drawing expert owns the latent tokens (noisy or clean); the reading expert owns everything else, markers included.
 
 Letters: B rows, L tokens of the longest row, S tokens already in the cache, D width.
@@ -72,7 +72,7 @@ def row_layout(spans: tuple[Span, ...]) -> RowLayout:
 
 @dataclass(frozen=True)
 class Packing:
-    """Index tensors of a batch of rows. Tokens travel as two blocks, reading (Nr, D) and drawing (Nd, D), in row order."""
+    """Index tensors of a batch of rows; tokens travel as two blocks, reading (Nr, D), drawing (Nd, D), in row order."""
 
     batch_size: int
     length: int

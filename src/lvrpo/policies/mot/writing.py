@@ -70,10 +70,9 @@ def score(
 ) -> TextScores:
     """Log-prob of every token of text b after row ``owner[b]`` of the cache, differentiable.
 
-    ``closed`` feeds the end token too, so that the returned contexts can be continued. Equal texts after the same context
-    are computed once.
+    ``closed`` feeds the end token too, so that the returned contexts can be continued. Equal texts after the same
+    context are computed once.
     """
-    words = contexts.words
     keys = list(zip(owner.tolist(), texts, strict=True))
     places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     rows: list[Row] = []
