@@ -1,4 +1,4 @@
-"""MODEL -> policy: a folder, a run, a built-in name, or a model of the Hugging Face Hub that lies in the local cache."""
+"""MODEL -> policy: a folder, a run, a built-in name, or a model of the Hugging Face Hub in the local cache."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def load_policy(model: str | Path, device: str = "cpu") -> Policy:
     """The policy that MODEL names, on a device; raises InputError with one line."""
     folder = policy_folder(model)
     where = pick_device(device)
-    policy = resolve("model type", model_type(folder), POLICIES).load(folder)
-    assert isinstance(policy, nn.Module)
-    policy.to(where)
+    policy: Policy = resolve("model type", model_type(folder), POLICIES).load(folder)
+    if isinstance(policy, nn.Module):
+        policy.to(where)
     return policy
 
 
@@ -123,5 +123,5 @@ def _from_hub_cache(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         raise InputError(
-            f"model {name!r}: not in the local Hub cache and no folder: fetch it with `hf download {name}`, or name a folder"
+            f"model {name!r}: neither a folder nor in the local Hub cache: name a folder, or run `hf download {name}`"
         ) from None

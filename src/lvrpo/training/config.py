@@ -43,7 +43,7 @@ class RolloutConfig(Config):
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(8, ge=1)
     num_steps: int = Field(8, ge=2)
-    timestep_shift: float = Field(1.0, gt=0)
+    timestep_shift: float = Field(4.0, gt=0)
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     noise_level: float = Field(0.7, gt=0)
     window: WindowConfig = WindowConfig()

@@ -21,7 +21,7 @@ from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.towers import Towers, Words
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.policies.mot.writing import Written
-from lvrpo.sampling import derive_seed, normal_noise, uniform_noise
+from lvrpo.sampling import derive_seed, flow_time, normal_noise, uniform_noise
 from lvrpo.types import (
     Example,
     FlowSegment,
@@ -243,7 +243,7 @@ class MoTPolicy(nn.Module):
     def _flow_loss(self, cache, images: Sequence[Image], generator: torch.Generator) -> torch.Tensor:
         x_0 = self.towers.encode_latents(images)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
-        t = torch.sigmoid(0.4 + torch.randn(len(x_0), generator=generator)).to(x_0)
+        t = flow_time(torch.randn(len(x_0), generator=generator), self.timestep_shift()).to(x_0)
         x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
         v = drawing.velocity(self.contexts, cache, x_t, t)
         weight = (t / t.clamp(min=self.min_time())).square()
@@ -252,6 +252,10 @@ class MoTPolicy(nn.Module):
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
         return 0.0
+
+    def timestep_shift(self) -> float:
+        """Shift of the times that the flow loss is taken at."""
+        return 1.0
 
     # ---------------------------------------------------------------- weights
     def frozen(self) -> Self:
