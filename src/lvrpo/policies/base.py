@@ -50,7 +50,7 @@ class Policy(Protocol):
         ...
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
-        """Differentiable replay, one entry per segment of a trajectory; before an update it equals behavior_logprobs."""
+        """Differentiable replay, one entry per segment of a trajectory; equals behavior_logprobs before an update."""
         ...
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
