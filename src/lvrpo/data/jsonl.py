@@ -134,9 +134,9 @@ def _read(path: Path, decode: bool) -> list[_Line]:
         if key in seen:
             raise InputError(f"{where}: id {key!r} is already that of line {seen[key]}: ids must be unique")
         seen[key] = number
-        images = tuple(_inside(path.parent, name, where, decode) for name in row.images)
+        images = tuple(picture_path(path.parent, name, where, decode) for name in row.images)
         named = zip(row.kinds, row.targets, strict=False)
-        targets = tuple(_inside(path.parent, t, where, decode) if kind == "image" else t for kind, t in named)
+        targets = tuple(picture_path(path.parent, t, where, decode) if kind == "image" else t for kind, t in named)
         lines.append(_Line(row, key, where, images, targets))
     if not lines:
         raise InputError(f"{path}: no rows: write one JSON object per line")
@@ -147,8 +147,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON: use a number or leave the field out")
 
 
-def _inside(folder: Path, name: str, where: str, decode: bool) -> Path:
-    """The path of a picture that lies in the folder, links followed."""
+def picture_path(folder: Path, name: str, where: str, decode: bool = False) -> Path:
+    """The path of a picture that lies in the folder, links followed; raises InputError that begins with ``where``."""
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     path = folder / name
     if not name or "\0" in name:

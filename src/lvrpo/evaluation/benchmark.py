@@ -20,8 +20,9 @@ class TaskScores:
 
     prompts: tuple[Prompt, ...]
     scores: tuple[float, ...]
+    """The mean over the samples of each prompt."""
     groups: tuple[Group, ...]
-    """The sampled outputs, one member each."""
+    """The sampled outputs."""
 
     @property
     def mean(self) -> float:
@@ -35,12 +36,14 @@ class TaskScores:
         return out
 
 
-def score_prompts(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> TaskScores:
-    """One output per prompt, right or wrong; the same seed gives every policy the same noise."""
-    single = replace(sampling, group_size=1)
+def score_prompts(
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples: int = 1
+) -> TaskScores:
+    """``samples`` outputs per prompt, each right or wrong; the same seed gives every policy the same noise."""
+    several = replace(sampling, group_size=samples)
     groups: list[Group] = []
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
-        groups += policy.sample(chunk, single, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
-    scores = [row[0] for row in successes(groups)]
+        groups += policy.sample(chunk, several, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
+    scores = [sum(row) / len(row) for row in successes(groups)]
     return TaskScores(tuple(prompts), tuple(scores), tuple(groups))

@@ -17,10 +17,17 @@ _NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 
 
 class ExactAnswer:
-    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}."""
+    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}.
+
+    ``thoughts``: whether a text that a drawing follows is scored too.
+    """
+
+    def __init__(self, thoughts: bool = True) -> None:
+        self.thoughts = thoughts
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.answer is not None and "text" in prompt.output
+        scored = "text" in prompt.output if self.thoughts else prompt.output == ("text",)
+        return prompt.answer is not None and scored
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         return Scores(

@@ -186,7 +186,7 @@ class RunDirectory:
 
     def write_json(self, relative: str, value: Json) -> Path:
         """``write_text`` of valid JSON: nan and infinities become null."""
-        return self.write_text(relative, json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n")
+        return self.write_text(relative, json_text(value))
 
     def read_json(self, relative: str) -> Json:
         """A JSON file of the run; raises InputError if it is missing or broken."""
@@ -326,6 +326,11 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + dirty
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def json_text(value: Json) -> str:
+    """Valid JSON, indented: nan and infinities become null."""
+    return json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def to_json(value: Json) -> Json:

@@ -1,0 +1,110 @@
+"""The command line: finds the command, parses its options strictly, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+
+from lvrpo import __version__
+from lvrpo.commands.options import Command, Parser, nearest
+from lvrpo.errors import ContractError, InputError
+from lvrpo.registry import resolve
+
+COMMANDS: Mapping[str, str] = {
+    "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
+    "train": "lvrpo.commands.train:TRAIN",
+    "pretrain": "lvrpo.commands.train:PRETRAIN",
+    "check": "lvrpo.commands.check:CHECK",
+    "generate": "lvrpo.commands.use:GENERATE",
+    "ask": "lvrpo.commands.use:ASK",
+    "edit": "lvrpo.commands.use:EDIT",
+    "evaluate": "lvrpo.commands.results:EVALUATE",
+    "report": "lvrpo.commands.results:REPORT",
+    "compare": "lvrpo.commands.results:COMPARE",
+    "data preview": "lvrpo.commands.data:PREVIEW",
+    "data vocabulary": "lvrpo.commands.data:VOCABULARY",
+}
+"""Every command. The modules import nothing heavy until a command runs."""
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        return run([argument for argument in given if argument != "--debug"])
+    except InputError as error:
+        code, line = WRONG_INPUT, f"error: {error}"
+    except ContractError as error:
+        code, line = FAILED, f"error: {error}"
+    except KeyboardInterrupt as error:
+        code, line = INTERRUPTED, str(error) or "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
+        return DONE
+    except Exception as error:
+        code, line = FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
+    if debug:
+        traceback.print_exc()
+    print(" ".join(line.split()), file=sys.stderr)
+    return code
+
+
+def run(given: Sequence[str]) -> int:
+    """Finds the command and calls it."""
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return DONE
+    if given[0] == "--version":
+        print(f"lvrpo {__version__}")
+        return DONE
+    name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
+    if name not in COMMANDS:
+        raise InputError(unknown(given))
+    command: Command = resolve("command", name, COMMANDS)
+    parser = Parser(prog=f"lvrpo {name}", description=command.summary, epilog=command.details)
+    command.options(parser)
+    try:
+        options = parser.parse(given[len(name.split()) :])
+    except SystemExit:  # --help has printed
+        return DONE
+    command.run(options)
+    sys.stdout.flush()
+    return DONE
+
+
+def usage() -> str:
+    """What ``lvrpo --help`` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    summaries = {name: resolve("command", name, COMMANDS).summary for name in COMMANDS}
+    lines = [f"  {name.ljust(width)}{summary}" for name, summary in summaries.items()]
+    return "\n".join(
+        [
+            "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",
+            "",
+            "usage: lvrpo COMMAND [options]; lvrpo COMMAND --help tells more",
+            "",
+            *lines,
+            "",
+            "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",
+            "--debug shows where an error comes from; --version.",
+            "Exit codes: 0 done, 2 wrong input, 1 anything else, 130 interrupted.",
+        ]
+    )
+
+
+def unknown(given: Sequence[str]) -> str:
+    """The message for a command that does not exist."""
+    first = given[0]
+    if first.startswith("-"):
+        near = nearest(first, ["--help", "--version", "--debug"])
+        return f"option {first}: unknown: {f'did you mean {near}?' if near else 'options come after the command'}"
+    inside = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if inside:
+        return f"command {' '.join(given[:2])!r}: unknown: use {' or '.join(f'lvrpo {name}' for name in inside)}"
+    near = nearest(first, COMMANDS)
+    return f"command {first!r}: unknown: {f'did you mean {near}?' if near else 'lvrpo --help lists the commands'}"

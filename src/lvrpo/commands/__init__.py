@@ -1,0 +1,1 @@
+"""The commands: each a thin function over the library, with its options."""

@@ -1,0 +1,40 @@
+"""``lvrpo check``: everything that can go wrong before a run, found before it; changes nothing."""
+
+from __future__ import annotations
+
+from lvrpo.commands.options import Command, Options, Parser, add_config
+
+
+def options(parser: Parser) -> None:
+    add_config(parser)
+
+
+def run(options: Options) -> None:
+    from lvrpo.commands.progress import clock
+    from lvrpo.commands.settings import read_config
+    from lvrpo.config import dump_config
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.contract import require
+    from lvrpo.training.trial import try_out
+
+    config = read_config(TrainConfig, options.config, options.overrides)
+    print(dump_config(config), end="")
+    trial = try_out(config)
+    print("\nstep-0 contract")
+    for check in trial.checks:
+        print(f"  {'ok    ' if check.ok else 'BROKEN'}  {check.check}: {check.value:.3g} (limit {check.limit:.3g})")
+    require(trial.checks)
+    print("\nestimate, from one small step")
+    print(
+        f"  time    {clock(trial.seconds)} for {config.steps} steps with the guard, {trial.step_seconds:.1f} s a step"
+    )
+    print(f"  memory  {trial.peak_memory_gib:.1f} GiB")
+    print(f"  disk    {trial.disk_mib:.0f} MiB of checkpoints")
+
+
+CHECK = Command(
+    "resolve a configuration, load data and model, run the step-0 contract, estimate time and memory",
+    options,
+    run,
+    "example: lvrpo check quickstart rollout.group_size=4",
+)

@@ -1,0 +1,82 @@
+"""Files of the user: read with one-line errors, written whole or not at all, never over something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lvrpo.commands.options import refuse_existing
+from lvrpo.data.images import load_image
+from lvrpo.errors import InputError
+from lvrpo.training.checkpoint import disk_errors
+from lvrpo.types import Image
+
+
+def write_file(path: Path, content: bytes, force: bool) -> None:
+    """Writes a file whole or not at all; refuses to replace one unless ``force``."""
+    refuse_existing([path], force)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: give a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give a text file") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: is empty: write one line each")
+    return lines
+
+
+def read_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of JSON lines whose ``needed`` fields are texts. Any: what JSON holds."""
+    rows = []
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): one object per line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
+        for name in needed:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise InputError(f"{where}: field {name!r} is missing or no text: give {', '.join(map(repr, needed))}")
+        rows.append((where, row))
+    return rows
+
+
+def fitting_image(path: Path, side: int) -> Image:
+    """The picture as the model reads it; another size is cropped to its middle square and resized, with a warning."""
+    image = load_image(path)
+    height, width = image.shape[1:]
+    if (height, width) == (side, side):
+        return image
+    print(
+        f"warning: {path}: {width} x {height} pixels: the middle square is resized to {side} x {side}", file=sys.stderr
+    )
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    middle = image[:, top : top + square, left : left + square]
+    resized = functional.interpolate(middle[None], size=(side, side), mode="bicubic", antialias=True)[0]
+    return resized.clamp(0, 1).to(torch.float32)

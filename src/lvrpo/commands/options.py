@@ -1,0 +1,124 @@
+"""A strict argument parser: no abbreviations, nearest names for typing errors, every error an ``InputError``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lvrpo.errors import InputError
+
+Options = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """Options may stand before, between and after the positional arguments."""
+
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog or None,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse(self, arguments: Sequence[str]) -> Options:
+        """The options; raises InputError, with the nearest name for an unknown option."""
+        options, rest = self.parse_known_intermixed_args(list(arguments))
+        if rest:
+            name = rest[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise InputError(f"argument {rest[0]!r}: one too many: see {self.prog} --help")
+            near = nearest(name, self._option_string_actions)
+            hint = f"did you mean {near}?" if near else f"see {self.prog} --help"
+            raise InputError(f"option {name}: unknown: {hint}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}: see {self.prog} --help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command."""
+
+    summary: str
+    options: Callable[[Parser], object]
+    run: Callable[[Options], None]
+    details: str = ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a typing error meant, if one is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1."""
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number >= 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be >= 0")
+    return number
+
+
+def guidance(text: str) -> float:
+    """A guidance scale >= 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
+    if not 1 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number >= 1")
+    return number
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME or NAME,NAME")
+    return found
+
+
+def add_model(parser: Parser) -> None:
+    """MODEL and where it runs."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a run, a built-in name (tiny), or a Hub id")
+    add_device(parser)
+
+
+def add_device(parser: Parser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")
+
+
+def add_config(parser: Parser) -> None:
+    """CONFIG and its overrides."""
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes of single settings")
+
+
+def add_force(parser: Parser) -> None:
+    """--force."""
+    parser.add_argument("--force", action="store_true", help="write over files that exist")
+
+
+def refuse_existing(paths: Iterable[Path], force: bool) -> None:
+    """Raises InputError if one of the files exists, unless ``force``."""
+    for path in paths:
+        if path.exists() and not force:
+            raise InputError(f"{path}: exists already: choose another name, or add --force to write over it")

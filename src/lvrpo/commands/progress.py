@@ -1,0 +1,140 @@
+"""Live progress of a run: a bar, rewards with small curves, the seconds left; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 24
+PLAIN_EVERY_S = 10.0
+RECENT = 5
+"""Steps that a shown reward is the mean of."""
+
+
+def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """The values as a row of blocks, from their smallest to their largest; means of equal parts where they are many."""
+    if not values:
+        return ""
+    parts = min(width, len(values))
+    edges = [round(i * len(values) / parts) for i in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = high - low
+    return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1)) if span > 1e-9 else 0] for v in means)
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """A watcher of runs. A context manager: leaving it leaves the last state on the screen."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.total = total
+        self.console = console or Console(highlight=False)
+        self.history: dict[str, list[float]] = {}
+        self.row: Mapping[str, Any] = {}
+        self.notes: list[str] = []
+        self._live: Live | None = None
+        self._printed_at = float("-inf")
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def phase(self, text: str) -> None:
+        """Says what begins."""
+        self._close()
+        passed = clock(time.monotonic() - self._started)
+        self.console.print(f"[dim]{passed:>6}[/dim]  {escape(text)}", soft_wrap=True)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a row of metrics."""
+        self.row = row
+        for name, value in row.items():
+            if isinstance(value, int | float) and name.startswith(("reward/", "control/", "loss/", "guard/")):
+                self.history.setdefault(name, []).append(float(value))
+        action = row.get("guard/action")
+        if action and action not in ("none", "kept best"):
+            self.notes.append(f"step {row['step']}: guard {action}")
+        if not self.console.is_terminal:
+            self._plain(row)
+        elif self._live is None:
+            self._live = Live(self._screen(), console=self.console, refresh_per_second=4)
+            self._live.start()
+        else:
+            self._live.update(self._screen())
+        if row["step"] >= self.total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.update(self._screen(), refresh=True)
+            self._live.stop()
+            self._live = None
+
+    def _plain(self, row: Mapping[str, Any]) -> None:
+        if self.notes:
+            self.console.print("        " + escape(self.notes.pop()), soft_wrap=True)
+        now = time.monotonic()
+        if now - self._printed_at < PLAIN_EVERY_S and row["step"] < self.total:
+            return
+        self._printed_at = now
+        values = [f"{label(name)} {self._recent(name):.3f}" for name in self._shown()]
+        head = f"step {row['step']}/{self.total}, {clock(row['seconds_left'])} left"
+        self.console.print(f"        {head}: {', '.join(values)}", soft_wrap=True)
+
+    def _screen(self) -> Group:
+        row = self.row
+        head = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self.total, completed=row["step"], width=30)
+        times = f"{clock(row['seconds'])} passed, {clock(row['seconds_left'])} left"
+        head.add_row(f"  step {row['step']}/{self.total}", bar, times)
+        table = Table(box=None, padding=(0, 1), header_style="dim")
+        table.add_column("reward" if self._rewarded() else "loss")
+        table.add_column("now", justify="right")
+        if self._rewarded():
+            table.add_column("base", justify="right")
+        table.add_column("")
+        for name in self._shown():
+            base = self.history.get(name.replace("reward/", "control/", 1))
+            cells = [label(name), f"{self._recent(name):.3f}"]
+            if self._rewarded():
+                cells.append(f"{sum(base[-RECENT:]) / len(base[-RECENT:]):.3f}" if base else "")
+            table.add_row(*cells, Text(sparkline(self.history[name]), style="cyan"))
+        return Group(head, table, *(Text(f"  {note}", style="yellow") for note in self.notes[-3:]))
+
+    def _rewarded(self) -> bool:
+        return any(name.startswith("reward/") for name in self.history)
+
+    def _shown(self) -> list[str]:
+        if not self._rewarded():
+            return [name for name in self.history if name.startswith(("loss/", "guard/"))]
+        return [name for name in self.history if name.startswith("reward/") and not name.endswith("/success")]
+
+    def _recent(self, name: str) -> float:
+        last = self.history[name][-RECENT:]
+        return sum(last) / len(last)
+
+
+def label(name: str) -> str:
+    """reward/generate/all_facts -> "generate all facts"."""
+    kind, _, rest = name.partition("/")
+    return f"{'held-out ' if kind == 'guard' else ''}{rest.replace('/', ' ').replace('_', ' ')}"

@@ -1,0 +1,148 @@
+"""``lvrpo quickstart``."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Command, Options, Parser, positive, whole
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.training.run import Alignment
+
+QUICK = (
+    "data.prompts_per_step={generate: 4, understand: 8, edit: 2, reason: 4}",
+    "guard.prompts={generate: 7, understand: 12, edit: 5, reason: 6}",
+    "guard.every=2",
+    "samples_every=2",
+    "control_every=2",
+    "checkpoint_every=2",
+)
+QUICK_STEPS = 4
+QUICK_SIZES = {
+    "generate": 14,
+    "generate_guided": 14,
+    "understand": 24,
+    "understand_sampled": 24,
+    "edit": 10,
+    "reason": 12,
+}
+QUICK_BASELINE = (
+    "batch={generate: 8, caption: 4, question: 16, edit: 4, reason: 4}",
+    "corpus={scenes: 200, edits: 100, reasons: 100}",
+)
+
+
+def options(parser: Parser) -> None:
+    parser.add_argument("--config", default="quickstart", metavar="CONFIG", help="the alignment (default: quickstart)")
+    parser.add_argument("--seed", type=whole, help="of sampling and prompts (default: that of the configuration)")
+    parser.add_argument("--steps", type=positive, help="of the alignment and, in proportion, of the baseline")
+    parser.add_argument("--policy", metavar="MODEL", help="the base (default: that of the configuration)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run directory (default: the next free one in runs/)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted quickstart")
+    parser.add_argument("--no-baseline", action="store_true", help="leave out the supervised baseline")
+    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything works")
+
+
+def run(options: Options) -> None:
+    from lvrpo.commands.progress import Progress
+    from lvrpo.commands.settings import read_config
+    from lvrpo.commands.tables import summary_table, wide_console
+    from lvrpo.evaluation.quickstart import free_folder, run_experiment
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.interrupt import Interrupted
+    from lvrpo.training.run import Alignment
+
+    started = time.monotonic()
+    if options.resume is not None:
+        given = [f"--{name}" for name in ("seed", "steps", "policy", "out") if getattr(options, name) is not None]
+        if given:
+            raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
+        alignment = Alignment.resume(options.resume)
+    else:
+        config = read_config(TrainConfig, options.config, train_overrides(options))
+        folder = options.out or free_folder(Path("runs") / config.name)
+        alignment = Alignment.start(config, folder)
+    run, config = alignment.run, alignment.config
+    with run, Progress(config.steps) as watch:
+        if run.read_summary() is not None:
+            raise InputError(f"{run.path}: has finished: see {run.path / 'report.html'}, or choose another --out")
+        watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
+        try:
+            summary = run_experiment(alignment, plan(options, alignment), watch)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; go on with: lvrpo quickstart --resume {run.path}") from None
+        wide_console().print(summary_table(summary))
+        watch.phase("done")
+    print(closing(run.path, summary, time.monotonic() - started))
+
+
+def train_overrides(options: Options) -> list[str]:
+    """What the options change in the configuration."""
+    overrides = [*QUICK, f"steps={QUICK_STEPS}"] if options.quick else []
+    for name in ("seed", "steps", "policy"):
+        value = getattr(options, name)  # the options of these names
+        if value is not None:
+            overrides.append(f"{name}={value}")
+    return overrides
+
+
+def plan(options: Options, alignment: Alignment) -> Plan:
+    """What is measured, and the baseline: from the same base, with the run's seed."""
+    from lvrpo.commands.settings import read_config
+    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.pretrain import PretrainConfig
+    from lvrpo.training.run import START
+
+    config = alignment.config
+    baseline = None
+    if not options.no_baseline:
+        standard = read_config(TrainConfig, options.config, []).steps
+        steps = read_config(PretrainConfig, "continued", []).steps
+        overrides = [f"init={alignment.run.path / START}", f"seed={config.seed}", f"threads={config.threads}"]
+        overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
+        baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
+    sizes = QUICK_SIZES if options.quick else {}
+    return Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def closing(run: Path, summary: dict, seconds: float) -> str:
+    """What the run cost, where its results are, and what to try next."""
+    baseline = summary.get("baseline")
+    cost = f"alignment {summary['seconds']:.0f} s"
+    if baseline:
+        cost += f", {baseline['name']} {baseline['seconds']:.0f} s"
+    cost += f", all in all {seconds:.0f} s; peak memory {summary['peak_memory_gib']:.2f} GiB"
+    return "\n".join(
+        [
+            "",
+            cost,
+            f"report   {run / 'report.html'}",
+            f"numbers  {run / 'summary.json'}",
+            "",
+            "next:",
+            f'  lvrpo generate {run} --prompt "two red circles left of a blue star" --out drawings',
+            "  lvrpo quickstart --config quickstart_self    # judged by its own reading side alone, no verifier",
+            "  lvrpo train quickstart seed=1 --out runs/other && lvrpo compare " + f"{run} runs/other",
+        ]
+    )
+
+
+QUICKSTART = Command(
+    "the main job on the built-in world: evaluate, align, evaluate again, report",
+    options,
+    run,
+    "example: lvrpo quickstart --seed 1 --out runs/one",
+)

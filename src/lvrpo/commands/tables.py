@@ -1,0 +1,86 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Result = Mapping[str, Any]
+"""Any: score, low, high, n and categories, as ``summary.json`` holds them."""
+
+
+def number(value: float, signed: bool = False) -> str:
+    """.42, or +.42 for a difference; 0 to 1 needs no leading zero."""
+    text = f"{value:+.2f}" if signed else f"{value:.2f}"
+    return text.replace("0.", ".", 1)
+
+
+def interval(result: Result | None, signed: bool = False) -> str:
+    """.42 [.38, .46]"""
+    if not result or result["score"] is None:
+        return ""
+    low, high = result["low"], result["high"]
+    spread = f" [{number(low, signed)}, {number(high, signed)}]" if low is not None and high is not None else ""
+    return number(result["score"], signed) + spread
+
+
+def tone(difference: Result | None) -> str:
+    """Green above 0 with the whole interval, red below."""
+    if not difference or difference["low"] is None:
+        return ""
+    return "green" if difference["low"] > 0 else "red" if difference["high"] < 0 else "dim"
+
+
+def scores_table(results: Mapping[str, Result], title: str) -> Table:
+    """One evaluation."""
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 1))
+    for name, justify in (("benchmark", "left"), ("score, 95 % interval", "left"), ("prompts", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # left and right are what rich takes
+    for name, result in results.items():
+        table.add_row(Text(name, style="bold"), interval(result), str(result["n"]))
+        for category, inner in result["categories"].items():
+            table.add_row(f"  {category.replace('_', ' ')}", interval(inner), str(inner["n"]), style="dim")
+    return table
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Before, after, difference per task and category, and the baseline where there is one."""
+    baseline = summary.get("baseline")
+    table = Table(box=None, header_style="dim", padding=(0, 1))
+    heads = ["task", "before", "after", "difference, 95 % interval"]
+    heads += [str(baseline["name"]), "ours minus it"] if baseline else []
+    for name in heads:
+        table.add_column(name)
+    for task, before in summary["before"].items():
+        parts = [before, summary["after"][task], summary["difference"][task]]
+        if baseline:
+            parts += [baseline["after"][task], summary["ours_minus_baseline"][task]]
+        _add(table, task, parts, bold=True)
+        for category in before["categories"]:
+            _add(table, f"  {category}", [part["categories"][category] for part in parts])
+    return table
+
+
+def _add(table: Table, name: str, parts: list[Result], bold: bool = False) -> None:
+    before, after, difference, *other = parts
+    style = "bold" if bold else ""
+    cells = [
+        Text(name.replace("_", " "), style=style),
+        Text(number(before["score"]), style=style),
+        Text(number(after["score"]), style=style),
+        Text(interval(difference, signed=True), style=f"{style} {tone(difference)}".strip()),
+    ]
+    if other:
+        cells.append(Text(number(other[0]["score"]), style=style))
+        cells.append(Text(interval(other[1], signed=True), style=f"{style} {tone(other[1])}".strip()))
+    table.add_row(*cells)
+
+
+def wide_console() -> Console:
+    """A console that does not fold tables when the output is piped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)

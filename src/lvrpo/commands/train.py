@@ -1,0 +1,124 @@
+"""``lvrpo train`` and ``lvrpo pretrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Command, Options, Parser, add_config, names
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.training.run import Alignment, Pretraining
+
+
+def train_options(parser: Parser) -> None:
+    run_options(parser)
+    parser.add_argument(
+        "--benchmark",
+        type=names,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="what is measured before and after (default: scenes, or data.jsonl.test)",
+    )
+    parser.add_argument("--no-evaluate", action="store_true", help="align only")
+
+
+def run_options(parser: Parser) -> None:
+    add_config(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; CONFIG may then be left out")
+
+
+def train(options: Options) -> None:
+    from lvrpo.commands.progress import Progress
+    from lvrpo.commands.tables import summary_table, wide_console
+    from lvrpo.evaluation.quickstart import Plan, held_out_plan, run_experiment
+    from lvrpo.evaluation.suite import find_benchmarks
+    from lvrpo.training.interrupt import Interrupted
+
+    find_benchmarks(options.benchmark)
+    alignment = open_alignment(options)
+    run = alignment.run
+    with run, Progress(alignment.config.steps) as watch:
+        if run.read_summary() is not None:
+            raise InputError(f"{run.path}: has finished: see lvrpo report {run.path}")
+        plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
+        watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
+        try:
+            summary = run_experiment(alignment, plan, watch)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; go on with: lvrpo train --resume {run.path}") from None
+        if summary["before"]:
+            wide_console().print(summary_table(summary))
+        watch.phase(f"done; the policy: {run.path} (step {summary['guard']['best_step']} was the guard's best)")
+
+
+def open_alignment(options: Options) -> Alignment:
+    """A new run, or one that goes on."""
+    from lvrpo.commands.settings import read_config
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.run import Alignment
+
+    if options.resume is not None:
+        config = None if options.config is None else read_config(TrainConfig, options.config, options.overrides)
+        refuse_out(options)
+        return Alignment.resume(options.resume, config)
+    config = read_config(TrainConfig, options.config, options.overrides)
+    return Alignment.start(config, options.out or Path("runs") / config.name)
+
+
+def refuse_out(options: Options) -> None:
+    if options.out is not None:
+        raise InputError(f"--out {options.out}: a resumed run stays where it is: leave --out away")
+
+
+def pretrain(options: Options) -> None:
+    from lvrpo.commands.progress import Progress
+    from lvrpo.report import build_report
+    from lvrpo.training.interrupt import Interrupted, Interruption
+
+    training = open_pretraining(options)
+    run, config = training.run, training.config
+    with run, Progress(config.steps) as watch:
+        if training.finished:
+            raise InputError(f"{run.path}: has finished: evaluate it with lvrpo evaluate {run.path}")
+        watch.phase(f"run {run.path}: {config.steps} steps, from step {training.trainer.step_number}")
+        with Interruption() as interrupted:
+            done = training.go(watch.step, interrupted)
+        if not done:
+            step = training.trainer.step_number
+            raise Interrupted(
+                f"interrupted after step {step} of {config.steps}; the checkpoint is written; "
+                f"go on with: lvrpo pretrain --resume {run.path}"
+            )
+        watch.phase(f"done; the policy: {run.path}; report: {build_report(run.path)}")
+
+
+def open_pretraining(options: Options) -> Pretraining:
+    """A new supervised run, or one that goes on."""
+    from lvrpo.commands.settings import read_config
+    from lvrpo.training.pretrain import PretrainConfig
+    from lvrpo.training.run import Pretraining
+
+    if options.resume is not None:
+        config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
+        refuse_out(options)
+        return Pretraining.resume(options.resume, config)
+    config = read_config(PretrainConfig, options.config, options.overrides)
+    return Pretraining.start(config, options.out or Path("runs") / config.name)
+
+
+TRAIN = Command(
+    "align a policy: lvrpo train CONFIG [section.key=value ...]",
+    train_options,
+    train,
+    "example: lvrpo train quickstart seed=1 steps=80 --out runs/short",
+)
+PRETRAIN = Command(
+    "supervised training on the web corpus: the base, and the baseline",
+    run_options,
+    pretrain,
+    "example: lvrpo pretrain pretrain name=my-base steps=2000",
+)

@@ -1,0 +1,204 @@
+"""``lvrpo generate``, ``lvrpo ask`` and ``lvrpo edit``: a policy at work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvrpo.commands.options import (
+    Command,
+    Options,
+    Parser,
+    add_force,
+    add_model,
+    guidance,
+    positive,
+    refuse_existing,
+    whole,
+)
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.policies.base import Policy
+    from lvrpo.types import Group, Part, Prompt
+
+CHUNK = 64
+"""Prompts sampled at once."""
+
+
+def drawing_options(parser: Parser) -> None:
+    parser.add_argument("--seed", type=whole, default=0, help="default: 0")
+    parser.add_argument("--guidance", type=guidance, default=1.0, help="strength of the text (default: 1, no guidance)")
+    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    add_force(parser)
+
+
+def generate_options(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
+    parser.add_argument("--count", type=positive, default=1, help="pictures per prompt (default: 1)")
+    drawing_options(parser)
+
+
+def generate(options: Options) -> None:
+    from lvrpo.commands.files import read_lines, read_rows, write_file
+    from lvrpo.evaluation.cases import png
+
+    if (options.prompt is None) == (options.prompts is None):
+        raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
+    if options.prompt is not None:
+        texts = [options.prompt]
+    elif options.prompts.suffix == ".jsonl":
+        texts = [row["prompt"] for _, row in read_rows(options.prompts, ("prompt",))]
+    else:
+        texts = [line for _, line in read_lines(options.prompts)]
+    numbers = range(len(texts) * options.count)
+    refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
+    prompts = [prompt("generate", (text,), ("image",), number) for number, text in enumerate(texts)]
+    groups = sample(load(options), prompts, options, options.count)
+    index = []
+    for group, text in zip(groups, texts, strict=True):
+        for trajectory in group.trajectories:
+            assert trajectory.image is not None
+            file = f"{len(index):05d}.png"
+            write_file(options.out / file, png(trajectory.image), options.force)
+            index.append(json.dumps({"file": file, "prompt": text, "seed": options.seed}, ensure_ascii=False) + "\n")
+    write_file(options.out / "index.jsonl", "".join(index).encode(), options.force)
+    print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
+
+
+def ask_options(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument("question", metavar="QUESTION", nargs="?")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the picture that QUESTION is about")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="rows with 'image' (beside or below the file) and 'question'",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    add_force(parser)
+
+
+def ask(options: Options) -> None:
+    from lvrpo.commands.files import fitting_image, read_rows, write_file
+    from lvrpo.data.jsonl import picture_path
+
+    image, question, table = options.image, options.question, options.questions
+    single = [(image, question)] if image is not None and question is not None else []
+    if bool(single) == (table is not None) or (image is None) != (question is None):
+        raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
+    if options.out is not None:
+        refuse_existing([options.out], options.force)
+    rows, asked = [], single
+    if table is not None:
+        rows = read_rows(table, ("image", "question"))
+        asked = [(picture_path(table.parent, row["image"], where), row["question"]) for where, row in rows]
+    policy = load(options)
+    prompts = [
+        prompt("understand", (fitting_image(path, policy.image_size), question), ("text",), number)
+        for number, (path, question) in enumerate(asked)
+    ]
+    answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
+    if single:
+        lines = [answers[0]]
+    else:
+        lines = [
+            json.dumps({**row, "answer": a}, ensure_ascii=False) for (_, row), a in zip(rows, answers, strict=True)
+        ]
+    text = "".join(line + "\n" for line in lines)
+    if options.out is not None:
+        write_file(options.out, text.encode(), options.force)
+    else:
+        print(text, end="")
+
+
+def edit_options(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument("instruction", metavar="INSTRUCTION")
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the edited picture, PNG")
+    drawing_options(parser)
+
+
+def edit(options: Options) -> None:
+    from lvrpo.commands.files import fitting_image, write_file
+    from lvrpo.evaluation.cases import png
+
+    if options.out.suffix.lower() != ".png":
+        raise InputError(f"--out {options.out}: pictures are written as PNG: end the name in .png")
+    refuse_existing([options.out], options.force)
+    policy = load(options)
+    parts = (fitting_image(options.image, policy.image_size), options.instruction)
+    group = sample(policy, [prompt("edit", parts, ("image",), 0)], options)[0]
+    image = group.trajectories[0].image
+    assert image is not None
+    write_file(options.out, png(image), options.force)
+    print(options.out)
+
+
+def load(options: Options) -> Policy:
+    """The policy, on its device."""
+    import torch
+
+    from lvrpo.policies.loading import load_policy
+
+    torch.set_num_threads(options.threads)
+    return load_policy(options.model, options.device)
+
+
+def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prompt:
+    """A prompt of the command line. Any: the literals of ``Prompt``."""
+    from lvrpo.types import Prompt
+
+    for part in parts:
+        if isinstance(part, str) and not part.strip():
+            raise InputError("the text is blank: write what to draw, ask or change")
+    return Prompt(f"command line/{number}", task, parts, output)
+
+
+def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1) -> list[Group]:
+    """``count`` outputs per prompt: drawings from the seed, text greedy."""
+    from lvrpo.policies.base import Sampling
+    from lvrpo.sampling import derive_seed
+
+    drawing = prompts[0].output == ("image",)
+    sampling = Sampling(
+        group_size=count,
+        temperature=0.0,
+        max_new_tokens=24,
+        num_steps=options.num_steps if drawing else 8,
+        guidance_scale=options.guidance if drawing else 1.0,
+    )
+    seed = options.seed if drawing else 0
+    groups: list[Group] = []
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        groups += policy.sample(chunk, sampling, [derive_seed(seed, p.id) for p in chunk])
+    return groups
+
+
+GENERATE = Command(
+    "draw pictures: 00000.png ... and index.jsonl",
+    generate_options,
+    generate,
+    'example: lvrpo generate tiny --prompt "two red circles" --count 8 --out drawings',
+)
+ASK = Command(
+    "answer questions about pictures",
+    ask_options,
+    ask,
+    'example: lvrpo ask tiny --image drawings/00000.png "what color is the circle?"',
+)
+EDIT = Command(
+    "change a picture by an instruction",
+    edit_options,
+    edit,
+    'example: lvrpo edit tiny --image drawings/00000.png "remove the circle" --out edited.png',
+)

@@ -1,0 +1,91 @@
+"""The baseline beside an alignment: a supervised run of the same base, trained and evaluated in its own process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from lvrpo.errors import ContractError, LvrpoError
+from lvrpo.evaluation.suite import Evaluation, evaluate, find_benchmarks
+from lvrpo.training.checkpoint import SEAL
+from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.run import START, Pretraining
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.trial import peak_memory_gib
+
+RESULT = "eval/after.json"
+
+
+class Baseline:
+    """A second process; ``wait`` gives its evaluation."""
+
+    def __init__(
+        self, config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.arguments = (config, folder, list(benchmarks), dict(sizes))
+        self.process: SpawnProcess | None = None
+
+    def start(self) -> None:
+        """Starts it, or lets it go on from its last checkpoint."""
+        if not (self.folder / RESULT).exists():
+            self.process = multiprocessing.get_context("spawn").Process(target=_work, args=self.arguments, daemon=True)
+            self.process.start()
+
+    def wait(self) -> tuple[Evaluation, dict[str, Any]]:
+        """Its evaluation, and {"seconds", "peak_memory_gib"}; raises ContractError if it failed."""
+        if self.process is not None:
+            self.process.join()
+            if self.process.exitcode != 0:
+                why = _text(self.folder.with_suffix(".error")) or f"exit code {self.process.exitcode}"
+                raise ContractError(f"the baseline in {self.folder} failed: {why}: run again, or use --no-baseline")
+        raw = RunDirectory.read(self.folder).read_json(RESULT)
+        return Evaluation.from_dict(raw), raw["cost"]
+
+    def stop(self) -> None:
+        """Ends the process; what it has done up to its last checkpoint stays."""
+        if self.process is not None and self.process.is_alive():
+            self.process.terminate()
+            self.process.join()
+
+
+def _work(config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    error_file = folder.with_suffix(".error")
+    try:
+        error_file.unlink(missing_ok=True)
+        train_and_evaluate(config, folder, benchmarks, sizes)
+    except BaseException as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
+        sys.exit(1)
+
+
+def train_and_evaluate(
+    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]
+) -> None:
+    """The whole baseline in this process, or what an interruption left of it; ends with eval/after.json."""
+    parent = multiprocessing.parent_process()
+
+    def orphaned() -> bool:
+        return parent is not None and not parent.is_alive()
+
+    begun = (folder / START / SEAL).exists()
+    training = Pretraining.resume(folder, config) if begun else Pretraining.start(config, folder)
+    with training.run as run:
+        if not training.go(interrupted=orphaned):
+            sys.exit(1)
+        evaluation = evaluate(training.trainer.average, find_benchmarks(benchmarks), sizes=sizes)
+        cost = {"seconds": training.seconds, "peak_memory_gib": peak_memory_gib()}
+        run.write_json(RESULT, {**evaluation.as_dict(), "cost": cost})
+
+
+def _text(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8").split()) if path.exists() else ""

@@ -1,0 +1,90 @@
+"""Kept cases of an evaluation: a few outputs per category with their pictures, as the report reads them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image as PilImage
+
+from lvrpo.evaluation.suite import Evaluation
+from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.types import Group, Image, Prompt
+
+PER_CATEGORY = 3
+SHOWN = ("generate", "understand", "edit", "reason")
+"""The benchmarks that cases are kept of; the others put the same prompts."""
+
+
+def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
+    """The first few groups of every category: chosen by place, not by how they came out."""
+    if name not in SHOWN:
+        return []
+    counts: dict[str, int] = {}
+    kept = []
+    for group in groups:
+        category = group.prompt.category
+        counts[category] = counts.get(category, 0) + 1
+        if counts[category] <= PER_CATEGORY:
+            kept.append(group)
+    return kept
+
+
+def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
+    """Writes eval/PHASE.json, with the pictures of the kept cases in eval/PHASE/ and eval/sources/."""
+    groups = [group for kept in evaluation.groups.values() for group in kept]
+    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": write_cases(run, phase, groups)})
+
+
+def write_cases(run: RunDirectory, phase: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One row per group, the first member of it; pictures are written beside."""
+    scored = [group for group in groups if scorable(group.prompt)]
+    scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
+    drawn = [group for group in scored if "image" in group.prompt.output]
+    first = [Group(group.prompt, group.trajectories[:1]) for group in drawn]
+    holds = {group.prompt.id: row for group, row in zip(drawn, fact_table(first), strict=True)} if drawn else {}
+    rows = []
+    for number, group in enumerate(groups):
+        prompt, output = group.prompt, group.trajectories[0]
+        image = source = None
+        if output.image is not None:
+            image = f"eval/{phase}/{number:05d}.png"
+            run.write_bytes(image, png(output.image))
+        picture = next((part for part in prompt.parts if not isinstance(part, str)), None)
+        if picture is not None:
+            source = f"eval/sources/{number:05d}.png"
+            if not (run.path / source).exists():
+                run.write_bytes(source, png(picture))
+        facts = zip(prompt.facts, holds.get(prompt.id, [None] * len(prompt.facts)), strict=True)
+        rows.append(
+            {
+                "id": prompt.id,
+                "task": prompt.task,
+                "category": prompt.category,
+                "text": prompt_text(prompt),
+                "answer": prompt.answer,
+                "output_text": output.text,
+                "score": scores.get(prompt.id),
+                "image": image,
+                "source_image": source,
+                "facts": [{"question": f.question, "answer": f.answer, "holds": held} for f, held in facts],
+            }
+        )
+    return rows
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The words of a prompt."""
+    return " ".join(part for part in prompt.parts if isinstance(part, str))
+
+
+def png(image: Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().numpy().astype(np.uint8)
+    buffer = io.BytesIO()
+    PilImage.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,304 @@
+"""Alignment and pretraining as runs on the disk: parts are resolved, the run directory opened, the loop called."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
+from lvrpo.data.sources import DATASETS, PromptSource
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import FINAL, load_policy, policy_folder
+from lvrpo.registry import resolve
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.table import RewardSource, build_rewards
+from lvrpo.sampling import derive_seed
+from lvrpo.training.checkpoint import (
+    atomic_folder,
+    checkpoint_writer,
+    fingerprint,
+    latest_checkpoint,
+    load_state,
+    prune_checkpoints,
+    save_state,
+    seal_checkpoint,
+    verify_checkpoint,
+)
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.guard import Guard
+from lvrpo.training.loop import align
+from lvrpo.training.optimizer import copy_weights
+from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.state import STATE, RunState
+from lvrpo.types import Prompt
+
+Observer = Callable[[Mapping[str, Any]], None]
+
+START = "start"
+"""Folder of a run: the policy that it started from, which stays the reference of a resumed run."""
+
+
+# --- parts of an alignment run ---
+
+
+def open_source(config: TrainConfig, split: str, seed: int) -> PromptSource:
+    """One split of the source of prompts; raises InputError if it lacks a task that a step needs."""
+    section = {"scenes": config.data.scenes, "jsonl": config.data.jsonl}.get(config.data.source)
+    return resolve("data source", config.data.source, DATASETS)(section, split, seed)
+
+
+def training_source(config: TrainConfig) -> PromptSource:
+    """The prompts to align on."""
+    source = open_source(config, "train", config.seed)
+    for task, count in config.data.prompts_per_step.items():
+        if count and task not in source.tasks:
+            raise InputError(
+                f"data.prompts_per_step.{task}={count}: {config.data.source} has no rows of task '{task}': set it to 0"
+            )
+    return source
+
+
+def guard_prompts(config: TrainConfig) -> dict[Any, list[Prompt]]:
+    """Held-out prompts of every trained task that can be told right from wrong; none without validation rows."""
+    if config.data.source == "jsonl" and config.data.jsonl.validation is None:
+        return {}
+    source = open_source(config, "validation", 0)
+    trained = {task for task, count in config.data.prompts_per_step.items() if count}
+    prompts = {
+        task: [p for p in source.prompts(task, count) if scorable(p)]
+        for task, count in config.guard.prompts.items()
+        if count and task in trained and task in source.tasks
+    }
+    return {task: list({p.id: p for p in rows}.values()) for task, rows in prompts.items()}
+
+
+@dataclass
+class Alignment:
+    """An alignment run, ready to start or to go on."""
+
+    config: TrainConfig
+    run: RunDirectory
+    state: RunState
+    source: PromptSource
+    rewards: Sequence[RewardSource]
+    guard: Guard
+
+    @classmethod
+    def start(cls, config: TrainConfig, folder: Path) -> Self:
+        """Resolves every part before it creates the run directory: wrong input leaves no trace."""
+        torch.set_num_threads(config.threads)
+        source, rewards = training_source(config), build_rewards(config.rewards)
+        guard = Guard(guard_prompts(config), config)
+        base = policy_folder(config.policy)
+        policy = load_policy(base, config.device)
+        run = RunDirectory.create(folder, config)
+        try:
+            return cls(config, run, begin(run, config, policy, base), source, rewards, guard)
+        except BaseException:
+            run.close()
+            raise
+
+    @classmethod
+    def resume(cls, folder: Path, config: TrainConfig | None = None) -> Self:
+        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run."""
+        run = RunDirectory.open(folder)
+        try:
+            if config is not None:
+                run.require_config(config)
+            config = run.config(TrainConfig)
+            torch.set_num_threads(config.threads)
+            source, rewards = training_source(config), build_rewards(config.rewards)
+            guard = Guard(guard_prompts(config), config)
+            state = go_on(run, config)
+        except BaseException:
+            run.close()
+            raise
+        return cls(config, run, state, source, rewards, guard)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the loop has nothing left to do."""
+        return (self.run.path / FINAL).is_file()
+
+    def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Calls the loop; returns whether it came to its end, and names the guard's best checkpoint if so."""
+        if self.finished:
+            return True
+        align(self.config, self.run, self.state, self.source, self.rewards, self.guard, observe, interrupted)
+        if interrupted() and self.state.step < self.config.steps:
+            return False
+        best = self.state.guard.best_step
+        self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(best).name}", "step": best})
+        return True
+
+    def result(self) -> Policy:
+        """The weights that the guard found best."""
+        return load_policy(self.run.path, self.config.device)
+
+
+def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) -> RunState:
+    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
+    keep_start(run, policy)
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    return RunState.start(policy, config)
+
+
+def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
+    """The state of the last whole checkpoint; metrics that came after it are dropped."""
+    verify_checkpoint(run.path / START)
+    state = RunState.start(load_policy(run.path / START, config.device), config)
+    last = latest_checkpoint(run.path)
+    if last is not None:
+        state.load(last)
+    run.truncate_metrics(state.step if last is not None else -1)
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
+    return state
+
+
+def keep_start(run: RunDirectory, policy: Policy) -> None:
+    """Writes the starting weights into the run, sealed."""
+    shutil.rmtree(run.path / START, ignore_errors=True)
+    with atomic_folder(run.path / START) as folder:
+        policy.save(folder)
+        seal_checkpoint(folder)
+
+
+def data_fingerprints(config: TrainConfig) -> dict[str, Any]:
+    """The user's files; the built-in world is a function of its configuration."""
+    if config.data.source != "jsonl":
+        return {}
+    splits = {name: getattr(config.data.jsonl, name) for name in ("train", "validation", "test")}  # its three fields
+    return {name: fingerprint(path) for name, path in splits.items() if path is not None}
+
+
+# --- pretraining ---
+
+
+@dataclass
+class Pretraining:
+    """A supervised run, ready to start or to go on."""
+
+    config: PretrainConfig
+    run: RunDirectory
+    trainer: Supervised
+    seconds: float = 0.0
+    """Training seconds so far, over all resumptions."""
+    held_out: list[Prompt] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, config: PretrainConfig, folder: Path) -> Self:
+        """Resolves every part before it creates the run directory."""
+        torch.set_num_threads(config.threads)
+        policy = fresh_policy(config)
+        trainer = Supervised(config, policy, web_corpus(config.corpus))
+        run = RunDirectory.create(folder, config)
+        try:
+            keep_start(run, policy)
+            origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
+            run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
+            return cls(config, run, trainer, held_out=held_out_prompts(config))
+        except BaseException:
+            run.close()
+            raise
+
+    @classmethod
+    def resume(cls, folder: Path, config: PretrainConfig | None = None) -> Self:
+        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run."""
+        run = RunDirectory.open(folder)
+        try:
+            if config is not None:
+                run.require_config(config)
+            config = run.config(PretrainConfig)
+            torch.set_num_threads(config.threads)
+            verify_checkpoint(run.path / START)
+            policy = load_policy(run.path / START, config.device)
+            trainer = Supervised(config, policy, web_corpus(config.corpus))  # type: ignore[arg-type]  # what start saved
+            this = cls(config, run, trainer, held_out=held_out_prompts(config))
+            this._load()
+            run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed})
+            return this
+        except BaseException:
+            run.close()
+            raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return (self.run.path / FINAL).is_file()
+
+    def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
+        config, trainer = self.config, self.trainer
+        while trainer.step_number < config.steps:
+            started = time.perf_counter()
+            report = trainer.step()
+            self.seconds += time.perf_counter() - started
+            step = trainer.step_number
+            row: dict[str, Any] = {"step": step, **{f"loss/{name}": loss for name, loss in report.losses.items()}}
+            row |= {f"grad_norm/{expert}": norm for expert, norm in report.grad_norms.items()}
+            if self.held_out and (step % config.held_out_every == 0 or step == config.steps):
+                row |= score_held_out(trainer.average, self.held_out, config.seed)
+            row |= {"seconds": self.seconds, "seconds_left": self.seconds / step * (config.steps - step)}
+            self.run.append_metrics(row)
+            observe(row)
+            if step % config.checkpoint_every == 0 or step == config.steps or interrupted():
+                self._save()
+            if interrupted() and step < config.steps:
+                return False
+        last = self.run.checkpoint_dir(config.steps).name
+        self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{last}", "step": config.steps})
+        return True
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        with checkpoint_writer(self.run.checkpoint_dir(trainer.step_number)) as folder:
+            trainer.average.save(folder)
+            (folder / STATE).mkdir()
+            tree = {
+                "step": trainer.step_number,
+                "seconds": self.seconds,
+                "policy": dict(trainer.policy.state_dict()),
+                "average": dict(trainer.average.state_dict()),
+                "optimizers": trainer.optimizers.state(),
+            }
+            save_state(folder / STATE, tree)
+        prune_checkpoints(self.run.path, self.config.keep_checkpoints)
+
+    def _load(self) -> None:
+        last = latest_checkpoint(self.run.path)
+        if last is not None:
+            verify_checkpoint(last)
+            tree = load_state(last / STATE)
+            copy_weights(self.trainer.policy, tree["policy"])
+            copy_weights(self.trainer.average, tree["average"])
+            self.trainer.optimizers.load_state(tree["optimizers"])
+            self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
+        self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
+
+
+def held_out_prompts(config: PretrainConfig) -> list[Prompt]:
+    """Validation prompts of the built-in world; none where ``held_out_every`` is 0."""
+    if not config.held_out_every:
+        return []
+    source = ScenePrompts(ScenesConfig(size=config.corpus.size), "validation", 0)
+    return [prompt for task, count in config.held_out.items() for prompt in source.prompts(task, count)]
+
+
+def score_held_out(policy: Policy, prompts: Sequence[Prompt], seed: int) -> dict[str, float]:
+    """Share of right outputs per task, greedy text and unguided drawings."""
+    assert isinstance(policy, nn.Module)
+    seeds = [derive_seed(seed, "held out", prompt.id) for prompt in prompts]
+    groups = policy.sample(prompts, Sampling(group_size=1, temperature=0.0, max_new_tokens=8), seeds)
+    right: dict[str, list[float]] = {}
+    for group, row in zip(groups, successes(groups), strict=True):
+        right.setdefault(group.prompt.task, []).append(row[0])
+    return {f"guard/{task}": sum(rows) / len(rows) for task, rows in right.items()}

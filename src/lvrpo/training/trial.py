@@ -1,0 +1,81 @@
+"""A trial before a run: the contract on a few prompts and the cost of one small step; leaves nothing behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from lvrpo.policies.loading import load_policy
+from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.contract import Check
+from lvrpo.training.guard import Guard
+from lvrpo.training.loop import contract_checks, prompts_of_step, rollout
+from lvrpo.training.run import guard_prompts, training_source
+from lvrpo.training.state import RunState
+from lvrpo.training.update import compute_advantages, update
+
+SHARE = 4
+"""The small step has one prompt in so many of each task."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found; times and sizes are estimates."""
+
+    checks: Sequence[Check]
+    step_seconds: float
+    seconds: float
+    """Of the whole run, with the guard."""
+    peak_memory_gib: float
+    disk_mib: float
+
+
+def try_out(config: TrainConfig) -> Trial:
+    """Loads everything that a run loads, measures the contract, times one small step."""
+    torch.set_num_threads(config.threads)
+    source, rewards = training_source(config), build_rewards(config.rewards)
+    guard = Guard(guard_prompts(config), config)
+    state = RunState.start(load_policy(config.policy, config.device), config)
+    checks = contract_checks(config, state.policies, source, rewards)
+    if not all(check.ok for check in checks):
+        return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
+
+    counts = config.data.prompts_per_step
+    few = {task: -(-count // SHARE) for task, count in counts.items()}
+    small = config.model_copy(update={"data": config.data.model_copy(update={"prompts_per_step": few})})
+    started = time.perf_counter()
+    groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
+    table = score_groups(rewards, groups, state.policies.reference)
+    update(state.policies, groups, compute_advantages(table, config.advantages), small, 0)
+    state.optimizers.step(0)
+    step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
+
+    started = time.perf_counter()
+    guard.score(state.policies.average)
+    guard_seconds = time.perf_counter() - started
+    looks = config.steps // config.guard.every + 2
+    weights = sum(p.numel() * p.element_size() for p in _module(state.policies.live).parameters())
+    disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
+    return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)
+
+
+def peak_memory_gib() -> float:
+    """The largest resident memory that this process has had."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return psutil.Process().memory_info().rss / 2**30
+    return kibibytes / 2**20
+
+
+def _module(policy: object) -> nn.Module:
+    assert isinstance(policy, nn.Module)
+    return policy
