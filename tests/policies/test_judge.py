@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.policy import JUDGE_TIMES
+from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.sampling import derive_seed, normal_noise
+from lvrpo.types import Parts
+
+
+def test_text_logprob_is_the_mean_of_token_log_softmaxes(
+    policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any
+) -> None:
+    source, answer = picture(1), "a red circle"
+    row = whole_row(policy, [("read", source), "what is it", answer])
+    ids = [*policy.words.encode(answer), policy.words.eos_id]
+    logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.words.forbidden(), -torch.inf)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    expected = sum(logprobs[i, token] for i, token in enumerate(ids)) / len(ids)
+    (scored,) = policy.text_logprob([(source, "what is it")], [answer])
+    assert float(scored) == pytest.approx(float(expected), abs=1e-5)
+    assert not scored.requires_grad
+
+
+def test_sharing_a_picture_among_questions_changes_nothing(policy: TinyPolicy, picture: Any) -> None:
+    source = picture(1)
+    questions = ["what color is it", "is it a circle", "what color is it", "is it a circle"]
+    answers = ["red", "a", "blue", "a"]
+    shared = policy.text_logprob([(source, q) for q in questions], answers)
+    apart = policy.text_logprob([(source.clone(), q) for q in questions], answers)
+    alone = [policy.text_logprob([(source, q)], [a])[0] for q, a in zip(questions, answers, strict=True)]
+    torch.testing.assert_close(shared, apart, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shared, torch.stack(alone), rtol=1e-6, atol=1e-6)
+    assert shared[1] == shared[3]
+    assert shared[0] != shared[2]
+
+
+def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) -> None:
+    with pytest.raises(InputError, match=r"'circlle'.*did you mean 'circle'\?"):
+        policy.text_logprob([(picture(1), "is it")], ["a circlle"])
+
+
+def by_hand(policy: TinyPolicy, whole_row: Any, context: Sequence[Any], image: torch.Tensor, draws: int) -> float:
+    x_0 = policy.towers.encode_latents([image])[0]
+    low, high = JUDGE_TIMES
+    total = 0.0
+    for k in range(draws):
+        noise = normal_noise([derive_seed(9, "judge", k)], x_0.shape)[0]
+        t = low + (high - low) * (k + 0.5) / draws
+        x_t = (1 - t) * x_0 + t * noise
+        v = whole_row(policy, [*context, ("noise", (x_t, t))]).velocity
+        total -= float((v - (noise - x_0)).square().mean())
+    return total / draws
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_image_logprob_is_minus_the_flow_loss_under_common_noise(
+    draws: int, policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any
+) -> None:
+    source = picture(1)
+    contexts: list[Parts] = [("a red circle",), (source, "make it red"), ("a red circle",), ()]
+    rows = [["a red circle"], [("clean", source), ("read", source), "make it red"], ["a red circle"], []]
+    images = [picture(2), picture(3), picture(2), picture(2)]
+    scored = policy.image_logprob(contexts, images, draws, seed=9)
+    for i, row in enumerate(rows):
+        assert float(scored[i]) == pytest.approx(by_hand(policy, whole_row, row, images[i], draws), rel=1e-5)
+    assert scored[0] == scored[2]
+    assert not scored.requires_grad
+    other_seed = policy.image_logprob(contexts, images, draws, seed=10)
+    assert (scored - other_seed).abs().min() > 0
+
+
+def test_a_picture_of_another_size_is_refused(policy: TinyPolicy) -> None:
+    with pytest.raises(InputError, match=r"\(3, 8, 8\).*reads \(3, 16, 16\)"):
+        policy.image_logprob([("a",)], [torch.zeros(3, 8, 8)], 1)

@@ -1,0 +1,190 @@
+"""The replay law: before an update, log-probs replayed equal log-probs sampled, in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot import policy as mot_policy
+from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.sampling import derive_seed, normal_noise, timestep_grid
+from lvrpo.types import FlowSegment, Prompt, TextSegment, Trajectory
+
+BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=4)
+DRAWINGS = {
+    "flow_sde": replace(BASE, sampler="flow_sde", window=(0, 1, 2)),
+    "flow_sde-first-step-sum": replace(BASE, sampler="flow_sde", window=(0,), logprob_reduction="sum"),
+    "dance_sde": replace(BASE, sampler="dance_sde", window=(1, 3), noise_level=0.3, timestep_shift=3.0),
+    "cps": replace(BASE, sampler="cps", window=(0, 2), noise_level=0.8),
+    "ode": BASE,
+    "guided": replace(BASE, sampler="flow_sde", window=(1, 2), guidance_scale=3.0),
+    "guided-by-image-too": replace(
+        BASE, sampler="cps", window=(0, 1), guidance_scale=2.0, image_guidance_scale=1.5, guidance_renorm="text_channel"
+    ),
+    "guided-global": replace(BASE, sampler="dance_sde", window=(2,), guidance_scale=4.0, guidance_renorm="global"),
+    "warm-text": replace(BASE, temperature=0.7, sampler="flow_sde", window=(0, 1), shared_noise=True),
+}
+
+
+def rollout(policy: TinyPolicy, prompts: list[Prompt], sampling: Sampling) -> list[Trajectory]:
+    groups = policy.sample(prompts, sampling, [100 + i for i in range(len(prompts))])
+    return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def differences(policy: TinyPolicy, trajectories: list[Trajectory], kind: type) -> list[float]:
+    """Relative to the size of the numbers where that is above 1, as with log-densities that are sums."""
+    out = []
+    with torch.no_grad():
+        replayed = policy.logprobs(trajectories)
+    for trajectory, row in zip(trajectories, replayed, strict=True):
+        assert len(row) == len(trajectory.segments)
+        for segment, scored in zip(trajectory.segments, row, strict=True):
+            assert scored.logprobs.shape == segment.behavior_logprobs.shape
+            if isinstance(segment, kind) and len(segment.behavior_logprobs):
+                scale = segment.behavior_logprobs.abs().clamp(min=1)
+                out.append(float(((scored.logprobs - segment.behavior_logprobs).abs() / scale).max()))
+    return out
+
+
+@pytest.mark.parametrize("sampling", DRAWINGS.values(), ids=DRAWINGS)
+def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
+    sampling: Sampling, policy: TinyPolicy, prompts: list[Prompt]
+) -> None:
+    trajectories = rollout(policy, prompts, sampling)
+    assert max(differences(policy, trajectories, TextSegment)) == 0
+    drawn = differences(policy, trajectories, FlowSegment)
+    assert len(drawn) == (5 * 3 if sampling.window else 0)
+    assert max(drawn, default=0) == 0
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [trajectories[i] for i in torch.randperm(len(trajectories), generator=generator).tolist()]
+    for other in (shuffled, trajectories[::-1], trajectories[1::2], trajectories[4:5], shuffled[:7]):
+        assert max(differences(policy, other, TextSegment) + differences(policy, other, FlowSegment), default=0) <= 1e-6
+
+
+def test_replay_of_prompts_that_say_the_same(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    twins = [prompts[3], replace(prompts[3], id="twin"), prompts[0], replace(prompts[0], id="other twin")]
+    trajectories = rollout(policy, twins, DRAWINGS["guided"])
+    assert max(differences(policy, trajectories, TextSegment) + differences(policy, trajectories, FlowSegment)) <= 1e-6
+    assert not torch.equal(trajectories[0].segments[0].behavior_logprobs, trajectories[3].segments[0].behavior_logprobs)
+
+
+def test_replay_across_batches(policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectories = rollout(policy, prompts, DRAWINGS["flow_sde"])
+    monkeypatch.setattr(mot_policy, "MAX_ROWS", 4)
+    assert max(differences(policy, trajectories, TextSegment) + differences(policy, trajectories, FlowSegment)) <= 1e-6
+
+
+def test_trajectories_of_different_settings_are_replayed_together(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    drawings = [prompts[3], prompts[5]]
+    names = ("flow_sde", "cps", "guided", "dance_sde")
+    settings = [
+        *(DRAWINGS[name] for name in names),
+        replace(DRAWINGS["flow_sde"], timestep_shift=2.0),
+        replace(DRAWINGS["flow_sde"], noise_level=0.4),
+    ]
+    mixed = [trajectory for sampling in settings for trajectory in rollout(policy, drawings, sampling)]
+    assert max(differences(policy, mixed[::2] + mixed[1::2], FlowSegment)) <= 1e-6
+
+
+def test_texts_cut_off_at_the_limit_are_replayed_and_continued(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    sampling = replace(DRAWINGS["flow_sde"], max_new_tokens=1, group_size=8)
+    trajectories = rollout(policy, [prompts[0], prompts[6]], sampling)
+    texts = [t.segments[0] for t in trajectories]
+    eos = policy.words.eos_id
+    for segment in texts:
+        assert isinstance(segment, TextSegment)
+        assert len(segment.tokens) == 1
+        assert segment.ended == (int(segment.tokens[-1]) == eos)
+    assert not all(segment.ended for segment in texts if isinstance(segment, TextSegment))
+    assert max(differences(policy, trajectories, TextSegment)) == 0
+    assert max(differences(policy, trajectories, FlowSegment)) == 0
+
+
+def test_replay_sees_another_policy(new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]) -> None:
+    trajectories = rollout(new_policy(0), prompts, DRAWINGS["flow_sde"])
+    other = new_policy(1)
+    assert min(differences(other, trajectories, TextSegment) + differences(other, trajectories, FlowSegment)) > 1e-4
+
+
+def test_entropy_and_logprobs_of_text(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    trajectories = rollout(policy, prompts[:2], BASE)
+    allowed = int((~policy.words.forbidden()).sum())
+    for row in policy.logprobs(trajectories):
+        assert row[0].entropy is not None
+        assert (row[0].logprobs < 0).all()
+        assert (row[0].entropy > 0).all()
+        assert (row[0].entropy <= torch.tensor(float(allowed)).log() + 1e-5).all()
+        assert row[0].logprobs.requires_grad
+
+
+def test_logprob_of_a_flow_step_is_that_of_a_normal(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    sampling = DRAWINGS["flow_sde"]
+    trajectories = rollout(policy, prompts[3:6], sampling)
+    grid = timestep_grid(sampling.num_steps)
+    for w, i in enumerate(sampling.window):
+        t, t_next = float(grid[i]), float(grid[i + 1])
+        segments = [s for trajectory in trajectories for s in trajectory.segments if isinstance(s, FlowSegment)]
+        x_t = torch.stack([s.states[w] for s in segments])
+        x_next = torch.stack([s.next_states[w] for s in segments])
+        with torch.no_grad():
+            v = policy.velocity(trajectories, x_t, torch.full((len(segments),), t))
+        s = sampling.noise_level * (t / (1 - (t_next if t == 1 else t))) ** 0.5
+        dt = t_next - t
+        mean = x_t * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
+        std = s * (-dt) ** 0.5
+        expected = torch.distributions.Normal(mean, std).log_prob(x_next).mean(dim=(1, 2))
+        behavior = torch.stack([segment.behavior_logprobs[w] for segment in segments])
+        torch.testing.assert_close(behavior, expected, rtol=1e-5, atol=1e-5)
+        drawn = normal_noise([derive_seed(t.seed, "steps") for t in trajectories], (3, *x_t.shape[1:]))[:, w]
+        torch.testing.assert_close((x_next - mean) / std, drawn, rtol=1e-4, atol=1e-4)
+
+
+def test_a_drawing_is_recorded_whole(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    sampling = DRAWINGS["flow_sde"]
+    for trajectory in rollout(policy, prompts[3:8], sampling):
+        segment = trajectory.segments[-1]
+        assert isinstance(segment, FlowSegment)
+        assert segment.trained_steps == (0, 1, 2)
+        assert torch.equal(segment.states[0], normal_noise([derive_seed(trajectory.seed, "noise")], (4, 192))[0])
+        assert torch.equal(segment.states[1:], segment.next_states[:-1])
+        last = segment.next_states[2][None]
+        with torch.no_grad():
+            v = policy.velocity([trajectory], last, torch.tensor([0.25]))
+        torch.testing.assert_close(segment.latent, (last - 0.25 * v)[0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(segment.image, policy.towers.decode_latents(segment.latent[None])[0])
+        assert 0 <= segment.image.min() <= segment.image.max() <= 1
+        assert trajectory.image is segment.image
+
+
+def test_velocity_is_conditioned_on_the_thought(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    trajectory = rollout(policy, [prompts[6]], BASE)[0]
+    x_t, t = torch.randn(1, 4, 192), torch.tensor([0.5])
+    thought = trajectory.segments[0]
+    assert isinstance(thought, TextSegment)
+    ids = torch.tensor([*policy.words.encode("two two"), policy.words.eos_id])
+    other = replace(trajectory, segments=(replace(thought, tokens=ids, ended=True), trajectory.segments[1]))
+    unthought = replace(trajectory, prompt=replace(prompts[6], output=("image",)), segments=trajectory.segments[1:])
+    v, v_other, v_unthought = (policy.velocity([item], x_t, t) for item in (trajectory, other, unthought))
+    assert (v - v_other).abs().max() > 1e-3
+    assert (v - v_unthought).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [(2, 1), (0, 4), (-1,), (1, 1)])
+def test_windows_that_cannot_be_recorded_are_refused(
+    window: tuple[int, ...], policy: TinyPolicy, prompts: list[Prompt]
+) -> None:
+    with pytest.raises(InputError, match="window"):
+        policy.sample(prompts[3:4], replace(BASE, sampler="flow_sde", window=window), [0])
+
+
+def test_nothing_to_replay(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    assert policy.logprobs([]) == []
+    assert policy.sample([], BASE, []) == []
+    replayed: Any = policy.logprobs(rollout(policy, prompts[3:4], BASE))
+    assert [row[0].logprobs.shape for row in replayed] == [(0,)] * 3

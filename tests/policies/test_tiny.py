@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from lvrpo.data.scenes import VOCABULARY
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy, TinyWords, patchify, unpatchify
+from lvrpo.types import Prompt
+
+
+def test_patches_are_row_major_and_channel_last() -> None:
+    pixels = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    tokens = patchify(pixels, 2)
+    assert tokens.shape == (2, 4, 12)
+    assert tokens[0, 1].tolist() == [pixels[0, c, r, k] for r in (0, 1) for k in (2, 3) for c in range(3)]
+    assert torch.equal(unpatchify(tokens, 2), pixels)
+
+
+def test_pictures_survive_the_latents(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> None:
+    images = [picture(1), picture(2)]
+    latents = policy.towers.encode_latents(images)
+    assert latents.shape == (2, *policy.towers.latent_shape())
+    assert latents.min() >= -1
+    torch.testing.assert_close(policy.towers.decode_latents(latents), torch.stack(images))
+    assert policy.towers.decode_latents(latents * 9).max() == 1
+
+
+def test_words() -> None:
+    words = TinyWords.from_vocabulary(["red", "circle", ",", "?"])
+    assert words.encode("Red circle, red?") == [6, 7, 8, 6, 9]
+    assert words.encode("") == []
+    assert words.decode([1, 6, 7, 2]) == "red circle"
+    assert len(words) == 10
+    with pytest.raises(InputError, match=r"'Circel' in 'a? ?Circel'.*did you mean 'circle'"):
+        words.encode("Circel")
+    with pytest.raises(InputError, match="lvrpo data vocabulary"):
+        words.encode("xyzzy")
+    with pytest.raises(InputError):
+        words.encode("[eos]")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": 32, "patch_size": 5},
+        {"image_size": 30},
+        {"transformer": {"width": 126}},
+        {"transformer": {"heads": 3}},
+        {"transformer": {"key_heads": 3}},
+        {"transformer": {"depth": 0}},
+        {"unknown": 1},
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TinyConfig.model_validate(sizes)
+
+
+def test_the_default_has_about_1_8_million_parameters() -> None:
+    policy = TinyPolicy.from_vocabulary(TinyConfig(), VOCABULARY)
+    assert 1.7e6 < sum(p.numel() for p in policy.parameters()) < 1.9e6
+
+
+def test_a_seed_makes_one_policy_and_leaves_the_global_one_alone() -> None:
+    before = torch.get_rng_state()
+    config = TinyConfig(image_size=16, transformer=MoTConfig(width=16, depth=1))
+    one, two, other = (TinyPolicy.from_vocabulary(config, ["a"], seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    pairs = list(zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(one.towers.read_in.weight, other.towers.read_in.weight)
+
+
+def outputs(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    scored = policy.text_logprob([(picture(1), "what is it")], ["a red circle"])
+    drawn = policy.image_logprob([("a red circle",)], [picture(2)], 2)
+    return torch.cat([scored, drawn])
+
+
+def test_saved_and_loaded_bit_for_bit(
+    policy: TinyPolicy, picture: Callable[[int], torch.Tensor], tmp_path: Path
+) -> None:
+    policy.save(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    twin = TinyPolicy.load(tmp_path / "model")
+    assert twin.config == policy.config
+    assert twin.words.vocabulary == policy.words.vocabulary
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), twin.parameters(), strict=True))
+    assert torch.equal(outputs(policy, picture), outputs(twin, picture))
+    twin.save(tmp_path / "again")
+    for file in (tmp_path / "model").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def damage_config(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return damage
+
+
+def change_weights(folder: Path, rename: bool) -> None:
+    state = load_file(folder / "model.safetensors")
+    tensor = state.pop("towers.lm_head.weight")
+    state["towers.lm_head.bias" if rename else "towers.lm_head.weight"] = tensor if rename else tensor[:-1]
+    save_file(state, folder / "model.safetensors")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json"),
+    "config truncated": (truncate("config.json", 40), "not JSON"),
+    "config binary": (write("config.json", b"\xff\xfe\x00"), "not JSON"),
+    "config a list": (write("config.json", b"[1]"), "not a JSON object"),
+    "another model": (damage_config(model_type="bagel"), "of type 'bagel', not 'lvrpo_tiny'"),
+    "unknown field": (damage_config(depth=3), "config.json: depth: "),
+    "field of the wrong kind": (damage_config(image_size="big"), "config.json: image_size: "),
+    "sizes that clash": (damage_config(patch_size=5), "must divide"),
+    "another size": (damage_config(tower_width=32), "weights do not fit config.json at towers.read_in.bias"),
+    "weights truncated": (truncate("model.safetensors", 5000), "truncated or damaged"),
+    "weights empty": (truncate("model.safetensors", 0), "truncated or damaged"),
+    "header alone": (truncate("model.safetensors", 4), "truncated or damaged"),
+    "a shape": (lambda f: change_weights(f, rename=False), "do not fit config.json at towers.lm_head.weight"),
+    "a name": (lambda f: change_weights(f, rename=True), "do not fit config.json at towers.lm_head.bias"),
+    "tokenizer truncated": (truncate("tokenizer.json", 100), "tokenizer.json: truncated or damaged"),
+    "tokenizer of another model": (
+        lambda f: TinyWords.from_vocabulary(["one", "word"]).save(f),
+        "weights do not fit config.json at towers.embed_tokens_table.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_one_line(
+    damage: Callable[[Path], object], message: str, policy: TinyPolicy, tmp_path: Path
+) -> None:
+    policy.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError) as caught:
+        TinyPolicy.load(tmp_path)
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        TinyPolicy.load(tmp_path / "nowhere")
+
+
+def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], picture: Callable[[int], torch.Tensor]) -> None:
+    policy = new_policy()
+    twin = policy.frozen()
+    assert type(twin) is type(policy)
+    before = outputs(twin, picture)
+    assert torch.equal(before, outputs(policy, picture))
+    assert not any(p.requires_grad for p in twin.parameters())
+    assert all(p.requires_grad for p in policy.parameters())
+    assert twin.parameter_groups() == {"understand": [], "generate": [], "shared": []}
+    mine = {t.data_ptr() for t in (*policy.parameters(), *policy.buffers())}
+    assert not mine & {t.data_ptr() for t in (*twin.parameters(), *twin.buffers())}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert torch.equal(before, outputs(twin, picture))
+    assert not torch.equal(before, outputs(policy, picture))
+
+
+def test_the_parts_of_the_experts(policy: TinyPolicy) -> None:
+    names = {id(p): name for name, p in policy.named_parameters()}
+    found = {expert: {names[id(p)] for p in ps} for expert, ps in policy.parameter_groups().items()}
+    assert found["shared"] == {"towers.embed_tokens_table.weight"}
+    assert {"towers.lm_head.weight", "towers.read_position", "transformer.reading_norm.weight"} <= found["understand"]
+    assert {"towers.latent_out.weight", "towers.time_in.bias", "towers.latent_position"} <= found["generate"]
+    twins = {name.replace(".reading.", ".drawing.") for name in found["understand"] if ".layers." in name}
+    assert twins == {name for name in found["generate"] if ".layers." in name}
+
+
+def test_a_group_is_sampled_without_a_graph(policy: TinyPolicy) -> None:
+    (group,) = policy.sample([Prompt("g", "generate", ("a",), ("image",))], Sampling(2, num_steps=2), [0])
+    assert all(t.image is not None and not t.image.requires_grad for t in group.trajectories)
