@@ -43,11 +43,14 @@ def answers_match(given: str, right: str) -> bool:
 
 
 def normalize_answer(text: str) -> str:
-    """Case, width, articles, surrounding punctuation and number words do not matter: "The  Three." is "3"."""
+    """Case, width, articles, surrounding punctuation and number words do not matter: "The  Three." is "3".
+
+    An article that stands alone is the answer itself: choice "A" is not the empty text.
+    """
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub(r"[^\w\s.+\-/%]", " ", text)
-    words = [word.rstrip(".") for word in text.split()]
-    words = [word for word in words if word not in ("a", "an", "the", "")]
+    words = [word for word in (word.rstrip(".") for word in text.split()) if word]
+    words = [word for word in words if word not in ("a", "an", "the")] or words
     return " ".join(_plain_number(_NUMBERS.get(word, word)) for word in words)
 
 
