@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from lvrpo.data.scenes import verifier
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.types import Group, Prompt
+
+Mode = Literal["fraction", "all", "mixed"]
 
 
 class SceneFacts:
@@ -20,7 +23,9 @@ class SceneFacts:
     in which no picture is right still ranks its members.
     """
 
-    def __init__(self, mode: Literal["fraction", "all", "mixed"] = "fraction") -> None:
+    def __init__(self, mode: Mode = "fraction") -> None:
+        if mode not in get_args(Mode):
+            raise InputError(f"scene_facts.mode={mode!r}: unknown: use {', '.join(get_args(Mode))}")
         self.mode = mode
 
     def applies(self, prompt: Prompt) -> bool:
