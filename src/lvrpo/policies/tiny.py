@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
@@ -33,15 +33,15 @@ UNSPOKEN = ".,;:!"
 class TinyConfig(Config):
     """Sizes of the tiny policy."""
 
-    image_size: int = Field(32, ge=8, multiple_of=8)
-    patch_size: int = Field(8, ge=2)
+    image_size: int = Field(default=32, ge=8, multiple_of=8)
+    patch_size: int = Field(default=8, ge=2)
     transformer: MoTConfig = MoTConfig()
-    tower_width: int = Field(256, ge=8)
-    min_time: float = Field(0.1, gt=0, lt=1)
+    tower_width: int = Field(default=256, ge=8)
+    min_time: float = Field(default=0.1, gt=0, lt=1)
     """The flow loss of the predicted picture is weighted by 1 / max(t, min_time)^2."""
-    timestep_shift: float = Field(4.0, gt=0)
-    """Times of the flow loss are shifted toward noise: a token of 192 numbers is recognisable at t = .8 already, so what
-    is where is decided above."""
+    timestep_shift: float = Field(default=4.0, gt=0)
+    """Times of the flow loss are shifted toward noise: a token of 192 numbers is recognisable at t = .8 already, so
+    what is where is decided above."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -100,7 +100,7 @@ class TinyWords:
         return self._encoded[text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(self.tokenizer.id_to_token(int(i)) for i in ids if i >= len(SPECIAL_TOKENS))
+        return " ".join(self.tokenizer.id_to_token(int(i)) or "" for i in ids if i >= len(SPECIAL_TOKENS))
 
     def forbidden(self) -> torch.Tensor:
         mask = torch.zeros(len(self), dtype=torch.bool)
@@ -150,14 +150,16 @@ class TinyTowers(nn.Module):
         return self.lm_head(hidden)
 
     def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
-        hidden = F.relu(self.read_in(self.encode_latents(images))).square()
+        hidden = functional.relu(self.read_in(self.encode_latents(images))).square()
         return self.read_out(hidden) + self.read_position
 
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
         size = self.config.image_size
         for image in images:
             if image.shape != (3, size, size):
-                raise InputError(f"picture of shape {tuple(image.shape)}: this model reads (3, {size}, {size}): resize it")
+                raise InputError(
+                    f"picture of shape {tuple(image.shape)}: this model reads (3, {size}, {size}): resize it"
+                )
         pixels = torch.stack(list(images)).to(self.frequencies) * 2 - 1
         return patchify(pixels, self.config.patch_size)
 
@@ -167,7 +169,7 @@ class TinyTowers(nn.Module):
     def embed_latents(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         angles = t[:, None] * self.frequencies
         time = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        time = self.time_out(F.silu(self.time_in(time)))
+        time = self.time_out(functional.silu(self.time_in(time)))
         return self.latent_in(latents) + time[:, None] + self.latent_position
 
     def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -217,7 +219,9 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, 3, H, W) -> (B, N, patch_size^2 * 3), tokens row-major, each in order row, column, channel."""
     b, c, h, w = pixels.shape
     p = patch_size
-    return pixels.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+    return (
+        pixels.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+    )
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -239,5 +243,3 @@ def _position_table(side: int, width: int) -> torch.Tensor:
     columns = table.repeat(side, 1)
     rows = table.repeat_interleave(side, dim=0)
     return 0.5 * torch.cat([columns, rows], dim=1)
-
-

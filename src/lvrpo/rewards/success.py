@@ -17,7 +17,10 @@ def scorable(prompt: Prompt) -> bool:
 
 
 def successes(groups: Sequence[Group]) -> list[list[float]]:
-    """For every group, 1.0 or 0.0 per member: the text is the answer (where there is one) and all facts hold of the picture."""
+    """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the picture.
+
+    Only for prompts that are ``scorable``.
+    """
     drawn = [group for group in groups if "image" in group.prompt.output]
     facts = iter(fact_table(drawn)) if drawn else iter(())
     out = []

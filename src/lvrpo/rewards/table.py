@@ -26,12 +26,12 @@ class RewardConfig(Config):
 
     name: str
     """An entry of REWARDS, or my_package.module:Class."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     tasks: tuple[Task, ...] | None = None
     """Only these tasks; None: every task whose prompts it applies to."""
     label: str | None = None
     """Its name in tables and curves; the name where None."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Arguments of the reward's class. Any: each class has its own."""
     on_failure: Literal["mask", "stop"] = "mask"
 
@@ -61,13 +61,15 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
             raise InputError(f"rewards.{config.title}.options={config.options}: {error}: see {config.name}") from None
         for method in ("applies", "score"):
             if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
-                raise InputError(f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward")
+                raise InputError(
+                    f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
+                )
         sources.append(RewardSource(config, reward))
     return sources
 
 
 def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy) -> RewardTable:
-    """Scores all groups (equal sizes) with all rewards; raises ContractError where a reward says ``on_failure: stop``."""
+    """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``."""
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)

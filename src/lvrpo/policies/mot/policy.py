@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from lvrpo.policies.mot.towers import Towers, Words
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.policies.mot.writing import Written
 from lvrpo.sampling import derive_seed, flow_time, normal_noise, uniform_noise
+from lvrpo.sampling.guidance import Renorm
 from lvrpo.types import (
     Example,
     FlowSegment,
@@ -124,9 +125,7 @@ class MoTPolicy(nn.Module):
         return self.contexts.row(prompt.parts, draws="image" in prompt.output)
 
     def _branches(self, full, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
-        guidance = drawing.Guidance(
-            sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm
-        )
+        guidance = drawing.Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
         return drawing.branches(self.contexts, full, rows, guidance)
 
     # ---------------------------------------------------------------- replay
@@ -155,14 +154,17 @@ class MoTPolicy(nn.Module):
                 if closed:
                     cache, owner = scores.cache, torch.arange(len(trajectories), device=self.device)
             else:
-                for row, logprobs in zip(out, self._replay_drawing(cache.select(owner), prompt_rows, segments), strict=True):
+                for row, logprobs in zip(
+                    out, self._replay_drawing(cache.select(owner), prompt_rows, segments), strict=True
+                ):
                     row.append(SegmentLogprobs(logprobs))
         return out
 
     def _replay_drawing(self, cache, rows: Sequence[Row], segments: Sequence[Segment]) -> torch.Tensor:
         flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
         first = flows[0]
-        guidance = drawing.Guidance(first.guidance_scale, first.image_guidance_scale, first.guidance_renorm)
+        renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
+        guidance = drawing.Guidance(first.guidance_scale, first.image_guidance_scale, renorm)
         return drawing.replay_logprobs(
             self.contexts,
             drawing.branches(self.contexts, cache, rows, guidance),
@@ -197,7 +199,9 @@ class MoTPolicy(nn.Module):
         return torch.stack([logprobs.mean() for logprobs in scores.logprobs])
 
     @torch.no_grad()
-    def image_logprob(self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0) -> torch.Tensor:
+    def image_logprob(
+        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0
+    ) -> torch.Tensor:
         """Drawing side as judge: minus the flow loss under noise and times shared by all, (batch,)."""
         cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
         cache = cache.select(owner)
@@ -214,7 +218,7 @@ class MoTPolicy(nn.Module):
 
     # ---------------------------------------------------------------- supervised
     def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
-        """ "text": cross-entropy per token; "image": flow loss, times drawn from a logit-normal. Means over what is there."""
+        """ "text": cross-entropy per token; "image": flow loss at logit-normal times. Means over what is there."""
         contexts = self.contexts
         text_losses: list[torch.Tensor] = []
         image_losses: list[torch.Tensor] = []
@@ -313,11 +317,11 @@ class MoTPolicy(nn.Module):
         try:
             state = load_file(str(folder / "model.safetensors"))
         except SafetensorError as error:
-            raise InputError(f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file") from error
+            raise InputError(
+                f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file"
+            ) from error
         own = policy.state_dict()
-        wrong = sorted(
-            set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape}
-        )
+        wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
         if wrong:
             raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
         policy.load_state_dict(state)
