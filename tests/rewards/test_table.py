@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lvrpo.errors import ContractError, InputError
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.exact_answer import ExactAnswer
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.types import Group, Prompt
+
+TEXT = Prompt("text", "understand", ("x",), ("text",), answer="red")
+DRAW = Prompt("draw", "generate", ("x",), ("image",))
+
+
+class Fixed:
+    """A reward that says what it is told, or raises it."""
+
+    def __init__(
+        self, says: Any = 0.5, failures: dict[tuple[int, int], str] | None = None, task: str | None = None
+    ) -> None:
+        self.says, self.failures, self.task = says, failures or {}, task
+        self.seen: list[str] = []
+
+    def applies(self, prompt: Prompt) -> bool:
+        return self.task is None or prompt.task == self.task
+
+    def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+        self.seen += [group.prompt.id for group in groups]
+        if isinstance(self.says, Exception):
+            raise self.says
+        if isinstance(self.says, float):
+            return Scores(torch.full((len(groups), len(groups[0])), self.says), self.failures)
+        return Scores(torch.as_tensor(self.says), self.failures)
+
+
+def source(reward: Any, on_failure: Literal["mask", "stop"] = "mask", **config: Any) -> RewardSource:
+    return RewardSource(RewardConfig(name="fixed", on_failure=on_failure, **config), reward)
+
+
+@pytest.fixture
+def groups(group: Callable[..., Group]) -> list[Group]:
+    image = torch.zeros(3, 8, 8)
+    return [group(TEXT, [["red"], ["blue"]]), group(DRAW, [[image], [image]])]
+
+
+@pytest.fixture
+def nobody(judge: Callable[..., Any]) -> Any:
+    return judge({})
+
+
+def test_rewards_are_scored_where_they_apply(groups: list[Group], nobody: Any) -> None:
+    everywhere, drawings = Fixed(0.25), Fixed(0.75, task="generate")
+    sources = [
+        source(ExactAnswer(), weight=2.0, label="answer"),
+        source(everywhere, label="all", tasks=("understand",)),
+        source(drawings, weight=0.5),
+    ]
+    table = score_groups(sources, groups, nobody)
+    assert table.names == ("answer", "all", "fixed")
+    assert table.weights.tolist() == [2.0, 1.0, 0.5]
+    assert table.tasks == ("understand", "generate")
+    assert table.mask.tolist() == [[[True, True, False]] * 2, [[False, False, True]] * 2]
+    assert table.scores[0].tolist() == [[1, 0.25, 0], [0, 0.25, 0]]
+    assert table.scores[1, :, 2].tolist() == [0.75, 0.75]
+    assert set(table.reasons.values()) == {NOT_APPLICABLE}
+    assert set(table.reasons) == {(p, g, k) for p, k in ((0, 2), (1, 0), (1, 1)) for g in range(2)}
+    assert (everywhere.seen, drawings.seen) == (["text"], ["draw"])
+    assert table.mean("answer") == 0.5
+    assert table.mean("fixed") == 0.75
+
+
+def test_a_reward_that_applies_nowhere_has_no_mean(groups: list[Group], nobody: Any) -> None:
+    never = Fixed(task="edit")
+    table = score_groups([source(never)], groups, nobody)
+    assert not table.mask.any()
+    assert len(table.reasons) == 4
+    assert math.isnan(table.mean("fixed"))
+    assert never.seen == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_masked_with_its_reason(bad: float, groups: list[Group], nobody: Any) -> None:
+    reward = Fixed([[0.5, bad], [1.0, 0.0]])
+    table = score_groups([source(reward)], groups, nobody)
+    assert table.mask[..., 0].tolist() == [[True, False], [True, True]]
+    assert table.scores.isfinite().all()
+    assert table.reasons == {(0, 1, 0): f"failed: the score is {bad}"}
+    assert table.mean("fixed") == 0.5
+    with pytest.raises(ContractError, match=r"'fixed' failed on prompt 'text', member 1: the score is"):
+        score_groups([source(reward, "stop")], groups, nobody)
+
+
+def test_a_failure_that_the_reward_tells_is_masked_where_it_happened(groups: list[Group], nobody: Any) -> None:
+    reward = Fixed(0.5, failures={(0, 0): "timed out"}, task="generate")
+    table = score_groups([source(reward)], groups, nobody)
+    assert table.mask[..., 0].tolist() == [[False, False], [False, True]]
+    assert table.reasons[1, 0, 0] == "failed: timed out"
+    assert table.reasons[0, 0, 0] == NOT_APPLICABLE
+    with pytest.raises(ContractError, match=r"prompt 'draw', member 0: timed out"):
+        score_groups([source(reward, "stop")], groups, nobody)
+
+
+def test_a_reason_given_by_the_reward_wins_over_its_nan(groups: list[Group], nobody: Any) -> None:
+    reward = Fixed(math.nan, failures={(0, 0): "timed out"})
+    table = score_groups([source(reward)], groups, nobody)
+    assert table.reasons[0, 0, 0] == "failed: timed out"
+    assert table.reasons[0, 1, 0] == "failed: the score is nan"
+
+
+def test_an_exception_masks_everything_or_stops(groups: list[Group], nobody: Any) -> None:
+    reward = Fixed(RuntimeError("no network"))
+    other = source(Fixed(0.5), label="other")
+    table = score_groups([source(reward), other], groups, nobody)
+    assert not table.mask[..., 0].any()
+    assert table.mask[..., 1].all()
+    assert {table.reasons[p, g, 0] for p in range(2) for g in range(2)} == {"failed: RuntimeError('no network')"}
+    with pytest.raises(ContractError, match="no network"):
+        score_groups([source(reward, "stop")], groups, nobody)
+
+
+def test_an_error_of_ours_is_not_masked(groups: list[Group], nobody: Any) -> None:
+    with pytest.raises(InputError, match="unknown word"):
+        score_groups([source(Fixed(InputError("unknown word")))], groups, nobody)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (4, 1), (2, 2, 1)])
+def test_a_wrong_shape_stops_whatever_is_configured(shape: tuple[int, ...], groups: list[Group], nobody: Any) -> None:
+    with pytest.raises(ContractError, match=r"returned shape .* for 2 groups of 2: return float \(2, 2\)"):
+        score_groups([source(Fixed(torch.zeros(shape)))], groups, nobody)
+
+
+def test_scores_are_float32_without_a_graph(groups: list[Group], nobody: Any) -> None:
+    leaf = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    table = score_groups([source(Fixed(leaf)), source(Fixed([[1, 0], [0, 1]]), label="whole numbers")], groups, nobody)
+    assert table.scores.dtype == torch.float32
+    assert not table.scores.requires_grad
+    assert table.scores[..., 1].tolist() == [[1, 0], [0, 1]]
+
+
+def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("somebodys_rewards")
+    vars(module).update(Fixed=Fixed, Silent=type("Silent", (), {"applies": lambda self, prompt: True}))
+    monkeypatch.setitem(sys.modules, "somebodys_rewards", module)
+    built = build_rewards(
+        [
+            RewardConfig(name="exact_answer"),
+            RewardConfig(name="somebodys_rewards:Fixed", options={"says": 0.5}, label="mine"),
+            RewardConfig(name="scene_facts", options={"mode": "all"}, label="all"),
+            RewardConfig(name="own_vqa"),
+        ]
+    )
+    assert [s.config.title for s in built] == ["exact_answer", "mine", "all", "own_vqa"]
+    assert isinstance(built[1].reward, Fixed)
+    with pytest.raises(InputError, match="has no method 'score'"):
+        build_rewards([RewardConfig(name="somebodys_rewards:Silent")])
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([{"name": "exact_anser"}], "did you mean exact_answer"),
+        ([{"name": "no_such_module:Reward"}], "no module 'no_such_module'"),
+        ([{"name": "own_vqa", "options": {"speed": 1}}], r"rewards\.own_vqa\.options=.*speed"),
+        ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, all, mixed"),
+        ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),
+        ([{"name": "scene_facts", "label": "x"}, {"name": "own_vqa", "label": "x"}], "two entries are called 'x'"),
+    ],
+)
+def test_rewards_that_cannot_be_built(configs: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        build_rewards([RewardConfig.model_validate(config) for config in configs])
+    assert "\n" not in str(caught.value)
+
+
+def test_two_of_a_kind_with_labels() -> None:
+    configs = [RewardConfig(name="scene_facts"), RewardConfig(name="scene_facts", label="all", options={"mode": "all"})]
+    assert [s.config.title for s in build_rewards(configs)] == ["scene_facts", "all"]
+
+
+@pytest.mark.parametrize("change", [{"weight": 0}, {"weight": -1}, {"tasks": ["draw"]}, {"on_failure": "ignore"}])
+def test_configurations_that_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RewardConfig.model_validate({"name": "own_vqa"} | change)
