@@ -36,3 +36,22 @@ def _known_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a policy of small sizes, trained for a moment: it answers something, and draws blurs."""
+    from lvrpo.config import load_config
+    from lvrpo.data.scenes import web_corpus
+    from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+
+    sizes = "policy={tower_width: 64, transformer: {width: 64, depth: 2, heads: 2, key_heads: 2, mlp_width: 128}}"
+    rows = "batch={generate: 8, caption: 4, question: 32, edit: 4, reason: 8}"
+    corpus = "corpus={scenes: 100, edits: 40, reasons: 40}"
+    config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=70", "device=cpu"])
+    trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+    for _ in range(config.steps):
+        trainer.step()
+    folder = tmp_path_factory.mktemp("policies") / "small"
+    trainer.average.save(folder)
+    return folder

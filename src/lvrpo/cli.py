@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
@@ -36,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        return run([argument for argument in given if argument != "--debug"])
+        with terminated_like_interrupted():
+            return run([argument for argument in given if argument != "--debug"])
     except InputError as error:
         code, line = WRONG_INPUT, f"error: {error}"
     except ContractError as error:
@@ -52,6 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
     print(" ".join(line.split()), file=sys.stderr)
     return code
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is open is closed, processes of our own are ended."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(given: Sequence[str]) -> int:

@@ -17,6 +17,9 @@ Options = argparse.Namespace
 class Parser(argparse.ArgumentParser):
     """Options may stand before, between and after the positional arguments."""
 
+    unknown_hint = ""
+    """What to say of an unknown option that is like no other."""
+
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
         super().__init__(
             prog=prog,
@@ -34,7 +37,7 @@ class Parser(argparse.ArgumentParser):
             if not name.startswith("-"):
                 raise InputError(f"argument {rest[0]!r}: one too many: see {self.prog} --help")
             near = nearest(name, self._option_string_actions)
-            hint = f"did you mean {near}?" if near else f"see {self.prog} --help"
+            hint = f"did you mean {near}?" if near else self.unknown_hint or f"see {self.prog} --help"
             raise InputError(f"option {name}: unknown: {hint}")
         return options
 
@@ -110,6 +113,7 @@ def add_config(parser: Parser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes of single settings")
+    parser.unknown_hint = "settings of the configuration are written section.key=value, without dashes"
 
 
 def add_force(parser: Parser) -> None:

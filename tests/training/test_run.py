@@ -1,0 +1,259 @@
+"""Runs on the disk: interrupted and killed ones go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.config import dump_config, load_config
+from lvrpo.errors import InputError
+from lvrpo.policies.loading import load_policy, policy_folder
+from lvrpo.training.checkpoint import load_state, verify_checkpoint
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.interrupt import Interruption
+from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.run import Alignment, Pretraining, training_source
+from lvrpo.training.run_directory import RunDirectory
+
+SMALL = (
+    "steps=10",
+    "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
+    "rollout={group_size: 4, num_steps: 4}",
+    "rewards=[{name: exact_answer}, {name: own_vqa}]",
+    "advantages.std_floor=1e-4",
+    "guard={every: 4, prompts: {generate: 3, understand: 8, edit: 2, reason: 3}}",
+    "checkpoint_every=2",
+    "control_every=3",
+    "samples_every=4",
+    "device=cpu",
+)
+SMALL_CORPUS = (
+    "steps=10",
+    "batch={generate: 4, caption: 2, question: 8, edit: 2, reason: 3}",
+    "corpus={scenes: 30, edits: 10, reasons: 12}",
+    "held_out_every=5",
+    "held_out={generate: 7, understand: 8, edit: 5, reason: 3}",
+    "checkpoint_every=4",
+    "device=cpu",
+)
+
+
+@pytest.fixture
+def config(small_base: Path) -> TrainConfig:
+    return load_config(TrainConfig, None, [f"policy={small_base}", *SMALL])
+
+
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "seconds_left")} for row in rows]
+
+
+def same_state(one: Any, other: Any, path: str = "") -> None:
+    if isinstance(one, Mapping):
+        assert set(one) == set(other), path
+        for key in one:
+            if key != "seconds":
+                same_state(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            same_state(a, b, f"{path}/{i}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def same_run(one: Path, other: Path, step: int = 10) -> None:
+    assert without_seconds(RunDirectory.read(one).metrics()) == without_seconds(RunDirectory.read(other).metrics())
+    states = [load_state(run / "checkpoints" / f"step_{step:06d}" / "state") for run in (one, other)]
+    same_state(*states)
+    assert (one / "policy.json").read_text() == (other / "policy.json").read_text()
+
+
+def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[], bool]]:
+    """An observer and the interruption that comes after a step."""
+    seen: list[int] = []
+    return lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= step
+
+
+def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
+    straight, halved = Path("straight"), Path("halved")
+    with Alignment.start(config, straight).run as run:
+        run.close()
+        assert Alignment.resume(straight).go()
+    alignment = Alignment.start(config, halved)
+    with alignment.run:
+        assert not alignment.go(*stops_at(5))
+        assert alignment.state.step == 5
+    again = Alignment.resume(halved, config)
+    with again.run:
+        assert again.state.step == 5
+        assert again.go()
+    same_run(straight, halved)
+    rows = RunDirectory.read(halved).metrics()
+    assert [row["step"] for row in rows] == list(range(11))
+    assert any("reward/understand/exact_answer" in row for row in rows)
+    assert {"guard/understand", "guard/generate"} <= set(rows[4])
+    assert "control/understand/exact_answer" in rows[1]
+    assert "control/understand/exact_answer" not in rows[2]
+
+
+def test_pretraining_goes_on_bit_for_bit(config: TrainConfig) -> None:
+    pretraining = load_config(PretrainConfig, None, [f"init={config.policy}", *SMALL_CORPUS])
+    one = Pretraining.start(pretraining, Path("straight"))
+    with one.run:
+        assert one.go()
+    two = Pretraining.start(pretraining, Path("halved"))
+    with two.run:
+        assert not two.go(*stops_at(5))
+    three = Pretraining.resume(Path("halved"))
+    with three.run:
+        assert three.trainer.step_number == 5
+        assert three.go()
+    same_run(Path("straight"), Path("halved"))
+    rows = RunDirectory.read(Path("halved")).metrics()
+    assert {"guard/generate", "guard/reason"} <= set(rows[4])
+    assert policy_folder("halved").name == "step_000010"
+
+
+def train_process(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
+    Path("config.yaml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "lvrpo", "train", "config.yaml", "--out", str(folder), "--no-evaluate"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come")
+
+
+def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: TrainConfig) -> None:
+    process = train_process(config, Path("killed"))
+    wait_for_step(Path("killed"), 5, process)
+    process.kill()
+    process.communicate()
+    again = Alignment.resume(Path("killed"), config)
+    with again.run:
+        assert again.state.step >= 4
+        assert again.go()
+    straight = Alignment.start(config, Path("straight"))
+    with straight.run:
+        assert straight.go()
+    same_run(Path("straight"), Path("killed"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:
+    with Alignment.start(config, Path("run")).run as run:
+        run.append_metrics({"step": 0})
+    again = Alignment.resume(Path("run"))
+    with again.run:
+        assert again.state.step == 0
+        assert again.run.metrics() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(config: TrainConfig, number: signal.Signals) -> None:
+    config = config.model_copy(update={"steps": 200, "checkpoint_every": 200})
+    process = train_process(config, Path("run"))
+    wait_for_step(Path("run"), 2, process)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    (line,) = errors.splitlines()
+    steps = [row["step"] for row in RunDirectory.read(Path("run")).metrics()]
+    assert line.startswith(f"interrupted after step {steps[-1]} of 200; the checkpoint is written")
+    assert line.endswith("lvrpo train --resume run")
+    verify_checkpoint(Path("run") / "checkpoints" / f"step_{steps[-1]:06d}")
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    with Interruption() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_result_is_the_best_checkpoint_of_the_guard(config: TrainConfig) -> None:
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run as run:
+        alignment.go()
+        best = alignment.state.guard.best_step
+        assert run.read_json("policy.json") == {"checkpoint": f"checkpoints/step_{best:06d}", "step": best}
+    assert policy_folder("run") == Path("run/checkpoints") / f"step_{best:06d}"
+    loaded = load_policy("run", "cpu")
+    saved = load_policy(Path("run/checkpoints") / f"step_{best:06d}", "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
+
+
+def test_the_start_is_kept_and_the_manifest_names_it(config: TrainConfig) -> None:
+    with Alignment.start(config, Path("run")).run as run:
+        manifest = run.read_json("manifest.json")
+    verify_checkpoint(Path("run/start"))
+    (entry,) = manifest["checkpoints"].values()
+    assert len(entry["sha256"]) == 64
+    assert manifest["seeds"] == {"run": 0}
+
+
+def test_wrong_input_leaves_no_run_directory(config: TrainConfig) -> None:
+    wrong = config.model_copy(update={"policy": "nowhere"})
+    with pytest.raises(InputError, match="no such folder"):
+        Alignment.start(wrong, Path("run"))
+    assert not Path("run").exists()
+
+
+def test_a_task_that_the_rows_lack_is_refused(config: TrainConfig) -> None:
+    row = {"task": "generate", "prompt": "a red circle"}
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = config.data.model_copy(
+        update={"source": "jsonl", "jsonl": config.data.jsonl.model_copy(update={"train": Path("rows.jsonl")})}
+    )
+    with pytest.raises(InputError, match=r"data.prompts_per_step.understand=8: jsonl has no rows of task 'understand'"):
+        training_source(config.model_copy(update={"data": data}))
+
+
+def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) -> None:
+    rows = [{"task": "reason", "prompt": f"what is {a} + 2 ?", "answer": str(a + 2)} for a in range(6)]
+    rows += [{"task": "generate", "prompt": f"a {c} circle", "facts": [fact(c)]} for c in ("red", "blue", "green")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = load_config(
+        TrainConfig,
+        None,
+        [
+            f"policy={small_base}",
+            "steps=2",
+            "device=cpu",
+            "rollout={group_size: 4, num_steps: 3}",
+            "data={source: jsonl, jsonl: {train: rows.jsonl}, prompts_per_step: {reason: 4, generate: 3}}",
+            "rewards=[{name: own_vqa}, {name: exact_answer}]",
+            "advantages.std_floor=0",
+        ],
+    )
+    alignment = Alignment.start(own, Path("run"))
+    with alignment.run as run:
+        assert alignment.go()
+        rows = run.metrics()
+    assert "reward/generate/own_vqa" in rows[1]
+    assert "reward/generate/success" not in rows[1]
+    assert "reward/reason/success" in rows[1]
+
+
+def fact(color: str) -> dict[str, str]:
+    return {"question": "what color is the circle ?", "answer": color}
