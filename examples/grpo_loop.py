@@ -30,7 +30,7 @@ from lvrpo.data.scenes import ScenePrompts, fact_results, read
 from lvrpo.policies import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.rewards.exact_answer import answers_match
-from lvrpo.sampling import derive_seed, normal_noise, uniform_noise
+from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.optimizer import Optimizers, average_into
 from lvrpo.types import TASKS, FlowSegment, Group, Prompt, TextSegment, Trajectory
@@ -177,7 +177,7 @@ def drawing_loss(
     seeds = [derive_seed(trajectory.seed, "nft", step, k) for trajectory, _ in trained for k in range(draws)]
     noise = normal_noise(seeds, x_0.shape[1:])
     u = (torch.arange(draws).repeat(len(trained)) + uniform_noise(seeds, (1,))[:, 0]) / draws
-    t = flow.min_time + (1 - flow.min_time) * u
+    t = shift_time(u, policy.timestep_shift()).clamp(min=flow.min_time)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     v = policy.velocity(trajectories, x_t, t)
     with torch.no_grad():

@@ -23,7 +23,8 @@ class Sampling:
     max_new_tokens: int = 24
     num_steps: int = 8
     """Model evaluations per picture."""
-    timestep_shift: float = 1.0
+    timestep_shift: float | None = None
+    """Of the grid; None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     noise_level: float = 0.7
     window: tuple[int, ...] = ()
@@ -55,6 +56,10 @@ class Policy(Protocol):
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context."""
+        ...
+
+    def timestep_shift(self) -> float:
+        """The shift of times that the drawing side was trained with; sampling uses it unless told otherwise."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:

@@ -43,7 +43,8 @@ class RolloutConfig(Config):
     temperature: float = Field(1.0, gt=0)
     max_new_tokens: int = Field(8, ge=1)
     num_steps: int = Field(8, ge=2)
-    timestep_shift: float = Field(4.0, gt=0)
+    timestep_shift: float | None = Field(None, gt=0)
+    """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     noise_level: float = Field(0.7, gt=0)
     window: WindowConfig = WindowConfig()
@@ -105,7 +106,7 @@ class FlowConfig(Config):
     beta: float = Field(0.5, gt=0)
     advantage_max: float = Field(1.0, gt=0)
     noise_draws: int = Field(2, ge=1)
-    """nft: times per picture, one in each equal part of [min_time, 1]."""
+    """nft: times per picture, one in each equal part of the sampler's grid."""
     min_time: float = Field(0.1, gt=0, lt=1)
     old_decay_rate: float = Field(0.02, ge=0)
     old_decay_ceiling: float = Field(0.5, ge=0, lt=1)

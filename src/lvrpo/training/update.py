@@ -20,7 +20,7 @@ from lvrpo.algorithms import (
     velocity_regularizer,
 )
 from lvrpo.policies.base import Policy
-from lvrpo.sampling import STEPS, derive_seed, normal_noise, step_weights, uniform_noise
+from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
 from lvrpo.training.config import AdvantageConfig, FlowConfig, TextConfig, TrainConfig
 from lvrpo.types import TASKS, FlowSegment, Group, RewardTable, Task, TextSegment, Trajectory
 
@@ -210,7 +210,7 @@ def _nft(
     noise = normal_noise(seeds, x_0.shape[1:]).to(x_0)
     stratum = torch.arange(draws).repeat(len(trajectories))
     u = (stratum + uniform_noise(seeds, (1,))[:, 0]) / draws
-    t = (config.min_time + (1 - config.min_time) * u).to(x_0)
+    t = shift_time(u, policies.live.timestep_shift()).clamp(min=config.min_time).to(x_0)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     v = policies.live.velocity(repeated, x_t, t)
     with torch.no_grad():

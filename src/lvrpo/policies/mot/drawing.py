@@ -94,7 +94,7 @@ def draw(
     shape = contexts.towers.latent_shape()
     device = caches.full.rope.device
     guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
-    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift).to(device)
+    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift or 1.0).to(device)
     window = sampling.window if sampling.sampler != "ode" else ()
     check_window(window, sampling.num_steps, sampling.sampler)
     x_t = normal_noise(noise_seeds, shape).to(device)

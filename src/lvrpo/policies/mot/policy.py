@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
@@ -78,6 +79,8 @@ class MoTPolicy(nn.Module):
     def _sample_batch(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[Group]:
         """Prompts with the same output kinds."""
         g = sampling.group_size
+        if sampling.timestep_shift is None:
+            sampling = replace(sampling, timestep_shift=self.timestep_shift())
         contexts = self.contexts
         member_seeds = [derive_seed(seed, member) for seed in seeds for member in range(g)]
         prompt_rows = [self._row(prompt) for prompt in prompts]
