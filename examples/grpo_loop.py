@@ -83,7 +83,7 @@ def rollout(live: MoTPolicy, old: MoTPolicy, prompts: list[Prompt], config: Trai
 
 
 def score(groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three verifiable rewards, (P, G, 3), and where they apply: right answer, share of facts that hold, all facts hold."""
+    """Three verifiable rewards (P, G, 3) and where they apply: right answer, share of facts that hold, all hold."""
     scores = torch.zeros(len(groups), len(groups[0]), 3)
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for p, group in enumerate(groups):
@@ -108,7 +108,7 @@ def text_loss(
     config: TrainConfig,
     weight: float,
 ) -> None:
-    """GRPO on every sampled token of groups with signal: clipped surrogate plus the k3 divergence from the reference."""
+    """GRPO on the tokens of groups with signal: clipped surrogate plus the k3 divergence from the reference."""
     trained = [
         (trajectory, float(advantages[p, g]))
         for p, group in enumerate(groups)
@@ -122,7 +122,7 @@ def text_loss(
     logprobs = token_logprobs(policy, trajectories)
     with torch.no_grad():
         ref_logprobs = token_logprobs(reference, trajectories)
-    behavior = [segment.behavior_logprobs for t in trajectories for segment in t.segments if isinstance(segment, TextSegment)]
+    behavior = [s.behavior_logprobs for t in trajectories for s in t.segments if isinstance(s, TextSegment)]
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones(len(row), dtype=torch.bool) for row in behavior], batch_first=True)
     surrogate = clipped_surrogate(
@@ -215,4 +215,5 @@ if __name__ == "__main__":
     assert isinstance(tiny, MoTPolicy)
     settings = TrainConfig(steps=int(sys.argv[1]) if len(sys.argv) > 1 else 20)
     for number, rewards in enumerate(train(tiny, settings), start=1):
-        print(number, "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards.items()), flush=True)
+        means = (f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards.items())
+        print(number, "  ".join(means), flush=True)

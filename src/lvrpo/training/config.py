@@ -25,7 +25,9 @@ class DataConfig(Config):
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field({"generate": 24, "understand": 128, "edit": 12, "reason": 24}, min_length=1)
+    prompts_per_step: dict[Task, int] = Field(
+        {"generate": 24, "understand": 128, "edit": 12, "reason": 24}, min_length=1
+    )
 
 
 class WindowConfig(Config):
@@ -121,7 +123,7 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(20, ge=1)
-    prompts: dict[Task, int] = {"generate": 84, "understand": 240, "edit": 60, "reason": 60}
+    prompts: dict[Task, int] = Field({"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1)
     action: Literal["rollback", "stop", "warn"] = "rollback"
     max_rollbacks: int = Field(3, ge=0)
     rollback_lr: float = Field(0.5, gt=0, le=1)
@@ -151,7 +153,7 @@ class TrainConfig(Config):
     advantages: AdvantageConfig = AdvantageConfig()
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
-    task_weights: dict[Task, float] = {}
+    task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(0.95, ge=0, lt=1)
@@ -171,7 +173,7 @@ class TrainConfig(Config):
         except InputError as error:
             raise ValueError(str(error).replace("sampling.", "rollout.")) from None
         if self.flow.kind == "grpo" and self.rollout.sampler == "ode":
-            raise ValueError("flow.kind=grpo needs a stochastic rollout: set rollout.sampler to flow_sde, dance_sde or cps")
+            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
         if self.flow.kind == "nft" and self.rollout.sampler != "ode":
             raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
         if self.flow.kind == "nft" and self.rollout.guidance_scale > 1:

@@ -44,8 +44,8 @@ def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTab
             float(signal.float().mean()),
             0.0,
             bool(signal.any()),
-            f"no group's reward spreads by more than advantages.std_floor={std_floor}: use easier prompts, other rewards, "
-            "or a higher temperature",
+            f"no group's reward spreads by more than advantages.std_floor={std_floor}: use easier prompts, other "
+            "rewards, or a higher temperature",
         )
     )
     failed = [reason for reason in table.reasons.values() if reason.startswith("failed")]
@@ -56,7 +56,7 @@ def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTab
     assert isinstance(policy, nn.Module)
     low = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     checks.append(
-        Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "all float32")
+        Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none")
     )
     return checks
 
@@ -117,4 +117,5 @@ def require(checks: Sequence[Check]) -> None:
     """Raises ContractError at the first breach, with its cause."""
     for check in checks:
         if not check.ok:
-            raise ContractError(f"step-0 contract: {check.check} is {check.value:.3g}, limit {check.limit:.3g}: {check.detail}")
+            measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
+            raise ContractError(f"step-0 contract: {measured}: {check.detail}")

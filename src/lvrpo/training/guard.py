@@ -55,7 +55,7 @@ class Guard:
         return out
 
     def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
-        """Scores ``policy`` and updates the state when it is the best so far: no task fallen, and a higher mean of tasks."""
+        """Scores ``policy`` and remembers it when it is the best so far: no task fallen, a higher mean of tasks."""
         scores = self.score(policy)
         means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
         if not self.prompts or not state.best_scores:

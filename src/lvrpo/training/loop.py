@@ -61,7 +61,8 @@ def align(
         norms = state.optimizers.step(step, state.guard.lr_scale)
         decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
         average_into(_module(state.policies.old), _module(state.policies.live), decay)
-        average_into(_module(state.policies.average), _module(state.policies.live), min(config.average_decay, step / (step + 10)))
+        decay = min(config.average_decay, step / (step + 10))
+        average_into(_module(state.policies.average), _module(state.policies.live), decay)
         state.step += 1
 
         if step == 0 and not weights_changed(state.policies.live, state.policies.reference):
@@ -112,7 +113,7 @@ def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, 
 def control(
     policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, rewards: Sequence[RewardSource], step: int
 ) -> dict[str, float]:
-    """The reference on the very same prompts: prompts drift in difficulty, and a raw curve has been misread as learning."""
+    """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
     seeds = [derive_seed(config.seed, "rollout", step, prompt.id) for prompt in prompts]
     groups = policies.reference.sample(prompts, sampling, seeds)

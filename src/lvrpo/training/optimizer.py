@@ -21,7 +21,7 @@ class OptimizerConfig(Config):
     """muon: Muon on the transformer's matrices, AdamW on the rest; adamw: AdamW on everything."""
     adamw_lr: float = Field(5e-4, gt=0)
     muon_lr: float = Field(5e-3, gt=0)
-    expert_lr: dict[Literal["understand", "generate", "shared"], float] = {}
+    expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
@@ -43,11 +43,12 @@ class Optimizers:
         self.total_steps = total_steps
         self.experts = policy.parameter_groups()
         self.named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-        matrices = {id(p) for name, p in self.named if p.ndim == 2 and ".layers." in name} if config.kind == "muon" else set()
+        matrices = {id(p) for name, p in self.named if config.kind == "muon" and p.ndim == 2 and ".layers." in name}
         self.optimizers: list[torch.optim.Optimizer] = []
         for muon in (True, False):
+            lr = config.muon_lr if muon else config.adamw_lr
             groups = [
-                {"params": chosen, "lr": (config.muon_lr if muon else config.adamw_lr) * config.expert_lr.get(expert, 1.0)}
+                {"params": chosen, "lr": lr * config.expert_lr.get(expert, 1.0)}
                 for expert, parameters in self.experts.items()
                 if (chosen := [p for p in parameters if (id(p) in matrices) == muon])
             ]

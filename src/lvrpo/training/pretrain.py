@@ -33,7 +33,9 @@ class PretrainConfig(Config):
     policy: TinyConfig = TinyConfig()
     corpus: CorpusConfig = CorpusConfig()
     steps: int = Field(3000, ge=1)
-    batch: dict[Kind, int] = {"generate": 64, "caption": 24, "question": 128, "edit": 24, "reason": 24}
+    batch: dict[Kind, int] = Field(
+        {"generate": 64, "caption": 24, "question": 128, "edit": 24, "reason": 24}, min_length=1
+    )
     """Rows of each kind in a step; questions come in runs that share a picture."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
@@ -47,7 +49,7 @@ class PretrainConfig(Config):
     threads: int = Field(1, ge=1)
     held_out_every: int = Field(500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, int] = {"generate": 210, "understand": 600, "edit": 150, "reason": 210}
+    held_out: dict[Task, int] = Field({"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
 

@@ -235,7 +235,7 @@ def _flow_grpo(
     share: float,
     metrics: Metrics,
 ) -> torch.Tensor:
-    """The clipped objective on the recorded steps, each weighted so that all pull alike, plus the velocity regulariser."""
+    """The clipped objective on the recorded steps, weighted so that all pull alike, plus the velocity regulariser."""
     segments = [_flow_segment(trajectory) for trajectory in trajectories]
     replayed = policies.live.logprobs(trajectories)
     logprobs = torch.stack([scored[-1].logprobs for scored in replayed])
@@ -277,7 +277,8 @@ def _level_weights(segment: FlowSegment) -> Float[torch.Tensor, " W"]:
         for i in segment.trained_steps
     ]
     return step_weights(
-        torch.stack([step.std.reshape(()) for step in steps]), torch.stack([step.mean_gain.reshape(()) for step in steps])
+        torch.stack([step.std.reshape(()) for step in steps]),
+        torch.stack([step.mean_gain.reshape(()) for step in steps]),
     )
 
 
