@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import ContractError
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.training.contract import Check, require, step_zero_contract
+from lvrpo.types import FlowSegment, Group, RewardTable, Segment, TextSegment, Trajectory
+
+SAMPLING = Sampling(group_size=4, max_new_tokens=4, num_steps=4, sampler="flow_sde", window=(0, 1), guidance_scale=2.0)
+
+
+def table_of(groups: list[Group], spread: bool = True, reasons: dict[tuple[int, int, int], str] | None = None) -> Any:
+    P, G = len(groups), len(groups[0])
+    scores = torch.linspace(0, 1, G).repeat(P, 1)[..., None] if spread else torch.ones(P, G, 1)
+    mask = torch.ones(P, G, 1, dtype=torch.bool)
+    for cell in reasons or {}:
+        mask[cell] = False
+    return RewardTable(("r",), torch.ones(1), scores, mask, reasons or {}, tuple(group.prompt.task for group in groups))
+
+
+@pytest.fixture
+def policy(lively_policy: Callable[..., TinyPolicy]) -> TinyPolicy:
+    return lively_policy()
+
+
+@pytest.fixture
+def groups(policy: TinyPolicy, prompts: Any) -> list[Group]:
+    return policy.sample(prompts, SAMPLING, list(range(len(prompts))))
+
+
+def broken(policy: TinyPolicy, groups: list[Group], table: RewardTable | None = None) -> list[Check]:
+    return [c for c in step_zero_contract(policy, groups, table or table_of(groups), 0.01) if not c.ok]
+
+
+def edit(group: Group, members: slice, kind: type, **changes: Any) -> Group:
+    """The group with fields of its segments changed in some members."""
+
+    def changed(segment: Segment) -> Segment:
+        return replace(segment, **changes) if isinstance(segment, kind) else segment
+
+    trajectories: list[Trajectory] = list(group.trajectories)
+    trajectories[members] = [replace(t, segments=tuple(map(changed, t.segments))) for t in trajectories[members]]
+    return replace(group, trajectories=tuple(trajectories))
+
+
+def test_an_honest_rollout_keeps_every_promise(policy: TinyPolicy, groups: list[Group]) -> None:
+    checks = step_zero_contract(policy, groups, table_of(groups), 0.01)
+    require(checks)
+    names = [check.check for check in checks]
+    for kind in ("text", "drawing"):
+        assert sum(kind in name for name in names) == 3
+        assert next(c for c in checks if f"replay, {kind}, own batch" in c.check).limit == 0
+    assert len(names) == len(set(names)) == 10
+    assert set(checks[0].as_dict()) == {"check", "value", "limit", "ok", "detail"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_renorm": "global"},
+        {"noise_level": 0.6},
+        {"sampler": "dance_sde"},
+        {"logprob_reduction": "sum"},
+        {"trained_steps": (1, 2)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_drawings_scored_otherwise_than_sampled(
+    changes: dict[str, Any], policy: TinyPolicy, groups: list[Group]
+) -> None:
+    edited = [edit(group, slice(None), FlowSegment, **changes) for group in groups]
+    found = broken(policy, edited)
+    assert [c.check.split(",")[0] for c in found][:2] == ["replay", "replay"]
+    assert all("drawing" in c.check for c in found)
+    assert found[0].value > 1e-4
+    with pytest.raises(ContractError, match=r"step-0 contract: replay, drawing, own batch.*compare guidance"):
+        require(found)
+
+
+def test_text_scored_at_another_temperature(policy: TinyPolicy, groups: list[Group]) -> None:
+    edited = [edit(group, slice(None), TextSegment, temperature=0.8) for group in groups]
+    found = broken(policy, edited)
+    assert found
+    assert all("text" in c.check for c in found)
+
+
+def test_a_policy_updated_since(lively_policy: Callable[..., TinyPolicy], groups: list[Group]) -> None:
+    updated = lively_policy()
+    with torch.no_grad():
+        for parameter in updated.parameters():
+            parameter.mul_(1.001)
+    names = {c.check for c in broken(updated, groups)}
+    assert {f"replay, {kind}, own batch: max |difference|" for kind in ("text", "drawing")} <= names
+
+
+def test_a_replay_that_is_not_a_number(policy: TinyPolicy, groups: list[Group]) -> None:
+    segment = groups[-1].trajectories[0].segments[-1]
+    assert isinstance(segment, FlowSegment)
+    edited = [*groups[:-1], edit(groups[-1], slice(0, 1), FlowSegment, next_states=segment.next_states * torch.nan)]
+    assert "replay, drawing, own batch: max |difference|" in {c.check for c in broken(policy, edited)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trained_steps": (1, 2)},
+        {"guidance_scale": 1.0},
+        {"noise_level": 0.2},
+        {"timesteps": torch.linspace(1, 0, 5) ** 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_torn_group(changes: dict[str, Any], policy: TinyPolicy, groups: list[Group]) -> None:
+    torn = [*groups[:-1], edit(groups[-1], slice(2, None), FlowSegment, **changes)]
+    (found,) = [c for c in broken(policy, torn) if "members differ" in c.check]
+    assert found.value == 1
+    assert "must share" in found.detail
+
+
+def test_weights_that_are_not_float32(policy: TinyPolicy, prompts: Any) -> None:
+    texts = policy.sample(prompts[:2], SAMPLING, [0, 1])
+    policy.transformer.layers[1].drawing.up_proj.to(torch.bfloat16)  # type: ignore[union-attr]
+    (found,) = broken(policy, texts)
+    assert found.check == "trainable weights not in float32"
+    assert found.value == 1
+    assert "cast transformer.layers.1.drawing.up_proj.weight to float32" in found.detail
+    policy.requires_grad_(False)
+    assert not broken(policy, texts)
+
+
+def test_rewards_without_spread(policy: TinyPolicy, groups: list[Group]) -> None:
+    (found,) = broken(policy, groups, table_of(groups, spread=False))
+    assert found.check == "groups with signal"
+    assert "easier prompts" in found.detail
+    assert not broken(policy, groups, table_of(groups))
+
+
+def test_scores_that_failed(policy: TinyPolicy, groups: list[Group]) -> None:
+    reasons = {(0, 0, 0): "not applicable", (1, 2, 0): "failed: timed out"}
+    (found,) = broken(policy, groups, table_of(groups, reasons=reasons))
+    assert found.check == "scores that failed"
+    assert found.detail == "failed: timed out"
+    assert not broken(policy, groups, table_of(groups, reasons={(0, 0, 0): "not applicable"}))

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.policies.base import Sampling
+from lvrpo.sampling import derive_seed
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.guard import Guard, fell
+from lvrpo.training.state import GuardState
+from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
+
+
+class Answerer:
+    """Answers right where it is told to, and notes how it was asked."""
+
+    def __init__(self, right: set[str]) -> None:
+        self.right = right
+        self.calls: list[tuple[Sampling, list[int]]] = []
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        self.calls.append((sampling, list(seeds)))
+        groups = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            text = prompt.answer if prompt.id in self.right else "no idea"
+            segment = TextSegment(torch.zeros(1, dtype=torch.int64), torch.zeros(1), 0.0, text or "", True)
+            groups.append(Group(prompt, (Trajectory(prompt, 0, (segment,), seed),)))
+        return groups
+
+
+def prompts(task: Task, n: int) -> list[Prompt]:
+    return [Prompt(f"{task}{i}", task, ("x",), ("text",), answer="red") for i in range(n)]
+
+
+PROMPTS: dict[Task, list[Prompt]] = {"understand": prompts("understand", 20), "reason": prompts("reason", 10)}
+
+
+def right(understand: int, reason: int, start: int = 0) -> Any:
+    """A policy that answers so many of each task right."""
+    ids = {f"understand{(start + i) % 20}" for i in range(understand)} | {f"reason{i}" for i in range(reason)}
+    return Answerer(ids)
+
+
+@pytest.fixture
+def guard() -> Guard:
+    return Guard(PROMPTS, TrainConfig(seed=3))
+
+
+def test_the_first_look_is_the_best(guard: Guard) -> None:
+    state = GuardState()
+    report = guard.look(right(10, 5), state, 0)
+    assert (report.verdict, report.fallen) == ("best", ())
+    assert report.means == {"understand": 0.5, "reason": 0.5}
+    assert state.best_scores["reason"] == [1.0] * 5 + [0.0] * 5
+
+
+def test_verdicts_of_later_looks(guard: Guard) -> None:
+    state = GuardState()
+    guard.look(right(10, 5), state, 0)
+    assert guard.look(right(12, 5), state, 20).verdict == "best"
+    assert state.best_step == 20
+    assert guard.look(right(11, 5), state, 40).verdict == "kept"
+    assert state.best_step == 20
+    assert guard.look(right(12, 5), state, 60).verdict == "best"
+    assert state.best_step == 60
+
+
+def test_a_task_that_falls_is_named_though_the_mean_rises(guard: Guard) -> None:
+    state = GuardState()
+    guard.look(right(12, 0), state, 0)
+    scores = dict(state.best_scores)
+    report = guard.look(right(4, 10), state, 20)
+    assert sum(report.means.values()) > 0.6
+    assert (report.verdict, report.fallen) == ("fallen", ("understand",))
+    assert (state.best_step, state.best_scores) == (0, scores)
+
+
+def test_scores_are_paired_prompt_by_prompt(guard: Guard) -> None:
+    """The same means fall or not by whether the same prompts stay right."""
+    nested, state = GuardState(), GuardState()
+    guard.look(right(12, 5), nested, 0)
+    assert guard.look(right(7, 5), nested, 20).verdict == "fallen"
+    guard.look(right(12, 5), state, 0)
+    assert guard.look(right(7, 5, start=9), state, 20).verdict == "kept"
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "verdict"),
+    [
+        ([0, 0, 0, 0], [1, 1, 1, 1], True),
+        ([1, 1, 1, 1], [1, 1, 1, 1], False),
+        ([1, 1, 1, 1], [0, 0, 0, 0], False),
+        ([0, 1, 1, 1], [1, 1, 1, 1], False),  # mean -1/4, standard error 1/4
+        ([0, 0, 0, 1], [1, 1, 1, 1], True),  # mean -3/4, standard error 1/4
+        ([0, 0, 1, 1], [1, 1, 1, 1], False),  # mean -1/2, standard error .289
+        ([0], [1], False),
+    ],
+)
+def test_fell(now: list[float], before: list[float], verdict: bool) -> None:
+    assert fell(now, before) is verdict
+
+
+def test_every_look_uses_the_same_noise_and_greedy_text(guard: Guard) -> None:
+    policy = right(1, 1)
+    guard.score(policy)
+    guard.score(policy)
+    assert policy.calls[:2] == policy.calls[2:]
+    sampling, seeds = policy.calls[0]
+    assert (sampling.group_size, sampling.temperature, sampling.sampler) == (1, 0.0, "ode")
+    assert seeds == [derive_seed(3, "guard", prompt.id) for prompt in PROMPTS["understand"]]
+
+
+def test_a_guard_without_prompts_always_keeps_the_last() -> None:
+    guard, state = Guard({"generate": []}, TrainConfig()), GuardState()
+    for step in (0, 20, 40):
+        report = guard.look(right(0, 0), state, step)
+        assert (report.verdict, dict(report.means), state.best_step) == ("best", {}, step)
