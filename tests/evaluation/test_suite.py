@@ -1,0 +1,197 @@
+"""Benchmarks: the same prompts and noise for every policy, scores with intervals, pairs by prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.data.scenes import CATEGORIES, ScenePrompts
+from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation import BENCHMARKS
+from lvrpo.evaluation.cases import PER_CATEGORY, keep_cases, write_evaluation
+from lvrpo.evaluation.scenes import held_out_prompts
+from lvrpo.evaluation.suite import Evaluation, Scored, cluster_of, evaluate, find_benchmarks
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import load_policy
+from lvrpo.report.records import load_run
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
+
+SIZES = {"generate": 14, "generate_guided": 14, "understand": 24, "understand_sampled": 24, "edit": 10, "reason": 12}
+
+
+class Oracle:
+    """Always right, or always silent and blank."""
+
+    def __init__(self, right: bool) -> None:
+        self.right = right
+        self.calls: list[tuple[Sampling, list[int]]] = []
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        self.calls.append((sampling, list(seeds)))
+        return [Group(p, tuple(self._trajectory(p, m) for m in range(sampling.group_size))) for p in prompts]
+
+    def _trajectory(self, prompt: Prompt, member: int) -> Trajectory:
+        source = ScenePrompts(split="test")
+        index = int(prompt.id.rpartition("/")[2])
+        outputs = source.example(prompt.task, index).outputs
+        return Trajectory(prompt, member, tuple(self._segment(o) for o in outputs), seed=0)
+
+    def _segment(self, output: Any) -> Segment:
+        none = torch.zeros(0)
+        if isinstance(output, str):
+            return TextSegment(torch.zeros(0, dtype=torch.int64), none, 1.0, output if self.right else "", True)
+        image = output if self.right else torch.ones_like(output)
+        return FlowSegment(none, none, (), none, none, none, "ode", 0.0, 1.0, 1.0, "none", "mean", image)
+
+
+def oracle(right: bool) -> Any:  # Any: it keeps the part of the Policy contract that a benchmark calls
+    return Oracle(right)
+
+
+@pytest.fixture
+def policy(small_base: Path) -> Policy:
+    return load_policy(small_base)
+
+
+def test_every_benchmark_has_its_documented_size() -> None:
+    found = {b.name: b for b in find_benchmarks(["scenes"])}
+    assert list(found) == list(BENCHMARKS)
+    assert {name: b.n for name, b in found.items()} == {
+        "generate": 490,
+        "generate_guided": 490,
+        "understand": 1200,
+        "understand_sampled": 1200,
+        "edit": 250,
+        "reason": 300,
+    }
+    assert found["generate_guided"].guidance_scale == 2.0
+    assert (found["understand_sampled"].temperature, found["understand"].temperature) == (1.0, 0.0)
+
+
+def test_prompts_are_held_out_and_every_category_has_its_share() -> None:
+    prompts = held_out_prompts("generate", 490)
+    counts = {c: sum(p.category == c for p in prompts) for c in CATEGORIES["generate"]}
+    assert counts == dict.fromkeys(CATEGORIES["generate"], 70)
+    assert {p.source for p in prompts} == {"scenes/test"}
+
+
+def test_the_right_answers_score_one_and_silence_zero() -> None:
+    benchmarks = find_benchmarks(["scenes"])
+    right = evaluate(oracle(True), benchmarks, sizes=SIZES)
+    wrong = evaluate(oracle(False), benchmarks, sizes=SIZES)
+    assert {name: r["score"] for name, r in right.results().items()} == dict.fromkeys(BENCHMARKS, 1.0)
+    assert {name: r["score"] for name, r in wrong.results().items()} == dict.fromkeys(BENCHMARKS, 0.0)
+    difference = wrong.difference(right)
+    assert difference["generate"]["score"] == 1.0
+    assert difference["generate"]["low"] > 0
+    assert set(difference["generate"]["categories"]) == set(CATEGORIES["generate"])
+
+
+def test_every_policy_gets_the_same_prompts_seeds_and_settings() -> None:
+    one, other = oracle(True), oracle(False)
+    for each in (one, other):
+        evaluate(each, find_benchmarks(["scenes"]), sizes=SIZES)
+    assert one.calls == other.calls
+    guided = next(sampling for sampling, _ in one.calls if sampling.guidance_scale == 2.0)
+    assert guided.temperature == 0.0
+    sampled = next(sampling for sampling, _ in one.calls if sampling.temperature == 1.0)
+    assert sampled.group_size == 4
+
+
+def test_an_evaluation_is_repeatable_and_does_not_depend_on_its_size(policy: Policy) -> None:
+    benchmarks = find_benchmarks(["understand", "generate"])
+    one = evaluate(policy, benchmarks, sizes={"understand": 24, "generate": 7})
+    two = evaluate(policy, benchmarks, sizes={"understand": 40, "generate": 14})
+    for name in ("understand", "generate"):
+        assert one.scored[name].scores == two.scored[name].scores[: len(one.scored[name].ids)]
+
+
+def test_questions_about_one_picture_are_one_cluster() -> None:
+    clusters = [cluster_of(p) for p in held_out_prompts("understand", 12)]
+    assert [clusters[i] == clusters[0] for i in range(12)] == [True] * 4 + [False] * 8
+    prompt = held_out_prompts("generate", 1)[0]
+    assert cluster_of(prompt) == prompt.id
+
+
+def test_intervals_resample_clusters() -> None:
+    scores = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    ids = tuple("abcdefgh")
+    alone = Scored(ids, ("x",) * 8, ids, scores).result()
+    together = Scored(ids, ("x",) * 8, ("p",) * 4 + ("q",) * 4, scores).result()
+    assert (together["low"], together["high"]) == (0.0, 1.0)
+    assert alone["high"] - alone["low"] < 1.0
+
+
+def test_only_the_same_prompts_are_paired() -> None:
+    one = Scored(("a",), ("x",), ("a",), (1.0,))
+    other = Scored(("b",), ("x",), ("b",), (1.0,))
+    with pytest.raises(ContractError, match="different prompts"):
+        one.difference(other)
+
+
+def test_an_evaluation_survives_json(policy: Policy) -> None:
+    one = evaluate(policy, find_benchmarks(["understand"]), sizes={"understand": 12})
+    again = Evaluation.from_dict(json.loads(json.dumps(one.as_dict())))
+    assert again.scored == one.scored
+    assert again.results() == one.results()
+
+
+def test_kept_cases_are_what_the_report_reads(policy: Policy) -> None:
+    evaluation = evaluate(policy, find_benchmarks(["scenes"]), sizes=SIZES, keep=keep_cases)
+    with RunDirectory.create(Path("run"), TrainConfig()) as run:
+        write_evaluation(run, "before", evaluation)
+    cases = load_run(Path("run")).cases("before")
+    expected = {(t, c): min(PER_CATEGORY, 2) for t in ("generate", "edit") for c in CATEGORIES[t]}
+    counts = {key: sum((c.task, c.category) == key for c in cases.values()) for key in expected}
+    assert counts == expected
+    for case in cases.values():
+        assert case.score in (0.0, 1.0)
+        drawn = case.task in ("generate", "edit") or case.category == "draw_answer"
+        assert (case.image is not None) == drawn
+        assert (case.source_image is not None) == (
+            case.task in ("understand", "edit") or case.category in ("sum", "compare")
+        )
+        for file in (case.image, case.source_image):
+            assert file is None or (Path("run") / file).is_file()
+        if case.task == "generate":
+            assert case.score == float(all(fact.holds for fact in case.facts))
+
+
+def test_rows_of_the_user_are_a_benchmark(policy: Policy) -> None:
+    rows = [
+        {"task": "reason", "prompt": f"what is {n} + 2 ?", "answer": str(n + 2), "category": "sum"} for n in range(5)
+    ]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (benchmark,) = find_benchmarks(["sums.jsonl"])
+    result = evaluate(policy, [benchmark]).results()["sums"]
+    assert result["n"] == 5
+    assert list(result["categories"]) == ["sum"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["generate", "generate"], "named twice"),
+        (["scenes", "edit"], "named twice"),
+        (["nothing.jsonl"], "no such file"),
+        (["json:dumps"], "is a function: name a Benchmark"),
+    ],
+)
+def test_wrong_names_are_explained(names: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        find_benchmarks(names)
+    assert message in str(caught.value)
+
+
+def test_a_row_that_cannot_be_scored_is_named() -> None:
+    Path("rows.jsonl").write_text(json.dumps({"id": "first", "task": "generate", "prompt": "a red circle"}) + "\n")
+    with pytest.raises(InputError, match="row 'first' cannot be scored"):
+        find_benchmarks(["rows.jsonl"])
