@@ -16,7 +16,7 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise, timestep_grid
 from lvrpo.types import FlowSegment, Prompt, TextSegment, Trajectory
 
-BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=4)
+BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=4, timestep_shift=1.0)
 DRAWINGS = {
     "flow_sde": replace(BASE, sampler="flow_sde", window=(0, 1, 2)),
     "flow_sde-first-step-sum": replace(BASE, sampler="flow_sde", window=(0,), logprob_reduction="sum"),
@@ -160,6 +160,14 @@ def test_a_drawing_is_recorded_whole(policy: TinyPolicy, prompts: list[Prompt]) 
         assert torch.equal(segment.image, policy.towers.decode_latents(segment.latent[None])[0])
         assert 0 <= segment.image.min() <= segment.image.max() <= 1
         assert trajectory.image is segment.image
+
+
+def test_the_grid_is_the_policys_own_unless_told_otherwise(policy: TinyPolicy, prompts: list[Prompt]) -> None:
+    own, told = (rollout(policy, prompts[3:4], replace(BASE, timestep_shift=shift))[0] for shift in (None, 2.0))
+    assert isinstance(own.segments[0], FlowSegment)
+    assert isinstance(told.segments[0], FlowSegment)
+    assert torch.equal(own.segments[0].timesteps, timestep_grid(4, policy.config.timestep_shift))
+    assert torch.equal(told.segments[0].timesteps, timestep_grid(4, 2.0))
 
 
 def test_velocity_is_conditioned_on_the_thought(policy: TinyPolicy, prompts: list[Prompt]) -> None:
