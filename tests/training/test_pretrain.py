@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.data.scenes import CorpusConfig, WebCorpus, web_corpus
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.training.optimizer import average_into
+from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+
+BATCH = {"generate": 6, "caption": 3, "question": 8, "edit": 3, "reason": 4}
+
+
+def make_config(**changes: Any) -> PretrainConfig:
+    sizes = TinyConfig(tower_width=16, transformer=MoTConfig(width=32, depth=1, heads=2, key_heads=2, mlp_width=32))
+    tree: dict[str, Any] = {"policy": sizes, "batch": BATCH, "steps": 40, "device": "cpu"}
+    return PretrainConfig.model_validate(tree | changes)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> WebCorpus:
+    return web_corpus(CorpusConfig(scenes=30, edits=20, reasons=20))
+
+
+@pytest.fixture
+def trainer(corpus: WebCorpus) -> Callable[..., Supervised]:
+    def build(**changes: Any) -> Supervised:
+        config = make_config(**changes)
+        return Supervised(config, fresh_policy(config), corpus)
+
+    return build
+
+
+def test_every_row_comes_once_an_epoch_in_a_new_order(trainer: Callable[..., Supervised], corpus: WebCorpus) -> None:
+    supervised = trainer(batch={"generate": 4, "question": 6}, condition_dropout=0.0)
+    walks = {"generate": len(corpus.generate), "question": len(corpus.question)}
+    seen: dict[str, list[str]] = {kind: [] for kind in walks}
+    for step in range(60):
+        for example in supervised.batch(step):
+            kind = "question" if example.prompt.output == ("text",) else "generate"
+            seen[kind].append(example.prompt.id)
+    for kind, n in walks.items():
+        epochs = [seen[kind][i : i + n] for i in range(0, len(seen[kind]) - n + 1, n)]
+        assert len(epochs) >= 2
+        assert all(len(set(epoch)) == n for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_questions_come_in_runs_that_share_a_picture(trainer: Callable[..., Supervised]) -> None:
+    rows = trainer(batch={"question": 12}).batch(3)
+    pictures = [id(example.prompt.parts[0]) for example in rows]
+    assert sorted(Counter(pictures).values()) == [4, 4, 4]
+    assert all(len(set(pictures[i : i + 4])) == 1 for i in (0, 4, 8))
+
+
+def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., Supervised]) -> None:
+    one, other, seeded = trainer(), trainer(), trainer(seed=1)
+
+    def ids(supervised: Supervised, step: int) -> list[str]:
+        return [example.prompt.id for example in supervised.batch(step)]
+
+    for step in (0, 1, 25, 2):
+        assert ids(one, step) == ids(other, step)
+    late = trainer()
+    assert ids(late, 25) == ids(one, 25)
+    assert ids(late, 3) == ids(one, 3)
+    assert ids(one, 0) != ids(one, 1)
+    assert ids(one, 0) != ids(seeded, 0)
+    assert len(one.batch(0)) == sum(BATCH.values())
+
+
+def test_some_drawings_lose_their_text_but_not_their_picture(trainer: Callable[..., Supervised]) -> None:
+    supervised = trainer(condition_dropout=0.5)
+    rows = [example for step in range(30) for example in supervised.batch(step)]
+    drawings = [example for example in rows if example.prompt.output == ("image",)]
+    without = [e for e in drawings if not any(isinstance(part, str) for part in e.prompt.parts)]
+    assert 0.35 < len(without) / len(drawings) < 0.65
+    assert all(len(e.prompt.parts) == (e.prompt.task == "edit") for e in without)
+    assert {e.prompt.task for e in without} == {"generate", "edit"}
+    others = [e for e in rows if e.prompt.output != ("image",)]
+    assert all(any(isinstance(part, str) for part in e.prompt.parts) for e in others)
+    whole = trainer(condition_dropout=0.0)
+    assert all(e.prompt.parts for step in range(5) for e in whole.batch(step))
+
+
+def test_a_resumed_run_is_identical(trainer: Callable[..., Supervised]) -> None:
+    whole, resumed = trainer(), trainer(seed=0)
+    for _ in range(3):
+        whole.step()
+    resumed.policy.load_state_dict(whole.policy.state_dict())
+    resumed.average.load_state_dict(whole.average.state_dict())
+    resumed.optimizers.load_state(whole.optimizers.state())
+    resumed.step_number = whole.step_number
+    for _ in range(2):
+        assert whole.step() == resumed.step()
+    for one, other in ((whole.policy, resumed.policy), (whole.average, resumed.average)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_both_losses_fall(trainer: Callable[..., Supervised]) -> None:
+    supervised = trainer(optimizer={"muon_lr": 0.02, "adamw_lr": 2e-3, "warmup_steps": 2})
+    reports = [supervised.step() for _ in range(25)]
+    assert set(reports[0].losses) == {"text", "image"}
+    assert set(reports[0].grad_norms) == {"understand", "generate", "shared"}
+    for name in ("text", "image"):
+        first, last = (sum(r.losses[name] for r in part) / 5 for part in (reports[:5], reports[-5:]))
+        assert last < 0.9 * first
+
+
+def test_the_weights_of_the_losses(trainer: Callable[..., Supervised]) -> None:
+    def first_norms(**weights: float) -> dict[str, float]:
+        return trainer(**weights).step().grad_norms
+
+    plain, double = first_norms(), first_norms(text_weight=1.0, image_weight=2.0)
+    assert all(double[expert] == pytest.approx(2 * plain[expert], rel=1e-4) for expert in plain)
+    assert first_norms(image_weight=0.0)["generate"] == 0
+    assert first_norms(text_weight=0.0)["generate"] == pytest.approx(plain["generate"], rel=1e-4)
+
+
+def test_the_average_is_short_at_first(trainer: Callable[..., Supervised]) -> None:
+    supervised = trainer()
+    by_hand = supervised.average.frozen()
+    for step in range(4):
+        supervised.step()
+        average_into(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])
+    for mine, theirs in zip(by_hand.parameters(), supervised.average.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not any(p.requires_grad for p in supervised.average.parameters())
+
+
+def test_a_run_starts_from_random_weights_or_a_folder(tmp_path: Path) -> None:
+    config = make_config(seed=4)
+    one, two = fresh_policy(config), fresh_policy(config)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    one.save(tmp_path / "base")
+    again = fresh_policy(make_config(seed=5, init=str(tmp_path / "base")))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
+    assert all(p.requires_grad for p in again.parameters())
+    assert isinstance(again, TinyPolicy)
+    with pytest.raises(InputError, match="nowhere"):
+        fresh_policy(make_config(init=str(tmp_path / "nowhere")))
