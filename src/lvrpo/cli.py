@@ -37,25 +37,29 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
     try:
         with terminated_like_interrupted():
             return run([argument for argument in given if argument != "--debug"])
-    except InputError as error:
-        code, line = WRONG_INPUT, f"error: {error}"
-    except ContractError as error:
-        code, line = FAILED, f"error: {error}"
-    except KeyboardInterrupt as error:
-        code, line = INTERRUPTED, str(error) or "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
-    except Exception as error:
-        code, line = FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
-    if debug:
-        traceback.print_exc()
-    print(" ".join(line.split()), file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        code, line = explain(error)
+        print(" ".join(line.split()), file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one line that a user sees."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, str(error) or "interrupted"
+    if isinstance(error, InputError):
+        return WRONG_INPUT, f"error: {error}"
+    if isinstance(error, ContractError):
+        return FAILED, f"error: {error}"
+    return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
 
 
 @contextmanager

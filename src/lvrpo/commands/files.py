@@ -22,6 +22,8 @@ from lvrpo.types import Image
 def write_file(path: Path, content: bytes, force: bool) -> None:
     """Writes a file whole or not at all; refuses to replace one unless ``force``."""
     refuse_existing([path], force)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"{path.parent}: is a file: choose another folder")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")

@@ -71,8 +71,6 @@ def run(options: Options) -> None:
         alignment = Alignment.start(config, folder)
     run, config = alignment.run, alignment.config
     with run, Progress(config.steps) as watch:
-        if run.read_summary() is not None:
-            raise InputError(f"{run.path}: has finished: see {run.path / 'report.html'}, or choose another --out")
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
             summary = run_experiment(alignment, plan(options, alignment), watch)

@@ -42,8 +42,6 @@ def train(options: Options) -> None:
     alignment = open_alignment(options)
     run = alignment.run
     with run, Progress(alignment.config.steps) as watch:
-        if run.read_summary() is not None:
-            raise InputError(f"{run.path}: has finished: see lvrpo report {run.path}")
         plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
         try:
@@ -82,8 +80,6 @@ def pretrain(options: Options) -> None:
     training = open_pretraining(options)
     run, config = training.run, training.config
     with run, Progress(config.steps) as watch:
-        if training.finished:
-            raise InputError(f"{run.path}: has finished: evaluate it with lvrpo evaluate {run.path}")
         watch.phase(f"run {run.path}: {config.steps} steps, from step {training.trainer.step_number}")
         with Interruption() as interrupted:
             done = training.go(watch.step, interrupted)
@@ -99,12 +95,15 @@ def pretrain(options: Options) -> None:
 def open_pretraining(options: Options) -> Pretraining:
     """A new supervised run, or one that goes on."""
     from lvrpo.commands.settings import read_config
+    from lvrpo.policies.loading import FINAL
     from lvrpo.training.pretrain import PretrainConfig
     from lvrpo.training.run import Pretraining
 
     if options.resume is not None:
         config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
         refuse_out(options)
+        if (options.resume / FINAL).exists():
+            raise InputError(f"{options.resume}: has finished: evaluate it with lvrpo evaluate {options.resume}")
         return Pretraining.resume(options.resume, config)
     config = read_config(PretrainConfig, options.config, options.overrides)
     return Pretraining.start(config, options.out or Path("runs") / config.name)

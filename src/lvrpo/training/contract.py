@@ -37,6 +37,11 @@ def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTab
     """Measures every promise on a rollout of ``policy`` that has not been updated since."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     checks = _replay_checks(policy, trajectories) + _group_checks(groups)
+    failed = [reason for reason in table.reasons.values() if reason.startswith("failed")]
+    total = table.mask.numel()
+    checks.append(
+        Check("scores that failed", len(failed) / total, 0.0, not failed, failed[0] if failed else "no reward failed")
+    )
     signal = signal_mask(table.scores, table.mask, std_floor)
     checks.append(
         Check(
@@ -47,11 +52,6 @@ def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTab
             f"no group's reward spreads by more than advantages.std_floor={std_floor}: use easier prompts, other "
             "rewards, or a higher temperature",
         )
-    )
-    failed = [reason for reason in table.reasons.values() if reason.startswith("failed")]
-    total = table.mask.numel()
-    checks.append(
-        Check("scores that failed", len(failed) / total, 0.0, not failed, failed[0] if failed else "no reward failed")
     )
     assert isinstance(policy, nn.Module)
     low = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]

@@ -114,6 +114,8 @@ class Alignment:
         try:
             if config is not None:
                 run.require_config(config)
+            if run.read_summary() is not None:
+                raise InputError(f"{folder}: has finished: see lvrpo report {folder}, or start another run")
             config = run.config(TrainConfig)
             torch.set_num_threads(config.threads)
             source, rewards = training_source(config), build_rewards(config.rewards)
