@@ -80,6 +80,34 @@ def test_replay_across_batches(policy: TinyPolicy, prompts: list[Prompt], monkey
     assert max(differences(policy, trajectories, TextSegment) + differences(policy, trajectories, FlowSegment)) <= 1e-6
 
 
+@pytest.mark.parametrize(("group_size", "max_rows"), [(3, 7), (4, 4), (2, 5), (5, 3), (6, 512)])
+def test_replay_cuts_batches_where_sampling_did(
+    group_size: int, max_rows: int, policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mot_policy, "MAX_ROWS", max_rows)
+    sampled: list[int] = []
+    replayed: list[int] = []
+    sample, replay = TinyPolicy._sample_batch, TinyPolicy._replay_batch
+
+    def spy_sample(self: TinyPolicy, prompts: list[Prompt], *rest: Any) -> Any:
+        sampled.append(len(prompts) * group_size)
+        return sample(self, prompts, *rest)
+
+    def spy_replay(self: TinyPolicy, trajectories: list[Trajectory]) -> Any:
+        replayed.append(len(trajectories))
+        return replay(self, trajectories)
+
+    monkeypatch.setattr(TinyPolicy, "_sample_batch", spy_sample)
+    monkeypatch.setattr(TinyPolicy, "_replay_batch", spy_replay)
+    sampling = replace(DRAWINGS["flow_sde"], group_size=group_size, num_steps=2, window=(0,))
+    trajectories = rollout(policy, prompts, sampling)
+    with torch.no_grad():
+        policy.logprobs(trajectories)
+    assert sampled == replayed
+    assert sum(sampled) == len(prompts) * group_size
+    assert max(sampled) <= max(max_rows, group_size)
+
+
 def test_trajectories_of_different_settings_are_replayed_together(policy: TinyPolicy, prompts: list[Prompt]) -> None:
     drawings = [prompts[3], prompts[5]]
     names = ("flow_sde", "cps", "guided", "dance_sde")

@@ -70,8 +70,8 @@ class MoTPolicy(nn.Module):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; see ``Policy.sample``."""
         groups: dict[int, Group] = {}
-        size = max(1, MAX_ROWS // sampling.group_size)
-        for indices in _batches([prompt.output for prompt in prompts], size):
+        size = _whole_groups(sampling.group_size)
+        for indices in _batches([prompt.output for prompt in prompts], size // sampling.group_size):
             batch = self._sample_batch([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
             groups.update(zip(indices, batch, strict=True))
         return [groups[i] for i in range(len(prompts))]
@@ -136,9 +136,13 @@ class MoTPolicy(nn.Module):
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, _replay_settings(t)) for t in trajectories]
-        for indices in _batches(settings, MAX_ROWS):
-            batch = self._replay_batch([trajectories[i] for i in indices])
-            out.update(zip(indices, batch, strict=True))
+        for same in _batches(settings, len(trajectories)):
+            # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
+            size = _whole_groups(_first_group_size([trajectories[i] for i in same]))
+            for start in range(0, len(same), size):
+                indices = same[start : start + size]
+                batch = self._replay_batch([trajectories[i] for i in indices])
+                out.update(zip(indices, batch, strict=True))
         return [out[i] for i in range(len(trajectories))]
 
     def _replay_batch(self, trajectories: list[Trajectory]) -> list[list[SegmentLogprobs]]:
@@ -345,6 +349,17 @@ def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
     for i, key in enumerate(keys):
         classes.setdefault(key, []).append(i)
     return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
+
+
+def _whole_groups(group_size: int) -> int:
+    """The rows of as many whole groups as go through the transformer at once; at least one group."""
+    return max(1, MAX_ROWS // group_size) * group_size
+
+
+def _first_group_size(trajectories: Sequence[Trajectory]) -> int:
+    """How many of the first trajectories answer one prompt."""
+    first = trajectories[0].prompt.id
+    return next((i for i, t in enumerate(trajectories) if t.prompt.id != first), len(trajectories))
 
 
 def _written(segment: Segment) -> Written:
