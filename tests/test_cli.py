@@ -1,0 +1,330 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lvrpo.cli import COMMANDS, main
+from lvrpo.commands.progress import Progress, clock, sparkline
+from lvrpo.commands.settings import shipped_configs
+from lvrpo.config import load_config
+from lvrpo.data.scenes import VOCABULARY
+from lvrpo.policies.loading import policy_folder
+from lvrpo.report.records import load_run
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.run import Alignment
+
+Output = pytest.CaptureFixture[str]
+TASKS = ("generate", "generate_guided", "understand", "understand_sampled", "edit", "reason")
+SMALL = (
+    "steps=2",
+    "device=cpu",
+    "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 2}",
+    "rollout={group_size: 4, num_steps: 3}",
+    "rewards=[{name: own_vqa}, {name: exact_answer}]",
+    "advantages.std_floor=1e-6",
+    "guard.prompts={generate: 2, understand: 4, reason: 2}",
+)
+
+
+@pytest.fixture(scope="module")
+def quickstart(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole small quickstart, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "lvrpo", "quickstart", "--quick", "--policy", str(small_base), "--steps", "2"]
+    done = subprocess.run([*command, "--seed", "3"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "runs" / "quickstart", done.stdout
+
+
+def test_quickstart_leaves_a_whole_run(quickstart: tuple[Path, str]) -> None:
+    run, _ = quickstart
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seed"] == 3
+    for part in (summary["before"], summary["after"], summary["difference"], summary["ours_minus_baseline"]):
+        assert tuple(part) == TASKS
+        for result in part.values():
+            assert result["low"] <= result["score"] <= result["high"]
+            assert sum(c["n"] for c in result["categories"].values()) == result["n"]
+    baseline = summary["baseline"]
+    assert baseline["name"] == "continued"
+    assert tuple(baseline["after"]) == tuple(baseline["difference"]) == TASKS
+    assert min(baseline["seconds"], summary["seconds"], summary["peak_memory_gib"]) > 0
+    for task in TASKS:
+        gained = summary["after"][task]["score"] - summary["before"][task]["score"]
+        assert summary["difference"][task]["score"] == pytest.approx(gained)
+        beyond = summary["after"][task]["score"] - baseline["after"][task]["score"]
+        assert summary["ours_minus_baseline"][task]["score"] == pytest.approx(beyond)
+    assert (run / "report.html").stat().st_size > 10_000
+    assert json.loads((run / "manifest.json").read_text())["seeds"] == {"run": 3}
+    assert (run / "contract.json").exists()
+    assert policy_folder(run).parent == run / "checkpoints"
+
+
+def test_the_report_shows_the_same_prompts_before_during_and_after(quickstart: tuple[Path, str]) -> None:
+    record = load_run(quickstart[0])
+    assert record.finished
+    assert not record.problems
+    before = record.cases("before")
+    assert before
+    assert list(record.cases("after")) == list(record.cases("step 1")) == list(before)
+    assert len({(case.task, case.category) for case in before.values()}) == 7 + 6 + 5 + 3
+    drawn = [case for case in before.values() if case.image]
+    assert drawn
+    assert all((quickstart[0] / str(case.image)).is_file() for case in drawn)
+
+
+def test_quickstart_says_what_it_does_and_what_next(quickstart: tuple[Path, str]) -> None:
+    _, printed = quickstart
+    for words in ("evaluate before", "align: 2 steps", "step 2/2", "evaluate after", "difference, 95 % interval"):
+        assert words in printed
+    for words in ("report.html", "summary.json", "lvrpo generate runs/quickstart", "peak memory"):
+        assert words in printed.split("next:")[0] + printed.split("next:")[1]
+    assert "\x1b[" not in printed
+
+
+def test_the_run_is_a_model_and_compares(quickstart: tuple[Path, str], capfd: Output) -> None:
+    run = str(quickstart[0])
+    assert main(["evaluate", run, "--benchmark", "edit", "--n", "5"]) == 0
+    assert main(["compare", run, "--markdown"]) == 0
+    printed = capfd.readouterr().out
+    assert "edit: 5 prompts" in printed
+    assert "quickstart: continued" in printed
+
+
+def test_the_same_quickstart_is_not_overwritten(quickstart: tuple[Path, str], small_base: Path, capfd: Output) -> None:
+    run, _ = quickstart
+    before = (run / "summary.json").read_bytes()
+    arguments = ["quickstart", "--quick", "--policy", str(small_base), "--steps", "2", "--seed", "3", "--out", str(run)]
+    assert main(arguments) == 2
+    assert "holds this run already" in capfd.readouterr().err
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_an_interrupted_quickstart_goes_on(small_base: Path) -> None:
+    command = [sys.executable, "-m", "lvrpo", "quickstart"]
+    options = ["--quick", "--policy", str(small_base), "--steps", "60", "--out", "run"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("run/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = errors.splitlines()
+    assert line.endswith("go on with: lvrpo quickstart --resume run")
+    assert not Path("run/summary.json").exists()
+    alignment = Alignment.resume(Path("run"))
+    with alignment.run:
+        assert alignment.state.step >= 3
+
+
+def test_train_evaluates_and_reports(small_base: Path, capfd: Output) -> None:
+    arguments = ["train", "quickstart", f"policy={small_base}", *SMALL, "--out", "run", "--benchmark", "reason"]
+    assert main(arguments) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert list(summary["before"]) == list(summary["difference"]) == ["reason"]
+    assert "baseline" not in summary
+    assert Path("run/report.html").exists()
+    assert main(["report", "run"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "run/report.html"
+
+
+def test_pretrain_makes_a_model(small_base: Path, capfd: Output) -> None:
+    sizes = ["batch={generate: 4, question: 8}", "corpus={scenes: 20, edits: 5, reasons: 6}", "device=cpu"]
+    assert main(["pretrain", "continued", f"init={small_base}", *sizes, "steps=2", "--out", "run"]) == 0
+    assert main(["evaluate", "run", "--benchmark", "reason", "--n", "3"]) == 0
+    assert main(["pretrain", "--resume", "run"]) == 2
+    assert "has finished" in capfd.readouterr().err
+
+
+def test_check_changes_nothing(small_base: Path, capfd: Output) -> None:
+    assert main(["check", "quickstart", f"policy={small_base}", *SMALL]) == 0
+    printed = capfd.readouterr().out
+    assert f"policy: {small_base}" in printed
+    assert "group_size: 4" in printed
+    assert "ok      replay, text, own batch" in printed
+    assert "estimate, from one small step" in printed
+    assert list(Path().iterdir()) == []
+
+
+def test_evaluate_writes_scores_that_scripts_can_read(small_base: Path, capfd: Output) -> None:
+    arguments = ["evaluate", str(small_base), "--benchmark", "understand,edit", "--n", "20", "--json", "scores.json"]
+    assert main(arguments) == 0
+    written = json.loads(Path("scores.json").read_text())
+    assert list(written["results"]) == ["understand", "edit"]
+    assert set(written["results"]["edit"]) == {"score", "low", "high", "n", "categories"}
+    assert len(written["scores"]["edit"]["ids"]) == len(written["scores"]["edit"]["scores"]) == 20
+    assert main([*arguments, "--force"]) == 0
+    assert json.loads(Path("scores.json").read_text())["results"] == written["results"]
+
+
+def test_generate_writes_pictures_and_their_index(small_base: Path) -> None:
+    Path("prompts.txt").write_text("a red circle\n\ntwo blue squares.\n")
+    base = str(small_base)
+    assert main(["generate", base, "--prompts", "prompts.txt", "--count", "2", "--seed", "5", "--out", "one"]) == 0
+    rows = [json.loads(line) for line in Path("one/index.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == [f"{n:05d}.png" for n in range(4)]
+    assert [row["prompt"] for row in rows] == ["a red circle"] * 2 + ["two blue squares."] * 2
+    with Image.open("one/00000.png") as picture:
+        assert (picture.size, picture.mode) == ((32, 32), "RGB")
+    pictures = [Path(f"one/{row['file']}").read_bytes() for row in rows]
+    assert len(set(pictures)) == 4
+    assert main(["generate", base, "--prompt", "a red circle", "--count", "2", "--seed", "5", "--out", "two"]) == 0
+    assert [Path(f"two/{n:05d}.png").read_bytes() for n in range(2)] == pictures[:2]
+    assert main(["generate", base, "--prompt", "a red circle", "--guidance", "2", "--out", "two", "--force"]) == 0
+    assert Path("two/00000.png").read_bytes() != pictures[0]
+
+
+def test_ask_answers_one_question_and_many(small_base: Path, capfd: Output) -> None:
+    Image.new("RGB", (32, 32), "red").save("red.png")
+    base = str(small_base)
+    assert main(["ask", base, "--image", "red.png", "What color is the circle?"]) == 0
+    output = capfd.readouterr()
+    assert output.err == ""
+    answer = output.out.strip()
+    assert set(answer.split()) <= set(VOCABULARY)
+    rows = [{"image": "red.png", "question": "What color is the circle?", "id": 7}] * 2
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["ask", base, "--questions", "asked.jsonl"]) == 0
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [{**r, "answer": answer} for r in rows]
+    assert main(["ask", base, "--questions", "asked.jsonl", "--out", "answers.jsonl"]) == 0
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_picture_of_another_size_is_fitted_with_a_warning(small_base: Path, capfd: Output) -> None:
+    Image.new("RGB", (640, 480), "green").save("photo.png")
+    assert main(["ask", str(small_base), "--image", "photo.png", "is there a red circle ?"]) == 0
+    errors = capfd.readouterr().err
+    assert errors == "warning: photo.png: 640 x 480 pixels: the middle square is resized to 32 x 32\n"
+    assert main(["edit", str(small_base), "remove the circle", "--image", "photo.png", "--out", "edited.png"]) == 0
+    with Image.open("edited.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_data_commands(capfd: Output) -> None:
+    assert main(["data", "vocabulary"]) == 0
+    assert capfd.readouterr().out.split() == list(VOCABULARY)
+    assert main(["data", "preview", "--out", "world.png"]) == 0
+    assert capfd.readouterr().out.strip() == "world.png"
+    with Image.open("world.png") as picture:
+        assert min(picture.size) > 500
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_every_shipped_configuration_is_valid_and_says_what_it_is(name: str) -> None:
+    path = shipped_configs()[name]
+    cls: Any = PretrainConfig if name in ("pretrain", "continued") else TrainConfig
+    load_config(cls, path)
+    assert path.read_text().startswith("# ")
+
+
+def test_the_encoder_free_configuration_sees_no_verifier_and_no_answers_for_drawings() -> None:
+    from lvrpo.data.scenes import ScenePrompts
+    from lvrpo.rewards.table import build_rewards
+
+    config = load_config(TrainConfig, shipped_configs()["quickstart_self"])
+    rewards = build_rewards(config.rewards)
+    source = ScenePrompts()
+    for task in source.tasks:
+        for prompt in source.prompts(task, 30):
+            names = {r.config.name for r in rewards if r.reward.applies(prompt)}
+            assert names == ({"own_vqa"} if "image" in prompt.output else {"exact_answer"})
+
+
+def test_help_is_quick_and_complete() -> None:
+    code = "import sys; from lvrpo.cli import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *printed, modules = done.stdout.splitlines()
+    assert "torch" not in modules
+    assert "'numpy'" not in modules
+    for name in COMMANDS:
+        assert any(line.strip().startswith(name) for line in printed)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_explains_itself(name: str, capfd: Output) -> None:
+    assert main([*name.split(), "--help"]) == 0
+    assert f"usage: lvrpo {name}" in capfd.readouterr().out
+
+
+def test_version(capfd: Output) -> None:
+    from lvrpo import __version__
+
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"lvrpo {__version__}\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m lvrpo data vocabulary | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_main_works_outside_the_main_thread(capfd: Output) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["data", "vocabulary"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_sparkline() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([1.0, 1.0]) == "▁▁"
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert len(sparkline([float(i) for i in range(1000)])) == 24
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0.4, 75, 3675)] == ["0:00", "1:15", "1:01:15"]
+
+
+def rows(steps: int) -> list[dict[str, Any]]:
+    found = [
+        {"step": s, "seconds": 2.0 * s, "seconds_left": 2.0 * (steps - s), "reward/generate/facts": s / steps}
+        for s in range(1, steps + 1)
+    ]
+    found[0]["control/generate/facts"] = 0.125
+    found[1]["guard/action"] = "rolled back to step 0: edit fell"
+    return found
+
+
+def test_progress_without_a_terminal_is_plain_lines() -> None:
+    out = io.StringIO()
+    with Progress(4, Console(file=out, highlight=False)) as progress:
+        progress.phase("align")
+        for row in rows(4):
+            progress.step(row)
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines == [
+        "0:00  align",
+        "step 1/4, 0:06 left: generate facts 0.250",
+        "step 2: guard rolled back to step 0: edit fell",
+        "step 4/4, 0:00 left: generate facts 0.625",
+    ]
+
+
+def test_progress_on_a_terminal_shows_rewards_base_curve_and_seconds_left() -> None:
+    out = io.StringIO()
+    with Progress(4, Console(file=out, force_terminal=True, width=100, highlight=False)) as progress:
+        for row in rows(4):
+            progress.step(row)
+    last = out.getvalue()[-1500:]
+    for words in ("step 4/4", "0:00 left", "generate facts", "0.625", "0.125", "▁▃▆█", "guard rolled back"):
+        assert words in last
