@@ -68,6 +68,8 @@ def run(options: Options) -> None:
     else:
         config = read_config(TrainConfig, options.config, train_overrides(options))
         folder = options.out or free_folder(Path("runs") / config.name)
+        if options.out is None and folder.name != config.name:
+            print(f"runs/{config.name} exists: this run is {folder}")
         alignment = Alignment.start(config, folder)
     run, config = alignment.run, alignment.config
     with run, Progress(config.steps) as watch:

@@ -50,9 +50,9 @@ def scores_table(results: Mapping[str, Result], title: str) -> Table:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Before, after, difference per task and category, and the baseline where there is one."""
     baseline = summary.get("baseline")
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    heads = ["task", "before", "after", "difference, 95 % interval"]
-    heads += [str(baseline["name"]), "ours minus it"] if baseline else []
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    heads = ["task", "before", "after", "difference [95 %]"]
+    heads += ["baseline", "ours minus it"] if baseline else []
     for name in heads:
         table.add_column(name)
     for task, before in summary["before"].items():

@@ -81,7 +81,7 @@ def pretrain(options: Options) -> None:
     run, config = training.run, training.config
     with run, Progress(config.steps) as watch:
         watch.phase(f"run {run.path}: {config.steps} steps, from step {training.trainer.step_number}")
-        with Interruption() as interrupted:
+        with Interruption(lambda: watch.phase("stopping after this step; once more stops at once")) as interrupted:
             done = training.go(watch.step, interrupted)
         if not done:
             step = training.trainer.step_number

@@ -13,6 +13,7 @@ from typing import Any
 
 from lvrpo.errors import ContractError, LvrpoError
 from lvrpo.evaluation.suite import Evaluation, evaluate, find_benchmarks
+from lvrpo.policies.base import Sampling
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import START, Pretraining
@@ -26,11 +27,16 @@ class Baseline:
     """A second process; ``wait`` gives its evaluation."""
 
     def __init__(
-        self, config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        benchmarks: Sequence[str],
+        sizes: Mapping[str, int],
+        sampling: Sampling,
     ) -> None:
         self.config = config
         self.folder = folder
-        self.arguments = (config, folder, list(benchmarks), dict(sizes))
+        self.arguments = (config, folder, list(benchmarks), dict(sizes), sampling)
         self.process: SpawnProcess | None = None
 
     def start(self) -> None:
@@ -56,12 +62,14 @@ class Baseline:
             self.process.join()
 
 
-def _work(config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]) -> None:
+def _work(
+    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int], sampling: Sampling
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     error_file = folder.with_suffix(".error")
     try:
         error_file.unlink(missing_ok=True)
-        train_and_evaluate(config, folder, benchmarks, sizes)
+        train_and_evaluate(config, folder, benchmarks, sizes, sampling)
     except BaseException as error:
         line = " ".join(str(error).split()) or type(error).__name__
         error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
@@ -69,7 +77,7 @@ def _work(config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes
 
 
 def train_and_evaluate(
-    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int]
+    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int], sampling: Sampling
 ) -> None:
     """The whole baseline in this process, or what an interruption left of it; ends with eval/after.json."""
     parent = multiprocessing.parent_process()
@@ -82,7 +90,7 @@ def train_and_evaluate(
     with training.run as run:
         if not training.go(interrupted=orphaned):
             sys.exit(1)
-        evaluation = evaluate(training.trainer.average, find_benchmarks(benchmarks), sizes=sizes)
+        evaluation = evaluate(training.trainer.average, find_benchmarks(benchmarks), sizes=sizes, sampling=sampling)
         cost = {"seconds": training.seconds, "peak_memory_gib": peak_memory_gib()}
         run.write_json(RESULT, {**evaluation.as_dict(), "cost": cost})
 

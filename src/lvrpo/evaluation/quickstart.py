@@ -23,6 +23,9 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trial import peak_memory_gib
 from lvrpo.types import Prompt
 
+PLAN = "plan.json"
+"""File of a run that holds its plan."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,8 +35,19 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Prompts per benchmark where not its default."""
     baseline: PretrainConfig | None = None
+    baseline_name: str = "continued pretraining"
     parallel: bool = True
     """Whether the baseline runs in a second process at the same time, or afterwards."""
+
+    def kept(self, run: RunDirectory) -> Plan:
+        """This plan, written into the run; or the one that the run began with."""
+        if not (run.path / PLAN).exists():
+            baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
+            run.write_json(PLAN, {**vars(self), "baseline": baseline})
+            return self
+        raw = run.read_json(PLAN)
+        baseline = None if raw["baseline"] is None else PretrainConfig.model_validate(raw["baseline"])
+        return Plan(**{**raw, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
 
 
 class Watcher(Protocol):
@@ -54,20 +68,21 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
     Raises Interrupted, with a checkpoint written, after Ctrl-C or SIGTERM.
     """
     run, config = alignment.run, alignment.config
+    plan = plan.kept(run)
     sampling = replace(SAMPLING, num_steps=config.rollout.num_steps, timestep_shift=config.rollout.timestep_shift)
     baseline = None
     if plan.baseline is not None:
-        baseline = Baseline(plan.baseline, run.path / "baseline", plan.benchmarks, plan.sizes)
+        baseline = Baseline(plan.baseline, run.path / "baseline", plan.benchmarks, plan.sizes, sampling)
     try:
-        if baseline is not None and plan.parallel:
-            watch.phase(f"{baseline.config.name}: the baseline starts beside it, in a second process")
+        if plan.baseline is not None and baseline is not None and plan.parallel:
+            watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
         before = measure(run, "before", alignment.state.policies.reference, plan, sampling, watch)
         align_watched(alignment, plan, sampling, watch)
         after = measure(run, "after", alignment.result(), plan, sampling, watch)
         against = None
         if baseline is not None:
-            watch.phase(f"{baseline.config.name}: waiting for the baseline")
+            watch.phase(f"{plan.baseline_name}: waiting for the baseline")
             if not plan.parallel:
                 baseline.start()
             against = baseline.wait()
@@ -109,7 +124,7 @@ def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: W
             run.write_json(f"eval/step_{middle:06d}.json", {"prompts": write_cases(run, f"step_{middle:06d}", groups)})
         watch.step(row)
 
-    with Interruption() as interrupted:
+    with Interruption(lambda: watch.phase("stopping after this step; once more stops at once")) as interrupted:
         done = alignment.go(observe, interrupted)
     if not done or interrupted():
         step = alignment.state.step
@@ -151,7 +166,7 @@ def summarize(
     if against is not None and plan.baseline is not None:
         other, cost = against
         summary["baseline"] = {
-            "name": plan.baseline.name,
+            "name": plan.baseline_name,
             "after": other.results(),
             "difference": before.difference(other),
             "steps": plan.baseline.steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
@@ -13,10 +14,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """While the context lasts, a signal is noted; calling the object tells whether one came."""
+    """While the context lasts, a signal is noted, and ``notify`` called; calling the object tells whether one came."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[], object] = lambda: None) -> None:
         self.requested = False
+        self.notify = notify
         self._handlers: dict[signal.Signals, object] = {}
 
     def __call__(self) -> bool:
@@ -37,3 +39,4 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        self.notify()
