@@ -82,9 +82,9 @@ def test_scores_are_paired_prompt_by_prompt(guard: Guard) -> None:
     """The same means fall or not by whether the same prompts stay right."""
     nested, state = GuardState(), GuardState()
     guard.look(right(12, 5), nested, 0)
-    assert guard.look(right(7, 5), nested, 20).verdict == "fallen"
+    assert guard.look(right(5, 5), nested, 20).verdict == "fallen"
     guard.look(right(12, 5), state, 0)
-    assert guard.look(right(7, 5, start=9), state, 20).verdict == "kept"
+    assert guard.look(right(5, 5, start=9), state, 20).verdict == "kept"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def test_scores_are_paired_prompt_by_prompt(guard: Guard) -> None:
         ([1, 1, 1, 1], [1, 1, 1, 1], False),
         ([1, 1, 1, 1], [0, 0, 0, 0], False),
         ([0, 1, 1, 1], [1, 1, 1, 1], False),  # mean -1/4, standard error 1/4
-        ([0, 0, 0, 1], [1, 1, 1, 1], True),  # mean -3/4, standard error 1/4
+        ([0, 0, 0, 1], [1, 1, 1, 1], False),  # mean -3/4, standard error 1/4: three of them reach 0
+        ([0, 0, 0, 0, 1], [1, 1, 1, 1, 1], True),  # mean -4/5, standard error 1/5
         ([0, 0, 1, 1], [1, 1, 1, 1], False),  # mean -1/2, standard error .289
         ([0], [1], False),
     ],

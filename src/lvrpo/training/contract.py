@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvrpo.algorithms import signal_mask
+from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.types import FlowSegment, Group, RewardTable, TextSegment, Trajectory
@@ -108,12 +108,62 @@ def _group_checks(groups: Sequence[Group]) -> list[Check]:
     for group in groups:
         flows = [s for t in group.trajectories for s in t.segments if isinstance(s, FlowSegment)]
         settings = {
-            (s.trained_steps, tuple(s.timesteps.tolist()), s.guidance_scale, s.image_guidance_scale, s.noise_level)
+            (
+                *(s.sampler, s.trained_steps, tuple(s.timesteps.tolist()), s.noise_level, s.logprob_reduction),
+                *(s.guidance_scale, s.image_guidance_scale, s.guidance_renorm),
+            )
             for s in flows
         }
-        torn += len(settings) > 1
-    detail = "the members of a group must share window, grid, guidance and noise level"
+        texts = [s for t in group.trajectories for s in t.segments if isinstance(s, TextSegment)]
+        torn += len(settings) > 1 or len({s.temperature for s in texts}) > 1
+    detail = "the members of a group must share window, grid, sampler, guidance, noise level and temperature"
     return [Check("groups whose members differ in settings", torn, 0, torn == 0, detail)]
+
+
+def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]) -> list[Check]:
+    """After the first update: the weights that sample have changed, and the divergences have a gradient."""
+    assert isinstance(live, nn.Module)
+    changed = weights_changed(live, reference)
+    remedy = "check learning rates, task weights and whether any group had signal"
+    checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
+    texts = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[0], TextSegment)][:8]
+    drawings = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[-1], FlowSegment)][:8]
+    for kind, divergence in (("text", _text_divergence), ("drawing", _velocity_divergence)):
+        chosen = texts if kind == "text" else drawings
+        if not chosen:
+            continue
+        divergence(live, reference, chosen).backward()
+        gradients = [p.grad for p in live.parameters() if p.grad is not None]
+        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
+        live.zero_grad(set_to_none=True)
+        detail = "the divergence is computed without gradient, or from the reference alone"
+        checks.append(Check(f"gradient of the {kind} divergence", norm, 0.0, norm > 0, detail))
+    return checks
+
+
+def weights_changed(one: Policy, other: Policy) -> bool:
+    """Whether any parameter differs."""
+    assert isinstance(one, nn.Module)
+    assert isinstance(other, nn.Module)
+    return any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def _text_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def first(policy: Policy) -> torch.Tensor:
+        return torch.cat([row[0].logprobs for row in policy.logprobs(trajectories)])
+
+    with torch.no_grad():
+        ref_logprobs = first(reference)
+    return k3(first(live), ref_logprobs).mean()
+
+
+def _velocity_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    segments = [t.segments[-1] for t in trajectories]
+    x_t = torch.stack([segment.latent for segment in segments if isinstance(segment, FlowSegment)])
+    t = torch.full((len(x_t),), 0.5, device=x_t.device)
+    with torch.no_grad():
+        v_ref = reference.velocity(trajectories, x_t, t)
+    return velocity_regularizer(live.velocity(trajectories, x_t, t), v_ref).mean()
 
 
 def require(checks: Sequence[Check]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,12 +24,16 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.optimizer import average_into
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import RunState, weights_changed
+from lvrpo.training.state import RunState
 from lvrpo.training.update import Policies, compute_advantages, update
 from lvrpo.types import Group, Prompt, RewardTable
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Called with the metrics row of every step."""
+
+
+MAX_BAD_GRADIENTS = 3
+"""A step whose gradient is not finite leaves the weights alone; after so many in a row the run stops."""
 
 
 def align(
@@ -59,14 +64,20 @@ def align(
         advantages = compute_advantages(table, config.advantages)
         metrics = update(state.policies, groups, advantages, config, step)
         norms = state.optimizers.step(step, state.guard.lr_scale)
+        state.bad_gradients = 0 if all(map(math.isfinite, norms.values())) else state.bad_gradients + 1
+        if state.bad_gradients >= MAX_BAD_GRADIENTS:
+            raise ContractError(
+                f"gradients were not finite in {MAX_BAD_GRADIENTS} steps in a row up to step {step + 1}: lower the "
+                "learning rates, or resume from an earlier checkpoint"
+            )
         decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
         average_into(_module(state.policies.old), _module(state.policies.live), decay)
         decay = min(config.average_decay, step / (step + 10))
         average_into(_module(state.policies.average), _module(state.policies.live), decay)
         state.step += 1
 
-        if step == 0 and not weights_changed(state.policies.live, state.policies.reference):
-            raise ContractError("the first update changed no weight: check learning rates, task weights and rewards")
+        if step == 0:
+            _check_first_update(run, state, groups)
         row |= metrics.means() | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
         row |= reward_means("reward", table, groups)
         row["lr_scale"] = state.optimizers.rate(step) * state.guard.lr_scale
@@ -158,6 +169,12 @@ def _check_contract(
 ) -> None:
     checks = contract_checks(config, state.policies, source, rewards)
     run.write_json("contract.json", [check.as_dict() for check in checks])
+    contract.require(checks)
+
+
+def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Group]) -> None:
+    checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups)
+    run.write_json("contract.json", [*run.read_json("contract.json"), *(check.as_dict() for check in checks)])
     contract.require(checks)
 
 

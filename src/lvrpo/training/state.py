@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lvrpo.policies.base import Policy
@@ -40,6 +39,8 @@ class RunState:
     step: int = 0
     """Steps done."""
     guard: GuardState = field(default_factory=GuardState)
+    bad_gradients: int = 0
+    """Steps in a row, up to now, whose gradient was not finite."""
     seconds: float = 0.0
     """Training seconds so far, over all resumptions."""
 
@@ -67,12 +68,14 @@ class RunState:
         self.optimizers.load_state(tree["optimizers"])
         self.step = tree["step"]
         self.seconds = tree["seconds"]
+        self.bad_gradients = tree["bad_gradients"]
         self.guard = GuardState(**tree["guard"])
 
     def _tree(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "bad_gradients": self.bad_gradients,
             "policies": {
                 name: dict(_module(getattr(self.policies, name)).state_dict()) for name in ("live", "old", "average")
             },
@@ -84,9 +87,3 @@ class RunState:
 def _module(policy: object) -> nn.Module:
     assert isinstance(policy, nn.Module)
     return policy
-
-
-def weights_changed(one: Policy, other: Policy) -> bool:
-    """Whether any parameter differs."""
-    pairs = zip(_module(one).parameters(), _module(other).parameters(), strict=True)
-    return any(not torch.equal(a, b) for a, b in pairs)

@@ -71,8 +71,14 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
             table.scores, table.mask, table.weights, tasks, std_floor=config.std_floor, clamp=config.clamp
         )
     weighted = torch.where(table.mask, table.scores * table.weights, 0.0).sum(dim=2)
-    advantages = group_relative_advantages(weighted, table.mask.any(dim=2), std_floor=config.std_floor)
+    advantages = group_relative_advantages(weighted, whole_scores(table), std_floor=config.std_floor)
     return advantages.clamp(-config.clamp, config.clamp)
+
+
+def whole_scores(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
+    """Members with a score from every reward that applies to their group: a sum with a failed term is no number."""
+    applies = table.mask.any(dim=1, keepdim=True)
+    return (table.mask | ~applies).all(dim=2) & table.mask.any(dim=2)
 
 
 def update(
@@ -118,7 +124,7 @@ def _text_update(
     ]
     for start in range(0, len(chosen), 8 * MICRO_BATCH):
         part = chosen[start : start + 8 * MICRO_BATCH]
-        share = len(part) / len(chosen)
+        share = _weight(part, config.reduction) / _weight(chosen, config.reduction)
         trajectories = [trajectory for trajectory, _ in part]
         logprobs, behavior, mask, entropy = _token_grid(policies.live, trajectories)
         advantage = torch.tensor([a for _, a in part], device=logprobs.device)[:, None]
@@ -139,6 +145,13 @@ def _text_update(
         if config.entropy_coef:
             loss = loss - config.entropy_coef * reduce_tokens(entropy, mask, config.reduction)
         (weight * share * loss).backward()
+
+
+def _weight(chosen: Sequence[tuple[Trajectory, float]], reduction: str) -> int:
+    """What a part of the batch counts in the reduction: its tokens or its trajectories."""
+    if reduction == "trajectory":
+        return len(chosen)
+    return sum(len(s.tokens) for trajectory, _ in chosen for s in trajectory.segments if isinstance(s, TextSegment))
 
 
 def _token_grid(
