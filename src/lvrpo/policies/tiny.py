@@ -130,9 +130,10 @@ class TinyTowers(nn.Module):
         self.lm_head = nn.Linear(width, vocabulary_size, bias=False)
         self.read_in = nn.Linear(config.channels, config.tower_width)
         self.read_out = nn.Linear(config.tower_width, width)
-        self.read_position = nn.Parameter(_position_table(config.image_size // config.patch_size, width))
+        self.read_position = nn.Parameter(0.5 * _position_table(config.image_size // config.patch_size, width))
         self.latent_in = nn.Linear(config.channels, width)
         self.latent_out = nn.Linear(width, config.channels)
+        # places as loud as the noise of a picture at its start: copying from a source is learned in hundreds of steps
         self.latent_position = nn.Parameter(_position_table(config.image_size // config.patch_size, width))
         self.time_in = nn.Linear(width, width)
         self.time_out = nn.Linear(width, width)
@@ -247,4 +248,4 @@ def _position_table(side: int, width: int) -> torch.Tensor:
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
     columns = table.repeat(side, 1)
     rows = table.repeat_interleave(side, dim=0)
-    return 2.0 * torch.cat([columns, rows], dim=1)  # as loud as the noise of a picture at its start
+    return torch.cat([columns, rows], dim=1)

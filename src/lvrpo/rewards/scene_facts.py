@@ -11,7 +11,7 @@ from lvrpo.data.scenes import verifier
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Group, Prompt
+from lvrpo.types import Group, Prompt, Trajectory
 
 Mode = Literal["fraction", "all", "mixed"]
 
@@ -40,9 +40,21 @@ class SceneFacts:
         return {"fraction": fraction, "all": everything, "mixed": (fraction + everything) / 2}[self.mode]
 
 
+_last: tuple[list[Trajectory], list[list[bool]]] = ([], [])
+
+
 def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
-    """For every trajectory, in order, which facts of its prompt hold of its last picture."""
+    """For every trajectory, in order, which facts of its prompt hold of its last picture.
+
+    The last result is kept: several rewards and the metrics ask about the very same trajectories.
+    """
+    global _last
     trajectories = [t for group in groups for t in group.trajectories]
+    known, results = _last
+    if len(known) == len(trajectories) and all(a is b for a, b in zip(known, trajectories, strict=True)):
+        return results
     images = [t.image for t in trajectories]
     readings = verifier.read([image for image in images if image is not None])
-    return [verifier.fact_results(t.prompt.facts, r) for t, r in zip(trajectories, readings, strict=True)]
+    results = [verifier.fact_results(t.prompt.facts, r) for t, r in zip(trajectories, readings, strict=True)]
+    _last = (trajectories, results)
+    return results
