@@ -39,9 +39,14 @@ class Baseline:
         self.arguments = (config, folder, list(benchmarks), dict(sizes), sampling)
         self.process: SpawnProcess | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether its evaluation is written."""
+        return (self.folder / RESULT).exists()
+
     def start(self) -> None:
         """Starts it, or lets it go on from its last checkpoint."""
-        if not (self.folder / RESULT).exists():
+        if not self.finished:
             self.process = multiprocessing.get_context("spawn").Process(target=_work, args=self.arguments, daemon=True)
             self.process.start()
 

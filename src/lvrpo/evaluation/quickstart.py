@@ -74,7 +74,7 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
     if plan.baseline is not None:
         baseline = Baseline(plan.baseline, run.path / "baseline", plan.benchmarks, plan.sizes, sampling)
     try:
-        if plan.baseline is not None and baseline is not None and plan.parallel:
+        if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
             watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
         before = measure(run, "before", alignment.state.policies.reference, plan, sampling, watch)
