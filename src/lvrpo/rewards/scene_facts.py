@@ -11,16 +11,17 @@ from lvrpo.data.scenes import verifier
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Group, Prompt, Trajectory
+from lvrpo.types import Fact, Group, Prompt, Trajectory
 
-Mode = Literal["fraction", "all", "mixed"]
+Mode = Literal["fraction", "gated", "all", "mixed"]
 
 
 class SceneFacts:
     """Facts of the prompt that the picture shows. Range [0, 1].
 
-    fraction: the share that holds; all: 1 if every one holds, else 0; mixed: the mean of the two, so that a group
-    in which no picture is right still ranks its members.
+    fraction: the share that holds. Trained alone it is hacked: a picture full of objects shows whatever it is asked for.
+    gated: the share that holds, halved where the number of objects is wrong, so that filling the picture never pays.
+    all: 1 if every one holds, else 0. mixed: the mean of fraction and all.
     """
 
     def __init__(self, mode: Mode = "fraction") -> None:
@@ -33,11 +34,20 @@ class SceneFacts:
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         results = iter(fact_table(groups))
-        return Scores(torch.tensor([[self._value(next(results)) for _ in group.trajectories] for group in groups]))
+        return Scores(
+            torch.tensor([[self._value(g.prompt.facts, next(results)) for _ in g.trajectories] for g in groups])
+        )
 
-    def _value(self, holds: Sequence[bool]) -> float:
+    def _value(self, facts: Sequence[Fact], holds: Sequence[bool]) -> float:
         fraction, everything = sum(holds) / len(holds), float(all(holds))
-        return {"fraction": fraction, "all": everything, "mixed": (fraction + everything) / 2}[self.mode]
+        if self.mode == "fraction":
+            return fraction
+        if self.mode == "all":
+            return everything
+        if self.mode == "mixed":
+            return (fraction + everything) / 2
+        counted = all(held for fact, held in zip(facts, holds, strict=True) if fact.kind in ("total", "count"))
+        return fraction if counted else fraction / 2
 
 
 _last: tuple[list[Trajectory], list[list[bool]]] = ([], [])

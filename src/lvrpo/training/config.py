@@ -145,7 +145,7 @@ class TrainConfig(Config):
     rewards: tuple[RewardConfig, ...] = Field(
         (
             RewardConfig(name="exact_answer"),
-            RewardConfig(name="scene_facts", label="facts", options={"mode": "fraction"}),
+            RewardConfig(name="scene_facts", label="facts", options={"mode": "gated"}),
             RewardConfig(name="scene_facts", label="all_facts", options={"mode": "all"}),
         ),
         min_length=1,
