@@ -19,7 +19,7 @@ Mode = Literal["fraction", "gated", "all", "mixed"]
 class SceneFacts:
     """Facts of the prompt that the picture shows. Range [0, 1].
 
-    fraction: the share that holds. Trained alone it is hacked: a picture full of objects shows whatever it is asked for.
+    fraction: the share that holds; trained alone it is hacked: a picture full of objects shows whatever is asked.
     gated: the share that holds, halved where the number of objects is wrong, so that filling the picture never pays.
     all: 1 if every one holds, else 0. mixed: the mean of fraction and all.
     """
