@@ -75,13 +75,13 @@ def refuse_out(options: Options) -> None:
 def pretrain(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.report import build_report
-    from lvrpo.training.interrupt import Interrupted, Interruption
+    from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 
     training = open_pretraining(options)
     run, config = training.run, training.config
     with run, Progress(config.steps) as watch:
         watch.phase(f"run {run.path}: {config.steps} steps, from step {training.trainer.step_number}")
-        with Interruption(lambda: watch.phase("stopping after this step; once more stops at once")) as interrupted:
+        with Interruption(say_stopping) as interrupted:
             done = training.go(watch.step, interrupted)
         if not done:
             step = training.trainer.step_number

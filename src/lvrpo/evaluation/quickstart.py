@@ -16,7 +16,7 @@ from lvrpo.evaluation.suite import SAMPLING, Evaluation, evaluate, find_benchmar
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import Interrupted, Interruption
+from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
@@ -124,7 +124,7 @@ def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: W
             run.write_json(f"eval/step_{middle:06d}.json", {"prompts": write_cases(run, f"step_{middle:06d}", groups)})
         watch.step(row)
 
-    with Interruption(lambda: watch.phase("stopping after this step; once more stops at once")) as interrupted:
+    with Interruption(say_stopping) as interrupted:
         done = alignment.go(observe, interrupted)
     if not done or interrupted():
         step = alignment.state.step

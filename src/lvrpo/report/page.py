@@ -103,7 +103,7 @@ def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("Policy", policy if isinstance(policy, str) else ""),
         ("Seed", _flat(raw.get("seed", _find(run.manifest, ("seed", "seeds"))))),
-        ("Steps", f"{len(run.metrics.rows):,}" if run.metrics.rows else ""),
+        ("Steps", f"{run.metrics.last_step:,}" if run.metrics.last_step else ""),
         ("Time", numbers.duration(seconds) if seconds is not None else ""),
         ("Peak memory", f"{memory:.2f} GiB" if memory is not None else ""),
         ("Hardware", _flat(_find(run.manifest, ("hardware", "device")))),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Self
 
 
 class Interrupted(KeyboardInterrupt):
     """The run stopped on request, with a checkpoint written; the message says where and how to go on."""
+
+
+def say_stopping() -> None:
+    """Tells whoever looks at the terminal; unbuffered, for a handler may come in the middle of another print."""
+    with suppress(OSError):
+        os.write(1, b"\nstopping after this step; once more stops at once\n")
 
 
 class Interruption:
