@@ -106,7 +106,8 @@ class FlowConfig(Config):
     keep: int = Field(2, ge=1)
     """The best and the worst ``keep`` members of each group are trained."""
     beta: float = Field(0.5, gt=0)
-    advantage_max: float = Field(1.0, gt=0)
+    advantage_max: float = Field(2.5, gt=0)
+    """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
     noise_draws: int = Field(2, ge=1)
     """nft: times per picture, one in each equal part of the sampler's grid."""
     min_time: float = Field(0.1, gt=0, lt=1)

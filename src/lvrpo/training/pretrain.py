@@ -32,17 +32,17 @@ class PretrainConfig(Config):
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
     corpus: CorpusConfig = CorpusConfig()
-    steps: int = Field(3000, ge=1)
+    steps: int = Field(2800, ge=1)
     batch: dict[Kind, int] = Field(
-        {"generate": 64, "caption": 24, "question": 128, "edit": 24, "reason": 24}, min_length=1
+        {"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 12}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
     text_weight: float = Field(0.5, ge=0)
-    image_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(5.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig(
-        muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.6, final_lr=0.0
+        muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.5, final_lr=0.0
     )
     average_decay: float = Field(0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
