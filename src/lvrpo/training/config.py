@@ -25,9 +25,7 @@ class DataConfig(Config):
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field(
-        {"generate": 24, "understand": 128, "edit": 12, "reason": 24}, min_length=1
-    )
+    prompts_per_step: dict[Task, int] = Field({"generate": 24, "understand": 80, "edit": 6, "reason": 12}, min_length=1)
 
 
 class WindowConfig(Config):
@@ -101,8 +99,9 @@ class FlowConfig(Config):
     kind: Literal["nft", "grpo"] = "nft"
     """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps."""
     weight: float = Field(1.0, ge=0)
-    kl_coef: float = Field(0.2, ge=0)
-    """Of mean |v - v_ref|^2."""
+    kl_coef: float = Field(2.0, ge=0)
+    """Of mean |v - v_ref|^2. Without it nothing holds DiffusionNFT: the contrast of good and bad drawings moves the
+    prediction from pure noise without end, until every cell holds an object (docs/log.md)."""
     keep: int = Field(2, ge=1)
     """The best and the worst ``keep`` members of each group are trained."""
     beta: float = Field(0.5, gt=0)
@@ -111,8 +110,8 @@ class FlowConfig(Config):
     noise_draws: int = Field(2, ge=1)
     """nft: times per picture, one in each equal part of the sampler's grid."""
     min_time: float = Field(0.1, gt=0, lt=1)
-    old_decay_rate: float = Field(0.02, ge=0)
-    old_decay_ceiling: float = Field(0.5, ge=0, lt=1)
+    old_decay_rate: float = Field(0.05, ge=0)
+    old_decay_ceiling: float = Field(0.9, ge=0, lt=1)
     clip_low: float = Field(1e-3, gt=0)
     clip_high: float = Field(1e-3, gt=0)
     """grpo: bounds of the ratio of one step, in the units of ``rollout.logprob_reduction``."""
@@ -140,7 +139,7 @@ class TrainConfig(Config):
     """A folder, a run, or a built-in name."""
     device: str = "auto"
     threads: int = Field(1, ge=1)
-    steps: int = Field(160, ge=1)
+    steps: int = Field(110, ge=1)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(

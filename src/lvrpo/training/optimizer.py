@@ -28,7 +28,7 @@ class OptimizerConfig(Config):
     clip_norm: float = Field(1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
     warmup_steps: int = Field(5, ge=0)
-    decay_start: float = Field(0.25, ge=0, le=1)
+    decay_start: float = Field(0.4, ge=0, le=1)
     """From this share of the run on the rates fall linearly ..."""
     final_lr: float = Field(0.05, ge=0, le=1)
     """... to this share of themselves at the end."""
