@@ -18,6 +18,7 @@ import torch
 
 from lvrpo.algorithms import (
     best_worst_mask,
+    centered_advantages,
     clipped_surrogate,
     gdpo_advantages,
     k3,
@@ -27,7 +28,7 @@ from lvrpo.algorithms import (
     reward_probability,
 )
 from lvrpo.data.scenes import ScenePrompts, fact_results, read
-from lvrpo.policies import load_policy
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.rewards.exact_answer import answers_match
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
@@ -83,7 +84,7 @@ def rollout(live: MoTPolicy, old: MoTPolicy, prompts: list[Prompt], config: Trai
 
 
 def score(groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three verifiable rewards (P, G, 3) and where they apply: right answer, share of facts that hold, all hold."""
+    """Three verifiable rewards (P, G, 3) and where they apply: right answer, gated share of facts, all facts."""
     scores = torch.zeros(len(groups), len(groups[0]), 3)
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for p, group in enumerate(groups):
@@ -94,7 +95,8 @@ def score(groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
                 mask[p, g, 0] = True
             if trajectory.image is not None:
                 holds = fact_results(prompt.facts, read([trajectory.image])[0])
-                scores[p, g, 1] = sum(holds) / len(holds)
+                counted = all(h for f, h in zip(prompt.facts, holds, strict=True) if f.kind in ("total", "count"))
+                scores[p, g, 1] = sum(holds) / len(holds) / (1 if counted else 2)
                 scores[p, g, 2] = float(all(holds))
                 mask[p, g, 1:] = True
     return scores, mask
@@ -162,6 +164,7 @@ def drawing_loss(
     """DiffusionNFT on the best and worst drawings of every group, at fresh noise levels."""
     flow = config.flow
     keep = best_worst_mask(advantages, flow.keep)
+    advantages = centered_advantages(advantages, keep)
     trained = [
         (group.trajectories[g], float(advantages[p, g]))
         for p, group in enumerate(groups)

@@ -2,6 +2,7 @@
 
 from lvrpo.algorithms.advantages import (
     best_worst_mask,
+    centered_advantages,
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
@@ -16,6 +17,7 @@ __all__ = [
     "NFTLoss",
     "SurrogateLoss",
     "best_worst_mask",
+    "centered_advantages",
     "clipped_surrogate",
     "gaussian_kl",
     "gdpo_advantages",

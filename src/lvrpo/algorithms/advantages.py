@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "best_worst_mask",
+    "centered_advantages",
     "gdpo_advantages",
     "group_relative_advantages",
     "leave_one_out_advantages",
@@ -176,6 +177,23 @@ def best_worst_mask(
     lowest = torch.where(valid, advantages, torch.inf).amin(dim=1, keepdim=True)
     highest = torch.where(valid, advantages, -torch.inf).amax(dim=1, keepdim=True)
     return chosen & valid & (highest > lowest)
+
+
+def centered_advantages(advantages: Float[Tensor, "P G"], keep: Bool[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Advantages of the kept members of each group with their mean taken off.
+
+    A'_i = A_i - mean_{j kept} A_j for kept members, 0 for the others.
+
+    The best and the worst of a skewed group do not balance. What is left over trains a policy on its own samples,
+    whatever their reward; samples of a few solver steps are narrower than the policy, so pictures fade.
+
+    Shapes: advantages and keep (P, G) to (P, G). Range: sums to 0 over the kept members of every group.
+    Raises: nothing.
+    Differs from the paper: no paper given.
+    """
+    kept = torch.where(keep, advantages, 0.0)
+    mean = kept.sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(keep, advantages - mean, 0.0)
 
 
 def _group_moments(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

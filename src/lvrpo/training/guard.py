@@ -56,7 +56,7 @@ class Guard:
         return out
 
     def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
-        """Scores ``policy`` and remembers it when it is the best so far: no task fallen, a higher mean of tasks."""
+        """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
         scores = self.score(policy)
         means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
         if not self.prompts or not state.best_scores:
@@ -65,11 +65,16 @@ class Guard:
         fallen = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
             return GuardReport(means, "fallen", fallen)
-        best = float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts]))
-        if float(np.mean(list(means.values()))) >= best:
-            state.best_step, state.best_scores = step, scores
+        top = max(state.top, float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts])))
+        mean = float(np.mean(list(means.values())))
+        if mean >= top - self._noise(scores):
+            state.best_step, state.best_scores, state.top = step, scores, max(top, mean)
             return GuardReport(means, "best", ())
         return GuardReport(means, "kept", ())
+
+    def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
+        """Standard error of the mean of tasks: of two looks that differ by less, the later one counts as the best."""
+        return sum(float(np.var(row)) / len(row) for row in scores.values()) ** 0.5 / len(scores)
 
 
 def fell(now: Sequence[float], before: Sequence[float]) -> bool:

@@ -26,6 +26,8 @@ class GuardState:
     best_step: int = 0
     best_scores: dict[str, list[float]] = field(default_factory=dict)
     """Per task, the score of every held-out prompt under the best weights."""
+    top: float = 0.0
+    """The highest mean of tasks that any remembered weights had."""
     rollbacks: int = 0
     lr_scale: float = 1.0
 

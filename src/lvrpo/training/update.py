@@ -10,6 +10,7 @@ import torch
 
 from lvrpo.algorithms import (
     best_worst_mask,
+    centered_advantages,
     clipped_surrogate,
     gdpo_advantages,
     group_relative_advantages,
@@ -187,7 +188,7 @@ def _flow_update(
 ) -> None:
     """DiffusionNFT or the clipped objective over the best and worst drawings of one task."""
     keep = best_worst_mask(A, config.flow.keep)
-    A = centered(A, keep)
+    A = centered_advantages(A, keep)
     chosen = [
         (group.trajectories[g], float(A[p, g]))
         for p, group in enumerate(groups)
@@ -204,17 +205,6 @@ def _flow_update(
         else:
             loss = _flow_grpo(policies, task, trajectories, advantage, config.flow, share, metrics)
         (weight * share * loss).backward()
-
-
-def centered(A: Float[torch.Tensor, "P G"], keep: Bool[torch.Tensor, "P G"]) -> Float[torch.Tensor, "P G"]:
-    """Advantages of the kept members of each group, their mean taken off; 0 elsewhere.
-
-    The best and the worst of a skewed group do not balance. What is left over would train the policy on its own samples
-    whatever their reward, and samples of few steps are narrower than the policy: objects fade (docs/log.md).
-    """
-    kept = torch.where(keep, A, 0.0)
-    mean = kept.sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(keep, A - mean, 0.0)
 
 
 def _nft(
