@@ -62,10 +62,21 @@ def test_verdicts_of_later_looks(guard: Guard) -> None:
     guard.look(right(10, 5), state, 0)
     assert guard.look(right(12, 5), state, 20).verdict == "best"
     assert state.best_step == 20
-    assert guard.look(right(11, 5), state, 40).verdict == "kept"
+    assert guard.look(right(8, 5), state, 40).verdict == "kept"
     assert state.best_step == 20
     assert guard.look(right(12, 5), state, 60).verdict == "best"
     assert state.best_step == 60
+
+
+def test_of_looks_within_the_noise_the_later_is_best_but_the_top_stays(guard: Guard) -> None:
+    """The standard error of the mean of tasks is about .096 here; the top is (12/20 + 5/10) / 2 = .55."""
+    state = GuardState()
+    guard.look(right(12, 5), state, 0)
+    assert guard.look(right(11, 5), state, 20).verdict == "best"
+    assert guard.look(right(10, 5), state, 40).verdict == "best"
+    assert (state.best_step, state.top) == (40, pytest.approx(0.55))
+    assert guard.look(right(8, 5), state, 60).verdict == "kept"  # .45 is near .5, the last best, but far from the top
+    assert state.best_step == 40
 
 
 def test_a_task_that_falls_is_named_though_the_mean_rises(guard: Guard) -> None:

@@ -1,0 +1,64 @@
+"""The small loop and the library give the same numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lvrpo.data.scenes import ScenePrompts
+from lvrpo.policies.loading import load_policy
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.rewards.table import build_rewards
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.guard import Guard
+from lvrpo.training.loop import align
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.state import RunState
+
+
+@pytest.fixture
+def grpo_loop(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grpo_loop", root / "examples" / "grpo_loop.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny() -> MoTPolicy:
+    policy = load_policy("tiny")
+    assert isinstance(policy, MoTPolicy)
+    return policy
+
+
+def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "steps": 3,
+            "data": {"prompts_per_step": {"generate": 4, "understand": 8, "edit": 2, "reason": 3}},
+            "guard": {"every": 100, "prompts": {"understand": 4}},
+            "samples_every": 100,
+            "control_every": 100,
+            "checkpoint_every": 100,
+        }
+    )
+    small, library = tiny(), tiny()
+    rows = list(grpo_loop.train(small, config))
+
+    run = RunDirectory.create(tmp_path / "run", config)
+    state = RunState.start(library, config)
+    source = ScenePrompts(config.data.scenes, "train", config.seed)
+    guard = Guard({"understand": ScenePrompts(config.data.scenes, "validation", 0).prompts("understand", 4)}, config)
+    align(config, run, state, source, build_rewards(config.rewards), guard)
+
+    for (name, one), (_, other) in zip(small.named_parameters(), library.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    logged = [row for row in run.metrics() if row["step"] > 0]
+    for row, expected in zip(logged, rows, strict=True):
+        for name, value in expected.items():
+            assert row[name] == value, name
