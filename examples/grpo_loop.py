@@ -29,7 +29,7 @@ from lvrpo.algorithms import (
 )
 from lvrpo.data.scenes import ScenePrompts, fact_results, read
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.exact_answer import answers_match
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.config import TrainConfig
@@ -37,7 +37,7 @@ from lvrpo.training.optimizer import Optimizers, average_into
 from lvrpo.types import TASKS, FlowSegment, Group, Prompt, TextSegment, Trajectory
 
 
-def train(policy: MoTPolicy, config: TrainConfig) -> Iterator[dict[str, float]]:
+def train(policy: TinyPolicy, config: TrainConfig) -> Iterator[dict[str, float]]:
     """Yields the mean reward per task of every step; `policy` is trained in place."""
     old, reference = policy.frozen(), policy.frozen()
     source = ScenePrompts(config.data.scenes, "train", config.seed)
@@ -72,7 +72,7 @@ def train(policy: MoTPolicy, config: TrainConfig) -> Iterator[dict[str, float]]:
         yield mean_rewards(groups, scores, mask)
 
 
-def rollout(live: MoTPolicy, old: MoTPolicy, prompts: list[Prompt], config: TrainConfig, step: int) -> list[Group]:
+def rollout(live: TinyPolicy, old: TinyPolicy, prompts: list[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """G outputs per prompt; randomness is a function of (seed, step, prompt, member)."""
     sampling = config.rollout.sampling(config.seed, step)
     groups: dict[str, Group] = {}
@@ -103,8 +103,8 @@ def score(groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def text_loss(
-    policy: MoTPolicy,
-    reference: MoTPolicy,
+    policy: TinyPolicy,
+    reference: TinyPolicy,
     groups: list[Group],
     advantages: torch.Tensor,
     config: TrainConfig,
@@ -140,7 +140,7 @@ def text_loss(
     (weight * config.text.weight * (loss + config.text.kl_coef * divergence)).backward()
 
 
-def token_logprobs(policy: MoTPolicy, trajectories: list[Trajectory]) -> torch.Tensor:
+def token_logprobs(policy: TinyPolicy, trajectories: list[Trajectory]) -> torch.Tensor:
     """Log-probs of the sampled tokens under the current weights, padded to (B, L)."""
     rows = [
         scored.logprobs
@@ -152,9 +152,9 @@ def token_logprobs(policy: MoTPolicy, trajectories: list[Trajectory]) -> torch.T
 
 
 def drawing_loss(
-    policy: MoTPolicy,
-    old: MoTPolicy,
-    reference: MoTPolicy,
+    policy: TinyPolicy,
+    old: TinyPolicy,
+    reference: TinyPolicy,
     groups: list[Group],
     advantages: torch.Tensor,
     config: TrainConfig,
@@ -215,7 +215,7 @@ def mean_rewards(groups: list[Group], scores: torch.Tensor, mask: torch.Tensor) 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tiny = load_policy("tiny")
-    assert isinstance(tiny, MoTPolicy)
+    assert isinstance(tiny, TinyPolicy)
     settings = TrainConfig(steps=int(sys.argv[1]) if len(sys.argv) > 1 else 20)
     for number, rewards in enumerate(train(tiny, settings), start=1):
         means = (f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards.items())

@@ -11,7 +11,7 @@ import torch
 
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.table import build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
@@ -30,9 +30,9 @@ def grpo_loop(root: Path) -> ModuleType:
     return module
 
 
-def tiny() -> MoTPolicy:
+def tiny() -> TinyPolicy:
     policy = load_policy("tiny")
-    assert isinstance(policy, MoTPolicy)
+    assert isinstance(policy, TinyPolicy)
     return policy
 
 

@@ -25,31 +25,33 @@ class DataConfig(Config):
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field({"generate": 24, "understand": 80, "edit": 6, "reason": 12}, min_length=1)
+    prompts_per_step: dict[Task, int] = Field(
+        default={"generate": 24, "understand": 80, "edit": 6, "reason": 12}, min_length=1
+    )
 
 
 class WindowConfig(Config):
     """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
 
     kind: Literal["full", "fast", "sliding"] = "fast"
-    size: int = Field(2, ge=1)
-    iterations_per_stride: int = Field(10, ge=1)
+    size: int = Field(default=2, ge=1)
+    iterations_per_stride: int = Field(default=10, ge=1)
 
 
 class RolloutConfig(Config):
     """How groups are sampled."""
 
-    group_size: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(8, ge=1)
-    num_steps: int = Field(8, ge=2)
-    timestep_shift: float | None = Field(None, gt=0)
+    group_size: int = Field(default=8, ge=2)
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=8, ge=1)
+    num_steps: int = Field(default=8, ge=2)
+    timestep_shift: float | None = Field(default=None, gt=0)
     """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
-    noise_level: float = Field(0.7, gt=0)
+    noise_level: float = Field(default=0.7, gt=0)
     window: WindowConfig = WindowConfig()
-    guidance_scale: float = Field(1.0, ge=1)
-    image_guidance_scale: float = Field(1.0, ge=1)
+    guidance_scale: float = Field(default=1.0, ge=1)
+    image_guidance_scale: float = Field(default=1.0, ge=1)
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
@@ -76,20 +78,20 @@ class AdvantageConfig(Config):
 
     kind: Literal["gdpo", "group_relative"] = "gdpo"
     """gdpo: each reward normalised in its group, then summed; group_relative: summed, then normalised."""
-    std_floor: float = Field(0.01, ge=0)
+    std_floor: float = Field(default=0.01, ge=0)
     """Groups whose reward spreads less than this carry no signal."""
-    clamp: float = Field(5.0, gt=0)
+    clamp: float = Field(default=5.0, gt=0)
 
 
 class TextConfig(Config):
     """The clipped objective of text segments."""
 
-    weight: float = Field(1.0, ge=0)
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.28, gt=0)
-    kl_coef: float = Field(0.05, ge=0)
+    weight: float = Field(default=1.0, ge=0)
+    clip_low: float = Field(default=0.2, gt=0)
+    clip_high: float = Field(default=0.28, gt=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """Of the k3 estimate of the divergence from the reference."""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     reduction: Literal["token", "trajectory"] = "token"
 
 
@@ -98,22 +100,22 @@ class FlowConfig(Config):
 
     kind: Literal["nft", "grpo"] = "nft"
     """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps."""
-    weight: float = Field(1.0, ge=0)
-    kl_coef: float = Field(2.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
+    kl_coef: float = Field(default=2.0, ge=0)
     """Of mean |v - v_ref|^2. Without it nothing holds DiffusionNFT: the contrast of good and bad drawings moves the
     prediction from pure noise without end, until every cell holds an object (docs/log.md)."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """The best and the worst ``keep`` members of each group are trained."""
-    beta: float = Field(0.5, gt=0)
-    advantage_max: float = Field(2.5, gt=0)
+    beta: float = Field(default=0.5, gt=0)
+    advantage_max: float = Field(default=2.5, gt=0)
     """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
-    noise_draws: int = Field(2, ge=1)
+    noise_draws: int = Field(default=2, ge=1)
     """nft: times per picture, one in each equal part of the sampler's grid."""
-    min_time: float = Field(0.1, gt=0, lt=1)
-    old_decay_rate: float = Field(0.05, ge=0)
-    old_decay_ceiling: float = Field(0.9, ge=0, lt=1)
-    clip_low: float = Field(1e-3, gt=0)
-    clip_high: float = Field(1e-3, gt=0)
+    min_time: float = Field(default=0.1, gt=0, lt=1)
+    old_decay_rate: float = Field(default=0.05, ge=0)
+    old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
+    clip_low: float = Field(default=1e-3, gt=0)
+    clip_high: float = Field(default=1e-3, gt=0)
     """grpo: bounds of the ratio of one step, in the units of ``rollout.logprob_reduction``."""
     step_weighting: Literal["level", "equal"] = "level"
     """grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
@@ -122,28 +124,30 @@ class FlowConfig(Config):
 class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
-    every: int = Field(20, ge=1)
-    prompts: dict[Task, int] = Field({"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1)
+    every: int = Field(default=20, ge=1)
+    prompts: dict[Task, int] = Field(
+        default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
+    )
     action: Literal["rollback", "stop", "warn"] = "rollback"
-    max_rollbacks: int = Field(3, ge=0)
-    rollback_lr: float = Field(0.5, gt=0, le=1)
+    max_rollbacks: int = Field(default=3, ge=0)
+    rollback_lr: float = Field(default=0.5, gt=0, le=1)
     """Every rollback multiplies the learning rates by this."""
 
 
 class TrainConfig(Config):
     """An alignment run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
     policy: str = "tiny"
     """A folder, a run, or a built-in name."""
     device: str = "auto"
-    threads: int = Field(1, ge=1)
-    steps: int = Field(110, ge=1)
+    threads: int = Field(default=1, ge=1)
+    steps: int = Field(default=150, ge=1)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
-        (
+        default=(
             RewardConfig(name="exact_answer"),
             RewardConfig(name="scene_facts", label="facts", options={"mode": "gated"}),
             RewardConfig(name="scene_facts", label="all_facts", options={"mode": "all"}),
@@ -156,15 +160,15 @@ class TrainConfig(Config):
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    average_decay: float = Field(0.95, ge=0, lt=1)
+    average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
-    control_every: int = Field(10, ge=1)
+    control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
-    control_group_size: int = Field(2, ge=1)
-    checkpoint_every: int = Field(20, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    samples_every: int = Field(20, ge=1)
+    control_group_size: int = Field(default=2, ge=1)
+    checkpoint_every: int = Field(default=20, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    samples_every: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -36,7 +36,7 @@ class Guard:
     """Scores the held-out prompts and compares with the best so far, prompt by prompt."""
 
     def __init__(self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig) -> None:
-        self.prompts = {task: list(rows) for task, rows in prompts.items() if rows}
+        self.prompts: dict[Task, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
         self.config = config
         rollout = config.rollout
         self.sampling = Sampling(
@@ -47,9 +47,9 @@ class Guard:
             timestep_shift=rollout.timestep_shift,
         )
 
-    def score(self, policy: Policy) -> dict[str, list[float]]:
+    def score(self, policy: Policy) -> dict[Task, list[float]]:
         """Right or wrong for every held-out prompt; the same noise at every look."""
-        out = {}
+        out: dict[Task, list[float]] = {}
         for task, rows in self.prompts.items():
             seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
             out[task] = [row[0] for row in successes(policy.sample(rows, self.sampling, seeds))]
@@ -62,7 +62,7 @@ class Guard:
         if not self.prompts or not state.best_scores:
             state.best_step, state.best_scores = step, scores
             return GuardReport(means, "best", ())
-        fallen = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
+        fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
             return GuardReport(means, "fallen", fallen)
         top = max(state.top, float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts])))

@@ -19,18 +19,18 @@ class OptimizerConfig(Config):
 
     kind: Literal["adamw", "muon"] = "muon"
     """muon: Muon on the transformer's matrices, AdamW on the rest; adamw: AdamW on everything."""
-    adamw_lr: float = Field(5e-4, gt=0)
-    muon_lr: float = Field(5e-3, gt=0)
+    adamw_lr: float = Field(default=5e-4, gt=0)
+    muon_lr: float = Field(default=5e-3, gt=0)
     expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
-    warmup_steps: int = Field(5, ge=0)
-    decay_start: float = Field(0.4, ge=0, le=1)
+    warmup_steps: int = Field(default=5, ge=0)
+    decay_start: float = Field(default=0.4, ge=0, le=1)
     """From this share of the run on the rates fall linearly ..."""
-    final_lr: float = Field(0.05, ge=0, le=1)
+    final_lr: float = Field(default=0.05, ge=0, le=1)
     """... to this share of themselves at the end."""
 
 
@@ -44,11 +44,12 @@ class Optimizers:
         self.experts = policy.parameter_groups()
         self.named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
         matrices = {id(p) for name, p in self.named if config.kind == "muon" and p.ndim == 2 and ".layers." in name}
+        multipliers = {str(expert): value for expert, value in config.expert_lr.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         for muon in (True, False):
             lr = config.muon_lr if muon else config.adamw_lr
             groups = [
-                {"params": chosen, "lr": lr * config.expert_lr.get(expert, 1.0)}
+                {"params": chosen, "lr": lr * multipliers.get(expert, 1.0)}
                 for expert, parameters in self.experts.items()
                 if (chosen := [p for p in parameters if (id(p) in matrices) == muon])
             ]

@@ -25,33 +25,33 @@ Kind = Literal["generate", "caption", "question", "edit", "reason"]
 class PretrainConfig(Config):
     """A supervised run on the web corpus."""
 
-    name: str = Field("tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
     init: str | None = None
     """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
     corpus: CorpusConfig = CorpusConfig()
-    steps: int = Field(2800, ge=1)
+    steps: int = Field(default=2800, ge=1)
     batch: dict[Kind, int] = Field(
-        {"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 12}, min_length=1
+        default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 12}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
-    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
-    text_weight: float = Field(0.5, ge=0)
-    image_weight: float = Field(5.0, ge=0)
+    text_weight: float = Field(default=0.5, ge=0)
+    image_weight: float = Field(default=5.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig(
         muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.5, final_lr=0.0
     )
-    average_decay: float = Field(0.998, ge=0, lt=1)
+    average_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
-    threads: int = Field(1, ge=1)
-    held_out_every: int = Field(500, ge=0)
+    threads: int = Field(default=1, ge=1)
+    held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, int] = Field({"generate": 210, "understand": 600, "edit": 150, "reason": 210})
-    checkpoint_every: int = Field(200, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    held_out: dict[Task, int] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    checkpoint_every: int = Field(default=200, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
 
 
 @dataclass(frozen=True)

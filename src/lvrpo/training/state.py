@@ -14,6 +14,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.optimizer import Optimizers, copy_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.update import Policies
+from lvrpo.types import Task
 
 STATE = "state"
 """Folder of a checkpoint that holds everything but the policy to use."""
@@ -24,7 +25,7 @@ class GuardState:
     """What the guard remembers."""
 
     best_step: int = 0
-    best_scores: dict[str, list[float]] = field(default_factory=dict)
+    best_scores: dict[Task, list[float]] = field(default_factory=dict)
     """Per task, the score of every held-out prompt under the best weights."""
     top: float = 0.0
     """The highest mean of tasks that any remembered weights had."""
