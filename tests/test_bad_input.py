@@ -197,7 +197,7 @@ CONFIGURATION: list[Case] = [
     (train("device=gpu"), 2, "use auto, cpu or cuda"),
     (("pretrain", "pretrain", "corpus.scene_shares={one: 1, tow: 2}"), 2, "tow"),
     (("pretrain", "pretrain", "init=nowhere"), 2, "no such folder"),
-    (("pretrain", "quickstart"), 2, "policy=tiny: must be a section"),
+    (("pretrain", "quickstart"), 2, "data: unknown key"),
     (("check", "quickstart", "steps=0"), 2, "must be >= 1"),
     (("check", "quickstart", "policy=nowhere"), 2, "no such folder"),
     (("quickstart", "--steps", "0"), 2, "must be >= 1"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import lvrpo.algorithms
 from lvrpo.algorithms import (
     best_worst_mask,
+    centered_advantages,
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
@@ -290,3 +291,11 @@ def test_best_worst_keeps_two_k_members_none_in_between(table, keep: int) -> Non
 def test_every_public_name_exists() -> None:
     assert sorted(lvrpo.algorithms.__all__) == list(lvrpo.algorithms.__all__)
     assert all(hasattr(lvrpo.algorithms, name) for name in lvrpo.algorithms.__all__)
+
+
+def test_centered_advantages_by_hand() -> None:
+    """Best two and worst two of (1.7, 1.7, -.5, -.5, -.6, -1.8): kept 1.7, 1.7, -.6, -1.8, mean .25."""
+    advantages = torch.tensor([[1.7, 1.7, -0.5, -0.5, -0.6, -1.8], [0.0] * 6])
+    keep = torch.tensor([[True, True, False, False, True, True], [False] * 6])
+    expected = torch.tensor([[1.45, 1.45, 0.0, 0.0, -0.85, -2.05], [0.0] * 6])
+    torch.testing.assert_close(centered_advantages(advantages, keep), expected)

@@ -42,6 +42,7 @@ def test_facts_of_rendered_scenes(drawn: list[Group]) -> None:
     ("mode", "values"),
     [
         ("fraction", [[1, 0.75, 0], [1, 1, 0]]),
+        ("gated", [[1, 0.75, 0], [1, 1, 0]]),
         ("all", [[1, 0, 0], [1, 1, 0]]),
         ("mixed", [[1, 0.375, 0], [1, 1, 0]]),
     ],
@@ -52,8 +53,19 @@ def test_scores(mode: Any, values: list[list[float]], drawn: list[Group], judge:
     assert not scores.failures
 
 
+def test_filling_the_picture_pays_in_no_mode_but_fraction(group: MakeGroup, judge: Callable[..., Any]) -> None:
+    """One object right out of one, against everything that was asked and one object too many."""
+    facts = (FACTS[0], FACTS[1], Fact("total", "how many ?", "two", {"type": "total", "count": 2}))
+    crowded = Scene("white", (*RIGHT.objects, SceneObject("square", "green", 3, 0)))
+    groups = [group(replace(PROMPT, facts=facts), [[render(HALF)], [render(crowded)]])]
+    assert SceneFacts("fraction").score(groups, judge({})).values.tolist() == [[pytest.approx(2 / 3)] * 2]
+    assert SceneFacts("gated").score(groups, judge({})).values.tolist() == [
+        [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+    ]
+
+
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(InputError, match="mode='most': unknown: use fraction, all, mixed"):
+    with pytest.raises(InputError, match="mode='most': unknown: use fraction, gated, all, mixed"):
         SceneFacts("most")  # type: ignore[arg-type]
 
 

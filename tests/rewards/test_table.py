@@ -169,7 +169,7 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
         ([{"name": "exact_anser"}], "did you mean exact_answer"),
         ([{"name": "no_such_module:Reward"}], "no module 'no_such_module'"),
         ([{"name": "own_vqa", "options": {"speed": 1}}], r"rewards\.own_vqa\.options=.*speed"),
-        ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, all, mixed"),
+        ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, gated, all, mixed"),
         ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),
         ([{"name": "scene_facts", "label": "x"}, {"name": "own_vqa", "label": "x"}], "two entries are called 'x'"),
     ],

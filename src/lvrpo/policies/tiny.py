@@ -199,7 +199,9 @@ class TinyPolicy(MoTPolicy):
         for layer in policy.transformer.layers:
             assert isinstance(layer, Layer)
             # like attends to like: a token being drawn finds the source's token of the same place from the start
-            layer.drawing.k_proj.weight.data.copy_(layer.drawing.q_proj.weight.data)
+            heads = layer.drawing.q_proj.weight.data.unflatten(0, (config.transformer.heads, -1))
+            shared = config.transformer.heads // config.transformer.key_heads
+            layer.drawing.k_proj.weight.data.copy_(heads[::shared].flatten(0, 1))
         return policy
 
     @property
