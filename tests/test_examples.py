@@ -20,14 +20,25 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
 
 
-@pytest.fixture
-def grpo_loop(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grpo_loop", root / "examples" / "grpo_loop.py")
+def example(root: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def grpo_loop(root: Path) -> ModuleType:
+    return example(root, "grpo_loop")
+
+
+def test_the_parts_work_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example(root, "use_the_parts").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 + 3
+    assert lines[-3].startswith("mean exact_answer: 0.")
 
 
 def tiny() -> TinyPolicy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ JUDGE_TIMES = (0.5, 0.85)
 T = TypeVar("T")
 
 
-class MoTPolicy(nn.Module):
+class MoTPolicy(nn.Module, ABC):
     """One policy that reads and draws, whatever its towers."""
 
     model_type = "lvrpo_mot"
@@ -293,12 +294,14 @@ class MoTPolicy(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.words.save(folder)
 
+    @abstractmethod
     def _config_dict(self) -> dict[str, object]:
-        raise NotImplementedError
+        """What config.json holds beside the model type."""
 
     @classmethod
+    @abstractmethod
     def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        raise NotImplementedError
+        """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
