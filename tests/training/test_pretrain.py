@@ -76,8 +76,8 @@ def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., Supervise
     assert len(one.batch(0)) == sum(BATCH.values())
 
 
-def test_some_drawings_lose_their_text_but_not_their_picture(trainer: Callable[..., Supervised]) -> None:
-    supervised = trainer(condition_dropout=0.5)
+def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Callable[..., Supervised]) -> None:
+    supervised = trainer(condition_dropout=0.5, picture_dropout=0.2)
     rows = [example for step in range(30) for example in supervised.batch(step)]
     drawings = [example for example in rows if example.prompt.output == ("image",)]
     without = [e for e in drawings if not any(isinstance(part, str) for part in e.prompt.parts)]
@@ -86,7 +86,10 @@ def test_some_drawings_lose_their_text_but_not_their_picture(trainer: Callable[.
     assert {e.prompt.task for e in without} == {"generate", "edit"}
     others = [e for e in rows if e.prompt.output != ("image",)]
     assert all(any(isinstance(part, str) for part in e.prompt.parts) for e in others)
-    whole = trainer(condition_dropout=0.0)
+    no_picture = [e for e in drawings if e.prompt.task == "edit" and len(e.prompt.parts) == 1 and e not in without]
+    assert no_picture == [e for e in drawings if e.prompt.id.endswith("/no picture")] != []
+    whole = trainer(condition_dropout=0.0, picture_dropout=0.0)
+    assert all(len(e.prompt.parts) == 2 for step in range(5) for e in whole.batch(step) if e.prompt.task == "edit")
     assert all(e.prompt.parts for step in range(5) for e in whole.batch(step))
 
 

@@ -32,13 +32,15 @@ class PretrainConfig(Config):
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
     corpus: CorpusConfig = CorpusConfig()
-    steps: int = Field(default=2800, ge=1)
+    steps: int = Field(default=6000, ge=1)
     batch: dict[Kind, int] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 12}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
+    picture_dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of edits whose picture is withheld instead, so that image guidance has a branch without it."""
     text_weight: float = Field(default=0.5, ge=0)
     image_weight: float = Field(default=5.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -105,10 +107,18 @@ class Supervised:
             for j in range(step * count // run, (step + 1) * count // run):
                 unit = int(self._order(kind, j // units)[j % units])
                 out += rows[unit * run : (unit + 1) * run]
-        return [
-            _without_text(e) if e.prompt.output == ("image",) and rng.random() < config.condition_dropout else e
-            for e in out
-        ]
+        return [self._with_dropout(e, rng) if e.prompt.output == ("image",) else e for e in out]
+
+    def _with_dropout(self, example: Example, rng: np.random.Generator) -> Example:
+        prompt = example.prompt
+        draw = rng.random()
+        if draw < self.config.condition_dropout:
+            kept, what = tuple(part for part in prompt.parts if not isinstance(part, str)), "text"
+        elif prompt.task == "edit" and draw < self.config.condition_dropout + self.config.picture_dropout:
+            kept, what = tuple(part for part in prompt.parts if isinstance(part, str)), "picture"
+        else:
+            return example
+        return Example(Prompt(f"{prompt.id}/no {what}", prompt.task, kept, prompt.output), example.outputs)
 
     def _run_length(self, kind: str) -> int:
         return 4 if kind == "question" else 1
@@ -120,12 +130,6 @@ class Supervised:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != kind or k[1] == epoch - 1}
             self._orders[key] = rng.permutation(len(self.rows[kind]) // self._run_length(kind))
         return self._orders[key]
-
-
-def _without_text(example: Example) -> Example:
-    prompt = example.prompt
-    pictures = tuple(part for part in prompt.parts if not isinstance(part, str))
-    return Example(Prompt(f"{prompt.id}/no text", prompt.task, pictures, prompt.output), example.outputs)
 
 
 def fresh_policy(config: PretrainConfig) -> TinyPolicy:

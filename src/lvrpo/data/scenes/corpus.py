@@ -39,10 +39,10 @@ class CorpusConfig(Config):
     seed: int = 0
     size: int = DEFAULT_SIZE
     """Side of the pictures in pixels, a multiple of 8."""
-    scenes: int = Field(default=12000, ge=1)
+    scenes: int = Field(default=20000, ge=1)
     """Captioned pictures, each with ``questions_per_scene`` questions."""
-    edits: int = Field(default=6000, ge=0)
-    reasons: int = Field(default=6000, ge=0)
+    edits: int = Field(default=10000, ge=0)
+    reasons: int = Field(default=10000, ge=0)
     """Rows of sum, compare and draw_answer, in equal parts."""
     questions_per_scene: int = Field(default=4, ge=0)
     scene_shares: dict[str, float] = Field(
