@@ -11,7 +11,7 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 
 import lvrpo.sampling
-from lvrpo.sampling import flow_sde, guidance, seeds, timesteps, tokens
+from lvrpo.sampling import flow_sde, guidance, seeds, solvers, timesteps, tokens
 
 settings.register_profile("equations", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("equations")
@@ -34,7 +34,7 @@ def enforce_shapes(package: ModuleType, modules: list[ModuleType]) -> None:
                         setattr(holder, name, checked)
 
 
-enforce_shapes(lvrpo.sampling, [flow_sde, guidance, seeds, timesteps, tokens])
+enforce_shapes(lvrpo.sampling, [flow_sde, guidance, seeds, solvers, timesteps, tokens])
 vars(flow_sde)["STEPS"].update(
     ode=flow_sde.ode_step,
     flow_sde=flow_sde.flow_sde_step,

@@ -29,6 +29,8 @@ class Sampling:
     noise_level: float = 0.7
     window: tuple[int, ...] = ()
     """The steps sampled with noise and trained; all others follow the ODE."""
+    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
+    """Of the steps that follow the ODE; adams_bashforth is of second order."""
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"

@@ -13,6 +13,7 @@ from lvrpo.sampling.flow_sde import (
 )
 from lvrpo.sampling.guidance import guide
 from lvrpo.sampling.seeds import derive_seed, normal_noise, uniform_noise
+from lvrpo.sampling.solvers import PastVelocity, adams_bashforth_step
 from lvrpo.sampling.timesteps import (
     check_window,
     fast_window,
@@ -27,7 +28,9 @@ from lvrpo.sampling.tokens import sample_tokens, token_entropy, token_logprobs
 __all__ = [
     "STEPS",
     "FlowStep",
+    "PastVelocity",
     "StepFunction",
+    "adams_bashforth_step",
     "check_window",
     "cps_step",
     "dance_sde_step",

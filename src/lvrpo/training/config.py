@@ -48,6 +48,8 @@ class RolloutConfig(Config):
     timestep_shift: float | None = Field(default=None, gt=0)
     """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
+    """Of the steps without noise; adams_bashforth is of second order at the same cost."""
     noise_level: float = Field(default=0.7, gt=0)
     window: WindowConfig = WindowConfig()
     guidance_scale: float = Field(default=1.0, ge=1)

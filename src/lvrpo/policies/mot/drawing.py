@@ -11,7 +11,16 @@ import torch
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.sampling import STEPS, check_window, guide, normal_noise, ode_step, step_logprob, timestep_grid
+from lvrpo.sampling import (
+    STEPS,
+    adams_bashforth_step,
+    check_window,
+    guide,
+    normal_noise,
+    ode_step,
+    step_logprob,
+    timestep_grid,
+)
 from lvrpo.sampling.guidance import Renorm
 
 
@@ -90,7 +99,7 @@ def guided_velocity(
 def draw(
     contexts: Contexts, caches: Branches, sampling: Sampling, noise_seeds: Sequence[int], step_seeds: Sequence[int]
 ) -> Drawn:
-    """Integrates from noise to data; steps of ``sampling.window`` are stochastic and recorded, the rest are Euler's."""
+    """Integrates from noise to data; steps of ``sampling.window`` are stochastic and recorded, others solve the ODE."""
     shape = contexts.towers.latent_shape()
     device = caches.full.rope.device
     guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
@@ -100,6 +109,7 @@ def draw(
     x_t = normal_noise(noise_seeds, shape).to(device)
     step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
     states, next_states, logprobs = [], [], []
+    past = None
     for i in range(sampling.num_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         v = guided_velocity(contexts, caches, x_t, t.expand(len(x_t)), guidance)
@@ -110,7 +120,9 @@ def draw(
             states.append(x_t)
             next_states.append(x_next)
             logprobs.append(step_logprob(x_next, step.mean, step.std, sampling.logprob_reduction))
-            x_t = x_next
+            x_t, past = x_next, None
+        elif sampling.solver == "adams_bashforth":
+            x_t, past = adams_bashforth_step(x_t, v, t, t_next, past)
         else:
             x_t = ode_step(x_t, v, t, t_next).mean
     batch = len(x_t)
