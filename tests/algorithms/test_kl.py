@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from lvrpo.algorithms import gaussian_kl, k1, k2, k3, kl, velocity_regularizer
+from lvrpo.algorithms import corrected_k3, gaussian_kl, k1, k2, k3, kl, velocity_regularizer
 from lvrpo.errors import InputError
 from lvrpo.sampling import step_logprob
 
@@ -38,6 +38,28 @@ def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k1_is_nothing(
         logprobs = logits.log_softmax(0)
         (gradient,) = torch.autograd.grad((POLICY * estimator(logprobs, REFERENCE.log())).sum(), logits)
         torch.testing.assert_close(gradient, expected)
+
+
+def test_the_gradient_of_k3_is_that_of_the_forward_kl() -> None:
+    logits = POLICY.log().requires_grad_()
+    logprobs = logits.log_softmax(0)
+    (gradient,) = torch.autograd.grad((POLICY * k3(logprobs, REFERENCE.log())).sum(), logits)
+    forward = (REFERENCE * (REFERENCE.log() - logits.log_softmax(0))).sum()
+    torch.testing.assert_close(gradient, *torch.autograd.grad(forward, logits))
+
+
+def test_corrected_k3_by_hand() -> None:
+    value = corrected_k3(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([-1.0 - 0.6931472]))
+    torch.testing.assert_close(value, torch.tensor([0.2130613]))  # ratio 2
+
+
+@pytest.mark.parametrize("behavior", [POLICY, torch.tensor([0.3, 0.7])])
+def test_corrected_k3_has_the_value_and_gradient_of_the_kl_whoever_sampled(behavior: torch.Tensor) -> None:
+    logits = POLICY.log().requires_grad_()
+    estimate = (behavior * corrected_k3(logits.log_softmax(0), REFERENCE.log(), behavior.log())).sum()
+    exact = kl_of(logits)
+    torch.testing.assert_close(estimate, exact)
+    torch.testing.assert_close(*torch.autograd.grad(estimate, logits), *torch.autograd.grad(exact, logits))
 
 
 @pytest.mark.parametrize("estimator", [k1, k2, k3])

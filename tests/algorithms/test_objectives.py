@@ -310,6 +310,8 @@ def test_truncated_weights_have_no_gradient_and_need_a_cap() -> None:
     assert not truncated_weights(trainer, torch.zeros(1, 2), mask, cap=2.0).requires_grad
     with pytest.raises(InputError, match=r"importance cap=0.0: use a positive number"):
         truncated_weights(trainer, torch.zeros(1, 2), mask, cap=0.0)
+    with pytest.raises(InputError, match="use token or sequence"):
+        objectives.truncated_weights.__wrapped__(trainer, torch.zeros(1, 2), mask, cap=1.0, level="row")
 
 
 def test_uncapped_weights_make_the_samples_of_another_policy_unbiased() -> None:

@@ -17,7 +17,7 @@ from lvrpo.algorithms.gradients import (
     project_conflicts,
     projection_weights,
 )
-from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
+from lvrpo.algorithms.kl import corrected_k3, gaussian_kl, k1, k2, k3, velocity_regularizer
 from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
 from lvrpo.algorithms.objectives import (
     TOKEN_OBJECTIVES,
@@ -63,6 +63,7 @@ __all__ = [
     "cispo_surrogate",
     "clipped_surrogate",
     "combine_gradients",
+    "corrected_k3",
     "cosine_matrix",
     "dpo_loss",
     "entropy_bonus",

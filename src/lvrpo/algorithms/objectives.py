@@ -212,12 +212,14 @@ def truncated_weights(
     arithmetic (precision, kernels, a stale copy), not the policy's progress, which is the objective's own ratio.
 
     Shapes: all (B, L), to (B, L), detached; 0 where masked. Range: [0, cap].
-    Raises: InputError for a cap that is not positive.
+    Raises: InputError for a cap that is not positive, or an unknown level.
     Differs from the paper: Yao et al. 2025 (Your Efficient RL Framework Secretly Brings You Off-Policy RL Training)
     use the token level.
     """
     if cap <= 0:
         raise InputError(f"importance cap={cap}: use a positive number, e.g. 2")
+    if level not in ("token", "sequence"):
+        raise InputError(f"importance level={level!r} is unknown: use token or sequence")
     log_weight = torch.where(mask, trainer_logprobs.detach().float() - sampler_logprobs.detach().float(), 0.0)
     if level == "sequence":
         log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
