@@ -25,7 +25,7 @@ CHAPTERS = {
         "representation",
         "gradients",
     ),
-    "sampling": ("timesteps", "flow_sde", "multistep", "guidance", "tokens", "masked", "seeds"),
+    "sampling": ("timesteps", "flow_sde", "solvers", "guidance", "tokens", "masked", "seeds"),
 }
 LABELS = ("Shapes", "Range", "Units", "Raises", "Differs from the paper")
 
