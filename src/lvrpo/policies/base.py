@@ -10,7 +10,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
-from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Trajectory
+from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Task, Trajectory
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Policy(Protocol):
 
     def timestep_shift(self) -> float:
         """The shift of times that the drawing side was trained with; sampling uses it unless told otherwise."""
+        ...
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """What the policy is sampled with at a task unless told otherwise: guidance, steps, length."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:

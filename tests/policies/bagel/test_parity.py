@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lvrpo.policies.bagel.config import BagelSettings
 from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.mot import drawing
 
 RULES = {
     "vae_1024_512_16": (ResizeRule(max_side=1024, min_side=512, stride=16), 1),
@@ -28,6 +33,35 @@ def test_section(section: str, parity: Any, report: Callable[..., None]) -> None
 @pytest.mark.parametrize("shift", [1, 4])
 def test_training_step(shift: int, parity: Any, report: Callable[..., None]) -> None:
     report(f"training, shift {shift}", parity.training(shift))
+
+
+@torch.no_grad()
+def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
+    """Relative L2 distance to the float32 reference: what the published precision measures, and not zero."""
+    parity.policy = BagelPolicy.load(vectors / "checkpoint", dtype=torch.bfloat16, settings=settings)
+    ref, contexts = parity.vectors("a_text"), parity.policy.contexts
+    hidden = contexts.run(
+        [contexts.row((parity.meta["a_text"]["prompt"],), False)], contexts.transformer.empty_cache(1)
+    )
+    logits = parity.policy.towers.text_logits(hidden.reading)
+    assert logits.dtype == torch.bfloat16
+    assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1.5e-2
+    ref = parity.vectors("c_flow")
+    for tag in sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t")):
+        scenario, time = tag.split("_t", 1)
+        grid, caches = parity.scenario(scenario)
+        x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time))
+        v = drawing.velocity(contexts, caches.full, x_t, t[None], grid)[0]
+        assert v.dtype == torch.float32
+        assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 3e-2
+        guidance = drawing.Guidance(4.0, 2.0, "text_channel")
+        guided = drawing.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+        assert distance(guided, ref[f"{tag}_cfg_text4_img2_text_channel"]) < 9e-2
+
+
+def distance(got: torch.Tensor, ref: torch.Tensor) -> float:
+    print(float((got.float() - ref).norm() / ref.norm()))
+    return float((got.float() - ref).norm() / ref.norm())
 
 
 def test_rule_for_sizes(parity: Any) -> None:

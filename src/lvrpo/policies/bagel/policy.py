@@ -20,12 +20,13 @@ from lvrpo.policies.bagel.packed import TrainedPiece, dropped, noisy_piece, pack
 from lvrpo.policies.bagel.tensors import StoredTensor, find_tensors
 from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Row
 from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
-from lvrpo.types import Example, Image, Part, Prompt
+from lvrpo.types import Example, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model")
 """Stems of the files that hold the model; the average of training is preferred."""
@@ -67,6 +68,23 @@ class BagelPolicy(MoTPolicy):
 
     def timestep_shift(self) -> float:
         return self.config.settings.timestep_shift
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the picture guided too."""
+        published = Sampling(
+            max_new_tokens=512,
+            num_steps=49,
+            timestep_shift=self.timestep_shift(),
+            solver="euler",
+            guidance_scale=4.0,
+            guidance_renorm="global",
+            guidance_interval=(0.4, 1.0),
+        )
+        if task != "edit":
+            return published
+        return replace(
+            published, image_guidance_scale=2.0, guidance_renorm="text_channel", guidance_interval=(0.0, 1.0)
+        )
 
     def _row(self, prompt: Prompt) -> Row:
         parts: tuple[Part, ...] = prompt.parts
@@ -225,5 +243,5 @@ def check_memory(folder: Path, need: int, device: torch.device) -> None:
     if need > free:
         raise InputError(
             f"{folder}: the weights need {need / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
-            "load in bfloat16, use another device, or free memory"
+            "load with dtype=torch.bfloat16, use another device, or free memory"
         )

@@ -29,6 +29,7 @@ from lvrpo.types import (
     Prompt,
     Segment,
     SegmentLogprobs,
+    Task,
     TextSegment,
     Trajectory,
 )
@@ -296,6 +297,10 @@ class MoTPolicy(nn.Module, ABC):
     def timestep_shift(self) -> float:
         """Shift of the times that the flow loss is taken at."""
         return 1.0
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """Unguided, in 8 steps; short answers."""
+        return Sampling()
 
     # ---------------------------------------------------------------- weights
     def frozen(self) -> Self:
