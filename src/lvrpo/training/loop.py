@@ -19,13 +19,16 @@ from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training import contract, samples
+from lvrpo.training.advantages import compute_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
+from lvrpo.training.objective import KINDS, Policies
 from lvrpo.training.optimizer import average_into
+from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
-from lvrpo.training.update import Policies, compute_advantages, update
+from lvrpo.training.update import update
 from lvrpo.types import Group, Prompt, RewardTable
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -61,7 +64,8 @@ def align(
         prompts = prompts_of_step(source, config, step)
         groups = rollout(state.policies, prompts, config, step)
         table = score_groups(rewards, groups, state.policies.reference)
-        advantages = compute_advantages(table, config.advantages)
+        A = compute_advantages(table, config.advantages)
+        advantages = dict.fromkeys(KINDS, A)
         metrics = update(state.policies, groups, advantages, config, step)
         norms = state.optimizers.step(step, state.guard.lr_scale)
         state.bad_gradients = 0 if all(map(math.isfinite, norms.values())) else state.bad_gradients + 1
@@ -98,27 +102,6 @@ def align(
         if interrupted():
             break
     return state
-
-
-def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
-    """The prompts of a step: for each task the next ones of the source, so the cursor is the step itself."""
-    prompts: list[Prompt] = []
-    for task, count in config.data.prompts_per_step.items():
-        prompts += [source.prompt(task, step * count + i) for i in range(count)]
-    return prompts
-
-
-def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
-    """Groups for all prompts: text from the live policy; drawings from the old one where DiffusionNFT trains them."""
-    sampling = config.rollout.sampling(config.seed, step)
-    painter = policies.old if config.flow.kind == "nft" else policies.live
-    groups: dict[int, Group] = {}
-    for sampler, wanted in ((policies.live, False), (painter, True)):
-        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
-        seeds = [derive_seed(config.seed, "rollout", step, prompts[i].id) for i in indices]
-        if indices:
-            groups.update(zip(indices, sampler.sample([prompts[i] for i in indices], sampling, seeds), strict=True))
-    return [groups[i] for i in range(len(prompts))]
 
 
 def control(

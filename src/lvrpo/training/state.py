@@ -11,9 +11,9 @@ from torch import nn
 from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, copy_weights
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.update import Policies
 from lvrpo.types import Task
 
 STATE = "state"

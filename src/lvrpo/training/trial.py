@@ -13,13 +13,16 @@ from torch import nn
 
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.training.advantages import compute_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
-from lvrpo.training.loop import contract_checks, prompts_of_step, rollout
+from lvrpo.training.loop import contract_checks
+from lvrpo.training.objective import KINDS
+from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.run import guard_prompts, training_source
 from lvrpo.training.state import RunState
-from lvrpo.training.update import compute_advantages, update
+from lvrpo.training.update import update
 
 SHARE = 4
 """The small step has one prompt in so many of each task."""
@@ -53,7 +56,8 @@ def try_out(config: TrainConfig) -> Trial:
     started = time.perf_counter()
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
     table = score_groups(rewards, groups, state.policies.reference)
-    update(state.policies, groups, compute_advantages(table, config.advantages), small, 0)
+    advantages = dict.fromkeys(KINDS, compute_advantages(table, config.advantages))
+    update(state.policies, groups, advantages, small, 0)
     state.optimizers.step(0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
