@@ -288,11 +288,6 @@ def test_best_worst_keeps_two_k_members_none_in_between(table, keep: int) -> Non
             assert taken[valid & (values == values[valid].min())].any()
 
 
-def test_every_public_name_exists() -> None:
-    assert sorted(lvrpo.algorithms.__all__) == list(lvrpo.algorithms.__all__)
-    assert all(hasattr(lvrpo.algorithms, name) for name in lvrpo.algorithms.__all__)
-
-
 def test_centered_advantages_by_hand() -> None:
     """Best two and worst two of (1.7, 1.7, -.5, -.5, -.6, -1.8): kept 1.7, 1.7, -.6, -1.8, mean .25."""
     advantages = torch.tensor([[1.7, 1.7, -0.5, -0.5, -0.6, -1.8], [0.0] * 6])

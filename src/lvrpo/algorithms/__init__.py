@@ -11,17 +11,38 @@ from lvrpo.algorithms.advantages import (
 )
 from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
 from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
-from lvrpo.algorithms.objectives import SurrogateLoss, clipped_surrogate, reduce_tokens
+from lvrpo.algorithms.objectives import (
+    TOKEN_OBJECTIVES,
+    ClipBounds,
+    SurrogateLoss,
+    TokenObjective,
+    cispo_surrogate,
+    clipped_surrogate,
+    entropy_bonus,
+    gspo_surrogate,
+    guard_surrogate,
+    reduce_tokens,
+    reduction_weights,
+    scaled_clip,
+    truncated_weights,
+)
 
 __all__ = [
+    "TOKEN_OBJECTIVES",
+    "ClipBounds",
     "NFTLoss",
     "SurrogateLoss",
+    "TokenObjective",
     "best_worst_mask",
     "centered_advantages",
+    "cispo_surrogate",
     "clipped_surrogate",
+    "entropy_bonus",
     "gaussian_kl",
     "gdpo_advantages",
     "group_relative_advantages",
+    "gspo_surrogate",
+    "guard_surrogate",
     "k1",
     "k2",
     "k3",
@@ -29,8 +50,11 @@ __all__ = [
     "nft_loss",
     "old_policy_decay",
     "reduce_tokens",
+    "reduction_weights",
     "reward_probability",
+    "scaled_clip",
     "signal_mask",
+    "truncated_weights",
     "velocity_regularizer",
     "win_rate",
 ]
