@@ -1,12 +1,11 @@
 """The equations of post-training: pure functions on tensors, usable in any loop."""
 
 from lvrpo.algorithms.advantages import (
-    best_worst_mask,
-    centered_advantages,
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
     signal_mask,
+    trimmed_advantages,
     win_rate,
 )
 from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
@@ -26,13 +25,25 @@ from lvrpo.algorithms.objectives import (
     scaled_clip,
     truncated_weights,
 )
+from lvrpo.algorithms.selection import (
+    PreferencePairs,
+    RefillPlan,
+    best_of_mask,
+    best_worst_mask,
+    centered_advantages,
+    preference_pairs,
+    refill_plan,
+)
 
 __all__ = [
     "TOKEN_OBJECTIVES",
     "ClipBounds",
     "NFTLoss",
+    "PreferencePairs",
+    "RefillPlan",
     "SurrogateLoss",
     "TokenObjective",
+    "best_of_mask",
     "best_worst_mask",
     "centered_advantages",
     "cispo_surrogate",
@@ -49,11 +60,14 @@ __all__ = [
     "leave_one_out_advantages",
     "nft_loss",
     "old_policy_decay",
+    "preference_pairs",
     "reduce_tokens",
     "reduction_weights",
+    "refill_plan",
     "reward_probability",
     "scaled_clip",
     "signal_mask",
+    "trimmed_advantages",
     "truncated_weights",
     "velocity_regularizer",
     "win_rate",
