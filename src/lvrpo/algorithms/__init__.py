@@ -1,36 +1,74 @@
 """The equations of post-training: pure functions on tensors, usable in any loop."""
 
 from lvrpo.algorithms.advantages import (
-    best_worst_mask,
-    centered_advantages,
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
     signal_mask,
+    trimmed_advantages,
     win_rate,
 )
 from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
 from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
-from lvrpo.algorithms.objectives import SurrogateLoss, clipped_surrogate, reduce_tokens
+from lvrpo.algorithms.objectives import (
+    TOKEN_OBJECTIVES,
+    ClipBounds,
+    SurrogateLoss,
+    TokenObjective,
+    cispo_surrogate,
+    clipped_surrogate,
+    entropy_bonus,
+    gspo_surrogate,
+    guard_surrogate,
+    reduce_tokens,
+    reduction_weights,
+    scaled_clip,
+    truncated_weights,
+)
+from lvrpo.algorithms.selection import (
+    PreferencePairs,
+    RefillPlan,
+    best_of_mask,
+    best_worst_mask,
+    centered_advantages,
+    preference_pairs,
+    refill_plan,
+)
 
 __all__ = [
+    "TOKEN_OBJECTIVES",
+    "ClipBounds",
     "NFTLoss",
+    "PreferencePairs",
+    "RefillPlan",
     "SurrogateLoss",
+    "TokenObjective",
+    "best_of_mask",
     "best_worst_mask",
     "centered_advantages",
+    "cispo_surrogate",
     "clipped_surrogate",
+    "entropy_bonus",
     "gaussian_kl",
     "gdpo_advantages",
     "group_relative_advantages",
+    "gspo_surrogate",
+    "guard_surrogate",
     "k1",
     "k2",
     "k3",
     "leave_one_out_advantages",
     "nft_loss",
     "old_policy_decay",
+    "preference_pairs",
     "reduce_tokens",
+    "reduction_weights",
+    "refill_plan",
     "reward_probability",
+    "scaled_clip",
     "signal_mask",
+    "trimmed_advantages",
+    "truncated_weights",
     "velocity_regularizer",
     "win_rate",
 ]
