@@ -8,7 +8,7 @@ Time of a flow runs from t = 1 (noise) to t = 0 (data).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -162,7 +162,7 @@ class RewardTable:
     names: tuple[str, ...]
     """K reward names."""
     weights: torch.Tensor
-    """float32 (K,)."""
+    """float32 (K,); 0 for a reward that is only watched."""
     scores: torch.Tensor
     """float32 (P, G, K); whatever stands in a masked cell never matters."""
     mask: torch.Tensor
@@ -171,6 +171,21 @@ class RewardTable:
     """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
     tasks: tuple[Task, ...]
     """P task names, one per group."""
+
+    def trained(self) -> RewardTable:
+        """The rewards with a weight above 0, without those that are only watched."""
+        kept = [k for k in range(len(self.names)) if self.weights[k] > 0]
+        if len(kept) == len(self.names):
+            return self
+        reasons = {(p, g, kept.index(k)): reason for (p, g, k), reason in self.reasons.items() if k in kept}
+        return replace(
+            self,
+            names=tuple(self.names[k] for k in kept),
+            weights=self.weights[kept],
+            scores=self.scores[..., kept],
+            mask=self.mask[..., kept],
+            reasons=reasons,
+        )
 
     def mean(self, name: str) -> float:
         """Mean of one reward over its valid cells; nan where it has none."""

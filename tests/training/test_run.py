@@ -37,6 +37,7 @@ SMALL = (
     "samples_every=4",
     "device=cpu",
 )
+KINDS = ("step", "control", "guard")
 SMALL_CORPUS = (
     "steps=10",
     "batch={generate: 4, caption: 2, question: 8, edit: 2, reason: 3}",
@@ -80,6 +81,13 @@ def same_run(one: Path, other: Path, step: int = 10) -> None:
     assert (one / "policy.json").read_text() == (other / "policy.json").read_text()
 
 
+def same_scores(one: Path, other: Path) -> None:
+    kept = [{path.name: path.read_bytes() for path in (run / "scores").iterdir()} for run in (one, other)]
+    assert kept[0] == kept[1]
+    numbers = {kind: [int(name[-10:-4]) for name in sorted(kept[0]) if name.startswith(kind)] for kind in KINDS}
+    assert numbers == {"step": [*range(1, 11)], "control": [1, 4, 7, 10], "guard": [0, 4, 8, 10]}
+
+
 def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[], bool]]:
     """An observer and the interruption that comes after a step."""
     seen: list[int] = []
@@ -100,6 +108,7 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
         assert again.state.step == 5
         assert again.go()
     same_run(straight, halved)
+    same_scores(straight, halved)
     rows = RunDirectory.read(halved).metrics()
     assert [row["step"] for row in rows] == list(range(11))
     assert any("reward/understand/exact_answer" in row for row in rows)
@@ -156,6 +165,7 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: 
     with straight.run:
         assert straight.go()
     same_run(Path("straight"), Path("killed"))
+    same_scores(Path("straight"), Path("killed"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:

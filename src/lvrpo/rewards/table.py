@@ -26,7 +26,8 @@ class RewardConfig(Config):
 
     name: str
     """An entry of REWARDS, or my_package.module:Class."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=0)
+    """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[Task, ...] | None = None
     """Only these tasks; None: every task whose prompts it applies to."""
     label: str | None = None
@@ -49,7 +50,7 @@ class RewardSource:
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
-    """Resolves the reward section; raises InputError on an unknown name, wrong options or two equal labels."""
+    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
@@ -65,6 +66,8 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
                     f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
                 )
         sources.append(RewardSource(config, reward))
+    if configs and not any(config.weight for config in configs):
+        raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
 
 

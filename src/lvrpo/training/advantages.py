@@ -26,7 +26,8 @@ class AdvantageConfig(Config):
 
 
 def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[torch.Tensor, "P G"]:
-    """Advantages of a step, (P, G); 0 in groups without signal."""
+    """Advantages of a step, (P, G); 0 in groups without signal. Rewards of weight 0 have no part in them."""
+    table = table.trained()
     if config.kind == "gdpo":
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
         return gdpo_advantages(

@@ -18,7 +18,7 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
-from lvrpo.training import contract, samples
+from lvrpo.training import contract, samples, score_record
 from lvrpo.training.advantages import compute_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
@@ -53,6 +53,7 @@ def align(
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
         report = guard.look(state.policies.average, state.guard, 0)
+        score_record.write_look(run, 0, report.scores, config.guard.every)
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
@@ -84,9 +85,13 @@ def align(
             _check_first_update(run, state, groups)
         row |= metrics.means() | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
         row |= reward_means("reward", table, groups)
+        score_record.write_step(run, state.step, groups, table, A)
         row["lr_scale"] = state.optimizers.rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
-            row |= control(state.policies, prompts, config, rewards, step)
+            control = control_rollout(state.policies, prompts, config, step)
+            control_table = score_groups(rewards, control, state.policies.reference)
+            row |= reward_means("control", control_table, control)
+            score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
             samples.write(run, state.step, groups, table)
         if state.step % config.guard.every == 0 or state.step == config.steps:
@@ -104,14 +109,11 @@ def align(
     return state
 
 
-def control(
-    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, rewards: Sequence[RewardSource], step: int
-) -> dict[str, float]:
+def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
     seeds = [derive_seed(config.seed, "rollout", step, prompt.id) for prompt in prompts]
-    groups = policies.reference.sample(prompts, sampling, seeds)
-    return reward_means("control", score_groups(rewards, groups, policies.reference), groups)
+    return policies.reference.sample(prompts, sampling, seeds)
 
 
 def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float]:
@@ -164,6 +166,7 @@ def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Gro
 def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
     """One look of the guard and what follows from it; returns whether the run stops."""
     report = guard.look(state.policies.average, state.guard, state.step)
+    score_record.write_look(run, state.step, report.scores, config.guard.every)
     row |= {f"guard/{task}": mean for task, mean in report.means.items()}
     if report.verdict != "fallen":
         row["guard/action"] = "kept best" if report.verdict == "best" else "none"

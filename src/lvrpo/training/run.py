@@ -21,6 +21,7 @@ from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, build_rewards
 from lvrpo.sampling import derive_seed
+from lvrpo.training import score_record
 from lvrpo.training.checkpoint import (
     atomic_folder,
     checkpoint_writer,
@@ -155,13 +156,14 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 
 
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
-    """The state of the last whole checkpoint; metrics that came after it are dropped."""
+    """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
     state = RunState.start(load_policy(run.path / START, config.device), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)
     run.truncate_metrics(state.step if last is not None else -1)
+    score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
     return state
 
