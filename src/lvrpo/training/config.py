@@ -28,7 +28,7 @@ class DataConfig(Config):
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
     prompts_per_step: dict[Task, int] = Field(
-        default={"generate": 24, "understand": 80, "edit": 6, "reason": 12}, min_length=1
+        default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
 
 
@@ -54,7 +54,7 @@ class TrainConfig(Config):
     """A folder, a run, or a built-in name."""
     device: str = "auto"
     threads: int = Field(default=1, ge=1)
-    steps: int = Field(default=150, ge=1)
+    steps: int = Field(default=140, ge=1)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
