@@ -6,6 +6,7 @@ from torch.distributions import Normal, kl_divergence
 
 from lvrpo.algorithms import gaussian_kl, k1, k2, k3, kl, velocity_regularizer
 from lvrpo.errors import InputError
+from lvrpo.sampling import step_logprob
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [(k1, 0.5), (k2, 0.125), (k3, 0.1065307)])
@@ -63,6 +64,20 @@ def test_gaussian_kl_is_that_of_torch_distributions() -> None:
     exact = kl_divergence(Normal(mean, std.expand_as(mean)), Normal(other, std.expand_as(mean)))
     torch.testing.assert_close(gaussian_kl(mean, other, std, "sum"), exact.sum(dim=(1, 2)))
     torch.testing.assert_close(gaussian_kl(mean, other, std), exact.mean(dim=(1, 2)))
+
+
+def test_gaussian_kl_by_monte_carlo() -> None:
+    """The mean log-ratio of samples of the policy's step; k3 of the same samples is the same number with less noise."""
+    generator = torch.Generator().manual_seed(0)
+    mean, other, std = torch.tensor([[0.1, -0.2, 0.3]]), torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor(0.5)
+    x_next = mean + std * torch.randn(100_000, 3, generator=generator)
+    logprobs = step_logprob(x_next, mean.expand_as(x_next), std, "sum")
+    ref_logprobs = step_logprob(x_next, other.expand_as(x_next), std, "sum")
+    exact = gaussian_kl(mean, other, std, "sum").item()
+    assert exact == pytest.approx(0.28)  # (.01 + .04 + .09) / (2 * .25)
+    for estimator in (k1, k3):
+        samples = estimator(logprobs, ref_logprobs)
+        assert samples.mean().item() == pytest.approx(exact, abs=5 * samples.std().item() / 100_000**0.5)
 
 
 def test_gaussian_kl_refuses_an_unknown_reduction() -> None:

@@ -8,6 +8,15 @@ from lvrpo.algorithms.advantages import (
     trimmed_advantages,
     win_rate,
 )
+from lvrpo.algorithms.gradients import (
+    balance_norms,
+    balance_weights,
+    combine_gradients,
+    cosine_matrix,
+    gram_matrix,
+    project_conflicts,
+    projection_weights,
+)
 from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
 from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
 from lvrpo.algorithms.objectives import (
@@ -25,6 +34,8 @@ from lvrpo.algorithms.objectives import (
     scaled_clip,
     truncated_weights,
 )
+from lvrpo.algorithms.preferences import PreferenceLoss, dpo_loss, flow_dpo_loss, flow_matching_loss
+from lvrpo.algorithms.representation import repa_loss
 from lvrpo.algorithms.selection import (
     PreferencePairs,
     RefillPlan,
@@ -39,18 +50,27 @@ __all__ = [
     "TOKEN_OBJECTIVES",
     "ClipBounds",
     "NFTLoss",
+    "PreferenceLoss",
     "PreferencePairs",
     "RefillPlan",
     "SurrogateLoss",
     "TokenObjective",
+    "balance_norms",
+    "balance_weights",
     "best_of_mask",
     "best_worst_mask",
     "centered_advantages",
     "cispo_surrogate",
     "clipped_surrogate",
+    "combine_gradients",
+    "cosine_matrix",
+    "dpo_loss",
     "entropy_bonus",
+    "flow_dpo_loss",
+    "flow_matching_loss",
     "gaussian_kl",
     "gdpo_advantages",
+    "gram_matrix",
     "group_relative_advantages",
     "gspo_surrogate",
     "guard_surrogate",
@@ -61,9 +81,12 @@ __all__ = [
     "nft_loss",
     "old_policy_decay",
     "preference_pairs",
+    "project_conflicts",
+    "projection_weights",
     "reduce_tokens",
     "reduction_weights",
     "refill_plan",
+    "repa_loss",
     "reward_probability",
     "scaled_clip",
     "signal_mask",
