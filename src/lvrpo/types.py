@@ -81,6 +81,9 @@ class TextSegment:
     text: str
     ended: bool
     """Whether the end token was sampled (False: cut off at the length limit)."""
+    trainer_logprobs: torch.Tensor | None = None
+    """float32 (L,): the same under the weights that an update starts from, by the program that trains; None: these are
+    ``behavior_logprobs``."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class FlowSegment:
     logprob_reduction: Literal["mean", "sum"]
     image: Image
     """The decoded picture."""
+    means: torch.Tensor | None = None
+    """float32 (W, N, C): the mean of each trained step under the weights that sampled; None: not recorded."""
 
 
 Segment = TextSegment | FlowSegment
@@ -153,6 +158,10 @@ class SegmentLogprobs:
     logprobs: torch.Tensor
     entropy: torch.Tensor | None = None
     """float32 (L,): entropy of the token distributions (text only)."""
+    means: torch.Tensor | None = None
+    """float32 (W, N, C): mean of each trained step, differentiable (drawings only)."""
+    stds: torch.Tensor | None = None
+    """float32 (W,): deviation of each trained step in every dimension (drawings only)."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,8 @@ class RewardTable:
     """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
     tasks: tuple[Task, ...]
     """P task names, one per group."""
+    judges: Mapping[str, tuple[OutputKind, ...]] = field(default_factory=dict)
+    """Which segments of a trajectory of several a reward judges; every one where absent."""
 
     def trained(self) -> RewardTable:
         """The rewards with a weight above 0, without those that are only watched."""

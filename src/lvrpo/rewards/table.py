@@ -16,7 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
-from lvrpo.types import Group, RewardTable, Task
+from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
 
@@ -34,6 +34,8 @@ class RewardConfig(Config):
     """Its name in tables and curves; the name where None."""
     options: dict[str, Any] = Field(default={})
     """Arguments of the reward's class. Any: each class has its own."""
+    segments: tuple[OutputKind, ...] | None = Field(default=None, min_length=1)
+    """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
     on_failure: Literal["mask", "stop"] = "mask"
 
     @property
@@ -47,6 +49,17 @@ class RewardSource:
 
     config: RewardConfig
     reward: Reward
+
+    def scores(self, prompt: Prompt) -> bool:
+        """Whether it has a say in the outputs of a prompt."""
+        tasks = self.config.tasks
+        return (tasks is None or prompt.task in tasks) and self.reward.applies(prompt)
+
+    @property
+    def judges(self) -> tuple[OutputKind, ...]:
+        """The kinds of segments that it judges where a trajectory has several."""
+        own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
+        return self.config.segments or own
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
@@ -78,7 +91,7 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
     mask = torch.zeros(P, G, K, dtype=torch.bool)
     reasons: dict[tuple[int, int, int], str] = {}
     for k, source in enumerate(sources):
-        chosen = [p for p, group in enumerate(groups) if _wanted(source, group)]
+        chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             result, failures = _checked(source, [groups[p] for p in chosen], judge)
             for row, p in enumerate(chosen):
@@ -97,12 +110,8 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
         mask=mask,
         reasons=reasons,
         tasks=tuple(group.prompt.task for group in groups),
+        judges={source.config.title: source.judges for source in sources},
     )
-
-
-def _wanted(source: RewardSource, group: Group) -> bool:
-    tasks = source.config.tasks
-    return (tasks is None or group.prompt.task in tasks) and source.reward.applies(group.prompt)
 
 
 def _checked(

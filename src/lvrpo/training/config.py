@@ -13,10 +13,13 @@ from lvrpo.errors import InputError
 from lvrpo.rewards.table import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.flow import FlowConfig
+from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.text import TextConfig
-from lvrpo.types import Task
+from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
+from lvrpo.types import OutputKind, Task
 
 
 class DataConfig(Config):
@@ -70,6 +73,12 @@ class TrainConfig(Config):
     flow: FlowConfig = FlowConfig()
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
+    mini_updates: int = Field(default=1, ge=1)
+    """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
+    gradient_mixing: Mixing = "sum"
+    """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
+    norm_balanced: scaled to one norm; the last two in each expert by itself."""
+    gradient_audit: GradientAuditConfig = GradientAuditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
@@ -81,26 +90,91 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
 
+    @property
+    def phases(self) -> list[tuple[tuple[OutputKind, ...], float]]:
+        """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
+        if self.text.lr == self.flow.lr:
+            return [(KINDS, self.text.lr)]
+        return [(("text",), self.text.lr), (("image",), self.flow.lr)]
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        try:
-            self.rollout.sampling(self.seed, 0)
-        except InputError as error:
-            raise ValueError(str(error).replace("sampling.", "rollout.")) from None
-        if self.flow.kind == "grpo" and self.rollout.sampler == "ode":
-            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
-        if self.flow.kind == "nft" and self.rollout.sampler != "ode":
-            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
-        if self.flow.kind == "nft" and self.rollout.guidance_scale > 1:
-            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
-        if 2 * self.flow.keep > self.rollout.group_size:
-            raise ValueError(
-                f"flow.keep={self.flow.keep}: best and worst must fit into rollout.group_size={self.rollout.group_size}"
-            )
-        if not any(self.data.prompts_per_step.values()) or min(self.data.prompts_per_step.values()) < 0:
+        for check in (self._check_data, self._check_weights, self._check_rollout, self._check_objectives):
+            check()
+        return self
+
+    def _check_data(self) -> None:
+        counts = self.data.prompts_per_step
+        if not any(counts.values()) or min(counts.values()) < 0:
             raise ValueError("data.prompts_per_step: give at least one task a positive number, and none a negative one")
-        if any(weight < 0 for weight in self.task_weights.values()):
-            raise ValueError("task_weights: weights must be 0 or more")
+        if self.mini_updates > sum(counts.values()):
+            raise ValueError(
+                f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
+            )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
-        return self
+        joint = self.advantages.joint
+        if joint is not None and (joint[0] == joint[1] or len({counts.get(task, 0) for task in joint}) > 1):
+            raise ValueError(
+                f"advantages.joint={list(joint)}: pairs groups one to one: name two tasks with as many prompts each in "
+                "data.prompts_per_step"
+            )
+
+    def _check_weights(self) -> None:
+        if any(weight < 0 for weight in self.task_weights.values()):
+            raise ValueError("task_weights: weights must be 0 or more")
+        trained: list[Task] = [task for task, count in self.data.prompts_per_step.items() if count]
+        if not any(self.task_weights.get(task, 1.0) for task in trained):
+            raise ValueError("task_weights: every task of data.prompts_per_step has weight 0: nothing would be trained")
+        if self.text.weight == self.flow.weight == 0:
+            raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
+        for task in trained:
+            if not any(r.weight and (r.tasks is None or task in r.tasks) for r in self.rewards):
+                raise ValueError(
+                    f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
+                    f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
+                )
+
+    def _check_rollout(self) -> None:
+        rollout = self.rollout
+        try:
+            rollout.sampling(self.seed, 0)
+        except InputError as error:
+            raise ValueError(str(error).replace("sampling.", "rollout.")) from None
+        if rollout.image_guidance_scale > 1 and rollout.guidance_scale == 1:
+            raise ValueError(
+                f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
+                "rollout.guidance_scale=1: set both, or neither"
+            )
+        if rollout.policy == "reference":
+            for section, objective in (
+                ("text", TEXT_OBJECTIVES[self.text.kind]),
+                ("flow", FLOW_OBJECTIVES[self.flow.kind]),
+            ):
+                config = self.text if section == "text" else self.flow
+                if config.weight and not objective.off_policy:
+                    raise ValueError(
+                        f"rollout.policy=reference: {section}.kind={config.kind} learns from its own outputs only: use "
+                        "dpo or best_of, or sample with rollout.policy=live"
+                    )
+            if rollout.refill_budget:
+                raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")
+
+    def _check_objectives(self) -> None:
+        rollout, flow = self.rollout, self.flow
+        if flow.kind == "grpo" and rollout.sampler == "ode":
+            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
+        if flow.kind == "nft" and rollout.sampler != "ode":
+            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
+        if flow.kind == "nft" and rollout.guidance_scale > 1:
+            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
+        if flow.kind != "grpo" and flow.kl == "gaussian":
+            raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
+        if flow.kind != "grpo" and flow.ratio == "guard":
+            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
+        if flow.kind in ("nft", "grpo") and 2 * flow.keep > rollout.group_size:
+            raise ValueError(
+                f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
+            )
+        if flow.kind == "best_of" and flow.keep >= rollout.group_size:
+            raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")

@@ -19,16 +19,16 @@ from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training import contract, samples, score_record
-from lvrpo.training.advantages import compute_advantages
+from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
-from lvrpo.training.objective import KINDS, Policies
+from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
-from lvrpo.training.rollout import prompts_of_step, rollout
+from lvrpo.training.rollout import Rollouts, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
-from lvrpo.training.update import update
+from lvrpo.training.update import take_steps
 from lvrpo.types import Group, Prompt, RewardTable
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -57,19 +57,25 @@ def align(
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
+    sampled = Rollouts(state.policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
         step = state.step
         row: dict[str, Any] = {"step": step + 1}
 
         prompts = prompts_of_step(source, config, step)
-        groups = rollout(state.policies, prompts, config, step)
+        groups = sampled.groups(prompts, step)
         table = score_groups(rewards, groups, state.policies.reference)
-        A = compute_advantages(table, config.advantages)
-        advantages = dict.fromkeys(KINDS, A)
-        metrics = update(state.policies, groups, advantages, config, step)
-        norms = state.optimizers.step(step, state.guard.lr_scale)
-        state.bad_gradients = 0 if all(map(math.isfinite, norms.values())) else state.bad_gradients + 1
+        trained, scores = groups, table
+        if config.rollout.refill_budget:
+            trained, scores, counts = refill(state.policies, source, rewards, groups, table, config, step)
+            row |= counts
+        advantages = segment_advantages(scores, trained, config.advantages)
+        metrics = take_steps(
+            state.policies, state.optimizers, trained, advantages, config, step, state.guard.lr_scale
+        ).means()
+        norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
+        state.bad_gradients = 0 if all(map(math.isfinite, norms)) else state.bad_gradients + 1
         if state.bad_gradients >= MAX_BAD_GRADIENTS:
             raise ContractError(
                 f"gradients were not finite in {MAX_BAD_GRADIENTS} steps in a row up to step {step + 1}: lower the "
@@ -83,10 +89,10 @@ def align(
 
         if step == 0:
             _check_first_update(run, state, groups)
-        row |= metrics.means() | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
+        row |= metrics
         row |= reward_means("reward", table, groups)
-        score_record.write_step(run, state.step, groups, table, A)
-        row["lr_scale"] = state.optimizers.rate(step) * state.guard.lr_scale
+        score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained))
+        row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
             control = control_rollout(state.policies, prompts, config, step)
             control_table = score_groups(rewards, control, state.policies.reference)

@@ -56,6 +56,12 @@ class Metrics:
         self.sums[name] = self.sums.get(name, 0.0) + number * count
         self.counts[name] = self.counts.get(name, 0.0) + count
 
+    def include(self, other: Metrics) -> None:
+        """Adds the sums and counts of another update."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+
     def means(self) -> dict[str, float]:
         """The weighted means."""
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
@@ -100,6 +106,8 @@ class Objective(ABC):
     kind: ClassVar[OutputKind]
     samples_with: ClassVar[Literal["live", "old"]] = "live"
     """Which weights sample the segments that it trains."""
+    off_policy: ClassVar[bool] = False
+    """Whether it learns from outputs of other weights as well."""
     unit: ClassVar[int] = 1
     """So many consecutive members belong together: 2 for pairs."""
     weight: float

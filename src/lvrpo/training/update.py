@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lvrpo.training.flow import FLOW_OBJECTIVES
+from lvrpo.sampling import derive_seed
+from lvrpo.training.best_of import BestDrawing, BestText
+from lvrpo.training.dpo import FlowDPO, TextDPO
+from lvrpo.training.flow import NFT, FlowGRPO, FlowObjective
+from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies
-from lvrpo.training.text import TokenObjective
-from lvrpo.types import TASKS, Group
+from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.text import TextObjective, TokenObjective, anchored
+from lvrpo.types import TASKS, Group, OutputKind, Task
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
+TEXT_OBJECTIVES: Mapping[str, type[TextObjective]] = {
+    "clip": TokenObjective,
+    "gspo": TokenObjective,
+    "cispo": TokenObjective,
+    "dpo": TextDPO,
+    "best_of": BestText,
+}
+"""What trains text, by ``text.kind``."""
+
+FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
+    "nft": NFT,
+    "grpo": FlowGRPO,
+    "dpo": FlowDPO,
+    "best_of": BestDrawing,
+}
+"""What trains drawings, by ``flow.kind``."""
+
 
 def objectives_of(config: TrainConfig) -> list[Objective]:
     """How each kind of segment is trained; a kind of weight 0 is not."""
-    objectives: list[Objective] = [TokenObjective(config.text), FLOW_OBJECTIVES[config.flow.kind](config.flow)]
+    objectives = [
+        TEXT_OBJECTIVES[config.text.kind](config.text, config.rollout.max_new_tokens),
+        FLOW_OBJECTIVES[config.flow.kind](config.flow),
+    ]
     return [objective for objective in objectives if objective.weight]
 
 
 def update(
-    policies: Policies, groups: Sequence[Group], advantages: Advantages, config: TrainConfig, step: int
+    policies: Policies,
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: TrainConfig,
+    step: int,
+    kinds: Sequence[OutputKind] = KINDS,
 ) -> Metrics:
-    """Accumulates the gradients of all segments of all tasks; the caller steps the optimizers."""
+    """Accumulates the gradients of the given kinds of segments of all tasks; the caller steps the optimizers."""
     metrics = Metrics()
-    objectives = objectives_of(config)
+    objectives = [objective for objective in objectives_of(config) if objective.kind in kinds]
+    audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
+    apart = TaskGradients(policies.live) if audited or config.gradient_mixing != "sum" else None
     for task in TASKS:
         rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
         weight = config.task_weights.get(task, 1.0)
@@ -41,7 +74,49 @@ def update(
                 share = objective.size(members) / objective.size(chosen)
                 loss = objective.loss(Batch(policies, task, step, members, share, metrics))
                 (weight * objective.weight * share * loss).backward()
+                if apart is not None:
+                    apart.take(task)
+    if apart is not None:
+        if audited:
+            apart.report(metrics)
+        apart.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
     return metrics
+
+
+def take_steps(
+    policies: Policies,
+    optimizers: Sequence[Optimizers],
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: TrainConfig,
+    step: int,
+    lr_scale: float = 1.0,
+) -> Metrics:
+    """The optimizer steps of one rollout: one, unless ``mini_updates`` or different learning rates ask for more."""
+    if config.text.importance_cap is not None:
+        groups = anchored(policies.live, groups)
+    metrics = Metrics()
+    for part, A in deal(groups, advantages, config.mini_updates):
+        for (kinds, lr), optimizer in zip(config.phases, optimizers, strict=True):
+            metrics.include(update(policies, part, A, config, step, kinds))
+            for expert, norm in optimizer.step(step, lr * lr_scale).items():
+                metrics.add(f"grad_norm/{expert}", norm)
+    return metrics
+
+
+def deal(groups: Sequence[Group], advantages: Advantages, parts: int) -> Iterator[tuple[list[Group], Advantages]]:
+    """The groups in so many parts; those of each task are dealt in turn."""
+    if parts == 1:
+        yield list(groups), advantages
+        return
+    seen: Counter[Task] = Counter()
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    for p, group in enumerate(groups):
+        hands[seen[group.prompt.task] % parts].append(p)
+        seen[group.prompt.task] += 1
+    for rows in hands:
+        if rows:
+            yield [groups[p] for p in rows], {kind: advantages[kind][rows] for kind in KINDS}
 
 
 def _parts(chosen: Sequence[Member], objective: Objective) -> Iterator[Sequence[Member]]:

@@ -83,7 +83,13 @@ class Contexts:
         """The context of the no-image branch of guidance: all texts."""
         return tuple(piece for piece in row if piece.span.kind == "text")
 
-    def run(self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Hidden:
+    def run(
+        self,
+        rows: Sequence[Row],
+        cache: Cache,
+        noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
+        keep_layers: bool = False,
+    ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) for rows that draw."""
         device = self.transformer.inv_freq.device
         packing = pack([tuple(piece.span for piece in row) for row in rows], device)
@@ -104,7 +110,7 @@ class Contexts:
             drawing = self.towers.embed_latents(latents, latents.new_zeros(len(clean))).flatten(0, 1)
         elif noisy is not None:
             drawing = self.towers.embed_latents(*noisy).flatten(0, 1)
-        return self.transformer(reading, drawing, packing, cache)
+        return self.transformer(reading, drawing, packing, cache, keep_layers)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
         """The contexts of all rows; rows that begin with the same pictures share their computation."""
