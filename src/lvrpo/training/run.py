@@ -44,6 +44,9 @@ from lvrpo.types import Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
 
+LOOKED_AT = 32
+"""Prompts of a task that are shown to the rewards before a run starts."""
+
 START = "start"
 """Folder of a run: the policy that it started from, which stays the reference of a resumed run."""
 
@@ -66,6 +69,19 @@ def training_source(config: TrainConfig) -> PromptSource:
                 f"data.prompts_per_step.{task}={count}: {config.data.source} has no rows of task '{task}': set it to 0"
             )
     return source
+
+
+def scoring_rewards(config: TrainConfig, source: PromptSource) -> list[RewardSource]:
+    """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
+    rewards = build_rewards(config.rewards)
+    for task, count in config.data.prompts_per_step.items():
+        prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
+        if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
+            raise InputError(
+                f"data.prompts_per_step.{task}={count}: no reward scores these prompts, all would be masked: add one "
+                "that does to rewards, or ask for 0"
+            )
+    return rewards
 
 
 def guard_prompts(config: TrainConfig) -> dict[Any, list[Prompt]]:
@@ -97,7 +113,8 @@ class Alignment:
     def start(cls, config: TrainConfig, folder: Path) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace."""
         torch.set_num_threads(config.threads)
-        source, rewards = training_source(config), build_rewards(config.rewards)
+        source = training_source(config)
+        rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
         base = policy_folder(config.policy)
         policy = load_policy(base, config.device)
@@ -274,6 +291,8 @@ class Pretraining:
                 "average": dict(trainer.average.state_dict()),
                 "optimizers": trainer.optimizers.state(),
             }
+            if trainer.representation is not None:
+                tree["representation"] = trainer.representation.state()
             save_state(folder / STATE, tree)
         prune_checkpoints(self.run.path, self.config.keep_checkpoints)
 
@@ -285,6 +304,8 @@ class Pretraining:
             copy_weights(self.trainer.policy, tree["policy"])
             copy_weights(self.trainer.average, tree["average"])
             self.trainer.optimizers.load_state(tree["optimizers"])
+            if self.trainer.representation is not None:
+                self.trainer.representation.load(tree["representation"])
             self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
         self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
 
