@@ -203,6 +203,35 @@ CONFIGURATION: list[Case] = [
     (("pretrain", "pretrain", "batch={generate: -1}"), 2, "batch.generate=-1"),
     (("pretrain", "pretrain", "condition_dropout=0.9", "picture_dropout=0.2"), 2, "picture_dropout=0.2"),
     (("pretrain", "quickstart"), 2, "data: unknown key"),
+    (train("text.kind=nft"), 2, "text.kind=nft: trains drawings, and this section is for text: set flow.kind"),
+    (train("text.kind=dapo"), 2, "is kind=clip with clip_low=0.2, clip_high=0.28"),
+    (train("text.kind=cipso"), 2, "did you mean cispo?"),
+    (train("flow.kind=clip"), 2, "flow.kind=clip: trains tokens, and a drawing of this policy has none"),
+    (train("flow.kind=flow_grpo"), 2, "is kind=grpo with rollout.sampler=flow_sde"),
+    (train("text.clip_low=-0.1"), 2, "text.clip_low=-0.1: must be > 0"),
+    (train("flow.clip_high=-1e-4"), 2, "flow.clip_high=-0.0001: must be > 0"),
+    (train("flow={kind: grpo, clip_low: 1}"), 2, "must be < 1"),
+    (train("flow.kind=grpo", "rollout.sampler=cps", "rollout.window={size: 3}"), 2, "num_steps=3 but window size is 3"),
+    (train("flow.kind=grpo", "rollout.sampler=cps", "rollout.window.kind=slidng"), 2, "did you mean sliding?"),
+    (train("rollout.guidance_scale=2"), 2, "trains the unguided velocity: set rollout.guidance_scale to 1"),
+    (train("rollout.image_guidance_scale=2"), 2, "has no effect while rollout.guidance_scale=1"),
+    (train("rollout.group_size=1"), 2, "rollout.group_size=1: must be >= 2"),
+    (train("flow.keep=3"), 2, "best and worst must fit into rollout.group_size=4"),
+    (train("flow.ratio=guard"), 2, "flow.kind=nft has no ratio"),
+    (train("flow.kl=gaussian"), 2, "flow.kind=nft has none: use velocity"),
+    (train("rollout.policy=reference"), 2, "text.kind=clip learns from its own outputs only"),
+    (train("advantages.std=batch"), 2, "std=batch has no meaning for kind=gdpo"),
+    (train("advantages={kind: group_relative, joint: [generate, understand]}"), 2, "with as many prompts each"),
+    (train("advantages.kind=rloo"), 2, "'leave_one_out'"),
+    (train("text.weight=0", "flow.weight=0"), 2, "nothing would be trained: give one a positive weight"),
+    (train("task_weights={generate: 0, understand: 0, reason: 0}"), 2, "has weight 0: nothing would be trained"),
+    (train("mini_updates=9"), 2, "a step has only 8 prompts to deal"),
+    (train("gradient_mixing=pcgrd"), 2, "did you mean pcgrad?"),
+    (train("rewards=[{name: own_vqa, tasks: [generate]}]"), 2, "every reward is for other tasks only"),
+    (train("rewards=[{name: exact_answer}]"), 2, "data.prompts_per_step.generate=2: no reward scores these prompts"),
+    (train("rewards=[{name: own_vqa, segments: []}]"), 2, "must have at least 1 entries"),
+    (("pretrain", "pretrain", "representation.weight=0.5"), 2, "needs a reading side that has learned to read"),
+    (("pretrain", "continued", "init=small", "representation={weight: 1, layer: 9}"), 2, "the policy has 2 layers"),
     (("check", "quickstart", "steps=0"), 2, "must be >= 1"),
     (("check", "quickstart", "policy=nowhere"), 2, "no such folder"),
     (("quickstart", "--steps", "0"), 2, "must be >= 1"),
@@ -360,6 +389,26 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     assert [path.name for path in Path("new/checkpoints").iterdir()] == ["step_000000"]
     monkeypatch.setattr(checkpoint, "_save_tensors", save)
     assert main(["train", "--resume", "new", "--no-evaluate"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [case[0] for case in CONFIGURATION if case[0][0] == "train"],
+    ids=[c[2] for c in CONFIGURATION if c[0][0] == "train"],
+)
+def test_a_wrong_configuration_is_found_before_any_model_loads(
+    arguments: tuple[str, ...], shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvrpo.training import run
+
+    def never(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.chdir(shelf)
+    monkeypatch.syspath_prepend(shelf)
+    monkeypatch.setattr(run, "load_policy", never)
+    if "device=gpu" not in arguments:
+        assert main(arguments) == 2
 
 
 def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:

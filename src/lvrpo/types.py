@@ -8,7 +8,7 @@ Time of a flow runs from t = 1 (noise) to t = 0 (data).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,9 @@ class TextSegment:
     text: str
     ended: bool
     """Whether the end token was sampled (False: cut off at the length limit)."""
+    trainer_logprobs: torch.Tensor | None = None
+    """float32 (L,): the same under the weights that an update starts from, by the program that trains; None: these are
+    ``behavior_logprobs``."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class FlowSegment:
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guided are the steps with low < t <= high."""
+    means: torch.Tensor | None = None
+    """float32 (W, N, C): the mean of each trained step under the weights that sampled; None: not recorded."""
 
 
 Segment = TextSegment | FlowSegment
@@ -156,6 +161,10 @@ class SegmentLogprobs:
     logprobs: torch.Tensor
     entropy: torch.Tensor | None = None
     """float32 (L,): entropy of the token distributions (text only)."""
+    means: torch.Tensor | None = None
+    """float32 (W, N, C): mean of each trained step, differentiable (drawings only)."""
+    stds: torch.Tensor | None = None
+    """float32 (W,): deviation of each trained step in every dimension (drawings only)."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class RewardTable:
     names: tuple[str, ...]
     """K reward names."""
     weights: torch.Tensor
-    """float32 (K,)."""
+    """float32 (K,); 0 for a reward that is only watched."""
     scores: torch.Tensor
     """float32 (P, G, K); whatever stands in a masked cell never matters."""
     mask: torch.Tensor
@@ -174,6 +183,23 @@ class RewardTable:
     """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
     tasks: tuple[Task, ...]
     """P task names, one per group."""
+    judges: Mapping[str, tuple[OutputKind, ...]] = field(default_factory=dict)
+    """Which segments of a trajectory of several a reward judges; every one where absent."""
+
+    def trained(self) -> RewardTable:
+        """The rewards with a weight above 0, without those that are only watched."""
+        kept = [k for k in range(len(self.names)) if self.weights[k] > 0]
+        if len(kept) == len(self.names):
+            return self
+        reasons = {(p, g, kept.index(k)): reason for (p, g, k), reason in self.reasons.items() if k in kept}
+        return replace(
+            self,
+            names=tuple(self.names[k] for k in kept),
+            weights=self.weights[kept],
+            scores=self.scores[..., kept],
+            mask=self.mask[..., kept],
+            reasons=reasons,
+        )
 
     def mean(self, name: str) -> float:
         """Mean of one reward over its valid cells; nan where it has none."""

@@ -172,6 +172,7 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
         ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, gated, all, mixed"),
         ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),
         ([{"name": "scene_facts", "label": "x"}, {"name": "own_vqa", "label": "x"}], "two entries are called 'x'"),
+        ([{"name": "own_vqa", "weight": 0}, {"name": "exact_answer", "weight": 0}], "every weight is 0"),
     ],
 )
 def test_rewards_that_cannot_be_built(configs: list[dict[str, Any]], message: str) -> None:
@@ -185,7 +186,28 @@ def test_two_of_a_kind_with_labels() -> None:
     assert [s.config.title for s in build_rewards(configs)] == ["scene_facts", "all"]
 
 
-@pytest.mark.parametrize("change", [{"weight": 0}, {"weight": -1}, {"tasks": ["draw"]}, {"on_failure": "ignore"}])
+@pytest.mark.parametrize("change", [{"weight": -1}, {"tasks": ["draw"]}, {"on_failure": "ignore"}])
 def test_configurations_that_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RewardConfig.model_validate({"name": "own_vqa"} | change)
+
+
+def test_a_reward_of_weight_0_is_scored_and_not_trained(groups: list[Group], nobody: Any) -> None:
+    failing = Fixed(0.5, {(0, 1): "away"}, task="understand")
+    table = score_groups([source(failing, weight=0, label="watched"), source(Fixed([[0.0, 1.0]] * 2))], groups, nobody)
+    assert table.names == ("watched", "fixed")
+    assert table.mask[..., 0].tolist() == [[True, False], [False, False]]
+    trained = table.trained()
+    assert trained.names == ("fixed",)
+    assert trained.weights.tolist() == [1.0]
+    assert trained.scores.tolist() == [[[0.0], [1.0]]] * 2
+    assert trained.mask.all()
+    assert trained.reasons == {}
+    assert trained.tasks == table.tasks
+    assert trained.trained() is trained
+
+
+def test_reasons_keep_their_reward_without_the_watched_ones(groups: list[Group], nobody: Any) -> None:
+    watched, other = source(Fixed(0.5), weight=0, label="watched"), source(Fixed(0.5, {(1, 0): "away"}))
+    table = score_groups([watched, other], groups, nobody)
+    assert dict(table.trained().reasons) == {(1, 0, 0): "failed: away"}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.types import Prompt
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.objective import KINDS, Policies
+from lvrpo.training.update import update
+from lvrpo.types import Group, OutputKind, Prompt
 
 WORDS = ("what", "is", "it", "draw", "make", "red", "blue", "circle", "one", "two")
 
@@ -41,3 +47,74 @@ def prompts() -> list[Prompt]:
         Prompt("e0", "edit", (picture, "make it red"), ("image",)),
         Prompt("r0", "reason", ("draw one",), ("text", "image")),
     ]
+
+
+class Bench:
+    """Four policies that start alike, and what an update does to the live one."""
+
+    def __init__(self) -> None:
+        self.live = make_policy()
+        self.policies = Policies(self.live, self.live.frozen(), self.live.frozen(), self.live.frozen())
+
+    def config(self, **tree: Any) -> TrainConfig:
+        """Only the policy terms: the divergences have coefficient 0 unless given."""
+        for section in ("text", "flow"):
+            tree[section] = {"kl_coef": 0.0} | tree.get(section, {})
+        if tree["flow"].get("kind") == "grpo":
+            tree["rollout"] = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}} | tree.get(
+                "rollout", {}
+            )
+        return TrainConfig.model_validate(tree)
+
+    def sample(self, prompts: list[Prompt], group_size: int = 4, **changes: Any) -> list[Group]:
+        sampling = Sampling(
+            group_size, max_new_tokens=5, num_steps=4, timestep_shift=1.0, sampler="flow_sde", window=(0, 1, 2)
+        )
+        return self.live.sample(prompts, replace(sampling, **changes), list(range(len(prompts))))
+
+    def update(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> dict[str, float]:
+        """The metrics of an update that leaves no gradient behind."""
+        metrics = update(self.policies, groups, both(A), config, step).means()
+        self.live.zero_grad(set_to_none=True)
+        return metrics
+
+    def gradient(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> torch.Tensor:
+        """The gradient of an update as one long vector; 0 where a parameter has none."""
+        self.live.zero_grad(set_to_none=True)
+        update(self.policies, groups, both(A), config, step)
+        return self.taken()
+
+    def taken(self) -> torch.Tensor:
+        """The gradient that a backward pass left, which is cleared."""
+        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.parameters()]
+        self.live.zero_grad(set_to_none=True)
+        return torch.cat([row.flatten() for row in rows])
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.live.parameters()])
+
+    def descend(self, gradient: torch.Tensor, length: float) -> None:
+        """A plain step of the given length."""
+        move = gradient * (length / gradient.norm())
+        with torch.no_grad():
+            for p, part in zip(
+                self.live.parameters(), move.split([p.numel() for p in self.live.parameters()]), strict=True
+            ):
+                p.sub_(part.view_as(p))
+
+    def nudge(self, size: float = 0.01) -> None:
+        """Moves the live weights a little."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.live.parameters():
+                p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+def both(A: Any) -> dict[OutputKind, torch.Tensor]:
+    """One advantage per trajectory, for whichever of its segments."""
+    return dict.fromkeys(KINDS, torch.as_tensor(A, dtype=torch.float32))
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()

@@ -37,6 +37,7 @@ SMALL = (
     "samples_every=4",
     "device=cpu",
 )
+KINDS = ("step", "control", "guard")
 SMALL_CORPUS = (
     "steps=10",
     "batch={generate: 4, caption: 2, question: 8, edit: 2, reason: 3}",
@@ -80,6 +81,13 @@ def same_run(one: Path, other: Path, step: int = 10) -> None:
     assert (one / "policy.json").read_text() == (other / "policy.json").read_text()
 
 
+def same_scores(one: Path, other: Path) -> None:
+    kept = [{path.name: path.read_bytes() for path in (run / "scores").iterdir()} for run in (one, other)]
+    assert kept[0] == kept[1]
+    numbers = {kind: [int(name[-10:-4]) for name in sorted(kept[0]) if name.startswith(kind)] for kind in KINDS}
+    assert numbers == {"step": [*range(1, 11)], "control": [1, 4, 7, 10], "guard": [0, 4, 8, 10]}
+
+
 def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[], bool]]:
     """An observer and the interruption that comes after a step."""
     seen: list[int] = []
@@ -100,6 +108,7 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
         assert again.state.step == 5
         assert again.go()
     same_run(straight, halved)
+    same_scores(straight, halved)
     rows = RunDirectory.read(halved).metrics()
     assert [row["step"] for row in rows] == list(range(11))
     assert any("reward/understand/exact_answer" in row for row in rows)
@@ -108,8 +117,9 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
     assert "control/understand/exact_answer" not in rows[2]
 
 
-def test_pretraining_goes_on_bit_for_bit(config: TrainConfig) -> None:
-    pretraining = load_config(PretrainConfig, None, [f"init={config.policy}", *SMALL_CORPUS])
+@pytest.mark.parametrize("more", [(), ("representation={weight: 0.5, layer: 1, target_layer: 1}",)])
+def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, ...]) -> None:
+    pretraining = load_config(PretrainConfig, None, [f"init={config.policy}", *SMALL_CORPUS, *more])
     one = Pretraining.start(pretraining, Path("straight"))
     with one.run:
         assert one.go()
@@ -124,6 +134,43 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig) -> None:
     rows = RunDirectory.read(Path("halved")).metrics()
     assert {"guard/generate", "guard/reason"} <= set(rows[4])
     assert policy_folder("halved").name == "step_000010"
+
+
+METHODS = {
+    "all at once": [
+        "rollout.refill_budget=6",
+        "advantages={std_floor: 0.05, kind: group_relative, stages: per_segment}",
+        "text={lr: 0.5, importance_cap: 2}",
+        "mini_updates=2",
+        "gradient_mixing=pcgrad",
+        "gradient_audit.every=2",
+    ],
+    "offline": ["text.kind=dpo", "flow.kind=dpo", "rollout={policy: reference, pool: 2}"],
+    "windows": [
+        "flow={kind: grpo, kl: gaussian, ratio: guard}",
+        "rollout={sampler: flow_sde, solver: dpm_solver, window: {kind: decaying, size: 1, steps_after: 1}}",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, "steps=4", *METHODS[name]])
+    one = Alignment.start(config, Path("straight"))
+    with one.run:
+        assert one.go()
+    two = Alignment.start(config, Path("halved"))
+    with two.run:
+        assert not two.go(*stops_at(2))
+    three = Alignment.resume(Path("halved"))
+    with three.run:
+        assert three.go()
+    same_run(Path("straight"), Path("halved"), 4)
+    rows = RunDirectory.read(Path("halved")).metrics()
+    if name == "all at once":
+        assert all(row["refill/drawn"] > 0 for row in rows[1:])
+        assert any(key.startswith("gradient/cosine/") for key in rows[1])
+        assert not any(key.startswith("gradient/") for key in rows[2])
 
 
 def train_process(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
@@ -156,6 +203,7 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: 
     with straight.run:
         assert straight.go()
     same_run(Path("straight"), Path("killed"))
+    same_scores(Path("straight"), Path("killed"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:

@@ -11,10 +11,10 @@ import torch
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import normal_noise
-from lvrpo.training import update as module
+from lvrpo.training import objective, update
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.update import Metrics, Policies, compute_advantages, update
-from lvrpo.types import FlowSegment, Group, Prompt, RewardTable, TextSegment
+from lvrpo.training.objective import KINDS, Metrics, Policies
+from lvrpo.types import FlowSegment, Group, Prompt, TextSegment
 
 Gradients = dict[str, torch.Tensor]
 SDE = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}}
@@ -45,11 +45,17 @@ def sample(policies: Policies, prompts: list[Prompt], group_size: int = 4, **cha
     return policies.live.sample(prompts, replace(sampling, **changes), list(range(len(prompts))))
 
 
+def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Metrics:
+    """One advantage per trajectory, for whichever of its segments."""
+    advantages = dict.fromkeys(KINDS, torch.as_tensor(A, dtype=torch.float32))
+    return update.update(policies, groups, advantages, config, step)
+
+
 def gradients(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Gradients:
     live = policies.live
     assert isinstance(live, TinyPolicy)
     live.zero_grad(set_to_none=True)
-    update(policies, groups, torch.as_tensor(A, dtype=torch.float32), config, step)
+    run_update(policies, groups, A, config, step)
     found = {name: p.grad.clone() for name, p in live.named_parameters() if p.grad is not None}
     live.zero_grad(set_to_none=True)
     return found
@@ -156,7 +162,7 @@ def test_the_text_divergence_pulls_back_once_the_weights_moved(policies: Policie
     assert norm(found) > 100 * before
 
     def divergence() -> float:
-        metrics = update(policies, groups, torch.tensor(nothing), config, 0)
+        metrics = run_update(policies, groups, nothing, config, 0)
         return metrics.means()["kl/text/understand"]
 
     start = divergence()
@@ -170,9 +176,9 @@ def test_entropy_bonus_raises_the_entropy(policies: Policies, prompts: list[Prom
     nothing = [[1e-9, 0, 0, -1e-9]] * 2
     config = make_config({"entropy_coef": 1.0})
     found = gradients(policies, groups, nothing, config)
-    before = update(policies, groups, torch.tensor(nothing), config, 0).means()["entropy/understand"]
+    before = run_update(policies, groups, nothing, config, 0).means()["entropy/understand"]
     descend(policies, found, 1e-3 / norm(found))
-    assert update(policies, groups, torch.tensor(nothing), config, 0).means()["entropy/understand"] > before
+    assert run_update(policies, groups, nothing, config, 0).means()["entropy/understand"] > before
 
 
 # --- drawings ---
@@ -258,9 +264,9 @@ def test_the_velocity_divergence_pulls_back_once_the_weights_moved(
     policies = replace(policies, old=policies.live.frozen())
     found = gradients(policies, groups, nothing, config)
     assert norm(found) > 100 * before
-    start = update(policies, groups, torch.tensor(nothing), config, 0).means()["kl/flow/generate"]
+    start = run_update(policies, groups, nothing, config, 0).means()["kl/flow/generate"]
     descend(policies, found, 1e-3 / norm(found))
-    assert update(policies, groups, torch.tensor(nothing), config, 0).means()["kl/flow/generate"] < start
+    assert run_update(policies, groups, nothing, config, 0).means()["kl/flow/generate"] < start
 
 
 def test_nft_draws_fresh_noise_every_step_and_the_same_when_repeated(policies: Policies, prompts: list[Prompt]) -> None:
@@ -302,10 +308,10 @@ def test_micro_batches_do_not_change_gradients(
     nudge(policies, size=0.003)
     A = ALL * 2
     whole = gradients(policies, groups, A, config)
-    reported = update(policies, groups, torch.tensor(A), config, 0).means()
-    monkeypatch.setattr(module, "MICRO_BATCH", 1)
+    reported = run_update(policies, groups, A, config, 0).means()
+    monkeypatch.setattr(objective, "MICRO_BATCH", 1)
     assert distance(whole, gradients(policies, groups, A, config)) < 1e-4
-    split = update(policies, groups, torch.tensor(A), config, 0).means()
+    split = run_update(policies, groups, A, config, 0).means()
     assert split.keys() == reported.keys()
     exact = [name for name in reported if name.startswith(("loss/", "kl/", "signal/"))]
     assert [split[name] for name in exact] == pytest.approx([reported[name] for name in exact], rel=1e-3, abs=1e-6)
@@ -324,7 +330,7 @@ def test_groups_without_signal_contribute_nothing(
     alone = gradients(policies, [groups[0], groups[2]], [A, A], config)
     assert distance(alone, some) < 1e-5
     assert gradients(policies, groups, [none] * 4, config) == {}
-    metrics = update(policies, groups, torch.tensor([A, none, A, none]), config, 0).means()
+    metrics = run_update(policies, groups, [A, none, A, none], config, 0).means()
     assert (metrics["signal/understand"], metrics["signal/generate"]) == (0.5, 0.5)
 
 
@@ -383,7 +389,7 @@ def test_nothing_reaches_the_frozen_policies(policies: Policies, prompts: list[P
 
 def test_metrics_at_ratio_1(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts)
-    metrics = update(policies, groups, torch.tensor(ALL), make_config({"kl_coef": 0.5}, GRPO | {"kl_coef": 0.2}), 0)
+    metrics = run_update(policies, groups, ALL, make_config({"kl_coef": 0.5}, GRPO | {"kl_coef": 0.2}), 0)
     means = metrics.means()
     assert means["ratio/text"] == pytest.approx(1, abs=1e-5)
     assert means["ratio/flow"] == pytest.approx(1, abs=1e-5)
@@ -400,42 +406,3 @@ def test_metrics_are_weighted_means() -> None:
     metrics.add("a", torch.tensor(3.0, requires_grad=True), 0.75)
     metrics.add("b", 5.0, 0.0)
     assert metrics.means() == {"a": 2.5}
-
-
-# --- advantages ---
-
-
-def table(scores: list[Any], mask: list[Any] | None = None, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardTable:
-    values = torch.tensor(scores)
-    valid = torch.ones_like(values, dtype=torch.bool) if mask is None else torch.tensor(mask)
-    tasks = ("understand", "generate")[: len(values)]
-    return RewardTable(("a", "b"), torch.tensor(weights), values, valid, {}, tasks)
-
-
-def test_advantages_of_a_table_by_hand() -> None:
-    rewards = table([[[0.0, 0.30], [0.0, 0.31], [1.0, 0.30], [1.0, 0.31]]])
-    config = make_config(advantages={"std_floor": 1e-4}).advantages
-    expected = torch.tensor([[-1.41, -0.01, 0.01, 1.41]])
-    torch.testing.assert_close(compute_advantages(rewards, config), expected, rtol=0, atol=0.02)
-    summed = make_config(advantages={"kind": "group_relative"}).advantages
-    expected = torch.tensor([[-1.01, -0.99, 0.99, 1.01]])
-    torch.testing.assert_close(compute_advantages(rewards, summed), expected, rtol=0, atol=0.005)
-
-
-def test_advantages_are_clamped_and_floored() -> None:
-    rewards = table([[[1.0, 0.5], *[[0.0, 0.5]] * 63]], weights=(1.0, 0.0))
-    for kind in ("gdpo", "group_relative"):
-        A = compute_advantages(rewards, make_config(advantages={"kind": kind, "clamp": 2.0}).advantages)
-        assert A.max() == 2.0
-        flat = table([[[0.5, 0.1], [0.505, 0.1]]])
-        assert not compute_advantages(flat, make_config(advantages={"kind": kind}).advantages).any()
-
-
-@pytest.mark.parametrize("kind", ["gdpo", "group_relative"])
-def test_a_failed_score_is_no_worse_than_a_mean_one(kind: str) -> None:
-    """Every member got 1 from both rewards, but the second one failed on member 0."""
-    rewards = table(
-        [[[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]],
-        [[[True, False], [True, True], [True, True], [True, True]]],
-    )
-    assert not compute_advantages(rewards, make_config(advantages={"kind": kind}).advantages).any()

@@ -29,8 +29,10 @@ class Sampling:
     noise_level: float = 0.7
     window: tuple[int, ...] = ()
     """The steps sampled with noise and trained; all others follow the ODE."""
-    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
-    """Of the steps that follow the ODE; adams_bashforth is of second order."""
+    solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
+    """Of the steps that follow the ODE; the first two are of second order."""
+    steps_after_window: int | None = None
+    """So many steps from the window's end to the picture, in equal parts of unshifted time; None: those of the grid."""
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
@@ -43,6 +45,17 @@ class Sampling:
     """Whether the members of a group start from the same noise."""
     image_size: tuple[int, int] | None = None
     """Height and width of a picture drawn without a source picture; None: the policy's own."""
+
+
+class FeatureLoss(Protocol):
+    """A loss on inner states of the drawing side."""
+
+    layer: int
+    """After how many layers."""
+
+    def __call__(self, features: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
+        """States (B, N, D) over noisy pictures and the clean pictures, to a loss per picture (B,)."""
+        ...
 
 
 @runtime_checkable
@@ -84,8 +97,13 @@ class Policy(Protocol):
         """Drawing side as judge: minus the flow loss of each image after its context, noise shared by all: (batch,)."""
         ...
 
-    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
-        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss)."""
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
+    ) -> Mapping[str, torch.Tensor]:
+        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss).
+
+        With ``represent``, also "representation": its loss on the states of the pictures being drawn.
+        """
         ...
 
     def frozen(self) -> Self:

@@ -87,7 +87,7 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
     groups: dict[str, list[Chart]] = defaultdict(list)
     for key in metrics.numeric_keys():
         word, _, rest = key.partition("/")
-        if key in NOT_PLOTTED or word in ("reward", "guard"):
+        if key in NOT_PLOTTED or word in ("reward", "guard", "gradient"):
             continue
         if word == "control" and metrics.series("reward/" + rest):
             continue

@@ -23,7 +23,11 @@ class Scores:
 
 
 class Reward(Protocol):
-    """Scores outputs. The table calls it only with groups that it applies to."""
+    """Scores outputs. The table calls it only with groups that it applies to.
+
+    An attribute ``judges``, ("text",), ("image",) or both, says which segments of a trajectory that thinks, then draws
+    it is about; without it, both. One that compares members in pairs scores each by its ``win_rate``.
+    """
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether outputs of this prompt can be scored."""

@@ -22,6 +22,8 @@ class ExactAnswer:
     ``thoughts``: whether a text that a drawing follows is scored too.
     """
 
+    judges = ("text",)
+
     def __init__(self, thoughts: bool = True) -> None:
         self.thoughts = thoughts
 

@@ -18,6 +18,8 @@ class OwnVQA:
     No encoder is added: the judge is a frozen copy of the policy. It never sees the prompt, only its questions.
     """
 
+    judges = ("image",)
+
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and bool(prompt.facts)
 

@@ -24,6 +24,8 @@ class SceneFacts:
     all: 1 if every one holds, else 0. mixed: the mean of fraction and all.
     """
 
+    judges = ("image",)
+
     def __init__(self, mode: Mode = "fraction") -> None:
         if mode not in get_args(Mode):
             raise InputError(f"scene_facts.mode={mode!r}: unknown: use {', '.join(get_args(Mode))}")

@@ -16,7 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
-from lvrpo.types import Group, RewardTable, Task
+from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
 
@@ -26,13 +26,16 @@ class RewardConfig(Config):
 
     name: str
     """An entry of REWARDS, or my_package.module:Class."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=0)
+    """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[Task, ...] | None = None
     """Only these tasks; None: every task whose prompts it applies to."""
     label: str | None = None
     """Its name in tables and curves; the name where None."""
     options: dict[str, Any] = Field(default={})
     """Arguments of the reward's class. Any: each class has its own."""
+    segments: tuple[OutputKind, ...] | None = Field(default=None, min_length=1)
+    """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
     on_failure: Literal["mask", "stop"] = "mask"
 
     @property
@@ -47,9 +50,20 @@ class RewardSource:
     config: RewardConfig
     reward: Reward
 
+    def scores(self, prompt: Prompt) -> bool:
+        """Whether it has a say in the outputs of a prompt."""
+        tasks = self.config.tasks
+        return (tasks is None or prompt.task in tasks) and self.reward.applies(prompt)
+
+    @property
+    def judges(self) -> tuple[OutputKind, ...]:
+        """The kinds of segments that it judges where a trajectory has several."""
+        own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
+        return self.config.segments or own
+
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
-    """Resolves the reward section; raises InputError on an unknown name, wrong options or two equal labels."""
+    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
@@ -65,6 +79,8 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
                     f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
                 )
         sources.append(RewardSource(config, reward))
+    if configs and not any(config.weight for config in configs):
+        raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
 
 
@@ -75,7 +91,7 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
     mask = torch.zeros(P, G, K, dtype=torch.bool)
     reasons: dict[tuple[int, int, int], str] = {}
     for k, source in enumerate(sources):
-        chosen = [p for p, group in enumerate(groups) if _wanted(source, group)]
+        chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             result, failures = _checked(source, [groups[p] for p in chosen], judge)
             for row, p in enumerate(chosen):
@@ -94,12 +110,8 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
         mask=mask,
         reasons=reasons,
         tasks=tuple(group.prompt.task for group in groups),
+        judges={source.config.title: source.judges for source in sources},
     )
-
-
-def _wanted(source: RewardSource, group: Group) -> bool:
-    tasks = source.config.tasks
-    return (tasks is None or group.prompt.task in tasks) and source.reward.applies(group.prompt)
 
 
 def _checked(

@@ -10,11 +10,16 @@ from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
-from lvrpo.policies.base import Sampling
 from lvrpo.rewards.table import RewardConfig
-from lvrpo.sampling import check_window, derive_seed, fast_window, full_window, sliding_window
+from lvrpo.training.advantages import AdvantageConfig
+from lvrpo.training.flow import FlowConfig
+from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
-from lvrpo.types import Task
+from lvrpo.training.rollout import RolloutConfig
+from lvrpo.training.text import TextConfig
+from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
+from lvrpo.types import OutputKind, Task
 
 
 class DataConfig(Config):
@@ -28,99 +33,6 @@ class DataConfig(Config):
     prompts_per_step: dict[Task, int] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
-
-
-class WindowConfig(Config):
-    """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
-
-    kind: Literal["full", "fast", "sliding"] = "fast"
-    size: int = Field(default=2, ge=1)
-    iterations_per_stride: int = Field(default=10, ge=1)
-
-
-class RolloutConfig(Config):
-    """How groups are sampled."""
-
-    group_size: int = Field(default=8, ge=2)
-    temperature: float = Field(default=1.0, gt=0)
-    max_new_tokens: int = Field(default=8, ge=1)
-    num_steps: int = Field(default=8, ge=2)
-    timestep_shift: float | None = Field(default=None, gt=0)
-    """None: the policy's own."""
-    sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
-    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
-    """Of the steps without noise; adams_bashforth is of second order at the same cost."""
-    noise_level: float = Field(default=0.7, gt=0)
-    window: WindowConfig = WindowConfig()
-    guidance_scale: float = Field(default=1.0, ge=1)
-    image_guidance_scale: float = Field(default=1.0, ge=1)
-    guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
-    logprob_reduction: Literal["mean", "sum"] = "mean"
-    shared_noise: bool = False
-
-    def sampling(self, seed: int, step: int) -> Sampling:
-        """The sampling of one step; its window is a function of (seed, step), so it needs no saving."""
-        window: tuple[int, ...] = ()
-        if self.sampler != "ode":
-            if self.window.kind == "full":
-                window = full_window(self.num_steps)
-            elif self.window.kind == "fast":
-                window = fast_window(self.num_steps, self.window.size, derive_seed(seed, "window", step))
-            else:
-                window = sliding_window(
-                    self.num_steps, self.window.size, step, iterations_per_stride=self.window.iterations_per_stride
-                )
-            check_window(window, self.num_steps, self.sampler)
-        shared = self.model_dump(exclude={"window"})
-        return Sampling(window=window, **shared)
-
-
-class AdvantageConfig(Config):
-    """How a table of rewards becomes one advantage per trajectory."""
-
-    kind: Literal["gdpo", "group_relative"] = "gdpo"
-    """gdpo: each reward normalised in its group, then summed; group_relative: summed, then normalised."""
-    std_floor: float = Field(default=0.01, ge=0)
-    """Groups whose reward spreads less than this carry no signal."""
-    clamp: float = Field(default=5.0, gt=0)
-
-
-class TextConfig(Config):
-    """The clipped objective of text segments."""
-
-    weight: float = Field(default=1.0, ge=0)
-    clip_low: float = Field(default=0.2, gt=0)
-    clip_high: float = Field(default=0.28, gt=0)
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Of the k3 estimate of the divergence from the reference."""
-    entropy_coef: float = Field(default=0.0, ge=0)
-    reduction: Literal["token", "trajectory"] = "token"
-
-
-class FlowConfig(Config):
-    """The objective of drawn segments."""
-
-    kind: Literal["nft", "grpo"] = "nft"
-    """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps."""
-    weight: float = Field(default=1.0, ge=0)
-    kl_coef: float = Field(default=2.0, ge=0)
-    """Of mean |v - v_ref|^2. Without it nothing holds DiffusionNFT: the contrast of good and bad drawings moves the
-    prediction from pure noise without end, until every cell holds an object (docs/log.md)."""
-    keep: int = Field(default=2, ge=1)
-    """The best and the worst ``keep`` members of each group are trained."""
-    beta: float = Field(default=0.5, gt=0)
-    advantage_max: float = Field(default=2.5, gt=0)
-    """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
-    noise_draws: int = Field(default=2, ge=1)
-    """nft: times per picture, one in each equal part of the sampler's grid."""
-    min_time: float = Field(default=0.1, gt=0, lt=1)
-    old_decay_rate: float = Field(default=0.05, ge=0)
-    old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
-    clip_low: float = Field(default=1e-3, gt=0)
-    clip_high: float = Field(default=1e-3, gt=0)
-    """grpo: bounds of the ratio of one step, in the units of ``rollout.logprob_reduction``."""
-    step_weighting: Literal["level", "equal"] = "level"
-    """grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
 
 
 class GuardConfig(Config):
@@ -161,6 +73,12 @@ class TrainConfig(Config):
     flow: FlowConfig = FlowConfig()
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
+    mini_updates: int = Field(default=1, ge=1)
+    """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
+    gradient_mixing: Mixing = "sum"
+    """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
+    norm_balanced: scaled to one norm; the last two in each expert by itself."""
+    gradient_audit: GradientAuditConfig = GradientAuditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
@@ -172,26 +90,91 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
 
+    @property
+    def phases(self) -> list[tuple[tuple[OutputKind, ...], float]]:
+        """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
+        if self.text.lr == self.flow.lr:
+            return [(KINDS, self.text.lr)]
+        return [(("text",), self.text.lr), (("image",), self.flow.lr)]
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        try:
-            self.rollout.sampling(self.seed, 0)
-        except InputError as error:
-            raise ValueError(str(error).replace("sampling.", "rollout.")) from None
-        if self.flow.kind == "grpo" and self.rollout.sampler == "ode":
-            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
-        if self.flow.kind == "nft" and self.rollout.sampler != "ode":
-            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
-        if self.flow.kind == "nft" and self.rollout.guidance_scale > 1:
-            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
-        if 2 * self.flow.keep > self.rollout.group_size:
-            raise ValueError(
-                f"flow.keep={self.flow.keep}: best and worst must fit into rollout.group_size={self.rollout.group_size}"
-            )
-        if not any(self.data.prompts_per_step.values()) or min(self.data.prompts_per_step.values()) < 0:
+        for check in (self._check_data, self._check_weights, self._check_rollout, self._check_objectives):
+            check()
+        return self
+
+    def _check_data(self) -> None:
+        counts = self.data.prompts_per_step
+        if not any(counts.values()) or min(counts.values()) < 0:
             raise ValueError("data.prompts_per_step: give at least one task a positive number, and none a negative one")
-        if any(weight < 0 for weight in self.task_weights.values()):
-            raise ValueError("task_weights: weights must be 0 or more")
+        if self.mini_updates > sum(counts.values()):
+            raise ValueError(
+                f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
+            )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
-        return self
+        joint = self.advantages.joint
+        if joint is not None and (joint[0] == joint[1] or len({counts.get(task, 0) for task in joint}) > 1):
+            raise ValueError(
+                f"advantages.joint={list(joint)}: pairs groups one to one: name two tasks with as many prompts each in "
+                "data.prompts_per_step"
+            )
+
+    def _check_weights(self) -> None:
+        if any(weight < 0 for weight in self.task_weights.values()):
+            raise ValueError("task_weights: weights must be 0 or more")
+        trained: list[Task] = [task for task, count in self.data.prompts_per_step.items() if count]
+        if not any(self.task_weights.get(task, 1.0) for task in trained):
+            raise ValueError("task_weights: every task of data.prompts_per_step has weight 0: nothing would be trained")
+        if self.text.weight == self.flow.weight == 0:
+            raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
+        for task in trained:
+            if not any(r.weight and (r.tasks is None or task in r.tasks) for r in self.rewards):
+                raise ValueError(
+                    f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
+                    f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
+                )
+
+    def _check_rollout(self) -> None:
+        rollout = self.rollout
+        try:
+            rollout.sampling(self.seed, 0)
+        except InputError as error:
+            raise ValueError(str(error).replace("sampling.", "rollout.")) from None
+        if rollout.image_guidance_scale > 1 and rollout.guidance_scale == 1:
+            raise ValueError(
+                f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
+                "rollout.guidance_scale=1: set both, or neither"
+            )
+        if rollout.policy == "reference":
+            for section, objective in (
+                ("text", TEXT_OBJECTIVES[self.text.kind]),
+                ("flow", FLOW_OBJECTIVES[self.flow.kind]),
+            ):
+                config = self.text if section == "text" else self.flow
+                if config.weight and not objective.off_policy:
+                    raise ValueError(
+                        f"rollout.policy=reference: {section}.kind={config.kind} learns from its own outputs only: use "
+                        "dpo or best_of, or sample with rollout.policy=live"
+                    )
+            if rollout.refill_budget:
+                raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")
+
+    def _check_objectives(self) -> None:
+        rollout, flow = self.rollout, self.flow
+        if flow.kind == "grpo" and rollout.sampler == "ode":
+            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
+        if flow.kind == "nft" and rollout.sampler != "ode":
+            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
+        if flow.kind == "nft" and rollout.guidance_scale > 1:
+            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
+        if flow.kind != "grpo" and flow.kl == "gaussian":
+            raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
+        if flow.kind != "grpo" and flow.ratio == "guard":
+            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
+        if flow.kind in ("nft", "grpo") and 2 * flow.keep > rollout.group_size:
+            raise ValueError(
+                f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
+            )
+        if flow.kind == "best_of" and flow.keep >= rollout.group_size:
+            raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")

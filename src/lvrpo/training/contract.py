@@ -45,7 +45,8 @@ def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTab
     checks.append(
         Check("scores that failed", len(failed) / total, 0.0, not failed, failed[0] if failed else "no reward failed")
     )
-    signal = signal_mask(table.scores, table.mask, std_floor)
+    trained = table.trained()
+    signal = signal_mask(trained.scores, trained.mask, std_floor)
     checks.append(
         Check(
             "groups with signal",

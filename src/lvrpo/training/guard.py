@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ class GuardReport:
     verdict: Verdict
     fallen: tuple[Task, ...]
     """Tasks whose paired difference to the best lies below 0 with its whole interval."""
+    scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
+    """Of every held-out prompt, in their order."""
 
 
 class Guard:
@@ -62,16 +64,16 @@ class Guard:
         means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
         if not self.prompts or not state.best_scores:
             state.best_step, state.best_scores = step, scores
-            return GuardReport(means, "best", ())
+            return GuardReport(means, "best", (), scores)
         fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
-            return GuardReport(means, "fallen", fallen)
+            return GuardReport(means, "fallen", fallen, scores)
         top = max(state.top, float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts])))
         mean = float(np.mean(list(means.values())))
         if mean >= top - self._noise(scores):
             state.best_step, state.best_scores, state.top = step, scores, max(top, mean)
-            return GuardReport(means, "best", ())
-        return GuardReport(means, "kept", ())
+            return GuardReport(means, "best", (), scores)
+        return GuardReport(means, "kept", (), scores)
 
     def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
         """Standard error of the mean of tasks: of two looks that differ by less, the later one counts as the best."""

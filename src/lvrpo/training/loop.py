@@ -18,14 +18,17 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
-from lvrpo.training import contract, samples
+from lvrpo.training import contract, samples, score_record
+from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
+from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
+from lvrpo.training.rollout import Rollouts, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
-from lvrpo.training.update import Policies, compute_advantages, update
+from lvrpo.training.update import take_steps
 from lvrpo.types import Group, Prompt, RewardTable
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -50,21 +53,29 @@ def align(
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
         report = guard.look(state.policies.average, state.guard, 0)
+        score_record.write_look(run, 0, report.scores, config.guard.every)
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
+    sampled = Rollouts(state.policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
         step = state.step
         row: dict[str, Any] = {"step": step + 1}
 
         prompts = prompts_of_step(source, config, step)
-        groups = rollout(state.policies, prompts, config, step)
+        groups = sampled.groups(prompts, step)
         table = score_groups(rewards, groups, state.policies.reference)
-        advantages = compute_advantages(table, config.advantages)
-        metrics = update(state.policies, groups, advantages, config, step)
-        norms = state.optimizers.step(step, state.guard.lr_scale)
-        state.bad_gradients = 0 if all(map(math.isfinite, norms.values())) else state.bad_gradients + 1
+        trained, scores = groups, table
+        if config.rollout.refill_budget:
+            trained, scores, counts = refill(state.policies, source, rewards, groups, table, config, step)
+            row |= counts
+        advantages = segment_advantages(scores, trained, config.advantages)
+        metrics = take_steps(
+            state.policies, state.optimizers, trained, advantages, config, step, state.guard.lr_scale
+        ).means()
+        norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
+        state.bad_gradients = 0 if all(map(math.isfinite, norms)) else state.bad_gradients + 1
         if state.bad_gradients >= MAX_BAD_GRADIENTS:
             raise ContractError(
                 f"gradients were not finite in {MAX_BAD_GRADIENTS} steps in a row up to step {step + 1}: lower the "
@@ -78,11 +89,15 @@ def align(
 
         if step == 0:
             _check_first_update(run, state, groups)
-        row |= metrics.means() | {f"grad_norm/{expert}": norm for expert, norm in norms.items()}
+        row |= metrics
         row |= reward_means("reward", table, groups)
-        row["lr_scale"] = state.optimizers.rate(step) * state.guard.lr_scale
+        score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained))
+        row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
-            row |= control(state.policies, prompts, config, rewards, step)
+            control = control_rollout(state.policies, prompts, config, step)
+            control_table = score_groups(rewards, control, state.policies.reference)
+            row |= reward_means("control", control_table, control)
+            score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
             samples.write(run, state.step, groups, table)
         if state.step % config.guard.every == 0 or state.step == config.steps:
@@ -100,35 +115,11 @@ def align(
     return state
 
 
-def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
-    """The prompts of a step: for each task the next ones of the source, so the cursor is the step itself."""
-    prompts: list[Prompt] = []
-    for task, count in config.data.prompts_per_step.items():
-        prompts += [source.prompt(task, step * count + i) for i in range(count)]
-    return prompts
-
-
-def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
-    """Groups for all prompts: text from the live policy; drawings from the old one where DiffusionNFT trains them."""
-    sampling = config.rollout.sampling(config.seed, step)
-    painter = policies.old if config.flow.kind == "nft" else policies.live
-    groups: dict[int, Group] = {}
-    for sampler, wanted in ((policies.live, False), (painter, True)):
-        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
-        seeds = [derive_seed(config.seed, "rollout", step, prompts[i].id) for i in indices]
-        if indices:
-            groups.update(zip(indices, sampler.sample([prompts[i] for i in indices], sampling, seeds), strict=True))
-    return [groups[i] for i in range(len(prompts))]
-
-
-def control(
-    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, rewards: Sequence[RewardSource], step: int
-) -> dict[str, float]:
+def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
     seeds = [derive_seed(config.seed, "rollout", step, prompt.id) for prompt in prompts]
-    groups = policies.reference.sample(prompts, sampling, seeds)
-    return reward_means("control", score_groups(rewards, groups, policies.reference), groups)
+    return policies.reference.sample(prompts, sampling, seeds)
 
 
 def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float]:
@@ -181,6 +172,7 @@ def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Gro
 def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
     """One look of the guard and what follows from it; returns whether the run stops."""
     report = guard.look(state.policies.average, state.guard, state.step)
+    score_record.write_look(run, state.step, report.scores, config.guard.every)
     row |= {f"guard/{task}": mean for task, mean in report.means.items()}
     if report.verdict != "fallen":
         row["guard/action"] = "kept best" if report.verdict == "best" else "none"

@@ -17,6 +17,7 @@ from lvrpo.policies.loading import load_policy, pick_device
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.sampling import derive_seed
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into
+from lvrpo.training.representation import Representation, RepresentationConfig
 from lvrpo.types import Example, Prompt, Task
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
@@ -43,6 +44,7 @@ class PretrainConfig(Config):
     """Share of edits whose picture is withheld instead, so that image guidance has a branch without it."""
     text_weight: float = Field(default=0.5, ge=0)
     image_weight: float = Field(default=5.0, ge=0)
+    representation: RepresentationConfig = RepresentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
         muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.5, final_lr=0.0
     )
@@ -66,6 +68,8 @@ class PretrainConfig(Config):
             raise ValueError("batch: give at least one kind of row a positive number")
         if self.condition_dropout + self.picture_dropout > 1:
             raise ValueError(f"picture_dropout={self.picture_dropout}: with condition_dropout it has to be at most 1")
+        if self.representation.weight and self.init is None:
+            raise ValueError("representation.weight needs a reading side that has learned to read: set init")
         return self
 
 
@@ -87,6 +91,11 @@ class Supervised:
         self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
         self.optimizers = Optimizers(policy, config.optimizer, config.steps)
         self.step_number = 0
+        self.representation: Representation | None = None
+        if config.representation.weight:
+            seed = derive_seed(config.seed, "representation") % 2**32
+            lr = config.optimizer.adamw_lr
+            self.representation = Representation(config.representation, policy, lr, seed)
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
     def step(self) -> SupervisedStep:
@@ -94,16 +103,20 @@ class Supervised:
         step = self.step_number
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "supervised", step) % 2**32)
         total: dict[str, float] = {}
-        losses = self.policy.supervised_losses(self.batch(step), generator)
+        losses = self.policy.supervised_losses(self.batch(step), generator, self.representation)
         loss = sum(
             weight * losses[name]
             for name, weight in (("text", self.config.text_weight), ("image", self.config.image_weight))
             if name in losses
         )
         assert isinstance(loss, torch.Tensor)
+        if "representation" in losses:
+            loss = loss + self.config.representation.weight * losses["representation"]
         loss.backward()
         total.update({name: float(value.detach()) for name, value in losses.items()})
         norms = self.optimizers.step(step)
+        if self.representation is not None:
+            self.representation.step(self.optimizers.rate(step))
         self.step_number += 1
         average_into(self.average, self.policy, min(self.config.average_decay, step / (step + 10)))
         return SupervisedStep(total, norms)

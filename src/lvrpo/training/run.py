@@ -21,6 +21,7 @@ from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, build_rewards
 from lvrpo.sampling import derive_seed
+from lvrpo.training import score_record
 from lvrpo.training.checkpoint import (
     atomic_folder,
     checkpoint_writer,
@@ -42,6 +43,9 @@ from lvrpo.training.state import STATE, RunState
 from lvrpo.types import Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
+
+LOOKED_AT = 32
+"""Prompts of a task that are shown to the rewards before a run starts."""
 
 START = "start"
 """Folder of a run: the policy that it started from, which stays the reference of a resumed run."""
@@ -65,6 +69,19 @@ def training_source(config: TrainConfig) -> PromptSource:
                 f"data.prompts_per_step.{task}={count}: {config.data.source} has no rows of task '{task}': set it to 0"
             )
     return source
+
+
+def scoring_rewards(config: TrainConfig, source: PromptSource) -> list[RewardSource]:
+    """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
+    rewards = build_rewards(config.rewards)
+    for task, count in config.data.prompts_per_step.items():
+        prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
+        if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
+            raise InputError(
+                f"data.prompts_per_step.{task}={count}: no reward scores these prompts, all would be masked: add one "
+                "that does to rewards, or ask for 0"
+            )
+    return rewards
 
 
 def guard_prompts(config: TrainConfig) -> dict[Any, list[Prompt]]:
@@ -96,7 +113,8 @@ class Alignment:
     def start(cls, config: TrainConfig, folder: Path) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace."""
         torch.set_num_threads(config.threads)
-        source, rewards = training_source(config), build_rewards(config.rewards)
+        source = training_source(config)
+        rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
         base = policy_folder(config.policy)
         policy = load_policy(base, config.device)
@@ -155,13 +173,14 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 
 
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
-    """The state of the last whole checkpoint; metrics that came after it are dropped."""
+    """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
     state = RunState.start(load_policy(run.path / START, config.device), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)
     run.truncate_metrics(state.step if last is not None else -1)
+    score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
     return state
 
@@ -272,6 +291,8 @@ class Pretraining:
                 "average": dict(trainer.average.state_dict()),
                 "optimizers": trainer.optimizers.state(),
             }
+            if trainer.representation is not None:
+                tree["representation"] = trainer.representation.state()
             save_state(folder / STATE, tree)
         prune_checkpoints(self.run.path, self.config.keep_checkpoints)
 
@@ -283,6 +304,8 @@ class Pretraining:
             copy_weights(self.trainer.policy, tree["policy"])
             copy_weights(self.trainer.average, tree["average"])
             self.trainer.optimizers.load_state(tree["optimizers"])
+            if self.trainer.representation is not None:
+                self.trainer.representation.load(tree["representation"])
             self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
         self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
 

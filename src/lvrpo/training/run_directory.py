@@ -34,6 +34,7 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SCORES = "scores"
 LOCK = ".lock"
 
 
@@ -150,7 +151,7 @@ class RunDirectory:
     def _recover(self) -> None:
         """Clears what a killed writer left: temporary files and folders, half a line of metrics."""
         with disk_errors(self.path):
-            for folder in (self.path, self.path / "checkpoints", self.path / "eval"):
+            for folder in (self.path, *(self.path / name for name in ("checkpoints", "eval", SCORES))):
                 if folder.is_dir():
                     clean_leftovers(folder)
             metrics = self.path / METRICS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from torch import nn
 from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, copy_weights
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.update import Policies
 from lvrpo.types import Task
 
 STATE = "state"
@@ -38,7 +39,8 @@ class RunState:
     """Everything that changes while a run goes on."""
 
     policies: Policies
-    optimizers: Optimizers
+    optimizers: Sequence[Optimizers]
+    """One per phase of an update (``TrainConfig.phases``)."""
     step: int = 0
     """Steps done."""
     guard: GuardState = field(default_factory=GuardState)
@@ -51,7 +53,7 @@ class RunState:
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
         """The state before the first step: all four policies are the given one."""
         policies = Policies(live=policy, old=policy.frozen(), reference=policy.frozen(), average=policy.frozen())
-        return cls(policies, Optimizers(policy, config.optimizer, config.steps))
+        return cls(policies, [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases])
 
     def save(self, run: RunDirectory) -> Path:
         """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
@@ -68,7 +70,8 @@ class RunState:
         tree = load_state(checkpoint / STATE)
         for name in ("live", "old", "average"):
             copy_weights(_module(getattr(self.policies, name)), tree["policies"][name])
-        self.optimizers.load_state(tree["optimizers"])
+        for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
+            optimizers.load_state(saved)
         self.step = tree["step"]
         self.seconds = tree["seconds"]
         self.bad_gradients = tree["bad_gradients"]
@@ -82,7 +85,7 @@ class RunState:
             "policies": {
                 name: dict(_module(getattr(self.policies, name)).state_dict()) for name in ("live", "old", "average")
             },
-            "optimizers": self.optimizers.state(),
+            "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
         }
 

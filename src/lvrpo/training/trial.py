@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.rewards.table import score_groups
+from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
-from lvrpo.training.loop import contract_checks, prompts_of_step, rollout
-from lvrpo.training.run import guard_prompts, training_source
+from lvrpo.training.loop import contract_checks
+from lvrpo.training.rollout import prompts_of_step, rollout
+from lvrpo.training.run import guard_prompts, scoring_rewards, training_source
 from lvrpo.training.state import RunState
-from lvrpo.training.update import compute_advantages, update
+from lvrpo.training.update import take_steps
 
 SHARE = 4
 """The small step has one prompt in so many of each task."""
@@ -40,7 +42,8 @@ class Trial:
 def try_out(config: TrainConfig) -> Trial:
     """Loads everything that a run loads, measures the contract, times one small step."""
     torch.set_num_threads(config.threads)
-    source, rewards = training_source(config), build_rewards(config.rewards)
+    source = training_source(config)
+    rewards = scoring_rewards(config, source)
     guard = Guard(guard_prompts(config), config)
     state = RunState.start(load_policy(config.policy, config.device), config)
     checks = contract_checks(config, state.policies, source, rewards)
@@ -53,8 +56,8 @@ def try_out(config: TrainConfig) -> Trial:
     started = time.perf_counter()
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
     table = score_groups(rewards, groups, state.policies.reference)
-    update(state.policies, groups, compute_advantages(table, config.advantages), small, 0)
-    state.optimizers.step(0)
+    advantages = segment_advantages(table, groups, config.advantages)
+    take_steps(state.policies, state.optimizers, groups, advantages, small, 0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()

@@ -88,7 +88,13 @@ class Contexts:
         """The context of the no-image branch of guidance: all texts."""
         return tuple(piece for piece in row if piece.span.kind == "text")
 
-    def run(self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Hidden:
+    def run(
+        self,
+        rows: Sequence[Row],
+        cache: Cache,
+        noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
+        keep_layers: bool = False,
+    ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece."""
         device = self.transformer.inv_freq.device
         packing = pack([tuple(piece.span for piece in row) for row in rows], device)
@@ -106,7 +112,7 @@ class Contexts:
             drawing = _by_grid(drawn, self._embed_drawn)
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
-        return self.transformer(reading, drawing, packing, cache)
+        return self.transformer(reading, drawing, packing, cache, keep_layers)
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""

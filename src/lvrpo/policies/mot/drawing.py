@@ -13,12 +13,12 @@ from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import (
+    SOLVERS,
     STEPS,
-    adams_bashforth_step,
     check_window,
+    compressed_grid,
     guide,
     normal_noise,
-    ode_step,
     step_logprob,
     timestep_grid,
 )
@@ -63,6 +63,20 @@ class Drawn:
     """(B, W, N, C)."""
     logprobs: torch.Tensor
     """(B, W)."""
+    means: torch.Tensor
+    """(B, W, N, C)."""
+
+
+@dataclass(frozen=True)
+class ReplayedDrawing:
+    """Recorded steps of a batch under the current weights; W trained steps."""
+
+    logprobs: torch.Tensor
+    """(B, W)."""
+    means: torch.Tensor
+    """(B, W, N, C)."""
+    stds: torch.Tensor
+    """(W,)."""
 
 
 def guidance_of(sampling: Sampling) -> Guidance:
@@ -98,6 +112,15 @@ def velocity(
     noise = contexts.noise(grid or contexts.towers.free_grid(None))
     hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t))
     return contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+
+
+def velocity_and_features(
+    contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``velocity``, and the drawing expert's states (B, N, D) after so many layers."""
+    hidden = contexts.run([(contexts.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True)
+    v = contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+    return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
 
 
 def guided_velocity(
@@ -150,12 +173,15 @@ def integrate(
     shape = x_t.shape[1:]
     device = x_t.device
     guidance = guidance_of(sampling)
-    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift or 1.0).to(device)
     window = sampling.window if sampling.sampler != "ode" else ()
+    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift or 1.0).to(device)
+    if window and sampling.steps_after_window is not None:
+        ends, shift = window[-1] + 1, sampling.timestep_shift or 1.0
+        timesteps = compressed_grid(sampling.num_steps, ends, sampling.steps_after_window, shift).to(device)
     check_window(window, sampling.num_steps, sampling.sampler)
-    states, next_states, logprobs = [], [], []
-    past = None
-    for i in range(sampling.num_steps):
+    states, next_states, logprobs, means = [], [], [], []
+    solve, past = SOLVERS[sampling.solver], None
+    for i in range(len(timesteps) - 1):
         t, t_next = timesteps[i], timesteps[i + 1]
         v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
         if i in window:
@@ -164,12 +190,11 @@ def integrate(
             x_next = step.mean + step.std * step_noise[:, window.index(i)]
             states.append(x_t)
             next_states.append(x_next)
+            means.append(step.mean)
             logprobs.append(step_logprob(x_next, step.mean, step.std, sampling.logprob_reduction))
             x_t, past = x_next, None
-        elif sampling.solver == "adams_bashforth":
-            x_t, past = adams_bashforth_step(x_t, v, t, t_next, past)
         else:
-            x_t = ode_step(x_t, v, t, t_next).mean
+            x_t, past = solve(x_t, v, t, t_next, past)
     batch = len(x_t)
     return Drawn(
         latents=x_t,
@@ -177,10 +202,11 @@ def integrate(
         states=torch.stack(states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
         next_states=torch.stack(next_states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
         logprobs=torch.stack(logprobs, dim=1) if states else x_t.new_zeros(batch, 0),
+        means=torch.stack(means, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
     )
 
 
-def replay_logprobs(
+def replay_steps(
     contexts: Contexts,
     caches: Branches,
     states: torch.Tensor,
@@ -192,13 +218,17 @@ def replay_logprobs(
     reduction: Literal["mean", "sum"],
     guidance: Guidance,
     grid: Grid,
-) -> torch.Tensor:
-    """Log-probs (B, W) of recorded steps under the current weights, with the very calls that sampled them."""
-    out = []
+) -> ReplayedDrawing:
+    """Recorded steps scored under the current weights, with the very calls that sampled them."""
+    if not trained_steps:
+        return ReplayedDrawing(states.new_zeros(len(states), 0), states, states.new_zeros(0))
+    logprobs, means, stds = [], [], []
     for w, i in enumerate(trained_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         x_t = states[:, w]
         v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
         step = STEPS[sampler](x_t, v, t, t_next, noise_level)
-        out.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
-    return torch.stack(out, dim=1) if out else states.new_zeros(len(states), 0)
+        logprobs.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
+        means.append(step.mean)
+        stds.append(step.std.reshape(()))
+    return ReplayedDrawing(torch.stack(logprobs, dim=1), torch.stack(means, dim=1), torch.stack(stds))

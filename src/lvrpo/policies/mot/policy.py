@@ -12,7 +12,7 @@ from typing import Self, TypeVar, cast
 import torch
 from torch import nn
 
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.towers import Grid, Towers, Words
@@ -175,20 +175,21 @@ class MoTPolicy(nn.Module, ABC):
                 if closed:
                     cache, owner = scores.cache, torch.arange(len(trajectories), device=self.device)
             else:
-                for row, logprobs in zip(
-                    out, self._replay_drawing(cache.select(owner), prompt_rows, segments), strict=True
-                ):
-                    row.append(SegmentLogprobs(logprobs))
+                drawn = self._replay_drawing(cache.select(owner), prompt_rows, segments)
+                for row, logprobs, means in zip(out, drawn.logprobs, drawn.means, strict=True):
+                    row.append(SegmentLogprobs(logprobs, means=means, stds=drawn.stds))
         return out
 
-    def _replay_drawing(self, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]) -> torch.Tensor:
+    def _replay_drawing(
+        self, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
+    ) -> drawing.ReplayedDrawing:
         flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
         first = flows[0]
         renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
         guidance = drawing.Guidance(
             first.guidance_scale, first.image_guidance_scale, renorm, first.guidance_renorm_min, first.guidance_interval
         )
-        return drawing.replay_logprobs(
+        return drawing.replay_steps(
             self.contexts,
             drawing.branches(self.contexts, cache, rows, guidance),
             torch.stack([f.states for f in flows]).to(self.device),
@@ -254,11 +255,14 @@ class MoTPolicy(nn.Module, ABC):
         return total / draws
 
     # ---------------------------------------------------------------- supervised
-    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
+    ) -> Mapping[str, torch.Tensor]:
         """ "text": cross-entropy per token; "image": flow loss at logit-normal times. Means over what is there."""
         contexts = self.contexts
         text_losses: list[torch.Tensor] = []
         image_losses: list[torch.Tensor] = []
+        feature_losses: list[torch.Tensor] = []
         for indices in _batches([example.prompt.output for example in examples], len(examples)):
             batch = [examples[i] for i in indices]
             cache, owner = contexts.prefill_shared([self._row(example.prompt) for example in batch])
@@ -273,22 +277,44 @@ class MoTPolicy(nn.Module, ABC):
                         cache, owner = scores.cache, torch.arange(len(batch), device=self.device)
                 else:
                     images = [o for o in outputs if isinstance(o, torch.Tensor)]
-                    image_losses.append(self._flow_loss(cache.select(owner), images, generator))
+                    loss, features = self._flow_loss(cache.select(owner), images, generator, represent)
+                    image_losses.append(loss)
+                    if represent is not None and features is not None:
+                        feature_losses.append(represent(features, images))
         losses = {}
         if text_losses:
             losses["text"] = torch.cat(text_losses).mean()
         if image_losses:
             losses["image"] = torch.cat(image_losses).mean()
+        if feature_losses:
+            losses["representation"] = torch.cat(feature_losses).mean()
         return losses
 
-    def _flow_loss(self, cache: Cache, images: Sequence[Image], generator: torch.Generator) -> torch.Tensor:
+    def _flow_loss(
+        self, cache: Cache, images: Sequence[Image], generator: torch.Generator, represent: FeatureLoss | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The flow loss (B,) of pictures, and the states (B, N, D) that ``represent`` wants."""
         x_0 = self.towers.encode_latents(images)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         t = flow_time(torch.randn(len(x_0), generator=generator), self.timestep_shift()).to(x_0)
         x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-        v = drawing.velocity(self.contexts, cache, x_t, t, self.towers.latent_grid(images[0]))
+        features, grid = None, self.towers.latent_grid(images[0])
+        if represent is None:
+            v = drawing.velocity(self.contexts, cache, x_t, t, grid)
+        else:
+            v, features = drawing.velocity_and_features(self.contexts, cache, x_t, t, grid, represent.layer)
         weight = (t / t.clamp(min=self.min_time())).square()
-        return weight * (v - (noise - x_0)).square().mean(dim=(1, 2))
+        return weight * (v - (noise - x_0)).square().mean(dim=(1, 2)), features
+
+    @torch.no_grad()
+    def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
+        """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
+        if layer == 0:
+            return self.towers.read_pictures(images)
+        contexts = self.contexts
+        rows = [(contexts.picture(image, "read"),) for image in images]
+        hidden = contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True)
+        return hidden.layers[layer - 1][0].unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
@@ -396,4 +422,5 @@ def _flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling
         image=image,
         guidance_renorm_min=sampling.guidance_renorm_min,
         guidance_interval=sampling.guidance_interval,
+        means=drawn.means[b] if stochastic else None,
     )

@@ -71,6 +71,8 @@ class Hidden:
     drawing: torch.Tensor
     """(Nd, D), normed."""
     cache: Cache
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """The two blocks after every layer, not normed; empty unless asked for."""
 
 
 class Expert(nn.Module):
@@ -151,14 +153,16 @@ class MoT(nn.Module):
             rope=torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
-    def forward(self, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing, cache: Cache) -> Hidden:
+    def forward(
+        self, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing, cache: Cache, keep_layers: bool = False
+    ) -> Hidden:
         """Runs new rows after their contexts.
 
         reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
         """
         mask = self._mask(packing, cache)
         cos, sin = self._rotation(packing, cache)
-        keys, values = [], []
+        keys, values, layers = [], [], []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             q, k, v = self._project(layer, reading, drawing, packing)
@@ -172,6 +176,8 @@ class MoT(nn.Module):
                 reading = layer.reading.feed_forward(reading, _cells(attended, packing.reading_cells))
             if len(drawing):
                 drawing = layer.drawing.feed_forward(drawing, _cells(attended, packing.drawing_cells))
+            if keep_layers:
+                layers.append((reading, drawing))
         own = torch.arange(packing.length, device=mask.device) < packing.lengths[:, None]
         extended = Cache(
             keys=tuple(keys),
@@ -179,7 +185,7 @@ class MoT(nn.Module):
             valid=torch.cat([cache.valid, own], dim=1),
             rope=cache.rope + packing.rope_advance,
         )
-        return Hidden(self.reading_norm(reading), self.drawing_norm(drawing), extended)
+        return Hidden(self.reading_norm(reading), self.drawing_norm(drawing), extended, tuple(layers))
 
     def _project(
         self, layer: Layer, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing

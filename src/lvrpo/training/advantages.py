@@ -1,0 +1,142 @@
+"""From a table of rewards to the advantages of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from lvrpo.algorithms import (
+    gdpo_advantages,
+    group_relative_advantages,
+    leave_one_out_advantages,
+    signal_mask,
+    trimmed_advantages,
+    win_rate,
+)
+from lvrpo.config import Config
+from lvrpo.training.objective import KINDS, Advantages
+from lvrpo.types import TASKS, Group, OutputKind, RewardTable, Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+class AdvantageConfig(Config):
+    """How a table of rewards becomes the advantages of its trajectories."""
+
+    kind: Literal["gdpo", "group_relative", "leave_one_out", "trimmed", "win_rate"] = "gdpo"
+    """gdpo: each reward normalised in its group, then summed; group_relative: summed, then normalised; leave_one_out:
+    the sum against the mean of the others; trimmed: the sum against the middle of its group; win_rate: each reward
+    replaced by the share of siblings that the member beats, then as group_relative."""
+    std: Literal["population", "sample", "batch", "none"] = "population"
+    """What group_relative and win_rate divide by; batch: one for all groups of a task; none: nothing (Dr.GRPO). gdpo
+    takes population or sample."""
+    trim: float = Field(default=0.125, ge=0, lt=0.5)
+    """trimmed: the share of a group that is left out at either end."""
+    std_floor: float = Field(default=0.01, ge=0)
+    """Groups whose reward spreads less than this carry no signal."""
+    clamp: float = Field(default=5.0, gt=0)
+    stages: Literal["shared", "per_segment"] = "shared"
+    """Where a trajectory thinks, then draws: shared: both segments have the advantage of the whole; per_segment: each
+    has that of the rewards that judge it (``rewards.segments``)."""
+    joint: tuple[Task, Task] | None = None
+    """The k-th groups of these two tasks share one reward, the sum of both, member by member (CoRL,
+    arXiv:2505.17534)."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        takes = {"gdpo": ("population", "sample"), "leave_one_out": ("population",), "trimmed": ("population",)}
+        allowed = takes.get(self.kind)
+        if allowed is not None and self.std not in allowed:
+            raise ValueError(f"std={self.std} has no meaning for kind={self.kind}: use {' or '.join(allowed)}")
+        if self.joint is not None and (self.kind == "gdpo" or self.stages == "per_segment"):
+            raise ValueError("joint sums the rewards of whole trajectories: use kind=group_relative and stages=shared")
+        return self
+
+
+def segment_advantages(table: RewardTable, groups: Sequence[Group], config: AdvantageConfig) -> Advantages:
+    """The advantages of a step for every kind of segment, (P, G) each; 0 in groups without signal."""
+    if config.stages == "shared":
+        return dict.fromkeys(KINDS, compute_advantages(table, config))
+    return {kind: compute_advantages(judged_by_segment(table, groups, kind), config) for kind in KINDS}
+
+
+def of_whole(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
+    """One advantage per trajectory for the record: that of its last segment."""
+    draws = torch.tensor(["image" in group.prompt.output for group in groups])
+    return torch.where(draws[:, None], advantages["image"], advantages["text"])
+
+
+def judged_by_segment(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
+    """The table as one kind of segment sees it: groups without such a segment, and rewards that judge only other
+    segments of a trajectory of several, are masked."""
+    has_kind = torch.tensor([kind in group.prompt.output for group in groups])
+    several = torch.tensor([len(group.prompt.output) > 1 for group in groups])
+    judges = torch.tensor([kind in table.judges.get(name, KINDS) for name in table.names])
+    counts = has_kind[:, None] & (judges[None, :] | ~several[:, None])  # (P, K)
+    return replace(table, mask=table.mask & counts[:, None])
+
+
+def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[torch.Tensor, "P G"]:
+    """One advantage per trajectory, (P, G); 0 in groups without signal. Rewards of weight 0 have no part in them."""
+    table, floor, clamp = table.trained(), config.std_floor, config.clamp
+    if config.kind == "gdpo":
+        tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
+        std = "sample" if config.std == "sample" else "population"
+        return gdpo_advantages(table.scores, table.mask, table.weights, tasks, std=std, std_floor=floor, clamp=clamp)
+    if config.kind == "win_rate":
+        table, floor = win_rates(table, floor), 1e-6
+    scores = torch.where(table.mask, table.scores * table.weights, 0.0).sum(dim=2)
+    mask = whole_scores(table)
+    if config.joint is not None:
+        scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
+    if config.kind == "leave_one_out":
+        return leave_one_out_advantages(scores, mask, std_floor=floor).clamp(-clamp, clamp)
+    if config.kind == "trimmed":
+        return trimmed_advantages(scores, mask, trim=config.trim, std_floor=floor, clamp=clamp)
+    if config.std != "batch":
+        return group_relative_advantages(scores, mask, std=config.std, std_floor=floor, clamp=clamp)
+    advantages = torch.zeros_like(scores)
+    for task in dict.fromkeys(table.tasks):
+        rows = torch.tensor([name == task for name in table.tasks])
+        advantages[rows] = group_relative_advantages(
+            scores[rows], mask[rows], std="batch", std_floor=floor, clamp=clamp
+        )
+    return advantages
+
+
+def whole_scores(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
+    """Members with a score from every reward that applies to their group: a sum with a failed term is no number."""
+    applies = table.mask.any(dim=1, keepdim=True)
+    return (table.mask | ~applies).all(dim=2) & table.mask.any(dim=2)
+
+
+def win_rates(table: RewardTable, std_floor: float) -> RewardTable:
+    """Every score replaced by the share of valid siblings that it beats, a tie counting one half.
+
+    A reward that spreads less than ``std_floor`` in a group ties everywhere: its order is noise.
+    """
+    scores, mask = torch.zeros_like(table.scores), table.mask.clone()
+    for k in range(len(table.names)):
+        score, valid = table.scores[..., k], table.mask[..., k]
+        ahead = score[:, :, None] - score[:, None, :]  # (P, G, G)
+        ahead = torch.where(signal_mask(score, valid, std_floor)[:, None, None], ahead, 0.0)
+        rates = win_rate(0.5 + 0.5 * ahead.sign(), valid[:, :, None] & valid[:, None, :])
+        scores[..., k] = rates.nan_to_num()
+        mask[..., k] &= ~rates.isnan()
+    return replace(table, scores=scores, mask=mask)
+
+
+def joint_scores(
+    scores: Float[torch.Tensor, "P G"], mask: Bool[torch.Tensor, "P G"], tasks: Sequence[Task], joint: tuple[Task, Task]
+) -> tuple[Float[torch.Tensor, "P G"], Bool[torch.Tensor, "P G"]]:
+    """Scores and mask with those of the k-th groups of two tasks added up, and given to both."""
+    one, other = ([p for p, task in enumerate(tasks) if task == name] for name in joint)
+    scores, mask = scores.clone(), mask.clone()
+    scores[one] = scores[other] = scores[one] + scores[other]
+    mask[one] = mask[other] = mask[one] & mask[other]
+    return scores, mask

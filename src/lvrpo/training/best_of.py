@@ -1,0 +1,66 @@
+"""Rejection-sampling fine-tuning: of every group the best members are imitated, text or drawing (arXiv:2304.06767)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
+from lvrpo.training.flow import FlowObjective, add_noise
+from lvrpo.training.objective import Batch, Member
+from lvrpo.training.text import TextObjective, text_segments, token_grid
+from lvrpo.types import Group, OutputKind
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def best(groups: Sequence[Group], A: Float[torch.Tensor, "P G"], kind: OutputKind, keep: int) -> list[Member]:
+    """The ``keep`` best members of the groups that have segments of this kind and a signal."""
+    chosen = best_of_mask(A, torch.ones_like(A, dtype=torch.bool), keep=keep)
+    return [
+        Member(group.trajectories[g], float(A[p, g]))
+        for p, group in enumerate(groups)
+        if kind in group.prompt.output
+        for g in chosen[p].nonzero()[:, 0].tolist()
+    ]
+
+
+class BestText(TextObjective):
+    """Cross-entropy of the best text of every group, per token."""
+
+    off_policy = True
+
+    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
+        return best(groups, A, "text", 1)
+
+    def size(self, members: Sequence[Member]) -> int:
+        return sum(len(segment.tokens) for member in members for segment in text_segments(member.trajectory))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        grid = token_grid(batch.policies.live, batch.trajectories)
+        loss = reduce_tokens(-grid.logprobs, grid.mask)
+        batch.log(f"loss/text/{batch.task}", loss)
+        return loss
+
+
+class BestDrawing(FlowObjective):
+    """The flow-matching loss of the best drawings of every group, at fresh noise."""
+
+    off_policy = True
+
+    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
+        return best(groups, A, "image", self.config.keep)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        noised = add_noise(batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
+        v = noised.velocity(batch.policies.live)
+        loss = noised.flow_loss(v).mean()
+        batch.log(f"loss/flow/{batch.task}", loss)
+        if self.config.kl_coef:
+            divergence = velocity_regularizer(v, noised.velocity(batch.policies.reference, frozen=True)).mean()
+            batch.log(f"kl/flow/{batch.task}", divergence)
+            loss = loss + self.config.kl_coef * divergence
+        return loss

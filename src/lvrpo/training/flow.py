@@ -1,0 +1,282 @@
+"""Training drawings: DiffusionNFT on fresh noise, or the clipped objective on recorded stochastic steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from lvrpo.algorithms import (
+    SurrogateLoss,
+    best_worst_mask,
+    centered_advantages,
+    clipped_surrogate,
+    flow_matching_loss,
+    gaussian_kl,
+    guard_surrogate,
+    nft_loss,
+    reward_probability,
+    scaled_clip,
+    velocity_regularizer,
+)
+from lvrpo.config import Config
+from lvrpo.policies.base import Policy
+from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
+from lvrpo.training.objective import Batch, Member, Objective, flow_segment
+from lvrpo.types import FlowSegment, Group, OutputKind, Trajectory
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+TEXT_ONLY = "trains tokens, and a drawing of this policy has none: set text.kind"
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("clip", "gspo", "cispo", "dapo", "dr_grpo"), TEXT_ONLY),
+    "flow_grpo": "is kind=grpo with rollout.sampler=flow_sde: extend flow_grpo.yaml",
+    "dance_grpo": "is kind=grpo with rollout.sampler=dance_sde: extend dance_grpo.yaml",
+    "mix_grpo": "is kind=grpo with rollout.window.kind=sliding: extend mix_grpo.yaml",
+    "grpo_guard": "is kind=grpo with flow.ratio=guard",
+}
+"""Methods that are looked for here, and where they are."""
+
+
+class FlowConfig(Config):
+    """How drawn segments are trained."""
+
+    kind: Literal["nft", "grpo", "dpo", "best_of"] = "nft"
+    """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps
+    (arXiv:2505.05470); dpo: the best against the worst drawing of a group (arXiv:2311.12908); best_of: imitate the best
+    (arXiv:2304.06767)."""
+    weight: float = Field(default=1.0, ge=0)
+    lr: float = Field(default=1.0, gt=0)
+    """Multiplier of the learning rates for the gradient of drawings; see ``text.lr``."""
+    kl_coef: float = Field(default=2.0, ge=0)
+    """nft, grpo, best_of: of the divergence from the reference. Without it nothing holds DiffusionNFT: the contrast of
+    good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
+    (docs/log.md)."""
+    kl: Literal["velocity", "gaussian"] = "velocity"
+    """velocity: mean |v - v_ref|^2, unguided; gaussian (grpo): the exact divergence of the recorded steps, reduced as
+    ``rollout.logprob_reduction``."""
+    keep: int = Field(default=2, ge=1)
+    """nft, grpo: the best and the worst ``keep`` members of each group are trained; best_of: so many are imitated."""
+    beta: float = Field(default=0.5, gt=0)
+    advantage_max: float = Field(default=2.5, gt=0)
+    """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
+    noise_draws: int = Field(default=2, ge=1)
+    """nft, dpo, best_of: times per picture, one in each equal part of the sampler's grid."""
+    min_time: float = Field(default=0.1, gt=0, lt=1)
+    old_decay_rate: float = Field(default=0.05, ge=0)
+    old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
+    clip_low: float = Field(default=1e-3, gt=0, lt=1)
+    clip_high: float = Field(default=1e-3, gt=0)
+    """grpo: bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
+    ``rollout.logprob_reduction`` is sum."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """grpo: guard centers the log-ratio and levels its scale over the steps (GRPO-Guard, arXiv:2510.22319)."""
+    step_weighting: Literal["level", "equal"] = "level"
+    """grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
+    dpo_beta: float = Field(default=100.0, gt=0)
+    """dpo: how far the reference may be left; smaller is further."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _not_elsewhere(cls, kind: object) -> object:
+        if isinstance(kind, str) and kind in ELSEWHERE:
+            raise ValueError(ELSEWHERE[kind])
+        return kind
+
+
+class FlowObjective(Objective):
+    """What all have in common: a kind of segment and a section of the configuration."""
+
+    kind: ClassVar[OutputKind] = "image"
+
+    def __init__(self, config: FlowConfig) -> None:
+        self.config = config
+        self.weight = config.weight
+
+
+class ContrastObjective(FlowObjective):
+    """The best and the worst drawings of each group, with centered advantages."""
+
+    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
+        keep = best_worst_mask(A, self.config.keep)
+        A = centered_advantages(A, keep)
+        return [
+            Member(group.trajectories[g], float(A[p, g]))
+            for p, group in enumerate(groups)
+            if "image" in group.prompt.output
+            for g in keep[p].nonzero()[:, 0].tolist()
+        ]
+
+
+class NFT(ContrastObjective):
+    """DiffusionNFT on fresh (x_t, t)."""
+
+    samples_with = "old"
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        config, policies = self.config, batch.policies
+        noised = add_noise(batch, config, "nft", [trajectory.seed for trajectory in batch.trajectories])
+        v, v_old = noised.velocity(policies.live), noised.velocity(policies.old, frozen=True)
+        v_ref = noised.velocity(policies.reference, frozen=True) if config.kl_coef else None
+        q = reward_probability(batch.advantages(), config.advantage_max)
+        result = nft_loss(
+            v,
+            v_old,
+            v_ref,
+            noised.x_t,
+            noised.t,
+            noised.x_0,
+            q.repeat_interleave(config.noise_draws).to(noised.x_0),
+            beta=config.beta,
+            kl_coef=config.kl_coef,
+            advantage_max=config.advantage_max,
+        )
+        batch.log(f"loss/flow/{batch.task}", result.policy.mean())
+        batch.log(f"kl/flow/{batch.task}", result.velocity_kl.mean())
+        batch.log("distance/old", result.distance_to_old.mean())
+        return result.loss.mean()
+
+
+class FlowGRPO(ContrastObjective):
+    """The clipped objective on the recorded steps, weighted so that all pull alike, plus a divergence."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        config = self.config
+        segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
+        replayed = replay(batch.policies.live, batch.trajectories)
+        surrogate = self._surrogate(batch, segments, replayed)
+        terms = surrogate.loss_terms
+        if config.step_weighting == "level":
+            terms = terms * level_weights(segments[0], self.config.ratio).to(terms)
+        loss = terms.mean()
+        batch.log(f"loss/flow/{batch.task}", loss)
+        batch.log("ratio/flow", surrogate.ratio.mean())
+        batch.log("clip_fraction/flow", surrogate.clipped.float().mean())
+        if config.kl_coef:
+            divergence = self._divergence(batch, segments, replayed)
+            batch.log(f"kl/flow/{batch.task}", divergence)
+            loss = loss + config.kl_coef * divergence
+        return loss
+
+    def _surrogate(self, batch: Batch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> SurrogateLoss:
+        logprobs, reduction = replayed.logprobs, segments[0].logprob_reduction
+        behavior = torch.stack([segment.behavior_logprobs for segment in segments]).to(logprobs)
+        advantage = batch.advantages()[:, None].to(logprobs)
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+        clip = scaled_clip(self.config.clip_low, self.config.clip_high, segments[0].latent.numel(), reduction)
+        bounds = {"clip_low": clip.low, "clip_high": clip.high}
+        if self.config.ratio == "plain":
+            return clipped_surrogate(logprobs, behavior, advantage, mask, **bounds)
+        recorded = [segment.means for segment in segments if segment.means is not None]
+        assert len(recorded) == len(segments)
+        behavior_means = torch.stack(recorded).to(logprobs)
+        drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
+        return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
+
+    def _divergence(self, batch: Batch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> torch.Tensor:
+        if self.config.kl == "velocity":
+            steps = range(replayed.logprobs.shape[1])
+            return torch.stack([velocity_kl(batch, segments, w) for w in steps]).mean()
+        with torch.no_grad():
+            ref_means = replay(batch.policies.reference, batch.trajectories).means
+        return step_kl(replayed.means, ref_means, replayed.stds, segments[0].logprob_reduction).mean()
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Drawings at fresh times, every one ``noise_draws`` times in a row; B in all."""
+
+    trajectories: Sequence[Trajectory]
+    x_0: Float[torch.Tensor, "B N C"]
+    noise: Float[torch.Tensor, "B N C"]
+    t: Float[torch.Tensor, " B"]
+    x_t: Float[torch.Tensor, "B N C"]
+
+    def velocity(self, policy: Policy, frozen: bool = False) -> Float[torch.Tensor, "B N C"]:
+        """What ``policy`` says there."""
+        with torch.set_grad_enabled(not frozen):
+            return policy.velocity(self.trajectories, self.x_t, self.t)
+
+    def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
+        """The flow-matching loss of these velocities."""
+        return flow_matching_loss(v, self.x_0, self.noise)
+
+
+def add_noise(batch: Batch, config: FlowConfig, purpose: str, seeds: Sequence[int]) -> Noised:
+    """x_t of the batch's drawings at one time in each equal part of the sampler's grid.
+
+    Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.
+    """
+    draws = config.noise_draws
+    repeated = [trajectory for trajectory in batch.trajectories for _ in range(draws)]
+    x_0 = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
+    each = [derive_seed(seed, purpose, batch.step, k) for seed in seeds for k in range(draws)]
+    noise = normal_noise(each, x_0.shape[1:]).to(x_0)
+    stratum = torch.arange(draws).repeat(len(seeds))
+    u = (stratum + uniform_noise(each, (1,))[:, 0]) / draws
+    t = shift_time(u, batch.policies.live.timestep_shift()).clamp(min=config.min_time).to(x_0)
+    x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+    return Noised(repeated, x_0, noise, t, x_t)
+
+
+@dataclass(frozen=True)
+class ReplayedSteps:
+    """The recorded steps of a batch of drawings under some weights; W trained steps."""
+
+    logprobs: Float[torch.Tensor, "B W"]
+    means: Float[torch.Tensor, "B W N C"]
+    stds: Float[torch.Tensor, " W"]
+
+
+def replay(policy: Policy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
+    """The last segment of every trajectory, with the guidance that sampled it."""
+    scored = [rows[-1] for rows in policy.logprobs(trajectories)]
+    assert all(row.means is not None and row.stds is not None for row in scored)
+    return ReplayedSteps(
+        torch.stack([row.logprobs for row in scored]),
+        torch.stack([row.means for row in scored if row.means is not None]),
+        torch.stack([row.stds for row in scored if row.stds is not None])[0],
+    )
+
+
+def step_kl(
+    means: Float[torch.Tensor, "B W N C"],
+    other: Float[torch.Tensor, "B W N C"],
+    stds: Float[torch.Tensor, " W"],
+    reduction: Literal["mean", "sum"],
+) -> Float[torch.Tensor, "B W"]:
+    """``gaussian_kl`` of every recorded step."""
+    return torch.stack(
+        [gaussian_kl(means[:, w], other[:, w], stds[w], reduction) for w in range(means.shape[1])], dim=1
+    )
+
+
+def velocity_kl(batch: Batch, segments: Sequence[FlowSegment], w: int) -> torch.Tensor:
+    """mean |v - v_ref|^2 at the recorded states before trained step ``w``."""
+    x_t = torch.stack([segment.states[w] for segment in segments])
+    t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
+    v = batch.policies.live.velocity(batch.trajectories, x_t, t)
+    with torch.no_grad():
+        v_ref = batch.policies.reference.velocity(batch.trajectories, x_t, t)
+    return velocity_regularizer(v, v_ref).mean()
+
+
+def level_weights(segment: FlowSegment, ratio: Literal["plain", "guard"] = "plain") -> Float[torch.Tensor, " W"]:
+    """``step_weights`` of the trained steps; they depend on the times and the noise level alone.
+
+    GRPO-Guard's ratio is scaled by the step's deviation already.
+    """
+    zero = torch.zeros(1, 1, 1)
+    steps = [
+        STEPS[segment.sampler](zero, zero, segment.timesteps[i], segment.timesteps[i + 1], segment.noise_level)
+        for i in segment.trained_steps
+    ]
+    stds = torch.stack([step.std.reshape(()) for step in steps])
+    return step_weights(
+        torch.ones_like(stds) if ratio == "guard" else stds,
+        torch.stack([step.mean_gain.reshape(()) for step in steps]),
+    )

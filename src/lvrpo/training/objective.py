@@ -1,0 +1,138 @@
+"""What every way of training promises: which members of the groups it takes, and its loss on them.
+
+One object per segment kind; ``update`` calls them in turn. A new method is one class with ``choose`` and ``loss``, and
+one line in the table of its kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from lvrpo.policies.base import Policy
+from lvrpo.types import FlowSegment, Group, OutputKind, Task, Trajectory
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+KINDS: tuple[OutputKind, ...] = ("text", "image")
+"""The kinds of segments, in the order in which they are trained."""
+
+Advantages = Mapping[OutputKind, "Float[torch.Tensor, 'P G']"]
+"""The advantages of the members of all groups, by the kind of segment that they train."""
+
+MICRO_BATCH = 192
+"""Drawings replayed at once."""
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The four sets of weights of a run."""
+
+    live: Policy
+    """Trained; samples text."""
+    old: Policy
+    """A short moving average of live: samples drawings and anchors DiffusionNFT."""
+    reference: Policy
+    """Where the run began: the frozen judge, the anchor of every divergence, and the control."""
+    average: Policy
+    """A longer moving average of live: evaluated and saved."""
+
+
+@dataclass
+class Metrics:
+    """Sums and counts under names such as "loss/text"."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: torch.Tensor | float, count: float = 1.0) -> None:
+        """Adds a mean over ``count`` items."""
+        number = float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+        self.sums[name] = self.sums.get(name, 0.0) + number * count
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def include(self, other: Metrics) -> None:
+        """Adds the sums and counts of another update."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+
+    def means(self) -> dict[str, float]:
+        """The weighted means."""
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trajectory that is trained, with its advantage."""
+
+    trajectory: Trajectory
+    advantage: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """As many chosen members of one task as go through the policy at once."""
+
+    policies: Policies
+    task: Task
+    step: int
+    members: Sequence[Member]
+    share: float
+    """What these members count of all chosen ones of the task."""
+    metrics: Metrics
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [member.trajectory for member in self.members]
+
+    def advantages(self) -> Float[torch.Tensor, " B"]:
+        """On the CPU."""
+        return torch.tensor([member.advantage for member in self.members])
+
+    def log(self, name: str, value: torch.Tensor | float) -> None:
+        """Records a mean over the batch."""
+        self.metrics.add(name, value, self.share)
+
+
+class Objective(ABC):
+    """How the segments of one kind are trained."""
+
+    kind: ClassVar[OutputKind]
+    samples_with: ClassVar[Literal["live", "old"]] = "live"
+    """Which weights sample the segments that it trains."""
+    off_policy: ClassVar[bool] = False
+    """Whether it learns from outputs of other weights as well."""
+    unit: ClassVar[int] = 1
+    """So many consecutive members belong together: 2 for pairs."""
+    weight: float
+    """Of its loss in the sum."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Members that are replayed together."""
+        return MICRO_BATCH
+
+    @abstractmethod
+    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
+        """The members to train, of groups with advantages (P, G)."""
+
+    def size(self, members: Sequence[Member]) -> int:
+        """What these members count in the mean that ``loss`` takes."""
+        return len(members)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The mean loss of a batch, with a gradient to the live policy."""
+
+
+def flow_segment(trajectory: Trajectory) -> FlowSegment:
+    """The drawing of a trajectory: its last segment."""
+    segment = trajectory.segments[-1]
+    assert isinstance(segment, FlowSegment)
+    return segment

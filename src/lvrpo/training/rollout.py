@@ -1,0 +1,205 @@
+"""Prompts of a step, the groups sampled for them, and the refills of groups without signal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from lvrpo.algorithms import refill_plan, signal_mask
+from lvrpo.config import Config
+from lvrpo.data.sources import PromptSource
+from lvrpo.policies.base import Sampling
+from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.sampling import (
+    check_window,
+    compressed_grid,
+    decaying_window,
+    derive_seed,
+    fast_window,
+    full_window,
+    random_window,
+    sliding_window,
+)
+from lvrpo.training.objective import Policies
+from lvrpo.training.update import FLOW_OBJECTIVES
+from lvrpo.types import TASKS, Group, Prompt, RewardTable
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+
+REFILLS = 2**40
+"""Indices of prompts from here on are those of refills: no run comes so far by its steps."""
+
+
+class WindowConfig(Config):
+    """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
+
+    kind: Literal["full", "fast", "sliding", "random", "decaying"] = "fast"
+    """full: all but the last step; fast: a random start in the first half (Flow-GRPO-Fast); sliding, random, decaying:
+    those of MixGRPO (arXiv:2507.21802)."""
+    size: int = Field(default=2, ge=1)
+    iterations_per_stride: int = Field(default=10, ge=1)
+    """sliding: steps of the run between two moves; decaying: between the first two."""
+    decay: float = Field(default=0.1, ge=0)
+    """decaying: how much sooner every next move comes, past the middle of the grid."""
+    steps_after: int | None = Field(default=None, ge=1)
+    """Steps from the window's end to the picture, fewer than the grid has (MixGRPO-Flash); None: those of the grid."""
+
+
+class RolloutConfig(Config):
+    """How groups are sampled."""
+
+    group_size: int = Field(default=8, ge=2)
+    """At least 2: a member is compared with its siblings."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=8, ge=1)
+    num_steps: int = Field(default=8, ge=2)
+    timestep_shift: float | None = Field(default=None, gt=0)
+    """None: the policy's own."""
+    sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
+    """Of the steps without noise; the first two are of second order at the same cost."""
+    noise_level: float = Field(default=0.7, gt=0)
+    window: WindowConfig = WindowConfig()
+    guidance_scale: float = Field(default=1.0, ge=1)
+    image_guidance_scale: float = Field(default=1.0, ge=1)
+    guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    logprob_reduction: Literal["mean", "sum"] = "mean"
+    shared_noise: bool = False
+    refill_budget: int = Field(default=0, ge=0)
+    """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
+    same task, at most so many groups a step."""
+    policy: Literal["live", "reference"] = "live"
+    """Who samples; reference: offline training, for objectives that learn from anybody's outputs (dpo, best_of)."""
+    pool: int = Field(default=0, ge=0)
+    """Prompts of so many steps, over and over; 0: always new ones. With policy=reference their outputs are sampled once
+    and kept in memory."""
+
+    def sampling(self, seed: int, step: int) -> Sampling:
+        """The sampling of one step; its window is a function of (seed, step), so it needs no saving."""
+        window = self._window(seed, step) if self.sampler != "ode" else ()
+        check_window(window, self.num_steps, self.sampler)
+        after = self.window.steps_after
+        if window and after is not None:
+            compressed_grid(self.num_steps, window[-1] + 1, after)  # refuses what does not fit
+        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "pool"})
+        return Sampling(window=window, steps_after_window=after, **shared)
+
+    def _window(self, seed: int, step: int) -> tuple[int, ...]:
+        window, steps = self.window, self.num_steps
+        match window.kind:
+            case "full":
+                return full_window(steps)
+            case "fast":
+                return fast_window(steps, window.size, derive_seed(seed, "window", step))
+            case "random":
+                return random_window(steps, window.size, derive_seed(seed, "window", step))
+            case "sliding":
+                return sliding_window(steps, window.size, step, iterations_per_stride=window.iterations_per_stride)
+            case "decaying":
+                return decaying_window(
+                    steps,
+                    window.size,
+                    step,
+                    iterations_at_start=window.iterations_per_stride,
+                    decay=window.decay,
+                    threshold=steps // 2,
+                )
+
+    def data_step(self, step: int) -> int:
+        """The step whose prompts are used."""
+        return step % self.pool if self.pool else step
+
+
+def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
+    """The prompts of a step: for each task the next ones of the source, so the cursor is the step itself."""
+    step = config.rollout.data_step(step)
+    prompts: list[Prompt] = []
+    for task, count in config.data.prompts_per_step.items():
+        prompts += [source.prompt(task, step * count + i) for i in range(count)]
+    return prompts
+
+
+def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
+    """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
+    writer, painter = policies.live, policies.live
+    if FLOW_OBJECTIVES[config.flow.kind].samples_with == "old":
+        painter = policies.old
+    if config.rollout.policy == "reference":
+        writer = painter = policies.reference
+    sampling = config.rollout.sampling(config.seed, step)
+    groups: dict[int, Group] = {}
+    for sampler, wanted in ((writer, False), (painter, True)):
+        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
+        seeds = [derive_seed(config.seed, "rollout", step, prompts[i].id) for i in indices]
+        if indices:
+            groups.update(zip(indices, sampler.sample([prompts[i] for i in indices], sampling, seeds), strict=True))
+    return [groups[i] for i in range(len(prompts))]
+
+
+class Rollouts:
+    """The groups of every step; those that the reference gives for a pool of prompts are sampled once."""
+
+    def __init__(self, policies: Policies, config: TrainConfig) -> None:
+        self.policies, self.config = policies, config
+        self.kept: dict[int, list[Group]] = {}
+
+    def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        """As ``rollout``. What is kept is a function of (seed, step of the pool), so a resumed run samples it again."""
+        config = self.config.rollout
+        if config.policy == "live" or not config.pool:
+            return rollout(self.policies, prompts, self.config, step)
+        step = config.data_step(step)
+        if step not in self.kept:
+            self.kept[step] = rollout(self.policies, prompts, self.config, step)
+        return self.kept[step]
+
+
+def refill(
+    policies: Policies,
+    source: PromptSource,
+    rewards: Sequence[RewardSource],
+    groups: Sequence[Group],
+    table: RewardTable,
+    config: TrainConfig,
+    step: int,
+) -> tuple[list[Group], RewardTable, dict[str, float]]:
+    """Replaces groups without signal while the budget lasts; also what that took, for the metrics.
+
+    Which prompts come is a function of the step and of what had no signal, so a resumed run draws the same.
+    """
+    groups, budget = list(groups), config.rollout.refill_budget
+    tasks = torch.tensor([TASKS.index(group.prompt.task) for group in groups])
+    drawn: Counter[str] = Counter()
+    while True:
+        judged = table.trained()
+        signal = signal_mask(judged.scores, judged.mask, config.advantages.std_floor)
+        plan = refill_plan(signal, tasks, budget)
+        rows = plan.redraw.nonzero()[:, 0].tolist()
+        if not rows:
+            counts = {"refill/drawn": float(drawn.total()), "refill/given_up": float(plan.given_up.sum())}
+            return groups, table, counts
+        prompts = []
+        for p in rows:
+            task = groups[p].prompt.task
+            prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
+            drawn[task] += 1
+        fresh = rollout(policies, prompts, config, step)
+        table = with_rows(table, rows, score_groups(rewards, fresh, policies.reference))
+        for p, group in zip(rows, fresh, strict=True):
+            groups[p] = group
+        budget = plan.budget_left
+
+
+def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> RewardTable:
+    """The table with the groups of another one in the given rows."""
+    scores, mask = table.scores.clone(), table.mask.clone()
+    scores[rows], mask[rows] = other.scores, other.mask
+    reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
+    reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
+    return replace(table, scores=scores, mask=mask, reasons=reasons)

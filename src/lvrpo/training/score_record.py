@@ -1,0 +1,250 @@
+"""What every output of a run scored, kept for the audit: folder ``scores/`` of the run directory.
+
+``step_000001.npz`` holds the groups of a training step, ``control_000001.npz`` the reference's on the same prompts,
+``guard_000020.npz`` the held-out prompts of one look of the guard. At most ``KEPT`` files of each kind stay, whatever
+the length of the run: when they would become more, every other one goes, and from then on only every other one is
+written. What is kept is a function of the step, so a resumed run holds the same files as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from lvrpo.errors import InputError
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.table import NOT_APPLICABLE
+from lvrpo.training.checkpoint import disk_errors
+from lvrpo.training.run_directory import SCORES, RunDirectory
+from lvrpo.types import Group, RewardTable, Task, TextSegment, Trajectory
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Kind = Literal["step", "control", "guard"]
+
+KEPT = 1024
+"""Files of one kind at most."""
+
+FIRST: Mapping[Kind, int] = {"step": 1, "control": 1, "guard": 0}
+"""The step of the first record of a kind."""
+
+TRAITS = ("tokens", "cut_off", "red", "green", "blue", "contrast")
+"""What is measured of every output: written tokens, whether a text met the length limit, mean color and contrast (root
+mean square distance of the pixels from that color) of the picture, colors in [0, 1]."""
+
+SIDE = 64
+"""Pictures are measured on a grid of at most so many pixels a side."""
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """The groups of one step. Scores are nan where masked."""
+
+    step: int
+    names: tuple[str, ...]
+    """K rewards."""
+    weights: NDArray[np.float32]
+    """(K,); 0 for a reward that is only watched."""
+    tasks: tuple[str, ...]
+    """P tasks, one per group."""
+    scores: NDArray[np.float32]
+    """(P, G, K)."""
+    applies: NDArray[np.bool_]
+    """(P, K): whether the reward scores the group at all; a nan where it does is a score that failed."""
+    success: NDArray[np.float32]
+    """(P, G): 1 where the output is right as a whole, nan where nobody can tell."""
+    traits: NDArray[np.float32]
+    """(P, G, 6): ``TRAITS``, nan where the output has none."""
+    text_diversity: NDArray[np.float32]
+    """(P,): share of the pairs of members whose texts differ."""
+    picture_diversity: NDArray[np.float32]
+    """(P,): root mean square difference of two members' pictures over all pairs, colors in [0, 1]."""
+    advantages: NDArray[np.float32]
+    """(P, G) as trained on, before ``flow.keep`` chooses; nan in a control."""
+
+
+# --- writing ---
+
+
+def write_step(
+    run: RunDirectory,
+    step: int,
+    groups: Sequence[Group],
+    table: RewardTable,
+    advantages: Float[torch.Tensor, "P G"],
+) -> None:
+    """Keeps the groups of a training step."""
+    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages))
+
+
+def write_control(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, every: int) -> None:
+    """Keeps the reference's groups on the prompts of ``step``; ``every``: steps from one control to the next."""
+    nothing = torch.full(table.scores.shape[:2], torch.nan)
+    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing))
+
+
+def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
+    """Keeps the score of every held-out prompt by task; ``every``: steps from one look to the next."""
+    if scores:
+        _write(run, "guard", step, every, lambda: {str(task): _floats(row) for task, row in scores.items()})
+
+
+def truncate(run: RunDirectory, step: int) -> None:
+    """Drops the records after ``step``, which a resumed run writes anew."""
+    for kind in FIRST:
+        _delete([path for at, path in _files(run.path, kind) if at > step])
+
+
+def stride(number: int) -> int:
+    """Of the records 0 ... ``number`` those divisible by this stay: the smallest power of 2 that leaves ``KEPT``."""
+    return 1 << (number // KEPT).bit_length()
+
+
+# --- reading ---
+
+
+def read_steps(run: Path) -> Iterator[ScoreRecord]:
+    """The kept training steps in order; raises InputError on a broken file."""
+    return _read(run, "step")
+
+
+def read_controls(run: Path) -> Iterator[ScoreRecord]:
+    """The kept controls in order; raises InputError on a broken file."""
+    return _read(run, "control")
+
+
+def read_looks(run: Path) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+    """(step, scores of the held-out prompts by task) in order; raises InputError on a broken file."""
+    for step, path in _files(run, "guard"):
+        yield step, _load(path)
+
+
+def has_records(run: Path) -> bool:
+    """Whether any training step is on record."""
+    return bool(_files(run, "step"))
+
+
+# --- inside ---
+
+
+def _write(
+    run: RunDirectory, kind: Kind, step: int, every: int, arrays: Callable[[], Mapping[str, NDArray[Any]]]
+) -> None:
+    number = _number(kind, step, every)
+    spacing = stride(number)
+    if number and spacing != stride(number - 1):
+        _delete([path for at, path in _files(run.path, kind) if _number(kind, at, every) % spacing])
+    if number % spacing == 0:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays())
+        run.write_bytes(f"{SCORES}/{kind}_{step:06d}.npz", buffer.getvalue())
+
+
+def _delete(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with disk_errors(path):
+            path.unlink()
+
+
+def _number(kind: Kind, step: int, every: int) -> int:
+    """0, 1, 2, ... for the records of a kind; the last look of the guard may come early."""
+    return -(-(step - FIRST[kind]) // every)
+
+
+def _arrays(
+    groups: Sequence[Group], table: RewardTable, advantages: Float[torch.Tensor, "P G"]
+) -> Mapping[str, NDArray[Any]]:
+    P, _, K = table.scores.shape
+    applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
+    return {
+        "names": np.array(table.names, dtype=np.str_),
+        "weights": table.weights.float().cpu().numpy(),
+        "tasks": np.array(table.tasks, dtype=np.str_),
+        "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
+        "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
+        "success": _success(groups),
+        "traits": _floats([[_traits(t) for t in group.trajectories] for group in groups]),
+        "text_diversity": _floats([_text_diversity(group) for group in groups]),
+        "picture_diversity": _floats([_picture_diversity(group) for group in groups]),
+        "advantages": advantages.detach().float().cpu().numpy(),
+    }
+
+
+def _floats(values: ArrayLike) -> NDArray[np.float32]:
+    return np.asarray(values, dtype=np.float32)
+
+
+def _success(groups: Sequence[Group]) -> NDArray[np.float32]:
+    out = np.full((len(groups), len(groups[0])), np.nan, dtype=np.float32)
+    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
+    if judged:
+        out[judged] = successes([groups[p] for p in judged])
+    return out
+
+
+def _traits(trajectory: Trajectory) -> tuple[float, ...]:
+    texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
+    written = (float("nan"),) * 2
+    if texts:
+        written = (float(sum(len(s.tokens) for s in texts)), float(any(not s.ended for s in texts)))
+    if trajectory.image is None:
+        return (*written, *[float("nan")] * 4)
+    pixels = _pixels(trajectory.image).flatten(1)  # (3, pixels)
+    contrast = pixels.var(dim=1, correction=0).mean().sqrt()
+    return (*written, *pixels.mean(dim=1).tolist(), float(contrast))
+
+
+def _text_diversity(group: Group) -> float:
+    G = len(group)
+    if G < 2 or group.trajectories[0].text is None:
+        return float("nan")
+    equal = sum(n * (n - 1) for n in Counter(t.text for t in group.trajectories).values())
+    return 1 - equal / (G * (G - 1))
+
+
+def _picture_diversity(group: Group) -> float:
+    """The mean squared difference over all pairs is twice the sample variance."""
+    pictures = [_pixels(t.image) for t in group.trajectories if t.image is not None]
+    if len(pictures) < 2:
+        return float("nan")
+    return float((2 * torch.stack(pictures).var(dim=0, correction=1).mean()).sqrt())
+
+
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    every = -(-max(image.shape[1:]) // SIDE)
+    return image[:, ::every, ::every].float()
+
+
+def _files(run: Path, kind: Kind) -> list[tuple[int, Path]]:
+    found = ((re.fullmatch(rf"{kind}_(\d+)\.npz", path.name), path) for path in (run / SCORES).glob(f"{kind}_*.npz"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
+    for step, path in _files(run, kind):
+        arrays = _load(path)
+        try:
+            names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
+            yield ScoreRecord(step=step, names=names, tasks=tasks, **arrays)  # type: ignore[arg-type]  # bool or float
+        except (KeyError, TypeError):
+            raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    with disk_errors(path, "read"):
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile):
+            raise InputError(f"{path}: is not a whole record of scores: delete it") from None

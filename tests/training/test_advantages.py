@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lvrpo.training.advantages import AdvantageConfig, compute_advantages, of_whole, segment_advantages
+from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
+
+
+def table(scores: list[Any], mask: list[Any] | None = None, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardTable:
+    values = torch.tensor(scores)
+    valid = torch.ones_like(values, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    tasks = ("understand", "generate")[: len(values)]
+    return RewardTable(("a", "b"), torch.tensor(weights), values, valid, {}, tasks)
+
+
+def test_advantages_of_a_table_by_hand() -> None:
+    rewards = table([[[0.0, 0.30], [0.0, 0.31], [1.0, 0.30], [1.0, 0.31]]])
+    config = AdvantageConfig.model_validate({"std_floor": 1e-4})
+    expected = torch.tensor([[-1.41, -0.01, 0.01, 1.41]])
+    torch.testing.assert_close(compute_advantages(rewards, config), expected, rtol=0, atol=0.02)
+    summed = AdvantageConfig.model_validate({"kind": "group_relative"})
+    expected = torch.tensor([[-1.01, -0.99, 0.99, 1.01]])
+    torch.testing.assert_close(compute_advantages(rewards, summed), expected, rtol=0, atol=0.005)
+
+
+def test_advantages_are_clamped_and_floored() -> None:
+    rewards = table([[[1.0, 0.5], *[[0.0, 0.5]] * 63]], weights=(1.0, 0.0))
+    for kind in ("gdpo", "group_relative"):
+        A = compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind, "clamp": 2.0}))
+        assert A.max() == 2.0
+        flat = table([[[0.5, 0.1], [0.505, 0.1]]])
+        assert not compute_advantages(flat, AdvantageConfig.model_validate({"kind": kind})).any()
+
+
+@pytest.mark.parametrize("kind", ["gdpo", "group_relative"])
+def test_a_failed_score_is_no_worse_than_a_mean_one(kind: str) -> None:
+    """Every member got 1 from both rewards, but the second one failed on member 0."""
+    rewards = table(
+        [[[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]],
+        [[[True, False], [True, True], [True, True], [True, True]]],
+    )
+    assert not compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind})).any()
+
+
+def single(scores: list[list[float]], tasks: tuple[Task, ...] = ("understand", "generate")) -> RewardTable:
+    """One reward of weight 1."""
+    values = torch.tensor(scores)[..., None]
+    mask = torch.ones_like(values, dtype=torch.bool)
+    return RewardTable(("a",), torch.ones(1), values, mask, {}, tasks[: len(values)])
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"kind": "group_relative", "std": "population"}, [-1.0, 1.0, -1.0, 1.0]),
+        ({"kind": "group_relative", "std": "sample"}, [-(0.75**0.5), 0.75**0.5, -(0.75**0.5), 0.75**0.5]),
+        ({"kind": "group_relative", "std": "none"}, [-2.0, 2.0, -2.0, 2.0]),
+        ({"kind": "leave_one_out"}, [-8 / 3, 8 / 3, -8 / 3, 8 / 3]),
+        ({"kind": "win_rate", "std": "none"}, [-1 / 3, 1 / 3, -1 / 3, 1 / 3]),
+    ],
+    ids=str,
+)
+def test_choices_of_the_baseline_by_hand(choice: dict[str, Any], expected: list[float]) -> None:
+    A = compute_advantages(single([[1.0, 5.0, 1.0, 5.0]]), AdvantageConfig.model_validate(choice))
+    torch.testing.assert_close(A, torch.tensor([expected]), rtol=1e-3, atol=1e-4)
+
+
+def test_trimming_measures_by_the_middle() -> None:
+    A = compute_advantages(single([[0.0, 1.0, 2.0, 100.0]]), AdvantageConfig(kind="trimmed", trim=0.25, clamp=1000.0))
+    torch.testing.assert_close(A, torch.tensor([[-3.0, -1.0, 1.0, 197.0]]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_batch_std_is_that_of_each_task() -> None:
+    table = single([[0.0, 2.0], [0.0, 200.0]])
+    A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="batch"))
+    torch.testing.assert_close(A, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_reward_that_hardly_spreads_wins_nothing() -> None:
+    scores = torch.tensor([[[0.0, 0.500], [0.0, 0.501], [1.0, 0.502], [1.0, 0.503]]])
+    table = RewardTable(("a", "b"), torch.ones(2), scores, torch.ones_like(scores, dtype=torch.bool), {}, ("generate",))
+    A = compute_advantages(table, AdvantageConfig(kind="win_rate", std="none"))
+    torch.testing.assert_close(A, torch.tensor([[-1 / 3, -1 / 3, 1 / 3, 1 / 3]]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_masked_member_neither_wins_nor_loses() -> None:
+    table = single([[3.0, 1.0, 2.0, 9.0]])
+    table.mask[0, 3] = False
+    A = compute_advantages(table, AdvantageConfig(kind="win_rate", std="none"))
+    torch.testing.assert_close(A, torch.tensor([[0.5, -0.5, 0.0, 0.0]]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"kind": "gdpo", "std": "batch"}, "std=batch has no meaning for kind=gdpo: use population or sample"),
+        ({"kind": "leave_one_out", "std": "none"}, "std=none has no meaning for kind=leave_one_out"),
+        ({"kind": "gdpo", "joint": ["generate", "understand"]}, "use kind=group_relative and stages=shared"),
+        ({"trim": 0.5}, "less than 0.5"),
+    ],
+    ids=str,
+)
+def test_choices_that_do_not_fit(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AdvantageConfig.model_validate(choice)
+
+
+def group(task: Task, *output: OutputKind) -> Group:
+    return Group(Prompt("id", task, (), output), ())
+
+
+def staged() -> tuple[RewardTable, list[Group]]:
+    """A thought that was right in members 0 and 1, a drawing right in members 0 and 2; and an answer."""
+    thought, drawing = [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]
+    scores = torch.stack([torch.tensor([thought, thought]), torch.tensor([drawing, drawing])], dim=2)
+    mask = torch.tensor([[[True, True]] * 4, [[True, False]] * 4])
+    judges: dict[str, tuple[OutputKind, ...]] = {"answer": ("text",), "facts": ("image",)}
+    table = RewardTable(("answer", "facts"), torch.ones(2), scores, mask, {}, ("reason", "reason"), judges)
+    return table, [group("reason", "text", "image"), group("reason", "text")]
+
+
+def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
+    table, groups = staged()
+    config = AdvantageConfig(kind="group_relative", stages="per_segment")
+    A = segment_advantages(table, groups, config)
+    up, alternating = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
+    torch.testing.assert_close(A["text"], torch.tensor([up, up]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A["image"], torch.tensor([alternating, [0.0] * 4]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(of_whole(A, groups), torch.tensor([alternating, up]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_advantage_is_that_of_the_whole() -> None:
+    table, groups = staged()
+    A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none"))
+    assert A["text"] is A["image"]
+    torch.testing.assert_close(A["text"][0], torch.tensor([1.0, 0.0, 0.0, -1.0]))
+
+
+def test_a_reward_that_judges_both_counts_in_both() -> None:
+    table, groups = staged()
+    table = RewardTable(*[getattr(table, f) for f in ("names", "weights", "scores", "mask", "reasons", "tasks")])
+    A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none", stages="per_segment"))
+    assert torch.equal(A["text"][0], A["image"][0])
+    assert not A["image"][1].any()
+
+
+def test_joint_groups_share_the_sum_of_their_rewards() -> None:
+    table = single([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], ("understand", "edit", "generate"))
+    table.scores[2] *= 3
+    A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="none", joint=("generate", "understand")))
+    torch.testing.assert_close(A, torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]))

@@ -1,0 +1,295 @@
+"""Every way of training a segment, by hand and by what it does to a small policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.algorithms import gaussian_kl
+from lvrpo.training import update as update_module
+from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.text import anchored
+from lvrpo.training.update import deal, take_steps
+from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
+
+A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
+GRPO = {"kind": "grpo", "keep": 2}
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Distance of two gradients, relative to the first."""
+    return float((one - other).norm() / one.norm())
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+def changed(groups: list[Group], kind: type, change: Any) -> list[Group]:
+    """The groups with ``change`` done to every segment of a kind."""
+
+    def edited(trajectory: Trajectory) -> Trajectory:
+        segments: list[Segment] = [change(s) if isinstance(s, kind) else s for s in trajectory.segments]
+        return replace(trajectory, segments=tuple(segments))
+
+    return [replace(g, trajectories=tuple(map(edited, g.trajectories))) for g in groups]
+
+
+def likelier(by: float) -> Any:
+    """A text that the sampler held ``e^by`` times as likely per token."""
+    return lambda s: replace(s, behavior_logprobs=s.behavior_logprobs + by)
+
+
+def texts(bench: Any, groups: list[Group]) -> list[torch.Tensor]:
+    """Log-probs of every token of every member, with a gradient."""
+    return [row[0].logprobs for row in bench.live.logprobs([t for g in groups for t in g.trajectories])]
+
+
+# --- text ---
+
+
+def test_at_ratio_1_all_clips_pull_alike(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[:2])
+    for reduction in ("token", "trajectory"):
+        plain, gspo, cispo = (
+            bench.gradient(groups, A2, bench.config(text={"kind": kind, "reduction": reduction}))
+            for kind in ("clip", "gspo", "cispo")
+        )
+        assert apart(plain, cispo) < 1e-5
+        if reduction == "trajectory":  # gspo gives every token of a text the same weight already
+            assert apart(plain, gspo) < 1e-5
+
+
+def test_gspo_clips_whole_texts_and_cispo_none(bench: Any, prompts: list[Prompt]) -> None:
+    groups = changed(bench.sample(prompts[:1]), TextSegment, likelier(-0.5))
+    up = [[1.0, 1.0, 1.0, 0.5]]
+    config = {kind: bench.config(text={"kind": kind}) for kind in ("clip", "gspo", "cispo")}
+    assert bench.gradient(groups, up, config["clip"]).norm() == 0
+    assert bench.gradient(groups, up, config["gspo"]).norm() == 0
+    free = bench.gradient(bench.sample(prompts[:1]), up, config["cispo"])
+    assert apart(1.28 * free, bench.gradient(groups, up, config["cispo"])) < 1e-5
+    assert bench.update(groups, up, config["gspo"])["ratio/text"] == pytest.approx(math.exp(0.5), rel=1e-5)
+    assert bench.update(groups, up, config["cispo"])["clip_fraction/text"] == 1
+
+
+def test_the_constant_reduction_divides_sums_by_the_length_limit(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[:2])
+    found = bench.gradient(groups, A2, bench.config(text={"reduction": "constant"}, rollout={"max_new_tokens": 7}))
+    rows = texts(bench, groups)
+    assert len({len(row) for row in rows}) > 1
+    (-sum(a * row.sum() for a, row in zip(torch.tensor(A2).flatten(), rows, strict=True)) / (8 * 7)).backward()
+    assert apart(bench.taken(), found) < 1e-5
+
+
+def test_weights_for_another_sampler_are_capped_and_leave_the_ratio_at_1(bench: Any, prompts: list[Prompt]) -> None:
+    honest = bench.sample(prompts[:2])
+    plain = bench.gradient(honest, A2, bench.config())
+    capped = bench.config(text={"importance_cap": 2.0})
+    assert apart(plain, bench.gradient(anchored(bench.live, honest), A2, capped)) < 1e-5
+    for by, weight in ((-1.0, 2.0), (0.25, math.exp(-0.25))):
+        other = anchored(bench.live, changed(honest, TextSegment, likelier(by)))
+        metrics = bench.update(other, A2, capped)
+        assert metrics["importance/text"] == pytest.approx(weight, rel=1e-5)
+        assert metrics["ratio/text"] == pytest.approx(1, abs=1e-6)
+        assert apart(weight * plain, bench.gradient(other, A2, capped)) < 1e-5
+
+
+def test_k2_and_k3_pull_the_same_way_near_the_reference(bench: Any, prompts: list[Prompt]) -> None:
+    groups, nothing = bench.sample(prompts[:2]), [[1e-9, 0, 0, -1e-9]] * 2
+    bench.nudge(0.003)
+    k2, k3 = (bench.gradient(groups, nothing, bench.config(text={"kl": kl, "kl_coef": 1.0})) for kl in ("k2", "k3"))
+    assert 0 < apart(k2, k3) < 0.2
+
+
+def test_text_dpo_by_hand(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[:2])
+    config = bench.config(text={"kind": "dpo", "dpo_beta": 0.5})
+    assert bench.update(groups, A2, config)["loss/text/understand"] == pytest.approx(math.log(2), abs=1e-6)
+    found = bench.gradient(groups, A2, config)
+    rows = [row.sum() for row in texts(bench, groups)]
+    margins = (rows[0] - rows[1]) + (rows[4] - rows[7])  # best and worst of each group, ties to the first
+    (-0.5 / 2 * margins / 2).backward()
+    assert apart(bench.taken(), found) < 1e-5
+    bench.descend(found, 1e-3)
+    after = bench.update(groups, A2, config)
+    assert after["loss/text/understand"] < math.log(2) - 1e-5
+    assert after["preference/text/understand"] == 1
+
+
+def test_best_of_imitates_the_best_text(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[:2])
+    found = bench.gradient(groups, [*A2[:1], [0.0] * 4], bench.config(text={"kind": "best_of"}))
+    (-texts(bench, groups)[0].mean()).backward()
+    assert apart(bench.taken(), found) < 1e-5
+
+
+# --- drawings ---
+
+
+def flow_loss(bench: Any, trajectory: Trajectory) -> float:
+    """Over many times and noises."""
+    segment = trajectory.segments[-1]
+    assert isinstance(segment, FlowSegment)
+    noise = torch.randn(256, *segment.latent.shape, generator=torch.Generator().manual_seed(0))
+    t = 0.1 + 0.9 * (torch.arange(256) + 0.5) / 256
+    x_t = (1 - t[:, None, None]) * segment.latent + t[:, None, None] * noise
+    with torch.no_grad():
+        v = bench.live.velocity([trajectory] * 256, x_t, t)
+    return float((v - (noise - segment.latent)).square().mean())
+
+
+def test_best_of_imitates_the_best_drawings(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[2:3], sampler="ode")
+    config = bench.config(flow={"kind": "best_of", "keep": 1, "noise_draws": 16})
+    before = flow_loss(bench, groups[0].trajectories[2])
+    bench.descend(bench.gradient(groups, [[0.0, 0.5, 1.0, -1.0]], config), 3e-3)
+    assert flow_loss(bench, groups[0].trajectories[2]) < before - 1e-5
+
+
+def test_flow_dpo_prefers_the_best_to_the_worst(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[2:3], sampler="ode")
+    config = bench.config(flow={"kind": "dpo", "dpo_beta": 10.0, "noise_draws": 16})
+    A = [[0.5, 1.0, 0.0, -1.0]]
+    assert bench.update(groups, A, config)["loss/flow/generate"] == pytest.approx(math.log(2), abs=1e-6)
+    best, worst = groups[0].trajectories[1], groups[0].trajectories[3]
+    before = flow_loss(bench, best) - flow_loss(bench, worst)
+    bench.descend(bench.gradient(groups, A, config), 3e-3)
+    assert flow_loss(bench, best) - flow_loss(bench, worst) < before - 1e-5
+    metrics = bench.update(groups, A, config)
+    assert metrics["loss/flow/generate"] < math.log(2)
+    assert metrics["preference/flow/generate"] > 0.5
+
+
+def test_two_of_a_pair_share_noise_and_times(bench: Any, prompts: list[Prompt]) -> None:
+    """Equal drawings cannot be told apart, so nothing is left of the gradient."""
+    (group,) = bench.sample(prompts[2:3], sampler="ode")
+    first = group.trajectories[0]
+    twins = replace(group, trajectories=(first, replace(first, member=1, seed=first.seed + 1)))
+    found = bench.gradient([twins], [[1.0, -1.0]], bench.config(flow={"kind": "dpo"}, rollout={"group_size": 4}))
+    assert found.norm() < 1e-5
+
+
+def test_the_gaussian_divergence_is_that_of_the_recorded_steps(bench: Any, prompts: list[Prompt]) -> None:
+    groups, nothing = bench.sample(prompts[2:4], guidance_scale=1.5), [[1e-9, 0, 0, -1e-9]] * 2
+    for reduction in ("mean", "sum"):
+        same = changed(groups, FlowSegment, lambda s, r=reduction: replace(s, logprob_reduction=r))
+        config = bench.config(flow=GRPO | {"kl": "gaussian", "kl_coef": 1.0, "keep": 2})
+        assert bench.update(same, nothing, config)["kl/flow/generate"] == pytest.approx(0, abs=1e-9)
+    bench.nudge()
+    chosen = [groups[0].trajectories[i] for i in (0, 1, 2, 3)]
+    live, ref = bench.live.logprobs(chosen), bench.policies.reference.logprobs(chosen)
+    by_hand = torch.stack(
+        [
+            gaussian_kl(a[0].means[w][None], b[0].means[w][None], a[0].stds[w])[0]
+            for a, b in zip(live, ref, strict=True)
+            for w in range(3)
+        ]
+    ).mean()
+    config = bench.config(flow=GRPO | {"kl": "gaussian", "kl_coef": 1.0})
+    found = bench.update(groups[:1], nothing[:1], config)["kl/flow/generate"]
+    assert found == pytest.approx(float(by_hand.detach()), rel=1e-4)
+    assert found > 0
+
+
+def test_the_recorded_means_are_those_of_the_sampler(bench: Any, prompts: list[Prompt]) -> None:
+    (group,) = bench.sample(prompts[2:3])
+    replayed = bench.live.logprobs(list(group.trajectories))
+    for trajectory, row in zip(group.trajectories, replayed, strict=True):
+        assert torch.equal(trajectory.segments[0].means, row[0].means)
+        assert row[0].stds.shape == (3,)
+    assert bench.sample(prompts[2:3], sampler="ode")[0].trajectories[0].segments[0].means is None
+
+
+def test_the_guarded_ratio_is_centered(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[2:4])
+    A = [[1.0, -0.5, 0.5, -1.0]] * 2
+    plain, guard = bench.config(flow=GRPO), bench.config(flow=GRPO | {"ratio": "guard"})
+    assert bench.update(groups, A, guard)["ratio/flow"] == pytest.approx(1, abs=1e-6)
+    assert cosine(bench.gradient(groups, A, plain), bench.gradient(groups, A, guard)) > 0.99
+    bench.nudge(0.05)
+    ratios = {name: bench.update(groups, A, c)["ratio/flow"] for name, c in (("plain", plain), ("guard", guard))}
+    assert ratios["plain"] < 0.99
+    assert abs(ratios["guard"] - 1) < 0.5 * abs(ratios["plain"] - 1)
+
+
+def test_a_sum_is_clipped_where_the_mean_is(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[2:4])
+    A = [[1.0, -0.5, 0.5, -1.0]] * 2
+    summed = bench.sample(prompts[2:4], logprob_reduction="sum")
+    bench.nudge(0.003)
+    config = bench.config(flow=GRPO | {"clip_low": 1e-4, "clip_high": 1e-4})
+    mean, total = bench.update(groups, A, config), bench.update(summed, A, config)
+    assert 0 < mean["clip_fraction/flow"] < 1
+    assert total["clip_fraction/flow"] == mean["clip_fraction/flow"]
+
+
+# --- steps ---
+
+
+def optimizers(bench: Any, config: Any) -> list[Optimizers]:
+    return [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases]
+
+
+ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]] * 2
+
+
+def both(A: Any) -> Any:
+    return {"text": torch.tensor(A), "image": torch.tensor(A)}
+
+
+def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts, sampler="ode")
+    config = bench.config(text={"lr": 0.5}, flow={"lr": 2.0})
+    assert config.phases == [(("text",), 0.5), (("image",), 2.0)]
+    start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
+    take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0)
+    moved = {name: (p.detach() - start[name]).norm() for name, p in bench.live.named_parameters()}
+
+    bench.live.load_state_dict({**bench.live.state_dict(), **start})
+    alone = bench.config(flow={"weight": 0.0})
+    take_steps(bench.policies, optimizers(bench, alone), groups, both(ALL), alone, 0, lr_scale=0.5)
+    head = bench.live.towers.lm_head.weight  # no drawing reaches it
+    assert float((head.detach() - start["towers.lm_head.weight"]).norm()) == pytest.approx(
+        float(moved["towers.lm_head.weight"]), rel=1e-5
+    )
+
+
+def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts, sampler="ode")
+    start = bench.weights()
+    moves = []
+    for tree, scale in (({"text": {"lr": 0.5}, "flow": {"lr": 0.5}}, 1.0), ({}, 0.5)):
+        config = bench.config(**tree)
+        assert len(config.phases) == 1
+        take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0, scale)
+        moves.append(bench.weights() - start)
+        bench.descend(moves[-1], float(moves[-1].norm()))
+    assert apart(moves[0], moves[1]) < 1e-4
+
+
+def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample([*prompts, *[replace(p, id=f"{p.id}'") for p in prompts]], sampler="ode")
+    hands = list(deal(groups, both(ALL * 2), 2))
+    ids = [[g.prompt.id for g in part] for part, _ in hands]
+    assert sorted(ids[0] + ids[1]) == sorted(g.prompt.id for g in groups)
+    assert all({g.prompt.task for g in part} == {"understand", "generate", "edit", "reason"} for part, _ in hands)
+    for part, A in hands:
+        for group, row in zip(part, A["text"], strict=True):
+            place = next(i for i, g in enumerate(groups) if g is group)
+            assert row.tolist() == (ALL * 2)[place]
+    config = bench.config(mini_updates=2)
+    metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL * 2), config, 0)
+    assert metrics.counts["grad_norm/understand"] == 2
+    assert metrics.means()["ratio/text"] != 1.0  # the second hand finds moved weights
+
+
+def test_every_kind_has_a_class() -> None:
+    from lvrpo.training.flow import FlowConfig
+    from lvrpo.training.text import TextConfig
+
+    for section, table in ((TextConfig, update_module.TEXT_OBJECTIVES), (FlowConfig, update_module.FLOW_OBJECTIVES)):
+        assert set(section.model_fields["kind"].annotation.__args__) == set(table)

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.objective import Policies
+from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, refill
+from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
+
+
+@dataclass
+class Source:
+    """Prompts that are called by their place."""
+
+    tasks: tuple[Task, ...] = ("understand", "reason")
+
+    def prompt(self, task: Task, index: int) -> Prompt:
+        return Prompt(f"{task}/{index}", task, ("?",), ("text",))
+
+
+@dataclass
+class Writer:
+    """A policy that only samples; its texts are its name."""
+
+    name: str
+    calls: list[str] = field(default_factory=list)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Any, seeds: Sequence[int]) -> list[Group]:
+        self.calls += [prompt.id for prompt in prompts]
+        none = torch.zeros(0)
+        return [
+            Group(
+                prompt,
+                tuple(
+                    Trajectory(prompt, g, (TextSegment(none, none, 1.0, self.name, True),), seed + g)
+                    for g in range(sampling.group_size)
+                ),
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+class EveryThird:
+    """Every third prompt spreads, by its index; the others score 1 throughout."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        return True
+
+    def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+        rows = []
+        for group in groups:
+            alive = int(group.prompt.id.split("/")[1]) % 3 == 0
+            rows.append([float(not alive or g % 2) for g in range(len(group))])
+        return Scores(torch.tensor(rows))
+
+
+def policies() -> Policies:
+    return Policies(*(Writer(name) for name in ("live", "old", "reference", "average")))  # type: ignore[arg-type]
+
+
+def config(**rollout: Any) -> TrainConfig:
+    counts = {"understand": 6, "reason": 3, "generate": 0, "edit": 0}
+    tree = {"data": {"prompts_per_step": counts}, "rollout": {"group_size": 4} | rollout}
+    if rollout.get("policy") == "reference":
+        tree |= {"text": {"kind": "dpo"}, "flow": {"kind": "dpo"}}
+    return TrainConfig.model_validate(tree)
+
+
+REWARDS = [RewardSource(RewardConfig(name="every_third"), EveryThird())]
+
+
+def step_of(settings: TrainConfig, step: int = 0) -> tuple[list[Group], Any, dict[str, float]]:
+    live = policies()
+    groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, step), step)
+    table = score_groups(REWARDS, groups, live.reference)
+    return refill(live, Source(), REWARDS, groups, table, settings, step)
+
+
+def dead(table: Any) -> int:
+    return int((table.scores[..., 0].std(dim=1) == 0).sum())
+
+
+def test_groups_without_signal_are_drawn_again_until_all_have_it() -> None:
+    groups, table, counts = step_of(config(refill_budget=100))
+    assert dead(table) == 0
+    assert [group.prompt.task for group in groups] == ["understand"] * 6 + ["reason"] * 3
+    assert len({group.prompt.id for group in groups}) == 9
+    assert groups[0].prompt.id == "understand/0"  # what had signal stays
+    assert groups[3].prompt.id == "understand/3"
+    assert counts["refill/given_up"] == 0
+    # four of six and two of three had none; fresh prompts come in turn, one in three of them has signal
+    fresh = sorted(
+        int(g.prompt.id.split("/")[1]) - REFILLS for g in groups if int(g.prompt.id.split("/")[1]) >= REFILLS
+    )
+    assert all((REFILLS + i) % 3 == 0 for i in fresh)
+    assert counts["refill/drawn"] >= 6
+    for p, group in enumerate(groups):
+        again = score_groups(REWARDS, [group], policies().reference)
+        assert torch.equal(again.scores[0], table.scores[p])
+
+
+def test_what_the_budget_did_not_reach_is_counted() -> None:
+    _, table, counts = step_of(config(refill_budget=2))
+    assert counts["refill/drawn"] == 2
+    assert counts["refill/given_up"] == dead(table) > 0
+    whole = step_of(config())
+    assert whole[2] == {"refill/drawn": 0.0, "refill/given_up": 6.0}
+
+
+def test_refills_are_a_function_of_the_step() -> None:
+    def ids(step: int) -> list[str]:
+        return [group.prompt.id for group in step_of(config(refill_budget=20), step)[0]]
+
+    assert ids(3) == ids(3)
+    drawn = [{i for i in ids(step) if int(i.split("/")[1]) >= REFILLS} for step in range(4)]
+    assert all(drawn)
+    assert len(set.union(*drawn)) == sum(map(len, drawn))  # no two steps share a refill
+
+
+def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
+    class Failing(EveryThird):
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            values = super().score(groups, judge).values
+            failures = {(p, 0): f"no {g.prompt.id}" for p, g in enumerate(groups)}
+            return Scores(values, failures)
+
+    rewards = [RewardSource(RewardConfig(name="every_third"), Failing())]
+    settings, live = config(refill_budget=3), policies()
+    groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, 0), 0)
+    groups, table, _ = refill(
+        live, Source(), rewards, groups, score_groups(rewards, groups, live.reference), settings, 0
+    )
+    assert {cell[0] for cell in table.reasons} == set(range(9))
+    for (p, g, _), reason in table.reasons.items():
+        assert g == 0
+        assert reason == f"failed: no {groups[p].prompt.id}"
+        assert not table.mask[p, 0, 0]
+
+
+def test_the_reference_samples_a_pool_once() -> None:
+    settings, sets = config(policy="reference", pool=2), policies()
+    rollouts = Rollouts(sets, settings)
+    seen = []
+    for step in range(5):
+        prompts = prompts_of_step(Source(), settings, step)
+        seen.append(rollouts.groups(prompts, step))
+    assert seen[0] is seen[2] is seen[4]
+    assert seen[1] is seen[3]
+    assert seen[0][0].prompt.id == "understand/0"
+    assert seen[1][0].prompt.id == "understand/6"
+    assert {t.text for groups in seen for g in groups for t in g.trajectories} == {"reference"}
+    assert len(sets.reference.calls) == 18  # type: ignore[attr-defined]
+    again = Rollouts(policies(), settings).groups(prompts_of_step(Source(), settings, 3), 3)
+    assert [t.seed for g in again for t in g.trajectories] == [t.seed for g in seen[1] for t in g.trajectories]
+
+
+def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
+    settings = config(pool=2)
+    rollouts = Rollouts(policies(), settings)
+    one, other = (rollouts.groups(prompts_of_step(Source(), settings, step), step) for step in (0, 2))
+    assert [g.prompt.id for g in one] == [g.prompt.id for g in other]
+    assert one[0].trajectories[0].seed != other[0].trajectories[0].seed
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"rollout": {"policy": "reference"}}, "text.kind=clip learns from its own outputs only"),
+        ({"rollout": {"policy": "reference"}, "text": {"weight": 0.0}}, "flow.kind=nft learns from its own"),
+        (
+            {"rollout": {"policy": "reference", "refill_budget": 1}, "text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
+            "refill_budget needs fresh outputs",
+        ),
+        ({"rollout": {"image_guidance_scale": 2.0}}, "has no effect while rollout.guidance_scale=1"),
+        ({"flow": {"ratio": "guard"}}, "flow.kind=nft has no ratio"),
+        ({"flow": {"kl": "gaussian"}}, "flow.kind=nft has none"),
+        ({"flow": {"kind": "best_of", "keep": 8}}, "flow.keep=8: the best of rollout.group_size=8 are fewer"),
+        ({"mini_updates": 500}, "a step has only"),
+        ({"text": {"weight": 0.0}, "flow": {"weight": 0.0}}, "nothing would be trained"),
+        (
+            {"task_weights": dict.fromkeys(["generate", "understand", "edit", "reason"], 0.0)},
+            "nothing would be trained",
+        ),
+        (
+            {"rewards": [{"name": "exact_answer", "tasks": ["understand"]}]},
+            "data.prompts_per_step.generate=24: every reward is for other tasks only",
+        ),
+        (
+            {"advantages": {"kind": "group_relative", "joint": ["generate", "understand"]}},
+            "name two tasks with as many prompts each",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sections_that_do_not_fit(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.model_validate(tree)

@@ -1,0 +1,188 @@
+"""What every output scored: written as it was, bounded, and the same after a resumption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.rewards.table import NOT_APPLICABLE
+from lvrpo.training import score_record
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.types import FlowSegment, Group, Prompt, RewardTable, Segment, TextSegment, Trajectory
+
+RED = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 4, 4)
+STRIPES = torch.stack([torch.tensor([0.0, 1.0]).repeat(4, 2)] * 3)  # black and white columns
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "run", TrainConfig())
+
+
+def text(words: str, ended: bool = True) -> TextSegment:
+    n = len(words.split())
+    return TextSegment(torch.zeros(n, dtype=torch.int64), torch.zeros(n), 1.0, words, ended)
+
+
+def picture(image: torch.Tensor) -> FlowSegment:
+    none = torch.zeros(0, 1, 1)
+    return FlowSegment(
+        torch.zeros(1, 1), torch.zeros(2), (), none, none, torch.zeros(0), "ode", 0.0, 1.0, 1.0, "none", "mean", image
+    )
+
+
+def group(prompt: Prompt, members: Sequence[Sequence[Segment]]) -> Group:
+    return Group(prompt, tuple(Trajectory(prompt, g, tuple(s), seed=g) for g, s in enumerate(members)))
+
+
+QUESTION = group(
+    Prompt("q", "understand", ("x",), ("text",), answer="red"),
+    [[text("red")], [text("blue sky")], [text("red")], [text("a a a", ended=False)]],
+)
+DRAWING = group(
+    Prompt("d", "generate", ("x",), ("image",)), [[picture(RED)], [picture(RED)], [picture(RED)], [picture(STRIPES)]]
+)
+THOUGHT = group(Prompt("t", "reason", ("x",), ("text", "image")), [[text("two"), picture(RED)]] * 4)
+
+
+def table() -> RewardTable:
+    """Two rewards: the first fails once and does not apply to the drawing; the second fails for the whole question."""
+    scores = torch.tensor([[[1.0, 9.0], [0.5, 9.0], [9.0, 9.0], [0.0, 9.0]], [[9.0, 0.25]] * 4, [[1.0, 0.75]] * 4])
+    mask = scores < 9
+    reasons = {(1, g, 0): NOT_APPLICABLE for g in range(4)} | {(0, g, 1): "failed: away" for g in range(4)}
+    reasons[0, 2, 0] = "failed: away"
+    return RewardTable(
+        ("exact", "facts"), torch.tensor([1.0, 0.5]), scores, mask, reasons, ("understand", "generate", "reason")
+    )
+
+
+ADVANTAGES = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0] * 4, [0.5, -0.5, 1.5, -1.5]])
+
+
+def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    (record,) = score_record.read_steps(run.path)
+    assert (record.step, record.names, record.tasks) == (1, ("exact", "facts"), ("understand", "generate", "reason"))
+    assert record.weights.tolist() == [1.0, 0.5]
+    nan = math.nan
+    np.testing.assert_array_equal(record.scores[0], [[1, nan], [0.5, nan], [nan, nan], [0, nan]])
+    np.testing.assert_array_equal(record.scores[1], [[nan, 0.25]] * 4)
+    assert record.applies.tolist() == [[True, True], [False, True], [True, True]]
+    np.testing.assert_array_equal(record.success, [[1, 0, 1, 0], [nan] * 4, [nan] * 4])
+    assert record.advantages.tolist() == ADVANTAGES.tolist()
+
+
+def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    (record,) = score_record.read_steps(run.path)
+    nan = math.nan
+    drawn, striped = [nan, nan, 1, 0, 0, 0], [nan, nan, 0.5, 0.5, 0.5, 0.5]
+    np.testing.assert_array_equal(
+        record.traits[0], [[1, 0, *[nan] * 4], [2, 0, *[nan] * 4], [1, 0, *[nan] * 4], [3, 1, *[nan] * 4]]
+    )
+    np.testing.assert_array_equal(record.traits[1], [drawn] * 3 + [striped])
+    np.testing.assert_array_equal(record.traits[2], [[1, 0, 1, 0, 0, 0]] * 4)
+    # 5 of the 6 pairs of texts differ; red and stripes differ by 1 at half of all values, in 3 of the 6 pairs
+    np.testing.assert_allclose(record.text_diversity, [5 / 6, nan, 0])
+    np.testing.assert_allclose(record.picture_diversity, [nan, math.sqrt(0.5 * 3 / 6), 0], rtol=1e-6)
+
+
+def test_large_pictures_are_measured_on_a_grid() -> None:
+    wide = torch.rand(3, 200, 130)
+    assert score_record._pixels(wide).shape == (3, 50, 33)
+    assert score_record._pixels(wide[:, :64, :64]).shape == (3, 64, 64)
+
+
+def test_controls_and_looks(run: RunDirectory) -> None:
+    score_record.write_control(run, 1, [QUESTION, DRAWING, THOUGHT], table(), 10)
+    score_record.write_look(run, 0, {"understand": [1.0, 0.0]}, 20)
+    score_record.write_look(run, 20, {"understand": [1.0, 1.0]}, 20)
+    score_record.write_look(run, 40, {}, 20)
+    (control,) = score_record.read_controls(run.path)
+    assert np.isnan(control.advantages).all()
+    assert [(step, look["understand"].tolist()) for step, look in score_record.read_looks(run.path)] == [
+        (0, [1.0, 0.0]),
+        (20, [1.0, 1.0]),
+    ]
+    assert not score_record.has_records(run.path)
+
+
+@pytest.mark.parametrize(("newest", "spacing"), [(0, 1), (1023, 1), (1024, 2), (2047, 2), (2048, 4), (99_999, 128)])
+def test_spacing_of_what_is_kept(newest: int, spacing: int) -> None:
+    assert score_record.stride(newest) == spacing
+    assert newest // spacing + 1 <= score_record.KEPT
+
+
+def kept(run: RunDirectory) -> dict[str, list[int]]:
+    return {kind: [step for step, _ in score_record._files(run.path, kind)] for kind in score_record.FIRST}
+
+
+def write_all(run: RunDirectory, first: int, last: int) -> None:
+    """What the loop writes from step ``first`` to ``last``: controls every 3 steps, looks every 4 and at the end."""
+    for step in range(first, last + 1):
+        score_record.write_step(run, step, [DRAWING], one_row(), torch.zeros(1, 4))
+        if (step - 1) % 3 == 0:
+            score_record.write_control(run, step, [DRAWING], one_row(), 3)
+        if step % 4 == 0 or step == 38:
+            score_record.write_look(run, step, {"generate": [float(step)]}, 4)
+
+
+def one_row() -> RewardTable:
+    return RewardTable(("facts",), torch.ones(1), torch.zeros(1, 4, 1), torch.ones(1, 4, 1) > 0, {}, ("generate",))
+
+
+def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_record, "KEPT", 8)
+    score_record.write_look(run, 0, {"generate": [0.0]}, 4)
+    write_all(run, 1, 38)
+    assert kept(run) == {
+        "step": [1, 9, 17, 25, 33],
+        "control": [1, 7, 13, 19, 25, 31, 37],
+        "guard": [0, 8, 16, 24, 32],  # the last look, at 38, is number 10
+    } | {"guard": [0, 8, 16, 24, 32, 38]}
+
+
+@pytest.mark.parametrize("stopped", [5, 8, 9, 16, 17, 30])
+def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
+    run: RunDirectory, tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_record, "KEPT", 8)
+    other = RunDirectory.create(tmp_path / "other", TrainConfig())
+    for one in (run, other):
+        score_record.write_look(one, 0, {"generate": [0.0]}, 4)
+    write_all(other, 1, 38)
+    write_all(run, 1, stopped)
+    score_record.truncate(run, stopped - 3)  # the last checkpoint
+    assert all(step <= stopped - 3 for steps in kept(run).values() for step in steps)
+    write_all(run, stopped - 2, 38)
+    assert kept(run) == kept(other)
+    for name in ("step_000001.npz", "control_000019.npz", "guard_000016.npz"):
+        assert (run.path / "scores" / name).read_bytes() == (other.path / "scores" / name).read_bytes()
+
+
+def test_broken_files_are_one_line(run: RunDirectory) -> None:
+    score_record.write_step(run, 1, [DRAWING], one_row(), torch.zeros(1, 4))
+    path = run.path / "scores" / "step_000001.npz"
+    whole = path.read_bytes()
+    for content in (b"", b"no archive", whole[: len(whole) // 2], whole.replace(b"traits", b"traitz")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"step_000001\.npz: .*: delete it") as caught:
+            list(score_record.read_steps(run.path))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
+    score_record.write_step(run, 1, [DRAWING], one_row(), torch.zeros(1, 4))
+    left = run.path / "scores" / ".step_000002.npz.tmp-0123"
+    left.write_bytes(b"half")
+    run.close()
+    RunDirectory.open(run.path).close()
+    assert not left.exists()
+    assert kept(run)["step"] == [1]
