@@ -18,8 +18,7 @@ from lvrpo.policies.mot import drawing, sequence
 from lvrpo.policies.mot.context import Contexts
 from lvrpo.policies.mot.sequence import RowLayout, Span
 from lvrpo.policies.mot.transformer import Layer
-from lvrpo.sampling import FlowStep, shift_time
-from lvrpo.sampling.flow_sde import ode_step
+from lvrpo.sampling import PastStep, euler_step, shift_time
 
 FAR = 1e-4
 """Five times the gate."""
@@ -117,10 +116,10 @@ def no_time_for_clean_latents(parity: Any, patch: Patch) -> None:
 
 
 def wrong_sign(parity: Any, patch: Patch) -> None:
-    def mistaken(x_t: torch.Tensor, v: torch.Tensor, t: Any, t_next: Any, noise_level: float = 0.0) -> FlowStep:
-        return ode_step(x_t, -v, t, t_next)
+    def mistaken(x_t: torch.Tensor, v: torch.Tensor, t: Any, t_next: Any, past: Any) -> tuple[torch.Tensor, PastStep]:
+        return euler_step(x_t, -v, t, t_next, past)
 
-    patch.setattr(drawing, "ode_step", mistaken)
+    patch.setattr(drawing, "SOLVERS", {"euler": mistaken})
 
 
 def one_step_more(parity: Any, patch: Patch) -> None:

@@ -20,7 +20,7 @@ from lvrpo.policies.bagel.packed import TrainedPiece, dropped, noisy_piece, pack
 from lvrpo.policies.bagel.tensors import StoredTensor, find_tensors
 from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.context import Row
 from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy
 from lvrpo.policies.mot.towers import Grid
@@ -103,11 +103,15 @@ class BagelPolicy(MoTPolicy):
         return max(1, min(MAX_ROWS, MAX_TOKENS // max(grid[0] * grid[1], TEXT_TOKENS)))
 
     # ---------------------------------------------------------------- supervised
-    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
+    ) -> Mapping[str, torch.Tensor]:
         """ "text": cross-entropy per token; "image": flow loss at logit-normal times, in one packed pass.
 
         Conditions of drawings are left out at random, as ``settings`` say, so that guidance has its branches.
         """
+        if represent is not None:
+            raise InputError("representation with a BAGEL checkpoint: its packed pass keeps no states: leave it out")
         losses = packed_losses(self.contexts, [self._trained_row(example, generator) for example in examples])
         found = {"text": losses.cross_entropy, "image": losses.squared_error}
         return {name: values.mean() for name, values in found.items() if values.numel()}
