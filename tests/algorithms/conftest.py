@@ -11,7 +11,7 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 
 import lvrpo.algorithms
-from lvrpo.algorithms import advantages, kl, nft, objectives
+from lvrpo.algorithms import advantages, audit, kl, nft, objectives
 
 settings.register_profile("equations", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("equations")
@@ -34,4 +34,4 @@ def enforce_shapes(package: ModuleType, modules: list[ModuleType]) -> None:
                         setattr(holder, name, checked)
 
 
-enforce_shapes(lvrpo.algorithms, [advantages, kl, nft, objectives])
+enforce_shapes(lvrpo.algorithms, [advantages, audit, kl, nft, objectives])

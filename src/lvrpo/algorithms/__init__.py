@@ -9,6 +9,7 @@ from lvrpo.algorithms.advantages import (
     signal_mask,
     win_rate,
 )
+from lvrpo.algorithms.audit import VarianceShares, advantage_parts, group_correlation, variance_shares
 from lvrpo.algorithms.kl import gaussian_kl, k1, k2, k3, velocity_regularizer
 from lvrpo.algorithms.nft import NFTLoss, nft_loss, old_policy_decay, reward_probability
 from lvrpo.algorithms.objectives import SurrogateLoss, clipped_surrogate, reduce_tokens
@@ -16,11 +17,14 @@ from lvrpo.algorithms.objectives import SurrogateLoss, clipped_surrogate, reduce
 __all__ = [
     "NFTLoss",
     "SurrogateLoss",
+    "VarianceShares",
+    "advantage_parts",
     "best_worst_mask",
     "centered_advantages",
     "clipped_surrogate",
     "gaussian_kl",
     "gdpo_advantages",
+    "group_correlation",
     "group_relative_advantages",
     "k1",
     "k2",
@@ -31,6 +35,7 @@ __all__ = [
     "reduce_tokens",
     "reward_probability",
     "signal_mask",
+    "variance_shares",
     "velocity_regularizer",
     "win_rate",
 ]
