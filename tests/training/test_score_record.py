@@ -96,8 +96,10 @@ def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
 
 def test_large_pictures_are_measured_on_a_grid() -> None:
     wide = torch.rand(3, 200, 130)
-    assert score_record._pixels(wide).shape == (3, 50, 33)
-    assert score_record._pixels(wide[:, :64, :64]).shape == (3, 64, 64)
+    for image, shape in ((wide, (50, 33)), (wide[:, :64, :64], (64, 64))):
+        pictures = score_record._pictures(group(DRAWING.prompt, [[picture(image)]] * 2))
+        assert pictures is not None
+        assert pictures.shape == (2, 3, shape[0] * shape[1])
 
 
 def test_controls_and_looks(run: RunDirectory) -> None:
