@@ -7,13 +7,14 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS ?= $(if $(filter 1,$(CORES)),1,2)
 ARGS ?=
 
-.PHONY: help quickstart test check format clean distclean
+.PHONY: help quickstart test check format docs clean distclean
 
 help:
 	@echo "make quickstart   evaluate the tiny base, align it, evaluate it again, write a report"
 	@echo "make test         run the tests (ARGS='-k name' or ARGS='-m slow' to choose)"
 	@echo "make check        formatting, lint, types, import order"
 	@echo "make format       format the code and mend what lint can mend"
+	@echo "make docs         write docs/equations.md from the docstrings"
 	@echo "make clean        delete caches and build products; make distclean deletes $(VENV) too"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -41,6 +42,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_equations.py
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

@@ -1,26 +1,61 @@
-"""What every test starts from: one thread, known seeds, an empty working directory, a quiet home for plots."""
+"""What every test starts from: one thread, known seeds, an empty working directory, a quiet home for plots.
+
+The shapes written in the signatures of the equations are enforced while the tests run.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import pkgutil
 import random
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"lvrpo-matplotlib-{os.getuid()}"))
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 from hypothesis import HealthCheck, settings
+
+import lvrpo.algorithms
+import lvrpo.sampling
 
 torch.set_num_threads(1)
 settings.register_profile(
     "lvrpo", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lvrpo")
+
+
+def enforce_shapes(package: ModuleType) -> None:
+    """Replaces every public function by one that checks its annotations, wherever its modules or tables name it."""
+    check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    modules = [
+        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    ]
+    for module in modules:  # imported for type checking only
+        vars(module).update({name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Int")}, Tensor=torch.Tensor)
+    names = {name for module in modules for name in vars(module)["__all__"]}
+    functions = {name: vars(package)[name] for name in names if inspect.isfunction(vars(package).get(name))}
+    checked = {function: jaxtyping.jaxtyped(function, typechecker=check) for function in functions.values()}
+    for holder in (package, *modules):
+        for name, value in list(vars(holder).items()):
+            if inspect.isfunction(value) and value in checked:
+                setattr(holder, name, checked[value])
+            elif isinstance(value, dict) and name in names:  # a table of functions
+                value.update({key: checked[entry] for key, entry in value.items() if entry in checked})
+
+
+enforce_shapes(lvrpo.algorithms)
+enforce_shapes(lvrpo.sampling)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
     "train": "lvrpo.commands.train:TRAIN",
     "pretrain": "lvrpo.commands.train:PRETRAIN",
+    "init": "lvrpo.commands.init:INIT",
     "check": "lvrpo.commands.check:CHECK",
     "generate": "lvrpo.commands.use:GENERATE",
     "ask": "lvrpo.commands.use:ASK",

@@ -108,6 +108,9 @@ class FlowSegment:
     logprob_reduction: Literal["mean", "sum"]
     image: Image
     """The decoded picture."""
+    guidance_renorm_min: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided are the steps with low < t <= high."""
 
 
 Segment = TextSegment | FlowSegment

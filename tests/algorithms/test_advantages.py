@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 
 import lvrpo.algorithms
 from lvrpo.algorithms import (
-    best_worst_mask,
-    centered_advantages,
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
     signal_mask,
+    trimmed_advantages,
     win_rate,
 )
 from lvrpo.errors import ContractError, InputError
@@ -61,14 +60,20 @@ def test_group_relative_adds_eps_to_the_std() -> None:
     close(group_relative_advantages(scores, everything(scores), eps=0.1), [[-1.231493, -0.410498, 0.410498, 1.231493]])
 
 
-def test_group_relative_by_the_std_of_the_batch_leaves_dead_groups_out() -> None:
+def test_group_relative_by_the_std_of_the_batch() -> None:
+    """The std of all twelve scores about their grand mean, dead groups included: sqrt(194 / 12 - (38 / 12)^2)."""
     scores = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 8], [5, 5, 5, 5]])
     expected = [
-        [-0.580042, -0.193347, 0.193347, 0.580042],
-        [-0.773389] * 3 + [2.320168],
+        [-0.605406, -0.201802, 0.201802, 0.605406],
+        [-0.807207] * 3 + [2.421622],
         [0.0] * 4,
-    ]  # std = sqrt(6.6875)
+    ]  # std = 2.477678
     close(group_relative_advantages(scores, everything(scores), std="batch", eps=0.0), expected)
+
+
+def test_group_relative_clamp() -> None:
+    scores = torch.tensor([[1.0, 2, 3, 4]])
+    close(group_relative_advantages(scores, everything(scores), eps=0.0, clamp=1.0), [[-1.0, -0.447214, 0.447214, 1.0]])
 
 
 def test_group_relative_runs_over_valid_members_only() -> None:
@@ -112,7 +117,7 @@ def test_masked_entries_never_matter(table, junk: float) -> None:
     K = scores.shape[2]
     dirty = torch.where(mask, scores, junk)
     first, first_mask, first_dirty = scores[..., 0], mask[..., 0], dirty[..., 0]
-    for function in (group_relative_advantages, leave_one_out_advantages):
+    for function in (group_relative_advantages, leave_one_out_advantages, trimmed_advantages):
         clean = function(first, first_mask)
         assert torch.equal(function(first_dirty, first_mask), clean)
         assert not clean[~first_mask].any()
@@ -125,7 +130,7 @@ def test_masked_entries_never_matter(table, junk: float) -> None:
 @pytest.mark.parametrize("junk", [NAN, float("inf")])
 def test_a_valid_score_that_is_no_number_is_refused(junk: float) -> None:
     scores = torch.tensor([[0.0, 1, junk]])
-    for function in (group_relative_advantages, leave_one_out_advantages, signal_mask):
+    for function in (group_relative_advantages, leave_one_out_advantages, trimmed_advantages, signal_mask):
         with pytest.raises(ContractError, match="mask it"):
             function(scores, everything(scores))
 
@@ -137,6 +142,48 @@ def test_leave_one_out_by_hand() -> None:
     scores = torch.tensor([[1.0, 2, 3, 4], [1, 2, NAN, NAN], [3, 3, 3, 3], [1, NAN, NAN, NAN]])
     expected = [[-2.0, -2 / 3, 2 / 3, 2], [-1, 1, 0, 0], [0.0] * 4, [0.0] * 4]
     close(leave_one_out_advantages(scores, ~scores.isnan()), expected)
+
+
+# trimmed_advantages
+
+
+def test_trimmed_by_hand() -> None:
+    # without 0 and 90: 1, 2, 3, 4, 5, 6 of mean 3.5 and std sqrt(35 / 12)
+    scores = torch.tensor([[4.0, 90, 1, 2, 3, 0, 5, 6]])
+    expected = [[0.292770, 50.649216, -1.463850, -0.878310, -0.292770, -2.049390, 0.878310, 1.463850]]
+    close(trimmed_advantages(scores, everything(scores), eps=0.0), expected, 2e-5)
+    expected[0][1] = 3.0
+    close(trimmed_advantages(scores, everything(scores), eps=0.0, clamp=3.0), expected)
+
+
+def test_trimmed_counts_valid_members_only() -> None:
+    scores = torch.tensor([[1.0, 2, 3, 8, NAN, NAN, NAN, NAN], [NAN] * 8])
+    advantages = trimmed_advantages(scores, ~scores.isnan(), trim=0.25, eps=0.0)  # of 2 and 3: mean 2.5, std .5
+    close(advantages, [[-3.0, -1, 1, 11, 0, 0, 0, 0], [0.0] * 8])
+
+
+def test_trimmed_drops_what_only_the_trimmed_member_tells() -> None:
+    scores = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 1]])
+    assert not trimmed_advantages(scores, everything(scores)).any()
+    close(trimmed_advantages(scores, everything(scores), trim=0.1, eps=0.0), [[-0.377964] * 7 + [2.645751]])
+
+
+@given(tables(), st.integers(-8, 8), st.integers(1, 8), st.randoms(use_true_random=False))
+def test_trimmed_ignores_shift_scale_and_order(table, shift: int, scale: int, random) -> None:
+    scores, mask = table[0][..., 0], table[1][..., 0]
+    advantages = trimmed_advantages(scores, mask, trim=0.25, eps=0.0)
+    close(trimmed_advantages(scores * scale + shift, mask, trim=0.25, eps=0.0), advantages.tolist(), 1e-3)
+    members = random.sample(range(scores.shape[1]), scores.shape[1])
+    permuted = trimmed_advantages(scores[:, members], mask[:, members], trim=0.25, eps=0.0)
+    close(permuted, advantages[:, members].tolist(), 1e-3)
+    untrimmed = trimmed_advantages(scores, mask, trim=0.0)
+    close(untrimmed, group_relative_advantages(scores, mask).tolist(), 1e-3)
+
+
+def test_trimmed_refuses_to_trim_all() -> None:
+    scores = torch.zeros(1, 2)
+    with pytest.raises(InputError, match=r"use a share in \[0, 0.5\)"):
+        trimmed_advantages(scores, everything(scores), trim=0.5)
 
 
 # gdpo_advantages
@@ -193,6 +240,15 @@ def test_gdpo_dead_group_and_dead_member_do_not_inflate_the_others() -> None:
     close(advantages, [[-(2**0.5), 0, 0, 2**0.5, 0]], 1e-4)
 
 
+def test_gdpo_with_the_std_of_samples() -> None:
+    # z1 = +-.5 / (.57735 + .1), z2 = +-.005 / (.0057735 + .1); s / (sqrt(4 / 3) of its population std + .1)
+    advantages = gdpo_advantages(HAND, everything(HAND), torch.ones(2), ONE_TASK, std="sample", eps=0.1)
+    z1, z2 = 0.7381674, 0.0472709
+    std = ((2 * (z1 + z2) ** 2 + 2 * (z1 - z2) ** 2) / 3) ** 0.5
+    a, b = (z1 + z2) / (std + 0.1), (z1 - z2) / (std + 0.1)
+    close(advantages, [[-a, -b, b, a]], 2e-5)
+
+
 def test_gdpo_clamp() -> None:
     advantages = gdpo_advantages(HAND, everything(HAND), torch.ones(2), ONE_TASK, eps=0.0, clamp=1.0)
     close(advantages, [[-1.0, 0, 0, 1]], 1e-4)
@@ -228,7 +284,7 @@ def test_shapes_are_enforced() -> None:
         gdpo_advantages(HAND, everything(HAND), torch.ones(3), ONE_TASK)
 
 
-# signal_mask, win_rate, best_worst_mask
+# signal_mask, win_rate
 
 
 def test_signal_mask_by_hand() -> None:
@@ -246,56 +302,3 @@ def test_win_rate_by_hand() -> None:
     rates = win_rate(wins, played)
     assert rates[0, :2].tolist() == [1.0, 0.0]
     assert rates[0, 2].isnan()
-
-
-@pytest.mark.parametrize(
-    ("advantages", "keep", "chosen"),
-    [
-        ([0.1, 0.5, -0.3, 0.2, 0.0], 1, [1, 2]),
-        ([0.1, 0.5, -0.3, 0.2, 0.0], 2, [1, 2, 3, 4]),
-        ([1.0, 0, 0, 0], 1, [0, 3]),  # ties: rising index, so the last one is the worst
-        ([1.0, 0, 0, 0], 2, [0, 1, 2, 3]),
-        ([0.0, 0, 0, 1], 1, [2, 3]),
-        ([0.1, -0.1], 9, [0, 1]),
-        ([0.0, 0, 0], 1, []),
-    ],
-)
-def test_best_worst_by_hand(advantages: list[float], keep: int, chosen: list[int]) -> None:
-    assert best_worst_mask(torch.tensor([advantages]), keep)[0].nonzero().flatten().tolist() == chosen
-
-
-def test_best_worst_never_takes_a_masked_member() -> None:
-    advantages = torch.tensor([[NAN, 0.5, -0.3, 0.2], [NAN, NAN, NAN, NAN]])
-    chosen = best_worst_mask(advantages, 1, ~advantages.isnan())
-    assert chosen.tolist() == [[False, True, True, False], [False] * 4]
-
-
-def test_best_worst_refuses_to_keep_none() -> None:
-    with pytest.raises(InputError, match="use 1 or more"):
-        best_worst_mask(torch.zeros(1, 2), 0)
-
-
-@given(tables(), st.integers(1, 4))
-def test_best_worst_keeps_two_k_members_none_in_between(table, keep: int) -> None:
-    scores, mask = table[0][..., 0], table[1][..., 0]
-    chosen = best_worst_mask(scores, keep, mask)
-    for values, valid, taken in zip(scores, mask, chosen, strict=True):
-        distinct = values[valid].unique().numel() > 1
-        assert taken.sum() == (min(2 * keep, int(valid.sum())) if distinct else 0)
-        assert not (taken & ~valid).any()
-        if distinct:
-            assert taken[valid & (values == values[valid].max())].any()
-            assert taken[valid & (values == values[valid].min())].any()
-
-
-def test_every_public_name_exists() -> None:
-    assert sorted(lvrpo.algorithms.__all__) == list(lvrpo.algorithms.__all__)
-    assert all(hasattr(lvrpo.algorithms, name) for name in lvrpo.algorithms.__all__)
-
-
-def test_centered_advantages_by_hand() -> None:
-    """Best two and worst two of (1.7, 1.7, -.5, -.5, -.6, -1.8): kept 1.7, 1.7, -.6, -1.8, mean .25."""
-    advantages = torch.tensor([[1.7, 1.7, -0.5, -0.5, -0.6, -1.8], [0.0] * 6])
-    keep = torch.tensor([[True, True, False, False, True, True], [False] * 6])
-    expected = torch.tensor([[1.45, 1.45, 0.0, 0.0, -0.85, -2.05], [0.0] * 6])
-    torch.testing.assert_close(centered_advantages(advantages, keep), expected)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from lvrpo.algorithms import gaussian_kl, k1, k2, k3, kl, velocity_regularizer
+from lvrpo.algorithms import corrected_k3, gaussian_kl, k1, k2, k3, kl, velocity_regularizer
 from lvrpo.errors import InputError
+from lvrpo.sampling import step_logprob
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [(k1, 0.5), (k2, 0.125), (k3, 0.1065307)])
@@ -39,6 +40,28 @@ def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k1_is_nothing(
         torch.testing.assert_close(gradient, expected)
 
 
+def test_the_gradient_of_k3_is_that_of_the_forward_kl() -> None:
+    logits = POLICY.log().requires_grad_()
+    logprobs = logits.log_softmax(0)
+    (gradient,) = torch.autograd.grad((POLICY * k3(logprobs, REFERENCE.log())).sum(), logits)
+    forward = (REFERENCE * (REFERENCE.log() - logits.log_softmax(0))).sum()
+    torch.testing.assert_close(gradient, *torch.autograd.grad(forward, logits))
+
+
+def test_corrected_k3_by_hand() -> None:
+    value = corrected_k3(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([-1.0 - 0.6931472]))
+    torch.testing.assert_close(value, torch.tensor([0.2130613]))  # ratio 2
+
+
+@pytest.mark.parametrize("behavior", [POLICY, torch.tensor([0.3, 0.7])])
+def test_corrected_k3_has_the_value_and_gradient_of_the_kl_whoever_sampled(behavior: torch.Tensor) -> None:
+    logits = POLICY.log().requires_grad_()
+    estimate = (behavior * corrected_k3(logits.log_softmax(0), REFERENCE.log(), behavior.log())).sum()
+    exact = kl_of(logits)
+    torch.testing.assert_close(estimate, exact)
+    torch.testing.assert_close(*torch.autograd.grad(estimate, logits), *torch.autograd.grad(exact, logits))
+
+
 @pytest.mark.parametrize("estimator", [k1, k2, k3])
 def test_the_reference_gets_no_gradient(estimator) -> None:
     logprobs = torch.tensor([-1.0], requires_grad=True)
@@ -63,6 +86,20 @@ def test_gaussian_kl_is_that_of_torch_distributions() -> None:
     exact = kl_divergence(Normal(mean, std.expand_as(mean)), Normal(other, std.expand_as(mean)))
     torch.testing.assert_close(gaussian_kl(mean, other, std, "sum"), exact.sum(dim=(1, 2)))
     torch.testing.assert_close(gaussian_kl(mean, other, std), exact.mean(dim=(1, 2)))
+
+
+def test_gaussian_kl_by_monte_carlo() -> None:
+    """The mean log-ratio of samples of the policy's step; k3 of the same samples is the same number with less noise."""
+    generator = torch.Generator().manual_seed(0)
+    mean, other, std = torch.tensor([[0.1, -0.2, 0.3]]), torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor(0.5)
+    x_next = mean + std * torch.randn(100_000, 3, generator=generator)
+    logprobs = step_logprob(x_next, mean.expand_as(x_next), std, "sum")
+    ref_logprobs = step_logprob(x_next, other.expand_as(x_next), std, "sum")
+    exact = gaussian_kl(mean, other, std, "sum").item()
+    assert exact == pytest.approx(0.28)  # (.01 + .04 + .09) / (2 * .25)
+    for estimator in (k1, k3):
+        samples = estimator(logprobs, ref_logprobs)
+        assert samples.mean().item() == pytest.approx(exact, abs=5 * samples.std().item() / 100_000**0.5)
 
 
 def test_gaussian_kl_refuses_an_unknown_reduction() -> None:

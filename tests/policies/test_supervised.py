@@ -55,9 +55,9 @@ def test_image_loss_by_hand(which: str, policy: TinyPolicy, whole_row: Callable[
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     embed = policy.towers.embed_latents
 
-    def spy(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def spy(latents: torch.Tensor, t: torch.Tensor, *grid: Any) -> torch.Tensor:
         seen.append((latents, t))
-        return embed(latents, t)
+        return embed(latents, t, *grid)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy.towers, "embed_latents", spy)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.sampling import guidance, guide
+from lvrpo.sampling import guidance, guide, guide_logits, sample_tokens, token_logprobs
 
 V = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
 NO_TEXT = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
@@ -63,3 +63,51 @@ def test_guide_refuses_what_it_cannot_do() -> None:
         guide(V, NO_TEXT, None, 2.0, 2.0)
     with pytest.raises(InputError, match="use none, global, channel or text_channel"):
         guidance.guide.__wrapped__(V, NO_TEXT, None, 2.0, 1.0, "local")
+
+
+# guide_logits
+
+LOGITS, UNGUIDED = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+
+
+def test_guide_logits_by_hand() -> None:
+    assert guide_logits(LOGITS, UNGUIDED, 3.0).tolist() == [[3.0, -2.0]]
+    assert guide_logits(LOGITS, UNGUIDED, 3.0, "detach_uncond").tolist() == [[3.0, -2.0]]
+    assert guide_logits(LOGITS, UNGUIDED, 3.0, "none").tolist() == [[1.0, 0.0]]
+    assert guide_logits(LOGITS, None, 1.0).tolist() == [[1.0, 0.0]]
+    torch.testing.assert_close(  # softmax(3, -2)
+        token_logprobs(guide_logits(LOGITS, UNGUIDED, 3.0), torch.tensor([1])), torch.tensor([-5.0067153])
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "to_logits", "to_unguided"),
+    [("joint", [[3.0, 3.0]], [[-2.0, -2.0]]), ("detach_uncond", [[3.0, 3.0]], None), ("none", [[1.0, 1.0]], None)],
+)
+def test_the_mode_says_which_branch_learns(mode, to_logits, to_unguided) -> None:
+    logits, unguided = LOGITS.clone().requires_grad_(), UNGUIDED.clone().requires_grad_()
+    guide_logits(logits, unguided, 3.0, mode).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == to_logits
+    assert (None if unguided.grad is None else unguided.grad.tolist()) == to_unguided
+
+
+def test_the_density_of_replay_is_that_of_sampling() -> None:
+    """Tokens drawn under guidance have the frequencies that joint and detach_uncond score, and none does not."""
+    logits, unguided = torch.tensor([0.5, 0.0, -0.5]), torch.tensor([0.0, 0.3, 0.0])
+    uniforms = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
+    drawn = sample_tokens(guide_logits(logits, unguided, 2.0).expand(30_000, 3), uniforms, 0.8)
+    shares = torch.bincount(drawn, minlength=3) / 30_000
+    tokens = torch.arange(3)
+    for mode in ("joint", "detach_uncond"):
+        scored = token_logprobs(guide_logits(logits, unguided, 2.0, mode).expand(3, 3), tokens, 0.8).exp()
+        torch.testing.assert_close(shares, scored, rtol=0, atol=0.01)
+    alone = token_logprobs(guide_logits(logits, unguided, 2.0, "none").expand(3, 3), tokens, 0.8).exp()
+    assert (shares - alone).abs().max() > 0.1
+
+
+def test_guide_logits_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(InputError, match=r"guidance_scale=3.0 needs the logits without text"):
+        guide_logits(LOGITS, None, 3.0)
+    with pytest.raises(InputError, match="use joint, detach_uncond or none"):
+        guidance.guide_logits.__wrapped__(LOGITS, UNGUIDED, 3.0, "half")

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from lvrpo.errors import InputError
 from lvrpo.sampling import (
     check_window,
+    compressed_grid,
+    decaying_window,
     fast_window,
     flow_time,
     full_window,
+    random_window,
     shift_time,
     sliding_window,
     timestep_grid,
@@ -61,11 +64,52 @@ def test_sliding_window_by_hand() -> None:
     assert [sliding_window(8, 2, i, stride=2, iterations_per_stride=5)[0] for i in (0, 4, 5, 10, 15)] == [0, 0, 2, 4, 0]
 
 
+def test_random_window_starts_anywhere() -> None:
+    assert {random_window(6, 2, seed) for seed in range(200)} == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    assert random_window(6, 2, 7) == random_window(6, 2, 7)
+
+
+def test_decaying_window_by_hand() -> None:
+    """With a half-life of one place beyond place 1: it stays 4, 4, 2 and 1 iterations, then starts anew."""
+    options = {"iterations_at_start": 4, "decay": 0.6931471805599453, "threshold": 1}
+    starts = [decaying_window(6, 2, i, **options)[0] for i in range(13)]
+    assert starts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 0, 0]
+    assert decaying_window(6, 2, 9, **options) == (2, 3)
+    assert [decaying_window(6, 2, i, **options, stride=2)[0] for i in range(7)] == [0, 0, 0, 0, 2, 2, 0]
+
+
+def test_without_decay_the_window_slides() -> None:
+    for i in range(20):
+        sliding = sliding_window(9, 3, i, iterations_per_stride=2)
+        assert decaying_window(9, 3, i, iterations_at_start=2, decay=0.0) == sliding
+
+
+def test_compressed_grid_by_hand() -> None:
+    assert compressed_grid(4, 2, 1).tolist() == [1.0, 0.75, 0.5, 0.0]
+    assert compressed_grid(8, 4, 2).tolist() == [1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.0]
+    # tau 1, .75, .375, 0 moved by 3: 3 tau / (1 + 2 tau)
+    torch.testing.assert_close(compressed_grid(4, 1, 2, 3.0), torch.tensor([1.0, 0.9, 9 / 14, 0.0]))
+
+
+@given(st.integers(1, 40), st.floats(0.1, 10), st.data())
+def test_compressed_grid_begins_as_the_full_one_and_falls_to_zero(num_steps: int, shift: float, data) -> None:
+    window_end = data.draw(st.integers(0, num_steps - 1))
+    steps_after = data.draw(st.integers(1, num_steps - window_end))
+    grid = compressed_grid(num_steps, window_end, steps_after, shift)
+    assert torch.equal(grid[: window_end + 1], timestep_grid(num_steps, shift)[: window_end + 1])
+    assert len(grid) == window_end + steps_after + 1
+    assert grid[-1] == 0
+    assert (grid.diff() < 0).all()
+    if window_end + steps_after == num_steps:
+        torch.testing.assert_close(grid, timestep_grid(num_steps, shift))
+
+
 @given(st.integers(2, 40), st.data())
 def test_windows_lie_within_the_full_window(num_steps: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, num_steps - 1))
     number = data.draw(st.integers(0, 1000))
-    for window in (fast_window(num_steps, size, number), sliding_window(num_steps, size, number)):
+    for function in (fast_window, random_window, sliding_window, decaying_window):
+        window = function(num_steps, size, number)
         assert len(window) == size
         assert set(window) <= set(full_window(num_steps))
         check_window(window, num_steps, "cps")
@@ -101,3 +145,11 @@ def test_impossible_windows_are_refused() -> None:
         sliding_window(4, 1, 0, stride=0)
     with pytest.raises(InputError, match="num_steps=0"):
         full_window(0)
+    with pytest.raises(InputError, match="window size is 4"):
+        random_window(4, 4, 0)
+    with pytest.raises(InputError, match=r"decay=-1.0, iteration=0: use"):
+        decaying_window(4, 1, 0, decay=-1.0)
+    with pytest.raises(InputError, match=r"the window's end at 4 and 1 steps after it: use 0..3 and 1..1"):
+        compressed_grid(4, 4, 1)
+    with pytest.raises(InputError, match=r"end at 2 and 3 steps after it: use 0..3 and 1..2"):
+        compressed_grid(4, 2, 3)

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 __all__ = [
-    "best_worst_mask",
-    "centered_advantages",
     "gdpo_advantages",
     "group_relative_advantages",
     "leave_one_out_advantages",
     "signal_mask",
+    "trimmed_advantages",
     "win_rate",
 ]
 
@@ -36,15 +35,19 @@ def group_relative_advantages(
     std: StdChoice = "population",
     std_floor: float = 1e-6,
     eps: float = 1e-4,
+    clamp: float | None = None,
 ) -> Float[Tensor, "P G"]:
     """Scores relative to the group's mean, in units of a standard deviation (GRPO, arXiv:2402.03300).
 
     A_i = (r_i - mean_G) / (std + eps), with std by name: ``population`` (divisor n) or ``sample`` (n - 1) of the group,
-    ``batch`` (population, of all valid scores of groups with signal) or ``none`` (Dr.GRPO, arXiv:2503.20783: A = r -
-    mean).
+    ``batch`` (population, of all valid scores of all groups: the global std of Flow-GRPO, arXiv:2505.05470) or ``none``
+    (Dr.GRPO, arXiv:2503.20783: A = r - mean).
+
+    ``batch`` sees the spread between groups too, and has one scale for all that it is given: give it one task at a
+    time, else the task with the widest scores sets the scale of all.
 
     Shapes: scores and mask (P, G) to (P, G). Range: at most sqrt(n - 1) in size for ``population``; the scores' own
-    units for ``none``.
+    units for ``none``; within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
     Raises: InputError for an unknown ``std``; ContractError for a valid score that is not finite.
     Differs from the paper: a group whose population std is at most ``std_floor`` gets 0 under every choice of std,
     since dividing by a tiny std invents an advantage; masked members are left out of mean and std.
@@ -56,15 +59,48 @@ def group_relative_advantages(
     elif std == "population":
         advantages = centered / (group_std + eps)[:, None]
     elif std == "sample":
-        count = mask.sum(dim=1)
-        bessel = (count / (count - 1).clamp(min=1)).sqrt()
-        advantages = centered / (group_std * bessel + eps)[:, None]
+        advantages = centered / (group_std * _bessel(mask.sum(dim=1)) + eps)[:, None]
     elif std == "batch":
-        batch_std = _masked_std(scores, mask & signal[:, None])
+        batch_std = _masked_std(scores, mask)
         advantages = centered / (batch_std + eps)
     else:
         raise InputError(f"advantage std={std!r} is unknown: use population, sample, batch or none")
-    return torch.where(mask & signal[:, None], advantages, 0.0)
+    advantages = torch.where(mask & signal[:, None], advantages, 0.0)
+    return advantages if clamp is None else advantages.clamp(-clamp, clamp)
+
+
+def trimmed_advantages(
+    scores: Float[Tensor, "P G"],
+    mask: Bool[Tensor, "P G"],
+    *,
+    trim: float = 0.125,
+    std_floor: float = 1e-6,
+    eps: float = 1e-4,
+    clamp: float | None = None,
+) -> Float[Tensor, "P G"]:
+    """Scores relative to the mean and std of the middle of their group, so that one wild score does not set the scale.
+
+    k = floor(trim n), n the number of valid members; mean_k and std_k (population) run over the n - 2k members that
+    are left without the k lowest and the k highest;  A_i = (r_i - mean_k) / (std_k + eps) for *all* valid members.
+
+    Not for scores with few values: one right answer among eight is what is trimmed, and the group then has no signal.
+
+    Shapes: scores and mask (P, G) to (P, G). Range: unbounded for the trimmed members, hence ``clamp``; the sum over a
+    group is not 0. ``trim`` = 0 is ``group_relative_advantages``.
+    Raises: InputError for a trim outside [0, 0.5); ContractError for a valid score that is not finite.
+    Differs from the paper: no paper given. A group with std_k at most ``std_floor`` gets 0.
+    """
+    if not 0 <= trim < 0.5:
+        raise InputError(f"advantage trim={trim}: use a share in [0, 0.5)")
+    check_finite(scores, mask)
+    count = mask.sum(dim=1, keepdim=True)
+    cut = (trim * count + 1e-6).floor()
+    rank = torch.where(mask, scores, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)  # invalid members last
+    middle = mask & (rank >= cut) & (rank < count - cut)
+    mean = torch.where(middle, scores, 0.0).sum(dim=1, keepdim=True) / middle.sum(dim=1, keepdim=True).clamp(min=1)
+    _, std = _group_moments(scores, middle)
+    advantages = torch.where(mask & (std > std_floor)[:, None], (scores - mean) / (std + eps)[:, None], 0.0)
+    return advantages if clamp is None else advantages.clamp(-clamp, clamp)
 
 
 def leave_one_out_advantages(
@@ -90,6 +126,7 @@ def gdpo_advantages(
     weights: Float[Tensor, " K"],
     tasks: Int[Tensor, " P"],
     *,
+    std: Literal["population", "sample"] = "population",
     std_floor: float = 1e-6,
     eps: float = 1e-4,
     clamp: float | None = None,
@@ -98,6 +135,7 @@ def gdpo_advantages(
 
     z_k = (r_k - mean_G r_k) / (std_G r_k + eps);  s = sum_k w_k z_k;  A = (s - mean_task s) / (std_task s + eps).
     mean_task s is 0 by construction, as every z_k sums to 0 over the valid members of its group, so it is not computed.
+    Both std are of the ``population`` (divisor n) or of the ``sample`` (n - 1).
 
     Shapes: scores and mask (P, G, K), weights (K,), tasks (P,) any integers, to (P, G). Range: about unit std per task;
     within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
@@ -110,13 +148,15 @@ def gdpo_advantages(
     P, G, K = scores.shape
     cells = scores.transpose(1, 2).reshape(P * K, G)
     valid = mask.transpose(1, 2).reshape(P * K, G)
-    z = group_relative_advantages(cells, valid, std_floor=std_floor, eps=eps).reshape(P, K, G)
+    z = group_relative_advantages(cells, valid, std=std, std_floor=std_floor, eps=eps).reshape(P, K, G)
     s = torch.einsum("k,pkg->pg", weights.to(z.dtype), z)  # (P, G)
     counted = mask.any(dim=2) & (s != 0).any(dim=1, keepdim=True)  # (P, G)
     advantages = torch.zeros_like(s)
     for task in tasks.unique():
         rows = tasks == task
         std_task = _masked_std(s[rows], counted[rows])
+        if std == "sample":
+            std_task = std_task * _bessel(counted[rows].sum())
         advantages[rows] = torch.where(std_task > 0, s[rows] / (std_task + eps), 0.0)
     return advantages if clamp is None else advantages.clamp(-clamp, clamp)
 
@@ -155,53 +195,15 @@ def win_rate(wins: Float[Tensor, "P G G"], played: Bool[Tensor, "P G G"]) -> Flo
     return torch.where(others, wins, 0.0).sum(dim=2) / others.sum(dim=2)
 
 
-def best_worst_mask(
-    advantages: Float[Tensor, "P G"], keep: int, mask: Bool[Tensor, "P G"] | None = None
-) -> Bool[Tensor, "P G"]:
-    """Selects the ``keep`` best and the ``keep`` worst valid members of each group with signal.
-
-    Members are ordered by falling advantage, ties by rising member index; the first and the last ``keep`` are taken, so
-    2 * keep different members where there are that many. A group without signal (all valid advantages equal) has none.
-
-    Shapes: advantages and mask (P, G) to (P, G).
-    Raises: InputError for ``keep`` below 1.
-    Differs from the paper: no paper; it halves the update of a group of 8 and keeps its contrast.
-    """
-    if keep < 1:
-        raise InputError(f"keep={keep} members is no choice: use 1 or more")
-    valid = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
-    ordered = torch.where(valid, advantages, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = ordered.argsort(dim=1)  # of each member, invalid ones last
-    count = valid.sum(dim=1, keepdim=True)
-    chosen = (rank < keep) | (rank >= count - keep)
-    lowest = torch.where(valid, advantages, torch.inf).amin(dim=1, keepdim=True)
-    highest = torch.where(valid, advantages, -torch.inf).amax(dim=1, keepdim=True)
-    return chosen & valid & (highest > lowest)
-
-
-def centered_advantages(advantages: Float[Tensor, "P G"], keep: Bool[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """Advantages of the kept members of each group with their mean taken off.
-
-    A'_i = A_i - mean_{j kept} A_j for kept members, 0 for the others.
-
-    The best and the worst of a skewed group do not balance. What is left over trains a policy on its own samples,
-    whatever their reward; samples of a few solver steps are narrower than the policy, so pictures fade.
-
-    Shapes: advantages and keep (P, G) to (P, G). Range: sums to 0 over the kept members of every group.
-    Raises: nothing.
-    Differs from the paper: no paper given.
-    """
-    kept = torch.where(keep, advantages, 0.0)
-    mean = kept.sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(keep, advantages - mean, 0.0)
+def check_finite(scores: Tensor, mask: Tensor) -> None:
+    """Refuses a valid score that is no number: nan compares false with any floor, so it would pass as no signal."""
+    if not torch.where(mask, scores, 0.0).isfinite().all():
+        raise ContractError("a score is nan or infinite but not masked: mask it, with its reason")
 
 
 def _group_moments(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Centered scores (P, G), 0 where masked, and population std (P,), 0 where nothing is valid."""
-    if (
-        not torch.where(mask, scores, 0.0).isfinite().all()
-    ):  # nan compares false with any floor: it would pass as no signal
-        raise ContractError("a score is nan or infinite but not masked: mask it, with its reason")
+    check_finite(scores, mask)
     lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
     # above the group's lowest score: equal scores then have a std of exactly 0, without rounding
     above = torch.where(mask, scores - lowest, 0.0)
@@ -214,3 +216,8 @@ def _masked_std(values: Tensor, mask: Tensor) -> Tensor:
     """Population std over all valid cells; 0 where there are none."""
     _, std = _group_moments(values.reshape(1, -1), mask.reshape(1, -1))
     return std[0]
+
+
+def _bessel(count: Tensor) -> Tensor:
+    """What turns a population std of ``count`` values into that of the sample."""
+    return (count / (count - 1).clamp(min=1)).sqrt()

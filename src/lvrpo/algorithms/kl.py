@@ -1,4 +1,7 @@
-"""Distances to a reference policy. None of them detaches the current policy: each has a gradient to it."""
+"""Distances to a reference policy. None of them detaches the current policy: each has a gradient to it.
+
+The estimators at sampled actions work entry by entry; give entries that are masked later any finite number.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["gaussian_kl", "k1", "k2", "k3", "velocity_regularizer"]
+__all__ = ["corrected_k3", "gaussian_kl", "k1", "k2", "k3", "velocity_regularizer"]
 
 
 def k1(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -47,12 +50,32 @@ def k3(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"])
 
     k3 = exp(d) - d - 1, d = ref_logprobs - logprobs.
 
+    Unbiased as a value; its gradient, at samples of the policy, is that of the *forward* KL(reference || policy).
+
     Shapes: alike, to the same. Range: >= 0; exp(d) explodes where the policy has all but left the reference.
     Raises: nothing.
     Differs from the paper: no.
     """
     d = ref_logprobs.detach() - logprobs
     return torch.expm1(d) - d
+
+
+def corrected_k3(
+    logprobs: Float[Tensor, "*shape"],
+    ref_logprobs: Float[Tensor, "*shape"],
+    behavior_logprobs: Float[Tensor, "*shape"],
+) -> Float[Tensor, "*shape"]:
+    """k3 weighted by the importance ratio: value and gradient are those of KL(policy || reference), on and off policy
+    (DeepSeek-V3.2, arXiv:2512.02556).
+
+    ratio k3, ratio = exp(logprobs - behavior_logprobs), with its gradient.
+
+    Shapes: alike, to the same. Range: >= 0.
+    Raises: nothing.
+    Differs from the paper: no. The ratio is not clipped.
+    """
+    ratio = torch.exp(logprobs - behavior_logprobs.detach())
+    return ratio * k3(logprobs, ref_logprobs)
 
 
 def gaussian_kl(

@@ -1,9 +1,16 @@
-"""Policy objectives: the clipped surrogate and how its terms are reduced. Tokens and flow steps alike."""
+"""Policy objectives: importance ratios, clips, and how terms are reduced. Tokens and flow steps alike.
+
+An objective takes log-probs, advantages and a mask, all (B, L), and returns terms to minimise, not yet reduced. Masked
+entries never matter (they may be nan). One definition of the denominator serves every term of a loss, the surrogate,
+the divergence and the entropy: ``reduce_tokens``, or ``reduction_weights`` where a batch is accumulated in parts.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +20,57 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-__all__ = ["SurrogateLoss", "clipped_surrogate", "reduce_tokens"]
+__all__ = [
+    "TOKEN_OBJECTIVES",
+    "ClipBounds",
+    "SurrogateLoss",
+    "TokenObjective",
+    "cispo_surrogate",
+    "clipped_surrogate",
+    "entropy_bonus",
+    "gspo_surrogate",
+    "guard_surrogate",
+    "reduce_tokens",
+    "reduction_weights",
+    "scaled_clip",
+    "truncated_weights",
+]
 
 LossReduction = Literal["token", "trajectory", "constant"]
 
 
 @dataclass(frozen=True)
 class SurrogateLoss:
-    """The clipped surrogate per action, not yet reduced."""
+    """The surrogate per action, not yet reduced."""
 
     loss_terms: Tensor
     """To minimise; 0 where masked."""
     ratio: Tensor
-    """exp(logprobs - behavior_logprobs), detached; 1 where masked."""
+    """The importance ratio that is clipped, detached; 1 where masked."""
     clipped: Tensor
-    """bool: where the clip is active, that is where the term has no gradient; False where masked."""
+    """bool: where the clip is active; there a term has no gradient (CISPO: a capped weight); False where masked."""
+
+
+class TokenObjective(Protocol):
+    """What every entry of ``TOKEN_OBJECTIVES`` is."""
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        behavior_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        clip_low: float,
+        clip_high: float,
+    ) -> SurrogateLoss: ...
+
+
+class ClipBounds(NamedTuple):
+    """How far below and above 1 a ratio may go."""
+
+    low: float
+    high: float
 
 
 def clipped_surrogate(
@@ -46,19 +89,159 @@ def clipped_surrogate(
     Shapes: logprobs, behavior_logprobs and mask share a shape, (B, L) tokens or (B, W) flow steps; advantages broadcast
     to it, e.g. (B, 1). Units: the clip bounds the ratio of *one action's* density; where a flow step's log-density is a
     mean over D latent dimensions, the same change of the policy moves it by 1/D of what it moves the sum, so the clip
-    has to be as much smaller. Computed in float32.
+    has to be as much smaller (``scaled_clip``). Computed in float32.
     Raises: InputError for a negative bound.
     Differs from the paper: nothing in the term; reduction over actions is left to ``reduce_tokens``.
     """
-    if clip_low < 0 or clip_high < 0:
-        raise InputError(f"clip_low={clip_low}, clip_high={clip_high}: both bounds have to be 0 or more")
-    A = torch.where(mask, advantages, 0.0)
     log_ratio = torch.where(mask, logprobs.float() - behavior_logprobs.float(), 0.0)
-    ratio = torch.exp(log_ratio)
-    clipped = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * A, clipped * A)
-    active = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
-    return SurrogateLoss(loss_terms=torch.where(mask, -surrogate, 0.0), ratio=ratio.detach(), clipped=active)
+    return _clip(log_ratio, advantages, mask, clip_low, clip_high)
+
+
+def gspo_surrogate(
+    logprobs: Float[Tensor, "B L"],
+    behavior_logprobs: Float[Tensor, "B L"],
+    advantages: Float[Tensor, "#B #L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> SurrogateLoss:
+    """The clip on the ratio of the whole sequence, per token (GSPO and GSPO-token, arXiv:2507.18071).
+
+    s = exp(mean_t (logprobs_t - behavior_logprobs_t)) over the valid tokens of a row;
+    ratio_t = sg(s) exp(logprobs_t - sg(logprobs_t)), equal to s in value;
+    loss_t = -min(ratio_t A_t, clamp(ratio_t, 1 - clip_low, 1 + clip_high) A_t).
+
+    With one advantage per sequence the terms of a row are equal, and their mean has GSPO's value and gradient:
+    s A mean_t grad logprobs_t. So the ``trajectory`` reduction is the paper's objective, and other reductions weigh
+    sequences by their length. With an advantage per token this is GSPO-token.
+
+    Shapes: logprobs, behavior_logprobs and mask (B, L); advantages broadcast to them. Units: the ratio is per token
+    (a geometric mean), hence clips of 3e-4 and 4e-4.
+    Raises: InputError for a negative bound.
+    Differs from the paper: no. Masked tokens are left out of the mean.
+    """
+    log_ratio = torch.where(mask, logprobs.float() - behavior_logprobs.float(), 0.0)
+    log_s = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    per_token = torch.where(mask, log_s.detach() + (log_ratio - log_ratio.detach()), 0.0)
+    return _clip(per_token, advantages, mask, clip_low, clip_high)
+
+
+def cispo_surrogate(
+    logprobs: Float[Tensor, "*shape"],
+    behavior_logprobs: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*#shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> SurrogateLoss:
+    """The importance weight is clipped instead of the term, so that no token loses its gradient (CISPO,
+    arXiv:2506.13585).
+
+    ratio = exp(logprobs - behavior_logprobs);
+    loss = -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A logprobs.
+
+    Shapes: as ``clipped_surrogate``. Range: the value of the loss means nothing (it contains logprobs), only its
+    gradient does. ``clip_low`` = 1 is no lower bound, as the authors train.
+    Raises: InputError for a negative bound.
+    Differs from the paper: no; the token reduction of the paper is ``reduce_tokens`` with ``token``.
+    """
+    _check_bounds(clip_low, clip_high)
+    A = torch.where(mask, advantages, 0.0)
+    logprobs = torch.where(mask, logprobs.float(), 0.0)
+    ratio = torch.exp(logprobs.detach() - torch.where(mask, behavior_logprobs.float(), 0.0))
+    weight = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+    capped = mask & ((ratio > 1 + clip_high) | (ratio < 1 - clip_low))
+    return SurrogateLoss(loss_terms=-weight * A * logprobs, ratio=ratio, clipped=capped)
+
+
+TOKEN_OBJECTIVES: Mapping[str, TokenObjective] = {
+    "clip": clipped_surrogate,
+    "gspo": gspo_surrogate,
+    "cispo": cispo_surrogate,
+}
+"""Every token objective by its name in a configuration; one signature."""
+
+
+def guard_surrogate(
+    logprobs: Float[Tensor, "B W"],
+    behavior_logprobs: Float[Tensor, "B W"],
+    step_kl: Float[Tensor, "B W"],
+    std: Float[Tensor, " ..."],
+    advantages: Float[Tensor, "#B #W"],
+    mask: Bool[Tensor, "B W"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> SurrogateLoss:
+    """The clip on a ratio of flow steps that is centered and has one scale at all steps (GRPO-Guard, arXiv:2510.22319).
+
+    log ratio = (logprobs - behavior_logprobs + b) std;  b = |mean - mean_behavior|^2 / (2 std^2);
+    loss = -min(ratio A, clamp(ratio, 1 - clip_low, 1 + clip_high) A).
+
+    For x_next = mean_behavior + std eps the log ratio is eps . (mean - mean_behavior): no drift below 0 however far the
+    policy moved, and a spread that no longer grows as std falls. ``step_kl`` is b: ``gaussian_kl`` of the live step
+    against the behavior step, with the reduction of the log-probs and *with its gradient*, which completes that of the
+    ratio. ``std`` is the step's full deviation, e.g. s sqrt(-dt).
+
+    Shapes: logprobs, behavior_logprobs, step_kl and mask (B, W); std (W,) or (B, W); advantages (B, 1) or (B, W).
+    Units: the log ratio is std times the plain one, so the clip is smaller by about that factor too.
+    Raises: InputError for a negative bound.
+    Differs from the paper: its weight 1 / -dt per step is left to the caller: ``step_weights`` with ones for std.
+    """
+    plain = logprobs.float() - behavior_logprobs.float()
+    log_ratio = torch.where(mask, (plain + step_kl.float()) * std.float(), 0.0)
+    return _clip(log_ratio, advantages, mask, clip_low, clip_high)
+
+
+def truncated_weights(
+    trainer_logprobs: Float[Tensor, "B L"],
+    sampler_logprobs: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    cap: float,
+    level: Literal["token", "sequence"] = "token",
+) -> Float[Tensor, "B L"]:
+    """Weights for samples of a program whose probabilities are not the trainer's (truncated importance sampling).
+
+    token: w_t = min(exp(trainer_t - sampler_t), cap);  sequence: w = min(exp(sum_t (trainer_t - sampler_t)), cap), the
+    same for all tokens of a row. Multiply the terms of any objective by them, then reduce.
+
+    ``trainer_logprobs`` are those of the weights that sampled, computed by the trainer: what is corrected is the
+    arithmetic (precision, kernels, a stale copy), not the policy's progress, which is the objective's own ratio.
+
+    Shapes: all (B, L), to (B, L), detached; 0 where masked. Range: [0, cap].
+    Raises: InputError for a cap that is not positive, or an unknown level.
+    Differs from the paper: Yao et al. 2025 (Your Efficient RL Framework Secretly Brings You Off-Policy RL Training)
+    use the token level.
+    """
+    if cap <= 0:
+        raise InputError(f"importance cap={cap}: use a positive number, e.g. 2")
+    if level not in ("token", "sequence"):
+        raise InputError(f"importance level={level!r} is unknown: use token or sequence")
+    log_weight = torch.where(mask, trainer_logprobs.detach().float() - sampler_logprobs.detach().float(), 0.0)
+    if level == "sequence":
+        log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
+    return torch.where(mask, torch.exp(log_weight).clamp(max=cap), 0.0)
+
+
+def entropy_bonus(
+    entropy: Float[Tensor, "B L"],
+    mask: Bool[Tensor, "B L"],
+    how: LossReduction = "token",
+    *,
+    constant: float | None = None,
+) -> Float[Tensor, ""]:
+    """What to add to a loss, times a coefficient, so that the policy keeps its spread.
+
+    bonus = -reduce(H_t), with the same denominator as the policy's terms.
+
+    Shapes: entropy (as from ``token_entropy``) and mask (B, L) to a scalar. Range: <= 0, in nats.
+    Raises: InputError as ``reduce_tokens``.
+    Differs from the paper: no paper given.
+    """
+    return -reduce_tokens(entropy, mask, how, constant=constant)
 
 
 def reduce_tokens(
@@ -87,10 +270,84 @@ def reduce_tokens(
         return terms.sum() / count.sum().clamp(min=1)
     if how == "trajectory":
         return (terms.sum(dim=1) / count.clamp(min=1)).sum() / trajectories
-    if how == "constant":
-        if constant is None or constant <= 0:
-            raise InputError(
-                f"loss_reduction=constant with constant={constant}: give the divisor, e.g. the length limit"
-            )
-        return terms.sum() / (trajectories * constant)
-    raise InputError(f"loss_reduction={how!r} is unknown: use token, trajectory or constant")
+    return terms.sum() / (trajectories * _divisor(how, constant))
+
+
+def reduction_weights(
+    mask: Bool[Tensor, "B L"], how: LossReduction = "token", *, constant: float | None = None
+) -> Float[Tensor, "B L"]:
+    """What each term weighs in ``reduce_tokens``, for a batch whose gradient is accumulated in parts.
+
+    reduce_tokens(terms) = sum_bl weights terms; so the parts' sums, each with its rows of the whole batch's weights,
+    add up to the loss of the whole batch, in any split. The mean of the parts' own means does not.
+
+    Shapes: mask (B, L) to (B, L), 0 where masked. Range: sums to 1 for ``token`` and ``trajectory``.
+    Raises: InputError as ``reduce_tokens``.
+    Differs from the paper: as ``reduce_tokens``.
+    """
+    valid = mask.float()
+    count = valid.sum(dim=1, keepdim=True)  # (B, 1)
+    trajectories = (count > 0).sum().clamp(min=1)
+    if how == "token":
+        return valid / count.sum().clamp(min=1)
+    if how == "trajectory":
+        return valid / count.clamp(min=1) / trajectories
+    return valid / (trajectories * _divisor(how, constant))
+
+
+def scaled_clip(
+    clip_low: float, clip_high: float, num_dimensions: int, reduction: Literal["mean", "sum"] = "mean"
+) -> ClipBounds:
+    """The clip of a flow step for a reduction of its log-density, given the clip for ``mean``.
+
+    mean: as given;  sum over D dimensions: low = 1 - (1 - clip_low)^D, high = (1 + clip_high)^D - 1.
+
+    A log-density summed over D dimensions moves D times as far as its mean, so its ratio is the other's D-th power:
+    with these bounds both clip the very same samples. Published clips (1e-6 .. 1e-4) are for the mean; with the sum
+    the gradient is D times as large.
+
+    Range: low in [0, 1], high >= 0.
+    Raises: InputError for a negative bound, a clip_low above 1, num_dimensions below 1, an unknown reduction, or a
+    bound too wide for D dimensions.
+    Differs from the paper: no paper given.
+    """
+    _check_bounds(clip_low, clip_high)
+    if clip_low > 1 or num_dimensions < 1:
+        raise InputError(f"clip_low={clip_low} over {num_dimensions} dimensions: use 0..1 over 1 or more")
+    if reduction == "mean":
+        return ClipBounds(clip_low, clip_high)
+    if reduction != "sum":
+        raise InputError(f"logprob_reduction={reduction!r} is unknown: use mean or sum")
+    log_high = num_dimensions * math.log1p(clip_high)
+    if log_high > 80:  # exp(88.7) is the largest float32
+        raise InputError(
+            f"clip_high={clip_high} of the mean over {num_dimensions} dimensions is a ratio of e^{log_high:.0f} of the "
+            "sum, which clips nothing: use a smaller one"
+        )
+    low = 1.0 if clip_low == 1 else -math.expm1(num_dimensions * math.log1p(-clip_low))
+    return ClipBounds(low, math.expm1(log_high))
+
+
+def _clip(log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> SurrogateLoss:
+    """-min(ratio A, clamp(ratio) A); ``log_ratio`` is 0 where masked."""
+    _check_bounds(clip_low, clip_high)
+    A = torch.where(mask, advantages, 0.0)
+    ratio = torch.exp(log_ratio)
+    clipped = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * A, clipped * A)
+    active = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
+    return SurrogateLoss(loss_terms=torch.where(mask, -surrogate, 0.0), ratio=ratio.detach(), clipped=active)
+
+
+def _check_bounds(clip_low: float, clip_high: float) -> None:
+    if clip_low < 0 or clip_high < 0:
+        raise InputError(f"clip_low={clip_low}, clip_high={clip_high}: both bounds have to be 0 or more")
+
+
+def _divisor(how: str, constant: float | None) -> float:
+    """The constant of the reduction that needs one; by now it is the only one left."""
+    if how != "constant":
+        raise InputError(f"loss_reduction={how!r} is unknown: use token, trajectory or constant")
+    if constant is None or constant <= 0:
+        raise InputError(f"loss_reduction=constant with constant={constant}: give the divisor, e.g. the length limit")
+    return constant

@@ -68,11 +68,14 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[str, dict[str, 
     return rows
 
 
-def fitting_image(path: Path, side: int) -> Image:
-    """The picture as the model reads it; another size is cropped to its middle square and resized, with a warning."""
+def fitting_image(path: Path, side: int | None) -> Image:
+    """The picture as the model reads it; another size is cropped to its middle square and resized, with a warning.
+
+    A model of any size (None) gets it whole.
+    """
     image = load_image(path)
     height, width = image.shape[1:]
-    if (height, width) == (side, side):
+    if side is None or (height, width) == (side, side):
         return image
     print(
         f"warning: {path}: {width} x {height} pixels: the middle square is resized to {side} x {side}", file=sys.stderr

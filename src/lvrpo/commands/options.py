@@ -90,6 +90,14 @@ def guidance(text: str) -> float:
     return number
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels, as (height, width)."""
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write WIDTHxHEIGHT, such as 1024x768")
+    return int(height), int(width)
+
+
 def names(text: str) -> list[str]:
     """Names with commas between them."""
     found = [name.strip() for name in text.split(",")]

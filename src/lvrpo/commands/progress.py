@@ -130,7 +130,7 @@ class Progress:
         return [name for name in self.history if name.startswith("reward/") and not name.endswith("/success")]
 
     def _recent(self, name: str) -> float:
-        last = self.history[name][-RECENT:]
+        last = self.history[name][-RECENT if not name.startswith("guard/") else -1 :]  # a look is a mean already
         return sum(last) / len(last)
 
 

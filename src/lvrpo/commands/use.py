@@ -13,6 +13,7 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     guidance,
+    picture_size,
     positive,
     refuse_existing,
     whole,
@@ -29,10 +30,16 @@ CHUNK = 64
 
 def drawing_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=whole, default=0, help="default: 0")
-    parser.add_argument("--guidance", type=guidance, default=1.0, help="strength of the text (default: 1, no guidance)")
-    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--guidance", type=guidance, help="strength of the text (default: the model's own; 1: none)")
+    parser.add_argument("--num-steps", type=positive, help="model evaluations per picture (default: the model's own)")
+    thinking_options(parser)
     parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
     add_force(parser)
+
+
+def thinking_options(parser: Parser) -> None:
+    parser.add_argument("--think", action="store_true", help="let the model write a plan first")
+    parser.add_argument("--max-new-tokens", type=positive, help="of a text (default: the model's own)")
 
 
 def generate_options(parser: Parser) -> None:
@@ -41,6 +48,7 @@ def generate_options(parser: Parser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
     parser.add_argument("--count", type=positive, default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
     drawing_options(parser)
 
 
@@ -58,7 +66,7 @@ def generate(options: Options) -> None:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
     refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
-    prompts = [prompt("generate", (text,), ("image",), number) for number, text in enumerate(texts)]
+    prompts = [drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]
     groups = sample(load(options), prompts, options, options.count)
     index = []
     for group, text in zip(groups, texts, strict=True):
@@ -66,7 +74,10 @@ def generate(options: Options) -> None:
             assert trajectory.image is not None
             file = f"{len(index):05d}.png"
             write_file(options.out / file, png(trajectory.image), options.force)
-            index.append(json.dumps({"file": file, "prompt": text, "seed": options.seed}, ensure_ascii=False) + "\n")
+            row = {"file": file, "prompt": text, "seed": options.seed}
+            if options.think:
+                row["thought"] = trajectory.text
+            index.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(options.out / "index.jsonl", "".join(index).encode(), options.force)
     print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
 
@@ -82,6 +93,7 @@ def ask_options(parser: Parser) -> None:
         help="rows with 'image' (beside or below the file) and 'question'",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
+    thinking_options(parser)
     parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
@@ -102,7 +114,12 @@ def ask(options: Options) -> None:
         asked = [(picture_path(table.parent, row["image"], where), row["question"]) for where, row in rows]
     policy = load(options)
     prompts = [
-        prompt("understand", (fitting_image(path, policy.image_size), question), ("text",), number)
+        prompt(
+            "reason" if options.think else "understand",
+            (fitting_image(path, policy.image_size), question),
+            ("text",),
+            number,
+        )
         for number, (path, question) in enumerate(asked)
     ]
     answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
@@ -124,6 +141,7 @@ def edit_options(parser: Parser) -> None:
     parser.add_argument("instruction", metavar="INSTRUCTION")
     parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the edited picture, PNG")
+    parser.add_argument("--image-guidance", type=guidance, help="strength of the picture (default: the model's own)")
     drawing_options(parser)
 
 
@@ -136,7 +154,7 @@ def edit(options: Options) -> None:
     refuse_existing([options.out], options.force)
     policy = load(options)
     parts = (fitting_image(options.image, policy.image_size), options.instruction)
-    group = sample(policy, [prompt("edit", parts, ("image",), 0)], options)[0]
+    group = sample(policy, [drawing_prompt("edit", parts, 0, options)], options, task="edit")[0]
     image = group.trajectories[0].image
     assert image is not None
     write_file(options.out, png(image), options.force)
@@ -163,19 +181,29 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     return Prompt(f"command line/{number}", task, parts, output)
 
 
-def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1) -> list[Group]:
-    """``count`` outputs per prompt: drawings from the seed, text greedy."""
-    from lvrpo.policies.base import Sampling
+def drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
+    """A prompt whose answer is a picture, after a thought if the options say so. Any: the literals of ``Prompt``."""
+    if options.think:
+        return prompt("reason", parts, ("text", "image"), number)
+    return prompt(task, parts, ("image",), number)
+
+
+def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1, task: Any = None) -> list[Group]:
+    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a ``Task``, by default the prompts'."""
+    from dataclasses import replace
+
     from lvrpo.sampling import derive_seed
 
-    drawing = prompts[0].output == ("image",)
-    sampling = Sampling(
-        group_size=count,
-        temperature=0.0,
-        max_new_tokens=24,
-        num_steps=options.num_steps if drawing else 8,
-        guidance_scale=options.guidance if drawing else 1.0,
-    )
+    drawing = prompts[0].output[-1] == "image"
+    names = {
+        "guidance": "guidance_scale",
+        "image_guidance": "image_guidance_scale",
+        "num_steps": "num_steps",
+        "max_new_tokens": "max_new_tokens",
+        "size": "image_size",
+    }
+    given = {field: value for name, field in names.items() if (value := vars(options).get(name)) is not None}
+    sampling = replace(policy.default_sampling(task or prompts[0].task), group_size=count, temperature=0.0, **given)
     seed = options.seed if drawing else 0
     groups: list[Group] = []
     for start in range(0, len(prompts), CHUNK):

@@ -70,7 +70,10 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
     """
     run, config = alignment.run, alignment.config
     plan = plan.kept(run)
-    sampling = replace(SAMPLING, num_steps=config.rollout.num_steps, timestep_shift=config.rollout.timestep_shift)
+    rollout = config.rollout
+    sampling = replace(
+        SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
+    )
     baseline = None
     if plan.baseline is not None:
         baseline = Baseline(plan.baseline, run.path / "baseline", plan.benchmarks, plan.sizes, sampling)

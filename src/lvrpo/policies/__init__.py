@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 POLICIES: Mapping[str, str] = {
     "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
+    "bagel": "lvrpo.policies.bagel.policy:BagelPolicy",
 }
 """Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there."""
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
-from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Trajectory
+from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Task, Trajectory
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,20 @@ class Sampling:
     noise_level: float = 0.7
     window: tuple[int, ...] = ()
     """The steps sampled with noise and trained; all others follow the ODE."""
+    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
+    """Of the steps that follow the ODE; adams_bashforth is of second order."""
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    guidance_renorm_min: float = 0.0
+    """The least factor that renorming may shrink by; 1 switches it off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided are the steps with low < t <= high; the others run the full context alone."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
     """Whether the members of a group start from the same noise."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of a picture drawn without a source picture; None: the policy's own."""
 
 
 @runtime_checkable
@@ -42,8 +50,8 @@ class Policy(Protocol):
     """One model that reads pictures and draws them."""
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the square pictures that it reads and draws."""
+    def image_size(self) -> int | None:
+        """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
         ...
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
@@ -60,6 +68,10 @@ class Policy(Protocol):
 
     def timestep_shift(self) -> float:
         """The shift of times that the drawing side was trained with; sampling uses it unless told otherwise."""
+        ...
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """What the policy is sampled with at a task unless told otherwise: guidance, steps, length."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
@@ -89,6 +101,6 @@ class Policy(Protocol):
         ...
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
         """Reads what ``save`` wrote; raises InputError on another model's folder or a truncated file."""
         ...

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
@@ -25,10 +24,7 @@ def load_policy(model: str | Path, device: str = "cpu") -> Policy:
     """The policy that MODEL names, on a device; raises InputError with one line."""
     folder = policy_folder(model)
     where = pick_device(device)
-    policy: Policy = resolve("model type", model_type(folder), POLICIES).load(folder)
-    if isinstance(policy, nn.Module):
-        policy.to(where)
-    return policy
+    return resolve("model type", model_type(folder), POLICIES).load(folder, where)
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,7 +64,9 @@ def policy_folder(model: str | Path) -> Path:
 
 
 def model_type(folder: Path) -> str:
-    """The ``model_type`` of a folder's config.json."""
+    """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
+    if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
+        return "bagel"
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: holds no config.json: give a folder that lvrpo saved")

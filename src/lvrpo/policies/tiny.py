@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.folder import FolderPolicy
+from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
 from lvrpo.types import Image
 
@@ -126,6 +127,7 @@ class TinyTowers(nn.Module):
         super().__init__()
         width = config.transformer.width
         self.config = config
+        self.channels = config.channels
         self.embed_tokens_table = nn.Embedding(vocabulary_size, width)
         self.lm_head = nn.Linear(width, vocabulary_size, bias=False)
         self.read_in = nn.Linear(config.channels, config.tower_width)
@@ -164,10 +166,26 @@ class TinyTowers(nn.Module):
         pixels = torch.stack(list(images)).to(self.frequencies) * 2 - 1
         return patchify(pixels, self.config.patch_size)
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def read_grid(self, image: Image) -> Grid:
+        return self.free_grid(None)
+
+    def latent_grid(self, image: Image) -> Grid:
+        return self.free_grid(None)
+
+    def drawn_grid(self, height: int, width: int) -> Grid:
+        return self.free_grid((height, width))
+
+    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+        size = self.config.image_size
+        if image_size not in (None, (size, size)):
+            raise InputError(f"image_size={image_size}: this model draws {size} x {size}: leave the size out")
+        side = size // self.config.patch_size
+        return side, side
+
+    def decode_latents(self, latents: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         return (unpatchify(latents, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
 
-    def embed_latents(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         angles = t[:, None] * self.frequencies
         time = torch.cat([angles.cos(), angles.sin()], dim=-1)
         time = self.time_out(functional.silu(self.time_in(time)))
@@ -181,7 +199,7 @@ class TinyTowers(nn.Module):
         return self.config.image_tokens, self.config.channels
 
 
-class TinyPolicy(MoTPolicy):
+class TinyPolicy(FolderPolicy):
     """The core with the tiny towers: a complete policy."""
 
     model_type = "lvrpo_tiny"

@@ -11,13 +11,32 @@ from lvrpo.sampling.flow_sde import (
     step_logprob,
     step_weights,
 )
-from lvrpo.sampling.guidance import guide
+from lvrpo.sampling.guidance import guide, guide_logits
+from lvrpo.sampling.masked import (
+    choose_revealed,
+    mask_draws,
+    masked_counts,
+    masked_input,
+    monte_carlo_logprob,
+    path_logprobs,
+)
 from lvrpo.sampling.seeds import derive_seed, normal_noise, uniform_noise
+from lvrpo.sampling.solvers import (
+    SOLVERS,
+    PastStep,
+    Solver,
+    adams_bashforth_step,
+    dpm_solver_step,
+    euler_step,
+)
 from lvrpo.sampling.timesteps import (
     check_window,
+    compressed_grid,
+    decaying_window,
     fast_window,
     flow_time,
     full_window,
+    random_window,
     shift_time,
     sliding_window,
     timestep_grid,
@@ -25,20 +44,36 @@ from lvrpo.sampling.timesteps import (
 from lvrpo.sampling.tokens import sample_tokens, token_entropy, token_logprobs
 
 __all__ = [
+    "SOLVERS",
     "STEPS",
     "FlowStep",
+    "PastStep",
+    "Solver",
     "StepFunction",
+    "adams_bashforth_step",
     "check_window",
+    "choose_revealed",
+    "compressed_grid",
     "cps_step",
     "dance_sde_step",
+    "decaying_window",
     "derive_seed",
+    "dpm_solver_step",
+    "euler_step",
     "fast_window",
     "flow_sde_step",
     "flow_time",
     "full_window",
     "guide",
+    "guide_logits",
+    "mask_draws",
+    "masked_counts",
+    "masked_input",
+    "monte_carlo_logprob",
     "normal_noise",
     "ode_step",
+    "path_logprobs",
+    "random_window",
     "sample_tokens",
     "shift_time",
     "sliding_window",

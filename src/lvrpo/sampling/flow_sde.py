@@ -185,7 +185,8 @@ def step_weights(std: Float[Tensor, "*B W"], mean_gain: Float[Tensor, "*B W"]) -
 
     The gradient of a step's log-density to the predicted picture has the size |d mean / d x0| / std (about 40 times
     larger in the last steps than in the first, while layout is decided in the first);
-    weight_i = (std_i / |mean_gain_i|) / mean_j (std_j / |mean_gain_j|).
+    weight_i = (std_i / |mean_gain_i|) / mean_j (std_j / |mean_gain_j|). For the ratio of ``guard_surrogate``, whose
+    gradient has the size |d mean / d x0| alone, give ones for std.
 
     Shapes: std (with its sqrt(-dt)) and mean_gain of ``FlowStep``, (W,) or (B, W), to the same. Range: > 0, mean 1
     over W.
@@ -199,9 +200,10 @@ def step_weights(std: Float[Tensor, "*B W"], mean_gain: Float[Tensor, "*B W"]) -
 def _prepare(x_t: Tensor, v: Tensor, t: Time, t_next: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All in float32; times of one per sample (B,) as (B, 1, 1)."""
     x_t, v = x_t.float(), v.float()
-    return x_t, v, _expand(t, x_t), _expand(t_next, x_t)
+    return x_t, v, expand_time(t, x_t), expand_time(t_next, x_t)
 
 
-def _expand(t: Time, x_t: Tensor) -> Tensor:
+def expand_time(t: Time, x_t: Tensor) -> Tensor:
+    """A time as float32, () or (B, 1, 1), on the device of the state."""
     time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device)
     return time if time.ndim == 0 else time.view(-1, *[1] * (x_t.ndim - 1))

@@ -1,4 +1,4 @@
-"""Guidance: three velocities of one state, mixed."""
+"""Guidance: velocities or logits of one state under several contexts, mixed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["guide"]
+__all__ = ["guide", "guide_logits"]
 
+LogitGuidance = Literal["joint", "detach_uncond", "none"]
 Renorm = Literal["none", "global", "channel", "text_channel"]
 
 
@@ -60,6 +61,37 @@ def guide(
     if renorm == "channel":
         return _shrink(b, v, (-1,), renorm_min)
     return b
+
+
+def guide_logits(
+    logits: Float[Tensor, "*B V"],
+    logits_no_text: Float[Tensor, "*B V"] | None,
+    guidance_scale: float,
+    mode: LogitGuidance = "joint",
+) -> Float[Tensor, "*B V"]:
+    """The logits that image tokens are drawn from under guidance (classifier-free guidance, arXiv:2207.12598).
+
+    out = logits_no_text + guidance_scale (logits - logits_no_text). By mode: ``joint`` gives both branches a gradient,
+    ``detach_uncond`` holds the unguided one fixed (half the memory, nearly the gradient of joint), ``none`` returns the
+    conditional logits: another distribution, right only where nothing was guided.
+
+    Sampling and replay call this with the same scale and hand the result to ``sample_tokens`` and ``token_logprobs``
+    with the same temperature and vocabulary mask. Scoring the conditional branch alone, or logits / guidance_scale,
+    after sampling with guidance trains a distribution that is never sampled from.
+
+    Shapes: logits (..., V) to float32 (..., V). A scale of exactly 1, or mode none, needs no unguided logits. Show-o
+    and MMaDA write (1 + g) cond - g uncond: their g is guidance_scale - 1.
+    Raises: InputError for an unknown mode, or for a scale other than 1 without the unguided logits.
+    Differs from the paper: no.
+    """
+    if mode not in ("joint", "detach_uncond", "none"):
+        raise InputError(f"logit guidance={mode!r} is unknown: use joint, detach_uncond or none")
+    if mode == "none" or guidance_scale == 1:
+        return logits.float()
+    if logits_no_text is None:
+        raise InputError(f"guidance_scale={guidance_scale} needs the logits without text: give them or use 1")
+    unguided = logits_no_text.float().detach() if mode == "detach_uncond" else logits_no_text.float()
+    return unguided + guidance_scale * (logits.float() - unguided)
 
 
 def _shrink(guided: Tensor, v: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:

@@ -26,7 +26,7 @@ class DataConfig(Config):
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
     prompts_per_step: dict[Task, int] = Field(
-        default={"generate": 24, "understand": 80, "edit": 6, "reason": 12}, min_length=1
+        default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
 
 
@@ -48,6 +48,8 @@ class RolloutConfig(Config):
     timestep_shift: float | None = Field(default=None, gt=0)
     """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    solver: Literal["adams_bashforth", "euler"] = "adams_bashforth"
+    """Of the steps without noise; adams_bashforth is of second order at the same cost."""
     noise_level: float = Field(default=0.7, gt=0)
     window: WindowConfig = WindowConfig()
     guidance_scale: float = Field(default=1.0, ge=1)
@@ -143,7 +145,7 @@ class TrainConfig(Config):
     """A folder, a run, or a built-in name."""
     device: str = "auto"
     threads: int = Field(default=1, ge=1)
-    steps: int = Field(default=150, ge=1)
+    steps: int = Field(default=140, ge=1)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(

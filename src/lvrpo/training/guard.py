@@ -47,6 +47,7 @@ class Guard:
             max_new_tokens=rollout.max_new_tokens,
             num_steps=rollout.num_steps,
             timestep_shift=rollout.timestep_shift,
+            solver=rollout.solver,
         )
 
     def score(self, policy: Policy) -> dict[Task, list[float]]:

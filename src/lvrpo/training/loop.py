@@ -218,6 +218,7 @@ def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_
         max_new_tokens=rollout_config.max_new_tokens,
         num_steps=rollout_config.num_steps,
         timestep_shift=rollout_config.timestep_shift,
+        solver=rollout_config.solver,
         guidance_scale=guidance_scale,
     )
 

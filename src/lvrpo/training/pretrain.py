@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
@@ -54,6 +54,19 @@ class PretrainConfig(Config):
     held_out: dict[Task, int] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _rows_to_draw_from(self) -> Self:
+        corpus = self.corpus
+        rows = {"edit": corpus.edits, "reason": corpus.reasons, "question": corpus.scenes * corpus.questions_per_scene}
+        for kind, count in self.batch.items():
+            if count < 0 or (count and not rows.get(kind, corpus.scenes)):
+                raise ValueError(f"batch.{kind}={count}: the corpus has no such rows; use 0, or give it some")
+        if not any(self.batch.values()):
+            raise ValueError("batch: give at least one kind of row a positive number")
+        if self.condition_dropout + self.picture_dropout > 1:
+            raise ValueError(f"picture_dropout={self.picture_dropout}: with condition_dropout it has to be at most 1")
+        return self
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,8 @@ class Supervised:
         rng = np.random.default_rng(derive_seed(config.seed, "condition dropout", step))
         out: list[Example] = []
         for kind, count in config.batch.items():
+            if not count:
+                continue
             rows = self.rows[kind]
             run = self._run_length(kind)
             units = len(rows) // run
@@ -121,7 +136,7 @@ class Supervised:
         return Example(Prompt(f"{prompt.id}/no {what}", prompt.task, kept, prompt.output), example.outputs)
 
     def _run_length(self, kind: str) -> int:
-        return 4 if kind == "question" else 1
+        return self.config.corpus.questions_per_scene if kind == "question" else 1
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:
         key = (kind, epoch)

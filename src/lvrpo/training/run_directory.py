@@ -299,7 +299,7 @@ def environment() -> dict[str, Json]:
     )
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "lvrpo"), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **versions},
         "commit": git_commit(),
         "platform": platform.platform(),

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from lvrpo.policies.mot.sequence import Span, SpanKind, pack
-from lvrpo.policies.mot.towers import Towers, Words
+from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, Hidden, MoT, drop_padding
 from lvrpo.types import Image, Parts
 
@@ -25,6 +25,10 @@ class Piece:
     ids: tuple[int, ...]
     """Ids of the span's reading-expert tokens, markers included; PICTURE where the reading tower's token goes."""
     image: Image | None = None
+    grid: Grid = (0, 0)
+    """Of a picture: rows and columns of its tokens between the markers."""
+    state: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of a drawn picture whose latent is given: (x_t (N, C), t ())."""
 
     @property
     def key(self) -> Hashable:
@@ -41,7 +45,6 @@ class Contexts:
 
     def __init__(self, transformer: MoT, towers: Towers, words: Words) -> None:
         self.transformer, self.towers, self.words = transformer, towers, words
-        self.image_tokens = towers.latent_shape()[0]
 
     def text(self, ids: Sequence[int]) -> Piece:
         """A finished text: [bos] ids [eos]."""
@@ -55,13 +58,15 @@ class Contexts:
 
     def picture(self, image: Image, kind: SpanKind) -> Piece:
         """A picture for the reading side ("read") or a clean latent for the drawing side ("clean")."""
-        n = self.image_tokens
+        grid = self.towers.read_grid(image) if kind == "read" else self.towers.latent_grid(image)
+        n = grid[0] * grid[1]
         inside = (PICTURE,) * n if kind == "read" else ()
-        return Piece(Span(kind, n + 2), (self.words.image_start_id, *inside, self.words.image_end_id), image)
+        return Piece(Span(kind, n + 2), (self.words.image_start_id, *inside, self.words.image_end_id), image, grid)
 
-    def noise(self) -> Piece:
+    def noise(self, grid: Grid) -> Piece:
         """The place of a picture being drawn."""
-        return Piece(Span("noise", self.image_tokens + 2), (self.words.image_start_id, self.words.image_end_id))
+        length = grid[0] * grid[1] + 2
+        return Piece(Span("noise", length), (self.words.image_start_id, self.words.image_end_id), grid=grid)
 
     def row(self, parts: Parts, draws: bool) -> Row:
         """The pieces of a context; a context that will draw sees its pictures with both sides, drawing side first."""
@@ -84,27 +89,43 @@ class Contexts:
         return tuple(piece for piece in row if piece.span.kind == "text")
 
     def run(self, rows: Sequence[Row], cache: Cache, noisy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Hidden:
-        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) for rows that draw."""
+        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece."""
         device = self.transformer.inv_freq.device
         packing = pack([tuple(piece.span for piece in row) for row in rows], device)
         pieces = [piece for row in rows for piece in row]
         ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64, device=device)
         reading = self.towers.embed_tokens(ids.clamp(min=0))
-        read = [piece.image for piece in pieces if piece.span.kind == "read" and piece.image is not None]
+        read = [piece for piece in pieces if piece.span.kind == "read"]
         if read:
-            distinct, index = _distinct(read, id)
-            tokens = self.towers.read_pictures(distinct)
-            if len(distinct) != len(read):
-                tokens = tokens.index_select(0, torch.tensor(index, device=device))
-            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.flatten(0, 1))
-        drawing = reading.new_zeros(0, reading.shape[-1])
-        clean = [piece.image for piece in pieces if piece.span.kind == "clean" and piece.image is not None]
-        if clean:
-            latents = self.towers.encode_latents(clean)
-            drawing = self.towers.embed_latents(latents, latents.new_zeros(len(clean))).flatten(0, 1)
-        elif noisy is not None:
-            drawing = self.towers.embed_latents(*noisy).flatten(0, 1)
+            tokens = _by_grid(read, self._read)
+            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.to(reading.dtype))
+        drawn = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
+        if noisy is not None:
+            drawing = self.towers.embed_latents(*noisy, drawn[0].grid).flatten(0, 1)
+        elif drawn:
+            drawing = _by_grid(drawn, self._embed_drawn)
+        else:
+            drawing = reading.new_zeros(0, reading.shape[-1])
         return self.transformer(reading, drawing, packing, cache)
+
+    def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""
+        images = [piece.image for piece in pieces if piece.image is not None]
+        distinct, index = _distinct(images, id)
+        tokens = self.towers.read_pictures(distinct)
+        if len(distinct) != len(images):
+            tokens = tokens.index_select(0, torch.tensor(index, device=tokens.device))
+        return tokens
+
+    def _embed_drawn(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Tokens (B, N, D) of latents of one grid: all given, or all encoded from clean pictures."""
+        states = [piece.state for piece in pieces if piece.state is not None]
+        if states:
+            assert len(states) == len(pieces), "of one grid either every latent is given or none"
+            x_t, t = torch.stack([x for x, _ in states]), torch.stack([time for _, time in states])
+            return self.towers.embed_latents(x_t, t, pieces[0].grid)
+        latents = self.towers.encode_latents([piece.image for piece in pieces if piece.image is not None])
+        return self.towers.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
         """The contexts of all rows; rows that begin with the same pictures share their computation."""
@@ -130,6 +151,18 @@ class Contexts:
 def _leading_pictures(row: Row) -> Row:
     count = next((i for i, piece in enumerate(row) if piece.span.kind == "text"), len(row))
     return row[:count]
+
+
+def _by_grid(pieces: Sequence[Piece], embed: Callable[[Sequence[Piece]], torch.Tensor]) -> torch.Tensor:
+    """Tokens (total, D) of pictures in their order, embedded in batches of one grid each."""
+    grids, _ = _distinct([piece.grid for piece in pieces], lambda grid: grid)
+    if len(grids) == 1:
+        return embed(pieces).flatten(0, 1)
+    found: dict[int, torch.Tensor] = {}
+    for grid in grids:
+        places = [i for i, piece in enumerate(pieces) if piece.grid == grid]
+        found.update(zip(places, embed([pieces[i] for i in places]), strict=True))
+    return torch.cat([found[i] for i in range(len(pieces))])
 
 
 def _row_key(row: Row) -> Hashable:

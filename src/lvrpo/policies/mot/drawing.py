@@ -10,8 +10,18 @@ import torch
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.sampling import STEPS, check_window, guide, normal_noise, ode_step, step_logprob, timestep_grid
+from lvrpo.sampling import (
+    STEPS,
+    adams_bashforth_step,
+    check_window,
+    guide,
+    normal_noise,
+    ode_step,
+    step_logprob,
+    timestep_grid,
+)
 from lvrpo.sampling.guidance import Renorm
 
 
@@ -31,6 +41,12 @@ class Guidance:
     scale: float
     image_scale: float
     renorm: Renorm
+    renorm_min: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def active(self, t: float) -> bool:
+        """Whether a step at time t is guided."""
+        return self.interval[0] < t <= self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,17 @@ class Drawn:
     """(B, W)."""
 
 
+def guidance_of(sampling: Sampling) -> Guidance:
+    """The guidance that a sampling asks for."""
+    return Guidance(
+        sampling.guidance_scale,
+        sampling.image_guidance_scale,
+        sampling.guidance_renorm,
+        sampling.guidance_renorm_min,
+        sampling.guidance_interval,
+    )
+
+
 def branches(contexts: Contexts, full: Cache, prompt_rows: Sequence[Row], guidance: Guidance) -> Branches:
     """Prefills the unguided branches; ``prompt_rows`` are the contexts without any thinking text."""
     no_text = no_image = None
@@ -61,22 +88,28 @@ def branches(contexts: Contexts, full: Cache, prompt_rows: Sequence[Row], guidan
     return Branches(full, no_text, no_image)
 
 
-def velocity(contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the context is left alone."""
-    noise = contexts.noise()
+def velocity(
+    contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid | None = None
+) -> torch.Tensor:
+    """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the context is left alone.
+
+    Without a grid it is that of a picture drawn without a source.
+    """
+    noise = contexts.noise(grid or contexts.towers.free_grid(None))
     hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t))
     return contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
 
 
 def guided_velocity(
-    contexts: Contexts, caches: Branches, x_t: torch.Tensor, t: torch.Tensor, guidance: Guidance
+    contexts: Contexts, caches: Branches, x_t: torch.Tensor, t: torch.Tensor, guidance: Guidance, grid: Grid
 ) -> torch.Tensor:
-    """Three-way classifier-free guidance; one pass per branch that is present."""
-    v = velocity(contexts, caches.full, x_t, t)
-    if caches.no_text is None:
+    """Three-way classifier-free guidance at one time () for all rows; one pass per branch that is present."""
+    times = t.expand(len(x_t))
+    v = velocity(contexts, caches.full, x_t, times, grid)
+    if caches.no_text is None or not guidance.active(float(t)):
         return v
-    v_no_text = velocity(contexts, caches.no_text, x_t, t)
-    v_no_image = velocity(contexts, caches.no_image, x_t, t) if caches.no_image is not None else None
+    v_no_text = velocity(contexts, caches.no_text, x_t, times, grid)
+    v_no_image = velocity(contexts, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
     return guide(
         v,
         v_no_text,
@@ -84,25 +117,47 @@ def guided_velocity(
         guidance_scale=guidance.scale,
         image_guidance_scale=guidance.image_scale,
         renorm=guidance.renorm,
+        renorm_min=guidance.renorm_min,
     )
 
 
 def draw(
-    contexts: Contexts, caches: Branches, sampling: Sampling, noise_seeds: Sequence[int], step_seeds: Sequence[int]
+    contexts: Contexts,
+    caches: Branches,
+    sampling: Sampling,
+    noise_seeds: Sequence[int],
+    step_seeds: Sequence[int],
+    grid: Grid,
 ) -> Drawn:
-    """Integrates from noise to data; steps of ``sampling.window`` are stochastic and recorded, the rest are Euler's."""
-    shape = contexts.towers.latent_shape()
+    """Pictures of one grid, each from its own noise."""
+    shape = grid[0] * grid[1], contexts.towers.channels
     device = caches.full.rope.device
-    guidance = Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
+    window = sampling.window if sampling.sampler != "ode" else ()
+    step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
+    return integrate(contexts, caches, sampling, normal_noise(noise_seeds, shape).to(device), step_noise, grid)
+
+
+def integrate(
+    contexts: Contexts,
+    caches: Branches,
+    sampling: Sampling,
+    x_t: torch.Tensor,
+    step_noise: torch.Tensor | None,
+    grid: Grid,
+) -> Drawn:
+    """From noise (B, N, C) to data; steps of ``sampling.window`` are stochastic, with noise ``step_noise``
+    (B, W, N, C), and recorded, others solve the ODE."""
+    shape = x_t.shape[1:]
+    device = x_t.device
+    guidance = guidance_of(sampling)
     timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift or 1.0).to(device)
     window = sampling.window if sampling.sampler != "ode" else ()
     check_window(window, sampling.num_steps, sampling.sampler)
-    x_t = normal_noise(noise_seeds, shape).to(device)
-    step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
     states, next_states, logprobs = [], [], []
+    past = None
     for i in range(sampling.num_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
-        v = guided_velocity(contexts, caches, x_t, t.expand(len(x_t)), guidance)
+        v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
         if i in window:
             assert step_noise is not None
             step = STEPS[sampling.sampler](x_t, v, t, t_next, sampling.noise_level)
@@ -110,7 +165,9 @@ def draw(
             states.append(x_t)
             next_states.append(x_next)
             logprobs.append(step_logprob(x_next, step.mean, step.std, sampling.logprob_reduction))
-            x_t = x_next
+            x_t, past = x_next, None
+        elif sampling.solver == "adams_bashforth":
+            x_t, past = adams_bashforth_step(x_t, v, t, t_next, past)
         else:
             x_t = ode_step(x_t, v, t, t_next).mean
     batch = len(x_t)
@@ -134,13 +191,14 @@ def replay_logprobs(
     noise_level: float,
     reduction: Literal["mean", "sum"],
     guidance: Guidance,
+    grid: Grid,
 ) -> torch.Tensor:
     """Log-probs (B, W) of recorded steps under the current weights, with the very calls that sampled them."""
     out = []
     for w, i in enumerate(trained_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         x_t = states[:, w]
-        v = guided_velocity(contexts, caches, x_t, t.expand(len(x_t)), guidance)
+        v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
         step = STEPS[sampler](x_t, v, t, t_next, noise_level)
         out.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
     return torch.stack(out, dim=1) if out else states.new_zeros(len(states), 0)

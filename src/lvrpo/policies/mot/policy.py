@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,17 +10,13 @@ from pathlib import Path
 from typing import Self, TypeVar, cast
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.context import Contexts, Row
-from lvrpo.policies.mot.towers import Towers, Words
-from lvrpo.policies.mot.transformer import MoT
+from lvrpo.policies.mot.towers import Grid, Towers, Words
+from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.policies.mot.writing import Written
 from lvrpo.sampling import derive_seed, flow_time, normal_noise, uniform_noise
 from lvrpo.sampling.guidance import Renorm
@@ -34,6 +29,7 @@ from lvrpo.types import (
     Prompt,
     Segment,
     SegmentLogprobs,
+    Task,
     TextSegment,
     Trajectory,
 )
@@ -71,19 +67,23 @@ class MoTPolicy(nn.Module, ABC):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; see ``Policy.sample``."""
         groups: dict[int, Group] = {}
-        size = _whole_groups(sampling.group_size)
-        for indices in _batches([prompt.output for prompt in prompts], size // sampling.group_size):
-            batch = self._sample_batch([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
-            groups.update(zip(indices, batch, strict=True))
+        keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts]
+        for same in _batches(keys, len(prompts)):
+            size = _whole_groups(sampling.group_size, self._max_rows(keys[same[0]][1])) // sampling.group_size
+            for start in range(0, len(same), size):
+                indices = same[start : start + size]
+                batch = self._sample_batch([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+                groups.update(zip(indices, batch, strict=True))
         return [groups[i] for i in range(len(prompts))]
 
     def _sample_batch(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[Group]:
-        """Prompts with the same output kinds."""
+        """Prompts with the same output kinds and grid."""
         g = sampling.group_size
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
         contexts = self.contexts
         member_seeds = [derive_seed(seed, member) for seed in seeds for member in range(g)]
+        grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
         cache = contexts.prefill(prompt_rows)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(g)
@@ -106,8 +106,9 @@ class MoTPolicy(nn.Module, ABC):
                     sampling,
                     noise_seeds=[derive_seed(s, "noise") for s in shared],
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
+                    grid=grid,
                 )
-                images = self.towers.decode_latents(drawn.latents)
+                images = self.towers.decode_latents(drawn.latents, grid)
                 for b, segment_list in enumerate(segments):
                     segment_list.append(_flow_segment(drawn, b, images[b], sampling))
         trajectories = [
@@ -128,9 +129,19 @@ class MoTPolicy(nn.Module, ABC):
     def _row(self, prompt: Prompt) -> Row:
         return self.contexts.row(prompt.parts, draws="image" in prompt.output)
 
-    def _branches(self, full, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
-        guidance = drawing.Guidance(sampling.guidance_scale, sampling.image_guidance_scale, sampling.guidance_renorm)
-        return drawing.branches(self.contexts, full, rows, guidance)
+    def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
+        """Of the picture that is drawn: that of the last source picture, else the sampling's or the policy's own."""
+        if "image" not in prompt.output:
+            return 0, 0
+        sources = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
+        return self.towers.latent_grid(sources[-1]) if sources else self.towers.free_grid(sampling.image_size)
+
+    def _max_rows(self, grid: Grid) -> int:
+        """Rows that go through the transformer at once when a picture of this grid, or none, is drawn."""
+        return MAX_ROWS
+
+    def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
+        return drawing.branches(self.contexts, full, rows, drawing.guidance_of(sampling))
 
     # ---------------------------------------------------------------- replay
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
@@ -139,7 +150,9 @@ class MoTPolicy(nn.Module, ABC):
         settings = [(t.prompt.output, _replay_settings(t)) for t in trajectories]
         for same in _batches(settings, len(trajectories)):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
-            size = _whole_groups(_first_group_size([trajectories[i] for i in same]))
+            first = trajectories[same[0]]
+            grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
+            size = _whole_groups(_first_group_size([trajectories[i] for i in same]), self._max_rows(grid))
             for start in range(0, len(same), size):
                 indices = same[start : start + size]
                 batch = self._replay_batch([trajectories[i] for i in indices])
@@ -168,11 +181,13 @@ class MoTPolicy(nn.Module, ABC):
                     row.append(SegmentLogprobs(logprobs))
         return out
 
-    def _replay_drawing(self, cache, rows: Sequence[Row], segments: Sequence[Segment]) -> torch.Tensor:
+    def _replay_drawing(self, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]) -> torch.Tensor:
         flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
         first = flows[0]
         renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
-        guidance = drawing.Guidance(first.guidance_scale, first.image_guidance_scale, renorm)
+        guidance = drawing.Guidance(
+            first.guidance_scale, first.image_guidance_scale, renorm, first.guidance_renorm_min, first.guidance_interval
+        )
         return drawing.replay_logprobs(
             self.contexts,
             drawing.branches(self.contexts, cache, rows, guidance),
@@ -184,6 +199,7 @@ class MoTPolicy(nn.Module, ABC):
             first.noise_level,
             first.logprob_reduction,
             guidance,
+            self.towers.drawn_grid(*first.image.shape[1:]),
         )
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -195,7 +211,11 @@ class MoTPolicy(nn.Module, ABC):
             ids = [_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
             rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
         cache, owner = contexts.prefill_shared(rows)
-        return drawing.velocity(contexts, cache.select(owner), x_t, t)
+        return drawing.velocity(contexts, cache.select(owner), x_t, t, self._drawn_grid(trajectories[0]))
+
+    def _drawn_grid(self, trajectory: Trajectory) -> Grid:
+        assert trajectory.image is not None
+        return self.towers.drawn_grid(*trajectory.image.shape[1:])
 
     # ---------------------------------------------------------------- judge
     @torch.no_grad()
@@ -212,7 +232,16 @@ class MoTPolicy(nn.Module, ABC):
     ) -> torch.Tensor:
         """Drawing side as judge: minus the flow loss under noise and times shared by all, (batch,)."""
         cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
-        cache = cache.select(owner)
+        grids = [self.towers.latent_grid(image) for image in images]
+        scores: dict[int, torch.Tensor] = {}
+        for same in _batches(grids, len(images)):
+            own = cache.select(owner[torch.tensor(same, device=owner.device)])
+            scored = self._judge_images(own, [images[i] for i in same], grids[same[0]], draws, seed)
+            scores.update(zip(same, scored, strict=True))
+        return torch.stack([scores[i] for i in range(len(images))])
+
+    def _judge_images(self, cache: Cache, images: Sequence[Image], grid: Grid, draws: int, seed: int) -> torch.Tensor:
+        """Minus the flow loss (B,) of pictures of one grid."""
         x_0 = self.towers.encode_latents(images)
         total = x_0.new_zeros(len(x_0))
         low, high = JUDGE_TIMES
@@ -220,7 +249,7 @@ class MoTPolicy(nn.Module, ABC):
             noise = normal_noise([derive_seed(seed, "judge", k)], x_0.shape[1:]).to(x_0)
             t = x_0.new_full((len(x_0),), low + (high - low) * (k + 0.5) / draws)
             x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-            v = drawing.velocity(self.contexts, cache, x_t, t)
+            v = drawing.velocity(self.contexts, cache, x_t, t, grid)
             total -= (v - (noise - x_0)).square().mean(dim=(1, 2))
         return total / draws
 
@@ -252,12 +281,12 @@ class MoTPolicy(nn.Module, ABC):
             losses["image"] = torch.cat(image_losses).mean()
         return losses
 
-    def _flow_loss(self, cache, images: Sequence[Image], generator: torch.Generator) -> torch.Tensor:
+    def _flow_loss(self, cache: Cache, images: Sequence[Image], generator: torch.Generator) -> torch.Tensor:
         x_0 = self.towers.encode_latents(images)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         t = flow_time(torch.randn(len(x_0), generator=generator), self.timestep_shift()).to(x_0)
         x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-        v = drawing.velocity(self.contexts, cache, x_t, t)
+        v = drawing.velocity(self.contexts, cache, x_t, t, self.towers.latent_grid(images[0]))
         weight = (t / t.clamp(min=self.min_time())).square()
         return weight * (v - (noise - x_0)).square().mean(dim=(1, 2))
 
@@ -268,6 +297,10 @@ class MoTPolicy(nn.Module, ABC):
     def timestep_shift(self) -> float:
         """Shift of the times that the flow loss is taken at."""
         return 1.0
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """Unguided, in 8 steps; short answers."""
+        return Sampling()
 
     # ---------------------------------------------------------------- weights
     def frozen(self) -> Self:
@@ -285,57 +318,14 @@ class MoTPolicy(nn.Module, ABC):
             groups[_expert_of(name)].append(parameter)
         return groups
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors and the tokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        config = {"model_type": self.model_type, **self._config_dict()}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self.words.save(folder)
-
-    @abstractmethod
-    def _config_dict(self) -> dict[str, object]:
-        """What config.json holds beside the model type."""
+        """Writes a folder that ``load`` reads."""
 
     @classmethod
     @abstractmethod
-    def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what ``save`` wrote."""
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
-        found = config.pop("model_type", None)
-        if found != cls.model_type:
-            raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
-        try:
-            policy = cls._from_folder(folder, config)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{folder / 'config.json'}: {where}: {first['msg']}: restore the file") from error
-        try:
-            state = load_file(str(folder / "model.safetensors"))
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file"
-            ) from error
-        own = policy.state_dict()
-        wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
-        if wrong:
-            raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
-        policy.load_state_dict(state)
-        return policy
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
+        """Reads what ``save`` wrote, straight to a device."""
 
 
 def _expert_of(name: str) -> str:
@@ -354,9 +344,9 @@ def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
     return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
 
 
-def _whole_groups(group_size: int) -> int:
+def _whole_groups(group_size: int, max_rows: int) -> int:
     """The rows of as many whole groups as go through the transformer at once; at least one group."""
-    return max(1, MAX_ROWS // group_size) * group_size
+    return max(1, max_rows // group_size) * group_size
 
 
 def _first_group_size(trajectories: Sequence[Trajectory]) -> int:
@@ -383,7 +373,8 @@ def _replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
             out.append(s.temperature)
         else:
             out += [s.trained_steps, tuple(s.timesteps.tolist()), s.sampler, s.noise_level, s.logprob_reduction]
-            out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm]
+            out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm, s.guidance_renorm_min]
+            out += [s.guidance_interval, tuple(s.image.shape)]
     return tuple(out)
 
 
@@ -403,4 +394,6 @@ def _flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling
         guidance_renorm=sampling.guidance_renorm,
         logprob_reduction=sampling.logprob_reduction,
         image=image,
+        guidance_renorm_min=sampling.guidance_renorm_min,
+        guidance_interval=sampling.guidance_interval,
     )

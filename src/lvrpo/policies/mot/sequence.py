@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-SpanKind = Literal["text", "read", "clean", "noise"]
-"""text; a picture for the reading side; a clean latent picture for the drawing side; a picture being drawn."""
+SpanKind = Literal["text", "read", "clean", "noise", "dropped"]
+"""text; a picture for the reading side; a clean latent picture for the drawing side; a picture being drawn; a picture
+left out in training, which has no tokens but keeps its rope id."""
 
 
 @dataclass(frozen=True)

@@ -133,14 +133,17 @@ class MoT(nn.Module):
         self.reading_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.drawing_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         head_width = config.width // config.heads
-        inv_freq = config.rope_theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+        # on the CPU by name: a model that is built on the meta device still has its angles
+        steps = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu")
+        inv_freq = config.rope_theta ** (-steps / head_width)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.inv_freq: torch.Tensor
 
     def empty_cache(self, batch_size: int) -> Cache:
         """The context of ``batch_size`` rows that have seen nothing."""
         config, device = self.config, self.inv_freq.device
-        empty = torch.zeros(batch_size, 0, config.key_heads, config.width // config.heads, device=device)
+        shape = (batch_size, 0, config.key_heads, config.width // config.heads)
+        empty = torch.zeros(shape, device=device, dtype=self.reading_norm.weight.dtype)
         return Cache(
             keys=(empty,) * config.depth,
             values=(empty,) * config.depth,
@@ -159,7 +162,7 @@ class MoT(nn.Module):
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             q, k, v = self._project(layer, reading, drawing, packing)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
             k = torch.cat([cache.keys[i], k], dim=1)
             v = torch.cat([cache.values[i], v], dim=1)
             keys.append(k)

@@ -1,0 +1,169 @@
+"""Which members and groups are trained on: by advantage, by score, as pairs, or drawn again.
+
+Members are picked from masks, so that a masked member is never chosen. Ties go to the lower member index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvrpo.algorithms.advantages import check_finite
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = [
+    "PreferencePairs",
+    "RefillPlan",
+    "best_of_mask",
+    "best_worst_mask",
+    "centered_advantages",
+    "preference_pairs",
+    "refill_plan",
+]
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """One pair of members per group."""
+
+    winner: Tensor
+    """int64 (P,): the member with the highest score."""
+    loser: Tensor
+    """int64 (P,): the member with the lowest score."""
+    valid: Tensor
+    """bool (P,): whether the group has such a pair; the indices mean nothing where it has not."""
+
+
+@dataclass(frozen=True)
+class RefillPlan:
+    """What dynamic sampling does with one round of groups."""
+
+    redraw: Tensor
+    """bool (P,): groups without signal to be replaced by groups of fresh prompts of the same task."""
+    given_up: Tensor
+    """bool (P,): groups without signal for which the budget does not suffice; to be counted, and left out."""
+    budget_left: int
+    """Groups that may still be drawn after this round."""
+
+
+def best_worst_mask(
+    advantages: Float[Tensor, "P G"], keep: int, mask: Bool[Tensor, "P G"] | None = None
+) -> Bool[Tensor, "P G"]:
+    """Selects the ``keep`` best and the ``keep`` worst valid members of each group with signal.
+
+    Members are ordered by falling advantage, ties by rising member index; the first and the last ``keep`` are taken, so
+    2 * keep different members where there are that many. A group without signal (all valid advantages equal) has none.
+
+    Shapes: advantages and mask (P, G) to (P, G).
+    Raises: InputError for ``keep`` below 1.
+    Differs from the paper: no paper; it halves the update of a group of 8 and keeps its contrast.
+    """
+    if keep < 1:
+        raise InputError(f"keep={keep} members is no choice: use 1 or more")
+    valid = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask
+    ordered = torch.where(valid, advantages, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = ordered.argsort(dim=1)  # of each member, invalid ones last
+    count = valid.sum(dim=1, keepdim=True)
+    chosen = (rank < keep) | (rank >= count - keep)
+    lowest = torch.where(valid, advantages, torch.inf).amin(dim=1, keepdim=True)
+    highest = torch.where(valid, advantages, -torch.inf).amax(dim=1, keepdim=True)
+    return chosen & valid & (highest > lowest)
+
+
+def centered_advantages(advantages: Float[Tensor, "P G"], keep: Bool[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Advantages of the kept members of each group with their mean taken off.
+
+    A'_i = A_i - mean_{j kept} A_j for kept members, 0 for the others.
+
+    The best and the worst of a skewed group do not balance. What is left over trains a policy on its own samples,
+    whatever their reward; samples of a few solver steps are narrower than the policy, so pictures fade.
+
+    Shapes: advantages and keep (P, G) to (P, G). Range: sums to 0 over the kept members of every group.
+    Raises: nothing.
+    Differs from the paper: no paper given.
+    """
+    kept = torch.where(keep, advantages, 0.0)
+    mean = kept.sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(keep, advantages - mean, 0.0)
+
+
+def best_of_mask(
+    scores: Float[Tensor, "P G"],
+    mask: Bool[Tensor, "P G"],
+    *,
+    keep: int = 1,
+    min_score: float | None = None,
+    min_gap: float = 1e-6,
+) -> Bool[Tensor, "P G"]:
+    """Selects the ``keep`` best valid members of each group, to be imitated (RAFT, arXiv:2304.06767).
+
+    chosen_i = rank of r_i among the valid members, from the top, below keep (and r_i >= min_score, if given).
+
+    A group whose best and worst score differ by at most ``min_gap`` has no best and gives nothing: to imitate any
+    member of it would train the policy on its own samples, whatever they are worth. A negative ``min_gap`` takes such
+    groups too: "every right answer" is keep = G, min_score = 1, min_gap = -1.
+
+    Shapes: scores and mask (P, G) to (P, G).
+    Raises: InputError for ``keep`` below 1; ContractError for a valid score that is not finite.
+    Differs from the paper: groups without signal are left out.
+    """
+    if keep < 1:
+        raise InputError(f"keep={keep} members is no choice: use 1 or more")
+    check_finite(scores, mask)
+    from_top = torch.where(mask, scores, -torch.inf)
+    rank = from_top.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    gap = from_top.amax(dim=1, keepdim=True) - torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
+    chosen = mask & (rank < keep) & (gap > min_gap)
+    return chosen if min_score is None else chosen & (scores >= min_score)
+
+
+def preference_pairs(
+    scores: Float[Tensor, "P G"], mask: Bool[Tensor, "P G"], *, min_gap: float = 1e-6
+) -> PreferencePairs:
+    """The best and the worst valid member of each group, as a pair to prefer between (online DPO, arXiv:2402.04792).
+
+    winner = argmax_i r_i;  loser = argmin_i r_i;  valid if r_winner - r_loser > min_gap.
+
+    Shapes: scores and mask (P, G) to fields (P,).
+    Raises: InputError for a negative ``min_gap``; ContractError for a valid score that is not finite.
+    Differs from the paper: it judges two samples; here two are picked from G by score.
+    """
+    if min_gap < 0:
+        raise InputError(f"preference min_gap={min_gap}: use 0 or more")
+    check_finite(scores, mask)
+    highest, winner = torch.where(mask, scores, -torch.inf).max(dim=1)
+    lowest, loser = torch.where(mask, scores, torch.inf).min(dim=1)
+    return PreferencePairs(winner=winner, loser=loser, valid=highest - lowest > min_gap)
+
+
+def refill_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: int) -> RefillPlan:
+    """Which groups without signal are drawn again in this round (dynamic sampling of DAPO, arXiv:2503.14476).
+
+    With n groups without signal: all are drawn again if n <= budget; else ``budget`` of them, one of each task in turn
+    (rising task number, then rising group), so that a task that seldom has signal does not spend the budget of all.
+
+    Call it after every round with the signal of the groups as they then stand and the budget that was left; it is done
+    when ``redraw`` is empty. The share of groups that were given up belongs in the metrics: it says how much of the
+    sampling taught nothing.
+
+    Shapes: signal, as from ``signal_mask``, and tasks (P,) any integers, to fields (P,).
+    Raises: InputError for a negative budget.
+    Differs from the paper: DAPO draws until the batch is full; here the budget is a number, and tasks share it.
+    """
+    if budget < 0:
+        raise InputError(f"refill budget={budget} groups: use 0 or more")
+    dead = ~signal
+    turn = torch.zeros_like(tasks)  # the how-manieth dead group of its task
+    for task in tasks.unique():
+        rows = dead & (tasks == task)
+        turn[rows] = torch.arange(int(rows.sum()), device=tasks.device)
+    order = sorted(dead.nonzero()[:, 0].tolist(), key=lambda p: (int(turn[p]), int(tasks[p])))
+    redraw = torch.zeros_like(signal)
+    redraw[order[:budget]] = True
+    return RefillPlan(redraw=redraw, given_up=dead & ~redraw, budget_left=budget - int(redraw.sum()))

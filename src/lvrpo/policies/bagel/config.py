@@ -1,0 +1,272 @@
+"""The configuration of a BAGEL folder. What tensors tell is taken from them; config.json is known to be wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.tensors import StoredTensor
+from lvrpo.policies.bagel.vae import VaeConfig
+from lvrpo.policies.bagel.vit import VitConfig
+from lvrpo.policies.mot.transformer import MoTConfig
+
+SECTION = "lvrpo"
+"""The key of config.json under which lvrpo keeps what the published files do not say."""
+
+
+class BagelSettings(Config):
+    """What no published file says; the defaults are those of BAGEL-7B-MoT."""
+
+    latent_resize: ResizeRule = ResizeRule(max_side=1024, min_side=512, stride=16)
+    """Of every picture that comes in: the drawing side sees the result, the reading side ``read_resize`` of it."""
+    read_resize: ResizeRule = ResizeRule(max_side=980, min_side=224, stride=14)
+    image_size: tuple[int, int] = (1024, 1024)
+    """Height and width of a picture drawn without a source."""
+    timestep_shift: float = Field(default=3.0, gt=0)
+    """Of the times of sampling."""
+    training_shift: float = Field(default=4.0, gt=0)
+    """Of the times of the flow loss: what fine-tuning was published with."""
+    drop_text: float = Field(default=0.1, ge=0, le=1)
+    """Share of the texts that supervised drawing leaves out, so that guidance has its branch."""
+    drop_latent: float = Field(default=0.3, ge=0, le=1)
+    """The same of source pictures on the drawing side."""
+    drop_read: float = Field(default=0.3, ge=0, le=1)
+    """The same of source pictures on the reading side."""
+
+
+class BagelConfig(Config):
+    """Sizes and choices of a BAGEL of any size."""
+
+    transformer: MoTConfig
+    vit: VitConfig
+    vae: VaeConfig = VaeConfig()
+    vocabulary_size: int = Field(ge=1)
+    max_positions: int = Field(default=32768, ge=1)
+    latent_patch: int = Field(default=2, ge=1)
+    """Latent pixels per token along a side."""
+    latent_side: int = Field(default=64, ge=1)
+    """Rows and columns of the table of latent positions."""
+    settings: BagelSettings = BagelSettings()
+
+    @field_validator("transformer")
+    @classmethod
+    def _as_published(cls, transformer: MoTConfig) -> MoTConfig:
+        if transformer.mlp != "swiglu" or not transformer.attention_bias:
+            raise ValueError("transformer: BAGEL has mlp=swiglu and attention_bias=true")
+        return transformer
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels per latent token along a side."""
+        return self.vae.downsample * self.latent_patch
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a latent token."""
+        return self.vae.channels * self.latent_patch**2
+
+
+def is_bagel(folder: Path) -> bool:
+    """Whether a folder looks like BAGEL, whatever its config.json holds."""
+    return any((folder / name).is_file() for name in ("llm_config.json", "ema.safetensors"))
+
+
+def read_config(
+    folder: Path,
+    weights: Mapping[str, StoredTensor],
+    autoencoder: Mapping[str, StoredTensor],
+    settings: BagelSettings | None = None,
+) -> BagelConfig:
+    """The configuration of a folder with the given tensors; raises InputError, one line."""
+    whole = _tolerant_json(folder / "config.json")
+    llm = _section(folder, "llm_config", whole)
+    vit = _section(folder, "vit_config", whole)
+    try:
+        return BagelConfig(
+            transformer=_transformer(folder, llm),
+            vit=_vit(folder, vit, weights),
+            vae=_vae(folder, whole.get("vae_config"), autoencoder),
+            vocabulary_size=_shape(folder, weights, "language_model.model.embed_tokens.weight")[0],
+            max_positions=_number(folder, "llm_config", llm, "max_position_embeddings"),
+            latent_patch=_latent_patch(folder, weights, autoencoder),
+            latent_side=_side(folder, weights, "latent_pos_embed.pos_embed"),
+            settings=settings or BagelSettings.model_validate(whole.get(SECTION, {})),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{folder}: configuration: {where}: {first['msg']}: restore the json files") from None
+
+
+def config_files(config: BagelConfig, bos_id: int, eos_id: int) -> dict[str, dict[str, Any]]:
+    """llm_config.json, vit_config.json and config.json as published, by name. Any: JSON."""
+    transformer, vit, vae = config.transformer, config.vit, config.vae
+    llm_config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": transformer.width,
+        "intermediate_size": transformer.mlp_width,
+        "num_hidden_layers": transformer.depth,
+        "num_attention_heads": transformer.heads,
+        "num_key_value_heads": transformer.key_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": transformer.norm_eps,
+        "rope_theta": transformer.rope_theta,
+        "max_position_embeddings": config.max_positions,
+        "vocab_size": config.vocabulary_size,
+        "tie_word_embeddings": False,
+        "qk_norm": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+    }
+    vit_config = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": vit.width,
+        "intermediate_size": vit.mlp_width,
+        "num_attention_heads": vit.heads,
+        "num_hidden_layers": vit.depth + 1,  # readers of this file leave the last layer out
+        "patch_size": vit.patch_size,
+        "image_size": vit.side * vit.patch_size,
+    }
+    vae_config = {
+        "z_channels": vae.channels,
+        "downsample": vae.downsample,
+        "ch": vae.width,
+        "ch_mult": list(vae.multipliers),
+        "num_res_blocks": vae.res_blocks,
+        "scale_factor": vae.scale,
+        "shift_factor": vae.shift,
+    }
+    whole = {
+        "model_type": "bagel",
+        "architectures": ["BagelForConditionalGeneration"],
+        "visual_gen": True,
+        "visual_und": True,
+        "llm_config": llm_config,
+        "vit_config": vit_config,
+        "vae_config": vae_config,
+        "latent_patch_size": config.latent_patch,
+        "max_latent_size": config.latent_side,
+        "vit_max_num_patch_per_side": vit.side,
+        "connector_act": "gelu_pytorch_tanh",
+        "interpolate_pos": False,
+        SECTION: config.settings.model_dump(mode="json"),
+    }
+    return {"llm_config.json": llm_config, "vit_config.json": vit_config, "config.json": whole}
+
+
+def _transformer(folder: Path, llm: Mapping[str, Any]) -> MoTConfig:
+    def number(key: str) -> Any:
+        return _number(folder, "llm_config", llm, key)
+
+    if llm.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{folder}: llm_config.hidden_act={llm['hidden_act']!r}: BAGEL has silu: restore the file")
+    if llm.get("rope_scaling"):
+        raise InputError(f"{folder}: llm_config.rope_scaling is set: BAGEL has none: restore the file")
+    return MoTConfig(
+        width=number("hidden_size"),
+        depth=number("num_hidden_layers"),
+        heads=number("num_attention_heads"),
+        key_heads=number("num_key_value_heads"),
+        mlp_width=number("intermediate_size"),
+        mlp="swiglu",
+        attention_bias=True,
+        rope_theta=number("rope_theta"),
+        norm_eps=number("rms_norm_eps"),
+    )
+
+
+def _vit(folder: Path, vit: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> VitConfig:
+    prefix = "vit_model.vision_model."
+    layers = {int(found[1]) for name in weights if (found := re.match(rf"{prefix}encoder\.layers\.(\d+)\.", name))}
+    if not layers:
+        raise InputError(f"{folder}: holds no {prefix}encoder: name the whole BAGEL as its base")
+    return VitConfig(
+        width=_shape(folder, weights, f"{prefix}embeddings.patch_embedding.weight")[0],
+        mlp_width=_shape(folder, weights, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
+        heads=_number(folder, "vit_config", vit, "num_attention_heads"),
+        depth=max(layers) + 1,
+        patch_size=_number(folder, "vit_config", vit, "patch_size"),
+        side=_side(folder, weights, "vit_pos_embed.pos_embed"),
+    )
+
+
+def _vae(folder: Path, given: Any, autoencoder: Mapping[str, StoredTensor]) -> VaeConfig:
+    """Sizes from the tensors; scale and shift, which no tensor tells, from config.json or as published. Any: JSON."""
+    width = _shape(folder, autoencoder, "encoder.conv_in.weight")[0]
+    levels = {int(found[1]) for name in autoencoder if (found := re.match(r"encoder\.down\.(\d+)\.block\.", name))}
+    blocks = {int(found[1]) for name in autoencoder if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    widths = [_shape(folder, autoencoder, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in sorted(levels)]
+    numbers = given if isinstance(given, dict) else {}
+    return VaeConfig(
+        width=width,
+        multipliers=tuple(level // width for level in widths),
+        res_blocks=len(blocks),
+        channels=_shape(folder, autoencoder, "encoder.conv_out.weight")[0] // 2,
+        scale=numbers.get("scale_factor", VaeConfig().scale),
+        shift=numbers.get("shift_factor", VaeConfig().shift),
+    )
+
+
+def _latent_patch(folder: Path, weights: Mapping[str, StoredTensor], autoencoder: Mapping[str, StoredTensor]) -> int:
+    channels = _shape(folder, weights, "llm2vae.weight")[0]
+    z = _shape(folder, autoencoder, "encoder.conv_out.weight")[0] // 2
+    patch = math.isqrt(channels // z)
+    if patch * patch * z != channels:
+        raise InputError(f"{folder}: llm2vae makes {channels} numbers a token of {z} channels: use files of one model")
+    return patch
+
+
+def _side(folder: Path, weights: Mapping[str, StoredTensor], name: str) -> int:
+    rows = _shape(folder, weights, name)[0]
+    side = math.isqrt(rows)
+    if side * side != rows:
+        raise InputError(f"{folder}: {name} has {rows} rows, no square: fetch the weights again")
+    return side
+
+
+def _shape(folder: Path, tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise InputError(f"{folder}: the weights hold no {name}: give the folder of a whole BAGEL, or name it as base")
+    return tensors[name].shape
+
+
+def _section(folder: Path, name: str, whole: Mapping[str, Any]) -> Mapping[str, Any]:
+    """NAME.json, or the section of that name in config.json. Any: JSON."""
+    path = folder / f"{name}.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not JSON ({error}): restore the file") from None
+    else:
+        found = whole.get(name)
+    if not isinstance(found, dict):
+        raise InputError(f"{folder}: holds no {name}.json: give the folder of BAGEL")
+    return found
+
+
+def _number(folder: Path, file: str, section: Mapping[str, Any], key: str) -> Any:
+    """Any: an int or a float, which pydantic tells apart."""
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{folder}: {file}.{key}={value!r}: no number: restore the file")
+    return value
+
+
+def _tolerant_json(path: Path) -> dict[str, Any]:
+    """config.json, or nothing where it is absent or no JSON: one release of it was not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,128 @@
+"""A random BAGEL of any size in the published layout, to learn and to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lvrpo.config import Config
+from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
+from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.bagel.vae import VaeConfig
+from lvrpo.policies.bagel.vit import VitConfig
+from lvrpo.policies.bagel.words import MARKERS, BagelWords
+from lvrpo.policies.mot.transformer import MoTConfig
+
+
+class BagelSizes(Config):
+    """Sizes of a random BAGEL; the defaults learn on two CPU cores."""
+
+    width: int = Field(default=256, ge=4, multiple_of=4)
+    depth: int = Field(default=6, ge=1)
+    heads: int = Field(default=8, ge=1)
+    key_heads: int = Field(default=4, ge=1)
+    mlp_width: int = Field(default=512, ge=1)
+    vocabulary_size: int = Field(default=1024, ge=512)
+    vit_width: int = Field(default=128, ge=1)
+    vit_depth: int = Field(default=3, ge=1)
+    vit_heads: int = Field(default=4, ge=1)
+    vit_mlp_width: int = Field(default=256, ge=1)
+    patch_size: int = Field(default=14, ge=1)
+    read_side: int = Field(default=70, ge=1)
+    latent_side: int = Field(default=64, ge=1)
+    vae: VaeConfig = VaeConfig(width=32, multipliers=(1, 1, 2, 1), res_blocks=1)
+    image_size: int = Field(default=64, ge=16)
+    """Side of a picture drawn without a source, and the longest side of any."""
+    seed: int = Field(default=0, ge=0)
+
+
+def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
+    """A fresh policy; its words are bytes and the merges that ``texts`` suggest.
+
+    The two experts start alike, every layer as the identity, ``llm2vae`` at zero.
+    """
+    words = learn_words(texts, sizes.vocabulary_size)
+    config = bagel_config(sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        policy = BagelPolicy(config, words)
+    towers = policy.towers
+    towers.latent_position = position_table(config.latent_side, sizes.width).bfloat16().float()
+    towers.read_position = position_table(config.vit.side, sizes.width).bfloat16().float()
+    with torch.no_grad():
+        for layer in policy.transformer.layers:
+            layer.get_submodule("drawing").load_state_dict(layer.get_submodule("reading").state_dict())
+        towers.latent_out.weight.zero_()
+        towers.latent_out.bias.zero_()
+    return policy
+
+
+def bagel_config(sizes: BagelSizes) -> BagelConfig:
+    """The whole configuration of some sizes."""
+    pixels = 2 * sizes.vae.downsample
+    longest = sizes.image_size // pixels * pixels
+    return BagelConfig(
+        transformer=MoTConfig(
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            key_heads=sizes.key_heads,
+            mlp_width=sizes.mlp_width,
+            mlp="swiglu",
+            attention_bias=True,
+            rope_theta=1e6,
+        ),
+        vit=VitConfig(
+            width=sizes.vit_width,
+            mlp_width=sizes.vit_mlp_width,
+            heads=sizes.vit_heads,
+            depth=sizes.vit_depth,
+            patch_size=sizes.patch_size,
+            side=sizes.read_side,
+        ),
+        vae=sizes.vae,
+        vocabulary_size=sizes.vocabulary_size,
+        latent_side=sizes.latent_side,
+        settings=BagelSettings(
+            latent_resize=ResizeRule(max_side=longest, min_side=max(pixels, longest // 2), stride=pixels),
+            read_resize=ResizeRule(
+                max_side=max(sizes.patch_size, sizes.image_size // sizes.patch_size * sizes.patch_size),
+                min_side=sizes.patch_size,
+                stride=sizes.patch_size,
+            ),
+            image_size=(longest, longest),
+        ),
+    )
+
+
+def learn_words(texts: Sequence[str], vocabulary_size: int) -> BagelWords:
+    """A byte-level tokenizer with BAGEL's markers that can write any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(marker, special=True, normalized=False) for marker in ("<|endoftext|>", *MARKERS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - len(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
+    return BagelWords(tokenizer, vocabulary_size, {"tokenizer.json": tokenizer.to_str().encode()})
+
+
+def position_table(side: int, width: int) -> torch.Tensor:
+    """The sin-cos table of a square of places, float32 (side^2, width).
+
+    The first half of a row encodes the column, the second the row; each is [sin(p w_k), cos(p w_k)] with
+    w_k = 10000^(-k / (width / 4)).
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([table.repeat(side, 1), table.repeat_interleave(side, dim=0)], dim=1).float()

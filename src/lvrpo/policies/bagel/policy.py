@@ -1,0 +1,247 @@
+"""BAGEL as a policy: the published folder in, the published folder out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.config import BagelConfig, BagelSettings, config_files, is_bagel, read_config
+from lvrpo.policies.bagel.names import VAE, official_name
+from lvrpo.policies.bagel.packed import TrainedPiece, dropped, noisy_piece, packed_losses
+from lvrpo.policies.bagel.tensors import StoredTensor, find_tensors
+from lvrpo.policies.bagel.towers import BagelTowers
+from lvrpo.policies.bagel.words import BagelWords
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot.context import Row
+from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy
+from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.mot.transformer import MoT
+from lvrpo.sampling import flow_time
+from lvrpo.types import Example, Image, Part, Prompt, Task
+
+WEIGHTS = ("ema", "model")
+"""Stems of the files that hold the model; the average of training is preferred."""
+AUTOENCODER = ("ae",)
+MAX_TOKENS = 32768
+"""Tokens that go through the transformer at once: eight pictures of 1024 x 1024."""
+TEXT_TOKENS = 512
+"""What a row without a drawn picture counts."""
+THINK_THEN_DRAW = (
+    "You should first think about the planning process in the mind and then generate the image. \nThe planning process "
+    "is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+)
+THINK_THEN_ANSWER = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \nThe "
+    "reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer "
+    "here"
+)
+
+
+class BagelPolicy(MoTPolicy):
+    """BAGEL (arXiv:2505.14683) of any size.
+
+    Prompts of the task ``reason`` begin with the published instruction to think.
+    Differs from the paper: the autoencoder's posterior of a condition is drawn once per picture, as a function of its
+    pixels, so that old and new policies see the same context.
+    """
+
+    model_type = "bagel"
+    towers: BagelTowers  # type: ignore[assignment]  # narrower than the core's protocol
+
+    def __init__(self, config: BagelConfig, words: BagelWords) -> None:
+        super().__init__(MoT(config.transformer), BagelTowers(config), words)
+        self.config = config
+
+    @property
+    def image_size(self) -> None:
+        """Pictures of any size are read and drawn."""
+        return None
+
+    def timestep_shift(self) -> float:
+        return self.config.settings.timestep_shift
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the picture guided too."""
+        published = Sampling(
+            max_new_tokens=512,
+            num_steps=49,
+            timestep_shift=self.timestep_shift(),
+            solver="euler",
+            guidance_scale=4.0,
+            guidance_renorm="global",
+            guidance_interval=(0.4, 1.0),
+        )
+        if task != "edit":
+            return published
+        return replace(
+            published, image_guidance_scale=2.0, guidance_renorm="text_channel", guidance_interval=(0.0, 1.0)
+        )
+
+    def _row(self, prompt: Prompt) -> Row:
+        parts: tuple[Part, ...] = prompt.parts
+        if prompt.task in ("understand", "edit") and not any(isinstance(part, torch.Tensor) for part in parts):
+            raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs a picture: give one")
+        if prompt.task == "reason":
+            parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
+        row = self.contexts.row(parts, draws="image" in prompt.output)
+        length = sum(piece.span.length for piece in row)
+        if length >= self.config.max_positions:
+            limit = self.config.max_positions
+            raise InputError(f"prompt {prompt.id!r}: {length} tokens, the limit is {limit}: shorten it")
+        return row
+
+    def _max_rows(self, grid: Grid) -> int:
+        return max(1, min(MAX_ROWS, MAX_TOKENS // max(grid[0] * grid[1], TEXT_TOKENS)))
+
+    # ---------------------------------------------------------------- supervised
+    def supervised_losses(self, examples: Sequence[Example], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+        """ "text": cross-entropy per token; "image": flow loss at logit-normal times, in one packed pass.
+
+        Conditions of drawings are left out at random, as ``settings`` say, so that guidance has its branches.
+        """
+        losses = packed_losses(self.contexts, [self._trained_row(example, generator) for example in examples])
+        found = {"text": losses.cross_entropy, "image": losses.squared_error}
+        return {name: values.mean() for name, values in found.items() if values.numel()}
+
+    def _trained_row(self, example: Example, generator: torch.Generator) -> list[TrainedPiece]:
+        row = [TrainedPiece(piece) for piece in self._row(example.prompt)]
+        if "image" in example.prompt.output:
+            kept = [self._drop(trained, float(torch.rand((), generator=generator))) for trained in row]
+            row = [trained for trained in kept if trained is not None]
+        for output in example.outputs:
+            if isinstance(output, str):
+                row.append(TrainedPiece(self.contexts.text(self.words.encode(output)), loss=True))
+            else:
+                row.append(self._noisy(output, generator))
+        return [self._encoded(trained) for trained in row]
+
+    def _drop(self, trained: TrainedPiece, u: float) -> TrainedPiece | None:
+        settings = self.config.settings
+        shares = {"text": settings.drop_text, "clean": settings.drop_latent, "read": settings.drop_read}
+        return dropped(trained) if u < shares[trained.piece.span.kind] else trained
+
+    def _noisy(self, image: Image, generator: torch.Generator) -> TrainedPiece:
+        clean = self.towers.encode_latents([image])[0]
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        t = flow_time(torch.randn((), generator=generator), self.config.settings.training_shift).to(clean)
+        return noisy_piece(self.contexts.noise(self.towers.latent_grid(image)), clean, noise, t)
+
+    def _encoded(self, trained: TrainedPiece) -> TrainedPiece:
+        """A clean picture with its latent given, as those of the noisy ones are."""
+        piece = trained.piece
+        if piece.span.kind != "clean" or piece.image is None:
+            return trained
+        clean = self.towers.encode_latents([piece.image])[0]
+        return TrainedPiece(replace(piece, state=(clean, clean.new_zeros(()))))
+
+    # ---------------------------------------------------------------- weights
+    def save(self, folder: Path) -> None:
+        """Writes the published layout: ema.safetensors, ae.safetensors, the json files, the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        whole = {official_name(name): tensor for name, tensor in state.items() if not name.startswith(VAE)}
+        autoencoder = {official_name(name): tensor for name, tensor in state.items() if name.startswith(VAE)}
+        save_file(whole, str(folder / "ema.safetensors"), metadata={"format": "pt"})
+        save_file(autoencoder, str(folder / "ae.safetensors"), metadata={"format": "pt"})
+        for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        self.words.save(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        base: Path | None = None,
+        settings: BagelSettings | None = None,
+    ) -> Self:
+        """Reads the published layout straight to its device and dtype, tensor by tensor.
+
+        ``dtype`` of all but the autoencoder, which stays float32; None: float32 on a CPU, bfloat16 elsewhere.
+        ``base`` gives what a fine-tuned folder leaves out: tensors, configuration, tokenizer. ``settings`` replace
+        those of the folder.
+        Raises InputError, one line, for a folder that is not BAGEL, missing or truncated files, tensors that are
+        missing or do not fit, other dtypes, and too little memory; warns of tensors that are not used.
+        """
+        folder, device = Path(folder), torch.device(device)
+        home = base or folder
+        for place in {folder, home}:
+            if not is_bagel(place) and not (base and (place / "model.safetensors").is_file()):
+                raise InputError(f"{place}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
+        stored = find_tensors(folder, WEIGHTS)
+        if base:
+            stored = find_tensors(base, WEIGHTS) | stored
+        autoencoder = find_tensors(folder if (folder / "ae.safetensors").is_file() else home, AUTOENCODER)
+        config = read_config(home, stored, autoencoder, settings)
+        words = BagelWords.load(home, config.vocabulary_size)
+        with torch.device("meta"):
+            policy = cls(config, words)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        policy._fill(folder, stored, autoencoder, dtype, device)
+        return policy
+
+    def _fill(
+        self,
+        folder: Path,
+        stored: Mapping[str, StoredTensor],
+        autoencoder: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Replaces the tensors of a policy on the meta device."""
+        wanted = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        places = {name: (autoencoder if name.startswith(VAE) else stored).get(official_name(name)) for name in wanted}
+        found = {name: place for name, place in places.items() if place is not None}
+        missing = [official_name(name) for name in wanted if name not in found]
+        if missing:
+            raise InputError(
+                f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}: name a whole BAGEL as base"
+            )
+        for name, place in found.items():
+            if place.shape != wanted[name] and place.shape != self._convolution(name):
+                raise InputError(
+                    f"{place.path}: {place.name} is {list(place.shape)}, the configuration wants {list(wanted[name])}: "
+                    "use the files of one model"
+                )
+        used = {place.name for place in found.values()}
+        unused = [name for name in (*stored, *autoencoder) if name not in used]
+        if unused:
+            warnings.warn(f"{folder}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=3)
+        dtypes = {name: torch.float32 if name.startswith(VAE) else dtype for name in found}
+        need = sum(place.count * dtypes[name].itemsize for name, place in found.items())
+        check_memory(folder, need, device)
+        state = {name: self._read(name, place, dtypes[name], device) for name, place in found.items()}
+        self.load_state_dict(state, assign=True)
+        self.to(device)  # what is not stored: the angles
+
+    def _read(self, name: str, place: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        tensor = place.read(dtype, device)
+        if place.shape == self._convolution(name):
+            return tensor.permute(0, 2, 3, 1).flatten(1)
+        return tensor
+
+    def _convolution(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that a plain SigLIP stores as a convolution."""
+        vit = self.config.vit
+        is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
+        return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
+
+
+def check_memory(folder: Path, need: int, device: torch.device) -> None:
+    """Raises InputError where the weights alone do not fit."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if need > free:
+        raise InputError(
+            f"{folder}: the weights need {need / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+            "load with dtype=torch.bfloat16, use another device, or free memory"
+        )

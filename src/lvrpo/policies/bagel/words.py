@@ -1,0 +1,110 @@
+"""Qwen2.5's byte-level words with BAGEL's four markers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lvrpo.errors import InputError
+
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+"""Begin and end of a text, begin and end of a picture."""
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 cuts a text before it merges bytes."""
+
+
+class BagelWords:
+    """A tokenizer that never adds markers by itself; never changed after it is made."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, files: Mapping[str, bytes]) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary_size = vocabulary_size
+        self.files = dict(files)
+        self.bos_id, self.eos_id, self.image_start_id, self.image_end_id = (self._id(marker) for marker in MARKERS)
+
+    def _id(self, marker: str) -> int:
+        number = self.tokenizer.token_to_id(marker)
+        if number is None:
+            raise InputError(f"the tokenizer has no {marker}: use the tokenizer files of BAGEL")
+        if number >= self.vocabulary_size:
+            raise InputError(
+                f"the tokenizer gives {marker} the id {number}, the model knows {self.vocabulary_size}: "
+                "use the tokenizer and the weights of one model"
+            )
+        return number
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without markers."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.vocabulary_size:
+            raise InputError(
+                f"{text[:40]!r}: token {max(ids)} of {self.vocabulary_size}: use the tokenizer of the model"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def forbidden(self) -> torch.Tensor:
+        """Nothing is: the published model writes whatever is likely."""
+        return torch.zeros(self.vocabulary_size, dtype=torch.bool)
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
+    @classmethod
+    def load(cls, folder: Path, vocabulary_size: int) -> Self:
+        """From tokenizer.json, or from vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if "tokenizer.json" in files:
+            path = folder / "tokenizer.json"
+            try:
+                tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+            except Exception as error:  # tokenizers raises nothing narrower
+                raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
+        elif "vocab.json" in files and "merges.txt" in files:
+            tokenizer = _from_merges(folder, files)
+            files["tokenizer.json"] = tokenizer.to_str().encode()
+        else:
+            raise InputError(f"{folder}: holds no tokenizer.json: copy the tokenizer files of BAGEL")
+        try:
+            return cls(tokenizer, vocabulary_size, files)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+
+
+def _from_merges(folder: Path, files: Mapping[str, bytes]) -> Tokenizer:
+    try:
+        vocabulary = json.loads(files["vocab.json"])
+        lines = files["merges.txt"].decode().splitlines()
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        added = settings.get("added_tokens_decoder", {})
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]  # pairs, as it wants them
+    except Exception as error:  # json, unicode, and whatever tokenizers raises
+        raise InputError(f"{folder}: vocab.json and merges.txt do not fit ({error}): restore them") from error
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([_added(entry) for _, entry in sorted(added.items(), key=lambda item: int(item[0]))])
+    return tokenizer
+
+
+def _added(entry: Mapping[str, Any]) -> AddedToken:
+    """Any: decoded JSON."""
+    return AddedToken(entry["content"], special=bool(entry.get("special")), normalized=bool(entry.get("normalized")))

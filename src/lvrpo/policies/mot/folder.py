@@ -1,0 +1,72 @@
+"""A policy of our own as a folder: config.json, model.safetensors and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.policy import MoTPolicy
+
+
+class FolderPolicy(MoTPolicy):
+    """The core with the layout that lvrpo saves by itself."""
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        config = {"model_type": self.model_type, **self._config_dict()}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.words.save(folder)
+
+    @abstractmethod
+    def _config_dict(self) -> dict[str, object]:
+        """What config.json holds beside the model type."""
+
+    @classmethod
+    @abstractmethod
+    def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
+        """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
+        """Reads what ``save`` wrote."""
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
+        found = config.pop("model_type", None)
+        if found != cls.model_type:
+            raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
+        try:
+            policy = cls._from_folder(folder, config)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{folder / 'config.json'}: {where}: {first['msg']}: restore the file") from error
+        try:
+            state = load_file(str(folder / "model.safetensors"))
+        except SafetensorError as error:
+            raise InputError(
+                f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file"
+            ) from error
+        own = policy.state_dict()
+        wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
+        if wrong:
+            raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
+        policy.load_state_dict(state)
+        return policy.to(device)

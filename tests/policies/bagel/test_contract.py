@@ -1,0 +1,299 @@
+"""BAGEL keeps the contract of policies: replay, company, sizes, judging, supervised losses, command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PilImage
+
+from lvrpo.cli import main
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.mot import policy as mot_policy
+from lvrpo.types import Example, FlowSegment, Image, Prompt, TextSegment, Trajectory
+
+BASE = Sampling(group_size=3, max_new_tokens=5, num_steps=4, solver="euler")
+DRAWINGS = {
+    "plain": replace(BASE, sampler="flow_sde", window=(0, 2)),
+    "guided": replace(
+        BASE, sampler="cps", noise_level=0.8, window=(0, 1), guidance_scale=3.0, guidance_renorm="global"
+    ),
+    "guided-thrice": replace(
+        BASE,
+        sampler="flow_sde",
+        window=(0, 2, 3),
+        guidance_scale=4.0,
+        image_guidance_scale=2.0,
+        guidance_renorm="text_channel",
+        guidance_interval=(0.6, 1.0),
+        guidance_renorm_min=0.1,
+    ),
+}
+TOLERANCE = 2e-6
+"""Of a replay in float32 in other company, relative to log-probs above 1."""
+
+
+def picture(seed: int, height: int = 16, width: int = 16) -> Image:
+    pixels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
+    return pixels.float() / 255
+
+
+def prompts() -> list[Prompt]:
+    """All tasks, with pictures of three sizes; two questions about one picture."""
+    shared = picture(1)
+    return [
+        Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
+        Prompt("u1", "understand", (shared, "is it a red circle"), ("text",)),
+        Prompt("u2", "understand", (picture(2, 9, 16), "is it blue"), ("text",)),
+        Prompt("g0", "generate", ("a red circle",), ("image",)),
+        Prompt("g1", "generate", ("two blue squares and more",), ("image",)),
+        Prompt("e0", "edit", (picture(3), "make it red"), ("image",)),
+        Prompt("e1", "edit", (picture(4, 8, 16), "make it blue"), ("image",)),
+        Prompt("e2", "edit", (picture(5, 16, 16), picture(4, 8, 16), "mix them"), ("image",)),
+        Prompt("r0", "reason", ("draw one",), ("text", "image")),
+        Prompt("r1", "reason", (picture(6), "what is the sum"), ("text",)),
+    ]
+
+
+def rollout(policy: Policy, asked: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:
+    groups = policy.sample(asked, sampling, [100 + int(p.id[1:]) + ord(p.id[0]) for p in asked])
+    return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def worst(policy: BagelPolicy, trajectories: Sequence[Trajectory]) -> float:
+    """Largest difference between replayed and sampled log-probs."""
+    out = [0.0]
+    with torch.no_grad():
+        replayed = policy.logprobs(trajectories)
+    for trajectory, row in zip(trajectories, replayed, strict=True):
+        for segment, scored in zip(trajectory.segments, row, strict=True):
+            assert scored.logprobs.shape == segment.behavior_logprobs.shape
+            if len(segment.behavior_logprobs):
+                scale = segment.behavior_logprobs.abs().clamp(min=1)
+                out.append(float(((scored.logprobs - segment.behavior_logprobs).abs() / scale).max()))
+    return max(out)
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_replay_law(name: str, small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectories = rollout(small, prompts(), DRAWINGS[name])
+    assert worst(small, trajectories) == 0
+    others = [worst(small, trajectories[::-1]), worst(small, trajectories[1::2]), worst(small, trajectories[4:5])]
+    monkeypatch.setattr(small, "_max_rows", lambda grid: 4)
+    others.append(worst(small, trajectories))
+    print(f"{name}: replayed in other company {max(others):.1e}")
+    assert max(others) <= TOLERANCE
+
+
+def test_company_does_not_matter(small: BagelPolicy) -> None:
+    sampling = DRAWINGS["guided-thrice"]
+    asked = prompts()
+    together = small.sample(asked, sampling, list(range(len(asked))))
+    for i, prompt in enumerate(asked):
+        (alone,) = small.sample([prompt], sampling, [i])
+        for one, other in zip(alone.trajectories, together[i].trajectories, strict=True):
+            for a, b in zip(one.segments, other.segments, strict=True):
+                if isinstance(a, TextSegment):
+                    assert isinstance(b, TextSegment)
+                    assert torch.equal(a.tokens, b.tokens)
+                else:
+                    assert isinstance(a, FlowSegment)
+                    assert isinstance(b, FlowSegment)
+                    assert float((a.latent - b.latent).abs().max()) < 2e-5
+
+
+def test_sizes_of_drawings(small: BagelPolicy) -> None:
+    groups = small.sample(prompts(), replace(BASE, image_size=(8, 12)), list(range(10)))
+    sizes = {
+        g.prompt.id: tuple(g.trajectories[0].image.shape[1:]) for g in groups if g.trajectories[0].image is not None
+    }
+    assert sizes == {"g0": (8, 12), "g1": (8, 12), "e0": (16, 16), "e1": (8, 16), "e2": (8, 16), "r0": (8, 12)}
+    for group in groups:
+        image = group.trajectories[0].image
+        if image is not None:
+            assert torch.equal((image * 255).round() / 255, image)
+    (own,) = small.sample(prompts()[3:4], BASE, [0])
+    assert own.trajectories[0].image is not None
+    assert own.trajectories[0].image.shape == (3, 16, 16)
+
+
+def test_a_drawing_smaller_than_any_source_is_replayed(small: BagelPolicy) -> None:
+    trajectories = rollout(small, prompts()[3:5], replace(DRAWINGS["plain"], image_size=(4, 4)))
+    assert worst(small, trajectories) == 0
+    x_t = torch.stack([t.segments[-1].latent for t in trajectories if isinstance(t.segments[-1], FlowSegment)])
+    assert small.velocity(trajectories, x_t, torch.full((len(x_t),), 0.5)).shape == x_t.shape
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(10, 16)), "use multiples of 4"),
+        (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(0, 16)), "use multiples of 4"),
+        (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(28, 16)), "can draw 6 x 6"),
+        (Prompt("e0", "edit", ("make it red",), ("image",)), BASE, "task 'edit' needs a picture"),
+        (Prompt("u0", "understand", ("what is it",), ("text",)), BASE, "task 'understand' needs a picture"),
+        (Prompt("g0", "generate", ("a " * 40_000,), ("image",)), BASE, "the limit is 32768: shorten it"),
+    ],
+)
+def test_bad_prompts(prompt: Prompt, sampling: Sampling, message: str, small: BagelPolicy) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        small.sample([prompt], sampling, [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_thinking_begins_with_the_published_instruction(small: BagelPolicy) -> None:
+    words = small.words
+    draw, answer = (small._row(prompt) for prompt in prompts()[8:])
+    assert words.decode(draw[0].ids) == THINK_THEN_DRAW
+    assert words.decode(answer[0].ids) == THINK_THEN_ANSWER
+    assert [piece.span.kind for piece in answer] == ["text", "read", "text"]
+    assert [piece.span.kind for piece in small._row(prompts()[5])] == ["clean", "read", "text"]
+
+
+def test_condition_noise_is_a_function_of_the_picture(small: BagelPolicy) -> None:
+    one, other = picture(1), picture(1)
+    assert torch.equal(small.towers.encode_latents([one]), small.towers.encode_latents([other]))
+    both = small.towers.encode_latents([picture(2), one])
+    assert float((both[1] - small.towers.encode_latents([one])[0]).abs().max()) < 1e-5
+
+
+def test_judges(small: BagelPolicy) -> None:
+    contexts = [(picture(1), "what is it"), ("two circles",), (picture(2, 9, 16),)]
+    texts = ["red", "a blue square", "one"]
+    together = small.text_logprob(contexts, texts)
+    alone = torch.cat([small.text_logprob([c], [t]) for c, t in zip(contexts, texts, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    images = [picture(3), picture(4, 8, 16), picture(5)]
+    together = small.image_logprob([("a",), ("b c",), (picture(1), "d")], images, draws=2, seed=3)
+    alone = torch.cat(
+        [small.image_logprob([c], [i], draws=2, seed=3) for c, i in zip([("a",), ("b c",)], images[:2], strict=True)]
+    )
+    torch.testing.assert_close(together[:2], alone, rtol=1e-5, atol=1e-6)
+
+
+def examples() -> list[Example]:
+    asked = prompts()
+    outputs = ("red", "no", "yes", picture(11), picture(12), picture(13), picture(14, 8, 16), picture(15, 8, 16))
+    rows = [Example(prompt, (output,)) for prompt, output in zip(asked, outputs, strict=False)]
+    return [*rows, Example(asked[8], ("one", picture(16))), Example(asked[9], ("seven",))]
+
+
+def test_supervised_text_is_the_judge_of_text(small: BagelPolicy) -> None:
+    example = examples()[0]
+    loss = small.supervised_losses([example], torch.Generator().manual_seed(0))["text"]
+    judged = small.text_logprob([example.prompt.parts], ["red"])
+    assert float(loss.detach()) == pytest.approx(-float(judged), rel=1e-5)
+
+
+def test_supervised_losses_do_not_depend_on_the_packing(small: BagelPolicy) -> None:
+    together = small.supervised_losses(examples(), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    alone = [small.supervised_losses([example], generator) for example in examples()]
+    numbers = [float(found["image"].detach()) for found in alone if "image" in found]
+    sizes = [4 * 4, 4 * 4, 4 * 4, 2 * 4, 2 * 4, 4 * 4]
+    mean = sum(n * s for n, s in zip(numbers, sizes, strict=True)) / sum(sizes)
+    assert float(together["image"].detach()) == pytest.approx(mean, rel=1e-5)
+
+
+def test_both_experts_learn(saved: Path) -> None:
+    policy = BagelPolicy.load(saved)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    seen = []
+    for _ in range(25):
+        losses = policy.supervised_losses(examples(), torch.Generator().manual_seed(0))
+        optimizer.zero_grad()
+        (losses["text"] + losses["image"]).backward()
+        optimizer.step()
+        seen.append((float(losses["text"].detach()), float(losses["image"].detach())))
+    unused = [n for n, p in policy.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    assert seen[-1][0] < 0.5 * seen[0][0]
+    assert seen[-1][1] < 0.9 * seen[0][1]
+
+
+def test_frozen_stays_and_saved_is_the_same_policy(saved: Path, tmp_path: Path) -> None:
+    policy = BagelPolicy.load(saved)
+    frozen = policy.frozen()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.01
+    assert not any(p.requires_grad for p in frozen.parameters())
+    before, after = (rollout(p, prompts()[3:4], BASE)[0].segments[0] for p in (frozen, policy))
+    assert isinstance(before, FlowSegment)
+    assert isinstance(after, FlowSegment)
+    assert not torch.equal(before.latent, after.latent)
+    policy.save(tmp_path / "saved")
+    again = rollout(BagelPolicy.load(tmp_path / "saved"), prompts()[3:4], BASE)[0].segments[0]
+    assert isinstance(again, FlowSegment)
+    assert torch.equal(again.latent, after.latent)
+
+
+def test_bfloat16_is_near(saved: Path, small: BagelPolicy) -> None:
+    narrow = BagelPolicy.load(saved, dtype=torch.bfloat16)
+    trajectories = rollout(small, prompts(), DRAWINGS["plain"])
+    drawn = [t for t in trajectories if t.prompt.id in ("g0", "g1")]
+    x_t = torch.stack([t.segments[-1].latent for t in drawn if isinstance(t.segments[-1], FlowSegment)])
+    t = torch.full((len(x_t),), 0.7)
+    with torch.no_grad():
+        v, v_narrow = small.velocity(drawn, x_t, t), narrow.velocity(drawn, x_t, t)
+    assert v_narrow.dtype == torch.float32
+    assert float((v - v_narrow).norm() / v.norm()) < 5e-2
+    own = rollout(narrow, prompts(), DRAWINGS["plain"])
+    assert worst(narrow, own) == 0
+
+
+def test_rows_per_pass(small: BagelPolicy) -> None:
+    assert small._max_rows((64, 64)) == 8
+    assert small._max_rows((1, 1)) == 64 <= mot_policy.MAX_ROWS
+
+
+def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source.png"
+    pixels = (picture(7, 8, 16) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    PilImage.fromarray(pixels).save(source)
+    model, few = str(saved), ["--device", "cpu", "--max-new-tokens", "4"]
+    assert main(["ask", model, "--image", str(source), "what is it", *few]) == 0
+    assert main(["ask", model, "--image", str(source), "what is it", "--think", *few]) == 0
+    drawing = ["--num-steps", "2", *few]
+    out = tmp_path / "out"
+    assert main(["generate", model, "--prompt", "a red circle", "--out", str(out), "--size", "12x8", *drawing]) == 0
+    with PilImage.open(out / "00000.png") as drawn:
+        assert drawn.size == (12, 8)
+    thought = tmp_path / "thought"
+    assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), "--think", *drawing]) == 0
+    assert "thought" in json.loads((thought / "index.jsonl").read_text())
+    edited = tmp_path / "edited.png"
+    assert main(["edit", model, "--image", str(source), "make it red", "--out", str(edited), *drawing]) == 0
+    with PilImage.open(edited) as drawn:
+        assert drawn.size == (16, 8)
+    assert capsys.readouterr().err == ""
+    odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x10", *drawing]
+    assert main(odd) == 2
+    assert capsys.readouterr().err == "error: image_size=10 x 10: use multiples of 4\n"
+
+
+def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "fresh"
+    small = {"width": 32, "depth": 1, "heads": 2, "key_heads": 1, "mlp_width": 32, "image_size": 32}
+    tower = {"vit_width": 16, "vit_depth": 1, "vit_heads": 1}
+    sizes = [f"{name}={value}" for name, value in (small | tower).items()]
+    assert main(["init", "bagel-tiny", str(folder), *sizes]) == 0
+    policy = BagelPolicy.load(folder)
+    assert policy.config.transformer.width == 32
+    assert policy.towers.free_grid(None) == (2, 2)
+    for text in ("two red circles", "Ünïcode 猫 42\nnewline"):
+        assert policy.words.decode(policy.words.encode(text)) == text
+    assert len(policy.words.encode("two red circles")) <= 5
+    assert main(["init", "bagel-tiny", str(folder)]) == 2
+    assert main(["init", "bagel-tiny", str(tmp_path / "other"), "width=30"]) == 2
+    assert main(["init", "bagel-big", str(tmp_path / "other")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "exists already" in lines[0]

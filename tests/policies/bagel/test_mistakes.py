@@ -1,0 +1,217 @@
+"""Mistakes that a port can make: each moves the reference section named beside it far beyond the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lvrpo.policies.bagel import towers as towers_module
+from lvrpo.policies.bagel.create import position_table
+from lvrpo.policies.bagel.vae import Downsample
+from lvrpo.policies.mot import drawing, sequence
+from lvrpo.policies.mot.context import Contexts
+from lvrpo.policies.mot.sequence import RowLayout, Span
+from lvrpo.policies.mot.transformer import Layer
+from lvrpo.sampling import FlowStep, shift_time
+from lvrpo.sampling.flow_sde import ode_step
+
+FAR = 1e-4
+"""Five times the gate."""
+Patch = pytest.MonkeyPatch
+
+
+def half_the_latent_side(parity: Any, patch: Patch) -> None:
+    config = parity.policy.config
+    patch.setattr(parity.policy.towers, "config", config.model_copy(update={"latent_side": config.latent_side // 2}))
+
+
+def image_width_as_stride(parity: Any, patch: Patch) -> None:
+    right = towers_module.position_ids
+    patch.setattr(towers_module, "position_ids", lambda rows, columns, side: right(rows, columns, columns))
+
+
+def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other: str) -> None:
+    """Tokens of expert ``one`` are computed by ``other``, in flow steps alone or in context passes alone."""
+    run = Contexts.run
+
+    def mistaken(self: Contexts, rows: Any, cache: Any, noisy: Any = None) -> Any:
+        layers = [layer for layer in self.transformer.layers if isinstance(layer, Layer)]
+        kinds = {piece.span.kind for row in rows for piece in row}
+        wrong = noisy is not None if noisy_only else kinds == {"clean"}
+        with pytest.MonkeyPatch.context() as inner:
+            for layer in layers if wrong else []:
+                inner.setitem(layer._modules, one, layer._modules[other])
+            return run(self, rows, cache, noisy)
+
+    patch.setattr(Contexts, "run", mistaken)
+
+
+def markers_of_a_noisy_picture_drawn(parity: Any, patch: Patch) -> None:
+    swapped_experts(parity, patch, noisy_only=True, one="reading", other="drawing")
+
+
+def clean_latents_read(parity: Any, patch: Patch) -> None:
+    swapped_experts(parity, patch, noisy_only=False, one="drawing", other="reading")
+
+
+def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], RowLayout]) -> None:
+    right = sequence.row_layout
+    sequence._pack.cache_clear()
+    patch.setattr(sequence, "row_layout", lambda spans: change(spans, right(spans)))
+
+
+def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
+    def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
+        n = len(layout.rope_ids)
+        return RowLayout(layout.drawing, np.arange(n), layout.visible, n)
+
+    other_layout(patch, change)
+
+
+def causal_inside_pictures(parity: Any, patch: Patch) -> None:
+    def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
+        return RowLayout(layout.drawing, layout.rope_ids, np.tril(layout.visible), layout.rope_advance)
+
+    other_layout(patch, change)
+
+
+def noisy_pictures_seen_by_all(parity: Any, patch: Patch) -> None:
+    def change(spans: tuple[Span, ...], layout: RowLayout) -> RowLayout:
+        visible = layout.visible | np.tril(np.ones_like(layout.visible))
+        return RowLayout(layout.drawing, layout.rope_ids, visible, layout.rope_advance)
+
+    other_layout(patch, change)
+
+
+def channel_first_patches(parity: Any, patch: Patch) -> None:
+    def patchify(images: torch.Tensor, p: int) -> torch.Tensor:
+        return functional.unfold(images, p, stride=p).transpose(1, 2)
+
+    patch.setattr(towers_module, "patchify", patchify)
+
+
+def thousandfold_time(parity: Any, patch: Patch) -> None:
+    parity.policy.towers.frequencies *= 1000
+
+
+def sine_before_cosine(parity: Any, patch: Patch) -> None:
+    weight = parity.policy.towers.time_in.weight
+    weight.data = weight.data.roll(weight.shape[1] // 2, dims=1)
+
+
+def no_time_for_clean_latents(parity: Any, patch: Patch) -> None:
+    towers = parity.policy.towers
+    right = towers.embed_latents
+
+    def mistaken(latents: torch.Tensor, t: torch.Tensor, grid: Any) -> torch.Tensor:
+        time = towers.time_out(functional.silu(towers.time_in(torch.cat([torch.ones(128), torch.zeros(128)]))))
+        return right(latents, t, grid) - (time if not t.any() else 0)
+
+    patch.setattr(towers, "embed_latents", mistaken)
+
+
+def wrong_sign(parity: Any, patch: Patch) -> None:
+    def mistaken(x_t: torch.Tensor, v: torch.Tensor, t: Any, t_next: Any, noise_level: float = 0.0) -> FlowStep:
+        return ode_step(x_t, -v, t, t_next)
+
+    patch.setattr(drawing, "ode_step", mistaken)
+
+
+def one_step_more(parity: Any, patch: Patch) -> None:
+    patch.setattr(drawing, "timestep_grid", lambda n, shift: shift_time(torch.linspace(1, 0, n + 2), shift)[: n + 1])
+
+
+def guided_outside_the_interval(parity: Any, patch: Patch) -> None:
+    patch.setattr(drawing.Guidance, "active", lambda self, t: True)
+
+
+def padding_above_and_left(parity: Any, patch: Patch) -> None:
+    patch.setattr(Downsample, "forward", lambda self, x: self.conv(functional.pad(x, (1, 0, 1, 0))))
+
+
+def mean_instead_of_the_draw(parity: Any, patch: Patch) -> None:
+    vae = parity.policy.towers.latent_vae
+    right = vae.encode
+    patch.setattr(vae, "encode", lambda pixels, noise: right(pixels, torch.zeros_like(noise)))
+
+
+def table_computed_anew(parity: Any, patch: Patch) -> None:
+    towers, config = parity.policy.towers, parity.policy.config
+    towers.latent_position = position_table(config.latent_side, config.transformer.width)
+
+
+def rows_before_columns(parity: Any, patch: Patch) -> None:
+    table = parity.policy.towers.latent_position
+    parity.policy.towers.latent_position = table.roll(table.shape[1] // 2, dims=1)
+
+
+def no_norm_after_the_reading_tower(parity: Any, patch: Patch) -> None:
+    parity.policy.towers.read_vit.post_layernorm = nn.Identity()
+
+
+def exact_gelu(parity: Any, patch: Patch) -> None:
+    right = functional.gelu
+    patch.setattr(functional, "gelu", lambda x, approximate="none": right(x))
+
+
+def base_of_other_models(parity: Any, patch: Patch) -> None:
+    inv_freq = parity.policy.transformer.inv_freq
+    inv_freq.copy_(10_000.0 ** (-torch.arange(0, 2 * len(inv_freq), 2) / (2 * len(inv_freq))))
+
+
+MISTAKES: list[tuple[Callable[[Any, Patch], None], str]] = [
+    (half_the_latent_side, "velocities"),
+    (image_width_as_stride, "understanding"),
+    (image_width_as_stride, "velocities"),
+    (markers_of_a_noisy_picture_drawn, "velocities"),
+    (clean_latents_read, "velocities"),
+    (one_rope_id_per_picture_token, "understanding"),
+    (one_rope_id_per_picture_token, "velocities"),
+    (causal_inside_pictures, "velocities"),
+    (noisy_pictures_seen_by_all, "training"),
+    (channel_first_patches, "understanding"),
+    (channel_first_patches, "velocities"),
+    (thousandfold_time, "velocities"),
+    (sine_before_cosine, "velocities"),
+    (no_time_for_clean_latents, "velocities"),
+    (wrong_sign, "trajectories"),
+    (one_step_more, "trajectories"),
+    (guided_outside_the_interval, "trajectories"),
+    (padding_above_and_left, "autoencoder"),
+    (mean_instead_of_the_draw, "velocities"),
+    (table_computed_anew, "velocities"),
+    (rows_before_columns, "velocities"),
+    (no_norm_after_the_reading_tower, "understanding"),
+    (exact_gelu, "understanding"),
+    (base_of_other_models, "text"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "section"), MISTAKES, ids=[f"{m.__name__}-{s}" for m, s in MISTAKES])
+def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, parity: Any) -> None:
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            mistake(parity, patch)
+            try:
+                errors = parity.training(1) if section == "training" else getattr(parity, section)()
+            except AssertionError:
+                return  # integers, lengths or shapes differ
+        worst = max(errors.values())
+        print(f"{mistake.__name__}, {section}: {worst:.1e}")
+        assert worst > FAR
+    finally:
+        sequence._pack.cache_clear()
+
+
+def test_stored_tables_are_the_formula_rounded(parity: Any) -> None:
+    config, towers = parity.policy.config, parity.policy.towers
+    for table, side in ((towers.latent_position, config.latent_side), (towers.read_position, config.vit.side)):
+        expected = position_table(side, config.transformer.width)
+        assert float((table - expected.bfloat16().float()).abs().max()) < 1e-2
+        assert float((table - expected).abs().max()) <= 2**-8

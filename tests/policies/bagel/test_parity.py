@@ -1,0 +1,87 @@
+"""Every tensor of the reference vectors, within 2e-5 of its largest value; integers exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.policies.bagel.config import BagelSettings
+from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.mot import drawing
+
+RULES = {
+    "vae_1024_512_16": (ResizeRule(max_side=1024, min_side=512, stride=16), 1),
+    "vit_980_224_14": (ResizeRule(max_side=980, min_side=224, stride=14), 1),
+    "vit_980_378_14_maxpix2007040": (ResizeRule(max_side=980, min_side=378, stride=14, max_pixels=2_007_040), 1),
+    "vit_980_378_14_maxpix2007040_imgnum8": (
+        ResizeRule(max_side=980, min_side=378, stride=14, max_pixels=2_007_040),
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("section", ["pictures", "text", "understanding", "velocities", "trajectories", "autoencoder"])
+def test_section(section: str, parity: Any, report: Callable[..., None]) -> None:
+    report(section, getattr(parity, section)())
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+def test_training_step(shift: int, parity: Any, report: Callable[..., None]) -> None:
+    report(f"training, shift {shift}", parity.training(shift))
+
+
+@torch.no_grad()
+def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
+    """Relative L2 distance to the float32 reference: what the published precision measures, and not zero."""
+    parity.policy = BagelPolicy.load(vectors / "checkpoint", dtype=torch.bfloat16, settings=settings)
+    ref, contexts = parity.vectors("a_text"), parity.policy.contexts
+    hidden = contexts.run(
+        [contexts.row((parity.meta["a_text"]["prompt"],), False)], contexts.transformer.empty_cache(1)
+    )
+    logits = parity.policy.towers.text_logits(hidden.reading)
+    assert logits.dtype == torch.bfloat16
+    assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1.5e-2
+    ref = parity.vectors("c_flow")
+    for tag in sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t")):
+        scenario, time = tag.split("_t", 1)
+        grid, caches = parity.scenario(scenario)
+        x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time))
+        v = drawing.velocity(contexts, caches.full, x_t, t[None], grid)[0]
+        assert v.dtype == torch.float32
+        assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 3e-2
+        guidance = drawing.Guidance(4.0, 2.0, "text_channel")
+        guided = drawing.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+        assert distance(guided, ref[f"{tag}_cfg_text4_img2_text_channel"]) < 9e-2
+
+
+def distance(got: torch.Tensor, ref: torch.Tensor) -> float:
+    print(float((got.float() - ref).norm() / ref.norm()))
+    return float((got.float() - ref).norm() / ref.norm())
+
+
+def test_rule_for_sizes(parity: Any) -> None:
+    rules = RULES | {"vae_set": (parity.policy.config.settings.latent_resize, 1)}
+    for row in parity.meta["resize_table"]:
+        for name, (rule, pictures) in rules.items():
+            if row[name] is not None:
+                assert list(rule.size(*row["in_wh"], pictures)) == row[name], (name, row)
+
+
+def test_tokens(parity: Any) -> None:
+    words, special = parity.policy.words, parity.meta["special_token_ids"]
+    for row in parity.meta["tokenizer"]:
+        assert words.encode(row["text"]) == row["ids"]
+        assert words.decode(row["ids"]) == row["text"]
+    assert words.bos_id == special["bos_token_id"]
+    assert words.eos_id == special["eos_token_id"]
+    assert words.image_start_id == special["start_of_image"]
+    assert words.image_end_id == special["end_of_image"]
+
+
+def test_dropped_conditions(parity: Any) -> None:
+    parity.dropped_conditions()
