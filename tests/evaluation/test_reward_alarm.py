@@ -30,6 +30,7 @@ def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks 
         task=np.full(n, "generate"),
         scores=reward[:, :, None],
         applies=np.ones((n, 1), dtype=np.bool_),
+        judged=np.ones((n, 1), dtype=np.bool_),
         success=nothing if held_out is None else held_out,
         traits=np.full((n, G, 6), np.nan, dtype=np.float32),
         text_diversity=nothing[:, 0],

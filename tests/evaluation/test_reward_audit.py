@@ -16,7 +16,14 @@ import torch
 from lvrpo.algorithms import gdpo_advantages, group_relative_advantages
 from lvrpo.errors import InputError
 from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Recorded, Window, cut, read_record
-from lvrpo.evaluation.reward_audit import RewardAudit, ScorerAudit, audit_rewards, by_step, write_audit
+from lvrpo.evaluation.reward_audit import (
+    RewardAudit,
+    ScorerAudit,
+    audit_rewards,
+    by_step,
+    win_rates,
+    write_audit,
+)
 from lvrpo.report.audit import read_audit
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
@@ -41,7 +48,7 @@ def record(
     """Groups of one task with the advantages that their scores (P, G, K) make; a nan is a score that failed."""
     table = torch.tensor(scores, dtype=torch.float32)
     P, G, K = table.shape
-    weight = torch.ones(K) if weights is None else torch.tensor(weights)
+    weight = torch.ones(K) if weights is None else torch.tensor(weights, dtype=torch.float32)
     trained = weight > 0
     valid, mask = table[..., trained], table[..., trained].isfinite()
     if settings.per_reward:
@@ -52,6 +59,7 @@ def record(
         A = group_relative_advantages(total, mask.all(dim=2), std_floor=settings.std_floor)
     made: dict[str, Any] = {
         "applies": np.ones((P, K), dtype=np.bool_),
+        "judged": np.ones((P, K), dtype=np.bool_),
         "success": np.full((P, G), NAN, dtype=np.float32) if success is None else np.float32(success),
         "traits": np.full((P, G, 6), NAN, dtype=np.float32),
         "text_diversity": np.full(P, NAN, dtype=np.float32),
@@ -116,6 +124,46 @@ def test_a_clamp_is_named() -> None:
     rest = 1 - (u @ A) ** 2 / (u @ u) / (A @ A)
     assert found.rest == pytest.approx(rest, abs=1e-4)
     assert scorer(audit, "one").share == pytest.approx(1 - rest, abs=1e-4)
+
+
+def test_win_rates_are_what_is_summed() -> None:
+    """Of four, the pair that wins beats two and ties with one: rates 1/6 and 5/6 in both rewards, however far apart."""
+    scores, mask = torch.tensor(BINARY_AND_CONTINUOUS), torch.ones(1, 4, 2) > 0
+    rates, played = win_rates(scores, mask, 1e-4)
+    torch.testing.assert_close(rates[0, :, 0] * 6, torch.tensor([1.0, 1, 5, 5]))
+    torch.testing.assert_close(rates[0, :, 1] * 6, torch.tensor([1.0, 5, 1, 5]))
+    assert played.all()
+    tied, _ = win_rates(scores, mask, 0.1)
+    assert (tied[..., 1] == 0.5).all()
+    mask[0, 1:, 1] = False
+    assert win_rates(scores, mask, 1e-4)[1][..., 1].sum() == 0  # nobody to play against
+
+    settings = AdvantageSettings("win_rate", std_floor=1e-4)
+    A = group_relative_advantages(rates.sum(dim=2), mask[..., 0])
+    audit = audited(record(1, BINARY_AND_CONTINUOUS, advantages=A.numpy()), settings=settings)
+    assert scorer(audit, "continuous").share == pytest.approx(0.5)
+    assert audit.tasks["generate"].rest == pytest.approx(0, abs=1e-9)
+
+
+def test_a_reward_that_judges_another_segment_has_no_part() -> None:
+    """Thoughts are judged by the first reward, drawings by the second; the advantages on record are the drawing's."""
+    scores = [[[0, 0.0], [0, 1.0], [1, 0.0], [1, 1.0]]] * 2
+    A = np.float32([[-1, 1, -1, 1]] * 2)
+    judged = np.array([[False, True]] * 2)
+    audit = audited(record(1, scores, advantages=A, judged=judged))
+    assert scorer(audit, "binary").share == 0
+    assert scorer(audit, "continuous").share == pytest.approx(1)
+    assert audit.tasks["generate"].rest == pytest.approx(0, abs=1e-9)
+    # taken for a part of them, it would be counted as noise
+    assert audited(record(1, scores, advantages=A)).tasks["generate"].rest == pytest.approx(0.5, abs=1e-3)
+
+
+def test_what_comes_from_another_task_is_the_rest() -> None:
+    """The partner's reward is as large as the own one and independent of it."""
+    A = np.float32([[-2, 0, 0, 2]])
+    audit = audited(record(1, [[[0.0], [0.0], [1.0], [1.0]]], names=["own"], advantages=A))
+    assert scorer(audit, "own").share == pytest.approx(0.5)
+    assert audit.tasks["generate"].rest == pytest.approx(0.5)
 
 
 def test_groups_without_a_difference_by_hand() -> None:

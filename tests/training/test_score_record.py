@@ -77,6 +77,14 @@ def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
     assert record.applies.tolist() == [[True, True], [False, True], [True, True]]
     np.testing.assert_array_equal(record.success, [[1, 0, 1, 0], [nan] * 4, [nan] * 4])
     assert record.advantages.tolist() == ADVANTAGES.tolist()
+    assert record.judged.all()
+
+
+def test_rewards_of_another_segment_are_noted(run: RunDirectory) -> None:
+    judged = torch.tensor([[True, True], [True, True], [False, True]])
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES, judged)
+    (record,) = score_record.read_steps(run.path)
+    assert record.judged.tolist() == judged.tolist()
 
 
 def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:

@@ -26,7 +26,7 @@ class VarianceShares:
     by_reward: Float[Tensor, "P K"]
     """Covariance of each reward's contribution with the advantage; negative where a reward works against the total."""
     rest: Float[Tensor, " P"]
-    """Variance that no sum of the rewards explains: what a clamp cut off; 0 without one."""
+    """Variance that no sum of these rewards explains: a clamp, or something else that shaped the advantages; else 0."""
     total: Float[Tensor, " P"]
     """Variance of the advantages; 0 without signal."""
 

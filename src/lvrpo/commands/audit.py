@@ -76,7 +76,7 @@ def reward_table(audit: RewardAudit) -> Table:
             groups = [share(x) for x in (scorer.constant, scorer.all_best, scorer.all_worst, scorer.missing)]
             table.add_row("", trait_name(scorer.name), weight, *caused, *groups)
         if found.rest >= 0.005:
-            table.add_row("", "[dim]cut off by the clamp[/dim]", "", share(found.rest))
+            table.add_row("", "[dim]from none of these[/dim]", "", share(found.rest))
     return table
 
 

@@ -35,7 +35,8 @@ class Window:
 
 @dataclass(frozen=True)
 class AdvantageSettings:
-    """How the run made advantages of rewards, as far as the audit needs it."""
+    """How the run made advantages of rewards, as far as the audit needs it: the ``advantages`` section of its
+    configuration."""
 
     kind: str = "gdpo"
     std_floor: float = 0.01
@@ -61,6 +62,8 @@ class Groups:
     scores: Array
     """(N, G, K)"""
     applies: NDArray[np.bool_]
+    """(N, K)"""
+    judged: NDArray[np.bool_]
     """(N, K)"""
     success: Array
     """(N, G)"""
@@ -120,10 +123,14 @@ class Groups:
         return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
     def trained(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Names, scores (N, G, K'), mask and weights of the trained rewards that apply to any of the groups."""
+        """Names, scores (N, G, K'), mask and weights of the trained rewards that apply to any of the groups.
+
+        The mask is True where a score has a part in the advantages.
+        """
         kept = [k for k in range(len(self.names)) if self.weights[k] > 0 and self.applies[:, k].any()]
         scores = torch.from_numpy(self.scores[:, :, kept])
-        return [self.names[k] for k in kept], scores, scores.isfinite(), torch.from_numpy(self.weights[kept])
+        mask = scores.isfinite() & torch.from_numpy(self.judged[:, None, kept])
+        return [self.names[k] for k in kept], scores, mask, torch.from_numpy(self.weights[kept])
 
 
 @dataclass(frozen=True)

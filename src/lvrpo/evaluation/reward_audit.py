@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from lvrpo.algorithms import (
     gdpo_advantages,
     group_correlation,
     group_relative_advantages,
+    signal_mask,
     variance_shares,
+    win_rate,
 )
 from lvrpo.evaluation.recorded_groups import (
     AdvantageSettings,
@@ -33,6 +35,9 @@ from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
 from lvrpo.evaluation.statistics import Interval, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 AUDIT = "audit.json"
 EDGE = 0.01
@@ -100,7 +105,8 @@ class TaskAudit:
     with_signal: float
     """Share of the groups whose advantages differ."""
     rest: float
-    """Share of the variance of the advantages that no sum of rewards explains: what a clamp cut off."""
+    """Share of the variance of the advantages that no sum of these rewards explains: a clamp, or a reward joined from
+    another task."""
     scorers: tuple[ScorerAudit, ...]
     drift: Mapping[str, Change]
     """Of traits of the output."""
@@ -193,6 +199,8 @@ def audit_task(
 def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
     """Share of the variance by reward, the rest, the share of groups with signal, and the shares by step."""
     names, scores, mask, weights = groups.trained()
+    if settings.kind == "win_rate":
+        scores, mask = win_rates(scores, mask, settings.std_floor)
     normalization = "reward" if settings.per_reward else "sum"
     parts = advantage_parts(scores, mask, weights, normalization=normalization, std_floor=settings.std_floor)
     found = variance_shares(parts, torch.from_numpy(groups.advantages), _members(mask, settings.per_reward))
@@ -202,6 +210,19 @@ def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float
         name: by_step(groups.step, found.by_reward[:, k].numpy(), found.total.numpy()) for k, name in enumerate(names)
     }
     return shares, float(found.rest.sum() / total), float((found.total > 0).float().mean()), series
+
+
+def win_rates(
+    scores: Float[torch.Tensor, "N G K"], mask: Bool[torch.Tensor, "N G K"], std_floor: float
+) -> tuple[Float[torch.Tensor, "N G K"], Bool[torch.Tensor, "N G K"]]:
+    """Scores and mask with every score replaced by the share of siblings that it beats, as ``win_rate`` has it."""
+    rates = torch.empty_like(scores)
+    for k in range(scores.shape[2]):
+        score, valid = torch.where(mask[..., k], scores[..., k], 0.0), mask[..., k]
+        ahead = (score[:, :, None] - score[:, None, :]).sign()  # (N, G, G)
+        ahead = torch.where(signal_mask(score, valid, std_floor)[:, None, None], ahead, 0.0)
+        rates[..., k] = win_rate(0.5 + 0.5 * ahead, valid[:, :, None] & valid[:, None, :])
+    return rates, mask & rates.isfinite()
 
 
 def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:

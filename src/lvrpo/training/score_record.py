@@ -29,7 +29,7 @@ from lvrpo.training.run_directory import SCORES, RunDirectory
 from lvrpo.types import Group, RewardTable, Task, TextSegment
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 Kind = Literal["step", "control", "guard"]
 
@@ -62,6 +62,8 @@ class ScoreRecord:
     """(P, G, K)."""
     applies: NDArray[np.bool_]
     """(P, K): whether the reward scores the group at all; a nan where it does is a score that failed."""
+    judged: NDArray[np.bool_]
+    """(P, K): whether the reward has a part in ``advantages``; not if it judges another segment than theirs."""
     success: NDArray[np.float32]
     """(P, G): 1 where the output is right as a whole, nan where nobody can tell."""
     traits: NDArray[np.float32]
@@ -83,15 +85,16 @@ def write_step(
     groups: Sequence[Group],
     table: RewardTable,
     advantages: Float[torch.Tensor, "P G"],
+    judged: Bool[torch.Tensor, "P K"] | None = None,
 ) -> None:
-    """Keeps the groups of a training step."""
-    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages))
+    """Keeps the groups of a training step; ``judged``: which rewards have a part in ``advantages`` (None: all)."""
+    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages, judged))
 
 
 def write_control(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, every: int) -> None:
     """Keeps the reference's groups on the prompts of ``step``; ``every``: steps from one control to the next."""
     nothing = torch.full(table.scores.shape[:2], torch.nan)
-    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing))
+    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing, None))
 
 
 def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
@@ -163,7 +166,10 @@ def _number(kind: Kind, step: int, every: int) -> int:
 
 
 def _arrays(
-    groups: Sequence[Group], table: RewardTable, advantages: Float[torch.Tensor, "P G"]
+    groups: Sequence[Group],
+    table: RewardTable,
+    advantages: Float[torch.Tensor, "P G"],
+    judged: Bool[torch.Tensor, "P K"] | None,
 ) -> Mapping[str, NDArray[Any]]:
     P, _, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
@@ -174,6 +180,7 @@ def _arrays(
         "tasks": np.array(table.tasks, dtype=np.str_),
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
+        "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
         "success": _success(groups),
         "traits": np.stack([_traits(g, p) for g, p in zip(groups, pictures, strict=True)]),
         "text_diversity": _floats([_text_diversity(group) for group in groups]),
