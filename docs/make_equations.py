@@ -24,6 +24,7 @@ CHAPTERS = {
         "preferences",
         "representation",
         "gradients",
+        "audit",
     ),
     "sampling": ("timesteps", "flow_sde", "solvers", "guidance", "tokens", "masked", "seeds"),
 }

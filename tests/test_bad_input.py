@@ -75,6 +75,11 @@ def shelf(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree("startless/start")
         shutil.copytree("finished", "oddsummary")
         Path("oddsummary/summary.json").write_text("{")
+        shutil.copytree("finished", "unscored")
+        shutil.rmtree("unscored/scores")
+        shutil.copytree("finished", "oddscores")
+        scores = Path("oddscores/scores/step_000002.npz")
+        scores.write_bytes(scores.read_bytes()[:200])
         policies()
         pictures()
         tables()
@@ -193,6 +198,8 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: scene_facts, options: {mood: all}}]"), 2, "mood"),
     (train("rewards=[{name: own_vqa}, {name: own_vqa}]"), 2, "two entries are called 'own_vqa'"),
     (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "no module 'no_such_package'"),
+    (train("rewards=[{name: own_vqa, weight: 0}]"), 2, "every weight is 0"),
+    (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
     (rewarded_by("Silent"), 2, "has no method 'applies'"),
     (train("device=gpu"), 2, "use auto, cpu or cuda"),
     (("pretrain", "pretrain", "corpus.scene_shares={one: 1, tow: 2}"), 2, "tow"),
@@ -265,6 +272,14 @@ MODELS_AND_RUNS: list[Case] = [
     (("report", "nowhere"), 2, "is not a run directory"),
     (("report", "notes"), 2, "is not a run directory"),
     (("report", "oddsummary"), 2, "summary.json is not readable as JSON"),
+    (("audit",), 2, "RUN"),
+    (("audit", "nowhere"), 2, "nowhere: is not a run directory"),
+    (("audit", "notes"), 2, "notes: is not a run directory"),
+    (("audit", "unscored"), 2, "unscored: holds no scores of training steps"),
+    (("audit", "oddscores"), 2, "step_000002.npz: is not a whole record of scores: delete it"),
+    (("report", "oddscores"), 2, "oddscores/scores/step_000002.npz: is not a whole"),
+    (("audit", "finished", "--json", "red.png"), 2, "red.png: exists already"),
+    (("audit", "finished", "--jsn", "x.json"), 2, "did you mean --json?"),
     (("compare",), 2, "RUN"),
     (("compare", "unfinished"), 2, "no run has results yet"),
 ]

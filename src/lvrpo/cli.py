@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "lvrpo.commands.results:EVALUATE",
     "report": "lvrpo.commands.results:REPORT",
     "compare": "lvrpo.commands.results:COMPARE",
+    "audit": "lvrpo.commands.audit:AUDIT",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
 }

@@ -7,9 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lvrpo.errors import ContractError
-from lvrpo.evaluation.statistics import Interval, mean_interval, paired_difference, seeds_interval
+from lvrpo.evaluation.statistics import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    paired_t_difference,
+    seeds_interval,
+    welch_difference,
+)
 
 shares = st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), min_size=2, max_size=40)
 
@@ -147,3 +155,38 @@ def test_lengths_must_agree() -> None:
         paired_difference([1, 2], [1])
     with pytest.raises(ContractError, match="2 scores but 1 clusters"):
         mean_interval([1, 2], ["a"])
+
+
+def test_welch_by_hand() -> None:
+    """Variances 1 and 4 over 4 and 5 values: error sqrt(.25 + .8), freedom 1.05^2 / (.25^2 / 3 + .8^2 / 4) = 6.0975."""
+    before = np.array([-1.0, 0, 0, 1]) * math.sqrt(1.5) + 3
+    after = np.array([-2.0, -1, 0, 1, 2]) * math.sqrt(1.6) + 5
+    assert before.var(ddof=1) == pytest.approx(1)
+    assert after.var(ddof=1) == pytest.approx(4)
+    half = 2.43758 * math.sqrt(1.05)  # the 97.5 % point of t at 6.0975 degrees of freedom
+    assert close(welch_difference(before, after), 2.0, 2.0 - half, 2.0 + half, 4)
+    wide = welch_difference(before, after, confidence=0.999)
+    assert wide.high - wide.score > 2 * half
+
+
+def test_welch_agrees_with_scipy() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=12), rng.normal(0.5, 3, size=40)
+    expected = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.99)
+    found = welch_difference(one, other, 0.99)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_welch_of_little() -> None:
+    assert math.isnan(welch_difference([], [1.0]).score)
+    assert close(welch_difference([1.0], [2.0, 3.0]), 1.5, math.nan, math.nan, 1)
+    assert close(welch_difference([1.0, 1.0], [2.0, 2.0]), 1.0, 1.0, 1.0, 2)
+
+
+def test_the_paired_t_interval_by_hand() -> None:
+    # differences -1, 0, 1, 2: mean .5, std sqrt(5 / 3), error .645497; t(3) at 97.5 % is 3.18245, at 99.5 % 5.84091
+    one, other = [1.0, 1, 1, 1], [0.0, 1, 2, 3]
+    assert close(paired_t_difference(one, other), 0.5, 0.5 - 3.18245 * 0.645497, 0.5 + 3.18245 * 0.645497, 4)
+    assert paired_t_difference(one, other, 0.99).high == pytest.approx(0.5 + 5.84091 * 0.645497, abs=1e-4)
+    with pytest.raises(ContractError, match="pair the same prompts"):
+        paired_t_difference([1.0], [1.0, 2.0])

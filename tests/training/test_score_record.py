@@ -77,6 +77,14 @@ def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
     assert record.applies.tolist() == [[True, True], [False, True], [True, True]]
     np.testing.assert_array_equal(record.success, [[1, 0, 1, 0], [nan] * 4, [nan] * 4])
     assert record.advantages.tolist() == ADVANTAGES.tolist()
+    assert record.judged.all()
+
+
+def test_rewards_of_another_segment_are_noted(run: RunDirectory) -> None:
+    judged = torch.tensor([[True, True], [True, True], [False, True]])
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES, judged)
+    (record,) = score_record.read_steps(run.path)
+    assert record.judged.tolist() == judged.tolist()
 
 
 def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
@@ -96,8 +104,10 @@ def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
 
 def test_large_pictures_are_measured_on_a_grid() -> None:
     wide = torch.rand(3, 200, 130)
-    assert score_record._pixels(wide).shape == (3, 50, 33)
-    assert score_record._pixels(wide[:, :64, :64]).shape == (3, 64, 64)
+    for image, shape in ((wide, (50, 33)), (wide[:, :64, :64], (64, 64))):
+        pictures = score_record._pictures(group(DRAWING.prompt, [[picture(image)]] * 2))
+        assert pictures is not None
+        assert pictures.shape == (2, 3, shape[0] * shape[1])
 
 
 def test_controls_and_looks(run: RunDirectory) -> None:

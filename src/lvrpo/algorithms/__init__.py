@@ -8,6 +8,7 @@ from lvrpo.algorithms.advantages import (
     trimmed_advantages,
     win_rate,
 )
+from lvrpo.algorithms.audit import VarianceShares, advantage_parts, group_correlation, variance_shares
 from lvrpo.algorithms.gradients import (
     balance_norms,
     balance_weights,
@@ -55,6 +56,8 @@ __all__ = [
     "RefillPlan",
     "SurrogateLoss",
     "TokenObjective",
+    "VarianceShares",
+    "advantage_parts",
     "balance_norms",
     "balance_weights",
     "best_of_mask",
@@ -72,6 +75,7 @@ __all__ = [
     "gaussian_kl",
     "gdpo_advantages",
     "gram_matrix",
+    "group_correlation",
     "group_relative_advantages",
     "gspo_surrogate",
     "guard_surrogate",
@@ -93,6 +97,7 @@ __all__ = [
     "signal_mask",
     "trimmed_advantages",
     "truncated_weights",
+    "variance_shares",
     "velocity_regularizer",
     "win_rate",
 ]

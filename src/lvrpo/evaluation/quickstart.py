@@ -12,6 +12,7 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import score_prompts
 from lvrpo.evaluation.cases import keep_cases, write_cases, write_evaluation
+from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import SAMPLING, Evaluation, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.report import build_report
@@ -94,6 +95,7 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
             baseline.stop()
     summary = summarize(alignment, before, after, against, plan)
     run.write_summary(summary)
+    write_audit(run.path)
     watch.phase(f"report: {build_report(run.path)}")
     return summary
 

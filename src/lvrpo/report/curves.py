@@ -95,6 +95,11 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
     return [ChartGroup(title, tuple(charts)) for title, charts in groups.items()]
 
 
+def line_chart(title: str, points: Points, control: Points, control_words: str) -> Chart:
+    """One series, and beside it what it is to be compared with; ``control_words`` names that for the ear."""
+    return _chart(title, points, control, least_span=0.1, control_words=control_words)
+
+
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values inside [low, high], about ``count`` of them."""
     span = high - low
@@ -106,7 +111,14 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _chart(title: str, points: Points, control: Points, marks: Marks = (), least_span: float = 0.0) -> Chart:
+def _chart(
+    title: str,
+    points: Points,
+    control: Points,
+    marks: Marks = (),
+    least_span: float = 0.0,
+    control_words: str = "the base on the same prompts",
+) -> Chart:
     steps = [x for x, _ in points + control]
     x_low, x_high = min(steps), max(steps)
     y_low, y_high = _padded([y for _, y in points + control], least_span)
@@ -130,7 +142,7 @@ def _chart(title: str, points: Points, control: Points, marks: Marks = (), least
     x_ticks = [x for x in nice_ticks(x_low, x_high, 4) if float(x).is_integer()] or [x_low]
     return Chart(
         title=title,
-        words=_words(title, smooth, smooth_control),
+        words=_words(title, smooth, smooth_control, control_words),
         lines=_apart(lines),
         area=area,
         x_ticks=tuple((place(x, y_low)[0], f"{x:,.0f}" if i else f"step {x:,.0f}") for i, x in enumerate(x_ticks)),
@@ -194,11 +206,11 @@ def _guard_marks(metrics: Metrics) -> Marks:
     return [(step, action) for step, action in acted if "roll" in action.lower() or "stop" in action.lower()]
 
 
-def _words(title: str, points: Points, control: Points) -> str:
+def _words(title: str, points: Points, control: Points, control_words: str) -> str:
     (x0, y0), (x1, y1) = points[0], points[-1]
     text = f"{title}: from {compact(y0)} at step {x0:,.0f} to {compact(y1)} at step {x1:,.0f}"
     if control:
-        text += f"; the base on the same prompts: from {compact(control[0][1])} to {compact(control[-1][1])}"
+        text += f"; {control_words}: from {compact(control[0][1])} to {compact(control[-1][1])}"
     return text
 
 

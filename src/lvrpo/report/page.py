@@ -15,6 +15,7 @@ import yaml
 
 from lvrpo.errors import InputError
 from lvrpo.report import numbers
+from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
 from lvrpo.report.curves import guard_charts, other_charts, reward_charts
 from lvrpo.report.gradients import gradient_audit
@@ -64,6 +65,9 @@ def render(run: RunRecord) -> str:
     store = PictureStore(run.path)
     guard_keys = [key for key in run.metrics.numeric_keys() if key.startswith("guard/")]
     raw = run.summary.raw if run.summary else {}
+    problems = list(run.problems)
+    audit = read_audit(run.path / "audit.json", problems)
+    alarms = [f"Alarm of the reward audit: {words}." for words in (audit.alarms if audit else ())]
     context: dict[str, Any] = {
         "run": run,
         "style": markupsafe.Markup((HERE / "style.css").read_text(encoding="utf-8")),
@@ -79,7 +83,8 @@ def render(run: RunRecord) -> str:
         "guard_rows": guard_history(run, guard_keys),
         "guard_summary": raw.get("guard"),
         "judge": raw.get("judge"),
-        "notices": [*run.problems, *_notes(raw.get("notes"))],
+        "audit": audit,
+        "notices": [*alarms, *problems, *_notes(raw.get("notes"))],
         "cases": case_sections(run, store),
         "grids": _few_grids(run, store),
     }

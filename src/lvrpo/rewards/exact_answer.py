@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -44,6 +45,7 @@ def answers_match(given: str, right: str) -> bool:
     return normalize_answer(given) == normalize_answer(right)
 
 
+@lru_cache(maxsize=8192)  # the same short answers come in every step
 def normalize_answer(text: str) -> str:
     """Case, width, articles, surrounding punctuation and number words do not matter: "The  Three." is "3".
 

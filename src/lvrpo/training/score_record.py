@@ -26,10 +26,10 @@ from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.training.run_directory import SCORES, RunDirectory
-from lvrpo.types import Group, RewardTable, Task, TextSegment, Trajectory
+from lvrpo.types import Group, RewardTable, Task, TextSegment
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 Kind = Literal["step", "control", "guard"]
 
@@ -62,6 +62,8 @@ class ScoreRecord:
     """(P, G, K)."""
     applies: NDArray[np.bool_]
     """(P, K): whether the reward scores the group at all; a nan where it does is a score that failed."""
+    judged: NDArray[np.bool_]
+    """(P, K): whether the reward has a part in ``advantages``; not if it judges another segment than theirs."""
     success: NDArray[np.float32]
     """(P, G): 1 where the output is right as a whole, nan where nobody can tell."""
     traits: NDArray[np.float32]
@@ -83,15 +85,16 @@ def write_step(
     groups: Sequence[Group],
     table: RewardTable,
     advantages: Float[torch.Tensor, "P G"],
+    judged: Bool[torch.Tensor, "P K"] | None = None,
 ) -> None:
-    """Keeps the groups of a training step."""
-    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages))
+    """Keeps the groups of a training step; ``judged``: which rewards have a part in ``advantages`` (None: all)."""
+    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages, judged))
 
 
 def write_control(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, every: int) -> None:
     """Keeps the reference's groups on the prompts of ``step``; ``every``: steps from one control to the next."""
     nothing = torch.full(table.scores.shape[:2], torch.nan)
-    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing))
+    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing, None))
 
 
 def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
@@ -163,20 +166,25 @@ def _number(kind: Kind, step: int, every: int) -> int:
 
 
 def _arrays(
-    groups: Sequence[Group], table: RewardTable, advantages: Float[torch.Tensor, "P G"]
+    groups: Sequence[Group],
+    table: RewardTable,
+    advantages: Float[torch.Tensor, "P G"],
+    judged: Bool[torch.Tensor, "P K"] | None,
 ) -> Mapping[str, NDArray[Any]]:
     P, _, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
+    pictures = [_pictures(group) for group in groups]
     return {
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
+        "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
         "success": _success(groups),
-        "traits": _floats([[_traits(t) for t in group.trajectories] for group in groups]),
+        "traits": np.stack([_traits(g, p) for g, p in zip(groups, pictures, strict=True)]),
         "text_diversity": _floats([_text_diversity(group) for group in groups]),
-        "picture_diversity": _floats([_picture_diversity(group) for group in groups]),
+        "picture_diversity": _floats([_picture_diversity(p) for p in pictures]),
         "advantages": advantages.detach().float().cpu().numpy(),
     }
 
@@ -193,16 +201,17 @@ def _success(groups: Sequence[Group]) -> NDArray[np.float32]:
     return out
 
 
-def _traits(trajectory: Trajectory) -> tuple[float, ...]:
-    texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
-    written = (float("nan"),) * 2
-    if texts:
-        written = (float(sum(len(s.tokens) for s in texts)), float(any(not s.ended for s in texts)))
-    if trajectory.image is None:
-        return (*written, *[float("nan")] * 4)
-    pixels = _pixels(trajectory.image).flatten(1)  # (3, pixels)
-    contrast = pixels.var(dim=1, correction=0).mean().sqrt()
-    return (*written, *pixels.mean(dim=1).tolist(), float(contrast))
+def _traits(group: Group, pictures: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """(G, 6)"""
+    out = np.full((len(group), len(TRAITS)), np.nan, dtype=np.float32)
+    for g, trajectory in enumerate(group.trajectories):
+        texts = [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
+        if texts:
+            out[g, :2] = sum(len(s.tokens) for s in texts), any(not s.ended for s in texts)
+    if pictures is not None:
+        out[:, 2:5] = pictures.mean(axis=2)
+        out[:, 5] = np.sqrt(pictures.var(axis=2).mean(axis=1))
+    return out
 
 
 def _text_diversity(group: Group) -> float:
@@ -213,17 +222,20 @@ def _text_diversity(group: Group) -> float:
     return 1 - equal / (G * (G - 1))
 
 
-def _picture_diversity(group: Group) -> float:
+def _picture_diversity(pictures: NDArray[np.float32] | None) -> float:
     """The mean squared difference over all pairs is twice the sample variance."""
-    pictures = [_pixels(t.image) for t in group.trajectories if t.image is not None]
-    if len(pictures) < 2:
+    if pictures is None or len(pictures) < 2:
         return float("nan")
-    return float((2 * torch.stack(pictures).var(dim=0, correction=1).mean()).sqrt())
+    return float(np.sqrt(2 * pictures.var(axis=0, ddof=1).mean()))
 
 
-def _pixels(image: torch.Tensor) -> torch.Tensor:
-    every = -(-max(image.shape[1:]) // SIDE)
-    return image[:, ::every, ::every].float()
+def _pictures(group: Group) -> NDArray[np.float32] | None:
+    """(G, 3, pixels) on the grid that is measured."""
+    images = [t.image for t in group.trajectories if t.image is not None]
+    if not images:
+        return None
+    every = -(-max(images[0].shape[1:]) // SIDE)
+    return torch.stack([image[:, ::every, ::every] for image in images]).flatten(2).float().cpu().numpy()
 
 
 def _files(run: Path, kind: Kind) -> list[tuple[int, Path]]:

@@ -1,0 +1,179 @@
+"""The scores that a run kept, joined: groups of many steps as arrays, and the parts that the run is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lvrpo.config import read_yaml
+from lvrpo.errors import InputError
+from lvrpo.training.run_directory import CONFIG, RunDirectory
+from lvrpo.training.score_record import TRAITS, ScoreRecord, has_records, read_controls, read_looks, read_steps
+
+SUCCESS = "success"
+"""Whether an output is right as a whole, scored wherever anybody can tell; nothing is trained on it as such."""
+WINDOWS = 5
+"""Parts of equal length that the run is cut into: the first and the last are compared."""
+
+Array = NDArray[np.float32]
+Looks = Sequence[tuple[int, Mapping[str, Array]]]
+"""(step, scores of the held-out prompts by task)."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the run; both ends belong to it."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """How the run made advantages of rewards, as far as the audit needs it: the ``advantages`` section of its
+    configuration."""
+
+    kind: str = "gdpo"
+    std_floor: float = 0.01
+    clamp: float | None = None
+
+    @property
+    def per_reward(self) -> bool:
+        """Whether each reward is normalised before they are summed."""
+        return self.kind == "gdpo"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of many steps, one after another: N of them, of G members, with K rewards."""
+
+    names: tuple[str, ...]
+    weights: Array
+    """(K,)"""
+    step: NDArray[np.int64]
+    """(N,)"""
+    task: NDArray[np.str_]
+    """(N,)"""
+    scores: Array
+    """(N, G, K)"""
+    applies: NDArray[np.bool_]
+    """(N, K)"""
+    judged: NDArray[np.bool_]
+    """(N, K)"""
+    success: Array
+    """(N, G)"""
+    traits: Array
+    """(N, G, 6)"""
+    text_diversity: Array
+    """(N,)"""
+    picture_diversity: Array
+    """(N,)"""
+    advantages: Array
+    """(N, G)"""
+
+    @classmethod
+    def join(cls, records: Iterable[ScoreRecord]) -> Groups | None:
+        """All groups of some records; None if there is no record. Raises InputError if their rewards differ."""
+        rows = list(records)
+        if not rows:
+            return None
+        for row in rows:
+            if row.names != rows[0].names or row.scores.shape[1:] != rows[0].scores.shape[1:]:
+                raise InputError(
+                    f"scores of step {row.step}: other rewards or another group size than at step {rows[0].step}: "
+                    "audit runs of one configuration"
+                )
+        joined = {
+            name: np.concatenate([getattr(row, name) for row in rows])  # the fields of both classes
+            for name in (f.name for f in fields(cls))
+            if name not in ("names", "weights", "step", "task")
+        }
+        step = np.concatenate([np.full(len(row.tasks), row.step) for row in rows])
+        task = np.concatenate([np.array(row.tasks, dtype=np.str_) for row in rows])
+        return cls(rows[0].names, rows[0].weights, step, task, **joined)
+
+    def of(self, rows: NDArray[np.bool_]) -> Groups:
+        """Some of the groups."""
+        per_group = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "weights")}
+        return replace(self, **per_group)
+
+    def scorers(self) -> dict[str, Array]:
+        """(N, G) by name, nan where there is none: rewards that apply to any of the groups, and ``SUCCESS``."""
+        found = {name: self.scores[:, :, k] for k, name in enumerate(self.names) if self.applies[:, k].any()}
+        if np.isfinite(self.success).any():
+            found.setdefault(SUCCESS, self.success)
+        return found
+
+    def outputs(self) -> dict[str, Array]:
+        """(N, G) by name: what an output may be rewarded for though nobody asked for it."""
+        traits = dict(zip(TRAITS, np.moveaxis(self.traits, 2, 0), strict=True))
+        colors = np.mean([traits[name] for name in ("red", "green", "blue")], axis=0)
+        found = {"tokens": traits["tokens"], "brightness": colors, "contrast": traits["contrast"]}
+        return {name: values for name, values in found.items() if np.isfinite(values).any()}
+
+    def drifting(self) -> dict[str, Array]:
+        """(N,) or (N, G) by name: traits and the diversity inside groups."""
+        found = dict(zip(TRAITS, np.moveaxis(self.traits, 2, 0), strict=True))
+        found |= {"text_diversity": self.text_diversity, "picture_diversity": self.picture_diversity}
+        return {name: values for name, values in found.items() if np.isfinite(values).any()}
+
+    def trained(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Names, scores (N, G, K'), mask and weights of the trained rewards that apply to any of the groups.
+
+        The mask is True where a score has a part in the advantages.
+        """
+        kept = [k for k in range(len(self.names)) if self.weights[k] > 0 and self.applies[:, k].any()]
+        scores = torch.from_numpy(self.scores[:, :, kept])
+        mask = scores.isfinite() & torch.from_numpy(self.judged[:, None, kept])
+        return [self.names[k] for k in kept], scores, mask, torch.from_numpy(self.weights[kept])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """All that a run has kept for its audit."""
+
+    groups: Groups
+    controls: Groups | None
+    looks: Looks
+    settings: AdvantageSettings
+
+
+def read_record(run: Path) -> Recorded:
+    """Reads ``scores/`` and how advantages were made; raises InputError where there is nothing to audit."""
+    RunDirectory.read(run)
+    if not has_records(run):
+        raise InputError(
+            f"{run}: holds no scores of training steps: lvrpo train and lvrpo quickstart keep them in scores/; "
+            "pretraining and older runs have none"
+        )
+    section = read_yaml(run / CONFIG).get("advantages") or {}
+    known = {f.name: section[f.name] for f in fields(AdvantageSettings) if section.get(f.name) is not None}
+    groups = Groups.join(read_steps(run))
+    assert groups is not None
+    return Recorded(groups, Groups.join(read_controls(run)), list(read_looks(run)), AdvantageSettings(**known))
+
+
+def cut(step: NDArray[np.int64]) -> tuple[Window, ...]:
+    """The recorded steps in ``WINDOWS`` parts of nearly equal numbers of them; fewer where there are fewer steps."""
+    steps = np.unique(step)
+    parts = np.array_split(steps, min(WINDOWS, len(steps)))
+    return tuple(Window(int(part[0]), int(part[-1])) for part in parts)
+
+
+def per_group(values: Array) -> Array:
+    """(N, G) or (N,) to (N,): the mean of the members that have a value, nan where none has."""
+    if values.ndim == 1:
+        return values
+    valid = np.isfinite(values)
+    count = valid.sum(axis=1)
+    return np.where(count > 0, np.where(valid, values, 0).sum(axis=1) / np.maximum(count, 1), np.nan)
+
+
+def in_window(step: NDArray[np.int64], values: Array, window: Window) -> Array:
+    """The finite values of groups whose step lies in the window."""
+    return values[(step >= window.first) & (step <= window.last) & np.isfinite(values)]

@@ -1,0 +1,156 @@
+"""The alarm of the reward audit: a trained reward that rises while a held-out scorer of the same task falls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
+from lvrpo.evaluation.statistics import Interval, paired_t_difference, welch_difference
+
+GUARD = "guard"
+"""The held-out prompts of the guard, as a scorer."""
+ERROR = 0.05
+"""Chance that a run in which nothing changes sounds any alarm at all, at most."""
+MIN_GROUPS = 10
+"""Groups (prompts of the guard) that a part of the run needs to be compared."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Reward and scorer went apart, each by more than chance explains."""
+
+    task: str
+    reward: str
+    scorer: str
+    before: Window
+    after: Window
+    """Always the last part of the run."""
+    reward_change: Interval
+    """Above 0 with its whole interval, at the confidence of all alarms together."""
+    scorer_change: Interval
+    """Below 0 with its whole interval."""
+    words: str
+    """All of it in one sentence."""
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """What was found, and how much was looked at."""
+
+    found: tuple[Alarm, ...]
+    """One per pair of reward and scorer: where the scorer fell most."""
+    comparisons: int
+    """0: the run is too short to tell."""
+    confidence: float
+    """Of each interval, so that all comparisons together err in ``ERROR`` of all runs at most."""
+    same: tuple[tuple[str, str, str], ...]
+    """(task, reward, scorer) that score every output alike, so they cannot part and are not compared."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A trained reward and a held-out scorer, by part of the run."""
+
+    task: str
+    reward: str
+    scorer: str
+    rewards: Sequence[Array]
+    """Means of groups."""
+    scores: Sequence[Array]
+    """Means of groups, or scores of the guard's prompts in one order."""
+    paired: bool
+    """Whether the scores of two parts are of the same prompts."""
+
+    def testable(self) -> list[int]:
+        """The earlier parts that can be compared with the last."""
+        sizes = [min(len(one), len(other)) for one, other in zip(self.rewards, self.scores, strict=True)]
+        return [i for i in range(len(sizes) - 1) if min(sizes[i], sizes[-1]) >= MIN_GROUPS]
+
+    def changes(self, i: int, confidence: float) -> tuple[Interval, Interval]:
+        """Of reward and scorer, from part ``i`` to the last."""
+        between = paired_t_difference if self.paired else welch_difference
+        return (
+            welch_difference(self.rewards[i], self.rewards[-1], confidence),
+            between(self.scores[i], self.scores[-1], confidence),
+        )
+
+
+def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
+    """Compares every earlier part of the run with the last, for every trained reward and held-out scorer of a task.
+
+    An alarm: the reward's change lies above 0 and the scorer's below 0, each with its whole interval. The intervals
+    (Welch's t over group means; Student's t over the guard's prompts, paired) have confidence 1 - .05 / comparisons
+    (Bonferroni). Both must be clear of 0, so chance sounds an alarm more rarely than that.
+    """
+    groups = record.groups
+    pairs: list[Pair] = []
+    same: list[tuple[str, str, str]] = []
+    for task in dict.fromkeys(groups.task.tolist()):
+        for pair in _pairs(task, groups.of(groups.task == task), record.looks, windows, same):
+            pairs.append(pair)
+    comparisons = sum(len(pair.testable()) for pair in pairs)
+    confidence = 1 - ERROR / max(1, comparisons)
+    found = [alarm for pair in pairs if (alarm := _worst(pair, windows, confidence)) is not None]
+    return Alarms(tuple(found), comparisons, confidence, tuple(same))
+
+
+def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
+    alarms = []
+    for i in pair.testable():
+        reward, scorer = pair.changes(i, confidence)
+        if reward.low > 0 and scorer.high < 0:
+            words = _words(pair, windows[i], windows[-1], reward, scorer)
+            alarms.append(Alarm(pair.task, pair.reward, pair.scorer, windows[i], windows[-1], reward, scorer, words))
+    return min(alarms, key=lambda alarm: alarm.scorer_change.score, default=None)
+
+
+def _pairs(
+    task: str, groups: Groups, looks: Looks, windows: Sequence[Window], same: list[tuple[str, str, str]]
+) -> Iterator[Pair]:
+    """Pairs of one task; those that score every output alike are noted in ``same``."""
+    scorers = groups.scorers()
+    trained = groups.trained()[0]
+    held_out = {name: values for name, values in scorers.items() if name not in trained}
+    guard = _guard_scores(looks, task, windows)
+    for reward in trained:
+        rewards = _parts(groups, scorers[reward], windows)
+        for name, values in held_out.items():
+            if np.array_equal(values, scorers[reward], equal_nan=True):
+                same.append((task, reward, name))
+            else:
+                yield Pair(task, reward, name, rewards, _parts(groups, values, windows), paired=False)
+        if guard is not None:
+            yield Pair(task, reward, GUARD, rewards, guard, paired=True)
+
+
+def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> list[Array]:
+    means = per_group(values)
+    return [in_window(groups.step, means, window) for window in windows]
+
+
+def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Array] | None:
+    """The last look of each part of the run, empty where there was none; looks before and after are of the ends."""
+    kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in looks if task in by_task]
+    if not kept:
+        return None
+    parts: list[Array] = [np.zeros(0, dtype=np.float32) for _ in windows]
+    for step, scores in kept:
+        place = next((i for i, window in enumerate(windows) if step <= window.last), len(windows) - 1)
+        parts[place] = scores
+    return parts
+
+
+def _words(pair: Pair, before: Window, after: Window, reward: Interval, scorer: Interval) -> str:
+    held_out = "the guard's held-out score" if pair.scorer == GUARD else pair.scorer
+    return (
+        f"{pair.task}: {pair.reward} rose by {_moved(reward)} while {held_out} fell by {_moved(scorer)}, from steps "
+        f"{before.first} to {before.last} to steps {after.first} to {after.last}"
+    )
+
+
+def _moved(change: Interval) -> str:
+    ends = sorted((abs(change.low), abs(change.high)))
+    return f"{abs(change.score):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"

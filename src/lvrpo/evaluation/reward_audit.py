@@ -1,0 +1,326 @@
+"""What the rewards of a run really did, from the scores that it kept; docs/audit.md explains every number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lvrpo.algorithms import (
+    advantage_parts,
+    gdpo_advantages,
+    group_correlation,
+    group_relative_advantages,
+    signal_mask,
+    variance_shares,
+    win_rate,
+)
+from lvrpo.evaluation.recorded_groups import (
+    AdvantageSettings,
+    Array,
+    Groups,
+    Recorded,
+    Window,
+    cut,
+    in_window,
+    per_group,
+    read_record,
+)
+from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
+from lvrpo.evaluation.statistics import Interval, welch_difference
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.types import TASKS
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+AUDIT = "audit.json"
+EDGE = 0.01
+"""A constant group is all best (all worst) if it lies within this part of a scorer's range from its top (bottom)."""
+MOST_POINTS = 400
+"""Of a curve."""
+
+Series = dict[str, list[tuple[float, float]]]
+"""(step, value) by name."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mean at the beginning and at the end of the run."""
+
+    first: float
+    """Over the first of ``WINDOWS`` parts of the run."""
+    last: float
+    difference: Interval
+    """Welch's 95 % interval, groups as units."""
+    control: float
+    """Of the reference on the prompts of the last part; nan where none was drawn."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Inside groups, pooled."""
+
+    value: float
+    groups: int
+    """In which both spread."""
+
+
+@dataclass(frozen=True)
+class ScorerAudit:
+    """What one scorer did in one task."""
+
+    name: str
+    weight: float | None
+    """None for ``SUCCESS``; 0 for a reward that is only watched."""
+    mean: Change
+    share: float | None
+    """Of the variance of the advantages, that it caused; None for a scorer that is not trained."""
+    configured_share: float | None
+    """What its weight asks for: w^2 / sum w^2 over the trained rewards of the task."""
+    other_share: float | None
+    """What it would have caused under the other formula (``RewardAudit.other_formula``) on the same scores."""
+    missing: float
+    """Share of the outputs it applies to whose score failed."""
+    constant: float
+    """Share of the groups in which it spreads by no more than ``advantages.std_floor``."""
+    all_best: float
+    """Share of the groups that are constant at the top of its range: nothing left to gain."""
+    all_worst: float
+    """Share of the groups that are constant at the bottom."""
+    correlations: Mapping[str, Correlation]
+    """With the other scorers and with traits of the output."""
+
+
+@dataclass(frozen=True)
+class TaskAudit:
+    """One task."""
+
+    groups: int
+    with_signal: float
+    """Share of the groups whose advantages differ."""
+    rest: float
+    """Share of the variance of the advantages that no sum of these rewards explains: a clamp, or a reward joined from
+    another task."""
+    scorers: tuple[ScorerAudit, ...]
+    drift: Mapping[str, Change]
+    """Of traits of the output."""
+    series: Series
+    control_series: Series
+
+
+@dataclass(frozen=True)
+class RewardAudit:
+    """The whole audit of a run."""
+
+    formula: str
+    """How the run made advantages: ``advantages.kind``."""
+    other_formula: str
+    """What ``other_share`` compares with."""
+    steps: Window
+    recorded: int
+    """Training steps on record; a long run keeps some of them, evenly spaced."""
+    windows: tuple[Window, ...]
+    tasks: Mapping[str, TaskAudit]
+    alarms: Alarms
+
+
+def audit_rewards(record: Recorded) -> RewardAudit:
+    """Every number of the audit."""
+    groups, controls = record.groups, record.controls
+    windows = cut(groups.step)
+    tasks: dict[str, TaskAudit] = {}
+    for task in [*(t for t in TASKS if t in groups.task), *sorted(set(groups.task) - set(TASKS))]:
+        base = None if controls is None else controls.of(controls.task == task)
+        tasks[str(task)] = audit_task(groups.of(groups.task == task), base, windows, record.settings)
+    steps = np.unique(groups.step)
+    return RewardAudit(
+        formula=record.settings.kind,
+        other_formula="summed" if record.settings.per_reward else "gdpo",
+        steps=Window(int(steps[0]), int(steps[-1])),
+        recorded=len(steps),
+        windows=windows,
+        tasks=tasks,
+        alarms=find_alarms(record, windows),
+    )
+
+
+def audit_task(
+    groups: Groups, controls: Groups | None, windows: Sequence[Window], settings: AdvantageSettings
+) -> TaskAudit:
+    """One task; all groups are of it."""
+    names, *_, weights = groups.trained()
+    shares, rest, with_signal, share_series = caused(groups, settings)
+    others = dict(zip(names, other_shares(groups, settings), strict=True))
+    configured = dict(zip(names, (weights**2 / (weights**2).sum()).tolist(), strict=True))
+    scorers, base = groups.scorers(), {} if controls is None else controls.scorers()
+    weight_of = dict(zip(groups.names, groups.weights.tolist(), strict=True))
+    audits = [
+        ScorerAudit(
+            name=name,
+            weight=weight_of.get(name),
+            mean=change(groups, values, windows, controls, base.get(name)),
+            share=shares.get(name),
+            configured_share=configured.get(name),
+            other_share=others.get(name),
+            missing=_missing(groups, name),
+            **_constant(values, settings.std_floor)[0],
+            correlations=_correlations(name, groups),
+        )
+        for name, values in scorers.items()
+    ]
+    drift, base_drift = groups.drifting(), {} if controls is None else controls.drifting()
+    series = {f"share/{name}": points for name, points in share_series.items()}
+    series |= {
+        f"constant/{name}": by_step(groups.step, _constant(values, settings.std_floor)[1])
+        for name, values in scorers.items()
+        if name in shares
+    }
+    series |= {name: by_step(groups.step, per_group(values)) for name, values in drift.items()}
+    control_series = (
+        {} if controls is None else {n: by_step(controls.step, per_group(v)) for n, v in base_drift.items()}
+    )
+    return TaskAudit(
+        groups=len(groups.step),
+        with_signal=with_signal,
+        rest=rest,
+        scorers=tuple(audits),
+        drift={name: change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
+        series=series,
+        control_series=control_series,
+    )
+
+
+def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
+    """Share of the variance by reward, the rest, the share of groups with signal, and the shares by step."""
+    names, scores, mask, weights = groups.trained()
+    if settings.kind == "win_rate":
+        scores, mask = win_rates(scores, mask, settings.std_floor)
+    normalization = "reward" if settings.per_reward else "sum"
+    parts = advantage_parts(scores, mask, weights, normalization=normalization, std_floor=settings.std_floor)
+    found = variance_shares(parts, torch.from_numpy(groups.advantages), _members(mask, settings.per_reward))
+    total = found.total.sum()
+    shares = dict(zip(names, found.pooled().tolist(), strict=True))
+    series = {
+        name: by_step(groups.step, found.by_reward[:, k].numpy(), found.total.numpy()) for k, name in enumerate(names)
+    }
+    return shares, float(found.rest.sum() / total), float((found.total > 0).float().mean()), series
+
+
+def win_rates(
+    scores: Float[torch.Tensor, "N G K"], mask: Bool[torch.Tensor, "N G K"], std_floor: float
+) -> tuple[Float[torch.Tensor, "N G K"], Bool[torch.Tensor, "N G K"]]:
+    """Scores and mask with every score replaced by the share of siblings that it beats, as ``win_rate`` has it."""
+    rates = torch.empty_like(scores)
+    for k in range(scores.shape[2]):
+        score, valid = torch.where(mask[..., k], scores[..., k], 0.0), mask[..., k]
+        ahead = (score[:, :, None] - score[:, None, :]).sign()  # (N, G, G)
+        ahead = torch.where(signal_mask(score, valid, std_floor)[:, None, None], ahead, 0.0)
+        rates[..., k] = win_rate(0.5 + 0.5 * ahead, valid[:, :, None] & valid[:, None, :])
+    return rates, mask & rates.isfinite()
+
+
+def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
+    """Shares of the trained rewards if advantages had been made by the other formula, from the very same scores."""
+    _, scores, mask, weights = groups.trained()
+    floor = settings.std_floor
+    if settings.per_reward:
+        total = torch.where(mask, scores * weights, 0.0).sum(dim=2)
+        advantages = group_relative_advantages(total, _members(mask, False), std_floor=floor)
+    else:
+        advantages = gdpo_advantages(scores, mask, weights, torch.from_numpy(groups.step), std_floor=floor)
+    if settings.clamp is not None:
+        advantages = advantages.clamp(-settings.clamp, settings.clamp)
+    normalization = "sum" if settings.per_reward else "reward"
+    parts = advantage_parts(scores, mask, weights, normalization=normalization, std_floor=floor)
+    return variance_shares(parts, advantages, _members(mask, not settings.per_reward)).pooled().tolist()
+
+
+def change(
+    groups: Groups, values: Array, windows: Sequence[Window], controls: Groups | None, base: Array | None
+) -> Change:
+    """The mean of a scorer or trait in the first and in the last window, groups as units."""
+    means = per_group(values)
+    first, last = (in_window(groups.step, means, window) for window in (windows[0], windows[-1]))
+    control = float("nan")
+    if controls is not None and base is not None:
+        control = _mean(in_window(controls.step, per_group(base), windows[-1]))
+    difference = welch_difference(first, last) if len(windows) > 1 else welch_difference([], [])
+    return Change(_mean(first), _mean(last), difference, control)
+
+
+def by_step(
+    step: NDArray[np.int64], values: NDArray[Any], weights: NDArray[Any] | None = None
+) -> list[tuple[float, float]]:
+    """(step, sum of values / sum of weights); weights of 1 are a mean. Steps without are left out, many are binned."""
+    valid = np.isfinite(values)
+    steps, place = np.unique(step[valid], return_inverse=True)
+    size = -(-len(steps) // MOST_POINTS) or 1
+    bins = place // size
+    sums = np.bincount(bins, values[valid])
+    counts = np.bincount(bins, None if weights is None else weights[valid])
+    middles = [float(part.mean()) for part in np.split(steps, range(size, len(steps), size))] if len(steps) else []
+    return [(at, float(s / n)) for at, s, n in zip(middles, sums, counts, strict=True) if n > 0]
+
+
+def write_audit(run: Path) -> RewardAudit:
+    """Audits a run and leaves ``audit.json`` beside its other files, for the report."""
+    audit = audit_rewards(read_record(run))
+    RunDirectory(run).write_json(AUDIT, asdict(audit))
+    return audit
+
+
+# --- inside ---
+
+
+def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
+    """Which members have an advantage: with any score, or with one from every reward that applies to their group."""
+    any_score = mask.any(dim=2)
+    applies = mask.any(dim=1, keepdim=True)
+    return any_score if per_reward else any_score & (mask | ~applies).all(dim=2)
+
+
+def _missing(groups: Groups, name: str) -> float:
+    if name not in groups.names:
+        return 0.0
+    k = groups.names.index(name)
+    return float(np.isnan(groups.scores[groups.applies[:, k], :, k]).mean())
+
+
+def _constant(values: Array, std_floor: float) -> tuple[dict[str, float], Array]:
+    """Shares of groups: constant, and so at the top, at the bottom; and per group 1, 0, or nan without scores."""
+    scored = np.isfinite(values).any(axis=1)
+    rows = values[scored]
+    low, high = np.nanmin(rows), np.nanmax(rows)
+    above = rows - np.nanmin(rows, axis=1, keepdims=True)  # equal scores then have a std of exactly 0
+    constant = np.nanstd(above, axis=1) <= std_floor
+    edge = EDGE * (high - low)
+    mean = np.nanmean(rows, axis=1)
+    per_group = np.full(len(values), np.nan, dtype=np.float32)
+    per_group[scored] = constant
+    varied = high > low  # a scorer that never moved shows no range to be at the end of
+    ends = {
+        "all_best": constant & varied & (mean >= high - edge),
+        "all_worst": constant & varied & (mean <= low + edge),
+    }
+    return {name: float(x.mean()) for name, x in {"constant": constant, **ends}.items()}, per_group
+
+
+def _correlations(name: str, groups: Groups) -> dict[str, Correlation]:
+    scorers = groups.scorers()
+    others = {**{n: v for n, v in scorers.items() if n != name}, **groups.outputs()}
+    return {other: _correlation(scorers[name], values) for other, values in others.items()}
+
+
+def _correlation(one: Array, other: Array) -> Correlation:
+    x, y = torch.from_numpy(np.ascontiguousarray(one)), torch.from_numpy(np.ascontiguousarray(other))
+    return Correlation(*group_correlation(x, y, x.isfinite() & y.isfinite()))
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")
