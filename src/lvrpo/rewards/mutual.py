@@ -22,6 +22,8 @@ from lvrpo.types import Group, Image, Parts, Prompt, Trajectory
 About = Literal["auto", "facts", "prompt"]
 Cell = tuple[int, int]
 
+DRAWS = 8
+"""Of the drawing side, where neither the configuration nor a gate says how many."""
 BLANK = 0.5
 """The level of the blank picture."""
 
@@ -56,9 +58,10 @@ class Mutual:
 
     What is approximate: log p_read is a mean per token (texts of any length weigh the same); p_read(c | blank) stands
     for the marginal p(c), a blank picture being one picture rather than their average; log p_draw is a bound, taken
-    over part of the times and by ``draws`` samples (``Policy.image_logprob``), and the bound's gap does not cancel
-    exactly; for "no", log (1 - p(c | x)) is replaced by a falling function of pmi. The subtracted terms are constant in
-    a group but for yes-no answers; they make groups comparable and a blank picture exactly 0.
+    over part of the times and by ``draws`` samples (those of the gate, or 8; see ``Policy.image_logprob``), and the
+    bound's gap does not cancel exactly; for "no", log (1 - p(c | x)) is replaced by a falling function of pmi. The
+    subtracted terms are constant in a group but for yes-no answers; they make groups comparable and a blank picture
+    exactly 0.
 
     All members of a group are judged under the same noise at the same times, a function of the group's own seed; the
     variance that is left goes into ``Scores.noise``. An empty text has no score. Units: nats, per token for drawings,
@@ -76,7 +79,7 @@ class Mutual:
     def __init__(
         self,
         about: About = "auto",
-        draws: int = 8,
+        draws: int | None = None,
         times: tuple[float, float] | None = None,
         gate: str | None = None,
         instruction: str = DESCRIBE,
@@ -85,15 +88,16 @@ class Mutual:
     ) -> None:
         if about not in get_args(About):
             raise InputError(f"mutual.about={about!r}: unknown: use {', '.join(get_args(About))}")
-        if not isinstance(draws, int) or draws < 1:
+        if draws is not None and (not isinstance(draws, int) or draws < 1):
             raise InputError(f"mutual.draws={draws!r}: must be a whole number >= 1")
         if times is not None and not (len(times) == 2 and 0 < times[0] < times[1] <= 1):
             raise InputError(f"mutual.times={times}: must be [low, high] with 0 < low < high <= 1")
         if not cap > 0:
             raise InputError(f"mutual.cap={cap}: must be > 0 (.inf for none)")
-        self.about, self.draws, self.cap = about, draws, cap
+        self.about, self.cap = about, cap
         self.times = {} if times is None else {"times": (times[0], times[1])}
         self.gate = None if gate is None else read_gate(gate)
+        self.draws = draws or (DRAWS if self.gate is None else self.gate.draws)
         self.instruction, self.lead_ins = instruction, tuple(lead_ins)
         self._blanks: dict[torch.Size, Image] = {}
 
