@@ -174,6 +174,10 @@ class RewardTable:
     """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
     tasks: tuple[Task, ...]
     """P task names, one per group."""
+    judge: str = ""
+    """Who judged: class and hash of the weights."""
+    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """float32 (P, G) by reward: variance that a score owes to the draws of its estimate; nan where it is not known."""
 
     def trained(self) -> RewardTable:
         """The rewards with a weight above 0, without those that are only watched."""
