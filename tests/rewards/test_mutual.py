@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lvrpo.data.scenes.statements import Statement, statement
 from lvrpo.errors import InputError
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.gate import Gate, Sensitivity, read_gate
 from lvrpo.rewards.given import given_group
@@ -77,7 +78,9 @@ def score(reward: Mutual, judge: World, *groups: Group) -> torch.Tensor:
 def test_a_drawing_scores_the_mean_information_of_its_facts() -> None:
     all_right, half, none = [1.0] * 6, [1.0] * 3 + [0.0] * 3, [0.0] * 6
     judge = World()
-    values = score(Mutual(), judge, given_group(DRAW, [[picture(b)] for b in (all_right, half, none, [BLANK] * 6)]))
+    values = score(
+        Mutual(about="facts"), judge, given_group(DRAW, [[picture(b)] for b in (all_right, half, none, [BLANK] * 6)])
+    )
     right, wrong = math.log(0.9 / 0.5), math.log(0.1 / 0.5)
     assert values[0].tolist() == pytest.approx([right, (right + wrong) / 2, wrong, 0], abs=1e-6)
     assert judge.read == 4 * 6 + 6  # the blank picture is asked once for all members
@@ -87,9 +90,22 @@ def test_a_drawing_scores_the_mean_information_of_its_facts() -> None:
 def test_one_more_fact_never_scores_lower(held: list[bool], one: int) -> None:
     more = [*held]
     more[one] = True
-    values = score(Mutual(), World(), given_group(DRAW, [[picture([float(b) for b in bits])] for bits in (held, more)]))
+    values = score(
+        Mutual(about="facts"),
+        World(),
+        given_group(DRAW, [[picture([float(b) for b in bits])] for bits in (held, more)]),
+    )
     assert values[0, 1] >= values[0, 0]
     assert (values[0, 1] > values[0, 0]) == (more != held)
+
+
+def test_facts_are_asked_where_the_prompt_is_no_caption() -> None:
+    """Auto: a description is to be found as a whole, an edit by its facts."""
+    edit = Prompt("e", "edit", (picture([0.0] * 6), "x"), ("image",), facts=FACTS)
+    for prompt, passes in ((DRAW, 2), (edit, 2 * BITS)):
+        judge = World()
+        score(Mutual(), judge, given_group(prompt, [[picture([1.0] * 6)]]))
+        assert judge.read == passes
 
 
 def test_a_fluent_prompt_that_the_picture_does_not_explain_gains_nothing() -> None:
@@ -103,7 +119,7 @@ def test_one_term_cannot_rule_the_mean() -> None:
             return super().read_one(context, text) * 100
 
     two = given_group(DRAW, [[picture([1.0] * 6)], [picture([0.0] + [1.0] * 5)]])
-    capped = score(Mutual(cap=1.5), Sure(), two)
+    capped = score(Mutual(about="facts", cap=1.5), Sure(), two)
     assert capped[0].tolist() == pytest.approx([1.5, (5 * 1.5 - 1.5) / 6])
 
 
@@ -288,3 +304,11 @@ def test_where_it_applies() -> None:
 )
 def test_statements(question: str, answer: str, expected: Statement | None) -> None:
     assert statement(question, answer) == expected
+
+
+def test_the_shipped_gate_is_that_of_the_shipped_base() -> None:
+    """After another base was trained: lvrpo audit --judge tiny --gate src/lvrpo/assets/tiny-base/judge.json --force."""
+    shipped = read_gate("tiny")
+    shipped.require(judge_identity(load_policy("tiny")))
+    assert shipped.admits("read", "prompt")
+    assert shipped.admits("draw", "color")

@@ -48,8 +48,9 @@ class Mutual:
 
     with c_k the answers to the prompt's questions q_k (``about: facts``) or the prompt itself as a caption
     (``about: prompt``; of an edit, the instruction given source and result against source and source; of a drawing that
-    follows a thought, the thought given prompt and picture). A text is judged through the second form by the frozen
-    drawing side:
+    follows a thought, the thought given prompt and picture). ``about: auto`` takes the prompt itself for drawings from
+    a description, which costs one pass instead of one per fact and ranks no worse, and facts for the others. A text is
+    judged through the second form by the frozen drawing side:
 
         r(c) = log p_draw(x | claim(q, c)) - log p_draw(x | claim(q)),
 
@@ -122,15 +123,19 @@ class Mutual:
 
     def _facts(self, prompt: Prompt) -> list[tuple[str, str]]:
         """Questions with their answers, of the kinds that the reading side can tell."""
-        if self.about == "prompt":
+        if self.about == "prompt" or (self.about == "auto" and _is_caption(prompt) and self._admits(prompt)):
             return []
         known = [f for f in prompt.facts if self.gate is None or self.gate.admits("read", f.kind)]
         return [(fact.question, fact.answer) for fact in known]
 
     def _whole(self, prompt: Prompt) -> bool:
         """Whether the prompt itself is to be found in the picture."""
-        if self.about == "facts" or (self.about == "auto" and prompt.facts) or not _words(prompt):
+        if self.about == "facts" or not _words(prompt):
             return False
+        return self._admits(prompt) and (self.about == "prompt" or _is_caption(prompt) or not prompt.facts)
+
+    def _admits(self, prompt: Prompt) -> bool:
+        """Whether the reading side can tell pictures apart by such a prompt as a whole."""
         kind = "thought" if "text" in prompt.output else "instruction" if prompt.task == "edit" else "prompt"
         return self.gate is None or self.gate.admits("read", kind)
 
@@ -228,6 +233,11 @@ def estimate_noise(draws: torch.Tensor) -> torch.Tensor:
     if draws.shape[1] < 2:
         return torch.full((len(draws),), math.nan)
     return (draws - draws.mean(dim=0)).var(dim=1) / draws.shape[1]
+
+
+def _is_caption(prompt: Prompt) -> bool:
+    """Whether the prompt says what the picture shows, so that a caption of the picture would say the same."""
+    return prompt.task == "generate" and prompt.output == ("image",)
 
 
 def _words(prompt: Prompt) -> str:

@@ -156,8 +156,10 @@ def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None
     """The share of a reward's variance inside groups that its own estimate is responsible for; None where unknown."""
     noise, mask = table.noise[table.names[k]][rows], table.mask[rows, :, k]
     whole = mask.all(dim=1) & noise.isfinite().all(dim=1)
+    if not whole.any():
+        return None
     spread = table.scores[rows, :, k][whole].var(dim=1, correction=0).sum()
-    return float(noise[whole].mean(dim=1).sum() / spread) if whole.any() and spread > 0 else None
+    return float(noise[whole].mean(dim=1).sum() / spread) if spread > 0 else None
 
 
 def contract_checks(
