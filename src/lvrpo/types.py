@@ -185,6 +185,10 @@ class RewardTable:
     """P task names, one per group."""
     judges: Mapping[str, tuple[OutputKind, ...]] = field(default_factory=dict)
     """Which segments of a trajectory of several a reward judges; every one where absent."""
+    judge: str = ""
+    """Who judged: class and hash of the weights."""
+    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """float32 (P, G) by reward: variance that a score owes to the draws of its estimate; nan where it is not known."""
 
     def trained(self) -> RewardTable:
         """The rewards with a weight above 0, without those that are only watched."""

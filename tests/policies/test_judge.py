@@ -45,36 +45,49 @@ def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) 
         policy.text_logprob([(picture(1), "is it")], ["a circlle"])
 
 
-def by_hand(policy: TinyPolicy, whole_row: Any, context: Sequence[Any], image: torch.Tensor, draws: int) -> float:
+def by_hand(
+    policy: TinyPolicy, whole_row: Any, context: Sequence[Any], image: torch.Tensor, draws: int, seed: int
+) -> list[float]:
     x_0 = policy.towers.encode_latents([image])[0]
     low, high = JUDGE_TIMES
-    total = 0.0
+    out = []
     for k in range(draws):
-        noise = normal_noise([derive_seed(9, "judge", k)], x_0.shape)[0]
+        noise = normal_noise([derive_seed(seed, "judge", k)], x_0.shape)[0]
         t = low + (high - low) * (k + 0.5) / draws
         x_t = (1 - t) * x_0 + t * noise
         v = whole_row(policy, [*context, ("noise", (x_t, t))]).velocity
-        total -= float((v - (noise - x_0)).square().mean())
-    return total / draws
+        out.append(-(high - low) * (1 - t) / t * float((v - (noise - x_0)).square().sum()))
+    return out
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_image_logprob_is_minus_the_flow_loss_under_common_noise(
+def test_image_logprob_is_the_weighted_flow_loss_under_the_noise_of_the_row(
     draws: int, policy: TinyPolicy, whole_row: Callable[..., Any], picture: Any
 ) -> None:
-    source = picture(1)
+    source, target = picture(1), picture(2)
     contexts: list[Parts] = [("a red circle",), (source, "make it red"), ("a red circle",), ()]
     rows = [["a red circle"], [("clean", source), ("read", source), "make it red"], ["a red circle"], []]
-    images = [picture(2), picture(3), picture(2), picture(2)]
-    scored = policy.image_logprob(contexts, images, draws, seed=9)
+    images, seeds = [target, picture(3), target, target], [9, 9, 9, 4]
+    scored = policy.image_logprob(contexts, images, draws, seeds)
+    assert scored.shape == (4, draws)
     for i, row in enumerate(rows):
-        assert float(scored[i]) == pytest.approx(by_hand(policy, whole_row, row, images[i], draws), rel=1e-5)
-    assert scored[0] == scored[2]
+        assert scored[i].tolist() == pytest.approx(
+            by_hand(policy, whole_row, row, images[i], draws, seeds[i]), rel=1e-5
+        )
+    assert torch.equal(scored[0], scored[2])
     assert not scored.requires_grad
-    other_seed = policy.image_logprob(contexts, images, draws, seed=10)
-    assert (scored - other_seed).abs().min() > 0
+    other_seeds = policy.image_logprob(contexts, images, draws, [10] * 4)
+    assert (scored - other_seeds).abs().min() > 0
+
+
+def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, picture: Any, monkeypatch: Any) -> None:
+    pictures = [picture(i) for i in range(5)]
+    contexts, seeds = [("a red circle",), ("a",), ("a red circle",), (), ()], [1, 2, 1, 3, 3]
+    together = policy.image_logprob(contexts, pictures, 2, seeds)
+    monkeypatch.setattr("lvrpo.policies.mot.policy.MAX_ROWS", 2)
+    torch.testing.assert_close(policy.image_logprob(contexts, pictures, 2, seeds), together, rtol=1e-5, atol=1e-4)
 
 
 def test_a_picture_of_another_size_is_refused(policy: TinyPolicy) -> None:
     with pytest.raises(InputError, match=r"\(3, 8, 8\).*reads \(3, 16, 16\)"):
-        policy.image_logprob([("a",)], [torch.zeros(3, 8, 8)], 1)
+        policy.image_logprob([("a",)], [torch.zeros(3, 8, 8)], 1, [0])

@@ -82,8 +82,8 @@ def test_a_seed_makes_one_policy_and_leaves_the_global_one_alone() -> None:
 
 def outputs(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> torch.Tensor:
     scored = policy.text_logprob([(picture(1), "what is it")], ["a red circle"])
-    drawn = policy.image_logprob([("a red circle",)], [picture(2)], 2)
-    return torch.cat([scored, drawn])
+    drawn = policy.image_logprob([("a red circle",)], [picture(2)], 2, [0])
+    return torch.cat([scored, drawn[0]])
 
 
 def test_saved_and_loaded_bit_for_bit(

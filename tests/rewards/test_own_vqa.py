@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lvrpo.errors import InputError
+from lvrpo.rewards.gate import Gate, Sensitivity
 from lvrpo.rewards.own_vqa import OwnVQA
 from lvrpo.types import Fact, Group, Image, Prompt
 
@@ -47,3 +50,48 @@ def test_where_it_applies() -> None:
     assert OwnVQA().applies(Prompt("a", "reason", ("x",), ("text", "image"), facts=known))
     assert not OwnVQA().applies(Prompt("a", "generate", ("x",), ("image",)))
     assert not OwnVQA().applies(Prompt("a", "understand", ("x",), ("text",), facts=known))
+
+
+def test_both_orders_take_the_preference_for_a_place_out(
+    group: Callable[..., Group], judge: Callable[..., Any]
+) -> None:
+    """A judge that says whatever is named first is at one half, though it is never wrong by its own words."""
+    prompt = Prompt("a", "generate", ("x",), ("image",), facts=facts(("is it ?", "no"), ("color ?", "red")))
+    table = {
+        (0.5, "is it ? yes or no", "yes"): 0.6,
+        (0.5, "is it ? yes or no", "no"): 0.2,
+        (0.5, "is it ? no or yes", "yes"): 0.2,
+        (0.5, "is it ? no or yes", "no"): 0.6,
+        (0.5, "color ?", "red"): 0.9,
+    }
+    reward = OwnVQA(choices="{question} {first} or {second}")
+    scores = reward.score([group(prompt, [[picture(0.5)]])], judge(table))
+    assert scores.values.tolist() == [[pytest.approx((0.5 + 0.9) / 2)]]
+
+
+def test_a_gate_leaves_out_facts_that_the_judge_cannot_tell(
+    group: Callable[..., Group], judge: Callable[..., Any], tmp_path: Path
+) -> None:
+    known = {"seen": Sensitivity(0.9, 0.8, 50), "unseen": Sensitivity(0.6, 0.5, 50)}
+    (tmp_path / "gate.json").write_text(Gate("FakeJudge", 0.6, 1, {"read": known, "draw": {}}).text())
+    both = (Fact("seen", "color ?", "red"), Fact("unseen", "where ?", "left"))
+    prompt = Prompt("a", "generate", ("x",), ("image",), facts=both)
+    reward = OwnVQA(gate=str(tmp_path / "gate.json"))
+    scores = reward.score([group(prompt, [[picture(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
+    assert scores.values.tolist() == [[0.75]]
+    assert not reward.applies(Prompt("b", "generate", ("x",), ("image",), facts=both[1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"choices": "{question} yes or no"}, "must hold {question}, {first} and {second} only"),
+        ({"choices": "{question} {first} {second} {third}"}, "must hold {question}, {first} and {second} only"),
+        ({"choices": "{question} {first} {second} {"}, "must hold {question}, {first} and {second} only"),
+        ({"both": ["yes", "yes"]}, "must be two different answers"),
+        ({"gate": "nowhere"}, "no such file"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OwnVQA(**options)

@@ -211,3 +211,15 @@ def test_reasons_keep_their_reward_without_the_watched_ones(groups: list[Group],
     watched, other = source(Fixed(0.5), weight=0, label="watched"), source(Fixed(0.5, {(1, 0): "away"}))
     table = score_groups([watched, other], groups, nobody)
     assert dict(table.trained().reasons) == {(1, 0, 0): "failed: away"}
+
+
+def test_the_table_says_who_judged_and_how_noisy_the_scores_are(groups: list[Group], nobody: Any) -> None:
+    class Noisy(Fixed):
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            return Scores(torch.ones(len(groups), 2), noise=torch.full((len(groups), 2), 0.25))
+
+    table = score_groups([source(Noisy(task="generate"), label="noisy"), source(Fixed())], groups, nobody)
+    assert table.judge == "FakeJudge"
+    assert set(table.noise) == {"noisy"}
+    assert table.noise["noisy"][1].tolist() == [0.25, 0.25]
+    assert table.noise["noisy"][0].isnan().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,10 @@ def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
     RunDirectory.open(run.path).close()
     assert not left.exists()
     assert kept(run)["step"] == [1]
+
+
+def test_a_record_names_its_judge(run: RunDirectory) -> None:
+    table = replace(one_row(), judge="TinyPolicy:0123")
+    score_record.write_step(run, 1, [DRAWING], table, torch.zeros(1, 4))
+    (record,) = score_record.read_steps(run.path)
+    assert record.judge == "TinyPolicy:0123"

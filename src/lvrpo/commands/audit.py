@@ -1,11 +1,13 @@
-"""``lvrpo audit``: what the rewards of a run really did."""
+"""``lvrpo audit``: what the rewards of a run really did, or what a judge can tell."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lvrpo.commands import judge
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
+from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +28,9 @@ TRAITS = {
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, finished or going on")
+    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, finished or going on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, with the curves")
+    judge.add_options(parser)
     add_force(parser)
 
 
@@ -40,6 +43,12 @@ def run(options: Options) -> None:
     from lvrpo.evaluation.reward_audit import audit_rewards
     from lvrpo.training.run_directory import json_text
 
+    if options.judge is not None:
+        judge.run(options)
+        return
+    if options.run is None:
+        raise InputError("RUN is missing: give a run directory, or --judge MODEL")
+    judge.refuse_options(options)
     if options.json is not None:
         refuse_existing([options.json], options.force)
     audit = audit_rewards(read_record(options.run))
@@ -170,7 +179,7 @@ def trait_name(name: str) -> str:
 
 
 AUDIT = Command(
-    "what the rewards of a run really did: shares, correlations, drift, an alarm",
+    "what the rewards of a run really did: shares, correlations, drift, an alarm; or what a judge can tell",
     options,
     run,
     "docs/audit.md explains every number. The curves are in the report: lvrpo report RUN",

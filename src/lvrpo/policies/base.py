@@ -92,9 +92,18 @@ class Policy(Protocol):
         ...
 
     def image_logprob(
-        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0
+        self,
+        contexts: Sequence[Parts],
+        images: Sequence[Image],
+        draws: int,
+        seeds: Sequence[int],
+        times: tuple[float, float] = ...,
     ) -> torch.Tensor:
-        """Drawing side as judge: minus the flow loss of each image after its context, noise shared by all: (batch,)."""
+        """Drawing side as judge: estimates of the log-likelihood of each image after its context, (batch, draws).
+
+        In nats, up to a constant of the image. What a draw leaves to chance is a function of the row's seed alone: rows
+        that are compared share a seed. ``times``: the span in which a flow is judged, each policy having its own.
+        """
         ...
 
     def supervised_losses(

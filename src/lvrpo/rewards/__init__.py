@@ -3,10 +3,23 @@
 from collections.abc import Mapping
 
 REWARDS: Mapping[str, str] = {
-    "exact_answer": "lvrpo.rewards.exact_answer:ExactAnswer",
-    "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
+    # the model judges itself
+    "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
+    "preference": "lvrpo.rewards.preference:Preference",
+    "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
+    "agreement": "lvrpo.rewards.agreement:Agreement",
+    # rules
+    "exact_answer": "lvrpo.rewards.exact_answer:ExactAnswer",
+    "numeric": "lvrpo.rewards.numeric:Numeric",
+    "multiple_choice": "lvrpo.rewards.multiple_choice:MultipleChoice",
+    "boxed": "lvrpo.rewards.boxed:Boxed",
+    "text_format": "lvrpo.rewards.text_format:TextFormat",
+    "text_length": "lvrpo.rewards.text_length:TextLength",
+    "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
+    # the built-in world's verifier
+    "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
 }
-"""Every reward by name; an own one is named ``my_package.module:Class``."""
+"""Every reward by name; an own one is named ``my_package.module:Name`` (see ``decorated`` for the shortest way)."""
 
 __all__ = ["REWARDS"]

@@ -20,6 +20,9 @@ class Scores:
     """float32 (P, G)."""
     failures: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """Why a score is missing, by (group, member); the value there is never used."""
+    noise: torch.Tensor | None = None
+    """float32 (P, G): variance that a score owes to the draws of its estimate, once what all members of the group share
+    is taken away; nan where it was not estimated. None: the reward leaves nothing to chance."""
 
 
 class Reward(Protocol):

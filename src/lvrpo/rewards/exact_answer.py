@@ -14,7 +14,8 @@ from lvrpo.rewards.base import Scores
 from lvrpo.types import Group, Prompt
 
 _SMALL = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_NUMBERS = {word: str(value) for value, word in enumerate(_SMALL)}
+NUMBER_WORDS = {word: str(value) for value, word in enumerate(_SMALL)}
+"""zero to twelve, in digits."""
 
 
 class ExactAnswer:
@@ -55,7 +56,7 @@ def normalize_answer(text: str) -> str:
     text = re.sub(r"[^\w\s.+\-/%]", " ", text)
     words = [word for word in (word.rstrip(".") for word in text.split()) if word]
     words = [word for word in words if word not in ("a", "an", "the")] or words
-    return " ".join(_plain_number(_NUMBERS.get(word, word)) for word in words)
+    return " ".join(_plain_number(NUMBER_WORDS.get(word, word)) for word in words)
 
 
 def _plain_number(word: str) -> str:

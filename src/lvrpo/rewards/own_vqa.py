@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Group, Parts, Prompt
+from lvrpo.rewards.gate import read_gate
+from lvrpo.rewards.identity import judge_identity
+from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 
 class OwnVQA:
@@ -16,25 +19,71 @@ class OwnVQA:
 
     r = mean_k exp( mean-per-token log p_judge(answer_k | picture, question_k) ). Range [0, 1].
     No encoder is added: the judge is a frozen copy of the policy. It never sees the prompt, only its questions.
+
+    ``choices`` offers both answers to a yes-no question, in both orders: a template such as
+    "{question} Answer {first} or {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two
+    orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
+    questions are asked as they are. ``gate``: facts of kinds that the judge cannot tell are not asked
+    (``lvrpo audit --judge MODEL --gate FILE``).
     """
 
     judges = ("image",)
 
+    def __init__(self, choices: str | None = None, gate: str | None = None, both: tuple[str, str] = ("yes", "no")):
+        if choices is not None:
+            try:
+                named = all(choices.format(question="q", first=f, second=s) for f, s in (both, both[::-1]))
+            except (KeyError, IndexError, ValueError):
+                named = False
+            if not named or not all("{" + name + "}" in choices for name in ("question", "first", "second")):
+                raise InputError(f"own_vqa.choices={choices!r}: must hold {{question}}, {{first}} and {{second}} only")
+        if len(both) != 2 or both[0] == both[1]:
+            raise InputError(f"own_vqa.both={both}: must be two different answers, such as [yes, no]")
+        self.choices, self.both = choices, (both[0], both[1])
+        self.gate = None if gate is None else read_gate(gate)
+
     def applies(self, prompt: Prompt) -> bool:
-        return "image" in prompt.output and bool(prompt.facts)
+        return "image" in prompt.output and bool(self._facts(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        if self.gate is not None:
+            self.gate.require(judge_identity(judge))
         contexts: list[Parts] = []
         answers: list[str] = []
-        counts: list[int] = []
+        counts: list[int] = []  # rows of each fact: 1, or 4 where both orders ask for both answers
+        facts_of: list[int] = []
         for group in groups:
             for trajectory in group.trajectories:
                 image = trajectory.image
                 assert image is not None
-                counts.append(len(group.prompt.facts))
-                for fact in group.prompt.facts:
-                    contexts.append((image, fact.question))
-                    answers.append(fact.answer)
+                facts = self._facts(group.prompt)
+                facts_of.append(len(facts))
+                for fact in facts:
+                    asked = self._asked(image, fact)
+                    counts.append(len(asked))
+                    contexts += [context for context, _ in asked]
+                    answers += [answer for _, answer in asked]
         confidence = judge.text_logprob(contexts, answers).exp().cpu()
-        values = torch.stack([part.mean() for part in confidence.split(counts)])
+        by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
+        values = torch.stack([part.mean() for part in by_fact.split(facts_of)])
         return Scores(values.view(len(groups), -1))
+
+    def _facts(self, prompt: Prompt) -> list[Fact]:
+        return [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
+
+    def _asked(self, image: Image, fact: Fact) -> list[tuple[Parts, str]]:
+        """One row; or right and wrong answer in one order, then in the other."""
+        if self.choices is None or fact.answer not in self.both:
+            return [((image, fact.question), fact.answer)]
+        wrong = self.both[1 - self.both.index(fact.answer)]
+        orders = (self.both, self.both[::-1])
+        asked = [self.choices.format(question=fact.question, first=one, second=two) for one, two in orders]
+        return [((image, question), answer) for question in asked for answer in (fact.answer, wrong)]
+
+
+def _confidence(rows: torch.Tensor) -> torch.Tensor:
+    """Probability of the right answer; with rows (right, wrong) of each order, the mean of its shares."""
+    if len(rows) == 1:
+        return rows[0]
+    right, wrong = rows[0::2], rows[1::2]
+    return (right / (right + wrong)).mean()

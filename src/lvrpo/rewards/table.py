@@ -16,6 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.identity import judge_identity
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
@@ -90,10 +91,14 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
     reasons: dict[tuple[int, int, int], str] = {}
+    noise: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
-            result, failures = _checked(source, [groups[p] for p in chosen], judge)
+            result, failures, own_noise = _checked(source, [groups[p] for p in chosen], judge)
+            if own_noise is not None:
+                noise[source.config.title] = torch.full((P, G), math.nan)
+                noise[source.config.title][chosen] = own_noise
             for row, p in enumerate(chosen):
                 scores[p, :, k] = torch.nan_to_num(result[row], nan=0.0, posinf=0.0, neginf=0.0)
                 mask[p, :, k] = True
@@ -111,23 +116,25 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
         reasons=reasons,
         tasks=tuple(group.prompt.task for group in groups),
         judges={source.config.title: source.judges for source in sources},
+        judge=judge_identity(judge),
+        noise=noise,
     )
 
 
 def _checked(
     source: RewardSource, groups: Sequence[Group], judge: Policy
-) -> tuple[torch.Tensor, Mapping[tuple[int, int], str]]:
-    """The scores of one reward, with every cell that is no number among the failures."""
+) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
+    """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
         result = source.reward.score(groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
-        failures = dict(result.failures)
+        failures, noise = dict(result.failures), result.noise
     except LvrpoError:
         raise
     except Exception as error:  # anybody's reward may raise anything: it is masked or stops the run, as configured
         result = Scores(torch.full((P, G), math.nan))
-        values, failures = result.values, {(p, g): repr(error) for p in range(P) for g in range(G)}
+        noise, values, failures = None, result.values, {(p, g): repr(error) for p in range(P) for g in range(G)}
     if values.shape != (P, G):
         raise ContractError(
             f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"
@@ -137,4 +144,4 @@ def _checked(
     if failures and source.config.on_failure == "stop":
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
-    return values, failures
+    return values, failures, noise

@@ -136,7 +136,19 @@ def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> di
             valid = table.mask[rows, :, k]
             if valid.any():
                 out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
+            if name in table.noise and (share := noise_share(table, k, rows)) is not None:
+                out[f"{prefix}_noise/{task}/{name}"] = share
     return out
+
+
+def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None:
+    """The share of a reward's variance inside groups that its own estimate is responsible for; None where unknown."""
+    noise, mask = table.noise[table.names[k]][rows], table.mask[rows, :, k]
+    whole = mask.all(dim=1) & noise.isfinite().all(dim=1)
+    if not whole.any():
+        return None
+    spread = table.scores[rows, :, k][whole].var(dim=1, correction=0).sum()
+    return float(noise[whole].mean(dim=1).sum() / spread) if spread > 0 else None
 
 
 def contract_checks(

@@ -65,5 +65,6 @@ def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | Non
         "category": prompt.category,
         "prompt": prompt_text(group),
         "answer": prompt.answer,
+        "judge": table.judge,
         "members": members,
     }

@@ -74,6 +74,8 @@ class ScoreRecord:
     """(P,): root mean square difference of two members' pictures over all pairs, colors in [0, 1]."""
     advantages: NDArray[np.float32]
     """(P, G) as trained on, before ``flow.keep`` chooses; nan in a control."""
+    judge: str = ""
+    """Who judged: class and hash of the weights; "" in the records of older versions."""
 
 
 # --- writing ---
@@ -178,6 +180,7 @@ def _arrays(
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
+        "judge": np.array(table.judge, dtype=np.str_),
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
         "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
@@ -248,7 +251,8 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
         arrays = _load(path)
         try:
             names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
-            yield ScoreRecord(step=step, names=names, tasks=tasks, **arrays)  # type: ignore[arg-type]  # bool or float
+            judge = str(arrays.pop("judge", ""))
+            yield ScoreRecord(step=step, names=names, tasks=tasks, judge=judge, **arrays)  # type: ignore[arg-type]  # bool or float
         except (KeyError, TypeError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
 

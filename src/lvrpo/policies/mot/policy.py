@@ -229,30 +229,53 @@ class MoTPolicy(nn.Module, ABC):
 
     @torch.no_grad()
     def image_logprob(
-        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seed: int = 0
+        self,
+        contexts: Sequence[Parts],
+        images: Sequence[Image],
+        draws: int,
+        seeds: Sequence[int],
+        times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
-        """Drawing side as judge: minus the flow loss under noise and times shared by all, (batch,)."""
+        """Drawing side as judge: the part of the likelihood bound between two times, one column per draw.
+
+        log p(x_0 | c) = const - E int (1 - t)/t |v - v_hat(x_t, c)|^2 dt, the flow loss weighted as the likelihood
+        weighs it (information-theoretic diffusion, arXiv:2302.03792, for x_t = (1 - t) x_0 + t noise); the constant is
+        the picture's own. A draw is one noise at one time, the middle of its part of the span.
+
+        Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
+        """
         cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
         grids = [self.towers.latent_grid(image) for image in images]
         scores: dict[int, torch.Tensor] = {}
-        for same in _batches(grids, len(images)):
-            own = cache.select(owner[torch.tensor(same, device=owner.device)])
-            scored = self._judge_images(own, [images[i] for i in same], grids[same[0]], draws, seed)
-            scores.update(zip(same, scored, strict=True))
+        for rows in _batches(grids, MAX_ROWS):
+            own = cache.select(owner[torch.tensor(rows, device=owner.device)])
+            x_0 = self._latents([images[i] for i in rows])
+            scored = self._draw_logprob(own, x_0, grids[rows[0]], draws, [seeds[i] for i in rows], times)
+            scores.update(zip(rows, scored, strict=True))
         return torch.stack([scores[i] for i in range(len(images))])
 
-    def _judge_images(self, cache: Cache, images: Sequence[Image], grid: Grid, draws: int, seed: int) -> torch.Tensor:
-        """Minus the flow loss (B,) of pictures of one grid."""
-        x_0 = self.towers.encode_latents(images)
-        total = x_0.new_zeros(len(x_0))
-        low, high = JUDGE_TIMES
+    def _latents(self, images: Sequence[Image]) -> torch.Tensor:
+        """Latents (B, N, C) of pictures of one grid, a picture that stands for several rows being encoded once."""
+        distinct = {id(image): image for image in images}
+        place = {key: i for i, key in enumerate(distinct)}
+        return self.towers.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
+
+    def _draw_logprob(
+        self, cache: Cache, x_0: torch.Tensor, grid: Grid, draws: int, seeds: Sequence[int], times: tuple[float, float]
+    ) -> torch.Tensor:
+        """(B, draws)."""
+        low, high = times
+        of_seed = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+        columns = []
         for k in range(draws):
-            noise = normal_noise([derive_seed(seed, "judge", k)], x_0.shape[1:]).to(x_0)
-            t = x_0.new_full((len(x_0),), low + (high - low) * (k + 0.5) / draws)
+            noises = normal_noise([derive_seed(seed, "judge", k) for seed in of_seed], x_0.shape[1:]).to(x_0)
+            noise = noises[[of_seed[seed] for seed in seeds]]
+            at = low + (high - low) * (k + 0.5) / draws
+            t = x_0.new_full((len(x_0),), at)
             x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-            v = drawing.velocity(self.contexts, cache, x_t, t, grid)
-            total -= (v - (noise - x_0)).square().mean(dim=(1, 2))
-        return total / draws
+            error = (drawing.velocity(self.contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
+            columns.append(-(high - low) * (1 - at) / at * error)
+        return torch.stack(columns, dim=1)
 
     # ---------------------------------------------------------------- supervised
     def supervised_losses(

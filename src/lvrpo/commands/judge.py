@@ -1,0 +1,153 @@
+"""``lvrpo audit --judge MODEL``: which errors a model's two sides can tell, and the gate that its rewards read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Options, Parser, add_device, names, positive, refuse_existing, whole
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lvrpo.evaluation.judge_audit import JudgeAudit
+    from lvrpo.rewards.gate import Side
+
+DRAWS = [1, 4, 8]
+THRESHOLD = 0.6
+OWN = ("gate", "draws", "times", "threshold", "also", "n", "seed")
+TITLES: dict[Side, str] = {
+    "read": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
+    "draw": "texts with one fact corrupted",
+}
+
+WHO: dict[Side, str] = {"read": "reading side, of pictures", "draw": "drawing side, of texts"}
+
+
+def add_options(parser: Parser) -> None:
+    """What belongs to a judge; None where not given."""
+    parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="write which kinds of fact it may reward")
+    parser.add_argument("--draws", type=numbers, metavar="N[,N]", help="noise draws; the last is the gate's (1,4,8)")
+    parser.add_argument("--times", type=span, metavar="LOW,HIGH", help="span of times of the drawing side's judgement")
+    parser.add_argument("--threshold", type=share, help=f"an interval above it opens the gate ({THRESHOLD})")
+    parser.add_argument("--also", type=names, metavar="NAME[,NAME]", help="further rewards to try")
+    parser.add_argument("--n", type=positive, help="scenes per category of prompts (40)")
+    parser.add_argument("--seed", type=whole, help="of the scenes (0)")
+    add_device(parser)
+
+
+def refuse_options(options: Options) -> None:
+    """Raises InputError where an option of a judge stands without one."""
+    for name in OWN:
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to --judge MODEL: leave it out, or name a model")
+
+
+def run(options: Options) -> None:
+    """Tries the judge, prints its tables, writes the gate."""
+    from dataclasses import asdict
+
+    import torch
+
+    from lvrpo.commands.files import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.data.scenes import ScenesConfig
+    from lvrpo.evaluation.judge_audit import READING, Scorer, audit_judge, mutual_scorers
+    from lvrpo.evaluation.judge_cases import judge_cases
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.rewards.table import RewardConfig, build_rewards
+    from lvrpo.training.run_directory import json_text
+
+    if options.run is not None:
+        raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
+    refuse_existing([path for path in (options.gate, options.json) if path is not None], options.force)
+    torch.set_num_threads(1)
+    draws = options.draws or DRAWS
+    scorers = mutual_scorers(draws, options.times)
+    for source in build_rewards([RewardConfig(name=name) for name in options.also or []]):
+        scorers[f"reward {source.config.title}"] = Scorer(source.reward)
+    judge = load_policy(options.judge, options.device).frozen()
+    console = wide_console()
+    cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or ScenesConfig().size)
+    audit = audit_judge(
+        judge, cases, scorers, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
+    )
+    sides: tuple[Side, ...] = ("read", "draw")
+    for side in sides:
+        console.print()
+        console.print(sensitivity_table(audit, side))
+    costs = (f"{name} {ms:.1f} ms" for name, ms in audit.milliseconds.items())
+    console.print(f"\nper output: {', '.join(costs)}", style="dim", highlight=False)
+    threshold = THRESHOLD if options.threshold is None else options.threshold
+    gate = audit.gate({"read": READING, "draw": list(mutual_scorers(draws))[-1]}, draws[-1], threshold)
+    for side in sides:
+        admitted = [kind for kind in gate.measured[side] if gate.admits(side, kind)]
+        closed = [kind for kind in gate.measured[side] if kind not in admitted]
+        console.print(f"{WHO[side]}: may reward {', '.join(admitted) or 'nothing'}", highlight=False, soft_wrap=True)
+        if closed:
+            console.print(f"  not {', '.join(closed)}", style="dim", highlight=False, soft_wrap=True)
+    if options.json is not None:
+        write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
+    if options.gate is not None:
+        write_file(options.gate, gate.text().encode(), options.force)
+
+
+def sensitivity_table(audit: JudgeAudit, side: Side) -> Table:
+    """Kinds with, below each, the ways to err."""
+    from rich.table import Table
+
+    from lvrpo.commands.tables import number
+
+    rows = [row for row in audit.rows if row.side == side]
+    scorers = list(dict.fromkeys(row.scorer for row in rows))
+    table = Table(title=TITLES[side], title_justify="left", box=None, header_style="dim", padding=(0, 1))
+    table.add_column("kind")
+    for scorer in scorers:
+        table.add_column(scorer)
+    table.add_column("pairs", justify="right")
+    for kind in dict.fromkeys(row.kind for row in rows):
+        errors = sorted({row.error for row in rows if row.kind == kind})
+        for error in errors if len(errors) > 2 else errors[:1]:
+            cells, pairs = [], 0
+            for scorer in scorers:
+                row = audit.find(scorer, side, kind, error)
+                if row is None or not row.auc.n:
+                    cells.append("")
+                    continue
+                pairs = max(pairs, row.auc.n)
+                cells.append(f"{number(row.auc.score)} \\[{number(row.auc.low)}, {number(row.auc.high)}]")
+            table.add_row(f"  {error}" if error else kind, *cells, str(pairs), style="dim" if error else "")
+    return table
+
+
+def numbers(text: str) -> list[int]:
+    """1,4,8: rising."""
+    found = [positive(part) for part in text.split(",")]
+    if found != sorted(set(found)):
+        raise argparse.ArgumentTypeError(f"{text}: write rising numbers, such as 1,4,8")
+    return found
+
+
+def span(text: str) -> tuple[float, float]:
+    """.3,.85: 0 < low < high <= 1."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write LOW,HIGH, such as .3,.85") from None
+    if not 0 < low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: needs 0 < LOW < HIGH <= 1")
+    return low, high
+
+
+def share(text: str) -> float:
+    """A number between .5 and 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
+    if not 0.5 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least .5, which is chance, and below 1")
+    return found

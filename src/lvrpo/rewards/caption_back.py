@@ -1,0 +1,80 @@
+"""Encoder-free reward: the frozen model describes the drawing, and the description is compared with the prompt."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from lvrpo.data.scenes.grammar import DESCRIBE
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.rewards.base import Scores
+from lvrpo.sampling import derive_seed
+from lvrpo.types import Group, Prompt
+
+
+class CaptionBack:
+    """F1 of the words of the judge's description of the drawing with the words of the prompt.
+
+    F1 = 2 |c n p| / (|c| + |p|) over multisets of words, the mean over ``samples`` descriptions; greedy with one
+    sample. Range [0, 1]. Words alone are compared: an order of words ("left of") counts only by the word itself, and
+    another word of the same meaning not at all. The mutual reward needs no description and sees order; this one needs
+    only that the judge can describe, not that it can score. ``ignore``: words that say nothing.
+    """
+
+    judges = ("image",)
+
+    def __init__(
+        self,
+        instruction: str = DESCRIBE,
+        samples: int = 1,
+        max_new_tokens: int = 24,
+        ignore: Sequence[str] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are"),
+    ) -> None:
+        if samples < 1 or max_new_tokens < 1:
+            raise InputError(f"caption_back: samples={samples}, max_new_tokens={max_new_tokens}: must be >= 1")
+        self.instruction, self.samples, self.max_new_tokens = instruction, samples, max_new_tokens
+        self.ignore = frozenset(ignore)
+
+    def applies(self, prompt: Prompt) -> bool:
+        return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(_text(prompt)))
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: dict[tuple[int, int], str] = {}
+        asked: list[Prompt] = []
+        seeds: list[int] = []
+        cells: list[tuple[int, int]] = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                if trajectory.image is None:
+                    failures[p, g] = "nothing was drawn"
+                    continue
+                key = f"{group.prompt.id}/described/{g}"
+                asked.append(Prompt(key, "understand", (trajectory.image, self.instruction), ("text",)))
+                seeds.append(derive_seed(trajectory.seed, "caption back"))
+                cells.append((p, g))
+        temperature = 0.0 if self.samples == 1 else 1.0
+        sampling = Sampling(self.samples, temperature, self.max_new_tokens)
+        for (p, g), described in zip(cells, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
+            wanted = self._words(_text(groups[p].prompt))
+            found = [self._words(t.text or "") for t in described.trajectories]
+            values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
+        return Scores(values, failures)
+
+    def _words(self, text: str) -> Counter[str]:
+        return Counter(word for word in re.findall(r"\w+", text.lower()) if word not in self.ignore)
+
+
+def word_f1(given: Counter[str], wanted: Counter[str]) -> float:
+    """2 |a n b| / (|a| + |b|) of two multisets; 0 where both are empty."""
+    total = given.total() + wanted.total()
+    return 2 * (given & wanted).total() / total if total else 0.0
+
+
+def _text(prompt: Prompt) -> str:
+    return " ".join(part for part in prompt.parts if isinstance(part, str))

@@ -1,0 +1,35 @@
+"""Who judged: a name of a policy's weights that stands in every row of rewards."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from lvrpo.policies.base import Policy
+
+SAMPLED = 4096
+"""Values taken of each tensor."""
+
+
+def judge_identity(judge: Policy) -> str:
+    """``TinyPolicy:3f2a91c0d4e7``: the class and a hash of names, shapes and evenly spaced values of the weights.
+
+    Two judges of one name are the same weights, for all that an update, an average or another checkpoint can do: those
+    move whole tensors. A judge that is not a module (an endpoint, a double in a test) is told by its ``identity``, or
+    by its class alone.
+    """
+    name = type(judge).__name__
+    if not isinstance(judge, nn.Module):
+        own = getattr(judge, "identity", None)  # anybody's judge: the attribute is optional
+        return f"{name}:{own}" if own else name
+    digest = hashlib.blake2b(digest_size=6)
+    values = []
+    for key, tensor in judge.state_dict().items():
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        values.append(flat[:: max(1, flat.numel() // SAMPLED)].float())
+    if values:
+        digest.update(torch.cat(values).cpu().numpy().tobytes())
+    return f"{name}:{digest.hexdigest()}"

@@ -1,0 +1,166 @@
+"""Agreement, description and comparison back, and edits that keep the rest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
+from lvrpo.rewards.agreement import Agreement, entropy
+from lvrpo.rewards.caption_back import CaptionBack, word_f1
+from lvrpo.rewards.edit_consistency import EditConsistency
+from lvrpo.rewards.given import given_group
+from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.types import Group, Prompt
+
+ASK = Prompt("q", "understand", (torch.zeros(3, 4, 4), "what ?"), ("text",), category="color")
+
+
+def asked(name: str, *answers: str, category: str = "color") -> Group:
+    return given_group(replace(ASK, id=name, category=category), [[answer] for answer in answers])
+
+
+# --- agreement ---
+
+
+def test_the_majority_scores_one() -> None:
+    scores = Agreement().score([asked("a", "red", "Red.", "blue", "a red")], None)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[1, 1, 0, 1]]
+    assert not scores.failures
+
+
+def test_ties_minorities_and_empty_answers_are_masked() -> None:
+    groups = [
+        asked("tie", "red", "blue", "red", "blue"),
+        asked("few", "red", "red", "blue", "pink"),
+        asked("hole", "red", "", "red", "blue"),
+    ]
+    scores = Agreement(least=0.6).score(groups, None)  # type: ignore[arg-type]
+    assert {cell: reason for cell, reason in scores.failures.items() if cell[0] < 2} == {
+        (p, g): "the group has no majority" for p in (0, 1) for g in range(4)
+    }
+    assert scores.failures[2, 1] == "the answer is empty"
+    assert scores.values[2, [0, 2, 3]].tolist() == [1, 1, 0]
+
+
+def test_one_answer_to_every_question_is_a_collapse() -> None:
+    same = [asked(f"s{i}", "no", "no", "no", "yes", category="exists") for i in range(8)]
+    varied = [asked(f"v{i}", word, word, "red", word) for i, word in enumerate(("blue", "pink", "green", "cyan") * 2)]
+    scores = Agreement().score([*same, *varied], None)  # type: ignore[arg-type]
+    assert set(scores.failures) == {(p, g) for p in range(8) for g in range(4)}
+    assert scores.failures[0, 0] == "agreement collapsed: the majorities of exists are all alike"
+    assert scores.values[8:].isfinite().all()
+    assert not Agreement(entropy_floor=0).score(same, None).failures  # type: ignore[arg-type]
+    assert not Agreement(floor_groups=9).score(same, None).failures  # type: ignore[arg-type]
+
+
+def test_entropy_by_hand() -> None:
+    assert entropy(Counter({"a": 2, "b": 2})) == pytest.approx(math.log(2))
+    assert entropy(Counter({"a": 5})) == 0
+
+
+# --- description and comparison back ---
+
+
+class Describer:
+    """Describes a picture by its level."""
+
+    def __init__(self, words: dict[float, list[str]]) -> None:
+        self.words = words
+        self.temperatures: set[float] = set()
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        self.temperatures.add(sampling.temperature)
+        assert len(set(seeds)) == len(prompts)
+        out = []
+        for prompt in prompts:
+            image = prompt.parts[0]
+            assert isinstance(image, torch.Tensor)
+            out.append(given_group(prompt, [[text] for text in self.words[round(float(image.mean()), 2)]]))
+        return out
+
+
+def test_the_description_is_compared_with_the_prompt() -> None:
+    prompt = Prompt("d", "generate", ("draw a red cat and a blue dog",), ("image",))
+    outputs = [[torch.full((3, 4, 4), level)] for level in (0.1, 0.5, 0.9)]
+    judge = Describer({0.1: ["a blue dog and a red cat"], 0.5: ["a red dog"], 0.9: [""]})
+    scores = CaptionBack().score([given_group(prompt, outputs)], judge)  # type: ignore[arg-type]
+    assert scores.values[0].tolist() == pytest.approx([1, 2 * 2 / (2 + 4), 0])
+    assert judge.temperatures == {0.0}
+    two = Describer({0.1: ["red cat blue dog", ""]})
+    scores = CaptionBack(samples=2).score([given_group(prompt, outputs[:1])], two)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[0.5]]
+    assert two.temperatures == {1.0}
+    assert CaptionBack().applies(prompt)
+    assert not CaptionBack().applies(replace(prompt, parts=("draw a picture",)))
+    assert not CaptionBack().applies(replace(prompt, output=("text", "image")))
+
+
+WORDS = st.lists(st.sampled_from("abcd")).map(Counter)
+
+
+@given(WORDS, WORDS)
+def test_word_f1_is_a_symmetric_share(one: Counter[str], two: Counter[str]) -> None:
+    f1 = word_f1(one, two)
+    assert f1 == word_f1(two, one)
+    assert 0 <= f1 <= 1
+    assert (f1 == 1) == (one == two and bool(one))
+
+
+# --- edits ---
+
+SOURCE = torch.zeros(3, 16, 16)
+EDIT = Prompt("e", "edit", (SOURCE, "make it red"), ("image",))
+
+
+def edited(*patches: tuple[int, int], by: float = 0.2) -> torch.Tensor:
+    result = SOURCE.clone()
+    for row, col in patches:
+        result[:, 8 * row : 8 * row + 8, 8 * col : 8 * col + 8] += by
+    return result
+
+
+def test_an_edit_keeps_the_rest_by_hand() -> None:
+    outputs = [[SOURCE.clone()], [edited((0, 0))], [edited((0, 0), by=0.05)], [edited((0, 0), (1, 1))]]
+    scores = EditConsistency().score([given_group(EDIT, outputs)], None)  # type: ignore[arg-type]
+    assert scores.values[0].tolist() == pytest.approx([0, 1, 0.5, math.exp(-0.2 / 3 / 0.1)])
+
+
+@given(st.floats(0.01, 0.5))
+def test_more_damage_never_scores_higher(damage: float) -> None:
+    reward = EditConsistency()
+    clean, hurt = edited((0, 0), by=0.9), edited((0, 0), by=0.9)
+    hurt[:, 8:, 8:] += damage
+    assert reward.of(SOURCE, hurt) < reward.of(SOURCE, clean)
+
+
+def test_a_result_of_another_size_is_masked() -> None:
+    scores = EditConsistency().score([given_group(EDIT, [[torch.zeros(3, 8, 8)]])], None)  # type: ignore[arg-type]
+    assert scores.failures == {(0, 0): "a picture of (3, 8, 8) for a source of (3, 16, 16)"}
+    assert EditConsistency().applies(EDIT)
+    assert not EditConsistency().applies(replace(EDIT, task="generate"))
+    assert not EditConsistency().applies(replace(EDIT, parts=("make it red",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("agreement", {"least": 0}, "agreement.least=0: must be > 0 and <= 1"),
+        ("agreement", {"entropy_floor": 2}, "agreement.entropy_floor=2: must be between 0 and 1"),
+        ("agreement", {"floor_groups": 1}, "agreement.floor_groups=1: must be >= 2"),
+        ("caption_back", {"samples": 0}, "caption_back: samples=0"),
+        ("edit_consistency", {"edited": 1}, "edit_consistency: patch=8, edited=1"),
+    ],
+)
+def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_rewards([RewardConfig(name=name, options=options)])
