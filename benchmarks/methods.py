@@ -74,6 +74,9 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="overrides for all alignments"
     )
+    parser.add_argument(
+        "--set-supervised", nargs="*", default=[], metavar="section.key=value", help="overrides for all supervised runs"
+    )
     options = parser.parse_args()
     try:
         results = run_all(options, Budget(options.seconds, options.questions))

@@ -190,7 +190,7 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
         ),
         (
             {"rewards": [{"name": "exact_answer", "tasks": ["understand"]}]},
-            "data.prompts_per_step.generate=24: every reward is for other tasks only",
+            "data.prompts_per_step.generate=28: every reward is for other tasks only",
         ),
         (
             {"advantages": {"kind": "group_relative", "joint": ["generate", "understand"]}},

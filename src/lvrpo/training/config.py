@@ -128,6 +128,8 @@ class TrainConfig(Config):
             raise ValueError("task_weights: every task of data.prompts_per_step has weight 0: nothing would be trained")
         if self.text.weight == self.flow.weight == 0:
             raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
+        if not any(r.weight for r in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
         for task in trained:
             if not any(r.weight and (r.tasks is None or task in r.tasks) for r in self.rewards):
                 raise ValueError(
