@@ -240,10 +240,13 @@ def test_guard_by_hand() -> None:
     logprobs, step_kl = torch.tensor([[-0.3, 0.5, NAN]]), torch.tensor([[0.1, 0.1, NAN]])
     std, advantages = torch.tensor([0.5, 2.0, NAN]), torch.tensor([[1.0]])
     mask = ~logprobs.isnan()
+    logprobs.requires_grad_()
     out = guard_surrogate(logprobs, torch.zeros(1, 3), step_kl, std, advantages, mask, clip_low=0.2, clip_high=0.2)
     torch.testing.assert_close(out.ratio, torch.tensor([[math.exp(-0.1), math.exp(1.2), 1.0]]))
     torch.testing.assert_close(out.loss_terms, torch.tensor([[-math.exp(-0.1), -1.2, 0.0]]))
     assert out.clipped.tolist() == [[False, True, False]]
+    (gradient,) = torch.autograd.grad(out.loss_terms.sum(), logprobs)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5 * math.exp(-0.1), 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -190,8 +190,8 @@ def guard_surrogate(
     Raises: InputError for a negative bound.
     Differs from the paper: its weight 1 / -dt per step is left to the caller: ``step_weights`` with ones for std.
     """
-    plain = logprobs.float() - behavior_logprobs.float()
-    log_ratio = torch.where(mask, (plain + step_kl.float()) * std.float(), 0.0)
+    centered = torch.where(mask, logprobs.float() - behavior_logprobs.float() + step_kl.float(), 0.0)
+    log_ratio = centered * torch.where(mask, std.float(), 1.0)
     return _clip(log_ratio, advantages, mask, clip_low, clip_high)
 
 
