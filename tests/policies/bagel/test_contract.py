@@ -191,6 +191,12 @@ def test_supervised_text_is_the_judge_of_text(small: BagelPolicy) -> None:
     assert float(loss.detach()) == pytest.approx(-float(judged), rel=1e-5)
 
 
+def test_conditions_may_be_left_out_by_whoever_makes_the_rows(small: BagelPolicy) -> None:
+    bare = [Example(Prompt("e0", "edit", parts, ("image",)), (picture(1),)) for parts in ((), ("make it red",))]
+    losses = small.supervised_losses(bare, torch.Generator().manual_seed(0))
+    assert set(losses) == {"image"}
+
+
 def test_supervised_losses_do_not_depend_on_the_packing(small: BagelPolicy) -> None:
     together = small.supervised_losses(examples(), torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)

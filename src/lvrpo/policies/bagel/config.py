@@ -136,6 +136,7 @@ def config_files(config: BagelConfig, bos_id: int, eos_id: int) -> dict[str, dic
         "num_hidden_layers": vit.depth + 1,  # readers of this file leave the last layer out
         "patch_size": vit.patch_size,
         "image_size": vit.side * vit.patch_size,
+        "layer_norm_eps": vit.norm_eps,
     }
     vae_config = {
         "z_channels": vae.channels,
@@ -197,6 +198,7 @@ def _vit(folder: Path, vit: Mapping[str, Any], weights: Mapping[str, StoredTenso
         depth=max(layers) + 1,
         patch_size=_number(folder, "vit_config", vit, "patch_size"),
         side=_side(folder, weights, "vit_pos_embed.pos_embed"),
+        norm_eps=vit.get("layer_norm_eps", 1e-6),
     )
 
 

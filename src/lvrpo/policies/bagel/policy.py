@@ -26,7 +26,7 @@ from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
-from lvrpo.types import Example, Image, Part, Prompt, Task
+from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model")
 """Stems of the files that hold the model; the average of training is preferred."""
@@ -86,10 +86,16 @@ class BagelPolicy(MoTPolicy):
             published, image_guidance_scale=2.0, guidance_renorm="text_channel", guidance_interval=(0.0, 1.0)
         )
 
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """Draws a group for every prompt; raises InputError for a question or an edit without a picture."""
+        for prompt in prompts:
+            pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
+            if prompt.task in ("understand", "edit") and not pictures:
+                raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs a picture: give one")
+        return super().sample(prompts, sampling, seeds)
+
     def _row(self, prompt: Prompt) -> Row:
         parts: tuple[Part, ...] = prompt.parts
-        if prompt.task in ("understand", "edit") and not any(isinstance(part, torch.Tensor) for part in parts):
-            raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs a picture: give one")
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
