@@ -95,7 +95,9 @@ def test_saved_and_loaded_bit_for_bit(
         "model.safetensors",
         "tokenizer.json",
     ]
-    twin = TinyPolicy.load(tmp_path / "model")
+    twin = TinyPolicy.load(tmp_path / "model", dtype=torch.float32)
+    with pytest.raises(InputError, match="dtype=bfloat16: .* computes in float32: leave it out"):
+        TinyPolicy.load(tmp_path / "model", dtype=torch.bfloat16)
     assert twin.config == policy.config
     assert twin.words.vocabulary == policy.words.vocabulary
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), twin.parameters(), strict=True))

@@ -109,6 +109,7 @@ def names(text: str) -> list[str]:
 def add_model(parser: Parser) -> None:
     """MODEL and where it runs."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a run, a built-in name (tiny), or a Hub id")
+    parser.add_argument("--dtype", help="float32 or bfloat16, where the model has both (default: the model's own)")
     add_device(parser)
 
 

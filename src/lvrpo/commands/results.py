@@ -50,7 +50,7 @@ def evaluate(options: Options) -> None:
         refuse_existing([options.json], options.force)
     benchmarks = suite.find_benchmarks(options.benchmark)
     torch.set_num_threads(options.threads)
-    policy = load_policy(options.model, options.device)
+    policy = load_policy(options.model, options.device, options.dtype)
     console = wide_console()
     result = suite.evaluate(
         policy,

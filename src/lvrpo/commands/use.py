@@ -168,7 +168,7 @@ def load(options: Options) -> Policy:
     from lvrpo.policies.loading import load_policy
 
     torch.set_num_threads(options.threads)
-    return load_policy(options.model, options.device)
+    return load_policy(options.model, options.device, options.dtype)
 
 
 def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prompt:

@@ -101,6 +101,9 @@ class Policy(Protocol):
         ...
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
-        """Reads what ``save`` wrote; raises InputError on another model's folder or a truncated file."""
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads what ``save`` wrote at a dtype (None: the policy's own choice for the device).
+
+        Raises InputError on another model's folder or a truncated file.
+        """
         ...

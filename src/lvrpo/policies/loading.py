@@ -20,11 +20,16 @@ FINAL = "policy.json"
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
 
 
-def load_policy(model: str | Path, device: str = "cpu") -> Policy:
-    """The policy that MODEL names, on a device; raises InputError with one line."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_policy(model: str | Path, device: str = "cpu", dtype: str | None = None) -> Policy:
+    """The policy that MODEL names, on a device, at float32, bfloat16 or its own choice; raises InputError, one line."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
     folder = policy_folder(model)
     where = pick_device(device)
-    return resolve("model type", model_type(folder), POLICIES).load(folder, where)
+    return resolve("model type", model_type(folder), POLICIES).load(folder, where, DTYPES.get(dtype or ""))
 
 
 def pick_device(name: str) -> torch.device:

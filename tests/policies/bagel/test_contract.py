@@ -266,6 +266,7 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     PilImage.fromarray(pixels).save(source)
     model, few = str(saved), ["--device", "cpu", "--max-new-tokens", "4"]
     assert main(["ask", model, "--image", str(source), "what is it", *few]) == 0
+    assert main(["ask", model, "--image", str(source), "what is it", "--dtype", "bfloat16", *few]) == 0
     assert main(["ask", model, "--image", str(source), "what is it", "--think", *few]) == 0
     drawing = ["--num-steps", "2", *few]
     out = tmp_path / "out"

@@ -244,5 +244,5 @@ def test_too_little_memory_is_said_before_the_load(saved: Path, monkeypatch: pyt
 
     monkeypatch.setattr(policy_module.psutil, "virtual_memory", lambda: Memory)
     monkeypatch.setattr(tensors_module.StoredTensor, "read", lambda *_: pytest.fail("read before the estimate"))
-    with pytest.raises(InputError, match=r"the weights need 0\.0 GiB on cpu, 0\.0 GiB are free: load with dtype"):
+    with pytest.raises(InputError, match=r"the weights need 0\.0 GiB on cpu, 0\.0 GiB are free: load in bfloat16"):
         BagelPolicy.load(saved)

@@ -249,5 +249,5 @@ def check_memory(folder: Path, need: int, device: torch.device) -> None:
     if need > free:
         raise InputError(
             f"{folder}: the weights need {need / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
-            "load with dtype=torch.bfloat16, use another device, or free memory"
+            "load in bfloat16 (--dtype), use another device, or free memory"
         )

@@ -38,8 +38,10 @@ class FolderPolicy(MoTPolicy):
         """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
-        """Reads what ``save`` wrote."""
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads what ``save`` wrote; the dtype is float32."""
+        if dtype not in (None, torch.float32):
+            raise InputError(f"dtype={str(dtype).removeprefix('torch.')}: {folder} computes in float32: leave it out")
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")

@@ -324,7 +324,7 @@ class MoTPolicy(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Self:
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Reads what ``save`` wrote, straight to a device."""
 
 
