@@ -96,7 +96,7 @@ def test_saved_and_loaded_bit_for_bit(
         "tokenizer.json",
     ]
     twin = TinyPolicy.load(tmp_path / "model", dtype=torch.float32)
-    with pytest.raises(InputError, match="dtype=bfloat16: .* computes in float32: leave it out"):
+    with pytest.raises(InputError, match=r"dtype=bfloat16: .* computes in float32: leave it out"):
         TinyPolicy.load(tmp_path / "model", dtype=torch.bfloat16)
     assert twin.config == policy.config
     assert twin.words.vocabulary == policy.words.vocabulary
