@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DRAWS = [1, 4, 8]
 THRESHOLD = 0.6
+LARGE = 256
+"""Side of the pictures for a model that reads any size."""
 OWN = ("gate", "draws", "times", "threshold", "also", "n", "seed")
 TITLES: dict[Side, str] = {
     "read": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
@@ -54,7 +56,6 @@ def run(options: Options) -> None:
 
     from lvrpo.commands.files import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.data.scenes import ScenesConfig
     from lvrpo.evaluation.judge_audit import READING, Scorer, audit_judge, mutual_scorers
     from lvrpo.evaluation.judge_cases import judge_cases
     from lvrpo.policies.loading import load_policy
@@ -71,7 +72,7 @@ def run(options: Options) -> None:
         scorers[f"reward {source.config.title}"] = Scorer(source.reward)
     judge = load_policy(options.judge, options.device).frozen()
     console = wide_console()
-    cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or ScenesConfig().size)
+    cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
     audit = audit_judge(
         judge, cases, scorers, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
