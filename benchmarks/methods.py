@@ -2,9 +2,10 @@
 
     python benchmarks/methods.py lvrpo lvrpo_paper dpo continued --seconds 480 --seeds 0 1 2 --out runs/methods
 
-A run directory each, OUT/NAME-SEED. How many steps fit into the seconds is measured on this machine, method by method,
-with a few steps before its first seed. Finished runs are read, not repeated, and interrupted ones go on, so methods can
-be added to a table, or split over several calls. All are evaluated alike, whatever they sampled with.
+A run directory each, OUT/NAME-SEED. Seconds are those of the processor, which other work on the machine hardly moves:
+a run has one thread, so on an idle core they are the wall's. How many steps fit into them is measured, method by
+method, with a few steps before its first seed. Finished runs are read, not repeated, and interrupted ones go on, so
+methods can be added to a table, or split over several calls. All are evaluated alike, whatever they sampled with.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment, Pretraining
 from lvrpo.training.run_directory import RunDirectory
 
+FOUR = ("generate", "understand", "edit", "reason")
+"""The tasks whose mean is the column of that name."""
 TASKS = ("generate", "generate_guided", "understand", "understand_sampled", "edit", "reason")
 PROBE = 4
 """Steps that are timed; the first one, which does more, is left out."""
@@ -90,22 +93,30 @@ def run_all(options: argparse.Namespace, budget: Budget) -> dict[str, list[dict[
     """The summaries of every method, one per seed."""
     sizes = {} if options.n is None else dict.fromkeys(TASKS, options.n)
     bases: dict[str, Evaluation] = {}
-    results: dict[str, list[dict[str, Any]]] = {}
-    for method in options.methods:
-        steps = None
-        for seed in options.seeds:
-            folder = options.out / f"{Path(method).stem}-{seed}"
-            found = RunDirectory.read(folder).read_summary() if (folder / "summary.json").exists() else None
-            if found is None:
-                config = read(method, [f"seed={seed}"], options)
-                if steps is None and not folder.exists():
-                    steps = steps_for(config, budget)
-                    print(f"{method}: {steps} steps", flush=True)
-                config = config.model_copy(update={"steps": steps or config.steps})
-                print(f"{method}, seed {seed}: {folder}", flush=True)
-                found = train_and_measure(config, folder, Plan(sizes=sizes), bases)
-            results.setdefault(method, []).append(found)
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
+    steps: dict[str, int] = {}
+    for seed, method in itertools.product(options.seeds, options.methods):
+        folder = options.out / f"{Path(method).stem}-{seed}"
+        found = RunDirectory.read(folder).read_summary() if (folder / "summary.json").exists() else None
+        if found is None:
+            config = read(method, [f"seed={seed}"], options)
+            if method not in steps:
+                others = [options.out / f"{Path(method).stem}-{other}" for other in options.seeds]
+                steps[method] = known_steps(others) or steps_for(config, budget)
+                print(f"{method}: {steps[method]} steps", flush=True)
+            config = config.model_copy(update={"steps": steps[method]})
+            print(f"{method}, seed {seed}: {folder}", flush=True)
+            found = train_and_measure(config, folder, Plan(sizes=sizes), bases)
+        results[method].append(found)
     return results
+
+
+def known_steps(folders: Sequence[Path]) -> int | None:
+    """The steps that another call gave the method: its seeds share them."""
+    for folder in folders:
+        if (folder / "config.yaml").exists():
+            return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["steps"])
+    return None
 
 
 def read(method: str, overrides: Sequence[str], options: argparse.Namespace) -> AnyConfig:
@@ -138,31 +149,30 @@ def steps_for(config: AnyConfig, budget: Budget) -> int:
 
 
 def step_seconds(config: AnyConfig) -> float:
-    """Seconds of a step, with its share of the guard's looks and of the control."""
+    """Processor seconds of a step, with its share of the guard's looks and of the control."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "probe"
         probe = config.model_copy(update={"steps": PROBE})
         if isinstance(probe, PretrainConfig):
             training = Pretraining.start(probe.model_copy(update={"held_out_every": 0}), run)
             with training.run:
-                training.go()
-            return plain_step(training.run)
+                return plain_step(training)
         alignment = Alignment.start(probe, run)
         with alignment.run:
-            alignment.go()
-            plain = plain_step(alignment.run)
-            started = time.perf_counter()
+            plain = plain_step(alignment)
+            started = time.process_time()
             alignment.guard.score(alignment.state.policies.average)
-            look = time.perf_counter() - started
+            look = time.process_time() - started
     return plain * (1 + probe.control_group_size / probe.rollout.group_size / probe.control_every / 2) + (
         look / probe.guard.every
     )
 
 
-def plain_step(run: RunDirectory) -> float:
+def plain_step(training: Alignment | Pretraining) -> float:
     """The median of the steps between the first and the last."""
-    seconds = [row["seconds"] for row in run.metrics() if "seconds" in row]
-    return statistics.median(after - before for before, after in itertools.pairwise(seconds[:-1]))
+    ends: list[float] = []
+    training.go(lambda row: ends.append(time.process_time()))
+    return statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))
 
 
 def train_and_measure(config: AnyConfig, folder: Path, plan: Plan, bases: dict[str, Evaluation]) -> dict[str, Any]:
@@ -174,13 +184,14 @@ def train_and_measure(config: AnyConfig, folder: Path, plan: Plan, bases: dict[s
         training = Pretraining.resume(folder) if begun else Pretraining.start(config, folder)
         with training.run as run:
             before = measured_base(run, str(training.config.init), plan, bases)
-            training.go()
+            spent = processor_seconds(training)
             after = measure(run, "after", training.trainer.average, plan, SAMPLING, Lines())
             summary = {
                 "before": before.results(),
                 "after": after.results(),
                 "difference": before.difference(after),
                 "seconds": training.seconds,
+                "processor_seconds": spent,
                 "steps": training.config.steps,
                 "seed": training.config.seed,
                 "config_sha256": config_sha256(training.config),
@@ -190,12 +201,26 @@ def train_and_measure(config: AnyConfig, folder: Path, plan: Plan, bases: dict[s
         alignment = Alignment.resume(folder) if begun else Alignment.start(config, folder)
         with alignment.run as run:
             before = measured_base(run, alignment.config.policy, plan, bases)
-            alignment.go()
+            spent = processor_seconds(alignment)
             after = measure(run, "after", alignment.result(), plan, SAMPLING, Lines())
-            summary = summarize(alignment, before, after, None, plan)
+            summary = {**summarize(alignment, before, after, None, plan), "processor_seconds": spent}
             run.write_summary(summary)
     build_report(folder)
     return summary
+
+
+def processor_seconds(training: Alignment | Pretraining) -> float:
+    """Trains to the end; after an interruption, the share that is left stands for the whole."""
+    done = training.state.step if isinstance(training, Alignment) else training.trainer.step_number
+    started, steps = time.process_time(), training.config.steps
+    training.go()
+    spent = time.process_time() - started
+    return spent * steps / (steps - done) if done < steps else training_seconds(training)
+
+
+def training_seconds(training: Alignment | Pretraining) -> float:
+    """By the wall's clock, where nothing better is left."""
+    return training.state.seconds if isinstance(training, Alignment) else training.seconds
 
 
 def measured_base(run: RunDirectory, policy: str, plan: Plan, bases: dict[str, Evaluation]) -> Evaluation:
@@ -209,17 +234,19 @@ def measured_base(run: RunDirectory, policy: str, plan: Plan, bases: dict[str, E
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A row per method: seconds, then for every task the mean after training and, in brackets, what it gained."""
+    """A row per method: seconds, the mean of four tasks, then for every task the score and, in brackets, its gain."""
     first = next(iter(results.values()))
     tasks = [task for task in TASKS if task in first[0]["after"]]
-    lines = ["| method | steps | seconds | " + " | ".join(task.replace("_", " ") for task in tasks) + " |"]
-    lines.append("|---" * (3 + len(tasks)) + "|")
-    before = [f"{mean(first, 'before', task):.3f}" for task in tasks]
-    lines.append("| base | | | " + " | ".join(before) + " |")
+    lines = [
+        "| method | steps | seconds | mean of four | " + " | ".join(task.replace("_", " ") for task in tasks) + " |"
+    ]
+    lines.append("|---" * (4 + len(tasks)) + "|")
+    columns = [FOUR, *((task,) for task in tasks)]
+    lines.append("| base | | | " + " | ".join(f"{mean(first, 'before', column):.3f}" for column in columns) + " |")
     for method, summaries in results.items():
-        cells = [f"{mean(summaries, 'after', task):.3f} ({gain(summaries, task)})" for task in tasks]
+        cells = [f"{mean(summaries, 'after', column):.3f} ({gain(summaries, column)})" for column in columns]
         steps = " / ".join(sorted({str(summary["steps"]) for summary in summaries}))
-        seconds = statistics.mean(summary["seconds"] for summary in summaries)
+        seconds = statistics.mean(summary["processor_seconds"] for summary in summaries)
         lines.append(f"| {Path(method).stem} | {steps} | {seconds:.0f} | " + " | ".join(cells) + " |")
     seeds = max(map(len, results.values()))
     lines.append(
@@ -228,15 +255,21 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def mean(summaries: Sequence[Mapping[str, Any]], section: str, task: str) -> float:
-    """Over seeds."""
-    return statistics.mean(scores([dict(s) for s in summaries], section, (task,)))
-
-
-def gain(summaries: Sequence[Mapping[str, Any]], task: str) -> str:
-    """After minus before, over seeds."""
+def run_scores(summaries: Sequence[Mapping[str, Any]], section: str, tasks: Sequence[str]) -> list[float]:
+    """The mean over the tasks, run by run."""
     rows = [dict(summary) for summary in summaries]
-    gains = difference(scores(rows, "after", (task,)), scores(rows, "before", (task,)))
+    each = [scores(rows, section, (task,)) for task in tasks]
+    return [statistics.mean(values) for values in zip(*each, strict=True)]
+
+
+def mean(summaries: Sequence[Mapping[str, Any]], section: str, tasks: Sequence[str]) -> float:
+    """Over tasks and seeds."""
+    return statistics.mean(run_scores(summaries, section, tasks))
+
+
+def gain(summaries: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """After minus before, over seeds."""
+    gains = difference(run_scores(summaries, "after", tasks), run_scores(summaries, "before", tasks))
     return spread(gains) if len(gains) > 1 else f"{gains[0]:+.3f}"
 
 

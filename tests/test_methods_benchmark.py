@@ -39,7 +39,7 @@ def test_methods_share_a_budget_of_questions(root: Path, small_base: Path) -> No
     done = methods(root, "lvrpo", "best_of", "repa", "--seeds", "0", "1", "--questions", "8", *small(small_base))
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[0].startswith("| method | steps | seconds | generate | generate guided | understand |")
+    assert rows[0].startswith("| method | steps | seconds | mean of four | generate | generate guided | understand |")
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["base", "lvrpo", "best_of", "repa"]
     assert [row.split("|")[2].strip() for row in rows[3:]] == ["2", "2", "1"]  # 8 questions at 4 and at 8 a step
     assert all(cell.count("[") == 1 for row in rows[3:] for cell in row.split("|")[4:-1])
