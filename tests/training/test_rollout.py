@@ -202,3 +202,13 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
 def test_sections_that_do_not_fit(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.model_validate(tree)
+
+
+def test_a_prompt_that_a_small_file_repeats_gets_other_outputs() -> None:
+    settings = config()
+    prompts = [Source().prompt("understand", 0), Source().prompt("reason", 1), Source().prompt("understand", 0)]
+    first, other, again = Rollouts(policies(), settings).groups(prompts, 0)
+    assert first.prompt.id == again.prompt.id
+    assert len({group.trajectories[0].seed for group in (first, other, again)}) == 3
+    (alone,) = Rollouts(policies(), settings).groups(prompts[:1], 0)
+    assert alone.trajectories[0].seed == first.trajectories[0].seed  # the repeat moves nothing else

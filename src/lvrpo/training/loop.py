@@ -25,7 +25,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
-from lvrpo.training.rollout import Rollouts, prompts_of_step, refill
+from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
 from lvrpo.training.update import take_steps
@@ -118,7 +118,7 @@ def align(
 def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
-    seeds = [derive_seed(config.seed, "rollout", step, prompt.id) for prompt in prompts]
+    seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     return policies.reference.sample(prompts, sampling, seeds)
 
 

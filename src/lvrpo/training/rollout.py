@@ -125,6 +125,17 @@ def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> lis
     return prompts
 
 
+def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
+    """A seed per prompt, by its id; a prompt that a small file repeats within one step gets another one each time."""
+    counts: Counter[str] = Counter()
+    seeds: list[int] = []
+    for prompt in prompts:
+        again = counts[prompt.id]
+        seeds.append(derive_seed(*purpose, prompt.id, *([again] if again else [])))
+        counts[prompt.id] += 1
+    return seeds
+
+
 def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
     writer, painter = policies.live, policies.live
@@ -133,12 +144,13 @@ def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, 
     if config.rollout.policy == "reference":
         writer = painter = policies.reference
     sampling = config.rollout.sampling(config.seed, step)
+    seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     groups: dict[int, Group] = {}
     for sampler, wanted in ((writer, False), (painter, True)):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
-        seeds = [derive_seed(config.seed, "rollout", step, prompts[i].id) for i in indices]
         if indices:
-            groups.update(zip(indices, sampler.sample([prompts[i] for i in indices], sampling, seeds), strict=True))
+            drawn = sampler.sample([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+            groups.update(zip(indices, drawn, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
 
