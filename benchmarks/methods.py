@@ -73,6 +73,9 @@ def main() -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, help="of training, for every method")
     budget.add_argument("--questions", type=int, help="seen while training, for every method")
+    parser.add_argument(
+        "--steps", nargs="*", default=[], metavar="CONFIG=N", help="where the measured number missed the budget"
+    )
     parser.add_argument("--n", type=int, help="prompts per benchmark (default: each benchmark's own)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="overrides for all alignments"
@@ -94,7 +97,7 @@ def run_all(options: argparse.Namespace, budget: Budget) -> dict[str, list[dict[
     sizes = {} if options.n is None else dict.fromkeys(TASKS, options.n)
     bases: dict[str, Evaluation] = {}
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
-    steps: dict[str, int] = {}
+    steps = given_steps(options)
     for seed, method in itertools.product(options.seeds, options.methods):
         folder = options.out / f"{Path(method).stem}-{seed}"
         found = RunDirectory.read(folder).read_summary() if (folder / "summary.json").exists() else None
@@ -109,6 +112,17 @@ def run_all(options: argparse.Namespace, budget: Budget) -> dict[str, list[dict[
             found = train_and_measure(config, folder, Plan(sizes=sizes), bases)
         results[method].append(found)
     return results
+
+
+def given_steps(options: argparse.Namespace) -> dict[str, int]:
+    """The steps that the call names."""
+    found: dict[str, int] = {}
+    for item in options.steps:
+        method, _, number = item.partition("=")
+        if method not in options.methods or not number.isdecimal() or int(number) < 1:
+            raise InputError(f"--steps {item}: give METHOD=N, a method of this call and a number above 0")
+        found[method] = int(number)
+    return found
 
 
 def known_steps(folders: Sequence[Path]) -> int | None:

@@ -59,6 +59,8 @@ def test_seconds_are_measured_method_by_method(root: Path, small_base: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "understanding_only: 1 steps" in done.stdout
     assert "1 seed; in brackets" in done.stdout
+    more = ("understanding_only", "--seeds", "4", "--seconds", "0.01", "--steps", "understanding_only=2")
+    assert "| understanding_only | 2 |" in methods(root, *more, *small(small_base)).stdout
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_seconds_are_measured_method_by_method(root: Path, small_base: Path) -> 
     [
         (("generation_only", "--questions", "8"), "asks none: give --seconds"),
         (("lvrop", "--questions", "8"), "did you mean lvrpo?"),
+        (("lvrpo", "--seconds", "8", "--steps", "dpo=3"), "--steps dpo=3: give METHOD=N"),
     ],
 )
 def test_a_budget_that_does_not_fit_is_one_line(arguments: tuple[str, ...], message: str, root: Path) -> None:
