@@ -9,6 +9,8 @@ REWARDS: Mapping[str, str] = {
     "preference": "lvrpo.rewards.preference:Preference",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
+    # a chat model behind an address judges
+    "vlm_endpoint": "lvrpo.rewards.vlm_endpoint:VLMEndpoint",
     # rules
     "exact_answer": "lvrpo.rewards.exact_answer:ExactAnswer",
     "numeric": "lvrpo.rewards.numeric:Numeric",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +13,11 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
+
+BOTH_ORDERS = "{question} Answer {first} or {second}."
+"""How yes-no questions of a split prompt are asked unless told otherwise."""
 
 
 class OwnVQA:
@@ -25,11 +31,24 @@ class OwnVQA:
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
     questions are asked as they are. ``gate``: facts of kinds that the judge cannot tell are not asked
     (``lvrpo audit --judge MODEL --gate FILE``).
+
+    ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
+    itself or by an endpoint; {} for its defaults); without it they do not get this reward. Yes-no questions are then
+    asked in both orders, with ``choices`` or BOTH_ORDERS. A prompt that could not be split is masked with the reason.
     """
 
     judges = ("image",)
 
-    def __init__(self, choices: str | None = None, gate: str | None = None, both: tuple[str, str] = ("yes", "no")):
+    def __init__(
+        self,
+        choices: str | None = None,
+        gate: str | None = None,
+        both: tuple[str, str] = ("yes", "no"),
+        split: Mapping[str, Any] | None = None,
+    ):
+        self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
+        if self.splitter is not None and choices is None:
+            choices = BOTH_ORDERS
         if choices is not None:
             try:
                 named = all(choices.format(question="q", first=f, second=s) for f, s in (both, both[::-1]))
@@ -43,30 +62,41 @@ class OwnVQA:
         self.gate = None if gate is None else read_gate(gate)
 
     def applies(self, prompt: Prompt) -> bool:
-        return "image" in prompt.output and bool(self._facts(prompt))
+        if "image" not in prompt.output:
+            return False
+        return bool(self._facts(prompt)) or (self.splitter is not None and self.splitter.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         if self.gate is not None:
             self.gate.require(judge_identity(judge))
+        missing: dict[int, str] = {}
+        if self.splitter is not None:
+            groups, missing = self.splitter.with_questions(groups, judge)
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: dict[tuple[int, int], str] = {}
         contexts: list[Parts] = []
         answers: list[str] = []
         counts: list[int] = []  # rows of each fact: 1, or 4 where both orders ask for both answers
-        facts_of: list[int] = []
-        for group in groups:
-            for trajectory in group.trajectories:
+        facts_of: dict[tuple[int, int], int] = {}
+        for p, group in enumerate(groups):
+            facts = self._facts(group.prompt)
+            for g, trajectory in enumerate(group.trajectories):
                 image = trajectory.image
-                assert image is not None
-                facts = self._facts(group.prompt)
-                facts_of.append(len(facts))
+                if image is None or not facts:
+                    failures[p, g] = missing.get(p, UNTOLD) if image is not None else "nothing was drawn"
+                    continue
+                facts_of[p, g] = len(facts)
                 for fact in facts:
                     asked = self._asked(image, fact)
                     counts.append(len(asked))
                     contexts += [context for context, _ in asked]
                     answers += [answer for _, answer in asked]
-        confidence = judge.text_logprob(contexts, answers).exp().cpu()
-        by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
-        values = torch.stack([part.mean() for part in by_fact.split(facts_of)])
-        return Scores(values.view(len(groups), -1))
+        if facts_of:
+            confidence = judge.text_logprob(contexts, answers).exp().cpu()
+            by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
+            for cell, part in zip(facts_of, by_fact.split(list(facts_of.values())), strict=True):
+                values[cell] = part.mean()
+        return Scores(values, failures)
 
     def _facts(self, prompt: Prompt) -> list[Fact]:
         return [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
