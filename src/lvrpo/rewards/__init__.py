@@ -9,6 +9,10 @@ REWARDS: Mapping[str, str] = {
     "preference": "lvrpo.rewards.preference:Preference",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
+    # the published reward's three terms
+    "semantic": "lvrpo.rewards.semantic:Semantic",
+    "instruction": "lvrpo.rewards.instruction:Instruction",
+    "knowledge": "lvrpo.rewards.knowledge:Knowledge",
     # a chat model behind an address judges
     "vlm_endpoint": "lvrpo.rewards.vlm_endpoint:VLMEndpoint",
     # rules

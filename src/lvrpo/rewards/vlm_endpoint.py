@@ -13,6 +13,7 @@ from lvrpo.config import parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.exact_answer import answers_match, normalize_answer
 from lvrpo.rewards.questions import Splitter, words_of
@@ -122,9 +123,7 @@ class VLMEndpoint:
     def _problem(self, trajectory: Trajectory) -> str | None:
         if self.of_text:
             return None if (trajectory.text or "").strip() else "the answer is empty"
-        if trajectory.image is None:
-            return "nothing was drawn"
-        return None if trajectory.image.isfinite().all() else "the picture holds values that are no numbers"
+        return problem_of(trajectory)
 
     def _asked(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
