@@ -22,6 +22,7 @@ REWARDS: Mapping[str, str] = {
     "boxed": "lvrpo.rewards.boxed:Boxed",
     "text_format": "lvrpo.rewards.text_format:TextFormat",
     "text_length": "lvrpo.rewards.text_length:TextLength",
+    "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
     # the built-in world's verifier
     "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
