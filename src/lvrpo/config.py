@@ -65,6 +65,19 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         raise InputError(f"{path}: {message}" if from_file else message)
 
 
+def parse_section(cls: type[C], tree: Mapping[str, Any], where: str) -> C:
+    """A section that stands among free options; raises InputError with one line that begins with ``where``."""
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{where}: must be a section of 'key: value' lines")
+    try:
+        return cls.model_validate(dict(tree))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    location = _real_location(dict(tree), first["loc"])
+    raise InputError(f"{where}{'.' if location else ': '}{_explain(cls, dict(first), location)}")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, keys in the order of declaration; ``load_config`` reads it back equal."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

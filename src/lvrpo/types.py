@@ -58,6 +58,8 @@ class Prompt:
     """The row of the results table that it counts in (counting, color_attr, sum ...)."""
     source: str = ""
     """The data set (and split) it comes from."""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
 
 
 @dataclass(frozen=True)

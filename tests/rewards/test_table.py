@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from lvrpo.config import parse_section
 from lvrpo.errors import ContractError, InputError
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import ExactAnswer
@@ -223,3 +224,28 @@ def test_the_table_says_who_judged_and_how_noisy_the_scores_are(groups: list[Gro
     assert set(table.noise) == {"noisy"}
     assert table.noise["noisy"][1].tolist() == [0.25, 0.25]
     assert table.noise["noisy"][0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"api_key": "SECRET"},
+        {"endpoint": {"openai_api_key": "SECRET"}},
+        {"endpoint": {"key": "sk-SECRETSECRETSECRET"}},
+        {"headers": [{"x": "Bearer sk-SECRETSECRETSECRET"}]},
+    ],
+)
+def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"looks like a key, .* name that in key_env") as caught:
+        parse_section(RewardConfig, {"name": "own_vqa", "options": options}, "rewards")
+    assert "SECRET" not in str(caught.value)
+    RewardConfig(name="own_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "split": {"limit": 3}, "gate": "tiny"})
+
+
+def test_a_share_of_failures_may_be_too_much(groups: list[Group], nobody: Any) -> None:
+    reward = Fixed(0.5, failures={(0, 0): "timed out", (1, 0): "timed out", (1, 1): "cut off"})
+    assert score_groups([source(reward, max_failed=0.75)], groups, nobody).mask.sum() == 1
+    with pytest.raises(
+        ContractError, match=r"'fixed' failed on 3 of 4 outputs, max_failed=0.7: most often \(2\): timed"
+    ):
+        score_groups([source(reward, max_failed=0.7)], groups, nobody)

@@ -61,6 +61,16 @@ def test_an_honest_rollout_keeps_every_promise(policy: TinyPolicy, groups: list[
     assert set(checks[0].as_dict()) == {"check", "value", "limit", "ok", "detail"}
 
 
+def test_failures_that_a_reward_may_have(policy: TinyPolicy, groups: list[Group]) -> None:
+    table = table_of(groups)
+    mask = table.mask.clone()
+    mask[0, 0, 0] = False
+    table = replace(table, mask=mask, reasons={(0, 0, 0): "failed: timed out"})
+    (breach,) = broken(policy, groups, table)
+    assert (breach.check, breach.detail) == ("scores that failed", "failed: timed out")
+    assert all(c.ok for c in step_zero_contract(policy, groups, table, 0.01, may_fail=table.names))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

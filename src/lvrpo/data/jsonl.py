@@ -72,7 +72,8 @@ class JsonlPrompts:
         row = line.row
         facts = tuple(Fact(f.kind, f.question, f.answer) for f in row.facts)
         parts: tuple[Part, ...] = (*(self._image(p, line) for p in line.images), row.prompt)
-        return Prompt(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name)
+        rules = {} if row.rules is None else row.rules.model_dump(exclude_unset=True)
+        return Prompt(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name, rules)
 
     def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""

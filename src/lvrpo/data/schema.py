@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,6 +30,32 @@ class RowFact(_Strict):
     kind: str = "question"
 
 
+class TextRules(_Strict):
+    """What a text output must keep to, checked by rules; what is not given is not checked."""
+
+    min_words: int = Field(default=0, ge=0)
+    max_words: int | None = Field(default=None, ge=1)
+    """Words are what stands between spaces."""
+    form: str | None = Field(default=None, min_length=1)
+    """A form of the reward ``text_format`` by name, or a regular expression that the whole text must match."""
+    include: list[str] = Field(default_factory=list)
+    """Words or phrases that must occur, whole, in any case."""
+    exclude: list[str] = Field(default_factory=list)
+    """Words or phrases that must not."""
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> TextRules:
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"min_words={self.min_words} is above max_words={self.max_words}: no text can keep to it")
+        if any(not phrase.strip() for phrase in (*self.include, *self.exclude)):
+            raise ValueError("include and exclude must hold words: one is blank")
+        try:
+            re.compile(self.form or "")
+        except re.error as error:
+            raise ValueError(f"form={self.form!r} is no regular expression ({error})") from None
+        return self
+
+
 class Row(_Strict):
     """One prompt, as it stands in a file."""
 
@@ -42,6 +69,8 @@ class Row(_Strict):
     answer: str | None = None
     """The right answer, where there is one."""
     facts: list[RowFact] = Field(default_factory=list)
+    rules: TextRules | None = None
+    """What the text output must keep to, for the reward ``instruction``."""
     category: str = ""
     """The row of the results table that it counts in."""
     output: list[OutputKind] = Field(default_factory=list)
@@ -69,6 +98,10 @@ class Row(_Strict):
             raise ValueError(f"task '{self.task}' needs a picture: give field 'images', such as [\"0.png\"]")
         if self.output and self.task != "reason" and tuple(self.output) != _DEFAULT_OUTPUT[self.task]:
             raise ValueError(f"task '{self.task}' produces {_DEFAULT_OUTPUT[self.task][0]}: leave out field 'output'")
+        if self.rules is not None and "text" not in self.kinds:
+            raise ValueError(
+                "field 'rules' is about texts, and this row produces a picture: leave it out, or give facts"
+            )
         if self.target is not None and len(self.targets) != len(self.kinds):
             raise ValueError(
                 f"field 'target' has {len(self.targets)} entries for {len(self.kinds)} outputs "
@@ -93,7 +126,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     where = [str(part) for part in problem["loc"] if not (problem["loc"][0] == "target" and part in _TYPE_NAMES)]
     name, value = ".".join(where), problem.get("input")
     if problem["type"] == "extra_forbidden":
-        fields = sorted((RowFact if where[0] == "facts" else Row).model_fields)
+        models: dict[str, type[_Strict]] = {"facts": RowFact, "rules": TextRules}
+        fields = sorted((models.get(where[0], Row) if len(where) > 1 else Row).model_fields)
         near = difflib.get_close_matches(where[-1], fields, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown field '{name}': {hint}there are {', '.join(fields)}"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
-from lvrpo.types import Example, Group, Image, Parts, Prompt, SegmentLogprobs, Task, Trajectory
+from lvrpo.types import Example, Group, Image, Part, Parts, Prompt, SegmentLogprobs, Task, Trajectory
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,14 @@ class Policy(Protocol):
 
         In nats, up to a constant of the image. What a draw leaves to chance is a function of the row's seed alone: rows
         that are compared share a seed. ``times``: the span in which a flow is judged, each policy having its own.
+        """
+        ...
+
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """What the reading side makes of texts and pictures, each read alone: (N, D), a row per word or patch.
+
+        After ``layer`` layers; 0: as they enter the transformer. Without gradient and without markers. Raises
+        InputError for a layer that there is not.
         """
         ...
 

@@ -9,6 +9,12 @@ REWARDS: Mapping[str, str] = {
     "preference": "lvrpo.rewards.preference:Preference",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
+    # the published reward's three terms
+    "semantic": "lvrpo.rewards.semantic:Semantic",
+    "instruction": "lvrpo.rewards.instruction:Instruction",
+    "knowledge": "lvrpo.rewards.knowledge:Knowledge",
+    # a chat model behind an address judges
+    "vlm_endpoint": "lvrpo.rewards.vlm_endpoint:VLMEndpoint",
     # rules
     "exact_answer": "lvrpo.rewards.exact_answer:ExactAnswer",
     "numeric": "lvrpo.rewards.numeric:Numeric",
@@ -16,6 +22,7 @@ REWARDS: Mapping[str, str] = {
     "boxed": "lvrpo.rewards.boxed:Boxed",
     "text_format": "lvrpo.rewards.text_format:TextFormat",
     "text_length": "lvrpo.rewards.text_length:TextLength",
+    "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
     # the built-in world's verifier
     "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",

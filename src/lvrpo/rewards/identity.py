@@ -7,13 +7,11 @@ import hashlib
 import torch
 from torch import nn
 
-from lvrpo.policies.base import Policy
-
 SAMPLED = 4096
 """Values taken of each tensor."""
 
 
-def judge_identity(judge: Policy) -> str:
+def judge_identity(judge: object) -> str:
     """``TinyPolicy:3f2a91c0d4e7``: the class and a hash of names, shapes and evenly spaced values of the weights.
 
     Two judges of one name are the same weights, for all that an update, an average or another checkpoint can do: those

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt, Trajectory
 
@@ -71,6 +72,9 @@ class Mutual:
     What each side can tell is measured, not assumed: with a ``gate`` (``lvrpo audit --judge MODEL --gate FILE``) kinds
     of fact that the side cannot tell are left out, and prompts of which nothing is left do not get this reward.
 
+    ``split``: a drawing's prompt that has no facts, and is not judged as a whole (``about: facts``, or a gate that
+    closes whole prompts), is split into questions (``rewards.questions``; {} for its defaults).
+
     Neighbours: GvU (arXiv:2603.06043) rewards drawings by token probabilities without the marginal; SUDER trains on
     dual likelihoods.
     """
@@ -86,6 +90,7 @@ class Mutual:
         instruction: str = DESCRIBE,
         lead_ins: Sequence[str] = ("draw ", "a picture of "),
         cap: float = 5.0,
+        split: Mapping[str, Any] | None = None,
     ) -> None:
         if about not in get_args(About):
             raise InputError(f"mutual.about={about!r}: unknown: use {', '.join(get_args(About))}")
@@ -95,7 +100,10 @@ class Mutual:
             raise InputError(f"mutual.times={times}: must be [low, high] with 0 < low < high <= 1")
         if not cap > 0:
             raise InputError(f"mutual.cap={cap}: must be > 0 (.inf for none)")
+        if split is not None and about == "prompt":
+            raise InputError("mutual.split: has no effect with about=prompt: leave one of the two out")
         self.about, self.cap = about, cap
+        self.splitter = None if split is None else Splitter.read(split, "mutual.split")
         self.times = {} if times is None else {"times": (times[0], times[1])}
         self.gate = None if gate is None else read_gate(gate)
         self.draws = draws or (DRAWS if self.gate is None else self.gate.draws)
@@ -104,7 +112,7 @@ class Mutual:
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
-            return bool(self._facts(prompt)) or self._whole(prompt)
+            return bool(self._facts(prompt)) or self._whole(prompt) or self._splits(prompt)
         kind = prompt.category or "answer"
         shown = any(not isinstance(part, str) for part in prompt.parts)
         return shown and bool(_words(prompt)) and (self.gate is None or self.gate.admits("draw", kind))
@@ -115,11 +123,30 @@ class Mutual:
         shape = (len(groups), len(groups[0]))
         values, noise = torch.full(shape, math.nan), torch.full(shape, math.nan)
         failures: dict[Cell, str] = {}
-        self._score_drawings(groups, judge, values, failures)
+        self._score_drawings(self._split(groups, judge, failures), judge, values, failures)
         self._score_texts(groups, judge, values, noise, failures)
         return Scores(values, failures, noise)
 
     # --- drawings, by the reading side ---
+
+    def _splits(self, prompt: Prompt) -> bool:
+        """Whether it takes questions of its own to judge a drawing of this prompt."""
+        drawn = "image" in prompt.output and self.splitter is not None and self.splitter.applies(prompt)
+        return drawn and not self._whole(prompt)
+
+    def _split(self, groups: Sequence[Group], judge: Policy, failures: dict[Cell, str]) -> Sequence[Group]:
+        """The groups with questions where they need some; cells of those that got none fail."""
+        places = [p for p, group in enumerate(groups) if self._splits(group.prompt)]
+        if self.splitter is None or not places:
+            return groups
+        found, missing = self.splitter.with_questions([groups[p] for p in places], judge)
+        out = list(groups)
+        for i, p in enumerate(places):
+            out[p] = found[i]
+            if not self._facts(found[i].prompt):
+                reason = missing.get(i, UNTOLD)
+                failures |= {(p, g): reason for g in range(len(groups[p]))}
+        return out
 
     def _facts(self, prompt: Prompt) -> list[tuple[str, str]]:
         """Questions with their answers, of the kinds that the reading side can tell."""
@@ -162,6 +189,8 @@ class Mutual:
         cells: list[Cell] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories if "image" in group.prompt.output else ()):
+                if (p, g) in failures:
+                    continue
                 if trajectory.image is None:
                     failures[p, g] = "nothing was drawn"
                     continue

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
+
+BOTH_ORDERS = "{question} Answer {first} or {second}."
+"""How yes-no questions of a split prompt are asked unless told otherwise."""
+
+Confidences = dict[tuple[int, int], torch.Tensor]
+Failures = dict[tuple[int, int], str]
+
+
+class Reader(Protocol):
+    """Whoever can be asked about pictures: a policy, or a model that the user brings."""
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """As ``Policy.text_logprob``."""
+        ...
 
 
 class OwnVQA:
@@ -25,11 +43,26 @@ class OwnVQA:
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
     questions are asked as they are. ``gate``: facts of kinds that the judge cannot tell are not asked
     (``lvrpo audit --judge MODEL --gate FILE``).
+
+    ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
+    itself or by an endpoint; {} for its defaults); without it they do not get this reward. Yes-no questions are then
+    asked in both orders, with ``choices`` or BOTH_ORDERS. A prompt that could not be split is masked with the reason.
+    ``kinds``: only facts of these kinds are asked.
     """
 
     judges = ("image",)
 
-    def __init__(self, choices: str | None = None, gate: str | None = None, both: tuple[str, str] = ("yes", "no")):
+    def __init__(
+        self,
+        choices: str | None = None,
+        gate: str | None = None,
+        both: tuple[str, str] = ("yes", "no"),
+        split: Mapping[str, Any] | None = None,
+        kinds: Sequence[str] | None = None,
+    ):
+        self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
+        if self.splitter is not None and choices is None:
+            choices = BOTH_ORDERS
         if choices is not None:
             try:
                 named = all(choices.format(question="q", first=f, second=s) for f, s in (both, both[::-1]))
@@ -40,36 +73,58 @@ class OwnVQA:
         if len(both) != 2 or both[0] == both[1]:
             raise InputError(f"own_vqa.both={both}: must be two different answers, such as [yes, no]")
         self.choices, self.both = choices, (both[0], both[1])
+        self.kinds = None if kinds is None else frozenset(kinds)
         self.gate = None if gate is None else read_gate(gate)
 
     def applies(self, prompt: Prompt) -> bool:
-        return "image" in prompt.output and bool(self._facts(prompt))
+        if "image" not in prompt.output:
+            return False
+        return bool(self._facts(prompt)) or (self.splitter is not None and self.splitter.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        confidences, failures = self.confidences(groups, judge, judge)
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        for cell, found in confidences.items():
+            values[cell] = found.mean()
+        return Scores(values, failures)
+
+    def confidences(self, groups: Sequence[Group], judge: Policy, reader: Reader) -> tuple[Confidences, Failures]:
+        """The reader's confidence in each right answer, by (group, member), and why some have none.
+
+        ``judge`` splits free text; ``reader`` sees the pictures.
+        """
         if self.gate is not None:
-            self.gate.require(judge_identity(judge))
+            self.gate.require(judge_identity(reader))
+        missing: dict[int, str] = {}
+        if self.splitter is not None:
+            groups, missing = self.splitter.with_questions(groups, judge)
+        failures: Failures = {}
         contexts: list[Parts] = []
         answers: list[str] = []
         counts: list[int] = []  # rows of each fact: 1, or 4 where both orders ask for both answers
-        facts_of: list[int] = []
-        for group in groups:
-            for trajectory in group.trajectories:
-                image = trajectory.image
-                assert image is not None
-                facts = self._facts(group.prompt)
-                facts_of.append(len(facts))
+        facts_of: dict[tuple[int, int], int] = {}
+        for p, group in enumerate(groups):
+            facts = self._facts(group.prompt)
+            for g, trajectory in enumerate(group.trajectories):
+                image, problem = trajectory.image, problem_of(trajectory, reader)
+                if image is None or problem or not facts:
+                    failures[p, g] = problem or missing.get(p, UNTOLD)
+                    continue
+                facts_of[p, g] = len(facts)
                 for fact in facts:
                     asked = self._asked(image, fact)
                     counts.append(len(asked))
                     contexts += [context for context, _ in asked]
                     answers += [answer for _, answer in asked]
-        confidence = judge.text_logprob(contexts, answers).exp().cpu()
+        if not facts_of:
+            return {}, failures
+        confidence = reader.text_logprob(contexts, answers).exp().cpu()
         by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
-        values = torch.stack([part.mean() for part in by_fact.split(facts_of)])
-        return Scores(values.view(len(groups), -1))
+        return dict(zip(facts_of, by_fact.split(list(facts_of.values())), strict=True)), failures
 
     def _facts(self, prompt: Prompt) -> list[Fact]:
-        return [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
+        known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
+        return [fact for fact in known if self.kinds is None or fact.kind in self.kinds]
 
     def _asked(self, image: Image, fact: Fact) -> list[tuple[Parts, str]]:
         """One row; or right and wrong answer in one order, then in the other."""

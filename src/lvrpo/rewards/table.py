@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import ContractError, InputError, LvrpoError
@@ -20,6 +22,9 @@ from lvrpo.rewards.identity import judge_identity
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
+
+_SECRET_NAME = re.compile(r"(?:.*_)?(?:api_?key|access_token|auth_token|secret|passw(?:or)?d|authorization|bearer)")
+_SECRET_VALUE = re.compile(r"(?:Bearer )?(?:sk|hf|gsk|xai|ghp)[-_][A-Za-z0-9_-]{16,}")
 
 
 class RewardConfig(Config):
@@ -38,6 +43,17 @@ class RewardConfig(Config):
     segments: tuple[OutputKind, ...] | None = Field(default=None, min_length=1)
     """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
     on_failure: Literal["mask", "stop"] = "mask"
+    """Of a score that failed: it is masked with its reason, or stops the run."""
+    max_failed: float | None = Field(default=None, ge=0, lt=1)
+    """The run stops where more than this share of the reward's scores of a step failed. None: never after the step-0
+    contract, which then allows no failure."""
+
+    @field_validator("options")
+    @classmethod
+    def _without_keys(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options are written into run directories."""
+        _refuse_secrets(options)
+        return options
 
     @property
     def title(self) -> str:
@@ -61,6 +77,21 @@ class RewardSource:
         """The kinds of segments that it judges where a trajectory has several."""
         own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
         return self.config.segments or own
+
+
+def _refuse_secrets(options: Any, name: str = "") -> None:
+    """Raises ValueError, which does not show it, where a key stands among options. Any: whatever YAML may hold."""
+    if isinstance(options, Mapping):
+        for key, value in options.items():
+            _refuse_secrets(value, str(key))
+    elif isinstance(options, list | tuple):
+        for value in options:
+            _refuse_secrets(value, name)
+    elif isinstance(options, str) and (_SECRET_NAME.fullmatch(name.lower()) or _SECRET_VALUE.fullmatch(options)):
+        raise ValueError(
+            f"{name}: looks like a key, and options are written to run directories: put it into an environment "
+            "variable and name that in key_env"
+        )
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
@@ -144,4 +175,11 @@ def _checked(
     if failures and source.config.on_failure == "stop":
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
+    limit = source.config.max_failed
+    if limit is not None and len(failures) > limit * P * G:
+        reason, times = Counter(failures.values()).most_common(1)[0]
+        raise ContractError(
+            f"reward {title!r} failed on {len(failures)} of {P * G} outputs, max_failed={limit}: most often ({times}): "
+            f"{reason}"
+        )
     return values, failures, noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,11 +36,20 @@ class Check:
         return asdict(self)
 
 
-def step_zero_contract(policy: Policy, groups: Sequence[Group], table: RewardTable, std_floor: float) -> list[Check]:
-    """Measures every promise on a rollout of ``policy`` that has not been updated since."""
+def step_zero_contract(
+    policy: Policy, groups: Sequence[Group], table: RewardTable, std_floor: float, may_fail: Collection[str] = ()
+) -> list[Check]:
+    """Measures every promise on a rollout of ``policy`` that has not been updated since.
+
+    ``may_fail``: rewards whose failures were held to their own ``max_failed``.
+    """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     checks = _replay_checks(policy, trajectories) + _group_checks(groups)
-    failed = [reason for reason in table.reasons.values() if reason.startswith("failed")]
+    failed = [
+        reason
+        for (_, _, k), reason in table.reasons.items()
+        if reason.startswith("failed") and table.names[k] not in may_fail
+    ]
     total = table.mask.numel()
     checks.append(
         Check("scores that failed", len(failed) / total, 0.0, not failed, failed[0] if failed else "no reward failed")

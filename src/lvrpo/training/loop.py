@@ -164,7 +164,8 @@ def contract_checks(
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
     groups = policies.live.sample(prompts, sampling, seeds)
     table = score_groups(rewards, groups, policies.reference)
-    return contract.step_zero_contract(policies.live, groups, table, config.advantages.std_floor)
+    may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
+    return contract.step_zero_contract(policies.live, groups, table, config.advantages.std_floor, may_fail)
 
 
 def _check_contract(

@@ -96,15 +96,9 @@ class Contexts:
         keep_layers: bool = False,
     ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece."""
-        device = self.transformer.inv_freq.device
-        packing = pack([tuple(piece.span for piece in row) for row in rows], device)
+        packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]
-        ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64, device=device)
-        reading = self.towers.embed_tokens(ids.clamp(min=0))
-        read = [piece for piece in pieces if piece.span.kind == "read"]
-        if read:
-            tokens = _by_grid(read, self._read)
-            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.to(reading.dtype))
+        reading = self.embed_reading(pieces)
         drawn = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
         if noisy is not None:
             drawing = self.towers.embed_latents(*noisy, drawn[0].grid).flatten(0, 1)
@@ -113,6 +107,17 @@ class Contexts:
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
         return self.transformer(reading, drawing, packing, cache, keep_layers)
+
+    def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The reading expert's tokens (Nr, D) of pieces as they enter the transformer: words, markers, patches."""
+        device = self.transformer.inv_freq.device
+        ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64, device=device)
+        reading = self.towers.embed_tokens(ids.clamp(min=0))
+        read = [piece for piece in pieces if piece.span.kind == "read"]
+        if read:
+            tokens = _by_grid(read, self._read)
+            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.to(reading.dtype))
+        return reading
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""

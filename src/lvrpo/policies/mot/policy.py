@@ -12,6 +12,7 @@ from typing import Self, TypeVar, cast
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.context import Contexts, Row
@@ -25,6 +26,7 @@ from lvrpo.types import (
     FlowSegment,
     Group,
     Image,
+    Part,
     Parts,
     Prompt,
     Segment,
@@ -338,6 +340,26 @@ class MoTPolicy(nn.Module, ABC):
         rows = [(contexts.picture(image, "read"),) for image in images]
         hidden = contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True)
         return hidden.layers[layer - 1][0].unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
+
+    @torch.no_grad()
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
+        depth = self.transformer.config.depth
+        if not 0 <= layer <= depth:
+            raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
+        contexts = self.contexts
+        states: list[torch.Tensor] = []
+        for start in range(0, len(parts), MAX_ROWS):
+            rows = [contexts.row((part,), draws=False) for part in parts[start : start + MAX_ROWS]]
+            lengths = [sum(piece.span.length for piece in row) for row in rows]
+            states += [row[1:-1] for row in self._reading_layer(rows, layer).split(lengths)]  # without the two markers
+        return states
+
+    def _reading_layer(self, rows: Sequence[Row], layer: int) -> torch.Tensor:
+        """(Nr, D) of rows that the reading expert alone sees."""
+        if layer == 0:
+            return self.contexts.embed_reading([piece for row in rows for piece in row])
+        return self.contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True).layers[layer - 1][0]
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""

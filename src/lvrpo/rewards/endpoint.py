@@ -1,0 +1,279 @@
+"""A chat model behind an OpenAI-compatible address (vLLM, SGLang, a provider): texts and pictures in, a text out.
+
+The key comes from an environment variable that the configuration names; it stands in no configuration, file or message.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+from lvrpo.types import Image, Parts
+
+LONGEST_WAIT = 60.0
+"""Seconds between two tries at most, also where the server asks for more."""
+EXCERPT = 120
+"""Characters of a server's message that a reason quotes."""
+PASSING = (408, 409, 425, 429)
+"""Statuses below 500 after which the same request may succeed later."""
+
+
+class EndpointConfig(Config):
+    """Where the model is, and how patiently it is asked."""
+
+    base_url: str = Field(min_length=1)
+    """Up to the version, such as http://localhost:8000/v1; /chat/completions is added."""
+    model: str = Field(min_length=1)
+    key_env: str | None = None
+    """The environment variable that holds the key; None: the server wants none."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """For the connection, and for every pause in the answer."""
+    retries: int = Field(default=4, ge=0)
+    """After a timeout, a broken connection, statuses 429 and 5xx, an answer that is no JSON or empty."""
+    backoff_s: float = Field(default=1.0, ge=0)
+    """The first wait; it doubles with every try, up to a minute, with some chance added."""
+    workers: int = Field(default=8, ge=1, le=256)
+    """Requests at once."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Of an answer; one that is cut off is not used."""
+    temperature: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _address_and_key(self) -> Self:
+        # messages show no value: what stands in a wrong place may be a key
+        try:
+            url = urlsplit(self.base_url)
+            plain = url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc
+        except ValueError:
+            raise ValueError("base_url: is no address: write http://HOST:PORT/v1") from None
+        if not plain or url.query or url.fragment:
+            raise ValueError("base_url: must be http(s)://HOST[:PORT]/PATH without user, query or key: see key_env")
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env: must be the name of an environment variable, never the key itself")
+        return self
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why a question has no answer."""
+
+    reason: str
+
+
+Answer = str | NoAnswer
+
+
+class _UnusableError(Exception):
+    """An answer that the same request would give again."""
+
+
+class _PassingError(Exception):
+    """A failure that another try may not meet."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class _Batch:
+    """What the requests of one call share: how many in a row failed after all their tries."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row = limit, 0
+        self.over = threading.Event()
+        self._lock = threading.Lock()
+
+    def note(self, failed: bool) -> None:
+        with self._lock:
+            self.in_a_row = self.in_a_row + 1 if failed else 0
+            if self.in_a_row >= self.limit:
+                self.over.set()
+
+
+class ChatEndpoint:
+    """Asks one model; safe to use from several threads."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        """Raises InputError where the environment lacks the key, or the packages are not installed."""
+        self.config = config
+        self._key = None
+        if config.key_env is not None:
+            self._key = os.environ.get(config.key_env, "").strip()
+            if not self._key or not self._key.isascii() or not self._key.isprintable():
+                raise InputError(
+                    f"endpoint.key_env={config.key_env}: the environment holds no key under this name: "
+                    f"export {config.key_env}=..."
+                )
+        self._http, self._tenacity = _packages()
+        self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers())
+
+    @property
+    def identity(self) -> str:
+        """Model, address and what shapes its answers."""
+        config = self.config
+        return f"{config.model} at {config.base_url}, temperature {config.temperature}, {config.max_tokens} tokens"
+
+    def ask(self, conversations: Sequence[Parts]) -> list[Answer]:
+        """One answer per conversation of texts and pictures, in order.
+
+        After more failures in a row than there are workers, each after all its tries, the rest is not asked any more.
+        Raises InputError where the server refuses the key, or does not know the address or the model.
+        """
+        if not conversations:
+            return []
+        workers = min(self.config.workers, len(conversations))
+        batch = _Batch(max(2, self.config.workers + 1))
+        with ThreadPoolExecutor(workers, thread_name_prefix="endpoint") as pool:
+            try:
+                return list(pool.map(lambda parts: self._answer(parts, batch), conversations))
+            except BaseException:
+                batch.over.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _answer(self, parts: Parts, batch: _Batch) -> Answer:
+        tenacity, config = self._tenacity, self.config
+        backoff = tenacity.wait_exponential(config.backoff_s, LONGEST_WAIT) + tenacity.wait_random(0, config.backoff_s)
+
+        def wait(state: Any) -> float:  # Any: tenacity's
+            error = state.outcome.exception()
+            return max(backoff(state), min(error.wait_s, LONGEST_WAIT))
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(config.retries + 1) | tenacity.stop_when_event_set(batch.over),
+            wait=wait,
+            retry=tenacity.retry_if_exception_type(_PassingError),
+            sleep=tenacity.sleep_using_event(batch.over),
+            reraise=True,
+        )
+        if batch.over.is_set():
+            return NoAnswer(f"not asked: the endpoint failed {batch.limit} times in a row")
+        try:
+            text = retrying(self._once, _body(config, parts))
+        except _UnusableError as error:
+            batch.note(failed=False)
+            return NoAnswer(str(error))
+        except _PassingError as error:
+            batch.note(failed=True)
+            tries = retrying.statistics.get("attempt_number", 1)
+            return NoAnswer(f"{error} ({tries} tries)")
+        batch.note(failed=False)
+        return text
+
+    def _once(self, body: dict[str, Any]) -> str:
+        """One request; raises _PassingError or _UnusableError."""
+        http, config = self._http, self.config
+        try:
+            response = self._client.post(f"{config.base_url.rstrip('/')}/chat/completions", json=body)
+        except http.TimeoutException:
+            raise _PassingError(f"no answer within {config.timeout_s:g} s") from None
+        except http.TransportError as error:
+            raise _PassingError(f"no connection: {self._plain(str(error) or type(error).__name__)}") from None
+        status = response.status_code
+        if status in (401, 403, 404):
+            what = "key_env names a key that" if config.key_env else "without key_env it"
+            wrong = (
+                f"does not know this address or the model {config.model!r}" if status == 404 else f"{what} is refused"
+            )
+            raise InputError(f"endpoint {config.base_url}: HTTP {status}: {wrong}: correct the options")
+        if status in PASSING or status >= 500:
+            raise _PassingError(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
+        if status != 200:
+            raise _UnusableError(f"HTTP {status}: {self._plain(response.text)}")
+        return _content(response.text, config.max_tokens)
+
+    def _plain(self, text: str) -> str:
+        """One short line without the key."""
+        text = " ".join(text.split())
+        if self._key:
+            text = text.replace(self._key, "***")
+        return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
+
+    def _headers(self) -> dict[str, str]:
+        return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+
+
+def after_thought(text: str) -> str:
+    """What follows the thinking of a model that thinks aloud, stripped; "" where the thinking never ended."""
+    if "</think>" in text:
+        return text.rpartition("</think>")[2].strip()
+    return "" if "<think>" in text else text.strip()
+
+
+def _content(text: str, max_tokens: int) -> str:
+    """The text of an answer; raises _PassingError for garbage or nothing, _UnusableError for one cut off."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _PassingError("an answer that is no JSON") from None
+    try:
+        choice = found["choices"][0]
+        content, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise _PassingError("an answer without choices") from None
+    if finish == "length":
+        raise _UnusableError(f"the answer was cut off at {max_tokens} tokens")
+    if finish == "content_filter":
+        raise _UnusableError("the answer was withheld by a content filter")
+    if content is not None and not isinstance(content, str):
+        raise _PassingError("an answer without text")
+    answer = after_thought(content or "")
+    if not answer:
+        raise _PassingError("the answer is empty")
+    return answer
+
+
+def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": picture_url(part)}}
+        for part in parts
+    ]
+    return {
+        "model": config.model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+    }
+
+
+def picture_url(image: Image) -> str:
+    """A picture (3, H, W) in [0, 1] as PNG in a data address."""
+    from PIL import Image as PilImage
+
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    PilImage.fromarray(pixels).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _seconds(header: str | None) -> float:
+    """Of a Retry-After that is a number; 0 for a date or nothing."""
+    return float(header) if header and re.fullmatch(r"\d{1,6}(\.\d+)?", header.strip()) else 0.0
+
+
+def _packages() -> tuple[Any, Any]:
+    """Any: the packages are optional."""
+    try:
+        import httpx2
+        import tenacity
+    except ImportError as error:
+        raise InputError(f"endpoint: needs the package {error.name}: pip install 'lvrpo[endpoint]'") from None
+    return httpx2, tenacity
+
+
+__all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "after_thought", "picture_url"]

@@ -1,0 +1,74 @@
+"""The published knowledge reward: a model that answers questions about pictures is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.external import OWN, ExternalVLM, checked_folder, once
+from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
+from lvrpo.rewards.written import last_text
+from lvrpo.types import Group, Parts, Prompt
+
+
+class Knowledge:
+    """Answers of a model of visual questions (LVRPO, arXiv:2603.27693, the term r_kn). Range [0, 1].
+
+    Of a drawing: its mean confidence in the right answers to the prompt's questions, as ``own_vqa`` has it. Of a text
+    about pictures: its confidence in that text as the answer, exp(mean log-prob per token).
+
+    ``source``: "own", the policy's frozen reading side; or a local folder of a model of ``transformers`` that reads
+    pictures, as in the paper (``pip install 'lvrpo[external]'``). With the own source, the confidence in texts rewards
+    what the policy says anyway: where answers are known, ``exact_answer`` is the better teacher. A text that is empty
+    or was cut off is masked.
+    """
+
+    def __init__(
+        self,
+        source: str = OWN,
+        choices: str | None = None,
+        gate: str | None = None,
+        split: Mapping[str, Any] | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
+        self.reader = None
+        if source != OWN:
+            checked_folder(source)
+            self.reader = once(lambda: ExternalVLM(source, device))
+
+    def applies(self, prompt: Prompt) -> bool:
+        if "image" in prompt.output:
+            return self.vqa.applies(prompt)
+        return any(not isinstance(part, str) for part in prompt.parts)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        reader: Reader = judge if self.reader is None else self.reader()
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: Failures = {}
+        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
+        if drawn:
+            found, missing = self.vqa.confidences([groups[p] for p in drawn], judge, reader)
+            for (i, g), confidences in found.items():
+                values[drawn[i], g] = confidences.mean()
+            failures |= {(drawn[i], g): reason for (i, g), reason in missing.items()}
+        rows: list[tuple[int, int, Parts, str]] = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories if p not in drawn else ()):
+                segment = last_text(trajectory)
+                if segment is None or not segment.text.strip():
+                    failures[p, g] = "the answer is empty"
+                elif not segment.ended:
+                    failures[p, g] = "the text was cut off at the length limit"
+                else:
+                    rows.append((p, g, group.prompt.parts, segment.text))
+        if rows:
+            logprobs = reader.text_logprob([parts for _, _, parts, _ in rows], [text for *_, text in rows])
+            for (p, g, _, _), logprob in zip(rows, logprobs.exp().cpu(), strict=True):
+                values[p, g] = logprob
+        return Scores(values, failures)

@@ -1,0 +1,225 @@
+"""Towers and readers of transformers in local folders: small random ones, made here."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.rewards.external import ExternalVLM, SiglipTower
+from lvrpo.rewards.instruction import Instruction
+from lvrpo.rewards.knowledge import Knowledge
+from lvrpo.rewards.semantic import Semantic
+from lvrpo.types import Fact, Group, Prompt
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = (
+    "<pad>",
+    "<eos>",
+    "<image>",
+    "<unk>",
+    "<bos>",
+    "red",
+    "blue",
+    "cube",
+    "yes",
+    "no",
+    "is",
+    "it",
+    "?",
+    "user",
+    ":",
+)
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CHAT = (
+    "{% for m in messages %}user : {% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %} {{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def quietly(make: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+def tokenizer(kind: str = "words") -> Any:
+    if kind == "siglip2":  # single letters
+        letters = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\N{LOWER ONE EIGHTH BLOCK}", *"redcub")
+        return transformers.Siglip2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)})
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def image_processor(kind: str) -> Any:
+    if kind == "siglip2":
+        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+        return Siglip2ImageProcessorPil(patch_size=4, max_num_patches=9)
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(size={"height": 12, "width": 12})
+
+
+def tower_folder(folder: Path, kind: str) -> Path:
+    torch.manual_seed(1)
+    text = {**SMALL, "vocab_size": len(WORDS), "max_position_embeddings": 10, "projection_size": 16}
+    if kind == "siglip2":
+        vision = {**SMALL, "patch_size": 4, "num_patches": 9}
+        config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+        model, processor = transformers.Siglip2Model(config), transformers.Siglip2Processor
+    else:
+        vision = {**SMALL, "patch_size": 4, "image_size": 12}
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+        model, processor = transformers.SiglipModel(config), transformers.SiglipProcessor
+    model.save_pretrained(folder)
+    quietly(lambda: processor(image_processor=image_processor(kind), tokenizer=tokenizer(kind)).save_pretrained(folder))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["siglip", "siglip2"])
+def tower(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quietly(lambda: tower_folder(tmp_path_factory.mktemp("tower"), request.param))
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vlm")
+
+    def make() -> None:
+        torch.manual_seed(2)
+        vision = transformers.SiglipVisionConfig(**SMALL, patch_size=4, image_size=12, vision_use_head=False)
+        text = transformers.LlamaConfig(**SMALL, vocab_size=len(WORDS), num_key_value_heads=2)
+        config = transformers.LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=WORDS.index("<image>"),
+            image_seq_length=9,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(folder)
+        processor = transformers.LlavaProcessor(
+            image_processor=image_processor("siglip"),
+            tokenizer=tokenizer(),
+            patch_size=4,
+            vision_feature_select_strategy="full",
+            num_additional_image_tokens=0,
+            chat_template=CHAT,
+            image_token="<image>",
+        )
+        processor.save_pretrained(folder)
+
+    quietly(make)
+    return folder
+
+
+def test_a_tower_embeds_wholes_and_parts(tower: Path) -> None:
+    found = SiglipTower(str(tower), "cpu")
+    images = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
+    texts = found.texts(["red cube", "RED cube", "cube"])
+    lengths = (8, 8, 4) if found.model.config.model_type == "siglip2" else (2, 2, 1)
+    assert [tuple(t.parts.shape) for t in texts] == [(length, 16) for length in lengths]
+    assert torch.equal(texts[0].whole, texts[1].whole)
+    pictures = found.images(images)
+    assert {tuple(p.whole.shape) for p in pictures} == {(16,)}
+    assert all(p.parts.shape[1] == 16 and 1 <= p.parts.shape[0] <= 9 for p in pictures)
+    alone = found.images(images[1:2])[0]
+    assert torch.allclose(alone.whole, pictures[1].whole, atol=1e-5)
+    assert torch.allclose(alone.parts, pictures[1].parts, atol=1e-5)
+
+
+def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
+    """The model's own logits per picture are scale cos + bias."""
+    found = SiglipTower(str(tower), "cpu")
+    image, text = torch.rand(3, 12, 12), "red cube"
+    model = found.model
+    tokens = found.processor.tokenizer([text], padding="max_length", max_length=10, return_tensors="pt")
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    inputs = found.processor.image_processor(images=[pixels], return_tensors="pt")
+    with torch.no_grad():
+        logit = model(input_ids=tokens["input_ids"], **inputs).logits_per_image.item()
+    cosine = (logit - model.logit_bias.item()) / model.logit_scale.exp().item()
+    reward = Semantic(form="global", source=str(tower), device="cpu")
+    assert reward.of(found.texts([text])[0], found.images([image])[0]) == pytest.approx(cosine, abs=1e-4)
+
+
+def test_semantic_takes_the_tower_for_pictures_of_any_size(group: Callable[..., Group], tower: Path) -> None:
+    prompt = Prompt("p", "generate", ("draw red cube",), ("image",))
+    images = [[torch.rand(3, 16, 16)], [torch.rand(3, 9, 24)], [torch.full((3, 12, 12), torch.nan)]]
+    for form in ("dense", "global"):
+        scores = Semantic(form=form, source=str(tower), device="cpu").score([group(prompt, images)], None)  # type: ignore[arg-type]
+        assert scores.values[0, :2].abs().max() <= 1
+        assert scores.values[0, 0] != scores.values[0, 1]
+        assert scores.failures == {(0, 2): "the picture holds values that are no numbers"}
+
+
+def test_a_reader_gives_the_mean_log_prob_of_an_answer(vlm: Path) -> None:
+    reader = ExternalVLM(str(vlm), "cpu")
+    image = torch.rand(3, 12, 12)
+    found = reader.text_logprob([(image, "is it red ?")] * 2 + [(image * 0, "is it red ?")], ["yes", "red cube", "yes"])
+    ids = {word: i for i, word in enumerate(WORDS)}
+    row = [ids[w] for w in ("user", ":", *["<image>"] * 9, "is", "it", "red", "?", "red", "cube", "<eos>")]
+    pixels = reader.processor.image_processor(
+        images=[(image * 255).round().byte().permute(1, 2, 0).numpy()], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        logits = reader.model(input_ids=torch.tensor([row]), pixel_values=pixels).logits[0]
+    steps = torch.log_softmax(logits[-4:-1], -1)[range(3), [ids["red"], ids["cube"], ids["<eos>"]]]
+    assert found[1].item() == pytest.approx(steps.mean().item(), abs=1e-4)
+    assert found[0] != found[2]
+
+
+def test_knowledge_and_instruction_ask_the_reader(group: Callable[..., Group], vlm: Path) -> None:
+    fact = Fact("exists", "is it red ?", "yes")
+    draw = Prompt("d", "generate", ("red",), ("image",), facts=(fact,))
+    ask = Prompt("q", "understand", (torch.rand(3, 12, 12), "is it ?"), ("text",))
+    image = torch.rand(3, 12, 12)
+    groups = [group(draw, [[image], [torch.rand(3, 30, 20)]]), group(ask, [["yes"], [" "]])]
+    reader = ExternalVLM(str(vlm), "cpu")
+    expected = reader.text_logprob([(image, "is it red ?"), ask.parts], ["yes", "yes"]).exp()
+    scores = Knowledge(source=str(vlm), device="cpu").score(groups, None)  # type: ignore[arg-type]
+    assert scores.values[:, 0].tolist() == pytest.approx(expected.tolist())
+    assert scores.failures == {(1, 1): "the answer is empty"}
+    for above, kept in ((float(expected[0]) - 1e-4, 1.0), (float(expected[0]) + 1e-4, 0.0)):
+        binary = Instruction(source=str(vlm), above=above, device="cpu")
+        assert binary.score(groups[:1], None).values[0, 0] == kept  # type: ignore[arg-type]
+
+
+def test_folders_that_hold_no_reader(vlm: Path, tower: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        ExternalVLM(str(tower), "cpu")
+    assert "\n" not in str(caught.value)
+    for path in vlm.iterdir():
+        if "template" not in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    for path in tmp_path.glob("*.json"):
+        tree = json.loads(path.read_text())
+        tree.pop("chat_template", None)
+        path.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match="has no chat template: use an instruction-tuned checkpoint"):
+        ExternalVLM(str(tmp_path), "cpu")
+    with pytest.raises(InputError, match="no folder with a config"):
+        Knowledge(source="nowhere")
+    with pytest.raises(InputError, match="no folder with a config"):
+        Instruction(source="nowhere")

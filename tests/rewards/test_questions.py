@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.endpoint import NoAnswer
+from lvrpo.rewards.gate import Gate, Sensitivity
+from lvrpo.rewards.mutual import Mutual
+from lvrpo.rewards.own_vqa import OwnVQA
+from lvrpo.rewards.questions import Splitter, kind_of, parse_questions
+from lvrpo.types import Fact, Group, Image, Prompt, TextSegment, Trajectory
+
+CUBE = Prompt("cube", "generate", ("a red cube beside three birds",), ("image",))
+WRITTEN = "is there a red cube? yes\nhow many birds are there? 3"
+
+
+class Writer:
+    """A policy that writes what it is told, and answers by a table as the fake judge does."""
+
+    identity = "1"
+
+    def __init__(self, says: str, ended: bool = True, table: dict[tuple[str, str], float] | None = None) -> None:
+        self.says, self.ended, self.table = says, ended, table or {}
+        self.asked: list[Prompt] = []
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        self.asked += prompts
+        assert (sampling.group_size, sampling.temperature, len(seeds)) == (1, 0.0, len(prompts))
+        segment = TextSegment(torch.zeros(1, dtype=torch.int64), torch.zeros(1), 0.0, self.says, self.ended)
+        return [Group(p, (Trajectory(p, 0, (segment,), seed=0),)) for p in prompts]
+
+    def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
+        rows = zip(contexts, texts, strict=True)
+        return torch.tensor([self.table[context[-1], text] for context, text in rows]).log()
+
+
+def split(tmp_path: Path, **options: Any) -> Splitter:
+    return Splitter.read({"cache": str(tmp_path / "cache")} | options, "own_vqa.split")
+
+
+def picture(level: float) -> Image:
+    return torch.full((3, 8, 8), level)
+
+
+def test_questions_are_read_from_lines() -> None:
+    text = """Here are the questions:
+1. Is there a red cube? Yes
+- how many birds are there? 3.
+**Q3:** What color is the cube? **A:** Red
+Q: is the bird left of the cube?
+A: no
+* What is written on the sign? "OPEN LATE"
+Is it nice? I would say that this really depends on taste.
+is there a red cube?
+how many? , .
+What color is the cube? red
+are they two? yes
+are they two? no
+Done! yes"""
+    assert parse_questions(text) == [
+        ("Is there a red cube?", "yes"),
+        ("how many birds are there?", "3"),
+        ("What color is the cube?", "red"),
+        ("is the bird left of the cube?", "no"),
+        ("What is written on the sign?", "open late"),
+    ]
+    assert parse_questions("no question in it") == parse_questions("") == []
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("How many birds are there?", "count"),
+        ("what colour is it?", "color"),
+        ("is the bird left of the cube?", "position"),
+        ("What does the sign say?", "text"),
+        ("is there a red cube?", "exists"),
+        ("what animal is it?", "question"),
+    ],
+)
+def test_kinds_are_those_of_a_gate(question: str, kind: str) -> None:
+    assert kind_of(question) == kind
+
+
+def test_the_policy_splits_a_prompt_once(tmp_path: Path) -> None:
+    writer = Writer("<think>hm? yes</think>" + WRITTEN)
+    expected = (Fact("exists", "is there a red cube?", "yes"), Fact("count", "how many birds are there?", "3"))
+    assert split(tmp_path, template="split {prompt} {x}").questions([CUBE, CUBE], writer) == [expected] * 2
+    (asked,) = writer.asked
+    assert asked.parts == ("split a red cube beside three birds {x}",)
+    assert asked.output == ("text",)
+    again = Writer("")
+    assert split(tmp_path, template="split {prompt} {x}").questions([CUBE], again) == [expected]
+    assert not again.asked
+
+
+def test_what_is_kept_belongs_to_prompt_template_and_splitter(tmp_path: Path) -> None:
+    split(tmp_path).questions([CUBE], Writer(WRITTEN))
+    other_weights, other_prompt = Writer(WRITTEN), Prompt("cube", "generate", ("a blue cube",), ("image",))
+    other_weights.identity = "2"
+    edit = Prompt("cube", "edit", (picture(0), *CUBE.parts), ("image",))
+    for options, writer, prompt in (
+        ({}, other_weights, CUBE),
+        ({}, Writer(WRITTEN), other_prompt),
+        ({}, Writer(WRITTEN), edit),
+        ({"template": "{prompt}"}, Writer(WRITTEN), CUBE),
+        ({"max_new_tokens": 9}, Writer(WRITTEN), CUBE),
+    ):
+        split(tmp_path, **options).questions([prompt], writer)
+        assert len(writer.asked) == 1
+    writer = Writer(WRITTEN)
+    assert split(tmp_path, limit=1).questions([CUBE], writer)[0] == (Fact("exists", "is there a red cube?", "yes"),)
+    assert not writer.asked
+
+
+@pytest.mark.parametrize(
+    ("says", "ended", "reason"),
+    [
+        (WRITTEN, False, "no questions: the questions were cut off at 512 tokens"),
+        (" ", True, "no questions: the splitter wrote nothing"),
+        ("red\nred red", True, 'no questions: none can be read in "red red red"'),
+    ],
+)
+def test_a_split_that_failed_is_told_and_tried_again(says: str, ended: bool, reason: str, tmp_path: Path) -> None:
+    assert split(tmp_path).questions([CUBE], Writer(says, ended)) == [NoAnswer(reason)]
+    assert len(split(tmp_path).questions([CUBE], Writer(WRITTEN))[0]) == 2
+
+
+def test_an_endpoint_splits_a_prompt_once(tmp_path: Path, server: Any) -> None:
+    server.replies = [(503, ""), WRITTEN]
+    options = {"by": "endpoint", "endpoint": server.options()}
+    nobody = Writer("")
+    found = split(tmp_path, **options).questions([CUBE], nobody)
+    assert len(server.bodies) == 2
+    assert "a red cube beside three birds" in server.bodies[0]["messages"][0]["content"][0]["text"]
+    assert split(tmp_path, **options).questions([CUBE], nobody) == found
+    assert len(server.bodies) == 2
+    split(tmp_path, by="endpoint", endpoint=server.options(model="judge-2")).questions([CUBE], nobody)
+    assert len(server.bodies) == 3
+    assert not nobody.asked
+
+
+def test_no_key_is_kept(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "hidden-word")
+    server.replies = [WRITTEN]
+    options = {"by": "endpoint", "endpoint": server.options(key_env="JUDGE_KEY")}
+    split(tmp_path, **options).questions([CUBE], Writer(""))
+    assert server.keys == ["Bearer hidden-word"]
+    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 1
+    assert "hidden-word" not in kept[0]
+
+
+def test_own_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], tmp_path: Path) -> None:
+    table = {
+        ("is there a red cube? Answer yes or no.", "yes"): 0.6,
+        ("is there a red cube? Answer yes or no.", "no"): 0.2,
+        ("is there a red cube? Answer no or yes.", "yes"): 0.1,
+        ("is there a red cube? Answer no or yes.", "no"): 0.3,
+        ("how many birds are there?", "3"): 0.8,
+        ("dark?", "deep"): 0.25,
+    }
+    reward = OwnVQA(split={"cache": str(tmp_path)})
+    known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
+    assert reward.applies(CUBE)
+    groups = [group(CUBE, [[picture(0.5)]]), group(known, [[picture(0.5)]])]
+    scores = reward.score(groups, Writer(WRITTEN, table=table))
+    assert not scores.failures
+    assert scores.values.flatten().tolist() == pytest.approx([((0.75 + 0.25) / 2 + 0.8) / 2, 0.25])
+    assert not OwnVQA().applies(CUBE)
+    assert not reward.applies(Prompt("c", "understand", (picture(0), "what ?"), ("text",)))
+    assert not reward.applies(Prompt("c", "generate", (" ",), ("image",)))
+
+
+def test_a_prompt_without_questions_is_masked_alone(group: Callable[..., Group], tmp_path: Path) -> None:
+    known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
+    groups = [group(CUBE, [[picture(0.5)]] * 2), group(known, [[picture(0.5)]] * 2)]
+    scores = OwnVQA(split={"cache": str(tmp_path)}).score(groups, Writer("?", table={("dark?", "deep"): 0.25}))
+    assert scores.values[1].tolist() == [0.25, 0.25]
+    assert scores.values[0].isnan().all()
+    assert scores.failures == {(0, g): 'no questions: none can be read in "?"' for g in range(2)}
+
+
+def gate(tmp_path: Path, judge: str = "Writer:1", **known: float) -> str:
+    kinds = {kind: Sensitivity(0.9, low, 50) for kind, low in known.items()}
+    (tmp_path / "gate.json").write_text(Gate(judge, 0.6, 1, {"read": kinds, "draw": {}}).text())
+    return str(tmp_path / "gate.json")
+
+
+def test_a_gate_holds_for_questions_that_were_split(group: Callable[..., Group], tmp_path: Path) -> None:
+    writer = Writer(WRITTEN, table={("how many birds are there?", "3"): 0.8})
+    groups = [group(CUBE, [[picture(0.5)]])]
+    options = {"cache": str(tmp_path / "cache")}
+    assert OwnVQA(gate=gate(tmp_path, count=0.8, exists=0.5), split=options).score(groups, writer).values.item() == (
+        pytest.approx(0.8)
+    )
+    scores = OwnVQA(gate=gate(tmp_path, color=0.9), split=options).score(groups, writer)
+    assert dict(scores.failures) == {(0, 0): "none of its questions is of a kind that the judge can tell"}
+
+
+def test_mutual_asks_the_questions_where_whole_prompts_cannot_be_told(
+    group: Callable[..., Group], tmp_path: Path
+) -> None:
+    class Seeing(Writer):
+        def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
+            self.seen = [(context[-1], text) for context, text in zip(contexts, texts, strict=True)]
+            return torch.tensor([float(context[0].mean()) for context in contexts])
+
+    writer, groups = Seeing(WRITTEN), [group(CUBE, [[picture(0.75)]])]
+    options = {"cache": str(tmp_path / "cache")}
+    closed = Mutual(gate=gate(tmp_path, "Seeing:1", count=0.8, prompt=0.5), split=options)
+    assert closed.applies(CUBE)
+    assert closed.score(groups, writer).values.item() == pytest.approx(0.25)
+    assert set(writer.seen) == {("how many birds are there?", "3")}
+    assert (
+        Mutual(gate=gate(tmp_path, "Seeing:1", count=0.8, prompt=0.8), split=options)
+        .score(groups, writer)
+        .values.item()
+    )
+    assert all(text == "a red cube beside three birds" for _, text in writer.seen)
+    none = Mutual(about="facts", gate=gate(tmp_path, "Seeing:1", color=0.8), split=options).score(groups, writer)
+    assert dict(none.failures) == {(0, 0): "none of its questions is of a kind that the judge can tell"}
+    failed = Mutual(about="facts", split={"cache": str(tmp_path / "other")}).score(groups, Seeing("?"))
+    assert dict(failed.failures) == {(0, 0): 'no questions: none can be read in "?"'}
+    assert not Mutual(about="facts").applies(CUBE)
+
+
+def test_the_tiny_policy_writes_what_no_questions_can_be_read_in(group: Callable[..., Group], tmp_path: Path) -> None:
+    sizes = MoTConfig(width=32, depth=1, heads=2, key_heads=2, mlp_width=32)
+    config = TinyConfig(image_size=16, tower_width=16, transformer=sizes)
+    policy: Policy = TinyPolicy.from_vocabulary(config, ("draw", "a", "red", "circle"))
+    groups = [group(Prompt("p", "generate", ("draw a red circle",), ("image",)), [[torch.zeros(3, 16, 16)]])]
+    for length in (6, 1):
+        split = {"cache": str(tmp_path), "template": "{prompt}", "max_new_tokens": length}
+        scores = OwnVQA(split=split, choices="{question} {first} {second}").score(groups, policy)
+        assert scores.failures[0, 0].startswith("no questions: ")
+    with pytest.raises(InputError, match="not among the"):
+        OwnVQA(split={"cache": str(tmp_path)}).score(groups, policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": "split it"}, r"own_vqa.split: template: must hold \{prompt\}"),
+        ({"edit_template": ""}, "edit_template: must hold"),
+        ({"by": "endpoint"}, "belong together"),
+        ({"endpoint": {"base_url": "http://x/v1", "model": "m"}}, "belong together"),
+        ({"by": "polcy"}, "own_vqa.split.by=.*did you mean policy"),
+        ({"by": "endpoint", "endpoint": {"base_url": "http://x/v1"}}, "own_vqa.split.endpoint.model: is missing"),
+        ({"tempalte": "x"}, "own_vqa.split.tempalte: unknown key: did you mean template"),
+        ("policy", "must be a section"),
+    ],
+)
+def test_bad_options_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        OwnVQA(split=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_split_and_whole_prompts_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="no effect with about=prompt"):
+        Mutual(about="prompt", split={})
+
+
+def test_the_file_holds_what_was_written(tmp_path: Path) -> None:
+    split(tmp_path).questions([CUBE], Writer(WRITTEN))
+    (path,) = (p for p in tmp_path.rglob("*.json"))
+    assert json.loads(path.read_text())["text"] == WRITTEN
