@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
-from lvrpo.evaluation.statistics import Interval, paired_t_difference, welch_difference
+from lvrpo.statistics import Interval, paired_t_difference, welch_difference
 
 GUARD = "guard"
 """The held-out prompts of the guard, as a scorer."""

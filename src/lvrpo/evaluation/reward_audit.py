@@ -32,7 +32,7 @@ from lvrpo.evaluation.recorded_groups import (
     read_record,
 )
 from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
-from lvrpo.evaluation.statistics import Interval, welch_difference
+from lvrpo.statistics import Interval, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
 

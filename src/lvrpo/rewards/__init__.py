@@ -7,6 +7,7 @@ REWARDS: Mapping[str, str] = {
     "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
     "preference": "lvrpo.rewards.preference:Preference",
+    "learned_preference": "lvrpo.rewards.learned_preference:LearnedPreference",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
     # rules
