@@ -14,6 +14,7 @@ from lvrpo.rewards.table import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
@@ -83,6 +84,7 @@ class TrainConfig(Config):
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
+    judge: JudgeConfig = JudgeConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
     control_group_size: int = Field(default=2, ge=1)
@@ -99,7 +101,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        for check in (self._check_data, self._check_weights, self._check_rollout, self._check_objectives):
+        for check in (
+            self._check_data,
+            self._check_weights,
+            self._check_judge,
+            self._check_rollout,
+            self._check_objectives,
+        ):
             check()
         return self
 
@@ -136,6 +144,14 @@ class TrainConfig(Config):
                     f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
                     f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
                 )
+
+    def _check_judge(self) -> None:
+        bound = [r.title for r in self.rewards if {"gate", "head"} & {k for k, v in r.options.items() if v is not None}]
+        if self.judge.moves and bound:
+            raise ValueError(
+                f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
+                "moves: set judge.kind=reference without judge.refresh_every, or leave the gate or head out"
+            )
 
     def _check_rollout(self) -> None:
         rollout = self.rollout

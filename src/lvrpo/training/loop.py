@@ -23,6 +23,7 @@ from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
+from lvrpo.training.judge import judge_drift, refresh_questions
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
@@ -57,6 +58,7 @@ def align(
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
+    questions = refresh_questions(config.judge, guard.prompts)
     sampled = Rollouts(state.policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
@@ -65,7 +67,9 @@ def align(
 
         prompts = prompts_of_step(source, config, step)
         groups = sampled.groups(prompts, step)
-        table = score_groups(rewards, groups, state.policies.reference)
+        table = score_groups(rewards, groups, state.policies.judge)
+        if config.judge.drift_every and step % config.judge.drift_every == 0:
+            row |= judge_drift(rewards, groups, table, state.policies.judge, state.policies.live)
         trained, scores = groups, table
         if config.rollout.refill_budget:
             trained, scores, counts = refill(state.policies, source, rewards, groups, table, config, step)
@@ -91,11 +95,13 @@ def align(
             _check_first_update(run, state, groups)
         row |= metrics
         row |= reward_means("reward", table, groups)
+        if state.judge is not None:
+            row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, questions)
         score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained))
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
             control = control_rollout(state.policies, prompts, config, step)
-            control_table = score_groups(rewards, control, state.policies.reference)
+            control_table = score_groups(rewards, control, state.policies.judge)
             row |= reward_means("control", control_table, control)
             score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
@@ -163,7 +169,7 @@ def contract_checks(
         sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
     groups = policies.live.sample(prompts, sampling, seeds)
-    table = score_groups(rewards, groups, policies.reference)
+    table = score_groups(rewards, groups, policies.judge)
     return contract.step_zero_contract(policies.live, groups, table, config.advantages.std_floor)
 
 

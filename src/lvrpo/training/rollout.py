@@ -202,7 +202,7 @@ def refill(
             prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
             drawn[task] += 1
         fresh = rollout(policies, prompts, config, step)
-        table = with_rows(table, rows, score_groups(rewards, fresh, policies.reference))
+        table = with_rows(table, rows, score_groups(rewards, fresh, policies.judge))
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group
         budget = plan.budget_left
