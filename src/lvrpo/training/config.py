@@ -138,12 +138,24 @@ class TrainConfig(Config):
             raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
         if not any(r.weight for r in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
+        for r in self.rewards:
+            if r.normalize is not None and self.advantages.kind == "win_rate":
+                raise ValueError(
+                    f"rewards.{r.title}.normalize={r.normalize}: advantages.kind=win_rate counts ranks, which no scale "
+                    "changes: leave it out"
+                )
         for task in trained:
             if not any(r.weight and (r.tasks is None or task in r.tasks) for r in self.rewards):
                 raise ValueError(
                     f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
                     f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
                 )
+            for step in range(self.steps) if any(r.schedule for r in self.rewards) else ():
+                if not any(r.weight_at(step) and (r.tasks is None or task in r.tasks) for r in self.rewards):
+                    raise ValueError(
+                        f"rewards.schedule: at step {step} every reward of {task!r} has weight 0, so nothing would be "
+                        "trained: keep one of them above 0"
+                    )
 
     def _check_judge(self) -> None:
         bound = [r.title for r in self.rewards if {"gate", "head"} & {k for k, v in r.options.items() if v is not None}]

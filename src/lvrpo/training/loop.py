@@ -67,7 +67,7 @@ def align(
 
         prompts = prompts_of_step(source, config, step)
         groups = sampled.groups(prompts, step)
-        table = score_groups(rewards, groups, state.policies.judge)
+        table = score_groups(rewards, groups, state.policies.judge, step)
         if config.judge.drift_every and step % config.judge.drift_every == 0:
             row |= judge_drift(rewards, groups, table, state.policies.judge, state.policies.live)
         trained, scores = groups, table
@@ -101,7 +101,7 @@ def align(
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
             control = control_rollout(state.policies, prompts, config, step)
-            control_table = score_groups(rewards, control, state.policies.judge)
+            control_table = score_groups(rewards, control, state.policies.judge, step)
             row |= reward_means("control", control_table, control)
             score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
@@ -142,6 +142,8 @@ def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> di
             valid = table.mask[rows, :, k]
             if valid.any():
                 out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
+            if name in table.cut and valid.any():
+                out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
             if name in table.noise and (share := noise_share(table, k, rows)) is not None:
                 out[f"{prefix}_noise/{task}/{name}"] = share
     return out
