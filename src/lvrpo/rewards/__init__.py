@@ -8,6 +8,8 @@ REWARDS: Mapping[str, str] = {
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
     "preference": "lvrpo.rewards.preference:Preference",
     "learned_preference": "lvrpo.rewards.learned_preference:LearnedPreference",
+    "drawing_likelihood": "lvrpo.rewards.drawing_likelihood:DrawingLikelihood",
+    "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
     # rules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -158,7 +158,7 @@ class TrainConfig(Config):
                     )
 
     def _check_judge(self) -> None:
-        bound = [r.title for r in self.rewards if {"gate", "head"} & {k for k, v in r.options.items() if v is not None}]
+        bound = [r.title for r in self.rewards if r.judge is None and _measured_on_weights(r.options)]
         if self.judge.moves and bound:
             raise ValueError(
                 f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
@@ -208,3 +208,10 @@ class TrainConfig(Config):
             )
         if flow.kind == "best_of" and flow.keep >= rollout.group_size:
             raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")
+
+
+def _measured_on_weights(options: Any) -> bool:  # Any: each reward has its own options
+    """Whether a gate or a head is named anywhere in a reward's options."""
+    if isinstance(options, dict):
+        return any((k in ("gate", "head") and v is not None) or _measured_on_weights(v) for k, v in options.items())
+    return isinstance(options, (list, tuple)) and any(map(_measured_on_weights, options))
