@@ -19,6 +19,7 @@ from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.text import TextConfig
+from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
 from lvrpo.types import OutputKind, Task
 
@@ -47,6 +48,8 @@ class GuardConfig(Config):
     max_rollbacks: int = Field(default=3, ge=0)
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
     """Every rollback multiplies the learning rates by this."""
+    turn: TurnConfig | None = None
+    """Stops (or rolls back) where a trained reward rises while a held-out scorer falls; null: nobody looks."""
 
 
 class TrainConfig(Config):
@@ -163,6 +166,17 @@ class TrainConfig(Config):
             raise ValueError(
                 f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
                 "moves: set judge.kind=reference without judge.refresh_every, or leave the gate or head out"
+            )
+
+        turn, rows = self.guard.turn, {r.title: r for r in self.rewards}
+        if turn is None:
+            return
+        names = ", ".join(rows)
+        if turn.reward not in rows or not rows[turn.reward].weight:
+            raise ValueError(f"guard.turn.reward={turn.reward}: is no trained reward: there are {names}")
+        if turn.watch != SUCCESS and (turn.watch not in rows or rows[turn.watch].weight):
+            raise ValueError(
+                f"guard.turn.watch={turn.watch}: is no reward of weight 0: add one to rewards, or say {SUCCESS}"
             )
 
     def _check_rollout(self) -> None:

@@ -22,7 +22,7 @@ from lvrpo.training import contract, samples, score_record
 from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard
+from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift, refresh_questions
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
@@ -106,16 +106,19 @@ def align(
             score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
             samples.write(run, state.step, groups, table)
+        if state.turn is not None:
+            state.turn.add(state.step, groups, table)
         if state.step % config.guard.every == 0 or state.step == config.steps:
-            stopped = _guarded(config, run, state, guard, row)
+            stopped = guarded(config, run, state, guard, row) or turned(config, run, state, guard, row)
         state.seconds += time.perf_counter() - started
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}
         run.append_metrics(row)
         observe(row)
         last = stopped or interrupted() or state.step == config.steps
-        if state.step % config.checkpoint_every == 0 or last or state.guard.best_step == state.step:
+        best = {state.guard.best_step, *([] if state.turn is None else [state.turn.best_step])}
+        if state.step % config.checkpoint_every == 0 or last or state.step in best:
             state.save(run)
-            prune_checkpoints(run.path, config.keep_checkpoints, keep={state.guard.best_step})
+            prune_checkpoints(run.path, config.keep_checkpoints, keep=best)
         if interrupted():
             break
     return state
@@ -187,29 +190,6 @@ def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Gro
     checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups)
     run.write_json("contract.json", [*run.read_json("contract.json"), *(check.as_dict() for check in checks)])
     contract.require(checks)
-
-
-def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
-    """One look of the guard and what follows from it; returns whether the run stops."""
-    report = guard.look(state.policies.average, state.guard, state.step)
-    score_record.write_look(run, state.step, report.scores, config.guard.every)
-    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
-    if report.verdict != "fallen":
-        row["guard/action"] = "kept best" if report.verdict == "best" else "none"
-        return False
-    fallen = ", ".join(report.fallen)
-    if config.guard.action == "warn":
-        row["guard/action"] = f"warned: {fallen} fell"
-        return False
-    if config.guard.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
-        row["guard/action"] = f"stopped: {fallen} fell"
-        return True
-    at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
-    state.load(run.checkpoint_dir(state.guard.best_step))
-    state.step, state.seconds = at, seconds
-    state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
-    row["guard/action"] = f"rolled back to step {state.guard.best_step}: {fallen} fell"
-    return False
 
 
 def best_policy(state: RunState, run: RunDirectory) -> Policy:

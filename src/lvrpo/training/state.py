@@ -16,6 +16,7 @@ from lvrpo.training.judge import Judge
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, copy_weights
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.turn import Turn
 from lvrpo.types import Task
 
 STATE = "state"
@@ -51,6 +52,8 @@ class RunState:
     """Training seconds so far, over all resumptions."""
     judge: Judge | None = None
     """None: the reference judges."""
+    turn: Turn | None = None
+    """None: nobody looks for the turn."""
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
@@ -65,7 +68,8 @@ class RunState:
             judging=None if judge is None else judge.policy,
         )
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases]
-        return cls(policies, optimizers, judge=judge)
+        turn = None if config.guard.turn is None else Turn(config.guard.turn)
+        return cls(policies, optimizers, judge=judge, turn=turn)
 
     def save(self, run: RunDirectory) -> Path:
         """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
@@ -90,6 +94,8 @@ class RunState:
         self.guard = GuardState(**tree["guard"])
         if self.judge is not None:
             self.judge.load(tree["judge"])
+        if self.turn is not None:
+            self.turn.load(tree["turn"])
 
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {
@@ -104,6 +110,8 @@ class RunState:
         }
         if self.judge is not None:
             tree["judge"] = self.judge.state()
+        if self.turn is not None:
+            tree["turn"] = self.turn.state()
         return tree
 
 
