@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvrpo.evaluation.statistics import Interval, seeds_interval
+from lvrpo.statistics import Interval, seeds_interval
 
 TASKS = ("generate", "generate_guided", "understand", "understand_sampled", "edit", "reason")
 

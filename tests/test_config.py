@@ -243,3 +243,20 @@ def test_differences_name_both_values() -> None:
     assert config_differences(one, one) == []
     assert config_differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}}) == ["a.b=1 against 3", "c=2 against unset"]
     assert config_differences(one, other)[:2] == ["judge=null against unset", "seed=0 against 4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("schedule: {points: [[0, 1], [9, 0]]}", "at step 9 every reward"),
+        ("clip: [1, 0]", "low < high"),
+        ("normalise: group", "did you mean rewards.0.normalize"),
+        ("schedule: {kind: cosine, points: [[0, 1]]}", "schedule.kind"),
+    ],
+)
+def test_rows_of_the_reward_table_that_do_not_fit_are_one_line(row: str, message: str) -> None:
+    from lvrpo.training.config import TrainConfig
+
+    overrides = [f"rewards=[{{name: own_vqa, {row}}}]", "data.prompts_per_step={generate: 4}"]
+    with pytest.raises(InputError, match=message):
+        load_config(TrainConfig, None, overrides)

@@ -28,8 +28,10 @@ COMMANDS: Mapping[str, str] = {
     "report": "lvrpo.commands.results:REPORT",
     "compare": "lvrpo.commands.results:COMPARE",
     "audit": "lvrpo.commands.audit:AUDIT",
+    "fit-preference": "lvrpo.commands.fit_preference:FIT_PREFERENCE",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
+    "data pairs": "lvrpo.commands.data:PAIRS",
 }
 """Every command. The modules import nothing heavy until a command runs."""
 

@@ -191,6 +191,10 @@ class RewardTable:
     """Who judged: class and hash of the weights."""
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """float32 (P, G) by reward: variance that a score owes to the draws of its estimate; nan where it is not known."""
+    normalize: Mapping[str, str] = field(default_factory=dict)
+    """By reward, for those that are not normalised as ``advantages.kind`` says: group, batch or none."""
+    cut: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """bool (P, G), for rewards with a cap: whether the score lay beyond it."""
 
     def trained(self) -> RewardTable:
         """The rewards with a weight above 0, without those that are only watched."""

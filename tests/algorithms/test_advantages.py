@@ -11,6 +11,7 @@ from lvrpo.algorithms import (
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    normalize_rewards,
     signal_mask,
     trimmed_advantages,
     win_rate,
@@ -302,3 +303,32 @@ def test_win_rate_by_hand() -> None:
     rates = win_rate(wins, played)
     assert rates[0, :2].tolist() == [1.0, 0.0]
     assert rates[0, 2].isnan()
+
+
+def test_rewards_on_scales_of_their_own_by_hand() -> None:
+    """Two groups of one batch: deviations of .5 and 1 inside, of all four scores sqrt(.625)."""
+    scores = torch.tensor([[0.0, 1.0], [0.0, 2.0]])[..., None].expand(2, 2, 4)
+    mask, batches = torch.ones(2, 2, 4, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    found = normalize_rewards(scores, mask, batches, ["group", "batch", "none", None], eps=0.0)
+    batch = torch.tensor([0.0, 1.0, 0.0, 2.0]).std(correction=0)
+    assert found[0, 1].tolist() == pytest.approx([1.0, 0.5 / float(batch), 0.5, 1.0])
+    assert found[1, 0].tolist() == pytest.approx([-1.0, -1.0 / float(batch), -1.0, 0.0])
+    apart = normalize_rewards(scores, mask, torch.tensor([0, 1]), ["batch"] * 4, eps=0.0)
+    assert apart[:, 1, 0].tolist() == pytest.approx([1.0, 1.0])
+    floored = normalize_rewards(scores, mask, batches, ["none"] * 4, std_floor=0.6)
+    assert floored[:, :, 0].tolist() == [[0.0, 0.0], [-1.0, 1.0]]
+
+
+def test_gdpo_with_weights_by_group_and_a_scale_of_its_own() -> None:
+    """The second reward keeps its size, .1 against 1; the second group weighs it alone."""
+    scores = torch.tensor([[[0.0, 0.0], [1.0, 0.2]], [[0.0, 0.0], [1.0, 0.2]]])
+    mask, tasks = torch.ones_like(scores, dtype=torch.bool), torch.tensor([0, 1])
+    weights = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    plain = gdpo_advantages(scores, mask, torch.ones(2), tasks, eps=0.0)
+    assert torch.equal(gdpo_advantages(scores, mask, torch.ones(2, 2), tasks, eps=0.0), plain)
+    found = gdpo_advantages(scores[:, :, [0, 1]], mask, weights, tasks, eps=0.0, normalize=[None, "none"])
+    assert found.tolist() == [[pytest.approx(-1.0), pytest.approx(1.0)]] * 2
+    mixed = torch.tensor([[[0.0, 0.2], [1.0, 0.0], [2.0, 0.0]]])
+    A = gdpo_advantages(mixed, mixed > -1, torch.ones(2), tasks[:1], eps=0.0, normalize=["none", "none"])
+    s = torch.tensor([-1 + 0.2 * 2 / 3, -0.2 / 3, 1 - 0.2 / 3])
+    assert A[0].tolist() == pytest.approx((s / s.std(correction=0)).tolist(), rel=1e-5)

@@ -25,7 +25,7 @@ def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks 
     nothing = np.full((n, G), np.nan, dtype=np.float32)
     groups = Groups(
         names=("reward",),
-        weights=np.ones(1, dtype=np.float32),
+        weights=np.ones((n, 1), dtype=np.float32),
         step=np.repeat(np.arange(1, n // P + 1), P),
         task=np.full(n, "generate"),
         scores=reward[:, :, None],

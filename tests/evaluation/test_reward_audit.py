@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvrpo.algorithms import gdpo_advantages, group_relative_advantages
+from lvrpo.algorithms import gdpo_advantages, group_relative_advantages, normalize_rewards
 from lvrpo.errors import InputError
 from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Recorded, Window, cut, read_record
 from lvrpo.evaluation.reward_audit import (
@@ -357,3 +357,37 @@ def test_an_audit_that_cannot_be_read_is_a_notice(tmp_path: Path, content: str) 
     assert read_audit(path, problems) is None
     (line,) = problems
     assert line.startswith("audit.json could not be read")
+
+
+def test_scheduled_weights_and_scales_of_their_own_are_accounted_for() -> None:
+    """Of step 1 all variance is a's, of step 2 all b's; no share is left over though b keeps its own size."""
+    scores = torch.rand(6, 4, 2, generator=torch.Generator().manual_seed(5))
+    tasks, mask = torch.zeros(6, dtype=torch.int64), scores > -1
+    records = []
+    for step, weights in ((1, [1.0, 0.0]), (2, [0.0, 1.0]), (3, [1.0, 3.0])):
+        A = gdpo_advantages(scores, mask, torch.tensor(weights), tasks, std_floor=1e-4, normalize=[None, "batch"])
+        records.append(
+            record(
+                step, scores.tolist(), names=["a", "b"], weights=weights, normalize=("", "batch"), advantages=A.numpy()
+            )
+        )
+    first, second, third = (audited(each) for each in records)
+    assert [scorer(first, "a").share, scorer(first, "a").configured_share] == pytest.approx([1, 1])
+    assert [scorer(second, "b").share, scorer(second, "b").configured_share] == pytest.approx([1, 1])
+    assert scorer(third, "b").configured_share == pytest.approx(0.9)
+    both = audited(*records)
+    found = both.tasks["generate"]
+    assert found.rest == pytest.approx(0, abs=1e-5)
+    assert sum(scorer(both, name).share or 0 for name in "ab") == pytest.approx(1, abs=1e-5)
+    assert scorer(both, "b").configured_share == pytest.approx((0 + 1 + 0.9) / 3)
+    assert scorer(both, "a").weight == pytest.approx(2 / 3)
+
+
+def test_a_summed_run_with_scales_of_their_own_leaves_no_rest() -> None:
+    scores = torch.rand(6, 4, 2, generator=torch.Generator().manual_seed(6))
+    scaled = normalize_rewards(scores, scores > -1, torch.zeros(6, dtype=torch.int64), ["group", None], std_floor=1e-4)
+    A = group_relative_advantages(scaled.sum(dim=2), torch.ones(6, 4) > 0, std_floor=1e-4)
+    made = record(1, scores.tolist(), names=["a", "b"], settings=SUMMED, normalize=("group", ""), advantages=A.numpy())
+    audit = audited(made, settings=SUMMED)
+    assert audit.tasks["generate"].rest == pytest.approx(0, abs=1e-5)
+    assert (scorer(audit, "a").share or 0) > 0.7

@@ -14,7 +14,7 @@ from lvrpo.config import parse_section
 from lvrpo.errors import ContractError, InputError
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import ExactAnswer
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, WeightSchedule, build_rewards, score_groups
 from lvrpo.types import Group, Prompt
 
 TEXT = Prompt("text", "understand", ("x",), ("text",), answer="red")
@@ -249,3 +249,64 @@ def test_a_share_of_failures_may_be_too_much(groups: list[Group], nobody: Any) -
         ContractError, match=r"'fixed' failed on 3 of 4 outputs, max_failed=0.7: most often \(2\): timed"
     ):
         score_groups([source(reward, max_failed=0.7)], groups, nobody)
+
+
+def test_scores_beyond_the_cap_count_as_its_end(groups: list[Group], nobody: Any) -> None:
+    says = Fixed([[0.2, 3.0], [-4.0, 0.7]], {(1, 1): "broken"})
+    table = score_groups([source(says, clip=(-1.0, 0.5)), source(Fixed(0.9), label="free")], groups, nobody)
+    assert table.scores[..., 0].flatten().tolist() == pytest.approx([0.2, 0.5, -1.0, 0.5])
+    assert table.cut["fixed"].tolist() == [[False, True], [True, True]]
+    assert not table.mask[1, 1, 0]
+    assert set(table.cut) == {"fixed"}
+    upper = score_groups([source(says, clip=(None, 0.5))], groups, nobody)
+    assert upper.scores[1, 0, 0] == -4
+
+
+def test_what_failed_is_not_cut(groups: list[Group], nobody: Any) -> None:
+    table = score_groups([source(Fixed([[math.nan, math.inf], [0.0, 1.0]]), clip=(0.0, 0.5))], groups, nobody)
+    assert table.mask[..., 0].tolist() == [[False, False], [True, True]]
+    assert table.cut["fixed"].tolist() == [[False, False], [False, True]]
+
+
+def test_weights_follow_their_schedule(groups: list[Group], nobody: Any) -> None:
+    linear = RewardConfig(name="x", weight=2, schedule=WeightSchedule(points=((10, 1.0), (20, 0.0), (30, 0.5))))
+    assert [linear.weight_at(step) for step in (0, 10, 15, 20, 25, 30, 99)] == [2, 2, 1, 0, 0.5, 1, 1]
+    stepped = WeightSchedule(kind="step", points=((0, 1.0), (10, 3.0)))
+    assert [stepped.factor(step) for step in (0, 9, 10, 50)] == [1, 1, 3, 3]
+    assert WeightSchedule(kind="constant", points=((0, 0.25),)).factor(7) == 0.25
+    late = source(Fixed(), schedule={"kind": "step", "points": [[0, 0], [5, 1]]})
+    assert score_groups([late], groups, nobody, 4).weights.tolist() == [0.0]
+    assert score_groups([late], groups, nobody, 5).weights.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip": [1, 0]},
+        {"clip": [None, None]},
+        {"schedule": {"points": [[5, 1], [5, 0]]}},
+        {"schedule": {"points": [[0, -1]]}},
+        {"schedule": {"points": []}},
+        {"schedule": {"kind": "constant", "points": [[0, 1], [1, 1]]}},
+        {"normalize": "all"},
+    ],
+)
+def test_caps_scales_and_schedules_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RewardConfig(name="own_vqa", **wrong)
+
+
+def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> None:
+    asked: list[Any] = []
+
+    class Asks(Fixed):
+        def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+            asked.append(judge)
+            return super().score(groups, judge)
+
+    (built,) = build_rewards([RewardConfig(name="own_vqa", judge="tiny")])
+    assert built.judge is not None
+    score_groups([RewardSource(built.config, Asks(), built.judge), source(Asks(), label="b")], groups, nobody)
+    assert asked == [built.judge, nobody]
+    with pytest.raises(InputError, match="no such folder"):
+        build_rewards([RewardConfig(name="own_vqa", judge="tinny")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,3 +154,16 @@ def test_joint_groups_share_the_sum_of_their_rewards() -> None:
     table.scores[2] *= 3
     A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="none", joint=("generate", "understand")))
     torch.testing.assert_close(A, torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("kind", ["gdpo", "group_relative", "leave_one_out", "trimmed"])
+def test_a_reward_with_a_scale_of_its_own(kind: str) -> None:
+    """Normalised in its group, the small reward outweighs the large one that keeps its size."""
+    scores = torch.tensor([[[0.001, 3.0], [0.002, 2.0], [0.003, 1.0], [0.004, 0.0]]]) * torch.tensor([1.0, 0.1])
+    table = RewardTable(("small", "large"), torch.ones(2), scores, scores > -1, {}, ("generate",))
+    config = AdvantageConfig(kind=kind, std_floor=1e-5)  # type: ignore[arg-type]  # of the parametrization
+    own = replace(table, normalize={"small": "group", "large": "none"})
+    A = compute_advantages(own, config)[0]
+    assert A[3] > 0 > A[0]
+    if kind != "gdpo":
+        assert compute_advantages(table, config)[0, 3] < 0

@@ -204,3 +204,15 @@ def test_a_record_names_its_judge(run: RunDirectory) -> None:
     score_record.write_step(run, 1, [DRAWING], table, torch.zeros(1, 4))
     (record,) = score_record.read_steps(run.path)
     assert record.judge == "TinyPolicy:0123"
+
+
+def test_caps_and_scales_of_their_own_are_on_record(run: RunDirectory) -> None:
+    cut = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4])
+    made = replace(table(), normalize={"facts": "batch"}, cut={"exact": cut})
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], made, ADVANTAGES)
+    score_record.write_step(run, 2, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    record, plain = score_record.read_steps(run.path)
+    assert record.normalize == ("", "batch")
+    nan = math.nan  # of the first group's three valid scores one was cut; the second group has none
+    np.testing.assert_allclose(record.cut, [[1 / 3, nan], [nan, nan], [1, nan]], rtol=1e-6)
+    assert (plain.normalize, plain.cut.size) == ((), 0)

@@ -4,6 +4,7 @@ from lvrpo.algorithms.advantages import (
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    normalize_rewards,
     signal_mask,
     trimmed_advantages,
     win_rate,
@@ -35,7 +36,7 @@ from lvrpo.algorithms.objectives import (
     scaled_clip,
     truncated_weights,
 )
-from lvrpo.algorithms.preferences import PreferenceLoss, dpo_loss, flow_dpo_loss, flow_matching_loss
+from lvrpo.algorithms.preferences import PreferenceLoss, bradley_terry_loss, dpo_loss, flow_dpo_loss, flow_matching_loss
 from lvrpo.algorithms.representation import repa_loss
 from lvrpo.algorithms.selection import (
     PreferencePairs,
@@ -62,6 +63,7 @@ __all__ = [
     "balance_weights",
     "best_of_mask",
     "best_worst_mask",
+    "bradley_terry_loss",
     "centered_advantages",
     "cispo_surrogate",
     "clipped_surrogate",
@@ -84,6 +86,7 @@ __all__ = [
     "k3",
     "leave_one_out_advantages",
     "nft_loss",
+    "normalize_rewards",
     "old_policy_decay",
     "preference_pairs",
     "project_conflicts",

@@ -6,6 +6,7 @@ gets 0, and a group whose scores do not differ gets 0: it carries no signal. Sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,12 +21,14 @@ __all__ = [
     "gdpo_advantages",
     "group_relative_advantages",
     "leave_one_out_advantages",
+    "normalize_rewards",
     "signal_mask",
     "trimmed_advantages",
     "win_rate",
 ]
 
 StdChoice = Literal["population", "sample", "batch", "none"]
+NormalizeChoice = Literal["group", "batch", "none"]
 
 
 def group_relative_advantages(
@@ -123,22 +126,25 @@ def leave_one_out_advantages(
 def gdpo_advantages(
     scores: Float[Tensor, "P G K"],
     mask: Bool[Tensor, "P G K"],
-    weights: Float[Tensor, " K"],
+    weights: Float[Tensor, "*P K"],
     tasks: Int[Tensor, " P"],
     *,
     std: Literal["population", "sample"] = "population",
     std_floor: float = 1e-6,
     eps: float = 1e-4,
     clamp: float | None = None,
+    normalize: Sequence[NormalizeChoice | None] | None = None,
 ) -> Float[Tensor, "P G"]:
     """Each reward is normalised in its group before the rewards are summed (GDPO, arXiv:2601.05242).
 
     z_k = (r_k - mean_G r_k) / (std_G r_k + eps);  s = sum_k w_k z_k;  A = (s - mean_task s) / (std_task s + eps).
     mean_task s is 0 by construction, as every z_k sums to 0 over the valid members of its group, so it is not computed.
-    Both std are of the ``population`` (divisor n) or of the ``sample`` (n - 1).
+    Both std are of the ``population`` (divisor n) or of the ``sample`` (n - 1). ``normalize``: per reward, another z_k
+    than the group's (see ``normalize_rewards``).
 
-    Shapes: scores and mask (P, G, K), weights (K,), tasks (P,) any integers, to (P, G). Range: about unit std per task;
-    within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
+    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) where they differ from group to group, tasks (P,) any
+    integers, to (P, G). Range: about unit std per task; within [-clamp, clamp] if ``clamp``
+    is given (the sum over a group is then no longer 0).
     Raises: ContractError for a valid score that is not finite.
     Differs from the paper: the batch step runs per task, else the task with the widest scores sets the scale of all;
     a reward whose group std is at most ``std_floor`` contributes 0 in that group; a masked score contributes 0;
@@ -149,7 +155,14 @@ def gdpo_advantages(
     cells = scores.transpose(1, 2).reshape(P * K, G)
     valid = mask.transpose(1, 2).reshape(P * K, G)
     z = group_relative_advantages(cells, valid, std=std, std_floor=std_floor, eps=eps).reshape(P, K, G)
-    s = torch.einsum("k,pkg->pg", weights.to(z.dtype), z)  # (P, G)
+    if normalize is not None and any(normalize):
+        others = normalize_rewards(scores, mask, tasks, normalize, std=std, std_floor=std_floor, eps=eps)
+        chosen = torch.tensor([how is not None for how in normalize])
+        z = torch.where(chosen[None, :, None], others.transpose(1, 2), z)
+    if weights.ndim == 1:
+        s = torch.einsum("k,pkg->pg", weights.to(z.dtype), z)  # (P, G)
+    else:
+        s = torch.einsum("pk,pkg->pg", weights.to(z.dtype), z)
     counted = mask.any(dim=2) & (s != 0).any(dim=1, keepdim=True)  # (P, G)
     advantages = torch.zeros_like(s)
     for task in tasks.unique():
@@ -159,6 +172,46 @@ def gdpo_advantages(
             std_task = std_task * _bessel(counted[rows].sum())
         advantages[rows] = torch.where(std_task > 0, s[rows] / (std_task + eps), 0.0)
     return advantages if clamp is None else advantages.clamp(-clamp, clamp)
+
+
+def normalize_rewards(
+    scores: Float[Tensor, "P G K"],
+    mask: Bool[Tensor, "P G K"],
+    batches: Int[Tensor, " P"],
+    normalize: Sequence[NormalizeChoice | None],
+    *,
+    std: Literal["population", "sample"] = "population",
+    std_floor: float = 1e-6,
+    eps: float = 1e-4,
+) -> Float[Tensor, "P G K"]:
+    """Every reward on a scale of its own choice, before rewards are summed.
+
+    ``group``: (r - mean_G) / (std_G + eps); ``batch``: (r - mean_G) / (std_batch + eps), one std for all valid scores
+    of the groups with one number in ``batches``; ``none``: r - mean_G; None: r itself. The first three are 0 in a group
+    whose std is at most ``std_floor``.
+
+    Shapes: scores and mask (P, G, K), batches (P,), one choice for each of K rewards, to (P, G, K).
+    Raises: InputError for an unknown choice; ContractError for a valid score that is not finite.
+    Differs from the paper: GDPO (arXiv:2601.05242) and GRPO (arXiv:2402.03300) have one choice for all rewards.
+    """
+    out = scores.clone()
+    for k, how in enumerate(normalize):
+        score, valid = scores[..., k], mask[..., k]
+        if how is None:
+            continue
+        if how == "group":
+            out[..., k] = group_relative_advantages(score, valid, std=std, std_floor=std_floor, eps=eps)
+        elif how == "none":
+            out[..., k] = group_relative_advantages(score, valid, std="none", std_floor=std_floor)
+        elif how == "batch":
+            for batch in batches.unique():
+                rows = batches == batch
+                out[rows, :, k] = group_relative_advantages(
+                    score[rows], valid[rows], std="batch", std_floor=std_floor, eps=eps
+                )
+        else:
+            raise InputError(f"normalize={how!r} is unknown: use group, batch or none")
+    return out
 
 
 def signal_mask(

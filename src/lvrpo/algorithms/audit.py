@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lvrpo.algorithms.advantages import group_relative_advantages
+from lvrpo.algorithms.advantages import NormalizeChoice, group_relative_advantages, normalize_rewards
 from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 __all__ = ["VarianceShares", "advantage_parts", "group_correlation", "variance_shares"]
 
@@ -38,19 +39,23 @@ class VarianceShares:
 def advantage_parts(
     scores: Float[Tensor, "P G K"],
     mask: Bool[Tensor, "P G K"],
-    weights: Float[Tensor, " K"],
+    weights: Float[Tensor, "*P K"],
     *,
     normalization: Normalization,
     std_floor: float = 1e-6,
     eps: float = 1e-4,
+    normalize: Sequence[NormalizeChoice | None] | None = None,
+    batches: Int[Tensor, " P"] | None = None,
 ) -> Float[Tensor, "P G K"]:
     """What each reward adds to the score that an advantage is proportional to within a group.
 
     ``reward`` (each normalised in its group, then summed: GDPO, arXiv:2601.05242): u_k = w_k (r_k - mean_G r_k) /
     (std_G r_k + eps), 0 where std_G r_k <= ``std_floor``. ``sum`` (summed, then normalised by whatever scale: GRPO,
-    Dr.GRPO, leave-one-out, batch std): u_k = w_k (r_k - mean_G r_k).
+    Dr.GRPO, leave-one-out, batch std): u_k = w_k (r_k - mean_G r_k). ``normalize`` and ``batches``: rewards with a
+    scale of their own, and the groups that share a batch std (see ``normalize_rewards``).
 
-    Shapes: scores and mask (P, G, K), weights (K,), to (P, G, K); every u_k sums to 0 over the members that count.
+    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) where they differ from group to group, to (P, G, K);
+    every u_k sums to 0 over the members that count.
     Raises: InputError for an unknown ``normalization``; ContractError for a valid score that is not finite.
     Differs from the paper: no paper. A masked score adds 0; for ``sum`` a member counts only if it has a score from
     every reward that applies to its group, as a sum with a missing term is no number.
@@ -69,7 +74,13 @@ def advantage_parts(
         centered = group_relative_advantages(cells, counted, std_floor=std_floor, eps=eps)
     else:
         centered = group_relative_advantages(cells, counted, std="none", std_floor=0.0)
-    return centered.reshape(P, K, G).transpose(1, 2) * weights.to(centered.dtype)
+    centered = centered.reshape(P, K, G).transpose(1, 2)
+    if normalize is not None and any(normalize):
+        one = torch.zeros(P, dtype=torch.int64) if batches is None else batches
+        others = normalize_rewards(scores, mask, one, normalize, std_floor=std_floor, eps=eps)
+        chosen = torch.tensor([how is not None for how in normalize])
+        centered = torch.where(chosen, torch.where(valid, others, 0.0), centered)
+    return centered * (weights if weights.ndim == 1 else weights[:, None]).to(centered.dtype)
 
 
 def variance_shares(

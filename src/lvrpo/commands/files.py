@@ -9,11 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from lvrpo.commands.options import refuse_existing
-from lvrpo.data.images import load_image
+from lvrpo.data.images import load_image, middle_square
 from lvrpo.errors import InputError
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Image
@@ -80,8 +77,4 @@ def fitting_image(path: Path, side: int | None) -> Image:
     print(
         f"warning: {path}: {width} x {height} pixels: the middle square is resized to {side} x {side}", file=sys.stderr
     )
-    square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    middle = image[:, top : top + square, left : left + square]
-    resized = functional.interpolate(middle[None], size=(side, side), mode="bicubic", antialias=True)[0]
-    return resized.clamp(0, 1).to(torch.float32)
+    return middle_square(image, side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image as PilImage
 from PIL import ImageOps, UnidentifiedImageError
+from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.types import Image
@@ -19,7 +21,7 @@ MAX_PIXELS = 64_000_000
 
 def check_image(path: Path) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
-    with _open(path) as picture:
+    with _open_file(path) as picture:
         return picture.size
 
 
@@ -30,31 +32,57 @@ def load_image(path: Path) -> Image:
     pictures converted. Raises InputError, one line, for a file that is missing, no picture, damaged, animated, of
     float pixels, or of more than 64 megapixels.
     """
-    with _open(path) as opened:
-        try:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
-                gray = np.asarray(picture).astype(np.float32) / 65535
-                return torch.from_numpy(np.repeat(gray.clip(0, 1)[None], 3, axis=0))
-            if picture.mode == "F":
-                raise InputError(f"{path}: float pixels have no fixed range: save it as 8-bit PNG")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = PilImage.new("RGBA", picture.size, "white")
-                picture = PilImage.alpha_composite(white, picture)
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise InputError(f"{path}: damaged picture ({_line(error)}): save it again") from None
+    with _open_file(path) as opened:
+        return _pixels(opened, path)
+
+
+def decode_image(content: bytes, name: str) -> Image:
+    """A picture from the bytes of a file, as ``load_image``; ``name`` stands in its errors for the path."""
+    with _open(io.BytesIO(content), name) as opened:
+        return _pixels(opened, name)
+
+
+def middle_square(image: Image, side: int) -> Image:
+    """The middle square of a picture resized to (3, side, side); itself if it has that size."""
+    height, width = image.shape[1:]
+    if (height, width) == (side, side):
+        return image
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    middle = image[:, top : top + square, left : left + square]
+    resized = functional.interpolate(middle[None], size=(side, side), mode="bicubic", antialias=True)[0]
+    return resized.clamp(0, 1).to(torch.float32)
+
+
+def _pixels(opened: PilImage.Image, path: Path | str) -> Image:
+    try:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
+            gray = np.asarray(picture).astype(np.float32) / 65535
+            return torch.from_numpy(np.repeat(gray.clip(0, 1)[None], 3, axis=0))
+        if picture.mode == "F":
+            raise InputError(f"{path}: float pixels have no fixed range: save it as 8-bit PNG")
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = PilImage.new("RGBA", picture.size, "white")
+            picture = PilImage.alpha_composite(white, picture)
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InputError(f"{path}: damaged picture ({_line(error)}): save it again") from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _open(path: Path) -> PilImage.Image:
+def _open_file(path: Path) -> PilImage.Image:
     if not path.is_file():
         raise InputError(f"{path}: no such picture file: correct the path or add the file")
+    return _open(path, path)
+
+
+def _open(source: Path | io.BytesIO, path: Path | str) -> PilImage.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
-            picture = PilImage.open(path)
+            picture = PilImage.open(source)
     except PilImage.DecompressionBombError:
         raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
     except UnidentifiedImageError:

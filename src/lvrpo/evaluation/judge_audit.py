@@ -11,12 +11,12 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.evaluation.judge_cases import JudgeCase
-from lvrpo.evaluation.statistics import Interval, mean_interval
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.gate import Gate, Sensitivity, Side
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.mutual import Mutual
+from lvrpo.statistics import Interval, mean_interval
 
 AT_ONCE = 64
 """Pairs that a reward scores in one call."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import read_yaml
 from lvrpo.errors import InputError
 from lvrpo.training.run_directory import CONFIG, RunDirectory
@@ -54,7 +56,7 @@ class Groups:
 
     names: tuple[str, ...]
     weights: Array
-    """(K,)"""
+    """(N, K): of the step that a group belongs to."""
     step: NDArray[np.int64]
     """(N,)"""
     task: NDArray[np.str_]
@@ -75,6 +77,8 @@ class Groups:
     """(N,)"""
     advantages: Array
     """(N, G)"""
+    normalize: tuple[str, ...] = ()
+    """K choices of ``rewards.normalize``, "" where ``advantages.kind`` decides; empty: that for all."""
 
     @classmethod
     def join(cls, records: Iterable[ScoreRecord]) -> Groups | None:
@@ -91,15 +95,16 @@ class Groups:
         joined = {
             name: np.concatenate([getattr(row, name) for row in rows])  # the fields of both classes
             for name in (f.name for f in fields(cls))
-            if name not in ("names", "weights", "step", "task")
+            if name not in ("names", "weights", "step", "task", "normalize")
         }
+        weights = np.concatenate([np.broadcast_to(row.weights, (len(row.tasks), len(row.names))) for row in rows])
         step = np.concatenate([np.full(len(row.tasks), row.step) for row in rows])
         task = np.concatenate([np.array(row.tasks, dtype=np.str_) for row in rows])
-        return cls(rows[0].names, rows[0].weights, step, task, **joined)
+        return cls(rows[0].names, weights, step, task, **joined, normalize=rows[0].normalize)
 
     def of(self, rows: NDArray[np.bool_]) -> Groups:
         """Some of the groups."""
-        per_group = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "weights")}
+        per_group = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "normalize")}
         return replace(self, **per_group)
 
     def scorers(self) -> dict[str, Array]:
@@ -123,14 +128,20 @@ class Groups:
         return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
     def trained(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Names, scores (N, G, K'), mask and weights of the trained rewards that apply to any of the groups.
+        """Names, scores (N, G, K'), mask and weights (N, K') of rewards that are trained in, and apply to, any group.
 
         The mask is True where a score has a part in the advantages.
         """
-        kept = [k for k in range(len(self.names)) if self.weights[k] > 0 and self.applies[:, k].any()]
-        scores = torch.from_numpy(self.scores[:, :, kept])
-        mask = scores.isfinite() & torch.from_numpy(self.judged[:, None, kept])
-        return [self.names[k] for k in kept], scores, mask, torch.from_numpy(self.weights[kept])
+        counts = self.applies & (self.weights > 0)
+        kept = [k for k in range(len(self.names)) if counts[:, k].any()]
+        scores, weights = torch.from_numpy(self.scores[:, :, kept]), torch.from_numpy(self.weights[:, kept])
+        mask = scores.isfinite() & torch.from_numpy(self.judged[:, None, kept]) & (weights > 0)[:, None]
+        return [self.names[k] for k in kept], scores, mask, weights
+
+    def own_scales(self, names: Sequence[str]) -> list[NormalizeChoice | None]:
+        """The choice of each reward that has a scale of its own."""
+        choices = dict(zip(self.names, self.normalize or ("",) * len(self.names), strict=True))
+        return [cast("NormalizeChoice | None", choices[name] or None) for name in names]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
-from lvrpo.evaluation.statistics import Interval, paired_t_difference, welch_difference
+from lvrpo.statistics import Interval, comparable, parted
 
 GUARD = "guard"
 """The held-out prompts of the guard, as a scorer."""
 ERROR = 0.05
 """Chance that a run in which nothing changes sounds any alarm at all, at most."""
-MIN_GROUPS = 10
-"""Groups (prompts of the guard) that a part of the run needs to be compared."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,7 @@ class Pair:
 
     def testable(self) -> list[int]:
         """The earlier parts that can be compared with the last."""
-        sizes = [min(len(one), len(other)) for one, other in zip(self.rewards, self.scores, strict=True)]
-        return [i for i in range(len(sizes) - 1) if min(sizes[i], sizes[-1]) >= MIN_GROUPS]
-
-    def changes(self, i: int, confidence: float) -> tuple[Interval, Interval]:
-        """Of reward and scorer, from part ``i`` to the last."""
-        between = paired_t_difference if self.paired else welch_difference
-        return (
-            welch_difference(self.rewards[i], self.rewards[-1], confidence),
-            between(self.scores[i], self.scores[-1], confidence),
-        )
+        return comparable(self.rewards, self.scores)
 
 
 def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
@@ -98,13 +87,12 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
 
 
 def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
-    alarms = []
-    for i in pair.testable():
-        reward, scorer = pair.changes(i, confidence)
-        if reward.low > 0 and scorer.high < 0:
-            words = _words(pair, windows[i], windows[-1], reward, scorer)
-            alarms.append(Alarm(pair.task, pair.reward, pair.scorer, windows[i], windows[-1], reward, scorer, words))
-    return min(alarms, key=lambda alarm: alarm.scorer_change.score, default=None)
+    found = parted(pair.rewards, pair.scores, confidence, pair.paired)
+    if found is None:
+        return None
+    before, after, reward, scorer = windows[found.part], windows[-1], found.reward, found.scorer
+    words = _words(pair, before, after, reward, scorer)
+    return Alarm(pair.task, pair.reward, pair.scorer, before, after, reward, scorer, words)
 
 
 def _pairs(

@@ -16,6 +16,7 @@ from lvrpo.algorithms import (
     gdpo_advantages,
     group_correlation,
     group_relative_advantages,
+    normalize_rewards,
     signal_mask,
     variance_shares,
     win_rate,
@@ -32,7 +33,7 @@ from lvrpo.evaluation.recorded_groups import (
     read_record,
 )
 from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
-from lvrpo.evaluation.statistics import Interval, welch_difference
+from lvrpo.statistics import Interval, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
 
@@ -157,9 +158,10 @@ def audit_task(
     names, *_, weights = groups.trained()
     shares, rest, with_signal, share_series = caused(groups, settings)
     others = dict(zip(names, other_shares(groups, settings), strict=True))
-    configured = dict(zip(names, (weights**2 / (weights**2).sum()).tolist(), strict=True))
+    asked = (weights**2 / (weights**2).sum(dim=1, keepdim=True)).nanmean(dim=0)
+    configured = dict(zip(names, asked.tolist(), strict=True))
     scorers, base = groups.scorers(), {} if controls is None else controls.scorers()
-    weight_of = dict(zip(groups.names, groups.weights.tolist(), strict=True))
+    weight_of = dict(zip(groups.names, groups.weights.mean(axis=0).tolist(), strict=True))
     audits = [
         ScorerAudit(
             name=name,
@@ -202,7 +204,15 @@ def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float
     if settings.kind == "win_rate":
         scores, mask = win_rates(scores, mask, settings.std_floor)
     normalization = "reward" if settings.per_reward else "sum"
-    parts = advantage_parts(scores, mask, weights, normalization=normalization, std_floor=settings.std_floor)
+    parts = advantage_parts(
+        scores,
+        mask,
+        weights,
+        normalization=normalization,
+        std_floor=settings.std_floor,
+        normalize=groups.own_scales(names),
+        batches=torch.from_numpy(groups.step),
+    )
     found = variance_shares(parts, torch.from_numpy(groups.advantages), _members(mask, settings.per_reward))
     total = found.total.sum()
     shares = dict(zip(names, found.pooled().tolist(), strict=True))
@@ -227,17 +237,21 @@ def win_rates(
 
 def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
     """Shares of the trained rewards if advantages had been made by the other formula, from the very same scores."""
-    _, scores, mask, weights = groups.trained()
+    names, scores, mask, weights = groups.trained()
     floor = settings.std_floor
+    scales, steps = groups.own_scales(names), torch.from_numpy(groups.step)
     if settings.per_reward:
-        total = torch.where(mask, scores * weights, 0.0).sum(dim=2)
+        scaled = normalize_rewards(scores, mask, steps, scales, std_floor=floor)
+        total = torch.where(mask, scaled * weights[:, None], 0.0).sum(dim=2)
         advantages = group_relative_advantages(total, _members(mask, False), std_floor=floor)
     else:
-        advantages = gdpo_advantages(scores, mask, weights, torch.from_numpy(groups.step), std_floor=floor)
+        advantages = gdpo_advantages(scores, mask, weights, steps, std_floor=floor, normalize=scales)
     if settings.clamp is not None:
         advantages = advantages.clamp(-settings.clamp, settings.clamp)
     normalization = "sum" if settings.per_reward else "reward"
-    parts = advantage_parts(scores, mask, weights, normalization=normalization, std_floor=floor)
+    parts = advantage_parts(
+        scores, mask, weights, normalization=normalization, std_floor=floor, normalize=scales, batches=steps
+    )
     return variance_shares(parts, advantages, _members(mask, not settings.per_reward)).pooled().tolist()
 
 

@@ -13,10 +13,10 @@ from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.benchmark import score_prompts
-from lvrpo.evaluation.statistics import Interval, mean_interval, paired_difference
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable
+from lvrpo.statistics import Interval, mean_interval, paired_difference
 from lvrpo.types import Group, Prompt
 
 T = TypeVar("T")

@@ -7,6 +7,9 @@ REWARDS: Mapping[str, str] = {
     "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
     "preference": "lvrpo.rewards.preference:Preference",
+    "learned_preference": "lvrpo.rewards.learned_preference:LearnedPreference",
+    "drawing_likelihood": "lvrpo.rewards.drawing_likelihood:DrawingLikelihood",
+    "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
     # the published reward's three terms

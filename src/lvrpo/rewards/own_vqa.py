@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lvrpo.data.scenes.paraphrases import paraphrases
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
@@ -41,7 +42,9 @@ class OwnVQA:
     ``choices`` offers both answers to a yes-no question, in both orders: a template such as
     "{question} Answer {first} or {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
-    questions are asked as they are. ``gate``: facts of kinds that the judge cannot tell are not asked
+    questions are asked as they are. ``paraphrases``: so many wordings of each fact's question are asked, where the
+    built-in world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
+    that one odd reading does not sway. ``gate``: facts of kinds that the judge cannot tell are not asked
     (``lvrpo audit --judge MODEL --gate FILE``).
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
@@ -59,7 +62,16 @@ class OwnVQA:
         both: tuple[str, str] = ("yes", "no"),
         split: Mapping[str, Any] | None = None,
         kinds: Sequence[str] | None = None,
+        paraphrases: int = 1,
+        bound: float = 0.0,
     ):
+        if not isinstance(paraphrases, int) or paraphrases < 1:
+            raise InputError(f"own_vqa.paraphrases={paraphrases!r}: must be a whole number >= 1")
+        if not 0 <= bound < float("inf"):
+            raise InputError(f"own_vqa.bound={bound!r}: must be a number >= 0")
+        if bound and paraphrases == 1:
+            raise InputError(f"own_vqa.bound={bound}: one wording has no spread: set paraphrases to 2 or more")
+        self.paraphrases, self.bound = paraphrases, bound
         self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
         if self.splitter is not None and choices is None:
             choices = BOTH_ORDERS
@@ -101,39 +113,53 @@ class OwnVQA:
         failures: Failures = {}
         contexts: list[Parts] = []
         answers: list[str] = []
-        counts: list[int] = []  # rows of each fact: 1, or 4 where both orders ask for both answers
+        counts: list[int] = []  # rows of each question: 1, or 4 where both orders ask for both answers
+        wordings: list[int] = []  # of each fact
         facts_of: dict[tuple[int, int], int] = {}
         for p, group in enumerate(groups):
-            facts = self._facts(group.prompt)
+            facts = self._questions(group.prompt)
             for g, trajectory in enumerate(group.trajectories):
                 image, problem = trajectory.image, problem_of(trajectory, reader)
                 if image is None or problem or not facts:
                     failures[p, g] = problem or missing.get(p, UNTOLD)
                     continue
                 facts_of[p, g] = len(facts)
-                for fact in facts:
-                    asked = self._asked(image, fact)
-                    counts.append(len(asked))
-                    contexts += [context for context, _ in asked]
-                    answers += [answer for _, answer in asked]
+                for questions in facts:
+                    wordings.append(len(questions))
+                    for question, answer in questions:
+                        asked = self._asked(image, question, answer)
+                        counts.append(len(asked))
+                        contexts += [context for context, _ in asked]
+                        answers += [answer for _, answer in asked]
         if not facts_of:
             return {}, failures
         confidence = reader.text_logprob(contexts, answers).exp().cpu()
         by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
+        if self.paraphrases > 1:
+            parts = by_fact.split(wordings)
+            by_fact = torch.stack([part.mean() - self.bound * part.std(correction=0) for part in parts])
         return dict(zip(facts_of, by_fact.split(list(facts_of.values())), strict=True)), failures
 
     def _facts(self, prompt: Prompt) -> list[Fact]:
         known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
         return [fact for fact in known if self.kinds is None or fact.kind in self.kinds]
 
-    def _asked(self, image: Image, fact: Fact) -> list[tuple[Parts, str]]:
+    def _questions(self, prompt: Prompt) -> list[tuple[tuple[str, str], ...]]:
+        """The wordings of each fact, with the answer that each must have."""
+        if self.paraphrases == 1:
+            return [((fact.question, fact.answer),) for fact in self._facts(prompt)]
+        kept = self._facts(prompt)
+        every = zip(prompt.facts, paraphrases(prompt.facts), strict=True)
+        return [wordings[: self.paraphrases] for fact, wordings in every if fact in kept]
+
+    def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:
         """One row; or right and wrong answer in one order, then in the other."""
-        if self.choices is None or fact.answer not in self.both:
-            return [((image, fact.question), fact.answer)]
-        wrong = self.both[1 - self.both.index(fact.answer)]
+        if self.choices is None or answer not in self.both:
+            return [((image, question), answer)]
+        wrong = self.both[1 - self.both.index(answer)]
         orders = (self.both, self.both[::-1])
-        asked = [self.choices.format(question=fact.question, first=one, second=two) for one, two in orders]
-        return [((image, question), answer) for question in asked for answer in (fact.answer, wrong)]
+        asked = [self.choices.format(question=question, first=one, second=two) for one, two in orders]
+        return [((image, words), each) for words in asked for each in (answer, wrong)]
 
 
 def _confidence(rows: torch.Tensor) -> torch.Tensor:

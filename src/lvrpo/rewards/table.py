@@ -7,14 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import load_policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
@@ -25,6 +26,34 @@ NOT_APPLICABLE = "not applicable"
 
 _SECRET_NAME = re.compile(r"(?:.*_)?(?:api_?key|access_token|auth_token|secret|passw(?:or)?d|authorization|bearer)")
 _SECRET_VALUE = re.compile(r"(?:Bearer )?(?:sk|hf|gsk|xai|ghp)[-_][A-Za-z0-9_-]{16,}")
+
+
+class WeightSchedule(Config):
+    """How a reward's weight changes with the steps done: a list of [step, factor] points."""
+
+    kind: Literal["constant", "linear", "step"] = "linear"
+    """linear: straight between the points; step: the last point that was reached; both level outside. constant: one."""
+    points: tuple[tuple[int, float], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _points_fit(self) -> Self:
+        steps = [step for step, _ in self.points]
+        if any(step < 0 for step in steps) or steps != sorted(set(steps)):
+            raise ValueError(f"points={[list(p) for p in self.points]}: steps must rise from 0 or later")
+        if any(not 0 <= factor < math.inf for _, factor in self.points):
+            raise ValueError(f"points={[list(p) for p in self.points]}: factors must be numbers >= 0")
+        if self.kind == "constant" and len(self.points) > 1:
+            raise ValueError("kind=constant: has one point: use linear or step for more")
+        return self
+
+    def factor(self, step: int) -> float:
+        """Of the weight, at the step after ``step`` steps."""
+        before = [point for point in self.points if point[0] <= step]
+        after = [point for point in self.points if point[0] > step]
+        if not before or not after or self.kind != "linear":
+            return before[-1][1] if before else after[0][1]
+        (x0, y0), (x1, y1) = before[-1], after[0]
+        return y0 + (y1 - y0) * (step - x0) / (x1 - x0)
 
 
 class RewardConfig(Config):
@@ -47,6 +76,15 @@ class RewardConfig(Config):
     max_failed: float | None = Field(default=None, ge=0, lt=1)
     """The run stops where more than this share of the reward's scores of a step failed. None: never after the step-0
     contract, which then allows no failure."""
+    clip: tuple[float | None, float | None] | None = None
+    """[low, high], either may be null: what lies beyond counts as the end itself, and how often is recorded."""
+    normalize: Literal["group", "batch", "none"] | None = None
+    """Its scale before rewards are summed; null: as ``advantages.kind`` says. group: in units of the group's std;
+    batch: of the std of all groups of the task; none: of the score itself."""
+    schedule: WeightSchedule | None = None
+    """Factors of ``weight`` by step, such as {kind: linear, points: [[0, 1], [100, 0]]}."""
+    judge: str | None = None
+    """Another frozen model (a folder, a run, a built-in name) that judges for this row; null: the run's own judge."""
 
     @field_validator("options")
     @classmethod
@@ -55,9 +93,22 @@ class RewardConfig(Config):
         _refuse_secrets(options)
         return options
 
+    @field_validator("clip")
+    @classmethod
+    def _ends_fit(cls, clip: tuple[float | None, float | None] | None) -> tuple[float | None, float | None] | None:
+        if clip is not None:
+            low, high = (end for end in clip)
+            if (low is None and high is None) or (low is not None and high is not None and not low < high):
+                raise ValueError("give [low, high] with low < high; one of them may be null")
+        return clip
+
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    def weight_at(self, step: int) -> float:
+        """The weight of the step after ``step`` steps."""
+        return self.weight if self.schedule is None else self.weight * self.schedule.factor(step)
 
 
 @dataclass(frozen=True)
@@ -66,6 +117,8 @@ class RewardSource:
 
     config: RewardConfig
     reward: Reward
+    judge: Policy | None = None
+    """Who judges instead of the run's judge."""
 
     def scores(self, prompt: Prompt) -> bool:
         """Whether it has a say in the outputs of a prompt."""
@@ -110,23 +163,34 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
                 raise InputError(
                     f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
                 )
-        sources.append(RewardSource(config, reward))
+        own = None if config.judge is None else load_policy(config.judge).frozen()
+        sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):
         raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
 
 
-def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy) -> RewardTable:
-    """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``."""
+def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0) -> RewardTable:
+    """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``.
+
+    ``step``: steps done, for the weights that follow a schedule.
+    """
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
     reasons: dict[tuple[int, int, int], str] = {}
     noise: dict[str, torch.Tensor] = {}
+    cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
-            result, failures, own_noise = _checked(source, [groups[p] for p in chosen], judge)
+            result, failures, own_noise = _checked(source, [groups[p] for p in chosen], source.judge or judge)
+            if source.config.clip is not None:
+                low, high = source.config.clip
+                clipped = result.clamp(low, high)
+                cut[source.config.title] = torch.zeros(P, G, dtype=torch.bool)
+                cut[source.config.title][chosen] = (clipped != result) & result.isfinite()
+                result = clipped
             if own_noise is not None:
                 noise[source.config.title] = torch.full((P, G), math.nan)
                 noise[source.config.title][chosen] = own_noise
@@ -141,7 +205,7 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
             reasons.update({(p, g, k): NOT_APPLICABLE for g in range(G)})
     return RewardTable(
         names=tuple(source.config.title for source in sources),
-        weights=torch.tensor([source.config.weight for source in sources]),
+        weights=torch.tensor([source.config.weight_at(step) for source in sources]),
         scores=scores,
         mask=mask,
         reasons=reasons,
@@ -149,6 +213,8 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
         judges={source.config.title: source.judges for source in sources},
         judge=judge_identity(judge),
         noise=noise,
+        normalize={s.config.title: s.config.normalize for s in sources if s.config.normalize is not None},
+        cut=cut,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -13,10 +13,12 @@ from lvrpo.algorithms import (
     gdpo_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    normalize_rewards,
     signal_mask,
     trimmed_advantages,
     win_rate,
 )
+from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import Config
 from lvrpo.training.objective import KINDS, Advantages
 from lvrpo.types import TASKS, Group, OutputKind, RewardTable, Task
@@ -87,10 +89,23 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
     if config.kind == "gdpo":
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
         std = "sample" if config.std == "sample" else "population"
-        return gdpo_advantages(table.scores, table.mask, table.weights, tasks, std=std, std_floor=floor, clamp=clamp)
+        return gdpo_advantages(
+            table.scores,
+            table.mask,
+            table.weights,
+            tasks,
+            std=std,
+            std_floor=floor,
+            clamp=clamp,
+            normalize=own_scales(table),
+        )
     if config.kind == "win_rate":
         table, floor = win_rates(table, floor), 1e-6
-    scores = torch.where(table.mask, table.scores * table.weights, 0.0).sum(dim=2)
+    scaled = table.scores
+    if table.normalize:
+        tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
+        scaled = normalize_rewards(table.scores, table.mask, tasks, own_scales(table), std_floor=floor)
+    scores = torch.where(table.mask, scaled * table.weights, 0.0).sum(dim=2)
     mask = whole_scores(table)
     if config.joint is not None:
         scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
@@ -107,6 +122,11 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
             scores[rows], mask[rows], std="batch", std_floor=floor, clamp=clamp
         )
     return advantages
+
+
+def own_scales(table: RewardTable) -> list[NormalizeChoice | None]:
+    """The choice of each reward that has one (``rewards.normalize``)."""
+    return [cast("NormalizeChoice | None", table.normalize.get(name)) for name in table.names]
 
 
 def whole_scores(table: RewardTable) -> Bool[torch.Tensor, "P G"]:

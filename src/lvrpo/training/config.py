@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,10 +14,12 @@ from lvrpo.rewards.table import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.text import TextConfig
+from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
 from lvrpo.types import OutputKind, Task
 
@@ -46,6 +48,8 @@ class GuardConfig(Config):
     max_rollbacks: int = Field(default=3, ge=0)
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
     """Every rollback multiplies the learning rates by this."""
+    turn: TurnConfig | None = None
+    """Stops (or rolls back) where a trained reward rises while a held-out scorer falls; null: nobody looks."""
 
 
 class TrainConfig(Config):
@@ -83,6 +87,7 @@ class TrainConfig(Config):
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
+    judge: JudgeConfig = JudgeConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
     control_group_size: int = Field(default=2, ge=1)
@@ -99,7 +104,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        for check in (self._check_data, self._check_weights, self._check_rollout, self._check_objectives):
+        for check in (
+            self._check_data,
+            self._check_weights,
+            self._check_judge,
+            self._check_rollout,
+            self._check_objectives,
+        ):
             check()
         return self
 
@@ -130,12 +141,43 @@ class TrainConfig(Config):
             raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
         if not any(r.weight for r in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
+        for r in self.rewards:
+            if r.normalize is not None and self.advantages.kind == "win_rate":
+                raise ValueError(
+                    f"rewards.{r.title}.normalize={r.normalize}: advantages.kind=win_rate counts ranks, which no scale "
+                    "changes: leave it out"
+                )
         for task in trained:
             if not any(r.weight and (r.tasks is None or task in r.tasks) for r in self.rewards):
                 raise ValueError(
                     f"data.prompts_per_step.{task}={self.data.prompts_per_step[task]}: every reward is for other tasks "
                     f"only, so all its scores would be masked: add {task!r} to rewards.tasks, or ask for 0 prompts"
                 )
+            for step in range(self.steps) if any(r.schedule for r in self.rewards) else ():
+                if not any(r.weight_at(step) and (r.tasks is None or task in r.tasks) for r in self.rewards):
+                    raise ValueError(
+                        f"rewards.schedule: at step {step} every reward of {task!r} has weight 0, so nothing would be "
+                        "trained: keep one of them above 0"
+                    )
+
+    def _check_judge(self) -> None:
+        bound = [r.title for r in self.rewards if r.judge is None and _measured_on_weights(r.options)]
+        if self.judge.moves and bound:
+            raise ValueError(
+                f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
+                "moves: set judge.kind=reference without judge.refresh_every, or leave the gate or head out"
+            )
+
+        turn, rows = self.guard.turn, {r.title: r for r in self.rewards}
+        if turn is None:
+            return
+        names = ", ".join(rows)
+        if turn.reward not in rows or not rows[turn.reward].weight:
+            raise ValueError(f"guard.turn.reward={turn.reward}: is no trained reward: there are {names}")
+        if turn.watch != SUCCESS and (turn.watch not in rows or rows[turn.watch].weight):
+            raise ValueError(
+                f"guard.turn.watch={turn.watch}: is no reward of weight 0: add one to rewards, or say {SUCCESS}"
+            )
 
     def _check_rollout(self) -> None:
         rollout = self.rollout
@@ -180,3 +222,10 @@ class TrainConfig(Config):
             )
         if flow.kind == "best_of" and flow.keep >= rollout.group_size:
             raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")
+
+
+def _measured_on_weights(options: Any) -> bool:  # Any: each reward has its own options
+    """Whether a gate or a head is named anywhere in a reward's options."""
+    if isinstance(options, dict):
+        return any((k in ("gate", "head") and v is not None) or _measured_on_weights(v) for k, v in options.items())
+    return isinstance(options, (list, tuple)) and any(map(_measured_on_weights, options))

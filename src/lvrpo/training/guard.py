@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.success import successes
 from lvrpo.sampling import derive_seed
+from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.state import GuardState
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.state import GuardState, RunState
 from lvrpo.types import Prompt, Task
 
 Verdict = Literal["best", "kept", "fallen"]
@@ -87,3 +89,59 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
         return False
     error = float(difference.std(ddof=1)) / len(difference) ** 0.5
     return float(difference.mean()) + Z * error < 0
+
+
+# --- what follows a look ---
+
+
+def guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
+    """One look of the guard and what follows from it; returns whether the run stops."""
+    report = guard.look(state.policies.average, state.guard, state.step)
+    score_record.write_look(run, state.step, report.scores, config.guard.every)
+    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
+    if report.verdict != "fallen":
+        row["guard/action"] = "kept best" if report.verdict == "best" else "none"
+        return False
+    fallen = ", ".join(report.fallen)
+    if config.guard.action == "warn":
+        row["guard/action"] = f"warned: {fallen} fell"
+        return False
+    if config.guard.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
+        row["guard/action"] = f"stopped: {fallen} fell"
+        return True
+    roll_back(config, run, state, state.guard.best_step)
+    row["guard/action"] = f"rolled back to step {state.guard.best_step}: {fallen} fell"
+    return False
+
+
+def roll_back(config: TrainConfig, run: RunDirectory, state: RunState, step: int) -> None:
+    """The weights of a checkpoint, at lower learning rates; steps and seconds go on."""
+    at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
+    state.load(run.checkpoint_dir(step))
+    state.step, state.seconds = at, seconds
+    state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
+
+
+def turned(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
+    """Whether the run stops because a trained reward and its held-out scorer went apart (``guard.turn``)."""
+    turn = state.turn
+    if turn is None:
+        return False
+    found = turn.look(state.step, -(-config.steps // config.guard.every), config.guard.every)
+    if found is None:
+        turn.remember(state.step)
+    if not guard.prompts:  # nothing else tells which weights are best
+        state.guard.best_step = turn.best_step
+    if found is None:
+        return False
+    best = state.guard.best_step
+    words = turn.words(state.step, *found)
+    if turn.config.action == "warn":
+        row["turn/action"] = f"warned: {words}"
+        return False
+    if turn.config.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
+        row["turn/action"] = f"stopped: {words}"
+        return True
+    roll_back(config, run, state, best)
+    row["turn/action"] = f"rolled back to step {best}: {words}"
+    return False

@@ -22,7 +22,8 @@ from lvrpo.training import contract, samples, score_record
 from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard
+from lvrpo.training.guard import Guard, guarded, turned
+from lvrpo.training.judge import judge_drift, refresh_questions
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
@@ -57,6 +58,7 @@ def align(
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
+    questions = refresh_questions(config.judge, guard.prompts)
     sampled = Rollouts(state.policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
@@ -65,7 +67,9 @@ def align(
 
         prompts = prompts_of_step(source, config, step)
         groups = sampled.groups(prompts, step)
-        table = score_groups(rewards, groups, state.policies.reference)
+        table = score_groups(rewards, groups, state.policies.judge, step)
+        if config.judge.drift_every and step % config.judge.drift_every == 0:
+            row |= judge_drift(rewards, groups, table, state.policies.judge, state.policies.live)
         trained, scores = groups, table
         if config.rollout.refill_budget:
             trained, scores, counts = refill(state.policies, source, rewards, groups, table, config, step)
@@ -91,25 +95,30 @@ def align(
             _check_first_update(run, state, groups)
         row |= metrics
         row |= reward_means("reward", table, groups)
+        if state.judge is not None:
+            row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, questions)
         score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained))
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
             control = control_rollout(state.policies, prompts, config, step)
-            control_table = score_groups(rewards, control, state.policies.reference)
+            control_table = score_groups(rewards, control, state.policies.judge, step)
             row |= reward_means("control", control_table, control)
             score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
             samples.write(run, state.step, groups, table)
+        if state.turn is not None:
+            state.turn.add(state.step, groups, table)
         if state.step % config.guard.every == 0 or state.step == config.steps:
-            stopped = _guarded(config, run, state, guard, row)
+            stopped = guarded(config, run, state, guard, row) or turned(config, run, state, guard, row)
         state.seconds += time.perf_counter() - started
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}
         run.append_metrics(row)
         observe(row)
         last = stopped or interrupted() or state.step == config.steps
-        if state.step % config.checkpoint_every == 0 or last or state.guard.best_step == state.step:
+        best = {state.guard.best_step, *([] if state.turn is None else [state.turn.best_step])}
+        if state.step % config.checkpoint_every == 0 or last or state.step in best:
             state.save(run)
-            prune_checkpoints(run.path, config.keep_checkpoints, keep={state.guard.best_step})
+            prune_checkpoints(run.path, config.keep_checkpoints, keep=best)
         if interrupted():
             break
     return state
@@ -136,6 +145,8 @@ def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> di
             valid = table.mask[rows, :, k]
             if valid.any():
                 out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
+            if name in table.cut and valid.any():
+                out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
             if name in table.noise and (share := noise_share(table, k, rows)) is not None:
                 out[f"{prefix}_noise/{task}/{name}"] = share
     return out
@@ -163,7 +174,7 @@ def contract_checks(
         sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
     groups = policies.live.sample(prompts, sampling, seeds)
-    table = score_groups(rewards, groups, policies.reference)
+    table = score_groups(rewards, groups, policies.judge)
     may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
     return contract.step_zero_contract(policies.live, groups, table, config.advantages.std_floor, may_fail)
 
@@ -180,29 +191,6 @@ def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Gro
     checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups)
     run.write_json("contract.json", [*run.read_json("contract.json"), *(check.as_dict() for check in checks)])
     contract.require(checks)
-
-
-def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
-    """One look of the guard and what follows from it; returns whether the run stops."""
-    report = guard.look(state.policies.average, state.guard, state.step)
-    score_record.write_look(run, state.step, report.scores, config.guard.every)
-    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
-    if report.verdict != "fallen":
-        row["guard/action"] = "kept best" if report.verdict == "best" else "none"
-        return False
-    fallen = ", ".join(report.fallen)
-    if config.guard.action == "warn":
-        row["guard/action"] = f"warned: {fallen} fell"
-        return False
-    if config.guard.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
-        row["guard/action"] = f"stopped: {fallen} fell"
-        return True
-    at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
-    state.load(run.checkpoint_dir(state.guard.best_step))
-    state.step, state.seconds = at, seconds
-    state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
-    row["guard/action"] = f"rolled back to step {state.guard.best_step}: {fallen} fell"
-    return False
 
 
 def best_policy(state: RunState, run: RunDirectory) -> Policy:

@@ -38,9 +38,17 @@ class Policies:
     old: Policy
     """A short moving average of live: samples drawings and anchors DiffusionNFT."""
     reference: Policy
-    """Where the run began: the frozen judge, the anchor of every divergence, and the control."""
+    """Where the run began: the frozen judge unless ``judging`` is given, the anchor of every divergence, and the
+    control."""
     average: Policy
     """A longer moving average of live: evaluated and saved."""
+    judging: Policy | None = None
+    """The judge where it is not the reference."""
+
+    @property
+    def judge(self) -> Policy:
+        """Who scores outputs."""
+        return self.reference if self.judging is None else self.judging
 
 
 @dataclass

@@ -202,7 +202,7 @@ def refill(
             prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
             drawn[task] += 1
         fresh = rollout(policies, prompts, config, step)
-        table = with_rows(table, rows, score_groups(rewards, fresh, policies.reference))
+        table = with_rows(table, rows, score_groups(rewards, fresh, policies.judge, step))
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group
         budget = plan.budget_left
@@ -214,4 +214,10 @@ def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> Re
     scores[rows], mask[rows] = other.scores, other.mask
     reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
     reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
-    return replace(table, scores=scores, mask=mask, reasons=reasons)
+    merged: dict[str, dict[str, torch.Tensor]] = {}
+    for name in ("noise", "cut"):  # two mappings of (P, G) tensors
+        merged[name] = {title: values.clone() for title, values in getattr(table, name).items()}
+        for title, values in getattr(other, name).items():
+            unknown = torch.nan if name == "noise" else False
+            merged[name].setdefault(title, values.new_full(table.mask.shape[:2], unknown))[rows] = values
+    return replace(table, scores=scores, mask=mask, reasons=reasons, noise=merged["noise"], cut=merged["cut"])

@@ -35,6 +35,7 @@ from lvrpo.training.checkpoint import (
 )
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
+from lvrpo.training.judge import refresh_questions
 from lvrpo.training.loop import align
 from lvrpo.training.optimizer import copy_weights
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
@@ -116,6 +117,7 @@ class Alignment:
         source = training_source(config)
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
+        refresh_questions(config.judge, guard.prompts)
         base = policy_folder(config.policy)
         policy = load_policy(base, config.device)
         run = RunDirectory.create(folder, config)

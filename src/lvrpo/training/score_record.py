@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,7 +55,7 @@ class ScoreRecord:
     names: tuple[str, ...]
     """K rewards."""
     weights: NDArray[np.float32]
-    """(K,); 0 for a reward that is only watched."""
+    """(K,), those of this step; 0 for a reward that is only watched."""
     tasks: tuple[str, ...]
     """P tasks, one per group."""
     scores: NDArray[np.float32]
@@ -74,6 +74,11 @@ class ScoreRecord:
     """(P,): root mean square difference of two members' pictures over all pairs, colors in [0, 1]."""
     advantages: NDArray[np.float32]
     """(P, G) as trained on, before ``flow.keep`` chooses; nan in a control."""
+    normalize: tuple[str, ...] = ()
+    """K choices of ``rewards.normalize``, "" where ``advantages.kind`` decides; empty: that for all."""
+    cut: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    """(P, K): share of the scores that lay beyond ``rewards.clip``, nan for rewards without; empty where no reward has
+    one. ``scores`` are those after it."""
     judge: str = ""
     """Who judged: class and hash of the weights; "" in the records of older versions."""
 
@@ -176,7 +181,14 @@ def _arrays(
     P, _, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
     pictures = [_pictures(group) for group in groups]
+    own: dict[str, NDArray[Any]] = {}
+    if table.normalize:
+        own["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
+    if table.cut:
+        columns = [_cut(table, k) for k in range(K)]
+        own["cut"] = np.stack(columns, axis=1)
     return {
+        **own,
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
@@ -190,6 +202,16 @@ def _arrays(
         "picture_diversity": _floats([_picture_diversity(p) for p in pictures]),
         "advantages": advantages.detach().float().cpu().numpy(),
     }
+
+
+def _cut(table: RewardTable, k: int) -> NDArray[np.float32]:
+    """(P,): the share of a reward's valid scores that lay beyond its cap; nan without a cap, or without scores."""
+    name, mask = table.names[k], table.mask[..., k]
+    if name not in table.cut:
+        return np.full(len(mask), np.nan, dtype=np.float32)
+    count = mask.sum(dim=1)
+    shares = (table.cut[name] & mask).sum(dim=1) / count
+    return torch.where(count > 0, shares, torch.nan).float().numpy()
 
 
 def _floats(values: ArrayLike) -> NDArray[np.float32]:
@@ -252,7 +274,8 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
         try:
             names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
             judge = str(arrays.pop("judge", ""))
-            yield ScoreRecord(step=step, names=names, tasks=tasks, judge=judge, **arrays)  # type: ignore[arg-type]  # bool or float
+            own = tuple(map(str, arrays.pop("normalize", ())))
+            yield ScoreRecord(step=step, names=names, tasks=tasks, judge=judge, normalize=own, **arrays)  # type: ignore[arg-type]  # bool or float
         except (KeyError, TypeError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
 

@@ -12,9 +12,11 @@ from torch import nn
 from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.judge import Judge
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, copy_weights
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.turn import Turn
 from lvrpo.types import Task
 
 STATE = "state"
@@ -48,12 +50,26 @@ class RunState:
     """Steps in a row, up to now, whose gradient was not finite."""
     seconds: float = 0.0
     """Training seconds so far, over all resumptions."""
+    judge: Judge | None = None
+    """None: the reference judges."""
+    turn: Turn | None = None
+    """None: nobody looks for the turn."""
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
         """The state before the first step: all four policies are the given one."""
-        policies = Policies(live=policy, old=policy.frozen(), reference=policy.frozen(), average=policy.frozen())
-        return cls(policies, [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases])
+        reference = policy.frozen()
+        judge = Judge.start(reference, config.judge) if config.judge.moves else None
+        policies = Policies(
+            live=policy,
+            old=policy.frozen(),
+            reference=reference,
+            average=policy.frozen(),
+            judging=None if judge is None else judge.policy,
+        )
+        optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases]
+        turn = None if config.guard.turn is None else Turn(config.guard.turn)
+        return cls(policies, optimizers, judge=judge, turn=turn)
 
     def save(self, run: RunDirectory) -> Path:
         """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
@@ -76,9 +92,13 @@ class RunState:
         self.seconds = tree["seconds"]
         self.bad_gradients = tree["bad_gradients"]
         self.guard = GuardState(**tree["guard"])
+        if self.judge is not None:
+            self.judge.load(tree["judge"])
+        if self.turn is not None:
+            self.turn.load(tree["turn"])
 
     def _tree(self) -> dict[str, Any]:
-        return {
+        tree: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
@@ -88,6 +108,11 @@ class RunState:
             "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
         }
+        if self.judge is not None:
+            tree["judge"] = self.judge.state()
+        if self.turn is not None:
+            tree["turn"] = self.turn.state()
+        return tree
 
 
 def _module(policy: object) -> nn.Module:

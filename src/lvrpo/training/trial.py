@@ -55,7 +55,7 @@ def try_out(config: TrainConfig) -> Trial:
     small = config.model_copy(update={"data": config.data.model_copy(update={"prompts_per_step": few})})
     started = time.perf_counter()
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
-    table = score_groups(rewards, groups, state.policies.reference)
+    table = score_groups(rewards, groups, state.policies.judge)
     advantages = segment_advantages(table, groups, config.advantages)
     take_steps(state.policies, state.optimizers, groups, advantages, small, 0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())

@@ -230,6 +230,25 @@ class MoTPolicy(nn.Module, ABC):
         return torch.stack([logprobs.mean() for logprobs in scores.logprobs])
 
     @torch.no_grad()
+    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """What the reading side makes of texts in their contexts: features for a head, float32 (batch, 2 D + 2).
+
+        The mean of the text's final states, that of its end token, and the mean and the least log-prob of its tokens,
+        end token included. Contexts that are equal, or begin with the same pictures, share their computation.
+        """
+        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=False) for parts in contexts])
+        pieces = [self.contexts.text(self.words.encode(text)) for text in texts]
+        hidden = self.contexts.run([(piece,) for piece in pieces], cache.select(owner))
+        lengths = [piece.span.length for piece in pieces]
+        distributions = torch.log_softmax(self.towers.text_logits(hidden.reading).float(), dim=-1).split(lengths)
+        rows = []
+        for states, log_p, piece in zip(hidden.reading.float().split(lengths), distributions, pieces, strict=True):
+            ids = torch.tensor(piece.ids[1:], device=log_p.device)
+            chosen = log_p[:-1].gather(1, ids[:, None])[:, 0]
+            rows.append(torch.cat([states.mean(dim=0), states[-1], chosen.mean()[None], chosen.min()[None]]))
+        return torch.stack(rows)
+
+    @torch.no_grad()
     def image_logprob(
         self,
         contexts: Sequence[Parts],

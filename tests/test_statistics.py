@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lvrpo.errors import ContractError
-from lvrpo.evaluation.statistics import (
+from lvrpo.statistics import (
     Interval,
     mean_interval,
     paired_difference,

@@ -189,3 +189,46 @@ def _bootstrap(sums: Floats, counts: Floats, seed: int) -> tuple[float, float]:
             rng=np.random.default_rng(seed),
         )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+# --- a reward and a scorer that go apart ---
+
+MIN_GROUPS = 10
+"""Groups (or prompts) that a part of a run needs to be compared."""
+
+
+@dataclass(frozen=True)
+class Parted:
+    """A reward rose and a scorer fell, each by more than chance explains."""
+
+    part: int
+    """Which earlier part the last one was compared with."""
+    reward: Interval
+    """Of the change, above 0 with its whole interval."""
+    scorer: Interval
+    """Below 0 with its whole interval."""
+
+
+def comparable(rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> list[int]:
+    """The earlier parts that can be compared with the last: both sides have ``MIN_GROUPS`` of both."""
+    sizes = [min(np.size(one), np.size(other)) for one, other in zip(rewards, scores, strict=True)]
+    return [i for i in range(len(sizes) - 1) if min(sizes[i], sizes[-1]) >= MIN_GROUPS]
+
+
+def parted(
+    rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike], confidence: float, paired: bool = False
+) -> Parted | None:
+    """Whether a reward rose while a scorer fell, from an earlier part of a run to its last: the worst fall, or None.
+
+    ``rewards`` and ``scores`` hold one value per group for each part, in order. Changes have Welch's t interval, those
+    of scores Student's where they are ``paired`` (of the same prompts in one order). Both intervals must be clear of 0,
+    so chance parts them more rarely than ``confidence`` says.
+    """
+    between = paired_t_difference if paired else welch_difference
+    found = []
+    for i in comparable(rewards, scores):
+        reward = welch_difference(rewards[i], rewards[-1], confidence)
+        scorer = between(scores[i], scores[-1], confidence)
+        if reward.low > 0 and scorer.high < 0:
+            found.append(Parted(i, reward, scorer))
+    return min(found, key=lambda each: each.scorer.score, default=None)

@@ -1,0 +1,87 @@
+"""A conservative reward: several judges of one output, and less where they disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import ValidationError
+
+from lvrpo.algorithms import normalize_rewards
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
+from lvrpo.types import Group, OutputKind, Prompt
+
+Scale = Literal["group", "raw"]
+TAKEN = ("name", "label", "options", "clip", "judge")
+"""What a member may say; weights, tasks and schedules belong to the row of the table."""
+
+
+class LowerBound:
+    """Mean of an ensemble of rewards minus ``k`` times their standard deviation.
+
+        r = mean_m s_m - k std_m s_m,
+
+    the std over members (population). An output that one judge is fooled by, and the others are not, gains little: the
+    ensemble's remedy against over-optimisation (arXiv:2310.02743, "worst case" and "uncertainty weighted").
+
+    ``members``: rows as in the table, with name, options, and ``judge`` for another model's weights. ``scale: group``:
+    each member is brought to deviation 1 in the group first, as rewards of different units must be; raw: members are
+    compared as they are, for one reward by several judges. Members that do not apply to a prompt are left out there; an
+    output that any of the others failed to score has no score.
+
+    Range: that of the members; about +- 2 for ``group``. Raises InputError for fewer than two members, a negative k,
+    and whatever the members raise.
+    Differs from the paper: members are judges of different kinds, not reward models of different seeds.
+    """
+
+    def __init__(self, members: Sequence[Mapping[str, Any]], k: float = 1.0, scale: Scale = "group") -> None:
+        if not isinstance(members, (list, tuple)) or len(members) < 2:
+            raise InputError(f"lower_bound.members: give at least two rows with a name, not {members!r}")
+        if not (isinstance(k, (int, float)) and 0 <= k < math.inf):
+            raise InputError(f"lower_bound.k={k!r}: must be a number >= 0")
+        if scale not in get_args(Scale):
+            raise InputError(f"lower_bound.scale={scale!r}: unknown: use {', '.join(get_args(Scale))}")
+        self.k, self.scale = float(k), scale
+        self.sources = build_rewards([_row(i, member) for i, member in enumerate(members)])
+        judged = {kind for source in self.sources for kind in source.judges}
+        self.judges: tuple[OutputKind, ...] = tuple(kind for kind in ("text", "image") if kind in judged)
+
+    def applies(self, prompt: Prompt) -> bool:
+        return any(source.scores(prompt) for source in self.sources)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        table = score_groups(self.sources, groups, judge)
+        scores, mask = table.scores, table.mask
+        if self.scale == "group":
+            one = torch.zeros(len(groups), dtype=torch.int64)
+            scores = normalize_rewards(scores, mask, one, ["group"] * len(self.sources))
+        count = mask.sum(dim=2)
+        mean = torch.where(mask, scores, 0.0).sum(dim=2) / count
+        spread = torch.where(mask, (scores - mean[..., None]).square(), 0.0).sum(dim=2) / count
+        failures = {
+            (p, g): f"{table.names[k]}: {reason.removeprefix('failed: ')}"
+            for (p, g, k), reason in table.reasons.items()
+            if reason != NOT_APPLICABLE
+        }
+        return Scores(mean - self.k * spread.sqrt(), failures)
+
+
+def _row(number: int, member: Mapping[str, Any]) -> RewardConfig:
+    """Any: each reward has its own options."""
+    where = f"lower_bound.members.{number}"
+    if not isinstance(member, Mapping) or "name" not in member:
+        raise InputError(f"{where}={member!r}: give a row such as {{name: own_vqa}}")
+    other = [key for key in member if key not in TAKEN]
+    if other:
+        raise InputError(f"{where}.{other[0]}: not here: a member has {', '.join(TAKEN)}")
+    try:
+        return RewardConfig.model_validate({"label": f"{number} {member['name']}", **member})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{where}.{name}: {problem['msg'][:1].lower()}{problem['msg'][1:]}") from None

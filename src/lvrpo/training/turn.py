@@ -1,0 +1,115 @@
+"""The turn of a self-judged run: a trained reward goes on rising while a held-out scorer of the same outputs falls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from lvrpo.config import Config
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.statistics import Parted, parted
+from lvrpo.types import Group, RewardTable, Task
+
+SUCCESS = "success"
+"""Whether an output is right as a whole, where somebody can tell."""
+
+
+class TurnConfig(Config):
+    """What is watched for a turn, and what follows one."""
+
+    reward: str
+    """Label of a trained reward."""
+    watch: str
+    """Label of a reward of weight 0, which may have a judge of its own; or success: right as a whole."""
+    window: int = Field(default=10, ge=1)
+    """Steps that are compared with as many earlier ones, at every look of the guard."""
+    error: float = Field(default=0.05, gt=0, lt=1)
+    """Chance that a run in which nothing turns is stopped at all, at most."""
+    action: Literal["stop", "rollback", "warn"] = "stop"
+    """rollback: to the best checkpoint, as the guard does (``guard.max_rollbacks``, ``guard.rollback_lr``)."""
+
+
+@dataclass
+class Turn:
+    """Means of the groups of every step so far; a mutable part of the state of a run."""
+
+    config: TurnConfig
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By task, (N, 3): steps done, trained reward, watched scorer of each group that has both."""
+    best_step: int = 0
+    best_watched: float = float("-inf")
+    """The highest mean of the watched scorer over a window, and the step at its end."""
+
+    def add(self, step: int, groups: Sequence[Group], table: RewardTable) -> None:
+        """Takes in the groups of a step; ``step``: steps done, this one included."""
+        reward = _group_means(table, self.config.reward)
+        watched = _successes(groups) if self.config.watch == SUCCESS else _group_means(table, self.config.watch)
+        for task in dict.fromkeys(table.tasks):
+            rows = torch.tensor([name == task for name in table.tasks]) & reward.isfinite() & watched.isfinite()
+            new = torch.stack([torch.full_like(reward, step), reward, watched], dim=1)[rows]
+            self.means[task] = torch.cat([self.means.get(task, new[:0]), new])
+
+    def look(self, step: int, looks: int, every: int) -> tuple[Task | str, Parted] | None:
+        """The worst parting of the last window from an earlier one, over all tasks; None where nothing turned.
+
+        ``looks``: how many there will be in the run, ``every`` so many steps. Intervals have confidence 1 - error / all
+        comparisons that the run can make (Bonferroni).
+        """
+        size, tasks = self.config.window, len(self.means)
+        comparisons = tasks * sum(max(0, look * every // size - 1) for look in range(1, looks + 1))
+        confidence = 1 - self.config.error / max(1, comparisons)
+        found: list[tuple[str, Parted]] = []
+        for task, means in self.means.items():
+            parts = [part.numpy() for part in self._parts(means, step)]
+            worst = parted([part[:, 1] for part in parts], [part[:, 2] for part in parts], confidence)
+            if worst is not None:
+                found.append((task, worst))
+        return min(found, key=lambda each: each[1].scorer.score, default=None)
+
+    def remember(self, step: int) -> bool:
+        """Notes the step if the watched scorer has never been as high over a window; returns whether."""
+        last = [self._parts(means, step)[-1][:, 2] for means in self.means.values() if len(means)]
+        scores = [float(part.mean()) for part in last if len(part)]
+        if not scores or sum(scores) / len(scores) < self.best_watched:
+            return False
+        self.best_step, self.best_watched = step, sum(scores) / len(scores)
+        return True
+
+    def _parts(self, means: torch.Tensor, step: int) -> list[torch.Tensor]:
+        """The groups of the last window, and of as many whole ones before as there are; in their order."""
+        size = self.config.window
+        ends = list(range(step, size - 1, -size))[::-1] or [step]
+        return [means[(means[:, 0] > end - size) & (means[:, 0] <= end)] for end in ends]
+
+    def words(self, step: int, task: str, found: Parted) -> str:
+        """What was seen, in one sentence."""
+        rose, fell = found.reward.score, -found.scorer.score
+        return f"{task}: {self.config.reward} rose by {rose:.3f} while {self.config.watch} fell by {fell:.3f}"
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"means": dict(self.means), "best_step": self.best_step, "best_watched": self.best_watched}
+
+    def load(self, tree: Mapping[str, Any]) -> None:
+        """Puts back what ``state`` gave."""
+        self.means = dict(tree["means"])
+        self.best_step, self.best_watched = tree["best_step"], tree["best_watched"]
+
+
+def _group_means(table: RewardTable, name: str) -> torch.Tensor:
+    """(P,): the mean over the valid members, nan where none is."""
+    k = table.names.index(name)
+    mask = table.mask[..., k]
+    return torch.where(mask, table.scores[..., k], 0.0).sum(dim=1) / mask.sum(dim=1)
+
+
+def _successes(groups: Sequence[Group]) -> torch.Tensor:
+    out = torch.full((len(groups),), torch.nan)
+    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
+    if judged:
+        out[judged] = torch.tensor(successes([groups[p] for p in judged])).mean(dim=1)
+    return out

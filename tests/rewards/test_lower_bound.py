@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawing_likelihood import DrawingLikelihood
+from lvrpo.rewards.lower_bound import LowerBound
+from lvrpo.types import Group, Image, Parts, Prompt
+
+DRAW = Prompt("d", "generate", ("a red circle",), ("image",))
+ASK = Prompt("a", "understand", ("x",), ("text",))
+BLANK = torch.zeros(3, 8, 8)
+
+
+class Says:
+    """Scores by member, with what is nan failing."""
+
+    judges = ("image",)
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+
+    def applies(self, prompt: Prompt) -> bool:
+        return prompt.task == "generate"
+
+    def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+        return Scores(torch.tensor([self.scores for _ in groups]))
+
+
+def bound(*scores: Sequence[float], **options: Any) -> LowerBound:
+    made = LowerBound([{"name": "exact_answer", "label": str(i)} for i in range(len(scores))], **options)
+    for source, values in zip(made.sources, scores, strict=True):
+        object.__setattr__(source, "reward", Says(*values))
+    return made
+
+
+@pytest.fixture
+def drawn(group: Callable[..., Group]) -> list[Group]:
+    return [group(DRAW, [[BLANK], [BLANK + 1], [BLANK]])]
+
+
+def test_disagreement_costs_by_hand(drawn: list[Group]) -> None:
+    """Raw: members at (1, 3), (2, 2), (0, 4): means 2, deviations 1, 0, 2."""
+    made = bound((1, 2, 0), (3, 2, 4), k=0.5, scale="raw")
+    assert made.score(drawn, None).values.tolist() == [[1.5, 2.0, 1.0]]  # type: ignore[arg-type]
+    assert bound((1, 2, 0), (3, 2, 4), k=0, scale="raw").score(drawn, None).values.tolist() == [[2.0, 2.0, 2.0]]  # type: ignore[arg-type]
+
+
+def test_members_of_different_units_count_alike(drawn: list[Group]) -> None:
+    scaled = bound((0, 1, 2), (0, 100, 200)).score(drawn, None).values  # type: ignore[arg-type]
+    assert scaled[0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-3)
+
+
+def test_an_output_that_fools_one_judge_gains_less(drawn: list[Group]) -> None:
+    """One judge likes the first far more; of the second both think a little better."""
+    values = bound((2, 1, 0), (0, 1, 0.5), scale="raw").score(drawn, None).values[0]  # type: ignore[arg-type]
+    assert values[1] > values[0]
+
+
+def test_one_failed_member_masks_the_output(drawn: list[Group]) -> None:
+    scores = bound((1, 2, 0), (3, math.nan, 4), scale="raw").score(drawn, None)  # type: ignore[arg-type]
+    assert set(scores.failures) == {(0, 1)}
+    assert "1: the score is nan" in scores.failures[0, 1]
+
+
+def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
+    made = LowerBound([{"name": "own_vqa"}, {"name": "drawing_likelihood"}])
+    assert made.applies(DRAW)
+    assert not made.applies(ASK)
+    assert made.judges == ("image",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"members": [{"name": "own_vqa"}]}, "at least two rows"),
+        ({"members": [{"name": "own_vqa"}, {"name": "own_vqa", "weight": 2}]}, r"members.1.weight: not here"),
+        ({"members": [{"name": "own_vqa"}, {"nmae": "own_vqa"}]}, r"members.1="),
+        ({"members": [{"name": "own_vqa"}, {"name": "own_vqe"}]}, "own_vqa"),
+        ({"members": [{"name": "own_vqa"}] * 2, "k": -1}, "k=-1"),
+        ({"members": [{"name": "own_vqa"}] * 2, "scale": "rank"}, "scale='rank'"),
+    ],
+)
+def test_wrong_members_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LowerBound(**options)
+
+
+class Drawer:
+    """Log-likelihood: minus the squared level, better by what the text says; one draw in two is a nat higher."""
+
+    def image_logprob(
+        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seeds: Sequence[int]
+    ) -> torch.Tensor:
+        self.seeds = list(seeds)
+        level = torch.tensor([float(image.mean()) for image in images])
+        told = torch.tensor([float(any(isinstance(part, str) for part in parts)) for parts in contexts])
+        return (told * (2 - level) - level**2)[:, None] + torch.arange(draws) % 2 * told[:, None]
+
+
+def test_drawings_are_judged_against_none_with_common_noise(group: Callable[..., Group]) -> None:
+    judge = Drawer()
+    scores = DrawingLikelihood(draws=2).score([group(DRAW, [[BLANK], [BLANK + 1]])], judge)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[2.5, 1.5]]
+    assert scores.noise is not None
+    assert scores.noise.tolist() == [[0.0, 0.0]]  # what all members share is no noise
+    assert len(set(judge.seeds)) == 1
+    assert not DrawingLikelihood().applies(ASK)
+    with pytest.raises(InputError, match="draws=0"):
+        DrawingLikelihood(draws=0)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lvrpo.config import load_config
+from lvrpo.errors import InputError
+from lvrpo.statistics import parted
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run import Alignment
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.turn import Turn, TurnConfig
+from lvrpo.types import Group, Prompt, RewardTable
+
+
+def table(reward: float, watched: float, rng: np.random.Generator, P: int = 8) -> RewardTable:
+    """Groups of 4 whose scores scatter by .1 around two means."""
+    scores = torch.tensor(rng.normal([reward, watched], 0.1, (P, 4, 2)), dtype=torch.float32)
+    return RewardTable(("own", "truth"), torch.tensor([1.0, 0.0]), scores, scores > -9, {}, ("generate",) * P)
+
+
+def run_through(course: list[tuple[float, float]], seed: int = 0, **options: Any) -> tuple[Turn, int | None]:
+    """The step at which a course of (reward, watched) turned, looked at every 5 steps."""
+    turn, rng = Turn(TurnConfig(reward="own", watch="truth", window=5, **options)), np.random.default_rng(seed)
+    for step, (reward, watched) in enumerate(course, start=1):
+        turn.add(step, GROUPS, table(reward, watched, rng))
+        if step % 5 == 0:
+            found = turn.look(step, looks=len(course) // 5, every=5)
+            if found is not None:
+                assert turn.words(step, *found).startswith("generate: own rose by ")
+                return turn, step
+            turn.remember(step)
+    return turn, None
+
+
+GROUPS = [Group(Prompt(str(i), "generate", ("x",), ("image",)), ()) for i in range(8)]
+HACKED = [(0.02 * i, 0.5 + 0.02 * min(i, 15) - 0.03 * max(0, i - 15)) for i in range(40)]
+"""Both rise for 15 steps, then the watched scorer falls."""
+
+
+def test_the_turn_is_found_soon_after_it() -> None:
+    turn, step = run_through(HACKED)
+    assert step in (25, 30)
+    assert turn.best_step in (15, 20)
+
+
+@pytest.mark.parametrize(
+    "course",
+    [
+        [(0.02 * i, 0.5 + 0.01 * i) for i in range(40)],  # both rise
+        [(0.5 - 0.01 * i, 0.5 - 0.01 * i) for i in range(40)],  # both fall: no over-optimisation
+        [(0.02 * i, 0.5) for i in range(40)],  # the watched one stands
+    ],
+)
+def test_no_turn_without_a_parting(course: list[tuple[float, float]]) -> None:
+    assert run_through(course)[1] is None
+
+
+def test_a_run_in_which_nothing_changes_is_rarely_stopped() -> None:
+    stopped = sum(run_through([(0.5, 0.5)] * 30, seed)[1] is not None for seed in range(60))
+    assert stopped <= 3
+
+
+def test_what_is_remembered_comes_back() -> None:
+    turn, _ = run_through(HACKED[:12])
+    other = Turn(turn.config)
+    other.load(turn.state())
+    assert torch.equal(other.means["generate"], turn.means["generate"])
+    assert (other.best_step, other.best_watched) == (turn.best_step, turn.best_watched)
+
+
+def test_groups_without_either_score_do_not_count() -> None:
+    turn, made = Turn(TurnConfig(reward="own", watch="truth")), table(0, 0, np.random.default_rng(0))
+    made.mask[0, :, 0] = False
+    made.mask[1, :, 1] = False
+    made.mask[2, :2, 1] = False
+    turn.add(1, GROUPS, made)
+    assert turn.means["generate"].shape == (6, 3)
+    assert float(turn.means["generate"][0, 2]) == pytest.approx(float(made.scores[2, 2:, 1].mean()), rel=1e-5)
+
+
+def test_parted_takes_the_worst_part() -> None:
+    up, down = (
+        [np.linspace(m, m + 0.1, 20) for m in (0, 0.2, 0.4)],
+        [np.linspace(m, m + 0.1, 20) for m in (0.8, 0.9, 0.3)],
+    )
+    found = parted(up, down, 0.95)
+    assert found is not None
+    assert found.part == 1
+    assert found.scorer.score == pytest.approx(-0.6)
+    assert parted(up, up, 0.95) is None
+    assert parted([x[:9] for x in up], [x[:9] for x in down], 0.95) is None  # too few
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ("{reward: own_vqa, watch: exact_answer}", "is no reward of weight 0"),
+        ("{reward: own_vga, watch: success}", "is no trained reward: there are exact_answer, own_vqa"),
+        ("{reward: own_vqa, watch: success, window: 0}", "guard.turn.window"),
+        ("{reward: own_vqa}", "guard.turn.watch"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(turn: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(TrainConfig, None, ["rewards=[{name: exact_answer}, {name: own_vqa}]", f"guard.turn={turn}"])
+
+
+SMALL = (
+    "steps=8",
+    "data.prompts_per_step={generate: 12}",
+    "rollout={group_size: 2, num_steps: 2}",
+    "flow.keep=1",
+    "rewards=[{name: tests_turn:rising}, {name: tests_turn:falling, weight: 0}]",
+    "advantages.std_floor=0",
+    "checkpoint_every=1",
+    "device=cpu",
+)
+REWARDS = """
+from lvrpo.rewards.decorated import reward
+CALLS = {"rising": 0, "falling": 0}
+def score(name, sign, trajectory):
+    CALLS[name] += 1
+    return sign * CALLS[name] / 100 + trajectory.member * 1e-4
+@reward(outputs=["image"])
+def rising(trajectory):
+    return score("rising", 1, trajectory)
+@reward(outputs=["image"])
+def falling(trajectory):
+    return score("falling", -1, trajectory)
+"""
+
+
+@pytest.mark.parametrize(("action", "guarded"), [("stop", 0), ("rollback", 0), ("warn", 0), ("stop", 7)])
+def test_a_run_acts_on_the_turn(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, guarded: int
+) -> None:
+    (tmp_path / "tests_turn.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    watch = f"{{reward: tests_turn:rising, watch: tests_turn:falling, window: 2, action: {action}}}"
+    guard = f"guard={{every: 2, prompts: {{generate: {guarded}}}, max_rollbacks: 1, turn: {watch}}}"
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, guard])
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run:
+        assert alignment.go()
+    rows = RunDirectory.read(Path("run")).metrics()
+    actions = {row["step"]: row["turn/action"] for row in rows if "turn/action" in row}
+    assert min(actions) == 4
+    assert "tests_turn:rising rose by" in actions[4]
+    if action == "stop":
+        assert rows[-1]["step"] == 4
+        assert actions[4].startswith("stopped")
+    elif action == "rollback":
+        assert actions[4].startswith("rolled back to step 2")
+        assert alignment.state.guard.rollbacks == 1
+        assert rows[-1]["step"] == 8 or rows[-1]["turn/action"].startswith("stopped")
+    else:
+        assert rows[-1]["step"] == 8
+        assert all(words.startswith("warned") for words in actions.values())
+    if not guarded:
+        assert alignment.state.guard.best_step == 2  # before the watched score fell further
