@@ -204,12 +204,6 @@ def _guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Gua
     return False
 
 
-def best_policy(state: RunState, run: RunDirectory) -> Policy:
-    """The weights that the guard found best."""
-    policy = state.policies.average
-    return type(policy).load(run.checkpoint_dir(state.guard.best_step))
-
-
 def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_scale: float = 1.0) -> Sampling:
     """One output per prompt, with the rollout's number of steps."""
     rollout_config = config.rollout

@@ -10,7 +10,9 @@ from pydantic import Field
 from torch import nn
 
 from lvrpo.config import Config
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
 
 
@@ -18,7 +20,8 @@ class OptimizerConfig(Config):
     """One learning rate per kind of parameter, one multiplier per expert."""
 
     kind: Literal["adamw", "muon"] = "muon"
-    """muon: Muon on the transformer's matrices, AdamW on the rest; adamw: AdamW on everything."""
+    """muon: Muon on the transformer's matrices, AdamW on the rest, the two factors of an adapter among it; adamw: AdamW
+    on everything."""
     adamw_lr: float = Field(default=5e-4, gt=0)
     muon_lr: float = Field(default=5e-3, gt=0)
     expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
@@ -43,7 +46,11 @@ class Optimizers:
         self.total_steps = total_steps
         self.experts = policy.parameter_groups()
         self.named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-        matrices = {id(p) for name, p in self.named if config.kind == "muon" and p.ndim == 2 and ".layers." in name}
+        matrices = {
+            id(p)
+            for name, p in self.named
+            if config.kind == "muon" and p.ndim == 2 and ".layers." in name and not is_adapter(name)
+        }
         multipliers = {str(expert): value for expert, value in config.expert_lr.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         for muon in (True, False):
@@ -109,10 +116,27 @@ class Optimizers:
 def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * live, parameter by parameter."""
     for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
+        if slow is fast:  # of a base that both share
+            continue
         if decay == 0:
             slow.copy_(fast)
         else:
             slow.lerp_(fast, 1 - decay)
+
+
+def trained_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a policy: all its weights, or its adapter alone."""
+    state = policy.state_dict()
+    return {name: tensor for name, tensor in state.items() if is_adapter(name)} or dict(state)
+
+
+@torch.no_grad()
+def load_trained(policy: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Puts back what ``trained_weights`` gave, in place; raises InputError if it is of other weights."""
+    wrong = sorted(trained_weights(policy).keys() ^ saved.keys())
+    if wrong:
+        raise InputError(f"the checkpoint's weights differ at {wrong[0]}: resume with the configuration of the run")
+    policy.load_state_dict(dict(saved), strict=False)
 
 
 @torch.no_grad()

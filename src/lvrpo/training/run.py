@@ -15,8 +15,11 @@ from torch import nn
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.errors import InputError
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import FINAL, load_policy, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, policy_folder
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter
+from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, build_rewards
@@ -116,8 +119,7 @@ class Alignment:
         source = training_source(config)
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
-        base = policy_folder(config.policy)
-        policy = load_policy(base, config.device)
+        policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
             return cls(config, run, begin(run, config, policy, base), source, rewards, guard)
@@ -162,7 +164,34 @@ class Alignment:
 
     def result(self) -> Policy:
         """The weights that the guard found best."""
-        return load_policy(self.run.path, self.config.device)
+        precision = self.config.precision
+        return at_precision(load_policy(self.run.path, self.config.device, precision.weights), self.config)
+
+
+def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
+    """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
+    base = policy_folder(config.policy)
+    if has_adapter(base):
+        raise InputError(
+            f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
+        )
+    policy = load_policy(base, config.device, config.precision.weights)
+    if config.adapter is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
+        is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
+        name = config.policy if is_name else str(base.resolve())
+        add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    return at_precision(policy, config), base
+
+
+def at_precision(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy, told in which dtype to multiply."""
+    if config.precision.compute is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
+        policy.compute_in(DTYPES[config.precision.compute])
+    return policy
 
 
 def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) -> RunState:
@@ -175,7 +204,8 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    state = RunState.start(load_policy(run.path / START, config.device), config)
+    policy = load_policy(run.path / START, config.device, config.precision.weights)
+    state = RunState.start(at_precision(policy, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)

@@ -13,7 +13,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import Policies
-from lvrpo.training.optimizer import Optimizers, copy_weights
+from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Task
 
@@ -52,7 +52,7 @@ class RunState:
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
         """The state before the first step: all four policies are the given one."""
-        policies = Policies(live=policy, old=policy.frozen(), reference=policy.frozen(), average=policy.frozen())
+        policies = Policies(live=policy, old=policy.twin(), reference=policy.frozen(), average=policy.twin())
         return cls(policies, [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases])
 
     def save(self, run: RunDirectory) -> Path:
@@ -69,7 +69,7 @@ class RunState:
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE)
         for name in ("live", "old", "average"):
-            copy_weights(_module(getattr(self.policies, name)), tree["policies"][name])
+            load_trained(_module(getattr(self.policies, name)), tree["policies"][name])
         for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
             optimizers.load_state(saved)
         self.step = tree["step"]
@@ -83,7 +83,7 @@ class RunState:
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
             "policies": {
-                name: dict(_module(getattr(self.policies, name)).state_dict()) for name in ("live", "old", "average")
+                name: trained_weights(_module(getattr(self.policies, name))) for name in ("live", "old", "average")
             },
             "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
