@@ -212,7 +212,7 @@ def test_a_fingerprint_does_not_depend_on_the_dtype(new_policy: Callable[..., Ti
 
 def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]) -> None:
     policy = new_policy()
-    with pytest.raises(InputError, match=r"no tower of understand or generate: it has attention"):
+    with pytest.raises(InputError, match=r"no tower of understand or generate: the model has attention"):
         add_adapter(policy, AdapterConfig(modules=("tower",)), "base")
     with pytest.raises(InputError, match=r"no head of generate"):
         add_adapter(policy, AdapterConfig(modules=("attention", "head"), experts=("generate",)), "base")

@@ -18,7 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, policy_folder
-from lvrpo.policies.mot.adapter import add_adapter, has_adapter
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
@@ -39,7 +39,7 @@ from lvrpo.training.checkpoint import (
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.loop import align
-from lvrpo.training.optimizer import copy_weights
+from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
@@ -168,8 +168,17 @@ class Alignment:
         return at_precision(load_policy(self.run.path, self.config.device, precision.weights), self.config)
 
 
+def require_extras(config: TrainConfig) -> None:
+    """Raises InputError, before anything is loaded, if a package that the configuration needs is not installed."""
+    if config.adapter is not None:
+        peft_library()
+    if config.optimizer.kind == "adamw_8bit":
+        eight_bit_library()
+
+
 def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
     """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
+    require_extras(config)
     base = policy_folder(config.policy)
     if has_adapter(base):
         raise InputError(

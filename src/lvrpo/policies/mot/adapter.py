@@ -93,7 +93,9 @@ class AdapterConfig(Config):
         for kind in self.modules:
             if not any((kind, expert) in found for expert in self.experts):
                 have = sorted({f"{kind} ({expert})" for kind, expert in found})
-                raise InputError(f"adapter.modules: no {kind} of {' or '.join(self.experts)}: it has {', '.join(have)}")
+                raise InputError(
+                    f"adapter.modules: no {kind} of {' or '.join(self.experts)}: the model has {', '.join(have)}"
+                )
         return [n for kind in self.modules for expert in self.experts for n in found.get((kind, expert), [])]
 
 
@@ -124,7 +126,7 @@ def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int =
 
 
 def _inject(policy: MoTPolicy, config: AdapterConfig, targets: list[str], seed: int) -> None:
-    peft = _peft()
+    peft = peft_library()
     policy.requires_grad_(False)
     if config.dora:
         for name in targets:
@@ -199,7 +201,7 @@ def has_adapter(folder: Path) -> bool:
 def save_adapter(policy: MoTPolicy, folder: Path) -> None:
     """Writes the adapter alone, as peft does; the file of weights says of which base it is."""
     assert policy.adapter is not None
-    peft, adapter = _peft(), policy.adapter
+    peft, adapter = peft_library(), policy.adapter
     folder.mkdir(parents=True, exist_ok=True)
     state = peft.get_peft_model_state_dict(_shell(policy), adapter_name=NAME, save_embedding_layers=False)
     tensors = {_stored_name(policy, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -258,14 +260,16 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
     policy.adapter = Adapter(config, base, own)
     stored = {
         _stored_name(policy, name): name
-        for name in _peft().get_peft_model_state_dict(_shell(policy), adapter_name=NAME, save_embedding_layers=False)
+        for name in peft_library().get_peft_model_state_dict(
+            _shell(policy), adapter_name=NAME, save_embedding_layers=False
+        )
     }
     wrong = sorted(stored.keys() ^ tensors.keys())
     if wrong:
         raise InputError(f"{path}: weights do not fit at {wrong[0]}: use the two files of one adapter")
     state = {stored[name]: tensor for name, tensor in tensors.items()}
     try:
-        _peft().set_peft_model_state_dict(_shell(policy), state, adapter_name=NAME)
+        peft_library().set_peft_model_state_dict(_shell(policy), state, adapter_name=NAME)
     except RuntimeError as error:
         raise InputError(f"{path}: weights do not fit ({str(error).splitlines()[-1].strip()})") from None
 
@@ -308,7 +312,7 @@ def _layers(policy: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in policy.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _peft() -> Any:
+def peft_library() -> Any:
     """The package. Any: it is optional."""
     try:
         import peft
