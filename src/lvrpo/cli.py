@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "lvrpo.commands.use:GENERATE",
     "ask": "lvrpo.commands.use:ASK",
     "edit": "lvrpo.commands.use:EDIT",
+    "export": "lvrpo.commands.export:EXPORT",
     "evaluate": "lvrpo.commands.results:EVALUATE",
     "report": "lvrpo.commands.results:REPORT",
     "compare": "lvrpo.commands.results:COMPARE",

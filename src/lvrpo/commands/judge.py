@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     scorers = mutual_scorers(draws, options.times)
     for source in build_rewards([RewardConfig(name=name) for name in options.also or []]):
         scorers[f"reward {source.config.title}"] = Scorer(source.reward)
-    judge = load_policy(options.judge, options.device).frozen()
+    judge = load_policy(options.judge, options.device).twin()
     console = wide_console()
     cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
     audit = audit_judge(

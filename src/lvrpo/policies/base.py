@@ -124,7 +124,16 @@ class Policy(Protocol):
         ...
 
     def frozen(self) -> Self:
-        """A copy that no update reaches: the reference, and the judge."""
+        """A copy that no update reaches: the reference, and the judge; with an adapter, the base without it."""
+        ...
+
+    def twin(self) -> Self:
+        """A frozen copy of the present weights, adapter included: what an average starts from."""
+        ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What log-probs are computed in: it tells how exact a replay is."""
         ...
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -13,6 +13,8 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
+from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
 
 FINAL = "policy.json"
@@ -28,8 +30,26 @@ def load_policy(model: str | Path, device: str = "cpu", dtype: str | None = None
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
     folder = policy_folder(model)
+    if has_adapter(folder):
+        return _load_adapted(folder, device, dtype)
     where = pick_device(device)
     return resolve("model type", model_type(folder), POLICIES).load(folder, where, DTYPES.get(dtype or ""))
+
+
+def _load_adapted(folder: Path, device: str, dtype: str | None) -> Policy:
+    """A base with the adapter of a folder on it."""
+    base = read_base(folder)
+    try:
+        at = policy_folder(base)
+    except InputError as error:
+        raise InputError(f"{folder}: is an adapter, and its base is not there: {error}") from None
+    if has_adapter(at):
+        raise InputError(f"{folder}: its base {base} is an adapter itself: make one model of it with `lvrpo export`")
+    policy = load_policy(base, device, dtype)
+    if not isinstance(policy, MoTPolicy):
+        raise InputError(f"{folder}: its base {base} is of a kind that takes no adapter: name another base")
+    load_adapter(policy, folder, base)
+    return policy
 
 
 def pick_device(name: str) -> torch.device:

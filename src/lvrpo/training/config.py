@@ -10,6 +10,7 @@ from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
+from lvrpo.policies.mot.adapter import AdapterConfig
 from lvrpo.rewards.table import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.flow import FlowConfig
@@ -52,6 +53,18 @@ class GuardConfig(Config):
     """Stops (or rolls back) where a trained reward rises while a held-out scorer falls; null: nobody looks."""
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
+class PrecisionConfig(Config):
+    """At which dtypes the policy is kept and computed; an adapter's own weights, and latents, are always float32."""
+
+    weights: Dtype | None = None
+    """None: the policy's own choice for the device. Weights that are trained themselves have to be float32."""
+    compute: Dtype | None = None
+    """bfloat16: matrices are multiplied in it (autocast); None: in the dtype of the weights."""
+
+
 class TrainConfig(Config):
     """An alignment run."""
 
@@ -60,6 +73,9 @@ class TrainConfig(Config):
     policy: str = "tiny"
     """A folder, a run, or a built-in name."""
     device: str = "auto"
+    precision: PrecisionConfig = PrecisionConfig()
+    adapter: AdapterConfig | None = None
+    """Train this adapter instead of the weights; None: the weights themselves."""
     threads: int = Field(default=1, ge=1)
     steps: int = Field(default=140, ge=1)
     data: DataConfig = DataConfig()
@@ -105,6 +121,8 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         for check in (
+            self._check_precision,
+            self._check_adapter,
             self._check_data,
             self._check_weights,
             self._check_judge,
@@ -113,6 +131,16 @@ class TrainConfig(Config):
         ):
             check()
         return self
+
+    def _check_precision(self) -> None:
+        precision = self.precision
+        if precision.weights == "bfloat16" and self.adapter is None:
+            raise ValueError(
+                "precision.weights=bfloat16: weights that are trained have to be float32: set compute=bfloat16 "
+                "instead, or train an adapter"
+            )
+        if precision.weights == "bfloat16" and precision.compute == "float32":
+            raise ValueError("precision.compute=float32: has no effect on weights in bfloat16: leave it out")
 
     def _check_data(self) -> None:
         counts = self.data.prompts_per_step
@@ -177,6 +205,13 @@ class TrainConfig(Config):
         if turn.watch != SUCCESS and (turn.watch not in rows or rows[turn.watch].weight):
             raise ValueError(
                 f"guard.turn.watch={turn.watch}: is no reward of weight 0: add one to rewards, or say {SUCCESS}"
+            )
+
+    def _check_adapter(self) -> None:
+        if self.adapter is not None and set(self.adapter.experts) == {"generate"} and self.text.weight:
+            raise ValueError(
+                "adapter.experts=[generate]: text is written by the other expert, so text.weight="
+                f"{self.text.weight} would train nothing: add understand, or set text.weight=0"
             )
 
     def _check_rollout(self) -> None:

@@ -14,8 +14,11 @@ from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.types import FlowSegment, Group, RewardTable, TextSegment, Trajectory
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-"""Largest difference of log-probs between rollout and a replay in another batch, by dtype of the weights.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest difference of log-probs between rollout and a replay in another batch, by the dtype of the computation.
+
+In bfloat16 the log-prob of an unlikely token alone and in company was measured to differ by 1.5e-2, those of
+drawings by 1e-4. The ratio of such a token is off by as much, which is small beside the clip range.
 
 In float32 the last bit of an unlikely token's log-prob is worth 1e-6 by itself; two distributions that really differ
 are apart by 1e-3 and more."""
@@ -77,12 +80,16 @@ def step_zero_contract(
 def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
     """The replay law per kind of segment, in the rollout's own batch and in another."""
     assert isinstance(policy, nn.Module)
-    dtype = next(policy.parameters()).dtype
+    dtype = policy.compute_dtype
     limit = TOLERANCE[dtype]
     odd = list(range(1, len(trajectories), 2))[::-1]
+    alone = _few_of_each_kind(trajectories) if dtype != torch.float32 else []
     with torch.no_grad():
         own = policy.logprobs(trajectories)
         other = policy.logprobs([trajectories[i] for i in odd])
+        other += [policy.logprobs([trajectories[i]])[0] for i in alone]
+    odd += alone
+    at = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     checks = []
     for kind in ("text", "drawing"):
         own_ratio = _log_ratios(trajectories, own, kind)
@@ -92,13 +99,23 @@ def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[C
         same = float(own_ratio.abs().max())
         exact = 0.0 if dtype == torch.float32 and own_ratio.device.type == "cpu" else limit
         remedy = "sampling and training score different distributions: compare guidance, temperature, masks and dtype"
-        checks.append(Check(f"replay, {kind}, own batch: max |difference|", same, exact, same <= exact, remedy))
+        checks.append(Check(f"replay, {kind}, own batch: max |difference|{at}", same, exact, same <= exact, remedy))
         if len(other_ratio):
             apart = float(other_ratio.abs().max())
-            checks.append(Check(f"replay, {kind}, other batch: max |difference|", apart, limit, apart <= limit, remedy))
+            checks.append(
+                Check(f"replay, {kind}, other batch: max |difference|{at}", apart, limit, apart <= limit, remedy)
+            )
         mean = float(own_ratio.exp().mean())
-        checks.append(Check(f"ratio, {kind}: |mean - 1|", abs(mean - 1), 1e-4, abs(mean - 1) <= 1e-4, remedy))
+        off = max(1e-4, limit / 10)
+        checks.append(Check(f"ratio, {kind}: |mean - 1|", abs(mean - 1), off, abs(mean - 1) <= off, remedy))
     return checks
+
+
+def _few_of_each_kind(trajectories: Sequence[Trajectory]) -> list[int]:
+    """Two trajectories with texts and two with drawings, if there are."""
+    kinds = [[type(segment) for segment in trajectory.segments] for trajectory in trajectories]
+    wanted = [[i for i, own in enumerate(kinds) if kind in own][:2] for kind in (TextSegment, FlowSegment)]
+    return [i for chosen in wanted for i in chosen]
 
 
 def _log_ratios(trajectories: Sequence[Trajectory], replayed: Sequence[Sequence[Any]], kind: str) -> torch.Tensor:
@@ -140,7 +157,9 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
     drawings = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[-1], FlowSegment)][:8]
     for kind, divergence in (("text", _text_divergence), ("drawing", _velocity_divergence)):
         chosen = texts if kind == "text" else drawings
-        if not chosen:
+        groups_of = live.parameter_groups()
+        writes = bool(groups_of["understand"] or groups_of["shared"])
+        if not chosen or (kind == "text" and not writes):  # an adapter of the drawing expert moves no text
             continue
         divergence(live, reference, chosen).backward()
         gradients = [p.grad for p in live.parameters() if p.grad is not None]
@@ -152,10 +171,14 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
 
 
 def weights_changed(one: Policy, other: Policy) -> bool:
-    """Whether any parameter differs."""
+    """Whether any parameter differs; an adapter that ``other`` lacks differs as soon as it does anything."""
     assert isinstance(one, nn.Module)
     assert isinstance(other, nn.Module)
-    return any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    own = dict(other.named_parameters())
+    return any(
+        not torch.equal(parameter, own[name]) if name in own else ".lora_B." in name and bool(parameter.any())
+        for name, parameter in one.named_parameters()
+    )
 
 
 def _text_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:

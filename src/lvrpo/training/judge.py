@@ -16,7 +16,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardSource, score_groups
-from lvrpo.training.optimizer import average_into, copy_weights
+from lvrpo.training.optimizer import average_into, load_trained, trained_weights
 from lvrpo.types import Group, Prompt, RewardTable
 
 
@@ -61,14 +61,14 @@ class Judge:
     """Candidates that were turned down."""
 
     @classmethod
-    def start(cls, reference: Policy, config: JudgeConfig) -> Self:
-        """The reference itself where the judge never moves, else a copy of it."""
+    def start(cls, live: Policy, config: JudgeConfig) -> Self:
+        """Of the weights that the run begins with; a judge that moves has copies of its own."""
         if not config.moves:
-            return cls(config, reference)
-        policy = reference.frozen()
+            return cls(config, live.frozen())
+        policy = live.twin()
         if config.kind == "reference":
             return cls(config, policy)
-        return cls(config, policy, policy if config.refresh_every is None else reference.frozen())
+        return cls(config, policy, policy if config.refresh_every is None else live.twin())
 
     def after_step(self, step: int, live: Policy, average: Policy, questions: Sequence[Prompt]) -> dict[str, Any]:
         """Follows the live weights and, when it is time, tries a candidate; what there is to log.
@@ -92,7 +92,7 @@ class Judge:
         if not proposed.mean() >= present.mean():
             self.refused += 1
             return {**row, "judge/action": "refused", "judge/refused": self.refused}
-        copy_weights(_module(self.policy), _module(candidate).state_dict())
+        load_trained(_module(self.policy), trained_weights(_module(candidate)))
         self.version += 1
         return {**row, "judge/action": f"refreshed: {judge_identity(self.policy)}", "judge/refused": self.refused}
 
@@ -101,9 +101,9 @@ class Judge:
         if not self.config.moves:
             return {}
         tree: dict[str, Any] = {"version": self.version, "refused": self.refused}
-        tree["policy"] = dict(_module(self.policy).state_dict())
+        tree["policy"] = trained_weights(_module(self.policy))
         if self.slow is not None and self.slow is not self.policy:
-            tree["slow"] = dict(_module(self.slow).state_dict())
+            tree["slow"] = trained_weights(_module(self.slow))
         return tree
 
     def load(self, tree: Mapping[str, Any]) -> None:
@@ -111,9 +111,9 @@ class Judge:
         if not tree:
             return
         self.version, self.refused = tree["version"], tree["refused"]
-        copy_weights(_module(self.policy), tree["policy"])
+        load_trained(_module(self.policy), tree["policy"])
         if "slow" in tree and self.slow is not None:
-            copy_weights(_module(self.slow), tree["slow"])
+            load_trained(_module(self.slow), tree["slow"])
 
 
 def known_answers(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:

@@ -193,12 +193,6 @@ def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Gro
     contract.require(checks)
 
 
-def best_policy(state: RunState, run: RunDirectory) -> Policy:
-    """The weights that the guard found best."""
-    policy = state.policies.average
-    return type(policy).load(run.checkpoint_dir(state.guard.best_step))
-
-
 def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_scale: float = 1.0) -> Sampling:
     """One output per prompt, with the rollout's number of steps."""
     rollout_config = config.rollout

@@ -10,15 +10,19 @@ from pydantic import Field
 from torch import nn
 
 from lvrpo.config import Config
+from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
 
 
 class OptimizerConfig(Config):
     """One learning rate per kind of parameter, one multiplier per expert."""
 
-    kind: Literal["adamw", "muon"] = "muon"
-    """muon: Muon on the transformer's matrices, AdamW on the rest; adamw: AdamW on everything."""
+    kind: Literal["adamw", "muon", "adamw_8bit"] = "muon"
+    """muon: Muon on the transformer's matrices, AdamW on the rest, the two factors of an adapter among it; adamw: AdamW
+    on everything; adamw_8bit: the same with moments in 8 bits (bitsandbytes, arXiv:2110.02861), which saves 6 bytes a
+    trained number."""
     adamw_lr: float = Field(default=5e-4, gt=0)
     muon_lr: float = Field(default=5e-3, gt=0)
     expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
@@ -43,7 +47,11 @@ class Optimizers:
         self.total_steps = total_steps
         self.experts = policy.parameter_groups()
         self.named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-        matrices = {id(p) for name, p in self.named if config.kind == "muon" and p.ndim == 2 and ".layers." in name}
+        matrices = {
+            id(p)
+            for name, p in self.named
+            if config.kind == "muon" and p.ndim == 2 and ".layers." in name and not is_adapter(name)
+        }
         multipliers = {str(expert): value for expert, value in config.expert_lr.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         for muon in (True, False):
@@ -55,7 +63,13 @@ class Optimizers:
             ]
             if not groups:
                 continue
-            if muon:
+            if config.kind == "adamw_8bit":
+                self.optimizers.append(
+                    eight_bit_library().optim.AdamW8bit(
+                        groups, lr=config.adamw_lr, betas=config.betas, weight_decay=config.weight_decay
+                    )
+                )
+            elif muon:
                 self.optimizers.append(torch.optim.Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
             else:
                 self.optimizers.append(
@@ -105,14 +119,40 @@ class Optimizers:
             load_optimizer_state(optimizer, self.named, saved)
 
 
+def eight_bit_library() -> Any:
+    """bitsandbytes. Any: an optional package."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError("optimizer.kind=adamw_8bit needs bitsandbytes: pip install 'lvrpo[eight-bit]'") from None
+    return bitsandbytes
+
+
 @torch.no_grad()
 def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * live, parameter by parameter."""
     for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
+        if slow is fast:  # of a base that both share
+            continue
         if decay == 0:
             slow.copy_(fast)
         else:
             slow.lerp_(fast, 1 - decay)
+
+
+def trained_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a policy: all its weights, or its adapter alone."""
+    state = policy.state_dict()
+    return {name: tensor for name, tensor in state.items() if is_adapter(name)} or dict(state)
+
+
+@torch.no_grad()
+def load_trained(policy: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Puts back what ``trained_weights`` gave, in place; raises InputError if it is of other weights."""
+    wrong = sorted(trained_weights(policy).keys() ^ saved.keys())
+    if wrong:
+        raise InputError(f"the checkpoint's weights differ at {wrong[0]}: resume with the configuration of the run")
+    policy.load_state_dict(dict(saved), strict=False)
 
 
 @torch.no_grad()

@@ -15,8 +15,11 @@ from torch import nn
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.errors import InputError
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import FINAL, load_policy, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, policy_folder
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
+from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, build_rewards
@@ -37,7 +40,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.judge import refresh_questions
 from lvrpo.training.loop import align
-from lvrpo.training.optimizer import copy_weights
+from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
@@ -118,8 +121,7 @@ class Alignment:
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
         refresh_questions(config.judge, guard.prompts)
-        base = policy_folder(config.policy)
-        policy = load_policy(base, config.device)
+        policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
             return cls(config, run, begin(run, config, policy, base), source, rewards, guard)
@@ -164,7 +166,43 @@ class Alignment:
 
     def result(self) -> Policy:
         """The weights that the guard found best."""
-        return load_policy(self.run.path, self.config.device)
+        precision = self.config.precision
+        return at_precision(load_policy(self.run.path, self.config.device, precision.weights), self.config)
+
+
+def require_extras(config: TrainConfig) -> None:
+    """Raises InputError, before anything is loaded, if a package that the configuration needs is not installed."""
+    if config.adapter is not None:
+        peft_library()
+    if config.optimizer.kind == "adamw_8bit":
+        eight_bit_library()
+
+
+def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
+    """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
+    require_extras(config)
+    base = policy_folder(config.policy)
+    if has_adapter(base):
+        raise InputError(
+            f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
+        )
+    policy = load_policy(base, config.device, config.precision.weights)
+    if config.adapter is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
+        is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
+        name = config.policy if is_name else str(base.resolve())
+        add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    return at_precision(policy, config), base
+
+
+def at_precision(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy, told in which dtype to multiply."""
+    if config.precision.compute is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
+        policy.compute_in(DTYPES[config.precision.compute])
+    return policy
 
 
 def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) -> RunState:
@@ -177,7 +215,8 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    state = RunState.start(load_policy(run.path / START, config.device), config)
+    policy = load_policy(run.path / START, config.device, config.precision.weights)
+    state = RunState.start(at_precision(policy, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)

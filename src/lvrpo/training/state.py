@@ -14,7 +14,7 @@ from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state,
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.objective import Policies
-from lvrpo.training.optimizer import Optimizers, copy_weights
+from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
 from lvrpo.types import Task
@@ -59,12 +59,12 @@ class RunState:
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
         """The state before the first step: all four policies are the given one."""
         reference = policy.frozen()
-        judge = Judge.start(reference, config.judge) if config.judge.moves else None
+        judge = Judge.start(policy, config.judge) if config.judge.moves else None
         policies = Policies(
             live=policy,
-            old=policy.frozen(),
+            old=policy.twin(),
             reference=reference,
-            average=policy.frozen(),
+            average=policy.twin(),
             judging=None if judge is None else judge.policy,
         )
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases]
@@ -85,7 +85,7 @@ class RunState:
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE)
         for name in ("live", "old", "average"):
-            copy_weights(_module(getattr(self.policies, name)), tree["policies"][name])
+            load_trained(_module(getattr(self.policies, name)), tree["policies"][name])
         for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
             optimizers.load_state(saved)
         self.step = tree["step"]
@@ -103,7 +103,7 @@ class RunState:
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
             "policies": {
-                name: dict(_module(getattr(self.policies, name)).state_dict()) for name in ("live", "old", "average")
+                name: trained_weights(_module(getattr(self.policies, name))) for name in ("live", "old", "average")
             },
             "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),

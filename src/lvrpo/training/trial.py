@@ -11,7 +11,6 @@ import psutil
 import torch
 from torch import nn
 
-from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
@@ -19,7 +18,7 @@ from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
 from lvrpo.training.loop import contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import guard_prompts, scoring_rewards, training_source
+from lvrpo.training.run import guard_prompts, open_policy, scoring_rewards, training_source
 from lvrpo.training.state import RunState
 from lvrpo.training.update import take_steps
 
@@ -45,7 +44,7 @@ def try_out(config: TrainConfig) -> Trial:
     source = training_source(config)
     rewards = scoring_rewards(config, source)
     guard = Guard(guard_prompts(config), config)
-    state = RunState.start(load_policy(config.policy, config.device), config)
+    state = RunState.start(open_policy(config)[0], config)
     checks = contract_checks(config, state.policies, source, rewards)
     if not all(check.ok for check in checks):
         return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)

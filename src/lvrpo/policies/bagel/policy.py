@@ -22,7 +22,7 @@ from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
 from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.context import Row
-from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy
+from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy, computing
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
@@ -109,6 +109,7 @@ class BagelPolicy(MoTPolicy):
         return max(1, min(MAX_ROWS, MAX_TOKENS // max(grid[0] * grid[1], TEXT_TOKENS)))
 
     # ---------------------------------------------------------------- supervised
+    @computing
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
@@ -154,7 +155,10 @@ class BagelPolicy(MoTPolicy):
         return TrainedPiece(replace(piece, state=(clean, clean.new_zeros(()))))
 
     # ---------------------------------------------------------------- weights
-    def save(self, folder: Path) -> None:
+    def stored_name(self, name: str) -> str:
+        return official_name(f"{name}.weight").removesuffix(".weight")
+
+    def save_whole(self, folder: Path) -> None:
         """Writes the published layout: ema.safetensors, ae.safetensors, the json files, the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}

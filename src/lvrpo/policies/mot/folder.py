@@ -19,7 +19,7 @@ from lvrpo.policies.mot.policy import MoTPolicy
 class FolderPolicy(MoTPolicy):
     """The core with the layout that lvrpo saves by itself."""
 
-    def save(self, folder: Path) -> None:
+    def save_whole(self, folder: Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling
-from lvrpo.policies.mot import drawing, writing
+from lvrpo.policies.mot import adapter, drawing, writing
 from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
@@ -42,6 +43,23 @@ JUDGE_TIMES = (0.5, 0.85)
 """The drawing side judges between these times: the most telling at few draws."""
 
 T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
+PolicyT = TypeVar("PolicyT", bound="MoTPolicy")
+
+
+def computing(
+    method: Callable[Concatenate[PolicyT, Arguments], T],
+) -> Callable[Concatenate[PolicyT, Arguments], T]:
+    """A method of a policy that runs the model: at the precision that ``compute_in`` asked for."""
+
+    @wraps(method)
+    def run(policy: PolicyT, *args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
+        if policy._autocast is None:
+            return method(policy, *args, **kwargs)
+        with torch.autocast(policy.device.type, dtype=policy._autocast):
+            return method(policy, *args, **kwargs)
+
+    return run
 
 
 class MoTPolicy(nn.Module, ABC):
@@ -55,6 +73,18 @@ class MoTPolicy(nn.Module, ABC):
         self.towers: Towers = towers  # type: ignore[assignment]  # a Module that keeps the Towers protocol
         self.words = words
         self.version = 0
+        self.adapter: adapter.Adapter | None = None
+        self.peft_config: dict[str, Any] = {}  # Any: of an optional package
+        self._autocast: torch.dtype | None = None
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
+        self._autocast = None if dtype == self.transformer.reading_norm.weight.dtype else dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrices are multiplied in."""
+        return self._autocast or self.transformer.reading_norm.weight.dtype
 
     @property
     def contexts(self) -> Contexts:
@@ -66,6 +96,7 @@ class MoTPolicy(nn.Module, ABC):
 
     # ---------------------------------------------------------------- rollout
     @torch.no_grad()
+    @computing
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; see ``Policy.sample``."""
         groups: dict[int, Group] = {}
@@ -146,6 +177,7 @@ class MoTPolicy(nn.Module, ABC):
         return drawing.branches(self.contexts, full, rows, drawing.guidance_of(sampling))
 
     # ---------------------------------------------------------------- replay
+    @computing
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
@@ -205,6 +237,7 @@ class MoTPolicy(nn.Module, ABC):
             self.towers.drawn_grid(*first.image.shape[1:]),
         )
 
+    @computing
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Unguided velocity of the drawn segment, given the prompt and any text thought before it."""
         contexts = self.contexts
@@ -222,6 +255,7 @@ class MoTPolicy(nn.Module, ABC):
 
     # ---------------------------------------------------------------- judge
     @torch.no_grad()
+    @computing
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
         cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=False) for parts in contexts])
@@ -249,6 +283,7 @@ class MoTPolicy(nn.Module, ABC):
         return torch.stack(rows)
 
     @torch.no_grad()
+    @computing
     def image_logprob(
         self,
         contexts: Sequence[Parts],
@@ -299,6 +334,7 @@ class MoTPolicy(nn.Module, ABC):
         return torch.stack(columns, dim=1)
 
     # ---------------------------------------------------------------- supervised
+    @computing
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
@@ -351,6 +387,7 @@ class MoTPolicy(nn.Module, ABC):
         return weight * (v - (noise - x_0)).square().mean(dim=(1, 2)), features
 
     @torch.no_grad()
+    @computing
     def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
         """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
         if layer == 0:
@@ -394,8 +431,16 @@ class MoTPolicy(nn.Module, ABC):
 
     # ---------------------------------------------------------------- weights
     def frozen(self) -> Self:
-        """A copy that no update reaches."""
-        twin = copy.deepcopy(self)
+        """A copy that no update reaches; with an adapter, the base itself: its tensors are shared, not copied."""
+        plain = copy.deepcopy(self) if self.adapter is None else adapter.without_adapter(self)
+        plain.requires_grad_(False)
+        return plain.eval()
+
+    def twin(self) -> Self:
+        """A frozen copy of the present weights; with an adapter, the base's tensors are shared."""
+        if self.adapter is None:
+            return self.frozen()
+        twin = adapter.twin(self)
         twin.requires_grad_(False)
         return twin.eval()
 
@@ -408,8 +453,19 @@ class MoTPolicy(nn.Module, ABC):
             groups[_expert_of(name)].append(parameter)
         return groups
 
-    @abstractmethod
+    def stored_name(self, name: str) -> str:
+        """The published name of a module, which the files of an adapter use."""
+        return name
+
     def save(self, folder: Path) -> None:
+        """Writes a folder that ``load_policy`` reads: the whole model, or the adapter alone where there is one."""
+        if self.adapter is None:
+            self.save_whole(folder)
+        else:
+            adapter.save_adapter(self, folder)
+
+    @abstractmethod
+    def save_whole(self, folder: Path) -> None:
         """Writes a folder that ``load`` reads."""
 
     @classmethod

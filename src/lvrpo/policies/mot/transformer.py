@@ -102,8 +102,9 @@ class Expert(nn.Module):
         """(N, D) -> (N, H, E), (N, K, E), (N, K, E), q and k normed per head."""
         config = self.config
         h = self.input_norm(x)
-        q = self.q_norm(self.q_proj(h).unflatten(-1, (config.heads, -1)))
-        k = self.k_norm(self.k_proj(h).unflatten(-1, (config.key_heads, -1)))
+        dtype = self.q_norm.weight.dtype  # under autocast the heads are normed, and roped, at that of the weights
+        q = self.q_norm(self.q_proj(h).to(dtype).unflatten(-1, (config.heads, -1)))
+        k = self.k_norm(self.k_proj(h).to(dtype).unflatten(-1, (config.key_heads, -1)))
         v = self.v_proj(h).unflatten(-1, (config.key_heads, -1))
         return q, k, v
 
@@ -145,7 +146,10 @@ class MoT(nn.Module):
         """The context of ``batch_size`` rows that have seen nothing."""
         config, device = self.config, self.inv_freq.device
         shape = (batch_size, 0, config.key_heads, config.width // config.heads)
-        empty = torch.zeros(shape, device=device, dtype=self.reading_norm.weight.dtype)
+        dtype = self.reading_norm.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        empty = torch.zeros(shape, device=device, dtype=dtype)
         return Cache(
             keys=(empty,) * config.depth,
             values=(empty,) * config.depth,

@@ -1,0 +1,321 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on a Mixture-of-Transformers, through ``peft``.
+
+The base is stored once. Its adapted twins (trained, old, average) and the plain reference are modules of their own
+around the very same weight tensors: only the small matrices of the adapter exist more than once, nothing is swapped.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from pydantic import Field, field_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.policies.mot.policy import MoTPolicy
+
+P = TypeVar("P", bound="MoTPolicy")
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of an adapter, as peft names them."""
+NAME = "default"
+"""What peft calls the one adapter of a policy."""
+SAMPLED = 4096
+"""Values that the fingerprint of a base takes of each tensor."""
+
+Expert = Literal["understand", "generate"]
+Modules = Literal["attention", "mlp", "connector", "time", "head", "tower"]
+
+PATTERNS: Mapping[Modules, str] = {
+    "attention": r"transformer\.layers\.\d+\.(?P<expert>reading|drawing)\.[qkvo]_proj",
+    "mlp": r"transformer\.layers\.\d+\.(?P<expert>reading|drawing)\.(gate|up|down)_proj",
+    "connector": r"towers\.(?P<expert>read|latent)_(connector_)?(in|out)",
+    "time": r"towers\.(?P<expert>time)_(in|out)",
+    "head": r"towers\.(?P<expert>lm)_head",
+    "tower": r"towers\.(?P<expert>read)_vit\..+",
+}
+"""Linear layers by kind; the group says whose they are."""
+EXPERTS: Mapping[str, Expert] = {
+    "reading": "understand",
+    "read": "understand",
+    "lm": "understand",
+    "drawing": "generate",
+    "latent": "generate",
+    "time": "generate",
+}
+
+
+class AdapterConfig(Config):
+    """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """The correction is alpha / rank times the product of the two matrices."""
+    dora: bool = False
+    """Train the norm of every row of a weight apart from its direction; slower, since the norms are taken anew at every
+    call."""
+    dropout: float = 0.0
+    """0: a rollout could not be replayed otherwise."""
+    experts: tuple[Expert, ...] = Field(default=("understand", "generate"), min_length=1)
+    modules: tuple[Modules, ...] = Field(default=("attention", "mlp"), min_length=1)
+    """attention, mlp: of the transformer's layers; connector: into and out of the towers; time: the embedding of times;
+    head: of words; tower: the reading tower's own layers (BAGEL)."""
+
+    @field_validator("dropout")
+    @classmethod
+    def _replayable(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError("the replay of a rollout would drop other numbers than the rollout did: use 0")
+        return dropout
+
+    def targets(self, policy: nn.Module) -> list[str]:
+        """Names of the chosen linear layers; raises InputError where a choice finds none."""
+        found: dict[tuple[Modules, Expert], list[str]] = {}
+        for name, module in policy.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            for kind, pattern in PATTERNS.items():
+                if match := re.fullmatch(pattern, name):
+                    found.setdefault((kind, EXPERTS[match["expert"]]), []).append(name)
+        for kind in self.modules:
+            if not any((kind, expert) in found for expert in self.experts):
+                have = sorted({f"{kind} ({expert})" for kind, expert in found})
+                raise InputError(
+                    f"adapter.modules: no {kind} of {' or '.join(self.experts)}: the model has {', '.join(have)}"
+                )
+        return [n for kind in self.modules for expert in self.experts for n in found.get((kind, expert), [])]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a policy knows of its adapter."""
+
+    config: AdapterConfig
+    base: str
+    """MODEL of the base: a folder or a built-in name."""
+    fingerprint: str
+    """Of the base's weights."""
+
+
+def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int = 0) -> None:
+    """Puts a fresh adapter onto a policy, in place: it changes no output yet, and it alone is trainable.
+
+    Its first matrices are a function of the seed, its second ones zero; both are float32.
+    Raises InputError where peft is missing, a choice finds no layer, or the policy has an adapter already.
+    """
+    if policy.adapter is not None:
+        raise InputError(
+            f"{base}: has an adapter already: make one model of it with `lvrpo export`, then start from that"
+        )
+    adapter = Adapter(config, base, base_fingerprint(policy))
+    _inject(policy, config, config.targets(policy), seed)
+    policy.adapter = adapter
+
+
+def _inject(policy: MoTPolicy, config: AdapterConfig, targets: list[str], seed: int) -> None:
+    peft = peft_library()
+    policy.requires_grad_(False)
+    if config.dora:
+        for name in targets:
+            if not bool(policy.get_submodule(name).weight.any(dim=1).all()):  # type: ignore[operator]  # a Linear
+                raise InputError(
+                    f"adapter.dora=true: {name} has rows of zeros, which have no direction: use dora=false, or a "
+                    "trained base"
+                )
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # a float is fine: peft divides by the rank
+        use_dora=config.dora,
+        lora_dropout=0.0,
+        target_modules=targets,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        shell = peft.inject_adapter_in_model(settings, _shell(policy), adapter_name=NAME)
+    policy.peft_config = shell.peft_config
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+    if config.dora:  # peft took the norms at the base's dtype, and takes them in float32 at every call
+        for layer in _layers(policy).values():
+            layer.lora_magnitude_vector[NAME].weight.data = torch.linalg.norm(layer.weight.float(), dim=1)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to the adapter."""
+    return ".lora_" in name
+
+
+def twin(policy: P) -> P:
+    """The same policy with an adapter of its own, equal for now; the base's tensors are shared, not copied."""
+    shared: dict[int, Any] = {}  # Any: what copy.deepcopy takes as its memo
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
+        if not is_adapter(name):
+            shared[id(tensor)] = tensor
+    return copy.deepcopy(policy, shared)
+
+
+def without_adapter(policy: P) -> P:
+    """The base as a plain policy, its tensors shared with the adapted one."""
+    plain = twin(policy)
+    for name, layer in _layers(plain).items():
+        plain.set_submodule(name, layer.base_layer)
+    plain.adapter = None
+    return plain
+
+
+def merge(policy: MoTPolicy) -> None:
+    """Makes the adapter part of the weights, in place, computed in float32; weights that others share stay theirs."""
+    for name, layer in (_layers(policy) if policy.adapter is not None else {}).items():
+        base = layer.base_layer
+        dtype = base.weight.dtype
+        base.weight = nn.Parameter(base.weight.detach().float().clone(), requires_grad=False)
+        layer.merge(safe_merge=True)
+        base.weight = nn.Parameter(base.weight.detach().to(dtype))
+        policy.set_submodule(name, base)
+    policy.adapter = None
+
+
+# --- files ---
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter instead of a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() or (folder / ADAPTER_WEIGHTS).is_file()
+
+
+def save_adapter(policy: MoTPolicy, folder: Path) -> None:
+    """Writes the adapter alone, as peft does; the file of weights says of which base it is."""
+    assert policy.adapter is not None
+    peft, adapter = peft_library(), policy.adapter
+    folder.mkdir(parents=True, exist_ok=True)
+    state = peft.get_peft_model_state_dict(_shell(policy), adapter_name=NAME, save_embedding_layers=False)
+    tensors = {_stored_name(policy, name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    metadata = {
+        "format": "pt",
+        "lvrpo_base": adapter.fingerprint,
+        "lvrpo_adapter": adapter.config.model_dump_json(),
+    }
+    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata=metadata)
+    settings = copy.deepcopy(policy.peft_config[NAME])
+    settings.base_model_name_or_path = adapter.base
+    settings.target_modules = {policy.stored_name(name) for name in adapter.config.targets(without_adapter(policy))}
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+def read_base(folder: Path) -> str:
+    """The MODEL that an adapter belongs to; raises InputError."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        base = found["base_model_name_or_path"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}") from None
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: names no base_model_name_or_path: restore the file, or write the base's folder in")
+    return base
+
+
+def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
+    """Puts a saved adapter onto its base, in place.
+
+    Raises InputError for a damaged file, one that lvrpo did not save, or the adapter of another base.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from None
+    if "lvrpo_base" not in metadata or "lvrpo_adapter" not in metadata:
+        raise InputError(f"{path}: does not say which base it belongs to: give an adapter that lvrpo saved")
+    own = base_fingerprint(policy)
+    if metadata["lvrpo_base"] != own:
+        raise InputError(
+            f"{folder}: is an adapter of base {metadata['lvrpo_base']}, but {base} is {own}: name its own base in "
+            f"{ADAPTER_CONFIG}"
+        )
+    config = AdapterConfig.model_validate_json(metadata["lvrpo_adapter"])
+    _inject(policy, config, config.targets(policy), 0)
+    policy.adapter = Adapter(config, base, own)
+    stored = {
+        _stored_name(policy, name): name
+        for name in peft_library().get_peft_model_state_dict(
+            _shell(policy), adapter_name=NAME, save_embedding_layers=False
+        )
+    }
+    wrong = sorted(stored.keys() ^ tensors.keys())
+    if wrong:
+        raise InputError(f"{path}: weights do not fit at {wrong[0]}: use the two files of one adapter")
+    state = {stored[name]: tensor for name, tensor in tensors.items()}
+    try:
+        peft_library().set_peft_model_state_dict(_shell(policy), state, adapter_name=NAME)
+    except RuntimeError as error:
+        raise InputError(f"{path}: weights do not fit ({str(error).splitlines()[-1].strip()})") from None
+
+
+def base_fingerprint(policy: nn.Module) -> str:
+    """A hash of names, shapes and evenly spaced values of the weights without an adapter, at bfloat16.
+
+    It is the same whatever dtype the weights were loaded at, and however many files they came in.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in policy.state_dict().items():
+        if is_adapter(name):
+            continue
+        digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // SAMPLED)].bfloat16().float()
+        digest.update(values.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stored_name(policy: MoTPolicy, name: str) -> str:
+    """Of a tensor of the adapter, in its file: peft's prefix, the published name of the layer, peft's own ending."""
+    layer, _, ending = name.partition(".lora_")
+    return f"base_model.model.{policy.stored_name(layer)}.lora_{ending}"
+
+
+def _shell(policy: MoTPolicy) -> nn.Module:
+    """The modules of a policy without the policy: peft asks a model for a ``config`` of its own kind."""
+    shell = nn.Module()
+    shell.transformer, shell.towers = policy.transformer, policy.towers  # type: ignore[assignment]  # Towers is a Module
+    if policy.peft_config:
+        shell.peft_config = policy.peft_config  # type: ignore[assignment]  # no tensor
+    return shell
+
+
+def _layers(policy: nn.Module) -> dict[str, Any]:
+    """The adapted layers by name. Any: classes of peft, which is an optional package."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in policy.named_modules() if isinstance(module, LoraLayer)}
+
+
+def peft_library() -> Any:
+    """The package. Any: it is optional."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError("an adapter needs peft: pip install 'lvrpo[peft]'") from None
+    return peft

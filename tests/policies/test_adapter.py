@@ -1,0 +1,226 @@
+"""Adapters: nothing changes at first, one base for all, files that peft reads, the base told apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.loading import load_policy
+from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.types import Prompt
+
+pytest.importorskip("peft")
+
+SAMPLING = Sampling(group_size=2, max_new_tokens=4, num_steps=3, sampler="flow_sde", window=(0, 1))
+EVERYTHING = ("attention", "mlp", "connector", "time", "head")
+KINDS = [AdapterConfig(rank=2, modules=EVERYTHING), AdapterConfig(rank=2, dora=True)]
+
+
+def scores(policy: MoTPolicy, prompts: list[Prompt]) -> torch.Tensor:
+    groups = policy.sample(prompts, SAMPLING, list(range(len(prompts))))
+    segments = [s for group in groups for t in group.trajectories for s in t.segments]
+    latents = [s.latent.flatten() for s in segments if hasattr(s, "latent")]
+    return torch.cat([s.behavior_logprobs.flatten() for s in segments] + latents)
+
+
+def train(policy: MoTPolicy, size: float = 0.05) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape))
+
+
+@pytest.mark.parametrize("config", KINDS, ids=["lora", "dora"])
+def test_a_fresh_adapter_changes_nothing_and_its_base_never_changes(
+    config: AdapterConfig, new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
+) -> None:
+    plain, policy = new_policy(), new_policy()
+    before = scores(plain, prompts)
+    add_adapter(policy, config, "base")
+    assert torch.equal(scores(policy, prompts), before)
+    reference, old = policy.frozen(), policy.twin()
+    train(policy)
+    assert not torch.equal(scores(policy, prompts), before)
+    assert torch.equal(scores(reference, prompts), before)
+    assert torch.equal(scores(old, prompts), before)
+    now = policy.twin()
+    train(policy)
+    assert not torch.equal(scores(now, prompts), scores(policy, prompts))
+
+
+@pytest.mark.parametrize("config", KINDS, ids=["lora", "dora"])
+def test_the_base_is_stored_once(config: AdapterConfig, new_policy: Callable[..., TinyPolicy]) -> None:
+    policy = new_policy()
+    places = {tensor.data_ptr() for tensor in policy.state_dict().values()}
+    own = sum(tensor.numel() for tensor in policy.state_dict().values())
+    add_adapter(policy, config, "base")
+    everyone = [policy, policy.twin(), policy.twin(), policy.frozen()]
+    adapter = [p for p in policy.parameters() if p.requires_grad]
+    for other in everyone:
+        shared = {tensor.data_ptr() for name, tensor in other.state_dict().items() if not is_adapter(name)}
+        assert shared == places
+    storages = {t.untyped_storage().data_ptr(): t.numel() for one in everyone for t in one.state_dict().values()}
+    assert sum(storages.values()) == own + 3 * sum(p.numel() for p in adapter)
+    assert not any(p.requires_grad for one in everyone[1:] for p in one.parameters())
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
+        name for name, _ in policy.named_parameters() if is_adapter(name)
+    }
+
+
+def test_gradients_reach_the_chosen_experts_only(new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]) -> None:
+    policy = new_policy()
+    add_adapter(policy, AdapterConfig(rank=2, experts=("generate",), modules=("mlp",)), "base")
+    train(policy)
+    groups = policy.parameter_groups()
+    assert not groups["understand"]
+    assert not groups["shared"]
+    assert len(groups["generate"]) == 2 * 2 * 2  # layers, projections of relu2, factors
+    drawings = [t for g in policy.sample(prompts[3:5], SAMPLING, [0, 1]) for t in g.trajectories]
+    sum(row[-1].logprobs.sum() for row in policy.logprobs(drawings)).backward()  # type: ignore[union-attr]
+    for name, parameter in policy.named_parameters():
+        if is_adapter(name):
+            assert ".drawing." in name
+            assert parameter.grad is not None
+            assert bool(parameter.grad.any())
+        else:
+            assert parameter.grad is None
+
+
+def test_the_gradient_of_the_factors_is_that_of_the_whole_weight(
+    new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
+) -> None:
+    config = AdapterConfig(rank=2, alpha=6.0, experts=("generate",), modules=("mlp",))
+    policy, whole = new_policy(), new_policy()
+    add_adapter(policy, config, "base")
+    drawings = [t for g in whole.sample(prompts[3:4], SAMPLING, [0]) for t in g.trajectories]
+    for each in (policy, whole):
+        sum(row[-1].logprobs.sum() for row in each.logprobs(drawings)).backward()  # type: ignore[union-attr]
+    layer: Any = policy.get_submodule("transformer.layers.1.drawing.up_proj")  # Any: a layer of peft
+    weight = whole.get_submodule("transformer.layers.1.drawing.up_proj").weight
+    expected = 3.0 * weight.grad @ layer.lora_A["default"].weight.T  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(layer.lora_B["default"].weight.grad, expected, rtol=1e-4, atol=1e-6)
+    assert not layer.lora_A["default"].weight.grad.any()  # while B is zero
+
+
+@pytest.mark.parametrize("config", KINDS, ids=["lora", "dora"])
+def test_saved_loaded_merged(
+    config: AdapterConfig, new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
+) -> None:
+    policy = new_policy()
+    policy.save(Path("base"))
+    add_adapter(policy, config, str(Path("base").resolve()))
+    train(policy)
+    expected = scores(policy, prompts)
+    policy.save(Path("adapter"))
+    assert sorted(path.name for path in Path("adapter").iterdir() if path.suffix != ".md") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = load_policy("adapter")
+    assert isinstance(loaded, MoTPolicy)
+    assert torch.equal(scores(loaded, prompts), expected)
+    kept = loaded.frozen()
+    merge(loaded)
+    assert not any(is_adapter(name) for name, _ in loaded.named_parameters())
+    torch.testing.assert_close(scores(loaded, prompts), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores(kept, prompts), scores(new_policy(), prompts))  # those who shared the base still have it
+    loaded.save(Path("whole"))
+    whole = load_policy("whole")
+    assert isinstance(whole, MoTPolicy)
+    assert torch.equal(scores(whole, prompts), scores(loaded, prompts))
+
+
+def skeleton(names: dict[str, torch.Size]) -> nn.Module:
+    """A tree of linear layers under these names."""
+    root = nn.Module()
+    for name, (rows, columns) in names.items():
+        module = root
+        *parents, last = name.split(".")
+        for part in parents:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.add_module(last, nn.Linear(columns, rows, bias=False))
+    return root
+
+
+def test_peft_reads_it_by_the_published_names() -> None:
+    from peft import PeftModel
+
+    sizes = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "read_side": 4, "latent_side": 4}
+    towers = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 16}
+    policy = create_bagel(BagelSizes.model_validate(sizes | towers))
+    add_adapter(policy, AdapterConfig(rank=3, alpha=6.0, modules=("attention", "mlp", "connector", "tower")), "base")
+    train(policy)
+    policy.save(Path("adapter"))
+    layers = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    published = {policy.stored_name(name): module.weight.shape for name, module in layers.items()}
+    assert "language_model.model.layers.1.mlp_moe_gen.down_proj" in published
+    read = PeftModel.from_pretrained(skeleton(published), "adapter")
+    for name, module in layers.items():
+        twin: Any = read.base_model.model.get_submodule(policy.stored_name(name))  # Any: a layer of peft
+        own: Any = module
+        assert torch.equal(twin.get_delta_weight("default"), own.get_delta_weight("default"))
+        assert bool(own.get_delta_weight("default").any())
+
+
+def test_the_adapter_of_another_base_is_refused(new_policy: Callable[..., TinyPolicy]) -> None:
+    policy, other = new_policy(), new_policy(seed=1)
+    policy.save(Path("base"))
+    other.save(Path("other"))
+    assert base_fingerprint(policy) == base_fingerprint(load_policy("base"))  # type: ignore[arg-type]  # a Module
+    assert base_fingerprint(policy) != base_fingerprint(other)
+    add_adapter(policy, KINDS[0], "base")
+    policy.save(Path("adapter"))
+    path = Path("adapter/adapter_config.json")
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": "other"}))
+    with pytest.raises(InputError, match=r"^adapter: is an adapter of base \w{16}, but other is \w{16}: name its own"):
+        load_policy("adapter")
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": "nowhere"}))
+    with pytest.raises(InputError, match=r"^adapter: is an adapter, and its base is not there: model 'nowhere'"):
+        load_policy("adapter")
+    path.write_text("{")
+    with pytest.raises(InputError, match="names no base_model_name_or_path"):
+        load_policy("adapter")
+    path.write_text(json.dumps(settings))
+    weights = Path("adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        load_policy("adapter")
+    weights.unlink()
+    with pytest.raises(InputError, match="no such file: an adapter is"):
+        load_policy("adapter")
+
+
+def test_a_fingerprint_does_not_depend_on_the_dtype(new_policy: Callable[..., TinyPolicy]) -> None:
+    policy = new_policy()
+    assert base_fingerprint(policy) == base_fingerprint(new_policy().bfloat16())
+
+
+def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]) -> None:
+    policy = new_policy()
+    with pytest.raises(InputError, match=r"no tower of understand or generate: the model has attention"):
+        add_adapter(policy, AdapterConfig(modules=("tower",)), "base")
+    with pytest.raises(InputError, match=r"no head of generate"):
+        add_adapter(policy, AdapterConfig(modules=("attention", "head"), experts=("generate",)), "base")
+    with pytest.raises(ValidationError, match="replay of a rollout"):
+        AdapterConfig(dropout=0.1)
+    nn.init.zeros_(policy.transformer.layers[0].drawing.o_proj.weight)  # type: ignore[union-attr,arg-type]
+    with pytest.raises(InputError, match=r"dora=true: transformer.layers.0.drawing.o_proj has rows of zeros"):
+        add_adapter(policy, AdapterConfig(dora=True), "base")
+    add_adapter(policy, AdapterConfig(), "base")
+    with pytest.raises(InputError, match="base: has an adapter already"):
+        add_adapter(policy, AdapterConfig(), "base")
