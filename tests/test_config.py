@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config
 from lvrpo.errors import InputError
+from lvrpo.training.config import TrainConfig
 
 
 class Adam(Config):
@@ -243,3 +244,10 @@ def test_differences_name_both_values() -> None:
     assert config_differences(one, one) == []
     assert config_differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}}) == ["a.b=1 against 3", "c=2 against unset"]
     assert config_differences(one, other)[:2] == ["judge=null against unset", "seed=0 against 4"]
+
+
+def test_a_value_inside_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\n")
+    with pytest.raises(InputError, match=r"^rewards\.0\.weight=-1"):
+        load_config(TrainConfig, path, ["rewards=[{name: exact_answer, weight: -1}]"])
