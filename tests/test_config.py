@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config
 from lvrpo.errors import InputError
+from lvrpo.training.config import TrainConfig
 
 
 class Adam(Config):
@@ -260,3 +261,10 @@ def test_rows_of_the_reward_table_that_do_not_fit_are_one_line(row: str, message
     overrides = [f"rewards=[{{name: own_vqa, {row}}}]", "data.prompts_per_step={generate: 4}"]
     with pytest.raises(InputError, match=message):
         load_config(TrainConfig, None, overrides)
+
+
+def test_a_value_inside_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\n")
+    with pytest.raises(InputError, match=r"^rewards\.0\.weight=-1"):
+        load_config(TrainConfig, path, ["rewards=[{name: exact_answer, weight: -1}]"])

@@ -61,7 +61,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             if converted is None:
                 return config
             location, message = converted
-        from_file = path is not None and not any(keys[: len(location)] == location for keys in raw)
+        overridden = any(keys[: len(location)] == location[: len(keys)] for keys in raw)
+        from_file = path is not None and not overridden
         raise InputError(f"{path}: {message}" if from_file else message)
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.rewards.decorated import reward
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
-from lvrpo.types import Prompt, Trajectory
+from lvrpo.types import Group, Prompt, Trajectory
 
 DRAW = Prompt("d", "generate", ("x",), ("image",))
 ASK = Prompt("q", "understand", ("x",), ("text",))
@@ -71,3 +73,16 @@ def test_none_and_exceptions_mask_one_output() -> None:
 def test_an_unknown_output_or_task_is_refused(arguments: Any) -> None:
     with pytest.raises(InputError, match="outputs are text and image"):
         reward(**arguments)
+
+
+def test_the_examples_of_the_guide_run(group: Callable[..., Group], root: Path) -> None:
+    guide = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    found: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        names: dict[str, Any] = {}
+        exec(block, names)
+        found |= names
+    groups = [group(DRAW, [[torch.full((3, 16, 16), 0.25)], [torch.rand(3, 16, 16)]])]
+    flat, noisy = found["jpeg_size"]().score(groups, None).values[0]  # no policy judges
+    assert noisy < flat < 0
+    assert found["brightness"](target=0.5).score(groups, None).values[0, 0] == -0.25

@@ -207,9 +207,11 @@ def test_knowledge_and_instruction_ask_the_reader(group: Callable[..., Group], v
 
 
 def test_folders_that_hold_no_reader(vlm: Path, tower: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be loaded") as caught:
-        ExternalVLM(str(tower), "cpu")
+    with pytest.raises(InputError, match=r"model_type='siglip2?': no model of transformers that reads") as caught:
+        Knowledge(source=str(tower))
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="model_type='llava': use a folder of siglip or siglip2"):
+        Semantic(source=str(vlm))
     for path in vlm.iterdir():
         if "template" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -96,9 +96,7 @@ def test_a_text_keeps_to_the_rules_of_the_run_and_of_its_row(
     assert reward.score(groups, judge({})).values.tolist() == [[1, 0], [1, 0]]
     assert Instruction().applies(own)
     assert not Instruction().applies(ASK)
-    with pytest.raises(
-        InputError, match=r"prompt 'own': rules.most: Extra inputs .* the rules are min_words, max_words"
-    ):
+    with pytest.raises(InputError, match=r"prompt 'own': rules.most: unknown rule: the rules are min_words, max_words"):
         reward.score([group(replace(own, rules={"most": 3}), [["a"]])], judge({}))
 
 
@@ -143,7 +141,7 @@ def test_knowledge_is_the_confidence_of_the_reader(group: Callable[..., Group], 
         ({"by": "verifier", "split": {}}, "asks no questions"),
         ({"above": 1}, "must be at least 0 and below 1"),
         ({"kinds": "count"}, "must be a list of kinds"),
-        ({"rules": {"words": 3}}, "instruction.rules.words: Extra inputs .* the rules are min_words, max_words, form"),
+        ({"rules": {"words": 3}}, "instruction.rules.words: unknown rule: the rules are min_words, max_words, form"),
         ({"rules": {"max_words": 0}}, "instruction.rules.max_words: Input should be greater"),
         ({"rules": {"max_words": 1, "min_words": 2}}, "instruction.rules: min_words=2 is above max_words=1"),
         ({"rules": {"form": "("}}, "is no regular expression"),

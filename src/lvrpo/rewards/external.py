@@ -48,10 +48,7 @@ class SiglipTower:
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = checked_folder(folder)
-        kind = _config(path).get("model_type")
-        if kind not in TOWERS:
-            raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(TOWERS)}")
+        path = check_tower(folder)
         self.device = torch.device(_device(device))
         self.model = _loaded(path, "AutoModel").to(self.device)
         self.processor = _loaded(path, "AutoProcessor")
@@ -98,7 +95,7 @@ class ExternalVLM:
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = checked_folder(folder)
+        path = check_reader(folder)
         self.device = torch.device(_device(device))
         self.model = _loaded(path, "AutoModelForImageTextToText").to(self.device)
         self.processor = _loaded(path, "AutoProcessor")
@@ -152,12 +149,42 @@ def once(build: Callable[[], T]) -> Callable[[], T]:
     return get
 
 
-def checked_folder(folder: str) -> Path:
-    """The folder of a checkpoint; raises InputError unless it is one on this machine."""
+def check_tower(folder: str) -> Path:
+    """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
+    path = _folder(folder)
+    kind = _config(path).get("model_type")
+    if kind not in TOWERS:
+        raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(TOWERS)}")
+    _transformers()
+    return path
+
+
+def check_reader(folder: str) -> Path:
+    """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
+    path = _folder(folder)
+    kind = _config(path).get("model_type")
+    _transformers()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise InputError(f"{path}: model_type={kind!r}: no model of transformers that reads pictures and writes")
+    return path
+
+
+def _folder(folder: str) -> Path:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"source={folder!r}: no folder with a config.json: give a local folder, or {OWN}")
     return path
+
+
+def _transformers() -> Any:
+    """Any: the package is optional."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("source: a folder needs the package transformers: pip install 'lvrpo[external]'") from None
+    return transformers
 
 
 def folder_identity(path: Path) -> str:
@@ -178,10 +205,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _loaded(path: Path, kind: str) -> Any:
     """Any: a model or processor of the optional package."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("source: a folder needs the package transformers: pip install 'lvrpo[external]'") from None
+    transformers = _transformers()
     try:
         with _quiet(transformers):
             found = getattr(transformers, kind).from_pretrained(str(path), local_files_only=True)

@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
-from lvrpo.rewards.external import OWN, ExternalVLM, checked_folder, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, once
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.text_format import FORMS
@@ -65,7 +65,7 @@ class Instruction:
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split, kinds=kinds)
         self.reader = None
         if source != OWN:
-            checked_folder(source)
+            check_reader(source)
             self.reader = once(lambda: ExternalVLM(source, device))
         self.rules = dict(rules or {})
         text_rules(self.rules, "instruction.rules")
@@ -132,7 +132,8 @@ def text_rules(fields: Mapping[str, Any], where: str) -> TextRules:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        rule = first["msg"].removeprefix("Value error, ")
+        unknown = first["type"] == "extra_forbidden"
+        rule = "unknown rule" if unknown else first["msg"].removeprefix("Value error, ")
         raise InputError(
             f"{where}{'.' if name else ''}{name}: {rule}: the rules are {', '.join(TextRules.model_fields)}"
         ) from None

@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, checked_folder, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, once
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
 from lvrpo.rewards.written import last_text
 from lvrpo.types import Group, Parts, Prompt
@@ -39,7 +39,7 @@ class Knowledge:
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
         self.reader = None
         if source != OWN:
-            checked_folder(source)
+            check_reader(source)
             self.reader = once(lambda: ExternalVLM(source, device))
 
     def applies(self, prompt: Prompt) -> bool:

@@ -14,7 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
-from lvrpo.rewards.external import OWN, Embedded, SiglipTower, checked_folder, once
+from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, once
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
@@ -62,7 +62,7 @@ class Semantic:
         self.form, self.top, self.layer, self.lead_ins = form, top, layer, tuple(lead_ins)
         self.tower = None
         if source != OWN:
-            checked_folder(source)
+            check_tower(source)
             self.tower = once(lambda: SiglipTower(source, device))
         self._told = False
 
