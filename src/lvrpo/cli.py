@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "report": "lvrpo.commands.results:REPORT",
     "compare": "lvrpo.commands.results:COMPARE",
     "audit": "lvrpo.commands.audit:AUDIT",
+    "information": "lvrpo.commands.information:INFORMATION",
     "fit-preference": "lvrpo.commands.fit_preference:FIT_PREFERENCE",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.policies.mot.context import Contexts
 from lvrpo.policies.mot.policy import JUDGE_TIMES
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
@@ -38,6 +39,26 @@ def test_sharing_a_picture_among_questions_changes_nothing(policy: TinyPolicy, p
     torch.testing.assert_close(shared, torch.stack(alone), rtol=1e-6, atol=1e-6)
     assert shared[1] == shared[3]
     assert shared[0] != shared[2]
+
+
+def test_comparisons_share_the_picture_that_they_begin_with(
+    policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six ordered pairs of three pictures: three first ones are read, then six second ones."""
+    pictures = [picture(i) for i in range(3)]
+    contexts = [(a, b, "is it a circle") for a in pictures for b in pictures if a is not b]
+    alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
+    read: list[int] = []
+    run = Contexts.run
+
+    def noted(self: Contexts, rows: Any, *rest: Any, **options: Any) -> Any:
+        read.append(sum(piece.span.kind == "read" for row in rows for piece in row))
+        return run(self, rows, *rest, **options)
+
+    monkeypatch.setattr(Contexts, "run", noted)
+    shared = policy.text_logprob(contexts, ["red"] * 6)
+    torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
+    assert [n for n in read if n] == [3, 6]
 
 
 def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) -> None:

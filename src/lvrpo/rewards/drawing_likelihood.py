@@ -10,7 +10,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.mutual import DRAWS, estimate_noise
+from lvrpo.rewards.mutual import estimate_noise
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt
 
@@ -20,17 +20,17 @@ class DrawingLikelihood:
 
         r(x) = log p_draw(x | prompt) - log p_draw(x | no text),   nats per picture.
 
-    The same pointwise mutual information as ``mutual`` estimates by the reading side; by itself the weaker judge (area
-    under the curve about .8 on a small model, .3 without the subtracted term), but it errs elsewhere: of use beside the
-    reading side in ``lower_bound``, and as a watched reward. All members of a group are judged under the same noise at
+    The same pointwise mutual information as ``mutual`` estimates by the reading side; of whole prompts the weaker judge
+    (area under the curve at 8 draws .90 against .98 on the shipped base), of edits the better one (.93 against .57), so of use
+    beside the reading side in ``lower_bound``, and as a watched reward. All members of a group are judged under the same noise at
     the same times, a function of the group's seed; the variance left goes into ``Scores.noise``.
 
-    ``draws``: noise draws per picture. Raises InputError for less than one.
+    ``draws``: noise draws per picture, each two passes of the drawing side. Raises InputError for less than one.
     """
 
     judges = ("image",)
 
-    def __init__(self, draws: int = DRAWS) -> None:
+    def __init__(self, draws: int = 2) -> None:
         if not isinstance(draws, int) or draws < 1:
             raise InputError(f"drawing_likelihood.draws={draws!r}: must be a whole number >= 1")
         self.draws = draws

@@ -139,14 +139,27 @@ class Contexts:
         return self.towers.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
-        """The contexts of all rows; rows that begin with the same pictures share their computation."""
+        """The contexts of all rows; rows that begin with the same pictures, or the same first one, share them."""
         heads = [_leading_pictures(row) for row in rows]
         distinct, index = _distinct(heads, _row_key)
         if len(distinct) == len(rows):
-            return self._append(rows, self.transformer.empty_cache(len(rows)))
-        cache = self._append(distinct, self.transformer.empty_cache(len(distinct)))
+            if len(_distinct([row[:1] for row in heads], _row_key)[0]) == len(rows):
+                return self._append(rows, self.transformer.empty_cache(len(rows)))
+            return self._append(
+                [row[len(head) :] for row, head in zip(rows, heads, strict=True)], self._prefill_pictures(heads)
+            )
+        cache = self._prefill_pictures(distinct)
         cache = cache.select(torch.tensor(index, device=cache.rope.device))
         return self._append([row[len(head) :] for row, head in zip(rows, heads, strict=True)], cache)
+
+    def _prefill_pictures(self, heads: Sequence[Row]) -> Cache:
+        """The pictures that rows begin with; a first one that several share, such as one of two that are compared with
+        many others, is read once."""
+        firsts, index = _distinct([head[:1] for head in heads], _row_key)
+        if len(firsts) == len(heads):
+            return self._append(heads, self.transformer.empty_cache(len(heads)))
+        cache = self._append(firsts, self.transformer.empty_cache(len(firsts)))
+        return self._append([head[1:] for head in heads], cache.select(torch.tensor(index, device=cache.rope.device)))
 
     def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, torch.Tensor]:
         """The distinct contexts, and for every row the index of its own: (cache of U rows, int64 (B,))."""

@@ -398,6 +398,7 @@ class MoTPolicy(nn.Module, ABC):
         return hidden.layers[layer - 1][0].unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
 
     @torch.no_grad()
+    @computing
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
         depth = self.transformer.config.depth
@@ -416,6 +417,32 @@ class MoTPolicy(nn.Module, ABC):
         if layer == 0:
             return self.contexts.embed_reading([piece for row in rows for piece in row])
         return self.contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True).layers[layer - 1][0]
+
+    @torch.no_grad()
+    @computing
+    def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
+        """Mean final state of the reading expert over each context, float32 (B, D)."""
+        rows = [self.contexts.row(parts, draws=False) for parts in contexts]
+        hidden = self.contexts.run(rows, self.transformer.empty_cache(len(rows)))
+        lengths = [sum(piece.span.length for piece in row) for row in rows]
+        return torch.stack([states.mean(dim=0) for states in hidden.reading.float().split(lengths)])
+
+    @torch.no_grad()
+    @computing
+    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
+        """Mean final state of the drawing expert over each noisy picture after its context, float32 (B, D).
+
+        The noise is one for all rows. At t = 1 the picture is noise alone: what the expert is about to draw from the
+        context; only the picture's size is then of use. Pictures are of one size.
+        """
+        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
+        x_0 = self._latents(images)
+        noise = normal_noise([derive_seed(seed, "states")], x_0.shape[1:]).to(x_0)
+        x_t = (1 - t) * x_0 + t * noise
+        depth, grid = self.transformer.config.depth, self.towers.latent_grid(images[0])
+        times = x_0.new_full((len(x_0),), t)
+        _, states = drawing.velocity_and_features(self.contexts, cache.select(owner), x_t, times, grid, depth)
+        return states.float().mean(dim=1)
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
