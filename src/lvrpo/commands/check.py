@@ -13,12 +13,20 @@ def run(options: Options) -> None:
     from lvrpo.commands.progress import clock
     from lvrpo.commands.settings import read_config
     from lvrpo.config import dump_config
+    from lvrpo.policies.loading import pick_device
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.contract import require
-    from lvrpo.training.trial import try_out
+    from lvrpo.training.memory import require_memory
+    from lvrpo.training.trial import memory_needed, try_out
 
     config = read_config(TrainConfig, options.config, options.overrides)
     print(dump_config(config), end="")
+    memory = memory_needed(config)
+    print("\nmemory, GiB, before anything is loaded")
+    for line in memory.lines():
+        print(line)
+    print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
+    require_memory(memory, pick_device(config.device), f"policy={config.policy}")
     trial = try_out(config)
     print("\nstep-0 contract")
     for check in trial.checks:
@@ -28,7 +36,7 @@ def run(options: Options) -> None:
     print(
         f"  time    {clock(trial.seconds)} for {config.steps} steps with the guard, {trial.step_seconds:.1f} s a step"
     )
-    print(f"  memory  {trial.peak_memory_gib:.1f} GiB")
+    print(f"  memory  {memory.peak / 2**30:.1f} GiB; this trial took {trial.peak_memory_gib:.1f} GiB")
     print(f"  disk    {trial.disk_mib:.0f} MiB of checkpoints")
 
 

@@ -93,6 +93,9 @@ class TrainConfig(Config):
     flow: FlowConfig = FlowConfig()
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Drawings replayed at once, each at ``flow.noise_draws`` times; texts: eight times as many. Less memory, the same
+    gradient; None: 192."""
     mini_updates: int = Field(default=1, ge=1)
     """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
     gradient_mixing: Mixing = "sum"

@@ -154,7 +154,7 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
     texts = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[0], TextSegment)][:8]
-    drawings = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[-1], FlowSegment)][:8]
+    drawings = _of_one_size([g.trajectories[0] for g in groups])[:8]
     for kind, divergence in (("text", _text_divergence), ("drawing", _velocity_divergence)):
         chosen = texts if kind == "text" else drawings
         groups_of = live.parameter_groups()
@@ -168,6 +168,12 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
         detail = "the divergence is computed without gradient, or from the reference alone"
         checks.append(Check(f"gradient of the {kind} divergence", norm, 0.0, norm > 0, detail))
     return checks
+
+
+def _of_one_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Those that end in a drawing as large as that of the first one."""
+    drawn = [(t, s.latent.shape) for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)]
+    return [trajectory for trajectory, shape in drawn if shape == drawn[0][1]]
 
 
 def weights_changed(one: Policy, other: Policy) -> bool:

@@ -50,6 +50,7 @@ class Guard:
             num_steps=rollout.num_steps,
             timestep_shift=rollout.timestep_shift,
             solver=rollout.solver,
+            image_size=rollout.image_size,
         )
 
     def score(self, policy: Policy) -> dict[Task, list[float]]:

@@ -204,6 +204,7 @@ def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_
         timestep_shift=rollout_config.timestep_shift,
         solver=rollout_config.solver,
         guidance_scale=guidance_scale,
+        image_size=rollout_config.image_size,
     )
 
 

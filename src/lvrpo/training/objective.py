@@ -120,11 +120,13 @@ class Objective(ABC):
     """So many consecutive members belong together: 2 for pairs."""
     weight: float
     """Of its loss in the sum."""
+    micro_batch: int | None = None
+    """Drawings replayed at once; None: ``MICRO_BATCH``."""
 
     @property
     def rows_at_once(self) -> int:
         """Members that are replayed together."""
-        return MICRO_BATCH
+        return self.micro_batch or MICRO_BATCH
 
     @abstractmethod
     def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:

@@ -69,6 +69,10 @@ class RolloutConfig(Config):
     guidance_scale: float = Field(default=1.0, ge=1)
     image_guidance_scale: float = Field(default=1.0, ge=1)
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided are the steps with low < t <= high."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of pictures drawn without a source; None: the policy's own."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
     refill_budget: int = Field(default=0, ge=0)

@@ -17,7 +17,7 @@ from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, pick_device, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
@@ -40,8 +40,10 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.judge import refresh_questions
 from lvrpo.training.loop import align
+from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
 from lvrpo.types import Prompt
@@ -121,6 +123,7 @@ class Alignment:
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
         refresh_questions(config.judge, guard.prompts)
+        require_room(config, source, guard)
         policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
@@ -168,6 +171,20 @@ class Alignment:
         """The weights that the guard found best."""
         precision = self.config.precision
         return at_precision(load_policy(self.run.path, self.config.device, precision.weights), self.config)
+
+
+def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate:
+    """What a run will need, at the sizes of its first step; nothing is loaded."""
+    require_extras(config)
+    held_out = [prompt for prompts in guard.prompts.values() for prompt in prompts]
+    return estimate_memory(config, prompts_of_step(source, config, 0), held_out)
+
+
+def require_room(config: TrainConfig, source: PromptSource, guard: Guard) -> None:
+    """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
+    device = pick_device(config.device)
+    if worth_a_look(policy_folder(config.policy), device):
+        require_memory(memory_of(config, source, guard), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:

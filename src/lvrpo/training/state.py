@@ -85,7 +85,7 @@ class RunState:
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE)
         for name in ("live", "old", "average"):
-            load_trained(_module(getattr(self.policies, name)), tree["policies"][name])
+            load_trained(policy_module(getattr(self.policies, name)), tree["policies"][name])
         for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
             optimizers.load_state(saved)
         self.step = tree["step"]
@@ -103,7 +103,8 @@ class RunState:
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
             "policies": {
-                name: trained_weights(_module(getattr(self.policies, name))) for name in ("live", "old", "average")
+                name: trained_weights(policy_module(getattr(self.policies, name)))
+                for name in ("live", "old", "average")
             },
             "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
@@ -115,6 +116,7 @@ class RunState:
         return tree
 
 
-def _module(policy: object) -> nn.Module:
+def policy_module(policy: object) -> nn.Module:
+    """A policy as the module that it is."""
     assert isinstance(policy, nn.Module)
     return policy

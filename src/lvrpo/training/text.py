@@ -91,7 +91,7 @@ class TextObjective(Objective):
 
     @property
     def rows_at_once(self) -> int:
-        return 8 * objective.MICRO_BATCH
+        return 8 * (self.micro_batch or objective.MICRO_BATCH)
 
 
 class TokenObjective(TextObjective):

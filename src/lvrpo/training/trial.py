@@ -1,4 +1,4 @@
-"""A trial before a run: the contract on a few prompts and the cost of one small step; leaves nothing behind."""
+"""A trial before a run: its memory foretold, the contract on a few prompts, the cost of one small step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
@@ -17,9 +16,11 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
 from lvrpo.training.loop import contract_checks
+from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import guard_prompts, open_policy, scoring_rewards, training_source
-from lvrpo.training.state import RunState
+from lvrpo.training.run import guard_prompts, memory_of, open_policy, scoring_rewards, training_source
+from lvrpo.training.state import RunState, policy_module
 from lvrpo.training.update import take_steps
 
 SHARE = 4
@@ -35,7 +36,13 @@ class Trial:
     seconds: float
     """Of the whole run, with the guard."""
     peak_memory_gib: float
+    """What the trial itself took, at its most."""
     disk_mib: float
+
+
+def memory_needed(config: TrainConfig) -> MemoryEstimate:
+    """What a run will need."""
+    return memory_of(config, training_source(config), Guard(guard_prompts(config), config))
 
 
 def try_out(config: TrainConfig) -> Trial:
@@ -63,7 +70,8 @@ def try_out(config: TrainConfig) -> Trial:
     guard.score(state.policies.average)
     guard_seconds = time.perf_counter() - started
     looks = config.steps // config.guard.every + 2
-    weights = sum(p.numel() * p.element_size() for p in _module(state.policies.live).parameters())
+    kept = trained_weights(policy_module(state.policies.live)).values()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
     return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)
 
@@ -76,8 +84,3 @@ def peak_memory_gib() -> float:
     except (OSError, StopIteration):
         return psutil.Process().memory_info().rss / 2**30
     return kibibytes / 2**20
-
-
-def _module(policy: object) -> nn.Module:
-    assert isinstance(policy, nn.Module)
-    return policy

@@ -43,6 +43,8 @@ def objectives_of(config: TrainConfig) -> list[Objective]:
         TEXT_OBJECTIVES[config.text.kind](config.text, config.rollout.max_new_tokens),
         FLOW_OBJECTIVES[config.flow.kind](config.flow),
     ]
+    for objective in objectives:
+        objective.micro_batch = config.micro_batch
     return [objective for objective in objectives if objective.weight]
 
 

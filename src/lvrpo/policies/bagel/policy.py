@@ -105,6 +105,10 @@ class BagelPolicy(MoTPolicy):
             raise InputError(f"prompt {prompt.id!r}: {length} tokens, the limit is {limit}: shorten it")
         return row
 
+    def _judged_at_once(self, rows: Sequence[Row]) -> int:
+        longest = max((sum(piece.span.length for piece in row) for row in rows), default=1)
+        return max(1, MAX_TOKENS // max(longest, 1))
+
     def _max_rows(self, grid: Grid) -> int:
         return max(1, min(MAX_ROWS, MAX_TOKENS // max(grid[0] * grid[1], TEXT_TOKENS)))
 
@@ -169,6 +173,18 @@ class BagelPolicy(MoTPolicy):
         for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         self.words.save(folder)
+
+    @classmethod
+    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        folder = Path(folder)
+        if not is_bagel(folder):
+            raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
+        config = read_config(folder, find_tensors(folder, WEIGHTS), find_tensors(folder, AUTOENCODER))
+        policy = cls(config, BagelWords.load(folder, config.vocabulary_size))
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        state = {n: t if n.startswith(VAE) else t.to(dtype) for n, t in policy.state_dict().items()}
+        policy.load_state_dict(state, assign=True)
+        return policy
 
     @classmethod
     def load(

@@ -121,20 +121,26 @@ def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int =
             f"{base}: has an adapter already: make one model of it with `lvrpo export`, then start from that"
         )
     adapter = Adapter(config, base, base_fingerprint(policy))
-    _inject(policy, config, config.targets(policy), seed)
+    _require_directions(policy, config)
+    inject_adapter(policy, config, seed)
     policy.adapter = adapter
 
 
-def _inject(policy: MoTPolicy, config: AdapterConfig, targets: list[str], seed: int) -> None:
-    peft = peft_library()
-    policy.requires_grad_(False)
+def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
+    """Raises InputError where DoRA would divide by the norm of a row of zeros."""
     if config.dora:
-        for name in targets:
+        for name in config.targets(policy):
             if not bool(policy.get_submodule(name).weight.any(dim=1).all()):  # type: ignore[operator]  # a Linear
                 raise InputError(
                     f"adapter.dora=true: {name} has rows of zeros, which have no direction: use dora=false, or a "
                     "trained base"
                 )
+
+
+def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> None:
+    """The layers of a fresh adapter, float32 and the only ones that are trainable."""
+    peft, targets = peft_library(), config.targets(policy)
+    policy.requires_grad_(False)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # a float is fine: peft divides by the rank
@@ -256,7 +262,7 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
             f"{ADAPTER_CONFIG}"
         )
     config = AdapterConfig.model_validate_json(metadata["lvrpo_adapter"])
-    _inject(policy, config, config.targets(policy), 0)
+    inject_adapter(policy, config)
     policy.adapter = Adapter(config, base, own)
     stored = {
         _stored_name(policy, name): name

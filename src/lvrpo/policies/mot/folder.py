@@ -38,8 +38,8 @@ class FolderPolicy(MoTPolicy):
         """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads what ``save`` wrote; the dtype is float32."""
+    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.skeleton``; the dtype is float32."""
         if dtype not in (None, torch.float32):
             raise InputError(f"dtype={str(dtype).removeprefix('torch.')}: {folder} computes in float32: leave it out")
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -55,11 +55,16 @@ class FolderPolicy(MoTPolicy):
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
         try:
-            policy = cls._from_folder(folder, config)
+            return cls._from_folder(folder, config)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise InputError(f"{folder / 'config.json'}: {where}: {first['msg']}: restore the file") from error
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads what ``save`` wrote; the dtype is float32."""
+        policy = cls.skeleton(folder, device, dtype)
         try:
             state = load_file(str(folder / "model.safetensors"))
         except SafetensorError as error:

@@ -258,10 +258,19 @@ class MoTPolicy(nn.Module, ABC):
     @computing
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
-        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=False) for parts in contexts])
+        rows = [self.contexts.row(parts, draws=False) for parts in contexts]
         written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
-        scores = writing.score(self.contexts, cache, owner, written, temperature=1.0, closed=False)
-        return torch.stack([logprobs.mean() for logprobs in scores.logprobs])
+        size = self._judged_at_once(rows)
+        means: list[torch.Tensor] = []
+        for start in range(0, len(rows), size):
+            cache, owner = self.contexts.prefill_shared(rows[start : start + size])
+            scores = writing.score(self.contexts, cache, owner, written[start : start + size], 1.0, closed=False)
+            means += [logprobs.mean() for logprobs in scores.logprobs]
+        return torch.stack(means)
+
+    def _judged_at_once(self, rows: Sequence[Row]) -> int:
+        """Contexts that the reading side judges at once."""
+        return max(1, len(rows))
 
     @torch.no_grad()
     def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
@@ -494,6 +503,11 @@ class MoTPolicy(nn.Module, ABC):
     @abstractmethod
     def save_whole(self, folder: Path) -> None:
         """Writes a folder that ``load`` reads."""
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """What ``load`` gives, with random weights, on the CPU; without memory in a mode that allocates none."""
 
     @classmethod
     @abstractmethod

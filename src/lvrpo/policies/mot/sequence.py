@@ -98,6 +98,11 @@ def pack(rows: Sequence[tuple[Span, ...]], device: torch.device) -> Packing:
     return _pack(tuple(rows), device)
 
 
+def forget_packings() -> None:
+    """Empties the memory of ``pack``: what was laid out without memory behind it must not be met again."""
+    _pack.cache_clear()
+
+
 @lru_cache(maxsize=256)
 def _pack(rows: tuple[tuple[Span, ...], ...], device: torch.device) -> Packing:
     layouts = [row_layout(row) for row in rows]

@@ -1,0 +1,106 @@
+"""The three configurations for BAGEL, on a small random checkpoint of its layout."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvrpo.cli import main
+from lvrpo.commands.settings import shipped_configs
+from lvrpo.config import load_config
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run import Alignment
+
+SIZES = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "read_side": 4, "latent_side": 4}
+TOWERS = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 32}
+SPREAD = """
+import torch
+from lvrpo.rewards.base import Scores
+
+class Spread:
+    def applies(self, prompt):
+        return True
+
+    def score(self, groups, judge):
+        return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
+"""
+NEEDS = {"bagel_lvrpo_lora": ["peft"], "bagel_lvrpo_full": ["bitsandbytes"], "bagel_lvrpo_paper": ["bitsandbytes"]}
+
+
+@pytest.fixture
+def bagel(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lively one, and a reward that spreads."""
+    policy = create_bagel(BagelSizes.model_validate(SIZES | TOWERS))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    policy.save(Path("bagel"))
+    Path("spread.py").write_text(SPREAD)
+    monkeypatch.syspath_prepend(Path.cwd())
+    return Path("bagel")
+
+
+def small(name: str, folder: Path) -> list[str]:
+    counts = load_config(TrainConfig, shipped_configs()[name]).data.prompts_per_step
+    return [
+        f"policy={folder}",
+        "device=cpu",
+        "steps=2",
+        f"data.prompts_per_step={dict.fromkeys(counts, 1)}",
+        "rewards=[{name: 'spread:Spread'}]",
+        "rollout.image_size=[16, 16]",
+        "rollout.max_new_tokens=4",
+        "rollout.num_steps=3",
+        "guard={every: 2, prompts: {understand: 1, reason: 1}}",
+    ]
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_check_passes(name: str, bagel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    assert main(["check", name, *small(name, bagel)]) == 0
+    printed = capsys.readouterr().out
+    assert "at most, in the" in printed
+    assert "BROKEN" not in printed
+    assert "max |difference|, bfloat16" in printed
+
+
+def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
+    pytest.importorskip("peft")
+    config = load_config(
+        TrainConfig, shipped_configs()["bagel_lvrpo_lora"], [*small("bagel_lvrpo_lora", bagel), "checkpoint_every=1"]
+    )
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run as run:
+        assert alignment.go()
+        rows = run.metrics()[1:]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert {"loss/text/understand", "loss/flow/generate", "loss/flow/edit", "loss/text/reason"} <= set(rows[0])
+    live = alignment.state.policies.live
+    assert isinstance(live, MoTPolicy)
+    assert any(bool(p.any()) for name, p in live.named_parameters() if ".lora_B." in name)
+    files = [path.name for path in Path("run/checkpoints/step_000002").iterdir() if path.is_file()]
+    assert "adapter_model.safetensors" in files
+    assert "ema.safetensors" not in files
+
+
+def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
+    pytest.importorskip("peft")
+    found = []
+    for parts in ("null", "1"):
+        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", f"micro_batch={parts}", "precision={}"]
+        config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
+        alignment = Alignment.start(config, Path(f"run-{parts}"))
+        with alignment.run as run:
+            alignment.go()
+            found.append(run.metrics()[1])
+    for name in ("grad_norm/understand", "grad_norm/generate", "loss/flow/generate"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
