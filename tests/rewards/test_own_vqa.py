@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
 from lvrpo.rewards.gate import Gate, Sensitivity
 from lvrpo.rewards.own_vqa import OwnVQA
+from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.types import Fact, Group, Image, Prompt
 
 
@@ -82,6 +84,23 @@ def test_a_gate_leaves_out_facts_that_the_judge_cannot_tell(
     scores = reward.score([group(prompt, [[picture(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
     assert scores.values.tolist() == [[0.75]]
     assert not reward.applies(Prompt("b", "generate", ("x",), ("image",), facts=both[1:]))
+
+
+def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
+    group: Callable[..., Group], judge: Callable[..., Any]
+) -> None:
+    prompt = Prompt("a", "generate", ("x",), ("image",), facts=facts(("color ?", "red")))
+    fake = judge({(0.25, "color ?", "red"): 0.5, (0.5, "color ?", "red"): math.nan})
+    fake.image_size = 8
+    outputs = [[picture(0.25)], [picture(0.5)], [picture(math.nan)], [torch.zeros(3, 16, 8)]]
+    source = RewardSource(RewardConfig(name="own_vqa"), OwnVQA())
+    table = score_groups([source], [group(prompt, outputs)], fake)
+    assert table.mask.flatten().tolist() == [True, False, False, False]
+    assert table.reasons == {
+        (0, 1, 0): "failed: the score is nan",
+        (0, 2, 0): "failed: the picture holds values that are no numbers",
+        (0, 3, 0): "failed: a picture of 8 x 16: the judge reads 8 x 8",
+    }
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ class Instruction:
     Differs from the paper: no rule of the paper's is known to us beyond its kinds.
     """
 
+    judges = ("image",)
+
     def __init__(
         self,
         by: By = "vqa",

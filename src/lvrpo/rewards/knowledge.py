@@ -28,6 +28,8 @@ class Knowledge:
     or was cut off is masked.
     """
 
+    judges = ("image",)
+
     def __init__(
         self,
         source: str = OWN,

@@ -303,3 +303,15 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert "exists already" in lines[0]
+
+
+def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None:
+    parts = [picture(1), "a red circle", picture(2, 8, 16), "blue"]
+    for layer in (0, 2):
+        states = small.reading_states(parts, layer)
+        grids = [small.towers.read_grid(part) for part in parts if isinstance(part, torch.Tensor)]
+        words = [len(small.words.encode(part)) for part in parts if isinstance(part, str)]
+        assert [len(s) for s in states] == [grids[0][0] * grids[0][1], words[0], grids[1][0] * grids[1][1], words[1]]
+        assert grids[0] != grids[1]
+        for part, state in zip(parts, states, strict=True):
+            assert torch.allclose(small.reading_states([part], layer)[0], state, atol=1e-5)
