@@ -77,19 +77,12 @@ def measure_information(
         raise InputError(f"{type(policy).__name__} gives no hidden states of its experts: use another policy")
     if negatives < 2 or pairs < LEAST * negatives:
         raise InputError(f"pairs={pairs}, negatives={negatives}: needs 2 negatives, and {LEAST} times as many pairs")
-    size = policy.image_size if isinstance(policy, Sized) and policy.image_size else DEFAULT_SIZE
+    size = policy.image_size or DEFAULT_SIZE
     states = [
         _states(policy, *scene_pairs(split, count, size, seed), direction, seed)
         for split, count in (("train", 2 * pairs), ("test", pairs))
     ]
     return infonce(*states[0], *states[1], negatives=negatives, seed=seed)
-
-
-@runtime_checkable
-class Sized(Protocol):
-    """A policy that says how large its pictures are."""
-
-    image_size: int | None
 
 
 def scene_pairs(split: Any, count: int, size: int, seed: int) -> tuple[list[str], list[Image]]:

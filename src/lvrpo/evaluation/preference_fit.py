@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -222,7 +222,8 @@ def _scale(margin: Tensor, share: Tensor) -> float:
     def loss(log_scale: float) -> float:
         return float(bradley_terry_loss(margin * math.exp(log_scale), share).mean())
 
-    return math.exp(float(minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
+    found: Any = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")  # Any: scipy's result has no types
+    return math.exp(float(found.x))
 
 
 def _right(margin: Tensor, share: Tensor) -> Tensor:

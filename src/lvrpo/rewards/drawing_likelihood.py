@@ -21,9 +21,9 @@ class DrawingLikelihood:
         r(x) = log p_draw(x | prompt) - log p_draw(x | no text),   nats per picture.
 
     The same pointwise mutual information as ``mutual`` estimates by the reading side; of whole prompts the weaker judge
-    (area under the curve at 8 draws .90 against .98 on the shipped base), of edits the better one (.93 against .57), so of use
-    beside the reading side in ``lower_bound``, and as a watched reward. All members of a group are judged under the same noise at
-    the same times, a function of the group's seed; the variance left goes into ``Scores.noise``.
+    (area under the curve at 8 draws .90 against .98 on the shipped base), of edits the better one (.93 against .57), so
+    of use beside the reading side in ``lower_bound``, and as a watched reward. All members of a group are judged under
+    the same noise at the same times, a function of the group's seed; the variance left goes into ``Scores.noise``.
 
     ``draws``: noise draws per picture, each two passes of the drawing side. Raises InputError for less than one.
     """

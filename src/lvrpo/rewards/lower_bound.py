@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from lvrpo.algorithms import normalize_rewards
+from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
@@ -59,7 +60,8 @@ class LowerBound:
         scores, mask = table.scores, table.mask
         if self.scale == "group":
             one = torch.zeros(len(groups), dtype=torch.int64)
-            scores = normalize_rewards(scores, mask, one, ["group"] * len(self.sources))
+            scales: list[NormalizeChoice | None] = ["group"] * len(self.sources)
+            scores = normalize_rewards(scores, mask, one, scales)
         count = mask.sum(dim=2)
         mean = torch.where(mask, scores, 0.0).sum(dim=2) / count
         spread = torch.where(mask, (scores - mean[..., None]).square(), 0.0).sum(dim=2) / count
