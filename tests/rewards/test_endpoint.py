@@ -110,6 +110,12 @@ def test_a_server_that_is_not_there(server: Any) -> None:
     assert found.reason.endswith("(2 tries)")
 
 
+def test_an_answer_that_is_packed_wrongly(server: Any) -> None:
+    server.headers = {"content-encoding": "gzip"}
+    found = endpoint(server.options(retries=1)).ask([("is it ?",)])
+    assert found == [NoAnswer("an answer that cannot be decoded (2 tries)")]
+
+
 def test_a_dead_server_is_not_asked_to_the_end(server: Any) -> None:
     server.replies = [(500, "")]
     found = endpoint(server.options(workers=1, retries=1)).ask([("q",)] * 50)

@@ -118,7 +118,8 @@ class ChatEndpoint:
                     f"export {config.key_env}=..."
                 )
         self._http, self._tenacity = _packages()
-        self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers())
+        limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=config.workers)
+        self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers(), limits=limits)
 
     @property
     def identity(self) -> str:
@@ -182,6 +183,8 @@ class ChatEndpoint:
             raise _PassingError(f"no answer within {config.timeout_s:g} s") from None
         except http.TransportError as error:
             raise _PassingError(f"no connection: {self._plain(str(error) or type(error).__name__)}") from None
+        except http.RequestError:
+            raise _PassingError("an answer that cannot be decoded") from None
         status = response.status_code
         if status in (401, 403, 404):
             what = "key_env names a key that" if config.key_env else "without key_env it"
