@@ -99,15 +99,15 @@ class Parity:
         exact(torch.tensor(row[0].ids), ref["prompt_ids"])
         exact(torch.from_numpy(row_layout((row[0].span,)).rope_ids), ref["position_ids"])
         hidden = contexts.run([row], contexts.transformer.empty_cache(1))
-        last = len(hidden.cache.keys) - 1
+        last = len(contexts.transformer.layers) - 1
         self.check_context(hidden.cache, about["ctx"])
         two = contexts.prefill([contexts.row((about["prompt"], about["second_text"]), draws=False)])
         self.check_context(two, about["ctx_two_turn"])
         return {
             "prefill_hidden": error(hidden.reading, ref["prefill_hidden"]),
             "prefill_logits": error(self.policy.towers.text_logits(hidden.reading), ref["prefill_logits"]),
-            **{f"k_cache_layer{i}": error(hidden.cache.keys[i][0], ref[f"k_cache_layer{i}"]) for i in (0, last)},
-            **{f"v_cache_layer{i}": error(hidden.cache.values[i][0], ref[f"v_cache_layer{i}"]) for i in (0, last)},
+            **{f"k_cache_layer{i}": error(hidden.cache.layer(i)[0][0], ref[f"k_cache_layer{i}"]) for i in (0, last)},
+            **{f"v_cache_layer{i}": error(hidden.cache.layer(i)[1][0], ref[f"v_cache_layer{i}"]) for i in (0, last)},
             **self.decode(hidden.cache, ref, ""),
             **self.decode(two, ref, "two_turn_"),
         }
@@ -116,6 +116,7 @@ class Parity:
     def understanding(self) -> Errors:
         ref, about, contexts = self.vectors("b_und"), self.meta["b_und"], self.policy.contexts
         towers, config = self.policy.towers, self.policy.config
+        last = config.transformer.depth - 1
         one, two = self.source(1), self.source(2)
         pixels = towers.read_pixels(one)[None]
         rows, columns = towers.read_grid(one)
@@ -138,8 +139,8 @@ class Parity:
             "vit_features": error(features, ref["vit_features"]),
             "connector_out": error(with_places - towers.read_position[places], ref["connector_out"]),
             "vit_embed_with_pos": error(with_places, ref["vit_embed_with_pos"]),
-            "image_k_cache_layer0": error(image.keys[0][0], ref["image_k_cache_layer0"]),
-            "image_v_cache_last": error(image.values[-1][0], ref["image_v_cache_last"]),
+            "image_k_cache_layer0": error(image.layer(0)[0][0], ref["image_k_cache_layer0"]),
+            "image_v_cache_last": error(image.layer(last)[1][0], ref["image_v_cache_last"]),
             **self.decode(asked, ref, ""),
             **self.decode(several, ref, "think2img_"),
         }
@@ -148,6 +149,7 @@ class Parity:
     def velocities(self) -> Errors:
         ref, contexts, out = self.vectors("c_flow"), self.policy.contexts, {}
         towers, config = self.policy.towers, self.policy.config
+        last = config.transformer.depth - 1
         source = self.source(1)
         latent = towers.encode_pixels(ref["edit_vae_pixels"], ref["edit_vae_eps"])
         reference = patchify(ref["edit_vae_latent"], config.latent_patch)
@@ -155,8 +157,8 @@ class Parity:
         exact(position_ids(*towers.latent_grid(source), config.latent_side), ref["edit_vae_position_ids"])
         towers.posterior_noise = lambda image, shape: ref["edit_vae_eps"][0].reshape(shape)
         alone = contexts.prefill([(contexts.picture(source, "clean"),)])
-        out["edit_vae_k_cache_layer0"] = error(alone.keys[0][0], ref["edit_vae_k_cache_layer0"])
-        out["edit_vae_v_cache_last"] = error(alone.values[-1][0], ref["edit_vae_v_cache_last"])
+        out["edit_vae_k_cache_layer0"] = error(alone.layer(0)[0][0], ref["edit_vae_k_cache_layer0"])
+        out["edit_vae_v_cache_last"] = error(alone.layer(last)[1][0], ref["edit_vae_v_cache_last"])
         for tag in sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t")):
             scenario, time = tag.split("_t", 1)
             grid, caches = self.scenario(scenario)
@@ -282,7 +284,7 @@ class Parity:
         return picture(self.vectors("preproc")[f"image{k}_vae_resized_uint8"])
 
     def check_context(self, cache: Cache, expected: Mapping[str, int]) -> None:
-        assert (int(cache.valid.sum()), int(cache.rope)) == (expected["kv_len"], expected["rope"])
+        assert (cache.lengths[0], int(cache.rope)) == (expected["kv_len"], expected["rope"])
 
     def decode(self, cache: Cache, ref: Mapping[str, torch.Tensor], prefix: str) -> Errors:
         """Feeds the recorded tokens one by one; each but the first must be the most likely one before it."""
@@ -295,7 +297,7 @@ class Parity:
             cache = hidden.cache
         got = torch.stack(logits)
         exact(got.argmax(dim=-1)[:-1], torch.tensor(fed[1:]))
-        (text,) = writing.write(contexts, start, torch.tensor([0]), torch.zeros(1, len(fed) - 1), temperature=0.0)
+        (text,) = writing.write(contexts, start, [0], torch.zeros(1, len(fed) - 1), temperature=0.0)
         assert list(text.tokens) == fed[1:]
         return {f"{prefix}decode_logits": error(got, ref[f"{prefix}decode_logits"])}
 

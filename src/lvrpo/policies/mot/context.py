@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.policies.mot.sequence import Span, SpanKind, pack
 from lvrpo.policies.mot.towers import Grid, Towers, Words
-from lvrpo.policies.mot.transformer import Cache, Hidden, MoT, drop_padding
+from lvrpo.policies.mot.transformer import Cache, Hidden, MoT
 from lvrpo.types import Image, Parts
 
 PICTURE = -1
@@ -94,8 +94,12 @@ class Contexts:
         cache: Cache,
         noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep_layers: bool = False,
+        extend: bool = True,
     ) -> Hidden:
-        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece."""
+        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
+
+        Without ``extend`` the contexts stay as they are.
+        """
         device = self.transformer.inv_freq.device
         packing = pack([tuple(piece.span for piece in row) for row in rows], device)
         pieces = [piece for row in rows for piece in row]
@@ -112,7 +116,7 @@ class Contexts:
             drawing = _by_grid(drawn, self._embed_drawn)
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
-        return self.transformer(reading, drawing, packing, cache, keep_layers)
+        return self.transformer(reading, drawing, packing, cache, keep_layers, extend)
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""
@@ -140,18 +144,18 @@ class Contexts:
         if len(distinct) == len(rows):
             return self._append(rows, self.transformer.empty_cache(len(rows)))
         cache = self._append(distinct, self.transformer.empty_cache(len(distinct)))
-        cache = cache.select(torch.tensor(index, device=cache.rope.device))
-        return self._append([row[len(head) :] for row, head in zip(rows, heads, strict=True)], cache)
+        tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
+        return self._append(tails, cache.select(index))
 
-    def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, torch.Tensor]:
-        """The distinct contexts, and for every row the index of its own: (cache of U rows, int64 (B,))."""
+    def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, list[int]]:
+        """The distinct contexts, and for every row the index of its own: (cache of U rows, (B,))."""
         distinct, index = _distinct(rows, _row_key)
-        return self.prefill(distinct), torch.tensor(index, device=self.transformer.inv_freq.device)
+        return self.prefill(distinct), index
 
     def _append(self, rows: Sequence[Row], cache: Cache) -> Cache:
         if not any(rows):
             return cache
-        return drop_padding(self.run(rows, cache).cache)
+        return self.run(rows, cache).cache
 
 
 def _leading_pictures(row: Row) -> Row:
