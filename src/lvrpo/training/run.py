@@ -169,13 +169,16 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
     """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
     keep_start(run, policy)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    config.limits.apply(policy)
     return RunState.start(policy, config)
 
 
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    state = RunState.start(load_policy(run.path / START, config.device), config)
+    policy = load_policy(run.path / START, config.device)
+    config.limits.apply(policy)
+    state = RunState.start(policy, config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)

@@ -22,7 +22,7 @@ from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
 from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.batching import cut
-from lvrpo.policies.mot.context import Row
+from lvrpo.policies.mot.context import Row, row_tokens
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
@@ -102,17 +102,21 @@ class BagelPolicy(MoTPolicy):
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
-        length = _tokens(row)
+        length = row_tokens(row)
         if length >= self.config.max_positions:
             limit = self.config.max_positions
             raise InputError(f"prompt {prompt.id!r}: {length} tokens, the limit is {limit}: shorten it")
         return row
 
+    def limit_tokens(self, limit: int | None) -> None:
+        """See ``Policy.limit_tokens``; a member or a context of more goes through alone."""
+        self.max_tokens = limit or MAX_TOKENS
+
     def _cut(self, prompts: Sequence[Prompt], grid: Grid) -> list[list[int]]:
         contexts: dict[str, int] = {}
         for prompt in prompts:
             if prompt.id not in contexts:
-                contexts[prompt.id] = _tokens(self._row(prompt))
+                contexts[prompt.id] = row_tokens(self._row(prompt))
         drawn = grid[0] * grid[1] + 2
         new = [max(drawn, TEXT_TOKENS) if "text" in prompt.output else drawn for prompt in prompts]
         ids = [prompt.id for prompt in prompts]
@@ -120,7 +124,7 @@ class BagelPolicy(MoTPolicy):
 
     def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         keys = [tuple(piece.key for piece in row) for row in rows]
-        return cut(keys, [_tokens(row) for row in rows], new, self.max_tokens)
+        return cut(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
 
     # ---------------------------------------------------------------- supervised
     def supervised_losses(
@@ -259,10 +263,6 @@ class BagelPolicy(MoTPolicy):
         vit = self.config.vit
         is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
         return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
-
-
-def _tokens(row: Row) -> int:
-    return sum(piece.span.length for piece in row)
 
 
 def check_memory(folder: Path, need: int, device: torch.device) -> None:

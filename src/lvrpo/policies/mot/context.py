@@ -40,6 +40,11 @@ Row = tuple[Piece, ...]
 T = TypeVar("T")
 
 
+def row_tokens(row: Row) -> int:
+    """How many tokens the pieces have, markers included."""
+    return sum(piece.span.length for piece in row)
+
+
 class Contexts:
     """Builds rows from parts and runs them through the transformer."""
 

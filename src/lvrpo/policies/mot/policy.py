@@ -12,10 +12,10 @@ from typing import Self, TypeVar, cast
 import torch
 from torch import nn
 
-from lvrpo.policies.base import FeatureLoss, Sampling
+from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.batching import cut, runs
-from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.context import Contexts, Row, row_tokens
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.policies.mot.writing import Written
@@ -237,6 +237,17 @@ class MoTPolicy(nn.Module, ABC):
             cache, owner = contexts.prefill_shared([rows[i] for i in part])
             out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
         return torch.cat(out)
+
+    def tokens(self, trajectory: Trajectory) -> Tokens:
+        """Markers included."""
+        texts = [len(s.tokens) + 2 for s in trajectory.segments if isinstance(s, TextSegment)]
+        drawing_tokens = 0
+        if trajectory.image is not None:
+            drawing_tokens = self.contexts.noise(self._drawn_grid(trajectory)).span.length
+        return Tokens(row_tokens(self._row(trajectory.prompt)), sum(texts), drawing_tokens)
+
+    def limit_tokens(self, limit: int | None) -> None:
+        """This policy is small: it goes by rows."""
 
     def _drawn_grid(self, trajectory: Trajectory) -> Grid:
         assert trajectory.image is not None
