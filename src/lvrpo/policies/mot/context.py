@@ -150,7 +150,7 @@ class Contexts:
             return self._append(rows, self.transformer.empty_cache(len(rows)))
         cache = self._append(distinct, self.transformer.empty_cache(len(distinct)))
         tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
-        return self._append(tails, cache.select(index))
+        return self._append(tails, cache.spread(index))
 
     def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, list[int]]:
         """The distinct contexts, and for every row the index of its own: (cache of U rows, (B,))."""

@@ -89,6 +89,11 @@ class MoTPolicy(nn.Module, ABC):
                 out.update(zip(indices, batch, strict=True))
         return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
 
+    @torch.no_grad()
+    def sample_member(self, prompt: Prompt, sampling: Sampling, seed: int, member: int) -> Trajectory:
+        """One member of the group that ``sample`` gives for the prompt and the seed, by itself."""
+        return self._sample_batch([_Asked(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
+
     def _sample_batch(self, asked: Sequence[_Asked], sampling: Sampling) -> list[Trajectory]:
         """Members of prompts with the same output kinds and grid, those of a prompt in a row."""
         if sampling.timestep_shift is None:

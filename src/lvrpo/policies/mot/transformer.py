@@ -44,6 +44,10 @@ class MoTConfig(Config):
         return self
 
 
+SPREAD_TOKENS = 1 << 18
+"""A context of fewer tokens, over all rows that continue it, is copied once for them: faster than in every pass."""
+
+
 @dataclass(frozen=True)
 class CachePart:
     """Keys and values of consecutive tokens, held once for all rows that share them; R entries."""
@@ -97,6 +101,19 @@ class Cache:
             return self
         parts = tuple(replace(part, entries=tuple(part.entries[row] for row in rows)) for part in self.parts)
         return Cache(parts, self.rope.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self.rope.device)))
+
+    def spread(self, rows: Sequence[int]) -> Cache:
+        """``select`` for rows that go different ways from here: keys and values are copied where they are small."""
+        chosen = self.select(rows)
+        if chosen is self or len(rows) * sum(sum(part.lengths) for part in self.parts) > SPREAD_TOKENS:
+            return chosen
+        parts = []
+        for part in chosen.parts:
+            layers = [part.layer(i) for i in range(len(part.keys))]
+            lengths = tuple(part.lengths[entry] for entry in part.entries)
+            each = tuple(range(len(rows)))
+            parts.append(CachePart(tuple(k for k, _ in layers), tuple(v for _, v in layers), lengths, each))
+        return Cache(tuple(parts), chosen.rope)
 
     def joined(self, first: int) -> Cache:
         """The same contexts with the parts from ``first`` on as one, for rows without padding there."""
