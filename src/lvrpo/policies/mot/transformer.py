@@ -44,8 +44,8 @@ class MoTConfig(Config):
         return self
 
 
-SPREAD_TOKENS = 1 << 18
-"""A context of fewer tokens, over all rows that continue it, is copied once for them: faster than in every pass."""
+SPREAD_BYTES = 64 << 20
+"""Up to so many bytes a context is copied once for the rows that continue it: faster than in every pass."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class CachePart:
         keys = self.keys[0]
         lengths = torch.tensor([self.lengths[entry] for entry in self.entries], device=keys.device)
         return torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its keys and values."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of layer i, (B, S, K, E): a copy per row, for as long as the layer needs it."""
@@ -105,7 +110,8 @@ class Cache:
     def spread(self, rows: Sequence[int]) -> Cache:
         """``select`` for rows that go different ways from here: keys and values are copied where they are small."""
         chosen = self.select(rows)
-        if chosen is self or len(rows) * sum(sum(part.lengths) for part in self.parts) > SPREAD_TOKENS:
+        copies = sum(part.nbytes // len(part.lengths) * len(rows) for part in self.parts)
+        if chosen is self or copies > SPREAD_BYTES:
             return chosen
         parts = []
         for part in chosen.parts:
@@ -141,7 +147,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Of all keys and values that are held."""
-        return sum(t.nbytes for part in self.parts for t in (*part.keys, *part.values))
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
