@@ -47,6 +47,18 @@ class Sampling:
     """Height and width of a picture drawn without a source picture; None: the policy's own."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a trajectory counts when it is replayed."""
+
+    context: int
+    """Of its prompt; members of a group that are replayed together hold it once."""
+    text: int
+    """Of the texts it wrote."""
+    drawing: int
+    """Of one pass over its drawing."""
+
+
 class FeatureLoss(Protocol):
     """A loss on inner states of the drawing side."""
 
@@ -77,6 +89,18 @@ class Policy(Protocol):
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context."""
+        ...
+
+    def tokens(self, trajectory: Trajectory) -> Tokens:
+        """How many tokens a replay of it has."""
+        ...
+
+    def limit_tokens(self, limit: int | None) -> None:
+        """At most so many tokens go through the transformer at once (None: the policy's own limit)."""
+        ...
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether layers are computed again in the backward pass instead of being remembered."""
         ...
 
     def timestep_shift(self) -> float:

@@ -16,6 +16,7 @@ from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.judge import JudgeConfig
+from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
@@ -102,6 +103,8 @@ class TrainConfig(Config):
     """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
     norm_balanced: scaled to one norm; the last two in each expert by itself."""
     gradient_audit: GradientAuditConfig = GradientAuditConfig()
+    limits: LimitsConfig = LimitsConfig()
+    """What is replayed at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""

@@ -25,7 +25,7 @@ from lvrpo.algorithms import (
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
-from lvrpo.training.objective import Batch, Member, Objective, flow_segment
+from lvrpo.training.objective import Batch, Member, Objective, flow_segment, recorded_passes
 from lvrpo.types import FlowSegment, Group, OutputKind, Trajectory
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ class FlowObjective(Objective):
         self.config = config
         self.weight = config.weight
 
+    def passes(self, trajectory: Trajectory) -> int:
+        return self.config.noise_draws
+
 
 class ContrastObjective(FlowObjective):
     """The best and the worst drawings of each group, with centered advantages."""
@@ -143,6 +146,10 @@ class NFT(ContrastObjective):
 
 class FlowGRPO(ContrastObjective):
     """The clipped objective on the recorded steps, weighted so that all pull alike, plus a divergence."""
+
+    def passes(self, trajectory: Trajectory) -> int:
+        steps = len(flow_segment(trajectory).trained_steps)
+        return recorded_passes(trajectory) + (steps if self.config.kl_coef and self.config.kl == "velocity" else 0)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         config = self.config

@@ -136,6 +136,10 @@ class Objective(ABC):
         """What these members count in the mean that ``loss`` takes."""
         return len(members)
 
+    def passes(self, trajectory: Trajectory) -> int:
+        """How often the tokens of its drawing go through the policy with a gradient."""
+        return recorded_passes(trajectory)
+
     @abstractmethod
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, with a gradient to the live policy."""
@@ -146,3 +150,15 @@ def flow_segment(trajectory: Trajectory) -> FlowSegment:
     segment = trajectory.segments[-1]
     assert isinstance(segment, FlowSegment)
     return segment
+
+
+def recorded_passes(trajectory: Trajectory) -> int:
+    """Of a replay of the recorded steps: one per step, and one more per branch of guidance where it was active."""
+    passes = 0
+    for segment in trajectory.segments:
+        if isinstance(segment, FlowSegment):
+            low, high = segment.guidance_interval
+            branches = (segment.guidance_scale != 1) * (1 + (segment.image_guidance_scale != 1))
+            times = [float(segment.timesteps[i]) for i in segment.trained_steps]
+            passes += sum(1 + branches * (low < t <= high) for t in times)
+    return passes

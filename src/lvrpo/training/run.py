@@ -226,6 +226,7 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
     """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
     keep_start(run, policy)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    config.limits.apply(policy)
     return RunState.start(policy, config)
 
 
@@ -233,6 +234,7 @@ def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
     policy = load_policy(run.path / START, config.device, config.precision.weights)
+    config.limits.apply(policy)
     state = RunState.start(at_precision(policy, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:

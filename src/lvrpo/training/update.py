@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.batching import cut
 from lvrpo.sampling import derive_seed
 from lvrpo.training.best_of import BestDrawing, BestText
 from lvrpo.training.dpo import FlowDPO, TextDPO
 from lvrpo.training.flow import NFT, FlowGRPO, FlowObjective
 from lvrpo.training.gradients import TaskGradients
-from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies
+from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies, flow_segment
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import TextObjective, TokenObjective, anchored
 from lvrpo.types import TASKS, Group, OutputKind, Task
@@ -72,7 +74,7 @@ def update(
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
         for objective in objectives:
             chosen = objective.choose(task_groups, A[objective.kind])
-            for members in _parts(chosen, objective):
+            for members in parts(chosen, objective, policies.live, config.limits.backward_tokens):
                 share = objective.size(members) / objective.size(chosen)
                 loss = objective.loss(Batch(policies, task, step, members, share, metrics))
                 (weight * objective.weight * share * loss).backward()
@@ -121,8 +123,40 @@ def deal(groups: Sequence[Group], advantages: Advantages, parts: int) -> Iterato
             yield [groups[p] for p in rows], {kind: advantages[kind][rows] for kind in KINDS}
 
 
-def _parts(chosen: Sequence[Member], objective: Objective) -> Iterator[Sequence[Member]]:
-    """The chosen members, as many at a time as are replayed at once; what belongs together stays so."""
-    size = max(1, objective.rows_at_once // objective.unit) * objective.unit
-    for start in range(0, len(chosen), size):
-        yield chosen[start : start + size]
+def parts(
+    chosen: Sequence[Member], objective: Objective, policy: Policy, limit: int | None
+) -> Iterator[Sequence[Member]]:
+    """The chosen members, as many at a time as are replayed at once; what belongs together stays so.
+
+    Drawings of different sizes are replayed apart. ``limit`` is in tokens that keep a gradient; None: in members.
+    """
+    unit = objective.unit
+    units = [chosen[start : start + unit] for start in range(0, len(chosen), unit)]
+    sizes: dict[object, list[Sequence[Member]]] = {}
+    for members in units:
+        size = flow_segment(members[0].trajectory).image.shape if objective.kind == "image" else None
+        sizes.setdefault(size, []).append(members)
+    for same in sizes.values():
+        if limit is None:
+            at_once = max(1, objective.rows_at_once // unit)
+            cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
+        else:
+            cuts = cut_by_tokens(same, objective, policy, limit)
+        for indices in cuts:
+            yield [member for i in indices for member in same[i]]
+
+
+def cut_by_tokens(
+    units: Sequence[Sequence[Member]], objective: Objective, policy: Policy, limit: int
+) -> list[list[int]]:
+    """Indices of units that are replayed together."""
+    counted = [[policy.tokens(member.trajectory) for member in members] for members in units]
+    new = [
+        sum(
+            tokens.text + tokens.drawing * objective.passes(member.trajectory)
+            for tokens, member in zip(counts, members, strict=True)
+        )
+        for counts, members in zip(counted, units, strict=True)
+    ]
+    prompts = [members[0].trajectory.prompt.id for members in units]
+    return cut(prompts, [counts[0].context for counts in counted], new, limit)

@@ -15,7 +15,6 @@ from lvrpo.cli import main
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.mot import policy as mot_policy
 from lvrpo.types import Example, FlowSegment, Image, Prompt, TextSegment, Trajectory
 
 BASE = Sampling(group_size=3, max_new_tokens=5, num_steps=4, solver="euler")
@@ -85,7 +84,7 @@ def test_replay_law(name: str, small: BagelPolicy, monkeypatch: pytest.MonkeyPat
     trajectories = rollout(small, prompts(), DRAWINGS[name])
     assert worst(small, trajectories) == 0
     others = [worst(small, trajectories[::-1]), worst(small, trajectories[1::2]), worst(small, trajectories[4:5])]
-    monkeypatch.setattr(small, "_max_rows", lambda grid: 4)
+    monkeypatch.setattr(small, "max_tokens", 200)
     others.append(worst(small, trajectories))
     print(f"{name}: replayed in other company {max(others):.1e}")
     assert max(others) <= TOLERANCE
@@ -252,11 +251,6 @@ def test_bfloat16_is_near(saved: Path, small: BagelPolicy) -> None:
     assert float((v - v_narrow).norm() / v.norm()) < 5e-2
     own = rollout(narrow, prompts(), DRAWINGS["plain"])
     assert worst(narrow, own) == 0
-
-
-def test_rows_per_pass(small: BagelPolicy) -> None:
-    assert small._max_rows((64, 64)) == 8
-    assert small._max_rows((1, 1)) == 64 <= mot_policy.MAX_ROWS
 
 
 def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,14 +39,14 @@ def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other
     """Tokens of expert ``one`` are computed by ``other``, in flow steps alone or in context passes alone."""
     run = Contexts.run
 
-    def mistaken(self: Contexts, rows: Any, cache: Any, noisy: Any = None) -> Any:
+    def mistaken(self: Contexts, rows: Any, cache: Any, noisy: Any = None, **how: Any) -> Any:
         layers = [layer for layer in self.transformer.layers if isinstance(layer, Layer)]
         kinds = {piece.span.kind for row in rows for piece in row}
         wrong = noisy is not None if noisy_only else kinds == {"clean"}
         with pytest.MonkeyPatch.context() as inner:
             for layer in layers if wrong else []:
                 inner.setitem(layer._modules, one, layer._modules[other])
-            return run(self, rows, cache, noisy)
+            return run(self, rows, cache, noisy, **how)
 
     patch.setattr(Contexts, "run", mistaken)
 
@@ -61,8 +61,8 @@ def clean_latents_read(parity: Any, patch: Patch) -> None:
 
 def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], RowLayout]) -> None:
     right = sequence.row_layout
-    sequence._pack.cache_clear()
-    patch.setattr(sequence, "row_layout", lambda spans: change(spans, right(spans)))
+    sequence.forget_packings()
+    patch.setattr(sequence, "row_layout", lambda spans, mask=True: change(spans, right(spans, mask)))
 
 
 def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
@@ -205,7 +205,7 @@ def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, 
         print(f"{mistake.__name__}, {section}: {worst:.1e}")
         assert worst > FAR
     finally:
-        sequence._pack.cache_clear()
+        sequence.forget_packings()
 
 
 def test_stored_tables_are_the_formula_rounded(parity: Any) -> None:

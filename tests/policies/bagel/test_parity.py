@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from lvrpo.policies.bagel.images import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.mot import drawing
 
+EXCERPT = Path(__file__).parent / "vectors" / "excerpt.xz"
 RULES = {
     "vae_1024_512_16": (ResizeRule(max_side=1024, min_side=512, stride=16), 1),
     "vit_980_224_14": (ResizeRule(max_side=980, min_side=224, stride=14), 1),
@@ -32,6 +35,8 @@ def test_section(section: str, parity: Any, report: Callable[..., None]) -> None
 
 @pytest.mark.parametrize("shift", [1, 4])
 def test_training_step(shift: int, parity: Any, report: Callable[..., None]) -> None:
+    if not parity.whole and shift != 1:
+        pytest.skip("the excerpt has shift 1 alone: name the whole set in LVRPO_BAGEL_VECTORS")
     report(f"training, shift {shift}", parity.training(shift))
 
 
@@ -45,7 +50,9 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
     )
     logits = parity.policy.towers.text_logits(hidden.reading)
     assert logits.dtype == torch.bfloat16
-    assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1.5e-2
+    if "prefill_logits" in ref:
+        assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1.5e-2
+    assert parity.whole == ("prefill_logits" in ref)
     ref = parity.vectors("c_flow")
     for tag in sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t")):
         scenario, time = tag.split("_t", 1)
@@ -85,3 +92,11 @@ def test_tokens(parity: Any) -> None:
 
 def test_dropped_conditions(parity: Any) -> None:
     parity.dropped_conditions()
+
+
+def test_the_excerpt_is_small_and_of_the_whole_set(parity: Any) -> None:
+    assert EXCERPT.stat().st_size < 3_000_000
+    if parity.whole:
+        command = [sys.executable, str(EXCERPT.with_name("pack.py")), str(parity.folder), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "tensors, all as in" in done.stdout

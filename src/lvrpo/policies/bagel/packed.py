@@ -111,7 +111,7 @@ def find_targets(rows: Sequence[TrainedRow], channels: int, device: torch.device
 def packed_losses(contexts: Contexts, rows: Sequence[TrainedRow]) -> PackedLosses:
     """One pass over whole rows, without a cache, and the losses of all their targets."""
     pieces = [tuple(trained.piece for trained in row) for row in rows]
-    hidden = contexts.run(pieces, contexts.transformer.empty_cache(len(rows)))
+    hidden = contexts.run(pieces, contexts.transformer.empty_cache(len(rows)), extend=False)
     towers = contexts.towers
     targets = find_targets(rows, towers.channels, hidden.reading.device)
     logits = towers.text_logits(hidden.reading.index_select(0, targets.label_rows)).float()

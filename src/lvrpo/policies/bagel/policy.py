@@ -21,8 +21,9 @@ from lvrpo.policies.bagel.tensors import StoredTensor, find_tensors
 from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
 from lvrpo.policies.base import FeatureLoss, Sampling
-from lvrpo.policies.mot.context import Row
-from lvrpo.policies.mot.policy import MAX_ROWS, MoTPolicy, computing
+from lvrpo.policies.mot.batching import cut
+from lvrpo.policies.mot.context import Row, row_tokens
+from lvrpo.policies.mot.policy import MoTPolicy, computing
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
@@ -34,7 +35,7 @@ AUTOENCODER = ("ae",)
 MAX_TOKENS = 32768
 """Tokens that go through the transformer at once: eight pictures of 1024 x 1024."""
 TEXT_TOKENS = 512
-"""What a row without a drawn picture counts."""
+"""What a text that is written counts, however long it becomes."""
 THINK_THEN_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning process "
     "is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
@@ -60,6 +61,8 @@ class BagelPolicy(MoTPolicy):
     def __init__(self, config: BagelConfig, words: BagelWords) -> None:
         super().__init__(MoT(config.transformer), BagelTowers(config), words)
         self.config = config
+        self.max_tokens = MAX_TOKENS
+        """Of contexts and of what is written and drawn after them, that go through the transformer at once."""
 
     @property
     def image_size(self) -> None:
@@ -99,18 +102,29 @@ class BagelPolicy(MoTPolicy):
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
-        length = sum(piece.span.length for piece in row)
+        length = row_tokens(row)
         if length >= self.config.max_positions:
             limit = self.config.max_positions
             raise InputError(f"prompt {prompt.id!r}: {length} tokens, the limit is {limit}: shorten it")
         return row
 
-    def _judged_at_once(self, rows: Sequence[Row]) -> int:
-        longest = max((sum(piece.span.length for piece in row) for row in rows), default=1)
-        return max(1, MAX_TOKENS // max(longest, 1))
+    def limit_tokens(self, limit: int | None) -> None:
+        """See ``Policy.limit_tokens``; a member or a context of more goes through alone."""
+        self.max_tokens = limit or MAX_TOKENS
 
-    def _max_rows(self, grid: Grid) -> int:
-        return max(1, min(MAX_ROWS, MAX_TOKENS // max(grid[0] * grid[1], TEXT_TOKENS)))
+    def _cut(self, prompts: Sequence[Prompt], grid: Grid) -> list[list[int]]:
+        contexts: dict[str, int] = {}
+        for prompt in prompts:
+            if prompt.id not in contexts:
+                contexts[prompt.id] = row_tokens(self._row(prompt))
+        drawn = grid[0] * grid[1] + 2
+        new = [max(drawn, TEXT_TOKENS) if "text" in prompt.output else drawn for prompt in prompts]
+        ids = [prompt.id for prompt in prompts]
+        return cut(ids, [contexts[name] for name in ids], new, self.max_tokens)
+
+    def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+        keys = [tuple(piece.key for piece in row) for row in rows]
+        return cut(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
 
     # ---------------------------------------------------------------- supervised
     @computing

@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.policies.mot.sequence import Span, SpanKind, pack
 from lvrpo.policies.mot.towers import Grid, Towers, Words
-from lvrpo.policies.mot.transformer import Cache, Hidden, MoT, drop_padding
+from lvrpo.policies.mot.transformer import Cache, Hidden, MoT
 from lvrpo.types import Image, Parts
 
 PICTURE = -1
@@ -38,6 +38,11 @@ class Piece:
 
 Row = tuple[Piece, ...]
 T = TypeVar("T")
+
+
+def row_tokens(row: Row) -> int:
+    """How many tokens the pieces have, markers included."""
+    return sum(piece.span.length for piece in row)
 
 
 class Contexts:
@@ -94,8 +99,12 @@ class Contexts:
         cache: Cache,
         noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep_layers: bool = False,
+        extend: bool = True,
     ) -> Hidden:
-        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece."""
+        """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
+
+        Without ``extend`` the contexts stay as they are.
+        """
         packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]
         reading = self.embed_reading(pieces)
@@ -106,7 +115,7 @@ class Contexts:
             drawing = _by_grid(drawn, self._embed_drawn)
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
-        return self.transformer(reading, drawing, packing, cache, keep_layers)
+        return self.transformer(reading, drawing, packing, cache, keep_layers, extend)
 
     def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The reading expert's tokens (Nr, D) of pieces as they enter the transformer: words, markers, patches."""
@@ -148,9 +157,8 @@ class Contexts:
             return self._append(
                 [row[len(head) :] for row, head in zip(rows, heads, strict=True)], self._prefill_pictures(heads)
             )
-        cache = self._prefill_pictures(distinct)
-        cache = cache.select(torch.tensor(index, device=cache.rope.device))
-        return self._append([row[len(head) :] for row, head in zip(rows, heads, strict=True)], cache)
+        tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
+        return self._append(tails, self._prefill_pictures(distinct).spread(index))
 
     def _prefill_pictures(self, heads: Sequence[Row]) -> Cache:
         """The pictures that rows begin with; a first one that several share, such as one of two that are compared with
@@ -159,17 +167,17 @@ class Contexts:
         if len(firsts) == len(heads):
             return self._append(heads, self.transformer.empty_cache(len(heads)))
         cache = self._append(firsts, self.transformer.empty_cache(len(firsts)))
-        return self._append([head[1:] for head in heads], cache.select(torch.tensor(index, device=cache.rope.device)))
+        return self._append([head[1:] for head in heads], cache.spread(index))
 
-    def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, torch.Tensor]:
-        """The distinct contexts, and for every row the index of its own: (cache of U rows, int64 (B,))."""
+    def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, list[int]]:
+        """The distinct contexts, and for every row the index of its own: (cache of U rows, (B,))."""
         distinct, index = _distinct(rows, _row_key)
-        return self.prefill(distinct), torch.tensor(index, device=self.transformer.inv_freq.device)
+        return self.prefill(distinct), index
 
     def _append(self, rows: Sequence[Row], cache: Cache) -> Cache:
         if not any(rows):
             return cache
-        return drop_padding(self.run(rows, cache).cache)
+        return self.run(rows, cache).cache
 
 
 def _leading_pictures(row: Row) -> Row:

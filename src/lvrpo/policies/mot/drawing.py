@@ -110,7 +110,7 @@ def velocity(
     Without a grid it is that of a picture drawn without a source.
     """
     noise = contexts.noise(grid or contexts.towers.free_grid(None))
-    hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t))
+    hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False)
     return contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
 
 
@@ -118,7 +118,7 @@ def velocity_and_features(
     contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``velocity``, and the drawing expert's states (B, N, D) after so many layers."""
-    hidden = contexts.run([(contexts.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True)
+    hidden = contexts.run([(contexts.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True, extend=False)
     v = contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
     return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
 

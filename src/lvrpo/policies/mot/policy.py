@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling
+from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
 from lvrpo.policies.mot import adapter, drawing, writing
-from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.batching import cut, runs
+from lvrpo.policies.mot.context import Contexts, Row, row_tokens
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.policies.mot.writing import Written
@@ -62,6 +63,16 @@ def computing(
     return run
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One output to sample."""
+
+    prompt: Prompt
+    seed: int
+    prompt_seed: int
+    member: int
+
+
 class MoTPolicy(nn.Module, ABC):
     """One policy that reads and draws, whatever its towers."""
 
@@ -99,28 +110,36 @@ class MoTPolicy(nn.Module, ABC):
     @computing
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; see ``Policy.sample``."""
-        groups: dict[int, Group] = {}
-        keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts]
-        for same in _batches(keys, len(prompts)):
-            size = _whole_groups(sampling.group_size, self._max_rows(keys[same[0]][1])) // sampling.group_size
-            for start in range(0, len(same), size):
-                indices = same[start : start + size]
-                batch = self._sample_batch([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
-                groups.update(zip(indices, batch, strict=True))
-        return [groups[i] for i in range(len(prompts))]
-
-    def _sample_batch(self, prompts: list[Prompt], sampling: Sampling, seeds: list[int]) -> list[Group]:
-        """Prompts with the same output kinds and grid."""
         g = sampling.group_size
+        asked = [_Asked(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
+                 for m in range(g)]  # fmt: skip
+        out: dict[int, Trajectory] = {}
+        keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]
+        for same in _batches(keys, len(asked)):
+            for part in self._cut([asked[i].prompt for i in same], keys[same[0]][1]):
+                indices = [same[k] for k in part]
+                batch = self._sample_batch([asked[i] for i in indices], sampling)
+                out.update(zip(indices, batch, strict=True))
+        return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
+
+    @torch.no_grad()
+    def sample_member(self, prompt: Prompt, sampling: Sampling, seed: int, member: int) -> Trajectory:
+        """One member of the group that ``sample`` gives for the prompt and the seed, by itself."""
+        return self._sample_batch([_Asked(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
+
+    def _sample_batch(self, asked: Sequence[_Asked], sampling: Sampling) -> list[Trajectory]:
+        """Members of prompts with the same output kinds and grid, those of a prompt in a row."""
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
         contexts = self.contexts
-        member_seeds = [derive_seed(seed, member) for seed in seeds for member in range(g)]
+        owner = runs([(id(one.prompt), one.prompt_seed) for one in asked])
+        prompts = [asked[owner.index(p)].prompt for p in range(owner[-1] + 1)]
         grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
+        of_prompt = owner
         cache = contexts.prefill(prompt_rows)
-        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(g)
-        segments: list[list[Segment]] = [[] for _ in member_seeds]
+        member_seeds = [one.seed for one in asked]
+        segments: list[list[Segment]] = [[] for _ in asked]
         for kind in prompts[0].output:
             if kind == "text":
                 uniforms = uniform_noise([derive_seed(s, "text") for s in member_seeds], (sampling.max_new_tokens,))
@@ -130,25 +149,24 @@ class MoTPolicy(nn.Module, ABC):
                 for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
                     segment_list.append(self._text_segment(text, logprobs, sampling.temperature))
                 if closed:
-                    cache, owner = scores.cache, torch.arange(len(member_seeds), device=self.device)
+                    cache, owner = scores.cache, list(range(len(asked)))
             else:
-                shared = [s for s in seeds for _ in range(g)] if sampling.shared_noise else member_seeds
+                noise_seeds = [one.prompt_seed for one in asked] if sampling.shared_noise else member_seeds
                 drawn = drawing.draw(
                     contexts,
-                    self._branches(cache.select(owner), [row for row in prompt_rows for _ in range(g)], sampling),
+                    self._branches(cache.select(owner), [prompt_rows[p] for p in of_prompt], sampling),
                     sampling,
-                    noise_seeds=[derive_seed(s, "noise") for s in shared],
+                    noise_seeds=[derive_seed(s, "noise") for s in noise_seeds],
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
                     grid=grid,
                 )
                 images = self.towers.decode_latents(drawn.latents, grid)
                 for b, segment_list in enumerate(segments):
                     segment_list.append(_flow_segment(drawn, b, images[b], sampling))
-        trajectories = [
-            Trajectory(prompts[b // g], b % g, tuple(segments[b]), member_seeds[b], self.version)
-            for b in range(len(member_seeds))
+        return [
+            Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed, self.version)
+            for b, one in enumerate(asked)
         ]
-        return [Group(prompt, tuple(trajectories[p * g : (p + 1) * g])) for p, prompt in enumerate(prompts)]
 
     def _text_segment(self, text: Written, logprobs: torch.Tensor, temperature: float) -> TextSegment:
         return TextSegment(
@@ -169,9 +187,17 @@ class MoTPolicy(nn.Module, ABC):
         sources = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
         return self.towers.latent_grid(sources[-1]) if sources else self.towers.free_grid(sampling.image_size)
 
-    def _max_rows(self, grid: Grid) -> int:
-        """Rows that go through the transformer at once when a picture of this grid, or none, is drawn."""
-        return MAX_ROWS
+    def _cut(self, prompts: Sequence[Prompt], grid: Grid) -> list[list[int]]:
+        """What goes through the transformer at once, as indices of members given by their prompts.
+
+        The same for a rollout and its replay, so that both compute the same bits.
+        """
+        each = [1] * len(prompts)
+        return cut([prompt.id for prompt in prompts], [0] * len(prompts), each, MAX_ROWS)
+
+    def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+        """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
+        return [list(range(len(rows)))]
 
     def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
         return drawing.branches(self.contexts, full, rows, drawing.guidance_of(sampling))
@@ -186,9 +212,8 @@ class MoTPolicy(nn.Module, ABC):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
             first = trajectories[same[0]]
             grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
-            size = _whole_groups(_first_group_size([trajectories[i] for i in same]), self._max_rows(grid))
-            for start in range(0, len(same), size):
-                indices = same[start : start + size]
+            for part in self._cut([trajectories[i].prompt for i in same], grid):
+                indices = [same[k] for k in part]
                 batch = self._replay_batch([trajectories[i] for i in indices])
                 out.update(zip(indices, batch, strict=True))
         return [out[i] for i in range(len(trajectories))]
@@ -207,7 +232,7 @@ class MoTPolicy(nn.Module, ABC):
                 for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
                     row.append(SegmentLogprobs(logprobs, entropy))
                 if closed:
-                    cache, owner = scores.cache, torch.arange(len(trajectories), device=self.device)
+                    cache, owner = scores.cache, list(range(len(trajectories)))
             else:
                 drawn = self._replay_drawing(cache.select(owner), prompt_rows, segments)
                 for row, logprobs, means in zip(out, drawn.logprobs, drawn.means, strict=True):
@@ -246,8 +271,23 @@ class MoTPolicy(nn.Module, ABC):
             thoughts = [s for s in trajectory.segments if isinstance(s, TextSegment)]
             ids = [_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
             rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
-        cache, owner = contexts.prefill_shared(rows)
-        return drawing.velocity(contexts, cache.select(owner), x_t, t, self._drawn_grid(trajectories[0]))
+        grid = self._drawn_grid(trajectories[0])
+        out = []
+        for part in self._within(rows, [contexts.noise(grid).span.length] * len(rows)):
+            cache, owner = contexts.prefill_shared([rows[i] for i in part])
+            out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
+        return torch.cat(out)
+
+    def tokens(self, trajectory: Trajectory) -> Tokens:
+        """Markers included."""
+        texts = [len(s.tokens) + 2 for s in trajectory.segments if isinstance(s, TextSegment)]
+        drawing_tokens = 0
+        if trajectory.image is not None:
+            drawing_tokens = self.contexts.noise(self._drawn_grid(trajectory)).span.length
+        return Tokens(row_tokens(self._row(trajectory.prompt)), sum(texts), drawing_tokens)
+
+    def limit_tokens(self, limit: int | None) -> None:
+        """This policy is small: it goes by rows."""
 
     def _drawn_grid(self, trajectory: Trajectory) -> Grid:
         assert trajectory.image is not None
@@ -260,17 +300,12 @@ class MoTPolicy(nn.Module, ABC):
         """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
         rows = [self.contexts.row(parts, draws=False) for parts in contexts]
         written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
-        size = self._judged_at_once(rows)
-        means: list[torch.Tensor] = []
-        for start in range(0, len(rows), size):
-            cache, owner = self.contexts.prefill_shared(rows[start : start + size])
-            scores = writing.score(self.contexts, cache, owner, written[start : start + size], 1.0, closed=False)
-            means += [logprobs.mean() for logprobs in scores.logprobs]
-        return torch.stack(means)
-
-    def _judged_at_once(self, rows: Sequence[Row]) -> int:
-        """Contexts that the reading side judges at once."""
-        return max(1, len(rows))
+        out = []
+        for part in self._within(rows, [len(text.tokens) for text in written]):
+            cache, owner = self.contexts.prefill_shared([rows[i] for i in part])
+            scores = writing.score(self.contexts, cache, owner, [written[i] for i in part], 1.0, closed=False)
+            out += [logprobs.mean() for logprobs in scores.logprobs]
+        return torch.stack(out)
 
     @torch.no_grad()
     def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
@@ -309,14 +344,17 @@ class MoTPolicy(nn.Module, ABC):
 
         Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
         """
-        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
+        rows = [self.contexts.row(parts, draws=True) for parts in contexts]
         grids = [self.towers.latent_grid(image) for image in images]
         scores: dict[int, torch.Tensor] = {}
-        for rows in _batches(grids, MAX_ROWS):
-            own = cache.select(owner[torch.tensor(rows, device=owner.device)])
-            x_0 = self._latents([images[i] for i in rows])
-            scored = self._draw_logprob(own, x_0, grids[rows[0]], draws, [seeds[i] for i in rows], times)
-            scores.update(zip(rows, scored, strict=True))
+        for part in self._within(rows, [height * width + 2 for height, width in grids]):
+            cache, owner = self.contexts.prefill_shared([rows[i] for i in part])
+            for same in _batches([grids[i] for i in part], MAX_ROWS):
+                indices = [part[k] for k in same]
+                own = cache.select([owner[k] for k in same])
+                x_0 = self._latents([images[i] for i in indices])
+                scored = self._draw_logprob(own, x_0, grids[indices[0]], draws, [seeds[i] for i in indices], times)
+                scores.update(zip(indices, scored, strict=True))
         return torch.stack([scores[i] for i in range(len(images))])
 
     def _latents(self, images: Sequence[Image]) -> torch.Tensor:
@@ -363,7 +401,7 @@ class MoTPolicy(nn.Module, ABC):
                     scores = writing.score(contexts, cache, owner, texts, 1.0, closed)
                     text_losses += [-logprobs for logprobs in scores.logprobs]
                     if closed:
-                        cache, owner = scores.cache, torch.arange(len(batch), device=self.device)
+                        cache, owner = scores.cache, list(range(len(batch)))
                 else:
                     images = [o for o in outputs if isinstance(o, torch.Tensor)]
                     loss, features = self._flow_loss(cache.select(owner), images, generator, represent)
@@ -465,6 +503,10 @@ class MoTPolicy(nn.Module, ABC):
         """Unguided, in 8 steps; short answers."""
         return Sampling()
 
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether layers are computed again in the backward pass: a third more time, a fraction of the memory."""
+        self.transformer.checkpointing = on
+
     # ---------------------------------------------------------------- weights
     def frozen(self) -> Self:
         """A copy that no update reaches; with an adapter, the base itself: its tensors are shared, not copied."""
@@ -529,17 +571,6 @@ def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
     for i, key in enumerate(keys):
         classes.setdefault(key, []).append(i)
     return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
-
-
-def _whole_groups(group_size: int, max_rows: int) -> int:
-    """The rows of as many whole groups as go through the transformer at once; at least one group."""
-    return max(1, max_rows // group_size) * group_size
-
-
-def _first_group_size(trajectories: Sequence[Trajectory]) -> int:
-    """How many of the first trajectories answer one prompt."""
-    first = trajectories[0].prompt.id
-    return next((i for i, t in enumerate(trajectories) if t.prompt.id != first), len(trajectories))
 
 
 def _written(segment: Segment) -> Written:

@@ -6,15 +6,19 @@ Nr / Nd tokens of the reading / drawing block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lvrpo.config import Config
+from lvrpo.policies.mot import sequence
 from lvrpo.policies.mot.sequence import Packing
 
 
@@ -40,26 +44,110 @@ class MoTConfig(Config):
         return self
 
 
+SPREAD_BYTES = 64 << 20
+"""Up to so many bytes a context is copied once for the rows that continue it: faster than in every pass."""
+
+
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values of a context, per layer, normed and roped."""
+class CachePart:
+    """Keys and values of consecutive tokens, held once for all rows that share them; R entries."""
 
     keys: tuple[torch.Tensor, ...]
-    """Per layer (B, S, K, E)."""
+    """Per layer (R, S, K, E)."""
     values: tuple[torch.Tensor, ...]
-    valid: torch.Tensor
-    """bool (B, S): False on padding."""
+    lengths: tuple[int, ...]
+    """Tokens of every entry; the rest of it is padding."""
+    entries: tuple[int, ...]
+    """(B,): the entry that each row of the cache has before it."""
+
+    @cached_property
+    def index(self) -> torch.Tensor | None:
+        """``entries`` on the device; None where every row has its own, in order."""
+        if self.entries == tuple(range(len(self.lengths))):
+            return None
+        return torch.tensor(self.entries, device=self.keys[0].device)
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """bool (B, S)."""
+        keys = self.keys[0]
+        lengths = torch.tensor([self.lengths[entry] for entry in self.entries], device=keys.device)
+        return torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its keys and values."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of layer i, (B, S, K, E): a copy per row, for as long as the layer needs it."""
+        if self.index is None:
+            return self.keys[i], self.values[i]
+        return self.keys[i].index_select(0, self.index), self.values[i].index_select(0, self.index)
+
+    def entry(self, i: int, entry: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of layer i of one entry without padding, (1, length, K, E)."""
+        length = self.lengths[entry]
+        return self.keys[i][entry : entry + 1, :length], self.values[i][entry : entry + 1, :length]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of contexts, normed and roped, in parts; rows that continue one context share its part."""
+
+    parts: tuple[CachePart, ...]
     rope: torch.Tensor
     """int64 (B,): the rope id of whatever comes next."""
 
-    def select(self, rows: torch.Tensor) -> Cache:
-        """The cache with its rows repeated, dropped or reordered: (B,) -> (len(rows),)."""
-        return Cache(
-            keys=tuple(k.index_select(0, rows) for k in self.keys),
-            values=tuple(v.index_select(0, rows) for v in self.values),
-            valid=self.valid.index_select(0, rows),
-            rope=self.rope.index_select(0, rows),
-        )
+    def select(self, rows: Sequence[int]) -> Cache:
+        """The cache with its rows repeated, dropped or reordered; keys and values are shared, not copied."""
+        rows = tuple(rows)
+        if rows == tuple(range(len(self.rope))):
+            return self
+        parts = tuple(replace(part, entries=tuple(part.entries[row] for row in rows)) for part in self.parts)
+        return Cache(parts, self.rope.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self.rope.device)))
+
+    def spread(self, rows: Sequence[int]) -> Cache:
+        """``select`` for rows that go different ways from here: keys and values are copied where they are small."""
+        chosen = self.select(rows)
+        copies = sum(part.nbytes // len(part.lengths) * len(rows) for part in self.parts)
+        if chosen is self or copies > SPREAD_BYTES:
+            return chosen
+        parts = []
+        for part in chosen.parts:
+            layers = [part.layer(i) for i in range(len(part.keys))]
+            lengths = tuple(part.lengths[entry] for entry in part.entries)
+            each = tuple(range(len(rows)))
+            parts.append(CachePart(tuple(k for k, _ in layers), tuple(v for _, v in layers), lengths, each))
+        return Cache(tuple(parts), chosen.rope)
+
+    def joined(self, first: int) -> Cache:
+        """The same contexts with the parts from ``first`` on as one, for rows without padding there."""
+        tail = self.parts[first:]
+        if len(tail) < 2:
+            return self
+        depth = range(len(tail[0].keys))
+        layers = [[part.layer(i) for part in tail] for i in depth]
+        keys = tuple(torch.cat([k for k, _ in layer], dim=1) for layer in layers)
+        values = tuple(torch.cat([v for _, v in layer], dim=1) for layer in layers)
+        rows = len(self.rope)
+        part = CachePart(keys, values, (keys[0].shape[1],) * rows, tuple(range(rows)))
+        return Cache((*self.parts[:first], part), self.rope)
+
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of layer i, (B, S, K, E), padding included; at least one part."""
+        keys, values = zip(*(part.layer(i) for part in self.parts), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    @property
+    def lengths(self) -> list[int]:
+        """(B,): tokens of every context."""
+        return [sum(part.lengths[part.entries[b]] for part in self.parts) for b in range(len(self.rope))]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all keys and values that are held."""
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -71,6 +159,7 @@ class Hidden:
     drawing: torch.Tensor
     """(Nd, D), normed."""
     cache: Cache
+    """The contexts, extended by these rows if that was asked for."""
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """The two blocks after every layer, not normed; empty unless asked for."""
 
@@ -135,6 +224,8 @@ class MoT(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.reading_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.drawing_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.checkpointing = False
+        """Whether layers are computed again in the backward pass instead of being remembered."""
         head_width = config.width // config.heads
         # on the CPU by name: a model that is built on the meta device still has its angles
         steps = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu")
@@ -144,51 +235,55 @@ class MoT(nn.Module):
 
     def empty_cache(self, batch_size: int) -> Cache:
         """The context of ``batch_size`` rows that have seen nothing."""
-        config, device = self.config, self.inv_freq.device
-        shape = (batch_size, 0, config.key_heads, config.width // config.heads)
-        dtype = self.reading_norm.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        empty = torch.zeros(shape, device=device, dtype=dtype)
-        return Cache(
-            keys=(empty,) * config.depth,
-            values=(empty,) * config.depth,
-            valid=torch.zeros(batch_size, 0, dtype=torch.bool, device=device),
-            rope=torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        return Cache((), torch.zeros(batch_size, dtype=torch.int64, device=self.inv_freq.device))
 
     def forward(
-        self, reading: torch.Tensor, drawing: torch.Tensor, packing: Packing, cache: Cache, keep_layers: bool = False
+        self,
+        reading: torch.Tensor,
+        drawing: torch.Tensor,
+        packing: Packing,
+        cache: Cache,
+        keep_layers: bool = False,
+        extend: bool = True,
     ) -> Hidden:
         """Runs new rows after their contexts.
 
         reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
+        Without ``extend`` the rows leave no keys and values behind: a step of a flow needs none.
         """
-        mask = self._mask(packing, cache)
+        attend = self._attention_of(packing, cache)
         cos, sin = self._rotation(packing, cache)
         keys, values, layers = [], [], []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            q, k, v = self._project(layer, reading, drawing, packing)
-            q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
-            k = torch.cat([cache.keys[i], k], dim=1)
-            v = torch.cat([cache.values[i], v], dim=1)
-            keys.append(k)
-            values.append(v)
-            attended = _attention(q, k, v, mask).flatten(0, 1).flatten(1)  # (B * L, H * E)
-            if len(reading):
-                reading = layer.reading.feed_forward(reading, _cells(attended, packing.reading_cells))
-            if len(drawing):
-                drawing = layer.drawing.feed_forward(drawing, _cells(attended, packing.drawing_cells))
+
+            def run(
+                reading: torch.Tensor, drawing: torch.Tensor, layer: Layer = layer, i: int = i
+            ) -> tuple[torch.Tensor, ...]:
+                q, k, v = self._project(layer, reading, drawing, packing)
+                q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
+                attended = attend(i, q, k, v).flatten(0, 1).flatten(1)  # (B * L, H * E)
+                if len(reading):
+                    reading = layer.reading.feed_forward(reading, _cells(attended, packing.reading_cells))
+                if len(drawing):
+                    drawing = layer.drawing.feed_forward(drawing, _cells(attended, packing.drawing_cells))
+                return reading, drawing, k, v
+
+            if self.checkpointing and torch.is_grad_enabled():
+                reading, drawing, k, v = checkpoint(
+                    run, reading, drawing, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                reading, drawing, k, v = run(reading, drawing)
+            if extend:
+                keys.append(k)
+                values.append(v)
             if keep_layers:
                 layers.append((reading, drawing))
-        own = torch.arange(packing.length, device=mask.device) < packing.lengths[:, None]
-        extended = Cache(
-            keys=tuple(keys),
-            values=tuple(values),
-            valid=torch.cat([cache.valid, own], dim=1),
-            rope=cache.rope + packing.rope_advance,
-        )
+        extended = cache
+        if extend:
+            part = CachePart(tuple(keys), tuple(values), packing.row_lengths, tuple(range(packing.batch_size)))
+            extended = Cache((*cache.parts, part), cache.rope + packing.rope_advance)
         return Hidden(self.reading_norm(reading), self.drawing_norm(drawing), extended, tuple(layers))
 
     def _project(
@@ -210,10 +305,17 @@ class MoT(nn.Module):
                 out.append(torch.cat(parts).index_select(0, packing.grid_source).unflatten(0, grid))
         return tuple(out)
 
-    def _mask(self, packing: Packing, cache: Cache) -> torch.Tensor:
-        """bool (B, 1, L, S + L)."""
-        context = cache.valid[:, None, :].expand(-1, packing.length, -1)
-        return torch.cat([context, packing.visible], dim=2)[:, None]
+    def _attention_of(self, packing: Packing, cache: Cache) -> Attend:
+        """Attention of the new rows over their contexts and themselves: under one mask where that is small.
+
+        Else span by span, which needs none.
+        """
+        context = sum(part.keys[0].shape[1] for part in cache.parts)
+        cells = packing.batch_size * packing.length * (context + packing.length)
+        if packing.visible is None or cells > sequence.MASK_CELLS:
+            return SpanAttention(packing, cache)
+        seen = [part.valid[:, None, :].expand(-1, packing.length, -1) for part in cache.parts]
+        return MaskedAttention(cache, torch.cat([*seen, packing.visible], dim=2)[:, None])
 
     def _rotation(self, packing: Packing, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the rope angles, (B, L, 1, E)."""
@@ -232,27 +334,96 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(B, L, H, E) queries over (B, S + L, K, E) keys and values -> (B, L, H, E)."""
+    shared = q.shape[2] // k.shape[2]
+    if shared > 1 and mask is not None and q.is_cuda:
+        # there the kernel for masks has no shared key heads, and what stands in for it writes all scores to memory
+        k, v, shared = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2), 1
     out = functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=shared > 1
     )
     return out.transpose(1, 2)
 
 
-def drop_padding(cache: Cache) -> Cache:
-    """The same contexts with columns that are padding in every row removed."""
-    used = cache.valid.any(dim=0)
-    if bool(used.all()):
-        return cache
-    columns = used.nonzero()[:, 0]
-    return Cache(
-        keys=tuple(k.index_select(1, columns) for k in cache.keys),
-        values=tuple(v.index_select(1, columns) for v in cache.values),
-        valid=cache.valid.index_select(1, columns),
-        rope=cache.rope,
-    )
+class Attend(Protocol):
+    """Attention of one layer: q (B, L, H, E), new keys and values (B, L, K, E) -> (B, L, H, E)."""
+
+    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """All rows at once, under one mask."""
+
+    cache: Cache
+    mask: torch.Tensor
+    """bool (B, 1, L, S + L)."""
+
+    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        before = [part.layer(i) for part in self.cache.parts]
+        k = torch.cat([*(keys for keys, _ in before), k], dim=1)
+        v = torch.cat([*(values for _, values in before), v], dim=1)
+        return _attention(q, k, v, self.mask)
+
+
+class SpanAttention:
+    """Span by span, over exactly the keys that the span sees: a picture needs no mask, a text a small one.
+
+    Rows of one layout and of contexts of equal lengths go together, so the group of a prompt is one call per span.
+    """
+
+    def __init__(self, packing: Packing, cache: Cache) -> None:
+        self.packing, self.cache = packing, cache
+        self.batches: dict[Hashable, list[int]] = {}
+        for b, spans in enumerate(packing.rows):
+            before = tuple(part.lengths[part.entries[b]] for part in cache.parts)
+            self.batches.setdefault((spans, before), []).append(b)
+
+    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = [self._rows(i, rows, q, k, v) for rows in self.batches.values()]
+        order = [b for rows in self.batches.values() for b in rows]
+        out = torch.cat(found)
+        if order == list(range(len(order))):
+            return out
+        places = torch.tensor(order, device=out.device).argsort()
+        return out.index_select(0, places)
+
+    def _rows(self, i: int, rows: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Rows of one layout, (R, L, H, E); places of padding are zero."""
+        if len(rows) < len(q):
+            index = torch.tensor(rows, device=q.device)
+            q, k, v = (x.index_select(0, index) for x in (q, k, v))
+        keys, values = self._context(i, rows)
+        out, start = [], 0
+        for span in self.packing.rows[rows[0]]:
+            stop = start + span.length
+            if not span.length:
+                continue
+            own_k, own_v = torch.cat([*keys, k[:, start:stop]], dim=1), torch.cat([*values, v[:, start:stop]], dim=1)
+            mask = None
+            if span.kind == "text":
+                mask = torch.ones(span.length, own_k.shape[1], dtype=torch.bool, device=q.device)
+                mask = mask.tril(own_k.shape[1] - span.length)
+            out.append(_attention(q[:, start:stop], own_k, own_v, mask))
+            if span.kind != "noise":
+                keys.append(k[:, start:stop])
+                values.append(v[:, start:stop])
+            start = stop
+        return functional.pad(torch.cat([q[:, :0], *out], dim=1), (0, 0, 0, 0, 0, q.shape[1] - start))
+
+    def _context(self, i: int, rows: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the rows have before them, part by part, (R, length, K, E); one context for all of them is no copy."""
+        keys, values = [], []
+        for part in self.cache.parts:
+            entries = [part.entries[b] for b in rows]
+            length = part.lengths[entries[0]]
+            if len(set(entries)) == 1:
+                one_k, one_v = part.entry(i, entries[0])
+                keys.append(one_k.expand(len(rows), -1, -1, -1))
+                values.append(one_v.expand(len(rows), -1, -1, -1))
+            else:
+                index = torch.tensor(entries, device=part.keys[i].device)
+                keys.append(part.keys[i].index_select(0, index)[:, :length])
+                values.append(part.values[i].index_select(0, index)[:, :length])
+        return keys, values

@@ -29,18 +29,19 @@ class TextScores:
     logprobs: list[torch.Tensor]
     entropies: list[torch.Tensor]
     cache: Cache
-    """The contexts, extended by the texts."""
+    """The contexts, extended by the texts where these were closed."""
 
 
 def write(
-    contexts: Contexts, cache: Cache, owner: torch.Tensor, uniforms: torch.Tensor, temperature: float
+    contexts: Contexts, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
 ) -> list[Written]:
     """Samples one text per member: member m continues row ``owner[m]`` of the cache, with uniforms (B, max tokens).
 
     Members that have written the same so far share one row, so a step costs the number of distinct prefixes.
     """
     eos = contexts.words.eos_id
-    row_of = owner.tolist()
+    row_of = list(owner)
+    shared = len(cache.parts)
     written: list[list[int]] = [[] for _ in row_of]
     active = list(range(len(row_of)))
     feed = [contexts.words.bos_id] * len(cache.rope)
@@ -59,21 +60,20 @@ def write(
         active = still
         if not active:
             break
-        parents = torch.tensor([parent for parent, _ in prefixes], device=logits.device)
-        cache = hidden.cache.select(parents)
+        cache = hidden.cache.select([parent for parent, _ in prefixes]).joined(shared)
         feed = [token for _, token in prefixes]
     return [Written(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
 
 
 def score(
-    contexts: Contexts, cache: Cache, owner: torch.Tensor, texts: Sequence[Written], temperature: float, closed: bool
+    contexts: Contexts, cache: Cache, owner: Sequence[int], texts: Sequence[Written], temperature: float, closed: bool
 ) -> TextScores:
     """Log-prob of every token of text b after row ``owner[b]`` of the cache, differentiable.
 
     ``closed`` feeds the end token too, so that the returned contexts can be continued. Equal texts after the same
     context are computed once.
     """
-    keys = list(zip(owner.tolist(), texts, strict=True))
+    keys = list(zip(owner, texts, strict=True))
     places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     rows: list[Row] = []
     positions: list[int] = []
@@ -88,8 +88,7 @@ def score(
         targets += text.tokens
         counts.append(len(text.tokens))
         start += piece.span.length
-    parents = torch.tensor([parent for parent, _ in places], device=cache.rope.device)
-    hidden = contexts.run(rows, cache.select(parents))
+    hidden = contexts.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
     logits = _allowed_logits(contexts, selected)
@@ -99,7 +98,7 @@ def score(
     entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0)).sum(-1)
     logprobs, entropies = chosen.split(counts), entropy.split(counts)
     order = [places[key] for key in keys]
-    extended = hidden.cache.select(torch.tensor(order, device=device)) if closed else hidden.cache
+    extended = hidden.cache.select(order) if closed else hidden.cache
     return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
 
 
