@@ -54,7 +54,7 @@ def small(name: str, folder: Path) -> list[str]:
         "steps=2",
         f"data.prompts_per_step={dict.fromkeys(counts, 1)}",
         "rewards=[{name: 'spread:Spread'}]",
-        "rollout.image_size=[16, 16]",
+        "rollout.image_size=[32, 32]",
         "rollout.max_new_tokens=4",
         "rollout.num_steps=3",
         "guard={every: 2, prompts: {understand: 1, reason: 1}}",

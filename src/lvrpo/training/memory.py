@@ -201,13 +201,15 @@ class _Estimator:
         if isinstance(self.policy, FolderPolicy):
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
         for name, asked, size in (("rollout", prompts, group_size), ("guard", guard, 1)):
-            for batch in self._batches(asked, size):
+            for alike in self._alike(asked):
+                at_once = max(1, self.policy._max_rows(self._grid(alike[0])) // size)
+                batch = alike[:at_once]
                 self._note(passes, f"{name} of {_kind(batch)}", lambda b=batch, s=size: self._rollout(b, s), False)
-        for batch in self._batches(prompts, group_size):
-            if "text" in batch[0].output and config.text.weight:
-                self._note(passes, "replay of text", lambda b=batch: self._replay_text(b), True)
-            if "image" in batch[0].output and config.flow.weight:
-                self._note(passes, "replay of drawings", lambda b=batch: self._replay_drawing(b), True)
+        for alike in self._alike(prompts):
+            if "text" in alike[0].output and config.text.weight:
+                self._note(passes, "replay of text", lambda a=alike: self._replay_text(a), True)
+            if "image" in alike[0].output and config.flow.weight:
+                self._note(passes, "replay of drawings", lambda a=alike: self._replay_drawing(a), True)
         if any(reward.name in JUDGED for reward in config.rewards):
             drawn = [prompt for prompt in prompts if "image" in prompt.output]
             if drawn:
@@ -272,16 +274,12 @@ class _Estimator:
     def _window(self) -> tuple[int, ...]:
         return self.config.rollout.sampling(self.config.seed, 0).window
 
-    def _batches(self, prompts: Sequence[Prompt], group_size: int) -> list[list[Prompt]]:
-        """Of every kind of output and size the prompts with the longest contexts, as many as are sampled at once."""
+    def _alike(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """The prompts by task, kind of output and size, the longest contexts first."""
         classes: dict[object, list[Prompt]] = {}
         for prompt in prompts:
             classes.setdefault((prompt.task, prompt.output, self._grid(prompt)), []).append(prompt)
-        batches = []
-        for same in classes.values():
-            rows = max(1, self.policy._max_rows(self._grid(same[0])) // group_size)
-            batches.append(sorted(same, key=lambda p: -_length(self.policy._row(p)))[:rows])
-        return batches
+        return [sorted(same, key=lambda p: -_length(self.policy._row(p))) for same in classes.values()]
 
     # ---------------------------------------------------------------- parts of a step
     def _prefill(self, rows: Sequence[Row]) -> Cache:

@@ -1,0 +1,116 @@
+"""The memory of a run, foretold: what is counted by hand, what is alive at once, and a refusal before the load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvrpo.cli import main
+from lvrpo.config import load_config
+from lvrpo.errors import InputError
+from lvrpo.policies.loading import load_policy
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.sequence import Span, pack
+from lvrpo.training import memory
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.memory import LiveBytes, MemoryEstimate, require_memory
+from lvrpo.training.run import Alignment
+from lvrpo.training.trial import memory_needed
+
+FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
+
+
+def needed(folder: Path, *more: str) -> MemoryEstimate:
+    guard = "guard={prompts: {understand: 2}}"
+    return memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, guard, *more]))
+
+
+def test_what_is_alive_at_once_is_counted() -> None:
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(100, 100))
+        x = torch.empty(50, 100)
+        with LiveBytes([weight, x]) as live:
+            y = x @ weight  # 20,000 bytes
+            assert (live.now, live.peak) == (20_000, 20_000)
+            z = y.view(100, 50).t()  # a view takes nothing
+            assert live.now == 20_000
+            w = torch.relu(y)
+            del y, z
+            assert live.now == 20_000  # relu keeps its result alone
+            w.sum().backward()
+            assert live.peak >= 40_000 + 40_000  # the activations, and the gradient of the weight
+        assert weight.grad is not None
+
+
+def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
+    policy = load_policy(small_base)
+    assert isinstance(policy, MoTPolicy)
+    weights = 4 * sum(tensor.numel() for tensor in policy.state_dict().values())
+    trained = 4 * sum(p.numel() for p in policy.parameters())
+    plain = needed(small_base, "optimizer.kind=adamw")
+    assert plain.stays["weights"] == weights
+    assert plain.stays["old, reference and average weights"] == 3 * weights
+    assert plain.stays["moments"] == 2 * trained
+    assert plain.gradients == trained
+    matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
+    assert needed(small_base).stays["moments"] == 2 * trained - matrices
+    assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
+
+
+def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
+    pytest.importorskip("peft")
+    plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")
+    own = adapted.stays["weights"] - plain.stays["weights"]
+    assert own > 0
+    assert adapted.stays["old, reference and average weights"] == 2 * own
+    assert adapted.gradients == own
+    assert adapted.stays["moments"] == 2 * own
+
+
+def test_smaller_parts_take_less(small_base: Path) -> None:
+    whole, parts = needed(small_base), needed(small_base, "micro_batch=1")
+    assert parts.passes["replay of drawings"] < whole.passes["replay of drawings"] / 3
+    assert parts.stays == whole.stays
+    assert whole.peak > sum(whole.stays.values())
+
+
+def test_nothing_without_memory_is_left_behind(small_base: Path) -> None:
+    needed(small_base)
+    assert type(pack([(Span("text", 3),)], torch.device("cpu")).rope_ids) is torch.Tensor
+
+
+def test_too_little_memory_is_refused_before_the_load(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr("lvrpo.training.run.load_policy", lambda *_: pytest.fail("loaded"))
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW])
+    with pytest.raises(InputError, match=r"policy=.*small: needs about 0\.\d GiB on cpu, 0\.0 GiB are free: "):
+        Alignment.start(config, Path("run"))
+    assert not Path("run").exists()
+    assert main(["check", "quickstart", f"policy={small_base}", *FEW]) == 2
+    assert "while it lasts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stays", "passes", "remedy"),
+    [
+        ({"weights": 10, "old, reference and average weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
+        ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
+        ({"weights": 10}, {"replay of text": 99}, "micro_batch"),
+        ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),
+    ],
+)
+def test_the_remedy_is_for_the_largest_part(stays: dict[str, int], passes: dict[str, int], remedy: str) -> None:
+    estimate = MemoryEstimate({k: v << 50 for k, v in stays.items()}, 0, {k: v << 50 for k, v in passes.items()})
+    with pytest.raises(InputError, match=remedy):
+        require_memory(estimate, torch.device("cpu"), "policy=x")
+
+
+def test_a_small_model_is_not_looked_at(small_base: Path) -> None:
+    assert not memory.worth_a_look(small_base, torch.device("cpu"))
