@@ -227,6 +227,9 @@ class TinyPolicy(FolderPolicy):
         """Side of the pictures that it reads and draws."""
         return self.config.image_size
 
+    def pixels_per_token(self) -> int:
+        return self.config.patch_size
+
     def min_time(self) -> float:
         return self.config.min_time
 

@@ -14,6 +14,7 @@ from lvrpo.config import Config
 from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, pick_device
+from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.sampling import derive_seed
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into
@@ -39,7 +40,8 @@ class PretrainConfig(Config):
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of drawings whose text is withheld, so that guidance has an unconditional branch."""
+    """Share of drawings whose text is withheld, so that guidance has an unconditional branch. BAGEL has rates of its
+    own, in its config.json, which take the place of this one and the next."""
     picture_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of edits whose picture is withheld instead, so that image guidance has a branch without it."""
     text_weight: float = Field(default=0.5, ge=0)
@@ -84,9 +86,10 @@ class SupervisedStep:
 class Supervised:
     """The supervised trainer: one object that can be stepped, saved and resumed."""
 
-    def __init__(self, config: PretrainConfig, policy: TinyPolicy, corpus: WebCorpus) -> None:
+    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus) -> None:
         self.config = config
         self.policy = policy
+        require_size(policy, config)
         self.average = policy.frozen()
         self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
         self.optimizers = Optimizers(policy, config.optimizer, config.steps)
@@ -135,6 +138,8 @@ class Supervised:
             for j in range(step * count // run, (step + 1) * count // run):
                 unit = int(self._order(kind, j // units)[j % units])
                 out += rows[unit * run : (unit + 1) * run]
+        if self.policy.drops_conditions:
+            return out
         return [self._with_dropout(e, rng) if e.prompt.output == ("image",) else e for e in out]
 
     def _with_dropout(self, example: Example, rng: np.random.Generator) -> Example:
@@ -160,13 +165,28 @@ class Supervised:
         return self._orders[key]
 
 
-def fresh_policy(config: PretrainConfig) -> TinyPolicy:
+def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:
+    """Raises InputError where a policy does not draw pictures of the corpus's size by itself."""
+    size = config.corpus.size
+    try:
+        fits = policy.towers.latent_grid(torch.zeros(3, size, size)) == policy.towers.free_grid(None)
+    except InputError:
+        fits = False
+    if not fits:
+        height, width = (side * policy.pixels_per_token() for side in policy.towers.free_grid(None))
+        raise InputError(f"corpus.size={size}: this policy draws {width} x {height}: set corpus.size to that")
+
+
+def fresh_policy(config: PretrainConfig) -> MoTPolicy:
     """The policy to start from."""
     if config.init is not None:
         policy = load_policy(config.init, config.device)
-        if not isinstance(policy, TinyPolicy):
+        if not isinstance(policy, MoTPolicy):
             raise InputError(
-                f"init={config.init}: holds a {type(policy).__name__}: the web corpus trains the tiny policy"
+                f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "
+                "name a policy of lvrpo, or BAGEL"
             )
+        if config.representation.weight and policy.drops_conditions:
+            raise InputError("representation.weight with BAGEL: its packed pass keeps no states: set it to 0")
         return policy
     return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))

@@ -22,7 +22,7 @@ from lvrpo.policies.bagel.towers import BagelTowers
 from lvrpo.policies.bagel.words import BagelWords
 from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.batching import cut
-from lvrpo.policies.mot.context import Row, row_tokens
+from lvrpo.policies.mot.context import Piece, Row, row_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, computing
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
@@ -56,6 +56,7 @@ class BagelPolicy(MoTPolicy):
     """
 
     model_type = "bagel"
+    drops_conditions = True
     towers: BagelTowers  # type: ignore[assignment]  # narrower than the core's protocol
 
     def __init__(self, config: BagelConfig, words: BagelWords) -> None:
@@ -68,6 +69,9 @@ class BagelPolicy(MoTPolicy):
     def image_size(self) -> None:
         """Pictures of any size are read and drawn."""
         return None
+
+    def pixels_per_token(self) -> int:
+        return self.config.token_pixels
 
     def timestep_shift(self) -> float:
         return self.config.settings.timestep_shift
@@ -137,40 +141,66 @@ class BagelPolicy(MoTPolicy):
         """
         if represent is not None:
             raise InputError("representation with a BAGEL checkpoint: its packed pass keeps no states: leave it out")
-        losses = packed_losses(self.contexts, [self._trained_row(example, generator) for example in examples])
+        rows = [self._trained_row(example) for example in examples]
+        latents = self._encoded(rows)
+        filled = [self._filled(row, latents, generator) for row in rows]
+        losses = packed_losses(self.contexts, filled)
         found = {"text": losses.cross_entropy, "image": losses.squared_error}
         return {name: values.mean() for name, values in found.items() if values.numel()}
 
-    def _trained_row(self, example: Example, generator: torch.Generator) -> list[TrainedPiece]:
+    def _trained_row(self, example: Example) -> list[TrainedPiece]:
+        """The conditions, then the outputs; pictures are not encoded yet."""
         row = [TrainedPiece(piece) for piece in self._row(example.prompt)]
-        if "image" in example.prompt.output:
-            kept = [self._drop(trained, float(torch.rand((), generator=generator))) for trained in row]
-            row = [trained for trained in kept if trained is not None]
         for output in example.outputs:
             if isinstance(output, str):
                 row.append(TrainedPiece(self.contexts.text(self.words.encode(output)), loss=True))
             else:
-                row.append(self._noisy(output, generator))
-        return [self._encoded(trained) for trained in row]
+                piece = replace(self.contexts.noise(self.towers.latent_grid(output)), image=output)
+                row.append(TrainedPiece(piece, loss=True))
+        return row
+
+    def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
+        """The latent (N, C) of every clean or noisy picture, by its id; those of one grid are encoded together."""
+        pictures: dict[Grid, dict[int, Image]] = {}
+        for piece in (trained.piece for row in rows for trained in row):
+            if piece.image is not None and piece.span.kind in ("clean", "noise"):
+                pictures.setdefault(piece.grid, {})[id(piece.image)] = piece.image
+        latents: dict[int, torch.Tensor] = {}
+        for same in pictures.values():
+            latents.update(zip(same, self.towers.encode_latents(list(same.values())), strict=True))
+        return latents
+
+    def _filled(
+        self, row: Sequence[TrainedPiece], latents: Mapping[int, torch.Tensor], generator: torch.Generator
+    ) -> list[TrainedPiece]:
+        """The row with its latents, noise and times, and without the conditions that chance leaves out."""
+        draws = any(trained.piece.span.kind == "noise" for trained in row)
+        out: list[TrainedPiece] = []
+        for trained in row:
+            kept: TrainedPiece | None = trained
+            if draws and not trained.loss:
+                kept = self._drop(trained, float(torch.rand((), generator=generator)))
+            if kept is None:
+                continue
+            piece = kept.piece
+            if piece.image is not None and piece.span.kind in ("clean", "noise"):
+                clean = latents[id(piece.image)]
+                if piece.span.kind == "clean":
+                    kept = TrainedPiece(replace(piece, state=(clean, clean.new_zeros(()))))
+                else:
+                    kept = self._noisy(piece, clean, generator)
+            out.append(kept)
+        return out
 
     def _drop(self, trained: TrainedPiece, u: float) -> TrainedPiece | None:
         settings = self.config.settings
         shares = {"text": settings.drop_text, "clean": settings.drop_latent, "read": settings.drop_read}
         return dropped(trained) if u < shares[trained.piece.span.kind] else trained
 
-    def _noisy(self, image: Image, generator: torch.Generator) -> TrainedPiece:
-        clean = self.towers.encode_latents([image])[0]
+    def _noisy(self, piece: Piece, clean: torch.Tensor, generator: torch.Generator) -> TrainedPiece:
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         t = flow_time(torch.randn((), generator=generator), self.config.settings.training_shift).to(clean)
-        return noisy_piece(self.contexts.noise(self.towers.latent_grid(image)), clean, noise, t)
-
-    def _encoded(self, trained: TrainedPiece) -> TrainedPiece:
-        """A clean picture with its latent given, as those of the noisy ones are."""
-        piece = trained.piece
-        if piece.span.kind != "clean" or piece.image is None:
-            return trained
-        clean = self.towers.encode_latents([piece.image])[0]
-        return TrainedPiece(replace(piece, state=(clean, clean.new_zeros(()))))
+        return noisy_piece(piece, clean, noise, t)
 
     # ---------------------------------------------------------------- weights
     def stored_name(self, name: str) -> str:

@@ -77,6 +77,8 @@ class MoTPolicy(nn.Module, ABC):
     """One policy that reads and draws, whatever its towers."""
 
     model_type = "lvrpo_mot"
+    drops_conditions = False
+    """Whether ``supervised_losses`` leaves conditions out by itself."""
 
     def __init__(self, transformer: MoT, towers: nn.Module, words: Words) -> None:
         super().__init__()
@@ -285,6 +287,10 @@ class MoTPolicy(nn.Module, ABC):
         if trajectory.image is not None:
             drawing_tokens = self.contexts.noise(self._drawn_grid(trajectory)).span.length
         return Tokens(row_tokens(self._row(trajectory.prompt)), sum(texts), drawing_tokens)
+
+    @abstractmethod
+    def pixels_per_token(self) -> int:
+        """Of a drawing, along a side."""
 
     def limit_tokens(self, limit: int | None) -> None:
         """This policy is small: it goes by rows."""
