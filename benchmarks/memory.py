@@ -47,9 +47,9 @@ SHAPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
         {"width": 256, "depth": 6, "image_size": 128},
         [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={noise_draws: 4}"],
     ),
-    "bagel 256 x 6, micro_batch 2": (
+    "bagel 256 x 6, two drawings at once": (
         {"width": 256, "depth": 6, "image_size": 128},
-        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={noise_draws: 4}", "micro_batch=2"],
+        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={noise_draws: 4}", "limits={backward_members: 2}"],
     ),
     "bagel 256 x 6, 30000 words": (
         {"width": 256, "depth": 6, "vocabulary_size": 30000},

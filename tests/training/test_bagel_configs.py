@@ -96,7 +96,7 @@ def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
     pytest.importorskip("peft")
     found = []
     for parts in ("null", "1"):
-        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", f"micro_batch={parts}", "precision={}"]
+        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", f"limits.backward_members={parts}", "precision={}"]
         config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
         alignment = Alignment.start(config, Path(f"run-{parts}"))
         with alignment.run as run:

@@ -73,7 +73,7 @@ def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
 
 
 def test_smaller_parts_take_less(small_base: Path) -> None:
-    whole, parts = needed(small_base), needed(small_base, "micro_batch=1")
+    whole, parts = needed(small_base), needed(small_base, "limits.backward_members=1")
     assert parts.passes["replay of drawings"] < whole.passes["replay of drawings"] / 3
     assert parts.stays == whole.stays
     assert whole.peak > sum(whole.stays.values())
@@ -102,7 +102,7 @@ def test_too_little_memory_is_refused_before_the_load(
     [
         ({"weights": 10, "old, reference and average weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
         ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
-        ({"weights": 10}, {"replay of text": 99}, "micro_batch"),
+        ({"weights": 10}, {"replay of text": 99}, "limits.backward_members"),
         ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),
     ],
 )

@@ -94,9 +94,6 @@ class TrainConfig(Config):
     flow: FlowConfig = FlowConfig()
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Drawings replayed at once, each at ``flow.noise_draws`` times; texts: eight times as many. Less memory, the same
-    gradient; None: 192."""
     mini_updates: int = Field(default=1, ge=1)
     """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
     gradient_mixing: Mixing = "sum"
@@ -104,7 +101,7 @@ class TrainConfig(Config):
     norm_balanced: scaled to one norm; the last two in each expert by itself."""
     gradient_audit: GradientAuditConfig = GradientAuditConfig()
     limits: LimitsConfig = LimitsConfig()
-    """What is replayed at once."""
+    """What goes through the policy at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 
 
 class LimitsConfig(Config):
-    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once.
+    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once; or in members.
 
     They move results by rounding alone.
     """
@@ -17,11 +19,22 @@ class LimitsConfig(Config):
     forward_tokens: int | None = Field(default=None, ge=1)
     """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768)."""
     backward_tokens: int | None = Field(default=None, ge=1)
-    """At once where a gradient is kept, every trained step and every branch of guidance counted. None: 192 drawings or
-    1536 texts, which suits small policies."""
+    """At once where a gradient is kept, every trained step and every branch of guidance counted."""
+    backward_members: int | None = Field(default=None, ge=1)
+    """The same, in drawings, each at ``flow.noise_draws`` times; texts: eight times as many. None, and no
+    ``backward_tokens``: 192, which suits small policies."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass instead of being remembered: a third more time, a fraction of the
     memory."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.backward_tokens is not None and self.backward_members is not None:
+            raise ValueError(
+                f"limits.backward_tokens={self.backward_tokens} and limits.backward_members={self.backward_members}: "
+                "two limits of one thing: give one of them"
+            )
+        return self
 
     def apply(self, policy: Policy) -> None:
         """Sets a policy up."""

@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lvrpo.errors import InputError
 from lvrpo.policies import POLICIES
+from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.loading import DTYPES, model_type, pick_device, policy_folder
-from lvrpo.policies.mot import drawing
+from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
-from lvrpo.policies.mot.context import Piece, Row
+from lvrpo.policies.mot.batching import runs
+from lvrpo.policies.mot.context import Piece, row_tokens
 from lvrpo.policies.mot.folder import FolderPolicy
-from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.policy import MoTPolicy, as_written
 from lvrpo.policies.mot.sequence import Span, forget_packings
 from lvrpo.policies.mot.towers import Grid
-from lvrpo.policies.mot.transformer import Cache, Hidden
+from lvrpo.policies.mot.transformer import Cache
 from lvrpo.registry import resolve
-from lvrpo.sampling import guide
+from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import MICRO_BATCH
-from lvrpo.types import Prompt
+from lvrpo.training.objective import Member, Objective, flow_segment
+from lvrpo.training.update import objectives_of, parts
+from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 JUDGED = ("own_vqa", "agreement", "caption_back", "preference", "mutual", "edit_consistency")
 """Rewards that ask the reading side."""
@@ -108,7 +110,7 @@ def estimate_policy(
     with torch.device("meta"):
         if config.adapter is not None:
             inject_adapter(policy, config.adapter)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # pictures of the prompts come as they are
         for module in policy.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
@@ -144,7 +146,7 @@ def _remedy(estimate: MemoryEstimate) -> str:
     if largest == stays.get("weights", 0):
         return "set precision.weights=bfloat16 with an adapter, or use a larger device"
     if estimate.worst.startswith("replay"):
-        return "set micro_batch to a smaller number, flow.noise_draws or rollout.max_new_tokens too"
+        return "set limits.backward_members=1 and limits.gradient_checkpointing=true, flow.noise_draws lower"
     return "set rollout.group_size, data.prompts_per_step, rollout.max_new_tokens or the size of pictures lower"
 
 
@@ -184,8 +186,12 @@ class _Estimator:
     def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int) -> None:
         self.policy, self.config = policy, config
         self.whole = whole
+        self.sampling = config.rollout.sampling(config.seed, 0)
         if config.precision.compute is not None:
             policy.compute_in(DTYPES[config.precision.compute])
+        config.limits.apply(policy)
+        if isinstance(policy, BagelPolicy):
+            _skip_resizing(policy)
         self.contexts = policy.contexts
         self.trained = [p for p in policy.parameters() if p.requires_grad]
         for parameter in self.trained:
@@ -201,19 +207,19 @@ class _Estimator:
         if isinstance(self.policy, FolderPolicy):
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
         for name, asked, size in (("rollout", prompts, group_size), ("guard", guard, 1)):
-            for alike in self._alike(asked):
-                at_once = max(1, self.policy._max_rows(self._grid(alike[0])) // size)
-                batch = alike[:at_once]
-                self._note(passes, f"{name} of {_kind(batch)}", lambda b=batch, s=size: self._rollout(b, s), False)
-        for alike in self._alike(prompts):
-            if "text" in alike[0].output and config.text.weight:
-                self._note(passes, "replay of text", lambda a=alike: self._replay_text(a), True)
-            if "image" in alike[0].output and config.flow.weight:
-                self._note(passes, "replay of drawings", lambda a=alike: self._replay_drawing(a), True)
-        if any(reward.name in JUDGED for reward in config.rewards):
-            drawn = [prompt for prompt in prompts if "image" in prompt.output]
-            if drawn:
-                self._note(passes, "judge", lambda: self._judge(drawn), False)
+            for members in self._sampled_at_once(asked, size):
+                self._note(passes, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
+        groups = [self._group(prompt) for prompt in prompts]
+        for objective in objectives_of(config):
+            for task in tasks:
+                replayed = self._replayed_at_once([g for g in groups if g.prompt.task == task], objective)
+                replay = self._replay_text if objective.kind == "text" else self._replay_drawings
+                name = "replay of " + _NAMES[objective.kind]
+                if replayed:
+                    self._note(passes, name, lambda r=replay, t=replayed: r(t), gradient=True)
+        drawn = [t for group in groups for t in group.trajectories if t.image is not None]
+        if drawn and any(reward.name in JUDGED for reward in config.rewards):
+            self._note(passes, "judge", lambda: self._judge(drawn))
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "old, reference and average weights": copies,
@@ -224,22 +230,16 @@ class _Estimator:
         }
         return MemoryEstimate(stays, gradients, passes)
 
-    def _note(self, passes: dict[str, int], name: str, run: Callable[[], None], gradient: bool) -> None:
+    def _note(self, passes: dict[str, int], name: str, run: Callable[[], None], gradient: bool = False) -> None:
         """Runs a part and remembers what it took at its worst."""
         kept = [
             *self.policy.parameters(),
             *self.policy.buffers(),
             *(p.grad for p in self.trained if p.grad is not None),
         ]
-        with LiveBytes(kept) as live, torch.set_grad_enabled(gradient), self._precision():
+        with LiveBytes(kept) as live, torch.set_grad_enabled(gradient):
             run()
         passes[name] = max(passes.get(name, 0), live.peak)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        weights = self.policy.transformer.reading_norm.weight.dtype
-        if self.policy.compute_dtype == weights:
-            return nullcontext()
-        return torch.autocast("cpu", dtype=self.policy.compute_dtype)
 
     def _moments(self) -> int:
         kind, total = self.config.optimizer.kind, 0
@@ -258,226 +258,190 @@ class _Estimator:
         """Of one trajectory."""
         if "image" not in prompt.output:
             return 0
-        grid = self._grid(prompt)
-        latent = 4 * grid[0] * grid[1] * self.policy.towers.channels
-        steps = len(self._window())
-        return latent * (1 + 3 * steps) + 12 * self._pixels(grid)
-
-    def _pixels(self, grid: Grid) -> int:
-        height, width = grid
-        side = self.policy.image_size
-        return side * side if side is not None else height * width * self.policy.config.token_pixels**2  # type: ignore[attr-defined]  # BAGEL
+        height, width = self._grid(prompt)
+        latent = 4 * height * width * self.policy.towers.channels
+        steps = len(self.sampling.window)
+        return latent * (1 + 3 * steps) + 12 * height * width * self.policy.pixels_per_token() ** 2
 
     def _grid(self, prompt: Prompt) -> Grid:
-        return self.policy._grid(prompt, self.config.rollout.sampling(self.config.seed, 0))
+        return self.policy._grid(prompt, self.sampling)
 
-    def _window(self) -> tuple[int, ...]:
-        return self.config.rollout.sampling(self.config.seed, 0).window
-
-    def _alike(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """The prompts by task, kind of output and size, the longest contexts first."""
+    # ---------------------------------------------------------------- what goes through at once
+    def _sampled_at_once(self, prompts: Sequence[Prompt], group_size: int) -> list[list[Prompt]]:
+        """Of every kind of output and size, the first members that are sampled together, the longest contexts first."""
         classes: dict[object, list[Prompt]] = {}
         for prompt in prompts:
-            classes.setdefault((prompt.task, prompt.output, self._grid(prompt)), []).append(prompt)
-        return [sorted(same, key=lambda p: -_length(self.policy._row(p))) for same in classes.values()]
+            classes.setdefault((prompt.output, self._grid(prompt)), []).append(prompt)
+        out = []
+        for alike in classes.values():
+            longest = sorted(alike, key=lambda prompt: -row_tokens(self.policy._row(prompt)))
+            members = [prompt for prompt in longest for _ in range(group_size)]
+            out.append([members[i] for i in self.policy._cut(members, self._grid(longest[0]))[0]])
+        return out
+
+    def _replayed_at_once(self, groups: Sequence[Group], objective: Objective) -> list[Trajectory]:
+        """The largest part of a task's members that is replayed together, every group being told apart."""
+        policy = self.policy
+        longest = sorted(groups, key=lambda group: -policy.tokens(group.trajectories[0]).context)
+
+        def size(members: Sequence[Member]) -> int:
+            found = [(policy.tokens(m.trajectory), objective.passes(m.trajectory)) for m in members]
+            return sum(tokens.context + tokens.text + tokens.drawing * passes for tokens, passes in found)
+
+        with unset_fake_temporarily():  # a choice looks at advantages and times
+            A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
+            chosen = objective.choose(longest, A)
+            cuts = list(parts(chosen, objective, policy, self.config.limits))
+            return [member.trajectory for member in max(cuts, key=size, default=[])]
+
+    def _group(self, prompt: Prompt) -> Group:
+        return Group(prompt, tuple(self._trajectory(prompt, m) for m in range(self.config.rollout.group_size)))
+
+    def _trajectory(self, prompt: Prompt, member: int) -> Trajectory:
+        """An outcome as long as it may be; no two members write alike."""
+        segments = [self._text(member) if kind == "text" else self._drawing(prompt) for kind in prompt.output]
+        return Trajectory(prompt, member, tuple(segments), member)
+
+    def _text(self, member: int) -> TextSegment:
+        length = self.config.rollout.max_new_tokens
+        with unset_fake_temporarily():  # its values are looked at
+            tokens, logprobs = torch.arange(length) + member * length, torch.zeros(length)
+        return TextSegment(tokens, logprobs, self.config.rollout.temperature, "", ended=False)
+
+    def _drawing(self, prompt: Prompt) -> FlowSegment:
+        sampling, policy = self.sampling, self.policy
+        height, width = self._grid(prompt)
+        shift = policy.timestep_shift() if sampling.timestep_shift is None else sampling.timestep_shift
+        window = sampling.window if sampling.sampler != "ode" else ()
+        pixels = policy.pixels_per_token()
+        with unset_fake_temporarily():  # they are looked at: is a step guided
+            timesteps = timestep_grid(sampling.num_steps, shift)
+        latent = torch.empty(height * width, policy.towers.channels)
+        states = torch.empty(len(window), *latent.shape)
+        return FlowSegment(
+            latent=latent,
+            timesteps=timesteps,
+            trained_steps=window,
+            states=states,
+            next_states=states,
+            behavior_logprobs=torch.empty(len(window)),
+            sampler=sampling.sampler,
+            noise_level=sampling.noise_level,
+            guidance_scale=sampling.guidance_scale,
+            image_guidance_scale=sampling.image_guidance_scale,
+            guidance_renorm=sampling.guidance_renorm,
+            logprob_reduction=sampling.logprob_reduction,
+            image=torch.empty(3, height * pixels, width * pixels),
+            guidance_renorm_min=sampling.guidance_renorm_min,
+            guidance_interval=sampling.guidance_interval,
+            means=states,
+        )
 
     # ---------------------------------------------------------------- parts of a step
-    def _prefill(self, rows: Sequence[Row]) -> Cache:
-        empty = self.policy.transformer.empty_cache(len(rows))
-        if not any(rows):
-            return empty
-        return self._run([_without_pictures(self.contexts.words.bos_id, row) for row in rows], empty).cache
+    def _rollout(self, members: Sequence[Prompt]) -> None:
+        """As ``sample``: the last token of the longest texts, their scores, one step of a drawing, and its pixels."""
+        policy, contexts = self.policy, self.contexts
+        owner = runs([prompt.id for prompt in members])
+        rows = [policy._row(members[owner.index(p)]) for p in range(owner[-1] + 1)]
+        output, of_prompt = members[0].output, owner
+        with policy.autocast():
+            cache = contexts.prefill(rows)
+            if "text" in output:
+                self._write(cache, owner)
+                texts = [as_written(self._text(m)) for m in range(len(members))]
+                closed = len(output) > 1
+                scores = writing.score(contexts, cache, owner, texts, self.sampling.temperature, closed)
+                if closed:
+                    cache, owner = scores.cache, list(range(len(members)))
+            if "image" in output:
+                grid, size = self._grid(members[0]), len(members)
+                branches = policy._branches(cache.select(owner), [rows[p] for p in of_prompt], self.sampling)
+                x_t = torch.empty(size, grid[0] * grid[1], policy.towers.channels)
+                guidance = drawing.guidance_of(self.sampling)
+                v = drawing.guided_velocity(
+                    contexts, branches, x_t, torch.empty(()), guidance, grid, guidance.interval[1]
+                )
+                policy.towers.decode_latents(x_t - v, grid)
 
-    def _run(self, rows: Sequence[Row], cache: Cache) -> Hidden:
-        latents = self.policy.towers.channels
-        given = [
-            tuple(
-                Piece(p.span, p.ids, grid=p.grid, state=(torch.empty(p.grid[0] * p.grid[1], latents), torch.empty(())))
-                if p.span.kind == "clean"
-                else p
-                for p in row
-            )
-            for row in rows
-        ]
-        return self.contexts.run(given, cache)
-
-    def _rollout(self, prompts: Sequence[Prompt], group_size: int) -> None:
-        rows = [self.policy._row(prompt) for prompt in prompts]
-        self._towers(rows)
-        cache = self._prefill(rows)
-        owner = torch.arange(len(rows)).repeat_interleave(group_size)
-        output = prompts[0].output
-        if "text" in output:
-            self._write(cache, owner)
-            cache, owner = self._score(cache, owner, closed=len(output) > 1), torch.arange(len(owner))
-        if "image" in output:
-            grid = self._grid(prompts[0])
-            latents = self._draw(cache.select(owner), rows, owner, grid, guided=True)
-            self.policy.towers.decode_latents(latents, grid)
-
-    def _towers(self, rows: Sequence[Row]) -> None:
-        """The reading of all pictures of the contexts, and the encoding of one."""
-        pieces = [piece for row in rows for piece in row]
-        read = {id(piece.image): piece for piece in pieces if piece.span.kind == "read"}
-        if read:
-            piece = next(iter(read.values()))
-            towers: Any = self.policy.towers  # Any: the pixels of the reading tower are BAGEL's own
-            if hasattr(towers, "read_embed"):
-                patch = self.policy.config.vit.patch_size  # type: ignore[attr-defined]  # BAGEL
-                towers.read_embed(torch.empty(len(read), 3, piece.grid[0] * patch, piece.grid[1] * patch))
-        clean = {id(piece.image): piece for piece in pieces if piece.span.kind == "clean"}
-        if clean and isinstance(getattr(self.policy.towers, "latent_vae", None), torch.nn.Module):
-            grid = next(iter(clean.values())).grid
-            towers, pixels = self.policy.towers, self.policy.config.token_pixels  # type: ignore[attr-defined]  # BAGEL
-            size = (len(clean), 3, grid[0] * pixels, grid[1] * pixels)
-            f = self.policy.config.vae.downsample  # type: ignore[attr-defined]  # BAGEL
-            z = (len(clean), self.policy.config.vae.channels, size[2] // f, size[3] // f)  # type: ignore[attr-defined]
-            towers.encode_pixels(torch.empty(size), torch.empty(z))  # type: ignore[attr-defined]
-
-    def _write(self, cache: Cache, owner: torch.Tensor) -> None:
+    def _write(self, cache: Cache, owner: Sequence[int]) -> None:
         """The last token of the longest texts, no two members alike."""
-        tokens = self.config.rollout.max_new_tokens
-        words = self.contexts.words
-        texts = [(self.contexts.open_text([words.bos_id] * max(0, tokens - 2)),)] * len(owner)
-        before = self._run(texts, cache.select(owner)).cache
-        hidden = self._run([(Piece(Span("text", 1), (words.bos_id,)),)] * len(owner), before)
+        contexts, bos = self.contexts, self.contexts.words.bos_id
+        begun = [(contexts.open_text([bos] * max(0, self.config.rollout.max_new_tokens - 2)),)] * len(owner)
+        before = contexts.run(begun, cache.select(owner)).cache
+        hidden = contexts.run([(Piece(Span("text", 1), (bos,)),)] * len(owner), before)
         logits = self.policy.towers.text_logits(hidden.reading)
         torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-        hidden.cache.select(torch.arange(len(owner)))
+        hidden.cache.joined(len(cache.parts))
 
-    def _score(self, cache: Cache, owner: torch.Tensor, closed: bool, keep: list[torch.Tensor] | None = None) -> Cache:
-        """As ``writing.score``, with texts as long as they may be."""
-        tokens = self.config.rollout.max_new_tokens
-        ids = [self.contexts.words.bos_id] * (tokens - 1)
-        piece = self.contexts.text(ids) if closed else self.contexts.open_text(ids)
-        hidden = self._run([(piece,)] * len(owner), cache.select(owner))
-        places = torch.arange(tokens * len(owner))
-        logits = self.policy.towers.text_logits(hidden.reading.index_select(0, places))
-        forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        logits = logits.masked_fill(forbidden, -torch.inf)
-        distribution = torch.log_softmax(logits.float() / 1.0, dim=-1)
-        chosen = distribution.gather(1, places[:, None])[:, 0]
-        entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0)).sum(-1)
-        if keep is not None:
-            keep += [chosen, entropy]
-        return hidden.cache.select(torch.arange(len(owner))) if closed else hidden.cache
-
-    def _draw(self, full: Cache, rows: Sequence[Row], owner: torch.Tensor, grid: Grid, guided: bool) -> torch.Tensor:
-        """One step of a drawing with all its branches."""
-        sampling = self.config.rollout
-        cut: list[Callable[[Row], Row]] = []
-        if guided and sampling.guidance_scale != 1:
-            cut = [self.contexts.without_text]
-            cut += [self.contexts.without_images] if sampling.image_guidance_scale != 1 else []
-        branches = [full]
-        for shortened in cut:
-            each = self._prefill([shortened(row) for row in rows])
-            branches.append(each.select(torch.arange(len(owner)) % len(rows)))
-        x_t, t = torch.empty(len(owner), grid[0] * grid[1], self.policy.towers.channels), torch.empty(len(owner))
-        v, *others = [drawing.velocity(self.contexts, cache, x_t, t, grid) for cache in branches]
-        if others:
-            v = guide(
-                v,
-                others[0],
-                others[1] if len(others) > 1 else None,
-                guidance_scale=sampling.guidance_scale,
-                image_guidance_scale=sampling.image_guidance_scale,
-                renorm=sampling.guidance_renorm,
-            )
-        return x_t - v
-
-    def _replay_text(self, prompts: Sequence[Prompt]) -> None:
-        group_size = self.config.rollout.group_size
-        members = min(8 * (self.config.micro_batch or MICRO_BATCH), len(prompts) * group_size)
-        rows = [self.policy._row(prompt) for prompt in prompts][: -(-members // group_size)]
-        owner = torch.arange(members) // group_size
-        terms: list[torch.Tensor] = []
-        self._towers(rows)
-        closed = len(prompts[0].output) > 1
-        after = self._score(self._prefill(rows), owner, closed, terms)
-        if closed and self.config.flow.kind == "grpo":
-            terms.append(self._draw(after, rows, owner, self._grid(prompts[0]), guided=True))
+    def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
+        """As ``token_grid`` of the trained policy, then of the reference."""
+        replayed = self.policy.logprobs(trajectories)
+        terms = [term for rows in replayed for row in rows if row.entropy is not None
+                 for term in (row.logprobs, row.entropy)]  # fmt: skip
+        del replayed
         if self.config.text.kl_coef:
             with torch.no_grad():
-                self._score(self._prefill(rows), owner, closed)
-        torch.stack([term.float().sum() for term in terms]).sum().backward()
+                self.policy.logprobs(trajectories)
+        torch.cat(terms).sum().backward()
 
-    def _replay_drawing(self, prompts: Sequence[Prompt]) -> None:
-        flow, group_size = self.config.flow, self.config.rollout.group_size
-        chosen = min(2 * flow.keep, group_size) if flow.kind in ("nft", "grpo") else max(2, flow.keep)
-        members = min(self.config.micro_batch or MICRO_BATCH, len(prompts) * chosen)
-        prompt_rows = [self.policy._row(prompt) for prompt in prompts][: -(-members // chosen)]
-        self._towers(prompt_rows)
-        grid, thought = self._grid(prompts[0]), len(prompts[0].output) > 1
-        ids = [self.contexts.words.bos_id] * self.config.rollout.max_new_tokens
-        rows = [(*row, self.contexts.text(ids)) if thought else row for row in prompt_rows]
+    def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
+        """As the losses of drawings: recorded steps, or velocities at fresh times, and those of the frozen policies."""
+        flow, policy = self.config.flow, self.policy
         draws = 1 if flow.kind == "grpo" else flow.noise_draws
-        owner = (torch.arange(members * draws) // (chosen * draws)) % len(rows)
+        repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
+        x_t = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
 
         def velocity() -> torch.Tensor:
-            return self._draw(self._prefill(rows).select(owner), prompt_rows, owner, grid, guided=False)
+            return policy.velocity(repeated, x_t, torch.empty(len(x_t)))
 
         if flow.kind == "grpo":
-            cache = self._prefill(rows).select(owner)
-            terms = [self._draw(cache, prompt_rows, owner, grid, guided=True) for _ in self._window()]
+            last = [rows[-1] for rows in policy.logprobs(trajectories)]
+            terms = [term for row in last for term in (row.logprobs, row.means) if term is not None]
             if flow.kl_coef and flow.kl == "velocity":
-                terms += [velocity() for _ in self._window()]
+                terms += [velocity() for _ in flow_segment(trajectories[0]).trained_steps]
         else:
             terms = [velocity()]
         with torch.no_grad():
-            others = [velocity() for _ in range((flow.kind == "nft") + bool(flow.kl_coef or flow.kind == "dpo"))]
-        for other in others:
-            terms.append((terms[0] - other).square())
+            if flow.kind == "grpo" and flow.kl_coef and flow.kl == "gaussian":
+                policy.logprobs(trajectories)
+            frozen = (flow.kind == "nft") + bool(flow.kl_coef or flow.kind == "dpo")
+            others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
+        terms += [(terms[0] - other).square() for other in others if other.shape == terms[0].shape]
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 
-    def _judge(self, prompts: Sequence[Prompt]) -> None:
-        """Questions about all drawings, a picture being read once for its questions."""
-        rows: list[Row] = []
-        pictures = 0
-        for prompt in prompts:
-            side = self._grid(prompt)
-            n = self._read_tokens(side)
-            for _ in range(self.config.rollout.group_size):
-                pictures += 1
-                questions = max(1, len(prompt.facts))
-                ids = (self.contexts.words.bos_id,)
-                head = Piece(Span("text", n + 2), ids * (n + 2))
-                rows += [(head, self.contexts.text(ids * 8))] * questions
-        rows = rows[: self.policy._judged_at_once(rows)]
-        heads = -(-len(rows) * pictures // sum(max(1, len(p.facts)) * self.config.rollout.group_size for p in prompts))
-        cache = self._run([row[:1] for row in rows[:heads]], self.policy.transformer.empty_cache(heads)).cache
-        cache = cache.select(torch.arange(len(rows)) % heads)
-        cache = self._run([row[1:] for row in rows], cache).cache
-        hidden = self._run([(self.contexts.open_text(ids),)] * len(rows), cache.select(torch.arange(len(rows))))
-        torch.log_softmax(self.policy.towers.text_logits(hidden.reading).float(), dim=-1).exp()
+    def _judge(self, drawn: Sequence[Trajectory]) -> None:
+        """A question for every fact of every drawing."""
+        asked = [
+            ((trajectory.image, fact.question), fact.answer)
+            for trajectory in drawn
+            for fact in trajectory.prompt.facts or (Fact("", "", ""),)
+            if trajectory.image is not None
+        ]
+        self.policy.text_logprob([context for context, _ in asked], [answer for _, answer in asked])
 
-    def _read_tokens(self, grid: Grid) -> int:
-        """Tokens of the reading tower for a drawing of this grid."""
-        side = self.policy.image_size
-        if side is not None:
-            return grid[0] * grid[1]
-        pixels = self.policy.config.token_pixels  # type: ignore[attr-defined]  # BAGEL
-        rows, columns = self.policy.towers.read_grid(torch.empty(3, grid[0] * pixels, grid[1] * pixels))
-        return rows * columns
+
+_NAMES = {"text": "text", "image": "drawings"}
 
 
 def _kind(prompts: Sequence[Prompt]) -> str:
-    return " and ".join({"text": "text", "image": "drawings"}[kind] for kind in prompts[0].output)
+    return " and ".join(_NAMES[kind] for kind in prompts[0].output)
 
 
-def _length(row: Row) -> int:
-    return sum(piece.span.length for piece in row)
+def _skip_resizing(policy: BagelPolicy) -> None:
+    """Pictures come at the size that the towers want: how they are resized needs their values."""
+    towers, config = policy.towers, policy.config
 
+    def read_pixels(image: Image) -> torch.Tensor:
+        height, width = towers.read_grid(image)
+        return torch.empty(3, height * config.vit.patch_size, width * config.vit.patch_size)
 
-def _without_pictures(filler: int, row: Row) -> Row:
-    """The row with the tokens of its read pictures as so many words: their tower is run by itself."""
-    return tuple(_as_words(piece, filler) for piece in row)
+    def encode_latents(images: Sequence[Image]) -> torch.Tensor:
+        height, width = (side * config.token_pixels for side in towers.latent_grid(images[0]))
+        f, channels = config.vae.downsample, config.vae.channels
+        noise = torch.empty(len(images), channels, height // f, width // f)
+        return towers.encode_pixels(torch.empty(len(images), 3, height, width), noise)
 
-
-def _as_words(piece: Piece, filler: int) -> Piece:
-    if piece.span.kind != "read":
-        return piece
-    return Piece(Span("text", piece.span.length), (filler,) * piece.span.length)
+    towers.read_pixels, towers.encode_latents = read_pixels, encode_latents
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

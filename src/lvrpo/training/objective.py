@@ -25,8 +25,10 @@ KINDS: tuple[OutputKind, ...] = ("text", "image")
 Advantages = Mapping[OutputKind, "Float[torch.Tensor, 'P G']"]
 """The advantages of the members of all groups, by the kind of segment that they train."""
 
-MICRO_BATCH = 192
-"""Drawings replayed at once."""
+MEMBERS_AT_ONCE = 192
+"""Drawings that are replayed together."""
+TEXTS_PER_DRAWING = 8
+"""So many texts are replayed in the place of a drawing."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,11 @@ class Objective(ABC):
     """So many consecutive members belong together: 2 for pairs."""
     weight: float
     """Of its loss in the sum."""
-    micro_batch: int | None = None
-    """Drawings replayed at once; None: ``MICRO_BATCH``."""
 
-    @property
-    def rows_at_once(self) -> int:
-        """Members that are replayed together."""
-        return self.micro_batch or MICRO_BATCH
+    def at_once(self, limit: int | None) -> int:
+        """Members that are replayed together; ``limit`` is in drawings, None: ``MEMBERS_AT_ONCE``."""
+        members = MEMBERS_AT_ONCE if limit is None else limit
+        return members * (TEXTS_PER_DRAWING if self.kind == "text" else 1)
 
     @abstractmethod
     def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:

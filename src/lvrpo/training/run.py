@@ -170,7 +170,7 @@ class Alignment:
     def result(self) -> Policy:
         """The weights that the guard found best."""
         precision = self.config.precision
-        return at_precision(load_policy(self.run.path, self.config.device, precision.weights), self.config)
+        return as_configured(load_policy(self.run.path, self.config.device, precision.weights), self.config)
 
 
 def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate:
@@ -210,15 +210,16 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
-    return at_precision(policy, config), base
+    return as_configured(policy, config), base
 
 
-def at_precision(policy: Policy, config: TrainConfig) -> Policy:
-    """The policy, told in which dtype to multiply."""
+def as_configured(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy, told in which dtype to multiply and how much goes through it at once."""
     if config.precision.compute is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
         policy.compute_in(DTYPES[config.precision.compute])
+    config.limits.apply(policy)
     return policy
 
 
@@ -226,7 +227,6 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
     """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
     keep_start(run, policy)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
-    config.limits.apply(policy)
     return RunState.start(policy, config)
 
 
@@ -234,8 +234,7 @@ def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
     policy = load_policy(run.path / START, config.device, config.precision.weights)
-    config.limits.apply(policy)
-    state = RunState.start(at_precision(policy, config), config)
+    state = RunState.start(as_configured(policy, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)

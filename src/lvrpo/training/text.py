@@ -89,10 +89,6 @@ class TextObjective(Objective):
         self.weight = config.weight
         self.max_new_tokens = max_new_tokens
 
-    @property
-    def rows_at_once(self) -> int:
-        return 8 * (self.micro_batch or objective.MICRO_BATCH)
-
 
 class TokenObjective(TextObjective):
     """Policy gradient on the tokens of every group with signal."""
@@ -150,8 +146,9 @@ def anchored(policy: Policy, groups: Sequence[Group]) -> list[Group]:
     trajectories = [t for group in groups for t in group.trajectories if text_segments(t)]
     scored: dict[int, Trajectory] = {}
     with torch.no_grad():
-        for start in range(0, len(trajectories), 8 * objective.MICRO_BATCH):
-            part = trajectories[start : start + 8 * objective.MICRO_BATCH]
+        size = objective.MEMBERS_AT_ONCE * objective.TEXTS_PER_DRAWING
+        for start in range(0, len(trajectories), size):
+            part = trajectories[start : start + size]
             for trajectory, rows in zip(part, policy.logprobs(part), strict=True):
                 segments = tuple(
                     replace(s, trainer_logprobs=row.logprobs.cpu()) if isinstance(s, TextSegment) else s

@@ -13,6 +13,7 @@ from lvrpo.training.best_of import BestDrawing, BestText
 from lvrpo.training.dpo import FlowDPO, TextDPO
 from lvrpo.training.flow import NFT, FlowGRPO, FlowObjective
 from lvrpo.training.gradients import TaskGradients
+from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies, flow_segment
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import TextObjective, TokenObjective, anchored
@@ -41,12 +42,10 @@ FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
 
 def objectives_of(config: TrainConfig) -> list[Objective]:
     """How each kind of segment is trained; a kind of weight 0 is not."""
-    objectives = [
+    objectives: list[Objective] = [
         TEXT_OBJECTIVES[config.text.kind](config.text, config.rollout.max_new_tokens),
         FLOW_OBJECTIVES[config.flow.kind](config.flow),
     ]
-    for objective in objectives:
-        objective.micro_batch = config.micro_batch
     return [objective for objective in objectives if objective.weight]
 
 
@@ -74,7 +73,7 @@ def update(
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
         for objective in objectives:
             chosen = objective.choose(task_groups, A[objective.kind])
-            for members in parts(chosen, objective, policies.live, config.limits.backward_tokens):
+            for members in parts(chosen, objective, policies.live, config.limits):
                 share = objective.size(members) / objective.size(chosen)
                 loss = objective.loss(Batch(policies, task, step, members, share, metrics))
                 (weight * objective.weight * share * loss).backward()
@@ -124,11 +123,11 @@ def deal(groups: Sequence[Group], advantages: Advantages, parts: int) -> Iterato
 
 
 def parts(
-    chosen: Sequence[Member], objective: Objective, policy: Policy, limit: int | None
+    chosen: Sequence[Member], objective: Objective, policy: Policy, limits: LimitsConfig
 ) -> Iterator[Sequence[Member]]:
     """The chosen members, as many at a time as are replayed at once; what belongs together stays so.
 
-    Drawings of different sizes are replayed apart. ``limit`` is in tokens that keep a gradient; None: in members.
+    Drawings of different sizes are replayed apart.
     """
     unit = objective.unit
     units = [chosen[start : start + unit] for start in range(0, len(chosen), unit)]
@@ -137,11 +136,11 @@ def parts(
         size = flow_segment(members[0].trajectory).image.shape if objective.kind == "image" else None
         sizes.setdefault(size, []).append(members)
     for same in sizes.values():
-        if limit is None:
-            at_once = max(1, objective.rows_at_once // unit)
+        if limits.backward_tokens is None:
+            at_once = max(1, objective.at_once(limits.backward_members) // unit)
             cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
         else:
-            cuts = cut_by_tokens(same, objective, policy, limit)
+            cuts = cut_by_tokens(same, objective, policy, limits.backward_tokens)
         for indices in cuts:
             yield [member for i in indices for member in same[i]]
 

@@ -120,12 +120,14 @@ class Contexts:
     def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The reading expert's tokens (Nr, D) of pieces as they enter the transformer: words, markers, patches."""
         device = self.transformer.inv_freq.device
-        ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64, device=device)
-        reading = self.towers.embed_tokens(ids.clamp(min=0))
+        ids = [i for piece in pieces for i in piece.ids]
+        known = torch.tensor([max(i, 0) for i in ids], dtype=torch.int64, device=device)
+        reading = self.towers.embed_tokens(known)
         read = [piece for piece in pieces if piece.span.kind == "read"]
         if read:
             tokens = _by_grid(read, self._read)
-            reading = reading.index_put(((ids == PICTURE).nonzero()[:, 0],), tokens.to(reading.dtype))
+            places = torch.tensor([place for place, i in enumerate(ids) if i == PICTURE], device=device)
+            reading = reading.index_put((places,), tokens.to(reading.dtype))
         return reading
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:

@@ -124,12 +124,21 @@ def velocity_and_features(
 
 
 def guided_velocity(
-    contexts: Contexts, caches: Branches, x_t: torch.Tensor, t: torch.Tensor, guidance: Guidance, grid: Grid
+    contexts: Contexts,
+    caches: Branches,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    guidance: Guidance,
+    grid: Grid,
+    at: float | None = None,
 ) -> torch.Tensor:
-    """Three-way classifier-free guidance at one time () for all rows; one pass per branch that is present."""
+    """Three-way classifier-free guidance at one time () for all rows; one pass per branch that is present.
+
+    ``at`` is the same time as a number: reading it from a card would wait for the card.
+    """
     times = t.expand(len(x_t))
     v = velocity(contexts, caches.full, x_t, times, grid)
-    if caches.no_text is None or not guidance.active(float(t)):
+    if caches.no_text is None or not guidance.active(float(t) if at is None else at):
         return v
     v_no_text = velocity(contexts, caches.no_text, x_t, times, grid)
     v_no_image = velocity(contexts, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
@@ -180,10 +189,10 @@ def integrate(
         timesteps = compressed_grid(sampling.num_steps, ends, sampling.steps_after_window, shift).to(device)
     check_window(window, sampling.num_steps, sampling.sampler)
     states, next_states, logprobs, means = [], [], [], []
-    solve, past = SOLVERS[sampling.solver], None
+    solve, past, times = SOLVERS[sampling.solver], None, timesteps.tolist()
     for i in range(len(timesteps) - 1):
         t, t_next = timesteps[i], timesteps[i + 1]
-        v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
+        v = guided_velocity(contexts, caches, x_t, t, guidance, grid, times[i])
         if i in window:
             assert step_noise is not None
             step = STEPS[sampling.sampler](x_t, v, t, t_next, sampling.noise_level)
@@ -222,11 +231,11 @@ def replay_steps(
     """Recorded steps scored under the current weights, with the very calls that sampled them."""
     if not trained_steps:
         return ReplayedDrawing(states.new_zeros(len(states), 0), states, states.new_zeros(0))
-    logprobs, means, stds = [], [], []
+    logprobs, means, stds, times = [], [], [], timesteps.tolist()
     for w, i in enumerate(trained_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         x_t = states[:, w]
-        v = guided_velocity(contexts, caches, x_t, t, guidance, grid)
+        v = guided_velocity(contexts, caches, x_t, t, guidance, grid, times[i])
         step = STEPS[sampler](x_t, v, t, t_next, noise_level)
         logprobs.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
         means.append(step.mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -55,9 +56,7 @@ def computing(
 
     @wraps(method)
     def run(policy: PolicyT, *args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
-        if policy._autocast is None:
-            return method(policy, *args, **kwargs)
-        with torch.autocast(policy.device.type, dtype=policy._autocast):
+        with policy.autocast():
             return method(policy, *args, **kwargs)
 
     return run
@@ -94,6 +93,12 @@ class MoTPolicy(nn.Module, ABC):
         """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
         self._autocast = None if dtype == self.transformer.reading_norm.weight.dtype else dtype
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """What ``compute_in`` asked for, while the model runs."""
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """What matrices are multiplied in."""
@@ -125,6 +130,7 @@ class MoTPolicy(nn.Module, ABC):
         return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
 
     @torch.no_grad()
+    @computing
     def sample_member(self, prompt: Prompt, sampling: Sampling, seed: int, member: int) -> Trajectory:
         """One member of the group that ``sample`` gives for the prompt and the seed, by itself."""
         return self._sample_batch([_Asked(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
@@ -228,7 +234,7 @@ class MoTPolicy(nn.Module, ABC):
         for s, kind in enumerate(trajectories[0].prompt.output):
             segments = [t.segments[s] for t in trajectories]
             if kind == "text":
-                texts = [_written(segment) for segment in segments]
+                texts = [as_written(segment) for segment in segments]
                 closed = s + 1 < len(trajectories[0].segments)
                 scores = writing.score(contexts, cache, owner, texts, _temperature(segments[0]), closed)
                 for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
@@ -271,7 +277,7 @@ class MoTPolicy(nn.Module, ABC):
         rows = []
         for trajectory in trajectories:
             thoughts = [s for s in trajectory.segments if isinstance(s, TextSegment)]
-            ids = [_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
+            ids = [as_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
             rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
         grid = self._drawn_grid(trajectories[0])
         out = []
@@ -314,6 +320,7 @@ class MoTPolicy(nn.Module, ABC):
         return torch.stack(out)
 
     @torch.no_grad()
+    @computing
     def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """What the reading side makes of texts in their contexts: features for a head, float32 (batch, 2 D + 2).
 
@@ -579,7 +586,8 @@ def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
     return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
 
 
-def _written(segment: Segment) -> Written:
+def as_written(segment: Segment) -> Written:
+    """A recorded text."""
     assert isinstance(segment, TextSegment)
     return Written(tuple(segment.tokens.tolist()), segment.ended)
 
