@@ -79,9 +79,16 @@ def prepare(sizes: dict[str, Any] | None, folder: Path) -> str:
     """The policy of a shape."""
     if sizes is None:
         return "tiny"
+    import torch
+
     from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 
-    create_bagel(BagelSizes.model_validate(sizes), ["a picture of a red circle"]).save(folder)
+    policy = create_bagel(BagelSizes.model_validate(sizes), ["a picture of a red circle"])
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if not parameter.any():  # a fresh one draws nothing, so an adapter would have no gradient
+                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    policy.save(folder)
     return str(folder)
 
 

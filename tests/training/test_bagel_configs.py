@@ -12,7 +12,9 @@ from lvrpo.cli import main
 from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run import Alignment
 
@@ -95,12 +97,39 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
 def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
     pytest.importorskip("peft")
     found = []
-    for parts in ("null", "1"):
-        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", f"limits.backward_members={parts}", "precision={}"]
+    tokens = "{backward_tokens: 1, forward_tokens: 64, gradient_checkpointing: true}"
+    for number, limits in enumerate(("{backward_members: null}", "{backward_members: 1}", tokens)):
+        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", "precision={}", "limits.backward_members=null"]
+        tree.append(f"limits={limits}")
         config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
-        alignment = Alignment.start(config, Path(f"run-{parts}"))
+        alignment = Alignment.start(config, Path(f"run-{number}"))
         with alignment.run as run:
             alignment.go()
             found.append(run.metrics()[1])
     for name in ("grad_norm/understand", "grad_norm/generate", "loss/flow/generate"):
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
+        assert [row[name] for row in found[1:]] == pytest.approx([found[0][name]] * 2, rel=1e-4)
+
+
+def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
+    pytest.importorskip("peft")
+    limits = "limits={backward_members: null, backward_tokens: 200, forward_tokens: 64, gradient_checkpointing: true}"
+    tree = [*small("bagel_lvrpo_lora", bagel), "checkpoint_every=1", limits]
+    config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
+    whole, cut = Alignment.start(config, Path("whole")), Alignment.start(config, Path("cut"))
+    with whole.run:
+        whole.go()
+    with cut.run:
+        cut.go(interrupted=lambda: cut.state.step == 1)
+    again = Alignment.resume(Path("cut"))
+    with again.run:
+        again.go()
+    for state in (whole.state, again.state):
+        policies = state.policies
+        for policy in (policies.live, policies.old, policies.reference, policies.average, again.result()):
+            assert isinstance(policy, BagelPolicy)
+            assert policy.compute_dtype == torch.bfloat16
+            assert policy.max_tokens == 64
+            assert policy.transformer.checkpointing
+    one, other = (load_state(Path(run) / "checkpoints/step_000002/state") for run in ("whole", "cut"))
+    for name, tensor in one["policies"]["live"].items():
+        assert torch.equal(tensor, other["policies"]["live"][name])

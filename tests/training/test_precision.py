@@ -23,7 +23,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import TOLERANCE, _replay_checks, step_zero_contract
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers
 from lvrpo.training.run import Alignment, open_policy
-from lvrpo.types import FlowSegment, Prompt, RewardTable
+from lvrpo.types import Example, FlowSegment, Prompt, RewardTable, Trajectory
 
 SAMPLING = Sampling(group_size=3, max_new_tokens=4, num_steps=3, sampler="flow_sde", window=(0, 1))
 SIZES = {"width": 32, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 32, "read_side": 4, "latent_side": 4}
@@ -70,9 +70,49 @@ def test_weights_and_latents_stay_float32(
 def test_the_context_is_kept_in_the_computed_dtype(lively_policy: Callable[..., TinyPolicy]) -> None:
     policy = lively_policy()
     row = policy.contexts.row(("red circle",), draws=False)
-    assert policy.contexts.prefill([row]).keys[0].dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert policy.contexts.prefill([row]).keys[0].dtype == torch.bfloat16
+    assert policy.contexts.prefill([row]).layer(0)[0].dtype == torch.float32
+    policy.compute_in(torch.bfloat16)
+    with policy.autocast():
+        cache = policy.contexts.prefill([row])
+    assert {t.dtype for i in range(len(policy.transformer.layers)) for t in cache.layer(i)} == {torch.bfloat16}
+
+
+def test_every_method_that_runs_the_model_computes_in_bfloat16(
+    lively_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
+) -> None:
+    policy = lively_policy()
+    policy.compute_in(torch.bfloat16)
+    seen: list[bool] = []
+    policy.transformer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    picture = torch.rand(3, policy.image_size, policy.image_size)
+    group = policy.sample(prompts[:1], SAMPLING, [0])[0]
+    latent = torch.zeros(1, *policy.towers.latent_shape())  # type: ignore[operator]  # of the tiny towers
+    examples = [Example(Prompt("s", "generate", ("red circle",), ("image",)), (picture,))]
+    calls: list[Callable[[], object]] = [
+        lambda: policy.sample(prompts, SAMPLING, list(range(len(prompts)))),
+        lambda: policy.sample_member(prompts[0], SAMPLING, 0, 0),
+        lambda: policy.logprobs(group.trajectories),
+        lambda: policy.velocity([drawn(policy, prompts)], latent, torch.ones(1)),
+        lambda: policy.text_logprob([("red circle",)], ["red"]),
+        lambda: policy.text_states([("red circle",)], ["red"]),
+        lambda: policy.image_logprob([("red circle",)], [picture], 1, [0]),
+        lambda: policy.supervised_losses(examples, torch.Generator()),
+        lambda: policy.reading_features([picture], 1),
+        lambda: policy.reading_states(["red circle"], 1),
+        lambda: policy.context_states([("red circle",)]),
+        lambda: policy.drawing_states([("red circle",)], [picture], 1.0, 0),
+    ]
+    for call in calls:
+        seen.clear()
+        call()
+        assert seen
+        assert all(seen)
+
+
+def drawn(policy: TinyPolicy, prompts: list[Prompt]) -> Trajectory:
+    """A drawing."""
+    prompt = next(prompt for prompt in prompts if prompt.output == ("image",))
+    return policy.sample([prompt], SAMPLING, [0])[0].trajectories[0]
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -11,7 +11,7 @@ from lvrpo.policies.base import Policy
 
 
 class LimitsConfig(Config):
-    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once; or in members.
+    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once.
 
     They move results by rounding alone.
     """

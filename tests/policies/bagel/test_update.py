@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from lvrpo.config import load_config
+from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.objective import KINDS, Policies, recorded_passes
 from lvrpo.training.update import objectives_of, parts, update
 from lvrpo.types import Group, Image, Prompt
@@ -75,7 +78,7 @@ def test_limits_move_the_gradient_by_rounding_alone(method: str, policies: Polic
     assert len({t.image.shape for group in groups for t in group.trajectories if t.image is not None}) == 2
     free = gradient(policies, groups, config)
     assert free.norm() > 1e-3
-    for limits in ({"backward_tokens": 1}, {"backward_tokens": 400, "forward_tokens": 90},
+    for limits in ({"backward_tokens": 1}, {"backward_members": 1}, {"backward_tokens": 400, "forward_tokens": 90},
                    {"gradient_checkpointing": True}):  # fmt: skip
         limited = gradient(policies, groups, TrainConfig.model_validate(tree | {"limits": limits}))
         print(f"{method}, {limits}: {float((limited - free).norm() / free.norm()):.1e}")
@@ -91,7 +94,7 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     (objective,) = objectives_of(config)
     chosen = objective.choose(groups, torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1))
     assert len(chosen) == 8
-    assert [len(part) for part in parts(chosen, objective, live, None)] == [4, 4]  # two sizes
+    assert [len(part) for part in parts(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory
     assert recorded_passes(first) == 2 * 3  # steps, branches
     assert objective.passes(first) == 2 * 3 + 2  # and the divergence
@@ -99,5 +102,15 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     assert count.drawing == 4 * 4 + 2
     assert count.context == 18 + 18 + len(live.words.encode("make it red")) + 2
     two = count.context + 2 * 8 * count.drawing
-    assert [len(part) for part in parts(chosen[:4], objective, live, two)] == [2, 2]
-    assert [len(part) for part in parts(chosen[:4], objective, live, two - 1)] == [1, 1, 1, 1]
+    assert [len(part) for part in parts(chosen[:4], objective, live, LimitsConfig(backward_tokens=two))] == [2, 2]
+    assert [len(part) for part in parts(chosen[:4], objective, live, LimitsConfig(backward_tokens=two - 1))] == [
+        1,
+        1,
+        1,
+        1,
+    ]
+
+
+def test_two_limits_of_one_thing_are_refused() -> None:
+    with pytest.raises(InputError, match=r"backward_tokens=9 and limits.backward_members=1: two limits of one thing"):
+        load_config(TrainConfig, None, ["limits={backward_tokens: 9, backward_members: 1}"])
