@@ -85,9 +85,9 @@ def prepare(sizes: dict[str, Any] | None, folder: Path) -> str:
 
     policy = create_bagel(BagelSizes.model_validate(sizes), ["a picture of a red circle"])
     with torch.no_grad():
-        for parameter in policy.parameters():
-            if not parameter.any():  # a fresh one draws nothing, so an adapter would have no gradient
-                parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+        for parameter in policy.parameters():  # a layer of zeros would give an adapter no gradient
+            if not parameter.any():
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     policy.save(folder)
     return str(folder)
 
@@ -109,6 +109,7 @@ def work(settings: list[str], estimate: bool) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     if estimate:
         found = memory_needed(config)
+        assert found is not None
         return {"peak": found.peak, "worst": found.worst, "lines": found.lines()}
     before = peak()
     alignment = Alignment.start(config, Path("run"))

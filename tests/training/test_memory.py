@@ -27,7 +27,9 @@ FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "roll
 
 def needed(folder: Path, *more: str) -> MemoryEstimate:
     guard = "guard={prompts: {understand: 2}}"
-    return memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, guard, *more]))
+    found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, guard, *more]))
+    assert found is not None
+    return found
 
 
 def test_what_is_alive_at_once_is_counted() -> None:

@@ -22,10 +22,11 @@ def run(options: Options) -> None:
     config = read_config(TrainConfig, options.config, options.overrides)
     print(dump_config(config), end="")
     memory = memory_needed(config)
-    print("\nmemory, GiB, before anything is loaded")
-    for line in memory.lines():
-        print(line)
-    print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
+    if memory is not None:
+        print("\nmemory, GiB, before anything is loaded")
+        for line in memory.lines():
+            print(line)
+        print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
     require_memory(memory, pick_device(config.device), f"policy={config.policy}")
     trial = try_out(config)
     print("\nstep-0 contract")
@@ -36,7 +37,8 @@ def run(options: Options) -> None:
     print(
         f"  time    {clock(trial.seconds)} for {config.steps} steps with the guard, {trial.step_seconds:.1f} s a step"
     )
-    print(f"  memory  {memory.peak / 2**30:.1f} GiB; this trial took {trial.peak_memory_gib:.1f} GiB")
+    foretold = "" if memory is None else f"{memory.peak / 2**30:.1f} GiB foretold; "
+    print(f"  memory  {foretold}{trial.peak_memory_gib:.1f} GiB at most in this trial")
     print(f"  disk    {trial.disk_mib:.0f} MiB of checkpoints")
 
 

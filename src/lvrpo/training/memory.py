@@ -80,19 +80,21 @@ class MemoryEstimate:
         return [f"{size / 2**30:9.3f}  {name}" for name, size in rows if size >= 2**16]
 
 
-def estimate_memory(config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()) -> MemoryEstimate:
+def estimate_memory(
+    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()
+) -> MemoryEstimate | None:
     """The memory of a run on its device, from the sizes in the policy's folder alone.
 
     ``prompts`` are those of a step, ``guard`` the held-out ones. Texts are taken to be as long as they may be. The
     kernels are those of the CPU; on a card what its libraries keep for themselves comes on top.
-    Raises InputError for a policy of another kind than the Mixture-of-Transformers, and for an adapter.
+    None for a policy of another kind than the Mixture-of-Transformers. Raises InputError for an adapter.
     """
     folder = policy_folder(config.policy)
     if has_adapter(folder):
         raise InputError(f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` first")
     kind = resolve("model type", model_type(folder), POLICIES)
     if not issubclass(kind, MoTPolicy):
-        raise InputError(f"policy={config.policy}: memory is estimated for Mixture-of-Transformers policies only")
+        return None
     forget_packings()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -120,8 +122,10 @@ def estimate_policy(
         return _Estimator(policy, config, whole).estimate(prompts, guard)
 
 
-def require_memory(estimate: MemoryEstimate, device: torch.device, what: str) -> None:
+def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
     """Raises InputError, with what to change, where less is free than a run will need."""
+    if estimate is None:
+        return
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if estimate.peak > free:
         raise InputError(

@@ -173,8 +173,8 @@ class Alignment:
         return as_configured(load_policy(self.run.path, self.config.device, precision.weights), self.config)
 
 
-def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate:
-    """What a run will need, at the sizes of its first step; nothing is loaded."""
+def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate | None:
+    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold."""
     require_extras(config)
     held_out = [prompt for prompts in guard.prompts.values() for prompt in prompts]
     return estimate_memory(config, prompts_of_step(source, config, 0), held_out)

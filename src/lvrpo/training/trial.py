@@ -40,8 +40,8 @@ class Trial:
     disk_mib: float
 
 
-def memory_needed(config: TrainConfig) -> MemoryEstimate:
-    """What a run will need."""
+def memory_needed(config: TrainConfig) -> MemoryEstimate | None:
+    """What a run will need; None for a kind of policy whose memory cannot be foretold."""
     return memory_of(config, training_source(config), Guard(guard_prompts(config), config))
 
 
