@@ -48,6 +48,10 @@ SPREAD_BYTES = 64 << 20
 """Up to so many bytes a context is copied once for the rows that continue it: faster than in every pass."""
 
 
+FEW_BATCHES = 8
+"""Attention of so many groups of rows, one call each, is faster on a card than one call under a mask."""
+
+
 @dataclass(frozen=True)
 class CachePart:
     """Keys and values of consecutive tokens, held once for all rows that share them; R entries."""
@@ -308,12 +312,16 @@ class MoT(nn.Module):
     def _attention_of(self, packing: Packing, cache: Cache) -> Attend:
         """Attention of the new rows over their contexts and themselves: under one mask where that is small.
 
-        Else span by span, which needs none.
+        Else span by span, which needs none; on a card also where few calls do, as its fast kernel takes no mask.
         """
         context = sum(part.keys[0].shape[1] for part in cache.parts)
         cells = packing.batch_size * packing.length * (context + packing.length)
-        if packing.visible is None or cells > sequence.MASK_CELLS:
-            return SpanAttention(packing, cache)
+        large = packing.visible is None or cells > sequence.MASK_CELLS
+        if large or self.inv_freq.is_cuda:
+            spans = SpanAttention(packing, cache)
+            if large or len(spans.batches) <= FEW_BATCHES:
+                return spans
+        assert packing.visible is not None
         seen = [part.valid[:, None, :].expand(-1, packing.length, -1) for part in cache.parts]
         return MaskedAttention(cache, torch.cat([*seen, packing.visible], dim=2)[:, None])
 
@@ -402,7 +410,7 @@ class SpanAttention:
                 continue
             own_k, own_v = torch.cat([*keys, k[:, start:stop]], dim=1), torch.cat([*values, v[:, start:stop]], dim=1)
             mask = None
-            if span.kind == "text":
+            if span.kind == "text" and span.length > 1:
                 mask = torch.ones(span.length, own_k.shape[1], dtype=torch.bool, device=q.device)
                 mask = mask.tril(own_k.shape[1] - span.length)
             out.append(_attention(q[:, start:stop], own_k, own_v, mask))
