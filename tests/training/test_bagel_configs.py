@@ -1,4 +1,4 @@
-"""The three configurations for BAGEL, on a small random checkpoint of its layout."""
+"""The configurations for BAGEL, on a small random checkpoint of its layout."""
 
 from __future__ import annotations
 
@@ -133,3 +133,13 @@ def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
     one, other = (load_state(Path(run) / "checkpoints/step_000002/state") for run in ("whole", "cut"))
     for name, tensor in one["policies"]["live"].items():
         assert torch.equal(tensor, other["policies"]["live"][name])
+
+
+def test_the_configuration_of_a_small_bagel_runs(bagel: Path) -> None:
+    config = load_config(TrainConfig, shipped_configs()["bagel_tiny"], small("bagel_tiny", bagel))
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run as run:
+        assert alignment.go()
+        rows = run.metrics()[1:]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"loss/text/understand", "loss/flow/generate", "loss/flow/edit", "loss/text/reason"} <= set(rows[0])

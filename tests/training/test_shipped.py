@@ -16,12 +16,8 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment, Pretraining
 
-SUPERVISED = (
-    "bagel_tiny_pretrain",
-    "continued",
-    "pretrain",
-    "repa",
-)  # and those of bagel_* are tried by test_bagel_configs.py
+SUPERVISED = ("bagel_tiny_pretrain", "continued", "pretrain", "repa")
+"""Alignments of BAGEL are tried by test_bagel_configs.py."""
 SPREAD = """
 import torch
 from lvrpo.rewards.base import Scores

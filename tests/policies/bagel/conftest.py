@@ -205,17 +205,7 @@ class Parity:
     def trajectories(self) -> Errors:
         ref, contexts, out = self.vectors("d_traj"), self.policy.contexts, {}
         for name, about in self.meta["d_traj"].items():
-            grid, caches = self.scenario(name)
-            sampling = Sampling(
-                num_steps=about["num_timesteps"] - 1,
-                timestep_shift=about["timestep_shift"],
-                solver="euler",
-                guidance_scale=about["cfg_text_scale"],
-                image_guidance_scale=about["cfg_img_scale"],
-                guidance_renorm=about["cfg_renorm_type"],
-                guidance_renorm_min=about["cfg_renorm_min"],
-                guidance_interval=tuple(about["cfg_interval"]),
-            )
+            sampling, grid, caches = self.trajectory(name)
             assert sampling.num_steps == about["model_steps"] == len(ref[f"{name}_v"])
             drawn = drawing.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
             got = {
@@ -307,6 +297,22 @@ class Parity:
         return {"exact": 0.0}
 
     # ---------------------------------------------------------------- pieces of sections
+    def trajectory(self, name: str) -> tuple[Sampling, tuple[int, int], drawing.Branches]:
+        """How a recorded trajectory was sampled."""
+        about = self.meta["d_traj"][name]
+        grid, caches = self.scenario(name)
+        sampling = Sampling(
+            num_steps=about["num_timesteps"] - 1,
+            timestep_shift=about["timestep_shift"],
+            solver="euler",
+            guidance_scale=about["cfg_text_scale"],
+            image_guidance_scale=about["cfg_img_scale"],
+            guidance_renorm=about["cfg_renorm_type"],
+            guidance_renorm_min=about["cfg_renorm_min"],
+            guidance_interval=tuple(about["cfg_interval"]),
+        )
+        return sampling, grid, caches
+
     def source(self, k: int) -> Image:
         return picture(self.vectors("preproc")[f"image{k}_vae_resized_uint8"])
 

@@ -1,0 +1,121 @@
+"""A small BAGEL learns on scenes: its autoencoder, and the model by the supervised trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvrpo.cli import main
+from lvrpo.config import load_config
+from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.autoencoder import stacked, train_autoencoder
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.bagel.vae import VaeConfig
+from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.types import Image
+
+SIZES = BagelSizes(
+    width=32,
+    depth=1,
+    heads=2,
+    key_heads=1,
+    mlp_width=32,
+    vocabulary_size=512,
+    vit_width=16,
+    vit_depth=1,
+    vit_heads=1,
+    patch_size=8,
+    read_side=4,
+    latent_side=4,
+    vae=VaeConfig(width=32, multipliers=(1, 1, 1), res_blocks=1, channels=8),
+    image_size=32,
+)
+SUPERVISED = [
+    "batch={generate: 6, caption: 2, question: 8, edit: 4, reason: 4}",
+    "corpus={scenes: 40, edits: 20, reasons: 20}",
+    "device=cpu",
+    "held_out_every=0",
+]
+
+
+def scenes(first: int, count: int) -> list[Image]:
+    source = ScenePrompts(ScenesConfig(questions_per_picture=1), "train", 0)
+    prompts = [source.prompt("understand", i) for i in range(first, first + count)]
+    return [part for prompt in prompts for part in prompt.parts if isinstance(part, torch.Tensor)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("pretrain") / "base"
+    create_bagel(SIZES, ["red circle blue square what color is it"]).save(where)
+    return where
+
+
+def test_the_autoencoder_learns_and_its_latents_have_deviation_one(tmp_path: Path) -> None:
+    policy = create_bagel(SIZES)
+    before = {n: p.clone() for n, p in policy.named_parameters() if "latent_vae" not in n}
+    losses: list[float] = []
+    found = train_autoencoder(policy, scenes, 25, lambda step, loss: losses.append(loss))
+    assert len(losses) == 25
+    assert losses[-1] < 0.75 * losses[0]
+    assert 3 < found.psnr < 40
+    assert 0 < found.largest <= 1
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
+    assert not any(p.requires_grad for p in policy.towers.latent_vae.parameters())
+    pixels = stacked(policy, scenes(25 * 16, 64))
+    latents = policy.towers.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(latents.std()) == pytest.approx(1, abs=1e-4)
+    policy.save(tmp_path / "trained")
+    again = BagelPolicy.load(tmp_path / "trained").towers.latent_vae
+    assert torch.equal(again.encode(pixels, torch.zeros(64, 8, 8, 8)), latents)
+
+
+def test_supervised_training_of_bagel(folder: Path) -> None:
+    fast = "optimizer={muon_lr: 0.02, adamw_lr: 0.005, warmup_steps: 2}"
+    config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "steps=40", fast])
+    trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+    assert isinstance(trainer.policy, BagelPolicy)
+    rows = trainer.batch(0)
+    assert all(example.prompt.parts for example in rows)  # what is left out, BAGEL leaves out by itself
+    losses = [trainer.step().losses for _ in range(12)]
+    assert set(losses[0]) == {"text", "image"}
+    assert losses[-1]["text"] < 0.8 * losses[0]["text"]
+    assert losses[-1]["image"] < losses[0]["image"]
+
+
+def test_latents_of_a_batch_are_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = BagelPolicy.load(folder)
+    corpus = web_corpus(load_config(PretrainConfig, None, SUPERVISED).corpus)
+    seen: list[int] = []
+    encode = policy.towers.encode_latents
+    monkeypatch.setattr(policy.towers, "encode_latents", lambda images: seen.append(len(images)) or encode(images))
+    policy.supervised_losses([*corpus.generate[:5], *corpus.edit[:3], corpus.edit[0]], torch.Generator().manual_seed(0))
+    assert seen == [5 + 2 * 3]
+
+
+def test_bad_input_of_supervised_training(folder: Path) -> None:
+    config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "corpus.size=40"])
+    with pytest.raises(InputError, match=r"corpus\.size=40: this policy draws 32 x 32: set"):
+        Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+    config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "representation.weight=0.5"])
+    with pytest.raises(InputError, match="its packed pass keeps no states"):
+        fresh_policy(config)
+
+
+def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["steps=2", "checkpoint_every=1", "held_out_every=2", "held_out={generate: 2, reason: 2, edit: 2}"]
+    few = [*SUPERVISED[:3], f"init={folder}", *few]
+    assert main(["pretrain", "bagel_tiny_pretrain", *few, "--out", str(tmp_path / "run")]) == 0
+    assert isinstance(BagelPolicy.load(tmp_path / "run" / "checkpoints" / "step_000002"), BagelPolicy)
+    capsys.readouterr()
+    sizes = ["width=32", "depth=1", "heads=2", "key_heads=1", "mlp_width=32", "image_size=36"]
+    made = ["init", "bagel-tiny", str(tmp_path / "made"), *sizes, "--train-autoencoder"]
+    assert main([*made, "2"]) == 2
+    assert "image_size=36: scenes have multiples of 8" in capsys.readouterr().err
+    assert main([*made, "-1"]) == 2
+    assert not (tmp_path / "made").exists()
