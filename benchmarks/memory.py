@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py [SHAPE ...]
 
-Measured is the largest resident memory of the process less what it held after its imports. Small shapes, minutes on one
+Measured is the largest resident memory of the process less what it held after its imports, with a C library that gives
+freed blocks back at once: by default its heap keeps up to two thirds more (docs/bagel.md). Small shapes, minutes on one
 core; prints one line a shape and exits with 1 if one is off by more than 15 %.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 0.15
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""For glibc: what was freed is no longer resident."""
 COMMON = [
     "device=cpu",
     "steps=2",
@@ -127,10 +131,10 @@ def main(names: list[str]) -> int:
             (Path(folder) / "spread.py").write_text(SPREAD)
             policy = prepare(sizes, Path(folder) / "policy")
             settings = [f"policy={policy}", *COMMON, *extra]
-            results = []
+            results, environment = [], os.environ | GIVEN_BACK
             for what in ("estimate", "run"):
                 command = [sys.executable, str(Path(__file__).resolve()), "--work", what, *settings]
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
                 if done.returncode:
                     print(done.stderr[-2000:], file=sys.stderr)
                     return 1

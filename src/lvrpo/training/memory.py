@@ -38,7 +38,10 @@ from lvrpo.training.objective import Member, Objective, flow_segment
 from lvrpo.training.update import objectives_of, parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
-JUDGED = ("own_vqa", "agreement", "caption_back", "preference", "mutual", "edit_consistency")
+JUDGED = (
+    *("own_vqa", "agreement", "caption_back", "preference", "learned_preference", "mutual", "edit_consistency"),
+    *("semantic", "instruction", "knowledge", "lower_bound"),
+)
 """Rewards that ask the reading side."""
 SMALL_MOMENTS = 4096
 """Parameters of fewer numbers keep moments of 32 bits in ``adamw_8bit``."""

@@ -49,7 +49,9 @@ def train_autoencoder(
     channels = vae.config.channels
     with torch.no_grad():
         vae.encoder.conv_out.weight[channels:] = 0
-        vae.encoder.conv_out.bias[channels:] = LOG_VARIANCE
+        bias = vae.encoder.conv_out.bias
+        assert bias is not None
+        bias[channels:] = LOG_VARIANCE
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -79,7 +81,9 @@ def scale_latents(policy: BagelPolicy, pixels: torch.Tensor) -> None:
     mean, _ = vae.moments(pixels)
     spread = float(mean.std())
     chosen = config.vae.model_copy(update={"scale": 1 / spread, "shift": float(mean.mean())})
-    vae.encoder.conv_out.bias[vae.config.channels :] = 2 * torch.tensor(0.02 * spread).log()
+    bias = vae.encoder.conv_out.bias
+    assert bias is not None
+    bias[vae.config.channels :] = 2 * torch.tensor(0.02 * spread).log()
     vae.config = chosen
     policy.config = policy.towers.config = config.model_copy(update={"vae": chosen})
 
