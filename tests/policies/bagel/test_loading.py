@@ -34,6 +34,8 @@ def same(one: BagelPolicy, other: BagelPolicy) -> bool:
 
 
 def test_names_are_the_published_ones(parity: Any) -> None:
+    if not parity.whole:
+        pytest.skip("the excerpt has no list of names")
     names = json.loads((parity.folder / "io" / "checkpoint_keys.json").read_text())
     own = {official_name(n): list(t.shape) for n, t in parity.policy.state_dict().items() if "latent_vae" not in n}
     assert own == names
