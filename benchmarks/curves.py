@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from PIL import Image
 
 TASKS = ("generate", "understand", "edit", "reason")
 OVER = 5
@@ -67,8 +68,10 @@ def draw(folders: dict[str, list[Path]], image: Path) -> None:
         axis.set_xlabel("processor seconds", fontsize=8)
     figure.tight_layout(h_pad=0.3)
     image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=110)
+    figure.savefig(image, dpi=90)
     plt.close(figure)
+    with Image.open(image) as drawn:
+        drawn.convert("RGB").quantize(32).save(image, optimize=True)
 
 
 def panel(axis: Axes, task: str, runs: Sequence[Path], first: Sequence[Path]) -> None:
