@@ -36,7 +36,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import KINDS, Policies
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.update import take_steps
-from lvrpo.types import Group, Prompt
+from lvrpo.types import Group, Prompt, TextSegment
 
 LIMIT_S = 540.0
 """No part begins after so many seconds."""
@@ -194,7 +194,8 @@ def text(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     policy.sample([prompt], Sampling(group_size=8, max_new_tokens=2), [0])
     groups: list[Group] = []
     seconds = report.timed(lambda: groups.extend(policy.sample([prompt], sampling, [0])))
-    tokens = sum(len(s.tokens) for t in groups[0].trajectories for s in t.segments if hasattr(s, "tokens"))
+    segments = [segment for trajectory in groups[0].trajectories for segment in trajectory.segments]
+    tokens = sum(len(segment.tokens) for segment in segments if isinstance(segment, TextSegment))
     return f"{tokens / seconds:.3g} tokens/s (8 answers of {shape.text_tokens}, prefill included), peak {report.peak()}"
 
 

@@ -25,7 +25,7 @@ def init_options(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="STEPS",
-        help="train the autoencoder on pictures of the built-in world; 400 are enough for 32 x 32 (default: 0, random)",
+        help="train the autoencoder on pictures of the built-in world (default: 0, random)",
     )
 
 

@@ -17,7 +17,8 @@ class LimitsConfig(Config):
     """
 
     forward_tokens: int | None = Field(default=None, ge=1)
-    """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768)."""
+    """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768). The tiny
+    policy goes by rows, 512 at once, whatever is set here."""
     backward_tokens: int | None = Field(default=None, ge=1)
     """At once where a gradient is kept, every trained step and every branch of guidance counted."""
     backward_members: int | None = Field(default=None, ge=1)

@@ -11,7 +11,7 @@ from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.autoencoder import stacked, train_autoencoder
+from lvrpo.policies.bagel.autoencoder import POOL, collages, stacked, train_autoencoder
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.bagel.vae import VaeConfig
@@ -66,13 +66,24 @@ def test_the_autoencoder_learns_and_its_latents_have_deviation_one(tmp_path: Pat
     assert 0 < found.largest <= 1
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
     assert not any(p.requires_grad for p in policy.towers.latent_vae.parameters())
-    pixels = stacked(policy, scenes(25 * 16, 64))
+    pixels = stacked(policy, scenes(25 * POOL, 64))
     latents = policy.towers.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
     assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)
     policy.save(tmp_path / "trained")
     again = BagelPolicy.load(tmp_path / "trained").towers.latent_vae
     assert torch.equal(again.encode(pixels, torch.zeros(64, 8, 8, 8)), latents)
+
+
+def test_collages_are_made_of_lively_tiles() -> None:
+    pixels = torch.full((2, 3, 16, 16), 0.25)
+    pixels[0, :, 8:, :8] = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = collages(pixels, 8, 6, torch.Generator().manual_seed(1))
+    assert made.shape == (6, 3, 16, 16)
+    tiles = made.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    lively = [bool(torch.equal(tile, pixels[0, :, 8:, :8])) for tile in tiles]
+    assert len(lively) == 24
+    assert sum(lively) >= 20
 
 
 def test_supervised_training_of_bagel(folder: Path) -> None:

@@ -17,7 +17,7 @@ from lvrpo.training.objective import KINDS, Policies, recorded_passes
 from lvrpo.training.update import objectives_of, parts, update
 from lvrpo.types import Group, Image, Prompt
 
-GUIDED = {
+GUIDED: dict[str, Any] = {
     "flow": {"kind": "grpo", "kl_coef": 0.1},
     "rollout": {
         "sampler": "flow_sde",
@@ -69,7 +69,7 @@ def gradient(policies: Policies, groups: list[Group], config: TrainConfig) -> to
 
 @pytest.mark.parametrize("method", METHODS)
 def test_limits_move_the_gradient_by_rounding_alone(method: str, policies: Policies) -> None:
-    tree = METHODS[method] | {"device": "cpu"}
+    tree: dict[str, Any] = METHODS[method] | {"device": "cpu"}
     tree["rollout"] = {"group_size": 4, "max_new_tokens": 4} | tree.get("rollout", {})
     config = TrainConfig.model_validate(tree)
     live = policies.live

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,15 @@ Observer = Callable[[int, float], None]
 Pictures = Callable[[int, int], Sequence[Image]]
 """(first, count) -> pictures at the size that is drawn."""
 
-BATCH = 16
+BATCH = 8
+POOL = 32
+"""Pictures that a step takes its batch from: half of it as they are, half put together from their liveliest tiles."""
 LEARNING_RATE = 2e-3
 WARMUP = 20
 LOG_VARIANCE = -8.0
-"""Of the posterior, fixed: what is drawn from it moves a latent of deviation 1 by 0.02."""
+"""Of the posterior, while the autoencoder is trained."""
+SPREAD = 0.02
+"""Of the posterior in the end, and of the noise that the decoder is trained with, over the deviation of the latents."""
 MEASURED = 64
 """Pictures that are kept aside to measure on."""
 
@@ -46,20 +51,18 @@ def train_autoencoder(
     """
     vae = policy.towers.latent_vae
     vae.requires_grad_(True)
-    channels = vae.config.channels
-    with torch.no_grad():
-        vae.encoder.conv_out.weight[channels:] = 0
-        bias = vae.encoder.conv_out.bias
-        assert bias is not None
-        bias[channels:] = LOG_VARIANCE
+    set_log_variance(policy, LOG_VARIANCE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps)
-        pixels = stacked(policy, pictures(step * BATCH, BATCH))
+        generator = torch.Generator().manual_seed(step)
+        pool = stacked(policy, pictures(step * POOL, POOL))
+        mixed = collages(pool, policy.pixels_per_token(), BATCH // 2, generator)
+        pixels = torch.cat([pool[: BATCH - len(mixed)], mixed])
         mean, _ = vae.moments(pixels)
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(mean)
-        spread = mean.detach().std() * 0.02  # what the posterior will add once latents are scaled
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        spread = SPREAD * mean.detach().std()
         difference = vae.decoder(mean + spread * noise) - pixels
         loss = difference.abs().mean() + difference.square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -67,11 +70,34 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         observe(step + 1, float(loss.detach()))
+    set_log_variance(policy, LOG_VARIANCE)
     vae.requires_grad_(False)
     vae.zero_grad(set_to_none=True)
-    measured = stacked(policy, pictures(steps * BATCH, MEASURED))
+    measured = stacked(policy, pictures(steps * POOL, MEASURED))
     scale_latents(policy, measured)
     return measure(policy, measured)
+
+
+def collages(pixels: torch.Tensor, tile: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Pictures (count, 3, H, W) of tiles drawn with the odds of their deviation: most of a scene is empty ground, which
+    is learned at once and then teaches nothing."""
+    b, c, h, w = pixels.shape
+    rows, columns = h // tile, w // tile
+    tiles = pixels.reshape(b, c, rows, tile, columns, tile).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, tile, tile)
+    odds = tiles.flatten(1).std(dim=1) + 1e-3
+    chosen = torch.multinomial(odds.cpu(), count * rows * columns, replacement=True, generator=generator)
+    grid = tiles[chosen.to(tiles.device)].reshape(count, rows, columns, c, tile, tile)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(count, c, h, w)
+
+
+@torch.no_grad()
+def set_log_variance(policy: BagelPolicy, value: float) -> None:
+    """The same for every picture and every place."""
+    vae = policy.towers.latent_vae
+    weight, bias = vae.encoder.conv_out.weight, vae.encoder.conv_out.bias
+    assert bias is not None
+    weight[vae.config.channels :] = 0
+    bias[vae.config.channels :] = value
 
 
 @torch.no_grad()
@@ -81,9 +107,7 @@ def scale_latents(policy: BagelPolicy, pixels: torch.Tensor) -> None:
     mean, _ = vae.moments(pixels)
     spread = float(mean.std())
     chosen = config.vae.model_copy(update={"scale": 1 / spread, "shift": float(mean.mean())})
-    bias = vae.encoder.conv_out.bias
-    assert bias is not None
-    bias[vae.config.channels :] = 2 * torch.tensor(0.02 * spread).log()
+    set_log_variance(policy, 2 * math.log(SPREAD * spread))
     vae.config = chosen
     policy.config = policy.towers.config = config.model_copy(update={"vae": chosen})
 

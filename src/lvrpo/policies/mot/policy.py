@@ -105,6 +105,11 @@ class MoTPolicy(nn.Module, ABC):
         return self._autocast or self.transformer.reading_norm.weight.dtype
 
     @property
+    @abstractmethod
+    def image_size(self) -> int | None:
+        """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
+
+    @property
     def contexts(self) -> Contexts:
         return Contexts(self.transformer, self.towers, self.words)
 
