@@ -299,11 +299,6 @@ class MoTPolicy(nn.Module, ABC):
             drawing_tokens = self.contexts.noise(self._drawn_grid(trajectory)).span.length
         return Tokens(row_tokens(self._row(trajectory.prompt)), sum(texts), drawing_tokens)
 
-    @property
-    @abstractmethod
-    def image_size(self) -> int | None:
-        """Side of the pictures that it reads and draws; None: any."""
-
     @abstractmethod
     def pixels_per_token(self) -> int:
         """Of a drawing, along a side."""
