@@ -160,7 +160,8 @@ def loading_peak(dtype: str, mib: int) -> float:
     width = 64 * max(1, round((mib * 2**20 / 4 / (2 * 4 * 2.5 * 4)) ** 0.5 / 64))  # four layers, two experts
     sizes = BagelSizes(width=width, depth=4, heads=8, key_heads=4, mlp_width=2 * width)
     with tempfile.TemporaryDirectory() as folder:
-        create_bagel(sizes).save(Path(folder))
+        create_bagel(sizes).save(Path(folder) / "large")
+        create_bagel(BagelSizes(width=64, depth=1, heads=2, key_heads=1)).save(Path(folder) / "small")
         command = [sys.executable, __file__, "--load", folder, dtype]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found["peak"] / found["weights"]
@@ -168,9 +169,9 @@ def loading_peak(dtype: str, mib: int) -> float:
 
 def load_and_report(folder: Path, dtype: str) -> None:
     """Prints what loading took beyond what the process held before it."""
-    torch.zeros(1).sum().item()  # what the library allocates at its first use
+    BagelPolicy.load(folder / "small", dtype=getattr(torch, dtype))  # what the libraries load at their first use
     before = memory("VmRSS")
-    policy = BagelPolicy.load(folder, dtype=getattr(torch, dtype))
+    policy = BagelPolicy.load(folder / "large", dtype=getattr(torch, dtype))
     weights = sum(t.nbytes for t in policy.state_dict().values())
     print(json.dumps({"peak": memory("VmHWM") - before, "weights": weights}))
 
