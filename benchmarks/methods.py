@@ -153,8 +153,10 @@ def is_supervised(path: Path) -> bool:
 def steps_for(config: AnyConfig, budget: Budget) -> int:
     """How many steps the budget buys."""
     if budget.questions is not None:
-        each = config.batch.get("question", 0) if isinstance(config, PretrainConfig) else None
-        each = config.data.prompts_per_step.get("understand", 0) if each is None else each
+        if isinstance(config, PretrainConfig):
+            each = config.batch.get("question", 0)
+        else:
+            each = config.data.prompts_per_step.get("understand", 0)
         if not each:
             raise InputError(f"--questions {budget.questions}: {config.name} asks none: give --seconds")
         return max(1, round(budget.questions / each))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -122,10 +123,9 @@ class Optimizers:
 def eight_bit_library() -> Any:
     """bitsandbytes. Any: an optional package."""
     try:
-        import bitsandbytes
+        return importlib.import_module("bitsandbytes")
     except ImportError:
         raise InputError("optimizer.kind=adamw_8bit needs bitsandbytes: pip install 'lvrpo[eight-bit]'") from None
-    return bitsandbytes
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def digit_samples() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # heavy, and needed only where digits are drawn
 
     images, labels = load_digits(return_X_y=True)
-    return (images.reshape(-1, CELL, CELL) / 16).astype(np.float32), labels.astype(np.int64)
+    return (images.reshape(-1, CELL, CELL) / 16).astype(np.float32), np.asarray(labels).astype(np.int64)
 
 
 @cache
