@@ -3,7 +3,7 @@
     python benchmarks/memory.py [SHAPE ...]
 
 Measured is the largest resident memory of the process less what it held after its imports, with a C library that gives
-freed blocks back at once: by default its heap keeps up to two thirds more (docs/bagel.md). Small shapes, minutes on one
+freed blocks back at once: by default its heap keeps up to 55 % more (docs/log.md). Small shapes, minutes on one
 core; prints one line a shape and exits with 1 if one is off by more than 15 %.
 """
 
