@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 
+from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint, sync
@@ -293,7 +294,8 @@ class RunDirectory:
 
 def environment() -> dict[str, Json]:
     """Where and with what a run started: versions, commit, platform, hardware, command, time."""
-    versions = {name: metadata.version(name) for name in ("lvrpo", "torch", "numpy", "safetensors", "tokenizers")}
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")}
+    versions = {"lvrpo": __version__, **others}  # a checkout on the path has no metadata
     cuda = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )

@@ -60,6 +60,9 @@ GATE = 2e-5
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = Path(os.environ.get("LVRPO_BAGEL_VECTORS", ROOT.parent / "shared" / "vectors" / "bagel"))
 
+DEVICE = os.environ.get("LVRPO_TEST_DEVICE", "cpu")
+"""Where parity is tested; on a CUDA card also by the tests marked gpu."""
+
 Errors = dict[str, float]
 
 
@@ -90,7 +93,7 @@ class Parity:
         return json.loads((self.folder / "io" / "meta.json").read_text())
 
     def vectors(self, section: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "io" / f"{section}.safetensors")
+        return load_file(self.folder / "io" / f"{section}.safetensors", device=str(self.policy.device))
 
     def errors(self, got: Mapping[str, torch.Tensor], ref: Mapping[str, torch.Tensor], prefix: str = "") -> Errors:
         """Of the tensors that the set has, by name."""
@@ -141,11 +144,11 @@ class Parity:
         towers, config = self.policy.towers, self.policy.config
         last = config.transformer.depth - 1
         one, two = self.source(1), self.source(2)
-        pixels = towers.read_pixels(one)[None]
+        pixels = towers.read_pixels(one)[None].to(self.policy.device)
         rows, columns = towers.read_grid(one)
         places = position_ids(rows, columns, config.vit.side)
         exact(places, ref["vit_position_ids"])
-        features = towers.read_vit(patchify(pixels, config.vit.patch_size), places)[0]
+        features = towers.read_vit(patchify(pixels, config.vit.patch_size), places.to(pixels.device))[0]
         with_places = towers.read_embed(pixels)[0]
         piece = contexts.picture(one, "read")
         exact(torch.tensor([piece.ids[0], piece.ids[-1]]), ref["packed_text_ids"])
@@ -190,7 +193,7 @@ class Parity:
             noise = contexts.noise(grid)
             exact(torch.tensor(noise.ids), ref[f"{scenario}_packed_text_ids"])
             exact(position_ids(*grid, config.latent_side), ref[f"{scenario}_latent_position_ids"])
-            x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time))
+            x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=self.policy.device)
             for name, cache in (("cond", caches.full), ("no_text", caches.no_text), ("no_image", caches.no_image)):
                 assert cache is not None
                 v = drawing.velocity(contexts, cache, x_t, t[None], grid)[0]
@@ -330,7 +333,7 @@ class Parity:
             cache = hidden.cache
         got = torch.stack(logits)
         exact(got.argmax(dim=-1)[:-1], torch.tensor(fed[1:]))
-        (text,) = writing.write(contexts, start, [0], torch.zeros(1, len(fed) - 1), temperature=0.0)
+        (text,) = writing.write(contexts, start, [0], torch.zeros(1, len(fed) - 1, device=got.device), temperature=0.0)
         assert list(text.tokens) == fed[1:]
         return {f"{prefix}decode_logits": error(got, ref[f"{prefix}decode_logits"])}
 
@@ -422,32 +425,33 @@ class Parity:
         exact(torch.cat(latent), ref["packed_latent_position_ids"])
         read = [position_ids(*p.grid, config.vit.side) for p in pieces if p.span.kind == "read"]
         exact(torch.cat(read), ref["packed_vit_position_ids"])
-        targets = find_targets(rows, config.channels, torch.device("cpu"))
+        targets = find_targets(rows, config.channels, self.policy.device)
         exact(targets.labels, ref["packed_label_ids"])
-        exact(reading[targets.label_rows], ref["ce_loss_indexes"])
-        exact(is_drawing.nonzero()[:, 0][targets.velocity_rows], ref["mse_loss_indexes"])
+        exact(reading[targets.label_rows.cpu()], ref["ce_loss_indexes"])
+        exact(is_drawing.nonzero()[:, 0][targets.velocity_rows.cpu()], ref["mse_loss_indexes"])
         assert error(targets.label_weights, ref["ce_loss_weights"]) < 1e-6
 
 
 def error(got: torch.Tensor, ref: torch.Tensor) -> float:
     assert got.shape == ref.shape, (got.shape, ref.shape)
-    return float((got.detach().double() - ref.double()).abs().max() / ref.double().abs().max())
+    got, ref = got.detach().cpu().double(), ref.cpu().double()
+    return float((got - ref).abs().max() / ref.abs().max())
 
 
 def exact(got: torch.Tensor, ref: torch.Tensor) -> None:
-    assert torch.equal(got.to(ref.dtype), ref)
+    assert torch.equal(got.cpu().to(ref.dtype), ref.cpu())
 
 
 def exact_pixels(got: torch.Tensor, ref: torch.Tensor) -> None:
     """8-bit values may differ by 1 in under a thousandth of the places."""
-    distance = (got.int() - ref.int()).abs()
+    distance = (got.cpu().int() - ref.cpu().int()).abs()
     assert int(distance.max()) <= 1
     assert float((distance > 0).float().mean()) < 1e-3
 
 
 def picture(pixels: torch.Tensor) -> Image:
     """uint8 (H, W, 3) -> (3, H, W) in [0, 1]."""
-    return pixels.permute(2, 0, 1).float() / 255
+    return pixels.cpu().permute(2, 0, 1).float() / 255
 
 
 def guidance_named(name: str) -> drawing.Guidance:
@@ -463,9 +467,9 @@ def guidance_named(name: str) -> drawing.Guidance:
 
 def in_row_order(hidden: Hidden, spans: list[tuple[Span, ...]]) -> torch.Tensor:
     """The two blocks as one packed sequence (N, D)."""
-    packing = pack(spans, torch.device("cpu"))
+    packing = pack(spans, hidden.reading.device)
     grid = torch.cat([hidden.reading, hidden.drawing]).index_select(0, packing.grid_source)
-    valid = torch.arange(packing.length) < packing.lengths[:, None]
+    valid = torch.arange(packing.length, device=grid.device) < packing.lengths[:, None]
     return grid[valid.flatten()]
 
 
@@ -496,8 +500,10 @@ def settings(vectors: Path) -> BagelSettings:
 
 
 @pytest.fixture
-def parity(vectors: Path, settings: BagelSettings) -> Parity:
-    policy = BagelPolicy.load(vectors / "checkpoint", settings=settings)
+def parity(vectors: Path, settings: BagelSettings, monkeypatch: pytest.MonkeyPatch) -> Parity:
+    # a card's convolutions round float32 to 10 bits unless told not to, which is above the gate
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    policy = BagelPolicy.load(vectors / "checkpoint", DEVICE, torch.float32, settings=settings)
     return Parity(vectors, policy, whole=vectors == VECTORS)
 
 

@@ -43,7 +43,8 @@ def test_training_step(shift: int, parity: Any, report: Callable[..., None]) -> 
 @torch.no_grad()
 def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
     """Relative L2 distance to the float32 reference: what the published precision measures, and not zero."""
-    parity.policy = BagelPolicy.load(vectors / "checkpoint", dtype=torch.bfloat16, settings=settings)
+    device = parity.policy.device
+    parity.policy = BagelPolicy.load(vectors / "checkpoint", device, torch.bfloat16, settings=settings)
     ref, contexts = parity.vectors("a_text"), parity.policy.contexts
     hidden = contexts.run(
         [contexts.row((parity.meta["a_text"]["prompt"],), False)], contexts.transformer.empty_cache(1)
@@ -57,7 +58,7 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
     for tag in sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t")):
         scenario, time = tag.split("_t", 1)
         grid, caches = parity.scenario(scenario)
-        x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time))
+        x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=device)
         v = drawing.velocity(contexts, caches.full, x_t, t[None], grid)[0]
         assert v.dtype == torch.float32
         assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 2e-2
@@ -75,8 +76,9 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
 
 
 def distance(got: torch.Tensor, ref: torch.Tensor) -> float:
-    print(float((got.float() - ref).norm() / ref.norm()))
-    return float((got.float() - ref).norm() / ref.norm())
+    got, ref = got.float().cpu(), ref.cpu()
+    print(float((got - ref).norm() / ref.norm()))
+    return float((got - ref).norm() / ref.norm())
 
 
 def test_rule_for_sizes(parity: Any) -> None:
