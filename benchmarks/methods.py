@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import re
 import shutil
 import statistics
 import tempfile
@@ -240,13 +242,27 @@ def training_seconds(training: Alignment | Pretraining) -> float:
 
 
 def measured_base(run: RunDirectory, policy: str, plan: Plan, bases: dict[str, Evaluation]) -> Evaluation:
-    """The evaluation of the base, made once and written into every run."""
+    """The evaluation of the base, made once for all runs of OUT and written into every one."""
+    kept = run.path.parent / f"base-{slug(policy)}" / "before.json"
     if not (run.path / "eval" / "before.json").exists():
+        if kept.exists() and not plan.sizes:
+            run.write_json("eval/before.json", json.loads(kept.read_text(encoding="utf-8")))
+            return measured_base(run, policy, plan, bases)
         if policy not in bases:
             base, benchmarks = load_policy(policy), find_benchmarks(plan.benchmarks)
             bases[policy] = evaluate(base, benchmarks, sizes=plan.sizes, sampling=SAMPLING, keep=keep_cases)
         write_evaluation(run, "before", bases[policy])
+        if not plan.sizes:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            scratch = kept.with_name(f"{run.path.name}.tmp")
+            scratch.write_text(json.dumps({**bases[policy].as_dict(), "prompts": []}), encoding="utf-8")
+            scratch.replace(kept)
     return Evaluation.from_dict(run.read_json("eval/before.json"))
+
+
+def slug(policy: str) -> str:
+    """A policy as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", policy).strip("-")
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from lvrpo.commands.options import Command, Options, Parser
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
+    from lvrpo.data.scenes.verifier import Reading
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.types import Image
 
@@ -27,6 +29,10 @@ def init_options(parser: Parser) -> None:
         metavar="STEPS",
         help="train the autoencoder on pictures of the built-in world (default: 0, random)",
     )
+    parser.add_argument(
+        "--autoencoder-batch", type=int, default=8, metavar="N", help="pictures a step of it (default: 8)"
+    )
+    parser.add_argument("--device", default="auto", help="where it is trained (default: auto)")
 
 
 def init(options: Options) -> None:
@@ -34,31 +40,37 @@ def init(options: Options) -> None:
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.bagel.create import BagelSizes, create_bagel
     from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
+    from lvrpo.policies.loading import pick_device
     from lvrpo.training.checkpoint import disk_errors
 
     if options.kind not in KINDS:
         raise InputError(f"kind {options.kind!r}: unknown: use {', '.join(KINDS)}")
     if options.train_autoencoder < 0:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: use 0 or more steps")
+    if not 2 <= options.autoencoder_batch <= 1024:
+        raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
+    device = pick_device(options.device)
     folder: Path = options.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
     sizes = load_config(BagelSizes, None, options.overrides)
     policy = create_bagel(sizes, [" ".join(VOCABULARY), THINK_THEN_DRAW, THINK_THEN_ANSWER])
     if options.train_autoencoder:
-        train_on_scenes(policy, sizes.image_size, options.train_autoencoder)
+        policy.to(device)
+        train_on_scenes(policy, sizes.image_size, options.train_autoencoder, options.autoencoder_batch)
     with disk_errors(folder):
         policy.save(folder)
     count = sum(parameter.numel() for parameter in policy.parameters())
     print(f"{folder}: a random BAGEL of {count / 1e6:.1f} million parameters")
 
 
-def train_on_scenes(policy: BagelPolicy, size: int, steps: int) -> None:
+def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:
     """Trains the autoencoder on pictures of the train split, and says what survives it."""
     from pydantic import ValidationError
 
     from lvrpo.commands.progress import Progress
     from lvrpo.data.scenes import ScenePrompts, ScenesConfig
+    from lvrpo.data.scenes.verifier import read
     from lvrpo.policies.bagel.autoencoder import train_autoencoder
 
     try:
@@ -68,9 +80,12 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int) -> None:
             f"image_size={size}: scenes have multiples of 8 from 32 to 256: use one, or leave --train-autoencoder out"
         ) from None
 
+    @cache
+    def picture(i: int) -> Image:
+        return next(part for part in source.prompt("understand", i).parts if not isinstance(part, str))
+
     def pictures(first: int, count: int) -> list[Image]:
-        prompts = [source.prompt("understand", i) for i in range(first, first + count)]
-        return [part for prompt in prompts for part in prompt.parts if not isinstance(part, str)]
+        return [picture(i) for i in range(first, first + count)]
 
     with Progress(steps) as watch:
         watch.phase("training the autoencoder")
@@ -81,8 +96,15 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int) -> None:
             times = {"seconds": passed, "seconds_left": passed / step * (steps - step)}
             watch.step({"step": step, "loss/reconstruction": loss, **times})
 
-        found = train_autoencoder(policy, pictures, steps, observe)
+        found = train_autoencoder(policy, pictures, steps, observe, batch)
+    same = [seen_objects(a) == seen_objects(b) for a, b in zip(read(found.before), read(found.after), strict=True)]
     print(f"reconstruction of new pictures: {found.psnr:.1f} dB, largest error of a pixel {found.largest:.2f}")
+    print(f"the verifier reads the same objects in {sum(same)} of {len(same)}")
+
+
+def seen_objects(reading: Reading) -> tuple[object, ...]:
+    """What a picture shows, without how clearly."""
+    return (reading.ground, reading.unreadable, *((o.shape, o.color, o.row, o.col) for o in reading.objects))
 
 
 INIT = Command(

@@ -12,7 +12,7 @@ from lvrpo.config import load_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel import autoencoder
-from lvrpo.policies.bagel.autoencoder import POOL, collages, stacked, train_autoencoder
+from lvrpo.policies.bagel.autoencoder import PICTURES, collages, stacked, train_autoencoder
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.bagel.vae import VaeConfig
@@ -70,7 +70,7 @@ def test_the_autoencoder_learns_and_its_latents_have_deviation_one(
     assert 0 < found.largest <= 1
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
     assert not any(p.requires_grad for p in policy.towers.latent_vae.parameters())
-    pixels = stacked(policy, scenes(25 * POOL, 64))
+    pixels = stacked(policy, scenes(PICTURES, 64))
     latents = policy.towers.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
     assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)

@@ -19,7 +19,10 @@ Pictures = Callable[[int, int], Sequence[Image]]
 
 BATCH = 8
 POOL = 32
-"""Pictures that a step takes its batch from: half of it as they are, half put together from their liveliest tiles."""
+"""Pictures, at least, that a step takes its batch from: half of it as they are, half put together from their liveliest
+tiles."""
+PICTURES = 8192
+"""Different pictures that are trained on, over and over: making them costs more than a step on a card."""
 LEARNING_RATE = 2e-3
 WARMUP = 20
 LOG_VARIANCE = -8.0
@@ -30,7 +33,7 @@ MEASURED = 64
 """Pictures that are kept aside to measure on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reconstruction:
     """How much of a picture survives the autoencoder."""
 
@@ -38,28 +41,39 @@ class Reconstruction:
     """In decibels, of pictures that were not trained on."""
     largest: float
     """Mean over pictures of the largest error of a pixel, in [0, 1]."""
+    before: torch.Tensor
+    """float32 (B, 3, H, W) in [0, 1], on the CPU: the pictures ..."""
+    after: torch.Tensor
+    """... and what came back."""
 
 
 def train_autoencoder(
-    policy: BagelPolicy, pictures: Pictures, steps: int, observe: Observer = lambda step, loss: None
+    policy: BagelPolicy,
+    pictures: Pictures,
+    steps: int,
+    observe: Observer = lambda step, loss: None,
+    batch: int = BATCH,
 ) -> Reconstruction:
     """Trains the autoencoder of a policy on reconstruction, mean |difference| plus mean square, and scales its latents.
 
     Afterwards latents have mean 0 and deviation 1 over the measured pictures, which BAGEL's scale and shift say, and
-    their posterior is narrow. Nothing else of the policy changes. The pictures of training are ``pictures(0, ...)`` on,
+    their posterior is narrow. Nothing else of the policy changes. The pictures of training are the first ``PICTURES``,
     those measured come after them.
     """
     vae = policy.towers.latent_vae
     vae.requires_grad_(True)
     set_log_variance(policy, LOG_VARIANCE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    pool_size = max(POOL, 2 * batch)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / steps)
         generator = torch.Generator().manual_seed(step)
-        pool = stacked(policy, pictures(step * POOL, POOL))
-        mixed = collages(pool, policy.pixels_per_token(), BATCH // 2, generator)
-        pixels = torch.cat([pool[: BATCH - len(mixed)], mixed])
+        pool = stacked(policy, pictures(step % (PICTURES // pool_size) * pool_size, pool_size))
+        mixed = collages(pool, policy.pixels_per_token(), batch // 2, generator)
+        # the turn of a picture of the set to be shown whole comes in later passes over the set
+        start = step // (PICTURES // pool_size) * (batch - len(mixed)) % pool_size
+        pixels = torch.cat([pool.roll(-start, 0)[: batch - len(mixed)], mixed])
         mean, _ = vae.moments(pixels)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         spread = SPREAD * mean.detach().std()
@@ -73,7 +87,7 @@ def train_autoencoder(
     set_log_variance(policy, LOG_VARIANCE)
     vae.requires_grad_(False)
     vae.zero_grad(set_to_none=True)
-    measured = stacked(policy, pictures(steps * POOL, MEASURED))
+    measured = stacked(policy, pictures(PICTURES, MEASURED))
     scale_latents(policy, measured)
     return measure(policy, measured)
 
@@ -120,7 +134,8 @@ def measure(policy: BagelPolicy, pixels: torch.Tensor) -> Reconstruction:
     back = vae.decode(vae.encode(pixels, noise.to(pixels).expand(len(pixels), -1, -1, -1))).clamp(-1, 1)
     error = (back - pixels) / 2
     psnr = -10 * functional.mse_loss(back / 2, pixels / 2).log10()
-    return Reconstruction(float(psnr), float(error.abs().flatten(1).amax(dim=1).mean()))
+    largest = float(error.abs().flatten(1).amax(dim=1).mean())
+    return Reconstruction(float(psnr), largest, pixels.cpu() / 2 + 0.5, back.cpu() / 2 + 0.5)
 
 
 def stacked(policy: BagelPolicy, images: Sequence[Image]) -> torch.Tensor:
