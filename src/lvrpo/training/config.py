@@ -61,7 +61,7 @@ class PrecisionConfig(Config):
     """At which dtypes the policy is kept and computed; an adapter's own weights, and latents, are always float32."""
 
     weights: Dtype | None = None
-    """None: the policy's own choice for the device. Weights that are trained themselves have to be float32."""
+    """None: under an adapter the policy's own choice for the device, else float32: what is trained has to be that."""
     compute: Dtype | None = None
     """bfloat16: matrices are multiplied in it (autocast); None: in the dtype of the weights."""
 
@@ -113,6 +113,11 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
+
+    @property
+    def weights_dtype(self) -> Dtype | None:
+        """At which the policy is loaded; None: at its own choice."""
+        return self.precision.weights or ("float32" if self.adapter is None else None)
 
     @property
     def phases(self) -> list[tuple[tuple[OutputKind, ...], float]]:

@@ -101,7 +101,7 @@ def estimate_memory(
     forget_packings()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            policy = kind.skeleton(folder, pick_device(config.device), DTYPES.get(config.precision.weights or ""))
+            policy = kind.skeleton(folder, pick_device(config.device), DTYPES.get(config.weights_dtype or ""))
         return estimate_policy(policy, config, prompts, guard)
     finally:
         forget_packings()

@@ -176,7 +176,7 @@ def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:
 def fresh_policy(config: PretrainConfig) -> MoTPolicy:
     """The policy to start from."""
     if config.init is not None:
-        policy = load_policy(config.init, config.device)
+        policy = load_policy(config.init, config.device, "float32")  # BAGEL's own choice on a card is bfloat16
         if not isinstance(policy, MoTPolicy):
             raise InputError(
                 f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "

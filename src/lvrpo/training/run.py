@@ -169,8 +169,7 @@ class Alignment:
 
     def result(self) -> Policy:
         """The weights that the guard found best."""
-        precision = self.config.precision
-        return as_configured(load_policy(self.run.path, self.config.device, precision.weights), self.config)
+        return as_configured(load_policy(self.run.path, self.config.device, self.config.weights_dtype), self.config)
 
 
 def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate | None:
@@ -203,7 +202,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    policy = load_policy(base, config.device, config.precision.weights)
+    policy = load_policy(base, config.device, config.weights_dtype)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
@@ -233,7 +232,7 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    policy = load_policy(run.path / START, config.device, config.precision.weights)
+    policy = load_policy(run.path / START, config.device, config.weights_dtype)
     state = RunState.start(as_configured(policy, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:
@@ -300,7 +299,7 @@ class Pretraining:
             config = run.config(PretrainConfig)
             torch.set_num_threads(config.threads)
             verify_checkpoint(run.path / START)
-            policy = load_policy(run.path / START, config.device)
+            policy = load_policy(run.path / START, config.device, "float32")
             trainer = Supervised(config, policy, web_corpus(config.corpus))  # type: ignore[arg-type]  # what start saved
             this = cls(config, run, trainer, held_out=held_out_prompts(config))
             this._load()
