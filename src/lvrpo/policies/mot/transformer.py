@@ -126,19 +126,6 @@ class Cache:
             parts.append(CachePart(tuple(k for k, _ in layers), tuple(v for _, v in layers), lengths, each))
         return Cache(tuple(parts), chosen.rope)
 
-    def joined(self, first: int) -> Cache:
-        """The same contexts with the parts from ``first`` on as one, for rows without padding there."""
-        tail = self.parts[first:]
-        if len(tail) < 2:
-            return self
-        depth = range(len(tail[0].keys))
-        layers = [[part.layer(i) for part in tail] for i in depth]
-        keys = tuple(torch.cat([k for k, _ in layer], dim=1) for layer in layers)
-        values = tuple(torch.cat([v for _, v in layer], dim=1) for layer in layers)
-        rows = len(self.rope)
-        part = CachePart(keys, values, (keys[0].shape[1],) * rows, tuple(range(rows)))
-        return Cache((*self.parts[:first], part), self.rope)
-
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of layer i, (B, S, K, E), padding included; at least one part."""
         keys, values = zip(*(part.layer(i) for part in self.parts), strict=True)
