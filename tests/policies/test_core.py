@@ -8,6 +8,7 @@ import torch
 
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.decoding import Decoder
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.mot.writing import Written
 from lvrpo.policies.tiny import TinyPolicy
@@ -67,11 +68,14 @@ def test_token_by_token_equals_one_pass(policy: TinyPolicy, picture: Any) -> Non
     contexts = policy.contexts
     start = contexts.prefill([contexts.row((picture(1), "what is it"), draws=False)])
     (whole,) = text_logprobs(policy, start, ["a red circle"])
-    cache, stepped, feed = start, [], policy.words.bos_id
-    for token in text(policy, "a red circle").tokens:
-        hidden = contexts.run(writing._single_tokens(contexts, [feed]), cache)
-        stepped.append(torch.log_softmax(writing._allowed_logits(contexts, hidden.reading), dim=-1)[0, token])
-        cache, feed = hidden.cache, token
+    tokens = text(policy, "a red circle").tokens
+    stepped, feed = [], policy.words.bos_id
+    decoder = Decoder(policy.transformer, start, len(tokens))
+    for token in tokens:
+        states = decoder.step(policy.towers.embed_tokens(torch.tensor([feed])))
+        logits = policy.towers.text_logits(states).masked_fill(policy.words.forbidden(), -torch.inf)
+        stepped.append(torch.log_softmax(logits, dim=-1)[0, token])
+        feed = token
     torch.testing.assert_close(torch.stack(stepped), whole, rtol=1e-5, atol=1e-5)
 
 

@@ -25,10 +25,11 @@ from lvrpo.policies.loading import DTYPES, model_type, pick_device, policy_folde
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
 from lvrpo.policies.mot.batching import runs
-from lvrpo.policies.mot.context import Piece, row_tokens
+from lvrpo.policies.mot.context import row_tokens
+from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.folder import FolderPolicy
 from lvrpo.policies.mot.policy import MoTPolicy, as_written
-from lvrpo.policies.mot.sequence import Span, forget_packings
+from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.registry import resolve
@@ -371,14 +372,14 @@ class _Estimator:
                 policy.towers.decode_latents(x_t - v, grid)
 
     def _write(self, cache: Cache, owner: Sequence[int]) -> None:
-        """The last token of the longest texts, no two members alike."""
-        contexts, bos = self.contexts, self.contexts.words.bos_id
-        begun = [(contexts.open_text([bos] * max(0, self.config.rollout.max_new_tokens - 2)),)] * len(owner)
-        before = contexts.run(begun, cache.select(owner)).cache
-        hidden = contexts.run([(Piece(Span("text", 1), (bos,)),)] * len(owner), before)
-        logits = self.policy.towers.text_logits(hidden.reading)
+        """A token of texts of which no two are alike, in buffers for the longest, and rows that change after it."""
+        transformer, steps = self.policy.transformer, self.config.rollout.max_new_tokens
+        rows = owner[: at_once(transformer, cache, steps)]
+        decoder = Decoder(transformer, cache.select(rows), steps)
+        tokens = torch.full((len(rows),), self.contexts.words.bos_id)
+        logits = self.policy.towers.text_logits(decoder.step(self.policy.towers.embed_tokens(tokens)))
         torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-        hidden.cache.joined(len(cache.parts))
+        decoder.select(range(len(rows))[::-1])
 
     def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
         """As ``token_grid`` of the trained policy, then of the reference."""

@@ -6,10 +6,10 @@ Nr / Nd tokens of the reading / drawing block.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lvrpo.config import Config
 from lvrpo.policies.mot import sequence
+from lvrpo.policies.mot.attention import Attend, MaskedAttention, SpanAttention
 from lvrpo.policies.mot.sequence import Packing
 
 
@@ -124,19 +125,6 @@ class Cache:
             each = tuple(range(len(rows)))
             parts.append(CachePart(tuple(k for k, _ in layers), tuple(v for _, v in layers), lengths, each))
         return Cache(tuple(parts), chosen.rope)
-
-    def joined(self, first: int) -> Cache:
-        """The same contexts with the parts from ``first`` on as one, for rows without padding there."""
-        tail = self.parts[first:]
-        if len(tail) < 2:
-            return self
-        depth = range(len(tail[0].keys))
-        layers = [[part.layer(i) for part in tail] for i in depth]
-        keys = tuple(torch.cat([k for k, _ in layer], dim=1) for layer in layers)
-        values = tuple(torch.cat([v for _, v in layer], dim=1) for layer in layers)
-        rows = len(self.rope)
-        part = CachePart(keys, values, (keys[0].shape[1],) * rows, tuple(range(rows)))
-        return Cache((*self.parts[:first], part), self.rope)
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of layer i, (B, S, K, E), padding included; at least one part."""
@@ -256,7 +244,7 @@ class MoT(nn.Module):
         Without ``extend`` the rows leave no keys and values behind: a step of a flow needs none.
         """
         attend = self._attention_of(packing, cache)
-        cos, sin = self._rotation(packing, cache)
+        cos, sin = self.rotation(cache.rope[:, None] + packing.rope_ids)
         keys, values, layers = [], [], []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -265,7 +253,7 @@ class MoT(nn.Module):
                 reading: torch.Tensor, drawing: torch.Tensor, layer: Layer = layer, i: int = i
             ) -> tuple[torch.Tensor, ...]:
                 q, k, v = self._project(layer, reading, drawing, packing)
-                q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
+                q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
                 attended = attend(i, q, k, v).flatten(0, 1).flatten(1)  # (B * L, H * E)
                 if len(reading):
                     reading = layer.reading.feed_forward(reading, _cells(attended, packing.reading_cells))
@@ -325,113 +313,19 @@ class MoT(nn.Module):
         seen = [part.valid[:, None, :].expand(-1, packing.length, -1) for part in cache.parts]
         return MaskedAttention(cache, torch.cat([*seen, packing.visible], dim=2)[:, None])
 
-    def _rotation(self, packing: Packing, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the rope angles, (B, L, 1, E)."""
-        angles = (cache.rope[:, None] + packing.rope_ids)[..., None].float() * self.inv_freq
+    def rotation(self, rope_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``rotate`` takes, for rope ids (B, L): cos and sin of the angles, (B, L, 1, E)."""
+        angles = rope_ids[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        return angles.cos(), angles.sin()
+        first, second = angles.sin().chunk(2, dim=-1)
+        return angles.cos(), torch.cat([-first, second], dim=-1)
 
 
 def _cells(grid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     return grid if len(cells) == len(grid) else grid.index_select(0, cells)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, rotate-half form, (B, L, heads, E)."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, rotate-half form, (..., heads, E); the sine of the first half comes negated."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, H, E) queries over (B, S + L, K, E) keys and values -> (B, L, H, E)."""
-    shared = q.shape[2] // k.shape[2]
-    if shared > 1 and mask is not None and q.is_cuda:
-        # there the kernel for masks has no shared key heads, and what stands in for it writes all scores to memory
-        k, v, shared = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2), 1
-    out = functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=shared > 1
-    )
-    return out.transpose(1, 2)
-
-
-class Attend(Protocol):
-    """Attention of one layer: q (B, L, H, E), new keys and values (B, L, K, E) -> (B, L, H, E)."""
-
-    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class MaskedAttention:
-    """All rows at once, under one mask."""
-
-    cache: Cache
-    mask: torch.Tensor
-    """bool (B, 1, L, S + L)."""
-
-    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        before = [part.layer(i) for part in self.cache.parts]
-        k = torch.cat([*(keys for keys, _ in before), k], dim=1)
-        v = torch.cat([*(values for _, values in before), v], dim=1)
-        return _attention(q, k, v, self.mask)
-
-
-class SpanAttention:
-    """Span by span, over exactly the keys that the span sees: a picture needs no mask, a text a small one.
-
-    Rows of one layout and of contexts of equal lengths go together, so the group of a prompt is one call per span.
-    """
-
-    def __init__(self, packing: Packing, cache: Cache) -> None:
-        self.packing, self.cache = packing, cache
-        self.batches: dict[Hashable, list[int]] = {}
-        for b, spans in enumerate(packing.rows):
-            before = tuple(part.lengths[part.entries[b]] for part in cache.parts)
-            self.batches.setdefault((spans, before), []).append(b)
-
-    def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        found = [self._rows(i, rows, q, k, v) for rows in self.batches.values()]
-        order = [b for rows in self.batches.values() for b in rows]
-        out = torch.cat(found)
-        if order == list(range(len(order))):
-            return out
-        places = torch.tensor(order, device=out.device).argsort()
-        return out.index_select(0, places)
-
-    def _rows(self, i: int, rows: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Rows of one layout, (R, L, H, E); places of padding are zero."""
-        if len(rows) < len(q):
-            index = torch.tensor(rows, device=q.device)
-            q, k, v = (x.index_select(0, index) for x in (q, k, v))
-        keys, values = self._context(i, rows)
-        out, start = [], 0
-        for span in self.packing.rows[rows[0]]:
-            stop = start + span.length
-            if not span.length:
-                continue
-            own_k, own_v = torch.cat([*keys, k[:, start:stop]], dim=1), torch.cat([*values, v[:, start:stop]], dim=1)
-            mask = None
-            if span.kind == "text" and span.length > 1:
-                mask = torch.ones(span.length, own_k.shape[1], dtype=torch.bool, device=q.device)
-                mask = mask.tril(own_k.shape[1] - span.length)
-            out.append(_attention(q[:, start:stop], own_k, own_v, mask))
-            if span.kind != "noise":
-                keys.append(k[:, start:stop])
-                values.append(v[:, start:stop])
-            start = stop
-        return functional.pad(torch.cat([q[:, :0], *out], dim=1), (0, 0, 0, 0, 0, q.shape[1] - start))
-
-    def _context(self, i: int, rows: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the rows have before them, part by part, (R, length, K, E); one context for all of them is no copy."""
-        keys, values = [], []
-        for part in self.cache.parts:
-            entries = [part.entries[b] for b in rows]
-            length = part.lengths[entries[0]]
-            if len(set(entries)) == 1:
-                one_k, one_v = part.entry(i, entries[0])
-                keys.append(one_k.expand(len(rows), -1, -1, -1))
-                values.append(one_v.expand(len(rows), -1, -1, -1))
-            else:
-                index = torch.tensor(entries, device=part.keys[i].device)
-                keys.append(part.keys[i].index_select(0, index)[:, :length])
-                values.append(part.values[i].index_select(0, index)[:, :length])
-        return keys, values
+    return x * cos + torch.cat([second, first], dim=-1) * sin

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lvrpo.policies.mot.context import Contexts, Piece, Row
-from lvrpo.policies.mot.sequence import Span
+from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import sample_tokens
 
@@ -37,32 +37,58 @@ def write(
 ) -> list[Written]:
     """Samples one text per member: member m continues row ``owner[m]`` of the cache, with uniforms (B, max tokens).
 
-    Members that have written the same so far share one row, so a step costs the number of distinct prefixes.
+    Members that have written the same so far share one row, so a step costs the number of distinct prefixes; of more
+    members than fit into the buffers, one part after another.
     """
+    together = at_once(contexts.transformer, cache, uniforms.shape[1])
+    if len(owner) <= together:
+        return _write(contexts, cache, owner, uniforms, temperature)
+    out = []
+    for start in range(0, len(owner), together):
+        part = slice(start, start + together)
+        rows = sorted(set(owner[part]))
+        places = [rows.index(row) for row in owner[part]]
+        out += _write(contexts, cache.select(rows), places, uniforms[part], temperature)
+    return out
+
+
+@torch.no_grad()
+def _write(
+    contexts: Contexts, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
+) -> list[Written]:
+    """Members that are written together. A step waits for the card once, for its tokens, as long as rows stay apart."""
     eos = contexts.words.eos_id
-    row_of = list(owner)
-    shared = len(cache.parts)
-    written: list[list[int]] = [[] for _ in row_of]
-    active = list(range(len(row_of)))
-    feed = [contexts.words.bos_id] * len(cache.rope)
+    forbidden = contexts.words.forbidden().to(uniforms.device)
+    decoder = Decoder(contexts.transformer, cache, uniforms.shape[1])
+    written: list[list[int]] = [[] for _ in owner]
+    active, row_of = list(range(len(owner))), list(owner)  # members that still write, and the row of each
+    feed = torch.full((len(cache.rope),), contexts.words.bos_id, device=uniforms.device)
     for position in range(uniforms.shape[1]):
-        hidden = contexts.run(_single_tokens(contexts, feed), cache)
-        logits = _allowed_logits(contexts, hidden.reading)
-        rows = torch.tensor([row_of[m] for m in active], device=logits.device)
-        tokens = sample_tokens(logits.index_select(0, rows), uniforms[active, position], temperature).tolist()
+        logits = _allowed_logits(contexts, decoder.step(contexts.towers.embed_tokens(feed)), forbidden)
+        tokens = sample_tokens(_take(logits, row_of), uniforms[:, position], temperature)
         prefixes: dict[tuple[int, int], int] = {}
-        still = []
-        for m, token in zip(active, tokens, strict=True):
-            written[m].append(token)
+        still: list[int] = []  # places in ``active``
+        first: list[int] = []  # the place of the first member of every prefix
+        fed = tokens.tolist()
+        for place, token in enumerate(fed):
+            written[active[place]].append(token)
             if token != eos:
-                row_of[m] = prefixes.setdefault((row_of[m], token), len(prefixes))
-                still.append(m)
-        active = still
-        if not active:
+                if prefixes.setdefault((row_of[place], token), len(prefixes)) == len(first):
+                    first.append(place)
+                still.append(place)
+        if not still or position + 1 == uniforms.shape[1]:
             break
-        cache = hidden.cache.select([parent for parent, _ in prefixes]).joined(shared)
-        feed = [token for _, token in prefixes]
+        decoder.select([parent for parent, _ in prefixes])
+        feed, uniforms = _take(tokens, first), _take(uniforms, still)
+        active, row_of = [active[p] for p in still], [prefixes[row_of[p], fed[p]] for p in still]
     return [Written(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
+
+
+def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Rows of x; all of them in order are no copy, and no index that travels to the card."""
+    if list(rows) == list(range(len(x))):
+        return x
+    return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
 
 
 def score(
@@ -91,7 +117,7 @@ def score(
     hidden = contexts.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
-    logits = _allowed_logits(contexts, selected)
+    logits = _allowed_logits(contexts, selected, contexts.words.forbidden().to(device))
     # at temperature 0 the density is a point: the plain distribution is scored instead
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
@@ -102,10 +128,5 @@ def score(
     return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
 
 
-def _single_tokens(contexts: Contexts, tokens: Sequence[int]) -> list[Row]:
-    return [(Piece(Span("text", 1), (token,)),) for token in tokens]
-
-
-def _allowed_logits(contexts: Contexts, hidden: torch.Tensor) -> torch.Tensor:
-    logits = contexts.towers.text_logits(hidden)
-    return logits.masked_fill(contexts.words.forbidden().to(logits.device), -torch.inf)
+def _allowed_logits(contexts: Contexts, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    return contexts.towers.text_logits(hidden).masked_fill(forbidden, -torch.inf)
