@@ -58,7 +58,22 @@ def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
             layer.get_submodule("drawing").load_state_dict(layer.get_submodule("reading").state_dict())
         towers.latent_out.weight.zero_()
         towers.latent_out.bias.zero_()
+        _make_pictures_audible(policy, sizes)
     return policy
+
+
+def _make_pictures_audible(policy: BagelPolicy, sizes: BagelSizes) -> None:
+    """What a picture adds to a place of the reading tower gets deviation 1, the tower's own table of places 0.02.
+
+    With torch's defaults a picture moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
+    does not begin within thousands of steps.
+    """
+    towers, side = policy.towers, sizes.image_size // sizes.patch_size * sizes.patch_size
+    generator = torch.Generator().manual_seed(sizes.seed)
+    towers.read_vit.embeddings["position_embedding"].weight.normal_(std=0.02, generator=generator)
+    pixels = torch.rand(16, 3, side, side, generator=generator) * 2 - 1
+    spread = towers.read_embed(pixels).std(dim=0).mean()
+    towers.read_connector_out.weight /= spread
 
 
 def bagel_config(sizes: BagelSizes) -> BagelConfig:
