@@ -33,6 +33,7 @@ from lvrpo.policies.mot import drawing
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.memory import estimate_policy
 from lvrpo.training.objective import KINDS, Policies
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.update import take_steps
@@ -42,6 +43,8 @@ LIMIT_S = 540.0
 """No part begins after so many seconds."""
 VOCABULARY_SIZE = 152_064
 GIB = 2**30
+ADAPTER = AdapterConfig(rank=32, alpha=64)
+"""Of the joint step."""
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest: object, **options: object) -> int:
@@ -143,12 +146,17 @@ def small_shape() -> Shape:
     return Shape(bagel_config(sizes), torch.device("cpu"), torch.bfloat16, 128, 64, 4, 3, 64, 2, 3)
 
 
-def random_policy(shape: Shape) -> BagelPolicy:
-    """Random weights, made where they stay."""
+def empty_policy(shape: Shape) -> BagelPolicy:
+    """On the meta device."""
     small = learn_words([THINK_THEN_DRAW, THINK_THEN_ANSWER], 1024)
     words = BagelWords(small.tokenizer, shape.config.vocabulary_size, small.files)
     with torch.device("meta"):
-        policy = BagelPolicy(shape.config, words)
+        return BagelPolicy(shape.config, words)
+
+
+def random_policy(shape: Shape) -> BagelPolicy:
+    """Random weights, made where they stay."""
+    policy = empty_policy(shape)
     generator = torch.Generator(shape.device).manual_seed(0)
     state = {}
     for name, tensor in policy.state_dict().items():
@@ -196,6 +204,7 @@ def measure(shape: Shape, folder: Path | None) -> Report:
         report.measure("one pass over 8 pictures", lambda: one_pass(policy, shape, report, rate[0]))
         report.measure(f"pictures, {shape.image_size} x {shape.image_size}", lambda: pictures(policy, shape, report))
     report.measure("joint LoRA step, G = 8", lambda: joint_step(policy, shape, report))
+    report.measure("predicted for that step", lambda: predicted(shape))
     return report
 
 
@@ -248,45 +257,65 @@ def pictures(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     return f"{rate} ({shape.num_steps} steps, guided, decoded), peak {report.peak()}"
 
 
-def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
-    """Rollout and update of one prompt of each task: an adapter on both experts, advantages made up."""
-    size = (shape.step_image_size, shape.step_image_size)
+def step_config(shape: Shape) -> TrainConfig:
+    """Of the joint step."""
     tree = {
         "name": "step",
+        "device": str(shape.device),
         "rollout": {
             "group_size": 8,
             "max_new_tokens": shape.thought,
             "num_steps": shape.step_num_steps,
             "solver": "euler",
-            "image_size": size,
+            "image_size": (shape.step_image_size, shape.step_image_size),
         },
         "limits": {"backward_tokens": 8192, "gradient_checkpointing": True},
         "optimizer": {"kind": "adamw", "adamw_lr": 1e-4},
+        "adapter": ADAPTER,
     }
-    config = TrainConfig.model_validate(tree)
-    add_adapter(policy, AdapterConfig(rank=32, alpha=64), "the measured weights")
-    config.limits.apply(policy)
-    policies = Policies(policy, policy.twin(), policy.frozen(), policy.twin())
-    optimizer = Optimizers(policy, config.optimizer, 10)
+    return TrainConfig.model_validate(tree)
+
+
+def step_prompts(shape: Shape) -> list[Prompt]:
+    """One of each task."""
     source = noise(shape.step_image_size)
-    prompts = [
+    return [
         Prompt("u", "understand", (source, "what is it"), ("text",)),
         Prompt("g", "generate", ("a picture",), ("image",)),
         Prompt("e", "edit", (source, "make it red"), ("image",)),
         Prompt("r", "reason", ("a picture",), ("text", "image")),
     ]
+
+
+def predicted(shape: Shape) -> str:
+    """What ``lvrpo check`` would say of the joint step; needs no memory of the card."""
+    policy = empty_policy(shape)
+    state = {n: t if n.startswith(VAE) else t.to(shape.dtype) for n, t in policy.state_dict().items()}
+    policy.load_state_dict(state, assign=True)
+    estimate = estimate_policy(policy, step_config(shape), step_prompts(shape))
+    return f"{estimate.peak / GIB:.1f} GiB, most in the {estimate.worst}"
+
+
+def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
+    """Rollout and update of one prompt of each task: an adapter on both experts, advantages made up."""
+    config, prompts = step_config(shape), step_prompts(shape)
+    add_adapter(policy, ADAPTER, "the measured weights")
+    config.limits.apply(policy)
+    policies = Policies(policy, policy.twin(), policy.frozen(), policy.twin())
+    optimizer = Optimizers(policy, config.optimizer, 10)
     groups: list[Group] = []
     sampling = config.rollout.sampling(0, 0)
     sampled = report.timed(lambda: groups.extend(policy.sample(prompts, sampling, [0, 1, 2, 3])))
+    sampling_peak = report.peak()
     A = torch.linspace(-1.5, 1.5, 8).expand(len(groups), -1)
     advantages = dict.fromkeys(KINDS, A)
     trained = report.timed(lambda: take_steps(policies, [optimizer], groups, advantages, config, 0))
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    what = f"understand, generate, edit, think then draw; {size[0]} x {size[1]}, {shape.step_num_steps} steps"
+    side = shape.step_image_size
+    what = f"understand, generate, edit, think then draw; {side} x {side}, {shape.step_num_steps} steps"
     how = f"{shape.thought} tokens, {adapter / 1e6:.3g} million weights, 4 of 8 drawings at 2 times, checkpointed"
-    return (
-        f"{sampled + trained:.3g} s: rollout {sampled:.3g}, update {trained:.3g} ({what}; {how}), peak {report.peak()}"
-    )
+    seconds = f"{sampled + trained:.3g} s: rollout {sampled:.3g}, update {trained:.3g} ({what}; {how})"
+    return f"{seconds}, peak of the rollout {sampling_peak}, of the update {report.peak()}"
 
 
 def noise(side: int) -> torch.Tensor:

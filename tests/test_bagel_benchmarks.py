@@ -49,10 +49,11 @@ def test_dry_run_of_the_gpu_benchmark(root: Path) -> None:
     page = done.stdout.split("# BAGEL on one GPU")[1]
     lines = [line.strip("| ") for line in page.splitlines() if line.startswith("| ")][1:]
     rows = dict(line.split(" | ") for line in lines)
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert not [name for name, value in rows.items() if value.startswith("not measured:") or "did not fit" in value]
     for name, unit in (("text", "tokens/s"), ("matmul, bfloat16", "TFLOP/s"), ("pictures, 64 x 64", "pictures/s")):
         assert float(rows[name].split()[0]) > 0
         assert unit in rows[name]
     assert "rollout" in rows["joint LoRA step, G = 8"]
+    assert float(rows["predicted for that step"].split(" GiB")[0]) > 0
     assert not Path("docs").exists()

@@ -49,6 +49,20 @@ def test_what_is_alive_at_once_is_counted() -> None:
         assert weight.grad is not None
 
 
+@pytest.mark.parametrize(("device", "copied"), [("cpu", 8), ("cuda", 8 + 4)])
+def test_convolutions_count_with_what_their_kernels_copy(device: str, copied: int) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = torch.empty(1, 4, 16, 16), torch.empty(8, 4, 3, 3)
+        plane = 4 * 16 * 16  # bytes of a channel
+        with LiveBytes([x, weight], device) as live:
+            y = torch.conv2d(x, weight, padding=1)
+            assert (live.now, live.peak) == (8 * plane, (8 + copied) * plane)
+            del y
+        with LiveBytes([x, weight], device) as live:
+            torch.conv2d(x, weight[:, :, :1, :1])
+            assert live.peak == 8 * plane
+
+
 def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     policy = load_policy(small_base)
     assert isinstance(policy, MoTPolicy)
