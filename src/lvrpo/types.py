@@ -189,6 +189,8 @@ class RewardTable:
     """Which segments of a trajectory of several a reward judges; every one where absent."""
     judge: str = ""
     """Who judged: class and hash of the weights."""
+    judged_by: Mapping[str, str] = field(default_factory=dict)
+    """By reward, for those that others judge too or instead: model and address, or folder and fingerprint."""
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """float32 (P, G) by reward: variance that a score owes to the draws of its estimate; nan where it is not known."""
     normalize: Mapping[str, str] = field(default_factory=dict)

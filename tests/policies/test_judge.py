@@ -9,6 +9,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.context import Contexts
 from lvrpo.policies.mot.policy import JUDGE_TIMES
+from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Parts
@@ -59,6 +60,51 @@ def test_comparisons_share_the_picture_that_they_begin_with(
     shared = policy.text_logprob(contexts, ["red"] * 6)
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
     assert [n for n in read if n] == [3, 6]
+
+
+def test_edits_that_are_compared_share_their_source_and_the_first_result(
+    policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two sources with two ordered pairs each, and a drawing's pair: nothing is read twice, nothing is padded."""
+    sources, results = [picture(i) for i in range(2)], [picture(i) for i in range(2, 5)]
+    contexts: list[Parts] = [(s, results[0], other, "is it a circle") for s in sources for other in results[1:]]
+    contexts.append((results[0], results[1], "is it a circle"))
+    alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
+    read: list[list[int]] = []
+    run = Contexts.run
+
+    def noted(self: Contexts, rows: Any, *rest: Any, **options: Any) -> Any:
+        read.append([sum(piece.span.kind == "read" for piece in row) for row in rows])
+        return run(self, rows, *rest, **options)
+
+    monkeypatch.setattr(Contexts, "run", noted)
+    shared = policy.text_logprob(contexts, ["red"] * 5)
+    torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
+    assert read == [[2, 2], [1, 1, 1, 1], [2]]
+
+
+@pytest.mark.parametrize("cells", [1 << 24, 0], ids=["under one mask", "span by span"])
+def test_texts_after_one_context_do_not_see_each_other(
+    cells: int, policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few are options of one row, many continue a context that is kept; both as if each were alone."""
+    monkeypatch.setattr("lvrpo.policies.mot.sequence.MASK_CELLS", cells)
+    forget_packings()
+    few, many = (picture(1), "is it a red circle"), (picture(1), "it")
+    texts = [(few, "red"), (many, "a red circle"), (few, "a"), (many, "it is a"), (few, "red"), (("it",), "a circle")]
+    alone = torch.stack([policy.text_logprob([context], [text])[0] for context, text in texts])
+    together = policy.text_logprob([context for context, _ in texts], [text for _, text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+    forget_packings()
+
+
+def test_the_outputs_asked_for_are_those_of_all(policy: TinyPolicy, picture: Any) -> None:
+    contexts = policy.contexts
+    rows = [contexts.row((picture(1), "is it"), draws=False), contexts.row(("a red circle",), draws=False)]
+    whole = contexts.run(rows, policy.transformer.empty_cache(2))
+    some = contexts.run(rows, policy.transformer.empty_cache(2), outputs=torch.tensor([2, 5, 7]))
+    torch.testing.assert_close(some.reading, whole.reading[[2, 5, 7]], rtol=1e-6, atol=1e-6)
+    assert torch.equal(some.cache.layer(1)[0], whole.cache.layer(1)[0])
 
 
 def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from lvrpo.policies.mot.sequence import Span, SpanKind, pack, row_layout
 
 IMAGE_KINDS: tuple[SpanKind, ...] = ("read", "clean", "noise")
-text_spans = st.integers(1, 5).map(lambda n: Span("text", n))
+TEXT_KINDS: tuple[SpanKind, ...] = ("text", "option")
+text_spans = st.builds(Span, st.sampled_from(TEXT_KINDS), st.integers(1, 5))
 image_spans = st.builds(Span, st.sampled_from(IMAGE_KINDS), st.integers(3, 5))
 rows = st.lists(text_spans | image_spans, max_size=5).map(tuple)
 
@@ -20,16 +21,16 @@ def tokens_of(row: tuple[Span, ...]) -> list[tuple[int, SpanKind, int, int]]:
 def may_look(row: tuple[Span, ...], i: int, j: int) -> bool:
     tokens = tokens_of(row)
     (query_span, query_kind, *_), (key_span, key_kind, *_) = tokens[i], tokens[j]
-    if key_kind == "noise" and key_span != query_span:
+    if key_kind in ("noise", "option") and key_span != query_span:
         return False
-    return j <= i or (key_span == query_span and query_kind != "text")
+    return j <= i or (key_span == query_span and query_kind not in ("text", "option"))
 
 
 def rope_of(row: tuple[Span, ...]) -> tuple[list[int], int]:
     ids, following = [], 0
     for span in row:
-        for _ in range(span.length):
-            ids.append(following)
+        for place in range(span.length):
+            ids.append(following + (place if span.kind == "option" else 0))
             following += span.kind == "text"
         following += span.kind in ("read", "clean")
     return ids, following

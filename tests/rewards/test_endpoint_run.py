@@ -14,6 +14,7 @@ from lvrpo.config import load_config
 from lvrpo.errors import ContractError
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run import Alignment
 
@@ -64,6 +65,13 @@ def test_an_endpoint_judges_a_run_and_its_key_is_nowhere(config: TrainConfig, se
     assert set(server.keys) == {f"Bearer {KEY}"}
     splits = [body for body in server.bodies if body["messages"][0]["content"][0]["type"] == "text"]
     assert len(splits) == 2  # of two prompts, judged in the contract, the step and the control
+    judge = f"judge-1 at {server.url}, temperature 0.0, 256 tokens"
+    samples = [json.loads(line) for path in tmp_path.rglob("groups.jsonl") for line in path.read_text().splitlines()]
+    assert samples
+    who = f"{judge}; questions by {judge}"
+    assert all(row["judged_by"] == {"vlm_endpoint": who} for row in samples)
+    (record,) = score_record.read_steps(alignment.run.path)
+    assert record.judged_by == (who,)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not any(KEY.encode() in path.read_bytes() for path in files)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.rewards.external import ExternalVLM, SiglipTower
+from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_identity
 from lvrpo.rewards.instruction import Instruction
 from lvrpo.rewards.knowledge import Knowledge
 from lvrpo.rewards.semantic import Semantic
@@ -188,6 +188,76 @@ def test_a_reader_gives_the_mean_log_prob_of_an_answer(vlm: Path) -> None:
     steps = torch.log_softmax(logits[-4:-1], -1)[range(3), [ids["red"], ids["cube"], ids["<eos>"]]]
     assert found[1].item() == pytest.approx(steps.mean().item(), abs=1e-4)
     assert found[0] != found[2]
+
+
+def cases() -> tuple[list[Any], list[str]]:
+    """Rows of several shapes: pictures of two sizes, none, two at once, answers of one and two words."""
+    torch.manual_seed(3)
+    pictures = [torch.rand(3, 12, 12), torch.rand(3, 20, 9), torch.rand(3, 12, 12)]
+    contexts = [(image, question) for image in pictures for question in ("is it red ?", "is it ?")]
+    contexts += [(pictures[0], pictures[1], "is it ?"), (pictures[1], pictures[0], "is it ?"), ("is it red ?",)]
+    texts = ["yes", "no", "yes", "red cube", "red cube", "no", "yes", "yes", "no"]
+    return contexts, texts
+
+
+def test_rows_of_one_shape_are_read_together_and_score_as_alone(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, texts = cases()
+    alone = torch.cat(
+        [ExternalVLM(str(vlm), "cpu").text_logprob([c], [t]) for c, t in zip(contexts, texts, strict=True)]
+    )
+    reader = ExternalVLM(str(vlm), "cpu")
+    sizes: list[int] = []
+    forward = reader._forward
+
+    def noted(inputs: Any, count: int) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        return forward(inputs, count)
+
+    monkeypatch.setattr(reader, "_forward", noted)
+    torch.testing.assert_close(reader.text_logprob(contexts, texts), alone, rtol=0, atol=1e-5)
+    assert sizes[:3] == [2, 1, 1]  # the first batch is compared with its rows
+    sizes.clear()
+    torch.testing.assert_close(reader.text_logprob(contexts, texts), alone, rtol=0, atol=1e-5)
+    assert sorted(sizes) == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("fault", ["mixes its rows", "takes one row"])
+def test_a_model_that_does_not_take_batches_gets_every_row_alone(
+    fault: str, vlm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts, texts = cases()
+    expected = ExternalVLM(str(vlm), "cpu").text_logprob(contexts, texts)
+    reader = ExternalVLM(str(vlm), "cpu")
+    forward, sizes = reader._forward, []
+
+    def broken(inputs: Any, count: int) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1 and fault == "takes one row":
+            raise ValueError("one row at a time")
+        return forward(inputs, count).flip(0)
+
+    monkeypatch.setattr(reader, "_forward", broken)
+    torch.testing.assert_close(reader.text_logprob(contexts, texts), expected, rtol=0, atol=1e-5)
+    assert sizes.count(2) == 1
+
+
+def test_a_folder_is_told_by_its_weights(vlm: Path, tower: Path, tmp_path: Path) -> None:
+    """Weights of the same sizes and another chat template are another judge."""
+    for path in vlm.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = folder_identity(tmp_path)
+    assert first.partition(":")[2] == folder_identity(vlm).partition(":")[2]
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + bytes(4))
+    assert folder_identity(tmp_path) != first
+    weights.write_bytes(content)
+    (tmp_path / "chat_template.jinja").write_text("another")
+    assert folder_identity(tmp_path) != first
+    for reward in (Knowledge(source=str(vlm)), Instruction(source=str(vlm))):
+        assert reward.judged_by == folder_identity(vlm)
+    assert Semantic(source=str(tower)).judged_by == folder_identity(tower)
+    assert Knowledge().judged_by == Instruction().judged_by == Semantic().judged_by == ""
 
 
 def test_knowledge_and_instruction_ask_the_reader(group: Callable[..., Group], vlm: Path) -> None:

@@ -52,6 +52,12 @@ def test_disagreement_costs_by_hand(drawn: list[Group]) -> None:
     assert bound((1, 2, 0), (3, 2, 4), k=0, scale="raw").score(drawn, None).values.tolist() == [[2.0, 2.0, 2.0]]  # type: ignore[arg-type]
 
 
+def test_who_judges_its_members_is_who_judges_it(server: Any) -> None:
+    rows = [{"name": "vlm_endpoint", "options": {"endpoint": server.options()}}, {"name": "drawing_likelihood"}]
+    assert LowerBound(rows).judged_by == (f"0 vlm_endpoint: judge-1 at {server.url}, temperature 0.0, 256 tokens")
+    assert bound((1, 2, 0), (3, 2, 4)).judged_by == ""
+
+
 def test_members_of_different_units_count_alike(drawn: list[Group]) -> None:
     scaled = bound((0, 1, 2), (0, 100, 200)).score(drawn, None).values  # type: ignore[arg-type]
     assert scaled[0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -65,6 +66,19 @@ def test_texts_are_compared_and_equal_ones_are_not_asked() -> None:
     assert values.tolist() == pytest.approx([0.25, 1, 0.25])
     assert len(judge.contexts) == 2 * 2 * 2  # two pairs, two orders, two labels
     assert all(isinstance(context[0], torch.Tensor) for context in judge.contexts)
+
+
+@pytest.mark.parametrize("opponents", [1, 2, 4, None])
+def test_no_pair_is_judged_twice(opponents: int | None) -> None:
+    """Every ordered pair once with either word, for both of its members."""
+    judge = Chooser()
+    prompts = (DRAW, Prompt("e", "edit", (level(0.2), "a cat"), ("image",)))
+    outputs = [level(i / 10) for i in range(6)]
+    groups = [given_group(prompt, [[output] for output in outputs]) for prompt in prompts]
+    Preference(opponents=opponents).score(groups, judge)  # type: ignore[arg-type]
+    asked = Counter(tuple(id(part) for part in context[:-1]) for context in judge.contexts)
+    assert set(asked.values()) == {2}
+    assert all((*key[:-2], key[-1], key[-2]) in asked for key in asked)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,8 @@ def test_an_endpoint_splits_a_prompt_once(tmp_path: Path, server: Any) -> None:
     assert "a red cube beside three birds" in server.bodies[0]["messages"][0]["content"][0]["text"]
     assert split(tmp_path, **options).questions([CUBE], nobody) == found
     assert len(server.bodies) == 2
+    named = f"questions by judge-1 at {server.url}, temperature 0.0, 256 tokens"
+    assert OwnVQA(split=options).judged_by == Mutual(about="facts", split=options).judged_by == named
     split(tmp_path, by="endpoint", endpoint=server.options(model="judge-2")).questions([CUBE], nobody)
     assert len(server.bodies) == 3
     assert not nobody.asked

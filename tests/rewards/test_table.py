@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -224,6 +225,28 @@ def test_the_table_says_who_judged_and_how_noisy_the_scores_are(groups: list[Gro
     assert set(table.noise) == {"noisy"}
     assert table.noise["noisy"][1].tolist() == [0.25, 0.25]
     assert table.noise["noisy"][0].isnan().all()
+
+
+def test_the_table_says_who_else_judged(groups: list[Group], nobody: Any) -> None:
+    """A judge of the row's own, whoever the reward names, and both; nobody for the others."""
+
+    class Elsewhere(Fixed):
+        judged_by = "a model at an address"
+
+    class Another:
+        identity = "2"
+
+    rows = [source(Fixed(0.5), label="plain"), source(Elsewhere(0.5), label="outside")]
+    own = [
+        replace(row, judge=Another(), config=row.config.model_copy(update={"label": f"own {i}"}))
+        for i, row in enumerate(rows)
+    ]
+    table = score_groups([*rows, *own], groups, nobody)
+    assert table.judged_by == {
+        "outside": "a model at an address",
+        "own 0": "Another:2",
+        "own 1": "Another:2; a model at an address",
+    }
 
 
 @pytest.mark.parametrize(

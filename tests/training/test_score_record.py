@@ -199,11 +199,13 @@ def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
     assert kept(run)["step"] == [1]
 
 
-def test_a_record_names_its_judge(run: RunDirectory) -> None:
-    table = replace(one_row(), judge="TinyPolicy:0123")
-    score_record.write_step(run, 1, [DRAWING], table, torch.zeros(1, 4))
+def test_a_record_names_its_judges(run: RunDirectory) -> None:
+    made = replace(table(), judge="TinyPolicy:0123", judged_by={"facts": "a model at an address"})
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], made, ADVANTAGES)
     (record,) = score_record.read_steps(run.path)
     assert record.judge == "TinyPolicy:0123"
+    assert record.judged_by == tuple({"facts": "a model at an address"}.get(name, "") for name in record.names)
+    assert any(record.judged_by)
 
 
 def test_caps_and_scales_of_their_own_are_on_record(run: RunDirectory) -> None:

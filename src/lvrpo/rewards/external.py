@@ -7,6 +7,7 @@ side by default and need none.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,12 @@ OWN = "own"
 TOWERS = ("siglip", "siglip2")
 """Fixed sizes (SigLIP, SigLIP 2) and any size (SigLIP 2 NaFlex)."""
 AT_ONCE = 32
+READ_AT_ONCE = 16
+"""Rows of a reader: its pictures take hundreds of tokens each."""
+FINGERPRINT = ("*.json", "*.jinja", "*.safetensors", "*.bin")
+"""What an answer depends on: settings, tokenizer, chat template, weights."""
+PIECE, PIECES = 4096, 256
+"""Bytes of a piece, and about how many of a file are looked at."""
 
 T = TypeVar("T")
 
@@ -102,16 +109,58 @@ class ExternalVLM:
         if not getattr(self.processor, "chat_template", None):  # old folders lack it
             raise InputError(f"{path}: has no chat template: use an instruction-tuned checkpoint")
         self.identity = folder_identity(path)
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._batches: bool | None = None  # unknown before a batch was compared with its rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Mean log-prob per token, end token included, of each text as the answer to its context, (batch,).
 
-        One row at a time: padding moves the log-probs of some models.
+        Rows whose inputs are of one shape go through the model together, such as the drawings of a group with one
+        question; nothing is padded, as padding moves the log-probs of some models. The first batch is compared with
+        its rows one by one, and a model that tells them apart gets every row alone.
         """
-        return torch.stack([self._row(parts, text) for parts, text in zip(contexts, texts, strict=True)])
+        rows = [self._inputs(parts, text) for parts, text in zip(contexts, texts, strict=True)]
+        alike: dict[tuple[Any, ...], list[int]] = {}  # Any: names and shapes
+        for i, (inputs, count) in enumerate(rows):
+            shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items())
+            alike.setdefault((count, shapes), []).append(i)
+        found: dict[int, torch.Tensor] = {}
+        for same in alike.values():
+            for part in _parts(same, READ_AT_ONCE):
+                found.update(zip(part, self._batch([rows[i][0] for i in part], rows[part[0]][1]), strict=True))
+        return torch.stack([found[i] for i in range(len(rows))])
 
-    def _row(self, parts: Parts, text: str) -> torch.Tensor:
+    def _batch(self, rows: Sequence[dict[str, torch.Tensor]], count: int) -> list[torch.Tensor]:
+        """Rows of one shape, whose answers have ``count`` tokens: together if that changes nothing."""
+        if len(rows) == 1 or self._batches is False:
+            return [self._forward(row, count)[0] for row in rows]
+        # one row of texts, and one or several of each picture: both are laid one after the other
+        inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        try:
+            together = self._forward(inputs, count)
+        except torch.OutOfMemoryError:
+            return [self._forward(row, count)[0] for row in rows]
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            together = torch.zeros(0)
+        if self._batches is None:
+            alone = torch.stack([self._forward(row, count)[0] for row in rows])
+            close = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+            self._batches = together.shape == alone.shape and torch.allclose(together, alone, rtol=0, atol=close)
+            return list(alone)
+        if together.shape != (len(rows),):
+            return [self._forward(row, count)[0] for row in rows]
+        return list(together)
+
+    def _forward(self, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """Mean log-prob (B,) of the last ``count`` tokens of rows of one length; only their logits are made."""
+        kept = {"logits_to_keep": count + 1} if self._keeps else {}
+        logits = self.model(**inputs, **kept).logits[:, -count - 1 : -1].float()
+        answers = inputs["input_ids"][:, -count:]
+        return torch.log_softmax(logits, dim=-1).gather(2, answers[..., None])[..., 0].mean(dim=1).cpu()
+
+    def _inputs(self, parts: Parts, text: str) -> tuple[dict[str, torch.Tensor], int]:
+        """What the model is given for a context with its answer, and the answer's tokens."""
         tokenizer = self.processor.tokenizer
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": _picture(part)}
@@ -127,14 +176,11 @@ class ExternalVLM:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         ids = torch.tensor([answer], device=self.device)
-        for name, more in (("input_ids", ids), ("attention_mask", torch.ones_like(ids))):
-            inputs[name] = torch.cat([inputs[name], more.to(inputs[name])], dim=1)
-        if "token_type_ids" in inputs or "mm_token_type_ids" in inputs:
-            for name in ("token_type_ids", "mm_token_type_ids"):
-                if name in inputs:
-                    inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids).to(inputs[name])], dim=1)
-        logits = self.model(**inputs).logits[0, -len(answer) - 1 : -1].float()
-        return torch.log_softmax(logits, dim=-1).gather(1, ids[0][:, None]).mean().cpu()
+        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        more |= {name: torch.zeros_like(ids) for name in ("token_type_ids", "mm_token_type_ids") if name in inputs}
+        for name, values in more.items():
+            inputs[name] = torch.cat([inputs[name], values.to(inputs[name])], dim=1)
+        return inputs, len(answer)
 
 
 def once(build: Callable[[], T]) -> Callable[[], T]:
@@ -188,10 +234,18 @@ def _transformers() -> Any:
 
 
 def folder_identity(path: Path) -> str:
-    """Name of the folder and a hash of its configuration and the sizes of its weights."""
-    digest = hashlib.blake2b((path / "config.json").read_bytes(), digest_size=6)
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(f"{file.name}{file.stat().st_size}".encode())
+    """Name of the folder and a hash of its settings, and of the sizes and evenly spaced pieces of its weights.
+
+    Whoever trains on moves whole tensors, so that the pieces tell two checkpoints apart without reading gigabytes.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for file in sorted(file for pattern in FINGERPRINT for file in path.glob(pattern) if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                content.seek(start)
+                digest.update(content.read(PIECE))
     return f"{path.resolve().name}:{digest.hexdigest()}"
 
 
@@ -246,6 +300,6 @@ def _picture(image: Image) -> Any:
     return PilImage.fromarray(pixels)
 
 
-def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), AT_ONCE):
-        yield items[start : start + AT_ONCE]
+def _parts(items: Sequence[T], size: int = AT_ONCE) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -29,6 +29,12 @@ def standing_in(identity: str) -> Iterator[None]:
         _stand_in.reset(token)
 
 
+def judged_by(*sources: object) -> str:
+    """Who judges for these, each an identity or something with a ``judged_by``; "" where the policy alone does."""
+    found = [source if isinstance(source, str) else getattr(source, "judged_by", "") for source in sources]
+    return "; ".join(dict.fromkeys(name for name in found if name))
+
+
 def judge_identity(judge: object) -> str:
     """``TinyPolicy:3f2a91c0d4e7``: the class and a hash of names, shapes and evenly spaced values of the weights.
 

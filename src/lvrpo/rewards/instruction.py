@@ -15,7 +15,8 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
-from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.text_format import FORMS
@@ -65,9 +66,9 @@ class Instruction:
             raise InputError(f"instruction.kinds={kinds!r}: must be a list of kinds, such as [count, color]")
         self.by, self.kinds, self.above = by, None if kinds is None else frozenset(kinds), above
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split, kinds=kinds)
-        self.reader = None
+        self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:
-            check_reader(source)
+            self.judged_by = judged_by(folder_identity(check_reader(source)), self.vqa)
             self.reader = once(lambda: ExternalVLM(source, device))
         self.rules = dict(rules or {})
         text_rules(self.rules, "instruction.rules")

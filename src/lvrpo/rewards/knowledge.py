@@ -10,7 +10,8 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
 from lvrpo.rewards.written import last_text
 from lvrpo.types import Group, Parts, Prompt
@@ -39,9 +40,9 @@ class Knowledge:
         device: str = "auto",
     ) -> None:
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
-        self.reader = None
+        self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:
-            check_reader(source)
+            self.judged_by = judged_by(folder_identity(check_reader(source)), self.vqa)
             self.reader = once(lambda: ExternalVLM(source, device))
 
     def applies(self, prompt: Prompt) -> bool:

@@ -27,6 +27,7 @@ class LearnedPreference:
 
     def __init__(self, head: str) -> None:
         self.head = PreferenceHead.load(head)
+        self.judged_by = self.head.identity
         drawn = any(task in ("generate", "edit") for task in self.head.tasks)
         written = any(task in ("understand", "reason") for task in self.head.tasks)
         self.judges = (*(["text"] if written else []), *(["image"] if drawn else []))

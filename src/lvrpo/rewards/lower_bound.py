@@ -14,6 +14,7 @@ from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt
 
@@ -49,6 +50,8 @@ class LowerBound:
             raise InputError(f"lower_bound.scale={scale!r}: unknown: use {', '.join(get_args(Scale))}")
         self.k, self.scale = float(k), scale
         self.sources = build_rewards([_row(i, member) for i, member in enumerate(members)])
+        named = [(source.config.title, source.judged_by) for source in self.sources]
+        self.judged_by = judged_by(*(f"{title}: {who}" for title, who in named if who))
         judged = {kind for source in self.sources for kind in source.judges}
         self.judges: tuple[OutputKind, ...] = tuple(kind for kind in ("text", "image") if kind in judged)
 

@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.gate import read_gate
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt, Trajectory
@@ -104,6 +104,7 @@ class Mutual:
             raise InputError("mutual.split: has no effect with about=prompt: leave one of the two out")
         self.about, self.cap = about, cap
         self.splitter = None if split is None else Splitter.read(split, "mutual.split")
+        self.judged_by = judged_by(self.splitter)
         self.times = {} if times is None else {"times": (times[0], times[1])}
         self.gate = None if gate is None else read_gate(gate)
         self.draws = draws or (DRAWS if self.gate is None else self.gate.draws)

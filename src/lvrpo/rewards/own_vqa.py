@@ -14,7 +14,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
@@ -73,6 +73,7 @@ class OwnVQA:
             raise InputError(f"own_vqa.bound={bound}: one wording has no spread: set paraphrases to 2 or more")
         self.paraphrases, self.bound = paraphrases, bound
         self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
+        self.judged_by = judged_by(self.splitter)
         if self.splitter is not None and choices is None:
             choices = BOTH_ORDERS
         if choices is not None:

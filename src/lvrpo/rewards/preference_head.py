@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -78,6 +79,12 @@ class PreferenceHead:
     reading: Reading = Reading()
     measured: dict[str, Any] = field(default_factory=dict)
     """Numbers of the fit, for people. Any: JSON values."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of what it makes of features."""
+        numbers = torch.cat([self.weight, self.mean, self.deviation, torch.tensor([self.scale])])
+        return f"PreferenceHead:{hashlib.blake2b(numbers.numpy().tobytes(), digest_size=6).hexdigest()}"
 
     def score(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) to log-odds (B,)."""

@@ -99,6 +99,11 @@ class Splitter:
         self.endpoint = None if config.endpoint is None else ChatEndpoint(config.endpoint)
         self.cache = TextCache(config.cache or cache_folder() / "questions")
 
+    @property
+    def judged_by(self) -> str:
+        """Who writes the questions, where it is not the policy."""
+        return "" if self.endpoint is None else f"questions by {self.endpoint.identity}"
+
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Self:
         """From the options of a reward; raises InputError that begins with ``where``."""

@@ -14,7 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
-from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, once
+from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
@@ -60,9 +60,9 @@ class Semantic:
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
             raise InputError(f"semantic.layer={layer!r}: must be a whole number >= 0")
         self.form, self.top, self.layer, self.lead_ins = form, top, layer, tuple(lead_ins)
-        self.tower = None
+        self.judged_by, self.tower = "", None
         if source != OWN:
-            check_tower(source)
+            self.judged_by = folder_identity(check_tower(source))
             self.tower = once(lambda: SiglipTower(source, device))
         self._told = False
 

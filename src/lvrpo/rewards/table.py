@@ -19,7 +19,7 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
@@ -126,6 +126,11 @@ class RewardSource:
         return (tasks is None or prompt.task in tasks) and self.reward.applies(prompt)
 
     @property
+    def judged_by(self) -> str:
+        """Who judges beside the run's judge or instead of it; "" where nobody does."""
+        return judged_by("" if self.judge is None else judge_identity(self.judge), self.reward)
+
+    @property
     def judges(self) -> tuple[OutputKind, ...]:
         """The kinds of segments that it judges where a trajectory has several."""
         own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
@@ -212,6 +217,7 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
         tasks=tuple(group.prompt.task for group in groups),
         judges={source.config.title: source.judges for source in sources},
         judge=judge_identity(judge),
+        judged_by={source.config.title: name for source in sources if (name := source.judged_by)},
         noise=noise,
         normalize={s.config.title: s.config.normalize for s in sources if s.config.normalize is not None},
         cut=cut,

@@ -16,6 +16,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.exact_answer import answers_match, normalize_answer
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.questions import Splitter, words_of
 from lvrpo.types import Group, OutputKind, Parts, Prompt, Trajectory
 
@@ -66,6 +67,7 @@ class VLMEndpoint:
         self.judges: tuple[OutputKind, ...] = ("text",) if self.of_text else ("image",)
         self.splitter = None if split is None else Splitter.read(split, "vlm_endpoint.split")
         self.endpoint = ChatEndpoint(parse_section(EndpointConfig, endpoint, "vlm_endpoint.endpoint"))
+        self.judged_by = judged_by(self.endpoint.identity, self.splitter)
 
     def applies(self, prompt: Prompt) -> bool:
         if self.of_text:

@@ -66,5 +66,6 @@ def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | Non
         "prompt": prompt_text(group),
         "answer": prompt.answer,
         "judge": table.judge,
+        "judged_by": dict(table.judged_by),
         "members": members,
     }

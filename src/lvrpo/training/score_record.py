@@ -81,6 +81,8 @@ class ScoreRecord:
     one. ``scores`` are those after it."""
     judge: str = ""
     """Who judged: class and hash of the weights; "" in the records of older versions."""
+    judged_by: tuple[str, ...] = ()
+    """(K,): who else judged for each reward, or instead: an endpoint, a folder; "" for nobody. Empty in older ones."""
 
 
 # --- writing ---
@@ -193,6 +195,7 @@ def _arrays(
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
         "judge": np.array(table.judge, dtype=np.str_),
+        "judged_by": np.array([table.judged_by.get(name, "") for name in table.names], dtype=np.str_),
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
         "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
@@ -274,8 +277,9 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
         try:
             names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
             judge = str(arrays.pop("judge", ""))
-            own = tuple(map(str, arrays.pop("normalize", ())))
-            yield ScoreRecord(step=step, names=names, tasks=tasks, judge=judge, normalize=own, **arrays)  # type: ignore[arg-type]  # bool or float
+            own, others = (tuple(map(str, arrays.pop(name, ()))) for name in ("normalize", "judged_by"))
+            known = {"judge": judge, "judged_by": others, "normalize": own}
+            yield ScoreRecord(step=step, names=names, tasks=tasks, **known, **arrays)  # type: ignore[arg-type]  # bool or float
         except (KeyError, TypeError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
 

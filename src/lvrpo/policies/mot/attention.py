@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lvrpo.policies.mot.sequence import UNSEEN
+
 if TYPE_CHECKING:
     from lvrpo.policies.mot.sequence import Packing
     from lvrpo.policies.mot.transformer import Cache, CachePart
@@ -121,12 +123,12 @@ class SpanAttention:
                 continue
             own_k, own_v = torch.cat([*keys, k[:, start:stop]], dim=1), torch.cat([*values, v[:, start:stop]], dim=1)
             mask = None
-            if span.kind == "text" and span.length > 1:
+            if span.kind in ("text", "option") and span.length > 1:
                 mask = torch.ones(span.length, own_k.shape[1], dtype=torch.bool, device=q.device)
                 mask = mask.tril(own_k.shape[1] - span.length)
-            with sdpa_kernel(TEXT_KERNELS) if span.kind == "text" else nullcontext():
+            with sdpa_kernel(TEXT_KERNELS) if span.kind in ("text", "option") else nullcontext():
                 out.append(attention(q[:, start:stop], own_k, own_v, mask))
-            if span.kind != "noise":
+            if span.kind not in UNSEEN:
                 keys.append(k[:, start:stop])
                 values.append(v[:, start:stop])
             start = stop

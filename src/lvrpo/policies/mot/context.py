@@ -61,6 +61,11 @@ class Contexts:
         whole = (self.words.bos_id, *ids)
         return Piece(Span("text", len(whole)), whole)
 
+    def option(self, ids: Sequence[int]) -> Piece:
+        """A text that is scored beside others after the same context: [bos] ids."""
+        whole = (self.words.bos_id, *ids)
+        return Piece(Span("option", len(whole)), whole)
+
     def picture(self, image: Image, kind: SpanKind) -> Piece:
         """A picture for the reading side ("read") or a clean latent for the drawing side ("clean")."""
         grid = self.towers.read_grid(image) if kind == "read" else self.towers.latent_grid(image)
@@ -100,10 +105,12 @@ class Contexts:
         noisy: tuple[torch.Tensor, torch.Tensor] | None = None,
         keep_layers: bool = False,
         extend: bool = True,
+        outputs: torch.Tensor | None = None,
     ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
 
-        Without ``extend`` the contexts stay as they are.
+        Without ``extend`` the contexts stay as they are. ``outputs``: the reading tokens whose states are wanted, of
+        all rows one after the other; None for all of both experts.
         """
         packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]
@@ -115,7 +122,7 @@ class Contexts:
             drawing = _by_grid(drawn, self._embed_drawn)
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
-        return self.transformer(reading, drawing, packing, cache, keep_layers, extend)
+        return self.transformer(reading, drawing, packing, cache, keep_layers, extend, outputs)
 
     def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The reading expert's tokens (Nr, D) of pieces as they enter the transformer: words, markers, patches."""
@@ -150,36 +157,45 @@ class Contexts:
         return self.towers.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
-        """The contexts of all rows; rows that begin with the same pictures, or the same first one, share them."""
-        heads = [_leading_pictures(row) for row in rows]
-        distinct, index = _distinct(heads, _row_key)
-        if len(distinct) == len(rows):
-            if len(_distinct([row[:1] for row in heads], _row_key)[0]) == len(rows):
-                return self._append(rows, self.transformer.empty_cache(len(rows)))
-            return self._append(
-                [row[len(head) :] for row, head in zip(rows, heads, strict=True)], self._prefill_pictures(heads)
-            )
-        tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
-        return self._append(tails, self._prefill_pictures(distinct).spread(index))
+        """The contexts of all rows; the pictures that several rows begin with are read once."""
+        cache, rest = self.begin(rows)
+        return self._append(rest, cache)
 
-    def _prefill_pictures(self, heads: Sequence[Row]) -> Cache:
-        """The pictures that rows begin with; a first one that several share, such as one of two that are compared with
-        many others, is read once."""
-        firsts, index = _distinct([head[:1] for head in heads], _row_key)
-        if len(firsts) == len(heads):
-            return self._append(heads, self.transformer.empty_cache(len(heads)))
-        cache = self._append(firsts, self.transformer.empty_cache(len(firsts)))
-        return self._append([head[1:] for head in heads], cache.spread(index))
+    def begin(self, rows: Sequence[Row]) -> tuple[Cache, list[Row]]:
+        """The pictures that several rows begin with, each read once, and what every row has after those.
+
+        Read in as few passes as there are places where rows part: (source, one, two) and (source, one, three) part
+        twice, where another source begins another row.
+        """
+        heads = [_leading_pictures(row) for row in rows]
+        parting = [
+            _distinct([head[:k] for head in heads], _row_key) for k in range(max(map(len, heads), default=0) + 1)
+        ]
+        counts = [*(len(distinct) for distinct, _ in parting[1:]), len(rows)]
+        cache, place, start = self.transformer.empty_cache(len(parting[0][0])), parting[0][1], 0
+        for stop, (distinct, index) in enumerate(parting[1:], start=1):
+            if counts[stop - 1] == counts[stop]:
+                continue
+            before = [place[index.index(i)] for i in range(len(distinct))]
+            cache = self._append([head[start:stop] for head in distinct], cache.spread(before))
+            place, start = index, stop
+        return cache.spread(place), [(*head[start:], *row[len(head) :]) for head, row in zip(heads, rows, strict=True)]
 
     def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, list[int]]:
         """The distinct contexts, and for every row the index of its own: (cache of U rows, (B,))."""
-        distinct, index = _distinct(rows, _row_key)
+        distinct, index = distinct_rows(rows)
         return self.prefill(distinct), index
 
     def _append(self, rows: Sequence[Row], cache: Cache) -> Cache:
         if not any(rows):
             return cache
-        return self.run(rows, cache).cache
+        none = torch.zeros(0, dtype=torch.int64, device=self.transformer.inv_freq.device)
+        return self.run(rows, cache, outputs=none).cache
+
+
+def leading_spans(row: Row) -> tuple[Span, ...]:
+    """Of the pictures that a row begins with."""
+    return tuple(piece.span for piece in _leading_pictures(row))
 
 
 def _leading_pictures(row: Row) -> Row:
@@ -197,6 +213,11 @@ def _by_grid(pieces: Sequence[Piece], embed: Callable[[Sequence[Piece]], torch.T
         places = [i for i, piece in enumerate(pieces) if piece.grid == grid]
         found.update(zip(places, embed([pieces[i] for i in places]), strict=True))
     return torch.cat([found[i] for i in range(len(pieces))])
+
+
+def distinct_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The rows without repetitions, and the place of each among them."""
+    return _distinct(rows, _row_key)
 
 
 def _row_key(row: Row) -> Hashable:

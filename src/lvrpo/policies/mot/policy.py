@@ -18,7 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
 from lvrpo.policies.mot import adapter, drawing, writing
 from lvrpo.policies.mot.batching import cut, runs
-from lvrpo.policies.mot.context import Contexts, Row, row_tokens
+from lvrpo.policies.mot.context import Contexts, Row, leading_spans, row_tokens
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.policies.mot.writing import Written
@@ -317,12 +317,13 @@ class MoTPolicy(nn.Module, ABC):
         """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
         rows = [self.contexts.row(parts, draws=False) for parts in contexts]
         written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
-        out = []
+        scores: dict[int, torch.Tensor] = {}
         for part in self._within(rows, [len(text.tokens) for text in written]):
-            cache, owner = self.contexts.prefill_shared([rows[i] for i in part])
-            scores = writing.score(self.contexts, cache, owner, [written[i] for i in part], 1.0, closed=False)
-            out += [logprobs.mean() for logprobs in scores.logprobs]
-        return torch.stack(out)
+            for same in _batches([leading_spans(rows[i]) for i in part], MAX_ROWS):  # pictures are then never padded
+                indices = [part[k] for k in same]
+                found = writing.score_once(self.contexts, [rows[i] for i in indices], [written[i] for i in indices])
+                scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
+        return torch.stack([scores[i] for i in range(len(rows))])
 
     @torch.no_grad()
     @computing
@@ -366,10 +367,11 @@ class MoTPolicy(nn.Module, ABC):
         grids = [self.towers.latent_grid(image) for image in images]
         scores: dict[int, torch.Tensor] = {}
         for part in self._within(rows, [height * width + 2 for height, width in grids]):
-            cache, owner = self.contexts.prefill_shared([rows[i] for i in part])
-            for same in _batches([grids[i] for i in part], MAX_ROWS):
+            # contexts without words, or without a picture, go by themselves: padding would be most of theirs
+            for same in _batches([(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part], MAX_ROWS):
                 indices = [part[k] for k in same]
-                own = cache.select([owner[k] for k in same])
+                cache, owner = self.contexts.prefill_shared([rows[i] for i in indices])
+                own = cache.select(owner)
                 x_0 = self._latents([images[i] for i in indices])
                 scored = self._draw_logprob(own, x_0, grids[indices[0]], draws, [seeds[i] for i in indices], times)
                 scores.update(zip(indices, scored, strict=True))

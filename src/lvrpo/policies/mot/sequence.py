@@ -1,9 +1,10 @@
 """Sequence rules of a unified model: who sees whom, which expert, which rope id (BAGEL, arXiv 2505.14683).
 
 A row of a batch is a list of spans. Inside one row, query i may look at key j if j comes no later than i, or both stand
-in the same image, unless j belongs to a noisy image that is not i's own. Text takes one rope id per token; all tokens
-of an image, its two markers included, share one id; after an image the id advances by 1, after a noisy one not at all.
-The drawing expert owns the latent tokens (noisy or clean); the reading expert owns everything else, markers included.
+in the same image, unless j belongs to a noisy image, or an option, that is not i's own. Text takes one rope id per
+token; all tokens of an image, its two markers included, share one id; after an image the id advances by 1, after a
+noisy one or an option not at all. The drawing expert owns the latent tokens (noisy or clean); the reading expert owns
+everything else, markers included.
 
 Letters: B rows, L tokens of the longest row, S tokens already in the cache, D width.
 """
@@ -18,14 +19,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-SpanKind = Literal["text", "read", "clean", "noise", "dropped"]
-"""text; a picture for the reading side; a clean latent picture for the drawing side; a picture being drawn; a picture
-left out in training, which has no tokens but keeps its rope id."""
+SpanKind = Literal["text", "option", "read", "clean", "noise", "dropped"]
+"""text; a text that is scored beside others after the same context; a picture for the reading side; a clean latent
+picture for the drawing side; a picture being drawn; a picture left out in training, which has no tokens but keeps its
+rope id."""
+UNSEEN: tuple[SpanKind, ...] = ("option", "noise")
+"""What comes after one of these neither sees it nor is moved by it."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One segment of a row; for the three picture kinds ``length`` counts the two markers too."""
+    """One segment of a row; for the picture kinds ``length`` counts the two markers too."""
 
     kind: SpanKind
     length: int
@@ -55,17 +59,17 @@ def row_layout(spans: tuple[Span, ...], mask: bool = True) -> RowLayout:
     for span in spans:
         stop = start + span.length
         inside = slice(start, stop)
-        if span.kind == "text":
+        if span.kind in ("text", "option"):
             rope_ids[inside] = rope + np.arange(span.length)
-            rope += span.length
+            rope += span.length if span.kind == "text" else 0
         else:
             rope_ids[inside] = rope
             drawing[start + 1 : stop - 1] = span.kind in ("clean", "noise")
             rope += span.kind != "noise"
             if mask:
                 visible[inside, inside] = True
-                if span.kind == "noise":
-                    visible[stop:, inside] = False
+        if mask and span.kind in UNSEEN:
+            visible[stop:, inside] = False
         start = stop
     return RowLayout(drawing, rope_ids, visible, rope)
 

@@ -147,7 +147,7 @@ class Hidden:
     """Final hidden states of the two blocks, and the context that now includes these rows."""
 
     reading: torch.Tensor
-    """(Nr, D), normed."""
+    """(Nr, D), normed; or the outputs that were asked for, (n, D), and no drawing."""
     drawing: torch.Tensor
     """(Nd, D), normed."""
     cache: Cache
@@ -237,11 +237,14 @@ class MoT(nn.Module):
         cache: Cache,
         keep_layers: bool = False,
         extend: bool = True,
+        outputs: torch.Tensor | None = None,
     ) -> Hidden:
         """Runs new rows after their contexts.
 
         reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
-        Without ``extend`` the rows leave no keys and values behind: a step of a flow needs none.
+        Without ``extend`` the rows leave no keys and values behind: a step of a flow needs none. ``outputs``: the
+        reading tokens whose final states are wanted, int64 (n,), all of both blocks for None; the last layer does no
+        more than these and the context take.
         """
         attend = self._attention_of(packing, cache)
         cos, sin = self.rotation(cache.rope[:, None] + packing.rope_ids)
@@ -254,9 +257,15 @@ class MoT(nn.Module):
             ) -> tuple[torch.Tensor, ...]:
                 q, k, v = self._project(layer, reading, drawing, packing)
                 q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+                cells = packing.reading_cells
+                if outputs is not None and i == len(self.layers) - 1:
+                    reading, drawing = reading.index_select(0, outputs), drawing[:0]
+                    cells = cells.index_select(0, outputs)
+                    if not len(reading):
+                        return reading, drawing, k, v
                 attended = attend(i, q, k, v).flatten(0, 1).flatten(1)  # (B * L, H * E)
                 if len(reading):
-                    reading = layer.reading.feed_forward(reading, _cells(attended, packing.reading_cells))
+                    reading = layer.reading.feed_forward(reading, _cells(attended, cells))
                 if len(drawing):
                     drawing = layer.drawing.feed_forward(drawing, _cells(attended, packing.drawing_cells))
                 return reading, drawing, k, v
@@ -294,7 +303,8 @@ class MoT(nn.Module):
             if len(parts) == 1 and len(parts[0]) == total:  # one expert, no padding: the grid is the block
                 out.append(parts[0].unflatten(0, grid))
             else:
-                out.append(torch.cat(parts).index_select(0, packing.grid_source).unflatten(0, grid))
+                block = parts[0] if len(parts) == 1 else torch.cat(parts)
+                out.append(block.index_select(0, packing.grid_source).unflatten(0, grid))
         return tuple(out)
 
     def _attention_of(self, packing: Packing, cache: Cache) -> Attend:
