@@ -49,7 +49,7 @@ def step_zero_contract(
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     checks = _replay_checks(policy, trajectories) + _group_checks(groups)
     failed = [
-        reason
+        f"{table.names[k]}: {reason}; if it may, say up to which share: max_failed of that reward"
         for (_, _, k), reason in table.reasons.items()
         if reason.startswith("failed") and table.names[k] not in may_fail
     ]
