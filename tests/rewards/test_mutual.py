@@ -99,6 +99,49 @@ def test_one_more_fact_never_scores_lower(held: list[bool], one: int) -> None:
     assert (values[0, 1] > values[0, 0]) == (more != held)
 
 
+class Perfect(World):
+    """Finds a text in a picture by the very words that hold: log p = the sum of log .9 or .1, log .5 of a blank one."""
+
+    def read_one(self, context: Parts, text: str) -> float:
+        image = [part for part in context if isinstance(part, torch.Tensor)][-1]
+        bits = [float(image[0, 0, k]) for k in range(BITS)]
+        return sum(math.log(0.5 if bit == BLANK else 0.9 if bit > BLANK else 0.1) for bit in bits)
+
+
+@given(st.lists(st.booleans(), min_size=BITS, max_size=BITS), st.integers(0, BITS - 1))
+def test_one_more_fact_never_scores_lower_where_the_prompt_is_judged_whole(held: list[bool], one: int) -> None:
+    """By hand: log .9 / .5 for what holds, log .1 / .5 for what does not; a blank picture scores 0."""
+    more = [*held]
+    more[one] = True
+    drawn = [[picture([float(b) for b in bits])] for bits in (held, more)] + [[picture([BLANK] * BITS)]]
+    values = score(Mutual(about="prompt", cap=math.inf), Perfect(), given_group(DRAW, drawn))[0]
+    right, wrong = math.log(0.9 / 0.5), math.log(0.1 / 0.5)
+    expected = [sum(right if b else wrong for b in bits) for bits in (held, more)]
+    assert values.tolist() == pytest.approx([*expected, 0.0], abs=1e-5)
+    assert values[1] >= values[0]
+
+
+@pytest.mark.parametrize("said", [math.inf, -math.inf, math.nan])
+def test_the_cap_makes_no_number_of_a_judge_that_breaks(said: float) -> None:
+    class Broken(Perfect):
+        def read_one(self, context: Parts, text: str) -> float:
+            bright = any(isinstance(part, torch.Tensor) and float(part.mean()) > 0.9 for part in context)
+            return said if bright else super().read_one(context, text)
+
+    groups = [given_group(DRAW, [[picture([1.0] * BITS)], [picture([1.0, 0.0] * 3)]])]
+    table = score_groups(build_rewards([RewardConfig(name="mutual")]), groups, Broken())  # type: ignore[arg-type]
+    assert table.mask[0, :, 0].tolist() == [False, True]
+    assert table.reasons == {(0, 0, 0): f"failed: the score is {said}"}
+
+
+def test_an_edit_that_changes_nothing_scores_0() -> None:
+    source = picture([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    edit = Prompt("e", "edit", (source, "make every fact hold"), ("image",))
+    values = score(Mutual(), Perfect(), given_group(edit, [[source.clone()], [picture([1.0] * BITS)]]))
+    assert values[0, 0] == 0
+    assert values[0, 1] > 0
+
+
 def test_facts_are_asked_where_the_prompt_is_no_caption() -> None:
     """Auto: a description is to be found as a whole, an edit by its facts."""
     edit = Prompt("e", "edit", (picture([0.0] * 6), "x"), ("image",), facts=FACTS)

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lvrpo.data.scenes import facts as scene_facts
 from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
 from lvrpo.rewards.gate import Gate, Sensitivity
+from lvrpo.rewards.given import given_group
 from lvrpo.rewards.own_vqa import OwnVQA
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
-from lvrpo.types import Fact, Group, Image, Prompt
+from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 
 def picture(level: float) -> Image:
@@ -144,3 +147,52 @@ def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
 def test_paraphrases_that_make_no_sense_are_one_line(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="own_vqa"):
         OwnVQA(**wrong)
+
+
+BITS = 5
+KNOWN = Prompt(
+    "k", "generate", ("five facts",), ("image",), facts=facts(*((f"fact {k} ?", "yes") for k in range(BITS)))
+)
+
+
+class Perfect:
+    """Sees each fact, one column each, and is sure of it; of a blank picture it can only guess."""
+
+    def __init__(self, by_picture: bool = True) -> None:
+        self.by_picture = by_picture
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([self.one(c, text) for c, text in zip(contexts, texts, strict=True)]).log()
+
+    def one(self, context: Parts, text: str) -> float:
+        image, question = context
+        assert isinstance(image, torch.Tensor)
+        level = float(image[0, 0, int(str(question).split()[1])])
+        yes = level if self.by_picture else 0.7
+        return yes if text == "yes" else 1 - yes
+
+
+def shown(bits: Sequence[float]) -> Image:
+    return torch.tensor(bits, dtype=torch.float32).expand(3, 4, len(bits)).clone()
+
+
+@given(st.lists(st.booleans(), min_size=BITS, max_size=BITS), st.integers(0, BITS - 1), st.booleans())
+def test_one_more_fact_never_scores_lower(held: list[bool], one: int, orders: bool) -> None:
+    """With a perfect judge the score is the share of facts that hold; nothing drawn is a guess of one half."""
+    more = [*held]
+    more[one] = True
+    reward = OwnVQA(choices="{question} {first} or {second}" if orders else None)
+    drawn = [[shown([float(b) for b in bits])] for bits in (held, more)] + [
+        [shown([0.5] * BITS)],
+        [shown([0.0] * BITS)],
+    ]
+    values = reward.score([given_group(KNOWN, drawn)], Perfect()).values[0]  # type: ignore[arg-type]  # a double
+    assert values.tolist() == pytest.approx([sum(held) / BITS, sum(more) / BITS, 0.5, 0.0], abs=1e-6)
+    assert values[1] >= values[0]
+
+
+def test_a_judge_that_answers_fluently_whatever_is_drawn_tells_no_one_apart() -> None:
+    """Questions that the picture does not answer give every member the same score: no advantage for anybody."""
+    drawn = [[shown([float(b)] * BITS)] for b in (0, 1, 0.5)]
+    values = OwnVQA().score([given_group(KNOWN, drawn)], Perfect(by_picture=False)).values[0]  # type: ignore[arg-type]
+    assert values.tolist() == pytest.approx([0.7] * 3)

@@ -92,13 +92,14 @@ class Describer:
 def test_the_description_is_compared_with_the_prompt() -> None:
     prompt = Prompt("d", "generate", ("draw a red cat and a blue dog",), ("image",))
     outputs = [[torch.full((3, 4, 4), level)] for level in (0.1, 0.5, 0.9)]
-    judge = Describer({0.1: ["a blue dog and a red cat"], 0.5: ["a red dog"], 0.9: [""]})
+    judge = Describer({0.1: ["a blue dog and a red cat"], 0.5: ["a red dog"], 0.9: [" "]})
     scores = CaptionBack().score([given_group(prompt, outputs)], judge)  # type: ignore[arg-type]
-    assert scores.values[0].tolist() == pytest.approx([1, 2 * 2 / (2 + 4), 0])
+    assert scores.values[0, :2].tolist() == pytest.approx([1, 2 * 2 / (2 + 4)])
+    assert scores.failures == {(0, 2): "the judge described nothing"}
     assert judge.temperatures == {0.0}
-    two = Describer({0.1: ["red cat blue dog", ""]})
-    scores = CaptionBack(samples=2).score([given_group(prompt, outputs[:1])], two)  # type: ignore[arg-type]
-    assert scores.values.tolist() == [[0.5]]
+    two = Describer({0.1: ["red cat blue dog", "it is a"], 0.5: ["red cat blue dog", ""]})
+    scores = CaptionBack(samples=2).score([given_group(prompt, outputs[:2])], two)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[pytest.approx((1 + 0) / 2), 1.0]]
     assert two.temperatures == {1.0}
     assert CaptionBack().applies(prompt)
     assert not CaptionBack().applies(replace(prompt, parts=("draw a picture",)))

@@ -13,6 +13,7 @@ from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
@@ -21,9 +22,10 @@ class CaptionBack:
     """F1 of the words of the judge's description of the drawing with the words of the prompt.
 
     F1 = 2 |c n p| / (|c| + |p|) over multisets of words, the mean over ``samples`` descriptions; greedy with one
-    sample. Range [0, 1]. Words alone are compared: an order of words ("left of") counts only by the word itself, and
-    another word of the same meaning not at all. The mutual reward needs no description and sees order; this one needs
-    only that the judge can describe, not that it can score. ``ignore``: words that say nothing.
+    sample. An empty description tells nothing and does not count; an output with no other is masked. Range [0, 1].
+    Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
+    meaning not at all. The mutual reward needs no description and sees order; this one needs only that the judge can
+    describe, not that it can score. ``ignore``: words that say nothing.
     """
 
     judges = ("image",)
@@ -51,23 +53,27 @@ class CaptionBack:
         cells: list[tuple[int, int]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
-                if trajectory.image is None:
-                    failures[p, g] = "nothing was drawn"
+                image, problem = trajectory.image, problem_of(trajectory, judge)
+                if image is None or problem:
+                    failures[p, g] = str(problem)
                     continue
                 key = f"{group.prompt.id}/described/{g}"
-                asked.append(Prompt(key, "understand", (trajectory.image, self.instruction), ("text",)))
+                asked.append(Prompt(key, "understand", (image, self.instruction), ("text",)))
                 seeds.append(derive_seed(trajectory.seed, "caption back"))
                 cells.append((p, g))
         temperature = 0.0 if self.samples == 1 else 1.0
         sampling = Sampling(self.samples, temperature, self.max_new_tokens)
         for (p, g), described in zip(cells, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
             wanted = self._words(_text(groups[p].prompt))
-            found = [self._words(t.text or "") for t in described.trajectories]
-            values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
+            found = [self._words(t.text) for t in described.trajectories if (t.text or "").strip()]
+            if found:
+                values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
+            else:
+                failures[p, g] = "the judge described nothing"
         return Scores(values, failures)
 
-    def _words(self, text: str) -> Counter[str]:
-        return Counter(word for word in re.findall(r"\w+", text.lower()) if word not in self.ignore)
+    def _words(self, text: str | None) -> Counter[str]:
+        return Counter(word for word in re.findall(r"\w+", (text or "").lower()) if word not in self.ignore)
 
 
 def word_f1(given: Counter[str], wanted: Counter[str]) -> float:

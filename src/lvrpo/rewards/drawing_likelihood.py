@@ -10,6 +10,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.mutual import estimate_noise
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt
@@ -51,12 +52,13 @@ class DrawingLikelihood:
             parts = group.prompt.parts
             wordless = tuple(part for part in parts if not isinstance(part, str))
             for g, trajectory in enumerate(group.trajectories):
-                if trajectory.image is None:
-                    failures[p, g] = "nothing was drawn"
+                image, problem = trajectory.image, problem_of(trajectory, judge)
+                if image is None or problem:
+                    failures[p, g] = str(problem)
                     continue
                 cells.append((p, g))
                 contexts += [parts, wordless]
-                images += [trajectory.image] * 2
+                images += [image] * 2
                 seeds += [seed] * 2
         if not cells:
             return Scores(values, failures, noise)

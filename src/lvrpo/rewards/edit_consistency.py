@@ -11,6 +11,7 @@ from torch.nn import functional
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.types import Group, Image, Prompt
 
 
@@ -46,8 +47,9 @@ class EditConsistency:
             source = [part for part in group.prompt.parts if not isinstance(part, str)][-1]
             for g, trajectory in enumerate(group.trajectories):
                 image = trajectory.image
-                if image is None:
-                    failures[p, g] = "nothing was drawn"
+                problem = problem_of(trajectory)
+                if image is None or problem:
+                    failures[p, g] = str(problem)
                 elif image.shape != source.shape:
                     failures[p, g] = f"a picture of {tuple(image.shape)} for a source of {tuple(source.shape)}"
                 else:

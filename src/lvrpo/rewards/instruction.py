@@ -14,11 +14,10 @@ from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
-from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.rewards.scene_facts import fact_table, unverifiable
 from lvrpo.rewards.text_format import FORMS
 from lvrpo.rewards.written import CutOff, check_cut_off, score_texts
 from lvrpo.types import Fact, Group, Prompt
@@ -103,7 +102,7 @@ class Instruction:
             return Scores(values, failures)
         failures, readable = {}, []
         for p, group in enumerate(groups):
-            problems = [problem_of(trajectory) for trajectory in group.trajectories]
+            problems = [unverifiable(trajectory) for trajectory in group.trajectories]
             failures |= {(p, g): problem for g, problem in enumerate(problems) if problem}
             kept = (t for t, problem in zip(group.trajectories, problems, strict=True) if not problem)
             readable.append(Group(group.prompt, tuple(kept)))

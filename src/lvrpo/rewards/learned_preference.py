@@ -9,6 +9,7 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.preference_head import PreferenceHead, features_of
 from lvrpo.types import Group, Parts, Prompt
 
@@ -43,7 +44,8 @@ class LearnedPreference:
         cases: list[tuple[Parts, str]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
-                case = self.head.reading.case(trajectory)
+                drawn = "image" in group.prompt.output
+                case = (problem_of(trajectory, judge) if drawn else None) or self.head.reading.case(trajectory)
                 if isinstance(case, str):
                     failures[p, g] = case
                 else:

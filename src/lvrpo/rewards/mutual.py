@@ -14,6 +14,7 @@ from lvrpo.data.scenes.statements import Statement, statement
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.questions import UNTOLD, Splitter
@@ -192,10 +193,11 @@ class Mutual:
             for g, trajectory in enumerate(group.trajectories if "image" in group.prompt.output else ()):
                 if (p, g) in failures:
                     continue
-                if trajectory.image is None:
-                    failures[p, g] = "nothing was drawn"
+                image, problem = trajectory.image, problem_of(trajectory, judge)
+                if image is None or problem:
+                    failures[p, g] = str(problem)
                     continue
-                found = self._claims(trajectory, trajectory.image)
+                found = self._claims(trajectory, image)
                 if not all(claim.text.strip() for claim in found):
                     failures[p, g] = "the text to be found in the picture is empty"
                     continue
@@ -211,7 +213,9 @@ class Mutual:
         terms: dict[Cell, list[torch.Tensor]] = {}
         for cell, claim, logprob in zip(cells, claims, logprobs, strict=False):
             pmi = logprob - marginal[_key(claim.blank, claim.text)]
-            terms.setdefault(cell, []).append(pmi.clamp(-self.cap, self.cap))
+            # an infinite one is no sure judge but a broken one: the cap must not make a number of it
+            capped = pmi.clamp(-self.cap, self.cap) if pmi.isfinite() else pmi
+            terms.setdefault(cell, []).append(capped)
         for cell, found in terms.items():
             values[cell] = torch.stack(found).mean()
 

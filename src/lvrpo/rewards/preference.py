@@ -12,6 +12,7 @@ from lvrpo.algorithms import win_rate
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.types import Group, Part, Parts, Prompt, Trajectory
 
 
@@ -60,10 +61,10 @@ class Preference:
         P, G = len(groups), len(groups[0])
         wins, played = torch.full((P, G, G), 0.5), torch.zeros(P, G, G, dtype=torch.bool)
         failures = {
-            (p, g): "there is nothing to compare"
+            (p, g): problem
             for p, group in enumerate(groups)
             for g, trajectory in enumerate(group.trajectories)
-            if not _there(trajectory)
+            if (problem := _problem(trajectory, judge))
         }
         asked: list[Match] = []
         contexts: list[Parts] = []
@@ -117,7 +118,8 @@ class Preference:
                         yield Match(p, pair[0], pair[1])
 
 
-def _there(trajectory: Trajectory) -> bool:
+def _problem(trajectory: Trajectory, judge: Policy) -> str | None:
+    """Why an output cannot be compared with any other."""
     if "image" in trajectory.prompt.output:
-        return trajectory.image is not None
-    return bool((trajectory.text or "").strip())
+        return problem_of(trajectory, judge)
+    return None if (trajectory.text or "").strip() else "there is nothing to compare"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 
 from lvrpo.data.scenes import verifier
+from lvrpo.data.scenes.objects import CELL
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.drawn import problem_of
 from lvrpo.types import Fact, Group, Prompt, Trajectory
 
 Mode = Literal["fraction", "gated", "all", "mixed"]
@@ -35,10 +38,17 @@ class SceneFacts:
         return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: dict[tuple[int, int], str] = {}
         results = iter(fact_table(groups))
-        return Scores(
-            torch.tensor([[self._value(g.prompt.facts, next(results)) for _ in g.trajectories] for g in groups])
-        )
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                holds, problem = next(results), unverifiable(trajectory)
+                if problem:
+                    failures[p, g] = problem
+                else:
+                    values[p, g] = self._value(group.prompt.facts, holds)
+        return Scores(values, failures)
 
     def _value(self, facts: Sequence[Fact], holds: Sequence[bool]) -> float:
         fraction, everything = sum(holds) / len(holds), float(all(holds))
@@ -56,7 +66,8 @@ _last: tuple[list[Trajectory], list[list[bool]]] = ([], [])
 
 
 def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
-    """For every trajectory, in order, which facts of its prompt hold of its last picture.
+    """For every trajectory, in order, which facts of its prompt hold of its last picture; none of one that nobody can
+    read.
 
     The last result is kept: several rewards and the metrics ask about the very same trajectories.
     """
@@ -65,8 +76,25 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
     known, results = _last
     if len(known) == len(trajectories) and all(a is b for a, b in zip(known, trajectories, strict=True)):
         return results
-    images = [t.image for t in trajectories]
-    readings = verifier.read([image for image in images if image is not None])
-    results = [verifier.fact_results(t.prompt.facts, r) for t, r in zip(trajectories, readings, strict=True)]
+    results = [[False] * len(t.prompt.facts) for t in trajectories]
+    by_size: dict[torch.Size, list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        if trajectory.image is not None and unverifiable(trajectory) is None:
+            by_size.setdefault(trajectory.image.shape, []).append(i)
+    for places in by_size.values():
+        images = [image for i in places if (image := trajectories[i].image) is not None]
+        for i, reading in zip(places, verifier.read(images), strict=True):
+            results[i] = verifier.fact_results(trajectories[i].prompt.facts, reading)
     _last = (trajectories, results)
     return results
+
+
+def unverifiable(trajectory: Trajectory) -> str | None:
+    """Why the verifier cannot read the last picture of a trajectory; None where it can."""
+    image, problem = trajectory.image, problem_of(trajectory)
+    if image is None or problem:
+        return problem
+    height, width = image.shape[1:]
+    if height % CELL or width % CELL:
+        return f"a picture of {width} x {height}: the verifier reads multiples of {CELL}"
+    return None

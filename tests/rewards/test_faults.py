@@ -1,0 +1,177 @@
+"""Faults of pictures and judges, for every reward that reads drawings: masked with a reason, never a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.data.scenes import facts as scene_facts
+from lvrpo.data.scenes.grammar import Mention
+from lvrpo.errors import ContractError, InputError
+from lvrpo.policies.base import Sampling
+from lvrpo.rewards.given import given_group
+from lvrpo.rewards.preference_head import PreferenceHead
+from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
+
+SIZE = 16
+FACT = scene_facts.relation(Mention("circle"), Mention("star"), "left")
+DRAW = Prompt("d", "generate", ("draw a circle left of a star",), ("image",), facts=(FACT,))
+EDIT = Prompt("e", "edit", (torch.full((3, SIZE, SIZE), 0.2), "add a circle"), ("image",), facts=(FACT,))
+NAN_PICTURE = "the picture holds values that are no numbers"
+OTHER_SIZE = "a picture of 24 x 16: the judge reads 16 x 16"
+
+
+class Strict:
+    """A judge as the tiny policy is: it refuses pictures of another size, and knows the level of any other.
+
+    ``says``: what it says instead of a number; ``raises``: what it raises.
+    """
+
+    image_size = SIZE
+
+    def __init__(self, says: float | None = None, raises: Exception | None = None) -> None:
+        self.says, self.raises = says, raises
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([self.of(context, len(text)) for context, text in zip(contexts, texts, strict=True)])
+
+    def image_logprob(
+        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seeds: Sequence[int], **_: Any
+    ) -> torch.Tensor:
+        levels = [self.of((image, *context), len(context)) for context, image in zip(contexts, images, strict=True)]
+        return torch.tensor(levels)[:, None].expand(-1, draws)
+
+    def reading_states(self, parts: Sequence[Any], layer: int) -> list[torch.Tensor]:
+        return [torch.tensor([[self.of((part,), 1), 1.0]]) for part in parts]
+
+    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        return self.text_logprob(contexts, texts)[:, None].expand(-1, 2)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        for prompt in prompts:
+            self.of(prompt.parts, 1)
+        return [given_group(prompt, [["a circle"]]) for prompt in prompts]
+
+    def of(self, context: Parts, more: int) -> float:
+        if self.raises is not None:
+            raise self.raises
+        for image in (part for part in context if isinstance(part, torch.Tensor)):
+            if tuple(image.shape) != (3, SIZE, SIZE):
+                raise InputError(f"picture of shape {tuple(image.shape)}")
+            assert image.isfinite().all(), "a picture that is no picture reached the judge"
+        if self.says is not None:
+            return self.says
+        levels = [float(part.mean()) for part in context if isinstance(part, torch.Tensor)]
+        return -1.0 - more / 10 + sum(levels) / (2 + len(levels))
+
+
+REWARDS: dict[str, dict[str, Any]] = {
+    "mutual": {},
+    "mutual, facts": {"about": "facts"},
+    "own_vqa": {},
+    "own_vqa, both orders": {"choices": "{question} {first} or {second}"},
+    "preference": {},
+    "learned_preference": {"head": "head"},
+    "caption_back": {},
+    "drawing_likelihood": {},
+    "semantic": {},
+    "instruction": {},
+    "instruction, verifier": {"by": "verifier"},
+    "knowledge": {},
+    "scene_facts": {},
+    "edit_consistency": {},
+    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "drawing_likelihood"}], "scale": "raw"},
+}
+BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency")
+"""They ask no judge."""
+
+
+@pytest.fixture(autouse=True)
+def head() -> None:
+    """For learned_preference, in the folder of the test."""
+    numbers = (torch.tensor([1.0, 0.5]), torch.zeros(2), torch.ones(2))
+    Path("head").mkdir()
+    PreferenceHead("Strict", *numbers, tasks=("generate", "edit")).save(Path("head"))
+
+
+def source(name: str, **config: Any) -> RewardSource:
+    row = RewardConfig(name=name.split(",")[0], options=REWARDS[name], label=name, **config)
+    return build_rewards([row])[0]
+
+
+def scored(name: str, judge: Strict, *drawn: Image, **config: Any) -> RewardTable:
+    prompt = EDIT if name == "edit_consistency" else DRAW
+    made = source(name, **config)
+    assert made.scores(prompt)
+    group = given_group(prompt, [[image] for image in drawn])
+    return score_groups([made], [group], judge)  # type: ignore[arg-type]  # a double
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_picture_that_cannot_be_read_is_masked_alone(name: str) -> None:
+    """The others score as if it had not been there."""
+    levels = (0.3, 0.9, 0.6)
+    good = [torch.full((3, SIZE, SIZE), level) for level in levels]
+    holed = good[0].clone()
+    holed[:, 0, 0] = math.nan
+    wide = torch.full((3, SIZE, 24), 0.3)
+    table = scored(name, Strict(), good[0], holed, good[1], wide, good[2])
+    alone = scored(name, Strict(), *good)
+    assert alone.mask.all(), alone.reasons
+    assert table.reasons[0, 1, 0].endswith(NAN_PICTURE)
+    if name in ("instruction, verifier", "scene_facts"):
+        assert table.mask[0, 3, 0]  # the verifier reads any multiple of 8
+    elif name == "edit_consistency":
+        assert table.reasons[0, 3, 0] == "failed: a picture of (3, 16, 24) for a source of (3, 16, 16)"
+    else:
+        assert table.reasons[0, 3, 0].endswith(OTHER_SIZE)
+    torch.testing.assert_close(table.scores[0, [0, 2, 4], 0], alone.scores[0, :, 0])
+    assert table.mask[0, [0, 2, 4], 0].all()
+
+
+def test_the_verifier_does_not_read_half_a_cell() -> None:
+    odd = torch.full((3, SIZE, 20), 0.3)
+    for name in ("scene_facts", "instruction, verifier"):
+        table = scored(name, Strict(), odd, torch.full((3, SIZE, SIZE), 0.3))
+        assert table.reasons == {(0, 0, 0): "failed: a picture of 20 x 16: the verifier reads multiples of 8"}
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in (*BY_RULE, "caption_back")])
+def test_a_judge_that_says_no_number_gives_no_score(name: str, said: float) -> None:
+    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    table = scored(name, Strict(says=said), *pictures)
+    assert not table.mask.any()
+    assert all(reason.startswith("failed: ") for reason in table.reasons.values())
+    with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0\.5"):
+        scored(name, Strict(says=said), *pictures, max_failed=0.5)
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in BY_RULE])
+def test_a_judge_that_breaks_gives_no_score(name: str) -> None:
+    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    broken = Strict(raises=RuntimeError("out of order"))
+    table = scored(name, broken, *pictures)
+    assert not table.mask.any()
+    assert all("out of order" in reason for reason in table.reasons.values())
+    with pytest.raises(ContractError, match="out of order"):
+        scored(name, broken, *pictures, max_failed=0.0)
+    with pytest.raises(ContractError, match="out of order"):
+        scored(name, broken, *pictures, on_failure="stop")
+
+
+@pytest.mark.parametrize("name", ["own_vqa", "instruction", "knowledge", "scene_facts"])
+def test_a_prompt_without_facts_gets_no_score(name: str) -> None:
+    bare = Prompt("b", "generate", ("draw a circle",), ("image",))
+    made = source(name)
+    assert not made.scores(bare)
+    group = given_group(bare, [[torch.full((3, SIZE, SIZE), 0.5)]] * 2)
+    table = score_groups([made], [group], Strict())  # type: ignore[arg-type]
+    assert not table.mask.any()
+    assert set(table.reasons.values()) == {"not applicable"}
