@@ -158,5 +158,5 @@ def test_scores_that_failed(policy: TinyPolicy, groups: list[Group]) -> None:
     reasons = {(0, 0, 0): "not applicable", (1, 2, 0): "failed: timed out"}
     (found,) = broken(policy, groups, table_of(groups, reasons=reasons))
     assert found.check == "scores that failed"
-    assert found.detail == "failed: timed out"
+    assert found.detail == "r: failed: timed out; if it may, say up to which share: max_failed of that reward"
     assert not broken(policy, groups, table_of(groups, reasons={(0, 0, 0): "not applicable"}))
