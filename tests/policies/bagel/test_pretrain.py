@@ -134,3 +134,23 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "image_size=36: scenes have multiples of 8" in capsys.readouterr().err
     assert main([*made, "-1"]) == 2
     assert not (tmp_path / "made").exists()
+
+
+def test_pictures_are_as_loud_as_their_places() -> None:
+    towers = create_bagel(SIZES.model_copy(update={"vit_width": 64})).towers
+    pixels = torch.stack([towers.read_pixels(image) for image in scenes(0, 24)])
+    with torch.no_grad():
+        embedded = towers.read_embed(pixels)
+    assert 0.5 < float(embedded.std(dim=0).mean()) < 1.5  # torch's defaults give 0.08
+
+
+def test_larger_batches_of_the_autoencoder_use_more_pictures() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def pictures(first: int, count: int) -> list[Image]:
+        asked.append((first, count))
+        return [torch.full((3, 32, 32), 0.5)] * count
+
+    found = train_autoencoder(create_bagel(SIZES), pictures, 2, batch=24)
+    assert asked == [(0, 48), (48, 48), (PICTURES, 64)]
+    assert found.before.shape == found.after.shape == (64, 3, 32, 32)

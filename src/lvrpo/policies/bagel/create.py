@@ -70,7 +70,9 @@ def _make_pictures_audible(policy: BagelPolicy, sizes: BagelSizes) -> None:
     """
     towers, side = policy.towers, sizes.image_size // sizes.patch_size * sizes.patch_size
     generator = torch.Generator().manual_seed(sizes.seed)
-    towers.read_vit.embeddings["position_embedding"].weight.normal_(std=0.02, generator=generator)
+    places = towers.read_vit.embeddings["position_embedding"].weight
+    assert isinstance(places, torch.Tensor)
+    places.normal_(std=0.02, generator=generator)
     pixels = torch.rand(16, 3, side, side, generator=generator) * 2 - 1
     spread = towers.read_embed(pixels).std(dim=0).mean()
     towers.read_connector_out.weight /= spread
