@@ -230,7 +230,9 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(config: TrainConfig,
     verify_checkpoint(Path("run") / "checkpoints" / f"step_{steps[-1]:06d}")
 
 
-def test_the_second_signal_ends_at_once() -> None:
+def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
     with Interruption() as interrupted:
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
