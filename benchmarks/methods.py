@@ -243,11 +243,12 @@ def training_seconds(training: Alignment | Pretraining) -> float:
 
 def measured_base(run: RunDirectory, policy: str, plan: Plan, bases: dict[str, Evaluation]) -> Evaluation:
     """The evaluation of the base, made once for all runs of OUT and written into every one."""
-    kept = run.path.parent / f"base-{slug(policy)}" / "before.json"
+    kept = run.path.parent / f"base-{slug(policy)}" / "before.json"  # of another call, without its pictures
     if not (run.path / "eval" / "before.json").exists():
-        if kept.exists() and not plan.sizes:
-            run.write_json("eval/before.json", json.loads(kept.read_text(encoding="utf-8")))
-            return measured_base(run, policy, plan, bases)
+        if policy not in bases and kept.exists() and not plan.sizes:
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            run.write_json("eval/before.json", found)
+            return Evaluation.from_dict(found)
         if policy not in bases:
             base, benchmarks = load_policy(policy), find_benchmarks(plan.benchmarks)
             bases[policy] = evaluate(base, benchmarks, sizes=plan.sizes, sampling=SAMPLING, keep=keep_cases)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from lvrpo.types import Image
 
 KINDS = ("bagel-tiny",)
+KEPT_BYTES = 256 << 20
+"""Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
 
 
 def init_options(parser: Parser) -> None:
@@ -80,9 +81,15 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
             f"image_size={size}: scenes have multiples of 8 from 32 to 256: use one, or leave --train-autoencoder out"
         ) from None
 
-    @cache
+    kept: dict[int, Image] = {}
+
     def picture(i: int) -> Image:
-        return next(part for part in source.prompt("understand", i).parts if not isinstance(part, str))
+        if i in kept:
+            return kept[i]
+        image = next(part for part in source.prompt("understand", i).parts if not isinstance(part, str))
+        if (len(kept) + 1) * image.nbytes <= KEPT_BYTES:
+            kept[i] = image
+        return image
 
     def pictures(first: int, count: int) -> list[Image]:
         return [picture(i) for i in range(first, first + count)]

@@ -61,7 +61,7 @@ ROOT = Path(__file__).resolve().parents[3]
 VECTORS = Path(os.environ.get("LVRPO_BAGEL_VECTORS", ROOT.parent / "shared" / "vectors" / "bagel"))
 
 DEVICE = os.environ.get("LVRPO_TEST_DEVICE", "cpu")
-"""Where parity is tested; on a CUDA card also by the tests marked gpu."""
+"""Where parity is tested: cpu or cuda."""
 
 Errors = dict[str, float]
 
