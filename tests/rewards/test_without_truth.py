@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement, entropy
+from lvrpo.rewards.base import Scores
 from lvrpo.rewards.caption_back import CaptionBack, word_f1
 from lvrpo.rewards.edit_consistency import EditConsistency
 from lvrpo.rewards.given import given_group
@@ -32,10 +33,79 @@ def asked(name: str, *answers: str, category: str = "color") -> Group:
 # --- agreement ---
 
 
+class Reader:
+    """Gives texts probabilities per token, whatever the picture."""
+
+    def __init__(self, table: dict[str, float]) -> None:
+        self.table = table
+        self.asked: list[str] = []
+
+    def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
+        assert all(context == ASK.parts for context in contexts)
+        self.asked += texts
+        return torch.tensor([self.table[text] for text in texts]).log()
+
+
+def voted(group: Sequence[Group], **options: Any) -> Scores:
+    """By the members alone: a judge would not be asked."""
+    return Agreement(votes="group", **options).score(group, None)  # type: ignore[arg-type]
+
+
 def test_the_majority_scores_one() -> None:
-    scores = Agreement().score([asked("a", "red", "Red.", "blue", "a red")], None)  # type: ignore[arg-type]
+    scores = voted([asked("a", "red", "Red.", "blue", "a red")])
     assert scores.values.tolist() == [[1, 1, 0, 1]]
     assert not scores.failures
+
+
+def test_the_judge_outvotes_the_members() -> None:
+    judge = Reader({"red": 0.2, "blue": 0.5, "pink": 0.1})
+    scores = Agreement().score(
+        [asked("a", "red", "red", "red", "blue"), asked("b", "pink", "red", "red", "pink")], judge
+    )  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
+    assert not scores.failures
+    assert judge.asked == ["red", "blue", "pink", "red"]  # each answer of a group once
+
+
+def test_spellings_of_an_answer_share_its_votes() -> None:
+    judge = Reader({"3": 0.25, "three": 0.2, "4": 0.4})
+    scores = Agreement().score([asked("a", "three", "4", "3", "4")], judge)  # type: ignore[arg-type]
+    assert scores.values.tolist() == [[1, 0, 1, 0]]  # .45 of .85
+
+
+def test_an_unsure_judge_gives_no_score() -> None:
+    judge = Reader({"red": 0.3, "blue": 0.2, "pink": 0.2})
+    groups = [asked("a", "red", "blue", "pink")]
+    assert set(Agreement().score(groups, judge).failures.values()) == {"the group has no majority"}  # type: ignore[arg-type]
+    assert Agreement(least=0.4).score(groups, judge).values.tolist() == [[1, 0, 0]]  # type: ignore[arg-type]
+
+
+def test_what_the_judge_has_no_number_for_has_no_vote() -> None:
+    judge = Reader({"red": math.nan, "blue": 0.4, "pink": 0.0})
+    scores = Agreement().score([asked("a", "red", "blue", "pink", "")], judge)  # type: ignore[arg-type]
+    assert scores.values[0, 1] == 1
+    assert scores.failures == {
+        (0, 0): "the judge gave the answer no number",
+        (0, 2): "the judge gave the answer no number",
+        (0, 3): "the answer is empty",
+    }
+    none = Agreement().score([asked("a", "", "")], judge)  # type: ignore[arg-type]
+    assert set(none.failures.values()) == {"the answer is empty"}
+
+
+@given(
+    st.lists(st.sampled_from(["red", "blue", "pink", ""]), min_size=1, max_size=6),
+    st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_the_order_of_the_members_does_not_matter(answers: list[str], votes: list[float], order: Any) -> None:
+    judge = Reader(dict(zip(("red", "blue", "pink"), votes, strict=True)))
+    places = list(range(len(answers)))
+    order.shuffle(places)
+    one = Agreement().score([asked("a", *answers)], judge)  # type: ignore[arg-type]
+    other = Agreement().score([asked("a", *(answers[i] for i in places))], judge)  # type: ignore[arg-type]
+    assert torch.equal(one.values[0, places].nan_to_num(-1), other.values[0].nan_to_num(-1))
+    assert {(0, g): one.failures[0, i] for g, i in enumerate(places) if (0, i) in one.failures} == other.failures
 
 
 def test_ties_minorities_and_empty_answers_are_masked() -> None:
@@ -44,7 +114,7 @@ def test_ties_minorities_and_empty_answers_are_masked() -> None:
         asked("few", "red", "red", "blue", "pink"),
         asked("hole", "red", "", "red", "blue"),
     ]
-    scores = Agreement(least=0.6).score(groups, None)  # type: ignore[arg-type]
+    scores = voted(groups, least=0.6)
     assert {cell: reason for cell, reason in scores.failures.items() if cell[0] < 2} == {
         (p, g): "the group has no majority" for p in (0, 1) for g in range(4)
     }
@@ -55,12 +125,14 @@ def test_ties_minorities_and_empty_answers_are_masked() -> None:
 def test_one_answer_to_every_question_is_a_collapse() -> None:
     same = [asked(f"s{i}", "no", "no", "no", "yes", category="exists") for i in range(8)]
     varied = [asked(f"v{i}", word, word, "red", word) for i, word in enumerate(("blue", "pink", "green", "cyan") * 2)]
-    scores = Agreement().score([*same, *varied], None)  # type: ignore[arg-type]
+    scores = voted([*same, *varied])
     assert set(scores.failures) == {(p, g) for p in range(8) for g in range(4)}
     assert scores.failures[0, 0] == "agreement collapsed: the majorities of exists are all alike"
     assert scores.values[8:].isfinite().all()
-    assert not Agreement(entropy_floor=0).score(same, None).failures  # type: ignore[arg-type]
-    assert not Agreement(floor_groups=9).score(same, None).failures  # type: ignore[arg-type]
+    assert not voted(same, entropy_floor=0).failures
+    assert not voted(same, floor_groups=9).failures
+    judge = Reader({"yes": 0.1, "no": 0.8})
+    assert Agreement().score(same, judge).failures[0, 0] == scores.failures[0, 0]  # type: ignore[arg-type]
 
 
 def test_entropy_by_hand() -> None:
@@ -155,6 +227,7 @@ def test_a_result_of_another_size_is_masked() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("agreement", {"votes": "live"}, "agreement.votes='live': unknown: use judge or group"),
         ("agreement", {"least": 0}, "agreement.least=0: must be > 0 and <= 1"),
         ("agreement", {"entropy_floor": 2}, "agreement.entropy_floor=2: must be between 0 and 1"),
         ("agreement", {"floor_groups": 1}, "agreement.floor_groups=1: must be >= 2"),

@@ -1,10 +1,11 @@
-"""Reward without ground truth: the answer that most members of the group give."""
+"""Reward without ground truth: the answer of the group that has most votes, its members' or the frozen judge's."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 
@@ -14,38 +15,59 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.types import Group, Prompt
 
+Votes = Literal["judge", "group"]
+"""Whose votes choose among the answers of a group."""
+Tally = dict[str, float]
+"""Votes by answer, as ``normalize_answer`` leaves it."""
+
 
 class Agreement:
-    """1 where the text is the group's most frequent answer, else 0 (majority vote, TTRL, arXiv:2504.16084).
+    """1 where the text is the answer that has most votes, else 0.
 
-    Two guards hold off its known collapse, in which every question gets one answer. A group whose most frequent
-    answer is not the only one, or has less than ``least`` of the votes, has no majority and is masked. And where the
+    ``votes: judge``: the frozen reading side weighs the different answers a_k that the group gave to question q about
+    picture x; a_k has exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds
+    most likely, whatever has become of the live one: greedy answers stay and sampled ones follow them.
+
+    ``votes: group``: every member has one (majority vote, TTRL, arXiv:2504.16084). The votes then move with the policy,
+    and an answer that one kind of question teaches spreads to the others (docs/results/rewards.md).
+
+    Two guards hold off the known collapse of agreement, in which every question gets one answer. A group whose first
+    answer has as many votes as the second, or less than ``least`` of all, has no majority and is masked. And where the
     majorities of a batch are nearly all the same for a category of questions, their entropy H = - sum_a q_a log q_a
     below ``entropy_floor`` log(number of different answers given to that category), that category is masked:
     agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
     category.
 
-    An empty answer is masked and has no vote. Range {0, 1}.
-    Differs from the paper: both guards.
+    An empty answer is masked and has no vote, and so is one that the judge can say nothing of. Range {0, 1}.
+    Differs from the paper: the judge's votes, and both guards.
     """
 
     judges = ("text",)
 
-    def __init__(self, least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8) -> None:
+    def __init__(
+        self, votes: Votes = "judge", least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8
+    ) -> None:
+        if votes not in get_args(Votes):
+            raise InputError(f"agreement.votes={votes!r}: unknown: use {' or '.join(get_args(Votes))}")
         if not 0 < least <= 1:
             raise InputError(f"agreement.least={least}: must be > 0 and <= 1")
         if not 0 <= entropy_floor <= 1:
             raise InputError(f"agreement.entropy_floor={entropy_floor}: must be between 0 and 1")
         if floor_groups < 2:
             raise InputError(f"agreement.floor_groups={floor_groups}: must be >= 2")
-        self.least, self.entropy_floor, self.floor_groups = least, entropy_floor, floor_groups
+        self.votes, self.least, self.entropy_floor, self.floor_groups = votes, least, entropy_floor, floor_groups
 
     def applies(self, prompt: Prompt) -> bool:
         return prompt.output == ("text",)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        answers = [[normalize_answer(t.text or "") for t in group.trajectories] for group in groups]
-        majorities = [self._majority(row) for row in answers]
+        texts = [[t.text or "" for t in group.trajectories] for group in groups]
+        answers = [[normalize_answer(text) for text in row] for row in texts]
+        if self.votes == "group":
+            tallies: list[Tally] = [dict(Counter(answer for answer in row if answer)) for row in answers]
+        else:
+            tallies = judged_votes(groups, texts, judge)
+        majorities = [self._majority(tally) for tally in tallies]
         collapsed = self._collapsed(groups, answers, majorities)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
@@ -53,6 +75,8 @@ class Agreement:
             for g, answer in enumerate(row):
                 if not answer:
                     failures[p, g] = "the answer is empty"
+                elif answer not in tallies[p]:
+                    failures[p, g] = "the judge gave the answer no number"
                 elif majority is None:
                     failures[p, g] = "the group has no majority"
                 elif group.prompt.category in collapsed:
@@ -61,11 +85,11 @@ class Agreement:
                     values[p, g] = float(answer == majority)
         return Scores(values, failures)
 
-    def _majority(self, answers: Sequence[str]) -> str | None:
-        votes = Counter(answer for answer in answers if answer).most_common(2)
-        if not votes or (len(votes) == 2 and votes[0][1] == votes[1][1]):
+    def _majority(self, tally: Tally) -> str | None:
+        first = max(tally, key=tally.__getitem__, default=None)
+        if first is None or list(tally.values()).count(tally[first]) > 1:
             return None
-        return votes[0][0] if votes[0][1] >= self.least * sum(map(bool, answers)) else None
+        return first if tally[first] >= self.least * sum(tally.values()) else None
 
     def _collapsed(
         self, groups: Sequence[Group], answers: Sequence[Sequence[str]], majorities: Sequence[str | None]
@@ -82,6 +106,23 @@ class Agreement:
             if entropy(chosen) < limit:
                 found[category] = f"agreement collapsed: the majorities of {category or 'all questions'} are all alike"
         return found
+
+
+def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge: Policy) -> list[Tally]:
+    """The judge's votes for the different answers of each group: exp(mean log-prob per token), summed over spellings.
+
+    An answer whose log-prob is not finite has none and is left out.
+    """
+    asked = [(p, text) for p, row in enumerate(texts) for text in dict.fromkeys(row) if normalize_answer(text)]
+    tallies: list[Tally] = [{} for _ in groups]
+    if not asked:
+        return tallies
+    found = judge.text_logprob([groups[p].prompt.parts for p, _ in asked], [text for _, text in asked])
+    for (p, text), logprob in zip(asked, found.tolist(), strict=True):
+        if math.isfinite(logprob):
+            answer = normalize_answer(text)
+            tallies[p][answer] = tallies[p].get(answer, 0.0) + math.exp(logprob)
+    return tallies
 
 
 def entropy(counts: Counter[str | None]) -> float:
