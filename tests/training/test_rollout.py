@@ -9,6 +9,7 @@ import torch
 
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import Policies
 from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, refill
@@ -182,6 +183,17 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
         ({"flow": {"ratio": "guard"}}, "flow.kind=nft has no ratio"),
         ({"flow": {"kl": "gaussian"}}, "flow.kind=nft has none"),
         ({"flow": {"kind": "best_of", "keep": 8}}, "flow.keep=8: the best of rollout.group_size=8 are fewer"),
+        ({"rollout": {"guidance_interval": [0.9, 0.1]}}, "must be .low, high. with 0 <= low < high <= 1"),
+        ({"rollout": {"window": {"steps_after": 3}}}, "steps_after=3: has no effect with rollout.sampler=ode"),
+        (
+            {"rollout": {"sampler": "cps", "window": {"steps_after": 8}}, "flow": {"kind": "grpo"}},
+            "steps_after=8: must be less than rollout.num_steps=8",
+        ),
+        (
+            {"rollout": {"sampler": "cps", "noise_level": 1.2}, "flow": {"kind": "grpo"}},
+            "noise_level=1.2: must be at most 1",
+        ),
+        ({"text": {"kind": "dpo", "importance_cap": 2.0}}, "text.kind=dpo has no importance weights"),
         ({"mini_updates": 500}, "a step has only"),
         ({"text": {"weight": 0.0}, "flow": {"weight": 0.0}}, "nothing would be trained"),
         (
@@ -196,12 +208,43 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
             {"advantages": {"kind": "group_relative", "joint": ["generate", "understand"]}},
             "name two tasks with as many prompts each",
         ),
+        (
+            {
+                "advantages": {"kind": "group_relative", "joint": ["generate", "edit"]},
+                "data": {"prompts_per_step": {"understand": 8}},
+            },
+            "name two tasks with as many prompts each",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_sections_that_do_not_fit(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("tree", [{"flow": {"weight": 0.0}}, {"data": {"prompts_per_step": {"understand": 8}}}])
+def test_settings_of_drawings_are_not_asked_of_a_run_that_trains_none(tree: dict[str, Any]) -> None:
+    settings = tree | {"rollout": {"guidance_scale": 2.0, "sampler": "flow_sde"}}
+    assert TrainConfig.model_validate(settings).flow.kind == "nft"
+    with pytest.raises(ValueError, match=r"flow\.kind=nft"):
+        TrainConfig.model_validate({"rollout": settings["rollout"]})
+
+
+@pytest.mark.parametrize("kind", ["full", "fast", "sliding", "random", "decaying"])
+@pytest.mark.parametrize("after", [1, 4, 7])
+def test_steps_after_a_window_fit_wherever_it_is(kind: str, after: int) -> None:
+    window = {"kind": kind, "size": 2, "steps_after": after, "iterations_per_stride": 3}
+    rollout = TrainConfig.model_validate(
+        {"rollout": {"sampler": "flow_sde", "window": window, "num_steps": 8}, "flow": {"kind": "grpo"}}
+    ).rollout
+    lengths = set()
+    for step in range(140):
+        sampling = rollout.sampling(0, step)
+        end = sampling.window[-1] + 1
+        assert sampling.steps_after_window == min(after, 8 - end)
+        lengths.add(len(compressed_grid(8, end, sampling.steps_after_window)) - 1)
+    assert max(lengths) <= 8
 
 
 def test_a_prompt_that_a_small_file_repeats_gets_other_outputs() -> None:

@@ -161,7 +161,8 @@ class TrainConfig(Config):
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
         joint = self.advantages.joint
-        if joint is not None and (joint[0] == joint[1] or len({counts.get(task, 0) for task in joint}) > 1):
+        paired = set() if joint is None else {counts.get(task, 0) for task in joint}
+        if joint is not None and (joint[0] == joint[1] or len(paired) > 1 or paired == {0}):
             raise ValueError(
                 f"advantages.joint={list(joint)}: pairs groups one to one: name two tasks with as many prompts each in "
                 "data.prompts_per_step"
@@ -228,6 +229,20 @@ class TrainConfig(Config):
             rollout.sampling(self.seed, 0)
         except InputError as error:
             raise ValueError(str(error).replace("sampling.", "rollout.")) from None
+        if rollout.sampler == "cps" and rollout.noise_level > 1:
+            raise ValueError(f"rollout.noise_level={rollout.noise_level}: must be at most 1 for the sampler cps")
+        after = rollout.window.steps_after
+        if after is not None and rollout.sampler == "ode":
+            raise ValueError(
+                f"rollout.window.steps_after={after}: has no effect with rollout.sampler=ode: leave it out"
+            )
+        if after is not None and after >= rollout.num_steps:
+            raise ValueError(
+                f"rollout.window.steps_after={after}: must be less than rollout.num_steps={rollout.num_steps}"
+            )
+        low, high = rollout.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"rollout.guidance_interval={[low, high]}: must be [low, high] with 0 <= low < high <= 1")
         if rollout.image_guidance_scale > 1 and rollout.guidance_scale == 1:
             raise ValueError(
                 f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
@@ -249,6 +264,14 @@ class TrainConfig(Config):
 
     def _check_objectives(self) -> None:
         rollout, flow = self.rollout, self.flow
+        if self.text.importance_cap is not None and self.text.kind in ("dpo", "best_of"):
+            raise ValueError(
+                f"text.importance_cap={self.text.importance_cap}: text.kind={self.text.kind} has no importance "
+                "weights: leave it out"
+            )
+        drawn = any(count for task, count in self.data.prompts_per_step.items() if task != "understand")
+        if not (drawn and flow.weight):
+            return  # what the rest is about is not trained
         if flow.kind == "grpo" and rollout.sampler == "ode":
             raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
         if flow.kind == "nft" and rollout.sampler != "ode":

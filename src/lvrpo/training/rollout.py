@@ -17,7 +17,6 @@ from lvrpo.policies.base import Sampling
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import (
     check_window,
-    compressed_grid,
     decaying_window,
     derive_seed,
     fast_window,
@@ -48,7 +47,8 @@ class WindowConfig(Config):
     decay: float = Field(default=0.1, ge=0)
     """decaying: how much sooner every next move comes, past the middle of the grid."""
     steps_after: int | None = Field(default=None, ge=1)
-    """Steps from the window's end to the picture, fewer than the grid has (MixGRPO-Flash); None: those of the grid."""
+    """At most so many steps from the window's end to the picture (MixGRPO-Flash): a window near the end leaves fewer,
+    and keeps those of the grid, as None always does."""
 
 
 class RolloutConfig(Config):
@@ -90,7 +90,7 @@ class RolloutConfig(Config):
         check_window(window, self.num_steps, self.sampler)
         after = self.window.steps_after
         if window and after is not None:
-            compressed_grid(self.num_steps, window[-1] + 1, after)  # refuses what does not fit
+            after = min(after, self.num_steps - window[-1] - 1)
         shared = self.model_dump(exclude={"window", "refill_budget", "policy", "pool"})
         return Sampling(window=window, steps_after_window=after, **shared)
 
