@@ -142,8 +142,15 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
         assert table.reasons == {(0, 0, 0): "failed: a picture of 20 x 16: the verifier reads multiples of 8"}
 
 
-@pytest.mark.parametrize("said", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in (*BY_RULE, "caption_back")])
+ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
+READ = [
+    name for name in ASKED if name.split(",")[0] in ("mutual", "own_vqa", "instruction", "knowledge", "lower_bound")
+]
+"""They take log-probs of texts for what they are; the others compare numbers of any size."""
+NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]
+
+
+@pytest.mark.parametrize(("name", "said"), [*NO_NUMBERS, *((name, 3.0) for name in READ)])
 def test_a_judge_that_says_no_number_gives_no_score(name: str, said: float) -> None:
     pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
     table = scored(name, Strict(says=said), *pictures)
@@ -151,6 +158,29 @@ def test_a_judge_that_says_no_number_gives_no_score(name: str, said: float) -> N
     assert all(reason.startswith("failed: ") for reason in table.reasons.values())
     with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0\.5"):
         scored(name, Strict(says=said), *pictures, max_failed=0.5)
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf, 3.0])
+@pytest.mark.parametrize("name", ["knowledge", "agreement"])
+def test_a_judge_of_texts_that_says_no_log_prob_gives_no_score(name: str, said: float) -> None:
+    ask = Prompt("q", "understand", (torch.full((3, SIZE, SIZE), 0.2), "what is it ?"), ("text",))
+    sources = build_rewards([RewardConfig(name=name)])
+    group = given_group(ask, [["cube"], ["ball"], ["cube"]])
+    table = score_groups(sources, [group], Strict(says=said))  # type: ignore[arg-type]  # a double
+    assert not table.mask.any()
+    assert set(table.reasons.values()) == {
+        f"failed: the judge gave {said:g} for a log-prob"
+        if name == "knowledge"
+        else "failed: the judge gave the answer no number"
+    }
+
+
+def test_a_judge_sure_but_for_rounding_is_sure() -> None:
+    pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
+    for name in ("own_vqa", "knowledge"):
+        table = scored(name, Strict(says=1e-4), *pictures)
+        assert table.scores[..., 0].tolist() == [[1.0, 1.0]]
+        assert table.mask.all()
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDS if name not in BY_RULE])

@@ -47,7 +47,10 @@ def test_a_judge_without_an_answer_is_no_broken_constraint(
     broken = judge(TABLE | {(0.25, "color ?", "red"): math.nan})
     scores = Instruction().score([group(DRAW, [[picture(0.25)], [picture(0.75)], [picture(math.nan)]])], broken)
     assert scores.values[0].isnan().tolist() == [True, False, True]
-    assert scores.failures == {(0, 2): "the picture holds values that are no numbers"}
+    assert scores.failures == {
+        (0, 0): "the judge gave nan for a log-prob",
+        (0, 2): "the picture holds values that are no numbers",
+    }
 
 
 def test_the_verifier_checks_the_chosen_kinds(group: Callable[..., Group], judge: Callable[..., Any]) -> None:

@@ -121,7 +121,7 @@ def test_one_more_fact_never_scores_lower_where_the_prompt_is_judged_whole(held:
     assert values[1] >= values[0]
 
 
-@pytest.mark.parametrize("said", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("said", [math.inf, -math.inf, math.nan, 3.0])
 def test_the_cap_makes_no_number_of_a_judge_that_breaks(said: float) -> None:
     class Broken(Perfect):
         def read_one(self, context: Parts, text: str) -> float:
@@ -131,7 +131,7 @@ def test_the_cap_makes_no_number_of_a_judge_that_breaks(said: float) -> None:
     groups = [given_group(DRAW, [[picture([1.0] * BITS)], [picture([1.0, 0.0] * 3)]])]
     table = score_groups(build_rewards([RewardConfig(name="mutual")]), groups, Broken())  # type: ignore[arg-type]
     assert table.mask[0, :, 0].tolist() == [False, True]
-    assert table.reasons == {(0, 0, 0): f"failed: the score is {said}"}
+    assert table.reasons == {(0, 0, 0): f"failed: the judge gave {said:g} for a log-prob"}
 
 
 def test_an_edit_that_changes_nothing_scores_0() -> None:

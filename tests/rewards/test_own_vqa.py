@@ -38,7 +38,7 @@ def test_the_score_is_the_mean_probability_of_the_right_answers(
             (0.25, "color ?", "red"): 0.5,
             (0.25, "circle ?", "yes"): 0.1,
             (0.75, "color ?", "red"): 1.0,
-            (0.75, "circle ?", "yes"): 0.0,
+            (0.75, "circle ?", "yes"): 1e-30,
             (0.25, "dark ?", "no"): 0.2,
             (0.75, "dark ?", "no"): 0.9,
         }
@@ -100,7 +100,7 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
     table = score_groups([source], [group(prompt, outputs)], fake)
     assert table.mask.flatten().tolist() == [True, False, False, False]
     assert table.reasons == {
-        (0, 1, 0): "failed: the score is nan",
+        (0, 1, 0): "failed: the judge gave nan for a log-prob",
         (0, 2, 0): "failed: the picture holds values that are no numbers",
         (0, 3, 0): "failed: a picture of 8 x 16: the judge reads 8 x 8",
     }
@@ -169,7 +169,7 @@ class Perfect:
         assert isinstance(image, torch.Tensor)
         level = float(image[0, 0, int(str(question).split()[1])])
         yes = level if self.by_picture else 0.7
-        return yes if text == "yes" else 1 - yes
+        return max(yes if text == "yes" else 1 - yes, 1e-30)  # the log-prob of nothing at all is no number
 
 
 def shown(bits: Sequence[float]) -> Image:

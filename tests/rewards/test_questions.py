@@ -215,7 +215,7 @@ def test_mutual_asks_the_questions_where_whole_prompts_cannot_be_told(
     class Seeing(Writer):
         def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
             self.seen = [(context[-1], text) for context, text in zip(contexts, texts, strict=True)]
-            return torch.tensor([float(context[0].mean()) for context in contexts])
+            return torch.tensor([float(context[0].mean()) - 1 for context in contexts])
 
     writer, groups = Seeing(WRITTEN), [group(CUBE, [[picture(0.75)]])]
     options = {"cache": str(tmp_path / "cache")}

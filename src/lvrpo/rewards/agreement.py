@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
+from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.types import Group, Prompt
 
 Votes = Literal["judge", "group"]
@@ -111,7 +112,7 @@ class Agreement:
 def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge: Policy) -> list[Tally]:
     """The judge's votes for the different answers of each group: exp(mean log-prob per token), summed over spellings.
 
-    An answer whose log-prob is not finite has none and is left out.
+    An answer whose log-prob is none (not finite, or above 0) has no votes and is left out.
     """
     asked = [(p, text) for p, row in enumerate(texts) for text in dict.fromkeys(row) if normalize_answer(text)]
     tallies: list[Tally] = [{} for _ in groups]
@@ -119,7 +120,7 @@ def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge:
         return tallies
     found = judge.text_logprob([groups[p].prompt.parts for p, _ in asked], [text for _, text in asked])
     for (p, text), logprob in zip(asked, found.tolist(), strict=True):
-        if math.isfinite(logprob):
+        if no_logprob(logprob) is None:
             answer = normalize_answer(text)
             tallies[p][answer] = tallies[p].get(answer, 0.0) + math.exp(logprob)
     return tallies

@@ -12,6 +12,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
+from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
 from lvrpo.rewards.written import last_text
 from lvrpo.types import Group, Parts, Prompt
@@ -72,6 +73,9 @@ class Knowledge:
                     rows.append((p, g, group.prompt.parts, segment.text))
         if rows:
             logprobs = reader.text_logprob([parts for _, _, parts, _ in rows], [text for *_, text in rows])
-            for (p, g, _, _), logprob in zip(rows, logprobs.exp().cpu(), strict=True):
-                values[p, g] = logprob
+            found = zip(rows, logprobs.tolist(), probabilities(logprobs).cpu(), strict=True)
+            for (p, g, _, _), logprob, probability in found:
+                values[p, g] = probability
+                if problem := no_logprob(logprob):
+                    failures[p, g] = problem
         return Scores(values, failures)

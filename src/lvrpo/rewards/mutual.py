@@ -17,6 +17,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
+from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt, Trajectory
@@ -212,12 +213,14 @@ class Mutual:
         marginal = dict(zip(blanks, logprobs[len(claims) :], strict=True))
         terms: dict[Cell, list[torch.Tensor]] = {}
         for cell, claim, logprob in zip(cells, claims, logprobs, strict=False):
-            pmi = logprob - marginal[_key(claim.blank, claim.text)]
-            # an infinite one is no sure judge but a broken one: the cap must not make a number of it
-            capped = pmi.clamp(-self.cap, self.cap) if pmi.isfinite() else pmi
-            terms.setdefault(cell, []).append(capped)
+            blank = marginal[_key(claim.blank, claim.text)]
+            # the cap must not make a number of an infinite one
+            if problem := no_logprob(float(logprob)) or no_logprob(float(blank)):
+                failures[cell] = problem
+            terms.setdefault(cell, []).append((logprob - blank).clamp(-self.cap, self.cap))
         for cell, found in terms.items():
-            values[cell] = torch.stack(found).mean()
+            if cell not in failures:
+                values[cell] = torch.stack(found).mean()
 
     # --- texts, by the drawing side ---
 

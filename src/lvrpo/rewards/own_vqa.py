@@ -15,6 +15,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
+from lvrpo.rewards.logprobs import first_problem, probabilities
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
@@ -51,6 +52,8 @@ class OwnVQA:
     itself or by an endpoint; {} for its defaults); without it they do not get this reward. Yes-no questions are then
     asked in both orders, with ``choices`` or BOTH_ORDERS. A prompt that could not be split is masked with the reason.
     ``kinds``: only facts of these kinds are asked.
+
+    A judge that says what is no log-prob (not finite, or above 0) of one answer masks the output.
     """
 
     judges = ("image",)
@@ -117,6 +120,7 @@ class OwnVQA:
         counts: list[int] = []  # rows of each question: 1, or 4 where both orders ask for both answers
         wordings: list[int] = []  # of each fact
         facts_of: dict[tuple[int, int], int] = {}
+        rows_of: dict[tuple[int, int], slice] = {}
         for p, group in enumerate(groups):
             facts = self._questions(group.prompt)
             for g, trajectory in enumerate(group.trajectories):
@@ -124,7 +128,7 @@ class OwnVQA:
                 if image is None or problem or not facts:
                     failures[p, g] = problem or missing.get(p, UNTOLD)
                     continue
-                facts_of[p, g] = len(facts)
+                facts_of[p, g], start = len(facts), len(contexts)
                 for questions in facts:
                     wordings.append(len(questions))
                     for question, answer in questions:
@@ -132,14 +136,18 @@ class OwnVQA:
                         counts.append(len(asked))
                         contexts += [context for context, _ in asked]
                         answers += [answer for _, answer in asked]
+                rows_of[p, g] = slice(start, len(contexts))
         if not facts_of:
             return {}, failures
-        confidence = reader.text_logprob(contexts, answers).exp().cpu()
+        logprobs = reader.text_logprob(contexts, answers)
+        confidence, said = probabilities(logprobs).cpu(), logprobs.tolist()
         by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
         if self.paraphrases > 1:
             parts = by_fact.split(wordings)
             by_fact = torch.stack([part.mean() - self.bound * part.std(correction=0) for part in parts])
-        return dict(zip(facts_of, by_fact.split(list(facts_of.values())), strict=True)), failures
+        found = dict(zip(facts_of, by_fact.split(list(facts_of.values())), strict=True))
+        failures |= {cell: problem for cell, rows in rows_of.items() if (problem := first_problem(said[rows]))}
+        return {cell: own for cell, own in found.items() if cell not in failures}, failures
 
     def _facts(self, prompt: Prompt) -> list[Fact]:
         known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
