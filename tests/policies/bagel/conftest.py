@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,17 +67,17 @@ DEVICE = os.environ.get("LVRPO_TEST_DEVICE", "cpu")
 Errors = dict[str, float]
 
 
-def _unpacker() -> Callable[[Path], Path]:
-    """``unpack`` of the script beside the excerpt, which is no package."""
+def _packer() -> ModuleType:
+    """The script beside the excerpt, which is in no package."""
     spec = importlib.util.spec_from_file_location("vectors_pack", Path(__file__).parent / "vectors" / "pack.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.unpack
+    return module
 
 
-unpack = _unpacker()
+pack_script = _packer()
 
 
 @dataclass
@@ -87,6 +88,11 @@ class Parity:
     policy: BagelPolicy
     whole: bool = True
     """Whether these are all vectors, not the excerpt: then none may be missing."""
+
+    @cached_property
+    def known(self) -> bool:
+        """Whether it is the set that limits were measured on, or the excerpt of it; others have other sizes."""
+        return not self.whole or pack_script.is_source(self.folder)
 
     @cached_property
     def meta(self) -> Any:
@@ -249,6 +255,10 @@ class Parity:
         """Forward and gradients of one packed batch."""
         ref, about, policy = self.vectors("f_train"), self.meta["f_train"], self.policy
         patch = policy.config.vit.patch_size
+        out: Errors = {}
+        if self.whole:
+            padded = policy.towers.latent_vae.encode(ref["padded_images"], ref["vae_eps"])
+            out["padded_latent"] = error(padded, ref["padded_latent"])
         policy.towers.read_grid = lambda image: (image.shape[1] // patch, image.shape[2] // patch)
         policy.towers.read_pixels = lambda image: (image - 0.5) / 0.5  # the vectors give pixels at their final sizes
         rows = self.training_rows(shift)
@@ -274,7 +284,7 @@ class Parity:
             "loss_mse": mse,
             "loss_ce_reweighted": reweighted,
         }
-        out = self.errors(got, ref, key)
+        out |= self.errors(got, ref, key)
         for name, value in ref.items():
             if name.startswith(key + "grad.") and not zero_in_theory(name):
                 out[name] = error(gradients[name.removeprefix(key + "grad.")], value)
@@ -317,7 +327,8 @@ class Parity:
         return sampling, grid, caches
 
     def source(self, k: int) -> Image:
-        return picture(self.vectors("preproc")[f"image{k}_vae_resized_uint8"])
+        """A raw picture, which the policy brings to the sizes that it reads and draws at."""
+        return picture(self.vectors("preproc")[f"image{k}_uint8"])
 
     def check_context(self, cache: Cache, expected: Mapping[str, int]) -> None:
         assert (cache.lengths[0], int(cache.rope)) == (expected["kv_len"], expected["rope"])
@@ -435,6 +446,8 @@ class Parity:
 def error(got: torch.Tensor, ref: torch.Tensor) -> float:
     assert got.shape == ref.shape, (got.shape, ref.shape)
     got, ref = got.detach().cpu().double(), ref.cpu().double()
+    if not ref.any():
+        return float("inf") if got.any() else 0.0
     return float((got - ref).abs().max() / ref.abs().max())
 
 
@@ -443,10 +456,10 @@ def exact(got: torch.Tensor, ref: torch.Tensor) -> None:
 
 
 def exact_pixels(got: torch.Tensor, ref: torch.Tensor) -> None:
-    """8-bit values may differ by 1 in under a thousandth of the places."""
+    """8-bit values may differ by 1 in few places: an error of the gate moves one in 200 over a step."""
     distance = (got.cpu().int() - ref.cpu().int()).abs()
     assert int(distance.max()) <= 1
-    assert float((distance > 0).float().mean()) < 1e-3
+    assert float((distance > 0).float().mean()) < 5e-3
 
 
 def picture(pixels: torch.Tensor) -> Image:
@@ -485,7 +498,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return VECTORS
     if "LVRPO_BAGEL_VECTORS" in os.environ:
         pytest.fail(f"LVRPO_BAGEL_VECTORS={VECTORS}: holds no io/meta.json: name the folder of the reference vectors")
-    return unpack(tmp_path_factory.mktemp("vectors"))
+    return pack_script.unpack(tmp_path_factory.mktemp("vectors"))
 
 
 @pytest.fixture(scope="session")
@@ -512,9 +525,10 @@ def report() -> Callable[[str, Errors], None]:
     """Asserts the gate and prints the worst tensor (pytest -rP shows it)."""
 
     def check(section: str, errors: Errors) -> None:
+        beyond = {name: value for name, value in errors.items() if not value <= GATE}  # nan is beyond
         worst = max(errors, key=lambda name: errors[name])
         print(f"{section}: {len(errors)} tensors, worst {errors[worst]:.1e} ({worst})")
-        assert errors[worst] <= GATE, {name: value for name, value in errors.items() if value > GATE}
+        assert not beyond
 
     return check
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lvrpo.errors import InputError
 from lvrpo.policies.bagel import towers as towers_module
 from lvrpo.policies.bagel.create import position_table
 from lvrpo.policies.bagel.vae import Downsample
@@ -20,8 +21,8 @@ from lvrpo.policies.mot.sequence import RowLayout, Span
 from lvrpo.policies.mot.transformer import Layer
 from lvrpo.sampling import PastStep, euler_step, shift_time
 
-FAR = 1e-4
-"""Five times the gate."""
+GATE, FAR = 2e-5, 1e-4
+"""Of parity, and five times that: the distance on the set that it was measured on."""
 Patch = pytest.MonkeyPatch
 
 
@@ -161,7 +162,8 @@ def exact_gelu(parity: Any, patch: Patch) -> None:
 
 def base_of_other_models(parity: Any, patch: Patch) -> None:
     inv_freq = parity.policy.transformer.inv_freq
-    inv_freq.copy_(10_000.0 ** (-torch.arange(0, 2 * len(inv_freq), 2) / (2 * len(inv_freq))))
+    other = parity.policy.config.transformer.rope_theta / 100
+    inv_freq.copy_(other ** (-torch.arange(0, 2 * len(inv_freq), 2) / (2 * len(inv_freq))))
 
 
 MISTAKES: list[tuple[Callable[[Any, Patch], None], str]] = [
@@ -192,20 +194,30 @@ MISTAKES: list[tuple[Callable[[Any, Patch], None], str]] = [
 ]
 
 
+def always_guided(parity: Any) -> bool:
+    """Whether no step of a trajectory lies outside its interval of guidance."""
+    ref, about = parity.vectors("d_traj"), parity.meta["d_traj"]
+    return all(
+        row["cfg_interval"][0] < float(t) <= row["cfg_interval"][1] or row["cfg_text_scale"] <= 1
+        for name, row in about.items()
+        for t in ref[f"{name}_timesteps"]
+    )
+
+
 @pytest.mark.parametrize(("mistake", "section"), MISTAKES, ids=[f"{m.__name__}-{s}" for m, s in MISTAKES])
 def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, parity: Any) -> None:
-    if mistake is guided_outside_the_interval and not parity.whole:
-        pytest.skip("the excerpt's trajectory is guided at every step")
+    if mistake is guided_outside_the_interval and always_guided(parity):
+        pytest.skip("the trajectories are guided at every step")
     try:
         with pytest.MonkeyPatch.context() as patch:
             mistake(parity, patch)
             try:
                 errors = parity.training(1) if section == "training" else getattr(parity, section)()
-            except AssertionError:
-                return  # integers, lengths or shapes differ
-        worst = max(errors.values())
-        print(f"{mistake.__name__}, {section}: {worst:.1e}")
-        assert worst > FAR
+            except (AssertionError, InputError):
+                return  # integers, lengths or shapes differ, or it does not fit at all
+        print(f"{mistake.__name__}, {section}: {max(errors.values()):.1e}")
+        limit = FAR if parity.known else GATE
+        assert not all(value <= limit for value in errors.values())
     finally:
         sequence.forget_packings()
 

@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.objective import KINDS, Policies, recorded_passes
+from lvrpo.training.objective import KINDS, GroupAdvantages, Policies, recorded_passes
 from lvrpo.training.update import objectives_of, parts, update
 from lvrpo.types import Group, Image, Prompt
 
@@ -61,7 +61,7 @@ def gradient(policies: Policies, groups: list[Group], config: TrainConfig) -> to
     assert isinstance(live, BagelPolicy)
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(len(groups), -1)
     config.limits.apply(live)
-    update(policies, groups, dict.fromkeys(KINDS, A), config, 0)
+    update(policies, groups, dict.fromkeys(KINDS, GroupAdvantages.of_all(A)), config, 0)
     found = [p.grad.flatten() for p in live.parameters() if p.grad is not None]
     live.zero_grad(set_to_none=True)
     return torch.cat(found)
@@ -92,7 +92,8 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     assert isinstance(live, BagelPolicy)
     groups = [group for group in sampled(live, config) if group.prompt.task == "edit"]
     (objective,) = objectives_of(config)
-    chosen = objective.choose(groups, torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1))
+    A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1)
+    chosen = objective.choose(groups, GroupAdvantages.of_all(A))
     assert len(chosen) == 8
     assert [len(part) for part in parts(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory

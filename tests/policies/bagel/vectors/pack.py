@@ -6,6 +6,7 @@ python tests/policies/bagel/vectors/pack.py FOLDER --check   compares excerpt.xz
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import sys
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 
 EXCERPT = Path(__file__).with_name("excerpt.xz")
+SOURCE = Path(__file__).with_name("source.sha256")
+"""Of io/meta.json of the set that the excerpt was cut from."""
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 USED_SIDE = 6
 """Rows of tables of positions beyond so many rows and columns are zero: no picture of the excerpt reaches them."""
@@ -84,6 +87,7 @@ def write(folder: Path) -> None:
     about = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
     header = {"tensors": json.dumps(about), "texts": json.dumps(texts(folder))}
     raw = save({name: shuffled(tensor) for name, tensor in tensors.items()}, header)
+    SOURCE.write_text(fingerprint(folder) + "\n")
     EXCERPT.write_bytes(lzma.compress(raw, format=lzma.FORMAT_XZ, filters=FILTERS))
     print(f"{EXCERPT}: {len(tensors)} tensors, {EXCERPT.stat().st_size / 1e6:.2f} MB")
 
@@ -111,6 +115,16 @@ def unpack(folder: Path) -> Path:
     for name, group in grouped.items():
         save_file(group, folder / f"{name}.safetensors")
     return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Which set a folder holds."""
+    return hashlib.sha256((folder / "io" / "meta.json").read_bytes()).hexdigest()
+
+
+def is_source(folder: Path) -> bool:
+    """Whether a folder holds the set that the excerpt was cut from."""
+    return fingerprint(folder) == SOURCE.read_text().strip()
 
 
 def check(folder: Path) -> None:
