@@ -14,6 +14,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
 
 Votes = Literal["judge", "group"]
@@ -39,7 +40,8 @@ class Agreement:
     agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
     category.
 
-    An empty answer is masked and has no vote, and so is one that the judge can say nothing of. Range {0, 1}.
+    An answer that is empty or was cut off is masked and has no vote, and so is one that the judge can say nothing of.
+    Range {0, 1}.
     Differs from the paper: the judge's votes, and both guards.
     """
 
@@ -62,7 +64,11 @@ class Agreement:
         return prompt.output == ("text",)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        texts = [[t.text or "" for t in group.trajectories] for group in groups]
+        problems = [[text_problem(t) for t in group.trajectories] for group in groups]
+        texts = [
+            ["" if problem else t.text or "" for t, problem in zip(group.trajectories, row, strict=True)]
+            for group, row in zip(groups, problems, strict=True)
+        ]
         answers = [[normalize_answer(text) for text in row] for row in texts]
         if self.votes == "group":
             tallies: list[Tally] = [dict(Counter(answer for answer in row if answer)) for row in answers]
@@ -75,7 +81,7 @@ class Agreement:
         for p, (group, row, majority) in enumerate(zip(groups, answers, majorities, strict=True)):
             for g, answer in enumerate(row):
                 if not answer:
-                    failures[p, g] = "the answer is empty"
+                    failures[p, g] = problems[p][g] or EMPTY
                 elif answer not in tallies[p]:
                     failures[p, g] = "the judge gave the answer no number"
                 elif majority is None:

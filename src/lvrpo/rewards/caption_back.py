@@ -14,6 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.written import WAS_CUT, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
@@ -22,7 +23,8 @@ class CaptionBack:
     """F1 of the words of the judge's description of the drawing with the words of the prompt.
 
     F1 = 2 |c n p| / (|c| + |p|) over multisets of words, the mean over ``samples`` descriptions; greedy with one
-    sample. An empty description tells nothing and does not count; an output with no other is masked. Range [0, 1].
+    sample. A description that is empty or was cut off at ``max_new_tokens`` does not count; an output with no other is
+    masked. Range [0, 1].
     Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
     meaning not at all. The mutual reward needs no description and sees order; this one needs only that the judge can
     describe, not that it can score. ``ignore``: words that say nothing.
@@ -65,9 +67,12 @@ class CaptionBack:
         sampling = Sampling(self.samples, temperature, self.max_new_tokens)
         for (p, g), described in zip(cells, judge.sample(asked, sampling, seeds) if asked else (), strict=True):
             wanted = self._words(_text(groups[p].prompt))
-            found = [self._words(t.text) for t in described.trajectories if (t.text or "").strip()]
+            problems = [text_problem(t) for t in described.trajectories]
+            found = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
             if found:
                 values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
+            elif WAS_CUT in problems:
+                failures[p, g] = f"the judge's description was cut off at {self.max_new_tokens} tokens"
             else:
                 failures[p, g] = "the judge described nothing"
         return Scores(values, failures)

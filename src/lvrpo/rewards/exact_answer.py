@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Group, Prompt
+from lvrpo.rewards.written import WAS_CUT, CutOff, check_cut_off, was_cut
+from lvrpo.types import Group, Prompt, Trajectory
 
 _SMALL = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(_SMALL)}
@@ -21,24 +23,34 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(_SMALL)}
 class ExactAnswer:
     """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}.
 
-    ``thoughts``: whether a text that a drawing follows is scored too.
+    ``thoughts``: whether a text that a drawing follows is scored too. ``cut_off``: what did not end within the length
+    limit is not the answer: score gives it 0, whatever its words (masked, an answer that never ends would be free);
+    mask gives it no score.
     """
 
     judges = ("text",)
 
-    def __init__(self, thoughts: bool = True) -> None:
+    def __init__(self, thoughts: bool = True, cut_off: CutOff = "score") -> None:
         self.thoughts = thoughts
+        self.cut_off: CutOff = check_cut_off("exact_answer", cut_off)
 
     def applies(self, prompt: Prompt) -> bool:
         scored = "text" in prompt.output if self.thoughts else prompt.output == ("text",)
         return prompt.answer is not None and scored
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        return Scores(
-            torch.tensor(
-                [[float(answers_match(t.text or "", t.prompt.answer or "")) for t in g.trajectories] for g in groups]
-            )
-        )
+        values = torch.tensor([[float(answers_rightly(t)) for t in group.trajectories] for group in groups])
+        failures: dict[tuple[int, int], str] = {}
+        for p, group in enumerate(groups if self.cut_off == "mask" else ()):
+            for g, trajectory in enumerate(group.trajectories):
+                if was_cut(trajectory):
+                    values[p, g], failures[p, g] = math.nan, WAS_CUT
+        return Scores(values, failures)
+
+
+def answers_rightly(trajectory: Trajectory) -> bool:
+    """Whether the text is the prompt's answer, and ended."""
+    return not was_cut(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
 
 
 def answers_match(given: str, right: str) -> bool:

@@ -14,7 +14,7 @@ from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identi
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
-from lvrpo.rewards.written import last_text
+from lvrpo.rewards.written import text_problem
 from lvrpo.types import Group, Parts, Prompt
 
 
@@ -64,13 +64,10 @@ class Knowledge:
         rows: list[tuple[int, int, Parts, str]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories if p not in drawn else ()):
-                segment = last_text(trajectory)
-                if segment is None or not segment.text.strip():
-                    failures[p, g] = "the answer is empty"
-                elif not segment.ended:
-                    failures[p, g] = "the text was cut off at the length limit"
+                if problem := text_problem(trajectory):
+                    failures[p, g] = problem
                 else:
-                    rows.append((p, g, group.prompt.parts, segment.text))
+                    rows.append((p, g, group.prompt.parts, trajectory.text or ""))
         if rows:
             logprobs = reader.text_logprob([parts for _, _, parts, _ in rows], [text for *_, text in rows])
             found = zip(rows, logprobs.tolist(), probabilities(logprobs).cpu(), strict=True)

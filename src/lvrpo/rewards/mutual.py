@@ -19,6 +19,7 @@ from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.rewards.questions import UNTOLD, Splitter
+from lvrpo.rewards.written import text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt, Trajectory
 
@@ -68,8 +69,8 @@ class Mutual:
     exactly 0.
 
     All members of a group are judged under the same noise at the same times, a function of the group's own seed; the
-    variance that is left goes into ``Scores.noise``. An empty text has no score. Units: nats, per token for drawings,
-    per picture for texts; single terms of a drawing are cut at +- ``cap``.
+    variance that is left goes into ``Scores.noise``. A text that is empty or was cut off has no score. Units: nats, per
+    token for drawings, per picture for texts; single terms of a drawing are cut at +- ``cap``.
 
     What each side can tell is measured, not assumed: with a ``gate`` (``lvrpo audit --judge MODEL --gate FILE``) kinds
     of fact that the side cannot tell are left out, and prompts of which nothing is left do not get this reward.
@@ -185,6 +186,13 @@ class Mutual:
             words = words.removeprefix(lead_in)
         return [Claim((image, self.instruction), (blank, self.instruction), words)]
 
+    def _claims_problem(self, trajectory: Trajectory, claims: Sequence[Claim]) -> str | None:
+        """Why these cannot be looked for in the picture: one is empty, or a thought that was cut off."""
+        if not all(claim.text.strip() for claim in claims):
+            return "the text to be found in the picture is empty"
+        thought = "text" in trajectory.prompt.output and not self._facts(trajectory.prompt)
+        return text_problem(trajectory) if thought else None
+
     def _score_drawings(
         self, groups: Sequence[Group], judge: Policy, values: torch.Tensor, failures: dict[Cell, str]
     ) -> None:
@@ -199,8 +207,8 @@ class Mutual:
                     failures[p, g] = str(problem)
                     continue
                 found = self._claims(trajectory, image)
-                if not all(claim.text.strip() for claim in found):
-                    failures[p, g] = "the text to be found in the picture is empty"
+                if problem := self._claims_problem(trajectory, found):
+                    failures[p, g] = problem
                     continue
                 claims += found
                 cells += [(p, g)] * len(found)
@@ -236,10 +244,10 @@ class Mutual:
         claims: dict[Cell, Statement] = {}
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(() if "image" in group.prompt.output else group.trajectories):
-                answer = (trajectory.text or "").strip()
-                if not answer:
-                    failures[p, g] = "the answer is empty"
+                if problem := text_problem(trajectory):
+                    failures[p, g] = problem
                     continue
+                answer = (trajectory.text or "").strip()
                 question = _words(group.prompt)
                 claims[p, g] = statement(question, answer) or Statement(f"{question} {answer}", question)
                 for text in (claims[p, g].text, claims[p, g].known):

@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.written import text_problem
 from lvrpo.types import Group, Part, Parts, Prompt, Trajectory
 
 
@@ -34,8 +35,8 @@ class Preference:
 
     ``opponents``: how many others each member meets, a circle of neighbours, so that every member plays as often (odd
     numbers are rounded up); None for all. ``question``: what is asked after the two outputs, with ``{prompt}``;
-    ``labels``: the two answers that are compared. An output of which there is nothing to compare (an empty text) is
-    masked and plays no one.
+    ``labels``: the two answers that are compared. An output of which there is nothing to compare (a text that is
+    empty or was cut off) is masked and plays no one.
 
     Differs from the paper: the judge is the policy's own frozen copy; both orders are asked; not all pairs are played.
     """
@@ -122,4 +123,4 @@ def _problem(trajectory: Trajectory, judge: Policy) -> str | None:
     """Why an output cannot be compared with any other."""
     if "image" in trajectory.prompt.output:
         return problem_of(trajectory, judge)
-    return None if (trajectory.text or "").strip() else "there is nothing to compare"
+    return text_problem(trajectory, "there is nothing to compare")

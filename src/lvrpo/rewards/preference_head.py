@@ -17,6 +17,7 @@ from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.written import text_problem
 from lvrpo.types import Parts, Task, Trajectory
 
 MODEL_TYPE = "lvrpo_preference_head"
@@ -50,8 +51,7 @@ class Reading:
         parts = trajectory.prompt.parts
         words = " ".join(part for part in parts if isinstance(part, str)).strip()
         if "image" not in trajectory.prompt.output:
-            text = (trajectory.text or "").strip()
-            return (parts, text) if text else "the answer is empty"
+            return text_problem(trajectory) or (parts, (trajectory.text or "").strip())
         if trajectory.image is None:
             return "nothing was drawn"
         sources = [part for part in parts if not isinstance(part, str)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lvrpo.rewards.exact_answer import answers_match
+from lvrpo.rewards.exact_answer import answers_rightly
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.types import Group, Prompt
 
@@ -19,7 +19,7 @@ def scorable(prompt: Prompt) -> bool:
 def successes(groups: Sequence[Group]) -> list[list[float]]:
     """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the picture.
 
-    Only for prompts that are ``scorable``.
+    A text that was cut off at the length limit is not the answer. Only for prompts that are ``scorable``.
     """
     drawn = [group for group in groups if "image" in group.prompt.output]
     facts = iter(fact_table(drawn)) if drawn else iter(())
@@ -29,7 +29,7 @@ def successes(groups: Sequence[Group]) -> list[list[float]]:
         for trajectory in group.trajectories:
             right = True
             if trajectory.prompt.answer is not None and "text" in trajectory.prompt.output:
-                right = answers_match(trajectory.text or "", trajectory.prompt.answer)
+                right = answers_rightly(trajectory)
             if "image" in group.prompt.output:
                 right = all(next(facts)) and right
             row.append(float(right))

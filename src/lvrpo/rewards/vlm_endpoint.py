@@ -18,6 +18,7 @@ from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.exact_answer import answers_match, normalize_answer
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.questions import Splitter, words_of
+from lvrpo.rewards.written import text_problem
 from lvrpo.types import Group, OutputKind, Parts, Prompt, Trajectory
 
 Ask = Literal["questions", "yes_no", "rating"]
@@ -124,7 +125,7 @@ class VLMEndpoint:
 
     def _problem(self, trajectory: Trajectory) -> str | None:
         if self.of_text:
-            return None if (trajectory.text or "").strip() else "the answer is empty"
+            return text_problem(trajectory)
         return problem_of(trajectory)
 
     def _asked(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
