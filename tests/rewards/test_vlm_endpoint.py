@@ -85,15 +85,27 @@ def test_ratings_that_cannot(answer: str, server: Any) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "value"),
-    [("Yes.", 1.0), ("no, not at all", 0.0), ("I think the answer is yes", 1.0), ("yes and no", 1.0)],
+    [("Yes.", 1.0), ("no, not at all", 0.0), ("I think the answer is yes", 1.0)],
 )
 def test_yes_and_no(answer: str, value: float, server: Any) -> None:
     assert VLMEndpoint(server.options(), ask="yes_no").read(answer) == value
 
 
-@pytest.mark.parametrize("answer", ["perhaps", "noyes", "it is yes or no", "yesterday"])
+@pytest.mark.parametrize("answer", ["perhaps", "noyes", "it is yes or no", "yes and no", "yesterday"])
 def test_neither_yes_nor_no(answer: str, server: Any) -> None:
     assert isinstance(VLMEndpoint(server.options(), ask="yes_no").read(answer), NoAnswer)
+
+
+def test_garbage_is_no_wrong_answer(group: Callable[..., Group], server: Any) -> None:
+    """One question of three that got no answer masks the output; a wrong answer costs its share."""
+    facts = (*FACTS, Fact("color", "color?", "red"))
+    prompt = Prompt("three", "generate", ("three red cubes",), ("image",), facts=facts)
+    replies = iter(["yes", "There are 3 cubes.", "blue", "yes", "3", "asdf", "no", "As an AI I cannot see it", "red"])
+    server.answer = lambda body: next(replies)
+    reward = VLMEndpoint(server.options(workers=1), template="{question}")
+    scores = reward.score([group(prompt, [[picture()]] * 3)], None)  # type: ignore[arg-type]
+    assert scores.values[0, 0] == pytest.approx(2 / 3)
+    assert scores.failures == {(0, 1): "no color in 'asdf'", (0, 2): "a refusal in 'As an AI I cannot see it'"}
 
 
 def test_an_edit_is_shown_with_its_source(group: Callable[..., Group], server: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,10 +11,11 @@ import torch
 from lvrpo.config import parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.rewards.answer_reading import rating, same_answer, yes_or_no
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
-from lvrpo.rewards.exact_answer import answers_match, normalize_answer
+from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.questions import Splitter, words_of
 from lvrpo.rewards.written import text_problem
@@ -30,14 +30,14 @@ TEMPLATES: Mapping[Ask, str] = {
     "asked for: {prompt}? Answer with the number alone.",
 }
 FIELDS: Mapping[Ask, str] = {"questions": "question", "yes_no": "prompt", "rating": "prompt"}
-_NUMBER = re.compile(r"(?<![\d.\-])(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10\b)?(?!\.?\d)")
 
 
 class VLMEndpoint:
     """Answers of a model that is no part of the policy. Range [0, 1].
 
-    questions: share of the prompt's facts whose question it answers rightly from the drawing alone; ``split`` makes
-    questions of free text (see ``own_vqa``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by 10.
+    questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as an
+    answer: ``rewards.answer_reading``); ``split`` makes questions of free text (see ``own_vqa``). yes_no: 1 for yes, 0
+    for no. rating: a number from 0 to 10, divided by 10.
     ``template`` is what is asked after the picture: with {question}, or with {prompt}; one that also holds {answer}
     makes it a judge of texts, shown the pictures of the prompt. An edit is shown with its source first (but for
     questions, which are about the result).
@@ -112,16 +112,11 @@ class VLMEndpoint:
 
     def read(self, answer: str, wanted: str = "") -> float | NoAnswer:
         """The number that an answer stands for; ``wanted``: the right one of a question."""
-        if self.ask == "questions":
-            if normalize_answer(wanted) in ("yes", "no"):
-                return _yes(answer, wanted)
-            return float(answers_match(answer, wanted))
+        if self.ask == "rating":
+            return rating(answer)
         if self.ask == "yes_no":
-            return _yes(answer, "yes")
-        numbers = {float(match[1]) for match in _NUMBER.finditer(answer)}
-        if len(numbers) != 1 or not 0 <= max(numbers) <= 10:
-            return NoAnswer(f"no number from 0 to 10 in {_short(answer)}")
-        return numbers.pop() / 10
+            return yes_or_no(answer, "yes")
+        return (yes_or_no if normalize_answer(wanted) in ("yes", "no") else same_answer)(answer, wanted)
 
     def _problem(self, trajectory: Trajectory) -> str | None:
         if self.of_text:
@@ -141,18 +136,3 @@ class VLMEndpoint:
                 for fact in prompt.facts
             ]
         return [((*shown, trajectory.image, self.template.replace("{prompt}", words_of(prompt))), "")]
-
-
-def _yes(answer: str, wanted: str) -> float | NoAnswer:
-    """1 where an answer says yes as wanted, or no as wanted; it may go on after the word."""
-    words = set(re.findall(r"[a-z]+", answer.lower()))
-    first = re.match(r"\W*(yes|no)\b", answer.lower())
-    said = first[1] if first else next(iter(words & {"yes", "no"}), None) if len(words & {"yes", "no"}) == 1 else None
-    if said is None:
-        return NoAnswer(f"neither yes nor no in {_short(answer)}")
-    return float(said == normalize_answer(wanted))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= 60 else f"{line[:57]}...")
