@@ -48,7 +48,7 @@ def test_a_function_is_a_reward_in_ten_lines(module: str) -> None:
 
 
 def test_a_wrong_option_is_named(module: str) -> None:
-    with pytest.raises(InputError, match=r"options=\{'taget': 1\}: got an unexpected keyword argument 'taget'"):
+    with pytest.raises(InputError, match=r"options \(taget\): got an unexpected keyword argument 'taget'"):
         build_rewards([RewardConfig(name=module, options={"taget": 1})])
 
 

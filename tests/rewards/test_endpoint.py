@@ -159,6 +159,32 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(server: Any, monke
     assert key not in str(caught.value)
 
 
+@pytest.mark.parametrize("said", ["the key is {key}, yes", "<think>{key}</think>{key}"])
+def test_a_server_that_says_the_key_is_not_quoted(said: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "0123456789abcdef"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    server.replies = [said.format(key=key)]
+    assert endpoint(server.options(key_env="JUDGE_KEY")).ask([("q",)]) == [said.format(key="***").split(">")[-1]]
+    monkeypatch.setenv("JUDGE_KEY", "yes")  # where a server wants any key
+    server.replies = ["yes"]
+    assert endpoint(server.options(key_env="JUDGE_KEY")).ask([("q",)]) == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"base_url": "http://host/KEY/v1"}, {"base_url": "http://KEY.host"}, {"model": "KEY"}]
+)
+def test_the_key_itself_in_the_address(change: dict[str, str], server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "0123456789+abcdef"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    options = server.options(key_env="JUDGE_KEY") | {n: v.replace("KEY", key) for n, v in change.items()}
+    with pytest.raises(InputError, match="holds the key of key_env=JUDGE_KEY: take it out") as caught:
+        endpoint(options)
+    assert key not in str(caught.value)
+    options |= {n: v.replace("KEY", "0123456789%2Babcdef") for n, v in change.items()}
+    with pytest.raises(InputError, match="holds the key"):
+        endpoint(options)
+
+
 def test_a_key_that_is_not_there(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     for value in (None, "", " \n"):
@@ -175,7 +201,14 @@ def test_a_key_that_is_not_there(server: Any, monkeypatch: pytest.MonkeyPatch) -
         ({"base_url": "http://me:SECRET@host/v1"}, "without user, query or key"),
         ({"base_url": "http://host/v1?key=SECRET"}, "without user, query or key"),
         ({"base_url": "http://[host"}, "base_url: is no address"),
-        ({"key_env": "sk-SECRET"}, "key_env: must be the name of an environment variable, never the key itself"),
+        ({"base_url": "http://host/sk-SECRETSECRETSECRET/v1"}, "base_url: looks like it holds a key"),
+        ({"base_url": "http://host/sk%2DSECRETSECRETSECRET/v1"}, "base_url: looks like it holds a key"),
+        ({"model": "gsk_SECRETSECRETSECRET"}, "model: looks like it holds a key"),
+        ({"key_env": "sk-SECRET"}, "key_env: must be the name of an environment variable, such as JUDGE_KEY, never"),
+        ({"key_env": "hf_SECRETSECRETSECRET"}, "key_env: must be the name"),
+        ({"key_env": "SECRETd41d8cd98f00b204e"}, "key_env: must be the name"),
+        ({"key_env": "SECRETSECRETSECRETSECRET"}, "key_env: must be the name"),
+        ({"key_env": "SECRET0123456"}, "key_env: must be the name"),
         ({"api_key": "SECRET"}, "api_key: unknown key"),
         ({"modle": "x"}, "judge.modle: unknown key: did you mean model"),
         ({"retries": -1}, "judge.retries=-1"),

@@ -170,7 +170,7 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
     [
         ([{"name": "exact_anser"}], "did you mean exact_answer"),
         ([{"name": "no_such_module:Reward"}], "no module 'no_such_module'"),
-        ([{"name": "own_vqa", "options": {"speed": 1}}], r"rewards\.own_vqa\.options=.*speed"),
+        ([{"name": "own_vqa", "options": {"speed": 1}}], r"rewards\.own_vqa\.options \(speed\): .*speed"),
         ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, gated, all, mixed"),
         ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),
         ([{"name": "scene_facts", "label": "x"}, {"name": "own_vqa", "label": "x"}], "two entries are called 'x'"),
@@ -256,6 +256,17 @@ def test_the_table_says_who_else_judged(groups: list[Group], nobody: Any) -> Non
         {"endpoint": {"openai_api_key": "SECRET"}},
         {"endpoint": {"key": "sk-SECRETSECRETSECRET"}},
         {"headers": [{"x": "Bearer sk-SECRETSECRETSECRET"}]},
+        *({name: "SECRET"} for name in ("key", "token", "auth", "secret", "password", "credentials", "Authorization")),
+        *(
+            {name: "SECRET"}
+            for name in ("api_token", "hf_token", "openai_key", "x-api-key", "authToken", "access_tokens")
+        ),
+        {"auth": {"user": "me", "value": ["SECRET"]}},
+        {"members": [{"name": "vlm_endpoint", "options": {"endpoint": {"api_key": "SECRET"}}}]},
+        {"endpoint": {"base_url": "http://host/sk-SECRET-SECRET-1234/v1"}},
+        {"endpoint": {"base_url": "http://host/v1?k=hf_SECRETSECRETSECRET"}},
+        {"template": "say ghp_SECRETSECRETSECRETSECRET now"},
+        {"sk-SECRETSECRETSECRET": 1},
     ],
 )
 def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
@@ -263,6 +274,25 @@ def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
         parse_section(RewardConfig, {"name": "own_vqa", "options": options}, "rewards")
     assert "SECRET" not in str(caught.value)
     RewardConfig(name="own_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "split": {"limit": 3}, "gate": "tiny"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 24, "max_tokens": "24", "eos_token": "</s>", "key_env": "SOME_KEY"},
+        {"keyboard": "qwerty", "monkey": "yes", "author": "me", "tokenizer": "folder", "secretary": "none"},
+        {"head": "runs/hf_preference_head_of_last_year", "gate": "sk-learn-based-on-nothing-at-all"},
+        {"template": "is the key left of the token ?"},
+    ],
+)
+def test_what_only_sounds_like_a_key_is_taken(options: dict[str, Any]) -> None:
+    assert RewardConfig(name="own_vqa", options=options).options == options
+
+
+def test_wrong_options_are_told_by_their_names_alone() -> None:
+    with pytest.raises(InputError, match=r"rewards\.own_vqa\.options \(bound, pass\): .*'pass'") as caught:
+        build_rewards([RewardConfig(name="own_vqa", options={"bound": 0, "pass": "SECRET"})])
+    assert "SECRET" not in str(caught.value)
 
 
 def test_a_share_of_failures_may_be_too_much(groups: list[Group], nobody: Any) -> None:

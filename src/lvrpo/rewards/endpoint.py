@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.rewards.keys import holds_key, names_variable
 from lvrpo.types import Image, Parts
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries at most, also where the server asks for more."""
+SHORTEST_KEY = 8
+"""Characters; what is shorter stands for no key ("EMPTY", "none") where a server wants one."""
 EXCERPT = 120
 """Characters of a server's message that a reason quotes."""
 PASSING = (408, 409, 425, 429)
@@ -61,8 +64,13 @@ class EndpointConfig(Config):
             raise ValueError("base_url: is no address: write http://HOST:PORT/v1") from None
         if not plain or url.query or url.fragment:
             raise ValueError("base_url: must be http(s)://HOST[:PORT]/PATH without user, query or key: see key_env")
-        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise ValueError("key_env: must be the name of an environment variable, never the key itself")
+        for name, value in (("base_url", self.base_url), ("model", self.model)):
+            if holds_key(value):
+                raise ValueError(f"{name}: looks like it holds a key: put it into an environment variable: see key_env")
+        if self.key_env is not None and not names_variable(self.key_env):
+            raise ValueError(
+                "key_env: must be the name of an environment variable, such as JUDGE_KEY, never the key itself"
+            )
         return self
 
 
@@ -117,6 +125,9 @@ class ChatEndpoint:
                     f"endpoint.key_env={config.key_env}: the environment holds no key under this name: "
                     f"export {config.key_env}=..."
                 )
+            for name, value in (("base_url", config.base_url), ("model", config.model)):
+                if len(self._key) >= SHORTEST_KEY and self._key in unquote(value):
+                    raise InputError(f"endpoint.{name}: holds the key of key_env={config.key_env}: take it out")
         self._http, self._tenacity = _packages()
         limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=config.workers)
         self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers(), limits=limits)
@@ -196,7 +207,9 @@ class ChatEndpoint:
             raise _PassingError(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
         if status != 200:
             raise _UnusableError(f"HTTP {status}: {self._plain(response.text)}")
-        return _content(response.text, config.max_tokens)
+        answer = _content(response.text, config.max_tokens)
+        # a server that shows the key must not get it into reasons and caches
+        return answer.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_KEY else answer
 
     def _plain(self, text: str) -> str:
         """One short line without the key."""

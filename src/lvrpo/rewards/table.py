@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
 from lvrpo.rewards.identity import judge_identity, judged_by
+from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
-
-_SECRET_NAME = re.compile(r"(?:.*_)?(?:api_?key|access_token|auth_token|secret|passw(?:or)?d|authorization|bearer)")
-_SECRET_VALUE = re.compile(r"(?:Bearer )?(?:sk|hf|gsk|xai|ghp)[-_][A-Za-z0-9_-]{16,}")
 
 
 class WeightSchedule(Config):
@@ -137,15 +134,19 @@ class RewardSource:
         return self.config.segments or own
 
 
-def _refuse_secrets(options: Any, name: str = "") -> None:
-    """Raises ValueError, which does not show it, where a key stands among options. Any: whatever YAML may hold."""
+def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
+    """Raises ValueError, which does not show it, where a key stands among options. Any: whatever YAML may hold.
+
+    ``secret``: whether they stand under a name of keys, where any text is one.
+    """
     if isinstance(options, Mapping):
         for key, value in options.items():
-            _refuse_secrets(value, str(key))
+            _refuse_secrets(str(key), "the name of an option")
+            _refuse_secrets(value, str(key), secret or names_key(str(key)))
     elif isinstance(options, list | tuple):
         for value in options:
-            _refuse_secrets(value, name)
-    elif isinstance(options, str) and (_SECRET_NAME.fullmatch(name.lower()) or _SECRET_VALUE.fullmatch(options)):
+            _refuse_secrets(value, name, secret)
+    elif isinstance(options, str) and (secret or holds_key(options)):
         raise ValueError(
             f"{name}: looks like a key, and options are written to run directories: put it into an environment "
             "variable and name that in key_env"
@@ -162,7 +163,9 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
         try:
             reward = cls(**config.options)
         except TypeError as error:
-            raise InputError(f"rewards.{config.title}.options={config.options}: {error}: see {config.name}") from None
+            # names alone: what stands in a wrong place may be a key
+            given = ", ".join(config.options) or "none"
+            raise InputError(f"rewards.{config.title}.options ({given}): {error}: see {config.name}") from None
         for method in ("applies", "score"):
             if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
                 raise InputError(
