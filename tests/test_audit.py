@@ -116,6 +116,7 @@ def test_the_page_of_a_run_shows_its_audit(trained: Any, capfd: Output) -> None:
         "Generation: continuous",
         "All steps are on record",
         "if summed",
+        "Whether rewards rank outputs as the truth does",
     ):
         assert words in page
     (run / "audit.json").unlink()

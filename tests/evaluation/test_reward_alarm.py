@@ -28,6 +28,7 @@ def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks 
         weights=np.ones((n, 1), dtype=np.float32),
         step=np.repeat(np.arange(1, n // P + 1), P),
         task=np.full(n, "generate"),
+        category=np.full(n, ""),
         scores=reward[:, :, None],
         applies=np.ones((n, 1), dtype=np.bool_),
         judged=np.ones((n, 1), dtype=np.bool_),

@@ -70,11 +70,14 @@ def record(
 
 
 def audited(
-    *records: ScoreRecord, settings: AdvantageSettings = GDPO, controls: Sequence[ScoreRecord] = ()
+    *records: ScoreRecord,
+    settings: AdvantageSettings = GDPO,
+    controls: Sequence[ScoreRecord] = (),
+    verifiers: tuple[str, ...] = (),
 ) -> RewardAudit:
     groups = Groups.join(records)
     assert groups is not None
-    return audit_rewards(Recorded(groups, Groups.join(controls), [], settings))
+    return audit_rewards(Recorded(groups, Groups.join(controls), [], settings, verifiers))
 
 
 def scorer(audit: RewardAudit, name: str, task: str = "generate") -> ScorerAudit:
@@ -343,8 +346,68 @@ def test_the_report_reads_what_the_audit_writes(tmp_path: Path, settings: Advant
     assert [chart.title for chart in task.shares] == ["Generation: binary", "Generation: continuous"]
     assert "asked for: from 0.5 to 0.5" in task.shares[0].words
     assert "mean red" in [chart.title for chart in task.others]
+    # right are those of .31, which the continuous reward knows; of the binary one's pairs two are ties, one is wrong
+    assert [(v.name, v.auc and v.auc.score) for v in task.validity] == [("binary", 0.5), ("continuous", 1.0)]
+    assert (task.verifier, task.validity[0].first) == ("success", None)  # two groups are too few
+    assert "AUC of binary" in [chart.title for chart in task.others]
     assert task.correlations.columns == ("binary", "continuous", "success", "brightness", "contrast")
     assert task.correlations.rows[0][1][:3] == (None, pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+
+
+def test_validity_by_hand_per_category_and_along_the_run() -> None:
+    """Five steps of a group each of two categories: the reward ranks colors right and, from step 5 on, digits wrong.
+
+    The verifier grades two of four members alike, so that its ranks are 1, 2.5, 2.5, 4 against 1, 2, 3, 4:
+    rho = 4.5 / sqrt(5 * 4.5).
+    """
+    graded, success = [0.0, 0.5, 0.5, 1.0], [0, 0, 0, 1]
+    rising, falling = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
+
+    def step(number: int) -> ScoreRecord:
+        digits = falling if number == 5 else rising
+        scores = [[[r, g] for r, g in zip(row, graded, strict=True)] for row in (rising, digits)]
+        options: dict[str, Any] = {"names": ["judge", "facts"], "weights": [1, 0], "success": [success] * 2}
+        return record(number, scores, categories=("colors", "digits"), **options)
+
+    (found,) = audited(*(step(n) for n in range(1, 6)), verifiers=("facts",)).tasks["generate"].validity
+    rho = 4.5 / math.sqrt(5 * 4.5)
+    assert (found.name, found.verifier, found.is_success) == ("judge", "facts", False)
+    assert (found.whole.rank.n, found.whole.auc.n, found.whole.silent, found.whole.alike) == (10, 10, 0, 0)
+    assert found.whole.rank.score == pytest.approx((9 - 1) / 10 * rho)
+    assert found.whole.auc.score == pytest.approx(0.9)
+    assert {name: r.auc.score for name, r in found.categories.items()} == pytest.approx({"colors": 1, "digits": 0.8})
+    assert found.along is not None
+    assert (found.along.first.auc.score, found.along.last.auc.score) == (1, 0.5)
+    assert found.along.first.rank.score == pytest.approx(rho)
+    assert found.along.last.rank.score == pytest.approx(0, abs=1e-12)
+    assert found.along.auc_change.score == -0.5
+    series = audited(*(step(n) for n in range(1, 6))).tasks["generate"].series
+    assert series["auc/judge"] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 0.5)]
+
+
+def test_validity_without_a_verifier_or_without_the_truth() -> None:
+    scores = [[[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]] * 3
+    success = [[0, 0, 1, 1]] * 3
+    options: dict[str, Any] = {"names": ["exact", "other"], "success": success}
+    exact, other = audited(record(1, scores, **options)).tasks["generate"].validity
+    assert (exact.verifier, exact.is_success, exact.whole.auc.score, exact.along) == ("success", True, 1, None)
+    assert (other.is_success, other.whole.auc.score, other.whole.rank.score) == (False, 0.5, 0)
+    assert exact.categories == {}  # as in the records of older versions
+    series = audited(record(1, scores, **options)).tasks["generate"].series
+    assert [name for name in series if name.startswith("auc/")] == ["auc/other"]
+    assert audited(record(1, scores)).tasks["generate"].validity == ()
+
+
+def test_the_verifier_grades_where_it_applies_and_success_elsewhere() -> None:
+    """As in reasoning: drawings have facts, sums have an answer only."""
+    scores = [[[0.1, 0.0], [0.2, 0.5], [0.3, 1.0]], [[0.1, NAN], [0.2, NAN], [0.3, NAN]]]
+    applies = np.array([[True, True], [True, False]])
+    options: dict[str, Any] = {"names": ["judge", "facts"], "success": [[0, 0, 1], [1, 0, 0]], "applies": applies}
+    (found,) = audited(record(1, scores, **options), verifiers=("facts", "absent")).tasks["generate"].validity
+    assert found.verifier == "facts, success"
+    # ranks 1, 2, 3 against 1, 2, 3, and against 3, 1.5, 1.5: rho = -1.5 / sqrt(2 * 1.5)
+    assert found.whole.rank.score == pytest.approx((1 - 1.5 / math.sqrt(3)) / 2)
+    assert found.whole.auc.score == 0.5
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"windows": []}', '{"windows": [{"first": 1, "last": 2}]}'])

@@ -48,7 +48,8 @@ QUESTION = group(
     [[text("red")], [text("blue sky")], [text("red")], [text("a a a", ended=False)]],
 )
 DRAWING = group(
-    Prompt("d", "generate", ("x",), ("image",)), [[picture(RED)], [picture(RED)], [picture(RED)], [picture(STRIPES)]]
+    Prompt("d", "generate", ("x",), ("image",), category="colors"),
+    [[picture(RED)], [picture(RED)], [picture(RED)], [picture(STRIPES)]],
 )
 THOUGHT = group(Prompt("t", "reason", ("x",), ("text", "image")), [[text("two"), picture(RED)]] * 4)
 
@@ -206,6 +207,19 @@ def test_a_record_names_its_judges(run: RunDirectory) -> None:
     assert record.judge == "TinyPolicy:0123"
     assert record.judged_by == tuple({"facts": "a model at an address"}.get(name, "") for name in record.names)
     assert any(record.judged_by)
+
+
+def test_categories_are_on_record_and_older_records_have_none(run: RunDirectory) -> None:
+    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    (record,) = score_record.read_steps(run.path)
+    assert record.categories == ("", "colors", "")
+    path = run.path / "scores" / "step_000001.npz"
+    with np.load(path) as arrays:
+        older = {name: value for name, value in arrays.items() if name != "categories"}
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **older)
+    (record,) = score_record.read_steps(run.path)
+    assert record.categories == ()
 
 
 def test_caps_and_scales_of_their_own_are_on_record(run: RunDirectory) -> None:

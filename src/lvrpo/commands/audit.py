@@ -39,6 +39,7 @@ def run(options: Options) -> None:
 
     from lvrpo.commands.files import write_file
     from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.validity import run_tables
     from lvrpo.evaluation.recorded_groups import read_record
     from lvrpo.evaluation.reward_audit import audit_rewards
     from lvrpo.training.run_directory import json_text
@@ -54,7 +55,7 @@ def run(options: Options) -> None:
     audit = audit_rewards(read_record(options.run))
     console = wide_console()
     console.print(f"{options.run}: {recorded(audit)}; advantages: {audit.formula}", markup=False, soft_wrap=True)
-    for table in (reward_table(audit), course_table(audit), *correlation_tables(audit)):
+    for table in (reward_table(audit), course_table(audit), *run_tables(audit), *correlation_tables(audit)):
         console.print()
         console.print(table)
     console.print()
@@ -152,9 +153,7 @@ def change_cells(change: Change, up: str, down: str) -> list[str]:
 
 def correlation(found: Correlation | None) -> str:
     """+.52; a dash where too few groups stand behind it."""
-    from lvrpo.report.numbers import score
-
-    return "–" if found is None or found.groups < FEW else score(found.value, 2, signed=True)
+    return "–" if found is None or found.groups < FEW else signed_share(found.value)
 
 
 def signed(value: float) -> str:
@@ -169,6 +168,13 @@ def share(value: float | None) -> str:
     from lvrpo.report.numbers import score
 
     return "–" if value is None or value != value else score(value, 2)
+
+
+def signed_share(value: float) -> str:
+    """+.52"""
+    from lvrpo.report.numbers import score
+
+    return score(value, 2, signed=True)
 
 
 def trait_name(name: str) -> str:

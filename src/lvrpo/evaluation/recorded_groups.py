@@ -19,6 +19,8 @@ from lvrpo.training.score_record import TRAITS, ScoreRecord, has_records, read_c
 
 SUCCESS = "success"
 """Whether an output is right as a whole, scored wherever anybody can tell; nothing is trained on it as such."""
+VERIFIER = "scene_facts"
+"""The reward that grades outputs by the truth, where a run scores it."""
 WINDOWS = 5
 """Parts of equal length that the run is cut into: the first and the last are compared."""
 
@@ -61,6 +63,8 @@ class Groups:
     """(N,)"""
     task: NDArray[np.str_]
     """(N,)"""
+    category: NDArray[np.str_]
+    """(N,): of the prompt; "" where it has none, or the record is of an older version."""
     scores: Array
     """(N, G, K)"""
     applies: NDArray[np.bool_]
@@ -95,12 +99,13 @@ class Groups:
         joined = {
             name: np.concatenate([getattr(row, name) for row in rows])  # the fields of both classes
             for name in (f.name for f in fields(cls))
-            if name not in ("names", "weights", "step", "task", "normalize")
+            if name not in ("names", "weights", "step", "task", "category", "normalize")
         }
         weights = np.concatenate([np.broadcast_to(row.weights, (len(row.tasks), len(row.names))) for row in rows])
         step = np.concatenate([np.full(len(row.tasks), row.step) for row in rows])
         task = np.concatenate([np.array(row.tasks, dtype=np.str_) for row in rows])
-        return cls(rows[0].names, weights, step, task, **joined, normalize=rows[0].normalize)
+        category = np.concatenate([np.array(row.categories or [""] * len(row.tasks), dtype=np.str_) for row in rows])
+        return cls(rows[0].names, weights, step, task, category, **joined, normalize=rows[0].normalize)
 
     def of(self, rows: NDArray[np.bool_]) -> Groups:
         """Some of the groups."""
@@ -152,6 +157,8 @@ class Recorded:
     controls: Groups | None
     looks: Looks
     settings: AdvantageSettings
+    verifiers: tuple[str, ...] = ()
+    """The rewards that grade outputs by the truth; held-out ones first."""
 
 
 def read_record(run: Path) -> Recorded:
@@ -162,11 +169,15 @@ def read_record(run: Path) -> Recorded:
             f"{run}: holds no scores of training steps: lvrpo train and lvrpo quickstart keep them in scores/; "
             "pretraining and older runs have none"
         )
-    section = read_yaml(run / CONFIG).get("advantages") or {}
+    config = read_yaml(run / CONFIG)
+    section = config.get("advantages") or {}
     known = {f.name: section[f.name] for f in fields(AdvantageSettings) if section.get(f.name) is not None}
     groups = Groups.join(read_steps(run))
     assert groups is not None
-    return Recorded(groups, Groups.join(read_controls(run)), list(read_looks(run)), AdvantageSettings(**known))
+    rows = [row for row in config.get("rewards") or () if row.get("name") == VERIFIER]
+    titles = tuple(row.get("label") or VERIFIER for row in sorted(rows, key=lambda row: row.get("weight") != 0))
+    controls, looks = Groups.join(read_controls(run)), list(read_looks(run))
+    return Recorded(groups, controls, looks, AdvantageSettings(**known), titles)
 
 
 def cut(step: NDArray[np.int64]) -> tuple[Window, ...]:

@@ -33,6 +33,7 @@ from lvrpo.evaluation.recorded_groups import (
     read_record,
 )
 from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
+from lvrpo.evaluation.reward_validity import Validity, areas, audit_validity
 from lvrpo.statistics import Interval, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
@@ -109,6 +110,8 @@ class TaskAudit:
     """Share of the variance of the advantages that no sum of these rewards explains: a clamp, or a reward joined from
     another task."""
     scorers: tuple[ScorerAudit, ...]
+    validity: tuple[Validity, ...]
+    """Of every reward but the verifier; empty where nobody knows what is right."""
     drift: Mapping[str, Change]
     """Of traits of the output."""
     series: Series
@@ -138,7 +141,8 @@ def audit_rewards(record: Recorded) -> RewardAudit:
     tasks: dict[str, TaskAudit] = {}
     for task in [*(t for t in TASKS if t in groups.task), *sorted(set(groups.task) - set(TASKS))]:
         base = None if controls is None else controls.of(controls.task == task)
-        tasks[str(task)] = audit_task(groups.of(groups.task == task), base, windows, record.settings)
+        own = groups.of(groups.task == task)
+        tasks[str(task)] = audit_task(own, base, windows, record.settings, record.verifiers)
     steps = np.unique(groups.step)
     return RewardAudit(
         formula=record.settings.kind,
@@ -152,7 +156,11 @@ def audit_rewards(record: Recorded) -> RewardAudit:
 
 
 def audit_task(
-    groups: Groups, controls: Groups | None, windows: Sequence[Window], settings: AdvantageSettings
+    groups: Groups,
+    controls: Groups | None,
+    windows: Sequence[Window],
+    settings: AdvantageSettings,
+    verifiers: Sequence[str] = (),
 ) -> TaskAudit:
     """One task; all groups are of it."""
     names, *_, weights = groups.trained()
@@ -176,6 +184,8 @@ def audit_task(
         )
         for name, values in scorers.items()
     ]
+    validity = audit_validity(scorers, verifiers, groups.category, groups.step, windows)
+    judged = [found.name for found in validity if not found.is_success]
     drift, base_drift = groups.drifting(), {} if controls is None else controls.drifting()
     series = {f"share/{name}": points for name, points in share_series.items()}
     series |= {
@@ -183,15 +193,17 @@ def audit_task(
         for name, values in scorers.items()
         if name in shares
     }
+    series |= _areas(groups, judged)
     series |= {name: by_step(groups.step, per_group(values)) for name, values in drift.items()}
-    control_series = (
-        {} if controls is None else {n: by_step(controls.step, per_group(v)) for n, v in base_drift.items()}
-    )
+    control_series = {} if controls is None else _areas(controls, [name for name in judged if name in base])
+    if controls is not None:
+        control_series |= {n: by_step(controls.step, per_group(v)) for n, v in base_drift.items()}
     return TaskAudit(
         groups=len(groups.step),
         with_signal=with_signal,
         rest=rest,
         scorers=tuple(audits),
+        validity=validity,
         drift={name: change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
         series=series,
         control_series=control_series,
@@ -297,6 +309,12 @@ def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
     any_score = mask.any(dim=2)
     applies = mask.any(dim=1, keepdim=True)
     return any_score if per_reward else any_score & (mask | ~applies).all(dim=2)
+
+
+def _areas(groups: Groups, names: Sequence[str]) -> Series:
+    """Whether right members score above wrong ones, by step."""
+    scorers = groups.scorers()
+    return {f"auc/{name}": by_step(groups.step, areas(scorers[name], groups.success)) for name in names}
 
 
 def _missing(groups: Groups, name: str) -> float:

@@ -61,6 +61,21 @@ class Correlations:
 
 
 @dataclass(frozen=True)
+class Valid:
+    """One row of the table of validity; None where too few groups stand behind a number."""
+
+    name: str
+    """Of a reward, or of a category of prompts."""
+    is_category: bool
+    rank: Estimate | None
+    auc: Estimate | None
+    first: float | None
+    """AUC in the first part of the run, where that is known."""
+    last: float | None
+    change: Estimate | None
+
+
+@dataclass(frozen=True)
 class Task:
     """What the rewards did in one task."""
 
@@ -70,11 +85,14 @@ class Task:
     rest: float | None
     scorers: tuple[Scorer, ...]
     courses: tuple[Course, ...]
+    validity: tuple[Valid, ...]
+    verifier: str
+    """Who grades for ``Valid.rank``."""
     correlations: Correlations
     shares: tuple[Chart, ...]
     """The share that a reward caused beside the one its weight asks for."""
     others: tuple[Chart, ...]
-    """Constant groups, and traits of the outputs beside those of the base."""
+    """Validity, constant groups, and traits of the outputs beside those of the base."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,8 @@ def _task(task: str, raw: Mapping[str, Any]) -> Task:
         rest=number(raw["rest"]),
         scorers=scorers,
         courses=tuple(courses),
+        validity=tuple(row for found in raw.get("validity", ()) for row in _valid(found)),
+        verifier=next((str(found["verifier"]) for found in raw.get("validity", ())), ""),
         correlations=_correlations(raw["scorers"]),
         shares=_share_charts(name, scorers, raw["series"]),
         others=_other_charts(raw["series"], raw["control_series"]),
@@ -143,6 +163,31 @@ def _scorer(raw: Mapping[str, Any]) -> Scorer:
     caused = tuple(number(raw[key]) for key in ("share", "configured_share", "other_share"))
     dead = tuple(number(raw[key]) for key in ("constant", "all_best", "all_worst", "missing"))
     return Scorer(str(raw["name"]), number(raw["weight"]) or None, caused, dead)
+
+
+def _valid(raw: Mapping[str, Any]) -> list[Valid]:
+    """A reward and its categories; nothing of one that scores as success does."""
+    if raw["is_success"]:
+        return []
+    along, whole, categories = raw["along"], raw["whole"], raw["categories"]
+    first, last = (None if along is None else _known(along[end]["auc"]) for end in ("first", "last"))
+    row = Valid(
+        name=str(raw["name"]),
+        is_category=False,
+        rank=_known(whole["rank"]),
+        auc=_known(whole["auc"]),
+        first=first and first.score,
+        last=last and last.score,
+        change=None if along is None else _known(along["auc_change"]),
+    )
+    inner = categories.items() if len(categories) > 1 else ()
+    return [row, *(Valid(_words(c), True, _known(r["rank"]), _known(r["auc"]), None, None, None) for c, r in inner)]
+
+
+def _known(raw: Mapping[str, Any]) -> Estimate | None:
+    """An interval over enough groups."""
+    value = number(raw["score"])
+    return None if value is None or raw["n"] < FEW else Estimate(value, number(raw["low"]), number(raw["high"]))
 
 
 def _course(name: str, raw: Mapping[str, Any], is_score: bool) -> Course:
@@ -187,7 +232,8 @@ def _other_charts(series: Mapping[str, Any], control: Mapping[str, Any]) -> tupl
         points = _points(raw)
         if kind == "share" or not points:
             continue
-        title = f"groups constant in {name}" if kind == "constant" and name else NAMES.get(key, key)
+        titles = {"constant": f"groups constant in {name}", "auc": f"AUC of {name}"}
+        title = titles.get(kind, NAMES.get(key, key)) if name else NAMES.get(key, key)
         charts.append(line_chart(_words(title), points, _points(control.get(key)), "the base on the same prompts"))
     return tuple(charts)
 

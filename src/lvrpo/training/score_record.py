@@ -83,6 +83,8 @@ class ScoreRecord:
     """Who judged: class and hash of the weights; "" in the records of older versions."""
     judged_by: tuple[str, ...] = ()
     """(K,): who else judged for each reward, or instead: an endpoint, a folder; "" for nobody. Empty in older ones."""
+    categories: tuple[str, ...] = ()
+    """P categories of the prompts, "" for one without. Empty in older ones."""
 
 
 # --- writing ---
@@ -194,6 +196,7 @@ def _arrays(
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
+        "categories": np.array([group.prompt.category for group in groups], dtype=np.str_),
         "judge": np.array(table.judge, dtype=np.str_),
         "judged_by": np.array([table.judged_by.get(name, "") for name in table.names], dtype=np.str_),
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
@@ -277,8 +280,8 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
         try:
             names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
             judge = str(arrays.pop("judge", ""))
-            own, others = (tuple(map(str, arrays.pop(name, ()))) for name in ("normalize", "judged_by"))
-            known = {"judge": judge, "judged_by": others, "normalize": own}
+            later = {n: tuple(map(str, arrays.pop(n, ()))) for n in ("normalize", "judged_by", "categories")}
+            known = {"judge": judge, **later}
             yield ScoreRecord(step=step, names=names, tasks=tasks, **known, **arrays)  # type: ignore[arg-type]  # bool or float
         except (KeyError, TypeError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None

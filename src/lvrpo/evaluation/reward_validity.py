@@ -1,0 +1,191 @@
+"""Whether a reward ranks the outputs of a group as the truth does; docs/audit.md explains every number."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from lvrpo.evaluation.recorded_groups import SUCCESS, Array, Window
+from lvrpo.statistics import Interval, mean_interval, seeds_interval, welch_difference
+
+MANY = 5000
+"""Groups from which on Student's t stands in for the bootstrap, which then gives the same and costs more."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A reward against the truth, inside some groups."""
+
+    rank: Interval
+    """Mean over groups of Spearman's correlation with the verifier, where both tell members apart."""
+    auc: Interval
+    """Mean over groups of the chance that a right member scores above a wrong one, a tie counting one half, where
+    there are both."""
+    silent: int
+    """Groups in which the verifier tells members apart and the reward does not: left out of ``rank``."""
+    alike: int
+    """Groups in which the verifier finds all members alike: left out of ``rank`` too."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """The same over the first and the last part of a run."""
+
+    first: Ranking
+    last: Ranking
+    rank_change: Interval
+    """Welch's 95 % interval, groups as units."""
+    auc_change: Interval
+
+
+@dataclass(frozen=True)
+class Validity:
+    """One reward in one task."""
+
+    name: str
+    verifier: str
+    """Who grades for ``Ranking.rank``."""
+    is_success: bool
+    """Whether it scores every output as ``SUCCESS`` does, so that nothing is to be learned of it here."""
+    whole: Ranking
+    categories: Mapping[str, Ranking]
+    """By category of prompts, for those that are known."""
+    along: Along | None
+    """None where there is no course, or only one part of it."""
+
+
+def audit_validity(
+    scorers: Mapping[str, Array],
+    verifiers: Sequence[str],
+    category: NDArray[np.str_],
+    step: NDArray[np.int64] | None = None,
+    windows: Sequence[Window] = (),
+    clusters: Sequence[Hashable] | None = None,
+) -> tuple[Validity, ...]:
+    """Every reward of a task but the verifier; none where nobody knows what is right.
+
+    ``scorers``: scores (N, G) by name, ``SUCCESS`` among them. ``verifiers``: those that grade by the truth, the first
+    that applies to any group is taken; where it does not apply, or there is none, ``SUCCESS`` grades.
+    """
+    rewards = {name: scores for name, scores in scorers.items() if name != SUCCESS}
+    if SUCCESS not in scorers:
+        return ()
+    title, grades = SUCCESS, scorers[SUCCESS]
+    for name in verifiers:
+        if name in rewards:
+            own = rewards.pop(name)
+            applies = np.isfinite(own).any(axis=1, keepdims=True)
+            title, grades = name if applies.all() else f"{name}, {SUCCESS}", np.where(applies, own, grades)
+            break
+    return tuple(
+        reward_validity(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
+        for name, scores in rewards.items()
+    )
+
+
+def reward_validity(
+    name: str,
+    scores: Array,
+    success: Array,
+    grades: Array,
+    verifier: str,
+    category: NDArray[np.str_],
+    step: NDArray[np.int64] | None = None,
+    windows: Sequence[Window] = (),
+    clusters: Sequence[Hashable] | None = None,
+) -> Validity:
+    """One reward; scores, success and grades (N, G), nan where there is none; category and step (N,).
+
+    ``clusters``: what a group shares with others (its picture); whole clusters are resampled.
+    """
+    rank, auc = rank_correlations(scores, grades), areas(scores, success)
+    units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
+
+    def ranking(rows: NDArray[np.bool_]) -> Ranking:
+        differ = spreads(scores[rows], grades[rows])
+        return Ranking(
+            _mean(rank[rows], units[rows], lowest=-1.0),
+            _mean(auc[rows], units[rows], lowest=0.0),
+            silent=int((~differ[0] & differ[1]).sum()),
+            alike=int((~differ[1] & scored(scores[rows], grades[rows]).any(axis=1)).sum()),
+        )
+
+    along = None
+    if step is not None and len(windows) > 1:
+        first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
+        along = Along(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
+    both = scored(scores, success)
+    return Validity(
+        name=name,
+        verifier=verifier,
+        is_success=bool(both.any() and np.array_equal(scores[both], success[both])),
+        whole=ranking(np.ones(len(scores), dtype=np.bool_)),
+        categories={c: ranking(category == c) for c in dict.fromkeys(category[both.any(axis=1)].tolist()) if c},
+        along=along,
+    )
+
+
+def rank_correlations(one: Array, other: Array) -> NDArray[np.float64]:
+    """(N, G) twice to (N,): Spearman's correlation of each group, over members that have both; ties share their mean
+    rank. nan where one of the two is constant."""
+    a, b = (_centered(ranks) for ranks in _ranks(one, other))
+    spread = (a**2).sum(axis=1) * (b**2).sum(axis=1)
+    return np.where(spread > 0, (a * b).sum(axis=1) / np.sqrt(np.where(spread > 0, spread, 1.0)), np.nan)
+
+
+def areas(scores: Array, success: Array) -> NDArray[np.float64]:
+    """(N, G) twice to (N,): the share of the pairs of a right and a wrong member in which the right one scores higher,
+    a tie one half (the area under the curve, Mann and Whitney's U). nan where there is no such pair."""
+    both = scored(scores, success)
+    ranks = _ranks(scores, success)[0]
+    right, wrong = both & (success > 0.5), both & (success <= 0.5)
+    n, m = right.sum(axis=1), wrong.sum(axis=1)
+    above = np.where(right, ranks, 0.0).sum(axis=1) - n * (n + 1) / 2
+    return np.where(n * m > 0, above / np.maximum(n * m, 1), np.nan)
+
+
+def spreads(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(N,) for each: whether members that have both differ in it."""
+    a, b = ((_centered(ranks) != 0).any(axis=1) for ranks in _ranks(one, other))
+    return a, b
+
+
+def scored(one: Array, other: Array) -> NDArray[np.bool_]:
+    """(N, G): which members have both."""
+    return np.isfinite(one) & np.isfinite(other)
+
+
+# --- inside ---
+
+
+def _ranks(one: Array, other: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ranks from 1 inside each group over the members that have both, nan for the others."""
+    both = scored(one, other)
+    if not both.size:
+        return np.full(one.shape, np.nan), np.full(other.shape, np.nan)
+    a, b = (rankdata(np.where(both, x, np.nan), axis=1, nan_policy="omit") for x in (one, other))
+    return a, b
+
+
+def _centered(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks about their mean, which ties do not move; 0 for members without."""
+    count = np.isfinite(ranks).sum(axis=1, keepdims=True)
+    return np.where(np.isfinite(ranks), ranks - (count + 1) / 2, 0.0)
+
+
+def _change(first: NDArray[np.float64], last: NDArray[np.float64]) -> Interval:
+    return welch_difference(first[np.isfinite(first)], last[np.isfinite(last)])
+
+
+def _mean(values: NDArray[np.float64], units: NDArray[np.int64], lowest: float) -> Interval:
+    """Mean over groups; ``lowest`` to 1 is the range, as groups that all agree get Wilson's bound."""
+    kept = np.isfinite(values)
+    if kept.sum() > MANY:
+        return seeds_interval(values[kept])
+    found = mean_interval((values[kept] - lowest) / (1 - lowest), units[kept].tolist())
+    score, low, high = (lowest + (1 - lowest) * x for x in (found.score, found.low, found.high))
+    return Interval(score, low, high, found.n)
