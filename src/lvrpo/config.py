@@ -79,6 +79,19 @@ def parse_section(cls: type[C], tree: Mapping[str, Any], where: str) -> C:
     raise InputError(f"{where}{'.' if location else ': '}{_explain(cls, dict(first), location)}")
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML text holds, with duplicate keys refused; raises InputError with one line that begins with ``where``."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # only marked errors have one
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML ({str(error).splitlines()[0]}): correct the file") from None
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, keys in the order of declaration; ``load_config`` reads it back equal."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
@@ -113,7 +126,7 @@ def read_yaml(path: Path) -> Tree:
         raise InputError(f"{path}: byte {error.start} is not UTF-8: give a YAML text file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): give a readable YAML file") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -164,18 +177,6 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # only marked errors have one
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML ({str(error).splitlines()[0]}): correct the file") from None
-
-
 # --- files and overrides ---
 
 
@@ -212,7 +213,7 @@ def _split_override(override: str) -> tuple[tuple[str, ...], str]:
 
 def _parse_override(override: str, text: str) -> Any:
     try:
-        return _parse_yaml(text, override)
+        return parse_yaml(text, override)
     except InputError:
         raise InputError(f"{override!r}: the value is not valid YAML: put it in quotes") from None
 

@@ -1,10 +1,11 @@
-"""``lvrpo audit --judge MODEL``: which errors a model's two sides can tell, and the gate that its rewards read."""
+"""``lvrpo audit --judge MODEL``: which errors a model's two sides can tell, and the gate that its rewards read; or how
+the rewards that it judges rank a model's own outputs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Options, Parser, add_device, names, positive, refuse_existing, whole
 from lvrpo.errors import InputError
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lvrpo.evaluation.judge_audit import JudgeAudit
+    from lvrpo.policies.base import Policy
     from lvrpo.rewards.gate import Side
+    from lvrpo.rewards.table import RewardConfig
 
 DRAWS = [1, 4, 8]
 THRESHOLD = 0.6
 LARGE = 256
 """Side of the pictures for a model that reads any size."""
-OWN = ("gate", "draws", "times", "threshold", "also", "n", "seed")
+PAIRS = ("gate", "draws", "times", "threshold")
+OWN = (*PAIRS, "samples", "also", "n", "seed")
+ROW = ("name", "label", "options", "judge")
+"""What a row of ``--also`` may say: the rest belongs to training."""
 TITLES: dict[Side, str] = {
     "read": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
     "draw": "texts with one fact corrupted",
@@ -35,8 +41,13 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--draws", type=numbers, metavar="N[,N]", help="noise draws; the last is the gate's (1,4,8)")
     parser.add_argument("--times", type=span, metavar="LOW,HIGH", help="span of times of the drawing side's judgement")
     parser.add_argument("--threshold", type=share, help=f"an interval above it opens the gate ({THRESHOLD})")
-    parser.add_argument("--also", type=names, metavar="NAME[,NAME]", help="further rewards to try")
-    parser.add_argument("--n", type=positive, help="scenes per category of prompts (40)")
+    parser.add_argument(
+        "--samples", metavar="MODEL", help="rank what this model (or run) draws and answers itself, by every reward"
+    )
+    parser.add_argument(
+        "--also", type=rows, metavar="REWARDS", help="further rewards: NAME,NAME or [{name: ..., options: {...}}, NAME]"
+    )
+    parser.add_argument("--n", type=positive, help="scenes, or prompts, per category (40)")
     parser.add_argument("--seed", type=whole, help="of the scenes (0)")
     add_device(parser)
 
@@ -59,17 +70,20 @@ def run(options: Options) -> None:
     from lvrpo.evaluation.judge_audit import READING, Scorer, audit_judge, mutual_scorers
     from lvrpo.evaluation.judge_cases import judge_cases
     from lvrpo.policies.loading import load_policy
-    from lvrpo.rewards.table import RewardConfig, build_rewards
+    from lvrpo.rewards.table import build_rewards
     from lvrpo.training.run_directory import json_text
 
     if options.run is not None:
         raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
     refuse_existing([path for path in (options.gate, options.json) if path is not None], options.force)
     torch.set_num_threads(1)
+    if options.samples is not None:
+        rank_samples(options)
+        return
     draws = options.draws or DRAWS
     scorers = mutual_scorers(draws, options.times)
-    for source in build_rewards([RewardConfig(name=name) for name in options.also or []]):
-        scorers[f"reward {source.config.title}"] = Scorer(source.reward)
+    for source in build_rewards(configs(options.also or [])):
+        scorers[f"reward {source.config.title}"] = Scorer(source.reward, judge=source.judge)
     judge = load_policy(options.judge, options.device).twin()
     console = wide_console()
     cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
@@ -94,6 +108,71 @@ def run(options: Options) -> None:
         write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
     if options.gate is not None:
         write_file(options.gate, gate.text().encode(), options.force)
+
+
+def rank_samples(options: Options) -> None:
+    """Samples a model, scores its outputs by every reward, prints how that agrees with the truth."""
+    from dataclasses import asdict
+
+    from lvrpo.commands.files import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.validity import sample_tables
+    from lvrpo.evaluation.own_samples import REWARDS, YARDSTICK, audit_samples, sample_groups
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.rewards.table import build_rewards
+    from lvrpo.training.run_directory import json_text
+
+    for name in PAIRS:
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to made pairs of right and wrong: leave it out, or --samples")
+    rewards = {row.title: row for row in (YARDSTICK, *REWARDS, *configs(options.also or []))}
+    sources = build_rewards(list(rewards.values()))
+    judge, model = (load_policy(name, options.device).twin() for name in (options.judge, options.samples))
+    size, n, seed = side(judge, model, options), options.n or 40, options.seed or 0
+    console = wide_console()
+    groups = sample_groups(
+        model,
+        n,
+        seed,
+        size=size,
+        progress=lambda task, prompts: console.print(f"{task}: {prompts} groups", style="dim"),
+    )
+    audit = audit_samples(judge, model, groups, sources)
+    console.print(f"\noutputs of {audit.model}, judged by {audit.judge}", highlight=False)
+    for table in sample_tables(audit):
+        console.print()
+        console.print(table)
+    if options.json is not None:
+        named = {"model": options.samples, "judge": options.judge, "n": n, "seed": seed}
+        found = {**named, "identities": {"model": audit.model, "judge": audit.judge}, "tasks": asdict(audit)["tasks"]}
+        write_file(options.json, json_text(found).encode(), options.force)
+
+
+def side(judge: Policy, model: Policy, options: Options) -> int:
+    """Of the pictures that both can read and draw; raises InputError where there is none."""
+    sizes = {size for size in (judge.image_size, model.image_size) if size is not None}
+    if len(sizes) > 1:
+        raise InputError(
+            f"--samples {options.samples}: draws {model.image_size} x {model.image_size}, which {options.judge} "
+            f"cannot read: name a judge of that size"
+        )
+    return next(iter(sizes), LARGE)
+
+
+def configs(found: list[Any]) -> list[RewardConfig]:
+    """What ``rows`` gave, as rows of a configuration. Any: what YAML may hold."""
+    from lvrpo.config import parse_section
+    from lvrpo.rewards.table import RewardConfig
+
+    made = []
+    for i, row in enumerate(found):
+        tree = {"name": row} if isinstance(row, str) else row
+        config = parse_section(RewardConfig, tree, f"--also[{i}]")
+        other = sorted(set(tree) - set(ROW))
+        if other:
+            raise InputError(f"--also[{i}].{other[0]}: belongs to training: a row here has {', '.join(ROW)}")
+        made.append(config)
+    return made
 
 
 def sensitivity_table(audit: JudgeAudit, side: Side) -> Table:
@@ -122,6 +201,21 @@ def sensitivity_table(audit: JudgeAudit, side: Side) -> Table:
                 cells.append(f"{number(row.auc.score)} \\[{number(row.auc.low)}, {number(row.auc.high)}]")
             table.add_row(f"  {error}" if error else kind, *cells, str(pairs), style="dim" if error else "")
     return table
+
+
+def rows(text: str) -> list[Any]:
+    """NAME,NAME, or a list of names and rows in YAML; one row alone will do. Any: what YAML may hold."""
+    from lvrpo.config import parse_yaml
+
+    if not text.lstrip().startswith(("[", "{")):
+        return list(names(text))
+    try:
+        found = parse_yaml(text, "--also")
+    except InputError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: is not valid YAML: write NAME,NAME or '[{{name: NAME, options: {{...}}}}, NAME]'"
+        ) from None
+    return found if isinstance(found, list) else [found]
 
 
 def numbers(text: str) -> list[int]:

@@ -33,6 +33,8 @@ class Scorer:
     reward: Reward
     sides: tuple[Side, ...] = ("read", "draw")
     """What it is tried on."""
+    judge: Policy | None = None
+    """Who judges instead of the one on trial."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def audit_judge(
             continue
         progress(name, len(tried))
         started = time.perf_counter()
-        ranked = _ranked(judge, tried, scorer.reward)
+        ranked = _ranked(scorer.judge or judge, tried, scorer.reward)
         milliseconds[name] = 1000 * (time.perf_counter() - started) / (2 * len(tried))
         rows += _rows(name, tried, ranked)
     return JudgeAudit(judge_identity(judge), tuple(rows), milliseconds)

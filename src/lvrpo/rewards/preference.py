@@ -35,8 +35,8 @@ class Preference:
 
     ``opponents``: how many others each member meets, a circle of neighbours, so that every member plays as often (odd
     numbers are rounded up); None for all. ``question``: what is asked after the two outputs, with ``{prompt}``;
-    ``labels``: the two answers that are compared. An output of which there is nothing to compare (a text that is
-    empty or was cut off) is masked and plays no one.
+    ``labels``: the two answers that are compared; both in words that the judge can read. An output of which there is
+    nothing to compare (a text that is empty or was cut off) is masked and plays no one.
 
     Differs from the paper: the judge is the policy's own frozen copy; both orders are asked; not all pairs are played.
     """
@@ -89,12 +89,27 @@ class Preference:
     def _compare(self, contexts: Sequence[Parts], judge: Policy) -> list[float]:
         """For every match 1 where both orders choose the first member, 0 where both choose the second, else .5."""
         rows = [context for context in contexts for _ in self.labels]
-        logprobs = judge.text_logprob(rows, [label for _ in contexts for label in self.labels]).cpu()
+        try:
+            logprobs = judge.text_logprob(rows, [label for _ in contexts for label in self.labels]).cpu()
+        except InputError as error:
+            self._require_words(judge, error)
+            raise
         margin = logprobs.view(-1, 2, 2)  # (match, order, label)
         first = margin[:, :, 0] - margin[:, :, 1]  # > 0: what is named first is better
         one, two = first[:, 0], -first[:, 1]
         agreed = torch.where((one > 0) & (two > 0), 1.0, torch.where((one < 0) & (two < 0), 0.0, 0.5))
         return torch.where((one + two).isfinite(), agreed, torch.nan).tolist()
+
+    def _require_words(self, judge: Policy, error: InputError) -> None:
+        """Raises InputError where the judge cannot read the words that are this reward's own."""
+        own = " ".join([self.question.replace("{prompt}", ""), *self.labels])
+        try:
+            judge.text_logprob([(own,)], [self.labels[0]])
+        except InputError:
+            raise InputError(
+                f"preference: the judge cannot read its question or its labels {list(self.labels)} ({error}): say both "
+                "in the judge's words, such as options: {question: '{prompt}', labels: [yes, no]}"
+            ) from None
 
     def _context(self, one: Trajectory, two: Trajectory) -> Parts:
         prompt = one.prompt
