@@ -23,14 +23,15 @@ class Says:
 
     judges = ("image",)
 
-    def __init__(self, *scores: float) -> None:
-        self.scores = scores
+    def __init__(self, *scores: float, noise: Sequence[float] | None = None) -> None:
+        self.scores, self.noise = scores, noise
 
     def applies(self, prompt: Prompt) -> bool:
         return prompt.task == "generate"
 
     def score(self, groups: Sequence[Group], judge: Any) -> Scores:
-        return Scores(torch.tensor([self.scores for _ in groups]))
+        noise = None if self.noise is None else torch.tensor([self.noise for _ in groups])
+        return Scores(torch.tensor([self.scores for _ in groups]), noise=noise)
 
 
 def bound(*scores: Sequence[float], **options: Any) -> LowerBound:
@@ -73,6 +74,35 @@ def test_one_failed_member_masks_the_output(drawn: list[Group]) -> None:
     scores = bound((1, 2, 0), (3, math.nan, 4), scale="raw").score(drawn, None)  # type: ignore[arg-type]
     assert set(scores.failures) == {(0, 1)}
     assert "1: the score is nan" in scores.failures[0, 1]
+
+
+def with_noise(made: LowerBound, member: int, *noise: float) -> LowerBound:
+    made.sources[member].reward.noise = noise  # type: ignore[attr-defined]  # Says
+    return made
+
+
+def test_noise_by_hand(drawn: list[Group]) -> None:
+    """k = .5, members at (1, 3), (2, 2), (0, 4): slopes of the second (1 - .5) / 2, 1 / 2 and (1 - .5) / 2."""
+    made = bound((1, 2, 0), (3, 2, 4), k=0.5, scale="raw")
+    assert made.score(drawn, None).noise is None  # type: ignore[arg-type]
+    noise = with_noise(made, 1, 0.16, 0.16, math.nan).score(drawn, None).noise  # type: ignore[arg-type]
+    assert noise is not None
+    assert noise[0, :2].tolist() == pytest.approx([0.01, 0.04])
+    assert noise[0, 2].isnan()
+    both = with_noise(made, 0, 0.16, 0.16, 0.16).score(drawn, None).noise  # type: ignore[arg-type]
+    assert both is not None
+    assert both[0, :2].tolist() == pytest.approx([0.01 + 0.09, 0.08])  # the first: (1 + .5) / 2
+
+
+def test_noise_follows_the_scale_of_the_group(drawn: list[Group]) -> None:
+    """Both members at -1.22, 0, 1.22: slopes of 1 / 2; the second was divided by its deviation, 81.6."""
+    made = with_noise(bound((0, 1, 2), (0, 100, 200)), 1, 100.0, 200.0, 400.0)
+    noise = made.score(drawn, None).noise  # type: ignore[arg-type]
+    assert noise is not None
+    assert noise[0, 1].item() == pytest.approx(200 / 4 / (20000 / 3), rel=1e-3)
+    same = with_noise(bound((0, 1, 2), (5, 5, 5), k=0), 1, 1.0, 1.0, 1.0).score(drawn, None).noise  # type: ignore[arg-type]
+    assert same is not None
+    assert same.tolist() == [[0, 0, 0]]  # a member that is the same for all has no say
 
 
 def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:

@@ -234,6 +234,14 @@ def test_estimate_noise_by_hand() -> None:
     assert estimate_noise(draws[:, :1]).isnan().all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_member_without_a_number_takes_the_noise_of_no_other(bad: float) -> None:
+    draws = torch.tensor([[1.0, 3.0, 5.0], [1.0, bad, 1.0], [1.0, 1.0, 1.0]])
+    assert estimate_noise(draws)[[0, 2]].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert estimate_noise(draws)[1].isnan()
+    assert estimate_noise(draws[1:2]).isnan().all()
+
+
 def test_an_empty_text_is_masked_with_its_reason() -> None:
     sources = build_rewards([RewardConfig(name="mutual")])
     thought = Prompt("r", "reason", ("three + 4",), ("text", "image"))

@@ -14,7 +14,7 @@ from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
@@ -63,6 +63,7 @@ class Instruction:
             raise InputError(f"instruction.above={above}: must be at least 0 and below 1")
         if kinds is not None and (isinstance(kinds, str) or not kinds):
             raise InputError(f"instruction.kinds={kinds!r}: must be a list of kinds, such as [count, color]")
+        check_gate("instruction", gate, source)
         self.by, self.kinds, self.above = by, None if kinds is None else frozenset(kinds), above
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split, kinds=kinds)
         self.judged_by, self.reader = self.vqa.judged_by, None

@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
+from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
@@ -40,6 +40,7 @@ class Knowledge:
         split: Mapping[str, Any] | None = None,
         device: str = "auto",
     ) -> None:
+        check_gate("knowledge", gate, source)
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
         self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:

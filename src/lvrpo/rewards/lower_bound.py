@@ -16,7 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
-from lvrpo.types import Group, OutputKind, Prompt
+from lvrpo.types import Group, OutputKind, Prompt, RewardTable
 
 Scale = Literal["group", "raw"]
 TAKEN = ("name", "label", "options", "clip", "judge")
@@ -35,6 +35,9 @@ class LowerBound:
     each member is brought to deviation 1 in the group first, as rewards of different units must be; raw: members are
     compared as they are, for one reward by several judges. Members that do not apply to a prompt are left out there; an
     output that any of the others failed to score has no score.
+
+    ``Scores.noise`` is that of the members to first order, var r = sum_m (dr / ds_m)^2 var s_m with dr / ds_m = 1 / M -
+    k (s_m - mean) / (M std): their errors taken as independent, the scale of the group as exact.
 
     Range: that of the members; about +- 2 for ``group``. Raises InputError for fewer than two members, a negative k,
     and whatever the members raise.
@@ -65,15 +68,37 @@ class LowerBound:
             one = torch.zeros(len(groups), dtype=torch.int64)
             scales: list[NormalizeChoice | None] = ["group"] * len(self.sources)
             scores = normalize_rewards(scores, mask, one, scales)
-        count = mask.sum(dim=2)
-        mean = torch.where(mask, scores, 0.0).sum(dim=2) / count
-        spread = torch.where(mask, (scores - mean[..., None]).square(), 0.0).sum(dim=2) / count
+        mean, std = _moments(scores, mask, 2)
         failures = {
             (p, g): f"{table.names[k]}: {reason.removeprefix('failed: ')}"
             for (p, g, k), reason in table.reasons.items()
             if reason != NOT_APPLICABLE
         }
-        return Scores(mean - self.k * spread.sqrt(), failures)
+        return Scores((mean - self.k * std)[..., 0], failures, self._noise(table, scores, mean, std))
+
+    def _noise(
+        self, table: RewardTable, scores: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor | None:
+        """float32 (P, G); None where no member leaves anything to chance."""
+        if not table.noise:
+            return None
+        none = torch.zeros(table.scores.shape[:2])
+        noise = torch.stack([table.noise.get(name, none) for name in table.names], dim=2)
+        if self.scale == "group":
+            _, before = _moments(table.scores, table.mask, 1)
+            _, after = _moments(scores, table.mask, 1)
+            noise = noise * torch.where(before > 0, after / before, 0.0).square()
+        # where the members agree the std has no slope
+        slopes = torch.where(std > 0, 1 - self.k * (scores - mean) / std, 1.0) / table.mask.sum(dim=2, keepdim=True)
+        return torch.where(table.mask, slopes.square() * noise, 0.0).sum(dim=2)
+
+
+def _moments(values: torch.Tensor, mask: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population std of the valid ones along an axis, which is kept."""
+    count = mask.sum(dim=dim, keepdim=True)
+    mean = torch.where(mask, values, 0.0).sum(dim=dim, keepdim=True) / count
+    spread = torch.where(mask, (values - mean).square(), 0.0).sum(dim=dim, keepdim=True) / count
+    return mean, spread.sqrt()
 
 
 def _row(number: int, member: Mapping[str, Any]) -> RewardConfig:

@@ -273,11 +273,15 @@ def estimate_noise(draws: torch.Tensor) -> torch.Tensor:
 
     d_gk = r_gk - mean_g r_gk;  noise_g = var_k(d_gk) / K, unbiased; nan for a single draw.
 
-    Shapes: (G, K) to (G,). Draws at different times are not alike, so that it is an upper bound.
+    Shapes: (G, K) to (G,). Draws at different times are not alike, so that it is an upper bound. A member with a draw
+    that is no number has nan, and no part in the mean.
     """
-    if draws.shape[1] < 2:
-        return torch.full((len(draws),), math.nan)
-    return (draws - draws.mean(dim=0)).var(dim=1) / draws.shape[1]
+    noise = torch.full((len(draws),), math.nan)
+    known = draws.isfinite().all(dim=1)
+    if draws.shape[1] > 1 and known.any():
+        own = draws[known]
+        noise[known] = (own - own.mean(dim=0)).var(dim=1) / draws.shape[1]
+    return noise
 
 
 def _is_caption(prompt: Prompt) -> bool:
