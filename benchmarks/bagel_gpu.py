@@ -34,7 +34,7 @@ from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import estimate_policy
-from lvrpo.training.objective import KINDS, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.update import take_steps
 from lvrpo.types import Group, Prompt, TextSegment
@@ -308,7 +308,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     sampled = report.timed(lambda: groups.extend(policy.sample(prompts, sampling, [0, 1, 2, 3])))
     sampling_peak = report.peak()
     A = torch.linspace(-1.5, 1.5, 8).expand(len(groups), -1)
-    advantages = dict.fromkeys(KINDS, A)
+    advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(A))
     trained = report.timed(lambda: take_steps(policies, [optimizer], groups, advantages, config, 0))
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     side = shape.step_image_size

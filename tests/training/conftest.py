@@ -13,8 +13,8 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, Policies
-from lvrpo.training.update import update
+from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
+from lvrpo.training.update import told_apart, update
 from lvrpo.types import Group, OutputKind, Prompt
 
 WORDS = ("what", "is", "it", "draw", "make", "red", "blue", "circle", "one", "two")
@@ -110,9 +110,9 @@ class Bench:
                 p.add_(size * torch.randn(p.shape, generator=generator))
 
 
-def both(A: Any) -> dict[OutputKind, torch.Tensor]:
+def both(A: Any) -> dict[OutputKind, GroupAdvantages]:
     """One advantage per trajectory, for whichever of its segments."""
-    return dict.fromkeys(KINDS, torch.as_tensor(A, dtype=torch.float32))
+    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.as_tensor(A, dtype=torch.float32)))
 
 
 @pytest.fixture

@@ -7,8 +7,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lvrpo.training.advantages import AdvantageConfig, compute_advantages, of_whole, segment_advantages
+from lvrpo.training.advantages import (
+    AdvantageConfig,
+    compute_advantages,
+    judged_of_whole,
+    of_whole,
+    segment_advantages,
+)
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
+
+SUMS = ("group_relative", "leave_one_out", "trimmed", "win_rate")
 
 
 def table(scores: list[Any], mask: list[Any] | None = None, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardTable:
@@ -22,19 +30,19 @@ def test_advantages_of_a_table_by_hand() -> None:
     rewards = table([[[0.0, 0.30], [0.0, 0.31], [1.0, 0.30], [1.0, 0.31]]])
     config = AdvantageConfig.model_validate({"std_floor": 1e-4})
     expected = torch.tensor([[-1.41, -0.01, 0.01, 1.41]])
-    torch.testing.assert_close(compute_advantages(rewards, config), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(compute_advantages(rewards, config).values, expected, rtol=0, atol=0.02)
     summed = AdvantageConfig.model_validate({"kind": "group_relative"})
     expected = torch.tensor([[-1.01, -0.99, 0.99, 1.01]])
-    torch.testing.assert_close(compute_advantages(rewards, summed), expected, rtol=0, atol=0.005)
+    torch.testing.assert_close(compute_advantages(rewards, summed).values, expected, rtol=0, atol=0.005)
 
 
 def test_advantages_are_clamped_and_floored() -> None:
     rewards = table([[[1.0, 0.5], *[[0.0, 0.5]] * 63]], weights=(1.0, 0.0))
     for kind in ("gdpo", "group_relative"):
-        A = compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind, "clamp": 2.0}))
+        A = compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind, "clamp": 2.0})).values
         assert A.max() == 2.0
         flat = table([[[0.5, 0.1], [0.505, 0.1]]])
-        assert not compute_advantages(flat, AdvantageConfig.model_validate({"kind": kind})).any()
+        assert not compute_advantages(flat, AdvantageConfig.model_validate({"kind": kind})).values.any()
 
 
 @pytest.mark.parametrize("kind", ["gdpo", "group_relative"])
@@ -44,7 +52,21 @@ def test_a_failed_score_is_no_worse_than_a_mean_one(kind: str) -> None:
         [[[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]],
         [[[True, False], [True, True], [True, True], [True, True]]],
     )
-    assert not compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind})).any()
+    assert not compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind})).values.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "valid"),
+    [("gdpo", [True, True, False, True]), *((k, [False, True, False, True]) for k in SUMS)],
+)
+def test_a_member_without_the_scores_that_its_advantage_needs_is_not_valid(kind: str, valid: list[bool]) -> None:
+    """Member 0 lacks one score, member 2 both; the third reward, which every member has, is only watched."""
+    scores = torch.tensor([[[9.0, 1.0, 1.0], [1.0, 0.0, 0.0], [9.0, 9.0, 1.0], [0.0, 1.0, 0.0]]])
+    mask = torch.tensor([[[False, True, True], [True, True, True], [False, False, True], [True, True, True]]])
+    table = RewardTable(("a", "b", "c"), torch.tensor([1.0, 1.0, 0.0]), scores, mask, {}, ("generate",))
+    A = compute_advantages(table, AdvantageConfig.model_validate({"kind": kind}))
+    assert A.valid.tolist() == [valid]
+    assert not A.values[~A.valid].any()
 
 
 def single(scores: list[list[float]], tasks: tuple[Task, ...] = ("understand", "generate")) -> RewardTable:
@@ -67,32 +89,32 @@ def single(scores: list[list[float]], tasks: tuple[Task, ...] = ("understand", "
 )
 def test_choices_of_the_baseline_by_hand(choice: dict[str, Any], expected: list[float]) -> None:
     A = compute_advantages(single([[1.0, 5.0, 1.0, 5.0]]), AdvantageConfig.model_validate(choice))
-    torch.testing.assert_close(A, torch.tensor([expected]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(A.values, torch.tensor([expected]), rtol=1e-3, atol=1e-4)
 
 
 def test_trimming_measures_by_the_middle() -> None:
     A = compute_advantages(single([[0.0, 1.0, 2.0, 100.0]]), AdvantageConfig(kind="trimmed", trim=0.25, clamp=1000.0))
-    torch.testing.assert_close(A, torch.tensor([[-3.0, -1.0, 1.0, 197.0]]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A.values, torch.tensor([[-3.0, -1.0, 1.0, 197.0]]), rtol=1e-3, atol=1e-3)
 
 
 def test_the_batch_std_is_that_of_each_task() -> None:
     table = single([[0.0, 2.0], [0.0, 200.0]])
     A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="batch"))
-    torch.testing.assert_close(A, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A.values, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=1e-3, atol=1e-3)
 
 
 def test_a_reward_that_hardly_spreads_wins_nothing() -> None:
     scores = torch.tensor([[[0.0, 0.500], [0.0, 0.501], [1.0, 0.502], [1.0, 0.503]]])
     table = RewardTable(("a", "b"), torch.ones(2), scores, torch.ones_like(scores, dtype=torch.bool), {}, ("generate",))
     A = compute_advantages(table, AdvantageConfig(kind="win_rate", std="none"))
-    torch.testing.assert_close(A, torch.tensor([[-1 / 3, -1 / 3, 1 / 3, 1 / 3]]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(A.values, torch.tensor([[-1 / 3, -1 / 3, 1 / 3, 1 / 3]]), rtol=1e-3, atol=1e-4)
 
 
 def test_a_masked_member_neither_wins_nor_loses() -> None:
     table = single([[3.0, 1.0, 2.0, 9.0]])
     table.mask[0, 3] = False
     A = compute_advantages(table, AdvantageConfig(kind="win_rate", std="none"))
-    torch.testing.assert_close(A, torch.tensor([[0.5, -0.5, 0.0, 0.0]]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(A.values, torch.tensor([[0.5, -0.5, 0.0, 0.0]]), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -129,31 +151,43 @@ def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
     config = AdvantageConfig(kind="group_relative", stages="per_segment")
     A = segment_advantages(table, groups, config)
     up, alternating = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
-    torch.testing.assert_close(A["text"], torch.tensor([up, up]), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(A["image"], torch.tensor([alternating, [0.0] * 4]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A["text"].values, torch.tensor([up, up]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(A["image"].values, torch.tensor([alternating, [0.0] * 4]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(of_whole(A, groups), torch.tensor([alternating, up]), rtol=1e-3, atol=1e-3)
+    assert A["image"].valid.tolist() == [[True] * 4, [False] * 4]
+    judged = judged_of_whole(table, groups, config)
+    assert judged is not None
+    assert judged.tolist() == [[False, True], [True, True]]
 
 
 def test_a_shared_advantage_is_that_of_the_whole() -> None:
     table, groups = staged()
     A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none"))
     assert A["text"] is A["image"]
-    torch.testing.assert_close(A["text"][0], torch.tensor([1.0, 0.0, 0.0, -1.0]))
+    assert judged_of_whole(table, groups, AdvantageConfig()) is None
+    torch.testing.assert_close(A["text"].values[0], torch.tensor([1.0, 0.0, 0.0, -1.0]))
 
 
 def test_a_reward_that_judges_both_counts_in_both() -> None:
     table, groups = staged()
     table = RewardTable(*[getattr(table, f) for f in ("names", "weights", "scores", "mask", "reasons", "tasks")])
     A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none", stages="per_segment"))
-    assert torch.equal(A["text"][0], A["image"][0])
-    assert not A["image"][1].any()
+    assert torch.equal(A["text"].values[0], A["image"].values[0])
+    assert not A["image"].values[1].any()
+
+
+def test_a_joint_member_needs_both_scores() -> None:
+    table = single([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], ("understand", "generate"))
+    table.mask[0, 2] = table.mask[1, 1] = False
+    A = compute_advantages(table, AdvantageConfig(kind="group_relative", joint=("generate", "understand")))
+    assert A.valid.tolist() == [[True, False, False]] * 2
 
 
 def test_joint_groups_share_the_sum_of_their_rewards() -> None:
     table = single([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], ("understand", "edit", "generate"))
     table.scores[2] *= 3
     A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="none", joint=("generate", "understand")))
-    torch.testing.assert_close(A, torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]))
+    torch.testing.assert_close(A.values, torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]))
 
 
 @pytest.mark.parametrize("kind", ["gdpo", "group_relative", "leave_one_out", "trimmed"])
@@ -163,7 +197,7 @@ def test_a_reward_with_a_scale_of_its_own(kind: str) -> None:
     table = RewardTable(("small", "large"), torch.ones(2), scores, scores > -1, {}, ("generate",))
     config = AdvantageConfig(kind=kind, std_floor=1e-5)  # type: ignore[arg-type]  # of the parametrization
     own = replace(table, normalize={"small": "group", "large": "none"})
-    A = compute_advantages(own, config)[0]
+    A = compute_advantages(own, config).values[0]
     assert A[3] > 0 > A[0]
     if kind != "gdpo":
-        assert compute_advantages(table, config)[0, 3] < 0
+        assert compute_advantages(table, config).values[0, 3] < 0

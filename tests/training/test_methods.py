@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from lvrpo.algorithms import gaussian_kl
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import update as update_module
+from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.objective import KINDS, GroupAdvantages
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import anchored
-from lvrpo.training.update import deal, take_steps
+from lvrpo.training.update import deal, objectives_of, take_steps
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
@@ -227,6 +232,105 @@ def test_a_sum_is_clipped_where_the_mean_is(bench: Any, prompts: list[Prompt]) -
     assert total["clip_fraction/flow"] == mean["clip_fraction/flow"]
 
 
+# --- members without a score ---
+
+
+@pytest.mark.parametrize(
+    ("section", "tree", "advantages", "members"),
+    [
+        ("text", {"kind": "clip"}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
+        ("text", {"kind": "gspo"}, [-0.5, 0.0, 0.0, 0.5], [0, 1, 2, 3]),
+        ("text", {"kind": "dpo"}, [2.0, 1.0, 0.5, 0.25], [0, 3]),
+        ("text", {"kind": "best_of"}, [-1.0, -0.25, -2.0, -0.5], [1]),
+        ("flow", {"kind": "nft", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
+        ("flow", {"kind": "grpo", "keep": 1}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
+        ("flow", {"kind": "dpo"}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
+        ("flow", {"kind": "best_of", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1]),
+    ],
+    ids=str,
+)
+def test_a_masked_member_is_never_chosen(
+    section: str, tree: dict[str, Any], advantages: list[float], members: list[int], bench: Any, prompts: list[Prompt]
+) -> None:
+    """Half of the group has no score, hence advantage 0, which is neither the best nor the worst nor the middle."""
+    other = "flow" if section == "text" else "text"
+    (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}))
+    groups = bench.sample([prompts[0] if section == "text" else prompts[2]], 8)
+    A, valid = torch.tensor([[*advantages, *[0.0] * 4]]), torch.tensor([[True] * 4 + [False] * 4])
+    chosen = objective.choose(groups, GroupAdvantages(A, valid))
+    assert sorted(member.trajectory.member for member in chosen) == members
+
+
+class Listed:
+    """Scores by member; nan for one that failed."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+
+    def applies(self, prompt: Prompt) -> bool:
+        return True
+
+    def score(self, groups: list[Group], judge: Policy) -> Scores:
+        return Scores(torch.tensor([self.scores] * len(groups)))
+
+
+def stepped(bench: Any, groups: list[Group], config: Any) -> torch.Tensor:
+    """The weights after a step on the groups; they are put back."""
+    start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
+    rewards = [Listed(1.0, 0.2, math.nan, 0.6, 0.0, math.nan), Listed(0.0, 0.3, math.nan, 0.1, 0.5, 0.9)]
+    sources = [RewardSource(RewardConfig(name=f"r{k}"), reward) for k, reward in enumerate(rewards)]
+    table = score_groups(sources, groups, bench.policies.judge)
+    advantages = segment_advantages(table, groups, config.advantages)
+    take_steps(bench.policies, optimizers(bench, config), groups, advantages, config, 0)
+    weights = bench.weights()
+    bench.live.load_state_dict(start)
+    return weights
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "clip, nft": {"text": {"kl_coef": 0.1, "entropy_coef": 0.1}, "flow": {"kl_coef": 0.1, "keep": 3}},
+    "gspo, grpo": {
+        "text": {"kind": "gspo", "reduction": "trajectory", "kl_coef": 0.1},
+        "flow": GRPO | {"kl_coef": 0.1},
+    },
+    "dpo": {"text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
+    "best of": {"text": {"kind": "best_of"}, "flow": {"kind": "best_of", "keep": 5}},
+    "per segment": {"advantages": {"stages": "per_segment"}, "text": {"kl_coef": 0.1}, "mini_updates": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["gdpo", "group_relative", "leave_one_out", "trimmed", "win_rate"])
+@pytest.mark.parametrize("name", list(STEPS))
+def test_what_a_masked_member_wrote_and_drew_never_matters(
+    name: str, kind: str, bench: Any, prompts: list[Prompt]
+) -> None:
+    """Both scores of member 2 failed; of member 5 one did, which counts where each reward is normalised by itself."""
+    tree = STEPS[name]
+    tree = tree | {"advantages": tree.get("advantages", {}) | {"kind": kind}, "rollout": {"group_size": 6}}
+    config = bench.config(**tree)
+    sampler = "flow_sde" if config.flow.kind == "grpo" else "ode"
+    spares = bench.sample(prompts, 6, sampler=sampler, temperature=3.0)
+    bench.nudge()
+    groups = bench.sample(prompts, 6, sampler=sampler)
+
+    def with_other(members: tuple[int, ...]) -> list[Group]:
+        return [
+            replace(
+                group,
+                trajectories=tuple(
+                    spare.trajectories[g] if g in members else trajectory
+                    for g, trajectory in enumerate(group.trajectories)
+                ),
+            )
+            for group, spare in zip(groups, spares, strict=True)
+        ]
+
+    weights = stepped(bench, groups, config)
+    masked = (2,) if kind == "gdpo" else (2, 5)
+    assert torch.equal(weights, stepped(bench, with_other(masked), config))
+    assert not torch.equal(weights, stepped(bench, with_other((0, 1, 3, 4)), config))
+
+
 # --- steps ---
 
 
@@ -238,7 +342,7 @@ ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]]
 
 
 def both(A: Any) -> Any:
-    return {"text": torch.tensor(A), "image": torch.tensor(A)}
+    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor(A)))
 
 
 def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
@@ -278,7 +382,7 @@ def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: li
     assert sorted(ids[0] + ids[1]) == sorted(g.prompt.id for g in groups)
     assert all({g.prompt.task for g in part} == {"understand", "generate", "edit", "reason"} for part, _ in hands)
     for part, A in hands:
-        for group, row in zip(part, A["text"], strict=True):
+        for group, row in zip(part, A["text"].values, strict=True):
             place = next(i for i, g in enumerate(groups) if g is group)
             assert row.tolist() == (ALL * 2)[place]
     config = bench.config(mini_updates=2)

@@ -13,7 +13,7 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import normal_noise
 from lvrpo.training import objective, update
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, Metrics, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Policies
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment
 
 Gradients = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ def sample(policies: Policies, prompts: list[Prompt], group_size: int = 4, **cha
 
 def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Metrics:
     """One advantage per trajectory, for whichever of its segments."""
-    advantages = dict.fromkeys(KINDS, torch.as_tensor(A, dtype=torch.float32))
+    advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.as_tensor(A, dtype=torch.float32)))
     return update.update(policies, groups, advantages, config, step)
 
 

@@ -20,7 +20,7 @@ from lvrpo.algorithms import (
 )
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import Config
-from lvrpo.training.objective import KINDS, Advantages
+from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages
 from lvrpo.types import TASKS, Group, OutputKind, RewardTable, Task
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class AdvantageConfig(Config):
 
 
 def segment_advantages(table: RewardTable, groups: Sequence[Group], config: AdvantageConfig) -> Advantages:
-    """The advantages of a step for every kind of segment, (P, G) each; 0 in groups without signal."""
+    """The advantages of a step for every kind of segment; 0 in groups without signal."""
     if config.stages == "shared":
         return dict.fromkeys(KINDS, compute_advantages(table, config))
     return {kind: compute_advantages(judged_by_segment(table, groups, kind), config) for kind in KINDS}
@@ -69,27 +69,43 @@ def segment_advantages(table: RewardTable, groups: Sequence[Group], config: Adva
 
 def of_whole(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
     """One advantage per trajectory for the record: that of its last segment."""
-    draws = torch.tensor(["image" in group.prompt.output for group in groups])
-    return torch.where(draws[:, None], advantages["image"], advantages["text"])
+    return torch.where(_draws(groups)[:, None], advantages["image"].values, advantages["text"].values)
+
+
+def judged_of_whole(
+    table: RewardTable, groups: Sequence[Group], config: AdvantageConfig
+) -> Bool[torch.Tensor, "P K"] | None:
+    """Which rewards have a part in the advantages of ``of_whole``; None: all."""
+    if config.stages == "shared":
+        return None
+    return torch.where(_draws(groups)[:, None], judging(table, groups, "image"), judging(table, groups, "text"))
 
 
 def judged_by_segment(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
-    """The table as one kind of segment sees it: groups without such a segment, and rewards that judge only other
-    segments of a trajectory of several, are masked."""
+    """The table as one kind of segment sees it: what does not judge it is masked."""
+    return replace(table, mask=table.mask & judging(table, groups, kind)[:, None])
+
+
+def judging(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bool[torch.Tensor, "P K"]:
+    """Which rewards judge one kind of segment: none in groups without it, and where there are several not those about
+    another."""
     has_kind = torch.tensor([kind in group.prompt.output for group in groups])
     several = torch.tensor([len(group.prompt.output) > 1 for group in groups])
     judges = torch.tensor([kind in table.judges.get(name, KINDS) for name in table.names])
-    counts = has_kind[:, None] & (judges[None, :] | ~several[:, None])  # (P, K)
-    return replace(table, mask=table.mask & counts[:, None])
+    return has_kind[:, None] & (judges[None, :] | ~several[:, None])
 
 
-def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[torch.Tensor, "P G"]:
-    """One advantage per trajectory, (P, G); 0 in groups without signal. Rewards of weight 0 have no part in them."""
+def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdvantages:
+    """One advantage per trajectory; 0 in groups without signal. Rewards of weight 0 have no part in them.
+
+    A member is valid with any score (gdpo, which adds up what there is), or with all that apply to its group (the other
+    kinds: a sum with a failed term is no number).
+    """
     table, floor, clamp = table.trained(), config.std_floor, config.clamp
     if config.kind == "gdpo":
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
         std = "sample" if config.std == "sample" else "population"
-        return gdpo_advantages(
+        values = gdpo_advantages(
             table.scores,
             table.mask,
             table.weights,
@@ -99,6 +115,7 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
             clamp=clamp,
             normalize=own_scales(table),
         )
+        return GroupAdvantages(values, table.mask.any(dim=2))
     if config.kind == "win_rate":
         table, floor = win_rates(table, floor), 1e-6
     scaled = table.scores
@@ -109,6 +126,18 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
     mask = whole_scores(table)
     if config.joint is not None:
         scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
+    return GroupAdvantages(_of_sums(scores, mask, table.tasks, config, floor), mask)
+
+
+def _of_sums(
+    scores: Float[torch.Tensor, "P G"],
+    mask: Bool[torch.Tensor, "P G"],
+    tasks: Sequence[Task],
+    config: AdvantageConfig,
+    floor: float,
+) -> Float[torch.Tensor, "P G"]:
+    """The advantages of weighted sums of rewards, (P, G)."""
+    clamp = config.clamp
     if config.kind == "leave_one_out":
         return leave_one_out_advantages(scores, mask, std_floor=floor).clamp(-clamp, clamp)
     if config.kind == "trimmed":
@@ -116,8 +145,8 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> Float[tor
     if config.std != "batch":
         return group_relative_advantages(scores, mask, std=config.std, std_floor=floor, clamp=clamp)
     advantages = torch.zeros_like(scores)
-    for task in dict.fromkeys(table.tasks):
-        rows = torch.tensor([name == task for name in table.tasks])
+    for task in dict.fromkeys(tasks):
+        rows = torch.tensor([name == task for name in tasks])
         advantages[rows] = group_relative_advantages(
             scores[rows], mask[rows], std="batch", std_floor=floor, clamp=clamp
         )
@@ -160,3 +189,8 @@ def joint_scores(
     scores[one] = scores[other] = scores[one] + scores[other]
     mask[one] = mask[other] = mask[one] & mask[other]
     return scores, mask
+
+
+def _draws(groups: Sequence[Group]) -> Bool[torch.Tensor, " P"]:
+    """Whether the last segment is a drawing."""
+    return torch.tensor(["image" in group.prompt.output for group in groups])

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, Member
+from lvrpo.training.objective import Batch, GroupAdvantages, Member
 from lvrpo.training.text import TextObjective, text_segments, token_grid
 from lvrpo.types import Group, OutputKind
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def best(groups: Sequence[Group], A: Float[torch.Tensor, "P G"], kind: OutputKind, keep: int) -> list[Member]:
-    """The ``keep`` best members of the groups that have segments of this kind and a signal."""
-    chosen = best_of_mask(A, torch.ones_like(A, dtype=torch.bool), keep=keep)
+def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: OutputKind, keep: int) -> list[Member]:
+    """The ``keep`` best valid members of the groups that have segments of this kind and a signal."""
+    chosen = best_of_mask(advantages.values, advantages.valid, keep=keep)
     return [
-        Member(group.trajectories[g], float(A[p, g]))
+        Member(group.trajectories[g], float(advantages.values[p, g]))
         for p, group in enumerate(groups)
         if kind in group.prompt.output
         for g in chosen[p].nonzero()[:, 0].tolist()
@@ -33,8 +29,8 @@ class BestText(TextObjective):
 
     off_policy = True
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        return best(groups, A, "text", 1)
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        return best(groups, advantages, "text", 1)
 
     def size(self, members: Sequence[Member]) -> int:
         return sum(len(segment.tokens) for member in members for segment in text_segments(member.trajectory))
@@ -51,8 +47,8 @@ class BestDrawing(FlowObjective):
 
     off_policy = True
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        return best(groups, A, "image", self.config.keep)
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        return best(groups, advantages, "image", self.config.keep)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         noised = add_noise(batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])

@@ -10,7 +10,7 @@ import torch
 from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference_pairs
 from lvrpo.policies.base import Policy
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, Member
+from lvrpo.training.objective import Batch, GroupAdvantages, Member
 from lvrpo.training.text import TextObjective, token_grid
 from lvrpo.types import Group, OutputKind, Trajectory
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def pairs(groups: Sequence[Group], A: Float[torch.Tensor, "P G"], kind: OutputKind) -> list[Member]:
-    """Winner, loser, winner, loser ... of the groups that have segments of this kind and a signal."""
-    found = preference_pairs(A, torch.ones_like(A, dtype=torch.bool))
+def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: OutputKind) -> list[Member]:
+    """Winner, loser, winner, loser ... of the groups that have segments of this kind and a signal; both are valid."""
+    found = preference_pairs(advantages.values, advantages.valid)
     return [
-        Member(group.trajectories[g], float(A[p, g]))
+        Member(group.trajectories[g], float(advantages.values[p, g]))
         for p, group in enumerate(groups)
         if kind in group.prompt.output and bool(found.valid[p])
         for g in (int(found.winner[p]), int(found.loser[p]))
@@ -35,8 +35,8 @@ class TextDPO(TextObjective):
     unit = 2
     off_policy = True
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        return pairs(groups, A, "text")
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        return pairs(groups, advantages, "text")
 
     def loss(self, batch: Batch) -> torch.Tensor:
         logprobs = text_logprobs(batch.policies.live, batch.trajectories)
@@ -52,8 +52,8 @@ class FlowDPO(FlowObjective):
     unit = 2
     off_policy = True
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        return pairs(groups, A, "image")
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        return pairs(groups, advantages, "image")
 
     def loss(self, batch: Batch) -> torch.Tensor:
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]

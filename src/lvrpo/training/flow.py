@@ -25,7 +25,7 @@ from lvrpo.algorithms import (
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
-from lvrpo.training.objective import Batch, Member, Objective, flow_segment, recorded_passes
+from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective, flow_segment, recorded_passes
 from lvrpo.types import FlowSegment, Group, OutputKind, Trajectory
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ class FlowObjective(Objective):
 class ContrastObjective(FlowObjective):
     """The best and the worst drawings of each group, with centered advantages."""
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        keep = best_worst_mask(A, self.config.keep)
-        A = centered_advantages(A, keep)
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        keep = best_worst_mask(advantages.values, self.config.keep, advantages.valid)
+        A = centered_advantages(advantages.values, keep)
         return [
             Member(group.trajectories[g], float(A[p, g]))
             for p, group in enumerate(groups)

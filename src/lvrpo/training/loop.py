@@ -22,6 +22,7 @@ from lvrpo.training import contract, samples, score_record
 from lvrpo.training.advantages import of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.failures import failed_scores
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift, refresh_questions
 from lvrpo.training.objective import Policies
@@ -131,9 +132,9 @@ def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: Train
     return policies.reference.sample(prompts, sampling, seeds)
 
 
-def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float]:
-    """Mean of every reward per task, and the share of outputs that are right as a whole."""
-    out: dict[str, float] = {}
+def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float | str]:
+    """Mean and failures of every reward per task, and the share of outputs that are right as a whole."""
+    out: dict[str, float | str] = {}
     judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
     right = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
     for task in dict.fromkeys(table.tasks):
@@ -149,6 +150,7 @@ def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> di
                 out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
             if name in table.noise and (share := noise_share(table, k, rows)) is not None:
                 out[f"{prefix}_noise/{task}/{name}"] = share
+            out |= failed_scores(prefix, table, rows, k)
     return out
 
 

@@ -35,7 +35,7 @@ from lvrpo.policies.mot.transformer import Cache
 from lvrpo.registry import resolve
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import Member, Objective, flow_segment
+from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
 from lvrpo.training.update import objectives_of, parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
@@ -326,7 +326,7 @@ class _Estimator:
 
         with unset_fake_temporarily():  # a choice looks at advantages and times
             A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
-            chosen = objective.choose(longest, A)
+            chosen = objective.choose(longest, GroupAdvantages.of_all(A))
             cuts = list(parts(chosen, objective, policy, self.config.limits))
             return [member.trajectory for member in max(cuts, key=size, default=[])]
 

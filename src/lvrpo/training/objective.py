@@ -17,18 +17,37 @@ from lvrpo.policies.base import Policy
 from lvrpo.types import FlowSegment, Group, OutputKind, Task, Trajectory
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 KINDS: tuple[OutputKind, ...] = ("text", "image")
 """The kinds of segments, in the order in which they are trained."""
-
-Advantages = Mapping[OutputKind, "Float[torch.Tensor, 'P G']"]
-"""The advantages of the members of all groups, by the kind of segment that they train."""
 
 MEMBERS_AT_ONCE = 192
 """Drawings that are replayed together."""
 TEXTS_PER_DRAWING = 8
 """So many texts are replayed in the place of a drawing."""
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """What one kind of segment of the members of all groups is trained with."""
+
+    values: Float[torch.Tensor, "P G"]
+    valid: Bool[torch.Tensor, "P G"]
+    """Which members have a score; the others have advantage 0 and no part in the loss."""
+
+    @classmethod
+    def of_all(cls, values: Float[torch.Tensor, "P G"]) -> GroupAdvantages:
+        """Where every member is valid."""
+        return cls(values, torch.ones_like(values, dtype=torch.bool))
+
+    def rows(self, rows: Sequence[int]) -> GroupAdvantages:
+        """Those of some of the groups."""
+        return GroupAdvantages(self.values[rows], self.valid[rows])
+
+
+Advantages = Mapping[OutputKind, GroupAdvantages]
+"""By the kind of segment that they train."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +148,8 @@ class Objective(ABC):
         return members * (TEXTS_PER_DRAWING if self.kind == "text" else 1)
 
     @abstractmethod
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
-        """The members to train, of groups with advantages (P, G)."""
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        """The members to train, all of them valid."""
 
     def size(self, members: Sequence[Member]) -> int:
         """What these members count in the mean that ``loss`` takes."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.success import scorable, successes
+from lvrpo.training.failures import masked
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS, Group, RewardTable
 
@@ -57,7 +58,8 @@ def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | Non
             name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None
             for k, name in enumerate(table.names)
         }
-        members.append({"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores})
+        member = {"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores}
+        members.append(member | {"masked": masked(table, p, g)})
     prompt = group.prompt
     return {
         "id": prompt.id,

@@ -13,7 +13,7 @@ from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tok
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
-from lvrpo.training.objective import Batch, Member, Objective
+from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective
 from lvrpo.types import Group, OutputKind, TextSegment, Trajectory
 
 if TYPE_CHECKING:
@@ -91,15 +91,16 @@ class TextObjective(Objective):
 
 
 class TokenObjective(TextObjective):
-    """Policy gradient on the tokens of every group with signal."""
+    """Policy gradient on the tokens of the valid members of every group with signal."""
 
-    def choose(self, groups: Sequence[Group], A: Float[torch.Tensor, "P G"]) -> list[Member]:
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        A, valid = advantages.values, advantages.valid
         return [
             Member(trajectory, float(A[p, g]))
             for p, group in enumerate(groups)
             if bool((A[p] != 0).any())
             for g, trajectory in enumerate(group.trajectories)
-            if text_segments(trajectory)
+            if bool(valid[p, g]) and text_segments(trajectory)
         ]
 
     def size(self, members: Sequence[Member]) -> int:

@@ -68,8 +68,8 @@ def update(
         if not rows or weight == 0:
             continue
         task_groups = [groups[p] for p in rows]
-        A = {kind: advantages[kind][rows] for kind in KINDS}
-        signal = (A["text"] != 0) | (A["image"] != 0)
+        A = {kind: advantages[kind].rows(rows) for kind in KINDS}
+        signal = (A["text"].values != 0) | (A["image"].values != 0)
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
         for objective in objectives:
             chosen = objective.choose(task_groups, A[objective.kind])
@@ -119,7 +119,7 @@ def deal(groups: Sequence[Group], advantages: Advantages, parts: int) -> Iterato
         seen[group.prompt.task] += 1
     for rows in hands:
         if rows:
-            yield [groups[p] for p in rows], {kind: advantages[kind][rows] for kind in KINDS}
+            yield [groups[p] for p in rows], {kind: advantages[kind].rows(rows) for kind in KINDS}
 
 
 def parts(

@@ -1,0 +1,42 @@
+"""Scores that failed: how many of a step, and why, for the files of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lvrpo.types import RewardTable
+
+LONGEST = 200
+"""Characters of a reason that are kept."""
+
+
+def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) -> dict[str, float | str]:
+    """Of one reward in rows of one task: the share of its scores that failed and the commonest reason; {} for none."""
+    G = table.mask.shape[1]
+    failed = Counter(
+        reason.removeprefix("failed: ")
+        for p in rows
+        for g in range(G)
+        if (reason := table.reasons.get((p, g, k), "")).startswith("failed: ")
+    )
+    if not failed:
+        return {}
+    where = f"{table.tasks[rows[0]]}/{table.names[k]}"
+    share = failed.total() / (failed.total() + int(table.mask[rows, :, k].sum()))
+    return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": shown(failed.most_common(1)[0][0])}
+
+
+def masked(table: RewardTable, p: int, g: int) -> dict[str, str]:
+    """Why a member has no score, by reward."""
+    return {
+        name: shown(table.reasons.get((p, g, k), "unknown"))
+        for k, name in enumerate(table.names)
+        if not bool(table.mask[p, g, k])
+    }
+
+
+def shown(reason: str) -> str:
+    """One line of bounded length that any file can hold."""
+    line = " ".join(reason.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
