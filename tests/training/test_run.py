@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from lvrpo.training.interrupt import Interruption
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment, Pretraining, training_source
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.score_record import TRAITS, read_steps
 
 SMALL = (
     "steps=10",
@@ -142,13 +144,13 @@ METHODS = {
         "advantages={std_floor: 0.05, kind: group_relative, stages: per_segment}",
         "text={lr: 0.5, importance_cap: 2}",
         "mini_updates=2",
-        "gradient_mixing=pcgrad",
         "gradient_audit.every=2",
     ],
     "offline": ["text.kind=dpo", "flow.kind=dpo", "rollout={policy: reference, pool: 2}"],
     "windows": [
         "flow={kind: grpo, kl: gaussian, ratio: guard}",
         "rollout={sampler: flow_sde, solver: dpm_solver, window: {kind: decaying, size: 1, steps_after: 1}}",
+        "gradient_mixing=pcgrad",
     ],
 }
 
@@ -171,6 +173,21 @@ def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
         assert all(row["refill/drawn"] > 0 for row in rows[1:])
         assert any(key.startswith("gradient/cosine/") for key in rows[1])
         assert not any(key.startswith("gradient/") for key in rows[2])
+
+
+def test_the_record_says_which_rewards_judge_the_segment_of_its_advantages(config: TrainConfig) -> None:
+    """A thought is judged by the answer, its drawing by the reading side; on record are the drawing's advantages."""
+    staged = config.advantages.model_copy(update={"stages": "per_segment"})
+    alignment = Alignment.start(config.model_copy(update={"steps": 1, "advantages": staged}), Path("run"))
+    with alignment.run:
+        assert alignment.go()
+    (record,) = read_steps(Path("run"))
+    assert record.names == ("exact_answer", "own_vqa")
+    wrote, drew = (np.isfinite(record.traits[:, 0, TRAITS.index(trait)]) for trait in ("tokens", "red"))
+    assert (wrote & drew).any()
+    assert record.applies[wrote & drew].all()
+    assert (record.judged[wrote & drew] == [False, True]).all()
+    assert record.judged[wrote ^ drew].all()
 
 
 def train_process(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training import contract, samples, score_record
-from lvrpo.training.advantages import of_whole, segment_advantages
+from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.failures import failed_scores
@@ -98,7 +98,8 @@ def align(
         row |= reward_means("reward", table, groups)
         if state.judge is not None:
             row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, questions)
-        score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained))
+        judged = judged_of_whole(scores, trained, config.advantages)
+        score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained), judged)
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
             control = control_rollout(state.policies, prompts, config, step)
