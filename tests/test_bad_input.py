@@ -234,6 +234,7 @@ CONFIGURATION: list[Case] = [
     (train("task_weights={generate: 0, understand: 0, reason: 0}"), 2, "has weight 0: nothing would be trained"),
     (train("mini_updates=9"), 2, "a step has only 8 prompts to deal"),
     (train("gradient_mixing=pcgrd"), 2, "did you mean pcgrad?"),
+    (train("gradient_mixing=pcgrad", "text.lr=0.5"), 2, "gradients never meet: give both one lr, or set it to sum"),
     (train("rewards=[{name: own_vqa, tasks: [generate]}]"), 2, "every reward is for other tasks only"),
     (train("rewards=[{name: exact_answer}]"), 2, "data.prompts_per_step.generate=2: no reward scores these prompts"),
     (train("rewards=[{name: own_vqa, segments: []}]"), 2, "must have at least 1 entries"),

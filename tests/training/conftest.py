@@ -74,14 +74,17 @@ class Bench:
 
     def update(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> dict[str, float]:
         """The metrics of an update that leaves no gradient behind."""
-        metrics = update(self.policies, groups, both(A), config, step).means()
+        apart = told_apart(self.live, config, step)
+        metrics = update(self.policies, groups, both(A), config, step, apart=apart)
+        if apart is not None:
+            apart.report(metrics)
         self.live.zero_grad(set_to_none=True)
-        return metrics
+        return metrics.means()
 
     def gradient(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> torch.Tensor:
         """The gradient of an update as one long vector; 0 where a parameter has none."""
         self.live.zero_grad(set_to_none=True)
-        update(self.policies, groups, both(A), config, step)
+        update(self.policies, groups, both(A), config, step, apart=told_apart(self.live, config, step))
         return self.taken()
 
     def taken(self) -> torch.Tensor:

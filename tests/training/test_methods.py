@@ -362,6 +362,27 @@ def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: 
     )
 
 
+def test_the_audit_compares_tasks_that_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts, sampler="ode")
+    start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
+    found, weights = [], []
+    for tree in (
+        {"text": {"lr": 1e-6}, "flow": {"lr": 1e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}},
+    ):
+        config = bench.config(**tree)
+        metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0).means()
+        found.append({name: value for name, value in metrics.items() if name.startswith("gradient/")})
+        weights.append(bench.weights())
+        bench.live.load_state_dict(start)
+    together, in_turn, unaudited = found
+    assert "gradient/cosine/understand+generate/all" in together  # a text against a drawing
+    assert in_turn == pytest.approx(together, rel=1e-3, abs=1e-5)
+    assert not unaudited
+    assert torch.equal(weights[1], weights[2])
+
+
 def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
     start = bench.weights()

@@ -98,7 +98,7 @@ class TrainConfig(Config):
     """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
     gradient_mixing: Mixing = "sum"
     """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
-    norm_balanced: scaled to one norm; the last two in each expert by itself."""
+    norm_balanced: scaled to one norm; the last two in each expert by itself, and with one lr for text and flow."""
     gradient_audit: GradientAuditConfig = GradientAuditConfig()
     limits: LimitsConfig = LimitsConfig()
     """What goes through the policy at once."""
@@ -264,6 +264,11 @@ class TrainConfig(Config):
 
     def _check_objectives(self) -> None:
         rollout, flow = self.rollout, self.flow
+        if self.gradient_mixing != "sum" and len(self.phases) > 1 and self.text.weight and flow.weight:
+            raise ValueError(
+                f"gradient_mixing={self.gradient_mixing}: with text.lr={self.text.lr} and flow.lr={flow.lr} texts and "
+                "drawings are stepped in turn, so their gradients never meet: give both one lr, or set it to sum"
+            )
         if self.text.importance_cap is not None and self.text.kind in ("dpo", "best_of"):
             raise ValueError(
                 f"text.importance_cap={self.text.importance_cap}: text.kind={self.text.kind} has no importance "

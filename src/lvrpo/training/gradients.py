@@ -20,7 +20,7 @@ from lvrpo.algorithms import balance_weights, combine_gradients, cosine_matrix, 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.training.objective import Metrics
-from lvrpo.types import Task
+from lvrpo.types import TASKS, Task
 
 Mixing = Literal["sum", "pcgrad", "norm_balanced"]
 
@@ -33,11 +33,11 @@ class GradientAuditConfig(Config):
 
     every: int = Field(default=0, ge=0)
     """Every so many steps, into the metrics under gradient/; 0: never. It changes no weight; it keeps one more gradient
-    per task in memory."""
+    per task in memory. Where texts and drawings are stepped in turn, a task's gradient is the sum over both."""
 
 
 class TaskGradients:
-    """The gradients of one update, kept apart by task."""
+    """The gradients of one update, kept apart by task; of all phases, where kinds of segments are stepped in turn."""
 
     def __init__(self, policy: Policy) -> None:
         assert isinstance(policy, nn.Module)
@@ -48,6 +48,7 @@ class TaskGradients:
         self.expert_of = {name: expert_of[id(p)] for name, p in self.parameters.items()}
         self.tasks: dict[Task, dict[str, Tensor]] = {}
         self.total: dict[str, Tensor] = {}
+        """Of all tasks, since the last ``give_back``."""
 
     def take(self, task: Task) -> None:
         """Moves what one backward pass left in the parameters to the task's account.
@@ -66,7 +67,10 @@ class TaskGradients:
             parameter.grad = None
 
     def give_back(self, mixing: Mixing, seed: int) -> None:
-        """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone."""
+        """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone.
+
+        With ``sum`` that is what was taken since the last call; the others mix all that was ever taken.
+        """
         mixed = self.total if mixing == "sum" else {}
         for expert in dict.fromkeys(self.expert_of.values()) if mixing != "sum" else ():
             names = [name for name in self.total if self.expert_of[name] == expert]
@@ -78,13 +82,15 @@ class TaskGradients:
             mixed |= dict(zip(names, combine_gradients(gradients, weights), strict=True))
         for name, gradient in mixed.items():
             self.parameters[name].grad = gradient
+        self.total = {}
 
     def report(self, metrics: Metrics) -> None:
         """Norms and cosines of every part that has a gradient."""
-        tasks = list(self.tasks)
+        tasks = [task for task in TASKS if task in self.tasks]
+        accounts = [self.tasks[task] for task in tasks]
         grams: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(tasks), len(tasks), dtype=torch.float64))
-        for name in self.total:
-            gram = gram_matrix([self._dense(account, [name]) for account in self.tasks.values()])
+        for name in dict.fromkeys(name for account in accounts for name in account):
+            gram = gram_matrix([self._dense(account, [name]) for account in accounts])
             for part in self._parts(name):
                 grams[part] += gram
         for part, gram in grams.items():

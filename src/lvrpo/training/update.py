@@ -56,12 +56,14 @@ def update(
     config: TrainConfig,
     step: int,
     kinds: Sequence[OutputKind] = KINDS,
+    apart: TaskGradients | None = None,
 ) -> Metrics:
-    """Accumulates the gradients of the given kinds of segments of all tasks; the caller steps the optimizers."""
+    """Accumulates the gradients of the given kinds of segments of all tasks; the caller steps the optimizers.
+
+    ``apart`` tells the tasks' gradients apart, and mixes them as configured; None: they are summed.
+    """
     metrics = Metrics()
     objectives = [objective for objective in objectives_of(config) if objective.kind in kinds]
-    audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
-    apart = TaskGradients(policies.live) if audited or config.gradient_mixing != "sum" else None
     for task in TASKS:
         rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
         weight = config.task_weights.get(task, 1.0)
@@ -80,8 +82,6 @@ def update(
                 if apart is not None:
                     apart.take(task)
     if apart is not None:
-        if audited:
-            apart.report(metrics)
         apart.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
     return metrics
 
@@ -100,11 +100,24 @@ def take_steps(
         groups = anchored(policies.live, groups)
     metrics = Metrics()
     for part, A in deal(groups, advantages, config.mini_updates):
+        apart = told_apart(policies.live, config, step)
         for (kinds, lr), optimizer in zip(config.phases, optimizers, strict=True):
-            metrics.include(update(policies, part, A, config, step, kinds))
+            metrics.include(update(policies, part, A, config, step, kinds, apart))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
                 metrics.add(f"grad_norm/{expert}", norm)
+        if apart is not None and audits(config, step):
+            apart.report(metrics)
     return metrics
+
+
+def audits(config: TrainConfig, step: int) -> bool:
+    """Whether the tasks' gradients are compared at this step."""
+    return bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
+
+
+def told_apart(policy: Policy, config: TrainConfig, step: int) -> TaskGradients | None:
+    """Empty accounts for the tasks' gradients; None where a step neither compares nor mixes them."""
+    return TaskGradients(policy) if audits(config, step) or config.gradient_mixing != "sum" else None
 
 
 def deal(groups: Sequence[Group], advantages: Advantages, parts: int) -> Iterator[tuple[list[Group], Advantages]]:
