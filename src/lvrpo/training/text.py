@@ -53,8 +53,8 @@ class TextConfig(Config):
     entropy_coef: float = Field(default=0.0, ge=0)
     """clip, gspo, cispo: of the mean entropy of the tokens, which is raised."""
     reduction: Literal["token", "trajectory", "constant"] = "token"
-    """token: one denominator for all tokens (DAPO); trajectory: every text counts alike (GRPO); constant: sums over
-    tokens divided by rollout.max_new_tokens (Dr.GRPO)."""
+    """token: one denominator for all tokens of a task (DAPO, which has one); trajectory: every text of a task counts
+    alike (GRPO); constant: sums over tokens divided by rollout.max_new_tokens (Dr.GRPO)."""
     dpo_beta: float = Field(default=0.1, gt=0)
     """dpo: how far the reference may be left; smaller is further."""
 
