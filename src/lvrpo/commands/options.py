@@ -90,6 +90,17 @@ def guidance(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 to 1")
+    return number
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
     width, _, height = text.partition("x")

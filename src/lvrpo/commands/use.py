@@ -16,6 +16,7 @@ from lvrpo.commands.options import (
     picture_size,
     positive,
     refuse_existing,
+    share,
     whole,
 )
 from lvrpo.errors import InputError
@@ -26,11 +27,27 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Prompts sampled at once."""
+RENORMS = ("none", "global", "channel", "text_channel")
 
 
 def drawing_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=whole, default=0, help="default: 0")
     parser.add_argument("--guidance", type=guidance, help="strength of the text (default: the model's own; 1: none)")
+    parser.add_argument(
+        "--renorm",
+        choices=RENORMS,
+        help="how guided velocities are brought back to the size of plain ones (default: the model's own)",
+    )
+    parser.add_argument(
+        "--renorm-min", type=share, metavar="X", help="shrinks to no less than this share (default: 0; 1: never)"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=share,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
+    )
     parser.add_argument("--num-steps", type=positive, help="model evaluations per picture (default: the model's own)")
     thinking_options(parser)
     parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
@@ -162,11 +179,14 @@ def edit(options: Options) -> None:
 
 
 def load(options: Options) -> Policy:
-    """The policy, on its device."""
+    """The policy, on its device; before that, what no policy can do is refused."""
     import torch
 
     from lvrpo.policies.loading import load_policy
 
+    low, high = vars(options).get("guidance_interval") or (0.0, 1.0)
+    if low >= high:
+        raise InputError(f"--guidance-interval {low:g} {high:g}: guides no step: write LOW < HIGH, or --guidance 1")
     torch.set_num_threads(options.threads)
     return load_policy(options.model, options.device, options.dtype)
 
@@ -198,11 +218,16 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
     names = {
         "guidance": "guidance_scale",
         "image_guidance": "image_guidance_scale",
+        "renorm": "guidance_renorm",
+        "renorm_min": "guidance_renorm_min",
+        "guidance_interval": "guidance_interval",
         "num_steps": "num_steps",
         "max_new_tokens": "max_new_tokens",
         "size": "image_size",
     }
     given = {field: value for name, field in names.items() if (value := vars(options).get(name)) is not None}
+    if "guidance_interval" in given:
+        given["guidance_interval"] = tuple(given["guidance_interval"])
     sampling = replace(policy.default_sampling(task or prompts[0].task), group_size=count, temperature=0.0, **given)
     seed = options.seed if drawing else 0
     groups: list[Group] = []
