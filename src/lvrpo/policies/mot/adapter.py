@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.policies.mot.storing import write_tensors
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
@@ -216,7 +217,7 @@ def save_adapter(policy: MoTPolicy, folder: Path) -> None:
         "lvrpo_base": adapter.fingerprint,
         "lvrpo_adapter": adapter.config.model_dump_json(),
     }
-    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata=metadata)
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
     settings = copy.deepcopy(policy.peft_config[NAME])
     settings.base_model_name_or_path = adapter.base
     settings.target_modules = {policy.stored_name(name) for name in adapter.config.targets(without_adapter(policy))}

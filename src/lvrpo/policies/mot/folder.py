@@ -10,10 +10,11 @@ from typing import Self
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.storing import write_tensors
 
 
 class FolderPolicy(MoTPolicy):
@@ -23,7 +24,7 @@ class FolderPolicy(MoTPolicy):
         """Writes config.json, model.safetensors and the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", state, {"format": "pt"})
         config = {"model_type": self.model_type, **self._config_dict()}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.words.save(folder)
