@@ -94,7 +94,10 @@ def model_type(folder: Path) -> str:
         return "bagel"
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: holds no config.json: give a folder that lvrpo saved")
+        raise InputError(
+            f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "
+            "(llm_config.json, ema.safetensors, ae.safetensors)"
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,11 @@ def test_a_drawing_smaller_than_any_source_is_replayed(small: BagelPolicy) -> No
     [
         (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(10, 16)), "use multiples of 4"),
         (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(0, 16)), "use multiples of 4"),
-        (Prompt("g0", "generate", ("a",), ("image",)), replace(BASE, image_size=(28, 16)), "can draw 6 x 6"),
+        (
+            Prompt("g0", "generate", ("a",), ("image",)),
+            replace(BASE, image_size=(28, 16)),
+            "28 pixels: this model can draw up to 24 x 24: shrink it",
+        ),
         (Prompt("e0", "edit", ("make it red",), ("image",)), BASE, "task 'edit' needs a picture"),
         (Prompt("u0", "understand", ("what is it",), ("text",)), BASE, "task 'understand' needs a picture"),
         (Prompt("g0", "generate", ("a " * 40_000,), ("image",)), BASE, "the limit is 32768: shorten it"),
@@ -144,6 +149,36 @@ def test_bad_prompts(prompt: Prompt, sampling: Sampling, message: str, small: Ba
     with pytest.raises(InputError, match=message) as caught:
         small.sample([prompt], sampling, [0])
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "short"))
+    path = folder / "llm_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 64}))
+    policy = BagelPolicy.load(folder)
+    assert policy.default_sampling("understand").max_new_tokens == 32
+    asked = Prompt("u", "understand", (picture(1), "what is it"), ("text",))
+    room = 64 - 2 - policy.tokens(Trajectory(asked, 0, (), 0, 0)).context
+    policy.sample([asked], replace(BASE, max_new_tokens=room), [0])
+    with pytest.raises(InputError, match=rf"prompt 'u': .* shorten it, or write less: max_new_tokens <= {room}$"):
+        policy.sample([asked], replace(BASE, max_new_tokens=room + 1), [0])
+    drawn = Prompt("g", "generate", ("a",), ("image",))
+    policy.sample([drawn], BASE, [0])
+    with pytest.raises(InputError, match=r"prompt 'g': \d+ tokens and 38 after them, the limit is 64: shorten it$"):
+        policy.sample([replace(drawn, parts=("a" * 40,))], replace(BASE, image_size=(24, 24)), [0])
+    for judge in (
+        lambda: policy.text_logprob([(picture(1), "q")], ["a b " * 40]),
+        lambda: policy.text_states([(picture(1), "q")], ["a b " * 40]),
+        lambda: policy.image_logprob([("a b " * 40,)], [picture(1)], draws=1, seeds=[0]),
+    ):
+        with pytest.raises(InputError, match=r"to judge: \d+ tokens and \d+ after them, the limit is 64"):
+            judge()
+    with pytest.raises(InputError, match=r"example 'u': \d+ tokens, the limit is 64"):
+        policy.supervised_losses([Example(asked, ("a b " * 40,))], torch.Generator().manual_seed(0))
+    PilImage.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    ask = ["ask", str(folder), "--image", str(tmp_path / "black.png"), "q", "--device", "cpu"]
+    assert main([*ask, "--max-new-tokens", "100"]) == 2
+    assert "or write less: max_new_tokens <= " in capsys.readouterr().err
 
 
 def test_thinking_begins_with_the_published_instruction(small: BagelPolicy) -> None:
@@ -270,10 +305,31 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["generate", model, "--prompt", "a red circle", "--out", str(thought), "--think", *drawing]) == 0
     assert "thought" in json.loads((thought / "index.jsonl").read_text())
     edited = tmp_path / "edited.png"
-    assert main(["edit", model, "--image", str(source), "make it red", "--out", str(edited), *drawing]) == 0
+    edit = ["edit", model, "--image", str(source), "make it red", "--out"]
+    assert main([*edit, str(edited), *drawing]) == 0
     with PilImage.open(edited) as drawn:
         assert drawn.size == (16, 8)
     assert capsys.readouterr().err == ""
+    for name, chosen in {
+        "default": [],
+        "renorm": ["--renorm", "none"],
+        "least": ["--renorm-min", "0.9"],
+        "interval": ["--guidance-interval", "0", "0.1"],
+    }.items():
+        assert main([*edit, str(tmp_path / f"{name}.png"), *drawing, *chosen]) == 0
+    drawings = {(tmp_path / f"{name}.png").read_bytes() for name in ("default", "renorm", "least", "interval")}
+    assert len(drawings) == 4
+    capsys.readouterr()
+    for chosen, message in {
+        ("--renorm", "local"): "invalid choice: 'local'",
+        ("--renorm-min", "2"): "2: must be a number from 0 to 1",
+        ("--guidance-interval", "0.5", "0.5"): "--guidance-interval 0.5 0.5: guides no step",
+        ("--guidance-interval", "0", "nan"): "nan: must be a number from 0 to 1",
+    }.items():
+        assert main([*edit, str(tmp_path / "bad.png"), *drawing, *chosen]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
     odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x10", *drawing]
     assert main(odd) == 2
     assert capsys.readouterr().err == "error: image_size=10 x 10: use multiples of 4\n"
@@ -291,12 +347,40 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("two red circles", "Ünïcode 猫 42\nnewline"):
         assert policy.words.decode(policy.words.encode(text)) == text
     assert len(policy.words.encode("two red circles")) <= 5
+    assert {path.name for path in folder.iterdir()} >= {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert main(["init", "bagel-tiny", str(folder)]) == 2
     assert main(["init", "bagel-tiny", str(tmp_path / "other"), "width=30"]) == 2
     assert main(["init", "bagel-big", str(tmp_path / "other")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert "exists already" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("vit_heads=3", "vit_width=128, vit_heads=3: the width must be a multiple of the heads"),
+        ("vit_width=8 vit_heads=16", "vit_width=8, vit_heads=16: the width must be a multiple of the heads"),
+        ("key_heads=3", "key_heads=3: must divide heads=8"),
+        ("width=20 heads=4", "width=20, heads=4: the width must be heads times an even number"),
+        ("read_side=2", "read_side=2: a picture of image_size=64 has 4 x 4 places: use read_side >= 4"),
+        ("latent_side=2", "latent_side=2: a picture of image_size=64 has 4 x 4 places: use latent_side >= 4"),
+        ("vae={multipliers:[]}", "vae.multipliers=[]: must have at least 1 entries"),
+        ("vae={multipliers:[0,1]}", "vae.multipliers.0=0: must be >= 1"),
+        ("vae={scale:0}", "vae.scale=0: must be > 0"),
+        ("image_size=16 patch_size=32", "image_size=16: a patch that is read has 32 x 32 pixels: use a larger one"),
+        ("image_size=20 vae={multipliers:[1,1,1,1,1]}", "image_size=20: a token of a drawing has 32 x 32 pixels"),
+        ("seed=9223372036854775808", "seed=9223372036854775808: must be < 9223372036854775808"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["init", "bagel-tiny", str(tmp_path / "made"), *(size.replace(":", ": ") for size in sizes.split())]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "made").exists()
 
 
 def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lvrpo.cli import main
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel import policy as policy_module
 from lvrpo.policies.bagel import tensors as tensors_module
 from lvrpo.policies.bagel.names import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.words import BagelWords
+from lvrpo.policies.bagel.words import FILES, BagelWords
 from lvrpo.policies.loading import load_policy
 
 
@@ -157,6 +159,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     save_file(state, folder / "ema.safetensors")
 
 
+def without(folder: Path, prefix: str) -> None:
+    rewrite(folder, lambda state: [state.pop(name) for name in list(state) if name.startswith(prefix)])
+
+
+def repeat_layer(folder: Path, prefix: str, source: int, target: int) -> None:
+    """Stores layer ``source`` once more under another number."""
+    old, new = f"{prefix}{source}.", f"{prefix}{target}."
+    rewrite(
+        folder,
+        lambda state: state.update(
+            {name.replace(old, new): tensor.clone() for name, tensor in state.items() if name.startswith(old)}
+        ),
+    )
+
+
 def edit_json(folder: Path, name: str, **changes: object) -> None:
     found = json.loads((folder / name).read_text()) | changes
     (folder / name).write_text(json.dumps(found))
@@ -178,8 +195,9 @@ def another_dtype(folder: Path) -> None:
 
 NORM = "language_model.model.norm_moe_gen.weight"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda f: (f / "ema.safetensors").unlink(), r"holds no ema\.safetensors"),
-    "no autoencoder": (lambda f: (f / "ae.safetensors").unlink(), r"holds no ae\.safetensors"),
+    "no weights": (lambda f: (f / "ema.safetensors").unlink(), r"holds no ema\.safetensors, the weights"),
+    "no autoencoder": (lambda f: (f / "ae.safetensors").unlink(), r"holds no ae\.safetensors, the autoencoder that"),
+    "nothing": (lambda f: [path.unlink() for path in f.iterdir()], r"is no model: .* or BAGEL's"),
     "cut off": (lambda f: cut(f / "ema.safetensors", 200_000), r"truncated \(200000 of \d+ bytes\)"),
     "cut in the header": (lambda f: cut(f / "ema.safetensors", 500), r"truncated \(500 bytes"),
     "empty": (lambda f: cut(f / "ema.safetensors", 0), r"empty or no safetensors file"),
@@ -191,7 +209,39 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "ema.safetensors").write_bytes(struct.pack("<Q", 9) + b"not json!"),
         r"damaged header",
     ),
-    "tensor missing": (lambda f: rewrite(f, lambda s: s.pop(NORM)), rf"1 tensors are missing, such as {NORM}"),
+    "tensor missing": (lambda f: rewrite(f, lambda s: s.pop(NORM)), rf"1 tensor is missing: {NORM}: fetch"),
+    "layer missing": (
+        lambda f: without(f, "language_model.model.layers.1."),
+        r"28 tensors are missing: (language_model\.model\.layers\.1\S+, ){2}\S+ and 25 more: fetch",
+    ),
+    "layer too many": (
+        lambda f: repeat_layer(f, "language_model.model.layers.", 1, 2),
+        r"holds language_model\.model\.layers\.2, llm_config\.num_hidden_layers=2: use",
+    ),
+    "last layer of the reading tower missing": (
+        lambda f: without(f, "vit_model.vision_model.encoder.layers.1."),
+        r"holds no \S+encoder\.layers\.1, vit_config\.num_hidden_layers=3 wants 2 layers: fetch",
+    ),
+    "first layer of the reading tower missing": (
+        lambda f: without(f, "vit_model.vision_model.encoder.layers.0."),
+        r"holds no \S+encoder\.layers\.0, vit_config\.num_hidden_layers=3 wants 2 layers: fetch",
+    ),
+    "two layers of the reading tower too many": (
+        lambda f: [repeat_layer(f, "vit_model.vision_model.encoder.layers.", 1, i) for i in (2, 3)],
+        r"holds \S+encoder\.layers\.3, vit_config\.num_hidden_layers=3: use",
+    ),
+    "heads of the reading tower that do not fit": (
+        lambda f: edit_json(f, "vit_config.json", num_attention_heads=5),
+        r"vit_config: width=16, heads=5: the width must be a multiple of the heads",
+    ),
+    "table of positions without sides": (
+        lambda f: rewrite(f, lambda s: s.update({"vit_pos_embed.pos_embed": torch.tensor(1.0)})),
+        r"vit_pos_embed\.pos_embed has shape \[\], which has no rows",
+    ),
+    "number beyond all numbers": (
+        lambda f: edit_json(f, "vit_config.json", num_hidden_layers=float("inf")),
+        r"vit_config\.num_hidden_layers=inf: no number",
+    ),
     "tensor of another shape": (
         lambda f: rewrite(f, lambda s: s.update({NORM: torch.ones(7)})),
         rf"{NORM} is \[7\], the configuration wants \[32\]",
@@ -208,7 +258,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "heads that do not fit": (lambda f: edit_json(f, "llm_config.json", num_attention_heads=5), r"heads=5"),
     "another activation": (lambda f: edit_json(f, "llm_config.json", hidden_act="relu"), r"hidden_act='relu'"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"holds no tokenizer\.json"),
+    "no tokenizer": (lambda f: [(f / name).unlink() for name in FILES], r"holds no tokenizer\.json"),
     "damaged tokenizer": (lambda f: cut(f / "tokenizer.json", 300), r"tokenizer\.json: truncated or damaged"),
     "tokenizer without image tokens": (without_image_tokens, r"the tokenizer has no <\|vision_start\|>"),
     "settings that do not exist": (
@@ -230,8 +280,62 @@ def test_bad_folder(case: str, folder: Path) -> None:
 
 def test_unused_tensors_are_named(folder: Path) -> None:
     rewrite(folder, lambda state: state.update({"language_model.model.rotary": torch.ones(2)}))
-    with pytest.warns(UserWarning, match=r"1 tensors are not used, such as language_model.model.rotary"):
+    with pytest.warns(UserWarning, match=r"1 tensor is not used: language_model.model.rotary"):
         BagelPolicy.load(folder)
+
+
+@pytest.mark.filterwarnings("always")
+def test_the_command_line_warns_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = {f"language_model.model.odd{i}": torch.ones(2) for i in range(5)}
+    rewrite(folder, lambda state: state.update(odd))
+    make = ["generate", str(folder), "--prompt", "a", "--num-steps", "1", "--device", "cpu", "--out"]
+    assert main([*make, str(folder / "out")]) == 0
+    names = "language_model.model.odd0, language_model.model.odd1, language_model.model.odd2 and 2 more"
+    assert capsys.readouterr().err == f"warning: {folder}: 5 tensors are not used: {names}\n"
+
+
+def test_the_last_layer_of_a_whole_reading_tower_is_left_out(folder: Path, small: BagelPolicy) -> None:
+    repeat_layer(folder, "vit_model.vision_model.encoder.layers.", 1, 2)
+    with pytest.warns(UserWarning, match=r"16 tensors are not used: vit_model\S+layers\.2") as warned:
+        loaded = BagelPolicy.load(folder)
+    assert len(warned) == 1
+    assert same(loaded, small)
+
+
+def test_files_have_the_rights_of_any_other(small: BagelPolicy, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        small.save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
+def test_a_folder_with_tokenizer_json_alone_keeps_its_ids(folder: Path, small: BagelPolicy) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    words = BagelPolicy.load(folder).words
+    assert words.encode("two red circles, it's 2") == small.words.encode("two red circles, it's 2")
+    assert list(words.files) == ["tokenizer.json"]
+
+
+def test_transformers_reads_the_tokenizer_of_a_fresh_model(small: BagelPolicy, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small.words.save(tmp_path)
+    texts = [
+        "two red circles",
+        "it's 2 + 40,  No?\n\n  x",
+        "e\u0301 \u00dcn\u00efcode \u732b 12345\r\n",
+        "<|im_start|>a",
+    ]
+    for _ in range(2):
+        theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+        ours = BagelWords.load(tmp_path, small.config.vocabulary_size)
+        for text in texts:
+            ids = small.words.encode(text)
+            assert theirs.encode(text, add_special_tokens=False) == ours.encode(text) == ids
+        assert theirs.eos_token_id == small.words.eos_id
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)  # once more from vocab.json and merges.txt alone
 
 
 def test_another_folder_is_no_bagel(tmp_path: Path) -> None:

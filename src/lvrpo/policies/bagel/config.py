@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from lvrpo.policies.mot.transformer import MoTConfig
 
 SECTION = "lvrpo"
 """The key of config.json under which lvrpo keeps what the published files do not say."""
+TEXT_LAYERS, READ_LAYERS = "language_model.model.layers.", "vit_model.vision_model.encoder.layers."
+"""What the names of a layer's tensors begin with, before its number: of the transformer, of the reading tower."""
+WHOLE = "fetch the weights again, or complete a fine-tuned part as in docs/bagel.md"
+"""The remedy for tensors that are missing."""
 
 
 class BagelSettings(Config):
@@ -92,19 +96,33 @@ def read_config(
     vit = _section(folder, "vit_config", whole)
     try:
         return BagelConfig(
-            transformer=_transformer(folder, llm),
+            transformer=_transformer(folder, llm, weights),
             vit=_vit(folder, vit, weights),
             vae=_vae(folder, whole.get("vae_config"), autoencoder),
-            vocabulary_size=_shape(folder, weights, "language_model.model.embed_tokens.weight")[0],
+            vocabulary_size=_rows(folder, weights, "language_model.model.embed_tokens.weight"),
             max_positions=_number(folder, "llm_config", llm, "max_position_embeddings"),
             latent_patch=_latent_patch(folder, weights, autoencoder),
             latent_side=_side(folder, weights, "latent_pos_embed.pos_embed"),
             settings=settings or BagelSettings.model_validate(whole.get(SECTION, {})),
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{folder}: configuration: {where}: {first['msg']}: restore the json files") from None
+        sections = {"MoTConfig": "llm_config", "VitConfig": "vit_config", "VaeConfig": "vae_config"}
+        where = sections.get(error.title, "configuration")
+        raise InputError(f"{folder}: {where}: {first_problem(error)}: restore the json files") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    return f"{where}: {message}" if where else message
+
+
+def several(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def config_files(config: BagelConfig, bos_id: int, eos_id: int) -> dict[str, dict[str, Any]]:
@@ -165,7 +183,7 @@ def config_files(config: BagelConfig, bos_id: int, eos_id: int) -> dict[str, dic
     return {"llm_config.json": llm_config, "vit_config.json": vit_config, "config.json": whole}
 
 
-def _transformer(folder: Path, llm: Mapping[str, Any]) -> MoTConfig:
+def _transformer(folder: Path, llm: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> MoTConfig:
     def number(key: str) -> Any:
         return _number(folder, "llm_config", llm, key)
 
@@ -173,9 +191,16 @@ def _transformer(folder: Path, llm: Mapping[str, Any]) -> MoTConfig:
         raise InputError(f"{folder}: llm_config.hidden_act={llm['hidden_act']!r}: BAGEL has silu: restore the file")
     if llm.get("rope_scaling"):
         raise InputError(f"{folder}: llm_config.rope_scaling is set: BAGEL has none: restore the file")
+    depth = number("num_hidden_layers")
+    surplus = [i for i in _stored_layers(weights, TEXT_LAYERS) if i >= depth]
+    if surplus:
+        names = several([f"{TEXT_LAYERS}{i}" for i in surplus])
+        raise InputError(
+            f"{folder}: holds {names}, llm_config.num_hidden_layers={depth}: use json files and weights of one model"
+        )
     return MoTConfig(
         width=number("hidden_size"),
-        depth=number("num_hidden_layers"),
+        depth=depth,
         heads=number("num_attention_heads"),
         key_heads=number("num_key_value_heads"),
         mlp_width=number("intermediate_size"),
@@ -187,15 +212,27 @@ def _transformer(folder: Path, llm: Mapping[str, Any]) -> MoTConfig:
 
 
 def _vit(folder: Path, vit: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> VitConfig:
-    prefix = "vit_model.vision_model."
-    layers = {int(found[1]) for name in weights if (found := re.match(rf"{prefix}encoder\.layers\.(\d+)\.", name))}
+    """One layer fewer than vit_config.json says: a last one that is stored all the same is never run."""
+    layers = _stored_layers(weights, READ_LAYERS)
     if not layers:
-        raise InputError(f"{folder}: holds no {prefix}encoder: name the whole BAGEL as its base")
+        raise InputError(f"{folder}: holds no {READ_LAYERS}N: {WHOLE}")
+    said = _number(folder, "vit_config", vit, "num_hidden_layers")
+    missing = [f"{READ_LAYERS}{i}" for i in range(int(said) - 1) if i not in layers]
+    if missing:
+        names = several(missing)
+        raise InputError(
+            f"{folder}: holds no {names}, vit_config.num_hidden_layers={said} wants {said - 1} layers: {WHOLE}"
+        )
+    if max(layers) >= said:
+        raise InputError(
+            f"{folder}: holds {READ_LAYERS}{max(layers)}, vit_config.num_hidden_layers={said}: "
+            "use json files and weights of one model"
+        )
     return VitConfig(
-        width=_shape(folder, weights, f"{prefix}embeddings.patch_embedding.weight")[0],
-        mlp_width=_shape(folder, weights, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
+        width=_rows(folder, weights, "vit_model.vision_model.embeddings.patch_embedding.weight"),
+        mlp_width=_rows(folder, weights, f"{READ_LAYERS}0.mlp.fc1.weight"),
         heads=_number(folder, "vit_config", vit, "num_attention_heads"),
-        depth=max(layers) + 1,
+        depth=said - 1,
         patch_size=_number(folder, "vit_config", vit, "patch_size"),
         side=_side(folder, weights, "vit_pos_embed.pos_embed"),
         norm_eps=vit.get("layer_norm_eps", 1e-6),
@@ -204,24 +241,24 @@ def _vit(folder: Path, vit: Mapping[str, Any], weights: Mapping[str, StoredTenso
 
 def _vae(folder: Path, given: Any, autoencoder: Mapping[str, StoredTensor]) -> VaeConfig:
     """Sizes from the tensors; scale and shift, which no tensor tells, from config.json or as published. Any: JSON."""
-    width = _shape(folder, autoencoder, "encoder.conv_in.weight")[0]
+    width = _rows(folder, autoencoder, "encoder.conv_in.weight")
     levels = {int(found[1]) for name in autoencoder if (found := re.match(r"encoder\.down\.(\d+)\.block\.", name))}
     blocks = {int(found[1]) for name in autoencoder if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
-    widths = [_shape(folder, autoencoder, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in sorted(levels)]
+    widths = [_rows(folder, autoencoder, f"encoder.down.{i}.block.0.conv1.weight") for i in sorted(levels)]
     numbers = given if isinstance(given, dict) else {}
     return VaeConfig(
         width=width,
         multipliers=tuple(level // width for level in widths),
         res_blocks=len(blocks),
-        channels=_shape(folder, autoencoder, "encoder.conv_out.weight")[0] // 2,
+        channels=_rows(folder, autoencoder, "encoder.conv_out.weight") // 2,
         scale=numbers.get("scale_factor", VaeConfig().scale),
         shift=numbers.get("shift_factor", VaeConfig().shift),
     )
 
 
 def _latent_patch(folder: Path, weights: Mapping[str, StoredTensor], autoencoder: Mapping[str, StoredTensor]) -> int:
-    channels = _shape(folder, weights, "llm2vae.weight")[0]
-    z = _shape(folder, autoencoder, "encoder.conv_out.weight")[0] // 2
+    channels = _rows(folder, weights, "llm2vae.weight")
+    z = _rows(folder, autoencoder, "encoder.conv_out.weight") // 2
     patch = math.isqrt(channels // z)
     if patch * patch * z != channels:
         raise InputError(f"{folder}: llm2vae makes {channels} numbers a token of {z} channels: use files of one model")
@@ -229,17 +266,27 @@ def _latent_patch(folder: Path, weights: Mapping[str, StoredTensor], autoencoder
 
 
 def _side(folder: Path, weights: Mapping[str, StoredTensor], name: str) -> int:
-    rows = _shape(folder, weights, name)[0]
+    rows = _rows(folder, weights, name)
     side = math.isqrt(rows)
     if side * side != rows:
         raise InputError(f"{folder}: {name} has {rows} rows, no square: fetch the weights again")
     return side
 
 
-def _shape(folder: Path, tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
+def _stored_layers(weights: Mapping[str, StoredTensor], prefix: str) -> list[int]:
+    """The numbers of the layers that tensors are stored of."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return sorted({int(found[1]) for name in weights if (found := pattern.match(name))})
+
+
+def _rows(folder: Path, tensors: Mapping[str, StoredTensor], name: str) -> int:
+    """The first side of a tensor."""
     if name not in tensors:
-        raise InputError(f"{folder}: the weights hold no {name}: give the folder of a whole BAGEL, or name it as base")
-    return tensors[name].shape
+        raise InputError(f"{folder}: the weights hold no {name}: {WHOLE}")
+    shape = tensors[name].shape
+    if not shape or not shape[0]:
+        raise InputError(f"{folder}: {name} has shape {list(shape)}, which has no rows: fetch the weights again")
+    return shape[0]
 
 
 def _section(folder: Path, name: str, whole: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -253,14 +300,14 @@ def _section(folder: Path, name: str, whole: Mapping[str, Any]) -> Mapping[str, 
     else:
         found = whole.get(name)
     if not isinstance(found, dict):
-        raise InputError(f"{folder}: holds no {name}.json: give the folder of BAGEL")
+        raise InputError(f"{folder}: holds no {name}.json, the sizes of BAGEL: copy it from the published folder")
     return found
 
 
 def _number(folder: Path, file: str, section: Mapping[str, Any], key: str) -> Any:
     """Any: an int or a float, which pydantic tells apart."""
     value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{folder}: {file}.{key}={value!r}: no number: restore the file")
     return value
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
-from pydantic import Field
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from pydantic import Field, ValidationError, model_validator
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from lvrpo.config import Config
-from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
+from lvrpo.policies.bagel.config import BagelConfig, BagelSettings, first_problem
 from lvrpo.policies.bagel.images import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.policies.bagel.vit import VitConfig
-from lvrpo.policies.bagel.words import MARKERS, BagelWords
+from lvrpo.policies.bagel.words import MARKERS, PADDING, BagelWords, cut_like_qwen, published_files
 from lvrpo.policies.mot.transformer import MoTConfig
 
 
@@ -37,7 +38,34 @@ class BagelSizes(Config):
     vae: VaeConfig = VaeConfig(width=32, multipliers=(1, 1, 2, 1), res_blocks=1)
     image_size: int = Field(default=64, ge=16)
     """Side of a picture drawn without a source, and the longest side of any."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.vit_width % self.vit_heads:
+            rule = "the width must be a multiple of the heads"
+            raise ValueError(f"vit_width={self.vit_width}, vit_heads={self.vit_heads}: {rule}")
+        token = 2 * self.vae.downsample
+        for pixels, what in ((token, "a token of a drawing"), (self.patch_size, "a patch that is read")):
+            if self.image_size < pixels:
+                raise ValueError(
+                    f"image_size={self.image_size}: {what} has {pixels} x {pixels} pixels: use a larger one"
+                )
+        for name, side, pixels in (
+            ("latent_side", self.latent_side, token),
+            ("read_side", self.read_side, self.patch_size),
+        ):
+            needed = self.image_size // pixels
+            if side < needed:
+                raise ValueError(
+                    f"{name}={side}: a picture of image_size={self.image_size} has {needed} x {needed} places: "
+                    f"use {name} >= {needed}, or smaller pictures"
+                )
+        try:
+            bagel_config(self)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from None
+        return self
 
 
 def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
@@ -119,9 +147,8 @@ def bagel_config(sizes: BagelSizes) -> BagelConfig:
 def learn_words(texts: Sequence[str], vocabulary_size: int) -> BagelWords:
     """A byte-level tokenizer with BAGEL's markers that can write any text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(marker, special=True, normalized=False) for marker in ("<|endoftext|>", *MARKERS)]
+    cut_like_qwen(tokenizer)
+    special = [AddedToken(marker, special=True, normalized=False) for marker in (PADDING, *MARKERS)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -129,7 +156,7 @@ def learn_words(texts: Sequence[str], vocabulary_size: int) -> BagelWords:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(special)
-    return BagelWords(tokenizer, vocabulary_size, {"tokenizer.json": tokenizer.to_str().encode()})
+    return BagelWords(tokenizer, vocabulary_size, published_files(tokenizer))
 
 
 def position_table(side: int, width: int) -> torch.Tensor:

@@ -11,10 +11,17 @@ from typing import Self
 
 import psutil
 import torch
-from safetensors.torch import save_file
 
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.config import BagelConfig, BagelSettings, config_files, is_bagel, read_config
+from lvrpo.policies.bagel.config import (
+    WHOLE,
+    BagelConfig,
+    BagelSettings,
+    config_files,
+    is_bagel,
+    read_config,
+    several,
+)
 from lvrpo.policies.bagel.names import VAE, official_name
 from lvrpo.policies.bagel.packed import TrainedPiece, dropped, noisy_piece, packed_losses
 from lvrpo.policies.bagel.tensors import StoredTensor, find_tensors
@@ -24,16 +31,19 @@ from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.batching import cut
 from lvrpo.policies.mot.context import Piece, Row, row_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, computing
+from lvrpo.policies.mot.storing import write_tensors
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
-WEIGHTS = ("ema", "model")
-"""Stems of the files that hold the model; the average of training is preferred."""
-AUTOENCODER = ("ae",)
+WEIGHTS = ("ema", "model"), "the weights of BAGEL"
+"""Stems of the files that hold the model, and what it is; the average of training is preferred."""
+AUTOENCODER = ("ae",), "the autoencoder that drawings go through"
 MAX_TOKENS = 32768
 """Tokens that go through the transformer at once: eight pictures of 1024 x 1024."""
+THOUGHT_TOKENS = 1000
+"""What is written at most, unless told otherwise."""
 TEXT_TOKENS = 512
 """What a text that is written counts, however long it becomes."""
 THINK_THEN_DRAW = (
@@ -77,9 +87,12 @@ class BagelPolicy(MoTPolicy):
         return self.config.settings.timestep_shift
 
     def default_sampling(self, task: Task) -> Sampling:
-        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the picture guided too."""
+        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the picture guided too.
+
+        Texts of up to 1000 tokens, or of half the positions where a model has fewer than 2000.
+        """
         published = Sampling(
-            max_new_tokens=512,
+            max_new_tokens=min(THOUGHT_TOKENS, max(1, self.config.max_positions // 2)),
             num_steps=49,
             timestep_shift=self.timestep_shift(),
             solver="euler",
@@ -94,11 +107,15 @@ class BagelPolicy(MoTPolicy):
         )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """Draws a group for every prompt; raises InputError for a question or an edit without a picture."""
+        """Draws a group for every prompt; raises InputError for a question or an edit without a picture.
+
+        Also for a prompt that leaves no room for what is asked for.
+        """
         for prompt in prompts:
             pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
             if prompt.task in ("understand", "edit") and not pictures:
                 raise InputError(f"prompt {prompt.id!r}: task {prompt.task!r} needs a picture: give one")
+            self._check_room(prompt, sampling)
         return super().sample(prompts, sampling, seeds)
 
     def _row(self, prompt: Prompt) -> Row:
@@ -106,11 +123,25 @@ class BagelPolicy(MoTPolicy):
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
-        length = row_tokens(row)
-        if length >= self.config.max_positions:
-            limit = self.config.max_positions
-            raise InputError(f"prompt {prompt.id!r}: {length} tokens, the limit is {limit}: shorten it")
+        self._check_length(f"prompt {prompt.id!r}", row, 1)
         return row
+
+    def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises InputError where a prompt and all that it may become are too long: text with its markers, drawing."""
+        row, new, remedy = self._row(prompt), 0, ""
+        if "image" in prompt.output:
+            new = self.contexts.noise(self._grid(prompt, sampling)).span.length
+        if "text" in prompt.output:
+            left = self.config.max_positions - row_tokens(row) - new - 2
+            remedy = f", or write less: max_new_tokens <= {left}" if left > 0 else ""
+            new += sampling.max_new_tokens + 2
+        self._check_length(f"prompt {prompt.id!r}", row, new, remedy)
+
+    def _check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+        length, limit = row_tokens(row), self.config.max_positions
+        if length + new > limit:
+            after = f" and {new} after them" if new > 1 else ""
+            raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
 
     def limit_tokens(self, limit: int | None) -> None:
         """See ``Policy.limit_tokens``; a member or a context of more goes through alone."""
@@ -157,6 +188,7 @@ class BagelPolicy(MoTPolicy):
             else:
                 piece = replace(self.contexts.noise(self.towers.latent_grid(output)), image=output)
                 row.append(TrainedPiece(piece, loss=True))
+        self._check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
         return row
 
     def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
@@ -212,8 +244,8 @@ class BagelPolicy(MoTPolicy):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         whole = {official_name(name): tensor for name, tensor in state.items() if not name.startswith(VAE)}
         autoencoder = {official_name(name): tensor for name, tensor in state.items() if name.startswith(VAE)}
-        save_file(whole, str(folder / "ema.safetensors"), metadata={"format": "pt"})
-        save_file(autoencoder, str(folder / "ae.safetensors"), metadata={"format": "pt"})
+        write_tensors(folder / "ema.safetensors", whole, {"format": "pt"})
+        write_tensors(folder / "ae.safetensors", autoencoder, {"format": "pt"})
         for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         self.words.save(folder)
@@ -223,7 +255,8 @@ class BagelPolicy(MoTPolicy):
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
-        config = read_config(folder, find_tensors(folder, WEIGHTS), find_tensors(folder, AUTOENCODER))
+        stored, autoencoder = find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER)
+        config = read_config(folder, stored, autoencoder)
         policy = cls(config, BagelWords.load(folder, config.vocabulary_size))
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         state = {n: t if n.startswith(VAE) else t.to(dtype) for n, t in policy.state_dict().items()}
@@ -252,10 +285,10 @@ class BagelPolicy(MoTPolicy):
         for place in {folder, home}:
             if not is_bagel(place) and not (base and (place / "model.safetensors").is_file()):
                 raise InputError(f"{place}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
-        stored = find_tensors(folder, WEIGHTS)
+        stored = find_tensors(folder, *WEIGHTS)
         if base:
-            stored = find_tensors(base, WEIGHTS) | stored
-        autoencoder = find_tensors(folder if (folder / "ae.safetensors").is_file() else home, AUTOENCODER)
+            stored = find_tensors(base, *WEIGHTS) | stored
+        autoencoder = find_tensors(folder if (folder / "ae.safetensors").is_file() else home, *AUTOENCODER)
         config = read_config(home, stored, autoencoder, settings)
         words = BagelWords.load(home, config.vocabulary_size)
         with torch.device("meta"):
@@ -278,9 +311,7 @@ class BagelPolicy(MoTPolicy):
         found = {name: place for name, place in places.items() if place is not None}
         missing = [official_name(name) for name in wanted if name not in found]
         if missing:
-            raise InputError(
-                f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}: name a whole BAGEL as base"
-            )
+            raise InputError(f"{folder}: {_tensors(missing)} missing: {several(missing)}: {WHOLE}")
         for name, place in found.items():
             if place.shape != wanted[name] and place.shape != self._convolution(name):
                 raise InputError(
@@ -290,7 +321,7 @@ class BagelPolicy(MoTPolicy):
         used = {place.name for place in found.values()}
         unused = [name for name in (*stored, *autoencoder) if name not in used]
         if unused:
-            warnings.warn(f"{folder}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=3)
+            warnings.warn(f"{folder}: {_tensors(unused)} not used: {several(unused)}", stacklevel=3)
         dtypes = {name: torch.float32 if name.startswith(VAE) else dtype for name in found}
         need = sum(place.count * dtypes[name].itemsize for name, place in found.items())
         check_memory(folder, need, device)
@@ -309,6 +340,10 @@ class BagelPolicy(MoTPolicy):
         vit = self.config.vit
         is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
         return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
 
 
 def check_memory(folder: Path, need: int, device: torch.device) -> None:

@@ -94,7 +94,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     return tensor
 
 
-def find_tensors(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
+def find_tensors(folder: Path, stems: Sequence[str], role: str) -> dict[str, StoredTensor]:
     """The tensors of the first of ``stems`` that the folder holds, whole (STEM.safetensors) or in shards.
 
     Raises InputError where there is none, or where a shard is missing.
@@ -105,7 +105,7 @@ def find_tensors(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
             return read_header(whole)
         if index.is_file():
             return _sharded(folder, index)
-    raise InputError(f"{folder}: holds no {stems[0]}.safetensors: give a folder with the weights of BAGEL")
+    raise InputError(f"{folder}: holds no {stems[0]}.safetensors, {role}: copy it from the published folder")
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:

@@ -75,7 +75,7 @@ class BagelTowers(nn.Module):
         height, width = image.shape[1:]
         settings, patch = self.config.settings, self.config.vit.patch_size
         width, height = settings.read_resize.size(*settings.latent_resize.size(width, height))
-        return self._fitting((height // patch, width // patch), self.config.vit.side, "read")
+        return self._fitting((height // patch, width // patch), self.config.vit.side, patch, "read")
 
     def latent_grid(self, image: Image) -> Grid:
         height, width = image.shape[1:]
@@ -84,7 +84,7 @@ class BagelTowers(nn.Module):
 
     def drawn_grid(self, height: int, width: int) -> Grid:
         pixels = self.config.token_pixels
-        return self._fitting((height // pixels, width // pixels), self.config.latent_side, "draw")
+        return self._fitting((height // pixels, width // pixels), self.config.latent_side, pixels, "draw")
 
     def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
         height, width = image_size or self.config.settings.image_size
@@ -93,10 +93,12 @@ class BagelTowers(nn.Module):
             raise InputError(f"image_size={height} x {width}: use multiples of {pixels}")
         return self.drawn_grid(height, width)
 
-    def _fitting(self, grid: Grid, side: int, does: str) -> Grid:
+    def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:
+        """The grid, of tokens of so many pixels along a side."""
         if max(grid) > side:
+            height, width, most = grid[0] * pixels, grid[1] * pixels, side * pixels
             raise InputError(
-                f"a picture of {grid[0]} x {grid[1]} tokens: this model can {does} {side} x {side}: shrink it"
+                f"a picture of {width} x {height} pixels: this model can {does} up to {most} x {most}: shrink it"
             )
         return grid
 

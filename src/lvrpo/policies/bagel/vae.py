@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -16,13 +18,13 @@ class VaeConfig(Config):
     """Sizes; those of FLUX.1 by default."""
 
     width: int = Field(default=128, ge=GROUPS, multiple_of=GROUPS)
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 4), min_length=1)
     """Width of each level, as a multiple of ``width``; between two levels the sides are halved."""
     res_blocks: int = Field(default=2, ge=1)
     """Per level of the encoder; the decoder has one more."""
     channels: int = Field(default=16, ge=1)
     """Of a latent."""
-    scale: float = 0.3611
+    scale: float = Field(default=0.3611, gt=0)
     shift: float = 0.1159
 
     @property

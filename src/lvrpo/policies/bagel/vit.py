@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
 
@@ -21,7 +23,13 @@ class VitConfig(Config):
     patch_size: int = Field(ge=1)
     side: int = Field(ge=1)
     """Rows and columns of the table of positions."""
-    norm_eps: float = 1e-6
+    norm_eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}, heads={self.heads}: the width must be a multiple of the heads")
+        return self
 
 
 class Vit(nn.Module):

@@ -14,6 +14,7 @@ from lvrpo.errors import InputError
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Begin and end of a text, begin and end of a picture."""
+PADDING = "<|endoftext|>"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -95,14 +96,55 @@ def _from_merges(folder: Path, files: Mapping[str, bytes]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]  # pairs, as it wants them
     except Exception as error:  # json, unicode, and whatever tokenizers raises
         raise InputError(f"{folder}: vocab.json and merges.txt do not fit ({error}): restore them") from error
+    cut_like_qwen(tokenizer)
+    tokenizer.add_tokens([_added(entry) for _, entry in sorted(added.items(), key=lambda item: int(item[0]))])
+    return tokenizer
+
+
+def cut_like_qwen(tokenizer: Tokenizer) -> None:
+    """How Qwen2 prepares a text, whatever the merges."""
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([_added(entry) for _, entry in sorted(added.items(), key=lambda item: int(item[0]))])
-    return tokenizer
+
+
+def published_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The four files of a byte-level tokenizer, which transformers' Qwen2Tokenizer reads too."""
+    whole = tokenizer.to_str()
+    model = json.loads(whole)["model"]
+    added = {
+        str(number): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    settings = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [entry["content"] for entry in added.values() if entry["content"] in MARKERS],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": MARKERS[1],
+        "errors": "replace",
+        "pad_token": PADDING,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    return {
+        "tokenizer.json": whole.encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False).encode(),
+        "merges.txt": ("\n".join(merges) + "\n").encode(),
+    }
 
 
 def _added(entry: Mapping[str, Any]) -> AddedToken:

@@ -193,6 +193,9 @@ class MoTPolicy(nn.Module, ABC):
     def _row(self, prompt: Prompt) -> Row:
         return self.contexts.row(prompt.parts, draws="image" in prompt.output)
 
+    def _check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+        """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
+
     def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
         """Of the picture that is drawn: that of the last source picture, else the sampling's or the policy's own."""
         if "image" not in prompt.output:
@@ -317,6 +320,8 @@ class MoTPolicy(nn.Module, ABC):
         """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
         rows = [self.contexts.row(parts, draws=False) for parts in contexts]
         written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
+        for row, text in zip(rows, written, strict=True):
+            self._check_length("text to judge", row, len(text.tokens))  # fed are its begin and all but its end
         scores: dict[int, torch.Tensor] = {}
         for part in self._within(rows, [len(text.tokens) for text in written]):
             for same in _batches([leading_spans(rows[i]) for i in part], MAX_ROWS):  # pictures are then never padded
@@ -333,8 +338,11 @@ class MoTPolicy(nn.Module, ABC):
         The mean of the text's final states, that of its end token, and the mean and the least log-prob of its tokens,
         end token included. Contexts that are equal, or begin with the same pictures, share their computation.
         """
-        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=False) for parts in contexts])
+        context_rows = [self.contexts.row(parts, draws=False) for parts in contexts]
         pieces = [self.contexts.text(self.words.encode(text)) for text in texts]
+        for row, piece in zip(context_rows, pieces, strict=True):
+            self._check_length("text to judge", row, piece.span.length)
+        cache, owner = self.contexts.prefill_shared(context_rows)
         hidden = self.contexts.run([(piece,) for piece in pieces], cache.select(owner))
         lengths = [piece.span.length for piece in pieces]
         distributions = torch.log_softmax(self.towers.text_logits(hidden.reading).float(), dim=-1).split(lengths)
@@ -365,6 +373,8 @@ class MoTPolicy(nn.Module, ABC):
         """
         rows = [self.contexts.row(parts, draws=True) for parts in contexts]
         grids = [self.towers.latent_grid(image) for image in images]
+        for row, grid in zip(rows, grids, strict=True):
+            self._check_length("picture to judge", row, self.contexts.noise(grid).span.length)
         scores: dict[int, torch.Tensor] = {}
         for part in self._within(rows, [height * width + 2 for height, width in grids]):
             # contexts without words, or without a picture, go by themselves: padding would be most of theirs
