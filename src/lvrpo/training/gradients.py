@@ -86,7 +86,7 @@ class TaskGradients:
 
     def report(self, metrics: Metrics) -> None:
         """Norms and cosines of every part that has a gradient."""
-        tasks = [task for task in TASKS if task in self.tasks]
+        tasks = sorted(self.tasks, key=TASKS.index)
         accounts = [self.tasks[task] for task in tasks]
         grams: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(tasks), len(tasks), dtype=torch.float64))
         for name in dict.fromkeys(name for account in accounts for name in account):
