@@ -149,3 +149,10 @@ def test_a_run_starts_from_random_weights_or_a_folder(tmp_path: Path) -> None:
     assert isinstance(again, TinyPolicy)
     with pytest.raises(InputError, match="nowhere"):
         fresh_policy(make_config(init=str(tmp_path / "nowhere")))
+
+
+def test_a_rate_that_is_set_leaves_the_others_those_of_pretraining() -> None:
+    default = PretrainConfig.model_validate({}).optimizer
+    assert (default.muon_lr, default.adamw_lr, default.final_lr) == (0.02, 2e-3, 0.0)
+    changed = PretrainConfig.model_validate({"optimizer": {"adamw_lr": 1e-3}}).optimizer
+    assert changed == default.model_copy(update={"adamw_lr": 1e-3})

@@ -24,6 +24,16 @@ from lvrpo.types import Example, Prompt, Task
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
 
 
+class PretrainOptimizerConfig(OptimizerConfig):
+    """The same with the rates of training from nothing: a key that is set leaves the others what they are."""
+
+    adamw_lr: float = Field(default=2e-3, gt=0)
+    muon_lr: float = Field(default=0.02, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    decay_start: float = Field(default=0.5, ge=0, le=1)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+
+
 class PretrainConfig(Config):
     """A supervised run on the web corpus."""
 
@@ -47,9 +57,7 @@ class PretrainConfig(Config):
     text_weight: float = Field(default=0.5, ge=0)
     image_weight: float = Field(default=5.0, ge=0)
     representation: RepresentationConfig = RepresentationConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(
-        muon_lr=0.02, adamw_lr=2e-3, warmup_steps=50, decay_start=0.5, final_lr=0.0
-    )
+    optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     average_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
     threads: int = Field(default=1, ge=1)

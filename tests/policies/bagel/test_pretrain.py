@@ -154,3 +154,8 @@ def test_larger_batches_of_the_autoencoder_use_more_pictures() -> None:
     found = train_autoencoder(create_bagel(SIZES), pictures, 2, batch=24)
     assert asked == [(0, 48), (48, 48), (PICTURES, 64)]
     assert found.before.shape == found.after.shape == (64, 3, 32, 32)
+
+
+def test_a_size_of_the_autoencoder_that_is_given_leaves_the_others_small() -> None:
+    default = BagelSizes.model_validate({}).vae
+    assert BagelSizes.model_validate({"vae": {"channels": 8}}).vae == default.model_copy(update={"channels": 8})

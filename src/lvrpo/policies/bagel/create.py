@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from lvrpo.config import Config
@@ -17,6 +17,9 @@ from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.policies.bagel.vit import VitConfig
 from lvrpo.policies.bagel.words import MARKERS, PADDING, BagelWords, cut_like_qwen, published_files
 from lvrpo.policies.mot.transformer import MoTConfig
+
+SMALL_VAE: dict[str, Any] = {"width": 32, "multipliers": (1, 1, 2, 1), "res_blocks": 1}
+"""What is not said of ``vae`` is from here, not from FLUX.1."""
 
 
 class BagelSizes(Config):
@@ -35,10 +38,15 @@ class BagelSizes(Config):
     patch_size: int = Field(default=14, ge=1)
     read_side: int = Field(default=70, ge=1)
     latent_side: int = Field(default=64, ge=1)
-    vae: VaeConfig = VaeConfig(width=32, multipliers=(1, 1, 2, 1), res_blocks=1)
+    vae: VaeConfig = VaeConfig.model_validate(SMALL_VAE)
     image_size: int = Field(default=64, ge=16)
     """Side of a picture drawn without a source, and the longest side of any."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("vae", mode="before")
+    @classmethod
+    def _rest_is_small(cls, vae: object) -> object:
+        return SMALL_VAE | vae if isinstance(vae, dict) else vae
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
