@@ -96,6 +96,19 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
     assert "ema.safetensors" not in files
 
 
+@pytest.mark.parametrize("name", ["bagel_lvrpo_full", "bagel_lvrpo_paper"])
+def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = load_config(TrainConfig, shipped_configs()[name], [*small(name, bagel), "steps=1"])
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run as run:
+        assert alignment.go()
+        (row,) = run.metrics()[1:]
+    assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+    assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
+    assert (Path("run/checkpoints/step_000001") / "ema.safetensors").is_file()
+
+
 def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
     pytest.importorskip("peft")
     found = []
