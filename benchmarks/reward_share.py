@@ -52,6 +52,11 @@ def rows(head: str) -> dict[str, RewardConfig]:
         "drawing_likelihood, 2 draws": {"name": "drawing_likelihood", "options": {"draws": 2}},
         "drawing_likelihood, 8 draws": {"name": "drawing_likelihood", "options": {"draws": 8}},
         "lower_bound of own_vqa and it": {"name": "lower_bound", "options": {"members": ENSEMBLE}},
+        "agreement": {"name": "agreement"},
+        "semantic, instruction, knowledge": {
+            "name": "lower_bound",
+            "options": {"members": [{"name": "semantic"}, {"name": "instruction"}, {"name": "knowledge"}]},
+        },
         "scene_facts (the verifier)": {"name": "scene_facts"},
     }
     return {name: RewardConfig(label=name, **row) for name, row in made.items()}
