@@ -228,6 +228,7 @@ def test_a_result_of_another_size_is_masked() -> None:
     ("name", "options", "message"),
     [
         ("agreement", {"votes": "live"}, "agreement.votes='live': unknown: use judge or group"),
+        ("agreement", {"vote": "judge"}, "'vote': there are votes, least, entropy_floor, floor_groups"),
         ("agreement", {"least": 0}, "agreement.least=0: must be > 0 and <= 1"),
         ("agreement", {"entropy_floor": 2}, "agreement.entropy_floor=2: must be between 0 and 1"),
         ("agreement", {"floor_groups": 1}, "agreement.floor_groups=1: must be >= 2"),

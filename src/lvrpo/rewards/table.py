@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -153,6 +154,12 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
         )
 
 
+def option_names(cls: Callable[..., Any]) -> list[str]:
+    """The options of a reward that its signature names; none where it takes anything."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
 def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
     """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
     sources = []
@@ -165,7 +172,8 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
         except TypeError as error:
             # names alone: what stands in a wrong place may be a key
             given = ", ".join(config.options) or "none"
-            raise InputError(f"rewards.{config.title}.options ({given}): {error}: see {config.name}") from None
+            known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
+            raise InputError(f"rewards.{config.title}.options ({given}): {error}: {known}") from None
         for method in ("applies", "score"):
             if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
                 raise InputError(
