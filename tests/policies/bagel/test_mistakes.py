@@ -21,8 +21,8 @@ from lvrpo.policies.mot.sequence import RowLayout, Span
 from lvrpo.policies.mot.transformer import Layer
 from lvrpo.sampling import PastStep, euler_step, shift_time
 
-GATE, FAR = 2e-5, 1e-4
-"""Of parity, and five times that: the distance on the set that it was measured on."""
+FAR = 1e-4
+"""Five times the gate."""
 Patch = pytest.MonkeyPatch
 
 
@@ -216,8 +216,7 @@ def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, 
             except (AssertionError, InputError):
                 return  # integers, lengths or shapes differ, or it does not fit at all
         print(f"{mistake.__name__}, {section}: {max(errors.values()):.1e}")
-        limit = FAR if parity.known else GATE
-        assert not all(value <= limit for value in errors.values())
+        assert not all(value <= FAR for value in errors.values())  # nan is far
     finally:
         sequence.forget_packings()
 

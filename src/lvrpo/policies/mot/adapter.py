@@ -168,7 +168,7 @@ def is_adapter(name: str) -> bool:
 
 
 def twin(policy: P) -> P:
-    """The same policy with an adapter of its own, equal for now; the base's tensors are shared, not copied."""
+    """The same policy with an adapter of its own, which begins as a copy; the base's tensors are shared, not copied."""
     shared: dict[int, Any] = {}  # Any: what copy.deepcopy takes as its memo
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if not is_adapter(name):
