@@ -177,6 +177,50 @@ def test_welch_agrees_with_scipy() -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
+def test_welch_within_strata_by_hand() -> None:
+    """Labels a: 1, 3 -> 4, 6, 8; b: 11 -> 10, 12. Shares 5/8 and 3/8, changes 4 and 0. Squares within labels: 2 over 1
+    degree of freedom before, 8 + 2 over 3 after, each times sum_s w_s^2 / n_s."""
+    before, after = [1.0, 3.0, 11.0], [4.0, 6.0, 8.0, 10.0, 12.0]
+    labels = (["a", "a", "b"], ["a", "a", "a", "b", "b"])
+    one = 2.0 / 1 * ((5 / 8) ** 2 / 2 + (3 / 8) ** 2 / 1)
+    two = 10.0 / 3 * ((5 / 8) ** 2 / 3 + (3 / 8) ** 2 / 2)
+    freedom = (one + two) ** 2 / (one**2 / 1 + two**2 / 3)
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(one + two)
+    found = welch_difference(before, after, strata=labels)
+    assert close(found, 2.5, 2.5 - half, 2.5 + half, 3)
+
+
+def test_strata_take_out_what_labels_differ_by() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.arange(60) % 3
+    one, two = (10.0 * labels + rng.normal(m, 1, 60) for m in (0, 1))
+    alike = welch_difference(one, two, strata=(labels.tolist(), labels.tolist()))
+    centered = welch_difference(one - 10.0 * labels, two - 10.0 * labels)
+    assert alike.score == pytest.approx(centered.score)
+    assert alike.high - alike.low == pytest.approx(centered.high - centered.low, rel=0.05)
+    assert alike.low > 0 > welch_difference(one, two).low
+    assert welch_difference(one, two, strata=(["x"] * 60, ["x"] * 60)) == welch_difference(one, two)
+
+
+def test_strata_that_one_side_lacks_do_not_count() -> None:
+    whole = welch_difference([1.0, 2.0, 3.0, 90.0], [2.0, 4.0, -70.0], strata=(["a", "a", "a", "b"], ["a", "a", "c"]))
+    assert whole == welch_difference([1.0, 2.0, 3.0], [2.0, 4.0])
+    assert math.isnan(welch_difference([1.0], [2.0], strata=(["a"], ["b"])).score)
+    with pytest.raises(ContractError, match="2 and 1 scores but 1 and 1 strata"):
+        welch_difference([1.0, 2.0], [1.0], strata=(["a"], ["a"]))
+
+
+def test_welch_within_strata_keeps_its_confidence() -> None:
+    """Two labels far apart, in other shares on each side: 95 % intervals miss the change in about 5 % of trials."""
+    rng, missed = np.random.default_rng(2), 0
+    for _ in range(600):
+        sides = [(rng.random(30) < share).astype(int) for share in (0.3, 0.6)]
+        one, two = (5.0 * side + rng.normal(m, 1, 30) for side, m in zip(sides, (0.0, 0.4), strict=True))
+        found = welch_difference(one, two, strata=(sides[0].tolist(), sides[1].tolist()))
+        missed += not found.low <= 0.4 <= found.high
+    assert 15 <= missed <= 45
+
+
 def test_welch_of_little() -> None:
     assert math.isnan(welch_difference([], [1.0]).score)
     assert close(welch_difference([1.0], [2.0, 3.0]), 1.5, math.nan, math.nan, 1)

@@ -86,25 +86,60 @@ def paired_difference(
     return Interval(score, min(low, score), max(high, score), int(differences.size))
 
 
-def welch_difference(before: ArrayLike, after: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
+def welch_difference(
+    before: ArrayLike,
+    after: ArrayLike,
+    confidence: float = CONFIDENCE,
+    strata: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+) -> Interval:
     """Mean of ``after`` minus mean of ``before``, scores of different prompts, with Welch's t interval.
 
-    Fewer than two scores on a side say nothing of their spread: bounds of nan. Where neither side spreads, width 0.
-    Raises ContractError on a value that is not finite.
+    With ``strata``, a label per score of each side (a category of prompts), means are compared within each label,
+
+        sum_s w_s (mean_s after - mean_s before),    w_s = share of s in both sides together,
+
+    and the variance is that within labels, pooled on each side: what labels differ by is no noise. Labels that one side
+    lacks are left out.
+
+    Fewer than two scores on a side (than one more than labels) say nothing of their spread: bounds of nan. Where
+    neither side spreads, width 0. Raises ContractError on a value that is not finite, or without one label per score.
     """
     one, two = _checked(before), _checked(after)
-    n = min(one.size, two.size)
-    if n == 0:
+    labels = strata or (np.zeros(one.size), np.zeros(two.size))
+    if (len(labels[0]), len(labels[1])) != (one.size, two.size):
+        raise ContractError(
+            f"{one.size} and {two.size} scores but {len(labels[0])} and {len(labels[1])} strata: give one per score"
+        )
+    index: dict[Hashable, int] = {}
+    codes = [np.array([index.setdefault(label, len(index)) for label in side], dtype=np.int64) for side in labels]
+    size_one, size_two = (np.bincount(side, minlength=len(index)) for side in codes)
+    both = np.flatnonzero((size_one > 0) & (size_two > 0))
+    if both.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    score = float(two.mean() - one.mean())
-    if n == 1:
-        return Interval(score, float("nan"), float("nan"), 1)
-    a, b = (float(x.var(ddof=1)) / x.size for x in (one, two))
-    if a + b == 0:
+    weights = (size_one + size_two)[both] / (size_one + size_two)[both].sum()
+    means, errors, freedoms = zip(
+        *(_stratified(x, side, both, weights) for x, side in ((one, codes[0]), (two, codes[1]))), strict=True
+    )
+    score, n = means[1] - means[0], int(min(size_one[both].sum(), size_two[both].sum()))
+    if min(freedoms) < 1:
+        return Interval(score, float("nan"), float("nan"), n)
+    if sum(errors) == 0:
         return Interval(score, score, score, n)
-    freedom = (a + b) ** 2 / (a**2 / (one.size - 1) + b**2 / (two.size - 1))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * (a + b) ** 0.5
+    freedom = sum(errors) ** 2 / sum(e**2 / f for e, f in zip(errors, freedoms, strict=True))
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * sum(errors) ** 0.5
     return Interval(score, score - half, score + half, n)
+
+
+def _stratified(
+    values: Floats, codes: NDArray[np.int64], kept: NDArray[np.int64], weights: Floats
+) -> tuple[float, ...]:
+    """Weighted mean of one side's labels, its squared error, and the degrees of freedom of that."""
+    groups = [values[codes == s] for s in kept]
+    means = np.array([group.mean() for group in groups])
+    freedom = sum(group.size for group in groups) - len(groups)
+    within = sum(float(((group - mean) ** 2).sum()) for group, mean in zip(groups, means, strict=True))
+    squares = float((weights**2 / [group.size for group in groups]).sum())
+    return float(weights @ means), within / freedom * squares if freedom else float("nan"), freedom
 
 
 def paired_t_difference(before: ArrayLike, after: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
@@ -216,19 +251,28 @@ def comparable(rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> lis
 
 
 def parted(
-    rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike], confidence: float, paired: bool = False
+    rewards: Sequence[ArrayLike],
+    scores: Sequence[ArrayLike],
+    confidence: float,
+    paired: bool = False,
+    strata: tuple[Sequence[Sequence[Hashable]], Sequence[Sequence[Hashable]]] | None = None,
 ) -> Parted | None:
     """Whether a reward rose while a scorer fell, from an earlier part of a run to its last: the worst fall, or None.
 
-    ``rewards`` and ``scores`` hold one value per group for each part, in order. Changes have Welch's t interval, those
-    of scores Student's where they are ``paired`` (of the same prompts in one order). Both intervals must be clear of 0,
-    so chance parts them more rarely than ``confidence`` says.
+    ``rewards`` and ``scores`` hold one value per group for each part, in order, ``strata`` a label for each of these
+    values. Changes have Welch's t interval, within strata, those of scores Student's where they are ``paired`` (of the
+    same prompts in one order). Both intervals must be clear of 0, so chance parts them more rarely than ``confidence``
+    says.
     """
-    between = paired_t_difference if paired else welch_difference
+
+    def change(parts: Sequence[ArrayLike], i: int, side: int) -> Interval:
+        labels = None if strata is None else (strata[side][i], strata[side][-1])
+        return welch_difference(parts[i], parts[-1], confidence, labels)
+
     found = []
     for i in comparable(rewards, scores):
-        reward = welch_difference(rewards[i], rewards[-1], confidence)
-        scorer = between(scores[i], scores[-1], confidence)
+        reward = change(rewards, i, 0)
+        scorer = paired_t_difference(scores[i], scores[-1], confidence) if paired else change(scores, i, 1)
         if reward.low > 0 and scorer.high < 0:
             found.append(Parted(i, reward, scorer))
     return min(found, key=lambda each: each.scorer.score, default=None)

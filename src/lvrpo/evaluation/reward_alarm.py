@@ -12,6 +12,8 @@ from lvrpo.statistics import Interval, comparable, parted
 
 GUARD = "guard"
 """The held-out prompts of the guard, as a scorer."""
+Labels = Sequence[str]
+
 ERROR = 0.05
 """Chance that a run in which nothing changes sounds any alarm at all, at most."""
 
@@ -61,6 +63,8 @@ class Pair:
     """Means of groups, or scores of the guard's prompts in one order."""
     paired: bool
     """Whether the scores of two parts are of the same prompts."""
+    strata: tuple[Sequence[Labels], Sequence[Labels]]
+    """Category of every value of ``rewards`` and of ``scores``; not used of scores that are paired."""
 
     def testable(self) -> list[int]:
         """The earlier parts that can be compared with the last."""
@@ -71,8 +75,9 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
     """Compares every earlier part of the run with the last, for every trained reward and held-out scorer of a task.
 
     An alarm: the reward's change lies above 0 and the scorer's below 0, each with its whole interval. The intervals
-    (Welch's t over group means; Student's t over the guard's prompts, paired) have confidence 1 - .05 / comparisons
-    (Bonferroni). Both must be clear of 0, so chance sounds an alarm more rarely than that.
+    (Welch's t over group means, within categories of prompts; Student's t over the guard's prompts, paired) have
+    confidence 1 - .05 / comparisons (Bonferroni). Both must be clear of 0, so chance sounds an alarm more rarely than
+    that.
     """
     groups = record.groups
     pairs: list[Pair] = []
@@ -87,7 +92,7 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
 
 
 def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
-    found = parted(pair.rewards, pair.scores, confidence, pair.paired)
+    found = parted(pair.rewards, pair.scores, confidence, pair.paired, pair.strata)
     if found is None:
         return None
     before, after, reward, scorer = windows[found.part], windows[-1], found.reward, found.scorer
@@ -104,19 +109,25 @@ def _pairs(
     held_out = {name: values for name, values in scorers.items() if name not in trained}
     guard = _guard_scores(looks, task, windows)
     for reward in trained:
-        rewards = _parts(groups, scorers[reward], windows)
+        rewards, of_rewards = _parts(groups, scorers[reward], windows)
         for name, values in held_out.items():
             if np.array_equal(values, scorers[reward], equal_nan=True):
                 same.append((task, reward, name))
             else:
-                yield Pair(task, reward, name, rewards, _parts(groups, values, windows), paired=False)
+                scores, of_scores = _parts(groups, values, windows)
+                yield Pair(task, reward, name, rewards, scores, False, (of_rewards, of_scores))
         if guard is not None:
-            yield Pair(task, reward, GUARD, rewards, guard, paired=True)
+            yield Pair(task, reward, GUARD, rewards, guard, True, (of_rewards, ()))
 
 
-def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> list[Array]:
+def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
+    """Means of the groups of each part, and the categories of their prompts."""
     means = per_group(values)
-    return [in_window(groups.step, means, window) for window in windows]
+    finite = np.isfinite(means)
+    return [in_window(groups.step, means, window) for window in windows], [
+        groups.category[finite & (groups.step >= window.first) & (groups.step <= window.last)].tolist()
+        for window in windows
+    ]
 
 
 def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Array] | None:

@@ -39,7 +39,9 @@ class Turn:
 
     config: TurnConfig
     means: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By task, (N, 3): steps done, trained reward, watched scorer of each group that has both."""
+    """By task, (N, 4): steps done, trained reward, watched scorer and category of each group that has both."""
+    categories: list[str] = field(default_factory=list)
+    """Of prompts, in the order of their numbers in ``means``."""
     best_step: int = 0
     best_watched: float = float("-inf")
     """The highest mean of the watched scorer over a window, and the step at its end."""
@@ -48,14 +50,19 @@ class Turn:
         """Takes in the groups of a step; ``step``: steps done, this one included."""
         reward = _group_means(table, self.config.reward)
         watched = _successes(groups) if self.config.watch == SUCCESS else _group_means(table, self.config.watch)
+        for group in groups:
+            if group.prompt.category not in self.categories:
+                self.categories.append(group.prompt.category)
+        category = torch.tensor([float(self.categories.index(group.prompt.category)) for group in groups])
         for task in dict.fromkeys(table.tasks):
             rows = torch.tensor([name == task for name in table.tasks]) & reward.isfinite() & watched.isfinite()
-            new = torch.stack([torch.full_like(reward, step), reward, watched], dim=1)[rows]
+            new = torch.stack([torch.full_like(reward, step), reward, watched, category], dim=1)[rows]
             self.means[task] = torch.cat([self.means.get(task, new[:0]), new])
 
     def look(self, step: int, looks: int, every: int) -> tuple[Task | str, Parted] | None:
         """The worst parting of the last window from an earlier one, over all tasks; None where nothing turned.
 
+        Parts are compared within categories of prompts, which differ more than a policy changes.
         ``looks``: how many there will be in the run, ``every`` so many steps. Intervals have confidence 1 - error / all
         comparisons that the run can make (Bonferroni).
         """
@@ -65,7 +72,10 @@ class Turn:
         found: list[tuple[str, Parted]] = []
         for task, means in self.means.items():
             parts = [part.numpy() for part in self._parts(means, step)]
-            worst = parted([part[:, 1] for part in parts], [part[:, 2] for part in parts], confidence)
+            labels = [part[:, 3].tolist() for part in parts]
+            worst = parted(
+                [part[:, 1] for part in parts], [part[:, 2] for part in parts], confidence, strata=(labels, labels)
+            )
             if worst is not None:
                 found.append((task, worst))
         return min(found, key=lambda each: each[1].scorer.score, default=None)
@@ -92,11 +102,12 @@ class Turn:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"means": dict(self.means), "best_step": self.best_step, "best_watched": self.best_watched}
+        best = {"best_step": self.best_step, "best_watched": self.best_watched}
+        return {"means": dict(self.means), "categories": list(self.categories), **best}
 
     def load(self, tree: Mapping[str, Any]) -> None:
         """Puts back what ``state`` gave."""
-        self.means = dict(tree["means"])
+        self.means, self.categories = dict(tree["means"]), list(tree["categories"])
         self.best_step, self.best_watched = tree["best_step"], tree["best_watched"]
 
 
