@@ -213,7 +213,7 @@ CONFIGURATION: list[Case] = [
     (train("text.kind=nft"), 2, "text.kind=nft: trains drawings, and this section is for text: set flow.kind"),
     (train("text.kind=dapo"), 2, "is kind=clip with clip_low=0.2, clip_high=0.28"),
     (train("text.kind=cipso"), 2, "did you mean cispo?"),
-    (train("flow.kind=clip"), 2, "flow.kind=clip: trains tokens, and a drawing of this policy has none"),
+    (train("flow.kind=clip"), 2, "flow.kind=clip: trains tokens, and a flow has none: set text.kind"),
     (train("flow.kind=flow_grpo"), 2, "is kind=grpo with rollout.sampler=flow_sde"),
     (train("text.clip_low=-0.1"), 2, "text.clip_low=-0.1: must be > 0"),
     (train("flow.clip_high=-1e-4"), 2, "flow.clip_high=-0.0001: must be > 0"),

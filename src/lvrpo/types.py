@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,14 @@ Task = Literal["understand", "generate", "edit", "reason"]
 TASKS: tuple[Task, ...] = ("understand", "generate", "edit", "reason")
 
 OutputKind = Literal["text", "image"]
+
+SegmentKind = Literal["text", "flow", "tokens", "masked"]
+SEGMENT_KINDS: tuple[SegmentKind, ...] = ("text", "flow", "tokens", "masked")
+"""How outputs are made, in the order in which they are trained: text is written, pictures are drawn by a flow, as image
+tokens one after another, or as masked image tokens a few at a time."""
+
+LogitGuidance = Literal["joint", "detach_uncond", "none"]
+"""What of guided logits has a gradient: both branches, the one with the prompt; none: the log-probs are unguided."""
 
 Image = torch.Tensor
 """A picture: float32 (3, height, width), values in [0, 1]."""
@@ -75,6 +83,7 @@ class Example:
 class TextSegment:
     """Sampled text."""
 
+    kind: ClassVar[SegmentKind] = "text"
     tokens: torch.Tensor
     """int64 (L,): the sampled tokens, the end token included when the text ended by itself."""
     behavior_logprobs: torch.Tensor
@@ -92,6 +101,7 @@ class TextSegment:
 class FlowSegment:
     """A picture drawn by integrating a flow from noise; latents in token layout."""
 
+    kind: ClassVar[SegmentKind] = "flow"
     latent: torch.Tensor
     """float32 (N, C): the final state, t = 0."""
     timesteps: torch.Tensor
@@ -120,7 +130,55 @@ class FlowSegment:
     """float32 (W, N, C): the mean of each trained step under the weights that sampled; None: not recorded."""
 
 
-Segment = TextSegment | FlowSegment
+@dataclass(frozen=True)
+class ImageTokenSegment:
+    """A picture drawn as discrete tokens, one after another (Janus, Emu3)."""
+
+    kind: ClassVar[SegmentKind] = "tokens"
+    tokens: torch.Tensor
+    """int64 (N,): codes of the picture, in the order in which they were drawn."""
+    behavior_logprobs: torch.Tensor
+    """float32 (N,): log-prob of each token under the policy that sampled it, guided, at ``temperature``."""
+    temperature: float
+    guidance_scale: float
+    image: Image
+    """The decoded picture."""
+    guided_logprobs: LogitGuidance = "joint"
+    """What of the guided logits has a gradient in a replay."""
+    trainer_logprobs: torch.Tensor | None = None
+    """float32 (N,): as ``TextSegment.trainer_logprobs``."""
+
+
+@dataclass(frozen=True)
+class MaskedSegment:
+    """A picture drawn as discrete tokens, of which a few at a time are revealed (Show-o, MMaDA)."""
+
+    kind: ClassVar[SegmentKind] = "masked"
+    tokens: torch.Tensor
+    """int64 (N,): codes of the picture, in raster order."""
+    reveal_steps: torch.Tensor
+    """int64 (N,): the step at which each token was fixed, -1 for one that was given; rebuilds what every step saw."""
+    scored: torch.Tensor
+    """bool (R, N): the log-probs that count. On the recorded path R = 1, and every token counts that was not given; by
+    Monte Carlo a row per draw, True where it masks: kept, so that every policy is scored under the same masks."""
+    behavior_logprobs: torch.Tensor
+    """float32 (R, N): under the policy that sampled, at ``temperature``; 0 where not scored."""
+    likelihood: Literal["path", "monte_carlo"]
+    """path: each token given those fixed in earlier steps; monte_carlo: the masked tokens given the others."""
+    temperature: float
+    guidance_scale: float
+    image: Image
+    """The decoded picture."""
+    guided_logprobs: LogitGuidance = "joint"
+    """What of the guided logits has a gradient in a replay; none (monte_carlo): the log-probs are unguided."""
+    trainer_logprobs: torch.Tensor | None = None
+    """float32 (R, N): as ``TextSegment.trainer_logprobs``."""
+
+
+DrawnSegment = FlowSegment | ImageTokenSegment | MaskedSegment
+TokenSegment = TextSegment | ImageTokenSegment | MaskedSegment
+"""Those whose actions are tokens."""
+Segment = TextSegment | DrawnSegment
 
 
 @dataclass(frozen=True)
@@ -142,7 +200,7 @@ class Trajectory:
     @property
     def image(self) -> Image | None:
         """The last drawn picture, if any."""
-        return next((s.image for s in reversed(self.segments) if isinstance(s, FlowSegment)), None)
+        return next((s.image for s in reversed(self.segments) if isinstance(s, DrawnSegment)), None)
 
 
 @dataclass(frozen=True)
@@ -162,11 +220,11 @@ class SegmentLogprobs:
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None = None
-    """float32 (L,): entropy of the token distributions (text only)."""
+    """float32: entropy of the token distributions, shaped as the log-probs (all but flows)."""
     means: torch.Tensor | None = None
-    """float32 (W, N, C): mean of each trained step, differentiable (drawings only)."""
+    """float32 (W, N, C): mean of each trained step, differentiable (flows only)."""
     stds: torch.Tensor | None = None
-    """float32 (W,): deviation of each trained step in every dimension (drawings only)."""
+    """float32 (W,): deviation of each trained step in every dimension (flows only)."""
 
 
 @dataclass(frozen=True)

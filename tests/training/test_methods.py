@@ -254,7 +254,7 @@ def test_a_masked_member_is_never_chosen(
 ) -> None:
     """Half of the group has no score, hence advantage 0, which is neither the best nor the worst nor the middle."""
     other = "flow" if section == "text" else "text"
-    (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}))
+    (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}), bench.live.writes)
     groups = bench.sample([prompts[0] if section == "text" else prompts[2]], 8)
     A, valid = torch.tensor([[*advantages, *[0.0] * 4]]), torch.tensor([[True] * 4 + [False] * 4])
     chosen = objective.choose(groups, GroupAdvantages(A, valid))
@@ -335,7 +335,7 @@ def test_what_a_masked_member_wrote_and_drew_never_matters(
 
 
 def optimizers(bench: Any, config: Any) -> list[Optimizers]:
-    return [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases]
+    return [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases(bench.live.writes)]
 
 
 ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]] * 2
@@ -348,7 +348,7 @@ def both(A: Any) -> Any:
 def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
     config = bench.config(text={"lr": 0.5}, flow={"lr": 2.0})
-    assert config.phases == [(("text",), 0.5), (("image",), 2.0)]
+    assert config.phases(bench.live.writes) == [(("text",), 0.5), (("flow",), 2.0)]
     start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
     take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0)
     moved = {name: (p.detach() - start[name]).norm() for name, p in bench.live.named_parameters()}
@@ -389,7 +389,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
     moves = []
     for tree, scale in (({"text": {"lr": 0.5}, "flow": {"lr": 0.5}}, 1.0), ({}, 0.5)):
         config = bench.config(**tree)
-        assert len(config.phases) == 1
+        assert len(config.phases(bench.live.writes)) == 1
         take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0, scale)
         moves.append(bench.weights() - start)
         bench.descend(moves[-1], float(moves[-1].norm()))

@@ -32,6 +32,7 @@ class Writer:
 
     name: str
     calls: list[str] = field(default_factory=list)
+    writes = ("text", "flow")
 
     def sample(self, prompts: Sequence[Prompt], sampling: Any, seeds: Sequence[int]) -> list[Group]:
         self.calls += [prompt.id for prompt in prompts]

@@ -10,7 +10,31 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
-from lvrpo.types import Example, Group, Image, Part, Parts, Prompt, SegmentLogprobs, Task, Trajectory
+from lvrpo.types import (
+    Example,
+    Group,
+    Image,
+    LogitGuidance,
+    Part,
+    Parts,
+    Prompt,
+    SegmentKind,
+    SegmentLogprobs,
+    Task,
+    Trajectory,
+)
+
+
+@dataclass(frozen=True)
+class MaskedScoring:
+    """How drawings of masked tokens are scored, at sampling and in every replay."""
+
+    guided_logprobs: LogitGuidance = "joint"
+    likelihood: Literal["path", "monte_carlo"] = "path"
+    draws: int = 1
+    """monte_carlo: random masks per drawing."""
+    schedule: Literal["cosine", "uniform"] = "cosine"
+    """monte_carlo: of the shares that are masked."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +46,7 @@ class Sampling:
     """Of text; 0 is greedy (log-probs are then those of temperature 1)."""
     max_new_tokens: int = 24
     num_steps: int = 8
-    """Model evaluations per picture."""
+    """Model evaluations per picture; steps in which masked tokens are revealed. Image tokens take one each."""
     timestep_shift: float | None = None
     """Of the grid; None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
@@ -45,6 +69,13 @@ class Sampling:
     """Whether the members of a group start from the same noise."""
     image_size: tuple[int, int] | None = None
     """Height and width of a picture drawn without a source picture; None: the policy's own."""
+    image_temperature: float = 1.0
+    """Of image tokens and masked image tokens; 0 is greedy."""
+    choice_temperature: float = 0.0
+    """Of the noise in the choice of which masked tokens are fixed in a step; 0: the most confident ones."""
+    guided_logprobs: LogitGuidance = "joint"
+    """What of the guided logits of image tokens has a gradient in a replay."""
+    masked: MaskedScoring = MaskedScoring()
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,11 @@ class Policy(Protocol):
         """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
         ...
 
+    @property
+    def writes(self) -> tuple[SegmentKind, ...]:
+        """The kinds of segments that its outputs may be made of."""
+        ...
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
         ...
@@ -88,7 +124,10 @@ class Policy(Protocol):
         ...
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context."""
+        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
+
+        Called only for flows, as is ``timestep_shift``.
+        """
         ...
 
     def tokens(self, trajectory: Trajectory) -> Tokens:

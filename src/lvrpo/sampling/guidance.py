@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lvrpo.errors import InputError
+from lvrpo.types import LogitGuidance
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 __all__ = ["guide", "guide_logits"]
 
-LogitGuidance = Literal["joint", "detach_uncond", "none"]
 Renorm = Literal["none", "global", "channel", "text_channel"]
 
 

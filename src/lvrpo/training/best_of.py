@@ -8,37 +8,37 @@ import torch
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member
-from lvrpo.training.text import TextObjective, text_segments, token_grid
-from lvrpo.types import Group, OutputKind
+from lvrpo.training.objective import Batch, GroupAdvantages, Member, has_kind
+from lvrpo.training.text import TextObjective, token_count, token_grid
+from lvrpo.types import Group, SegmentKind
 
 
-def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: OutputKind, keep: int) -> list[Member]:
+def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
     """The ``keep`` best valid members of the groups that have segments of this kind and a signal."""
     chosen = best_of_mask(advantages.values, advantages.valid, keep=keep)
     return [
         Member(group.trajectories[g], float(advantages.values[p, g]))
         for p, group in enumerate(groups)
-        if kind in group.prompt.output
+        if has_kind(group, kind)
         for g in chosen[p].nonzero()[:, 0].tolist()
     ]
 
 
 class BestText(TextObjective):
-    """Cross-entropy of the best text of every group, per token."""
+    """Cross-entropy of the best text, or drawing in tokens, of every group, per token."""
 
     off_policy = True
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return best(groups, advantages, "text", 1)
+        return best(groups, advantages, self.kind, 1)
 
     def size(self, members: Sequence[Member]) -> int:
-        return sum(len(segment.tokens) for member in members for segment in text_segments(member.trajectory))
+        return sum(token_count(member.trajectory, self.kind) for member in members)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        grid = token_grid(batch.policies.live, batch.trajectories)
+        grid = token_grid(batch.policies.live, batch.trajectories, self.kind)
         loss = reduce_tokens(-grid.logprobs, grid.mask)
-        batch.log(f"loss/text/{batch.task}", loss)
+        batch.log(f"loss/{self.kind}/{batch.task}", loss)
         return loss
 
 
@@ -48,7 +48,7 @@ class BestDrawing(FlowObjective):
     off_policy = True
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return best(groups, advantages, "image", self.config.keep)
+        return best(groups, advantages, "flow", self.config.keep)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         noised = add_noise(batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,20 +12,21 @@ from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
 from lvrpo.rewards.table import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig
+from lvrpo.training.drawn_tokens import ImageTokensConfig, MaskedConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.objective import KINDS
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
-from lvrpo.types import OutputKind, Task
+from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
 
 class DataConfig(Config):
@@ -66,6 +69,18 @@ class PrecisionConfig(Config):
     """bfloat16: matrices are multiplied in it (autocast); None: in the dtype of the weights."""
 
 
+ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
+    **dict.fromkeys(("temperature", "max_new_tokens"), ("text",)),
+    **dict.fromkeys(("timestep_shift", "sampler", "solver", "noise_level", "window", "shared_noise"), ("flow",)),
+    **dict.fromkeys(("image_guidance_scale", "guidance_renorm", "guidance_interval", "logprob_reduction"), ("flow",)),
+    "num_steps": ("flow", "masked"),
+    "image_temperature": ("tokens", "masked"),
+    "choice_temperature": ("masked",),
+    **dict.fromkeys(("guidance_scale", "image_size"), ("flow", "tokens", "masked")),
+}
+"""Which kinds of segments a field of ``rollout`` is about."""
+
+
 class TrainConfig(Config):
     """An alignment run."""
 
@@ -92,6 +107,10 @@ class TrainConfig(Config):
     advantages: AdvantageConfig = AdvantageConfig()
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
+    tokens: ImageTokensConfig | None = None
+    """Of pictures drawn as image tokens; a policy that draws so needs it, and no other takes it."""
+    masked: MaskedConfig | None = None
+    """Of pictures drawn as masked image tokens; likewise."""
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
     mini_updates: int = Field(default=1, ge=1)
@@ -119,12 +138,51 @@ class TrainConfig(Config):
         """At which the policy is loaded; None: at its own choice."""
         return self.precision.weights or ("float32" if self.adapter is None else None)
 
-    @property
-    def phases(self) -> list[tuple[tuple[OutputKind, ...], float]]:
+    def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
+        """How each kind of segment that a policy writes is trained, in the order of updates."""
+        found: Mapping[SegmentKind, TextConfig | FlowConfig | None] = {
+            "text": self.text,
+            "flow": self.flow,
+            "tokens": self.tokens,
+            "masked": self.masked,
+        }
+        return {kind: s for kind in SEGMENT_KINDS if kind in writes and (s := found[kind]) is not None}
+
+    def phases(self, writes: Sequence[SegmentKind]) -> list[tuple[tuple[SegmentKind, ...], float]]:
         """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
-        if self.text.lr == self.flow.lr:
-            return [(KINDS, self.text.lr)]
-        return [(("text",), self.text.lr), (("image",), self.flow.lr)]
+        sections = self.sections(writes)
+        rates = dict.fromkeys(section.lr for section in sections.values())
+        return [(tuple(kind for kind, section in sections.items() if section.lr == lr), lr) for lr in rates]
+
+    def sampling(self, step: int) -> Sampling:
+        """How the groups of a step are sampled, and scored for its update."""
+        sampling = self.rollout.sampling(self.seed, step)
+        if self.tokens is not None:
+            sampling = replace(sampling, guided_logprobs=self.tokens.guided_logprobs)
+        return sampling if self.masked is None else replace(sampling, masked=self.masked.scoring)
+
+    def require_fit(self, writes: Sequence[SegmentKind]) -> None:
+        """Raises InputError where the sections are not those of a policy that writes these kinds of segments."""
+        kinds = ", ".join(writes)
+        for kind, default in (("text", TextConfig()), ("flow", FlowConfig()), ("tokens", None), ("masked", None)):
+            if kind not in writes and getattr(self, kind) != default:  # its sections, by name
+                raise InputError(f"{kind}: policy={self.policy} writes no such segments, only {kinds}: leave it out")
+            if kind in writes and getattr(self, kind) is None:
+                raise InputError(
+                    f"{kind}: policy={self.policy} draws such segments, and nothing says how they are trained: add the "
+                    f"section ({kind}={{}} for its defaults)"
+                )
+        for name, concerned in ROLLOUT_OF.items():
+            value = getattr(self.rollout, name)  # its fields, by name
+            if not set(concerned) & set(writes) and value != RolloutConfig.model_fields[name].default:
+                raise InputError(
+                    f"rollout.{name}={value}: is of {' and '.join(concerned)}, and policy={self.policy} writes {kinds}:"
+                    " leave it out"
+                )
+        try:
+            self._check_kinds(writes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
@@ -135,10 +193,54 @@ class TrainConfig(Config):
             self._check_weights,
             self._check_judge,
             self._check_rollout,
-            self._check_objectives,
+            self._check_drawn_tokens,
         ):
             check()
+        if self.tokens is None and self.masked is None:
+            self._check_kinds(("text", "flow"))  # else the policy says what it writes: require_fit
         return self
+
+    def _check_kinds(self, writes: Sequence[SegmentKind]) -> None:
+        sections = self.sections(writes)
+        trained = {kind: section for kind, section in sections.items() if section.weight}
+        if not trained:
+            weights = " and ".join(f"{kind}.weight=0" for kind in sections)
+            raise ValueError(f"{weights}: nothing would be trained: give one a positive weight")
+        for kind, section in trained.items() if self.rollout.policy == "reference" else ():
+            table = FLOW_OBJECTIVES if isinstance(section, FlowConfig) else TEXT_OBJECTIVES
+            if not table[section.kind].off_policy:
+                raise ValueError(
+                    f"rollout.policy=reference: {kind}.kind={section.kind} learns from its own outputs only: use "
+                    "dpo or best_of, or sample with rollout.policy=live"
+                )
+        if self.gradient_mixing != "sum" and len({section.lr for section in trained.values()}) > 1:
+            rates = " and ".join(f"{kind}.lr={section.lr}" for kind, section in trained.items())
+            raise ValueError(
+                f"gradient_mixing={self.gradient_mixing}: with {rates} kinds of segments are stepped in turn, so their "
+                f"gradients never meet: give {'both' if len(trained) == 2 else 'all'} one lr, or set it to sum"
+            )
+        for kind, section in sections.items():
+            if isinstance(section, FlowConfig):
+                self._check_flow()
+            elif section.importance_cap is not None and section.kind in ("dpo", "best_of"):
+                raise ValueError(
+                    f"{kind}.importance_cap={section.importance_cap}: {kind}.kind={section.kind} has no importance "
+                    "weights: leave it out"
+                )
+
+    def _check_drawn_tokens(self) -> None:
+        for name, section in (("tokens", self.tokens), ("masked", self.masked)):
+            if section is None or section.guided_logprobs == "joint":
+                continue
+            mode = f"{name}.guided_logprobs={section.guided_logprobs}"
+            if self.rollout.guidance_scale == 1:
+                raise ValueError(f"{mode}: has no effect with rollout.guidance_scale=1: leave it out")
+            exact = not (isinstance(section, MaskedConfig) and section.likelihood == "monte_carlo")
+            if section.guided_logprobs == "none" and exact:
+                raise ValueError(
+                    f"{mode}: would score another distribution than the guided one that is sampled: use joint or "
+                    "detach_uncond, or set rollout.guidance_scale to 1"
+                )
 
     def _check_precision(self) -> None:
         precision = self.precision
@@ -174,8 +276,6 @@ class TrainConfig(Config):
         trained: list[Task] = [task for task, count in self.data.prompts_per_step.items() if count]
         if not any(self.task_weights.get(task, 1.0) for task in trained):
             raise ValueError("task_weights: every task of data.prompts_per_step has weight 0: nothing would be trained")
-        if self.text.weight == self.flow.weight == 0:
-            raise ValueError("text.weight=0 and flow.weight=0: nothing would be trained: give one a positive weight")
         if not any(r.weight for r in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
         for r in self.rewards:
@@ -248,32 +348,11 @@ class TrainConfig(Config):
                 f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
                 "rollout.guidance_scale=1: set both, or neither"
             )
-        if rollout.policy == "reference":
-            for section, objective in (
-                ("text", TEXT_OBJECTIVES[self.text.kind]),
-                ("flow", FLOW_OBJECTIVES[self.flow.kind]),
-            ):
-                config = self.text if section == "text" else self.flow
-                if config.weight and not objective.off_policy:
-                    raise ValueError(
-                        f"rollout.policy=reference: {section}.kind={config.kind} learns from its own outputs only: use "
-                        "dpo or best_of, or sample with rollout.policy=live"
-                    )
-            if rollout.refill_budget:
-                raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")
+        if rollout.policy == "reference" and rollout.refill_budget:
+            raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")
 
-    def _check_objectives(self) -> None:
+    def _check_flow(self) -> None:
         rollout, flow = self.rollout, self.flow
-        if self.gradient_mixing != "sum" and len(self.phases) > 1 and self.text.weight and flow.weight:
-            raise ValueError(
-                f"gradient_mixing={self.gradient_mixing}: with text.lr={self.text.lr} and flow.lr={flow.lr} texts and "
-                "drawings are stepped in turn, so their gradients never meet: give both one lr, or set it to sum"
-            )
-        if self.text.importance_cap is not None and self.text.kind in ("dpo", "best_of"):
-            raise ValueError(
-                f"text.importance_cap={self.text.importance_cap}: text.kind={self.text.kind} has no importance "
-                "weights: leave it out"
-            )
         drawn = any(count for task, count in self.data.prompts_per_step.items() if task != "understand")
         if not (drawn and flow.weight):
             return  # what the rest is about is not trained

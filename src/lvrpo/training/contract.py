@@ -12,7 +12,18 @@ from torch import nn
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
-from lvrpo.types import FlowSegment, Group, RewardTable, TextSegment, Trajectory
+from lvrpo.types import (
+    SEGMENT_KINDS,
+    FlowSegment,
+    Group,
+    MaskedSegment,
+    RewardTable,
+    Segment,
+    SegmentKind,
+    SegmentLogprobs,
+    TextSegment,
+    Trajectory,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference of log-probs between rollout and a replay in another batch, by the dtype of the computation.
@@ -22,6 +33,14 @@ drawings by 1e-4. The ratio of such a token is off by as much, which is small be
 
 In float32 the last bit of an unlikely token's log-prob is worth 1e-6 by itself; two distributions that really differ
 are apart by 1e-3 and more."""
+
+NAMES: dict[SegmentKind, str] = {
+    "text": "text",
+    "flow": "drawing",
+    "tokens": "image tokens",
+    "masked": "masked image tokens",
+}
+"""Words for the kinds of segments."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[C
     odd += alone
     at = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     checks = []
-    for kind in ("text", "drawing"):
+    for kind, name in NAMES.items():
         own_ratio = _log_ratios(trajectories, own, kind)
         if not len(own_ratio):
             continue
@@ -100,34 +119,40 @@ def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[C
         # a card may sum in another order when the same rows come again
         exact = 0.0 if dtype == torch.float32 and device.type == "cpu" else limit
         remedy = "sampling and training score different distributions: compare guidance, temperature, masks and dtype"
-        checks.append(Check(f"replay, {kind}, own batch: max |difference|{at}", same, exact, same <= exact, remedy))
+        checks.append(Check(f"replay, {name}, own batch: max |difference|{at}", same, exact, same <= exact, remedy))
         if len(other_ratio):
             apart = float(other_ratio.abs().max())
             checks.append(
-                Check(f"replay, {kind}, other batch: max |difference|{at}", apart, limit, apart <= limit, remedy)
+                Check(f"replay, {name}, other batch: max |difference|{at}", apart, limit, apart <= limit, remedy)
             )
         mean = float(own_ratio.exp().mean())
         off = max(1e-4, limit / 10)
-        checks.append(Check(f"ratio, {kind}: |mean - 1|", abs(mean - 1), off, abs(mean - 1) <= off, remedy))
+        checks.append(Check(f"ratio, {name}: |mean - 1|", abs(mean - 1), off, abs(mean - 1) <= off, remedy))
     return checks
 
 
 def _few_of_each_kind(trajectories: Sequence[Trajectory]) -> list[int]:
-    """Two trajectories with texts and two with drawings, if there are."""
-    kinds = [[type(segment) for segment in trajectory.segments] for trajectory in trajectories]
-    wanted = [[i for i, own in enumerate(kinds) if kind in own][:2] for kind in (TextSegment, FlowSegment)]
+    """Two trajectories with each kind of segment, if there are."""
+    kinds = [[segment.kind for segment in trajectory.segments] for trajectory in trajectories]
+    wanted = [[i for i, own in enumerate(kinds) if kind in own][:2] for kind in SEGMENT_KINDS]
     return [i for chosen in wanted for i in chosen]
 
 
-def _log_ratios(trajectories: Sequence[Trajectory], replayed: Sequence[Sequence[Any]], kind: str) -> torch.Tensor:
-    wanted = TextSegment if kind == "text" else FlowSegment
+def _log_ratios(
+    trajectories: Sequence[Trajectory], replayed: Sequence[Sequence[SegmentLogprobs]], kind: SegmentKind
+) -> torch.Tensor:
     pairs = [
-        scored.logprobs.detach().cpu() - segment.behavior_logprobs.cpu()
+        _actions(segment, scored.logprobs.detach().cpu() - segment.behavior_logprobs.cpu())
         for trajectory, row in zip(trajectories, replayed, strict=True)
         for segment, scored in zip(trajectory.segments, row, strict=True)
-        if isinstance(segment, wanted)
+        if segment.kind == kind
     ]
     return torch.cat(pairs) if pairs else torch.zeros(0)
+
+
+def _actions(segment: Segment, values: torch.Tensor) -> torch.Tensor:
+    """Those of the values of a segment that are about its actions, (A,)."""
+    return values[segment.scored.to(values.device)] if isinstance(segment, MaskedSegment) else values
 
 
 def _group_checks(groups: Sequence[Group]) -> list[Check]:
@@ -143,9 +168,22 @@ def _group_checks(groups: Sequence[Group]) -> list[Check]:
             for s in flows
         }
         texts = [s for t in group.trajectories for s in t.segments if isinstance(s, TextSegment)]
-        torn += len(settings) > 1 or len({s.temperature for s in texts}) > 1
+        drawn = [t.segments for t in group.trajectories]
+        torn += len(settings) > 1 or len({s.temperature for s in texts}) > 1 or len(set(map(_discrete, drawn))) > 1
     detail = "the members of a group must share window, grid, sampler, guidance, noise level and temperature"
     return [Check("groups whose members differ in settings", torn, 0, torn == 0, detail)]
+
+
+def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
+    """How the drawings in tokens of one trajectory were sampled and scored."""
+    return tuple(
+        (
+            *(s.kind, s.temperature, s.guidance_scale, s.guided_logprobs),
+            *((s.likelihood, len(s.scored)) if isinstance(s, MaskedSegment) else ()),
+        )
+        for s in segments
+        if not isinstance(s, TextSegment | FlowSegment)
+    )
 
 
 def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]) -> list[Check]:
@@ -154,20 +192,24 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
     changed = weights_changed(live, reference)
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
-    texts = [g.trajectories[0] for g in groups if isinstance(g.trajectories[0].segments[0], TextSegment)][:8]
-    drawings = _of_one_size([g.trajectories[0] for g in groups])[:8]
-    for kind, divergence in (("text", _text_divergence), ("drawing", _velocity_divergence)):
-        chosen = texts if kind == "text" else drawings
+    first = [group.trajectories[0] for group in groups]
+    for kind, name in NAMES.items():
+        chosen = [t for t in first if any(s.kind == kind for s in t.segments)]
+        chosen = (_of_one_size(chosen) if kind == "flow" else chosen)[:8]
         groups_of = live.parameter_groups()
         writes = bool(groups_of["understand"] or groups_of["shared"])
         if not chosen or (kind == "text" and not writes):  # an adapter of the drawing expert moves no text
             continue
-        divergence(live, reference, chosen).backward()
+        if kind == "flow":
+            divergence = _velocity_divergence(live, reference, chosen)
+        else:
+            divergence = _token_divergence(live, reference, chosen, kind)
+        divergence.backward()
         gradients = [p.grad for p in live.parameters() if p.grad is not None]
         norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
         live.zero_grad(set_to_none=True)
         detail = "the divergence is computed without gradient, or from the reference alone"
-        checks.append(Check(f"gradient of the {kind} divergence", norm, 0.0, norm > 0, detail))
+        checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))
     return checks
 
 
@@ -188,13 +230,17 @@ def weights_changed(one: Policy, other: Policy) -> bool:
     )
 
 
-def _text_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    def first(policy: Policy) -> torch.Tensor:
-        return torch.cat([row[0].logprobs for row in policy.logprobs(trajectories)])
+def _token_divergence(
+    live: Policy, reference: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind
+) -> torch.Tensor:
+    def logprobs(policy: Policy) -> torch.Tensor:
+        replayed = zip(trajectories, policy.logprobs(trajectories), strict=True)
+        pairs = [pair for t, row in replayed for pair in zip(t.segments, row, strict=True)]
+        return torch.cat([_actions(s, scored.logprobs) for s, scored in pairs if s.kind == kind])
 
     with torch.no_grad():
-        ref_logprobs = first(reference)
-    return k3(first(live), ref_logprobs).mean()
+        ref_logprobs = logprobs(reference)
+    return k3(logprobs(live), ref_logprobs).mean()
 
 
 def _velocity_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:

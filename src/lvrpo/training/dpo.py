@@ -9,41 +9,42 @@ import torch
 
 from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference_pairs
 from lvrpo.policies.base import Policy
+from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member
+from lvrpo.training.objective import Batch, GroupAdvantages, Member, has_kind
 from lvrpo.training.text import TextObjective, token_grid
-from lvrpo.types import Group, OutputKind, Trajectory
+from lvrpo.types import Group, MaskedSegment, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: OutputKind) -> list[Member]:
+def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind) -> list[Member]:
     """Winner, loser, winner, loser ... of the groups that have segments of this kind and a signal; both are valid."""
     found = preference_pairs(advantages.values, advantages.valid)
     return [
         Member(group.trajectories[g], float(advantages.values[p, g]))
         for p, group in enumerate(groups)
-        if kind in group.prompt.output and bool(found.valid[p])
+        if has_kind(group, kind) and bool(found.valid[p])
         for g in (int(found.winner[p]), int(found.loser[p]))
     ]
 
 
 class TextDPO(TextObjective):
-    """Log-probs of whole texts, summed over tokens (arXiv:2305.18290)."""
+    """Log-probs of whole texts or drawings in tokens, summed over these (arXiv:2305.18290)."""
 
     unit = 2
     off_policy = True
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return pairs(groups, advantages, "text")
+        return pairs(groups, advantages, self.kind)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        logprobs = text_logprobs(batch.policies.live, batch.trajectories)
+        logprobs = whole_logprobs(batch.policies.live, batch.trajectories, self.kind)
         with torch.no_grad():
-            ref = text_logprobs(batch.policies.reference, batch.trajectories)
+            ref = whole_logprobs(batch.policies.reference, batch.trajectories, self.kind)
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
-        return reported(batch, "text", result)
+        return reported(batch, self.kind, result)
 
 
 class FlowDPO(FlowObjective):
@@ -53,7 +54,7 @@ class FlowDPO(FlowObjective):
     off_policy = True
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return pairs(groups, advantages, "image")
+        return pairs(groups, advantages, "flow")
 
     def loss(self, batch: Batch) -> torch.Tensor:
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
@@ -68,10 +69,15 @@ class FlowDPO(FlowObjective):
         return rows[:, 0].flatten(), rows[:, 1].flatten()
 
 
-def text_logprobs(policy: Policy, trajectories: Sequence[Trajectory]) -> Float[torch.Tensor, " B"]:
-    """The log-prob of everything written in each trajectory."""
-    grid = token_grid(policy, trajectories)
-    return torch.where(grid.mask, grid.logprobs, 0.0).sum(dim=1)
+def whole_logprobs(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> Float[torch.Tensor, " B"]:
+    """The log-prob of all segments of a kind in each trajectory; by Monte Carlo its estimate, in nats."""
+    grid = token_grid(policy, trajectories, kind)
+    masked = [[s for s in trajectory.segments if isinstance(s, MaskedSegment)] for trajectory in trajectories]
+    if kind != "masked" or masked[0][0].likelihood == "path":
+        return torch.where(grid.mask, grid.logprobs, 0.0).sum(dim=1)
+    drawn = torch.tensor([sum(int((s.reveal_steps >= 0).sum()) for s in own) for own in masked])  # given tokens are not
+    by_draw = (len(trajectories), -1, grid.mask.shape[1])
+    return monte_carlo_logprob(grid.logprobs.view(by_draw), grid.mask.view(by_draw)) * drawn.to(grid.logprobs)
 
 
 def reported(batch: Batch, name: str, result: PreferenceLoss) -> torch.Tensor:

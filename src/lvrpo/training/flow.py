@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -25,13 +25,15 @@ from lvrpo.algorithms import (
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective, flow_segment, recorded_passes
-from lvrpo.types import FlowSegment, Group, OutputKind, Trajectory
+from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective, flow_segment, has_kind, recorded_passes
+from lvrpo.types import FlowSegment, Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-TEXT_ONLY = "trains tokens, and a drawing of this policy has none: set text.kind"
+TEXT_ONLY = (
+    "trains tokens, and a flow has none: set text.kind; tokens.kind or masked.kind for a policy that draws with tokens"
+)
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("clip", "gspo", "cispo", "dapo", "dr_grpo"), TEXT_ONLY),
     "flow_grpo": "is kind=grpo with rollout.sampler=flow_sde: extend flow_grpo.yaml",
@@ -43,7 +45,7 @@ ELSEWHERE: Mapping[str, str] = {
 
 
 class FlowConfig(Config):
-    """How drawn segments are trained."""
+    """How segments drawn by a flow are trained."""
 
     kind: Literal["nft", "grpo", "dpo", "best_of"] = "nft"
     """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps
@@ -51,7 +53,7 @@ class FlowConfig(Config):
     (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
     lr: float = Field(default=1.0, gt=0)
-    """Multiplier of the learning rates for the gradient of drawings; see ``text.lr``."""
+    """Multiplier of the learning rates for the gradient of flows; see ``text.lr``."""
     kl_coef: float = Field(default=2.0, ge=0)
     """nft, grpo, best_of: of the divergence from the reference. Without it nothing holds DiffusionNFT: the contrast of
     good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
@@ -91,7 +93,7 @@ class FlowConfig(Config):
 class FlowObjective(Objective):
     """What all have in common: a kind of segment and a section of the configuration."""
 
-    kind: ClassVar[OutputKind] = "image"
+    kind: SegmentKind = "flow"
 
     def __init__(self, config: FlowConfig) -> None:
         self.config = config
@@ -110,7 +112,7 @@ class ContrastObjective(FlowObjective):
         return [
             Member(group.trajectories[g], float(A[p, g]))
             for p, group in enumerate(groups)
-            if "image" in group.prompt.output
+            if has_kind(group, "flow")
             for g in keep[p].nonzero()[:, 0].tolist()
         ]
 

@@ -51,6 +51,8 @@ class Guard:
             timestep_shift=rollout.timestep_shift,
             solver=rollout.solver,
             image_size=rollout.image_size,
+            image_temperature=rollout.image_temperature,
+            choice_temperature=rollout.choice_temperature,
         )
 
     def score(self, policy: Policy) -> dict[Task, list[float]]:

@@ -128,7 +128,7 @@ def align(
 
 def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
-    sampling = replace(config.rollout.sampling(config.seed, step), group_size=config.control_group_size)
+    sampling = replace(config.sampling(step), group_size=config.control_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     return policies.reference.sample(prompts, sampling, seeds)
 
@@ -172,7 +172,7 @@ def contract_checks(
     prompts = [
         source.prompt(task, i) for task, count in config.data.prompts_per_step.items() for i in range(min(count, 8))
     ]
-    sampling = config.rollout.sampling(config.seed, 0)
+    sampling = config.sampling(0)
     if sampling.sampler == "ode":
         sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
@@ -208,6 +208,8 @@ def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_
         solver=rollout_config.solver,
         guidance_scale=guidance_scale,
         image_size=rollout_config.image_size,
+        image_temperature=rollout_config.image_temperature,
+        choice_temperature=rollout_config.choice_temperature,
     )
 
 

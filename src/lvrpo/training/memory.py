@@ -222,7 +222,7 @@ class _Estimator:
         self.policy, self.config = policy, config
         self.whole = whole
         self.device = pick_device(config.device).type
-        self.sampling = config.rollout.sampling(config.seed, 0)
+        self.sampling = config.sampling(0)
         if config.precision.compute is not None:
             policy.compute_in(DTYPES[config.precision.compute])
         config.limits.apply(policy)
@@ -246,11 +246,11 @@ class _Estimator:
             for members in self._sampled_at_once(asked, size):
                 self._note(passes, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
         groups = [self._group(prompt) for prompt in prompts]
-        for objective in objectives_of(config):
+        for objective in objectives_of(config, self.policy.writes):
             for task in tasks:
                 replayed = self._replayed_at_once([g for g in groups if g.prompt.task == task], objective)
-                replay = self._replay_text if objective.kind == "text" else self._replay_drawings
-                name = "replay of " + _NAMES[objective.kind]
+                replay = self._replay_text if objective.output == "text" else self._replay_drawings
+                name = "replay of " + _NAMES[objective.output]
                 if replayed:
                     self._note(passes, name, lambda r=replay, t=replayed: r(t), gradient=True)
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
@@ -259,7 +259,7 @@ class _Estimator:
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "old, reference and average weights": copies,
-            "moments": self._moments() * len(config.phases),
+            "moments": self._moments() * len(config.phases(self.policy.writes)),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts),
             "program": PROGRAM[self.device],

@@ -14,13 +14,23 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from lvrpo.policies.base import Policy
-from lvrpo.types import FlowSegment, Group, OutputKind, Task, Trajectory
+from lvrpo.types import (
+    FlowSegment,
+    Group,
+    ImageTokenSegment,
+    OutputKind,
+    Segment,
+    SegmentKind,
+    Task,
+    TextSegment,
+    Trajectory,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 KINDS: tuple[OutputKind, ...] = ("text", "image")
-"""The kinds of segments, in the order in which they are trained."""
+"""The kinds of outputs, each with advantages of its own."""
 
 MEMBERS_AT_ONCE = 192
 """Drawings that are replayed together."""
@@ -132,7 +142,7 @@ class Batch:
 class Objective(ABC):
     """How the segments of one kind are trained."""
 
-    kind: ClassVar[OutputKind]
+    kind: SegmentKind
     samples_with: ClassVar[Literal["live", "old"]] = "live"
     """Which weights sample the segments that it trains."""
     off_policy: ClassVar[bool] = False
@@ -142,10 +152,15 @@ class Objective(ABC):
     weight: float
     """Of its loss in the sum."""
 
+    @property
+    def output(self) -> OutputKind:
+        """Whose advantages train it."""
+        return "text" if self.kind == "text" else "image"
+
     def at_once(self, limit: int | None) -> int:
         """Members that are replayed together; ``limit`` is in drawings, None: ``MEMBERS_AT_ONCE``."""
         members = MEMBERS_AT_ONCE if limit is None else limit
-        return members * (TEXTS_PER_DRAWING if self.kind == "text" else 1)
+        return members * (TEXTS_PER_DRAWING if self.output == "text" else 1)
 
     @abstractmethod
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
@@ -164,6 +179,11 @@ class Objective(ABC):
         """The mean loss of a batch, with a gradient to the live policy."""
 
 
+def has_kind(group: Group, kind: SegmentKind) -> bool:
+    """Whether the members of a group have segments of a kind; all are made alike."""
+    return any(segment.kind == kind for segment in group.trajectories[0].segments)
+
+
 def flow_segment(trajectory: Trajectory) -> FlowSegment:
     """The drawing of a trajectory: its last segment."""
     segment = trajectory.segments[-1]
@@ -172,12 +192,22 @@ def flow_segment(trajectory: Trajectory) -> FlowSegment:
 
 
 def recorded_passes(trajectory: Trajectory) -> int:
-    """Of a replay of the recorded steps: one per step, and one more per branch of guidance where it was active."""
-    passes = 0
-    for segment in trajectory.segments:
-        if isinstance(segment, FlowSegment):
-            low, high = segment.guidance_interval
-            branches = (segment.guidance_scale != 1) * (1 + (segment.image_guidance_scale != 1))
-            times = [float(segment.timesteps[i]) for i in segment.trained_steps]
-            passes += sum(1 + branches * (low < t <= high) for t in times)
-    return passes
+    """Of a replay of the recorded actions, all segments together."""
+    return sum(segment_passes(segment) for segment in trajectory.segments)
+
+
+def segment_passes(segment: Segment) -> int:
+    """How often a replay takes a drawing through the policy with a gradient: once per trained step of a flow, for all
+    image tokens, per step or draw of masked ones; and once more per branch of guidance where it was active."""
+    if isinstance(segment, TextSegment):
+        return 0
+    if isinstance(segment, FlowSegment):
+        low, high = segment.guidance_interval
+        branches = (segment.guidance_scale != 1) * (1 + (segment.image_guidance_scale != 1))
+        times = [float(segment.timesteps[i]) for i in segment.trained_steps]
+        return sum(1 + branches * (low < t <= high) for t in times)
+    branches = 1 + (segment.guidance_scale != 1 and segment.guided_logprobs == "joint")
+    if isinstance(segment, ImageTokenSegment):
+        return branches
+    steps = len(segment.scored) if segment.likelihood == "monte_carlo" else int(segment.reveal_steps.max()) + 1
+    return steps * branches

@@ -75,6 +75,11 @@ class RolloutConfig(Config):
     """Height and width of pictures drawn without a source; None: the policy's own."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
+    image_temperature: float = Field(default=1.0, gt=0)
+    """Of image tokens, masked ones among them."""
+    choice_temperature: float = Field(default=0.0, ge=0)
+    """Of the noise in the choice of which masked tokens a step fixes; 0: the most confident ones (MaskGIT,
+    arXiv:2202.04200)."""
     refill_budget: int = Field(default=0, ge=0)
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
     same task, at most so many groups a step."""
@@ -143,11 +148,11 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
 def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
     writer, painter = policies.live, policies.live
-    if FLOW_OBJECTIVES[config.flow.kind].samples_with == "old":
+    if "flow" in policies.live.writes and FLOW_OBJECTIVES[config.flow.kind].samples_with == "old":
         painter = policies.old
     if config.rollout.policy == "reference":
         writer = painter = policies.reference
-    sampling = config.rollout.sampling(config.seed, step)
+    sampling = config.sampling(step)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     groups: dict[int, Group] = {}
     for sampler, wanted in ((writer, False), (painter, True)):

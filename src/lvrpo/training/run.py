@@ -203,6 +203,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
     policy = load_policy(base, config.device, config.weights_dtype)
+    config.require_fit(policy.writes)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")

@@ -67,7 +67,7 @@ class RunState:
             average=policy.twin(),
             judging=None if judge is None else judge.policy,
         )
-        optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases]
+        optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
         turn = None if config.guard.turn is None else Turn(config.guard.turn)
         return cls(policies, optimizers, judge=judge, turn=turn)
 

@@ -1,4 +1,7 @@
-"""Training text: an importance-weighted objective on tokens, a divergence from the reference, an entropy bonus."""
+"""Training tokens: an importance-weighted objective on them, a divergence from the reference, an entropy bonus.
+
+Text, image tokens and masked image tokens alike; ``training/drawn_tokens.py`` has the sections of the last two.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
 from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective
-from lvrpo.types import Group, OutputKind, TextSegment, Trajectory
+from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -33,6 +36,7 @@ ELSEWHERE: Mapping[str, str] = {
 class TextConfig(Config):
     """How text segments are trained."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
     kind: Literal["clip", "gspo", "cispo", "dpo", "best_of"] = "clip"
     """clip: the clipped ratio of each token (GRPO, DAPO, Dr.GRPO by ``reduction`` and bounds); gspo: of the whole text
     (arXiv:2507.18071); cispo: capped weights (arXiv:2506.13585); dpo: the best against the worst text of a group
@@ -61,14 +65,14 @@ class TextConfig(Config):
     @field_validator("kind", mode="before")
     @classmethod
     def _not_elsewhere(cls, kind: object) -> object:
-        if isinstance(kind, str) and kind in ELSEWHERE:
-            raise ValueError(ELSEWHERE[kind])
+        if isinstance(kind, str) and kind in cls.elsewhere:
+            raise ValueError(cls.elsewhere[kind])
         return kind
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """All text tokens of a batch of trajectories, padded to (B, L)."""
+    """All tokens of one kind of segment, padded to (B, L): a row per trajectory; of masked segments one per draw."""
 
     logprobs: Float[torch.Tensor, "B L"]
     behavior: Float[torch.Tensor, "B L"]
@@ -80,14 +84,13 @@ class TokenGrid:
 
 
 class TextObjective(Objective):
-    """What all have in common: a kind of segment and a section of the configuration."""
+    """What all have in common: a kind of segment whose actions are tokens, and its section of the configuration."""
 
-    kind: ClassVar[OutputKind] = "text"
-
-    def __init__(self, config: TextConfig, max_new_tokens: int) -> None:
+    def __init__(self, config: TextConfig, max_new_tokens: int, kind: SegmentKind = "text") -> None:
         self.config = config
         self.weight = config.weight
         self.max_new_tokens = max_new_tokens
+        self.kind = kind
 
 
 class TokenObjective(TextObjective):
@@ -100,51 +103,57 @@ class TokenObjective(TextObjective):
             for p, group in enumerate(groups)
             if bool((A[p] != 0).any())
             for g, trajectory in enumerate(group.trajectories)
-            if bool(valid[p, g]) and text_segments(trajectory)
+            if bool(valid[p, g]) and token_segments(trajectory, self.kind)
         ]
 
     def size(self, members: Sequence[Member]) -> int:
         """Tokens or trajectories, whichever the reduction counts."""
         if self.config.reduction != "token":
             return len(members)
-        return sum(len(segment.tokens) for member in members for segment in text_segments(member.trajectory))
+        return sum(token_count(member.trajectory, self.kind) for member in members)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        config = self.config
-        grid = token_grid(batch.policies.live, batch.trajectories)
-        advantage = batch.advantages().to(grid.logprobs.device)[:, None]
+        config, kind = self.config, self.kind
+        grid = token_grid(batch.policies.live, batch.trajectories, kind)
+        draws = len(grid.mask) // len(batch.members)
+        advantage = batch.advantages().repeat_interleave(draws).to(grid.logprobs.device)[:, None]
         surrogate = TOKEN_OBJECTIVES[config.kind](
             grid.logprobs, grid.anchor, advantage, grid.mask, clip_low=config.clip_low, clip_high=config.clip_high
         )
         terms = surrogate.loss_terms
         if config.importance_cap is not None:
             weights = truncated_weights(grid.anchor, grid.behavior, grid.mask, cap=config.importance_cap)
-            batch.log("importance/text", weights[grid.mask].mean())
+            batch.log(f"importance/{kind}", weights[grid.mask].mean())
             terms = weights * terms
         loss = self._reduced(terms, grid)
-        batch.log(f"loss/text/{batch.task}", loss)
-        batch.log("ratio/text", surrogate.ratio[grid.mask].mean())
-        batch.log("clip_fraction/text", surrogate.clipped[grid.mask].float().mean())
-        batch.log(f"entropy/{batch.task}", grid.entropy[grid.mask].mean())
+        batch.log(f"loss/{kind}/{batch.task}", loss)
+        batch.log(f"ratio/{kind}", surrogate.ratio[grid.mask].mean())
+        batch.log(f"clip_fraction/{kind}", surrogate.clipped[grid.mask].float().mean())
+        entropy = "entropy" if kind == "text" else f"entropy/{kind}"
+        batch.log(f"{entropy}/{batch.task}", grid.entropy[grid.mask].mean())
         if config.kl_coef:
             with torch.no_grad():
-                ref_logprobs = token_grid(batch.policies.reference, batch.trajectories).logprobs
+                ref_logprobs = token_grid(batch.policies.reference, batch.trajectories, kind).logprobs
             divergence = self._reduced(KL[config.kl](grid.logprobs, ref_logprobs), grid)
-            batch.log(f"kl/text/{batch.task}", divergence)
+            batch.log(f"kl/{kind}/{batch.task}", divergence)
             loss = loss + config.kl_coef * divergence
         if config.entropy_coef:
-            constant = float(self.max_new_tokens)
-            bonus = entropy_bonus(grid.entropy, grid.mask, config.reduction, constant=constant)
+            bonus = entropy_bonus(grid.entropy, grid.mask, config.reduction, constant=self._constant(grid))
             loss = loss + config.entropy_coef * bonus
         return loss
 
     def _reduced(self, terms: Float[torch.Tensor, "B L"], grid: TokenGrid) -> torch.Tensor:
-        return reduce_tokens(terms, grid.mask, self.config.reduction, constant=float(self.max_new_tokens))
+        return reduce_tokens(terms, grid.mask, self.config.reduction, constant=self._constant(grid))
+
+    def _constant(self, grid: TokenGrid) -> float:
+        """The most tokens that a text may have; the tokens of a drawing, whose batch is of one size."""
+        return float(self.max_new_tokens if self.kind == "text" else grid.mask.shape[1])
 
 
-def anchored(policy: Policy, groups: Sequence[Group]) -> list[Group]:
-    """The groups with every text scored once more by ``policy``, which the coming updates start from."""
-    trajectories = [t for group in groups for t in group.trajectories if text_segments(t)]
+def anchored(policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)) -> list[Group]:
+    """The groups with every segment of these kinds scored once more by ``policy``, which the coming updates start
+    from."""
+    trajectories = [t for group in groups for t in group.trajectories if any(s.kind in kinds for s in t.segments)]
     scored: dict[int, Trajectory] = {}
     with torch.no_grad():
         size = objective.MEMBERS_AT_ONCE * objective.TEXTS_PER_DRAWING
@@ -152,33 +161,53 @@ def anchored(policy: Policy, groups: Sequence[Group]) -> list[Group]:
             part = trajectories[start : start + size]
             for trajectory, rows in zip(part, policy.logprobs(part), strict=True):
                 segments = tuple(
-                    replace(s, trainer_logprobs=row.logprobs.cpu()) if isinstance(s, TextSegment) else s
+                    replace(s, trainer_logprobs=row.logprobs.cpu())
+                    if isinstance(s, TokenSegment) and s.kind in kinds
+                    else s
                     for s, row in zip(trajectory.segments, rows, strict=True)
                 )
                 scored[id(trajectory)] = replace(trajectory, segments=segments)
     return [replace(group, trajectories=tuple(scored.get(id(t), t) for t in group.trajectories)) for group in groups]
 
 
-def text_segments(trajectory: Trajectory) -> list[TextSegment]:
-    """The texts of a trajectory, in order."""
-    return [segment for segment in trajectory.segments if isinstance(segment, TextSegment)]
+def token_segments(trajectory: Trajectory, kind: SegmentKind) -> list[TokenSegment]:
+    """The segments of a kind whose actions are tokens, in order."""
+    return [segment for segment in trajectory.segments if isinstance(segment, TokenSegment) and segment.kind == kind]
 
 
-def token_grid(policy: Policy, trajectories: Sequence[Trajectory]) -> TokenGrid:
-    """Replays the texts of the trajectories, each of which has one."""
-    now, behavior, anchor, entropies = [], [], [], []
+def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
+    """How many tokens of a kind are scored; one that several draws mask counts in each."""
+    return sum(int(_scored(segment).sum()) for segment in token_segments(trajectory, kind))
+
+
+def token_grid(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
+    """Replays the segments of a kind, of which each of the trajectories has one or more."""
+    now, behavior, anchor, masks, entropies = [], [], [], [], []
     for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories), strict=True):
-        texts = [
+        found = [
             (segment, scored)
             for segment, scored in zip(trajectory.segments, replayed, strict=True)
-            if isinstance(segment, TextSegment)
+            if isinstance(segment, TokenSegment) and segment.kind == kind
         ]
-        now.append(torch.cat([scored.logprobs for _, scored in texts]))
-        behavior.append(torch.cat([segment.behavior_logprobs for segment, _ in texts]).to(now[-1].device))
-        anchors = [s.behavior_logprobs if s.trainer_logprobs is None else s.trainer_logprobs for s, _ in texts]
-        anchor.append(torch.cat(anchors).to(now[-1].device))
-        entropies.append(torch.cat([scored.entropy for _, scored in texts if scored.entropy is not None]))
-    pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in now], batch_first=True)
-    padded = [pad(rows, batch_first=True) for rows in (now, behavior, anchor, entropies)]
+        now += _rows([scored.logprobs for _, scored in found])
+        device = now[-1].device
+        behavior += _rows([segment.behavior_logprobs for segment, _ in found], device)
+        anchors = [s.behavior_logprobs if s.trainer_logprobs is None else s.trainer_logprobs for s, _ in found]
+        anchor += _rows(anchors, device)
+        masks += _rows([_scored(segment) for segment, _ in found], device)
+        entropies += _rows([scored.entropy for _, scored in found if scored.entropy is not None])
+    padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (now, behavior, anchor, entropies)]
+    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     return TokenGrid(padded[0], padded[1], padded[2], mask, padded[3])
+
+
+def _scored(segment: TokenSegment) -> Bool[torch.Tensor, "R L"]:
+    """Which log-probs of a segment count, a row per draw: all of them, unless it says otherwise."""
+    if isinstance(segment, MaskedSegment):
+        return segment.scored
+    return torch.ones_like(segment.behavior_logprobs, dtype=torch.bool)[None]
+
+
+def _rows(parts: Sequence[torch.Tensor], device: torch.device | None = None) -> list[torch.Tensor]:
+    """The segments of a trajectory, each (L,) or (R, L), one after another: R rows."""
+    return list(torch.cat([torch.atleast_2d(part) for part in parts], dim=1).to(device))

@@ -11,13 +11,13 @@ from lvrpo.policies.mot.batching import cut
 from lvrpo.sampling import derive_seed
 from lvrpo.training.best_of import BestDrawing, BestText
 from lvrpo.training.dpo import FlowDPO, TextDPO
-from lvrpo.training.flow import NFT, FlowGRPO, FlowObjective
+from lvrpo.training.flow import NFT, FlowConfig, FlowGRPO, FlowObjective
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies, flow_segment
+from lvrpo.training.objective import KINDS, Advantages, Batch, Member, Metrics, Objective, Policies
 from lvrpo.training.optimizer import Optimizers
-from lvrpo.training.text import TextObjective, TokenObjective, anchored
-from lvrpo.types import TASKS, Group, OutputKind, Task
+from lvrpo.training.text import TextConfig, TextObjective, TokenObjective, anchored
+from lvrpo.types import SEGMENT_KINDS, TASKS, Group, SegmentKind, Task
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -29,7 +29,7 @@ TEXT_OBJECTIVES: Mapping[str, type[TextObjective]] = {
     "dpo": TextDPO,
     "best_of": BestText,
 }
-"""What trains text, by ``text.kind``."""
+"""What trains text, image tokens and masked ones, by the ``kind`` of their sections."""
 
 FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
     "nft": NFT,
@@ -37,14 +37,16 @@ FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
     "dpo": FlowDPO,
     "best_of": BestDrawing,
 }
-"""What trains drawings, by ``flow.kind``."""
+"""What trains flows, by ``flow.kind``."""
 
 
-def objectives_of(config: TrainConfig) -> list[Objective]:
-    """How each kind of segment is trained; a kind of weight 0 is not."""
+def objectives_of(config: TrainConfig, writes: Sequence[SegmentKind]) -> list[Objective]:
+    """How each kind of segment that the policy writes is trained; a kind of weight 0 is not."""
     objectives: list[Objective] = [
-        TEXT_OBJECTIVES[config.text.kind](config.text, config.rollout.max_new_tokens),
-        FLOW_OBJECTIVES[config.flow.kind](config.flow),
+        FLOW_OBJECTIVES[section.kind](section)
+        if isinstance(section, FlowConfig)
+        else TEXT_OBJECTIVES[section.kind](section, config.rollout.max_new_tokens, kind)
+        for kind, section in config.sections(writes).items()
     ]
     return [objective for objective in objectives if objective.weight]
 
@@ -55,7 +57,7 @@ def update(
     advantages: Advantages,
     config: TrainConfig,
     step: int,
-    kinds: Sequence[OutputKind] = KINDS,
+    kinds: Sequence[SegmentKind] = SEGMENT_KINDS,
     apart: TaskGradients | None = None,
 ) -> Metrics:
     """Accumulates the gradients of the given kinds of segments of all tasks; the caller steps the optimizers.
@@ -63,7 +65,7 @@ def update(
     ``apart`` tells the tasks' gradients apart, and mixes them as configured; None: they are summed.
     """
     metrics = Metrics()
-    objectives = [objective for objective in objectives_of(config) if objective.kind in kinds]
+    objectives = [o for o in objectives_of(config, policies.live.writes) if o.kind in kinds]
     for task in TASKS:
         rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
         weight = config.task_weights.get(task, 1.0)
@@ -74,7 +76,7 @@ def update(
         signal = (A["text"].values != 0) | (A["image"].values != 0)
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
         for objective in objectives:
-            chosen = objective.choose(task_groups, A[objective.kind])
+            chosen = objective.choose(task_groups, A[objective.output])
             for members in parts(chosen, objective, policies.live, config.limits):
                 share = objective.size(members) / objective.size(chosen)
                 loss = objective.loss(Batch(policies, task, step, members, share, metrics))
@@ -96,12 +98,16 @@ def take_steps(
     lr_scale: float = 1.0,
 ) -> Metrics:
     """The optimizer steps of one rollout: one, unless ``mini_updates`` or different learning rates ask for more."""
-    if config.text.importance_cap is not None:
-        groups = anchored(policies.live, groups)
+    sections = config.sections(policies.live.writes)
+    capped: list[SegmentKind] = [
+        kind for kind, s in sections.items() if isinstance(s, TextConfig) and s.importance_cap is not None
+    ]
+    if capped:
+        groups = anchored(policies.live, groups, capped)
     metrics = Metrics()
     for part, A in deal(groups, advantages, config.mini_updates):
         apart = told_apart(policies.live, config, step)
-        for (kinds, lr), optimizer in zip(config.phases, optimizers, strict=True):
+        for (kinds, lr), optimizer in zip(config.phases(policies.live.writes), optimizers, strict=True):
             metrics.include(update(policies, part, A, config, step, kinds, apart))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
                 metrics.add(f"grad_norm/{expert}", norm)
@@ -146,7 +152,8 @@ def parts(
     units = [chosen[start : start + unit] for start in range(0, len(chosen), unit)]
     sizes: dict[object, list[Sequence[Member]]] = {}
     for members in units:
-        size = flow_segment(members[0].trajectory).image.shape if objective.kind == "image" else None
+        image = members[0].trajectory.image if objective.output == "image" else None
+        size = None if image is None else image.shape
         sizes.setdefault(size, []).append(members)
     for same in sizes.values():
         if limits.backward_tokens is None:

@@ -91,7 +91,7 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     live = policies.live
     assert isinstance(live, BagelPolicy)
     groups = [group for group in sampled(live, config) if group.prompt.task == "edit"]
-    (objective,) = objectives_of(config)
+    (objective,) = objectives_of(config, ("text", "flow"))
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1)
     chosen = objective.choose(groups, GroupAdvantages.of_all(A))
     assert len(chosen) == 8

@@ -33,6 +33,7 @@ from lvrpo.types import (
     Parts,
     Prompt,
     Segment,
+    SegmentKind,
     SegmentLogprobs,
     Task,
     TextSegment,
@@ -76,6 +77,7 @@ class MoTPolicy(nn.Module, ABC):
     """One policy that reads and draws, whatever its towers."""
 
     model_type = "lvrpo_mot"
+    writes: tuple[SegmentKind, ...] = ("text", "flow")
     drops_conditions = False
     """Whether ``supervised_losses`` leaves conditions out by itself."""
 
@@ -620,7 +622,7 @@ def _replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
     for s in trajectory.segments:
         if isinstance(s, TextSegment):
             out.append(s.temperature)
-        else:
+        elif isinstance(s, FlowSegment):
             out += [s.trained_steps, tuple(s.timesteps.tolist()), s.sampler, s.noise_level, s.logprob_reduction]
             out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm, s.guidance_renorm_min]
             out += [s.guidance_interval, tuple(s.image.shape)]
