@@ -43,8 +43,8 @@ class TextConfig(Config):
     (arXiv:2305.18290); best_of: imitate the best (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
     lr: float = Field(default=1.0, gt=0)
-    """Multiplier of the learning rates for the gradient of text. Where it differs from ``flow.lr`` the two kinds of
-    segments are stepped in turn, each with moments of its own."""
+    """Multiplier of the learning rates for the gradient of these segments. Where sections differ in it, their segments
+    are stepped in turn, each rate with moments of its own."""
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     importance_cap: float | None = Field(default=None, gt=0)
