@@ -34,6 +34,7 @@ from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.run import Alignment, open_policy
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
+from lvrpo.training.text import anchored
 from lvrpo.training.update import objectives_of, take_steps, update
 from lvrpo.types import (
     ImageTokenSegment,
@@ -173,6 +174,20 @@ def test_importance_weights_are_those_of_the_segment() -> None:
     loss, metrics = loss_of([segment], now, [1.0], {"importance_cap": 2.0})
     assert loss == pytest.approx(-1.5)
     assert metrics["importance/tokens"] == pytest.approx(1.5)
+
+
+def test_segments_of_one_kind_are_scored_anew_before_an_update() -> None:
+    bench = Bench()
+    bench.move()
+    with torch.no_grad():
+        replayed = bench.live.logprobs(list(bench.groups[0].trajectories))
+    for trajectory, rows in zip(anchored(bench.live, bench.groups, ["masked"])[0].trajectories, replayed, strict=True):
+        text, tokens, masked = trajectory.segments
+        assert isinstance(masked, MaskedSegment)
+        assert masked.trainer_logprobs is not None
+        assert torch.allclose(masked.trainer_logprobs, rows[2].logprobs, atol=1e-5)
+        assert not torch.allclose(masked.trainer_logprobs, masked.behavior_logprobs, atol=1e-2)
+        assert [getattr(segment, "trainer_logprobs", "") for segment in (text, tokens)] == [None, None]
 
 
 def test_what_a_replay_costs() -> None:
