@@ -68,6 +68,8 @@ class Prompt:
     """The data set (and split) it comes from."""
     rules: Mapping[str, Any] = field(default_factory=dict)
     """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
+    edited: torch.Tensor | None = None
+    """bool (height, width), True where an edit may change the last picture of ``parts``; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lvrpo.data.sources import PromptSource
 from lvrpo.errors import InputError
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
+EDIT = {"task": "edit", "prompt": "make it blue", "images": ["a.png"]}
 ASK = {"task": "understand", "prompt": "what color ?", "images": ["a.png"]}
 
 
@@ -28,6 +29,10 @@ def folder(tmp_path: Path) -> Path:
     PilImage.new("RGB", (5, 4), (255, 0, 0)).save(home / "a.png")
     PilImage.new("L", (3, 3), 128).save(home / "sub" / "b.png")
     PilImage.new("RGB", (5, 4)).save(tmp_path / "outside.png")
+    PilImage.new("L", (5, 4)).save(home / "black.png")
+    mask = PilImage.new("L", (5, 4))
+    mask.paste(255, (1, 0, 3, 2))
+    mask.save(home / "mask.png")
     (home / "link.png").symlink_to(tmp_path / "outside.png")
     (home / "text.png").write_text("no picture")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -84,6 +89,37 @@ def test_reads_rows(folder: Path) -> None:
         prompts.prompt("edit", 0)
 
 
+def test_rows_say_where_an_edit_may_change(folder: Path) -> None:
+    """As boxes [left, top, right, bottom], or as a picture that is white there."""
+    boxes, mask, neither = {"edited": [[1, 0, 3, 2], [4, 3, 5, 4]]}, {"edited": "mask.png"}, {}
+    rows = [{**EDIT, "id": str(i)} | more for i, more in enumerate((boxes, mask, neither))]
+    prompts = {p.id: p for p in source(write(folder, *rows)).prompts("edit", 3)}
+    expected = torch.zeros(4, 5, dtype=torch.bool)
+    expected[:2, 1:3] = True
+    masked, boxed = prompts["1"].edited, prompts["0"].edited
+    assert masked is not None
+    assert boxed is not None
+    assert torch.equal(masked, expected)
+    expected[3, 4] = True
+    assert torch.equal(boxed, expected)
+    assert prompts["2"].edited is None
+    black = source(write(folder, {**EDIT, "edited": "black.png"}))
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: mask black\.png is black: make white"):
+        black.prompt("edit", 0)
+
+
+def test_boxes_are_of_the_picture_as_it_is_seen(folder: Path) -> None:
+    """Not as it is stored: a camera on its side turns it when it is read."""
+    exif = PilImage.Exif()
+    exif[0x0112] = 6
+    PilImage.new("RGB", (6, 2)).save(folder / "turned.jpg", exif=exif)
+    row = {**EDIT, "images": ["turned.jpg"], "edited": [[0, 0, 2, 6]]}
+    edited = source(write(folder, row)).prompt("edit", 0).edited
+    assert edited is not None
+    assert edited.shape == (6, 2)
+    assert bool(edited.all())
+
+
 def test_each_pass_is_a_new_deterministic_order(folder: Path) -> None:
     file = write(folder, *({**DRAW, "id": str(k)} for k in range(20)))
     passes = [[p.id for p in source(file).prompts("generate", 20, start)] for start in (0, 20, 0)]
@@ -107,6 +143,17 @@ ROWS = [
     ([{**DRAW, "prompt": 3}], "field 'prompt' is 3: it should be a valid string"),
     ([{**DRAW, "images": "a.png"}], "field 'images' is 'a.png': it should be a valid list"),
     ([{**DRAW, "target": 5}], "field 'target' is 5"),
+    ([{**DRAW, "edited": [[0, 0, 1, 1]]}], "field 'edited' is about edits, and task is 'generate'"),
+    ([{**EDIT, "edited": []}], "field 'edited' is empty"),
+    (
+        [{**EDIT, "edited": [[3, 0, 3, 2]]}],
+        "field 'edited' has the box [3, 0, 3, 2]: must be [left, top, right, bottom]",
+    ),
+    ([{**EDIT, "edited": [[0, 0, 6, 2]]}], "the box [0, 0, 6, 2], which leaves the source of 5 x 4 pixels"),
+    ([{**EDIT, "edited": [[0, 0, 1]]}], "field 'edited' has the box [0, 0, 1]: must be [left, top"),
+    ([{**EDIT, "edited": [[-1, 0, 1, 1]]}], "field 'edited' has the box [-1, 0, 1, 1]: must be"),
+    ([{**EDIT, "edited": "sub/b.png"}], "mask 'sub/b.png' of field 'edited' has 3 x 3 pixels, its source 5 x 4"),
+    ([{**EDIT, "edited": "gone.png"}], "gone.png: no such picture file"),
     ([{"task": "understand", "prompt": "what ?"}], "task 'understand' needs a picture"),
     ([{"task": "edit", "prompt": "make it red"}], "task 'edit' needs a picture"),
     ([{**DRAW, "output": ["text"]}], "task 'generate' produces image"),

@@ -22,7 +22,9 @@ from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
 SIZE = 16
 FACT = scene_facts.relation(Mention("circle"), Mention("star"), "left")
 DRAW = Prompt("d", "generate", ("draw a circle left of a star",), ("image",), facts=(FACT,))
-EDIT = Prompt("e", "edit", (torch.full((3, SIZE, SIZE), 0.2), "add a circle"), ("image",), facts=(FACT,))
+LEFT_HALF = torch.arange(SIZE).expand(SIZE, SIZE) < SIZE // 2
+SOURCE = torch.full((3, SIZE, SIZE), 0.2)
+EDIT = Prompt("e", "edit", (SOURCE, "add a circle"), ("image",), facts=(FACT,), edited=LEFT_HALF)
 NAN_PICTURE = "the picture holds values that are no numbers"
 OTHER_SIZE = "a picture of 24 x 16: the judge reads 16 x 16"
 
@@ -86,9 +88,10 @@ REWARDS: dict[str, dict[str, Any]] = {
     "knowledge": {},
     "scene_facts": {},
     "edit_consistency": {},
+    "edit_consistency, pixels": {"ask": False},
     "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "drawing_likelihood"}], "scale": "raw"},
 }
-BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency")
+BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
 
 
@@ -106,7 +109,7 @@ def source(name: str, **config: Any) -> RewardSource:
 
 
 def scored(name: str, judge: Strict, *drawn: Image, **config: Any) -> RewardTable:
-    prompt = EDIT if name == "edit_consistency" else DRAW
+    prompt = EDIT if name.startswith("edit_consistency") else DRAW
     made = source(name, **config)
     assert made.scores(prompt)
     group = given_group(prompt, [[image] for image in drawn])
@@ -127,7 +130,7 @@ def test_a_picture_that_cannot_be_read_is_masked_alone(name: str) -> None:
     assert table.reasons[0, 1, 0].endswith(NAN_PICTURE)
     if name in ("instruction, verifier", "scene_facts"):
         assert table.mask[0, 3, 0]  # the verifier reads any multiple of 8
-    elif name == "edit_consistency":
+    elif name.startswith("edit_consistency"):
         assert table.reasons[0, 3, 0] == "failed: a picture of (3, 16, 24) for a source of (3, 16, 16)"
     else:
         assert table.reasons[0, 3, 0].endswith(OTHER_SIZE)
@@ -143,9 +146,8 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
-READ = [
-    name for name in ASKED if name.split(",")[0] in ("mutual", "own_vqa", "instruction", "knowledge", "lower_bound")
-]
+READING = ("mutual", "own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
+READ = [name for name in ASKED if name.split(",")[0] in READING]
 """They take log-probs of texts for what they are; the others compare numbers of any size."""
 NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]
 

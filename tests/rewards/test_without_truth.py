@@ -202,6 +202,7 @@ def edited(*patches: tuple[int, int], by: float = 0.2) -> torch.Tensor:
     return result
 
 
+@pytest.mark.filterwarnings("ignore:edit_consistency")
 def test_an_edit_keeps_the_rest_by_hand() -> None:
     outputs = [[SOURCE.clone()], [edited((0, 0))], [edited((0, 0), by=0.05)], [edited((0, 0), (1, 1))]]
     scores = EditConsistency().score([given_group(EDIT, outputs)], None)  # type: ignore[arg-type]
@@ -216,6 +217,7 @@ def test_more_damage_never_scores_higher(damage: float) -> None:
     assert reward.of(SOURCE, hurt) < reward.of(SOURCE, clean)
 
 
+@pytest.mark.filterwarnings("ignore:edit_consistency")
 def test_a_result_of_another_size_is_masked() -> None:
     scores = EditConsistency().score([given_group(EDIT, [[torch.zeros(3, 8, 8)]])], None)  # type: ignore[arg-type]
     assert scores.failures == {(0, 0): "a picture of (3, 8, 8) for a source of (3, 16, 16)"}

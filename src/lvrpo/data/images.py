@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PilImage
-from PIL import ImageOps, UnidentifiedImageError
 from torch.nn import functional
 
 from lvrpo.errors import InputError
@@ -17,12 +17,26 @@ from lvrpo.types import Image
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of pictures that are stored on their side."""
 
 
 def check_image(path: Path) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
     with _open_file(path) as picture:
         return picture.size
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
+    with _open_file(path) as picture:
+        width, height = picture.size
+        return (width, height) if picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else (height, width)
+
+
+def load_mask(path: Path) -> torch.Tensor:
+    """A picture as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
+    return load_image(path).mean(dim=0) > 0.5
 
 
 def load_image(path: Path) -> Image:

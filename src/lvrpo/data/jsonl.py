@@ -9,10 +9,11 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.data.images import check_image, load_image
+from lvrpo.data.images import check_image, load_image, load_mask, upright_size
 from lvrpo.data.schema import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.types import TASKS, Example, Fact, Image, Part, Prompt, Task
@@ -38,6 +39,8 @@ class _Line:
     """file:line"""
     images: tuple[Path, ...]
     targets: tuple[str | Path, ...]
+    mask: Path | None = None
+    """Of field 'edited', where it names a file."""
 
 
 class JsonlPrompts:
@@ -52,6 +55,7 @@ class JsonlPrompts:
         self._lines = _read(self.path, config.check == "pixels")
         self._by_task = {t: [x for x in self._lines if x.row.task == t] for t in TASKS}
         self._load = lru_cache(maxsize=config.cached_images)(load_image)
+        self._load_mask = lru_cache(maxsize=config.cached_images)(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
 
     def __len__(self) -> int:
@@ -73,7 +77,10 @@ class JsonlPrompts:
         facts = tuple(Fact(f.kind, f.question, f.answer) for f in row.facts)
         parts: tuple[Part, ...] = (*(self._image(p, line) for p in line.images), row.prompt)
         rules = {} if row.rules is None else row.rules.model_dump(exclude_unset=True)
-        return Prompt(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name, rules)
+        return Prompt(
+            *(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name, rules),
+            edited=self._edited(line, parts),
+        )
 
     def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
@@ -94,6 +101,25 @@ class JsonlPrompts:
             return self._load(path)
         except InputError as error:
             raise InputError(f"{line.where}: {error}") from None
+
+    def _edited(self, line: _Line, parts: tuple[Part, ...]) -> torch.Tensor | None:
+        """bool (height, width) of the source, where the row says what may change."""
+        boxes = line.row.edited
+        if line.mask is not None:
+            try:
+                mask = self._load_mask(line.mask)
+            except InputError as error:
+                raise InputError(f"{line.where}: {error}") from None
+            if not mask.any():
+                raise InputError(f"{line.where}: mask {line.mask.name} is black: make white what the edit may change")
+            return mask
+        if boxes is None or isinstance(boxes, str):
+            return None
+        source = next(part for part in reversed(parts) if not isinstance(part, str))
+        mask = torch.zeros(source.shape[1:], dtype=torch.bool)
+        for left, top, right, bottom in boxes:
+            mask[top:bottom, left:right] = True
+        return mask
 
     def _shuffled(self, task: Task, epoch: int) -> list[_Line]:
         lines = list(self._by_task[task])
@@ -138,10 +164,33 @@ def _read(path: Path, decode: bool) -> list[_Line]:
         images = tuple(picture_path(path.parent, name, where, decode) for name in row.images)
         named = zip(row.kinds, row.targets, strict=False)
         targets = tuple(picture_path(path.parent, t, where, decode) if kind == "image" else t for kind, t in named)
-        lines.append(_Line(row, key, where, images, targets))
+        lines.append(_Line(row, key, where, images, targets, _region(path.parent, row, images, where, decode)))
     if not lines:
         raise InputError(f"{path}: no rows: write one JSON object per line")
     return lines
+
+
+def _region(folder: Path, row: Row, images: tuple[Path, ...], where: str, decode: bool) -> Path | None:
+    """The file of the mask of an edit; raises InputError where a mask or box does not fit the source."""
+    if row.edited is None:
+        return None
+    height, width = upright_size(images[-1])
+    if isinstance(row.edited, str):
+        mask = picture_path(folder, row.edited, where, decode)
+        h, w = upright_size(mask)
+        if (h, w) != (height, width):
+            raise InputError(
+                f"{where}: mask {row.edited!r} of field 'edited' has {w} x {h} pixels, its source {width} x {height}: "
+                "make both equal"
+            )
+        return mask
+    for box in row.edited:
+        if box[2] > width or box[3] > height:
+            raise InputError(
+                f"{where}: field 'edited' has the box {list(box)}, which leaves the source of {width} x {height} "
+                "pixels: [left, top, right, bottom] must lie inside"
+            )
+    return None
 
 
 def _no_constant(name: str) -> None:

@@ -75,6 +75,9 @@ class Row(_Strict):
     """The row of the results table that it counts in."""
     output: list[OutputKind] = Field(default_factory=list)
     """What to produce, in order; by default text (understand, reason) or image (generate, edit)."""
+    edited: str | list[list[int]] | None = None
+    """Where an edit may change its source (the last of ``images``), for the reward ``edit_consistency``: boxes
+    [left, top, right, bottom] in pixels, the last two excluded; or a picture file of its size, white where it may."""
     target: str | list[str] | None = None
     """Outputs to imitate, for supervised rows: a text or a picture file for each entry of ``output``."""
 
@@ -102,6 +105,16 @@ class Row(_Strict):
             raise ValueError(
                 "field 'rules' is about texts, and this row produces a picture: leave it out, or give facts"
             )
+        if self.edited is not None and self.task != "edit":
+            raise ValueError(f"field 'edited' is about edits, and task is '{self.task}': leave it out")
+        if self.edited is not None and not self.edited:
+            raise ValueError("field 'edited' is empty: give boxes [[left, top, right, bottom]], or leave it out")
+        for box in self.edited if isinstance(self.edited, list) else ():
+            if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+                raise ValueError(
+                    f"field 'edited' has the box {box}: must be [left, top, right, bottom] with 0 <= left < right and "
+                    "0 <= top < bottom"
+                )
         if self.target is not None and len(self.targets) != len(self.kinds):
             raise ValueError(
                 f"field 'target' has {len(self.targets)} entries for {len(self.kinds)} outputs "
@@ -123,7 +136,8 @@ def parse_row(data: Any) -> Row:
 
 
 def _explain(problem: Any, data: dict[str, Any]) -> str:
-    where = [str(part) for part in problem["loc"] if not (problem["loc"][0] == "target" and part in _TYPE_NAMES)]
+    either = problem["loc"][:1] in (("target",), ("edited",))  # of several types, which stand in the path
+    where = [str(part) for part in problem["loc"] if not (either and str(part).startswith(_TYPE_NAMES))]
     name, value = ".".join(where), problem.get("input")
     if problem["type"] == "extra_forbidden":
         models: dict[str, type[_Strict]] = {"facts": RowFact, "rules": TextRules}
@@ -139,7 +153,7 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
 
 
-_TYPE_NAMES = ("str", "list[str]")
+_TYPE_NAMES = ("str", "list[")
 
 
 def _short(value: Any) -> str:

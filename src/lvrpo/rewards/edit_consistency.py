@@ -1,9 +1,11 @@
-"""Edits: something changed, and the rest stayed, measured on pixels."""
+"""Edits: what should change changed, and what should stay stayed, asked of the frozen model and measured on pixels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -12,39 +14,78 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
-from lvrpo.types import Group, Image, Prompt
+from lvrpo.rewards.endpoint import NoAnswer
+from lvrpo.rewards.gate import Side
+from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
+from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
+from lvrpo.types import Fact, Group, Image, Prompt
 
 
 class EditConsistency:
-    """Nearness of the unedited part to the source, and 0 for an edit that changed nothing.
+    """What should change changed, and what should stay stayed. Range [0, 1].
 
-    d_j = root mean square difference of patch j of ``patch`` x ``patch`` pixels;  the edited region is unknown and
-    taken to be the ``edited`` share of patches that changed most;  stay = exp(- mean_j d_j / scale) over the others;
-    changed = min(1, max_j d_j / moved);  r = changed stay.  Range [0, 1].
+        r = changed stayed,
+        changed = min(1, max_j d_j(R) / moved) mean_k c_k,    c_k: questions about what should be,
+        stayed  = exp(- mean_j d_j(not R) / scale) mean_k c_k,    c_k: questions about what should stay,
 
-    It sees whether the source was kept, not whether the instruction was obeyed: put it beside a reward that does
-    (``own_vqa`` or ``mutual`` on the facts of the edit). An edit of more than the share loses; one that touches less
-    may damage a little for free. The source is the last picture of the prompt; a result of another size is masked.
+    with d_j(M) the root mean square difference to the source over the pixels of patch j (``patch`` x ``patch``) that
+    lie in M, the mean over patches weighted by how many those are, and c_k the frozen reading side's confidence in the
+    right answer, given the result. A factor of which there is nothing to ask, or nothing to measure, is 1.
+
+    R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
+    rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches
+    that changed most, which is said once: an edit of more than that share then loses, and one that touches less may
+    damage a little for free.
+
+    What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay; with ``split``
+    (see ``own_vqa``), edits of free text get questions of both kinds. Questions about what should stay are asked of the
+    source too, and count only where the judge is ``sure`` of their answer there: what counts is then whether the result
+    agrees with the source. Where none of them is left, the output is masked with the reason. ``choices`` and ``gate``
+    are those of ``own_vqa``; ``ask: false`` leaves the pixels alone.
+
+    The source is the last picture of the prompt; a result of another size is masked, and so is what the judge gives no
+    number for. Raises InputError for options out of range, and for options about questions with ``ask: false``.
     """
 
     judges = ("image",)
 
-    def __init__(self, patch: int = 8, edited: float = 0.25, scale: float = 0.1, moved: float = 0.1) -> None:
+    def __init__(
+        self,
+        patch: int = 8,
+        edited: float = 0.25,
+        scale: float = 0.1,
+        moved: float = 0.1,
+        ask: bool = True,
+        sure: float | None = None,
+        choices: str | None = None,
+        gate: str | None = None,
+        split: Mapping[str, Any] | None = None,
+    ) -> None:
         if patch < 1 or not 0 <= edited < 1 or not scale > 0 or not moved > 0:
             raise InputError(
                 f"edit_consistency: patch={patch}, edited={edited}, scale={scale}, moved={moved}: need patch >= 1, "
                 "0 <= edited < 1, scale > 0 and moved > 0"
             )
+        if sure is not None and not 0 <= sure < 1:
+            raise InputError(f"edit_consistency.sure={sure!r}: must be at least 0 and below 1")
+        if not ask and not (sure is choices is gate is split is None):
+            raise InputError("edit_consistency.ask=false: asks no questions: leave out sure, choices, gate and split")
         self.patch, self.edited, self.scale, self.moved = patch, edited, scale, moved
+        self.sure = SURE if sure is None else sure
+        self.vqa = OwnVQA(choices=choices, gate=gate, split=split) if ask else None
+        self.sides: tuple[Side, ...] = ("read",) if ask else ()
+        self.judged_by = "" if self.vqa is None else self.vqa.judged_by
+        self._told = False
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.task == "edit" and any(not isinstance(part, str) for part in prompt.parts)
+        return prompt.task == "edit" and bool(pictures_of(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
+        failures: Failures = {}
+        self._say_what_is_guessed(groups)
         for p, group in enumerate(groups):
-            source = [part for part in group.prompt.parts if not isinstance(part, str)][-1]
+            source, region = source_of(group.prompt), group.prompt.edited
             for g, trajectory in enumerate(group.trajectories):
                 image = trajectory.image
                 problem = problem_of(trajectory)
@@ -52,13 +93,82 @@ class EditConsistency:
                     failures[p, g] = str(problem)
                 elif image.shape != source.shape:
                     failures[p, g] = f"a picture of {tuple(image.shape)} for a source of {tuple(source.shape)}"
+                elif region is not None and region.shape != source.shape[1:]:
+                    failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
                 else:
-                    values[p, g] = self.of(source, image)
+                    values[p, g] = self.of(source, image, region)
+        if self.vqa is not None:
+            found, missing = self._asked(self.vqa, groups, judge)
+            for cell, confidence in found.items():
+                values[cell] *= confidence
+            failures = missing | failures
         return Scores(values, failures)
 
-    def of(self, source: Image, result: Image) -> float:
-        """The score of one edit."""
-        squares = (result - source).square().mean(dim=0)[None, None]
-        d = functional.avg_pool2d(squares, self.patch, ceil_mode=True).sqrt().flatten()
-        kept = d.sort().values[: max(1, round(len(d) * (1 - self.edited)))]
-        return min(1.0, float(d.max()) / self.moved) * math.exp(-float(kept.mean()) / self.scale)
+    def of(self, source: Image, result: Image, region: torch.Tensor | None = None) -> float:
+        """The score of one edit by its pixels alone; ``region``: bool (height, width), where it may change."""
+        squares = (result - source).square().mean(dim=0)
+        if region is None:
+            d, _ = self._patches(squares, torch.ones_like(squares, dtype=torch.bool))
+            kept = d.sort().values[: max(1, round(len(d) * (1 - self.edited)))]
+            return min(1.0, float(d.max()) / self.moved) * math.exp(-float(kept.mean()) / self.scale)
+        inside, _ = self._patches(squares, region)
+        outside, weights = self._patches(squares, ~region)
+        changed = min(1.0, float(inside.max()) / self.moved) if len(inside) else 1.0
+        damage = float((weights * outside).sum() / weights.sum()) if len(outside) else 0.0
+        return changed * math.exp(-damage / self.scale)
+
+    def _patches(self, squares: torch.Tensor, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,) root mean of the squares (H, W) in each patch over the pixels ``among``, and the share that those are.
+
+        Patches without such a pixel are left out.
+        """
+        pixels = among.to(squares)
+        summed, share = (
+            functional.avg_pool2d(x[None, None], self.patch, ceil_mode=True).flatten()
+            for x in (squares * pixels, pixels)
+        )
+        has = share > 0
+        return (summed[has] / share[has]).sqrt(), share[has]
+
+    def _asked(
+        self, vqa: OwnVQA, groups: Sequence[Group], judge: Policy
+    ) -> tuple[dict[tuple[int, int], float], Failures]:
+        """The product of the two means of confidences where something is asked, and why it has no answer."""
+
+        def confirm(pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:
+            return vqa.confirm(pairs, judge)
+
+        reasons: dict[int, str] = {}
+        given = [p for p, group in enumerate(groups) if group.prompt.facts]
+        cases = [(source_of(groups[p].prompt), tuple(vqa.known(groups[p].prompt))) for p in given]
+        asked = list(groups)
+        if vqa.splitter is not None:
+            asked, reasons = vqa.splitter.with_questions(groups, judge, confirm)
+        for p, facts in zip(given, seen_in_sources(cases, confirm, self.sure), strict=True):
+            if isinstance(facts, NoAnswer):
+                reasons[p], facts = facts.reason, ()
+            asked[p] = with_facts(asked[p], facts)
+        places = [p for p, group in enumerate(asked) if vqa.known(group.prompt)]
+        found: Confidences = {}
+        failures: Failures = {(p, g): reason for p, reason in reasons.items() for g in range(len(groups[p]))}
+        if places:
+            found, unanswered = vqa.confidences([asked[p] for p in places], judge, judge)
+            failures |= {(places[i], g): reason for (i, g), reason in unanswered.items()}
+        products = {}
+        for (i, g), confidence in found.items():
+            p = places[i]
+            stays = torch.tensor([fact.kind == STAYS for fact in vqa.known(asked[p].prompt)])
+            parts = [part.mean() for part in (confidence[~stays], confidence[stays]) if len(part)]
+            products[p, g] = float(torch.stack(parts).prod())
+        return products, failures
+
+    def _say_what_is_guessed(self, groups: Sequence[Group]) -> None:
+        guessed = [group.prompt.id for group in groups if group.prompt.edited is None]
+        if guessed and not self._told:
+            self._told = True
+            warnings.warn(
+                f"edit_consistency: where the edit may change the source is not known of {len(guessed)} of "
+                f"{len(groups)} prompts (first {guessed[0]}): taken to be the {self.edited:.0%} of patches that "
+                "changed most; rows say it in the field 'edited'",
+                stacklevel=2,
+            )

@@ -18,6 +18,7 @@ from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.own_vqa import BOTH_ORDERS, OwnVQA
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.rewards.written import text_problem
 from lvrpo.sampling import derive_seed
@@ -76,7 +77,8 @@ class Mutual:
     of fact that the side cannot tell are left out, and prompts of which nothing is left do not get this reward.
 
     ``split``: a drawing's prompt that has no facts, and is not judged as a whole (``about: facts``, or a gate that
-    closes whole prompts), is split into questions (``rewards.questions``; {} for its defaults).
+    closes whole prompts), is split into questions (``rewards.questions``; {} for its defaults); of an edit also into
+    questions about what should stay.
 
     Neighbours: GvU (arXiv:2603.06043) rewards drawings by token probabilities without the marginal; SUDER trains on
     dual likelihoods.
@@ -143,7 +145,10 @@ class Mutual:
         places = [p for p, group in enumerate(groups) if self._splits(group.prompt)]
         if self.splitter is None or not places:
             return groups
-        found, missing = self.splitter.with_questions([groups[p] for p in places], judge)
+        reader = OwnVQA(choices=BOTH_ORDERS)
+        found, missing = self.splitter.with_questions(
+            [groups[p] for p in places], judge, lambda pairs: reader.confirm(pairs, judge)
+        )
         out = list(groups)
         for i, p in enumerate(places):
             out[p] = found[i]

@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.logprobs import first_problem, probabilities
@@ -24,6 +25,8 @@ BOTH_ORDERS = "{question} Answer {first} or {second}."
 
 Confidences = dict[tuple[int, int], torch.Tensor]
 Failures = dict[tuple[int, int], str]
+Wordings = Sequence[tuple[str, str]]
+"""Of one fact: its question in some wordings, with the answer that each must have."""
 
 
 class Reader(Protocol):
@@ -50,7 +53,9 @@ class OwnVQA:
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
     itself or by an endpoint; {} for its defaults); without it they do not get this reward. Yes-no questions are then
-    asked in both orders, with ``choices`` or BOTH_ORDERS. A prompt that could not be split is masked with the reason.
+    asked in both orders, with ``choices`` or BOTH_ORDERS. Of an edit, what should stay is asked as well: questions
+    about the source, kept where the judge is sure of its answer there, so that the result has to agree with the source.
+    A prompt that could not be split is masked with the reason.
     ``kinds``: only facts of these kinds are asked.
 
     A judge that says what is no log-prob (not finite, or above 0) of one answer masks the output.
@@ -95,7 +100,7 @@ class OwnVQA:
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
             return False
-        return bool(self._facts(prompt)) or (self.splitter is not None and self.splitter.applies(prompt))
+        return bool(self.known(prompt)) or (self.splitter is not None and self.splitter.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         confidences, failures = self.confidences(groups, judge, judge)
@@ -113,14 +118,10 @@ class OwnVQA:
             self.gate.require(judge_identity(reader))
         missing: dict[int, str] = {}
         if self.splitter is not None:
-            groups, missing = self.splitter.with_questions(groups, judge)
+            groups, missing = self.splitter.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
         failures: Failures = {}
-        contexts: list[Parts] = []
-        answers: list[str] = []
-        counts: list[int] = []  # rows of each question: 1, or 4 where both orders ask for both answers
-        wordings: list[int] = []  # of each fact
-        facts_of: dict[tuple[int, int], int] = {}
-        rows_of: dict[tuple[int, int], slice] = {}
+        asked: list[tuple[Image, Wordings]] = []
+        facts_of: dict[tuple[int, int], slice] = {}
         for p, group in enumerate(groups):
             facts = self._questions(group.prompt)
             for g, trajectory in enumerate(group.trajectories):
@@ -128,36 +129,57 @@ class OwnVQA:
                 if image is None or problem or not facts:
                     failures[p, g] = problem or missing.get(p, UNTOLD)
                     continue
-                facts_of[p, g], start = len(facts), len(contexts)
-                for questions in facts:
-                    wordings.append(len(questions))
-                    for question, answer in questions:
-                        asked = self._asked(image, question, answer)
-                        counts.append(len(asked))
-                        contexts += [context for context, _ in asked]
-                        answers += [answer for _, answer in asked]
-                rows_of[p, g] = slice(start, len(contexts))
-        if not facts_of:
-            return {}, failures
+                facts_of[p, g] = slice(len(asked), len(asked) + len(facts))
+                asked += [(image, wordings) for wordings in facts]
+        confidence, problems = self._ask(asked, reader)
+        found: Confidences = {}
+        for cell, rows in facts_of.items():
+            problem = next((problem for problem in problems[rows] if problem), None)
+            if problem:
+                failures[cell] = problem
+            else:
+                found[cell] = confidence[rows]
+        return found, failures
+
+    def confirm(self, pairs: Sequence[tuple[Image, Fact]], reader: Reader) -> list[float | NoAnswer]:
+        """The reader's confidence in each fact of the picture beside it, asked as facts of results are."""
+        confidence, problems = self._ask([(image, ((fact.question, fact.answer),)) for image, fact in pairs], reader)
+        return [NoAnswer(bad) if bad else sure for sure, bad in zip(confidence.tolist(), problems, strict=True)]
+
+    def _ask(self, asked: Sequence[tuple[Image, Wordings]], reader: Reader) -> tuple[torch.Tensor, list[str | None]]:
+        """(N,) confidence in each fact of a picture, and why one has none; all in one call of the reader."""
+        contexts: list[Parts] = []
+        answers: list[str] = []
+        counts: list[int] = []  # rows of each question: 1, or 4 where both orders ask for both answers
+        rows_of: list[slice] = []  # of each fact
+        for image, wordings in asked:
+            start = len(contexts)
+            for question, answer in wordings:
+                rows = self._asked(image, question, answer)
+                counts.append(len(rows))
+                contexts += [context for context, _ in rows]
+                answers += [answer for _, answer in rows]
+            rows_of.append(slice(start, len(contexts)))
+        if not asked:
+            return torch.zeros(0), []
         logprobs = reader.text_logprob(contexts, answers)
         confidence, said = probabilities(logprobs).cpu(), logprobs.tolist()
         by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
         if self.paraphrases > 1:
-            parts = by_fact.split(wordings)
+            parts = by_fact.split([len(wordings) for _, wordings in asked])
             by_fact = torch.stack([part.mean() - self.bound * part.std(correction=0) for part in parts])
-        found = dict(zip(facts_of, by_fact.split(list(facts_of.values())), strict=True))
-        failures |= {cell: problem for cell, rows in rows_of.items() if (problem := first_problem(said[rows]))}
-        return {cell: own for cell, own in found.items() if cell not in failures}, failures
+        return by_fact, [first_problem(said[rows]) for rows in rows_of]
 
-    def _facts(self, prompt: Prompt) -> list[Fact]:
+    def known(self, prompt: Prompt) -> list[Fact]:
+        """The facts that are asked about, in order: those that the gate and ``kinds`` let through."""
         known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
         return [fact for fact in known if self.kinds is None or fact.kind in self.kinds]
 
-    def _questions(self, prompt: Prompt) -> list[tuple[tuple[str, str], ...]]:
+    def _questions(self, prompt: Prompt) -> list[Wordings]:
         """The wordings of each fact, with the answer that each must have."""
         if self.paraphrases == 1:
-            return [((fact.question, fact.answer),) for fact in self._facts(prompt)]
-        kept = self._facts(prompt)
+            return [((fact.question, fact.answer),) for fact in self.known(prompt)]
+        kept = self.known(prompt)
         every = zip(prompt.facts, paraphrases(prompt.facts), strict=True)
         return [wordings[: self.paraphrases] for fact, wordings in every if fact in kept]
 

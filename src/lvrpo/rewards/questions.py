@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,7 @@ from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswe
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.text_cache import TextCache, cache_folder
 from lvrpo.sampling import derive_seed
-from lvrpo.types import Fact, Group, Prompt, TextSegment
+from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 TEMPLATE = """\
 A picture was drawn from this description: {prompt}
@@ -38,6 +39,29 @@ one question per line, with its right answer after the question mark:
 is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""
+
+STAY_TEMPLATE = """\
+This picture will be edited by this instruction: {prompt}
+
+Write the questions that check, from the edited picture alone, whether everything else stayed as it is: ask about the \
+objects, colors, counts, relations and the background of this picture that the instruction does not touch, and about \
+nothing that it changes. Every question asks for one thing and can be answered by yes or no, by a number, or by one \
+or two words. Write one question per line, with its answer in this picture after the question mark:
+is there a cube? yes
+what color is the cube? red
+how many birds are there? 3"""
+
+STAYS = "unchanged"
+"""The kind of facts about what an edit must leave as it is in the source."""
+
+Questions = tuple[Fact, ...] | NoAnswer
+"""What a prompt is split into, or why there is nothing."""
+
+Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
+"""How sure a reader is of the answer of each fact, given the picture beside it: in [0, 1], or why it says nothing."""
+
+SURE = 0.75
+"""How sure a reader has to be of what it sees in the source."""
 
 UNTOLD = "none of its questions is of a kind that the judge can tell"
 """Why a prompt that was split has no score: a gate left nothing."""
@@ -69,9 +93,13 @@ class SplitConfig(Config):
     template: str = TEMPLATE
     """What is asked, with ``{prompt}``; the answer is to be a line per question: "is there a cube? yes"."""
     edit_template: str = EDIT_TEMPLATE
-    """The same for instructions to edit a picture."""
+    """The same for instructions to edit a picture: what should be in the result."""
+    stay_template: str | None = STAY_TEMPLATE
+    """What is asked together with the source of an edit: what in it should stay; null: nobody asks."""
+    sure: float = Field(default=SURE, ge=0, lt=1)
+    """A question about what should stay is dropped where the reader is less sure of its answer, given the source."""
     limit: int = Field(default=12, ge=1)
-    """Questions of a prompt at most; the first ones are kept."""
+    """Questions of a prompt at most, and as many about what should stay; the first ones are kept."""
     max_new_tokens: int = Field(default=512, ge=1)
     """The policy writes at most so many; an endpoint has its own limit."""
     cache: Path | None = None
@@ -79,19 +107,47 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name in ("template", "edit_template"):
-            if "{prompt}" not in getattr(self, name):  # the two fields
+        for name in ("template", "edit_template", "stay_template"):
+            template: str | None = getattr(self, name)  # the three fields
+            if template is not None and "{prompt}" not in template:
                 raise ValueError(f"{name}: must hold {{prompt}}")
+        if self.stay_template is None and "sure" in self.model_fields_set:
+            raise ValueError(f"sure={self.sure}: is of questions about what should stay: leave it out without them")
         if (self.by == "endpoint") != (self.endpoint is not None):
             raise ValueError("by=endpoint and the section endpoint belong together: give both, or neither")
         return self
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of the splitter."""
+
+    words: str
+    shown: Image | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """In the cache: the words, and a hash of size and pixels of the picture."""
+        if self.shown is None:
+            return (self.words,)
+        pixels = self.shown.detach().float().cpu().contiguous()
+        digest = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes())
+        return self.words, digest.hexdigest()
+
+    @property
+    def parts(self) -> tuple[str | Image, ...]:
+        return (self.words,) if self.shown is None else (self.shown, self.words)
+
+
 class Splitter:
     """Prompts without facts get some: questions whose answers tell whether a picture shows what was asked for.
 
-    The answer of the model is kept on the disk, by hash of prompt, template and splitter (class and weights of a
-    policy; model, address and settings of an endpoint). What failed is not kept and is tried again next time.
+    Of an edit there are two kinds: what should be, from the instruction; and what should stay (facts of the kind
+    ``unchanged``), from the instruction and the source picture. The second are kept only where the reader is ``sure``
+    of their answer given the source, so that what it is asked about the result is whether it agrees with the source.
+
+    The answer of the model is kept on the disk, by hash of prompt, picture, template and splitter (class and weights of
+    a policy; model, address and settings of an endpoint). What failed is not kept and is tried again next time.
     """
 
     def __init__(self, config: SplitConfig) -> None:
@@ -113,49 +169,80 @@ class Splitter:
         """Whether there is something to split, and nothing that is split already."""
         return not prompt.facts and bool(words_of(prompt))
 
-    def with_questions(self, groups: Sequence[Group], judge: Policy) -> tuple[list[Group], dict[int, str]]:
-        """The groups, those without facts with questions for facts; and by place why one has none."""
+    def with_questions(
+        self, groups: Sequence[Group], judge: Policy, confirm: Confirm
+    ) -> tuple[list[Group], dict[int, str]]:
+        """The groups, those without facts with questions for facts; and by place why one has none.
+
+        ``confirm``: the reader of the results, who is asked about the sources first.
+        """
         wanted = [p for p, group in enumerate(groups) if self.applies(group.prompt)]
         if not wanted:
             return list(groups), {}
         found = dict(zip(wanted, self.questions([groups[p].prompt for p in wanted], judge), strict=True))
+        edits = [p for p in wanted if self._has_rest(groups[p].prompt) and not isinstance(found[p], NoAnswer)]
+        rest = self.questions_about_the_rest([groups[p].prompt for p in edits], judge)
+        cases = [(source_of(groups[p].prompt), _joined(found[p], stays)) for p, stays in zip(edits, rest, strict=True)]
+        found |= dict(zip(edits, seen_in_sources(cases, confirm, self.config.sure), strict=True))
         out, missing = [], {}
         for p, group in enumerate(groups):
             facts = found.get(p, group.prompt.facts)
             if isinstance(facts, NoAnswer):
                 missing[p], facts = facts.reason, ()
-            out.append(group if p not in found else _with_facts(group, facts))
+            out.append(group if p not in found else with_facts(group, facts))
         return out, missing
 
-    def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[tuple[Fact, ...] | NoAnswer]:
-        """The questions of every prompt, or why there are none."""
+    def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
+        """The questions of every prompt about what should be, or why there are none."""
+        answers = self._answers([self._request(prompt) for prompt in prompts], judge)
+        return [self._facts(answer) for answer in answers]
+
+    def questions_about_the_rest(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
+        """The questions of every edit about what should stay, made in view of its source, or why there are none."""
+        template = self.config.stay_template or ""
+        requests = [_Request(template.replace("{prompt}", words_of(p)), source_of(p)) for p in prompts]
+        found = []
+        for answer in self._answers(requests, judge):
+            facts = self._facts(answer, "questions about what should stay")
+            found.append(facts if isinstance(facts, NoAnswer) else tuple(replace(f, kind=STAYS) for f in facts))
+        return found
+
+    def _has_rest(self, prompt: Prompt) -> bool:
+        return self.config.stay_template is not None and prompt.task == "edit" and bool(pictures_of(prompt))
+
+    def _request(self, prompt: Prompt) -> _Request:
+        template = self.config.edit_template if prompt.task == "edit" else self.config.template
+        return _Request(template.replace("{prompt}", words_of(prompt)))
+
+    def _answers(self, requests: Sequence[_Request], judge: Policy) -> list[Answer]:
+        """What the splitter wrote for each request, now or before."""
         splitter = f"policy {judge_identity(judge)}, {self.config.max_new_tokens} tokens"
         splitter = splitter if self.endpoint is None else self.endpoint.identity
-        requests = [self._request(prompt) for prompt in prompts]
-        answers: dict[str, Answer] = {}
-        for request in dict.fromkeys(requests):
-            kept = self.cache.get(request, splitter)
+        keys = [(*request.key, splitter) for request in requests]
+        distinct = dict(zip(keys, requests, strict=True))
+        answers: dict[tuple[str, ...], Answer] = {}
+        for key in distinct:
+            kept = self.cache.get(*key)
             if kept is not None:
-                answers[request] = kept
-        new = [request for request in dict.fromkeys(requests) if request not in answers]
-        for request, answer in zip(new, self._ask(new, judge), strict=True):
-            answers[request] = answer
+                answers[key] = kept
+        new = [key for key in distinct if key not in answers]
+        for key, answer in zip(new, self._ask([distinct[key] for key in new], judge), strict=True):
+            answers[key] = answer
             if isinstance(answer, str) and parse_questions(answer):
-                self.cache.put(answer, request, splitter)
-        return [self._facts(answers[request]) for request in requests]
+                self.cache.put(answer, *key)
+        return [answers[key] for key in keys]
 
-    def _request(self, prompt: Prompt) -> str:
-        template = self.config.edit_template if prompt.task == "edit" else self.config.template
-        return template.replace("{prompt}", words_of(prompt))
-
-    def _ask(self, requests: Sequence[str], judge: Policy) -> list[Answer]:
+    def _ask(self, requests: Sequence[_Request], judge: Policy) -> list[Answer]:
         if not requests:
             return []
         if self.endpoint is not None:
-            return self.endpoint.ask([(request,) for request in requests])
-        prompts = [Prompt(f"split/{i}", "reason", (request,), ("text",)) for i, request in enumerate(requests)]
+            return self.endpoint.ask([request.parts for request in requests])
+        prompts = [
+            Prompt(f"split/{i}", "reason" if request.shown is None else "understand", request.parts, ("text",))
+            for i, request in enumerate(requests)
+        ]
         sampling = Sampling(group_size=1, temperature=0.0, max_new_tokens=self.config.max_new_tokens)
-        groups = judge.sample(prompts, sampling, [derive_seed("split", request) for request in requests])
+        groups = judge.sample(prompts, sampling, [derive_seed("split", *request.key) for request in requests])
         return [self._written(group.trajectories[0].segments[-1]) for group in groups]
 
     def _written(self, segment: object) -> Answer:
@@ -164,13 +251,43 @@ class Splitter:
             return NoAnswer(f"the questions were cut off at {self.config.max_new_tokens} tokens")
         return after_thought(segment.text) or NoAnswer("the splitter wrote nothing")
 
-    def _facts(self, answer: Answer) -> tuple[Fact, ...] | NoAnswer:
+    def _facts(self, answer: Answer, what: str = "questions") -> Questions:
         if isinstance(answer, NoAnswer):
-            return NoAnswer(f"no questions: {answer.reason}")
+            return NoAnswer(f"no {what}: {answer.reason}")
         pairs = parse_questions(answer)[: self.config.limit]
         if not pairs:
-            return NoAnswer(f"no questions: none can be read in {_short(answer)}")
+            return NoAnswer(f"no {what}: none can be read in {_short(answer)}")
         return tuple(Fact(kind_of(question), question, right) for question, right in pairs)
+
+
+def seen_in_sources(cases: Sequence[tuple[Image, Questions]], confirm: Confirm, sure: float) -> list[Questions]:
+    """The facts of each edit without those about what should stay that the reader does not see in its source.
+
+    A fact of the kind ``unchanged`` is seen where the reader is ``sure`` of its answer given the source. Where there
+    were such facts and none is left, or the reader gave no number for one, the reason stands instead. All sources are
+    asked about at once.
+    """
+    asked = [(source, fact) for source, facts in cases for fact in staying(facts)]
+    answers = iter(confirm(asked) if asked else ())
+    return [_seen(facts, [next(answers) for _ in staying(facts)], sure) for _, facts in cases]
+
+
+def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Questions:
+    if isinstance(facts, NoAnswer):
+        return facts
+    problem = next((answer for answer in given if isinstance(answer, NoAnswer)), None)
+    if problem is not None:
+        return NoAnswer(f"of the source: {problem.reason}")
+    seen = iter([isinstance(answer, float) and answer >= sure for answer in given])
+    kept = tuple(fact for fact in facts if fact.kind != STAYS or next(seen))
+    if given and not staying(kept):
+        return NoAnswer(f"of {len(given)} questions about what should stay the judge is sure of none")
+    return kept
+
+
+def staying(facts: Questions) -> list[Fact]:
+    """Those about what an edit must leave as it is."""
+    return [] if isinstance(facts, NoAnswer) else [fact for fact in facts if fact.kind == STAYS]
 
 
 def parse_questions(text: str) -> list[tuple[str, str]]:
@@ -204,9 +321,33 @@ def words_of(prompt: Prompt) -> str:
     return " ".join(part for part in prompt.parts if isinstance(part, str)).strip()
 
 
-def _with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:
+def pictures_of(prompt: Prompt) -> list[Image]:
+    """The pictures of a prompt."""
+    return [part for part in prompt.parts if not isinstance(part, str)]
+
+
+def source_of(prompt: Prompt) -> Image:
+    """The picture that an edit is made of: the last one of its prompt, which must have one."""
+    return pictures_of(prompt)[-1]
+
+
+def with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:
+    """The group with other facts about its drawings."""
     prompt = replace(group.prompt, facts=facts)
     return Group(prompt, tuple(replace(trajectory, prompt=prompt) for trajectory in group.trajectories))
+
+
+def _joined(facts: Questions, stays: Questions) -> Questions:
+    """What should be and what should stay; a question that stands in both is about what changes."""
+    if isinstance(facts, NoAnswer) or isinstance(stays, NoAnswer):
+        return facts if isinstance(facts, NoAnswer) else stays
+    asked = {_plain(fact.question) for fact in facts}
+    kept = tuple(fact for fact in stays if _plain(fact.question) not in asked)
+    return (*facts, *kept) if kept else NoAnswer("no questions about what should stay: all are about what changes")
+
+
+def _plain(question: str) -> str:
+    return " ".join(re.findall(r"\w+", question.lower()))
 
 
 def _short(text: str) -> str:

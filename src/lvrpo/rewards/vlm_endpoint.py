@@ -19,7 +19,7 @@ from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.questions import Splitter, words_of
 from lvrpo.rewards.written import text_problem
-from lvrpo.types import Group, OutputKind, Parts, Prompt, Trajectory
+from lvrpo.types import Fact, Group, Image, OutputKind, Parts, Prompt, Trajectory
 
 Ask = Literal["questions", "yes_no", "rating"]
 
@@ -36,7 +36,8 @@ class VLMEndpoint:
     """Answers of a model that is no part of the policy. Range [0, 1].
 
     questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as an
-    answer: ``rewards.answer_reading``); ``split`` makes questions of free text (see ``own_vqa``). yes_no: 1 for yes, 0
+    answer: ``rewards.answer_reading``); ``split`` makes questions of free text (see ``own_vqa``; what should stay of an
+    edit is kept where this model says so of the source). yes_no: 1 for yes, 0
     for no. rating: a number from 0 to 10, divided by 10.
     ``template`` is what is asked after the picture: with {question}, or with {prompt}; one that also holds {answer}
     makes it a judge of texts, shown the pictures of the prompt. An edit is shown with its source first (but for
@@ -82,7 +83,7 @@ class VLMEndpoint:
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         missing: dict[int, str] = {}
         if self.splitter is not None:
-            groups, missing = self.splitter.with_questions(groups, judge)
+            groups, missing = self.splitter.with_questions(groups, judge, self._confirm)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
         rows: list[Parts] = []
@@ -118,6 +119,15 @@ class VLMEndpoint:
             return yes_or_no(answer, "yes")
         return (yes_or_no if normalize_answer(wanted) in ("yes", "no") else same_answer)(answer, wanted)
 
+    def _confirm(self, pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:
+        """1 where its answer about a picture is that of the fact, 0 where it is another."""
+        answers = self.endpoint.ask([self._question(image, fact) for image, fact in pairs])
+        rows = zip(pairs, answers, strict=True)
+        return [a if isinstance(a, NoAnswer) else self.read(a, fact.answer) for (_, fact), a in rows]
+
+    def _question(self, image: Image, fact: Fact) -> Parts:
+        return (image, self.template.replace("{question}", fact.question))
+
     def _problem(self, trajectory: Trajectory) -> str | None:
         if self.of_text:
             return text_problem(trajectory)
@@ -131,8 +141,5 @@ class VLMEndpoint:
             return [((*shown, words), "")]
         assert trajectory.image is not None
         if self.ask == "questions":
-            return [
-                ((trajectory.image, self.template.replace("{question}", fact.question)), fact.answer)
-                for fact in prompt.facts
-            ]
+            return [(self._question(trajectory.image, fact), fact.answer) for fact in prompt.facts]
         return [((*shown, trajectory.image, self.template.replace("{prompt}", words_of(prompt))), "")]

@@ -21,6 +21,8 @@ class Edit:
     instruction: str
     target: Scene
     facts: tuple[Fact, ...]
+    cells: frozenset[tuple[int, int]]
+    """(row, col) of all cells that may look otherwise in a result that obeys."""
 
 
 def _source(layout: Layout) -> Scene:
@@ -64,7 +66,8 @@ def _recolor(scene: Scene, layout: Layout) -> Edit | None:
         changed = replace(changed, question=facts.color(said).question, answer=color)
     target = _swap(scene, o, replace(o, color=color))
     kept = facts.of_bystanders(scene, o)
-    return Edit(scene, f"make the {m.bare} {color}", target, (changed, *kept, facts.total(len(target.objects))))
+    said_of = (changed, *kept, facts.total(len(target.objects)))
+    return Edit(scene, f"make the {m.bare} {color}", target, said_of, frozenset({o.cell}))
 
 
 def _add(scene: Scene, layout: Layout) -> Edit | None:
@@ -75,7 +78,8 @@ def _add(scene: Scene, layout: Layout) -> Edit | None:
     m = Mention(shape, color)
     target = replace(scene, objects=(*scene.objects, SceneObject(shape, color, *free[0])))
     kept = facts.of_bystanders(scene, None)
-    return Edit(scene, f"add {m.phrase}", target, (facts.exists(m), *kept, facts.total(len(target.objects))))
+    said_of = (facts.exists(m), *kept, facts.total(len(target.objects)))
+    return Edit(scene, f"add {m.phrase}", target, said_of, frozenset(free))  # the instruction does not say where
 
 
 def _remove(scene: Scene, layout: Layout) -> Edit | None:
@@ -86,7 +90,8 @@ def _remove(scene: Scene, layout: Layout) -> Edit | None:
     target = replace(scene, objects=tuple(p for p in scene.objects if p is not o))
     kept = facts.of_bystanders(scene, o)
     gone = facts.exists(m, present=False)
-    return Edit(scene, f"remove the {m.bare}", target, (gone, *kept, facts.total(len(target.objects))))
+    said_of = (gone, *kept, facts.total(len(target.objects)))
+    return Edit(scene, f"remove the {m.bare}", target, said_of, frozenset({o.cell}))
 
 
 def _move(scene: Scene, layout: Layout) -> Edit | None:
@@ -96,12 +101,16 @@ def _move(scene: Scene, layout: Layout) -> Edit | None:
     o, m = reference
     edge, last = layout.rng.choice(EDGES), layout.grid - 1
     cell = {"left": (o.row, 0), "right": (o.row, last), "top": (0, o.col), "bottom": (last, o.col)}[edge]
-    if any(p.cell == cell for p in scene.objects):
+    taken = {p.cell for p in scene.objects}
+    if cell in taken:
         return None
+    along = [(cell[0], k) if edge in ("top", "bottom") else (k, cell[1]) for k in range(layout.grid)]
     target = _swap(scene, o, replace(o, row=cell[0], col=cell[1]))
     kept = facts.of_bystanders(scene, o)
     moved = facts.edge(m, o, edge)
-    return Edit(scene, f"move the {m.bare} to the {edge}", target, (moved, *kept, facts.total(len(target.objects))))
+    said_of = (moved, *kept, facts.total(len(target.objects)))
+    free = frozenset({o.cell, *along} - (taken - {o.cell}))  # any place at the edge is one
+    return Edit(scene, f"move the {m.bare} to the {edge}", target, said_of, free)
 
 
 def _replace(scene: Scene, layout: Layout) -> Edit | None:
@@ -114,7 +123,7 @@ def _replace(scene: Scene, layout: Layout) -> Edit | None:
     changed = facts.exists(Mention(shape, o.color), cell=o.cell, kind="shape")
     kept = facts.of_bystanders(scene, o)
     text = f"replace the {m.bare} with {Mention(shape).phrase}"
-    return Edit(scene, text, target, (changed, *kept, facts.total(len(target.objects))))
+    return Edit(scene, text, target, (changed, *kept, facts.total(len(target.objects))), frozenset({o.cell}))
 
 
 _EDIT = {"recolor": _recolor, "add": _add, "remove": _remove, "move": _move, "replace": _replace}

@@ -16,7 +16,7 @@ from lvrpo.data.scenes import edits, facts, grammar, reasoning
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split
 from lvrpo.data.scenes.questions import Question, ask
-from lvrpo.data.scenes.render import render
+from lvrpo.data.scenes.render import cells_mask, render
 from lvrpo.types import Example, Image, Part, Prompt, Task
 
 CATEGORIES: Mapping[Task, tuple[str, ...]] = {
@@ -164,7 +164,9 @@ class ScenePrompts:
         if task == "edit":
             e = edits.edit(category, layout)
             parts = (render(e.source, self.config.size), e.instruction)
-            return Prompt(key, task, parts, ("image",), None, e.facts, category, self.name), (e.target,)
+            edited = cells_mask(e.cells, self.config.size)
+            prompt = Prompt(key, task, parts, ("image",), None, e.facts, category, self.name, edited=edited)
+            return prompt, (e.target,)
         r = reasoning.reason(category, layout)
         if r.drawing is not None:
             prompt = Prompt(key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name)

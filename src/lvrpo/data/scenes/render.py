@@ -1,7 +1,8 @@
-"""Scene -> picture."""
+"""Scene -> picture, and cells -> pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -33,3 +34,11 @@ def render(scene: Scene, size: int = DEFAULT_SIZE) -> Image:
             raise ValueError(f"{o} lies outside a picture of {size} pixels")
         picture[:, top : top + CELL, left : left + CELL] = _block(scene.ground, o.color, o.shape, o.sample)
     return torch.from_numpy(picture)
+
+
+def cells_mask(cells: Iterable[tuple[int, int]], size: int = DEFAULT_SIZE) -> torch.Tensor:
+    """The pixels of cells (row, col): bool (size, size)."""
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    for row, col in cells:
+        mask[row * CELL : (row + 1) * CELL, col * CELL : (col + 1) * CELL] = True
+    return mask
