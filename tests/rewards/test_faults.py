@@ -39,23 +39,28 @@ class Strict:
 
     def __init__(self, says: float | None = None, raises: Exception | None = None) -> None:
         self.says, self.raises = says, raises
+        self.asked: set[str] = set()
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        self.asked.add("read")
         return torch.tensor([self.of(context, len(text)) for context, text in zip(contexts, texts, strict=True)])
 
     def image_logprob(
         self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seeds: Sequence[int], **_: Any
     ) -> torch.Tensor:
+        self.asked.add("draw")
         levels = [self.of((image, *context), len(context)) for context, image in zip(contexts, images, strict=True)]
         return torch.tensor(levels)[:, None].expand(-1, draws)
 
     def reading_states(self, parts: Sequence[Any], layer: int) -> list[torch.Tensor]:
+        self.asked.add("read")
         return [torch.tensor([[self.of((part,), 1), 1.0]]) for part in parts]
 
     def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         return self.text_logprob(contexts, texts)[:, None].expand(-1, 2)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        self.asked.add("read")
         for prompt in prompts:
             self.of(prompt.parts, 1)
         return [given_group(prompt, [["a circle"]]) for prompt in prompts]
@@ -136,6 +141,16 @@ def test_a_picture_that_cannot_be_read_is_masked_alone(name: str) -> None:
         assert table.reasons[0, 3, 0].endswith(OTHER_SIZE)
     torch.testing.assert_close(table.scores[0, [0, 2, 4], 0], alone.scores[0, :, 0])
     assert table.mask[0, [0, 2, 4], 0].all()
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_declares_the_sides_of_the_judge_that_it_asks(name: str) -> None:
+    """A run watches and renews its judge by them."""
+    judge, declared = Strict(), set(source(name).sides)
+    scored(name, judge, *(torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)))
+    texts = {"draw"} if name.startswith("mutual") else set()  # of texts, which are not scored here
+    assert judge.asked == declared - texts
+    assert source(name, judge="tiny").sides == ()
 
 
 def test_the_verifier_does_not_read_half_a_cell() -> None:

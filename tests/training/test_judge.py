@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,22 @@ from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.judge import Judge, JudgeConfig, judge_drift, known_answers, refresh_questions
+from lvrpo.training.judge import (
+    DRAWS,
+    HeldOut,
+    Judge,
+    JudgeConfig,
+    held_out_rows,
+    judge_drift,
+    known_answers,
+    refresh_questions,
+    require_asked,
+    told_pictures,
+)
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
-from lvrpo.types import Fact, Prompt
+from lvrpo.types import Example, Fact, Image, Parts, Prompt
 
 PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
 QUESTIONS = [Prompt(f"q{i}", "understand", (PICTURE * (i + 1) / 4, "what is it"), ("text",), "red") for i in range(4)]
@@ -59,12 +72,12 @@ def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any)
     policy = lively_policy()
     judge = Judge.start(policy.frozen(), JudgeConfig(refresh_every=2))
     better, worse = surer(policy, 1.0), surer(policy, -1.0)
-    assert judge.after_step(1, policy, better, QUESTIONS) == {"judge/version": 0}
-    row = judge.after_step(2, policy, worse, QUESTIONS)
+    assert judge.after_step(1, policy, better, HeldOut(QUESTIONS)) == {"judge/version": 0}
+    row = judge.after_step(2, policy, worse, HeldOut(QUESTIONS))
     assert (row["judge/action"], row["judge/version"], judge.refused) == ("refused", 0, 1)
     assert row["judge/candidate_held_out"] < row["judge/held_out"]
     assert torch.equal(weights(judge.policy), weights(policy))
-    row = judge.after_step(4, policy, better, QUESTIONS)
+    row = judge.after_step(4, policy, better, HeldOut(QUESTIONS))
     assert row["judge/action"] == f"refreshed: {judge_identity(better)}"
     assert row["judge/version"] == 1
     assert torch.equal(weights(judge.policy), weights(better))
@@ -78,19 +91,19 @@ def test_a_candidate_without_numbers_is_refused(lively_policy: Any) -> None:
     judge, broken = Judge.start(policy, JudgeConfig(refresh_every=1)), policy.frozen()
     with torch.no_grad():
         next(iter(broken.parameters())).fill_(torch.nan)
-    assert judge.after_step(1, policy, broken, QUESTIONS)["judge/action"] == "refused"
+    assert judge.after_step(1, policy, broken, HeldOut(QUESTIONS))["judge/action"] == "refused"
 
 
 def test_a_slow_average_follows_the_live_weights_and_waits_for_the_guard(lively_policy: Any) -> None:
     policy = lively_policy()
     live = shifted(policy, 0.1)
     moving = Judge.start(policy, JudgeConfig(kind="average", decay=0.9))
-    moving.after_step(1, live, live, [])
+    moving.after_step(1, live, live, HeldOut())
     expected = 0.9 * weights(policy) + 0.1 * weights(live)
     torch.testing.assert_close(weights(moving.policy), expected)
     assert moving.version == 1
     guarded = Judge.start(policy, JudgeConfig(kind="average", decay=0.9, refresh_every=2))
-    guarded.after_step(1, live, live, QUESTIONS)
+    guarded.after_step(1, live, live, HeldOut(QUESTIONS))
     assert torch.equal(weights(guarded.policy), weights(policy))
     torch.testing.assert_close(weights(guarded.slow), expected)
 
@@ -137,6 +150,142 @@ def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, b
     expected = float((own.scores[..., 0] - table.scores[..., 0]).mean())
     assert drift["judge_drift/generate/own_vqa"] == pytest.approx(expected, rel=1e-5)
     assert -1 <= drift["judge_agreement/generate/own_vqa"] <= 1
+
+
+# --- the drawing side ---
+
+DRAWN = ("a cat", "a dog", "a cat", "a cow")
+
+
+def drawing(i: int, category: str = "") -> Example:
+    """The i-th description with a picture of level i / 10."""
+    prompt = Prompt(f"d{i}", "generate", (DRAWN[i],), ("image",), category=category)
+    return Example(prompt, (torch.full((3, 4, 4), i / 10),))
+
+
+class Drawer(torch.nn.Module):
+    """A policy of known likelihoods: ``sure`` nats for a picture after its own words, and a common noise per seed."""
+
+    def __init__(self, answers: float, sure: float, noise: float = 1.0) -> None:
+        super().__init__()
+        self.answers, self.noise = answers, noise
+        self.weight = torch.nn.Parameter(torch.tensor(sure))
+        self.seeds: list[int] = []
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        return torch.full((len(texts),), self.answers).log()
+
+    def image_logprob(
+        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seeds: Sequence[int]
+    ) -> torch.Tensor:
+        self.seeds += seeds
+        own = torch.tensor(
+            [
+                float(context[0] == DRAWN[round(10 * float(image.mean()))])
+                for context, image in zip(contexts, images, strict=True)
+            ]
+        )
+        common = torch.tensor([[seed % 97 + k for k in range(draws)] for seed in seeds]) * self.noise
+        return own[:, None] * self.weight.detach() + common
+
+
+def test_the_share_of_the_right_description_by_hand() -> None:
+    pictures = [drawing(i) for i in range(4)]
+    drawer = Drawer(0.5, sure=2.0)
+    found = told_pictures(drawer, pictures)  # type: ignore[arg-type]  # a double
+    assert found.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 4)
+    assert drawer.seeds[:4] == drawer.seeds[4:]  # both texts meet the same noise
+    assert len(set(drawer.seeds)) == 4
+    blind = told_pictures(Drawer(0.5, sure=0.0), pictures)  # type: ignore[arg-type]
+    assert blind.tolist() == pytest.approx([0.5] * 4)
+    assert DRAWS > 1
+
+
+def test_the_other_description_is_of_the_same_category_where_there_is_one() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Listener(Drawer):
+        def image_logprob(self, contexts: Sequence[Parts], *rest: Any, **more: Any) -> torch.Tensor:
+            asked.append(tuple(str(context[0]) for context in contexts))
+            return super().image_logprob(contexts, *rest, **more)
+
+    told_pictures(Listener(0.5, 1.0), [drawing(0, "x"), drawing(1, "y"), drawing(2, "x"), drawing(3, "x")])  # type: ignore[arg-type]
+    assert asked[0][:4] == DRAWN
+    # cat -> cow (dog is of another category, the other cat the same words); dog -> the next; cat -> cow; cow -> cat
+    assert asked[0][4:] == ("a cow", "a cat", "a cow", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("answers", "sure", "action"),
+    [
+        (0.6, 3.0, "refreshed"),
+        (0.5, 2.0, "refreshed"),  # no worse
+        (0.4, 3.0, "refused"),
+        (0.6, 1.0, "refused"),
+        (0.6, math.nan, "refused"),
+    ],
+)
+def test_a_candidate_must_be_no_worse_on_either_side(answers: float, sure: float, action: str) -> None:
+    held_out = HeldOut(QUESTIONS, [drawing(i) for i in range(4)])
+    judge = Judge(JudgeConfig(refresh_every=1), Drawer(0.5, 2.0))  # type: ignore[arg-type]  # doubles
+    candidate: Any = Drawer(answers, sure)
+    row = judge.after_step(1, candidate, candidate, held_out)
+    assert row["judge/action"].split(":")[0] == action
+    present, proposed = (1 / (1 + math.exp(-x)) for x in (2.0, sure))
+    assert (row["judge/held_out"], row["judge/candidate_held_out"]) == pytest.approx((0.5, answers))
+    assert row["judge/held_out_drawing"] == pytest.approx(present)
+    assert row["judge/candidate_held_out_drawing"] == pytest.approx(proposed, nan_ok=True)
+    assert (judge.version, judge.refused) == ((1, 0) if action == "refreshed" else (0, 1))
+
+
+def test_only_the_sides_that_rewards_ask_decide() -> None:
+    config, prompts = JudgeConfig(refresh_every=2), {"understand": QUESTIONS}
+
+    def rows(*names: str) -> HeldOut:
+        rewards = build_rewards([RewardConfig(name=name) for name in names])
+        return held_out_rows(config, rewards, prompts, lambda: [drawing(i) for i in range(4)])
+
+    both = rows("own_vqa", "drawing_likelihood")
+    assert (len(both.questions), len(both.pictures)) == (4, 4)
+    assert not rows("exact_answer", "own_vqa").pictures
+    assert not rows("drawing_likelihood").questions
+    assert rows("mutual").pictures
+    assert held_out_rows(JudgeConfig(), build_rewards([RewardConfig(name="mutual")]), {}, list) == HeldOut()
+    with pytest.raises(InputError, match="only 0 held-out drawings with descriptions decide"):
+        held_out_rows(config, build_rewards([RewardConfig(name="drawing_likelihood")]), prompts, list)
+
+
+# --- which rewards ask the judge ---
+
+
+def test_settings_of_a_judge_that_nobody_asks_are_refused() -> None:
+    rules = build_rewards([RewardConfig(name="exact_answer"), RewardConfig(name="scene_facts")])
+    require_asked(JudgeConfig(), rules)
+    require_asked(JudgeConfig(drift_every=0), rules)
+    with pytest.raises(InputError, match=r"judge\.drift_every=5: no reward asks the run's judge"):
+        require_asked(JudgeConfig(drift_every=5), rules)
+    with pytest.raises(InputError, match=r"judge\.refresh_every=5: no reward asks"):
+        require_asked(JudgeConfig(refresh_every=5), rules)
+    require_asked(JudgeConfig(refresh_every=5), build_rewards([RewardConfig(name="own_vqa")]))
+
+
+def test_drift_is_measured_at_looks_of_the_guard_unless_told_otherwise() -> None:
+    assert [JudgeConfig().drift_due(step, looks) for step, looks in ((1, False), (20, True))] == [False, True]
+    assert [JudgeConfig(drift_every=2).drift_due(step, False) for step in (1, 2, 3, 4)] == [False, True, False, True]
+    assert not JudgeConfig(drift_every=0).drift_due(20, True)
+
+
+def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = lively_policy()
+    prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
+    groups = bench.sample([prompt])
+    rewards = build_rewards([RewardConfig(name="text_length", options={"limit": 3}), RewardConfig(name="own_vqa")])
+    table = score_groups(rewards, groups, policy.frozen())
+    monkeypatch.setattr(rewards[0].reward, "score", None)
+    drift = judge_drift(rewards, groups, table, policy.frozen(), shifted(policy, 0.05))
+    assert "judge_drift/generate/own_vqa" in drift
+    monkeypatch.setattr("lvrpo.training.judge.score_groups", None)
+    assert judge_drift(rewards[:1], groups, table, policy.frozen(), policy) == {}
 
 
 def test_a_stand_in_passes_for_the_judge(lively_policy: Any) -> None:

@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
+from lvrpo.rewards.gate import Side
 from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
@@ -58,6 +59,7 @@ class Agreement:
             raise InputError(f"agreement.entropy_floor={entropy_floor}: must be between 0 and 1")
         if floor_groups < 2:
             raise InputError(f"agreement.floor_groups={floor_groups}: must be >= 2")
+        self.sides: tuple[Side, ...] = ("read",) if votes == "judge" else ()
         self.votes, self.least, self.entropy_floor, self.floor_groups = votes, least, entropy_floor, floor_groups
 
     def applies(self, prompt: Prompt) -> bool:

@@ -29,9 +29,11 @@ class Reward(Protocol):
     """Scores outputs. The table calls it only with groups that it applies to.
 
     An attribute ``judges``, ("text",), ("image",) or both, says which segments of a trajectory that thinks, then draws
-    it is about; without it, both. An attribute ``judged_by`` names whoever judges beside the frozen policy: a model
-    behind an address, a folder; it stands in every row of rewards and must hold no key. One that compares members in
-    pairs scores each by its ``win_rate``.
+    it is about; without it, both. An attribute ``sides``, of "read" and "draw", says which sides of the judge score for
+    it: () for rules and for models that others run; without it, both. A run watches and renews its judge by it. An
+    attribute ``judged_by`` names whoever judges beside the frozen policy: a model behind an address, a folder; it
+    stands in every row of rewards and must hold no key. One that compares members in pairs scores each by its
+    ``win_rate``.
     """
 
     def applies(self, prompt: Prompt) -> bool:

@@ -39,6 +39,7 @@ class Boxed:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, compare: Compare = "plain", cut_off: CutOff = "mask") -> None:
         if compare not in get_args(Compare):

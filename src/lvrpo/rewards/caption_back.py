@@ -31,6 +31,7 @@ class CaptionBack:
     """
 
     judges = ("image",)
+    sides = ("read",)
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ def reward(
 class DecoratedReward:
     """Calls a function for every output."""
 
+    sides = ()
+
     def __init__(
         self,
         function: Callable[..., float | None],

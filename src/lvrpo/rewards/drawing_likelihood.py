@@ -30,6 +30,7 @@ class DrawingLikelihood:
     """
 
     judges = ("image",)
+    sides = ("draw",)
 
     def __init__(self, draws: int = 2) -> None:
         if not isinstance(draws, int) or draws < 1:

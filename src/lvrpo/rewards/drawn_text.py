@@ -49,6 +49,7 @@ class DrawnText:
     """
 
     judges = ("image",)
+    sides = ()
 
     def __init__(self, compare: Compare = "distance", case: bool = False, reader: str = "rapidocr") -> None:
         if compare not in get_args(Compare):

@@ -29,6 +29,7 @@ class ExactAnswer:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, thoughts: bool = True, cut_off: CutOff = "score") -> None:
         self.thoughts = thoughts

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 
 Side = Literal["read", "draw"]
 """read: the reading side judges pictures; draw: the drawing side judges texts."""
+SIDES: tuple[Side, ...] = get_args(Side)
 
 FILE = "judge.json"
 """The gate of a built-in model, in its folder."""

@@ -15,6 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
+from lvrpo.rewards.gate import Side
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
@@ -66,6 +67,7 @@ class Instruction:
         check_gate("instruction", gate, source)
         self.by, self.kinds, self.above = by, None if kinds is None else frozenset(kinds), above
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split, kinds=kinds)
+        self.sides: tuple[Side, ...] = ("read",) if by == "vqa" and source == OWN else ()
         self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:
             self.judged_by = judged_by(folder_identity(check_reader(source)), self.vqa)

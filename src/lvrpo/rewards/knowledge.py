@@ -11,6 +11,7 @@ import torch
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
+from lvrpo.rewards.gate import Side
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
@@ -42,6 +43,7 @@ class Knowledge:
     ) -> None:
         check_gate("knowledge", gate, source)
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
+        self.sides: tuple[Side, ...] = ("read",) if source == OWN else ()
         self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:
             self.judged_by = judged_by(folder_identity(check_reader(source)), self.vqa)

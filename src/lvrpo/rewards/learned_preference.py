@@ -26,6 +26,8 @@ class LearnedPreference:
     Raises InputError for a folder without a head, and for another judge.
     """
 
+    sides = ("read",)
+
     def __init__(self, head: str) -> None:
         self.head = PreferenceHead.load(head)
         self.judged_by = self.head.identity

@@ -14,6 +14,7 @@ from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable
@@ -56,6 +57,8 @@ class LowerBound:
         named = [(source.config.title, source.judged_by) for source in self.sources]
         self.judged_by = judged_by(*(f"{title}: {who}" for title, who in named if who))
         judged = {kind for source in self.sources for kind in source.judges}
+        asked = {side for source in self.sources for side in source.sides}
+        self.sides: tuple[Side, ...] = tuple(side for side in SIDES if side in asked)
         self.judges: tuple[OutputKind, ...] = tuple(kind for kind in ("text", "image") if kind in judged)
 
     def applies(self, prompt: Prompt) -> bool:

@@ -32,6 +32,7 @@ class MultipleChoice:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, cut_off: CutOff = "mask") -> None:
         self.cut_off: CutOff = check_cut_off("multiple_choice", cut_off)

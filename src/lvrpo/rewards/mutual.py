@@ -85,6 +85,7 @@ class Mutual:
     """
 
     judges = ("image",)
+    sides = ("read", "draw")
 
     def __init__(
         self,

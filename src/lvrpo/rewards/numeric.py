@@ -30,6 +30,7 @@ class Numeric:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, relative: float = 0.0, absolute: float = 0.0, cut_off: CutOff = "mask") -> None:
         if not (0 <= relative < 1 and 0 <= absolute < float("inf")):

@@ -62,6 +62,7 @@ class OwnVQA:
     """
 
     judges = ("image",)
+    sides = ("read",)
 
     def __init__(
         self,

@@ -41,6 +41,8 @@ class Preference:
     Differs from the paper: the judge is the policy's own frozen copy; both orders are asked; not all pairs are played.
     """
 
+    sides = ("read",)
+
     def __init__(
         self,
         question: str = "Which fits better: {prompt} Answer first or second.",

@@ -28,6 +28,7 @@ class SceneFacts:
     """
 
     judges = ("image",)
+    sides = ()
 
     def __init__(self, mode: Mode = "fraction") -> None:
         if mode not in get_args(Mode):

@@ -15,6 +15,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
+from lvrpo.rewards.gate import Side
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
@@ -60,6 +61,7 @@ class Semantic:
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
             raise InputError(f"semantic.layer={layer!r}: must be a whole number >= 0")
         self.form, self.top, self.layer, self.lead_ins = form, top, layer, tuple(lead_ins)
+        self.sides: tuple[Side, ...] = ("read",) if source == OWN else ()
         self.judged_by, self.tower = "", None
         if source != OWN:
             self.judged_by = folder_identity(check_tower(source))

@@ -19,6 +19,7 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
@@ -127,6 +128,11 @@ class RewardSource:
     def judged_by(self) -> str:
         """Who judges beside the run's judge or instead of it; "" where nobody does."""
         return judged_by("" if self.judge is None else judge_identity(self.judge), self.reward)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Which sides of the run's judge score for it; none where another model judges in its place."""
+        return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
 
     @property
     def judges(self) -> tuple[OutputKind, ...]:

@@ -29,6 +29,7 @@ class TextFormat:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, form: str = "think_answer", cut_off: CutOff = "score") -> None:
         self.cut_off: CutOff = check_cut_off("text_format", cut_off)

@@ -22,6 +22,7 @@ class TextLength:
     """
 
     judges = ("text",)
+    sides = ()
 
     def __init__(self, limit: int, buffer: int = 0, least: int = 0) -> None:
         if not (limit >= 1 and 0 <= buffer <= limit and 0 <= least <= limit):

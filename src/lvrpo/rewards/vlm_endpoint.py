@@ -47,6 +47,8 @@ class VLMEndpoint:
     tries are masked with the reason (``rewards.endpoint``). One question without an answer masks the output.
     """
 
+    sides = ()
+
     def __init__(
         self,
         endpoint: Mapping[str, Any],

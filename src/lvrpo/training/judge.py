@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -14,10 +14,13 @@ from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.rewards.gate import Side
 from lvrpo.rewards.identity import judge_identity, standing_in
+from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.sampling import derive_seed
 from lvrpo.training.optimizer import average_into, load_trained, trained_weights
-from lvrpo.types import Group, Prompt, RewardTable
+from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 
 class JudgeConfig(Config):
@@ -28,11 +31,12 @@ class JudgeConfig(Config):
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the slow average, per step."""
     refresh_every: int | None = Field(default=None, ge=1)
-    """Every so many steps the judge is replaced by a candidate, if that answers held-out questions no worse: by the
-    evaluated average (kind reference) or by the slow average (kind average). None: a reference stays what it is, and
-    a slow average judges while it moves, unguarded."""
-    drift_every: int = Field(default=0, ge=0)
-    """Every so many steps the live policy scores the outputs of the step too, and what it says otherwise is logged."""
+    """Every so many steps the judge is replaced by a candidate, if that is no worse on held-out rows at what rewards
+    ask of it (``HeldOut``): by the evaluated average (kind reference) or by the slow average (kind average). None: a
+    reference stays what it is, and a slow average judges while it moves, unguarded."""
+    drift_every: int | None = Field(default=None, ge=0)
+    """Every so many steps the live policy scores the outputs of the step too, for the rewards that ask the judge, and
+    what it says otherwise is logged. None: at every look of the guard; 0: never."""
 
     @model_validator(mode="after")
     def _decay_is_used(self) -> Self:
@@ -40,10 +44,42 @@ class JudgeConfig(Config):
             raise ValueError(f"decay={self.decay}: is of the slow average: set kind to average, or leave it out")
         return self
 
+    def drift_due(self, step: int, guard_looks: bool) -> bool:
+        """Whether drift is measured in a step (counted from 1)."""
+        if self.drift_every is None:
+            return guard_looks
+        return self.drift_every > 0 and step % self.drift_every == 0
+
     @property
     def moves(self) -> bool:
         """Whether the judge can become another one than the reference."""
         return self.kind == "average" or self.refresh_every is not None
+
+
+DRAWS = 4
+"""Noises under which the drawing side is asked about each held-out picture."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What decides on a new judge: rows that nothing is trained on, for each side that a reward asks."""
+
+    questions: Sequence[Prompt] = ()
+    """With known answers, for the reading side."""
+    pictures: Sequence[Example] = ()
+    """Drawings with their descriptions, for the drawing side."""
+
+    def measures(self) -> dict[str, Callable[[Policy], torch.Tensor]]:
+        """By name, how well a policy does on the rows: the higher the better, each (B,) in [0, 1]."""
+        found: dict[str, Callable[[Policy], torch.Tensor]] = {}
+        if self.questions:
+            found["held_out"] = lambda policy: known_answers(policy, self.questions)
+        if self.pictures:
+            found["held_out_drawing"] = lambda policy: told_pictures(policy, self.pictures)
+        return found
+
+
+NOTHING_HELD_OUT = HeldOut()
 
 
 @dataclass
@@ -70,10 +106,10 @@ class Judge:
             return cls(config, policy)
         return cls(config, policy, policy if config.refresh_every is None else live.twin())
 
-    def after_step(self, step: int, live: Policy, average: Policy, questions: Sequence[Prompt]) -> dict[str, Any]:
+    def after_step(self, step: int, live: Policy, average: Policy, held_out: HeldOut) -> dict[str, Any]:
         """Follows the live weights and, when it is time, tries a candidate; what there is to log.
 
-        ``step``: steps done. ``questions``: held-out prompts with known answers, which decide.
+        ``step``: steps done. ``held_out``: what decides.
         """
         if not self.config.moves:
             return {}
@@ -83,13 +119,17 @@ class Judge:
         if self.config.refresh_every is None:
             self.version += 1
         elif step % self.config.refresh_every == 0:
-            row = self._refresh(self.slow if self.slow is not None else average, questions)
+            row = self._refresh(self.slow if self.slow is not None else average, held_out)
         return {"judge/version": self.version, **row}
 
-    def _refresh(self, candidate: Policy, questions: Sequence[Prompt]) -> dict[str, Any]:
-        present, proposed = (known_answers(policy, questions) for policy in (self.policy, candidate))
-        row = {"judge/held_out": float(present.mean()), "judge/candidate_held_out": float(proposed.mean())}
-        if not proposed.mean() >= present.mean():
+    def _refresh(self, candidate: Policy, held_out: HeldOut) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        no_worse = []
+        for name, measure in held_out.measures().items():
+            present, proposed = (float(measure(policy).mean()) for policy in (self.policy, candidate))
+            row |= {f"judge/{name}": present, f"judge/candidate_{name}": proposed}
+            no_worse.append(proposed >= present)  # False for a candidate without numbers
+        if not no_worse or not all(no_worse):
             self.refused += 1
             return {**row, "judge/action": "refused", "judge/refused": self.refused}
         load_trained(_module(self.policy), trained_weights(_module(candidate)))
@@ -122,6 +162,80 @@ def known_answers(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
     return policy.text_logprob([prompt.parts for prompt in questions], answers).exp().cpu()
 
 
+def told_pictures(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
+    """How sure the drawing side is which of two descriptions a picture has: its own, or that of the next one, (B,).
+
+        p_i = 1 / (1 + exp(-m_i)),  m_i = mean_k [ log p(x_i | c_i, noise_k) - log p(x_i | c_j, noise_k) ],
+
+    the posterior probability of the right one of two equally likely texts, in [0, 1]: a number as ``known_answers`` has
+    it, no picture of which can outweigh the others, as it could in a mean of nats, and that moves where the share of
+    pictures told rightly does not. Both texts, and all policies compared, meet the same noise, so that their
+    difference is one of weights. c_j: of the next picture of the same category with another description, the hardest
+    that is at hand without making one.
+    """
+    own = [example.prompt.parts for example in pictures]
+    contexts = own + [pictures[j].prompt.parts for j in _others(pictures)]
+    images = [drawing_of(example) for example in pictures] * 2
+    seeds = [derive_seed("told pictures", example.prompt.id) for example in pictures] * 2
+    right, other = policy.image_logprob(contexts, images, DRAWS, seeds).mean(dim=1).cpu().chunk(2)
+    return (right - other).sigmoid()
+
+
+def _others(pictures: Sequence[Example]) -> list[int]:
+    """For each picture the place of the next one with another description, of its own category if there is one."""
+    said = [words_of(example.prompt) for example in pictures]
+    category = [example.prompt.category for example in pictures]
+    n, found = len(pictures), []
+    for i in range(n):
+        differ = [j % n for j in range(i + 1, i + n) if said[j % n] != said[i]]
+        found.append(next((j for j in differ if category[j] == category[i]), differ[0]))
+    return found
+
+
+def drawing_of(example: Example) -> Image:
+    """The drawing among its outputs."""
+    return next(output for output in example.outputs if not isinstance(output, str))
+
+
+def sides_asked(rewards: Sequence[RewardSource]) -> set[Side]:
+    """The sides of the run's judge that its rewards ask."""
+    return {side for source in rewards for side in source.sides}
+
+
+def require_asked(config: JudgeConfig, rewards: Sequence[RewardSource]) -> None:
+    """Raises InputError for settings of a judge that no reward asks."""
+    if sides_asked(rewards):
+        return
+    for name, value in (("refresh_every", config.refresh_every), ("drift_every", config.drift_every)):
+        if value:
+            raise InputError(f"judge.{name}={value}: no reward asks the run's judge, so it has no effect: leave it out")
+
+
+def held_out_rows(
+    config: JudgeConfig,
+    rewards: Sequence[RewardSource],
+    prompts: Mapping[Any, Sequence[Prompt]],
+    examples: Callable[[], Sequence[Example]],
+) -> HeldOut:
+    """What decides on a new judge, for the sides that the rewards ask; nothing where none is tried.
+
+    ``prompts``: held-out prompts by task; ``examples``: gives held-out drawings with descriptions. Raises InputError
+    where there are too few to decide.
+    """
+    if config.refresh_every is None:
+        return HeldOut()
+    sides = sides_asked(rewards)
+    questions = refresh_questions(config, prompts) if "read" in sides else []
+    pictures = list(examples()) if "draw" in sides else []
+    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({words_of(e.prompt) for e in pictures}) < 2):
+        raise InputError(
+            f"judge.refresh_every={config.refresh_every}: a reward asks the drawing side of the judge, and only "
+            f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "
+            f"'generate' a target, at least {MIN_QUESTIONS} of two descriptions, or leave it out"
+        )
+    return HeldOut(questions, pictures)
+
+
 def refresh_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> list[Prompt]:
     """The held-out prompts that decide on a new judge; raises InputError where there are too few to decide."""
     found = [
@@ -148,14 +262,19 @@ def judge_drift(
     """What the live policy would have scored otherwise than the judge on the very same outputs.
 
     Per task and reward: ``judge_drift/TASK/REWARD``, the mean of live minus judge, and ``judge_agreement/TASK/REWARD``,
-    their correlation inside groups. Rewards that score alike under both have no judge and are left out.
+    their correlation inside groups. Rewards that do not ask the judge are not scored again, and those that score alike
+    under both are left out.
     """
+    asking = [source for source in rewards if source.sides]
+    if not asking:
+        return {}
     with torch.no_grad(), standing_in(judge_identity(judge)):
-        own = score_groups(rewards, groups, live)
+        own = score_groups(asking, groups, live)
     out: dict[str, float] = {}
-    for k, name in enumerate(table.names):
-        both = table.mask[..., k] & own.mask[..., k]
-        one, other = (torch.where(both, t.scores[..., k], 0.0) for t in (table, own))
+    for k, name in enumerate(own.names):
+        known = table.names.index(name)
+        both = table.mask[..., known] & own.mask[..., k]
+        one, other = torch.where(both, table.scores[..., known], 0.0), torch.where(both, own.scores[..., k], 0.0)
         if torch.equal(one, other):
             continue
         for task in dict.fromkeys(table.tasks):

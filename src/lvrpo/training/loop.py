@@ -24,7 +24,7 @@ from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.failures import failed_scores
 from lvrpo.training.guard import Guard, guarded, turned
-from lvrpo.training.judge import judge_drift, refresh_questions
+from lvrpo.training.judge import NOTHING_HELD_OUT, HeldOut, judge_drift
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
@@ -50,8 +50,12 @@ def align(
     guard: Guard,
     observe: Observer = lambda row: None,
     interrupted: Callable[[], bool] = lambda: False,
+    held_out: HeldOut = NOTHING_HELD_OUT,
 ) -> RunState:
-    """Runs until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop."""
+    """Runs until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop.
+
+    ``held_out``: what decides on a new judge, where the configuration asks for one.
+    """
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
         report = guard.look(state.policies.average, state.guard, 0)
@@ -59,7 +63,6 @@ def align(
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
-    questions = refresh_questions(config.judge, guard.prompts)
     sampled = Rollouts(state.policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
@@ -69,7 +72,8 @@ def align(
         prompts = prompts_of_step(source, config, step)
         groups = sampled.groups(prompts, step)
         table = score_groups(rewards, groups, state.policies.judge, step)
-        if config.judge.drift_every and step % config.judge.drift_every == 0:
+        looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
+        if config.judge.drift_due(step + 1, looks):
             row |= judge_drift(rewards, groups, table, state.policies.judge, state.policies.live)
         trained, scores = groups, table
         if config.rollout.refill_budget:
@@ -97,7 +101,7 @@ def align(
         row |= metrics
         row |= reward_means("reward", table, groups)
         if state.judge is not None:
-            row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, questions)
+            row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, held_out)
         judged = judged_of_whole(scores, trained, config.advantages)
         score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained), judged)
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
@@ -110,7 +114,7 @@ def align(
             samples.write(run, state.step, groups, table)
         if state.turn is not None:
             state.turn.add(state.step, groups, table)
-        if state.step % config.guard.every == 0 or state.step == config.steps:
+        if looks:
             stopped = guarded(config, run, state, guard, row) or turned(config, run, state, guard, row)
         state.seconds += time.perf_counter() - started
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}

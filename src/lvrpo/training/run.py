@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ from lvrpo.training.checkpoint import (
 )
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
-from lvrpo.training.judge import refresh_questions
+from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.loop import align
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
@@ -46,12 +47,15 @@ from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
-from lvrpo.types import Prompt
+from lvrpo.types import Example, Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
 
 LOOKED_AT = 32
 """Prompts of a task that are shown to the rewards before a run starts."""
+
+DRAWINGS = 64
+"""Held-out drawings that decide on a new judge."""
 
 START = "start"
 """Folder of a run: the policy that it started from, which stays the reference of a resumed run."""
@@ -80,6 +84,7 @@ def training_source(config: TrainConfig) -> PromptSource:
 def scoring_rewards(config: TrainConfig, source: PromptSource) -> list[RewardSource]:
     """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
     rewards = build_rewards(config.rewards)
+    require_asked(config.judge, rewards)
     for task, count in config.data.prompts_per_step.items():
         prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
         if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
@@ -104,6 +109,24 @@ def guard_prompts(config: TrainConfig) -> dict[Any, list[Prompt]]:
     return {task: list({p.id: p for p in rows}.values()) for task, rows in prompts.items()}
 
 
+def held_out_drawings(config: TrainConfig) -> list[Example]:
+    """Up to ``DRAWINGS`` drawings with their descriptions that nothing is trained on; none without validation rows."""
+    if config.data.source == "jsonl" and config.data.jsonl.validation is None:
+        return []
+    source = open_source(config, "validation", 0)
+    found: dict[str, Example] = {}
+    for i in range(DRAWINGS if "generate" in source.tasks else 0):
+        with suppress(InputError):  # a row without a target
+            example = source.example("generate", i)
+            found.setdefault(example.prompt.id, example)
+    return list(found.values())
+
+
+def judge_rows(config: TrainConfig, rewards: Sequence[RewardSource], guard: Guard) -> HeldOut:
+    """What decides on a new judge; raises InputError where there is too little."""
+    return held_out_rows(config.judge, rewards, guard.prompts, lambda: held_out_drawings(config))
+
+
 @dataclass
 class Alignment:
     """An alignment run, ready to start or to go on."""
@@ -114,6 +137,8 @@ class Alignment:
     source: PromptSource
     rewards: Sequence[RewardSource]
     guard: Guard
+    held_out: HeldOut
+    """What decides on a new judge."""
 
     @classmethod
     def start(cls, config: TrainConfig, folder: Path) -> Self:
@@ -122,12 +147,12 @@ class Alignment:
         source = training_source(config)
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
-        refresh_questions(config.judge, guard.prompts)
+        held_out = judge_rows(config, rewards, guard)
         require_room(config, source, guard)
         policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
-            return cls(config, run, begin(run, config, policy, base), source, rewards, guard)
+            return cls(config, run, begin(run, config, policy, base), source, rewards, guard, held_out)
         except BaseException:
             run.close()
             raise
@@ -145,11 +170,12 @@ class Alignment:
             torch.set_num_threads(config.threads)
             source, rewards = training_source(config), build_rewards(config.rewards)
             guard = Guard(guard_prompts(config), config)
+            held_out = judge_rows(config, rewards, guard)
             state = go_on(run, config)
         except BaseException:
             run.close()
             raise
-        return cls(config, run, state, source, rewards, guard)
+        return cls(config, run, state, source, rewards, guard, held_out)
 
     @property
     def finished(self) -> bool:
@@ -160,7 +186,8 @@ class Alignment:
         """Calls the loop; returns whether it came to its end, and names the guard's best checkpoint if so."""
         if self.finished:
             return True
-        align(self.config, self.run, self.state, self.source, self.rewards, self.guard, observe, interrupted)
+        parts = (self.config, self.run, self.state, self.source, self.rewards, self.guard)
+        align(*parts, observe, interrupted, self.held_out)
         if interrupted() and self.state.step < self.config.steps:
             return False
         best = self.state.guard.best_step

@@ -19,7 +19,7 @@ from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import guard_prompts, memory_of, open_policy, scoring_rewards, training_source
+from lvrpo.training.run import guard_prompts, judge_rows, memory_of, open_policy, scoring_rewards, training_source
 from lvrpo.training.state import RunState, policy_module
 from lvrpo.training.update import take_steps
 
@@ -51,6 +51,7 @@ def try_out(config: TrainConfig) -> Trial:
     source = training_source(config)
     rewards = scoring_rewards(config, source)
     guard = Guard(guard_prompts(config), config)
+    judge_rows(config, rewards, guard)
     state = RunState.start(open_policy(config)[0], config)
     checks = contract_checks(config, state.policies, source, rewards)
     if not all(check.ok for check in checks):
