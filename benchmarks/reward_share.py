@@ -53,6 +53,7 @@ def rows(head: str) -> dict[str, RewardConfig]:
         "drawing_likelihood, 8 draws": {"name": "drawing_likelihood", "options": {"draws": 8}},
         "lower_bound of own_vqa and it": {"name": "lower_bound", "options": {"members": ENSEMBLE}},
         "agreement": {"name": "agreement"},
+        "edit_consistency": {"name": "edit_consistency"},
         "semantic, instruction, knowledge": {
             "name": "lower_bound",
             "options": {"members": [{"name": "semantic"}, {"name": "instruction"}, {"name": "knowledge"}]},

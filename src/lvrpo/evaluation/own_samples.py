@@ -35,7 +35,7 @@ REWARDS = (
     RewardConfig(name="lower_bound", options={"members": DIRECTIONS}),
     RewardConfig(name="edit_consistency"),
 )
-"""Every reward that needs nobody but the model, without gates, and edit_consistency, which reads pixels."""
+"""Every reward that needs nobody but the model, without gates; edit_consistency reads pixels too."""
 YARDSTICK = RewardConfig(name=VERIFIER, options={"mode": "gated"})
 """Who grades; ``SUCCESS`` where it does not apply."""
 
