@@ -10,6 +10,8 @@ import torch
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.report.curves import other_charts
+from lvrpo.report.records import Metrics
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.training.checkpoint import load_state
@@ -150,6 +152,8 @@ def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, b
     expected = float((own.scores[..., 0] - table.scores[..., 0]).mean())
     assert drift["judge_drift/generate/own_vqa"] == pytest.approx(expected, rel=1e-5)
     assert -1 <= drift["judge_agreement/generate/own_vqa"] <= 1
+    charts = other_charts(Metrics(({"step": 20, **drift},)))  # the report shows both
+    assert [group.title for group in charts] == ["judge drift", "judge agreement"]
 
 
 # --- the drawing side ---

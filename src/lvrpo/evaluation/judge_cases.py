@@ -22,7 +22,7 @@ from lvrpo.data.scenes.objects import (
     digit_indices,
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
-from lvrpo.data.scenes.render import render
+from lvrpo.data.scenes.render import cells_mask, render
 from lvrpo.data.scenes.verifier import fact_results, read
 from lvrpo.rewards.gate import Side
 from lvrpo.rewards.given import given_group
@@ -83,7 +83,8 @@ class _Cases:
             if changed:
                 name = layout.rng.choice(list(changed))
                 wrong["also changed"] = changed[name]
-            prompt = Prompt(cluster, "edit", (render(e.source, self.size), e.instruction), ("image",))
+            parts, edited = (render(e.source, self.size), e.instruction), cells_mask(e.cells, self.size)
+            prompt = Prompt(cluster, "edit", parts, ("image",), edited=edited)
             yield from self._pictures(prompt, "instruction", e.facts, e.target, wrong)
 
     def thoughts(self) -> Iterator[JudgeCase]:
