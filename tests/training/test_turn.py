@@ -13,7 +13,7 @@ from lvrpo.statistics import parted
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.turn import Turn, TurnConfig
+from lvrpo.training.turn import Turn, TurnConfig, watched_level
 from lvrpo.types import Group, Prompt, RewardTable
 
 
@@ -88,6 +88,17 @@ def test_prompts_of_one_category_are_compared() -> None:
     """A fall of .1 beside categories .8 apart: without them its error is .09, with them .01."""
     assert [of_categories(seed, 0.1) for seed in range(5)] == [25] * 5
     assert sum(of_categories(seed, 0.0) is not None for seed in range(30)) <= 1
+
+
+def test_the_best_window_is_not_the_one_with_easy_prompts() -> None:
+    rows = [(1, 0, 0.9, 0), (1, 0, 0.1, 1), (2, 0, 0.8, 0), (2, 0, 0.8, 0), (3, 0, 0.1, 1), (3, 0, 0.2, 1)]
+    means = torch.tensor(rows)
+    easy, hard = means[means[:, 0] == 2], means[means[:, 0] == 3]
+    overall = 2.9 / 6
+    assert watched_level(means, easy) == pytest.approx(0.8 - (2.5 / 3 - overall))
+    assert watched_level(means, hard) == pytest.approx(0.15 - (0.4 / 3 - overall))
+    assert watched_level(means, hard) > watched_level(means, easy)
+    assert watched_level(means, means) == pytest.approx(overall)
 
 
 def test_what_is_remembered_comes_back() -> None:
@@ -187,5 +198,5 @@ def test_a_run_acts_on_the_turn(
     else:
         assert rows[-1]["step"] == 8
         assert all(words.startswith("warned") for words in actions.values())
-    if not guarded:
+    if action != "warn" or not guarded:
         assert alignment.state.guard.best_step == 2  # before the watched score fell further

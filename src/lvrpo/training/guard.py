@@ -126,7 +126,10 @@ def roll_back(config: TrainConfig, run: RunDirectory, state: RunState, step: int
 
 
 def turned(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
-    """Whether the run stops because a trained reward and its held-out scorer went apart (``guard.turn``)."""
+    """Whether the run stops because a trained reward and its held-out scorer went apart (``guard.turn``).
+
+    If so the weights to keep are those of the step at which the watched scorer was highest.
+    """
     turn = state.turn
     if turn is None:
         return False
@@ -137,13 +140,13 @@ def turned(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard
         state.guard.best_step = turn.best_step
     if found is None:
         return False
-    best = state.guard.best_step
-    words = turn.words(state.step, *found)
+    words, best = turn.words(state.step, *found), turn.best_step
     if turn.config.action == "warn":
         row["turn/action"] = f"warned: {words}"
         return False
+    state.guard.best_step = best  # the guard's prompts are too few to tell: it kept weights beyond the turn
     if turn.config.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
-        row["turn/action"] = f"stopped: {words}"
+        row["turn/action"] = f"stopped, step {best} is kept: {words}"
         return True
     roll_back(config, run, state, best)
     row["turn/action"] = f"rolled back to step {best}: {words}"

@@ -82,8 +82,8 @@ class Turn:
 
     def remember(self, step: int) -> bool:
         """Notes the step if the watched scorer has never been as high over a window; returns whether."""
-        last = [self._parts(means, step)[-1][:, 2] for means in self.means.values() if len(means)]
-        scores = [float(part.mean()) for part in last if len(part)]
+        last = [(means, self._parts(means, step)[-1]) for means in self.means.values()]
+        scores = [watched_level(means, part) for means, part in last if len(part)]
         if not scores or sum(scores) / len(scores) < self.best_watched:
             return False
         self.best_step, self.best_watched = step, sum(scores) / len(scores)
@@ -109,6 +109,13 @@ class Turn:
         """Puts back what ``state`` gave."""
         self.means, self.categories = dict(tree["means"]), list(tree["categories"])
         self.best_step, self.best_watched = tree["best_step"], tree["best_watched"]
+
+
+def watched_level(means: torch.Tensor, part: torch.Tensor) -> float:
+    """Mean of the watched scorer over a part of all groups, as if categories had the shares that they have in all."""
+    overall = means[:, 2].mean()
+    offsets = {c: means[means[:, 3] == c, 2].mean() - overall for c in means[:, 3].unique().tolist()}
+    return float((part[:, 2] - torch.stack([offsets[c] for c in part[:, 3].tolist()])).mean())
 
 
 def _group_means(table: RewardTable, name: str) -> torch.Tensor:
