@@ -28,7 +28,8 @@ from lvrpo.policies.mot.batching import runs
 from lvrpo.policies.mot.context import row_tokens
 from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.folder import FolderPolicy
-from lvrpo.policies.mot.policy import MoTPolicy, as_written
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.recording import as_written
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache

@@ -123,7 +123,7 @@ class BagelPolicy(MoTPolicy):
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
-        self._check_length(f"prompt {prompt.id!r}", row, 1)
+        self.check_length(f"prompt {prompt.id!r}", row, 1)
         return row
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -135,9 +135,9 @@ class BagelPolicy(MoTPolicy):
             left = self.config.max_positions - row_tokens(row) - new - 2
             remedy = f", or write less: max_new_tokens <= {left}" if left > 0 else ""
             new += sampling.max_new_tokens + 2
-        self._check_length(f"prompt {prompt.id!r}", row, new, remedy)
+        self.check_length(f"prompt {prompt.id!r}", row, new, remedy)
 
-    def _check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
         length, limit = row_tokens(row), self.config.max_positions
         if length + new > limit:
             after = f" and {new} after them" if new > 1 else ""
@@ -157,7 +157,7 @@ class BagelPolicy(MoTPolicy):
         ids = [prompt.id for prompt in prompts]
         return cut(ids, [contexts[name] for name in ids], new, self.max_tokens)
 
-    def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         keys = [tuple(piece.key for piece in row) for row in rows]
         return cut(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
 
@@ -188,7 +188,7 @@ class BagelPolicy(MoTPolicy):
             else:
                 piece = replace(self.contexts.noise(self.towers.latent_grid(output)), image=output)
                 row.append(TrainedPiece(piece, loss=True))
-        self._check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
+        self.check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
         return row
 
     def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
