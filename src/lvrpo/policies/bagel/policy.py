@@ -31,10 +31,10 @@ from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.batching import cut
 from lvrpo.policies.mot.context import Piece, Row, row_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, computing
-from lvrpo.policies.mot.storing import write_tensors
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
+from lvrpo.storing import write_tensors, write_whole
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"
@@ -247,7 +247,7 @@ class BagelPolicy(MoTPolicy):
         write_tensors(folder / "ema.safetensors", whole, {"format": "pt"})
         write_tensors(folder / "ae.safetensors", autoencoder, {"format": "pt"})
         for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
         self.words.save(folder)
 
     @classmethod

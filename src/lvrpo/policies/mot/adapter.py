@@ -23,7 +23,7 @@ from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.storing import write_tensors
+from lvrpo.storing import write_tensors
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
