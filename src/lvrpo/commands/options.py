@@ -101,6 +101,17 @@ def share(text: str) -> float:
     return number
 
 
+def gibibytes(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB, such as 78") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB above 0")
+    return number
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
     width, _, height = text.partition("x")

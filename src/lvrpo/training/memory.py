@@ -87,12 +87,13 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()
+    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = (), device: torch.device | None = None
 ) -> MemoryEstimate | None:
     """The memory of a run on its device, from the sizes in the policy's folder alone.
 
     ``prompts`` are those of a step, ``guard`` the held-out ones. Texts are taken to be as long as they may be. The
-    operations are those of the CPU, also for a card, where some texts go through attention in other parts.
+    operations are those of the CPU, also for a card, where some texts go through attention in other parts. ``device``
+    stands for the configuration's; it need not be there.
     None for a policy of another kind than the Mixture-of-Transformers. Raises InputError for an adapter.
     """
     folder = policy_folder(config.policy)
@@ -104,14 +105,19 @@ def estimate_memory(
     forget_packings()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            policy = kind.skeleton(folder, pick_device(config.device), DTYPES.get(config.weights_dtype or ""))
-        return estimate_policy(policy, config, prompts, guard)
+            device = device or pick_device(config.device)
+            policy = kind.skeleton(folder, device, DTYPES.get(config.weights_dtype or ""))
+        return estimate_policy(policy, config, prompts, guard, device)
     finally:
         forget_packings()
 
 
 def estimate_policy(
-    policy: MoTPolicy, config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()
+    policy: MoTPolicy,
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    guard: Sequence[Prompt] = (),
+    device: torch.device | None = None,
 ) -> MemoryEstimate:
     """As ``estimate_memory``, of a policy on the meta device, which is changed."""
     whole = _bytes(policy.state_dict().values())
@@ -120,13 +126,14 @@ def estimate_policy(
             inject_adapter(policy, config.adapter)
     forget_packings()
     try:
-        return _estimate_without_memory(policy, config, whole, prompts, guard)
+        kind = (device or pick_device(config.device)).type
+        return _estimate_without_memory(policy, config, whole, prompts, guard, kind)
     finally:
         forget_packings()
 
 
 def _estimate_without_memory(
-    policy: MoTPolicy, config: TrainConfig, whole: int, prompts: Sequence[Prompt], guard: Sequence[Prompt]
+    policy: MoTPolicy, config: TrainConfig, whole: int, prompts: Sequence[Prompt], guard: Sequence[Prompt], device: str
 ) -> MemoryEstimate:
     with FakeTensorMode(allow_non_fake_inputs=True):  # pictures of the prompts come as they are
         for module in policy.modules():
@@ -135,17 +142,21 @@ def _estimate_without_memory(
                 setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
-        return _Estimator(policy, config, whole).estimate(prompts, guard)
+        return _Estimator(policy, config, whole, device).estimate(prompts, guard)
 
 
 def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
     """Raises InputError, with what to change, where less is free than a run will need."""
-    if estimate is None:
-        return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if estimate is not None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        require_fit(estimate, free, str(device), what)
+
+
+def require_fit(estimate: MemoryEstimate, free: int, where: str, what: str) -> None:
+    """Raises InputError, with what to change, where so many free bytes are too few."""
     if estimate.peak > free:
         raise InputError(
-            f"{what}: needs about {estimate.peak / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+            f"{what}: needs about {estimate.peak / 2**30:.1f} GiB on {where}, {free / 2**30:.1f} GiB are free: "
             f"{_remedy(estimate)}"
         )
 
@@ -219,10 +230,10 @@ class LiveBytes(TorchDispatchMode):
 class _Estimator:
     """The parts of a step, run without memory; see ``estimate_memory``."""
 
-    def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int) -> None:
+    def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int, device: str) -> None:
         self.policy, self.config = policy, config
         self.whole = whole
-        self.device = pick_device(config.device).type
+        self.device = device
         self.sampling = config.rollout.sampling(config.seed, 0)
         if config.precision.compute is not None:
             policy.compute_in(DTYPES[config.precision.compute])

@@ -18,6 +18,7 @@ from lvrpo.policies.bagel.config import (
     BagelConfig,
     BagelSettings,
     config_files,
+    described_config,
     is_bagel,
     read_config,
     several,
@@ -252,11 +253,14 @@ class BagelPolicy(MoTPolicy):
 
     @classmethod
     def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.skeleton``; of a folder without weights, from what its json files say."""
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
-        stored, autoencoder = find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER)
-        config = read_config(folder, stored, autoencoder)
+        if has_weights(folder):
+            config = read_config(folder, find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER))
+        else:
+            config = described_config(folder)
         policy = cls(config, BagelWords.load(folder, config.vocabulary_size))
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         state = {n: t if n.startswith(VAE) else t.to(dtype) for n, t in policy.state_dict().items()}
@@ -340,6 +344,11 @@ class BagelPolicy(MoTPolicy):
         vit = self.config.vit
         is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
         return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether any file of the model's weights is there; the autoencoder's alone is none."""
+    return any(path.stem not in AUTOENCODER[0] for path in folder.glob("*.safetensors"))
 
 
 def _tensors(names: Sequence[str]) -> str:
