@@ -135,6 +135,15 @@ def add_model(parser: Parser) -> None:
     add_device(parser)
 
 
+def add_base(parser: Parser) -> None:
+    """--base."""
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="of an adapter: where its base lies now; of a fine-tuned BAGEL that leaves tensors out: the whole one",
+    )
+
+
 def add_device(parser: Parser) -> None:
     """--device."""
     parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")

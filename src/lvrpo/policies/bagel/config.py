@@ -23,7 +23,7 @@ SECTION = "lvrpo"
 """The key of config.json under which lvrpo keeps what the published files do not say."""
 TEXT_LAYERS, READ_LAYERS = "language_model.model.layers.", "vit_model.vision_model.encoder.layers."
 """What the names of a layer's tensors begin with, before its number: of the transformer, of the reading tower."""
-WHOLE = "fetch the weights again, or complete a fine-tuned part as in docs/bagel.md"
+WHOLE = "fetch the weights again, or name the whole model below a fine-tuned part (--base MODEL)"
 """The remedy for tensors that are missing."""
 
 

@@ -351,6 +351,19 @@ def has_weights(folder: Path) -> bool:
     return any(path.stem not in AUTOENCODER[0] for path in folder.glob("*.safetensors"))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds everything that a BAGEL is made of, so that no base could add to it."""
+    if not (is_bagel(folder) and has_weights(folder) and (folder / "ae.safetensors").is_file()):
+        return False
+    try:
+        with torch.device("meta"):
+            wanted = BagelPolicy.skeleton(folder, dtype=torch.float32).state_dict()
+        stored = find_tensors(folder, *WEIGHTS) | find_tensors(folder, *AUTOENCODER)
+    except InputError:  # a json file, a tokenizer or the tensors that sizes come from are left out
+        return False
+    return all(official_name(name) in stored for name in wanted)
+
+
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
 

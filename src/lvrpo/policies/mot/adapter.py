@@ -259,8 +259,8 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
     own = base_fingerprint(policy)
     if metadata["lvrpo_base"] != own:
         raise InputError(
-            f"{folder}: is an adapter of base {metadata['lvrpo_base']}, but {base} is {own}: name its own base in "
-            f"{ADAPTER_CONFIG}"
+            f"{folder}: is an adapter of base {metadata['lvrpo_base']}, but {base} is {own}: name its own base "
+            f"(--base FOLDER, or in {ADAPTER_CONFIG})"
         )
     config = AdapterConfig.model_validate_json(metadata["lvrpo_adapter"])
     inject_adapter(policy, config)
