@@ -219,7 +219,7 @@ def test_a_base_that_was_moved_is_named_on_the_command_line(
     assert isinstance(found, TinyPolicy)
     assert torch.equal(scores(found, prompts), scores(policy, prompts))
     assert main(["export", "adapter", "whole"]) == 2
-    assert "its base is not there: say where it is (--base FOLDER)" in capsys.readouterr().err
+    assert "its base is not there: name it (--base FOLDER), or link it there" in capsys.readouterr().err
     assert main(["export", "adapter", "whole", "--base", "other"]) == 2
     assert "but other is" in capsys.readouterr().err
     assert main(["export", "adapter", "whole", "--base", "adapter"]) == 2

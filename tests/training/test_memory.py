@@ -84,6 +84,17 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
 
 
+def test_a_judge_that_moves_has_weights_of_its_own(small_base: Path) -> None:
+    weights = needed(small_base).stays["weights"]
+    for judge, copies in (
+        ("{}", 0),
+        ("{refresh_every: 2}", 1),
+        ("{kind: average}", 1),
+        ("{kind: average, refresh_every: 2}", 2),
+    ):
+        assert needed(small_base, f"judge={judge}").stays["the judge's own weights"] == copies * weights
+
+
 def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     pytest.importorskip("peft")
     plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")

@@ -86,5 +86,6 @@ CHECK = Command(
     options,
     run,
     "example: lvrpo check quickstart rollout.group_size=4\n"
-    "         lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78",
+    "         lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n"
+    "of a model on the Hub, what --card needs is fetched with: hf download ID --include '*.json' '*.txt'",
 )

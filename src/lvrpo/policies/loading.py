@@ -53,7 +53,7 @@ def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Pat
         if given is not None:
             raise
         raise InputError(
-            f"{folder}: is an adapter, and its base is not there: say where it is (--base FOLDER): {error}"
+            f"{folder}: is an adapter, and its base is not there: name it (--base FOLDER), or link it there: {error}"
         ) from None
     if has_adapter(at):
         raise InputError(f"{folder}: its base {base} is an adapter itself: make one model of it with `lvrpo export`")
@@ -174,5 +174,6 @@ def _from_hub_cache(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         raise InputError(
-            f"model {name!r}: neither a folder nor in the local Hub cache: name a folder, or run `hf download {name}`"
+            f"model {name!r}: no such folder, and not in the local Hub cache: name a folder or a run, or, if this is a "
+            f"model of the Hub, run `hf download {name}`"
         ) from None

@@ -170,7 +170,8 @@ def worth_a_look(folder: Path, device: torch.device) -> bool:
 def _remedy(estimate: MemoryEstimate) -> str:
     """What to change about the largest part."""
     stays = dict(estimate.stays)
-    copies = stays.get("old, reference and average weights", 0) + stays.get("moments", 0) + estimate.gradients
+    copies = stays.get("old, reference and average weights", 0) + stays.get("the judge's own weights", 0)
+    copies += stays.get("moments", 0) + estimate.gradients
     largest = max(stays.get("weights", 0), copies, max(estimate.passes.values(), default=0))
     if largest == copies:
         return "train an adapter (adapter.rank=16), or set optimizer.kind=adamw_8bit"
@@ -251,6 +252,7 @@ class _Estimator:
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
         copies = 2 * gradients if config.adapter is not None else 3 * self.whole
+        judge = gradients if config.adapter is not None else self.whole
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
@@ -271,6 +273,7 @@ class _Estimator:
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "old, reference and average weights": copies,
+            "the judge's own weights": judge * self._judges(),
             "moments": self._moments() * len(config.phases),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts),
@@ -288,6 +291,11 @@ class _Estimator:
         with LiveBytes(kept, self.device) as live, torch.set_grad_enabled(gradient):
             run()
         passes[name] = max(passes.get(name, 0), live.peak)
+
+    def _judges(self) -> int:
+        """How many copies a judge has that moves: itself, and a slow average that waits to replace it."""
+        judge = self.config.judge
+        return judge.moves * (1 + (judge.kind == "average" and judge.refresh_every is not None))
 
     def _moments(self) -> int:
         kind, total = self.config.optimizer.kind, 0
