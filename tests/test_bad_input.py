@@ -391,19 +391,19 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     from lvrpo.training import checkpoint
 
     shutil.copytree(shelf / "small", "small")
-    save = checkpoint._save_tensors
+    save = checkpoint.write_tensors
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if "step_000000" not in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        save(tensors, path)
+        save(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_save_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     assert main([*SMALL_TRAIN, "--out", "new", "--no-evaluate"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "the disk is full" in line
     assert [path.name for path in Path("new/checkpoints").iterdir()] == ["step_000000"]
-    monkeypatch.setattr(checkpoint, "_save_tensors", save)
+    monkeypatch.setattr(checkpoint, "write_tensors", save)
     assert main(["train", "--resume", "new", "--no-evaluate"]) == 0
 
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from lvrpo.cli import main
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Sampling
@@ -190,7 +191,7 @@ def test_the_adapter_of_another_base_is_refused(new_policy: Callable[..., TinyPo
     with pytest.raises(InputError, match=r"^adapter: is an adapter of base \w{16}, but other is \w{16}: name its own"):
         load_policy("adapter")
     path.write_text(json.dumps(settings | {"base_model_name_or_path": "nowhere"}))
-    with pytest.raises(InputError, match=r"^adapter: is an adapter, and its base is not there: model 'nowhere'"):
+    with pytest.raises(InputError, match=r"^adapter: is an adapter, and its base is not there: .*--base.*: model "):
         load_policy("adapter")
     path.write_text("{")
     with pytest.raises(InputError, match="names no base_model_name_or_path"):
@@ -203,6 +204,34 @@ def test_the_adapter_of_another_base_is_refused(new_policy: Callable[..., TinyPo
     weights.unlink()
     with pytest.raises(InputError, match="no such file: an adapter is"):
         load_policy("adapter")
+
+
+def test_a_base_that_was_moved_is_named_on_the_command_line(
+    new_policy: Callable[..., TinyPolicy], prompts: list[Prompt], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, other = new_policy(), new_policy(seed=1)
+    policy.save(Path("moved"))
+    other.save(Path("other"))
+    add_adapter(policy, KINDS[0], "gone")
+    train(policy)
+    policy.save(Path("adapter"))
+    found = load_policy("adapter", base="moved")
+    assert isinstance(found, TinyPolicy)
+    assert torch.equal(scores(found, prompts), scores(policy, prompts))
+    assert main(["export", "adapter", "whole"]) == 2
+    assert "its base is not there: name it (--base FOLDER), or link it there" in capsys.readouterr().err
+    assert main(["export", "adapter", "whole", "--base", "other"]) == 2
+    assert "but other is" in capsys.readouterr().err
+    assert main(["export", "adapter", "whole", "--base", "adapter"]) == 2
+    assert "its base adapter is an adapter itself" in capsys.readouterr().err
+    assert not Path("whole").exists()
+    assert main(["export", "adapter", "whole", "--base", "moved"]) == 0
+    assert capsys.readouterr().out == "whole: adapter, its adapter merged\n"
+    merged = load_policy("whole")
+    assert isinstance(merged, TinyPolicy)
+    torch.testing.assert_close(scores(merged, prompts), scores(policy, prompts), rtol=1e-4, atol=1e-4)
+    assert main(["export", "moved", "again", "--base", "moved"]) == 2
+    assert "base moved: is no BAGEL, and moved is no adapter: leave the base out" in capsys.readouterr().err
 
 
 def test_a_fingerprint_does_not_depend_on_the_dtype(new_policy: Callable[..., TinyPolicy]) -> None:

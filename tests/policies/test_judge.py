@@ -8,7 +8,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.context import Contexts
-from lvrpo.policies.mot.policy import JUDGE_TIMES
+from lvrpo.policies.mot.judging import JUDGE_TIMES
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
@@ -151,7 +151,7 @@ def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, picture: Any, 
     pictures = [picture(i) for i in range(5)]
     contexts, seeds = [("a red circle",), ("a",), ("a red circle",), (), ()], [1, 2, 1, 3, 3]
     together = policy.image_logprob(contexts, pictures, 2, seeds)
-    monkeypatch.setattr("lvrpo.policies.mot.policy.MAX_ROWS", 2)
+    monkeypatch.setattr("lvrpo.policies.mot.batching.MAX_ROWS", 2)
     torch.testing.assert_close(policy.image_logprob(contexts, pictures, 2, seeds), together, rtol=1e-5, atol=1e-4)
 
 

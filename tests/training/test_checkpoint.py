@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lvrpo import storing
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training import checkpoint as ckpt
 
@@ -378,7 +379,7 @@ def test_the_system_error_inside_a_safetensors_error_is_found(tmp_path: Path, mo
     def full(*_: object) -> None:
         raise ckpt.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(ckpt, "save_file", full)
+    monkeypatch.setattr(storing, "save_file", full)
     with pytest.raises(InputError, match=r"state\.safetensors: cannot be written: the disk is full"):
         ckpt.save_state(tmp_path, {"a": torch.ones(1)})
 

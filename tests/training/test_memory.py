@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel.config import described_config
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel, learn_words
+from lvrpo.policies.bagel.names import VAE
+from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.sequence import Span, pack
@@ -78,6 +84,17 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
 
 
+def test_a_judge_that_moves_has_weights_of_its_own(small_base: Path) -> None:
+    weights = needed(small_base).stays["weights"]
+    for judge, copies in (
+        ("{}", 0),
+        ("{refresh_every: 2}", 1),
+        ("{kind: average}", 1),
+        ("{kind: average, refresh_every: 2}", 2),
+    ):
+        assert needed(small_base, f"judge={judge}").stays["the judge's own weights"] == copies * weights
+
+
 def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     pytest.importorskip("peft")
     plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")
@@ -130,3 +147,82 @@ def test_the_remedy_is_for_the_largest_part(stays: dict[str, int], passes: dict[
 
 def test_a_small_model_is_not_looked_at(small_base: Path) -> None:
     assert not memory.worth_a_look(small_base, torch.device("cpu"))
+
+
+# --- before the weights are there ---
+
+SIZES = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "vit_width": 8, "vit_depth": 1}
+REST = {"vit_heads": 2, "vit_mlp_width": 8, "image_size": 32, "read_side": 4, "latent_side": 4}
+ASKED = "data.prompts_per_step={generate: 1, understand: 1}"
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """A small BAGEL without its weights: ``whole`` has them."""
+    create_bagel(BagelSizes.model_validate(SIZES | REST), ["a red circle"]).save(tmp_path / "whole")
+    (tmp_path / "described").mkdir()
+    for file in (tmp_path / "whole").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "described")
+    return tmp_path / "described"
+
+
+def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
+    settings = [*FEW[:1], *FEW[2:], ASKED, "guard={prompts: {understand: 2}}"]
+    found = [
+        memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
+        for name in ("whole", "described")
+    ]
+    assert found[0] == found[1]
+    assert found[0] is not None
+
+
+def test_published_json_files_tell_the_published_sizes(tmp_path: Path) -> None:
+    """As they were published: config.json is no JSON, and no file tells of the autoencoder."""
+    llm = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    llm |= {"num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "vocab_size": 152064}
+    vit = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    (tmp_path / "llm_config.json").write_text(json.dumps(llm | {"max_position_embeddings": 32768}))
+    (tmp_path / "vit_config.json").write_text(json.dumps(vit | {"patch_size": 14}))
+    (tmp_path / "config.json").write_text("{'no': json}")
+    config = described_config(tmp_path)
+    assert (config.latent_side, config.vit.side, config.vit.depth, config.latent_patch) == (64, 70, 26, 2)
+    with torch.device("meta"):
+        policy = BagelPolicy(config, learn_words(["a"], 512))
+    weights = sum(t.numel() for name, t in policy.state_dict().items() if not name.startswith(VAE))
+    assert weights * 2 == pytest.approx(29.2e9, rel=1e-3)  # in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("llm_config.json", '{"hidden_size": 16}', r"llm_config\.\w+=None: no number"),
+        ("vit_config.json", "{", "not JSON"),
+        ("config.json", '{"vae_config": {"ch": 5}}', "restore the json files"),
+        ("config.json", '{"latent_patch_size": "two"}', "restore the json files"),
+        ("config.json", '{"latent_patch_size": 0}', "restore the json files"),
+    ],
+)
+def test_json_files_that_tell_nonsense_are_named(described: Path, file: str, content: str, message: str) -> None:
+    (described / file).write_text(content)
+    with pytest.raises(InputError, match=message):
+        described_config(described)
+
+
+def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check", "quickstart", f"policy={described}", *FEW[2:], ASKED, "guard={prompts: {understand: 2}}"]
+    assert main([*command, "--card", "78"]) == 0
+    out = capsys.readouterr().out
+    assert "at most, in the" in out
+    assert out.endswith("of 78 GiB are left\n")
+    assert main([*command, "--card", "0.01"]) == 2
+    said = capsys.readouterr().err
+    assert "on a card, 0.0 GiB are free" in said
+    assert said.count("\n") == 1
+    assert main([*command, "device=cpu", "--card", "78"]) == 2
+    assert "device=cpu, and --card 78: leave one of them out" in capsys.readouterr().err
+    for wrong in ("0", "nan", "large"):
+        assert main([*command, "--card", wrong]) == 2
+        assert "must be a number of GiB" in capsys.readouterr().err
+    assert main([*command, "device=cpu"]) == 2
+    assert "holds no ema.safetensors, the weights of BAGEL" in capsys.readouterr().err

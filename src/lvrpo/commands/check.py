@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from lvrpo.commands.options import Command, Options, Parser, add_config
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Command, Options, Parser, add_config, gibibytes
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.memory import MemoryEstimate
 
 
 def options(parser: Parser) -> None:
     add_config(parser)
+    parser.add_argument(
+        "--card",
+        type=gibibytes,
+        metavar="GIB",
+        help="foretell the memory on a CUDA card with so many GiB free, and stop there; the card need not be there, "
+        "and of a BAGEL its json and tokenizer files are enough",
+    )
 
 
 def run(options: Options) -> None:
@@ -20,13 +34,13 @@ def run(options: Options) -> None:
     from lvrpo.training.trial import memory_needed, try_out
 
     config = read_config(TrainConfig, options.config, options.overrides)
+    if options.card is not None:
+        fit_card(config, options.card)
+        return
     print(dump_config(config), end="")
     memory = memory_needed(config)
     if memory is not None:
-        print("\nmemory, GiB, before anything is loaded")
-        for line in memory.lines():
-            print(line)
-        print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
+        print_memory(memory)
     require_memory(memory, pick_device(config.device), f"policy={config.policy}")
     trial = try_out(config)
     print("\nstep-0 contract")
@@ -42,9 +56,36 @@ def run(options: Options) -> None:
     print(f"  disk    {trial.disk_mib:.0f} MiB of checkpoints")
 
 
+def print_memory(memory: MemoryEstimate) -> None:
+    """What stays, what comes and goes, and the most at once."""
+    print("\nmemory, GiB, before anything is loaded")
+    for line in memory.lines():
+        print(line)
+    print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
+
+
+def fit_card(config: TrainConfig, gib: float) -> None:
+    """The memory of a run on a card that need not be there; raises InputError where it does not fit."""
+    import torch
+
+    from lvrpo.training.memory import require_fit
+    from lvrpo.training.trial import memory_needed
+
+    if config.device == "cpu":
+        raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
+    memory = memory_needed(config, torch.device("cuda"))
+    if memory is None:
+        raise InputError(f"--card {gib:g}: the memory of policy={config.policy} cannot be foretold: leave --card out")
+    print_memory(memory)
+    require_fit(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
+    print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")
+
+
 CHECK = Command(
     "resolve a configuration, load data and model, run the step-0 contract, estimate time and memory",
     options,
     run,
-    "example: lvrpo check quickstart rollout.group_size=4",
+    "example: lvrpo check quickstart rollout.group_size=4\n"
+    "         lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n"
+    "of a model on the Hub, what --card needs is fetched with: hf download ID --include '*.json' '*.txt'",
 )

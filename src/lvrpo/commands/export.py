@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvrpo.commands.options import Command, Options, Parser, add_model
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
 from lvrpo.errors import InputError
 
 
 def export_options(parser: Parser) -> None:
     add_model(parser)
+    add_base(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
 
 
@@ -22,7 +23,7 @@ def export(options: Options) -> None:
     folder: Path = options.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
-    policy = load_policy(options.model, options.device, options.dtype)
+    policy = load_policy(options.model, options.device, options.dtype, options.base)
     merged = isinstance(policy, MoTPolicy) and policy.adapter is not None
     if isinstance(policy, MoTPolicy):
         merge(policy)

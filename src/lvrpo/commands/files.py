@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from lvrpo.commands.options import refuse_existing
 from lvrpo.data.images import load_image, middle_square
 from lvrpo.errors import InputError
+from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Image
 
@@ -23,12 +22,7 @@ def write_file(path: Path, content: bytes, force: bool) -> None:
         raise InputError(f"{path.parent}: is a file: choose another folder")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, content)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -101,6 +101,17 @@ def share(text: str) -> float:
     return number
 
 
+def gibibytes(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB, such as 78") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB above 0")
+    return number
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
     width, _, height = text.partition("x")
@@ -122,6 +133,15 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a run, a built-in name (tiny), or a Hub id")
     parser.add_argument("--dtype", help="float32 or bfloat16, where the model has both (default: the model's own)")
     add_device(parser)
+
+
+def add_base(parser: Parser) -> None:
+    """--base."""
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="of an adapter: where its base lies now; of a fine-tuned BAGEL that leaves tensors out: the whole one",
+    )
 
 
 def add_device(parser: Parser) -> None:

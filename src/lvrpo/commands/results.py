@@ -8,6 +8,7 @@ from lvrpo.commands.options import (
     Command,
     Options,
     Parser,
+    add_base,
     add_force,
     add_model,
     names,
@@ -20,6 +21,7 @@ from lvrpo.errors import InputError
 
 def evaluate_options(parser: Parser) -> None:
     add_model(parser)
+    add_base(parser)
     parser.add_argument(
         "--benchmark",
         type=names,
@@ -50,7 +52,7 @@ def evaluate(options: Options) -> None:
         refuse_existing([options.json], options.force)
     benchmarks = suite.find_benchmarks(options.benchmark)
     torch.set_num_threads(options.threads)
-    policy = load_policy(options.model, options.device, options.dtype)
+    policy = load_policy(options.model, options.device, options.dtype, options.base)
     console = wide_console()
     result = suite.evaluate(
         policy,

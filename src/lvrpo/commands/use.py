@@ -10,6 +10,7 @@ from lvrpo.commands.options import (
     Command,
     Options,
     Parser,
+    add_base,
     add_force,
     add_model,
     guidance,
@@ -61,6 +62,7 @@ def thinking_options(parser: Parser) -> None:
 
 def generate_options(parser: Parser) -> None:
     add_model(parser)
+    add_base(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
@@ -101,6 +103,7 @@ def generate(options: Options) -> None:
 
 def ask_options(parser: Parser) -> None:
     add_model(parser)
+    add_base(parser)
     parser.add_argument("question", metavar="QUESTION", nargs="?")
     parser.add_argument("--image", type=Path, metavar="FILE", help="the picture that QUESTION is about")
     parser.add_argument(
@@ -155,6 +158,7 @@ def ask(options: Options) -> None:
 
 def edit_options(parser: Parser) -> None:
     add_model(parser)
+    add_base(parser)
     parser.add_argument("instruction", metavar="INSTRUCTION")
     parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the edited picture, PNG")
@@ -188,7 +192,7 @@ def load(options: Options) -> Policy:
     if low >= high:
         raise InputError(f"--guidance-interval {low:g} {high:g}: guides no step: write LOW < HIGH, or --guidance 1")
     torch.set_num_threads(options.threads)
-    return load_policy(options.model, options.device, options.dtype)
+    return load_policy(options.model, options.device, options.dtype, options.base)
 
 
 def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prompt:

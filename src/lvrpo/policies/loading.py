@@ -25,24 +25,36 @@ _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_policy(model: str | Path, device: str = "cpu", dtype: str | None = None) -> Policy:
-    """The policy that MODEL names, on a device, at float32, bfloat16 or its own choice; raises InputError, one line."""
+def load_policy(
+    model: str | Path, device: str = "cpu", dtype: str | None = None, base: str | Path | None = None
+) -> Policy:
+    """The policy that MODEL names, on a device, at float32, bfloat16 or its own choice; raises InputError, one line.
+
+    ``base`` is the MODEL below one that is no whole model: below an adapter, in place of the base that its files name,
+    and below a fine-tuned BAGEL that leaves tensors out.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
     folder = policy_folder(model)
     if has_adapter(folder):
-        return _load_adapted(folder, device, dtype)
+        return _load_adapted(folder, device, dtype, base)
     where = pick_device(device)
+    if base is not None:
+        return _load_completed(folder, policy_folder(base), where, dtype)
     return resolve("model type", model_type(folder), POLICIES).load(folder, where, DTYPES.get(dtype or ""))
 
 
-def _load_adapted(folder: Path, device: str, dtype: str | None) -> Policy:
-    """A base with the adapter of a folder on it."""
-    base = read_base(folder)
+def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Path | None) -> Policy:
+    """A base, the given one or that of the files, with the adapter of a folder on it."""
+    base = read_base(folder) if given is None else str(given)
     try:
         at = policy_folder(base)
     except InputError as error:
-        raise InputError(f"{folder}: is an adapter, and its base is not there: {error}") from None
+        if given is not None:
+            raise
+        raise InputError(
+            f"{folder}: is an adapter, and its base is not there: name it (--base FOLDER), or link it there: {error}"
+        ) from None
     if has_adapter(at):
         raise InputError(f"{folder}: its base {base} is an adapter itself: make one model of it with `lvrpo export`")
     policy = load_policy(base, device, dtype)
@@ -50,6 +62,19 @@ def _load_adapted(folder: Path, device: str, dtype: str | None) -> Policy:
         raise InputError(f"{folder}: its base {base} is of a kind that takes no adapter: name another base")
     load_adapter(policy, folder, base)
     return policy
+
+
+def _load_completed(folder: Path, base: Path, device: torch.device, dtype: str | None) -> Policy:
+    """A fine-tuned BAGEL with what its whole base has and it leaves out."""
+    from lvrpo.policies.bagel.policy import BagelPolicy, is_whole
+
+    if has_adapter(base):
+        raise InputError(f"base {base}: is an adapter itself: make one model of it with `lvrpo export`")
+    if model_type(base) != "bagel":
+        raise InputError(f"base {base}: is no BAGEL, and {folder} is no adapter: leave the base out")
+    if is_whole(folder):
+        raise InputError(f"{folder}: is a whole model, which needs no base: leave the base out")
+    return BagelPolicy.load(folder, device, DTYPES.get(dtype or ""), base=base)
 
 
 def pick_device(name: str) -> torch.device:
@@ -149,5 +174,6 @@ def _from_hub_cache(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         raise InputError(
-            f"model {name!r}: neither a folder nor in the local Hub cache: name a folder, or run `hf download {name}`"
+            f"model {name!r}: no such folder, and not in the local Hub cache: name a folder or a run, or, if this is a "
+            f"model of the Hub, run `hf download {name}`"
         ) from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from lvrpo.report.pictures import Picture, PictureStore
 from lvrpo.report.records import RunRecord, load_run, number
 from lvrpo.report.scores import score_table
 from lvrpo.report.verdict import label, verdict
+from lvrpo.storing import write_whole
 
 HERE = Path(__file__).parent
 GRID_SIDE = 1400
@@ -44,19 +43,11 @@ def build_report(run: Path) -> Path:
     unreadable, or the page cannot be written; what was there before then stays.
     """
     target = Path(run) / "report.html"
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
-        page = render(load_run(Path(run)))
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(target, render(load_run(Path(run))).encode())
     except OSError as error:
         why = f"{error.strerror or error} ({error.filename or target})"
         raise InputError(f"no report of {run}: {why}: free the disk or the permission and report again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

@@ -11,13 +11,14 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.written import text_problem
+from lvrpo.storing import write_tensors, write_whole
 from lvrpo.types import Parts, Task, Trajectory
 
 MODEL_TYPE = "lvrpo_preference_head"
@@ -101,14 +102,11 @@ class PreferenceHead:
 
     def save(self, folder: Path) -> None:
         """Writes config.json and model.safetensors into an existing folder."""
-        save_file(
-            {name: getattr(self, name).contiguous() for name in TENSORS},  # three tensors by their names
-            str(folder / "model.safetensors"),
-            metadata={"format": "pt"},
-        )
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}  # three tensors by their names
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         config = {"model_type": MODEL_TYPE, "features": FEATURES, "policy": self.policy, "tasks": list(self.tasks)}
         config |= {"scale": self.scale, "reading": asdict(self.reading), "measured": self.measured}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> PreferenceHead:

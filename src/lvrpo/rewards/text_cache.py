@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 
 from lvrpo.errors import InputError
+from lvrpo.storing import write_whole
 
 
 def cache_folder() -> Path:
@@ -36,17 +36,9 @@ class TextCache:
         """Writes the text under the key; the last of several writers wins. Raises InputError where it cannot."""
         path = self._path(key)
         content = json.dumps({"text": text, "sha256": _digest(text)})
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_whole(path, content.encode())
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}): name another folder") from None
 

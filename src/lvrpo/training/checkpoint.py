@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.errors import ContractError, InputError
+from lvrpo.storing import sync, write_tensors
 
 SEAL = "checkpoint.json"
 """The file that makes a folder a checkpoint: size and sha256 of every other file."""
@@ -48,7 +49,7 @@ def save_state(folder: Path, state: State) -> None:
     tree = _encode(state, (), tensors, storages)
     text = json.dumps(tree, allow_nan=False)
     with disk_errors(folder):
-        _save_tensors(tensors, folder / "state.safetensors")
+        write_tensors(folder / "state.safetensors", tensors)
         (folder / "state.json").write_text(text, encoding="utf-8")
 
 
@@ -117,16 +118,6 @@ def _alone(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
         storages.add(storage.data_ptr())
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it hides the operating system's error in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 # --- optimizers by parameter name ---
@@ -266,15 +257,6 @@ def _locked_temporary(path: Path) -> tuple[Path, int]:
     return temporary, lock
 
 
-def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def sync_tree(folder: Path) -> None:
     """fsync of every file and folder below, then of the folder."""
     for root, _, files in os.walk(folder, topdown=False):
@@ -289,8 +271,7 @@ def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename if isinstance(error.filename, str) else ""
-        where = Path(named) if named and ".tmp-" not in named else Path(path)
+        where = _final_name(Path(error.filename if isinstance(error.filename, str) else path))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = f"{_free_bytes(Path(path)) / 2**20:.0f} MiB free"
             raise InputError(
@@ -303,6 +284,11 @@ def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
             raise InputError(f"{where}: cannot be {doing}: {error.strerror}: choose another name") from error
         raise
+
+
+def _final_name(path: Path) -> Path:
+    """What a path will be called once the temporary names in it are renamed."""
+    return Path(*(re.sub(r"^\.(.+)\.tmp-[0-9a-f]{8}$", r"\1", part) for part in path.parts))
 
 
 def _free_bytes(path: Path) -> int:

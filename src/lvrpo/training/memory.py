@@ -28,7 +28,8 @@ from lvrpo.policies.mot.batching import runs
 from lvrpo.policies.mot.context import row_tokens
 from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.folder import FolderPolicy
-from lvrpo.policies.mot.policy import MoTPolicy, as_written
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.recording import as_written
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
@@ -86,12 +87,13 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()
+    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = (), device: torch.device | None = None
 ) -> MemoryEstimate | None:
     """The memory of a run on its device, from the sizes in the policy's folder alone.
 
     ``prompts`` are those of a step, ``guard`` the held-out ones. Texts are taken to be as long as they may be. The
-    operations are those of the CPU, also for a card, where some texts go through attention in other parts.
+    operations are those of the CPU, also for a card, where some texts go through attention in other parts. ``device``
+    stands for the configuration's; it need not be there.
     None for a policy of another kind than the Mixture-of-Transformers. Raises InputError for an adapter.
     """
     folder = policy_folder(config.policy)
@@ -103,14 +105,19 @@ def estimate_memory(
     forget_packings()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            policy = kind.skeleton(folder, pick_device(config.device), DTYPES.get(config.weights_dtype or ""))
-        return estimate_policy(policy, config, prompts, guard)
+            device = device or pick_device(config.device)
+            policy = kind.skeleton(folder, device, DTYPES.get(config.weights_dtype or ""))
+        return estimate_policy(policy, config, prompts, guard, device)
     finally:
         forget_packings()
 
 
 def estimate_policy(
-    policy: MoTPolicy, config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = ()
+    policy: MoTPolicy,
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    guard: Sequence[Prompt] = (),
+    device: torch.device | None = None,
 ) -> MemoryEstimate:
     """As ``estimate_memory``, of a policy on the meta device, which is changed."""
     whole = _bytes(policy.state_dict().values())
@@ -119,13 +126,14 @@ def estimate_policy(
             inject_adapter(policy, config.adapter)
     forget_packings()
     try:
-        return _estimate_without_memory(policy, config, whole, prompts, guard)
+        kind = (device or pick_device(config.device)).type
+        return _estimate_without_memory(policy, config, whole, prompts, guard, kind)
     finally:
         forget_packings()
 
 
 def _estimate_without_memory(
-    policy: MoTPolicy, config: TrainConfig, whole: int, prompts: Sequence[Prompt], guard: Sequence[Prompt]
+    policy: MoTPolicy, config: TrainConfig, whole: int, prompts: Sequence[Prompt], guard: Sequence[Prompt], device: str
 ) -> MemoryEstimate:
     with FakeTensorMode(allow_non_fake_inputs=True):  # pictures of the prompts come as they are
         for module in policy.modules():
@@ -134,17 +142,21 @@ def _estimate_without_memory(
                 setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
-        return _Estimator(policy, config, whole).estimate(prompts, guard)
+        return _Estimator(policy, config, whole, device).estimate(prompts, guard)
 
 
 def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
     """Raises InputError, with what to change, where less is free than a run will need."""
-    if estimate is None:
-        return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if estimate is not None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        require_fit(estimate, free, str(device), what)
+
+
+def require_fit(estimate: MemoryEstimate, free: int, where: str, what: str) -> None:
+    """Raises InputError, with what to change, where so many free bytes are too few."""
     if estimate.peak > free:
         raise InputError(
-            f"{what}: needs about {estimate.peak / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB are free: "
+            f"{what}: needs about {estimate.peak / 2**30:.1f} GiB on {where}, {free / 2**30:.1f} GiB are free: "
             f"{_remedy(estimate)}"
         )
 
@@ -158,7 +170,8 @@ def worth_a_look(folder: Path, device: torch.device) -> bool:
 def _remedy(estimate: MemoryEstimate) -> str:
     """What to change about the largest part."""
     stays = dict(estimate.stays)
-    copies = stays.get("old, reference and average weights", 0) + stays.get("moments", 0) + estimate.gradients
+    copies = stays.get("old, reference and average weights", 0) + stays.get("the judge's own weights", 0)
+    copies += stays.get("moments", 0) + estimate.gradients
     largest = max(stays.get("weights", 0), copies, max(estimate.passes.values(), default=0))
     if largest == copies:
         return "train an adapter (adapter.rank=16), or set optimizer.kind=adamw_8bit"
@@ -218,10 +231,10 @@ class LiveBytes(TorchDispatchMode):
 class _Estimator:
     """The parts of a step, run without memory; see ``estimate_memory``."""
 
-    def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int) -> None:
+    def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int, device: str) -> None:
         self.policy, self.config = policy, config
         self.whole = whole
-        self.device = pick_device(config.device).type
+        self.device = device
         self.sampling = config.sampling(0)
         if config.precision.compute is not None:
             policy.compute_in(DTYPES[config.precision.compute])
@@ -239,6 +252,7 @@ class _Estimator:
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
         copies = 2 * gradients if config.adapter is not None else 3 * self.whole
+        judge = gradients if config.adapter is not None else self.whole
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
@@ -259,6 +273,7 @@ class _Estimator:
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "old, reference and average weights": copies,
+            "the judge's own weights": judge * self._judges(),
             "moments": self._moments() * len(config.phases(self.policy.writes)),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts),
@@ -276,6 +291,11 @@ class _Estimator:
         with LiveBytes(kept, self.device) as live, torch.set_grad_enabled(gradient):
             run()
         passes[name] = max(passes.get(name, 0), live.peak)
+
+    def _judges(self) -> int:
+        """How many copies a judge has that moves: itself, and a slow average that waits to replace it."""
+        judge = self.config.judge
+        return judge.moves * (1 + (judge.kind == "average" and judge.refresh_every is not None))
 
     def _moments(self) -> int:
         kind, total = self.config.optimizer.kind, 0

@@ -199,11 +199,16 @@ class Alignment:
         return as_configured(load_policy(self.run.path, self.config.device, self.config.weights_dtype), self.config)
 
 
-def memory_of(config: TrainConfig, source: PromptSource, guard: Guard) -> MemoryEstimate | None:
-    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold."""
+def memory_of(
+    config: TrainConfig, source: PromptSource, guard: Guard, device: torch.device | None = None
+) -> MemoryEstimate | None:
+    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold.
+
+    ``device`` stands for the configuration's; it need not be there.
+    """
     require_extras(config)
     held_out = [prompt for prompts in guard.prompts.values() for prompt in prompts]
-    return estimate_memory(config, prompts_of_step(source, config, 0), held_out)
+    return estimate_memory(config, prompts_of_step(source, config, 0), held_out, device)
 
 
 def require_room(config: TrainConfig, source: PromptSource, guard: Guard) -> None:

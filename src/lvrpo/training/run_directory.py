@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import secrets
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,8 @@ import torch
 from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml
 from lvrpo.errors import ContractError, InputError
-from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint, sync
+from lvrpo.storing import write_whole
+from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 
 C = TypeVar("C", bound=Config)
 Json = Any
@@ -169,17 +169,7 @@ class RunDirectory:
         path = self._inside(relative)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            sync(path.parent)
+            write_whole(path, content)
         return path
 
     def write_text(self, relative: str, text: str) -> Path:

@@ -40,9 +40,12 @@ class Trial:
     disk_mib: float
 
 
-def memory_needed(config: TrainConfig) -> MemoryEstimate | None:
-    """What a run will need; None for a kind of policy whose memory cannot be foretold."""
-    return memory_of(config, training_source(config), Guard(guard_prompts(config), config))
+def memory_needed(config: TrainConfig, device: torch.device | None = None) -> MemoryEstimate | None:
+    """What a run will need; None for a kind of policy whose memory cannot be foretold.
+
+    ``device`` stands for the configuration's; it need not be there.
+    """
+    return memory_of(config, training_source(config), Guard(guard_prompts(config), config), device)
 
 
 def try_out(config: TrainConfig) -> Trial:

@@ -330,9 +330,9 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
-    odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x10", *drawing]
+    odd = ["generate", model, "--prompt", "a", "--out", str(tmp_path / "odd"), "--size", "10x14", *drawing]
     assert main(odd) == 2
-    assert capsys.readouterr().err == "error: image_size=10 x 10: use multiples of 4\n"
+    assert capsys.readouterr().err == "error: a picture of 10 x 14 pixels: use multiples of 4, such as 8 x 16\n"
 
 
 def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,6 +144,22 @@ def test_a_fine_tuned_folder_lies_over_its_base(saved: Path, small: BagelPolicy,
         assert torch.equal(loaded[name], tensor if kept else tensor + 1), name
 
 
+def test_a_fine_tuned_folder_is_completed_from_the_command_line(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, new = tmp_path / "tuned", tmp_path / "new"
+    tuned.mkdir()
+    state = load_file(saved / "ema.safetensors")
+    save_file({name: t + 1 for name, t in state.items() if "vit" not in name}, tuned / "model.safetensors")
+    assert main(["export", str(tuned), str(new), "--base", str(saved)]) == 0
+    for name, tensor in load_file(new / "ema.safetensors").items():
+        assert torch.equal(tensor, state[name] if "vit" in name else state[name] + 1), name
+    capsys.readouterr()
+    assert main(["export", str(new), str(tmp_path / "again"), "--base", str(saved)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {new}: is a whole model, which needs no base: leave the base out\n"
+
+
 def test_words_from_vocabulary_and_merges(parity: Any, tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(parity.folder / "checkpoint" / name, tmp_path)

@@ -23,7 +23,7 @@ SECTION = "lvrpo"
 """The key of config.json under which lvrpo keeps what the published files do not say."""
 TEXT_LAYERS, READ_LAYERS = "language_model.model.layers.", "vit_model.vision_model.encoder.layers."
 """What the names of a layer's tensors begin with, before its number: of the transformer, of the reading tower."""
-WHOLE = "fetch the weights again, or complete a fine-tuned part as in docs/bagel.md"
+WHOLE = "fetch the weights again, or name the whole model below a fine-tuned part (--base MODEL)"
 """The remedy for tensors that are missing."""
 
 
@@ -109,6 +109,48 @@ def read_config(
         sections = {"MoTConfig": "llm_config", "VitConfig": "vit_config", "VaeConfig": "vae_config"}
         where = sections.get(error.title, "configuration")
         raise InputError(f"{folder}: {where}: {first_problem(error)}: restore the json files") from None
+
+
+def described_config(folder: Path) -> BagelConfig:
+    """The configuration that the json files alone tell, for a folder whose weights are not there yet.
+
+    What they do not tell is as published. Tables of positions, whose sides config.json is known to be wrong about, are
+    taken to be large enough for every picture that comes in. Raises InputError, one line.
+    """
+    whole = _tolerant_json(folder / "config.json")
+    llm, vit = _section(folder, "llm_config", whole), _section(folder, "vit_config", whole)
+    vae = whole.get("vae_config")
+    vae = vae if isinstance(vae, dict) else {}
+    sizes = {"width": "ch", "multipliers": "ch_mult", "res_blocks": "num_res_blocks", "channels": "z_channels"}
+    sizes |= {"scale": "scale_factor", "shift": "shift_factor"}
+    try:
+        settings = BagelSettings.model_validate(whole.get(SECTION, {}))
+        autoencoder = VaeConfig.model_validate({own: vae[key] for own, key in sizes.items() if key in vae})
+        patch = _number(folder, "vit_config", vit, "patch_size")
+        latent_patch = whole.get("latent_patch_size", 2)
+        token = autoencoder.downsample * latent_patch
+        return BagelConfig(
+            transformer=_transformer(folder, llm, {}),
+            vit=VitConfig(
+                width=_number(folder, "vit_config", vit, "hidden_size"),
+                mlp_width=_number(folder, "vit_config", vit, "intermediate_size"),
+                heads=_number(folder, "vit_config", vit, "num_attention_heads"),
+                depth=_number(folder, "vit_config", vit, "num_hidden_layers") - 1,
+                patch_size=patch,
+                side=max(whole.get("vit_max_num_patch_per_side", 0), settings.read_resize.max_side // patch),
+                norm_eps=vit.get("layer_norm_eps", 1e-6),
+            ),
+            vae=autoencoder,
+            vocabulary_size=_number(folder, "llm_config", llm, "vocab_size"),
+            max_positions=_number(folder, "llm_config", llm, "max_position_embeddings"),
+            latent_patch=latent_patch,
+            latent_side=max(whole.get("max_latent_size", 0), settings.latent_resize.max_side // token),
+            settings=settings,
+        )
+    except ValidationError as error:
+        raise InputError(f"{folder}: {first_problem(error)}: restore the json files") from None
+    except (TypeError, ZeroDivisionError):
+        raise InputError(f"{folder / 'config.json'}: a size is no number above 0: restore the json files") from None
 
 
 def first_problem(error: ValidationError) -> str:

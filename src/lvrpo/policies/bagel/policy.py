@@ -18,6 +18,7 @@ from lvrpo.policies.bagel.config import (
     BagelConfig,
     BagelSettings,
     config_files,
+    described_config,
     is_bagel,
     read_config,
     several,
@@ -31,10 +32,10 @@ from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.batching import cut
 from lvrpo.policies.mot.context import Piece, Row, row_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, computing
-from lvrpo.policies.mot.storing import write_tensors
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
+from lvrpo.storing import write_tensors, write_whole
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"
@@ -123,7 +124,7 @@ class BagelPolicy(MoTPolicy):
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
         row = self.contexts.row(parts, draws="image" in prompt.output)
-        self._check_length(f"prompt {prompt.id!r}", row, 1)
+        self.check_length(f"prompt {prompt.id!r}", row, 1)
         return row
 
     def _check_room(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -135,9 +136,9 @@ class BagelPolicy(MoTPolicy):
             left = self.config.max_positions - row_tokens(row) - new - 2
             remedy = f", or write less: max_new_tokens <= {left}" if left > 0 else ""
             new += sampling.max_new_tokens + 2
-        self._check_length(f"prompt {prompt.id!r}", row, new, remedy)
+        self.check_length(f"prompt {prompt.id!r}", row, new, remedy)
 
-    def _check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
         length, limit = row_tokens(row), self.config.max_positions
         if length + new > limit:
             after = f" and {new} after them" if new > 1 else ""
@@ -157,7 +158,7 @@ class BagelPolicy(MoTPolicy):
         ids = [prompt.id for prompt in prompts]
         return cut(ids, [contexts[name] for name in ids], new, self.max_tokens)
 
-    def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         keys = [tuple(piece.key for piece in row) for row in rows]
         return cut(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
 
@@ -188,7 +189,7 @@ class BagelPolicy(MoTPolicy):
             else:
                 piece = replace(self.contexts.noise(self.towers.latent_grid(output)), image=output)
                 row.append(TrainedPiece(piece, loss=True))
-        self._check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
+        self.check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
         return row
 
     def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
@@ -247,16 +248,19 @@ class BagelPolicy(MoTPolicy):
         write_tensors(folder / "ema.safetensors", whole, {"format": "pt"})
         write_tensors(folder / "ae.safetensors", autoencoder, {"format": "pt"})
         for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
         self.words.save(folder)
 
     @classmethod
     def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.skeleton``; of a folder without weights, from what its json files say."""
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
-        stored, autoencoder = find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER)
-        config = read_config(folder, stored, autoencoder)
+        if has_weights(folder):
+            config = read_config(folder, find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER))
+        else:
+            config = described_config(folder)
         policy = cls(config, BagelWords.load(folder, config.vocabulary_size))
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         state = {n: t if n.startswith(VAE) else t.to(dtype) for n, t in policy.state_dict().items()}
@@ -340,6 +344,24 @@ class BagelPolicy(MoTPolicy):
         vit = self.config.vit
         is_patches = name == "towers.read_vit.embeddings.patch_embedding.weight"
         return (vit.width, 3, vit.patch_size, vit.patch_size) if is_patches else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether any file of the model's weights is there; the autoencoder's alone is none."""
+    return any(path.stem not in AUTOENCODER[0] for path in folder.glob("*.safetensors"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds everything that a BAGEL is made of, so that no base could add to it."""
+    if not (is_bagel(folder) and has_weights(folder) and (folder / "ae.safetensors").is_file()):
+        return False
+    try:
+        with torch.device("meta"):
+            wanted = BagelPolicy.skeleton(folder, dtype=torch.float32).state_dict()
+        stored = find_tensors(folder, *WEIGHTS) | find_tensors(folder, *AUTOENCODER)
+    except InputError:  # a json file, a tokenizer or the tensors that sizes come from are left out
+        return False
+    return all(official_name(name) in stored for name in wanted)
 
 
 def _tensors(names: Sequence[str]) -> str:

@@ -90,7 +90,8 @@ class BagelTowers(nn.Module):
         height, width = image_size or self.config.settings.image_size
         pixels = self.config.token_pixels
         if height % pixels or width % pixels or min(height, width) < pixels:
-            raise InputError(f"image_size={height} x {width}: use multiples of {pixels}")
+            nearest = " x ".join(str(max(1, round(side / pixels)) * pixels) for side in (width, height))
+            raise InputError(f"a picture of {width} x {height} pixels: use multiples of {pixels}, such as {nearest}")
         return self.drawn_grid(height, width)
 
     def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:

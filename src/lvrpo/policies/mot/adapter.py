@@ -23,7 +23,7 @@ from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.storing import write_tensors
+from lvrpo.storing import write_tensors
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
@@ -259,8 +259,8 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
     own = base_fingerprint(policy)
     if metadata["lvrpo_base"] != own:
         raise InputError(
-            f"{folder}: is an adapter of base {metadata['lvrpo_base']}, but {base} is {own}: name its own base in "
-            f"{ADAPTER_CONFIG}"
+            f"{folder}: is an adapter of base {metadata['lvrpo_base']}, but {base} is {own}: name its own base "
+            f"(--base FOLDER, or in {ADAPTER_CONFIG})"
         )
     config = AdapterConfig.model_validate_json(metadata["lvrpo_adapter"])
     inject_adapter(policy, config)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+MAX_ROWS = 512
+"""Rows that go through the transformer at once when sampling, replaying or judging."""
+
 
 def runs(keys: Sequence[object]) -> list[int]:
     """The number of the run of equal neighbors that each key lies in: a a b a -> 0 0 1 2."""
@@ -11,6 +14,14 @@ def runs(keys: Sequence[object]) -> list[int]:
     for i, key in enumerate(keys):
         out.append(out[-1] + (key != keys[i - 1]) if out else 0)
     return out
+
+
+def alike(keys: Sequence[object], size: int) -> list[list[int]]:
+    """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
+    classes: dict[object, list[int]] = {}
+    for i, key in enumerate(keys):
+        classes.setdefault(key, []).append(i)
+    return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
 
 
 def cut(groups: Sequence[Hashable], contexts: Sequence[int], new: Sequence[int], limit: int) -> list[list[int]]:

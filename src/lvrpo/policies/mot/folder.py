@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.policies.mot.storing import write_tensors
+from lvrpo.storing import write_tensors, write_whole
 
 
 class FolderPolicy(MoTPolicy):
@@ -26,7 +26,7 @@ class FolderPolicy(MoTPolicy):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_tensors(folder / "model.safetensors", state, {"format": "pt"})
         config = {"model_type": self.model_type, **self._config_dict()}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         self.words.save(folder)
 
     @abstractmethod

@@ -9,24 +9,28 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
 
-from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
-from lvrpo.policies.mot import adapter, drawing, writing
-from lvrpo.policies.mot.batching import cut, runs
-from lvrpo.policies.mot.context import Contexts, Row, leading_spans, row_tokens
+from lvrpo.policies.mot import adapter, batching, drawing, judging, supervised, writing
+from lvrpo.policies.mot.context import Contexts, Row, row_tokens
+from lvrpo.policies.mot.judging import JUDGE_TIMES
+from lvrpo.policies.mot.recording import (
+    as_written,
+    flow_segment,
+    replay_drawings,
+    replay_settings,
+    temperature_of,
+    text_segment,
+)
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
-from lvrpo.policies.mot.writing import Written
-from lvrpo.sampling import derive_seed, flow_time, normal_noise, uniform_noise
-from lvrpo.sampling.guidance import Renorm
+from lvrpo.sampling import derive_seed, uniform_noise
 from lvrpo.types import (
     Example,
-    FlowSegment,
     Group,
     Image,
     Part,
@@ -39,11 +43,6 @@ from lvrpo.types import (
     TextSegment,
     Trajectory,
 )
-
-MAX_ROWS = 512
-"""Rows that go through the transformer at once when sampling or replaying."""
-JUDGE_TIMES = (0.5, 0.85)
-"""The drawing side judges between these times: the most telling at few draws."""
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
@@ -129,7 +128,7 @@ class MoTPolicy(nn.Module, ABC):
                  for m in range(g)]  # fmt: skip
         out: dict[int, Trajectory] = {}
         keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]
-        for same in _batches(keys, len(asked)):
+        for same in batching.alike(keys, len(asked)):
             for part in self._cut([asked[i].prompt for i in same], keys[same[0]][1]):
                 indices = [same[k] for k in part]
                 batch = self._sample_batch([asked[i] for i in indices], sampling)
@@ -147,7 +146,7 @@ class MoTPolicy(nn.Module, ABC):
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
         contexts = self.contexts
-        owner = runs([(id(one.prompt), one.prompt_seed) for one in asked])
+        owner = batching.runs([(id(one.prompt), one.prompt_seed) for one in asked])
         prompts = [asked[owner.index(p)].prompt for p in range(owner[-1] + 1)]
         grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
@@ -162,7 +161,7 @@ class MoTPolicy(nn.Module, ABC):
                 closed = len(prompts[0].output) > 1
                 scores = writing.score(contexts, cache, owner, texts, sampling.temperature, closed)
                 for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
-                    segment_list.append(self._text_segment(text, logprobs, sampling.temperature))
+                    segment_list.append(text_segment(contexts, text, logprobs, sampling.temperature))
                 if closed:
                     cache, owner = scores.cache, list(range(len(asked)))
             else:
@@ -177,25 +176,16 @@ class MoTPolicy(nn.Module, ABC):
                 )
                 images = self.towers.decode_latents(drawn.latents, grid)
                 for b, segment_list in enumerate(segments):
-                    segment_list.append(_flow_segment(drawn, b, images[b], sampling))
+                    segment_list.append(flow_segment(drawn, b, images[b], sampling))
         return [
             Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed, self.version)
             for b, one in enumerate(asked)
         ]
 
-    def _text_segment(self, text: Written, logprobs: torch.Tensor, temperature: float) -> TextSegment:
-        return TextSegment(
-            tokens=torch.tensor(text.tokens, dtype=torch.int64),
-            behavior_logprobs=logprobs.detach().cpu(),
-            temperature=temperature,
-            text=self.words.decode(text.tokens),
-            ended=text.ended,
-        )
-
     def _row(self, prompt: Prompt) -> Row:
         return self.contexts.row(prompt.parts, draws="image" in prompt.output)
 
-    def _check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
         """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
 
     def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
@@ -211,9 +201,9 @@ class MoTPolicy(nn.Module, ABC):
         The same for a rollout and its replay, so that both compute the same bits.
         """
         each = [1] * len(prompts)
-        return cut([prompt.id for prompt in prompts], [0] * len(prompts), each, MAX_ROWS)
+        return batching.cut([prompt.id for prompt in prompts], [0] * len(prompts), each, batching.MAX_ROWS)
 
-    def _within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
         return [list(range(len(rows)))]
 
@@ -225,8 +215,8 @@ class MoTPolicy(nn.Module, ABC):
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
-        settings = [(t.prompt.output, _replay_settings(t)) for t in trajectories]
-        for same in _batches(settings, len(trajectories)):
+        settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
+        for same in batching.alike(settings, len(trajectories)):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
             first = trajectories[same[0]]
             grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
@@ -246,39 +236,16 @@ class MoTPolicy(nn.Module, ABC):
             if kind == "text":
                 texts = [as_written(segment) for segment in segments]
                 closed = s + 1 < len(trajectories[0].segments)
-                scores = writing.score(contexts, cache, owner, texts, _temperature(segments[0]), closed)
+                scores = writing.score(contexts, cache, owner, texts, temperature_of(segments[0]), closed)
                 for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
                     row.append(SegmentLogprobs(logprobs, entropy))
                 if closed:
                     cache, owner = scores.cache, list(range(len(trajectories)))
             else:
-                drawn = self._replay_drawing(cache.select(owner), prompt_rows, segments)
+                drawn = replay_drawings(contexts, cache.select(owner), prompt_rows, segments)
                 for row, logprobs, means in zip(out, drawn.logprobs, drawn.means, strict=True):
                     row.append(SegmentLogprobs(logprobs, means=means, stds=drawn.stds))
         return out
-
-    def _replay_drawing(
-        self, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
-    ) -> drawing.ReplayedDrawing:
-        flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
-        first = flows[0]
-        renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
-        guidance = drawing.Guidance(
-            first.guidance_scale, first.image_guidance_scale, renorm, first.guidance_renorm_min, first.guidance_interval
-        )
-        return drawing.replay_steps(
-            self.contexts,
-            drawing.branches(self.contexts, cache, rows, guidance),
-            torch.stack([f.states for f in flows]).to(self.device),
-            torch.stack([f.next_states for f in flows]).to(self.device),
-            first.timesteps.to(self.device),
-            first.trained_steps,
-            first.sampler,
-            first.noise_level,
-            first.logprob_reduction,
-            guidance,
-            self.towers.drawn_grid(*first.image.shape[1:]),
-        )
 
     @computing
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -291,7 +258,7 @@ class MoTPolicy(nn.Module, ABC):
             rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
         grid = self._drawn_grid(trajectories[0])
         out = []
-        for part in self._within(rows, [contexts.noise(grid).span.length] * len(rows)):
+        for part in self.within(rows, [contexts.noise(grid).span.length] * len(rows)):
             cache, owner = contexts.prefill_shared([rows[i] for i in part])
             out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
         return torch.cat(out)
@@ -319,41 +286,8 @@ class MoTPolicy(nn.Module, ABC):
     @torch.no_grad()
     @computing
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Reading side as judge: mean log-prob per token, end token included, (batch,)."""
-        rows = [self.contexts.row(parts, draws=False) for parts in contexts]
-        written = [Written((*self.words.encode(text), self.words.eos_id), True) for text in texts]
-        for row, text in zip(rows, written, strict=True):
-            self._check_length("text to judge", row, len(text.tokens))  # fed are its begin and all but its end
-        scores: dict[int, torch.Tensor] = {}
-        for part in self._within(rows, [len(text.tokens) for text in written]):
-            for same in _batches([leading_spans(rows[i]) for i in part], MAX_ROWS):  # pictures are then never padded
-                indices = [part[k] for k in same]
-                found = writing.score_once(self.contexts, [rows[i] for i in indices], [written[i] for i in indices])
-                scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
-        return torch.stack([scores[i] for i in range(len(rows))])
-
-    @torch.no_grad()
-    @computing
-    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """What the reading side makes of texts in their contexts: features for a head, float32 (batch, 2 D + 2).
-
-        The mean of the text's final states, that of its end token, and the mean and the least log-prob of its tokens,
-        end token included. Contexts that are equal, or begin with the same pictures, share their computation.
-        """
-        context_rows = [self.contexts.row(parts, draws=False) for parts in contexts]
-        pieces = [self.contexts.text(self.words.encode(text)) for text in texts]
-        for row, piece in zip(context_rows, pieces, strict=True):
-            self._check_length("text to judge", row, piece.span.length)
-        cache, owner = self.contexts.prefill_shared(context_rows)
-        hidden = self.contexts.run([(piece,) for piece in pieces], cache.select(owner))
-        lengths = [piece.span.length for piece in pieces]
-        distributions = torch.log_softmax(self.towers.text_logits(hidden.reading).float(), dim=-1).split(lengths)
-        rows = []
-        for states, log_p, piece in zip(hidden.reading.float().split(lengths), distributions, pieces, strict=True):
-            ids = torch.tensor(piece.ids[1:], device=log_p.device)
-            chosen = log_p[:-1].gather(1, ids[:, None])[:, 0]
-            rows.append(torch.cat([states.mean(dim=0), states[-1], chosen.mean()[None], chosen.min()[None]]))
-        return torch.stack(rows)
+        """Reading side as judge; see ``Policy.text_logprob``."""
+        return judging.text_logprob(self.contexts, self, contexts, texts)
 
     @torch.no_grad()
     @computing
@@ -365,163 +299,48 @@ class MoTPolicy(nn.Module, ABC):
         seeds: Sequence[int],
         times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
-        """Drawing side as judge: the part of the likelihood bound between two times, one column per draw.
+        """Drawing side as judge; see ``Policy.image_logprob`` and ``judging.image_logprob``."""
+        return judging.image_logprob(self.contexts, self, contexts, images, draws, seeds, times)
 
-        log p(x_0 | c) = const - E int (1 - t)/t |v - v_hat(x_t, c)|^2 dt, the flow loss weighted as the likelihood
-        weighs it (information-theoretic diffusion, arXiv:2302.03792, for x_t = (1 - t) x_0 + t noise); the constant is
-        the picture's own. A draw is one noise at one time, the middle of its part of the span.
+    @torch.no_grad()
+    @computing
+    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """Features of texts in their contexts; see ``judging.text_states``."""
+        return judging.text_states(self.contexts, self, contexts, texts)
 
-        Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
-        """
-        rows = [self.contexts.row(parts, draws=True) for parts in contexts]
-        grids = [self.towers.latent_grid(image) for image in images]
-        for row, grid in zip(rows, grids, strict=True):
-            self._check_length("picture to judge", row, self.contexts.noise(grid).span.length)
-        scores: dict[int, torch.Tensor] = {}
-        for part in self._within(rows, [height * width + 2 for height, width in grids]):
-            # contexts without words, or without a picture, go by themselves: padding would be most of theirs
-            for same in _batches([(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part], MAX_ROWS):
-                indices = [part[k] for k in same]
-                cache, owner = self.contexts.prefill_shared([rows[i] for i in indices])
-                own = cache.select(owner)
-                x_0 = self._latents([images[i] for i in indices])
-                scored = self._draw_logprob(own, x_0, grids[indices[0]], draws, [seeds[i] for i in indices], times)
-                scores.update(zip(indices, scored, strict=True))
-        return torch.stack([scores[i] for i in range(len(images))])
+    @torch.no_grad()
+    @computing
+    def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
+        """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
+        return judging.reading_features(self.contexts, images, layer)
 
-    def _latents(self, images: Sequence[Image]) -> torch.Tensor:
-        """Latents (B, N, C) of pictures of one grid, a picture that stands for several rows being encoded once."""
-        distinct = {id(image): image for image in images}
-        place = {key: i for i, key in enumerate(distinct)}
-        return self.towers.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
+    @torch.no_grad()
+    @computing
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
+        return judging.reading_states(self.contexts, parts, layer)
 
-    def _draw_logprob(
-        self, cache: Cache, x_0: torch.Tensor, grid: Grid, draws: int, seeds: Sequence[int], times: tuple[float, float]
-    ) -> torch.Tensor:
-        """(B, draws)."""
-        low, high = times
-        of_seed = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
-        columns = []
-        for k in range(draws):
-            noises = normal_noise([derive_seed(seed, "judge", k) for seed in of_seed], x_0.shape[1:]).to(x_0)
-            noise = noises[[of_seed[seed] for seed in seeds]]
-            at = low + (high - low) * (k + 0.5) / draws
-            t = x_0.new_full((len(x_0),), at)
-            x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-            error = (drawing.velocity(self.contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
-            columns.append(-(high - low) * (1 - at) / at * error)
-        return torch.stack(columns, dim=1)
+    @torch.no_grad()
+    @computing
+    def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
+        """Mean final state of the reading expert over each context, float32 (B, D)."""
+        return judging.context_states(self.contexts, contexts)
+
+    @torch.no_grad()
+    @computing
+    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
+        """Mean final state of the drawing expert over each noisy picture; see ``judging.drawing_states``."""
+        return judging.drawing_states(self.contexts, contexts, images, t, seed)
 
     # ---------------------------------------------------------------- supervised
     @computing
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
-        """ "text": cross-entropy per token; "image": flow loss at logit-normal times. Means over what is there."""
-        contexts = self.contexts
-        text_losses: list[torch.Tensor] = []
-        image_losses: list[torch.Tensor] = []
-        feature_losses: list[torch.Tensor] = []
-        for indices in _batches([example.prompt.output for example in examples], len(examples)):
-            batch = [examples[i] for i in indices]
-            cache, owner = contexts.prefill_shared([self._row(example.prompt) for example in batch])
-            for s, kind in enumerate(batch[0].prompt.output):
-                outputs = [example.outputs[s] for example in batch]
-                if kind == "text":
-                    texts = [Written((*self.words.encode(str(o)), self.words.eos_id), True) for o in outputs]
-                    closed = s + 1 < len(batch[0].prompt.output)
-                    scores = writing.score(contexts, cache, owner, texts, 1.0, closed)
-                    text_losses += [-logprobs for logprobs in scores.logprobs]
-                    if closed:
-                        cache, owner = scores.cache, list(range(len(batch)))
-                else:
-                    images = [o for o in outputs if isinstance(o, torch.Tensor)]
-                    loss, features = self._flow_loss(cache.select(owner), images, generator, represent)
-                    image_losses.append(loss)
-                    if represent is not None and features is not None:
-                        feature_losses.append(represent(features, images))
-        losses = {}
-        if text_losses:
-            losses["text"] = torch.cat(text_losses).mean()
-        if image_losses:
-            losses["image"] = torch.cat(image_losses).mean()
-        if feature_losses:
-            losses["representation"] = torch.cat(feature_losses).mean()
-        return losses
-
-    def _flow_loss(
-        self, cache: Cache, images: Sequence[Image], generator: torch.Generator, represent: FeatureLoss | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The flow loss (B,) of pictures, and the states (B, N, D) that ``represent`` wants."""
-        x_0 = self.towers.encode_latents(images)
-        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
-        t = flow_time(torch.randn(len(x_0), generator=generator), self.timestep_shift()).to(x_0)
-        x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-        features, grid = None, self.towers.latent_grid(images[0])
-        if represent is None:
-            v = drawing.velocity(self.contexts, cache, x_t, t, grid)
-        else:
-            v, features = drawing.velocity_and_features(self.contexts, cache, x_t, t, grid, represent.layer)
-        weight = (t / t.clamp(min=self.min_time())).square()
-        return weight * (v - (noise - x_0)).square().mean(dim=(1, 2)), features
-
-    @torch.no_grad()
-    @computing
-    def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
-        """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
-        if layer == 0:
-            return self.towers.read_pictures(images)
-        contexts = self.contexts
-        rows = [(contexts.picture(image, "read"),) for image in images]
-        hidden = contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True)
-        return hidden.layers[layer - 1][0].unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
-
-    @torch.no_grad()
-    @computing
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
-        depth = self.transformer.config.depth
-        if not 0 <= layer <= depth:
-            raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
-        contexts = self.contexts
-        states: list[torch.Tensor] = []
-        for start in range(0, len(parts), MAX_ROWS):
-            rows = [contexts.row((part,), draws=False) for part in parts[start : start + MAX_ROWS]]
-            lengths = [sum(piece.span.length for piece in row) for row in rows]
-            states += [row[1:-1] for row in self._reading_layer(rows, layer).split(lengths)]  # without the two markers
-        return states
-
-    def _reading_layer(self, rows: Sequence[Row], layer: int) -> torch.Tensor:
-        """(Nr, D) of rows that the reading expert alone sees."""
-        if layer == 0:
-            return self.contexts.embed_reading([piece for row in rows for piece in row])
-        return self.contexts.run(rows, self.transformer.empty_cache(len(rows)), keep_layers=True).layers[layer - 1][0]
-
-    @torch.no_grad()
-    @computing
-    def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
-        """Mean final state of the reading expert over each context, float32 (B, D)."""
-        rows = [self.contexts.row(parts, draws=False) for parts in contexts]
-        hidden = self.contexts.run(rows, self.transformer.empty_cache(len(rows)))
-        lengths = [sum(piece.span.length for piece in row) for row in rows]
-        return torch.stack([states.mean(dim=0) for states in hidden.reading.float().split(lengths)])
-
-    @torch.no_grad()
-    @computing
-    def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
-        """Mean final state of the drawing expert over each noisy picture after its context, float32 (B, D).
-
-        The noise is one for all rows. At t = 1 the picture is noise alone: what the expert is about to draw from the
-        context; only the picture's size is then of use. Pictures are of one size.
-        """
-        cache, owner = self.contexts.prefill_shared([self.contexts.row(parts, draws=True) for parts in contexts])
-        x_0 = self._latents(images)
-        noise = normal_noise([derive_seed(seed, "states")], x_0.shape[1:]).to(x_0)
-        x_t = (1 - t) * x_0 + t * noise
-        depth, grid = self.transformer.config.depth, self.towers.latent_grid(images[0])
-        times = x_0.new_full((len(x_0),), t)
-        _, states = drawing.velocity_and_features(self.contexts, cache.select(owner), x_t, times, grid, depth)
-        return states.float().mean(dim=1)
+        """Pretraining losses; see ``Policy.supervised_losses``."""
+        rows = [self._row(example.prompt) for example in examples]
+        times = supervised.FlowTimes(self.timestep_shift(), self.min_time())
+        return supervised.supervised_losses(self.contexts, rows, examples, generator, times, represent)
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
@@ -595,57 +414,3 @@ def _expert_of(name: str) -> str:
     if ".drawing." in name or "drawing_norm" in name or "towers.latent_" in name or "towers.time_" in name:
         return "generate"
     return "shared"
-
-
-def _batches(keys: Sequence[object], size: int) -> list[list[int]]:
-    """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
-    classes: dict[object, list[int]] = {}
-    for i, key in enumerate(keys):
-        classes.setdefault(key, []).append(i)
-    return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
-
-
-def as_written(segment: Segment) -> Written:
-    """A recorded text."""
-    assert isinstance(segment, TextSegment)
-    return Written(tuple(segment.tokens.tolist()), segment.ended)
-
-
-def _temperature(segment: Segment) -> float:
-    assert isinstance(segment, TextSegment)
-    return segment.temperature
-
-
-def _replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
-    """What must agree for two trajectories to be replayed in one batch."""
-    out: list[object] = []
-    for s in trajectory.segments:
-        if isinstance(s, TextSegment):
-            out.append(s.temperature)
-        elif isinstance(s, FlowSegment):
-            out += [s.trained_steps, tuple(s.timesteps.tolist()), s.sampler, s.noise_level, s.logprob_reduction]
-            out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm, s.guidance_renorm_min]
-            out += [s.guidance_interval, tuple(s.image.shape)]
-    return tuple(out)
-
-
-def _flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
-    stochastic = sampling.sampler != "ode"
-    return FlowSegment(
-        latent=drawn.latents[b],
-        timesteps=drawn.timesteps,
-        trained_steps=sampling.window if stochastic else (),
-        states=drawn.states[b],
-        next_states=drawn.next_states[b],
-        behavior_logprobs=drawn.logprobs[b],
-        sampler=sampling.sampler,
-        noise_level=sampling.noise_level,
-        guidance_scale=sampling.guidance_scale,
-        image_guidance_scale=sampling.image_guidance_scale,
-        guidance_renorm=sampling.guidance_renorm,
-        logprob_reduction=sampling.logprob_reduction,
-        image=image,
-        guidance_renorm_min=sampling.guidance_renorm_min,
-        guidance_interval=sampling.guidance_interval,
-        means=drawn.means[b] if stochastic else None,
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lvrpo.policies.mot.context import Contexts, Row, distinct_rows, row_tokens
+from lvrpo.policies.mot.context import Contexts, Row
 from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import sample_tokens
@@ -64,7 +64,7 @@ def _write(
     active, row_of = list(range(len(owner))), list(owner)  # members that still write, and the row of each
     feed = torch.full((len(cache.rope),), contexts.words.bos_id, device=uniforms.device)
     for position in range(uniforms.shape[1]):
-        logits = _allowed_logits(contexts, decoder.step(contexts.towers.embed_tokens(feed)), forbidden)
+        logits = allowed_logits(contexts, decoder.step(contexts.towers.embed_tokens(feed)), forbidden)
         tokens = sample_tokens(_take(logits, row_of), uniforms[:, position], temperature)
         prefixes: dict[tuple[int, int], int] = {}
         still: list[int] = []  # places in ``active``
@@ -117,7 +117,7 @@ def score(
     hidden = contexts.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
-    logits = _allowed_logits(contexts, selected, contexts.words.forbidden().to(device))
+    logits = allowed_logits(contexts, selected, contexts.words.forbidden().to(device))
     # at temperature 0 the density is a point: the plain distribution is scored instead
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
@@ -128,61 +128,6 @@ def score(
     return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
 
 
-def score_once(contexts: Contexts, rows: Sequence[Row], texts: Sequence[Written]) -> list[torch.Tensor]:
-    """Log-prob (L_b,) of every token of text b after the context ``rows[b]``, at temperature 1; as ``score``, cheaper.
-
-    A context and its few short texts are one row of one pass, each text an option that no other one sees, so a context
-    is neither kept nor copied for its texts. One that has more of them is read first, and each text continues it.
-    """
-    distinct, owner = distinct_rows(rows)
-    texts_of: list[dict[Written, torch.Tensor | None]] = [{} for _ in distinct]
-    for u, text in zip(owner, texts, strict=True):
-        texts_of[u][text] = None
-    together = [u for u, own in enumerate(texts_of) if _fit_together(distinct[u], list(own))]
-    if together:
-        found = iter(_score_options(contexts, [distinct[u] for u in together], [list(texts_of[u]) for u in together]))
-        for u in together:
-            texts_of[u] = {text: next(found) for text in texts_of[u]}
-    apart = [b for b, u in enumerate(owner) if u not in set(together)]
-    if apart:
-        cache, index = contexts.prefill_shared([rows[b] for b in apart])
-        scores = score(contexts, cache, index, [texts[b] for b in apart], 1.0, closed=False)
-        for b, logprobs in zip(apart, scores.logprobs, strict=True):
-            texts_of[owner[b]][texts[b]] = logprobs
-    out = [texts_of[u][text] for u, text in zip(owner, texts, strict=True)]
-    return [logprobs for logprobs in out if logprobs is not None]
-
-
-def _fit_together(row: Row, texts: Sequence[Written]) -> bool:
-    """Whether a pass of the context with all its texts is at most twice one with none, pictures aside."""
-    words = row_tokens(tuple(piece for piece in row if piece.span.kind == "text"))
-    return len(texts) == 1 or sum(len(text.tokens) for text in texts) <= words
-
-
-def _score_options(
-    contexts: Contexts, rows: Sequence[Row], texts: Sequence[Sequence[Written]]
-) -> Sequence[torch.Tensor]:
-    """Log-probs of all texts, those of one context after those of the one before."""
-    cache, rest = contexts.begin(rows)
-    positions: list[int] = []
-    targets: list[int] = []
-    counts: list[int] = []
-    start, whole = 0, []
-    for row, own in zip(rest, texts, strict=True):
-        start += row_tokens(row)
-        options = [contexts.option(text.tokens[:-1] if text.ended else text.tokens) for text in own]
-        for text, option in zip(own, options, strict=True):
-            positions += range(start, start + len(text.tokens))
-            targets += text.tokens
-            counts.append(len(text.tokens))
-            start += option.span.length
-        whole.append((*row, *options))
-    device = cache.rope.device
-    hidden = contexts.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
-    logits = _allowed_logits(contexts, hidden.reading, contexts.words.forbidden().to(device))
-    distribution = torch.log_softmax(logits.float(), dim=-1)
-    return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
-
-
-def _allowed_logits(contexts: Contexts, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+def allowed_logits(contexts: Contexts, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """Logits over the vocabulary, those of tokens that are never written being -inf."""
     return contexts.towers.text_logits(hidden).masked_fill(forbidden, -torch.inf)

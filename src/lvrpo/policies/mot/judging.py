@@ -1,0 +1,260 @@
+"""Judging with a Mixture-of-Transformers: how likely texts and pictures are in their contexts, and what each side makes
+of them. Nothing here has a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.policies.mot import batching, drawing, writing
+from lvrpo.policies.mot.context import Contexts, Row, distinct_rows, leading_spans, row_tokens
+from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.mot.transformer import Cache
+from lvrpo.policies.mot.writing import Written
+from lvrpo.sampling import derive_seed, normal_noise
+from lvrpo.types import Image, Part, Parts
+
+JUDGE_TIMES = (0.5, 0.85)
+"""The drawing side judges between these times: the most telling at few draws."""
+
+
+class Limits(Protocol):
+    """What a policy lets through the transformer."""
+
+    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
+        """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
+        ...
+
+    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+        """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
+        ...
+
+
+# --- the reading side ---
+
+
+def text_logprob(contexts: Contexts, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+    """Mean log-prob per token, end token included, of each text after what is given, (B,)."""
+    rows = [contexts.row(parts, draws=False) for parts in given]
+    written = [Written((*contexts.words.encode(text), contexts.words.eos_id), True) for text in texts]
+    for row, text in zip(rows, written, strict=True):
+        limits.check_length("text to judge", row, len(text.tokens))  # fed are its begin and all but its end
+    scores: dict[int, torch.Tensor] = {}
+    for part in limits.within(rows, [len(text.tokens) for text in written]):
+        # pictures are then never padded
+        for same in batching.alike([leading_spans(rows[i]) for i in part], batching.MAX_ROWS):
+            indices = [part[k] for k in same]
+            found = score_once(contexts, [rows[i] for i in indices], [written[i] for i in indices])
+            scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
+    return torch.stack([scores[i] for i in range(len(rows))])
+
+
+def score_once(contexts: Contexts, rows: Sequence[Row], texts: Sequence[Written]) -> list[torch.Tensor]:
+    """Log-prob (L_b,) of every token of text b after the context ``rows[b]``, at temperature 1.
+
+    As ``writing.score``, cheaper: a context and its few short texts are one row of one pass, each text an option that
+    no other one sees, so a context is neither kept nor copied for its texts. One that has more of them is read first,
+    and each text continues it.
+    """
+    distinct, owner = distinct_rows(rows)
+    texts_of: list[dict[Written, torch.Tensor | None]] = [{} for _ in distinct]
+    for u, text in zip(owner, texts, strict=True):
+        texts_of[u][text] = None
+    together = [u for u, own in enumerate(texts_of) if _fit_together(distinct[u], list(own))]
+    if together:
+        found = iter(_score_options(contexts, [distinct[u] for u in together], [list(texts_of[u]) for u in together]))
+        for u in together:
+            texts_of[u] = {text: next(found) for text in texts_of[u]}
+    apart = [b for b, u in enumerate(owner) if u not in set(together)]
+    if apart:
+        cache, index = contexts.prefill_shared([rows[b] for b in apart])
+        scores = writing.score(contexts, cache, index, [texts[b] for b in apart], 1.0, closed=False)
+        for b, logprobs in zip(apart, scores.logprobs, strict=True):
+            texts_of[owner[b]][texts[b]] = logprobs
+    out = [texts_of[u][text] for u, text in zip(owner, texts, strict=True)]
+    return [logprobs for logprobs in out if logprobs is not None]
+
+
+def _fit_together(row: Row, texts: Sequence[Written]) -> bool:
+    """Whether a pass of the context with all its texts is at most twice one with none, pictures aside."""
+    words = row_tokens(tuple(piece for piece in row if piece.span.kind == "text"))
+    return len(texts) == 1 or sum(len(text.tokens) for text in texts) <= words
+
+
+def _score_options(
+    contexts: Contexts, rows: Sequence[Row], texts: Sequence[Sequence[Written]]
+) -> Sequence[torch.Tensor]:
+    """Log-probs of all texts, those of one context after those of the one before."""
+    cache, rest = contexts.begin(rows)
+    positions: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    start, whole = 0, []
+    for row, own in zip(rest, texts, strict=True):
+        start += row_tokens(row)
+        options = [contexts.option(text.tokens[:-1] if text.ended else text.tokens) for text in own]
+        for text, option in zip(own, options, strict=True):
+            positions += range(start, start + len(text.tokens))
+            targets += text.tokens
+            counts.append(len(text.tokens))
+            start += option.span.length
+        whole.append((*row, *options))
+    device = cache.rope.device
+    hidden = contexts.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
+    logits = writing.allowed_logits(contexts, hidden.reading, contexts.words.forbidden().to(device))
+    distribution = torch.log_softmax(logits.float(), dim=-1)
+    return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
+
+
+# --- the drawing side ---
+
+
+def image_logprob(
+    contexts: Contexts,
+    limits: Limits,
+    given: Sequence[Parts],
+    images: Sequence[Image],
+    draws: int,
+    seeds: Sequence[int],
+    times: tuple[float, float],
+) -> torch.Tensor:
+    """The part of the likelihood bound of each picture between two times, one column per draw.
+
+    log p(x_0 | c) = const - E int (1 - t)/t |v - v_hat(x_t, c)|^2 dt, the flow loss weighted as the likelihood
+    weighs it (information-theoretic diffusion, arXiv:2302.03792, for x_t = (1 - t) x_0 + t noise); the constant is
+    the picture's own. A draw is one noise at one time, the middle of its part of the span.
+
+    Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
+    """
+    rows = [contexts.row(parts, draws=True) for parts in given]
+    grids = [contexts.towers.latent_grid(image) for image in images]
+    for row, grid in zip(rows, grids, strict=True):
+        limits.check_length("picture to judge", row, contexts.noise(grid).span.length)
+    scores: dict[int, torch.Tensor] = {}
+    for part in limits.within(rows, [height * width + 2 for height, width in grids]):
+        # contexts without words, or without a picture, go by themselves: padding would be most of theirs
+        keys = [(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part]
+        for same in batching.alike(keys, batching.MAX_ROWS):
+            indices = [part[k] for k in same]
+            cache, owner = contexts.prefill_shared([rows[i] for i in indices])
+            own = cache.select(owner)
+            x_0 = _latents(contexts, [images[i] for i in indices])
+            of_rows = [seeds[i] for i in indices]
+            scored = _draw_logprob(contexts, own, x_0, grids[indices[0]], draws, of_rows, times)
+            scores.update(zip(indices, scored, strict=True))
+    return torch.stack([scores[i] for i in range(len(images))])
+
+
+def _latents(contexts: Contexts, images: Sequence[Image]) -> torch.Tensor:
+    """Latents (B, N, C) of pictures of one grid, a picture that stands for several rows being encoded once."""
+    distinct = {id(image): image for image in images}
+    place = {key: i for i, key in enumerate(distinct)}
+    return contexts.towers.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
+
+
+def _draw_logprob(
+    contexts: Contexts,
+    cache: Cache,
+    x_0: torch.Tensor,
+    grid: Grid,
+    draws: int,
+    seeds: Sequence[int],
+    times: tuple[float, float],
+) -> torch.Tensor:
+    """(B, draws)."""
+    low, high = times
+    of_seed = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+    columns = []
+    for k in range(draws):
+        noises = normal_noise([derive_seed(seed, "judge", k) for seed in of_seed], x_0.shape[1:]).to(x_0)
+        noise = noises[[of_seed[seed] for seed in seeds]]
+        at = low + (high - low) * (k + 0.5) / draws
+        t = x_0.new_full((len(x_0),), at)
+        x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+        error = (drawing.velocity(contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
+        columns.append(-(high - low) * (1 - at) / at * error)
+    return torch.stack(columns, dim=1)
+
+
+# --- states ---
+
+
+def text_states(contexts: Contexts, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+    """What the reading side makes of texts after what is given: features for a head, float32 (B, 2 D + 2).
+
+    The mean of the text's final states, that of its end token, and the mean and the least log-prob of its tokens, end
+    token included. Contexts that are equal, or begin with the same pictures, share their computation.
+    """
+    context_rows = [contexts.row(parts, draws=False) for parts in given]
+    pieces = [contexts.text(contexts.words.encode(text)) for text in texts]
+    for row, piece in zip(context_rows, pieces, strict=True):
+        limits.check_length("text to judge", row, piece.span.length)
+    cache, owner = contexts.prefill_shared(context_rows)
+    hidden = contexts.run([(piece,) for piece in pieces], cache.select(owner))
+    lengths = [piece.span.length for piece in pieces]
+    distributions = torch.log_softmax(contexts.towers.text_logits(hidden.reading).float(), dim=-1).split(lengths)
+    rows = []
+    for states, log_p, piece in zip(hidden.reading.float().split(lengths), distributions, pieces, strict=True):
+        ids = torch.tensor(piece.ids[1:], device=log_p.device)
+        chosen = log_p[:-1].gather(1, ids[:, None])[:, 0]
+        rows.append(torch.cat([states.mean(dim=0), states[-1], chosen.mean()[None], chosen.min()[None]]))
+    return torch.stack(rows)
+
+
+def reading_features(contexts: Contexts, images: Sequence[Image], layer: int) -> torch.Tensor:
+    """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
+    if layer == 0:
+        return contexts.towers.read_pictures(images)
+    rows = [(contexts.picture(image, "read"),) for image in images]
+    states = _reading_layer(contexts, rows, layer)
+    return states.unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
+
+
+def reading_states(contexts: Contexts, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+    """States (N, D) of texts and pictures, each read alone, after so many layers; 0: as they enter the transformer."""
+    depth = contexts.transformer.config.depth
+    if not 0 <= layer <= depth:
+        raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
+    states: list[torch.Tensor] = []
+    for start in range(0, len(parts), batching.MAX_ROWS):
+        rows = [contexts.row((part,), draws=False) for part in parts[start : start + batching.MAX_ROWS]]
+        split = _reading_layer(contexts, rows, layer).split([row_tokens(row) for row in rows])
+        states += [row[1:-1] for row in split]  # without the two markers
+    return states
+
+
+def _reading_layer(contexts: Contexts, rows: Sequence[Row], layer: int) -> torch.Tensor:
+    """(Nr, D) of rows that the reading expert alone sees."""
+    if layer == 0:
+        return contexts.embed_reading([piece for row in rows for piece in row])
+    cache = contexts.transformer.empty_cache(len(rows))
+    return contexts.run(rows, cache, keep_layers=True).layers[layer - 1][0]
+
+
+def context_states(contexts: Contexts, given: Sequence[Parts]) -> torch.Tensor:
+    """Mean final state of the reading expert over each context, float32 (B, D)."""
+    rows = [contexts.row(parts, draws=False) for parts in given]
+    hidden = contexts.run(rows, contexts.transformer.empty_cache(len(rows)))
+    split = hidden.reading.float().split([row_tokens(row) for row in rows])
+    return torch.stack([states.mean(dim=0) for states in split])
+
+
+def drawing_states(
+    contexts: Contexts, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
+) -> torch.Tensor:
+    """Mean final state of the drawing expert over each noisy picture after what is given, float32 (B, D).
+
+    The noise is one for all rows. At t = 1 the picture is noise alone: what the expert is about to draw from the
+    context; only the picture's size is then of use. Pictures are of one size.
+    """
+    cache, owner = contexts.prefill_shared([contexts.row(parts, draws=True) for parts in given])
+    x_0 = _latents(contexts, images)
+    noise = normal_noise([derive_seed(seed, "states")], x_0.shape[1:]).to(x_0)
+    x_t = (1 - t) * x_0 + t * noise
+    depth, grid = contexts.transformer.config.depth, contexts.towers.latent_grid(images[0])
+    times = x_0.new_full((len(x_0),), t)
+    _, states = drawing.velocity_and_features(contexts, cache.select(owner), x_t, times, grid, depth)
+    return states.float().mean(dim=1)

@@ -1,0 +1,104 @@
+"""Segments of a trajectory: what is recorded of a sampled text and a drawing, and how it is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.mot import drawing
+from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot.transformer import Cache
+from lvrpo.policies.mot.writing import Written
+from lvrpo.sampling.guidance import Renorm
+from lvrpo.types import FlowSegment, Image, Segment, TextSegment, Trajectory
+
+
+def text_segment(contexts: Contexts, text: Written, logprobs: torch.Tensor, temperature: float) -> TextSegment:
+    """The record of a text that was sampled with log-probs (L,)."""
+    return TextSegment(
+        tokens=torch.tensor(text.tokens, dtype=torch.int64),
+        behavior_logprobs=logprobs.detach().cpu(),
+        temperature=temperature,
+        text=contexts.words.decode(text.tokens),
+        ended=text.ended,
+    )
+
+
+def as_written(segment: Segment) -> Written:
+    """A recorded text."""
+    assert isinstance(segment, TextSegment)
+    return Written(tuple(segment.tokens.tolist()), segment.ended)
+
+
+def temperature_of(segment: Segment) -> float:
+    """What a recorded text was sampled at."""
+    assert isinstance(segment, TextSegment)
+    return segment.temperature
+
+
+def flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
+    """The record of drawing b of a batch."""
+    stochastic = sampling.sampler != "ode"
+    return FlowSegment(
+        latent=drawn.latents[b],
+        timesteps=drawn.timesteps,
+        trained_steps=sampling.window if stochastic else (),
+        states=drawn.states[b],
+        next_states=drawn.next_states[b],
+        behavior_logprobs=drawn.logprobs[b],
+        sampler=sampling.sampler,
+        noise_level=sampling.noise_level,
+        guidance_scale=sampling.guidance_scale,
+        image_guidance_scale=sampling.image_guidance_scale,
+        guidance_renorm=sampling.guidance_renorm,
+        logprob_reduction=sampling.logprob_reduction,
+        image=image,
+        guidance_renorm_min=sampling.guidance_renorm_min,
+        guidance_interval=sampling.guidance_interval,
+        means=drawn.means[b] if stochastic else None,
+    )
+
+
+def replay_drawings(
+    contexts: Contexts, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
+) -> drawing.ReplayedDrawing:
+    """Recorded drawings of equal ``replay_settings`` under the current weights, after their contexts (``cache``).
+
+    ``rows`` are the contexts without any thinking text, as ``drawing.branches`` takes them.
+    """
+    flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
+    first = flows[0]
+    renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
+    guidance = drawing.Guidance(
+        first.guidance_scale, first.image_guidance_scale, renorm, first.guidance_renorm_min, first.guidance_interval
+    )
+    device = cache.rope.device
+    return drawing.replay_steps(
+        contexts,
+        drawing.branches(contexts, cache, rows, guidance),
+        torch.stack([f.states for f in flows]).to(device),
+        torch.stack([f.next_states for f in flows]).to(device),
+        first.timesteps.to(device),
+        first.trained_steps,
+        first.sampler,
+        first.noise_level,
+        first.logprob_reduction,
+        guidance,
+        contexts.towers.drawn_grid(*first.image.shape[1:]),
+    )
+
+
+def replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
+    """What must agree for two trajectories to be replayed in one batch."""
+    out: list[object] = []
+    for s in trajectory.segments:
+        if isinstance(s, TextSegment):
+            out.append(s.temperature)
+        elif isinstance(s, FlowSegment):
+            out += [s.trained_steps, tuple(s.timesteps.tolist()), s.sampler, s.noise_level, s.logprob_reduction]
+            out += [s.guidance_scale, s.image_guidance_scale, s.guidance_renorm, s.guidance_renorm_min]
+            out += [s.guidance_interval, tuple(s.image.shape)]
+    return tuple(out)
