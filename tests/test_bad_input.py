@@ -248,7 +248,7 @@ CONFIGURATION: list[Case] = [
 MODELS_AND_RUNS: list[Case] = [
     (("evaluate", "smal"), 2, "did you mean small?"),
     (("evaluate", "tinny"), 2, "did you mean tiny?"),
-    (("evaluate", "nobody/nothing"), 2, "nor in the local Hub cache"),
+    (("evaluate", "nobody/nothing"), 2, "no such folder, and not in the local Hub cache"),
     (("evaluate", "red.png"), 2, "is a file"),
     (("evaluate", "hollow"), 2, "holds no config.json"),
     (("evaluate", "truncated"), 2, "truncated or damaged"),
