@@ -24,7 +24,8 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.memory import LiveBytes, MemoryEstimate, require_memory
+from lvrpo.training.live_bytes import LiveBytes
+from lvrpo.training.memory import MemoryEstimate, require_memory
 from lvrpo.training.run import Alignment
 from lvrpo.training.trial import memory_needed
 
@@ -226,3 +227,12 @@ def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, caps
         assert "must be a number of GiB" in capsys.readouterr().err
     assert main([*command, "device=cpu"]) == 2
     assert "holds no ema.safetensors, the weights of BAGEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reward", "judges"),
+    [("own_vqa", True), ("edit_consistency, options: {ask: false}", False), ("scene_facts", False)],
+)
+def test_the_judge_counts_where_a_reward_asks_it(small_base: Path, reward: str, judges: bool) -> None:
+    estimate = needed(small_base, f"rewards=[{{name: exact_answer}}, {{name: {reward}}}]")
+    assert ("judge" in estimate.passes) == judges

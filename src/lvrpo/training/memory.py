@@ -6,17 +6,13 @@ without memory, at the sizes of the run's own prompts, and adding up what would 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lvrpo.errors import InputError
 from lvrpo.policies import POLICIES
@@ -30,21 +26,19 @@ from lvrpo.policies.mot.decoding import Decoder, at_once
 from lvrpo.policies.mot.folder import FolderPolicy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.recording import as_written
+from lvrpo.policies.mot.recording import flow_segment as flow_record
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.registry import resolve
+from lvrpo.rewards.table import build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
 from lvrpo.training.update import objectives_of, parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
-JUDGED = (
-    *("own_vqa", "agreement", "caption_back", "preference", "learned_preference", "mutual", "edit_consistency"),
-    *("semantic", "instruction", "knowledge", "lower_bound"),
-)
-"""Rewards that ask the reading side."""
 SMALL_MOMENTS = 4096
 """Parameters of fewer numbers keep moments of 32 bits in ``adamw_8bit``."""
 PROGRAM = {"cpu": 56 << 20, "cuda": 2 * (32 << 20)}
@@ -182,52 +176,6 @@ def _remedy(estimate: MemoryEstimate) -> str:
     return "set rollout.group_size, data.prompts_per_step, rollout.max_new_tokens or the size of pictures lower"
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that are still alive; ``peak`` is the most so far.
-
-    Convolutions count with the copies that the kernels of a device (cpu, cuda) work on.
-    """
-
-    def __init__(self, not_counted: Iterable[torch.Tensor], device: str = "cpu") -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.device = device
-        self._known = {tensor.untyped_storage()._cdata for tensor in not_counted}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Any: what torch passes to a mode."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        if func is torch.ops.aten.convolution.default:
-            self.peak = max(self.peak, self.now + self._rearranged(args[0], args[1], out))
-        return out
-
-    def _rearranged(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
-        """A convolution wants the channels of a pixel together: it works on copies of what goes in and comes out.
-
-        oneDNN has one of them at a time, and none for 1 x 1 (both measured); cuDNN takes its workspace for both.
-        """
-        if max(weight.shape[2:]) == 1:
-            return 0
-        sizes = (x.nbytes, out.nbytes)
-        return max(sizes) if self.device == "cpu" else sum(sizes)
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
 class _Estimator:
     """The parts of a step, run without memory; see ``estimate_memory``."""
 
@@ -268,7 +216,7 @@ class _Estimator:
                 if replayed:
                     self._note(passes, name, lambda r=replay, t=replayed: r(t), gradient=True)
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
-        if drawn and any(reward.name in JUDGED for reward in config.rewards):
+        if drawn and any(s.judge is not None or "read" in s.sides for s in build_rewards(config.rewards)):
             self._note(passes, "judge", lambda: self._judge(drawn))
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
@@ -372,26 +320,10 @@ class _Estimator:
         pixels = policy.pixels_per_token()
         with unset_fake_temporarily():  # they are looked at: is a step guided
             timesteps = timestep_grid(sampling.num_steps, shift)
-        latent = torch.empty(height * width, policy.towers.channels)
-        states = torch.empty(len(window), *latent.shape)
-        return FlowSegment(
-            latent=latent,
-            timesteps=timesteps,
-            trained_steps=window,
-            states=states,
-            next_states=states,
-            behavior_logprobs=torch.empty(len(window)),
-            sampler=sampling.sampler,
-            noise_level=sampling.noise_level,
-            guidance_scale=sampling.guidance_scale,
-            image_guidance_scale=sampling.image_guidance_scale,
-            guidance_renorm=sampling.guidance_renorm,
-            logprob_reduction=sampling.logprob_reduction,
-            image=torch.empty(3, height * pixels, width * pixels),
-            guidance_renorm_min=sampling.guidance_renorm_min,
-            guidance_interval=sampling.guidance_interval,
-            means=states,
-        )
+        states = torch.empty(1, len(window), height * width, policy.towers.channels)
+        latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
+        drawn = drawing.Drawn(latents, timesteps, states, states, logprobs, states)
+        return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
 
     # ---------------------------------------------------------------- parts of a step
     def _rollout(self, members: Sequence[Prompt]) -> None:
