@@ -517,6 +517,15 @@ def test_bad_input_is_answered_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvrpo.training.run.load_policy", lambda *_: pytest.fail("loaded"))
+    config = load_config(TrainConfig, None, [f"policy={small_base}", "device=cpu", "tokens={}"])
+    with pytest.raises(InputError, match="writes no such segments, only text, flow"):
+        open_policy(config)
+
+
 def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
     DiscretePolicy(("masked",)).save(Path("policy"))
     config = load_config(TrainConfig, None, ["policy=policy", "device=cpu", "tokens={}"])

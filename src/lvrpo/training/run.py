@@ -16,9 +16,9 @@ from torch import nn
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.errors import InputError
-from lvrpo.policies import BUILT_IN
+from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, pick_device, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
@@ -234,6 +234,9 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
+    declared = getattr(resolve("model type", model_type(base), POLICIES), "writes", None)
+    if isinstance(declared, tuple):  # by the class, so known before anything is loaded
+        config.require_fit(declared)
     policy = load_policy(base, config.device, config.weights_dtype)
     config.require_fit(policy.writes)
     if config.adapter is not None:
