@@ -108,6 +108,9 @@ def test_what_is_remembered_comes_back() -> None:
     assert other.categories == turn.categories == [""]
     assert torch.equal(other.means["generate"], turn.means["generate"])
     assert (other.best_step, other.best_watched) == (turn.best_step, turn.best_watched)
+    old = {name: value for name, value in turn.state().items() if name != "categories"}
+    with pytest.raises(InputError, match="a version that compared without categories"):
+        other.load(old)
 
 
 def test_groups_without_either_score_do_not_count() -> None:

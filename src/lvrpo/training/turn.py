@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
+from lvrpo.errors import InputError
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.statistics import Parted, parted
 from lvrpo.types import Group, RewardTable, Task
@@ -106,7 +107,9 @@ class Turn:
         return {"means": dict(self.means), "categories": list(self.categories), **best}
 
     def load(self, tree: Mapping[str, Any]) -> None:
-        """Puts back what ``state`` gave."""
+        """Puts back what ``state`` gave; raises InputError for the state of a version without categories."""
+        if "categories" not in tree:
+            raise InputError("guard.turn: the run was begun by a version that compared without categories: start anew")
         self.means, self.categories = dict(tree["means"]), list(tree["categories"])
         self.best_step, self.best_watched = tree["best_step"], tree["best_watched"]
 
