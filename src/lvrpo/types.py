@@ -7,7 +7,7 @@ Time of a flow runs from t = 1 (noise) to t = 0 (data).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -203,6 +203,12 @@ class Trajectory:
     def image(self) -> Image | None:
         """The last drawn picture, if any."""
         return next((s.image for s in reversed(self.segments) if isinstance(s, DrawnSegment)), None)
+
+
+def segments_through(trajectory: Trajectory, kinds: Collection[SegmentKind]) -> tuple[Segment, ...]:
+    """Its segments up to and including the last one of these kinds."""
+    segments = trajectory.segments
+    return segments[: max((s + 1 for s, segment in enumerate(segments) if segment.kind in kinds), default=0)]
 
 
 @dataclass(frozen=True)

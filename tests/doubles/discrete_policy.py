@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,7 @@ from lvrpo.sampling import (
     uniform_noise,
 )
 from lvrpo.types import (
+    SEGMENT_KINDS,
     Example,
     Group,
     Image,
@@ -51,6 +52,7 @@ from lvrpo.types import (
     Task,
     TextSegment,
     Trajectory,
+    segments_through,
 )
 
 WORDS = ("draw", "say", "think", "red", "green", "blue", "yes", "no")
@@ -200,12 +202,15 @@ class DiscretePolicy(nn.Module):
 
     # --- replay ---
 
-    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
+    def logprobs(
+        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
+    ) -> list[list[SegmentLogprobs]]:
         found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        for k in range(max((len(t.segments) for t in trajectories), default=0)):
+        lengths = [len(segments_through(t, kinds)) for t in trajectories]
+        for k in range(max(lengths, default=0)):
             alike: dict[Hashable, list[int]] = defaultdict(list)
             for i, t in enumerate(trajectories):
-                if k < len(t.segments):
+                if k < lengths[i]:
                     alike[_settings(t.segments[k])].append(i)
             for chosen in alike.values():
                 contexts = [self._context(trajectories[i].prompt, trajectories[i].segments[:k]) for i in chosen]

@@ -80,6 +80,50 @@ def test_replay_across_batches(policy: TinyPolicy, prompts: list[Prompt], monkey
     assert max(differences(policy, trajectories, TextSegment) + differences(policy, trajectories, FlowSegment)) <= 1e-6
 
 
+def test_texts_are_replayed_without_the_drawings_that_follow(
+    policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectories = rollout(policy, prompts, DRAWINGS["flow_sde"])
+    thoughtful = [t for t in trajectories if len(t.segments) == 2]
+    assert 0 < len(thoughtful) < len(trajectories)
+    whole, through_drawings = policy.logprobs(trajectories), policy.logprobs(trajectories, ["flow"])
+    assert [len(row) for row in through_drawings] == [len(t.segments) * (t.image is not None) for t in trajectories]
+
+    def never(*_: object) -> Any:
+        raise AssertionError("a drawing was replayed")
+
+    monkeypatch.setattr("lvrpo.policies.mot.policy.replay_drawings", never)
+    texts = policy.logprobs(trajectories, ["text"])
+    for trajectory, row, full in zip(trajectories, texts, whole, strict=True):
+        assert len(row) == (trajectory.text is not None)
+        assert all(torch.equal(own.logprobs, other.logprobs) for own, other in zip(row, full, strict=False))
+
+    def gradients(rows: list[list[Any]]) -> list[torch.Tensor]:
+        loss = torch.stack([row[0].logprobs.sum() for t, row in zip(trajectories, rows, strict=True) if t.text]).sum()
+        return [g for g in torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True) if g is not None]
+
+    pairs = list(zip(gradients(texts), gradients(whole), strict=True))
+    assert pairs
+    assert all(torch.equal(own, other) for own, other in pairs)
+
+
+@pytest.mark.parametrize("sampler", ["flow_sde", "guided-by-image-too"])
+def test_steps_that_are_computed_again_have_the_same_gradient(
+    sampler: str, policy: TinyPolicy, prompts: list[Prompt]
+) -> None:
+    trajectories = [t for t in rollout(policy, prompts, DRAWINGS[sampler]) if t.image is not None]
+
+    def gradients() -> list[torch.Tensor]:
+        loss = torch.stack([row[-1].logprobs.sum() for row in policy.logprobs(trajectories)]).sum()
+        return [g for g in torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True) if g is not None]
+
+    remembered = gradients()
+    policy.checkpoint_gradients(True)
+    again = gradients()
+    assert remembered
+    assert all(torch.equal(one, other) for one, other in zip(remembered, again, strict=True))
+
+
 @pytest.mark.parametrize(("group_size", "max_rows"), [(3, 7), (4, 4), (2, 5), (5, 3), (6, 512)])
 def test_replay_cuts_batches_where_sampling_did(
     group_size: int, max_rows: int, policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
@@ -93,9 +137,9 @@ def test_replay_cuts_batches_where_sampling_did(
         sampled.append(len(asked))
         return sample(self, asked, *rest)
 
-    def spy_replay(self: TinyPolicy, trajectories: list[Trajectory]) -> Any:
+    def spy_replay(self: TinyPolicy, trajectories: list[Trajectory], *rest: Any) -> Any:
         replayed.append(len(trajectories))
-        return replay(self, trajectories)
+        return replay(self, trajectories, *rest)
 
     monkeypatch.setattr(TinyPolicy, "_sample_batch", spy_sample)
     monkeypatch.setattr(TinyPolicy, "_replay_batch", spy_replay)

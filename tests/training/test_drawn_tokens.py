@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.text import anchored
 from lvrpo.training.update import objectives_of, take_steps, update
 from lvrpo.types import (
+    SEGMENT_KINDS,
     ImageTokenSegment,
     MaskedSegment,
     Prompt,
@@ -67,7 +68,9 @@ class Scripted:
     rows: Sequence[torch.Tensor]
     writes: tuple[SegmentKind, ...] = ALL
 
-    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
+    def logprobs(
+        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
+    ) -> list[list[SegmentLogprobs]]:
         return [[SegmentLogprobs(self.rows[t.member], torch.ones_like(self.rows[t.member]))] for t in trajectories]
 
 

@@ -77,12 +77,28 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     trained = 4 * sum(p.numel() for p in policy.parameters())
     plain = needed(small_base, "optimizer.kind=adamw")
     assert plain.stays["weights"] == weights
-    assert plain.stays["old, reference and average weights"] == 3 * weights
+    assert plain.stays["frozen and averaged weights"] == 3 * weights
     assert plain.stays["moments"] == 2 * trained
     assert plain.gradients == trained
     matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
     assert needed(small_base).stays["moments"] == 2 * trained - matrices
     assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
+
+
+def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
+    recorded = ["rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}", "flow.kind=grpo"]
+
+    def replayed(again: bool) -> int:
+        changes = [*recorded, "limits.backward_members=4", f"limits.gradient_checkpointing={again}"]
+        return needed(policy_folder("tiny"), *changes).passes["replay of drawings"]
+
+    assert replayed(again=True) < replayed(again=False) / 4
+
+
+def test_an_average_that_nobody_samples_with_is_not_kept(small_base: Path) -> None:
+    weights = needed(small_base).stays["weights"]
+    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow.kind=grpo")
+    assert clipped.stays["frozen and averaged weights"] == 2 * weights
 
 
 def test_a_judge_that_moves_has_weights_of_its_own(small_base: Path) -> None:
@@ -101,7 +117,7 @@ def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")
     own = adapted.stays["weights"] - plain.stays["weights"]
     assert own > 0
-    assert adapted.stays["old, reference and average weights"] == 2 * own
+    assert adapted.stays["frozen and averaged weights"] == 2 * own
     assert adapted.gradients == own
     assert adapted.stays["moments"] == 2 * own
 
@@ -134,7 +150,7 @@ def test_too_little_memory_is_refused_before_the_load(
 @pytest.mark.parametrize(
     ("stays", "passes", "remedy"),
     [
-        ({"weights": 10, "old, reference and average weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
+        ({"weights": 10, "frozen and averaged weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
         ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
         ({"weights": 10}, {"replay of text": 99}, "limits.backward_members"),
         ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),

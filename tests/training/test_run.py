@@ -119,6 +119,25 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
     assert "control/understand/exact_answer" not in rows[2]
 
 
+def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, small_base: Path) -> None:
+    changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=grpo")
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed])
+    straight, halved = Path("straight"), Path("halved")
+    alignment = Alignment.start(config, straight)
+    with alignment.run:
+        assert alignment.state.policies.old is alignment.state.policies.live
+        assert alignment.go()
+    assert set(load_state(straight / "checkpoints" / "step_000004" / "state")["policies"]) == {"live", "average"}
+    alignment = Alignment.start(config, halved)
+    with alignment.run:
+        assert not alignment.go(*stops_at(2))
+    again = Alignment.resume(halved)
+    with again.run:
+        assert again.state.policies.old is again.state.policies.live
+        assert again.go()
+    same_run(straight, halved, 4)
+
+
 @pytest.mark.parametrize("more", [(), ("representation={weight: 0.5, layer: 1, target_layer: 1}",)])
 def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, ...]) -> None:
     pretraining = load_config(PretrainConfig, None, [f"init={config.policy}", *SMALL_CORPUS, *more])

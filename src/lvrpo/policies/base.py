@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self, runtime_checkable
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lvrpo.types import (
+    SEGMENT_KINDS,
     Example,
     Group,
     Image,
@@ -119,8 +120,13 @@ class Policy(Protocol):
         """Draws a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
         ...
 
-    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
-        """Differentiable replay, one entry per segment of a trajectory; equals behavior_logprobs before an update."""
+    def logprobs(
+        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
+    ) -> list[list[SegmentLogprobs]]:
+        """Differentiable replay, one entry per segment of a trajectory; equals behavior_logprobs before an update.
+
+        What comes after the last segment of one of ``kinds`` is not replayed and has no entry.
+        """
         ...
 
     def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -90,8 +90,9 @@ def align(
                 f"gradients were not finite in {MAX_BAD_GRADIENTS} steps in a row up to step {step + 1}: lower the "
                 "learning rates, or resume from an earlier checkpoint"
             )
-        decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
-        average_into(_module(state.policies.old), _module(state.policies.live), decay)
+        if state.policies.old is not state.policies.live:
+            decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
+            average_into(_module(state.policies.old), _module(state.policies.live), decay)
         decay = min(config.average_decay, step / (step + 10))
         average_into(_module(state.policies.average), _module(state.policies.live), decay)
         state.step += 1

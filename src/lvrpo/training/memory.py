@@ -36,7 +36,7 @@ from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
-from lvrpo.training.update import objectives_of, parts
+from lvrpo.training.update import asks_for_old, objectives_of, parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096
@@ -164,7 +164,7 @@ def worth_a_look(folder: Path, device: torch.device) -> bool:
 def _remedy(estimate: MemoryEstimate) -> str:
     """What to change about the largest part."""
     stays = dict(estimate.stays)
-    copies = stays.get("old, reference and average weights", 0) + stays.get("the judge's own weights", 0)
+    copies = stays.get("frozen and averaged weights", 0) + stays.get("the judge's own weights", 0)
     copies += stays.get("moments", 0) + estimate.gradients
     largest = max(stays.get("weights", 0), copies, max(estimate.passes.values(), default=0))
     if largest == copies:
@@ -199,7 +199,8 @@ class _Estimator:
         gradients = _bytes(self.trained)
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
-        copies = 2 * gradients if config.adapter is not None else 3 * self.whole
+        old = asks_for_old(config, self.policy.writes)
+        copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * self.whole
         judge = gradients if config.adapter is not None else self.whole
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
@@ -220,7 +221,7 @@ class _Estimator:
             self._note(passes, "judge", lambda: self._judge(drawn))
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
-            "old, reference and average weights": copies,
+            "frozen and averaged weights": copies,
             "the judge's own weights": judge * self._judges(),
             "moments": self._moments() * len(config.phases(self.policy.writes)),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
@@ -363,13 +364,13 @@ class _Estimator:
 
     def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
         """As ``token_grid`` of the trained policy, then of the reference."""
-        replayed = self.policy.logprobs(trajectories)
+        replayed = self.policy.logprobs(trajectories, ["text"])
         terms = [term for rows in replayed for row in rows if row.entropy is not None
                  for term in (row.logprobs, row.entropy)]  # fmt: skip
         del replayed
         if self.config.text.kl_coef:
             with torch.no_grad():
-                self.policy.logprobs(trajectories)
+                self.policy.logprobs(trajectories, ["text"])
         torch.cat(terms).sum().backward()
 
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:

@@ -7,7 +7,7 @@ one line in the table of its kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +15,7 @@ import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.types import (
+    SEGMENT_KINDS,
     FlowSegment,
     Group,
     ImageTokenSegment,
@@ -24,6 +25,7 @@ from lvrpo.types import (
     Task,
     TextSegment,
     Trajectory,
+    segments_through,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Policies:
     live: Policy
     """Trained; samples text."""
     old: Policy
-    """A short moving average of live: samples drawings and anchors DiffusionNFT."""
+    """A short moving average of live: samples drawings and anchors DiffusionNFT; live itself where nobody asks for
+    it."""
     reference: Policy
     """Where the run began: the frozen judge unless ``judging`` is given, the anchor of every divergence, and the
     control."""
@@ -172,7 +175,7 @@ class Objective(ABC):
 
     def passes(self, trajectory: Trajectory) -> int:
         """How often the tokens of its drawing go through the policy with a gradient."""
-        return recorded_passes(trajectory)
+        return recorded_passes(trajectory, [self.kind])
 
     @abstractmethod
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -191,9 +194,9 @@ def flow_segment(trajectory: Trajectory) -> FlowSegment:
     return segment
 
 
-def recorded_passes(trajectory: Trajectory) -> int:
-    """Of a replay of the recorded actions, all segments together."""
-    return sum(segment_passes(segment) for segment in trajectory.segments)
+def recorded_passes(trajectory: Trajectory, kinds: Collection[SegmentKind] = SEGMENT_KINDS) -> int:
+    """Of a replay of the recorded actions, as far as ``Policy.logprobs`` takes it for these kinds."""
+    return sum(segment_passes(segment) for segment in segments_through(trajectory, kinds))
 
 
 def segment_passes(segment: Segment) -> int:

@@ -25,7 +25,7 @@ from lvrpo.sampling import (
     sliding_window,
 )
 from lvrpo.training.objective import Policies
-from lvrpo.training.update import FLOW_OBJECTIVES
+from lvrpo.training.update import asks_for_old
 from lvrpo.types import TASKS, Group, Prompt, RewardTable
 
 if TYPE_CHECKING:
@@ -147,9 +147,8 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
 
 def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
-    writer, painter = policies.live, policies.live
-    if "flow" in policies.live.writes and FLOW_OBJECTIVES[config.flow.kind].samples_with == "old":
-        painter = policies.old
+    writer = policies.live
+    painter = policies.old if asks_for_old(config, policies.live.writes) else writer
     if config.rollout.policy == "reference":
         writer = painter = policies.reference
     sampling = config.sampling(step)

@@ -17,6 +17,7 @@ from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
+from lvrpo.training.update import asks_for_old
 from lvrpo.types import Task
 
 STATE = "state"
@@ -57,12 +58,12 @@ class RunState:
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> RunState:
-        """The state before the first step: all four policies are the given one."""
+        """The state before the first step: all four policies are the given one, copied where they will part from it."""
         reference = policy.frozen()
         judge = Judge.start(policy, config.judge) if config.judge.moves else None
         policies = Policies(
             live=policy,
-            old=policy.twin(),
+            old=policy.twin() if asks_for_old(config, policy.writes) else policy,
             reference=reference,
             average=policy.twin(),
             judging=None if judge is None else judge.policy,
@@ -84,8 +85,8 @@ class RunState:
         """Goes back to a checkpoint; raises InputError if it is damaged."""
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE)
-        for name in ("live", "old", "average"):
-            load_trained(policy_module(getattr(self.policies, name)), tree["policies"][name])
+        for name, policy in self._moving().items():
+            load_trained(policy, tree["policies"][name])
         for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
             optimizers.load_state(saved)
         self.step = tree["step"]
@@ -97,15 +98,19 @@ class RunState:
         if self.turn is not None:
             self.turn.load(tree["turn"])
 
+    def _moving(self) -> dict[str, nn.Module]:
+        """The policies whose weights change, by name."""
+        policies = {"live": self.policies.live, "old": self.policies.old, "average": self.policies.average}
+        if self.policies.old is self.policies.live:
+            del policies["old"]
+        return {name: policy_module(policy) for name, policy in policies.items()}
+
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
-            "policies": {
-                name: trained_weights(policy_module(getattr(self.policies, name)))
-                for name in ("live", "old", "average")
-            },
+            "policies": {name: trained_weights(policy) for name, policy in self._moving().items()},
             "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
         }

@@ -17,7 +17,7 @@ from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
 from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective
-from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory
+from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory, segments_through
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -159,14 +159,12 @@ def anchored(policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKin
         size = objective.MEMBERS_AT_ONCE * objective.TEXTS_PER_DRAWING
         for start in range(0, len(trajectories), size):
             part = trajectories[start : start + size]
-            for trajectory, rows in zip(part, policy.logprobs(part), strict=True):
-                segments = tuple(
-                    replace(s, trainer_logprobs=row.logprobs.cpu())
-                    if isinstance(s, TokenSegment) and s.kind in kinds
-                    else s
-                    for s, row in zip(trajectory.segments, rows, strict=True)
-                )
-                scored[id(trajectory)] = replace(trajectory, segments=segments)
+            for trajectory, rows in zip(part, policy.logprobs(part, kinds), strict=True):
+                segments = list(trajectory.segments)
+                for s, (segment, row) in enumerate(zip(segments_through(trajectory, kinds), rows, strict=True)):
+                    if isinstance(segment, TokenSegment) and segment.kind in kinds:
+                        segments[s] = replace(segment, trainer_logprobs=row.logprobs.cpu())
+                scored[id(trajectory)] = replace(trajectory, segments=tuple(segments))
     return [replace(group, trajectories=tuple(scored.get(id(t), t) for t in group.trajectories)) for group in groups]
 
 
@@ -183,10 +181,10 @@ def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
 def token_grid(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
     """Replays the segments of a kind, of which each of the trajectories has one or more."""
     now, behavior, anchor, masks, entropies = [], [], [], [], []
-    for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories), strict=True):
+    for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories, [kind]), strict=True):
         found = [
             (segment, scored)
-            for segment, scored in zip(trajectory.segments, replayed, strict=True)
+            for segment, scored in zip(segments_through(trajectory, [kind]), replayed, strict=True)
             if isinstance(segment, TokenSegment) and segment.kind == kind
         ]
         now += _rows([scored.logprobs for _, scored in found])

@@ -51,6 +51,11 @@ def objectives_of(config: TrainConfig, writes: Sequence[SegmentKind]) -> list[Ob
     return [objective for objective in objectives if objective.weight]
 
 
+def asks_for_old(config: TrainConfig, writes: Sequence[SegmentKind]) -> bool:
+    """Whether an objective samples with the short average of the live weights."""
+    return any(objective.samples_with == "old" for objective in objectives_of(config, writes))
+
+
 def update(
     policies: Policies,
     groups: Sequence[Group],

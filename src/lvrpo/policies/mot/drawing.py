@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.context import Contexts, Row
@@ -228,14 +229,22 @@ def replay_steps(
     guidance: Guidance,
     grid: Grid,
 ) -> ReplayedDrawing:
-    """Recorded steps scored under the current weights, with the very calls that sampled them."""
+    """Recorded steps scored under the current weights, with the very calls that sampled them.
+
+    Where layers are computed again in the backward pass, so are whole steps: one at a time is remembered then.
+    """
     if not trained_steps:
         return ReplayedDrawing(states.new_zeros(len(states), 0), states, states.new_zeros(0))
+    again = contexts.transformer.checkpointing and torch.is_grad_enabled() and len(trained_steps) > 1
     logprobs, means, stds, times = [], [], [], timesteps.tolist()
     for w, i in enumerate(trained_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         x_t = states[:, w]
-        v = guided_velocity(contexts, caches, x_t, t, guidance, grid, times[i])
+        inputs = contexts, caches, x_t, t, guidance, grid, times[i]
+        if again:
+            v = checkpoint(guided_velocity, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            v = guided_velocity(*inputs)
         step = STEPS[sampler](x_t, v, t, t_next, noise_level)
         logprobs.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
         means.append(step.mean)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -30,6 +30,7 @@ from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.sampling import derive_seed, uniform_noise
 from lvrpo.types import (
+    SEGMENT_KINDS,
     Example,
     Group,
     Image,
@@ -42,6 +43,7 @@ from lvrpo.types import (
     Task,
     TextSegment,
     Trajectory,
+    segments_through,
 )
 
 T = TypeVar("T")
@@ -212,7 +214,9 @@ class MoTPolicy(nn.Module, ABC):
 
     # ---------------------------------------------------------------- replay
     @computing
-    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[list[SegmentLogprobs]]:
+    def logprobs(
+        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
+    ) -> list[list[SegmentLogprobs]]:
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
@@ -222,18 +226,20 @@ class MoTPolicy(nn.Module, ABC):
             grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
             for part in self._cut([trajectories[i].prompt for i in same], grid):
                 indices = [same[k] for k in part]
-                batch = self._replay_batch([trajectories[i] for i in indices])
+                batch = self._replay_batch([trajectories[i] for i in indices], kinds)
                 out.update(zip(indices, batch, strict=True))
         return [out[i] for i in range(len(trajectories))]
 
-    def _replay_batch(self, trajectories: list[Trajectory]) -> list[list[SegmentLogprobs]]:
+    def _replay_batch(
+        self, trajectories: list[Trajectory], kinds: Collection[SegmentKind]
+    ) -> list[list[SegmentLogprobs]]:
         contexts = self.contexts
         prompt_rows = [self._row(t.prompt) for t in trajectories]
         cache, owner = contexts.prefill_shared(prompt_rows)
         out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        for s, kind in enumerate(trajectories[0].prompt.output):
+        for s in range(len(segments_through(trajectories[0], kinds))):
             segments = [t.segments[s] for t in trajectories]
-            if kind == "text":
+            if segments[0].kind == "text":
                 texts = [as_written(segment) for segment in segments]
                 closed = s + 1 < len(trajectories[0].segments)
                 scores = writing.score(contexts, cache, owner, texts, temperature_of(segments[0]), closed)
