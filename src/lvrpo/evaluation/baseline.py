@@ -15,10 +15,10 @@ from lvrpo.errors import ContractError, LvrpoError
 from lvrpo.evaluation.suite import Evaluation, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.training.checkpoint import SEAL
+from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import START, Pretraining
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.trial import peak_memory_gib
 
 RESULT = "eval/after.json"
 

@@ -17,11 +17,11 @@ from lvrpo.evaluation.suite import SAMPLING, Evaluation, evaluate, find_benchmar
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.trial import peak_memory_gib
 from lvrpo.types import Prompt
 
 PLAN = "plan.json"

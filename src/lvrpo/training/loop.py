@@ -24,6 +24,7 @@ from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.failures import failed_scores
 from lvrpo.training.guard import Guard, guarded, turned
+from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import NOTHING_HELD_OUT, HeldOut, judge_drift
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import average_into
@@ -121,6 +122,7 @@ def align(
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}
         run.append_metrics(row)
         observe(row)
+        return_freed_memory()
         last = stopped or interrupted() or state.step == config.steps
         best = {state.guard.best_step, *([] if state.turn is None else [state.turn.best_step])}
         if state.step % config.checkpoint_every == 0 or last or state.step in best:

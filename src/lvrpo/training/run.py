@@ -39,6 +39,7 @@ from lvrpo.training.checkpoint import (
 )
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
+from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.loop import align
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
@@ -365,6 +366,7 @@ class Pretraining:
             row |= {"seconds": self.seconds, "seconds_left": self.seconds / step * (config.steps - step)}
             self.run.append_metrics(row)
             observe(row)
+            return_freed_memory()
             if step % config.checkpoint_every == 0 or step == config.steps or interrupted():
                 self._save()
             if interrupted() and step < config.steps:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from lvrpo.rewards.table import score_groups
@@ -15,6 +13,7 @@ from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
+from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.optimizer import trained_weights
@@ -78,13 +77,3 @@ def try_out(config: TrainConfig) -> Trial:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
     return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)
-
-
-def peak_memory_gib() -> float:
-    """The largest resident memory that this process has had."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return psutil.Process().memory_info().rss / 2**30
-    return kibibytes / 2**20

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lvrpo.training import host_memory
+from lvrpo.training.host_memory import peak_memory_gib, return_freed_memory
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc on Linux")
+def test_freed_blocks_between_living_ones_are_given_back() -> None:
+    blocks = [bytearray(64 * 1024) for _ in range(4000)]
+    full = resident_mib()
+    assert full > 250
+    living = blocks[::100]
+    del blocks
+    return_freed_memory()
+    assert resident_mib() < full - 200
+    assert sum(map(len, living)) == 40 * 64 * 1024
+    assert peak_memory_gib() * 1024 >= full - 1
+
+
+@pytest.mark.parametrize("library", [OSError, TypeError])
+def test_elsewhere_nothing_happens(library: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> object:
+        raise library
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", missing)
+    find: Callable[..., object] = host_memory._libc.__wrapped__
+    assert find() is None
+    monkeypatch.setattr(host_memory, "_libc", find)
+    return_freed_memory()
