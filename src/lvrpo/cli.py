@@ -40,6 +40,9 @@ COMMANDS: Mapping[str, str] = {
 }
 """Every command. The modules import nothing heavy until a command runs."""
 
+SEVERAL = "train"
+"""The command that ``torchrun`` may start several times over for one run."""
+
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -124,6 +127,9 @@ def run(given: Sequence[str]) -> int:
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if name != SEVERAL and processes != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError(f"--nproc-per-node {processes}: lvrpo {name} is one process: start it without torchrun")
     command: Command = resolve("command", name, COMMANDS)
     parser = Parser(prog=f"lvrpo {name}", description=command.summary, epilog=command.details)
     command.options(parser)

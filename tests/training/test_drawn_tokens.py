@@ -20,6 +20,7 @@ from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import (
     KINDS,
     Advantages,
@@ -35,7 +36,7 @@ from lvrpo.training.run import Alignment, open_policy
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.text import anchored
-from lvrpo.training.update import objectives_of, take_steps, update
+from lvrpo.training.update import take_steps, update
 from lvrpo.types import (
     SEGMENT_KINDS,
     ImageTokenSegment,

@@ -13,12 +13,13 @@ from lvrpo.algorithms import gaussian_kl
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
-from lvrpo.training import update as update_module
+from lvrpo.training import methods
 from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, GroupAdvantages
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import anchored
-from lvrpo.training.update import deal, objectives_of, take_steps
+from lvrpo.training.update import deal, take_steps
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
@@ -416,5 +417,5 @@ def test_every_kind_has_a_class() -> None:
     from lvrpo.training.flow import FlowConfig
     from lvrpo.training.text import TextConfig
 
-    for section, table in ((TextConfig, update_module.TEXT_OBJECTIVES), (FlowConfig, update_module.FLOW_OBJECTIVES)):
+    for section, table in ((TextConfig, methods.TEXT_OBJECTIVES), (FlowConfig, methods.FLOW_OBJECTIVES)):
         assert set(section.model_fields["kind"].annotation.__args__) == set(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
     from lvrpo.training.run import Alignment, Pretraining
+    from lvrpo.training.team import Wire
 
 
 def train_options(parser: Parser) -> None:
@@ -32,16 +35,42 @@ def run_options(parser: Parser) -> None:
 
 
 def train(options: Options) -> None:
+    from lvrpo.training.team import join
+
+    wire = join()
+    if wire is not None and wire.rank:
+        help_train(wire)
+    else:
+        lead_train(options, wire)
+
+
+def help_train(wire: Wire) -> None:
+    """What the other processes do that ``torchrun`` started; a signal is for the first one to obey."""
+    from lvrpo.training.run import helping_policies
+    from lvrpo.training.team import serve
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    serve(wire, helping_policies)
+
+
+def lead_train(options: Options, wire: Wire | None) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import summary_table, wide_console
     from lvrpo.evaluation.quickstart import Plan, held_out_plan, run_experiment
     from lvrpo.evaluation.suite import find_benchmarks
     from lvrpo.training.interrupt import Interrupted
+    from lvrpo.training.team import Stop
 
-    find_benchmarks(options.benchmark)
-    alignment = open_alignment(options)
-    run = alignment.run
-    with run, Progress(alignment.config.steps) as watch:
+    try:
+        find_benchmarks(options.benchmark)
+        alignment = open_alignment(options)
+    except BaseException:
+        if wire is not None:
+            wire.tell(Stop())
+        raise
+    run, team = alignment.run, nullcontext() if wire is None else alignment.led(wire)
+    with run, team, Progress(alignment.config.steps) as watch:
         plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
         try:

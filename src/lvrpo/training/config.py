@@ -21,11 +21,11 @@ from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
+from lvrpo.training.methods import FLOW_OBJECTIVES, TEXT_OBJECTIVES
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
-from lvrpo.training.update import FLOW_OBJECTIVES, TEXT_OBJECTIVES
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
 

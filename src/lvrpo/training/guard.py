@@ -97,9 +97,8 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 # --- what follows a look ---
 
 
-def guarded(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
-    """One look of the guard and what follows from it; returns whether the run stops."""
-    report = guard.look(state.policies.average, state.guard, state.step)
+def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: GuardReport, row: dict[str, Any]) -> bool:
+    """What follows from a look of the guard; returns whether the run stops."""
     score_record.write_look(run, state.step, report.scores, config.guard.every)
     row |= {f"guard/{task}": mean for task, mean in report.means.items()}
     if report.verdict != "fallen":

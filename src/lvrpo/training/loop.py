@@ -31,6 +31,7 @@ from lvrpo.training.optimizer import average_into
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
+from lvrpo.training.team import ALONE, Team
 from lvrpo.training.update import take_steps
 from lvrpo.types import Group, Prompt, RewardTable
 
@@ -52,19 +53,21 @@ def align(
     observe: Observer = lambda row: None,
     interrupted: Callable[[], bool] = lambda: False,
     held_out: HeldOut = NOTHING_HELD_OUT,
+    team: Team = ALONE,
 ) -> RunState:
     """Runs until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop.
 
-    ``held_out``: what decides on a new judge, where the configuration asks for one.
+    ``held_out``: what decides on a new judge, where the configuration asks for one. ``team``: who shares the work.
     """
+    policies = team.shared(state.policies)  # to sample and judge; what is trained and saved is the state's
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
-        report = guard.look(state.policies.average, state.guard, 0)
+        report = guard.look(policies.average, state.guard, 0)
         score_record.write_look(run, 0, report.scores, config.guard.every)
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
     stopped = False
-    sampled = Rollouts(state.policies, config)
+    sampled = Rollouts(policies, config)
     while state.step < config.steps and not stopped:
         started = time.perf_counter()
         step = state.step
@@ -72,17 +75,17 @@ def align(
 
         prompts = prompts_of_step(source, config, step)
         groups = sampled.groups(prompts, step)
-        table = score_groups(rewards, groups, state.policies.judge, step)
+        table = score_groups(rewards, groups, policies.judge, step)
         looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
         if config.judge.drift_due(step + 1, looks):
-            row |= judge_drift(rewards, groups, table, state.policies.judge, state.policies.live)
+            row |= judge_drift(rewards, groups, table, policies.judge, policies.live)
         trained, scores = groups, table
         if config.rollout.refill_budget:
-            trained, scores, counts = refill(state.policies, source, rewards, groups, table, config, step)
+            trained, scores, counts = refill(policies, source, rewards, groups, table, config, step)
             row |= counts
         advantages = segment_advantages(scores, trained, config.advantages)
         metrics = take_steps(
-            state.policies, state.optimizers, trained, advantages, config, step, state.guard.lr_scale
+            state.policies, state.optimizers, trained, advantages, config, step, state.guard.lr_scale, team
         ).means()
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
         state.bad_gradients = 0 if all(map(math.isfinite, norms)) else state.bad_gradients + 1
@@ -104,12 +107,13 @@ def align(
         row |= reward_means("reward", table, groups)
         if state.judge is not None:
             row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, held_out)
+        team.moved()
         judged = judged_of_whole(scores, trained, config.advantages)
         score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained), judged)
         row["lr_scale"] = state.optimizers[0].rate(step) * state.guard.lr_scale
         if step % config.control_every == 0:
-            control = control_rollout(state.policies, prompts, config, step)
-            control_table = score_groups(rewards, control, state.policies.judge, step)
+            control = control_rollout(policies, prompts, config, step)
+            control_table = score_groups(rewards, control, policies.judge, step)
             row |= reward_means("control", control_table, control)
             score_record.write_control(run, state.step, control, control_table, config.control_every)
         if state.step % config.samples_every == 0 or state.step == config.steps:
@@ -117,7 +121,9 @@ def align(
         if state.turn is not None:
             state.turn.add(state.step, groups, table)
         if looks:
-            stopped = guarded(config, run, state, guard, row) or turned(config, run, state, guard, row)
+            report = guard.look(policies.average, state.guard, state.step)
+            stopped = guarded(config, run, state, report, row) or turned(config, run, state, guard, row)
+            team.moved()
         state.seconds += time.perf_counter() - started
         row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (config.steps - state.step)}
         run.append_metrics(row)

@@ -35,8 +35,9 @@ from lvrpo.rewards.table import build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
+from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
-from lvrpo.training.update import asks_for_old, objectives_of, parts
+from lvrpo.training.work import parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096

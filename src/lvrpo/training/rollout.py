@@ -24,8 +24,8 @@ from lvrpo.sampling import (
     random_window,
     sliding_window,
 )
+from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies
-from lvrpo.training.update import asks_for_old
 from lvrpo.types import TASKS, Group, Prompt, RewardTable
 
 if TYPE_CHECKING:

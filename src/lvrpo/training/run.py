@@ -43,11 +43,13 @@ from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.loop import align
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
+from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
+from lvrpo.training.team import ALONE, Leader, Setup, Team, Wire
 from lvrpo.types import Example, Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -140,6 +142,8 @@ class Alignment:
     guard: Guard
     held_out: HeldOut
     """What decides on a new judge."""
+    team: Team = ALONE
+    """Who shares the work."""
 
     @classmethod
     def start(cls, config: TrainConfig, folder: Path) -> Self:
@@ -188,12 +192,18 @@ class Alignment:
         if self.finished:
             return True
         parts = (self.config, self.run, self.state, self.source, self.rewards, self.guard)
-        align(*parts, observe, interrupted, self.held_out)
+        align(*parts, observe, interrupted, self.held_out, self.team)
         if interrupted() and self.state.step < self.config.steps:
             return False
         best = self.state.guard.best_step
         self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(best).name}", "step": best})
         return True
+
+    def led(self, wire: Wire) -> Leader:
+        """Takes the lead of the processes at the wire; a context manager that lets them go."""
+        leader = Leader(wire, self.config, str((self.run.path / START).resolve()), self.state.policies)
+        self.team = leader
+        return leader
 
     def result(self) -> Policy:
         """The weights that the guard found best."""
@@ -269,8 +279,7 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
 def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    policy = load_policy(run.path / START, config.device, config.weights_dtype)
-    state = RunState.start(as_configured(policy, config), config)
+    state = RunState.start(started_from(run.path / START, config), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)
@@ -278,6 +287,17 @@ def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
     return state
+
+
+def started_from(start: Path, config: TrainConfig) -> Policy:
+    """The policy that a run began with, set up as configured."""
+    return as_configured(load_policy(start, config.device, config.weights_dtype), config)
+
+
+def helping_policies(setup: Setup) -> Policies:
+    """The policies of a process that helps a run."""
+    torch.set_num_threads(setup.config.threads)
+    return RunState.start(started_from(Path(setup.start), setup.config), setup.config).policies
 
 
 def keep_start(run: RunDirectory, policy: Policy) -> None:

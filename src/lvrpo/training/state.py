@@ -13,11 +13,11 @@ from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
+from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies
 from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
-from lvrpo.training.update import asks_for_old
 from lvrpo.types import Task
 
 STATE = "state"

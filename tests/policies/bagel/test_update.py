@@ -13,8 +13,10 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
+from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies, recorded_passes
-from lvrpo.training.update import objectives_of, parts, update
+from lvrpo.training.update import update
+from lvrpo.training.work import parts
 from lvrpo.types import Group, Image, Prompt
 
 GUIDED: dict[str, Any] = {

@@ -1,0 +1,359 @@
+"""One run on several processes (``torchrun``), each with whole policies on a device of its own.
+
+The first process runs the loop: its random numbers, decisions and files are those of a run alone. Where the work is,
+all share it: prompts are dealt out to be sampled, rows to be judged, members to be replayed; gradients are summed into
+the first process, which steps. Weights that have changed are sent before they are used again.
+
+Results are those of one process up to rounding, since other rows go through a policy together, and the same bit for bit
+with as many processes again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lvrpo.errors import ContractError, InputError
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.training.interrupt import Interrupted
+from lvrpo.training.objective import Metrics, Policies
+from lvrpo.training.optimizer import trained_weights
+from lvrpo.training.work import Work, backward
+from lvrpo.types import Group, Image, Parts, Prompt
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+
+T = TypeVar("T")
+Sent = Any
+"""Any: what goes from one process to another."""
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: the first one may evaluate alone for hours."""
+
+
+# --- messages ---
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the others build their policies from."""
+
+    config: TrainConfig
+    start: str
+    """Folder of the weights that the run began with; every process has to see it."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """The weights of these policies follow."""
+
+    policies: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of a policy is called, by everybody with arguments of their own."""
+
+    policy: str
+    method: str
+
+
+@dataclass(frozen=True)
+class Differentiate:
+    """Everybody replays members of their own."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """There is nothing more to do."""
+
+
+class Wire:
+    """Messages between the processes. A tensor arrives on the CPU or the receiver's device, as it was at home."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def tell(self, message: Sent = None) -> Sent:
+        """From the first process to all."""
+        box = [_packed(message) if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return _unpacked(box[0])
+
+    def deal(self, messages: Sequence[Sent] = ()) -> Sent:
+        """From the first process one to each."""
+        box: list[bytes | None] = [None]
+        dist.scatter_object_list(box, [_packed(message) for message in messages] or None, src=0)
+        return _unpacked(box[0])
+
+    def share(self, message: Sent) -> list[Sent]:
+        """From each to all, in order."""
+        boxes: list[bytes | None] = [None] * self.size
+        dist.all_gather_object(boxes, _packed(message))
+        return [_unpacked(box) for box in boxes]
+
+    def collect(self, message: Sent) -> list[Sent]:
+        """From each to the first process, in order; the others get nothing."""
+        boxes: list[bytes | None] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(_packed(message), boxes or None, dst=0)
+        return [_unpacked(box) for box in boxes]
+
+
+def _packed(message: Sent) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(message: bytes | None) -> Sent:
+    assert message is not None
+    here = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
+    return torch.load(io.BytesIO(message), map_location=here, weights_only=False)  # from our own processes
+
+
+def join() -> Wire | None:
+    """The other processes, where ``torchrun`` started several; None: there are none.
+
+    Raises InputError where they cannot have a card each.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    cards, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if 0 < cards <= rank:
+        raise InputError(f"--nproc-per-node: more processes than the {cards} cards of this machine: give {cards}")
+    if cards:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=PATIENCE)
+    return Wire()
+
+
+# --- what every process does ---
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process: its end of the wire, and its policies."""
+
+    wire: Wire
+    config: TrainConfig
+    policies: Policies
+
+    def refresh(self, names: Sequence[str]) -> None:
+        """Weights of the first process to all."""
+        for name in names:
+            for tensor in trained_weights(_module(getattr(self.policies, name))).values():
+                dist.broadcast(tensor, src=0)
+
+    def call(self, name: str, method: str, arguments: tuple[Any, ...] | None) -> list[Sent]:
+        """Everybody's results of a method of a policy, for the first process; None where nothing was to be done."""
+
+        def result() -> Sent:
+            return None if arguments is None else getattr(getattr(self.policies, name), method)(*arguments)
+
+        answers = self.wire.collect(_attempt(result))
+        _require([failure for _, failure in answers])
+        return [found for found, _ in answers]
+
+    def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
+        """Everybody's gradients, summed into the first process, and what everybody logged."""
+        metrics, live = Metrics(), _module(self.policies.live)
+        _, failure = _attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
+        parameters = [parameter for parameter in live.parameters() if parameter.requires_grad]
+        known = [parameter.grad is not None for parameter in parameters]
+        reports = self.wire.share((failure, metrics, known))
+        _require([report[0] for report in reports])
+        total = Metrics()
+        for _, logged, _ in reports:
+            total.include(logged)
+        for parameter, *anybody in zip(parameters, *(report[2] for report in reports), strict=True):
+            if any(anybody):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.reduce(parameter.grad, dst=0)
+        if self.wire.rank:
+            live.zero_grad(set_to_none=True)
+        return total
+
+
+def _attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result, or what went wrong: the others wait for an answer."""
+    try:
+        return run(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _require(failures: Sequence[str | None]) -> None:
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise ContractError(f"process {rank} of {len(failures)}: {failure}")
+
+
+def serve(wire: Wire, build: Callable[[Setup], Policies]) -> None:
+    """What all but the first process do: whatever that one asks, until it says stop."""
+    setup = wire.tell()
+    if isinstance(setup, Stop):
+        return
+    member = Member(wire, setup.config, build(setup))
+    while not isinstance(command := wire.tell(), Stop):
+        if isinstance(command, Refresh):
+            member.refresh(command.policies)
+        elif isinstance(command, Call):
+            member.call(command.policy, command.method, wire.deal())
+        elif isinstance(command, Differentiate):
+            with suppress(ContractError):  # the first process raises it
+                member.differentiate(wire.deal(), command.step)
+
+
+# --- what the loop of the first process sees ---
+
+
+class Team:
+    """The processes of a run. Here there is one."""
+
+    size = 1
+
+    def shared(self, policies: Policies) -> Policies:
+        """The policies to sample and judge with."""
+        return policies
+
+    def moved(self, *names: str) -> None:
+        """Says which policies (none: all that move) have other weights than before."""
+
+    def differentiate(
+        self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
+    ) -> Metrics:
+        """Adds the gradients of all hands, one of each process; what was logged."""
+        metrics = Metrics()
+        for work in hands[0]:
+            backward(policies, config, work, step, metrics)
+        return metrics
+
+
+ALONE = Team()
+
+
+class Leader(Team):
+    """The first of several processes. A context manager: leaving it lets the others go."""
+
+    def __init__(self, wire: Wire, config: TrainConfig, start: str, policies: Policies) -> None:
+        """Tells the others what to load; ``policies`` may have moved since."""
+        self.size = wire.size
+        self.wire, self.member = wire, Member(wire, config, policies)
+        self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
+        self.stale: set[str] = set()
+        self.moved()
+        wire.tell(Setup(config, start))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None or isinstance(error, InputError | ContractError | Interrupted):
+            self.wire.tell(Stop())  # after anything else the others may be in the middle of something: they see us end
+
+    def shared(self, policies: Policies) -> Policies:
+        """Every policy as ``Shared``."""
+        found = {name: Shared(self, self.names[id(policy)], policy) for name, policy in _named(policies).items()}
+        return replace(policies, **cast(dict[str, Any], found))
+
+    def moved(self, *names: str) -> None:
+        self.stale |= set(names or self.names.values()) - {"reference"}
+
+    def differentiate(
+        self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
+    ) -> Metrics:
+        self._refresh("live", "old")
+        self.wire.tell(Differentiate(step))
+        return self.member.differentiate(self.wire.deal(hands), step)
+
+    def call(self, name: str, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Sent]:
+        """Every process's result of a method of a policy; None where it is given no arguments."""
+        self._refresh(name)
+        self.wire.tell(Call(name, method))
+        return self.member.call(name, method, self.wire.deal(arguments))
+
+    def _refresh(self, *names: str) -> None:
+        stale = sorted(self.stale.intersection(names))
+        if stale:
+            self.wire.tell(Refresh(stale))
+            self.member.refresh(stale)
+            self.stale.difference_update(stale)
+
+
+class Shared:
+    """A policy that every process has: all sample and judge; anything else is the first one's own."""
+
+    def __init__(self, leader: Leader, name: str, policy: Policy) -> None:
+        self._leader, self._name, self._policy = leader, name, policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """As ``Policy.sample``; prompts are dealt in turn, so that everybody gets some of every task."""
+        size = self._leader.size
+        hands = [range(rank, len(prompts), size) for rank in range(size)]
+        asked = [([prompts[i] for i in hand], sampling, [seeds[i] for i in hand]) if hand else None for hand in hands]
+        groups: dict[int, Group] = {}
+        for hand, found in zip(hands, self._leader.call(self._name, "sample", asked), strict=True):
+            groups.update(zip(hand, found or (), strict=True))
+        # a prompt comes back as a copy: groups keep the very object that was asked
+        return [_of(prompt, groups[i]) for i, prompt in enumerate(prompts)]
+
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """As ``Policy.text_logprob``."""
+        return self._by_rows("text_logprob", len(texts), lambda own: (contexts[own], texts[own]))
+
+    def image_logprob(
+        self,
+        contexts: Sequence[Parts],
+        images: Sequence[Image],
+        draws: int,
+        seeds: Sequence[int],
+        *times: tuple[float, float],
+        **named: tuple[float, float],
+    ) -> torch.Tensor:
+        """As ``Policy.image_logprob``."""
+        given = (*times, *named.values())
+        return self._by_rows(
+            "image_logprob", len(images), lambda own: (contexts[own], images[own], draws, seeds[own], *given)
+        )
+
+    def _by_rows(self, method: str, rows: int, arguments: Callable[[slice], tuple[Any, ...]]) -> torch.Tensor:
+        """Rows that follow each other stay together, for they share contexts."""
+        size = self._leader.size
+        if rows == 0:
+            return cast(torch.Tensor, getattr(self._policy, method)(*arguments(slice(0, 0))))
+        hands = [slice(rows * rank // size, rows * (rank + 1) // size) for rank in range(size)]
+        asked = [arguments(hand) if hand.start < hand.stop else None for hand in hands]
+        found = self._leader.call(self._name, method, asked)
+        return torch.cat([part for part in found if part is not None])
+
+
+def _of(prompt: Prompt, group: Group) -> Group:
+    return Group(prompt, tuple(replace(trajectory, prompt=prompt) for trajectory in group.trajectories))
+
+
+def _named(policies: Policies) -> dict[str, Policy]:
+    """Those that there are; one that stands for two is named twice."""
+    found = {field.name: getattr(policies, field.name) for field in fields(policies)}
+    return {name: policy for name, policy in found.items() if policy is not None}
+
+
+def _module(policy: Policy) -> nn.Module:
+    assert isinstance(policy, nn.Module)
+    return policy

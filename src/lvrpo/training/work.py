@@ -1,0 +1,92 @@
+"""What an update replays: the chosen members, as many at a time as a gradient is kept for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.batching import cut
+from lvrpo.training.limits import LimitsConfig
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.objective import Batch, Member, Metrics, Objective, Policies
+from lvrpo.types import SegmentKind, Task
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Members of a task that are replayed together for one kind of segment."""
+
+    task: Task
+    kind: SegmentKind
+    members: Sequence[Member]
+    share: float
+    """What these members count of all chosen ones of the task."""
+
+
+def backward(policies: Policies, config: TrainConfig, work: Work, step: int, metrics: Metrics) -> None:
+    """Adds the gradient of some work to the live policy's, weighted as in the sum of all."""
+    objective = next(o for o in objectives_of(config, policies.live.writes) if o.kind == work.kind)
+    loss = objective.loss(Batch(policies, work.task, step, work.members, work.share, metrics))
+    (config.task_weights.get(work.task, 1.0) * objective.weight * work.share * loss).backward()
+
+
+def hands(
+    task: Task, chosen: Sequence[Member], objective: Objective, policy: Policy, limits: LimitsConfig, count: int
+) -> list[list[Work]]:
+    """The chosen members of a task dealt out to so many processes, each hand in parts that are replayed together."""
+    units = [chosen[start : start + objective.unit] for start in range(0, len(chosen), objective.unit)]
+    out = []
+    for rank in range(count):
+        hand = [member for unit in units[rank::count] for member in unit]
+        out.append(
+            [
+                Work(task, objective.kind, members, objective.size(members) / objective.size(chosen))
+                for members in parts(hand, objective, policy, limits)
+            ]
+        )
+    return out
+
+
+def parts(
+    chosen: Sequence[Member], objective: Objective, policy: Policy, limits: LimitsConfig
+) -> Iterator[Sequence[Member]]:
+    """The chosen members, as many at a time as are replayed at once; what belongs together stays so.
+
+    Drawings of different sizes are replayed apart.
+    """
+    unit = objective.unit
+    units = [chosen[start : start + unit] for start in range(0, len(chosen), unit)]
+    sizes: dict[object, list[Sequence[Member]]] = {}
+    for members in units:
+        image = members[0].trajectory.image if objective.output == "image" else None
+        size = None if image is None else image.shape
+        sizes.setdefault(size, []).append(members)
+    for same in sizes.values():
+        if limits.backward_tokens is None:
+            at_once = max(1, objective.at_once(limits.backward_members) // unit)
+            cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
+        else:
+            cuts = cut_by_tokens(same, objective, policy, limits.backward_tokens)
+        for indices in cuts:
+            yield [member for i in indices for member in same[i]]
+
+
+def cut_by_tokens(
+    units: Sequence[Sequence[Member]], objective: Objective, policy: Policy, limit: int
+) -> list[list[int]]:
+    """Indices of units that are replayed together."""
+    counted = [[policy.tokens(member.trajectory) for member in members] for members in units]
+    new = [
+        sum(
+            tokens.text + tokens.drawing * objective.passes(member.trajectory)
+            for tokens, member in zip(counts, members, strict=True)
+        )
+        for counts, members in zip(counted, units, strict=True)
+    ]
+    prompts = [members[0].trajectory.prompt.id for members in units]
+    return cut(prompts, [counts[0].context for counts in counted], new, limit)
