@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,24 @@ def test_the_result_of_a_run_is_a_model(small_base: Path, capsys: pytest.Capture
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"policy=run: is an adapter: make one model of it with `lvrpo export`"):
         Alignment.start(config_of(Path("run")), Path("again"))
+
+
+def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(small_base, "here")
+    go(Alignment.start(config_of(Path("here")), Path("run")), until=2)
+    shutil.copytree("run", "straight")
+    whole = go(Alignment.resume(Path("straight")))
+    Path("here").rename("there")
+    assert main(["train", "--resume", "run", "--no-evaluate"]) == 2
+    assert "its base is not there: name it (--base FOLDER)" in capsys.readouterr().err
+    assert main(["train", "quickstart", "--base", "there", "--out", "new"]) == 2
+    assert "--base there: is of a run that is resumed" in capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--base", "there", "--no-evaluate"]) == 0
+    states = [
+        load_state(Path(run) / "checkpoints/step_000004/state")["policies"]["live"] for run in ("straight", "run")
+    ]
+    assert whole.state.step == 4
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_muon_leaves_the_factors_to_adamw(small_base: Path) -> None:

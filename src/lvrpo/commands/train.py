@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_config, names
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def train_options(parser: Parser) -> None:
         help="what is measured before and after (default: scenes, or data.jsonl.test)",
     )
     parser.add_argument("--no-evaluate", action="store_true", help="align only")
+    add_base(parser)
 
 
 def run_options(parser: Parser) -> None:
@@ -91,7 +92,11 @@ def open_alignment(options: Options) -> Alignment:
     if options.resume is not None:
         config = None if options.config is None else read_config(TrainConfig, options.config, options.overrides)
         refuse_out(options)
-        return Alignment.resume(options.resume, config)
+        return Alignment.resume(options.resume, config, options.base)
+    if options.base is not None:
+        raise InputError(
+            f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
+        )
     config = read_config(TrainConfig, options.config, options.overrides)
     return Alignment.start(config, options.out or Path("runs") / config.name)
 

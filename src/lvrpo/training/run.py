@@ -144,6 +144,8 @@ class Alignment:
     """What decides on a new judge."""
     team: Team = ALONE
     """Who shares the work."""
+    base: str | None = None
+    """The MODEL below the run's adapter, where it is not the one that its files name."""
 
     @classmethod
     def start(cls, config: TrainConfig, folder: Path) -> Self:
@@ -163,8 +165,11 @@ class Alignment:
             raise
 
     @classmethod
-    def resume(cls, folder: Path, config: TrainConfig | None = None) -> Self:
-        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run."""
+    def resume(cls, folder: Path, config: TrainConfig | None = None, base: str | None = None) -> Self:
+        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run.
+
+        ``base``: where the base of the run's adapter lies now.
+        """
         run = RunDirectory.open(folder)
         try:
             if config is not None:
@@ -176,11 +181,11 @@ class Alignment:
             source, rewards = training_source(config), build_rewards(config.rewards)
             guard = Guard(guard_prompts(config), config)
             held_out = judge_rows(config, rewards, guard)
-            state = go_on(run, config)
+            state = go_on(run, config, base)
         except BaseException:
             run.close()
             raise
-        return cls(config, run, state, source, rewards, guard, held_out)
+        return cls(config, run, state, source, rewards, guard, held_out, base=base)
 
     @property
     def finished(self) -> bool:
@@ -201,13 +206,14 @@ class Alignment:
 
     def led(self, wire: Wire) -> Leader:
         """Takes the lead of the processes at the wire; a context manager that lets them go."""
-        leader = Leader(wire, self.config, str((self.run.path / START).resolve()), self.state.policies)
+        start = str((self.run.path / START).resolve())
+        leader = Leader(wire, Setup(self.config, start, self.base), self.state.policies)
         self.team = leader
         return leader
 
     def result(self) -> Policy:
         """The weights that the guard found best."""
-        return as_configured(load_policy(self.run.path, self.config.device, self.config.weights_dtype), self.config)
+        return loaded(self.run.path, self.config, self.base)
 
 
 def memory_of(
@@ -276,10 +282,10 @@ def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) ->
     return RunState.start(policy, config)
 
 
-def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
+def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    state = RunState.start(started_from(run.path / START, config), config)
+    state = RunState.start(loaded(run.path / START, config, base), config)
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last)
@@ -289,15 +295,15 @@ def go_on(run: RunDirectory, config: TrainConfig) -> RunState:
     return state
 
 
-def started_from(start: Path, config: TrainConfig) -> Policy:
-    """The policy that a run began with, set up as configured."""
-    return as_configured(load_policy(start, config.device, config.weights_dtype), config)
+def loaded(model: Path, config: TrainConfig, base: str | None) -> Policy:
+    """A policy that the run wrote, set up as configured; ``base``: as ``load_policy`` takes it."""
+    return as_configured(load_policy(model, config.device, config.weights_dtype, base), config)
 
 
 def helping_policies(setup: Setup) -> Policies:
     """The policies of a process that helps a run."""
     torch.set_num_threads(setup.config.threads)
-    return RunState.start(started_from(Path(setup.start), setup.config), setup.config).policies
+    return RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config).policies
 
 
 def keep_start(run: RunDirectory, policy: Policy) -> None:

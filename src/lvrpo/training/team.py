@@ -52,6 +52,8 @@ class Setup:
     config: TrainConfig
     start: str
     """Folder of the weights that the run began with; every process has to see it."""
+    base: str | None = None
+    """The MODEL below it, where its files do not name it."""
 
 
 @dataclass(frozen=True)
@@ -249,14 +251,14 @@ ALONE = Team()
 class Leader(Team):
     """The first of several processes. A context manager: leaving it lets the others go."""
 
-    def __init__(self, wire: Wire, config: TrainConfig, start: str, policies: Policies) -> None:
+    def __init__(self, wire: Wire, setup: Setup, policies: Policies) -> None:
         """Tells the others what to load; ``policies`` may have moved since."""
         self.size = wire.size
-        self.wire, self.member = wire, Member(wire, config, policies)
+        self.wire, self.member = wire, Member(wire, setup.config, policies)
         self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
         self.stale: set[str] = set()
         self.moved()
-        wire.tell(Setup(config, start))
+        wire.tell(setup)
 
     def __enter__(self) -> Self:
         return self
