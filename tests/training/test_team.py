@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +19,21 @@ import torch
 from safetensors.torch import load_file
 
 from lvrpo.cli import main
+from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import GroupAdvantages, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.team import ALONE, Shared, _packed, _unpacked
+from lvrpo.training.team import ALONE, Leader, Setup, Shared, Wire, _packed, _unpacked, serve
+from lvrpo.training.update import update
 from lvrpo.training.work import hands
 from lvrpo.types import Prompt
 
 OPTIONS = (
-    "steps=4",
+    "steps=6",
     "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
     "rollout={group_size: 4, num_steps: 4}",
     "mini_updates=2",
@@ -65,8 +69,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    state = load_file(run / "checkpoints" / "step_000004" / "state" / "state.safetensors")
-    tree = json.loads((run / "checkpoints" / "step_000004" / "state" / "state.json").read_text(encoding="utf-8"))
+    state = load_file(run / "checkpoints" / "step_000006" / "state" / "state.safetensors")
+    tree = json.loads((run / "checkpoints" / "step_000006" / "state" / "state.json").read_text(encoding="utf-8"))
     return {name: state[place["$tensor"]] for name, place in tree["policies"]["live"].items()}
 
 
@@ -94,11 +98,11 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
 
     halved = start(*options, "--out", "halved")
     metrics = Path("halved/metrics.jsonl")
-    while halved.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 3):
+    while halved.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
         time.sleep(0.02)
     os.kill(int(Path("halved/.lock").read_text()), signal.SIGINT)
     assert "go on with: lvrpo train --resume halved" in finish(halved, succeeds=False)
-    assert 2 <= rows(Path("halved"))[-1]["step"] < 4
+    assert 1 <= rows(Path("halved"))[-1]["step"] < 6
     finish(start("train", "--resume", "halved", "--no-evaluate"))
     assert rows(Path("halved")) == shared
     again = weights(Path("halved"))
@@ -118,6 +122,156 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == (
         "error: --nproc-per-node 8: lvrpo pretrain is one process: start it without torchrun\n"
     )
+
+
+class Threads:
+    """What processes say to each other, for threads: everybody waits for everybody at every message."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.boxes = size, [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def exchange(self, rank: int, message: Any) -> list[Any]:
+        self.boxes[rank] = message
+        self.barrier.wait()
+        found = list(self.boxes)
+        self.barrier.wait()
+        return found
+
+
+class ThreadWire(Wire):
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.rank, self.size, self.threads, self.closed = rank, threads.size, threads, False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def send(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(self.threads.exchange(self.rank, tensor.clone())[0])
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        found = self.threads.exchange(self.rank, tensor.clone())
+        tensor.copy_(torch.stack(found).sum(dim=0)) if self.rank == 0 else tensor.fill_(torch.nan)
+
+    def tell(self, message: Any = None) -> Any:
+        return _unpacked(self.threads.exchange(self.rank, _packed(message))[0])
+
+    def deal(self, messages: Sequence[Any] = ()) -> Any:
+        return _unpacked(self.threads.exchange(self.rank, [_packed(message) for message in messages])[0][self.rank])
+
+    def share(self, message: Any) -> list[Any]:
+        return [_unpacked(box) for box in self.threads.exchange(self.rank, _packed(message))]
+
+    def collect(self, message: Any) -> list[Any]:
+        found = self.share(message)
+        return found if self.rank == 0 else []
+
+
+def helped(size: int, build: Callable[[int, Setup], Policies]) -> tuple[ThreadWire, list[threading.Thread]]:
+    threads = Threads(size)
+
+    def help_out(rank: int) -> None:
+        serve(ThreadWire(threads, rank), lambda setup: build(rank, setup))
+
+    others = [threading.Thread(target=help_out, args=(rank,), daemon=True) for rank in range(1, size)]
+    for thread in others:
+        thread.start()
+    return ThreadWire(threads, 0), others
+
+
+def four(policy: TinyPolicy) -> Policies:
+    return Policies(policy, policy.frozen(), policy.frozen(), policy.frozen())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_that_moved_are_sent_and_gradients_are_those_of_all(
+    size: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+) -> None:
+    config = TrainConfig.model_validate({"rollout": {"group_size": 4, "num_steps": 3}, "device": "cpu"})
+    own, policies, single = lively_policy(), [four(lively_policy()) for _ in range(1, size)], lively_policy()
+
+    def build(rank: int, setup: Setup) -> Policies:
+        assert setup == Setup(config, "start")
+        return policies[rank - 1]
+
+    wire, others = helped(size, build)
+    for each in (own, single):
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter += 0.01  # the others start from other weights
+    begun = lively_policy()  # the reference is where all began
+    mine, alone = replace(four(own), reference=begun), replace(four(single), reference=begun)
+    with torch.no_grad():
+        for moved in (mine.old, alone.old):
+            for parameter in cast(Any, moved).parameters():
+                parameter -= 0.02
+    with Leader(wire, Setup(config, "start"), mine) as team:
+        groups = team.shared(mine).live.sample(prompts, config.sampling(0), list(range(len(prompts))))
+        expected = single.sample(prompts, config.sampling(0), list(range(len(prompts))))
+        for group, other in zip(groups, expected, strict=True):
+            assert [t.text for t in group.trajectories] == [t.text for t in other.trajectories]
+        A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
+        advantages = dict.fromkeys(KINDS, A)
+        found = update(mine, groups, advantages, config, 0, team=team).means()
+        alike = update(alone, groups, advantages, config, 0).means()
+    for thread in others:
+        thread.join(60)
+    assert wire.closed
+    assert found == pytest.approx(alike, rel=1e-4, abs=1e-6)
+    for parameter, other in zip(own.parameters(), single.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None)
+        if parameter.grad is not None and other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
+    for helping in policies:
+        assert all(parameter.grad is None for parameter in helping.live.parameters())
+        for name in ("live", "old"):
+            sent, had = getattr(helping, name).state_dict(), getattr(mine, name).state_dict()
+            assert all(torch.equal(tensor, had[key]) for key, tensor in sent.items())
+
+
+@pytest.mark.parametrize("error", [InputError("too long: shorten it"), RuntimeError("out of memory")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_in_another_process_is_raised_in_the_first(
+    rank: int, error: Exception, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+) -> None:
+    def failing(*_: object) -> Any:
+        raise error
+
+    everybody = [four(lively_policy()) for _ in range(2)]
+    broken: Any = everybody[rank].live
+    broken.sample = broken.velocity = failing
+    config = TrainConfig.model_validate({"rollout": {"group_size": 4, "num_steps": 3}, "device": "cpu"})
+    wire, others = helped(2, lambda rank, _: everybody[rank])
+    mine = everybody[0]
+    words = str(error) if isinstance(error, InputError) else f"RuntimeError: {error}"
+    expected = type(error) if isinstance(error, InputError) else ContractError
+    match = words if rank == 0 else f"process 1 of 2: {words}"
+    groups = lively_policy().sample(prompts, config.sampling(0), list(range(len(prompts))))
+    A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
+    with Leader(wire, Setup(config, ""), mine) as team:
+        live = team.shared(mine).live
+        with pytest.raises(expected, match=f"^{match}$"):
+            live.sample(prompts, config.sampling(0), list(range(len(prompts))))
+        with pytest.raises(expected, match=f"^{match}$"):
+            update(mine, groups, dict.fromkeys(KINDS, A), config, 0, team=team)
+    others[0].join(60)
+    assert not others[0].is_alive()
+
+
+def test_a_process_that_cannot_load_ends_the_run(lively_policy: Callable[[], TinyPolicy]) -> None:
+    policies = four(lively_policy())
+
+    def build(rank: int, setup: Setup) -> Policies:
+        if rank == 2:
+            raise InputError("start: no such folder")
+        return policies
+
+    wire, others = helped(3, build)
+    with pytest.raises(InputError, match=r"^process 2 of 3: start: no such folder$"):
+        Leader(wire, Setup(TrainConfig(), "start"), policies)
+    for thread in others:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 class InTurn:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
@@ -52,7 +52,12 @@ def help_train(wire: Wire) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    serve(wire, helping_policies)
+    try:
+        serve(wire, helping_policies)
+    except RuntimeError as error:
+        raise ContractError(
+            f"process {wire.rank} of {wire.size}: the first one is gone, see what it said: {error}"
+        ) from None
 
 
 def lead_train(options: Options, wire: Wire | None) -> None:
@@ -69,6 +74,7 @@ def lead_train(options: Options, wire: Wire | None) -> None:
     except BaseException:
         if wire is not None:
             wire.tell(Stop())
+            wire.close()
         raise
     run, team = alignment.run, nullcontext() if wire is None else alignment.led(wire)
     with run, team, Progress(alignment.config.steps) as watch:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Sent = Any
 """Any: what goes from one process to another."""
+Failure = tuple[type[InputError | ContractError], str]
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: the first one may evaluate alone for hours."""
@@ -88,6 +89,18 @@ class Wire:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def close(self) -> None:
+        """After everybody's last message."""
+        dist.destroy_process_group()
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """From the first process to all, in place."""
+        dist.broadcast(tensor, src=0)
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """The sum of all in the first process, in place; those of the others are lost."""
+        dist.reduce(tensor, dst=0)
 
     def tell(self, message: Sent = None) -> Sent:
         """From the first process to all."""
@@ -157,7 +170,7 @@ class Member:
         """Weights of the first process to all."""
         for name in names:
             for tensor in trained_weights(_module(getattr(self.policies, name))).values():
-                dist.broadcast(tensor, src=0)
+                self.wire.send(tensor)
 
     def call(self, name: str, method: str, arguments: tuple[Any, ...] | None) -> list[Sent]:
         """Everybody's results of a method of a policy, for the first process; None where nothing was to be done."""
@@ -184,39 +197,49 @@ class Member:
             if any(anybody):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.reduce(parameter.grad, dst=0)
+                self.wire.add_up(parameter.grad)
         if self.wire.rank:
             live.zero_grad(set_to_none=True)
         return total
 
 
-def _attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
+def _attempt(run: Callable[[], T]) -> tuple[T | None, Failure | None]:
     """The result, or what went wrong: the others wait for an answer."""
     try:
         return run(), None
+    except (InputError, ContractError) as error:
+        return None, (type(error), str(error))
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, (ContractError, f"{type(error).__name__}: {error}")
 
 
-def _require(failures: Sequence[str | None]) -> None:
+def _require(failures: Sequence[Failure | None]) -> None:
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise ContractError(f"process {rank} of {len(failures)}: {failure}")
+            kind, words = failure
+            raise kind(words if rank == 0 else f"process {rank} of {len(failures)}: {words}")
 
 
 def serve(wire: Wire, build: Callable[[Setup], Policies]) -> None:
     """What all but the first process do: whatever that one asks, until it says stop."""
     setup = wire.tell()
-    if isinstance(setup, Stop):
-        return
-    member = Member(wire, setup.config, build(setup))
+    if not isinstance(setup, Stop):
+        policies, failure = _attempt(lambda: build(setup))
+        ready = not any(wire.share(failure))
+        if ready and policies is not None:
+            _help(Member(wire, setup.config, policies))
+    wire.close()
+
+
+def _help(member: Member) -> None:
+    wire = member.wire
     while not isinstance(command := wire.tell(), Stop):
         if isinstance(command, Refresh):
             member.refresh(command.policies)
         elif isinstance(command, Call):
             member.call(command.policy, command.method, wire.deal())
         elif isinstance(command, Differentiate):
-            with suppress(ContractError):  # the first process raises it
+            with suppress(InputError, ContractError):  # the first process raises it
                 member.differentiate(wire.deal(), command.step)
 
 
@@ -252,20 +275,26 @@ class Leader(Team):
     """The first of several processes. A context manager: leaving it lets the others go."""
 
     def __init__(self, wire: Wire, setup: Setup, policies: Policies) -> None:
-        """Tells the others what to load; ``policies`` may have moved since."""
+        """Tells the others what to load; ``policies`` may have moved since. Raises what kept another from loading."""
         self.size = wire.size
         self.wire, self.member = wire, Member(wire, setup.config, policies)
         self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
         self.stale: set[str] = set()
         self.moved()
         wire.tell(setup)
+        failures = wire.share(None)
+        if any(failures):
+            wire.close()
+        _require(failures)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None or isinstance(error, InputError | ContractError | Interrupted):
-            self.wire.tell(Stop())  # after anything else the others may be in the middle of something: they see us end
+            # after anything else the others may be in the middle of something: they see us end
+            self.wire.tell(Stop())
+            self.wire.close()
 
     def shared(self, policies: Policies) -> Policies:
         """Every policy as ``Shared``."""
