@@ -19,7 +19,7 @@ from lvrpo.policies.bagel.config import described_config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel, learn_words
 from lvrpo.policies.bagel.names import VAE
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.loading import load_policy
+from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
