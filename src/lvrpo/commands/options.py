@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"argument {rest[0]!r}: one too many: see {self.prog} --help")
             near = nearest(name, self._option_string_actions)
             hints = [f"did you mean {near}?" if near else "", self.unknown_hint or ""]
-            hint = "; ".join(filter(None, hints)) or f"see {self.prog} --help"
+            hint = " ".join(filter(None, hints)) or f"see {self.prog} --help"
             raise InputError(f"option {name}: unknown: {hint}")
         return options
 

@@ -76,8 +76,8 @@ def lead_train(options: Options, wire: Wire | None) -> None:
             wire.tell(Stop())
             wire.close()
         raise
-    run, team = alignment.run, nullcontext() if wire is None else alignment.led(wire)
-    with run, team, Progress(alignment.config.steps) as watch:
+    run = alignment.run
+    with run, nullcontext() if wire is None else alignment.led(wire), Progress(alignment.config.steps) as watch:
         plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
         try:

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
@@ -19,6 +18,7 @@ from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
+from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import average_into, load_trained, trained_weights
 from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
@@ -114,7 +114,7 @@ class Judge:
         if not self.config.moves:
             return {}
         if self.slow is not None:
-            average_into(_module(self.slow), _module(live), self.config.decay)
+            average_into(policy_module(self.slow), policy_module(live), self.config.decay)
         row: dict[str, Any] = {}
         if self.config.refresh_every is None:
             self.version += 1
@@ -132,7 +132,7 @@ class Judge:
         if not no_worse or not all(no_worse):
             self.refused += 1
             return {**row, "judge/action": "refused", "judge/refused": self.refused}
-        load_trained(_module(self.policy), trained_weights(_module(candidate)))
+        load_trained(policy_module(self.policy), trained_weights(policy_module(candidate)))
         self.version += 1
         return {**row, "judge/action": f"refreshed: {judge_identity(self.policy)}", "judge/refused": self.refused}
 
@@ -141,9 +141,9 @@ class Judge:
         if not self.config.moves:
             return {}
         tree: dict[str, Any] = {"version": self.version, "refused": self.refused}
-        tree["policy"] = trained_weights(_module(self.policy))
+        tree["policy"] = trained_weights(policy_module(self.policy))
         if self.slow is not None and self.slow is not self.policy:
-            tree["slow"] = trained_weights(_module(self.slow))
+            tree["slow"] = trained_weights(policy_module(self.slow))
         return tree
 
     def load(self, tree: Mapping[str, Any]) -> None:
@@ -151,9 +151,9 @@ class Judge:
         if not tree:
             return
         self.version, self.refused = tree["version"], tree["refused"]
-        load_trained(_module(self.policy), tree["policy"])
+        load_trained(policy_module(self.policy), tree["policy"])
         if "slow" in tree and self.slow is not None:
-            load_trained(_module(self.slow), tree["slow"])
+            load_trained(policy_module(self.slow), tree["slow"])
 
 
 def known_answers(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
@@ -286,8 +286,3 @@ def judge_drift(
             if groups_behind:
                 out[f"judge_agreement/{task}/{name}"] = agreement
     return out
-
-
-def _module(policy: Policy) -> nn.Module:
-    assert isinstance(policy, nn.Module)
-    return policy

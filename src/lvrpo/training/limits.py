@@ -26,7 +26,7 @@ class LimitsConfig(Config):
     ``backward_tokens``: 192, which suits small policies."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass instead of being remembered: a third more time, a fraction of the
-    memory. So are recorded steps of drawings, two thirds more time: one of them is remembered at once."""
+    memory. So are recorded steps of drawings, twice the time: one of them is remembered at once."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:

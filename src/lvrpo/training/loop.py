@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from lvrpo.algorithms import old_policy_decay
 from lvrpo.data.sources import PromptSource
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Sampling
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
@@ -26,7 +25,7 @@ from lvrpo.training.failures import failed_scores
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import NOTHING_HELD_OUT, HeldOut, judge_drift
-from lvrpo.training.objective import Policies
+from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.optimizer import average_into
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
@@ -96,9 +95,9 @@ def align(
             )
         if state.policies.old is not state.policies.live:
             decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
-            average_into(_module(state.policies.old), _module(state.policies.live), decay)
+            average_into(policy_module(state.policies.old), policy_module(state.policies.live), decay)
         decay = min(config.average_decay, step / (step + 10))
-        average_into(_module(state.policies.average), _module(state.policies.live), decay)
+        average_into(policy_module(state.policies.average), policy_module(state.policies.live), decay)
         state.step += 1
 
         if step == 0:
@@ -224,8 +223,3 @@ def evaluation_sampling(config: TrainConfig, temperature: float = 0.0, guidance_
         image_temperature=rollout_config.image_temperature,
         choice_temperature=rollout_config.choice_temperature,
     )
-
-
-def _module(policy: Policy) -> nn.Module:
-    assert isinstance(policy, nn.Module)
-    return policy

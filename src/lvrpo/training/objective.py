@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from lvrpo.policies.base import Policy
 from lvrpo.types import (
@@ -83,6 +84,12 @@ class Policies:
     def judge(self) -> Policy:
         """Who scores outputs."""
         return self.reference if self.judging is None else self.judging
+
+
+def policy_module(policy: object) -> nn.Module:
+    """A policy as the module that it is."""
+    assert isinstance(policy, nn.Module)
+    return policy
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state,
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.methods import asks_for_old
-from lvrpo.training.objective import Policies
+from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
@@ -119,9 +119,3 @@ class RunState:
         if self.turn is not None:
             tree["turn"] = self.turn.state()
         return tree
-
-
-def policy_module(policy: object) -> nn.Module:
-    """A policy as the module that it is."""
-    assert isinstance(policy, nn.Module)
-    return policy

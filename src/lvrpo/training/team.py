@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.training.interrupt import Interrupted
-from lvrpo.training.objective import Metrics, Policies
+from lvrpo.training.objective import Metrics, Policies, policy_module
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.work import Work, backward
 from lvrpo.types import Group, Image, Parts, Prompt
@@ -159,7 +158,7 @@ def join() -> Wire | None:
 
 
 @dataclass(frozen=True)
-class Member:
+class Rank:
     """One process: its end of the wire, and its policies."""
 
     wire: Wire
@@ -169,7 +168,7 @@ class Member:
     def refresh(self, names: Sequence[str]) -> None:
         """Weights of the first process to all."""
         for name in names:
-            for tensor in trained_weights(_module(getattr(self.policies, name))).values():
+            for tensor in trained_weights(policy_module(getattr(self.policies, name))).values():
                 self.wire.send(tensor)
 
     def call(self, name: str, method: str, arguments: tuple[Any, ...] | None) -> list[Sent]:
@@ -184,7 +183,7 @@ class Member:
 
     def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
         """Everybody's gradients, summed into the first process, and what everybody logged."""
-        metrics, live = Metrics(), _module(self.policies.live)
+        metrics, live = Metrics(), policy_module(self.policies.live)
         _, failure = _attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
         parameters = [parameter for parameter in live.parameters() if parameter.requires_grad]
         known = [parameter.grad is not None for parameter in parameters]
@@ -227,20 +226,20 @@ def serve(wire: Wire, build: Callable[[Setup], Policies]) -> None:
         policies, failure = _attempt(lambda: build(setup))
         ready = not any(wire.share(failure))
         if ready and policies is not None:
-            _help(Member(wire, setup.config, policies))
+            _help(Rank(wire, setup.config, policies))
     wire.close()
 
 
-def _help(member: Member) -> None:
-    wire = member.wire
+def _help(rank: Rank) -> None:
+    wire = rank.wire
     while not isinstance(command := wire.tell(), Stop):
         if isinstance(command, Refresh):
-            member.refresh(command.policies)
+            rank.refresh(command.policies)
         elif isinstance(command, Call):
-            member.call(command.policy, command.method, wire.deal())
+            rank.call(command.policy, command.method, wire.deal())
         elif isinstance(command, Differentiate):
             with suppress(InputError, ContractError):  # the first process raises it
-                member.differentiate(wire.deal(), command.step)
+                rank.differentiate(wire.deal(), command.step)
 
 
 # --- what the loop of the first process sees ---
@@ -277,7 +276,7 @@ class Leader(Team):
     def __init__(self, wire: Wire, setup: Setup, policies: Policies) -> None:
         """Tells the others what to load; ``policies`` may have moved since. Raises what kept another from loading."""
         self.size = wire.size
-        self.wire, self.member = wire, Member(wire, setup.config, policies)
+        self.wire, self.own = wire, Rank(wire, setup.config, policies)
         self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
         self.stale: set[str] = set()
         self.moved()
@@ -309,19 +308,19 @@ class Leader(Team):
     ) -> Metrics:
         self._refresh("live", "old")
         self.wire.tell(Differentiate(step))
-        return self.member.differentiate(self.wire.deal(hands), step)
+        return self.own.differentiate(self.wire.deal(hands), step)
 
     def call(self, name: str, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Sent]:
         """Every process's result of a method of a policy; None where it is given no arguments."""
         self._refresh(name)
         self.wire.tell(Call(name, method))
-        return self.member.call(name, method, self.wire.deal(arguments))
+        return self.own.call(name, method, self.wire.deal(arguments))
 
     def _refresh(self, *names: str) -> None:
         stale = sorted(self.stale.intersection(names))
         if stale:
             self.wire.tell(Refresh(stale))
-            self.member.refresh(stale)
+            self.own.refresh(stale)
             self.stale.difference_update(stale)
 
 
@@ -383,8 +382,3 @@ def _named(policies: Policies) -> dict[str, Policy]:
     """Those that there are; one that stands for two is named twice."""
     found = {field.name: getattr(policies, field.name) for field in fields(policies)}
     return {name: policy for name, policy in found.items() if policy is not None}
-
-
-def _module(policy: Policy) -> nn.Module:
-    assert isinstance(policy, nn.Module)
-    return policy

@@ -16,10 +16,11 @@ from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.run import guard_prompts, judge_rows, memory_of, open_policy, scoring_rewards, training_source
-from lvrpo.training.state import RunState, policy_module
+from lvrpo.training.state import RunState
 from lvrpo.training.update import take_steps
 
 SHARE = 4

@@ -40,12 +40,12 @@ def hands(
 ) -> list[list[Work]]:
     """The chosen members of a task dealt out to so many processes, each hand in parts that are replayed together."""
     units = [chosen[start : start + objective.unit] for start in range(0, len(chosen), objective.unit)]
-    out = []
+    whole, out = objective.size(chosen), []
     for rank in range(count):
         hand = [member for unit in units[rank::count] for member in unit]
         out.append(
             [
-                Work(task, objective.kind, members, objective.size(members) / objective.size(chosen))
+                Work(task, objective.kind, members, objective.size(members) / whole)
                 for members in parts(hand, objective, policy, limits)
             ]
         )
