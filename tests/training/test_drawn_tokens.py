@@ -106,8 +106,9 @@ def loss_of(
     prompt = Prompt("p", "generate", ("draw",), ("image",))
     members = [Member(Trajectory(prompt, m, (s,), m), a) for m, (s, a) in enumerate(zip(segments, A, strict=True))]
     metrics = Metrics()
-    policies = Policies(live, live, reference, live)  # type: ignore[arg-type]  # log-probs are all that is asked
-    loss = objective.loss(Batch(policies, "generate", 0, members, 1.0, metrics))
+    asked: Any = Batch("generate", 0, members, 1.0, metrics)
+    frozen = {name: objective.frozen_terms(reference, asked) for name in objective.compared_with}  # type: ignore[arg-type]  # log-probs are all that is asked
+    loss = objective.loss(live, replace(asked, frozen=frozen))  # type: ignore[arg-type]
     return float(loss), metrics.means()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
-from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member, has_kind
+from lvrpo.policies.base import Policy
+from lvrpo.training.flow import FlowObjective, Noised, add_noise
+from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, has_kind
 from lvrpo.training.text import TextObjective, token_count, token_grid
 from lvrpo.types import Group, SegmentKind
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
@@ -35,8 +40,8 @@ class BestText(TextObjective):
     def size(self, members: Sequence[Member]) -> int:
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        grid = token_grid(batch.policies.live, batch.trajectories, self.kind)
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+        grid = token_grid(live, batch.trajectories, self.kind)
         loss = reduce_tokens(-grid.logprobs, grid.mask)
         batch.log(f"loss/{self.kind}/{batch.task}", loss)
         return loss
@@ -50,13 +55,23 @@ class BestDrawing(FlowObjective):
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return best(groups, advantages, "flow", self.config.keep)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        noised = add_noise(batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
-        v = noised.velocity(batch.policies.live)
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",) if self.config.kl_coef else ()
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
+        return self._noised(policy, batch).velocity(policy)
+
+    def _noised(self, policy: Policy, batch: Batch) -> Noised:
+        return add_noise(policy, batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+        noised = self._noised(live, batch)
+        v = noised.velocity(live)
         loss = noised.flow_loss(v).mean()
         batch.log(f"loss/flow/{batch.task}", loss)
         if self.config.kl_coef:
-            divergence = velocity_regularizer(v, noised.velocity(batch.policies.reference, frozen=True)).mean()
+            divergence = velocity_regularizer(v, batch.frozen["reference"]).mean()
             batch.log(f"kl/flow/{batch.task}", divergence)
             loss = loss + self.config.kl_coef * divergence
         return loss

@@ -11,7 +11,7 @@ from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member, has_kind
+from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, has_kind
 from lvrpo.training.text import TextObjective, token_grid
 from lvrpo.types import Group, MaskedSegment, SegmentKind, Trajectory
 
@@ -39,10 +39,15 @@ class TextDPO(TextObjective):
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, self.kind)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        logprobs = whole_logprobs(batch.policies.live, batch.trajectories, self.kind)
-        with torch.no_grad():
-            ref = whole_logprobs(batch.policies.reference, batch.trajectories, self.kind)
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",)
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+        return whole_logprobs(policy, batch.trajectories, self.kind)
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+        logprobs, ref = whole_logprobs(live, batch.trajectories, self.kind), batch.frozen["reference"]
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
         return reported(batch, self.kind, result)
 
@@ -56,11 +61,18 @@ class FlowDPO(FlowObjective):
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, "flow")
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",)
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+        """The losses at the noise and times of the batch."""
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
-        noised = add_noise(batch, self.config, "dpo", seeds)
-        losses = self._by_pair(noised.flow_loss(noised.velocity(batch.policies.live)))
-        ref = self._by_pair(noised.flow_loss(noised.velocity(batch.policies.reference, frozen=True)))
+        noised = add_noise(policy, batch, self.config, "dpo", seeds)
+        return noised.flow_loss(noised.velocity(policy))
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+        losses, ref = self._by_pair(self.frozen_terms(live, batch)), self._by_pair(batch.frozen["reference"])
         return reported(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:

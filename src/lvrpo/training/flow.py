@@ -25,7 +25,16 @@ from lvrpo.algorithms import (
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
-from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective, flow_segment, has_kind, recorded_passes
+from lvrpo.training.objective import (
+    Batch,
+    FrozenPolicy,
+    GroupAdvantages,
+    Member,
+    Objective,
+    flow_segment,
+    has_kind,
+    recorded_passes,
+)
 from lvrpo.types import FlowSegment, Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
@@ -122,16 +131,23 @@ class NFT(ContrastObjective):
 
     samples_with = "old"
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        config, policies = self.config, batch.policies
-        noised = add_noise(batch, config, "nft", [trajectory.seed for trajectory in batch.trajectories])
-        v, v_old = noised.velocity(policies.live), noised.velocity(policies.old, frozen=True)
-        v_ref = noised.velocity(policies.reference, frozen=True) if config.kl_coef else None
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("old", "reference") if self.config.kl_coef else ("old",)
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
+        return self._noised(policy, batch).velocity(policy)
+
+    def _noised(self, policy: Policy, batch: Batch) -> Noised:
+        return add_noise(policy, batch, self.config, "nft", [trajectory.seed for trajectory in batch.trajectories])
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+        config, noised = self.config, self._noised(live, batch)
         q = reward_probability(batch.advantages(), config.advantage_max)
         result = nft_loss(
-            v,
-            v_old,
-            v_ref,
+            noised.velocity(live),
+            batch.frozen["old"],
+            batch.frozen.get("reference"),
             noised.x_t,
             noised.t,
             noised.x_0,
@@ -153,10 +169,21 @@ class FlowGRPO(ContrastObjective):
         steps = len(flow_segment(trajectory).trained_steps)
         return recorded_passes(trajectory) + (steps if self.config.kl_coef and self.config.kl == "velocity" else 0)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",) if self.config.kl_coef else ()
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B W N C"]:
+        """Velocities at the recorded states before the trained steps, or the means of these steps."""
+        if self.config.kl == "gaussian":
+            return replay(policy, batch.trajectories).means
+        steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
+        return torch.stack([recorded_velocity(policy, batch.trajectories, w) for w in steps], dim=1)
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
         config = self.config
         segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
-        replayed = replay(batch.policies.live, batch.trajectories)
+        replayed = replay(live, batch.trajectories)
         surrogate = self._surrogate(batch, segments, replayed)
         terms = surrogate.loss_terms
         if config.step_weighting == "level":
@@ -166,7 +193,7 @@ class FlowGRPO(ContrastObjective):
         batch.log("ratio/flow", surrogate.ratio.mean())
         batch.log("clip_fraction/flow", surrogate.clipped.float().mean())
         if config.kl_coef:
-            divergence = self._divergence(batch, segments, replayed)
+            divergence = self._divergence(live, batch, replayed)
             batch.log(f"kl/flow/{batch.task}", divergence)
             loss = loss + config.kl_coef * divergence
         return loss
@@ -186,13 +213,16 @@ class FlowGRPO(ContrastObjective):
         drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
         return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
 
-    def _divergence(self, batch: Batch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> torch.Tensor:
-        if self.config.kl == "velocity":
-            steps = range(replayed.logprobs.shape[1])
-            return torch.stack([velocity_kl(batch, segments, w) for w in steps]).mean()
-        with torch.no_grad():
-            ref_means = replay(batch.policies.reference, batch.trajectories).means
-        return step_kl(replayed.means, ref_means, replayed.stds, segments[0].logprob_reduction).mean()
+    def _divergence(self, live: Policy, batch: Batch, replayed: ReplayedSteps) -> torch.Tensor:
+        ref = batch.frozen["reference"]
+        if self.config.kl == "gaussian":
+            reduction = flow_segment(batch.trajectories[0]).logprob_reduction
+            return step_kl(replayed.means, ref, replayed.stds, reduction).mean()
+        at_steps = [
+            velocity_regularizer(recorded_velocity(live, batch.trajectories, w), ref[:, w]).mean()
+            for w in range(ref.shape[1])
+        ]
+        return torch.stack(at_steps).mean()
 
 
 @dataclass(frozen=True)
@@ -205,18 +235,17 @@ class Noised:
     t: Float[torch.Tensor, " B"]
     x_t: Float[torch.Tensor, "B N C"]
 
-    def velocity(self, policy: Policy, frozen: bool = False) -> Float[torch.Tensor, "B N C"]:
+    def velocity(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
         """What ``policy`` says there."""
-        with torch.set_grad_enabled(not frozen):
-            return policy.velocity(self.trajectories, self.x_t, self.t)
+        return policy.velocity(self.trajectories, self.x_t, self.t)
 
     def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
         """The flow-matching loss of these velocities."""
         return flow_matching_loss(v, self.x_0, self.noise)
 
 
-def add_noise(batch: Batch, config: FlowConfig, purpose: str, seeds: Sequence[int]) -> Noised:
-    """x_t of the batch's drawings at one time in each equal part of the sampler's grid.
+def add_noise(policy: Policy, batch: Batch, config: FlowConfig, purpose: str, seeds: Sequence[int]) -> Noised:
+    """x_t of the batch's drawings at one time in each equal part of the policy's grid.
 
     Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.
     """
@@ -227,7 +256,7 @@ def add_noise(batch: Batch, config: FlowConfig, purpose: str, seeds: Sequence[in
     noise = normal_noise(each, x_0.shape[1:]).to(x_0)
     stratum = torch.arange(draws).repeat(len(seeds))
     u = (stratum + uniform_noise(each, (1,))[:, 0]) / draws
-    t = shift_time(u, batch.policies.live.timestep_shift()).clamp(min=config.min_time).to(x_0)
+    t = shift_time(u, policy.timestep_shift()).clamp(min=config.min_time).to(x_0)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     return Noised(repeated, x_0, noise, t, x_t)
 
@@ -264,14 +293,12 @@ def step_kl(
     )
 
 
-def velocity_kl(batch: Batch, segments: Sequence[FlowSegment], w: int) -> torch.Tensor:
-    """mean |v - v_ref|^2 at the recorded states before trained step ``w``."""
+def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
+    """What ``policy`` says, unguided, at the recorded states before trained step ``w``."""
+    segments = [flow_segment(trajectory) for trajectory in trajectories]
     x_t = torch.stack([segment.states[w] for segment in segments])
     t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
-    v = batch.policies.live.velocity(batch.trajectories, x_t, t)
-    with torch.no_grad():
-        v_ref = batch.policies.reference.velocity(batch.trajectories, x_t, t)
-    return velocity_regularizer(v, v_ref).mean()
+    return policy.velocity(trajectories, x_t, t)
 
 
 def level_weights(segment: FlowSegment, ratio: Literal["plain", "guard"] = "plain") -> Float[torch.Tensor, " W"]:

@@ -364,18 +364,18 @@ class _Estimator:
         decoder.select(range(len(rows))[::-1])
 
     def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
-        """As ``token_grid`` of the trained policy, then of the reference."""
+        """As ``token_grid`` of the reference, then of the trained policy."""
+        if self.config.text.kl_coef:
+            with torch.no_grad():
+                self.policy.logprobs(trajectories, ["text"])
         replayed = self.policy.logprobs(trajectories, ["text"])
         terms = [term for rows in replayed for row in rows if row.entropy is not None
                  for term in (row.logprobs, row.entropy)]  # fmt: skip
         del replayed
-        if self.config.text.kl_coef:
-            with torch.no_grad():
-                self.policy.logprobs(trajectories, ["text"])
         torch.cat(terms).sum().backward()
 
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
-        """As the losses of drawings: recorded steps, or velocities at fresh times, and those of the frozen policies."""
+        """As the losses of drawings: what frozen policies say, then recorded steps, or velocities at fresh times."""
         flow, policy = self.config.flow, self.policy
         draws = 1 if flow.kind == "grpo" else flow.noise_draws
         repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
@@ -384,6 +384,11 @@ class _Estimator:
         def velocity() -> torch.Tensor:
             return policy.velocity(repeated, x_t, torch.empty(len(x_t)))
 
+        with torch.no_grad():
+            if flow.kind == "grpo" and flow.kl_coef and flow.kl == "gaussian":
+                policy.logprobs(trajectories)
+            frozen = (flow.kind == "nft") + bool(flow.kl_coef or flow.kind == "dpo")
+            others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
         if flow.kind == "grpo":
             last = [rows[-1] for rows in policy.logprobs(trajectories)]
             terms = [term for row in last for term in (row.logprobs, row.means) if term is not None]
@@ -391,11 +396,6 @@ class _Estimator:
                 terms += [velocity() for _ in flow_segment(trajectories[0]).trained_steps]
         else:
             terms = [velocity()]
-        with torch.no_grad():
-            if flow.kind == "grpo" and flow.kl_coef and flow.kl == "gaussian":
-                policy.logprobs(trajectories)
-            frozen = (flow.kind == "nft") + bool(flow.kl_coef or flow.kind == "dpo")
-            others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
         terms += [(terms[0] - other).square() for other in others if other.shape == terms[0].shape]
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 

@@ -124,17 +124,22 @@ class Member:
     advantage: float
 
 
+FrozenPolicy = Literal["old", "reference"]
+"""Those of ``Policies`` that a loss may compare the live policy with."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """As many chosen members of one task as go through the policy at once."""
 
-    policies: Policies
     task: Task
     step: int
     members: Sequence[Member]
     share: float
     """What these members count of all chosen ones of the task."""
     metrics: Metrics
+    frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)
+    """What the policies of ``Objective.compared_with`` say of it: ``Objective.frozen_terms``."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -184,8 +189,17 @@ class Objective(ABC):
         """How often the tokens of its drawing go through the policy with a gradient."""
         return recorded_passes(trajectory, [self.kind])
 
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        """The frozen policies that the loss asks, before the live one is."""
+        return ()
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> torch.Tensor:
+        """What the loss compares the live policy's numbers with, of one of ``compared_with``; called without grad."""
+        raise NotImplementedError
+
     @abstractmethod
-    def loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, with a gradient to the live policy."""
 
 

@@ -16,7 +16,7 @@ from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tok
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
-from lvrpo.training.objective import Batch, GroupAdvantages, Member, Objective
+from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, Objective
 from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory, segments_through
 
 if TYPE_CHECKING:
@@ -112,9 +112,16 @@ class TokenObjective(TextObjective):
             return len(members)
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",) if self.config.kl_coef else ()
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B L"]:
+        return token_grid(policy, batch.trajectories, self.kind).logprobs
+
+    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
         config, kind = self.config, self.kind
-        grid = token_grid(batch.policies.live, batch.trajectories, kind)
+        grid = token_grid(live, batch.trajectories, kind)
         draws = len(grid.mask) // len(batch.members)
         advantage = batch.advantages().repeat_interleave(draws).to(grid.logprobs.device)[:, None]
         surrogate = TOKEN_OBJECTIVES[config.kind](
@@ -132,9 +139,7 @@ class TokenObjective(TextObjective):
         entropy = "entropy" if kind == "text" else f"entropy/{kind}"
         batch.log(f"{entropy}/{batch.task}", grid.entropy[grid.mask].mean())
         if config.kl_coef:
-            with torch.no_grad():
-                ref_logprobs = token_grid(batch.policies.reference, batch.trajectories, kind).logprobs
-            divergence = self._reduced(KL[config.kl](grid.logprobs, ref_logprobs), grid)
+            divergence = self._reduced(KL[config.kl](grid.logprobs, batch.frozen["reference"]), grid)
             batch.log(f"kl/{kind}/{batch.task}", divergence)
             loss = loss + config.kl_coef * divergence
         if config.entropy_coef:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.batching import cut
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import Batch, Member, Metrics, Objective, Policies
+from lvrpo.training.objective import Batch, FrozenPolicy, Member, Metrics, Objective, Policies
 from lvrpo.types import SegmentKind, Task
 
 if TYPE_CHECKING:
@@ -27,11 +29,41 @@ class Work:
     share: float
     """What these members count of all chosen ones of the task."""
 
+    def objective(self, config: TrainConfig, policy: Policy) -> Objective:
+        """What trains these members."""
+        return next(o for o in objectives_of(config, policy.writes) if o.kind == self.kind)
+
+    def batch(self, step: int, metrics: Metrics, frozen: Mapping[FrozenPolicy, torch.Tensor]) -> Batch:
+        """As the objective takes it."""
+        return Batch(self.task, step, self.members, self.share, metrics, frozen)
+
 
 def backward(policies: Policies, config: TrainConfig, work: Work, step: int, metrics: Metrics) -> None:
     """Adds the gradient of some work to the live policy's, weighted as in the sum of all."""
-    objective = next(o for o in objectives_of(config, policies.live.writes) if o.kind == work.kind)
-    loss = objective.loss(Batch(policies, work.task, step, work.members, work.share, metrics))
+    compared = work.objective(config, policies.live).compared_with
+    frozen: dict[FrozenPolicy, torch.Tensor] = {
+        name: frozen_terms(getattr(policies, name), config, work, step) for name in compared
+    }
+    backward_live(policies.live, config, work, step, metrics, frozen)
+
+
+@torch.no_grad()
+def frozen_terms(policy: Policy, config: TrainConfig, work: Work, step: int) -> torch.Tensor:
+    """What one of the policies that the objective compares with says of some work."""
+    return work.objective(config, policy).frozen_terms(policy, work.batch(step, Metrics(), {}))
+
+
+def backward_live(
+    live: Policy,
+    config: TrainConfig,
+    work: Work,
+    step: int,
+    metrics: Metrics,
+    frozen: Mapping[FrozenPolicy, torch.Tensor],
+) -> None:
+    """``backward`` where the frozen policies were asked before."""
+    objective = work.objective(config, live)
+    loss = objective.loss(live, work.batch(step, metrics, frozen))
     (config.task_weights.get(work.task, 1.0) * objective.weight * work.share * loss).backward()
 
 
