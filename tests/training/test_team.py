@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from processes import Threads, ThreadWire, finish, rows, start
 from safetensors.torch import load_file
 
 from lvrpo.cli import main
@@ -26,9 +25,9 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
-from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.team import ALONE, Leader, Setup, Shared, Wire, _packed, _unpacked, serve
+from lvrpo.training.team import ALONE, Leader, Setup, Shared, serve
 from lvrpo.training.update import update
+from lvrpo.training.wire import packed, unpacked
 from lvrpo.training.work import hands
 from lvrpo.types import Prompt
 
@@ -44,28 +43,6 @@ OPTIONS = (
     "control_every=2",
     "device=cpu",
 )
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lvrpo")
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*TORCHRUN, *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(process: subprocess.Popen[str], succeeds: bool = True) -> str:
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert (process.returncode == 0) == succeeds, output
-    return output
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in RunDirectory.read(run).metrics()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -124,54 +101,11 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys:
     )
 
 
-class Threads:
-    """What processes say to each other, for threads: everybody waits for everybody at every message."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.boxes = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
-
-    def exchange(self, rank: int, message: Any) -> list[Any]:
-        self.boxes[rank] = message
-        self.barrier.wait()
-        found = list(self.boxes)
-        self.barrier.wait()
-        return found
-
-
-class ThreadWire(Wire):
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.rank, self.size, self.threads, self.closed = rank, threads.size, threads, False
-
-    def close(self) -> None:
-        self.closed = True
-
-    def send(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(self.threads.exchange(self.rank, tensor.clone())[0])
-
-    def add_up(self, tensor: torch.Tensor) -> None:
-        found = self.threads.exchange(self.rank, tensor.clone())
-        tensor.copy_(torch.stack(found).sum(dim=0)) if self.rank == 0 else tensor.fill_(torch.nan)
-
-    def tell(self, message: Any = None) -> Any:
-        return _unpacked(self.threads.exchange(self.rank, _packed(message))[0])
-
-    def deal(self, messages: Sequence[Any] = ()) -> Any:
-        return _unpacked(self.threads.exchange(self.rank, [_packed(message) for message in messages])[0][self.rank])
-
-    def share(self, message: Any) -> list[Any]:
-        return [_unpacked(box) for box in self.threads.exchange(self.rank, _packed(message))]
-
-    def collect(self, message: Any) -> list[Any]:
-        found = self.share(message)
-        return found if self.rank == 0 else []
-
-
 def helped(size: int, build: Callable[[int, Setup], Policies]) -> tuple[ThreadWire, list[threading.Thread]]:
     threads = Threads(size)
 
     def help_out(rank: int) -> None:
-        serve(ThreadWire(threads, rank), lambda setup: build(rank, setup))
+        serve(ThreadWire(threads, rank), lambda setup: (build(rank, setup), None))
 
     others = [threading.Thread(target=help_out, args=(rank,), daemon=True) for rank in range(1, size)]
     for thread in others:
@@ -283,7 +217,7 @@ class InTurn:
 
     def call(self, name: str, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         self.asked.append([given is not None for given in arguments])
-        sent = [_unpacked(_packed(given)) for given in arguments]
+        sent = [unpacked(packed(given)) for given in arguments]
         return [None if given is None else getattr(self.policy, method)(*given) for given in sent]
 
 

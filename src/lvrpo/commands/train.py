@@ -13,7 +13,7 @@ from lvrpo.errors import ContractError, InputError
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
     from lvrpo.training.run import Alignment, Pretraining
-    from lvrpo.training.team import Wire
+    from lvrpo.training.wire import Wire
 
 
 def train_options(parser: Parser) -> None:
@@ -36,10 +36,10 @@ def run_options(parser: Parser) -> None:
 
 
 def train(options: Options) -> None:
-    from lvrpo.training.team import join
+    from lvrpo.training.wire import join
 
     wire = join()
-    if wire is not None and wire.rank:
+    if wire.rank:
         help_train(wire)
     else:
         lead_train(options, wire)
@@ -53,14 +53,14 @@ def help_train(wire: Wire) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        serve(wire, helping_policies)
+        serve(wire, lambda setup: helping_policies(setup, wire))
     except RuntimeError as error:
         raise ContractError(
             f"process {wire.rank} of {wire.size}: the first one is gone, see what it said: {error}"
         ) from None
 
 
-def lead_train(options: Options, wire: Wire | None) -> None:
+def lead_train(options: Options, wire: Wire) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import summary_table, wide_console
     from lvrpo.evaluation.quickstart import Plan, held_out_plan, run_experiment
@@ -70,14 +70,13 @@ def lead_train(options: Options, wire: Wire | None) -> None:
 
     try:
         find_benchmarks(options.benchmark)
-        alignment = open_alignment(options)
+        alignment = open_alignment(options, wire)
     except BaseException:
-        if wire is not None:
-            wire.tell(Stop())
-            wire.close()
+        wire.tell(Stop())
+        wire.close()
         raise
     run = alignment.run
-    with run, nullcontext() if wire is None else alignment.led(wire), Progress(alignment.config.steps) as watch:
+    with run, nullcontext() if wire.size == 1 else alignment.led(), Progress(alignment.config.steps) as watch:
         plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
         try:
@@ -89,7 +88,7 @@ def lead_train(options: Options, wire: Wire | None) -> None:
         watch.phase(f"done; the policy: {run.path} (step {summary['guard']['best_step']} was the guard's best)")
 
 
-def open_alignment(options: Options) -> Alignment:
+def open_alignment(options: Options, wire: Wire) -> Alignment:
     """A new run, or one that goes on."""
     from lvrpo.commands.settings import read_config
     from lvrpo.training.config import TrainConfig
@@ -98,13 +97,13 @@ def open_alignment(options: Options) -> Alignment:
     if options.resume is not None:
         config = None if options.config is None else read_config(TrainConfig, options.config, options.overrides)
         refuse_out(options)
-        return Alignment.resume(options.resume, config, options.base)
+        return Alignment.resume(options.resume, config, options.base, wire)
     if options.base is not None:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
     config = read_config(TrainConfig, options.config, options.overrides)
-    return Alignment.start(config, options.out or Path("runs") / config.name)
+    return Alignment.start(config, options.out or Path("runs") / config.name, wire)
 
 
 def refuse_out(options: Options) -> None:

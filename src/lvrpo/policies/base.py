@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,21 @@ class FeatureLoss(Protocol):
     def __call__(self, features: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
         """States (B, N, D) over noisy pictures and the clean pictures, to a loss per picture (B,)."""
         ...
+
+
+class StandIn(ABC):
+    """What is used as a policy while the weights are elsewhere: with other processes, or not on the device."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """The policy itself, its weights in place."""
+
+
+def in_place(policy: object) -> object:
+    """A policy itself, where something stands in for it."""
+    while isinstance(policy, StandIn):
+        policy = policy.policy()
+    return policy
 
 
 @runtime_checkable

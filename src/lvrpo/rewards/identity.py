@@ -10,6 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from lvrpo.policies.base import in_place
+
 SAMPLED = 4096
 """Values taken of each tensor."""
 
@@ -44,6 +46,7 @@ def judge_identity(judge: object) -> str:
     """
     if (named := _stand_in.get()) is not None:
         return named
+    judge = in_place(judge)
     name = type(judge).__name__
     if not isinstance(judge, nn.Module):
         own = getattr(judge, "identity", None)  # anybody's judge: the attribute is optional

@@ -92,6 +92,9 @@ class TrainConfig(Config):
     precision: PrecisionConfig = PrecisionConfig()
     adapter: AdapterConfig | None = None
     """Train this adapter instead of the weights; None: the weights themselves."""
+    offload: bool = False
+    """A device holds one policy at a time, at the precision that it computes in. Weights in float32, moments, averages
+    and the reference are in host memory, divided among the processes of the run (arXiv:2101.06840)."""
     threads: int = Field(default=1, ge=1)
     steps: int = Field(default=140, ge=1)
     data: DataConfig = DataConfig()
@@ -136,6 +139,8 @@ class TrainConfig(Config):
     @property
     def weights_dtype(self) -> Dtype | None:
         """At which the policy is loaded; None: at its own choice."""
+        if self.offload:
+            return self.precision.compute or "float32"
         return self.precision.weights or ("float32" if self.adapter is None else None)
 
     def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
@@ -189,6 +194,7 @@ class TrainConfig(Config):
         for check in (
             self._check_precision,
             self._check_adapter,
+            self._check_offload,
             self._check_data,
             self._check_weights,
             self._check_judge,
@@ -251,6 +257,24 @@ class TrainConfig(Config):
             )
         if precision.weights == "bfloat16" and precision.compute == "float32":
             raise ValueError("precision.compute=float32: has no effect on weights in bfloat16: leave it out")
+
+    def _check_offload(self) -> None:
+        if not self.offload:
+            return
+        audited = f"gradient_audit.every={self.gradient_audit.every}"
+        for applies, what, remedy in (
+            (self.adapter is not None, "adapter", "is small beside its base: leave offload out"),
+            (self.judge.moves, "judge", "would be one more policy, which is not offloaded: leave the section out"),
+            (self.optimizer.kind == "adamw_8bit", "optimizer.kind=adamw_8bit", "moments are on the host: use adamw"),
+            (bool(self.gradient_audit.every), audited, "keeps a gradient per task: leave it out"),
+            (
+                self.gradient_mixing != "sum",
+                f"gradient_mixing={self.gradient_mixing}",
+                "keeps a gradient per task: use sum",
+            ),
+        ):
+            if applies:
+                raise ValueError(f"offload=true with {what}: {remedy}")
 
     def _check_data(self) -> None:
         counts = self.data.prompts_per_step

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
+from lvrpo.training.objective import policy_module
+from lvrpo.training.offload import Offloaded
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -88,8 +89,7 @@ def step_zero_contract(
             "rewards, or a higher temperature",
         )
     )
-    assert isinstance(policy, nn.Module)
-    low = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    low = [name for name, p in _trained(policy).items() if p.dtype != torch.float32]
     checks.append(
         Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none")
     )
@@ -98,8 +98,7 @@ def step_zero_contract(
 
 def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
     """The replay law per kind of segment, in the rollout's own batch and in another."""
-    assert isinstance(policy, nn.Module)
-    dtype, device = policy.compute_dtype, next(policy.parameters()).device
+    dtype, device = policy.compute_dtype, next(policy_module(policy).parameters()).device
     limit = TOLERANCE[dtype]
     odd = list(range(1, len(trajectories), 2))[::-1]
     alone = _few_of_each_kind(trajectories) if dtype != torch.float32 else []
@@ -188,7 +187,6 @@ def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
 
 def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]) -> list[Check]:
     """After the first update: the weights that sample have changed, and the divergences have a gradient."""
-    assert isinstance(live, nn.Module)
     changed = weights_changed(live, reference)
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
@@ -205,9 +203,10 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
         else:
             divergence = _token_divergence(live, reference, chosen, kind)
         divergence.backward()
-        gradients = [p.grad for p in live.parameters() if p.grad is not None]
+        module = policy_module(live)
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
-        live.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         detail = "the divergence is computed without gradient, or from the reference alone"
         checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))
     return checks
@@ -220,14 +219,24 @@ def _of_one_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
 
 
 def weights_changed(one: Policy, other: Policy) -> bool:
-    """Whether any parameter differs; an adapter that ``other`` lacks differs as soon as it does anything."""
-    assert isinstance(one, nn.Module)
-    assert isinstance(other, nn.Module)
-    own = dict(other.named_parameters())
+    """Whether any parameter differs; an adapter that ``other`` lacks differs as soon as it does anything.
+
+    Offloaded weights are compared with those that the run began with.
+    """
+    if isinstance(one, Offloaded):
+        return bool(one.shards.together("changed"))
+    own = dict(policy_module(other).named_parameters())
     return any(
         not torch.equal(parameter, own[name]) if name in own else ".lora_B." in name and bool(parameter.any())
-        for name, parameter in one.named_parameters()
+        for name, parameter in policy_module(one).named_parameters()
     )
+
+
+def _trained(policy: Policy) -> Mapping[str, torch.Tensor]:
+    """The trained weights, as far as this process keeps them."""
+    if isinstance(policy, Offloaded):
+        return policy.shards.live
+    return {name: p for name, p in policy_module(policy).named_parameters() if p.requires_grad}
 
 
 def _token_divergence(

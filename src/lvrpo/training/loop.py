@@ -25,8 +25,7 @@ from lvrpo.training.failures import failed_scores
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import NOTHING_HELD_OUT, HeldOut, judge_drift
-from lvrpo.training.objective import Policies, policy_module
-from lvrpo.training.optimizer import average_into
+from lvrpo.training.objective import Policies
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import RunState
@@ -95,9 +94,9 @@ def align(
             )
         if state.policies.old is not state.policies.live:
             decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
-            average_into(policy_module(state.policies.old), policy_module(state.policies.live), decay)
+            state.average("old", decay)
         decay = min(config.average_decay, step / (step + 10))
-        average_into(policy_module(state.policies.average), policy_module(state.policies.live), decay)
+        state.average("average", decay)
         state.step += 1
 
         if step == 0:

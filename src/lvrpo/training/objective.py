@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, in_place
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -88,8 +88,9 @@ class Policies:
 
 def policy_module(policy: object) -> nn.Module:
     """A policy as the module that it is."""
-    assert isinstance(policy, nn.Module)
-    return policy
+    module = in_place(policy)
+    assert isinstance(module, nn.Module)
+    return module
 
 
 @dataclass
@@ -126,6 +127,7 @@ class Member:
 
 FrozenPolicy = Literal["old", "reference"]
 """Those of ``Policies`` that a loss may compare the live policy with."""
+FROZEN: tuple[FrozenPolicy, ...] = ("old", "reference")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -15,6 +15,9 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
+
+Norms = dict[str, float]
+"""Of gradients, by expert."""
 
 
 class OptimizerConfig(Config):
@@ -39,11 +42,39 @@ class OptimizerConfig(Config):
     """... to this share of themselves at the end."""
 
 
+class Part:
+    """Some weights of a policy, as an optimizer takes them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Sequence[str]]) -> None:
+        self.parameters, self.groups = parameters, groups
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them."""
+        yield from self.parameters.items()
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """By expert."""
+        found = {expert: [self.parameters[n] for n in names] for expert, names in self.groups.items()}
+        return {expert: parameters for expert, parameters in found.items() if parameters}
+
+
+class Stepping(Protocol):
+    """What steps the weights of a policy: ``Optimizers``, or those of all processes."""
+
+    def rate(self, step: int) -> float:
+        """As ``Optimizers.rate``."""
+        ...
+
+    def step(self, step: int, scale: float = 1.0) -> Norms:
+        """As ``Optimizers.step``."""
+        ...
+
+
 class Optimizers:
     """Every trainable parameter of a policy, stepped together."""
 
-    def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
-        assert isinstance(policy, nn.Module)
+    def __init__(self, policy: Policy | Part, config: OptimizerConfig, total_steps: int) -> None:
+        assert isinstance(policy, nn.Module | Part)
         self.config = config
         self.total_steps = total_steps
         self.experts = policy.parameter_groups()
@@ -90,16 +121,22 @@ class Optimizers:
         fraction = min(1.0, (step - start) / max(1.0, self.total_steps - start))
         return warm * (1 + fraction * (config.final_lr - 1))
 
-    def step(self, step: int, scale: float = 1.0) -> dict[str, float]:
+    def step(self, step: int, scale: float = 1.0, of_all: Callable[[Norms], Norms] = lambda own: own) -> Norms:
         """Clips, steps and clears the gradients; returns the gradient norm per expert before clipping.
 
-        A gradient that is not finite leaves the weights as they are; its norm then says so.
+        A gradient that is not finite leaves the weights as they are; its norm then says so. ``of_all``: norms of whole
+        experts from those of the parts that these parameters are.
         """
-        norms = {}
-        for expert, parameters in self.experts.items():
-            with_gradient = [p for p in parameters if p.grad is not None]
-            if with_gradient:
-                norms[expert] = float(nn.utils.clip_grad_norm_(with_gradient, self.config.clip_norm))
+        found = {expert: [p for p in parameters if p.grad is not None] for expert, parameters in self.experts.items()}
+        clipped = {expert: parameters for expert, parameters in found.items() if parameters}
+        norms = of_all(
+            {
+                expert: float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                for expert, parameters in clipped.items()
+            }
+        )
+        for expert, parameters in clipped.items():
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, torch.tensor(norms[expert]))
         if all(norm == norm and norm < float("inf") for norm in norms.values()):
             rate = self.rate(step) * scale
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
@@ -119,6 +156,23 @@ class Optimizers:
         for optimizer, saved in zip(self.optimizers, state, strict=True):
             load_optimizer_state(optimizer, self.named, saved)
 
+    def moments(self) -> dict[str, Any]:
+        """By name of the parameter, what its optimizer remembers."""
+        states = [optimizer.state for optimizer in self.optimizers]
+        return {name: dict(state[p]) for name, p in self.named for state in states if p in state}
+
+    def load_moments(self, moments: Mapping[str, Any]) -> None:
+        """Puts back those of ``moments`` that are of these parameters, which may be others than were saved together."""
+        for optimizer in self.optimizers:
+            own = {p for group in optimizer.param_groups for p in group["params"]}
+            optimizer.state.clear()
+            for name, parameter in self.named:
+                if parameter in own and name in moments:
+                    optimizer.state[parameter] = {
+                        key: value.clone() if isinstance(value, torch.Tensor) else value
+                        for key, value in moments[name].items()
+                    }
+
 
 def eight_bit_library() -> Any:
     """bitsandbytes. Any: an optional package."""
@@ -131,9 +185,14 @@ def eight_bit_library() -> Any:
 @torch.no_grad()
 def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * live, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
-        if slow is fast:  # of a base that both share
-            continue
+    pairs = zip(average.parameters(), live.parameters(), strict=True)
+    average_tensors([(slow, fast) for slow, fast in pairs if slow is not fast], decay)  # a base may be shared
+
+
+@torch.no_grad()
+def average_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], decay: float) -> None:
+    """slow <- decay * slow + (1 - decay) * fast, for each (slow, fast)."""
+    for slow, fast in pairs:
         if decay == 0:
             slow.copy_(fast)
         else:

@@ -44,12 +44,14 @@ from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.loop import align
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
 from lvrpo.training.objective import Policies
+from lvrpo.training.offload import Shards
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
-from lvrpo.training.team import ALONE, Leader, Setup, Team, Wire
+from lvrpo.training.team import ALONE, Leader, Setup, Team
+from lvrpo.training.wire import SOLO, Wire
 from lvrpo.types import Example, Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -144,11 +146,17 @@ class Alignment:
     """What decides on a new judge."""
     team: Team = ALONE
     """Who shares the work."""
+    wire: Wire = SOLO
+    """To whom else there is."""
     base: str | None = None
     """The MODEL below the run's adapter, where it is not the one that its files name."""
 
+    def __post_init__(self) -> None:
+        if self.team is ALONE:
+            self.team = Team(self.state.shards)
+
     @classmethod
-    def start(cls, config: TrainConfig, folder: Path) -> Self:
+    def start(cls, config: TrainConfig, folder: Path, wire: Wire = SOLO) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace."""
         torch.set_num_threads(config.threads)
         source = training_source(config)
@@ -159,13 +167,16 @@ class Alignment:
         policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
-            return cls(config, run, begin(run, config, policy, base), source, rewards, guard, held_out)
+            state = begin(run, config, policy, base, wire)
+            return cls(config, run, state, source, rewards, guard, held_out, wire=wire)
         except BaseException:
             run.close()
             raise
 
     @classmethod
-    def resume(cls, folder: Path, config: TrainConfig | None = None, base: str | None = None) -> Self:
+    def resume(
+        cls, folder: Path, config: TrainConfig | None = None, base: str | None = None, wire: Wire = SOLO
+    ) -> Self:
         """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run.
 
         ``base``: where the base of the run's adapter lies now.
@@ -181,11 +192,11 @@ class Alignment:
             source, rewards = training_source(config), build_rewards(config.rewards)
             guard = Guard(guard_prompts(config), config)
             held_out = judge_rows(config, rewards, guard)
-            state = go_on(run, config, base)
+            state = go_on(run, config, base, wire)
         except BaseException:
             run.close()
             raise
-        return cls(config, run, state, source, rewards, guard, held_out, base=base)
+        return cls(config, run, state, source, rewards, guard, held_out, base=base, wire=wire)
 
     @property
     def finished(self) -> bool:
@@ -204,10 +215,12 @@ class Alignment:
         self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(best).name}", "step": best})
         return True
 
-    def led(self, wire: Wire) -> Leader:
+    def led(self) -> Leader:
         """Takes the lead of the processes at the wire; a context manager that lets them go."""
-        start = str((self.run.path / START).resolve())
-        leader = Leader(wire, Setup(self.config, start, self.base), self.state.policies)
+        run = self.run.path.resolve()
+        last = latest_checkpoint(run)
+        setup = Setup(self.config, str(run / START), self.base, None if last is None else str(last))
+        leader = Leader(self.wire, setup, self.state.policies, self.state.shards)
         self.team = leader
         return leader
 
@@ -275,20 +288,20 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     return policy
 
 
-def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path) -> RunState:
+def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path, wire: Wire = SOLO) -> RunState:
     """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
     keep_start(run, policy)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
-    return RunState.start(policy, config)
+    return RunState.start(policy, config, wire)
 
 
-def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None) -> RunState:
+def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire: Wire = SOLO) -> RunState:
     """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
     verify_checkpoint(run.path / START)
-    state = RunState.start(loaded(run.path / START, config, base), config)
+    state = RunState.start(loaded(run.path / START, config, base), config, wire)
     last = latest_checkpoint(run.path)
     if last is not None:
-        state.load(last)
+        state.load(last, everybody=False)
     run.truncate_metrics(state.step if last is not None else -1)
     score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
@@ -300,10 +313,13 @@ def loaded(model: Path, config: TrainConfig, base: str | None) -> Policy:
     return as_configured(load_policy(model, config.device, config.weights_dtype, base), config)
 
 
-def helping_policies(setup: Setup) -> Policies:
-    """The policies of a process that helps a run."""
+def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
+    """The policies of a process that helps a run, and what it keeps of offloaded ones."""
     torch.set_num_threads(setup.config.threads)
-    return RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config).policies
+    state = RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config, wire)
+    if state.shards is not None and setup.checkpoint is not None:
+        state.shards.load_own(Path(setup.checkpoint) / STATE)
+    return state.policies, state.shards
 
 
 def keep_start(run: RunDirectory, policy: Policy) -> None:

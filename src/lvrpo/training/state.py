@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -15,9 +15,11 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies, policy_module
-from lvrpo.training.optimizer import Optimizers, load_trained, trained_weights
+from lvrpo.training.offload import Offloaded, OffloadedOptimizers, Shards
+from lvrpo.training.optimizer import Optimizers, Stepping, average_into, load_trained, trained_weights
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
+from lvrpo.training.wire import SOLO, Wire
 from lvrpo.types import Task
 
 STATE = "state"
@@ -42,8 +44,10 @@ class RunState:
     """Everything that changes while a run goes on."""
 
     policies: Policies
-    optimizers: Sequence[Optimizers]
+    optimizers: Sequence[Stepping]
     """One per phase of an update (``TrainConfig.phases``)."""
+    shards: Shards | None = None
+    """What this process keeps of the policies, where they are offloaded."""
     step: int = 0
     """Steps done."""
     guard: GuardState = field(default_factory=GuardState)
@@ -57,8 +61,19 @@ class RunState:
     """None: nobody looks for the turn."""
 
     @classmethod
-    def start(cls, policy: Policy, config: TrainConfig) -> RunState:
-        """The state before the first step: all four policies are the given one, copied where they will part from it."""
+    def start(cls, policy: Policy, config: TrainConfig, wire: Wire = SOLO) -> RunState:
+        """The state before the first step: all four policies are the given one, copied where they will part from it.
+
+        ``wire``: to the processes that offloaded policies are divided among.
+        """
+        turn = None if config.guard.turn is None else Turn(config.guard.turn)
+        if config.offload:
+            shards = Shards(policy, config, wire)
+            live, reference, average = (Offloaded(shards, name) for name in ("live", "reference", "average"))
+            old = Offloaded(shards, "old") if "old" in shards.kept else live
+            phases = [OffloadedOptimizers(shards, phase) for phase in range(len(shards.optimizers))]
+            stand_ins = cast(Any, (live, old, reference, average))
+            return cls(Policies(*stand_ins), phases, shards, turn=turn)
         reference = policy.frozen()
         judge = Judge.start(policy, config.judge) if config.judge.moves else None
         policies = Policies(
@@ -69,8 +84,15 @@ class RunState:
             judging=None if judge is None else judge.policy,
         )
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
-        turn = None if config.guard.turn is None else Turn(config.guard.turn)
         return cls(policies, optimizers, judge=judge, turn=turn)
+
+    def average(self, name: Literal["old", "average"], decay: float) -> None:
+        """Moves an average towards the live weights."""
+        if self.shards is not None:
+            self.shards.together("average", name, "live", decay)
+            return
+        slow = {"old": self.policies.old, "average": self.policies.average}[name]
+        average_into(policy_module(slow), policy_module(self.policies.live), decay)
 
     def save(self, run: RunDirectory) -> Path:
         """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
@@ -78,17 +100,28 @@ class RunState:
         with checkpoint_writer(path) as folder:
             self.policies.average.save(folder)
             (folder / STATE).mkdir()
+            if self.shards is not None:
+                self.shards.together("save", folder / STATE)
             save_state(folder / STATE, self._tree())
         return path
 
-    def load(self, checkpoint: Path) -> None:
-        """Goes back to a checkpoint; raises InputError if it is damaged."""
+    def load(self, checkpoint: Path, everybody: bool = True) -> None:
+        """Goes back to a checkpoint; raises InputError if it is damaged.
+
+        ``everybody``: the other processes of offloaded policies do so too; else they have not begun.
+        """
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE)
-        for name, policy in self._moving().items():
-            load_trained(policy, tree["policies"][name])
-        for optimizers, saved in zip(self.optimizers, tree["optimizers"], strict=True):
-            optimizers.load_state(saved)
+        if self.shards is not None:
+            if everybody:
+                self.shards.together("load", checkpoint / STATE)
+            else:
+                self.shards.load_own(checkpoint / STATE)
+        else:
+            for name, policy in self._moving().items():
+                load_trained(policy, tree["policies"][name])
+            for optimizers, saved in zip(self._own_optimizers(), tree["optimizers"], strict=True):
+                optimizers.load_state(saved)
         self.step = tree["step"]
         self.seconds = tree["seconds"]
         self.bad_gradients = tree["bad_gradients"]
@@ -105,15 +138,19 @@ class RunState:
             del policies["old"]
         return {name: policy_module(policy) for name, policy in policies.items()}
 
+    def _own_optimizers(self) -> list[Optimizers]:
+        return [optimizers for optimizers in self.optimizers if isinstance(optimizers, Optimizers)]
+
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
-            "policies": {name: trained_weights(policy) for name, policy in self._moving().items()},
-            "optimizers": [optimizers.state() for optimizers in self.optimizers],
             "guard": vars(self.guard),
         }
+        if self.shards is None:
+            tree["policies"] = {name: trained_weights(policy) for name, policy in self._moving().items()}
+            tree["optimizers"] = [optimizers.state() for optimizers in self._own_optimizers()]
         if self.judge is not None:
             tree["judge"] = self.judge.state()
         if self.turn is not None:

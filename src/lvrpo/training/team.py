@@ -10,37 +10,26 @@ with as many processes again.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-import torch.distributed as dist
 
 from lvrpo.errors import ContractError, InputError
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Policy, Sampling, StandIn
 from lvrpo.training.interrupt import Interrupted
 from lvrpo.training.objective import Metrics, Policies, policy_module
+from lvrpo.training.offload import Act, Shards
 from lvrpo.training.optimizer import trained_weights
+from lvrpo.training.wire import Sent, Wire, attempt, require
 from lvrpo.training.work import Work, backward
 from lvrpo.types import Group, Image, Parts, Prompt
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
-
-T = TypeVar("T")
-Sent = Any
-"""Any: what goes from one process to another."""
-Failure = tuple[type[InputError | ContractError], str]
-
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: the first one may evaluate alone for hours."""
-
 
 # --- messages ---
 
@@ -54,6 +43,8 @@ class Setup:
     """Folder of the weights that the run began with; every process has to see it."""
     base: str | None = None
     """The MODEL below it, where its files do not name it."""
+    checkpoint: str | None = None
+    """Where offloaded policies go on; others are sent."""
 
 
 @dataclass(frozen=True)
@@ -83,77 +74,6 @@ class Stop:
     """There is nothing more to do."""
 
 
-class Wire:
-    """Messages between the processes. A tensor arrives on the CPU or the receiver's device, as it was at home."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def close(self) -> None:
-        """After everybody's last message."""
-        dist.destroy_process_group()
-
-    def send(self, tensor: torch.Tensor) -> None:
-        """From the first process to all, in place."""
-        dist.broadcast(tensor, src=0)
-
-    def add_up(self, tensor: torch.Tensor) -> None:
-        """The sum of all in the first process, in place; those of the others are lost."""
-        dist.reduce(tensor, dst=0)
-
-    def tell(self, message: Sent = None) -> Sent:
-        """From the first process to all."""
-        box = [_packed(message) if self.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        return _unpacked(box[0])
-
-    def deal(self, messages: Sequence[Sent] = ()) -> Sent:
-        """From the first process one to each."""
-        box: list[bytes | None] = [None]
-        dist.scatter_object_list(box, [_packed(message) for message in messages] or None, src=0)
-        return _unpacked(box[0])
-
-    def share(self, message: Sent) -> list[Sent]:
-        """From each to all, in order."""
-        boxes: list[bytes | None] = [None] * self.size
-        dist.all_gather_object(boxes, _packed(message))
-        return [_unpacked(box) for box in boxes]
-
-    def collect(self, message: Sent) -> list[Sent]:
-        """From each to the first process, in order; the others get nothing."""
-        boxes: list[bytes | None] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(_packed(message), boxes or None, dst=0)
-        return [_unpacked(box) for box in boxes]
-
-
-def _packed(message: Sent) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    return buffer.getvalue()
-
-
-def _unpacked(message: bytes | None) -> Sent:
-    assert message is not None
-    here = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
-    return torch.load(io.BytesIO(message), map_location=here, weights_only=False)  # from our own processes
-
-
-def join() -> Wire | None:
-    """The other processes, where ``torchrun`` started several; None: there are none.
-
-    Raises InputError where they cannot have a card each.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    cards, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if 0 < cards <= rank:
-        raise InputError(f"--nproc-per-node: more processes than the {cards} cards of this machine: give {cards}")
-    if cards:
-        torch.cuda.set_device(rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=PATIENCE)
-    return Wire()
-
-
 # --- what every process does ---
 
 
@@ -164,6 +84,12 @@ class Rank:
     wire: Wire
     config: TrainConfig
     policies: Policies
+    shards: Shards | None = None
+    """Where policies are offloaded: what this process keeps of them."""
+
+    def policy(self, name: str) -> Policy:
+        """One of the policies, its weights in place; everybody asks for the same one."""
+        return getattr(self.policies, name) if self.shards is None else self.shards.bring(name)
 
     def refresh(self, names: Sequence[str]) -> None:
         """Weights of the first process to all."""
@@ -174,21 +100,25 @@ class Rank:
     def call(self, name: str, method: str, arguments: tuple[Any, ...] | None) -> list[Sent]:
         """Everybody's results of a method of a policy, for the first process; None where nothing was to be done."""
 
-        def result() -> Sent:
-            return None if arguments is None else getattr(getattr(self.policies, name), method)(*arguments)
+        policy = self.policy(name)
 
-        answers = self.wire.collect(_attempt(result))
-        _require([failure for _, failure in answers])
+        def result() -> Sent:
+            return None if arguments is None else getattr(policy, method)(*arguments)
+
+        answers = self.wire.collect(attempt(result))
+        require([failure for _, failure in answers])
         return [found for found, _ in answers]
 
     def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
         """Everybody's gradients, summed into the first process, and what everybody logged."""
+        if self.shards is not None:
+            return self.shards.differentiate(work, step)
         metrics, live = Metrics(), policy_module(self.policies.live)
-        _, failure = _attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
+        _, failure = attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
         parameters = [parameter for parameter in live.parameters() if parameter.requires_grad]
         known = [parameter.grad is not None for parameter in parameters]
         reports = self.wire.share((failure, metrics, known))
-        _require([report[0] for report in reports])
+        require([report[0] for report in reports])
         total = Metrics()
         for _, logged, _ in reports:
             total.include(logged)
@@ -202,31 +132,14 @@ class Rank:
         return total
 
 
-def _attempt(run: Callable[[], T]) -> tuple[T | None, Failure | None]:
-    """The result, or what went wrong: the others wait for an answer."""
-    try:
-        return run(), None
-    except (InputError, ContractError) as error:
-        return None, (type(error), str(error))
-    except Exception as error:
-        return None, (ContractError, f"{type(error).__name__}: {error}")
-
-
-def _require(failures: Sequence[Failure | None]) -> None:
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            kind, words = failure
-            raise kind(words if rank == 0 else f"process {rank} of {len(failures)}: {words}")
-
-
-def serve(wire: Wire, build: Callable[[Setup], Policies]) -> None:
+def serve(wire: Wire, build: Callable[[Setup], tuple[Policies, Shards | None]]) -> None:
     """What all but the first process do: whatever that one asks, until it says stop."""
     setup = wire.tell()
     if not isinstance(setup, Stop):
-        policies, failure = _attempt(lambda: build(setup))
+        built, failure = attempt(lambda: build(setup))
         ready = not any(wire.share(failure))
-        if ready and policies is not None:
-            _help(Rank(wire, setup.config, policies))
+        if ready and built is not None:
+            _help(Rank(wire, setup.config, *built))
     wire.close()
 
 
@@ -240,6 +153,9 @@ def _help(rank: Rank) -> None:
         elif isinstance(command, Differentiate):
             with suppress(InputError, ContractError):  # the first process raises it
                 rank.differentiate(wire.deal(), command.step)
+        elif isinstance(command, Act):
+            with suppress(InputError, ContractError):
+                getattr(rank.shards, command.method)(*command.arguments)
 
 
 # --- what the loop of the first process sees ---
@@ -249,6 +165,10 @@ class Team:
     """The processes of a run. Here there is one."""
 
     size = 1
+
+    def __init__(self, shards: Shards | None = None) -> None:
+        """``shards``: where policies are offloaded."""
+        self.shards = shards
 
     def shared(self, policies: Policies) -> Policies:
         """The policies to sample and judge with."""
@@ -261,6 +181,8 @@ class Team:
         self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
     ) -> Metrics:
         """Adds the gradients of all hands, one of each process; what was logged."""
+        if self.shards is not None:
+            return self.shards.differentiate(hands[0], step)
         metrics = Metrics()
         for work in hands[0]:
             backward(policies, config, work, step, metrics)
@@ -273,10 +195,11 @@ ALONE = Team()
 class Leader(Team):
     """The first of several processes. A context manager: leaving it lets the others go."""
 
-    def __init__(self, wire: Wire, setup: Setup, policies: Policies) -> None:
+    def __init__(self, wire: Wire, setup: Setup, policies: Policies, shards: Shards | None = None) -> None:
         """Tells the others what to load; ``policies`` may have moved since. Raises what kept another from loading."""
+        super().__init__(shards)
         self.size = wire.size
-        self.wire, self.own = wire, Rank(wire, setup.config, policies)
+        self.wire, self.own = wire, Rank(wire, setup.config, policies, shards)
         self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
         self.stale: set[str] = set()
         self.moved()
@@ -284,7 +207,9 @@ class Leader(Team):
         failures = wire.share(None)
         if any(failures):
             wire.close()
-        _require(failures)
+        require(failures)
+        if shards is not None:
+            shards.announce = wire.tell
 
     def __enter__(self) -> Self:
         return self
@@ -301,6 +226,8 @@ class Leader(Team):
         return replace(policies, **cast(dict[str, Any], found))
 
     def moved(self, *names: str) -> None:
+        if self.shards is not None:  # which know by themselves
+            return
         self.stale |= set(names or self.names.values()) - {"reference"}
 
     def differentiate(
@@ -324,11 +251,15 @@ class Leader(Team):
             self.stale.difference_update(stale)
 
 
-class Shared:
+class Shared(StandIn):
     """A policy that every process has: all sample and judge; anything else is the first one's own."""
 
     def __init__(self, leader: Leader, name: str, policy: Policy) -> None:
         self._leader, self._name, self._policy = leader, name, policy
+
+    def policy(self) -> Policy:
+        """That of the first process."""
+        return self._policy
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)

@@ -21,6 +21,7 @@ from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.run import guard_prompts, judge_rows, memory_of, open_policy, scoring_rewards, training_source
 from lvrpo.training.state import RunState
+from lvrpo.training.team import Team
 from lvrpo.training.update import take_steps
 
 SHARE = 4
@@ -67,7 +68,7 @@ def try_out(config: TrainConfig) -> Trial:
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
     table = score_groups(rewards, groups, state.policies.judge)
     advantages = segment_advantages(table, groups, config.advantages)
-    take_steps(state.policies, state.optimizers, groups, advantages, small, 0)
+    take_steps(state.policies, state.optimizers, groups, advantages, small, 0, team=Team(state.shards))
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()
@@ -75,6 +76,6 @@ def try_out(config: TrainConfig) -> Trial:
     guard_seconds = time.perf_counter() - started
     looks = config.steps // config.guard.every + 2
     kept = trained_weights(policy_module(state.policies.live)).values()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    weights = sum(tensor.numel() * 4 for tensor in kept)
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
     return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)

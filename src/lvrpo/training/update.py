@@ -11,7 +11,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, Advantages, Metrics, Policies
-from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.optimizer import Stepping
 from lvrpo.training.team import ALONE, Team
 from lvrpo.training.text import TextConfig, anchored
 from lvrpo.training.work import Work, backward, hands
@@ -63,7 +63,7 @@ def update(
 
 def take_steps(
     policies: Policies,
-    optimizers: Sequence[Optimizers],
+    optimizers: Sequence[Stepping],
     groups: Sequence[Group],
     advantages: Advantages,
     config: TrainConfig,

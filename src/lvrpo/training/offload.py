@@ -1,0 +1,268 @@
+"""A card holds one policy at a time; the rest of a run is in host memory, divided among the processes.
+
+Every process has one module, at the precision that it computes in, and keeps some tensors of every policy of the run on
+the host: in float32 those that move, with the moments of the live ones; those of the reference as they were loaded.
+``bring`` makes the module one of the policies. The gradients of all processes are summed into the keepers of the live
+tensors, who step them. What a card needs does not depend on how many processes there are; what the host of each needs
+is divided by them.
+
+After ZeRO (arXiv:1910.02054, its second stage) and ZeRO-Offload (arXiv:2101.06840), by whole tensors: Muon sees
+matrices, and a checkpoint has every tensor in one place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy, StandIn
+from lvrpo.training.checkpoint import load_state, save_state
+from lvrpo.training.methods import asks_for_old, objectives_of
+from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, policy_module
+from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
+from lvrpo.training.wire import Wire, attempt, require
+from lvrpo.training.work import Work, backward_live, frozen_terms
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+
+PART = "part_"
+"""Folders of a checkpoint's state: what each process kept."""
+KNOWN_ANYWAY = frozenset(
+    (
+        *("writes", "image_size", "compute_dtype", "device", "version", "words", "config"),
+        *("tokens", "limit_tokens", "checkpoint_gradients", "timestep_shift", "default_sampling", "pixels_per_token"),
+    )
+)
+"""What a policy can be asked whichever weights it has."""
+
+
+@dataclass(frozen=True)
+class Act:
+    """Everybody does this to the tensors that it keeps."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+def keepers(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Which of so many processes keeps each tensor: the largest first, to whoever has least."""
+    loads, found = [0] * count, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += sizes[name]
+    return found
+
+
+class Shards:
+    """What one process keeps of a run, and the module that is one of its policies at a time.
+
+    Methods that speak of everybody are called by all processes alike; ``together`` lets the first one say so.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, wire: Wire) -> None:
+        """All policies begin as the given one."""
+        module = policy_module(policy)
+        self.policy, self.config, self.wire = policy, config, wire
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.keeper = keepers({name: p.numel() for name, p in self.parameters.items()}, wire.size)
+        own = {name: p for name, p in self.parameters.items() if self.keeper[name] == wire.rank}
+        self.live = {name: nn.Parameter(_on_host(p, torch.float32)) for name, p in own.items()}
+        names = ("average", "old") if asks_for_old(config, policy.writes) else ("average",)
+        self.kept: dict[str, Mapping[str, torch.Tensor]] = {
+            "live": self.live,
+            "reference": {name: _on_host(p, p.dtype) for name, p in own.items()},
+            **{other: {name: _on_host(p, torch.float32) for name, p in own.items()} for other in names},
+        }
+        name_of = {id(p): name for name, p in self.parameters.items()}
+        groups = {
+            expert: [name for p in parameters if (name := name_of[id(p)]) in own]
+            for expert, parameters in policy.parameter_groups().items()
+        }
+        self.optimizers = [
+            Optimizers(Part(self.live, groups), config.optimizer, config.steps) for _ in config.phases(policy.writes)
+        ]
+        self.here: str | None = "reference"
+        """Which policy the module is; None: one that is no more."""
+        self.announce: Callable[[Act], object] = lambda act: None
+        """Tells the others, where there are some who listen."""
+
+    @property
+    def moving(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """The kept tensors of the policies whose weights change."""
+        return {name: kept for name, kept in self.kept.items() if name != "reference"}
+
+    def together(self, method: str, *arguments: Any) -> Any:
+        """Everybody runs a method; called by the first process alone, which gets its own result."""
+        self.announce(Act(method, arguments))
+        return getattr(self, method)(*arguments)
+
+    # ---------------------------------------------------------------- the module
+    @torch.no_grad()
+    def bring(self, name: str) -> Policy:
+        """Everybody's module becomes one of the policies."""
+        if self.here != name:
+            kept = self.kept[name]
+            for key, parameter in self.parameters.items():
+                if key in kept:
+                    parameter.copy_(kept[key])
+                self.wire.send(parameter.detach(), self.keeper[key])
+            self.here = name
+        return self.policy
+
+    def moved(self, name: str) -> None:
+        """Weights of this policy are others than before."""
+        if self.here == name:
+            self.here = None
+
+    # ---------------------------------------------------------------- training
+    def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
+        """The gradients of everybody's work, summed into the keepers, and what everybody logged.
+
+        First what the frozen policies say, one after the other, then the live one, as many passes as the busiest
+        process has: a card holds one set of weights and the gradients of one pass.
+        """
+        config, metrics = self.config, Metrics()
+        frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in work]
+        asked = {name for o in objectives_of(config, self.policy.writes) for name in o.compared_with}
+        for name in FROZEN:
+            if name not in asked:
+                continue
+            self.bring(name)
+            self._all(lambda name=name: self._ask(name, work, frozen, step))
+        self.bring("live")
+        for i in range(max(self.wire.share(len(work)))):
+            own = list(zip(work, frozen, strict=True))[i : i + 1]
+            self._all(lambda own=own: [backward_live(self.policy, config, w, step, metrics, f) for w, f in own])
+            self._add_gradients()
+        total = Metrics()
+        for logged in self.wire.share(metrics):
+            total.include(logged)
+        return total
+
+    def _ask(
+        self, name: FrozenPolicy, work: Sequence[Work], frozen: Sequence[dict[FrozenPolicy, torch.Tensor]], step: int
+    ) -> None:
+        for each, terms in zip(work, frozen, strict=True):
+            if name in each.objective(self.config, self.policy).compared_with:
+                terms[name] = frozen_terms(self.policy, self.config, each, step)
+
+    @torch.no_grad()
+    def _add_gradients(self) -> None:
+        known = [parameter.grad is not None for parameter in self.parameters.values()]
+        for (name, parameter), *anybody in zip(self.parameters.items(), *self.wire.share(known), strict=True):
+            if not any(anybody):
+                continue
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+            gradient = gradient.float()
+            self.wire.add_up(gradient, self.keeper[name])
+            if name in self.live:
+                kept = self.live[name]
+                kept.grad = gradient.to(kept.device) if kept.grad is None else kept.grad.add_(gradient.to(kept.device))
+
+    def step(self, phase: int, step: int, scale: float) -> Norms:
+        """Everybody steps what it keeps; the norms of whole experts, as ``Optimizers.step``."""
+        norms = self.optimizers[phase].step(step, scale, self._norms_of_all)
+        self.moved("live")
+        return norms
+
+    def _norms_of_all(self, own: Norms) -> Norms:
+        if self.wire.size == 1:
+            return own
+        parts = self.wire.share(own)
+        experts = dict.fromkeys(chain(*parts))
+        return {expert: math.sqrt(sum(part[expert] ** 2 for part in parts if expert in part)) for expert in experts}
+
+    @torch.no_grad()
+    def average(self, target: str, source: str, decay: float) -> None:
+        """Everybody's target <- decay * target + (1 - decay) * source."""
+        pairs = [(slow, self.kept[source][name]) for name, slow in self.kept[target].items()]
+        average_tensors(pairs, decay)
+        self.moved(target)
+
+    def changed(self) -> bool:
+        """Whether the live weights of anybody are others than the reference's."""
+        start = self.kept["reference"]
+        return any(self.wire.share(any(not torch.equal(p, start[name].float()) for name, p in self.live.items())))
+
+    # ---------------------------------------------------------------- checkpoints
+    def save(self, folder: Path) -> None:
+        """Everybody writes what it keeps into a folder of its own below."""
+        self._all(lambda: self._save(folder / f"{PART}{self.wire.rank:03d}"))
+
+    def _save(self, folder: Path) -> None:
+        folder.mkdir()
+        policies = {name: {key: t.detach() for key, t in kept.items()} for name, kept in self.moving.items()}
+        save_state(folder, {"policies": policies, "moments": [o.moments() for o in self.optimizers]})
+
+    def load(self, folder: Path) -> None:
+        """Everybody reads what it keeps, whoever wrote it."""
+        self._all(lambda: self.load_own(folder))
+
+    @torch.no_grad()
+    def load_own(self, folder: Path) -> None:
+        """Of this process alone; raises InputError where the state is of other weights."""
+        wanted, moments = set(self.live), [dict[str, Any]() for _ in self.optimizers]
+        parts = sorted(folder.glob(f"{PART}*"), key=lambda part: part.name != f"{PART}{self.wire.rank:03d}")
+        for part in parts:
+            if not wanted:
+                break
+            tree = load_state(part)
+            found = wanted & set(tree["policies"]["live"])
+            for name, kept in self.moving.items():
+                for key in found:
+                    kept[key].copy_(tree["policies"][name][key])
+            for own, saved in zip(moments, tree["moments"], strict=True):
+                own.update({key: saved[key] for key in found if key in saved})
+            wanted -= found
+        if wanted:
+            raise InputError(f"{folder}: the checkpoint lacks {min(wanted)}: resume with the configuration of the run")
+        for optimizers, own in zip(self.optimizers, moments, strict=True):
+            optimizers.load_moments(own)
+        self.here = None
+
+    def _all(self, run: Callable[[], object]) -> None:
+        """Raises in every process what went wrong in one."""
+        require(self.wire.share(attempt(run)[1]))
+
+
+class Offloaded(StandIn):
+    """A policy whose weights come to the card when it is asked for what depends on them; of the first process."""
+
+    def __init__(self, shards: Shards, name: str) -> None:
+        self.shards, self.name = shards, name
+
+    def policy(self) -> Policy:
+        shards = self.shards
+        return shards.policy if shards.here == self.name else shards.together("bring", self.name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.shards.policy if attribute in KNOWN_ANYWAY else self.policy(), attribute)
+
+
+class OffloadedOptimizers:
+    """Those of all processes, for the first one."""
+
+    def __init__(self, shards: Shards, phase: int) -> None:
+        self.shards, self.phase = shards, phase
+
+    def rate(self, step: int) -> float:
+        """As ``Optimizers.rate``."""
+        return self.shards.optimizers[self.phase].rate(step)
+
+    def step(self, step: int, scale: float = 1.0) -> Norms:
+        """As ``Optimizers.step``."""
+        return self.shards.together("step", self.phase, step, scale)
+
+
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype, copy=True)

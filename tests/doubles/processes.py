@@ -1,0 +1,81 @@
+"""Several processes: those of ``torchrun``, and threads that pass for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.wire import Wire, packed, unpacked
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lvrpo")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*TORCHRUN, *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen[str], succeeds: bool = True) -> str:
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert (process.returncode == 0) == succeeds, output
+    return output
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in RunDirectory.read(run).metrics()]
+
+
+class Threads:
+    """What processes say to each other, for threads: everybody waits for everybody at every message."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.boxes = size, [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def exchange(self, rank: int, message: Any) -> list[Any]:
+        self.boxes[rank] = message
+        self.barrier.wait()
+        found = list(self.boxes)
+        self.barrier.wait()
+        return found
+
+
+class ThreadWire(Wire):
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.rank, self.size, self.threads, self.closed = rank, threads.size, threads, False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def send(self, tensor: torch.Tensor, source: int = 0) -> None:
+        tensor.copy_(self.threads.exchange(self.rank, tensor.clone())[source])
+
+    def add_up(self, tensor: torch.Tensor, owner: int = 0) -> None:
+        found = self.threads.exchange(self.rank, tensor.clone())
+        tensor.copy_(torch.stack(found).sum(dim=0)) if self.rank == owner else tensor.fill_(torch.nan)
+
+    def tell(self, message: Any = None) -> Any:
+        return unpacked(self.threads.exchange(self.rank, packed(message))[0])
+
+    def deal(self, messages: Sequence[Any] = ()) -> Any:
+        return unpacked(self.threads.exchange(self.rank, [packed(message) for message in messages])[0][self.rank])
+
+    def share(self, message: Any) -> list[Any]:
+        return [unpacked(box) for box in self.threads.exchange(self.rank, packed(message))]
+
+    def collect(self, message: Any) -> list[Any]:
+        found = self.share(message)
+        return found if self.rank == 0 else []
