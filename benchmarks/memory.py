@@ -51,6 +51,11 @@ SHAPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
         {"width": 512, "depth": 8, "mlp_width": 1024},
         [TASKS, *BAGEL, "optimizer.kind=adamw_8bit"],
     ),
+    "bagel 512 x 8, offloaded": ({"width": 512, "depth": 8, "mlp_width": 1024}, [TASKS, *BAGEL, "offload=true"]),
+    "bagel 512 x 8, offloaded, bfloat16": (
+        {"width": 512, "depth": 8, "mlp_width": 1024},
+        [TASKS, *BAGEL, "offload=true", "precision={compute: bfloat16}", "limits={gradient_checkpointing: true}"],
+    ),
     "bagel 768 x 8, LoRA": ({"width": 768, "depth": 8, "mlp_width": 2048}, [TASKS, *BAGEL, "adapter={rank: 8}"]),
     "bagel 768 x 8, LoRA on bfloat16": (
         {"width": 768, "depth": 8, "mlp_width": 2048},

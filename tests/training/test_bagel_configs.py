@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from processes import finish, rows, start
 
 from lvrpo.cli import main
 from lvrpo.commands.settings import shipped_configs
@@ -31,7 +33,7 @@ class Spread:
     def score(self, groups, judge):
         return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
 """
-NEEDS = {"bagel_lvrpo_lora": ["peft"], "bagel_lvrpo_full": ["bitsandbytes"], "bagel_lvrpo_paper": ["bitsandbytes"]}
+NEEDS = {"bagel_lvrpo_lora": ["peft"], "bagel_lvrpo_full": [], "bagel_lvrpo_paper": []}
 LOSSES = {"loss/text/understand", "loss/flow/generate", "loss/flow/edit", "loss/text/reason", "loss/flow/reason"}
 """Of every task; reasoning that ends in a drawing has both."""
 
@@ -98,7 +100,6 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bagel_lvrpo_full", "bagel_lvrpo_paper"])
 def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     config = load_config(TrainConfig, shipped_configs()[name], [*small(name, bagel), "steps=1"])
     alignment = Alignment.start(config, Path("run"))
     with alignment.run as run:
@@ -107,6 +108,35 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
     assert (Path("run/checkpoints/step_000001") / "ema.safetensors").is_file()
+    shards = alignment.state.shards
+    assert shards is not None
+    assert {tensor.dtype for tensor in shards.live.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in shards.parameters.values()} == {torch.bfloat16}
+
+
+def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    options = (
+        *small("bagel_lvrpo_full", bagel),
+        "checkpoint_every=1",
+        "data.prompts_per_step={generate: 3, reason: 3}",
+    )
+    finish(start("train", "bagel_lvrpo_full", *options, "--out", "run", "--no-evaluate"))
+    assert all(math.isfinite(value) for row in rows(Path("run")) for value in row.values() if isinstance(value, float))
+    assert [path.name for path in sorted(Path("run/checkpoints/step_000002/state").glob("part_*"))] == [
+        "part_000",
+        "part_001",
+    ]
+    last = rows(Path("run"))[2]
+    for file in ("summary.json", "policy.json"):
+        Path("run", file).unlink()
+    shutil.rmtree("run/checkpoints/step_000002")
+    assert main(["train", "--resume", "run", "--no-evaluate"]) == 0
+    again = rows(Path("run"))[2]
+    assert set(again) == set(last)
+    for name, value in last.items():  # bfloat16, rows in other company
+        if isinstance(value, float) and name.startswith(("loss/", "kl/")):
+            assert again[name] == pytest.approx(value, abs=0.05), name
 
 
 def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:

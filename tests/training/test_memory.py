@@ -25,7 +25,7 @@ from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
-from lvrpo.training.memory import MemoryEstimate, require_memory
+from lvrpo.training.memory import PROGRAM, MemoryEstimate, require_memory
 from lvrpo.training.run import Alignment
 from lvrpo.training.trial import memory_needed
 
@@ -120,6 +120,42 @@ def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     assert adapted.stays["frozen and averaged weights"] == 2 * own
     assert adapted.gradients == own
     assert adapted.stays["moments"] == 2 * own
+
+
+def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
+    policy = load_policy(small_base)
+    assert isinstance(policy, MoTPolicy)
+    weights = 4 * sum(tensor.numel() for tensor in policy.state_dict().values())
+    trained = 4 * sum(p.numel() for p in policy.parameters())
+    options = "offload=true", "optimizer.kind=adamw"
+    here, bare = (
+        needed(small_base, *options),
+        needed(small_base, *options, "rollout.sampler=flow_sde", "flow.kind=grpo"),
+    )
+    # live, its gradients, average, old, reference, two moments
+    assert here.stays["offloaded"] == 7 * trained
+    assert bare.stays["offloaded"] == 6 * trained
+    assert here.stays["weights"] == weights
+    assert here.stays["moments"] == here.stays["frozen and averaged weights"] == here.gradients == 0
+    assert here.passes["summing gradients"] > trained
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW[1:], "device=auto", *options])
+    card = memory_needed(config, torch.device("cuda"))
+    assert card is not None
+    assert card.stays["offloaded"] == 0
+    assert card.host == 7 * trained
+    assert sum(here.stays.values()) - sum(card.stays.values()) == 7 * trained + PROGRAM["cpu"] - PROGRAM["cuda"]
+    assert any("in host memory" in line for line in card.lines())
+
+
+def test_too_little_host_memory_is_refused(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = MemoryEstimate({"weights": 2**30}, 0, {"judge": 0}, host=8 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * 2**30))
+    message = r"^policy=p: offload=true needs about 8\.0 GiB of host memory, 6\.0 GiB are free: use more machines"
+    with pytest.raises(InputError, match=message):
+        require_memory(estimate, torch.device("cpu"), "policy=p")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    require_memory(estimate, torch.device("cpu"), "policy=p")
 
 
 def test_smaller_parts_take_less(small_base: Path) -> None:

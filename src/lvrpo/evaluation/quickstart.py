@@ -81,7 +81,7 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
         if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
             watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
-        before = measure(run, "before", alignment.state.policies.reference, plan, sampling, watch)
+        before = measure(run, "before", alignment.policies.reference, plan, sampling, watch)
         align_watched(alignment, plan, sampling, watch)
         after = measure(run, "after", alignment.result(), plan, sampling, watch)
         against = None
@@ -125,7 +125,7 @@ def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: W
 
     def observe(row: Mapping[str, Any]) -> None:
         if row["step"] == middle and prompts:
-            groups = score_prompts(alignment.state.policies.average, prompts, sampling, 0).groups
+            groups = score_prompts(alignment.policies.average, prompts, sampling, 0).groups
             run.write_json(f"eval/step_{middle:06d}.json", {"prompts": write_cases(run, f"step_{middle:06d}", groups)})
         watch.step(row)
 

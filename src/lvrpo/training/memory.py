@@ -6,6 +6,7 @@ without memory, at the sizes of the run's own prompts, and adding up what would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class MemoryEstimate:
     """Of the trained weights: there while a step is replayed."""
     passes: Mapping[str, int]
     """What the parts of a step take at their worst; they come one after another."""
+    host: int = 0
+    """Beside the card, in host memory: of all processes of the run together."""
 
     @property
     def peak(self) -> int:
@@ -78,6 +81,7 @@ class MemoryEstimate:
         """For the terminal, in GiB."""
         rows = [*self.stays.items(), ("gradients", self.gradients)]
         rows += [(f"{name}, while it lasts", size) for name, size in self.passes.items()]
+        rows += [("beside the card: in host memory, of all processes together", self.host)]
         return [f"{size / 2**30:9.3f}  {name}" for name, size in rows if size >= 2**16]
 
 
@@ -142,9 +146,17 @@ def _estimate_without_memory(
 
 def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
     """Raises InputError, with what to change, where less is free than a run will need."""
-    if estimate is not None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        require_fit(estimate, free, str(device), what)
+    if estimate is None:
+        return
+    available = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available
+    require_fit(estimate, free, str(device), what)
+    machines = max(1, int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if estimate.host // machines > available:
+        raise InputError(
+            f"{what}: offload=true needs about {estimate.host / machines / 2**30:.1f} GiB of host memory, "
+            f"{available / 2**30:.1f} GiB are free: use more machines, or train an adapter (adapter.rank=16)"
+        )
 
 
 def require_fit(estimate: MemoryEstimate, free: int, where: str, what: str) -> None:
@@ -169,7 +181,7 @@ def _remedy(estimate: MemoryEstimate) -> str:
     copies += stays.get("moments", 0) + estimate.gradients
     largest = max(stays.get("weights", 0), copies, max(estimate.passes.values(), default=0))
     if largest == copies:
-        return "train an adapter (adapter.rank=16), or set optimizer.kind=adamw_8bit"
+        return "set offload=true, or train an adapter (adapter.rank=16)"
     if largest == stays.get("weights", 0):
         return "set precision.weights=bfloat16 with an adapter, or use a larger device"
     if estimate.worst.startswith("replay"):
@@ -192,8 +204,9 @@ class _Estimator:
             _skip_resizing(policy)
         self.contexts = policy.contexts
         self.trained = [p for p in policy.parameters() if p.requires_grad]
-        for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
+        if not config.offload:  # which takes them away after every pass
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter)
 
     def estimate(self, prompts: Sequence[Prompt], guard: Sequence[Prompt]) -> MemoryEstimate:
         config, group_size = self.config, self.config.rollout.group_size
@@ -202,6 +215,9 @@ class _Estimator:
         tasks = {prompt.task for prompt in prompts}
         old = asks_for_old(config, self.policy.writes)
         copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * self.whole
+        host, on_card = self._kept_on_host(old) if config.offload else 0, self.device != "cpu"
+        if config.offload:
+            copies = 0
         judge = gradients if config.adapter is not None else self.whole
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
@@ -220,16 +236,24 @@ class _Estimator:
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
         if drawn and any(s.judge is not None or "read" in s.sides for s in build_rewards(config.rewards)):
             self._note(passes, "judge", lambda: self._judge(drawn))
+        if config.offload:
+            passes["summing gradients"] = gradients + 4 * max((p.numel() for p in self.trained), default=0)
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "frozen and averaged weights": copies,
             "the judge's own weights": judge * self._judges(),
-            "moments": self._moments() * len(config.phases(self.policy.writes)),
+            "moments": 0 if config.offload else self._moments(),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts),
+            "offloaded": 0 if on_card else host,
             "program": PROGRAM[self.device],
         }
-        return MemoryEstimate(stays, gradients, passes)
+        return MemoryEstimate(stays, 0 if config.offload else gradients, passes, host if on_card else 0)
+
+    def _kept_on_host(self, old: bool) -> int:
+        """Live and averaged weights in float32, the reference, moments, and the sum of gradients."""
+        numbers = sum(parameter.numel() for parameter in self.trained)
+        return 4 * numbers * (3 + old) + _bytes(self.trained) + self._moments()
 
     def _note(self, passes: dict[str, int], name: str, run: Callable[[], None], gradient: bool = False) -> None:
         """Runs a part and remembers what it took at its worst."""
@@ -240,6 +264,8 @@ class _Estimator:
         ]
         with LiveBytes(kept, self.device) as live, torch.set_grad_enabled(gradient):
             run()
+        if self.config.offload:
+            self.policy.zero_grad(set_to_none=True)
         passes[name] = max(passes.get(name, 0), live.peak)
 
     def _judges(self) -> int:
@@ -258,7 +284,7 @@ class _Estimator:
             if kind == "muon" and parameter.ndim == 2 and ".layers." in name and self.config.adapter is None:
                 each = 4
             total += each * parameter.numel()
-        return total
+        return total * len(self.config.phases(self.policy.writes))
 
     def _recorded(self, prompt: Prompt) -> int:
         """Of one trajectory."""

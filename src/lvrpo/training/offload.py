@@ -13,7 +13,7 @@ matrices, and a checkpoint has every tensor in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -204,13 +204,13 @@ class Shards:
         policies = {name: {key: t.detach() for key, t in kept.items()} for name, kept in self.moving.items()}
         save_state(folder, {"policies": policies, "moments": [o.moments() for o in self.optimizers]})
 
-    def load(self, folder: Path) -> None:
-        """Everybody reads what it keeps, whoever wrote it."""
-        self._all(lambda: self.load_own(folder))
+    def load(self, folder: Path, policies: Collection[str] = ()) -> None:
+        """Everybody reads what it keeps, whoever wrote it; ``policies``: of these alone, and no moments."""
+        self._all(lambda: self.load_own(folder, policies))
 
     @torch.no_grad()
-    def load_own(self, folder: Path) -> None:
-        """Of this process alone; raises InputError where the state is of other weights."""
+    def load_own(self, folder: Path, policies: Collection[str] = ()) -> None:
+        """``load`` of this process alone; raises InputError where the state is of other weights."""
         wanted, moments = set(self.live), [dict[str, Any]() for _ in self.optimizers]
         parts = sorted(folder.glob(f"{PART}*"), key=lambda part: part.name != f"{PART}{self.wire.rank:03d}")
         for part in parts:
@@ -218,17 +218,19 @@ class Shards:
                 break
             tree = load_state(part)
             found = wanted & set(tree["policies"]["live"])
-            for name, kept in self.moving.items():
+            for name in policies or self.moving:
                 for key in found:
-                    kept[key].copy_(tree["policies"][name][key])
+                    self.kept[name][key].copy_(tree["policies"][name][key])
             for own, saved in zip(moments, tree["moments"], strict=True):
                 own.update({key: saved[key] for key in found if key in saved})
             wanted -= found
         if wanted:
             raise InputError(f"{folder}: the checkpoint lacks {min(wanted)}: resume with the configuration of the run")
+        self.here = None
+        if policies:
+            return
         for optimizers, own in zip(self.optimizers, moments, strict=True):
             optimizers.load_moments(own)
-        self.here = None
 
     def _all(self, run: Callable[[], object]) -> None:
         """Raises in every process what went wrong in one."""

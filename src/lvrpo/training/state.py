@@ -131,6 +131,15 @@ class RunState:
         if self.turn is not None:
             self.turn.load(tree["turn"])
 
+    def load_average(self, checkpoint: Path) -> None:
+        """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
+        verify_checkpoint(checkpoint)
+        if self.shards is not None:
+            self.shards.together("load", checkpoint / STATE, ("average",))
+        else:
+            saved = load_state(checkpoint / STATE)["policies"]["average"]
+            load_trained(policy_module(self.policies.average), saved)
+
     def _moving(self) -> dict[str, nn.Module]:
         """The policies whose weights change, by name."""
         policies = {"live": self.policies.live, "old": self.policies.old, "average": self.policies.average}
