@@ -152,6 +152,22 @@ def test_a_state_of_other_weights_is_refused(lively_policy: Callable[..., TinyPo
         Shards(lively_policy(), config, wires(1)[0]).load_own(Path("state"))
 
 
+def test_a_part_that_was_changed_is_refused(small_base: Path) -> None:
+    options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "steps=1", "--no-evaluate", "offload=true")
+    assert main([*options, "--out", "run"]) == 0
+    seal = json.loads(Path("run/checkpoints/step_000001/checkpoint.json").read_text(encoding="utf-8"))
+    assert "state/part_000/checkpoint.json" in seal["files"]
+    assert "state/part_000/state.safetensors" not in seal["files"]
+    path = Path("run/checkpoints/step_000001/state/part_000/state.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for file in ("summary.json", "policy.json"):
+        Path("run", file).unlink()
+    with pytest.raises(InputError, match=r"part_000/state.safetensors: was changed after it was saved"):
+        Alignment.resume(Path("run"))
+
+
 def wires(size: int) -> list[ThreadWire]:
     threads = Threads(size)
     return [ThreadWire(threads, rank) for rank in range(size)]

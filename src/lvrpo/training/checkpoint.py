@@ -302,17 +302,23 @@ def _free_bytes(path: Path) -> int:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Writes ``checkpoint.json``: size and sha256 of every file of the folder."""
+    """Writes ``checkpoint.json``: size and sha256 of every file of the folder.
+
+    A folder below that was sealed by itself counts with its seal alone.
+    """
+    sealed = [seal.parent for seal in folder.rglob(SEAL) if seal.parent != folder]
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / SEAL
+        if file.is_file()
+        and file != folder / SEAL
+        and (file.name == SEAL or not any(inner in file.parents for inner in sealed))
     }
     (folder / SEAL).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raises InputError unless every file of the folder is as it was sealed."""
+    """Raises InputError unless every file of the folder is as it was sealed; inner seals are for their readers."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint: give a folder that a training run saved")
     if not (folder / SEAL).is_file():

@@ -24,7 +24,7 @@ from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, StandIn
-from lvrpo.training.checkpoint import load_state, save_state
+from lvrpo.training.checkpoint import load_state, save_state, seal_checkpoint, verify_checkpoint
 from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, policy_module
 from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
@@ -203,6 +203,7 @@ class Shards:
         folder.mkdir()
         policies = {name: {key: t.detach() for key, t in kept.items()} for name, kept in self.moving.items()}
         save_state(folder, {"policies": policies, "moments": [o.moments() for o in self.optimizers]})
+        seal_checkpoint(folder)  # which takes longer than writing, and here everybody does it at once
 
     def load(self, folder: Path, policies: Collection[str] = ()) -> None:
         """Everybody reads what it keeps, whoever wrote it; ``policies``: of these alone, and no moments."""
@@ -216,6 +217,7 @@ class Shards:
         for part in parts:
             if not wanted:
                 break
+            verify_checkpoint(part)
             tree = load_state(part)
             found = wanted & set(tree["policies"]["live"])
             for name in policies or self.moving:
