@@ -57,6 +57,7 @@ def small(name: str, folder: Path) -> list[str]:
     return [
         f"policy={folder}",
         "device=cpu",
+        "threads=1",
         "steps=2",
         f"data.prompts_per_step={dict.fromkeys(counts, 1) | {'reason': 3}}",  # every third thinks, then draws
         "rewards=[{name: 'spread:Spread'}]",

@@ -426,14 +426,18 @@ class _Estimator:
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 
     def _judge(self, drawn: Sequence[Trajectory]) -> None:
-        """A question for every fact of every drawing."""
+        """A question for every fact of every drawing, as many as are asked at once."""
         asked = [
             ((trajectory.image, fact.question), fact.answer)
             for trajectory in drawn
             for fact in trajectory.prompt.facts or (Fact("", "", ""),)
             if trajectory.image is not None
         ]
-        self.policy.text_logprob([context for context, _ in asked], [answer for _, answer in asked])
+        rows = [self.contexts.row(context, draws=False) for context, _ in asked]
+        new = [len(self.contexts.words.encode(answer)) + 1 for _, answer in asked]
+        tokens = [row_tokens(row) + more for row, more in zip(rows, new, strict=True)]
+        most = max(self.policy.within(rows, new), key=lambda part: sum(tokens[i] for i in part))
+        self.policy.text_logprob([asked[i][0] for i in most], [asked[i][1] for i in most])
 
 
 _NAMES = {"text": "text", "image": "drawings"}

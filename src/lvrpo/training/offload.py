@@ -110,10 +110,9 @@ class Shards:
     def bring(self, name: str) -> Policy:
         """Everybody's module becomes one of the policies."""
         if self.here != name:
-            kept = self.kept[name]
+            for key, tensor in self.kept[name].items():  # all that is here first: hosts give theirs at the same time
+                self.parameters[key].copy_(tensor)
             for key, parameter in self.parameters.items():
-                if key in kept:
-                    parameter.copy_(kept[key])
                 self.wire.send(parameter.detach(), self.keeper[key])
             self.here = name
         return self.policy
