@@ -296,7 +296,7 @@ def step_kl(
 def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
     """What ``policy`` says, unguided, at the recorded states before trained step ``w``."""
     segments = [flow_segment(trajectory) for trajectory in trajectories]
-    x_t = torch.stack([segment.states[w] for segment in segments])
+    x_t = torch.stack([segment.states[w] for segment in segments]).to(segments[0].latent.device)
     t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
     return policy.velocity(trajectories, x_t, t)
 

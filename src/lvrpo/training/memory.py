@@ -287,13 +287,13 @@ class _Estimator:
         return total * len(self.config.phases(self.policy.writes))
 
     def _recorded(self, prompt: Prompt) -> int:
-        """Of one trajectory."""
+        """Of one trajectory, on the device: recorded steps are in host memory."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
         latent = 4 * height * width * self.policy.towers.channels
         steps = len(self.sampling.window)
-        return latent * (1 + 3 * steps) + 12 * height * width * self.policy.pixels_per_token() ** 2
+        return latent * (1 + 3 * steps * (self.device == "cpu")) + 12 * height * width * self.policy.pixels_per_token() ** 2
 
     def _grid(self, prompt: Prompt) -> Grid:
         return self.policy._grid(prompt, self.sampling)

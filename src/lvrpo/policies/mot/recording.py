@@ -40,14 +40,14 @@ def temperature_of(segment: Segment) -> float:
 
 
 def flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
-    """The record of drawing b of a batch."""
+    """The record of drawing b of a batch; its steps are kept in host memory: a card has better use for gigabytes."""
     stochastic = sampling.sampler != "ode"
     return FlowSegment(
         latent=drawn.latents[b],
         timesteps=drawn.timesteps,
         trained_steps=sampling.window if stochastic else (),
-        states=drawn.states[b],
-        next_states=drawn.next_states[b],
+        states=drawn.states[b].cpu(),
+        next_states=drawn.next_states[b].cpu(),
         behavior_logprobs=drawn.logprobs[b],
         sampler=sampling.sampler,
         noise_level=sampling.noise_level,
@@ -58,7 +58,7 @@ def flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling)
         image=image,
         guidance_renorm_min=sampling.guidance_renorm_min,
         guidance_interval=sampling.guidance_interval,
-        means=drawn.means[b] if stochastic else None,
+        means=drawn.means[b].cpu() if stochastic else None,
     )
 
 
