@@ -11,3 +11,7 @@ class InputError(LvrpoError):
 
 class ContractError(LvrpoError):
     """A promise between parts was broken (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""
+
+
+class LostProcessError(ContractError):
+    """Another process of the run cannot be spoken to any more."""

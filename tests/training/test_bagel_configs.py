@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import finish, rows, start
+from safetensors.torch import load_file
 
 from lvrpo.cli import main
 from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.bagel.names import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training.checkpoint import load_state
@@ -108,9 +110,12 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
         (row,) = run.metrics()[1:]
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
-    assert (Path("run/checkpoints/step_000001") / "ema.safetensors").is_file()
+    saved = load_file("run/checkpoints/step_000001/ema.safetensors")
     shards = alignment.state.shards
     assert shards is not None
+    for key, tensor in shards.kept["average"].items():
+        assert saved[official_name(key)].dtype == torch.float32
+        assert torch.equal(saved[official_name(key)], tensor)
     assert {tensor.dtype for tensor in shards.live.values()} == {torch.float32}
     assert {parameter.dtype for parameter in shards.parameters.values()} == {torch.bfloat16}
 

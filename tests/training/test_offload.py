@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from processes import Threads, ThreadWire, finish, rows, start
 from safetensors.torch import load_file
 
 from lvrpo.cli import main
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, LostProcessError
 from lvrpo.policies.base import in_place
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.identity import judge_identity
@@ -26,10 +26,11 @@ from lvrpo.training.contract import weights_changed
 from lvrpo.training.guard import roll_back
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
 from lvrpo.training.offload import Offloaded, Shards, keepers
-from lvrpo.training.run import Alignment
+from lvrpo.training.run import Alignment, open_policy
 from lvrpo.training.state import RunState
 from lvrpo.training.team import Leader, Setup, Team, serve
 from lvrpo.training.update import take_steps
+from lvrpo.training.wire import Wire
 from lvrpo.types import Prompt
 
 OPTIONS = (
@@ -272,6 +273,62 @@ def test_what_fails_in_one_process_is_raised_in_the_first(
     assert not others[0].is_alive()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_weights_that_cannot_be_brought_stop_nobody_in_the_middle(
+    rank: int, lively_policy: Callable[[], TinyPolicy]
+) -> None:
+    team, state, (shards, others) = together(2, lively_policy, TrainConfig.model_validate(SMALL))
+
+    def full(_: str) -> None:
+        raise RuntimeError("out of memory")
+
+    with team:
+        shards[rank]._copy_own = full
+        with pytest.raises(ContractError, match=r"RuntimeError: out of memory$"):
+            in_place(state.policies.live)
+        del shards[rank]._copy_own
+        assert in_place(state.policies.live) is shards[0].policy
+    others[0].join(60)
+    assert not others[0].is_alive()
+
+
+def test_who_lost_another_process_does_not_speak_to_it() -> None:
+    class Broken(Wire):
+        size = 2
+        said: ClassVar[list[object]] = []
+
+        def tell(self, message: Any = None) -> Any:
+            self.said.append(message)
+
+        def share(self, message: Any) -> list[Any]:
+            return [message, message]
+
+    policy = cast(Any, object())
+    with pytest.raises(LostProcessError), Leader(Broken(), Setup(TrainConfig(), ""), Policies(*[policy] * 4)):
+        raise LostProcessError("another process is gone")
+    assert [type(message) for message in Broken.said] == [Setup]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_has_the_policy_as_exact_as_it_is_kept(size: int, lively_policy: Callable[[], TinyPolicy]) -> None:
+    team, state, (shards, _) = together(size, lively_policy, TrainConfig.model_validate(SMALL))
+    with team:
+        for own in shards:
+            for name, parameter in own.parameters.items():
+                parameter.data = parameter.data.bfloat16()
+                if name in own.live:
+                    own.kept["average"][name].add_(1e-4)
+        in_place(state.policies.average)
+        shards[0].write("average", Path("policy"))
+    saved = load_file("policy/model.safetensors")
+    for own in shards:
+        assert {parameter.dtype for parameter in own.parameters.values()} == {torch.bfloat16}
+        assert own.here == "average"
+        for name, tensor in own.kept["average"].items():
+            assert torch.equal(saved[name], tensor)
+            assert saved[name].dtype == torch.float32
+
+
 def test_gradients_that_are_not_finite_anywhere_leave_all_weights(lively_policy: Callable[[], TinyPolicy]) -> None:
     config = TrainConfig.model_validate(SMALL)
     team, state, (shards, _) = together(2, lively_policy, config)
@@ -302,6 +359,9 @@ def test_a_policy_that_is_offloaded_passes_for_itself(lively_policy: Callable[..
     assert judge_identity(state.policies.reference) == identity
     assert state.policies.live.writes == ("text", "flow")
     assert state.shards.here == "reference"
+    in_place(state.policies.live)
+    assert judge_identity(state.policies.reference) == identity
+    assert state.shards.here == "live"  # a reference stays what it is: it was not asked again
     with pytest.raises(AttributeError):
         _ = cast(Any, state.policies.live).no_such_thing
 
@@ -336,6 +396,16 @@ def test_keepers_have_about_as_much(count: int, sizes: Sequence[int]) -> None:
     loads = [sum(size for name, size in named.items() if found[name] == rank) for rank in range(count)]
     assert max(loads) - min(loads) <= max(sizes, default=0)
     assert keepers(dict(reversed(named.items())), count) == found
+
+
+def test_a_policy_of_one_precision_says_so(small_base: Path) -> None:
+    config = TrainConfig.model_validate(
+        {"policy": str(small_base), "offload": True, "precision": {"compute": "bfloat16"}, "device": "cpu"}
+    )
+    with pytest.raises(
+        InputError, match=r"^precision.compute=bfloat16 with offload=true: policy=.* is loaded in float32"
+    ):
+        open_policy(config)
 
 
 @pytest.mark.parametrize(

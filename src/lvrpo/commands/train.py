@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, LostProcessError
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
@@ -54,10 +54,8 @@ def help_train(wire: Wire) -> None:
         signal.signal(number, signal.SIG_IGN)
     try:
         serve(wire, lambda setup: helping_policies(setup, wire))
-    except RuntimeError as error:
-        raise ContractError(
-            f"process {wire.rank} of {wire.size}: the first one is gone, see what it said: {error}"
-        ) from None
+    except LostProcessError as error:
+        raise ContractError(f"process {wire.rank} of {wire.size}: {error}") from None
 
 
 def lead_train(options: Options, wire: Wire) -> None:

@@ -106,6 +106,11 @@ class FeatureLoss(Protocol):
 class StandIn(ABC):
     """What is used as a policy while the weights are elsewhere: with other processes, or not on the device."""
 
+    constant = False
+    """Whether its weights never change."""
+    identity: str | None = None
+    """Of constant weights, once somebody found it."""
+
     @abstractmethod
     def policy(self) -> Policy:
         """The policy itself, its weights in place."""

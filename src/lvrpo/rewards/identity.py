@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from lvrpo.policies.base import in_place
+from lvrpo.policies.base import StandIn, in_place
 
 SAMPLED = 4096
 """Values taken of each tensor."""
@@ -46,7 +46,12 @@ def judge_identity(judge: object) -> str:
     """
     if (named := _stand_in.get()) is not None:
         return named
-    judge = in_place(judge)
+    if isinstance(judge, StandIn):
+        if not judge.constant:
+            return judge_identity(judge.policy())
+        if judge.identity is None:
+            judge.identity = judge_identity(in_place(judge))
+        return judge.identity
     name = type(judge).__name__
     if not isinstance(judge, nn.Module):
         own = getattr(judge, "identity", None)  # anybody's judge: the attribute is optional

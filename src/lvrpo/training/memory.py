@@ -216,6 +216,7 @@ class _Estimator:
         old = asks_for_old(config, self.policy.writes)
         copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * self.whole
         host, on_card = self._kept_on_host(old) if config.offload else 0, self.device != "cpu"
+        steps = 2 * sum(self._recorded_steps(prompt) * group_size for prompt in prompts)
         if config.offload:
             copies = 0
         judge = gradients if config.adapter is not None else self.whole
@@ -244,11 +245,13 @@ class _Estimator:
             "the judge's own weights": judge * self._judges(),
             "moments": 0 if config.offload else self._moments(),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
-            "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts),
+            "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts)
+            + (0 if on_card else steps),
             "offloaded": 0 if on_card else host,
             "program": PROGRAM[self.device],
         }
-        return MemoryEstimate(stays, 0 if config.offload else gradients, passes, host if on_card else 0)
+        beside = host + steps if on_card and config.offload else 0
+        return MemoryEstimate(stays, 0 if config.offload else gradients, passes, beside)
 
     def _kept_on_host(self, old: bool) -> int:
         """Live and averaged weights in float32, the reference, moments, and the sum of gradients."""
@@ -287,13 +290,18 @@ class _Estimator:
         return total * len(self.config.phases(self.policy.writes))
 
     def _recorded(self, prompt: Prompt) -> int:
-        """Of one trajectory, on the device: recorded steps are in host memory."""
+        """Of one trajectory, on the device."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
-        latent = 4 * height * width * self.policy.towers.channels
-        steps = len(self.sampling.window)
-        return latent * (1 + 3 * steps * (self.device == "cpu")) + 12 * height * width * self.policy.pixels_per_token() ** 2
+        return height * width * (4 * self.policy.towers.channels + 12 * self.policy.pixels_per_token() ** 2)
+
+    def _recorded_steps(self, prompt: Prompt) -> int:
+        """Of one trajectory, in host memory: the states before and after, and the means."""
+        if "image" not in prompt.output:
+            return 0
+        height, width = self._grid(prompt)
+        return 3 * len(self.sampling.window) * 4 * height * width * self.policy.towers.channels
 
     def _grid(self, prompt: Prompt) -> Grid:
         return self.policy._grid(prompt, self.sampling)

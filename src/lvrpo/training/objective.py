@@ -127,7 +127,7 @@ class Member:
 
 FrozenPolicy = Literal["old", "reference"]
 """Those of ``Policies`` that a loss may compare the live policy with."""
-FROZEN: tuple[FrozenPolicy, ...] = ("old", "reference")
+FROZEN: tuple[FrozenPolicy, ...] = ("reference", "old")
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,17 @@ class Shards:
     def bring(self, name: str) -> Policy:
         """Everybody's module becomes one of the policies."""
         if self.here != name:
-            for key, tensor in self.kept[name].items():  # all that is here first: hosts give theirs at the same time
-                self.parameters[key].copy_(tensor)
+            self.here = None
+            self._all(lambda: self._copy_own(name))  # hosts give theirs at the same time
             for key, parameter in self.parameters.items():
                 self.wire.send(parameter.detach(), self.keeper[key])
             self.here = name
         return self.policy
+
+    @torch.no_grad()
+    def _copy_own(self, name: str) -> None:
+        for key, tensor in self.kept[name].items():
+            self.parameters[key].copy_(tensor)
 
     def moved(self, name: str) -> None:
         """Weights of this policy are others than before."""
@@ -131,7 +136,9 @@ class Shards:
         """
         config, metrics = self.config, Metrics()
         frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in work]
-        asked = {name for o in objectives_of(config, self.policy.writes) for name in o.compared_with}
+        kinds = {kind for own in self.wire.share({each.kind for each in work}) for kind in own}
+        objectives = [o for o in objectives_of(config, self.policy.writes) if o.kind in kinds]
+        asked = {name for objective in objectives for name in objective.compared_with}
         for name in FROZEN:
             if name not in asked:
                 continue
@@ -140,7 +147,7 @@ class Shards:
         self.bring("live")
         for i in range(max(self.wire.share(len(work)))):
             own = list(zip(work, frozen, strict=True))[i : i + 1]
-            self._all(lambda own=own: [backward_live(self.policy, config, w, step, metrics, f) for w, f in own])
+            self._all(lambda own=own: [self._backward(w, step, metrics, terms) for w, terms in own])
             self._add_gradients()
         total = Metrics()
         for logged in self.wire.share(metrics):
@@ -152,7 +159,12 @@ class Shards:
     ) -> None:
         for each, terms in zip(work, frozen, strict=True):
             if name in each.objective(self.config, self.policy).compared_with:
-                terms[name] = frozen_terms(self.policy, self.config, each, step)
+                terms[name] = frozen_terms(self.policy, self.config, each, step).cpu()  # of all work there are many
+
+    def _backward(self, work: Work, step: int, metrics: Metrics, terms: Mapping[FrozenPolicy, torch.Tensor]) -> None:
+        device = next(iter(self.parameters.values())).device
+        frozen: dict[FrozenPolicy, torch.Tensor] = {name: term.to(device) for name, term in terms.items()}
+        backward_live(self.policy, self.config, work, step, metrics, frozen)
 
     @torch.no_grad()
     def _add_gradients(self) -> None:
@@ -162,11 +174,13 @@ class Shards:
                 continue
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
+            if self.wire.size == 1:
+                gradient = gradient.cpu()  # it is smaller than what it becomes
             gradient = gradient.float()
             self.wire.add_up(gradient, self.keeper[name])
             if name in self.live:
-                kept = self.live[name]
-                kept.grad = gradient.to(kept.device) if kept.grad is None else kept.grad.add_(gradient.to(kept.device))
+                kept, gradient = self.live[name], gradient.cpu()
+                kept.grad = gradient if kept.grad is None else kept.grad.add_(gradient)
 
     def step(self, phase: int, step: int, scale: float) -> Norms:
         """Everybody steps what it keeps; the norms of whole experts, as ``Optimizers.step``."""
@@ -194,6 +208,34 @@ class Shards:
         return any(self.wire.share(any(not torch.equal(p, start[name].float()) for name, p in self.live.items())))
 
     # ---------------------------------------------------------------- checkpoints
+    def write(self, name: str, folder: Path) -> None:
+        """One of the policies as a folder that ``load_policy`` reads, as exact as it is kept; of the first process."""
+        tensors = self.together("gather", name)
+        before = {key: parameter.data for key, parameter in self.parameters.items()}
+        try:
+            for key, parameter in self.parameters.items():
+                parameter.data = tensors[key]
+            self.policy.save(folder)
+        finally:
+            for key, parameter in self.parameters.items():
+                parameter.data = before[key]
+
+    @torch.no_grad()
+    def gather(self, name: str) -> dict[str, torch.Tensor]:
+        """Everybody's tensors of a policy in the first process, on its host."""
+        found: dict[str, torch.Tensor] = {}
+        for key, parameter in self.parameters.items():
+            own = self.kept[name].get(key)
+            if self.wire.size > 1:
+                sent = torch.empty_like(parameter, dtype=torch.float32)
+                if own is not None:
+                    sent.copy_(own)
+                self.wire.send(sent, self.keeper[key])
+                own = sent.cpu() if own is None and self.wire.rank == 0 else own
+            if own is not None and self.wire.rank == 0:
+                found[key] = own
+        return found
+
     def save(self, folder: Path) -> None:
         """Everybody writes what it keeps into a folder of its own below."""
         self._all(lambda: self._save(folder / f"{PART}{self.wire.rank:03d}"))
@@ -243,6 +285,7 @@ class Offloaded(StandIn):
 
     def __init__(self, shards: Shards, name: str) -> None:
         self.shards, self.name = shards, name
+        self.constant = name == "reference"
 
     def policy(self) -> Policy:
         shards = self.shards

@@ -17,6 +17,7 @@ from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
@@ -276,6 +277,11 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
     declared = getattr(resolve("model type", model_type(base), POLICIES), "writes", None)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
         config.require_fit(declared)
+    if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
+        raise InputError(
+            f"precision.compute=bfloat16 with offload=true: policy={config.policy} is loaded in float32 alone: "
+            "leave one of them out"
+        )
     policy = load_policy(base, config.device, config.weights_dtype)
     config.require_fit(policy.writes)
     if config.adapter is not None:

@@ -98,10 +98,13 @@ class RunState:
         """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
         path = run.checkpoint_dir(self.step)
         with checkpoint_writer(path) as folder:
-            self.policies.average.save(folder)
-            (folder / STATE).mkdir()
-            if self.shards is not None:
-                self.shards.together("save", folder / STATE)
+            if self.shards is None:
+                self.policies.average.save(folder)
+                (folder / STATE).mkdir()
+            else:
+                self.shards.write("average", folder)
+                (folder / STATE).mkdir()
+                self.shards.together("save", (folder / STATE).resolve())
             save_state(folder / STATE, self._tree())
         return path
 
@@ -114,7 +117,7 @@ class RunState:
         tree = load_state(checkpoint / STATE)
         if self.shards is not None:
             if everybody:
-                self.shards.together("load", checkpoint / STATE)
+                self.shards.together("load", (checkpoint / STATE).resolve())
             else:
                 self.shards.load_own(checkpoint / STATE)
         else:
@@ -135,7 +138,7 @@ class RunState:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
         verify_checkpoint(checkpoint)
         if self.shards is not None:
-            self.shards.together("load", checkpoint / STATE, ("average",))
+            self.shards.together("load", (checkpoint / STATE).resolve(), ("average",))
         else:
             saved = load_state(checkpoint / STATE)["policies"]["average"]
             load_trained(policy_module(self.policies.average), saved)

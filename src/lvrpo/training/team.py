@@ -10,15 +10,15 @@ with as many processes again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, LostProcessError
 from lvrpo.policies.base import Policy, Sampling, StandIn
 from lvrpo.training.interrupt import Interrupted
 from lvrpo.training.objective import Metrics, Policies, policy_module
@@ -151,11 +151,22 @@ def _help(rank: Rank) -> None:
         elif isinstance(command, Call):
             rank.call(command.policy, command.method, wire.deal())
         elif isinstance(command, Differentiate):
-            with suppress(InputError, ContractError):  # the first process raises it
+            with _raised_by_the_first():
                 rank.differentiate(wire.deal(), command.step)
         elif isinstance(command, Act):
-            with suppress(InputError, ContractError):
+            with _raised_by_the_first():
                 getattr(rank.shards, command.method)(*command.arguments)
+
+
+@contextmanager
+def _raised_by_the_first() -> Iterator[None]:
+    """What goes wrong here or there, unless the first process is gone."""
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except (InputError, ContractError):
+        pass
 
 
 # --- what the loop of the first process sees ---
@@ -215,7 +226,8 @@ class Leader(Team):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is None or isinstance(error, InputError | ContractError | Interrupted):
+        known = isinstance(error, InputError | ContractError | Interrupted)
+        if error is None or (known and not isinstance(error, LostProcessError)):
             # after anything else the others may be in the middle of something: they see us end
             self.wire.tell(Stop())
             self.wire.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, LostProcessError
 
 T = TypeVar("T")
 Sent = Any
@@ -56,6 +57,15 @@ class Wire:
 SOLO = Wire()
 
 
+@contextmanager
+def _spoken_to() -> Iterator[None]:
+    """Tells what goes wrong between processes from what goes wrong in this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(f"another process is gone, see what it said: {error}") from None
+
+
 class Processes(Wire):
     """Those that ``torchrun`` started. A tensor arrives on the CPU or the receiver's device, as it was at home."""
 
@@ -66,29 +76,35 @@ class Processes(Wire):
         dist.destroy_process_group()
 
     def send(self, tensor: torch.Tensor, source: int = 0) -> None:
-        dist.broadcast(tensor, src=source)
+        with _spoken_to():
+            dist.broadcast(tensor, src=source)
 
     def add_up(self, tensor: torch.Tensor, owner: int = 0) -> None:
-        dist.reduce(tensor, dst=owner)
+        with _spoken_to():
+            dist.reduce(tensor, dst=owner)
 
     def tell(self, message: Sent = None) -> Sent:
         box = [packed(message) if self.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
+        with _spoken_to():
+            dist.broadcast_object_list(box, src=0)
         return unpacked(box[0])
 
     def deal(self, messages: Sequence[Sent] = ()) -> Sent:
         box: list[bytes | None] = [None]
-        dist.scatter_object_list(box, [packed(message) for message in messages] or None, src=0)
+        with _spoken_to():
+            dist.scatter_object_list(box, [packed(message) for message in messages] or None, src=0)
         return unpacked(box[0])
 
     def share(self, message: Sent) -> list[Sent]:
         boxes: list[bytes | None] = [None] * self.size
-        dist.all_gather_object(boxes, packed(message))
+        with _spoken_to():
+            dist.all_gather_object(boxes, packed(message))
         return [unpacked(box) for box in boxes]
 
     def collect(self, message: Sent) -> list[Sent]:
         boxes: list[bytes | None] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(packed(message), boxes or None, dst=0)
+        with _spoken_to():
+            dist.gather_object(packed(message), boxes or None, dst=0)
         return [unpacked(box) for box in boxes]
 
 
@@ -121,9 +137,11 @@ def join() -> Wire:
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, Failure | None]:
-    """The result, or what went wrong: the others wait for an answer."""
+    """The result, or what went wrong: the others wait for an answer. Raises LostProcessError: they do not."""
     try:
         return run(), None
+    except LostProcessError:
+        raise
     except (InputError, ContractError) as error:
         return None, (type(error), str(error))
     except Exception as error:
