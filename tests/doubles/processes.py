@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lvrpo.training.run_directory import RunDirectory
@@ -36,6 +37,15 @@ def finish(process: subprocess.Popen[str], succeeds: bool = True) -> str:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in RunDirectory.read(run).metrics()]
+
+
+def assert_begin_alike(alone: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
+    """The metrics of two runs up to their first step: later ones start from weights that differ by rounding."""
+    assert [set(row) for row in shared] == [set(row) for row in alone]
+    for one, other in zip(alone[:2], shared[:2], strict=True):
+        for name, value in one.items():
+            same = other[name] == value if isinstance(value, str) else other[name] == pytest.approx(value, 1e-3, 1e-4)
+            assert same, (name, value, other[name])
 
 
 class Threads:

@@ -16,7 +16,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment, Pretraining
 
-SUPERVISED = ("bagel_tiny_pretrain", "continued", "pretrain", "repa")
+SUPERVISED = ("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "pretrain", "repa")
 """Alignments of BAGEL are tried by test_bagel_configs.py."""
 SPREAD = """
 import torch
