@@ -15,6 +15,19 @@ import torch
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.wire import Wire, packed, unpacked
 
+OPTIONS = (
+    "steps=6",
+    "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
+    "rollout={group_size: 4, num_steps: 4}",
+    "mini_updates=2",
+    "rewards=[{name: exact_answer}, {name: own_vqa}, {name: drawing_likelihood}]",
+    "advantages.std_floor=1e-4",
+    "guard={every: 2, prompts: {generate: 3, understand: 8}}",
+    "checkpoint_every=2",
+    "control_every=2",
+    "device=cpu",
+)
+"""Of a small run of several steps, in which everything comes once."""
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lvrpo")
 
 
@@ -70,22 +83,22 @@ class ThreadWire(Wire):
     def close(self) -> None:
         self.closed = True
 
-    def send(self, tensor: torch.Tensor, source: int = 0) -> None:
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         tensor.copy_(self.threads.exchange(self.rank, tensor.clone())[source])
 
-    def add_up(self, tensor: torch.Tensor, owner: int = 0) -> None:
+    def reduce(self, tensor: torch.Tensor, owner: int = 0) -> None:
         found = self.threads.exchange(self.rank, tensor.clone())
         tensor.copy_(torch.stack(found).sum(dim=0)) if self.rank == owner else tensor.fill_(torch.nan)
 
-    def tell(self, message: Any = None) -> Any:
+    def broadcast_object(self, message: Any = None) -> Any:
         return unpacked(self.threads.exchange(self.rank, packed(message))[0])
 
-    def deal(self, messages: Sequence[Any] = ()) -> Any:
+    def scatter_objects(self, messages: Sequence[Any] = ()) -> Any:
         return unpacked(self.threads.exchange(self.rank, [packed(message) for message in messages])[0][self.rank])
 
-    def share(self, message: Any) -> list[Any]:
+    def all_gather_objects(self, message: Any) -> list[Any]:
         return [unpacked(box) for box in self.threads.exchange(self.rank, packed(message))]
 
-    def collect(self, message: Any) -> list[Any]:
-        found = self.share(message)
+    def gather_objects(self, message: Any) -> list[Any]:
+        found = self.all_gather_objects(message)
         return found if self.rank == 0 else []

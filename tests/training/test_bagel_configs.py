@@ -118,6 +118,9 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
         assert torch.equal(saved[official_name(key)], tensor)
     assert {tensor.dtype for tensor in shards.live.values()} == {torch.float32}
     assert {parameter.dtype for parameter in shards.parameters.values()} == {torch.bfloat16}
+    checks = {check["check"]: check["value"] for check in run.read_json("contract.json")}
+    assert checks["gradient of the text divergence"] > 0
+    assert checks["gradient of the drawing divergence"] > 0
 
 
 def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import processes
 import pytest
 import torch
 from processes import Threads, ThreadWire, assert_begin_alike, finish, rows, start
@@ -25,7 +26,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import weights_changed
 from lvrpo.training.guard import roll_back
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
-from lvrpo.training.offload import Offloaded, Shards, keepers
+from lvrpo.training.offload import Offloaded, Shards, owners
 from lvrpo.training.run import Alignment, open_policy
 from lvrpo.training.state import RunState
 from lvrpo.training.team import Leader, Setup, Team, serve
@@ -33,19 +34,7 @@ from lvrpo.training.update import take_steps
 from lvrpo.training.wire import Wire
 from lvrpo.types import Prompt
 
-OPTIONS = (
-    "steps=6",
-    "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
-    "rollout={group_size: 4, num_steps: 4}",
-    "mini_updates=2",
-    "rewards=[{name: exact_answer}, {name: own_vqa}, {name: drawing_likelihood}]",
-    "advantages.std_floor=1e-4",
-    "text.lr=0.5",
-    "guard={every: 2, prompts: {generate: 3, understand: 8}}",
-    "checkpoint_every=2",
-    "control_every=2",
-    "device=cpu",
-)
+OPTIONS = (*processes.OPTIONS, "text.lr=0.5")
 LAST = "checkpoints/step_000006"
 
 
@@ -293,10 +282,10 @@ def test_who_lost_another_process_does_not_speak_to_it() -> None:
         size = 2
         said: ClassVar[list[object]] = []
 
-        def tell(self, message: Any = None) -> Any:
+        def broadcast_object(self, message: Any = None) -> Any:
             self.said.append(message)
 
-        def share(self, message: Any) -> list[Any]:
+        def all_gather_objects(self, message: Any) -> list[Any]:
             return [message, message]
 
     policy = cast(Any, object())
@@ -383,15 +372,30 @@ def test_a_rollback_brings_back_the_weights_of_a_checkpoint(small_base: Path) ->
         )
 
 
+def test_a_policy_can_be_shown_farther_than_it_went(lively_policy: Callable[[], TinyPolicy]) -> None:
+    state = RunState.start(lively_policy(), TrainConfig.model_validate(SMALL))
+    assert state.shards is not None
+    begun = {name: tensor.clone() for name, tensor in state.shards.live.items()}
+    with torch.no_grad():
+        for parameter in state.shards.live.values():
+            parameter += 2.0**-20
+    assert isinstance(state.policies.live, Offloaded)
+    shown = dict(cast(Any, in_place(state.policies.live.farther())).named_parameters())
+    for name, tensor in shown.items():
+        torch.testing.assert_close(tensor, begun[name] + 2.0**-6, rtol=0, atol=2e-3)
+    state.optimizers[0].step(0)
+    assert state.shards.here is None  # what was shown went with the weights that it was of
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [[7, 7, 7, 7, 1], [100, 1, 1, 1], list(range(1, 40)), []])
 def test_keepers_have_about_as_much(count: int, sizes: Sequence[int]) -> None:
     named = {f"p{i}": size for i, size in enumerate(sizes)}
-    found = keepers(named, count)
+    found = owners(named, count)
     assert set(found) == set(named)
     loads = [sum(size for name, size in named.items() if found[name] == rank) for rank in range(count)]
     assert max(loads) - min(loads) <= max(sizes, default=0)
-    assert keepers(dict(reversed(named.items())), count) == found
+    assert owners(dict(reversed(named.items())), count) == found
 
 
 def test_a_policy_of_one_precision_says_so(small_base: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from processes import Threads, ThreadWire, assert_begin_alike, finish, rows, start
+from processes import OPTIONS, Threads, ThreadWire, assert_begin_alike, finish, rows, start
 from safetensors.torch import load_file
 
 from lvrpo.cli import main
@@ -30,19 +30,6 @@ from lvrpo.training.update import update
 from lvrpo.training.wire import packed, unpacked
 from lvrpo.training.work import hands
 from lvrpo.types import Prompt
-
-OPTIONS = (
-    "steps=6",
-    "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
-    "rollout={group_size: 4, num_steps: 4}",
-    "mini_updates=2",
-    "rewards=[{name: exact_answer}, {name: own_vqa}, {name: drawing_likelihood}]",
-    "advantages.std_floor=1e-4",
-    "guard={every: 2, prompts: {generate: 3, understand: 8}}",
-    "checkpoint_every=2",
-    "control_every=2",
-    "device=cpu",
-)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ def lead_train(options: Options, wire: Wire) -> None:
         find_benchmarks(options.benchmark)
         alignment = open_alignment(options, wire)
     except BaseException:
-        wire.tell(Stop())
+        wire.broadcast_object(Stop())
         wire.close()
         raise
     run = alignment.run

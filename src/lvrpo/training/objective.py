@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
+from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, in_place
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -198,7 +199,7 @@ class Objective(ABC):
 
     def frozen_terms(self, policy: Policy, batch: Batch) -> torch.Tensor:
         """What the loss compares the live policy's numbers with, of one of ``compared_with``; called without grad."""
-        raise NotImplementedError
+        raise ContractError(f"{type(self).__name__} says compared_with={self.compared_with}, and not what it asks them")
 
     @abstractmethod
     def loss(self, live: Policy, batch: Batch) -> torch.Tensor:

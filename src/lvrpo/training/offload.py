@@ -2,7 +2,7 @@
 
 Every process has one module, at the precision that it computes in, and keeps some tensors of every policy of the run on
 the host: in float32 those that move, with the moments of the live ones; those of the reference as they were loaded.
-``bring`` makes the module one of the policies. The gradients of all processes are summed into the keepers of the live
+``unshard`` makes the module one of the policies. The gradients of all processes are summed into the owners of the live
 tensors, who step them. What a card needs does not depend on how many processes there are; what the host of each needs
 is divided by them.
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PART = "part_"
 """Folders of a checkpoint's state: what each process kept."""
+FARTHER, FARTHER_BY = "farther", 2.0**14
+"""The live policy, so many times as far from the reference: a step of 1e-7 is then seen in bfloat16."""
 KNOWN_ANYWAY = frozenset(
     (
         *("writes", "image_size", "compute_dtype", "device", "version", "words", "config"),
@@ -53,7 +55,7 @@ class Act:
     arguments: tuple[Any, ...]
 
 
-def keepers(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """Which of so many processes keeps each tensor: the largest first, to whoever has least."""
     loads, found = [0] * count, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -73,8 +75,8 @@ class Shards:
         module = policy_module(policy)
         self.policy, self.config, self.wire = policy, config, wire
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.keeper = keepers({name: p.numel() for name, p in self.parameters.items()}, wire.size)
-        own = {name: p for name, p in self.parameters.items() if self.keeper[name] == wire.rank}
+        self.owner = owners({name: p.numel() for name, p in self.parameters.items()}, wire.size)
+        own = {name: p for name, p in self.parameters.items() if self.owner[name] == wire.rank}
         self.live = {name: nn.Parameter(_on_host(p, torch.float32)) for name, p in own.items()}
         names = ("average", "old") if asks_for_old(config, policy.writes) else ("average",)
         self.kept: dict[str, Mapping[str, torch.Tensor]] = {
@@ -107,50 +109,52 @@ class Shards:
 
     # ---------------------------------------------------------------- the module
     @torch.no_grad()
-    def bring(self, name: str) -> Policy:
+    def unshard(self, name: str) -> Policy:
         """Everybody's module becomes one of the policies."""
         if self.here != name:
             self.here = None
             self._all(lambda: self._copy_own(name))  # hosts give theirs at the same time
             for key, parameter in self.parameters.items():
-                self.wire.send(parameter.detach(), self.keeper[key])
+                self.wire.broadcast(parameter.detach(), self.owner[key])
             self.here = name
         return self.policy
 
     @torch.no_grad()
     def _copy_own(self, name: str) -> None:
-        for key, tensor in self.kept[name].items():
+        for key, live in self.live.items():
+            start = self.kept["reference"][key]
+            tensor = start.float().lerp(live, FARTHER_BY) if name == FARTHER else self.kept[name][key]
             self.parameters[key].copy_(tensor)
 
     def moved(self, name: str) -> None:
         """Weights of this policy are others than before."""
-        if self.here == name:
+        if self.here in (name, FARTHER):
             self.here = None
 
     # ---------------------------------------------------------------- training
     def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
-        """The gradients of everybody's work, summed into the keepers, and what everybody logged.
+        """The gradients of everybody's work, summed into the owners, and what everybody logged.
 
         First what the frozen policies say, one after the other, then the live one, as many passes as the busiest
         process has: a card holds one set of weights and the gradients of one pass.
         """
         config, metrics = self.config, Metrics()
         frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in work]
-        kinds = {kind for own in self.wire.share({each.kind for each in work}) for kind in own}
+        kinds = {kind for own in self.wire.all_gather_objects({each.kind for each in work}) for kind in own}
         objectives = [o for o in objectives_of(config, self.policy.writes) if o.kind in kinds]
         asked = {name for objective in objectives for name in objective.compared_with}
         for name in FROZEN:
             if name not in asked:
                 continue
-            self.bring(name)
+            self.unshard(name)
             self._all(lambda name=name: self._ask(name, work, frozen, step))
-        self.bring("live")
-        for i in range(max(self.wire.share(len(work)))):
+        self.unshard("live")
+        for i in range(max(self.wire.all_gather_objects(len(work)))):
             own = list(zip(work, frozen, strict=True))[i : i + 1]
             self._all(lambda own=own: [self._backward(w, step, metrics, terms) for w, terms in own])
-            self._add_gradients()
+            self._reduce_gradients()
         total = Metrics()
-        for logged in self.wire.share(metrics):
+        for logged in self.wire.all_gather_objects(metrics):
             total.include(logged)
         return total
 
@@ -167,9 +171,10 @@ class Shards:
         backward_live(self.policy, self.config, work, step, metrics, frozen)
 
     @torch.no_grad()
-    def _add_gradients(self) -> None:
+    def _reduce_gradients(self) -> None:
         known = [parameter.grad is not None for parameter in self.parameters.values()]
-        for (name, parameter), *anybody in zip(self.parameters.items(), *self.wire.share(known), strict=True):
+        everybody = self.wire.all_gather_objects(known)
+        for (name, parameter), *anybody in zip(self.parameters.items(), *everybody, strict=True):
             if not any(anybody):
                 continue
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -177,7 +182,7 @@ class Shards:
             if self.wire.size == 1:
                 gradient = gradient.cpu()  # it is smaller than what it becomes
             gradient = gradient.float()
-            self.wire.add_up(gradient, self.keeper[name])
+            self.wire.reduce(gradient, self.owner[name])
             if name in self.live:
                 kept, gradient = self.live[name], gradient.cpu()
                 kept.grad = gradient if kept.grad is None else kept.grad.add_(gradient)
@@ -191,7 +196,7 @@ class Shards:
     def _norms_of_all(self, own: Norms) -> Norms:
         if self.wire.size == 1:
             return own
-        parts = self.wire.share(own)
+        parts = self.wire.all_gather_objects(own)
         experts = dict.fromkeys(chain(*parts))
         return {expert: math.sqrt(sum(part[expert] ** 2 for part in parts if expert in part)) for expert in experts}
 
@@ -205,7 +210,8 @@ class Shards:
     def changed(self) -> bool:
         """Whether the live weights of anybody are others than the reference's."""
         start = self.kept["reference"]
-        return any(self.wire.share(any(not torch.equal(p, start[name].float()) for name, p in self.live.items())))
+        own = any(not torch.equal(p, start[name].float()) for name, p in self.live.items())
+        return any(self.wire.all_gather_objects(own))
 
     # ---------------------------------------------------------------- checkpoints
     def write(self, name: str, folder: Path) -> None:
@@ -230,7 +236,7 @@ class Shards:
                 sent = torch.empty_like(parameter, dtype=torch.float32)
                 if own is not None:
                     sent.copy_(own)
-                self.wire.send(sent, self.keeper[key])
+                self.wire.broadcast(sent, self.owner[key])
                 own = sent.cpu() if own is None and self.wire.rank == 0 else own
             if own is not None and self.wire.rank == 0:
                 found[key] = own
@@ -277,7 +283,7 @@ class Shards:
 
     def _all(self, run: Callable[[], object]) -> None:
         """Raises in every process what went wrong in one."""
-        require(self.wire.share(attempt(run)[1]))
+        require(self.wire.all_gather_objects(attempt(run)[1]))
 
 
 class Offloaded(StandIn):
@@ -289,7 +295,11 @@ class Offloaded(StandIn):
 
     def policy(self) -> Policy:
         shards = self.shards
-        return shards.policy if shards.here == self.name else shards.together("bring", self.name)
+        return shards.policy if shards.here == self.name else shards.together("unshard", self.name)
+
+    def farther(self) -> Offloaded:
+        """The live policy, ``FARTHER_BY`` times as far from the reference as it is."""
+        return Offloaded(self.shards, FARTHER)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self.shards.policy if attribute in KNOWN_ANYWAY else self.policy(), attribute)

@@ -89,13 +89,13 @@ class Rank:
 
     def policy(self, name: str) -> Policy:
         """One of the policies, its weights in place; everybody asks for the same one."""
-        return getattr(self.policies, name) if self.shards is None else self.shards.bring(name)
+        return getattr(self.policies, name) if self.shards is None else self.shards.unshard(name)
 
     def refresh(self, names: Sequence[str]) -> None:
         """Weights of the first process to all."""
         for name in names:
             for tensor in trained_weights(policy_module(getattr(self.policies, name))).values():
-                self.wire.send(tensor)
+                self.wire.broadcast(tensor)
 
     def call(self, name: str, method: str, arguments: tuple[Any, ...] | None) -> list[Sent]:
         """Everybody's results of a method of a policy, for the first process; None where nothing was to be done."""
@@ -105,7 +105,7 @@ class Rank:
         def result() -> Sent:
             return None if arguments is None else getattr(policy, method)(*arguments)
 
-        answers = self.wire.collect(attempt(result))
+        answers = self.wire.gather_objects(attempt(result))
         require([failure for _, failure in answers])
         return [found for found, _ in answers]
 
@@ -117,7 +117,7 @@ class Rank:
         _, failure = attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
         parameters = [parameter for parameter in live.parameters() if parameter.requires_grad]
         known = [parameter.grad is not None for parameter in parameters]
-        reports = self.wire.share((failure, metrics, known))
+        reports = self.wire.all_gather_objects((failure, metrics, known))
         require([report[0] for report in reports])
         total = Metrics()
         for _, logged, _ in reports:
@@ -126,7 +126,7 @@ class Rank:
             if any(anybody):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                self.wire.add_up(parameter.grad)
+                self.wire.reduce(parameter.grad)
         if self.wire.rank:
             live.zero_grad(set_to_none=True)
         return total
@@ -134,10 +134,10 @@ class Rank:
 
 def serve(wire: Wire, build: Callable[[Setup], tuple[Policies, Shards | None]]) -> None:
     """What all but the first process do: whatever that one asks, until it says stop."""
-    setup = wire.tell()
+    setup = wire.broadcast_object()
     if not isinstance(setup, Stop):
         built, failure = attempt(lambda: build(setup))
-        ready = not any(wire.share(failure))
+        ready = not any(wire.all_gather_objects(failure))
         if ready and built is not None:
             _help(Rank(wire, setup.config, *built))
     wire.close()
@@ -145,14 +145,14 @@ def serve(wire: Wire, build: Callable[[Setup], tuple[Policies, Shards | None]]) 
 
 def _help(rank: Rank) -> None:
     wire = rank.wire
-    while not isinstance(command := wire.tell(), Stop):
+    while not isinstance(command := wire.broadcast_object(), Stop):
         if isinstance(command, Refresh):
             rank.refresh(command.policies)
         elif isinstance(command, Call):
-            rank.call(command.policy, command.method, wire.deal())
+            rank.call(command.policy, command.method, wire.scatter_objects())
         elif isinstance(command, Differentiate):
             with _raised_by_the_first():
-                rank.differentiate(wire.deal(), command.step)
+                rank.differentiate(wire.scatter_objects(), command.step)
         elif isinstance(command, Act):
             with _raised_by_the_first():
                 getattr(rank.shards, command.method)(*command.arguments)
@@ -214,13 +214,13 @@ class Leader(Team):
         self.names = {id(policy): name for name, policy in reversed(_named(policies).items())}
         self.stale: set[str] = set()
         self.moved()
-        wire.tell(setup)
-        failures = wire.share(None)
+        wire.broadcast_object(setup)
+        failures = wire.all_gather_objects(None)
         if any(failures):
             wire.close()
         require(failures)
         if shards is not None:
-            shards.announce = wire.tell
+            shards.announce = wire.broadcast_object
 
     def __enter__(self) -> Self:
         return self
@@ -229,7 +229,7 @@ class Leader(Team):
         known = isinstance(error, InputError | ContractError | Interrupted)
         if error is None or (known and not isinstance(error, LostProcessError)):
             # after anything else the others may be in the middle of something: they see us end
-            self.wire.tell(Stop())
+            self.wire.broadcast_object(Stop())
             self.wire.close()
 
     def shared(self, policies: Policies) -> Policies:
@@ -246,19 +246,19 @@ class Leader(Team):
         self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
     ) -> Metrics:
         self._refresh("live", "old")
-        self.wire.tell(Differentiate(step))
-        return self.own.differentiate(self.wire.deal(hands), step)
+        self.wire.broadcast_object(Differentiate(step))
+        return self.own.differentiate(self.wire.scatter_objects(hands), step)
 
     def call(self, name: str, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Sent]:
         """Every process's result of a method of a policy; None where it is given no arguments."""
         self._refresh(name)
-        self.wire.tell(Call(name, method))
-        return self.own.call(name, method, self.wire.deal(arguments))
+        self.wire.broadcast_object(Call(name, method))
+        return self.own.call(name, method, self.wire.scatter_objects(arguments))
 
     def _refresh(self, *names: str) -> None:
         stale = sorted(self.stale.intersection(names))
         if stale:
-            self.wire.tell(Refresh(stale))
+            self.wire.broadcast_object(Refresh(stale))
             self.own.refresh(stale)
             self.stale.difference_update(stale)
 

@@ -31,25 +31,25 @@ class Wire:
     def close(self) -> None:
         """After everybody's last message."""
 
-    def send(self, tensor: torch.Tensor, source: int = 0) -> None:
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """From one process to all, in place."""
 
-    def add_up(self, tensor: torch.Tensor, owner: int = 0) -> None:
+    def reduce(self, tensor: torch.Tensor, owner: int = 0) -> None:
         """The sum of all in one process, in place; those of the others are lost."""
 
-    def tell(self, message: Sent = None) -> Sent:
+    def broadcast_object(self, message: Sent = None) -> Sent:
         """From the first process to all."""
         return message
 
-    def deal(self, messages: Sequence[Sent] = ()) -> Sent:
+    def scatter_objects(self, messages: Sequence[Sent] = ()) -> Sent:
         """From the first process one to each."""
         return messages[0]
 
-    def share(self, message: Sent) -> list[Sent]:
+    def all_gather_objects(self, message: Sent) -> list[Sent]:
         """From each to all, in order."""
         return [message]
 
-    def collect(self, message: Sent) -> list[Sent]:
+    def gather_objects(self, message: Sent) -> list[Sent]:
         """From each to the first process, in order; the others get nothing."""
         return [message]
 
@@ -75,33 +75,33 @@ class Processes(Wire):
     def close(self) -> None:
         dist.destroy_process_group()
 
-    def send(self, tensor: torch.Tensor, source: int = 0) -> None:
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         with _spoken_to():
             dist.broadcast(tensor, src=source)
 
-    def add_up(self, tensor: torch.Tensor, owner: int = 0) -> None:
+    def reduce(self, tensor: torch.Tensor, owner: int = 0) -> None:
         with _spoken_to():
             dist.reduce(tensor, dst=owner)
 
-    def tell(self, message: Sent = None) -> Sent:
+    def broadcast_object(self, message: Sent = None) -> Sent:
         box = [packed(message) if self.rank == 0 else None]
         with _spoken_to():
             dist.broadcast_object_list(box, src=0)
         return unpacked(box[0])
 
-    def deal(self, messages: Sequence[Sent] = ()) -> Sent:
+    def scatter_objects(self, messages: Sequence[Sent] = ()) -> Sent:
         box: list[bytes | None] = [None]
         with _spoken_to():
             dist.scatter_object_list(box, [packed(message) for message in messages] or None, src=0)
         return unpacked(box[0])
 
-    def share(self, message: Sent) -> list[Sent]:
+    def all_gather_objects(self, message: Sent) -> list[Sent]:
         boxes: list[bytes | None] = [None] * self.size
         with _spoken_to():
             dist.all_gather_object(boxes, packed(message))
         return [unpacked(box) for box in boxes]
 
-    def collect(self, message: Sent) -> list[Sent]:
+    def gather_objects(self, message: Sent) -> list[Sent]:
         boxes: list[bytes | None] = [None] * self.size if self.rank == 0 else []
         with _spoken_to():
             dist.gather_object(packed(message), boxes or None, dst=0)
