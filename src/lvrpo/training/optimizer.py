@@ -15,6 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
+from lvrpo.training.muon import Muon
 
 Norms = dict[str, float]
 """Of gradients, by expert."""
@@ -102,7 +103,7 @@ class Optimizers:
                     )
                 )
             elif muon:
-                self.optimizers.append(torch.optim.Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
+                self.optimizers.append(Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
             else:
                 self.optimizers.append(
                     torch.optim.AdamW(
