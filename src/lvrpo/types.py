@@ -66,6 +66,10 @@ class Prompt:
     """The row of the results table that it counts in (counting, color_attr, sum ...)."""
     source: str = ""
     """The data set (and split) it comes from."""
+    content: str = ""
+    """What it asks, the same for all wordings; equal content is of one split. Empty: its text and pictures."""
+    held_out: bool = False
+    """Whether it shows a combination of things that training never shows."""
     rules: Mapping[str, Any] = field(default_factory=dict)
     """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
     edited: torch.Tensor | None = None

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
@@ -36,7 +37,15 @@ from lvrpo.data.scenes import (
     verify,
     web_corpus,
 )
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, Mention, caption, clear_relation, place
+from lvrpo.data.scenes.grammar import (
+    NUMBER_WORDS,
+    PARAPHRASED_WORDINGS,
+    WORDINGS,
+    Caption,
+    Mention,
+    clear_relation,
+    place,
+)
 from lvrpo.data.scenes.objects import digit_indices, digit_samples, shape_masks
 from lvrpo.data.scenes.preview import preview
 from lvrpo.data.sources import DATASETS, PromptSource
@@ -96,12 +105,13 @@ def test_split_ignores_the_order_of_objects() -> None:
 
 
 def _scenes(split: Split, seed: int, n: int) -> set[str]:
-    """Keys of the pictures shown and drawn."""
+    """Keys of the pictures shown, and in training of those drawn."""
     source, keys = ScenePrompts(ScenesConfig(), split, seed), set()
     for task in source.tasks:
         for index in range(n):
             example = source.example(task, index)
-            for part in (*example.prompt.parts, *example.outputs):
+            drawn = () if task == "generate" and split != "train" else example.outputs
+            for part in (*example.prompt.parts, *drawn):
                 if isinstance(part, torch.Tensor):
                     keys.add(part.numpy().tobytes())
     return keys
@@ -121,6 +131,69 @@ def test_splits_share_no_picture() -> None:
     assert not validation & test
     assert not web & (validation | test)
     assert len(web) > 2000
+
+
+def test_splits_share_no_content() -> None:
+    for task, n in {"generate": 2000, "understand": 1200, "edit": 400, "reason": 1000}.items():
+        sources = [ScenePrompts(ScenesConfig(), split) for split in SPLITS]
+        train, validation, test = ({p.content for p in source.prompts(cast(Task, task), n)} for source in sources)
+        assert not train & (validation | test)
+        assert not validation & test
+        assert min(map(len, (train, validation, test))) > 15
+
+
+def _bare(text: str) -> str:
+    return text.removeprefix("draw ").removeprefix("a picture of ")
+
+
+def test_nothing_trained_on_says_what_a_test_prompt_says() -> None:
+    """By the texts themselves: of captions in either order, of addends in any."""
+
+    def said(text: str) -> str:
+        text = _bare(text)
+        if "+" in text:
+            return " ".join(sorted(re.findall(r"\d", text)))
+        body, ground = re.fullmatch(r"(.*?)((?: on a \w+ ground)?)", text).groups()  # type: ignore[union-attr]
+        for one, other in (("right of", "left of"), ("below", "above")):
+            if f" {one} " in body:
+                body = f" {other} ".join(reversed(body.split(f" {one} ")))
+        return " and ".join(sorted(body.split(" and "))) + ground
+
+    corpus = web_corpus(CorpusConfig(scenes=4000, edits=0, reasons=2000))
+    trained = {said(str(corpus.generate[i].prompt.parts[0])) for i in range(len(corpus.generate))}
+    trained |= {said(str(row.prompt.parts[0])) for row in corpus.reason if row.prompt.category == "draw_answer"}
+    source = ScenePrompts(ScenesConfig(), "train")
+    trained |= {said(str(p.parts[0])) for p in source.prompts("generate", 2000)}
+    trained |= {said(str(p.parts[0])) for p in source.prompts("reason", 600) if p.category == "draw_answer"}
+    test = ScenePrompts(ScenesConfig(), "test")
+    tested = [*test.prompts("generate", 700), *test.prompts("reason", 300)]
+    assert not trained & {said(str(p.parts[0])) for p in tested if isinstance(p.parts[0], str)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_way_forms_are_balanced(split: Split) -> None:
+    source = ScenePrompts(ScenesConfig(), split)
+    counts: Counter[tuple[str, str]] = Counter()
+    for p in [*source.prompts("understand", 2400), *source.prompts("reason", 1000)]:
+        if p.answer in ("yes", "no"):
+            text = str(p.parts[-1])
+            form = next(f for f in ("edge", "more", "of the", "above", "below", "there") if f in text or f == "there")
+            counts["relation" if form in ("of the", "above", "below") else form, p.answer] += 1
+    for form in ("edge", "more", "relation", "there"):
+        assert abs(counts[form, "yes"] - counts[form, "no"]) <= 1
+        assert counts[form, "yes"] >= 50
+
+
+def test_paraphrases_say_the_same_in_other_words() -> None:
+    usual, other = (
+        ScenePrompts(ScenesConfig(wording=wording), "test")  # type: ignore[arg-type]
+        for wording in ("trained", "paraphrased")
+    )
+    for task in ("generate", "understand"):
+        for a, b in zip(usual.prompts(task, 420), other.prompts(task, 420), strict=True):  # type: ignore[arg-type]
+            assert (a.content, a.facts, a.answer) == (b.content, b.facts, b.answer)
+            assert a.parts[-1] != b.parts[-1]
+            assert set(str(b.parts[-1]).split()) <= WORDS
 
 
 def _pairs(image: torch.Tensor) -> set[tuple[str, str]]:
@@ -232,8 +305,7 @@ def test_answers_are_balanced() -> None:
     answers: dict[str, Counter[str | None]] = {}
     for p in source.prompts("understand", 6000):
         answers.setdefault(p.category, Counter())[p.answer] += 1
-    yes, no = answers["exists"]["yes"], answers["exists"]["no"]
-    assert abs(yes - no) < 0.1 * (yes + no)
+    assert answers["exists"]["yes"] == answers["exists"]["no"]
     for category, most in {"color": 0.2, "count": 0.35, "shape": 0.25, "digit": 0.2, "position": 0.35}.items():
         assert max(answers[category].values()) < most * answers[category].total()
     assert set(answers["count"]) == set(NUMBER_WORDS[1:])
@@ -255,6 +327,8 @@ def _answer(question: str, image: torch.Tensor) -> str:
             if color in (None, o.color) and (shape in ("object", o.shape) or (digit and o.shape.isdigit()))
         ]
 
+    if question == "what color is the ground ?":
+        return read(image[None])[0].ground or ""
     if question.startswith("what color"):
         return next(iter({o.color for o in named(w[4:])}))
     if question.startswith("what shape"):
@@ -269,6 +343,8 @@ def _answer(question: str, image: torch.Tensor) -> str:
         return str(sum(int(o.shape) for o in objects))
     if question == "which digit is larger ?":
         return max(o.shape for o in objects)
+    if question == "which digit is smaller ?":
+        return min(o.shape for o in objects)
     if question.startswith("are there more"):
         return "yes" if len(named([w[3]])) > len(named([w[5]])) else "no"
     if " edge" in question:
@@ -303,9 +379,9 @@ def test_sums_and_drawn_answers() -> None:
         text = p.parts[-1]
         assert isinstance(text, str)
         if p.category == "draw_answer":
-            a, b = map(int, re.findall(r"\d", text))
+            values = [int(value) for value in re.findall(r"\d", text)]
             assert p.output == ("text", "image")
-            assert p.answer == str(a + b if "+" in text else max(a, b))
+            assert p.answer == str((sum if "+" in text else max if "larger" in text else min)(values))
             assert p.facts[0].answer == p.answer
 
 
@@ -315,7 +391,10 @@ def test_web_corpus() -> None:
     corpus = web_corpus(config)
     print(f"{len(corpus)} rows in {time.perf_counter() - start:.1f} s: {corpus.rates}")
     assert [len(x) for x in (corpus.generate, corpus.caption, corpus.question)] == [3000, 3000, 12000]
-    expected = {n: getattr(config, n) for n in ("drop_color", "drop_object", "wrong_slot", "relation", "attribution")}
+    expected = {
+        n: getattr(config, n)
+        for n in ("drop_color", "drop_object", "wrong_slot", "relation", "attribution", "place", "ground")
+    }
     expected |= {
         n: getattr(config, n) for n in ("wrong_yes", "wrong_count", "wrong_answer", "wrong_edit", "wrong_reason")
     }
@@ -364,8 +443,14 @@ def test_language() -> None:
     assert Mention("circle", "orange").phrase == "an orange circle"
     assert Mention("8", "red").phrase == "a red 8"
     assert Mention("cross", None, 3).phrase == "three crosses"
-    assert caption([Mention("7")]) == "the digit 7"
-    assert caption([Mention("star", "red"), Mention("circle")], "left", 2) == "a picture of a red star left of a circle"
+    assert Caption((Mention("7"),)).text() == "the digit 7"
+    related = Caption((Mention("star", "red"), Mention("circle")), "left", ground="black")
+    assert related.text(WORDINGS[2]) == "a picture of a red star left of a circle on a black ground"
+    placed = Caption((Mention("cross", None, 2),), place="top left")
+    assert [placed.text(w) for w in PARAPHRASED_WORDINGS[1:]] == [
+        "there are two crosses at the top left",
+        "a picture with two crosses at the top left",
+    ]
     assert [clear_relation(*c) for c in (((0, 0), (1, 3)), ((3, 0), (0, 1)), ((1, 1), (2, 2)))] == [
         "left",
         "below",

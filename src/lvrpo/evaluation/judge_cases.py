@@ -14,6 +14,7 @@ from lvrpo.data.scenes.objects import (
     COLORS,
     DEFAULT_SIZE,
     DIGITS,
+    GROUNDS,
     MAX_OBJECTS,
     SHAPES,
     Scene,
@@ -70,8 +71,8 @@ class _Cases:
         """Pictures for a caption: one object changed, and whatever facts that breaks."""
         for cluster, category, layout in self._layouts("drawing", grammar.GENERATE):
             d = layout.describe(category)
-            prompt = Prompt(cluster, "generate", (grammar.caption(d.mentions, d.relation),), ("image",))
-            said = facts.of_caption(d.mentions, d.relation)
+            prompt = Prompt(cluster, "generate", (d.caption.text(),), ("image",))
+            said = facts.of_caption(d.caption)
             yield from self._pictures(prompt, "prompt", said, d.scene, _changed(d.scene, layout))
 
     def edits(self) -> Iterator[JudgeCase]:
@@ -116,7 +117,7 @@ class _Cases:
             d = layout.describe(category)
             image = render(d.scene, self.size)
             prompt = Prompt(cluster, "understand", (image, grammar.DESCRIBE), ("text",), None, (), "caption")
-            right = grammar.caption(d.mentions, d.relation)
+            right = d.caption.text()
             for error, wrong in _misdescribed(d, layout.rng).items():
                 yield JudgeCase("draw", "caption", error, cluster, given_group(prompt, [(right,), (wrong,)]))
 
@@ -144,7 +145,8 @@ ANSWERS = (
     NUMBER_WORDS[1 : MAX_OBJECTS + 1],
     ("yes", "no"),
     RELATIONS,
-    ("top left", "top right", "bottom left", "bottom right"),
+    grammar.PLACES,
+    GROUNDS,
 )
 """The answers of each kind."""
 
@@ -197,14 +199,15 @@ def _changed(scene: Scene, layout: Layout) -> dict[str, Scene]:
 
 def _misdescribed(d: Description, rng: random.Random) -> dict[str, str]:
     """Captions that err in one thing that the right one says, by name."""
-    i = rng.randrange(len(d.mentions))
-    m = d.mentions[i]
+    right = d.caption
+    i = rng.randrange(len(right.mentions))
+    m = right.mentions[i]
 
-    def said(mentions: Sequence[Mention], relation: str | None = d.relation) -> str:
-        return grammar.caption(mentions, relation)
+    def said(*mentions: Mention) -> str:
+        return replace(right, mentions=mentions).text()
 
     def instead(new: Mention) -> str:
-        return said([new if k == i else other for k, other in enumerate(d.mentions)])
+        return said(*(new if k == i else other for k, other in enumerate(right.mentions)))
 
     wrong = {"digit" if m.is_digit else "shape": instead(replace(m, shape=_another(d, m, rng)))}
     if m.color is not None:
@@ -212,15 +215,19 @@ def _misdescribed(d: Description, rng: random.Random) -> dict[str, str]:
     if m.count > 1:
         near = [n for n in (m.count - 1, m.count + 1) if 2 <= n <= MAX_OBJECTS]
         wrong["count"] = instead(replace(m, count=rng.choice(near)))
-    if len(d.mentions) == 2 and d.relation is None:
-        first, second = d.mentions
-        wrong["missing"] = said([m])
+    if len(right.mentions) == 2 and right.relation is None:
+        first, second = right.mentions
+        wrong["missing"] = said(m)
         if first.color and second.color:
-            wrong["binding"] = said([replace(first, color=second.color), replace(second, color=first.color)])
-    if len(d.mentions) == 1 and m.count == 1 and not m.is_digit:
-        wrong["extra"] = said([m, Mention(_another(d, m, rng), rng.choice(COLORS))])
-    if d.relation is not None:
-        wrong["position"] = said(d.mentions, OPPOSITE[d.relation])
+            wrong["binding"] = said(replace(first, color=second.color), replace(second, color=first.color))
+    if len(right.mentions) == 1 and m.count == 1 and not m.is_digit and right.place is None:
+        wrong["extra"] = said(m, Mention(_another(d, m, rng), rng.choice(COLORS)))
+    if right.relation is not None:
+        wrong["position"] = replace(right, relation=OPPOSITE[right.relation]).text()
+    if right.place is not None:
+        wrong["place"] = replace(right, place=_other(rng, grammar.PLACES, right.place)).text()
+    if right.ground is not None:
+        wrong["ground"] = replace(right, ground=_other(rng, GROUNDS, right.ground)).text()
     return wrong
 
 

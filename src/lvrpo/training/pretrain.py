@@ -46,7 +46,7 @@ class PretrainConfig(Config):
     corpus: CorpusConfig = CorpusConfig()
     steps: int = Field(default=6000, ge=1)
     batch: dict[Kind, int] = Field(
-        default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 12}, min_length=1
+        default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -1,7 +1,8 @@
 """The web corpus: a finite, web-like collection for pretraining, in which captions leave things out and err.
 
 The rates are fields of ``CorpusConfig``; ``WebCorpus.rates`` reports what was actually drawn. Only scenes and
-handwritten samples of the train split appear, and no held-out combination does, in pictures or in words.
+handwritten samples of the train split appear, only captions and sums of that split, and no held-out combination, in
+pictures or in words.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import overload
 
 from pydantic import Field, field_validator
 
 from lvrpo.config import Config
 from lvrpo.data.scenes import edits, grammar, reasoning
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Mention, clear_relation
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Caption, Mention, clear_relation, place
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import (
     CELL,
     COLORS,
     DEFAULT_SIZE,
     DIGITS,
+    GROUNDS,
     HELD_OUT,
     MAX_OBJECTS,
     SHAPES,
@@ -30,7 +34,7 @@ from lvrpo.data.scenes.objects import (
 )
 from lvrpo.data.scenes.questions import ask
 from lvrpo.data.scenes.render import render
-from lvrpo.types import Example, Image, OutputKind, Part, Prompt, Task
+from lvrpo.types import Example, OutputKind, Part, Prompt, Task
 
 
 class CorpusConfig(Config):
@@ -50,7 +54,7 @@ class CorpusConfig(Config):
     )
     """What the pictures show; "alike", that is counting, is rare."""
     question_shares: dict[str, float] = Field(
-        default_factory=lambda: {"color": 0.28, "shape": 0.24, "exists": 0.30, "count": 0.12, "position": 0.06}
+        default_factory=lambda: {"color": 0.26, "shape": 0.22, "exists": 0.28, "count": 0.12, "position": 0.12}
     )
     """What is asked; counts and positions are rare. A picture with a digit is asked for it half of the time."""
     drop_color: float = Field(default=0.30, ge=0, le=1)
@@ -61,6 +65,10 @@ class CorpusConfig(Config):
     """Share of captions with one wrong word: a color, a shape, a digit, a number or a relation."""
     relation: float = Field(default=0.12, ge=0, le=1)
     """Share of captions of two objects that say where they stand."""
+    place: float = Field(default=0.25, ge=0, le=1)
+    """Share of captions of a single object that say in which quadrant it is."""
+    ground: float = Field(default=0.25, ge=0, le=1)
+    """Share of captions that say the color of the ground."""
     attribution: float = Field(default=0.15, ge=0, le=1)
     """Share of captions of several objects that may tell more than one color; the others tell at most one."""
     wrong_yes: float = Field(default=0.30, ge=0, le=1)
@@ -89,22 +97,67 @@ class CorpusConfig(Config):
         return shares
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An example with scenes in the place of pictures."""
+
+    task: Task
+    category: str
+    index: int
+    parts: tuple[str | Scene, ...]
+    output: tuple[OutputKind, ...]
+    outputs: tuple[str | Scene, ...]
+
+
+_drawn = lru_cache(maxsize=1024)(render)
+
+
+class Rows(Sequence[Example]):
+    """Examples that are drawn when they are read: rows about one picture, read one soon after the other, share it."""
+
+    def __init__(self, rows: Sequence[_Row], size: int) -> None:
+        self._rows, self._size = rows, size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._example(row) for row in self._rows[index]]
+        return self._example(self._rows[index])
+
+    def _example(self, row: _Row) -> Example:
+        answer = next((o for o in row.outputs if isinstance(o, str)), None)
+        key = f"scenes/web/{row.task}/{row.category}/{row.index:06d}"
+        parts, outputs = self._parts(row.parts), self._parts(row.outputs)
+        return Example(Prompt(key, row.task, parts, row.output, answer, (), row.category, "scenes/web"), outputs)
+
+    def _parts(self, parts: Sequence[str | Scene]) -> tuple[Part, ...]:
+        return tuple(part if isinstance(part, str) else _drawn(part, self._size) for part in parts)
+
+
 @dataclass(frozen=True)
 class WebCorpus:
-    """Rows to imitate. Rows about one picture hold the same tensor object."""
+    """Rows to imitate."""
 
     config: CorpusConfig
-    generate: list[Example]
+    generate: Rows
     """Caption -> picture."""
-    caption: list[Example]
+    caption: Rows
     """Picture and "describe the picture" -> caption."""
-    question: list[Example]
-    """Picture and question -> answer."""
-    edit: list[Example]
+    question: Rows
+    """Picture and question -> answer; those about one picture follow each other."""
+    edit: Rows
     """Picture and instruction -> picture."""
-    reason: list[Example]
+    reason: Rows
     """Picture and question -> answer, or text -> answer and picture."""
-    scenes: list[Scene] = field(repr=False)
+    scenes: Sequence[Scene] = field(repr=False)
     """What the pictures of the captions show, in their order."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Measured shares: dropped colors and objects, wrong captions, answers, edits, reasons."""
@@ -114,7 +167,7 @@ class WebCorpus:
         return [*self.generate, *self.caption, *self.question, *self.edit, *self.reason]
 
     def __len__(self) -> int:
-        return len(self.examples())
+        return sum(map(len, (self.generate, self.caption, self.question, self.edit, self.reason)))
 
 
 def web_corpus(config: CorpusConfig | None = None) -> WebCorpus:
@@ -141,35 +194,21 @@ class _Builder:
 
     def build(self) -> WebCorpus:
         c = self.config
-        corpus = WebCorpus(c, [], [], [], [], [], [], {})
+        scenes: list[Scene] = []
+        generate: list[_Row] = []
+        caption: list[_Row] = []
+        questions: list[_Row] = []
         for i in range(c.scenes):
-            scene = self._scene()
-            image = render(scene, c.size)
-            text = self._caption(scene)
-            corpus.scenes.append(scene)
-            wording = (0, 0, 1, 2)[self.rng.randrange(4)]
-            said = grammar.caption(*text, wording=wording)
-            corpus.generate.append(self._row("generate", "caption", i, (said,), ("image",), (image,)))
-            plain = grammar.caption(*text)
-            parts = (image, grammar.DESCRIBE)
-            corpus.caption.append(self._row("understand", "caption", i, parts, ("text",), (plain,)))
-            self._questions(corpus.question, scene, image)
-        corpus.edit.extend(self._edit(i) for i in range(c.edits))
-        corpus.reason.extend(self._reason(i) for i in range(c.reasons))
-        return replace(corpus, rates=self._rates())
-
-    def _row(
-        self,
-        task: Task,
-        category: str,
-        index: int,
-        parts: tuple[Part, ...],
-        output: tuple[OutputKind, ...],
-        outputs: tuple[Part, ...],
-    ) -> Example:
-        answer = next((o for o in outputs if isinstance(o, str)), None)
-        key = f"scenes/web/{task}/{category}/{index:06d}"
-        return Example(Prompt(key, task, parts, output, answer, (), category, "scenes/web"), outputs)
+            scene, said = self._captioned()
+            scenes.append(scene)
+            wording = grammar.WORDINGS[(0, 0, 1, 2)[self.rng.randrange(4)]]
+            generate.append(_Row("generate", "caption", i, (said.text(wording),), ("image",), (scene,)))
+            caption.append(_Row("understand", "caption", i, (scene, grammar.DESCRIBE), ("text",), (said.text(),)))
+            self._questions(questions, scene)
+        edit = [self._edit(i) for i in range(c.edits)]
+        reason = [self._reason(i) for i in range(c.reasons)]
+        rows = (Rows(r, c.size) for r in (generate, caption, questions, edit, reason))
+        return WebCorpus(c, *rows, scenes, self._rates())
 
     def _happens(self, name: str, rate: float) -> bool:
         """Draws an error of a rate and counts it."""
@@ -189,17 +228,31 @@ class _Builder:
             "one": lambda: self.layout.objects(1),
             "two": lambda: self.layout.objects(2),
             "several": lambda: self.layout.to_ask(digit=False),
-            "alike": lambda: self.layout.alike().scene,
+            "alike": self.layout.alike,
             "digit": self._with_digit,
         }[kind]
         return self.layout.until(build, lambda s: s)
 
     def _with_digit(self) -> Scene:
-        return self.layout.one_digit().scene if self.rng.random() < 0.8 else self.layout.to_ask(digit=True)
+        draw = self.rng.random()
+        if draw < 0.6:
+            return self.layout.one_digit()
+        return self.layout.to_ask(digit=True) if draw < 0.8 else self.layout.shape_and_digit()
 
-    def _caption(self, scene: Scene) -> tuple[list[Mention], str | None]:
+    def _captioned(self) -> tuple[Scene, Caption]:
+        """A scene and a caption, the first of the train split that comes up."""
+        while True:
+            scene = self._scene()
+            for _ in range(8):
+                counts = Counter(self.counts)
+                caption = self._caption(scene)
+                if caption.split == "train":
+                    return scene, caption
+                self.counts = counts
+
+    def _caption(self, scene: Scene) -> Caption:
         c, objects = self.config, scene.objects
-        relation = None
+        relation = where = None
         groups: dict[str, list[SceneObject]] = {}
         for o in self.rng.sample(objects, len(objects)):
             groups.setdefault(o.shape, []).append(o)
@@ -215,9 +268,12 @@ class _Builder:
         if len(colored) > 1 and not self._happens("attribution", c.attribution):
             kept = self.rng.choice(colored)
             mentions = [m if i == kept else m.without_color() for i, m in enumerate(mentions)]
+        if len(objects) == 1 and self._happens("place", c.place):
+            where = place(objects[0].row, objects[0].col, self.layout.grid)
+        ground = scene.ground if self._happens("ground", c.ground) else None
         if self._happens("wrong_slot", c.wrong_slot):
-            return self._spoil(mentions, relation)
-        return mentions, relation
+            mentions, relation = self._spoil(mentions, relation)
+        return Caption(tuple(mentions), relation, where, ground)
 
     def _spoil(self, mentions: list[Mention], relation: str | None) -> tuple[list[Mention], str | None]:
         """The caption with one wrong word, never one that names a held-out combination."""
@@ -237,7 +293,7 @@ class _Builder:
             if (wrong.color, wrong.shape) not in HELD_OUT:
                 return [wrong if k == i else other for k, other in enumerate(mentions)], relation
 
-    def _questions(self, rows: list[Example], scene: Scene, image: Image) -> None:
+    def _questions(self, rows: list[_Row], scene: Scene) -> None:
         shares = self.config.question_shares
         names, weights = list(shares), list(shares.values())
         digit = sum(o.is_digit for o in scene.objects) == 1
@@ -248,8 +304,7 @@ class _Builder:
                 category = "digit" if ask_digit else self.rng.choices(names, weights)[0]
                 question = ask(category, scene, self.rng, self.layout.grid)
             answer = self._answer(question.answer)
-            parts = (image, question.text)
-            rows.append(self._row("understand", category or "", len(rows), parts, ("text",), (answer,)))
+            rows.append(_Row("understand", category or "", len(rows), (scene, question.text), ("text",), (answer,)))
 
     def _answer(self, answer: str) -> str:
         """The answer, or a wrong one of its kind."""
@@ -267,14 +322,13 @@ class _Builder:
         self.counts["wrong_question"] += wrong != answer
         return wrong
 
-    def _edit(self, index: int) -> Example:
+    def _edit(self, index: int) -> _Row:
         category = grammar.EDIT[index % len(grammar.EDIT)]
         made = edits.edit(category, self.layout)
         target = made.target
         if self._happens("wrong_edit", self.config.wrong_edit):
             target = made.source if self.rng.random() < 0.5 else self._changed_too(target)
-        parts = (render(made.source, self.config.size), made.instruction)
-        return self._row("edit", category, index, parts, ("image",), (render(target, self.config.size),))
+        return _Row("edit", category, index, (made.source, made.instruction), ("image",), (target,))
 
     def _changed_too(self, scene: Scene) -> Scene:
         def build() -> Scene:
@@ -285,7 +339,7 @@ class _Builder:
 
         return self.layout.until(lambda: None if (s := build()) == scene else s, lambda s: s)
 
-    def _reason(self, index: int) -> Example:
+    def _reason(self, index: int) -> _Row:
         category = grammar.REASON[index % len(grammar.REASON)]
         r = reasoning.reason(category, self.layout)
         answer, drawing = r.answer, r.drawing
@@ -293,20 +347,18 @@ class _Builder:
             answer = _other(self.rng, ("yes", "no") if answer in ("yes", "no") else DIGITS, answer)
             drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
         if drawing is not None:
-            outputs = (answer, render(drawing, self.config.size))
-            return self._row("reason", category, index, (r.text,), ("text", "image"), outputs)
+            return _Row("reason", category, index, (r.text,), ("text", "image"), (answer, drawing))
         assert r.picture is not None
-        parts = (render(r.picture, self.config.size), r.text)
-        return self._row("reason", category, index, parts, ("text",), (answer,))
+        return _Row("reason", category, index, (r.picture, r.text), ("text",), (answer,))
 
 
-_PLACES = ("top left", "top right", "bottom left", "bottom right")
 _ANSWERS: tuple[tuple[str, ...], ...] = (
     ("yes", "no"),
     COLORS,
     SHAPES,
     DIGITS,
     NUMBER_WORDS[1:],
-    _PLACES,
+    grammar.PLACES,
+    GROUNDS,
     grammar.RELATIONS,
 )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lvrpo.data.scenes import grammar
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, Mention
+from lvrpo.data.scenes.grammar import NUMBER_WORDS, Caption, Mention
 from lvrpo.data.scenes.objects import Scene, SceneObject
 from lvrpo.types import Fact
 
@@ -63,9 +61,21 @@ def unchanged(o: SceneObject, ground: str) -> Fact:
     return Fact("unchanged", grammar.ask_exists(grammar.mention(o)), "yes", check)
 
 
-def of_caption(mentions: Sequence[Mention], relation_name: str | None = None) -> tuple[Fact, ...]:
-    """Everything that a caption says: existence, color, count, digit, relation, and always the total."""
+def place(m: Mention, name: str) -> Fact:
+    """That an object lies in a quadrant."""
+    check = {"type": "place", **_named(m), "place": name}
+    return Fact("position", grammar.ask_where(m), name, check)
+
+
+def ground(name: str) -> Fact:
+    """The color of the ground."""
+    return Fact("ground", grammar.ASK_GROUND, name, {"type": "ground", "ground": name})
+
+
+def of_caption(caption: Caption) -> tuple[Fact, ...]:
+    """Everything that a caption says: existence, color, count, digit, relation, place, ground, and always the total."""
     facts: list[Fact] = []
+    mentions = caption.mentions
     for m in mentions:
         if m.count > 1:
             facts.append(count(m))
@@ -73,8 +83,12 @@ def of_caption(mentions: Sequence[Mention], relation_name: str | None = None) ->
         facts.append(digit(m.shape) if m.is_digit else exists(m.without_color()))
         if m.color is not None:
             facts.append(color(Mention("digit", m.color) if m.is_digit else m))
-    if relation_name is not None:
-        facts.append(relation(mentions[0].without_color(), mentions[1].without_color(), relation_name))
+    if caption.relation is not None:
+        facts.append(relation(mentions[0].without_color(), mentions[1].without_color(), caption.relation))
+    if caption.place is not None:
+        facts.append(place(mentions[0].without_color(), caption.place))
+    if caption.ground is not None:
+        facts.append(ground(caption.ground))
     return (*facts, total(sum(m.count for m in mentions)))
 
 

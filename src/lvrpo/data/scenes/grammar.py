@@ -7,14 +7,24 @@ Digits are written "0" .. "9"; counts of objects are number words, "one" .. "fiv
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lvrpo.data.scenes.objects import COLORS, DIGITS, MAX_OBJECTS, SHAPES, SceneObject
+from lvrpo.data.scenes.objects import (
+    COLORS,
+    DIGITS,
+    GROUNDS,
+    HELD_OUT,
+    MAX_OBJECTS,
+    SHAPES,
+    SceneObject,
+    Split,
+    text_split,
+)
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 RELATIONS = ("left", "right", "above", "below")
 RELATION_PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 EDGES = ("left", "right", "top", "bottom")
 PLURAL = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES} | {"object": "objects"}
@@ -22,14 +32,15 @@ DESCRIBE = "describe the picture"
 """The prompt of a caption."""
 
 _FUNCTION_WORDS = (
-    "? + a add above an and are at below bottom color describe digit draw edge green how is larger left make "
-    "many more move no object objects of picture red relative remove replace right shape sum than the there to top two "
-    "what where which with yes"
+    "? + a add above an and are at below bottom color describe digit draw edge ground how is larger left make "
+    "many more move no object objects of on picture relative remove replace right shape smaller sum than the there to "
+    "top what where which with yes"
 )
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         set(_FUNCTION_WORDS.split())
         | set(COLORS)
+        | set(GROUNDS)
         | set(SHAPES)
         | set(PLURAL.values())
         | set(DIGITS)
@@ -97,15 +108,61 @@ def article(words: str) -> str:
     return "an" if words.startswith(("orange", "object", "8")) else "a"
 
 
-def caption(mentions: Sequence[Mention], relation: str | None = None, wording: int = 0) -> str:
-    """A caption in one of three wordings: bare, "draw ...", "a picture of ..."."""
-    joint = f" {RELATION_PHRASE[relation]} " if relation else " and "
-    return ("", "draw ", "a picture of ")[wording % 3] + joint.join(m.phrase for m in mentions)
+WORDINGS = ("{}", "draw {}", "a picture of {}")
+"""How a caption is put as a prompt."""
+PARAPHRASED_WORDINGS = ("draw a picture of {}", "there {be} {}", "a picture with {}")
+"""Wordings that no split but the paraphrased tests has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What a text says of a picture, which shows exactly these objects."""
+
+    mentions: tuple[Mention, ...]
+    relation: str | None = None
+    """Where the first of two stands relative to the second: one of ``RELATIONS``."""
+    place: str | None = None
+    """The quadrant of the only object: one of ``PLACES``."""
+    ground: str | None = None
+
+    def text(self, wording: str = WORDINGS[0]) -> str:
+        """In words: "a red circle left of a star on a black ground"."""
+        joint = f" {RELATION_PHRASE[self.relation]} " if self.relation else " and "
+        said = joint.join(m.phrase for m in self.mentions)
+        if self.place is not None:
+            said += f" at the {self.place}"
+        if self.ground is not None:
+            said += f" on a {self.ground} ground"
+        return wording.format(said, be="is" if self.mentions[0].count == 1 else "are")
+
+    @property
+    def content(self) -> str:
+        """The same for all wordings and orders of mentions: "a left of b" is "b right of a"."""
+        named = [f"{m.count} {m.color or 'any'} {m.shape}" for m in self.mentions]
+        relation = self.relation
+        if relation in ("right", "below"):
+            named, relation = named[::-1], OPPOSITE[relation]
+        elif relation is None:
+            named = sorted(named)
+        return " | ".join([*named, f"{relation} {self.place} {self.ground}"])
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it names a combination that training never sees."""
+        return any((m.color, m.shape) in HELD_OUT for m in self.mentions)
+
+    @property
+    def split(self) -> Split:
+        """The split that its text belongs to."""
+        return text_split(self.content, self.held_out)
 
 
 def ask_color(m: Mention) -> str:
     """ "what color is the circle ?", in the plural if there are several."""
     return f"what color {'is' if m.count == 1 else 'are'} the {m.bare} ?"
+
+
+ASK_GROUND = "what color is the ground ?"
 
 
 def ask_shape(color: str, several: bool = False) -> str:
@@ -146,6 +203,7 @@ def ask_edge(m: Mention, edge: str) -> str:
 ASK_DIGIT = "what digit is there ?"
 ASK_SUM = "what is the sum ?"
 ASK_LARGER = "which digit is larger ?"
+ASK_SMALLER = "which digit is smaller ?"
 
 
 def ask_more(a: str, b: str) -> str:

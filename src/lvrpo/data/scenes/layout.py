@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lvrpo.data.scenes.grammar import RELATIONS, Mention, clear_relation
+from lvrpo.data.scenes.grammar import PLACES, RELATIONS, Caption, Mention, clear_relation, place
 from lvrpo.data.scenes.objects import (
     COLORS,
     GROUNDS,
@@ -29,10 +29,9 @@ _SEEN_COLORS = {s: tuple(c for c in COLORS if (c, s) not in HELD_OUT) for s in S
 
 @dataclass(frozen=True)
 class Description:
-    """A scene with the words that describe it in full."""
+    """A scene with a caption that holds of it and leaves no object out."""
 
-    mentions: tuple[Mention, ...]
-    relation: str | None
+    caption: Caption
     scene: Scene
 
 
@@ -42,7 +41,7 @@ class Layout:
     def __init__(self, rng: random.Random, split: Split, grid: int = 4, held_out: bool = False) -> None:
         self.rng, self.split, self.grid, self.held_out = rng, split, grid, held_out
 
-    def until(self, build: Callable[[], T | None], scene_of: Callable[[T], Scene], attempts: int = 2000) -> T:
+    def until(self, build: Callable[[], T | None], scene_of: Callable[[T], Scene], attempts: int = 20000) -> T:
         """Calls ``build`` until its scene belongs to the split and shows (or not) a held-out combination."""
         for _ in range(attempts):
             built = build()
@@ -76,10 +75,25 @@ class Layout:
         """A color that training may show on a shape."""
         return self.rng.choice(_SEEN_COLORS[shape])
 
-    def digit(self, value: int, cell: tuple[int, int]) -> SceneObject:
-        """A handwritten digit of this split."""
+    def digit(self, value: int, cell: tuple[int, int], color: str | None = None) -> SceneObject:
+        """A handwritten digit of this split, of any color if none is given."""
         sample = self.rng.choice(digit_indices(self.split)[value])
-        return SceneObject(str(value), self.rng.choice(COLORS), *cell, sample)
+        return SceneObject(str(value), color or self.rng.choice(COLORS), *cell, sample)
+
+    def one_digit(self) -> Scene:
+        """A picture of one handwritten digit."""
+        return self.digits((self.rng.randrange(10),))
+
+    def shape_and_digit(self) -> Scene:
+        """A picture of a shape and a handwritten digit."""
+        ((color, shape),) = self.pairs(1)
+        first, second = self.cells(2)
+        return Scene(self.ground(), (SceneObject(shape, color, *first), self.digit(self.rng.randrange(10), second)))
+
+    def alike(self) -> Scene:
+        """Two to five objects of one shape."""
+        m = self._several()
+        return next(scene for scene in iter(lambda: self._scene_of(Caption((m,))), None))
 
     def objects(self, count: int) -> Scene:
         """Up to 5 objects of distinct shapes and colors."""
@@ -87,48 +101,87 @@ class Layout:
         return Scene(self.ground(), tuple(SceneObject(s, c, *cell) for (c, s), cell in zip(pairs, cells, strict=True)))
 
     def describe(self, category: str) -> Description:
-        """A fully described scene of a generation category. Raises KeyError for another name."""
+        """A caption of a generation category and a scene that it holds of, both of the split.
+
+        Raises KeyError for another name.
+        """
         build = {
-            "single_object": lambda: self._plain(1, False),
-            "two_object": lambda: self._plain(2, False),
-            "colors": lambda: self._plain(1, True),
-            "color_attr": lambda: self._plain(2, True),
-            "counting": self.alike,
-            "position": self._related,
-            "digits": self.one_digit,
+            "single_object": lambda: Caption(self._mentions(1, False), place=self._place()),
+            "two_object": lambda: Caption(self._two()),
+            "colors": lambda: Caption(self._mentions(1, True), place=self._place()),
+            "color_attr": lambda: Caption(self._mentions(2, True)),
+            "counting": lambda: Caption((self._several(),)),
+            "position": lambda: Caption(
+                self._mentions(2, self.held_out or self.rng.random() < 0.5), self.rng.choice(RELATIONS)
+            ),
+            "digits": lambda: Caption((self._any_digit(),), place=self._place()),
         }[category]
-        return self.until(build, lambda d: d.scene)
+        return self.described(lambda: replace(build(), ground=self._said_ground()))
 
-    def _plain(self, count: int, colored: bool) -> Description:
-        scene = self.objects(count)
-        return Description(tuple(Mention(o.shape, o.color if colored else None) for o in scene.objects), None, scene)
+    def described(self, build: Callable[[], Caption]) -> Description:
+        """The first caption of the split, with a scene.
 
-    def alike(self) -> Description:
-        """Two to five alike objects: of one color that is told, or of any colors that are not."""
-        count = self.rng.randint(2, MAX_OBJECTS)
+        Outside training the scene may be of any split: the text is what is asked, and of some texts there are few.
+        """
+        caption = next(c for c in iter(build, None) if c.split == self.split and c.held_out == self.held_out)
+        while True:
+            scene = self._scene_of(caption)
+            if scene is None or scene.held_out() != self.held_out:
+                continue
+            if self.split != "train" or scene.split() == "train":
+                return Description(caption, scene)
+
+    def _place(self) -> str | None:
+        return self.rng.choice(PLACES) if self.rng.random() < 0.5 else None
+
+    def _said_ground(self) -> str | None:
+        return self.ground() if self.rng.random() < 0.5 else None
+
+    def _mentions(self, count: int, colored: bool) -> tuple[Mention, ...]:
+        return tuple(Mention(shape, color if colored else None) for color, shape in self.pairs(count))
+
+    def _any_digit(self) -> Mention:
+        color = self.rng.choice(COLORS) if self.rng.random() < 0.5 else None
+        return Mention(str(self.rng.randrange(10)), color)
+
+    def _two(self) -> tuple[Mention, ...]:
+        """Two shapes, or a shape and a digit, without colors."""
+        if self.rng.random() < 0.5:
+            return self._mentions(2, False)
+        both = [*self._mentions(1, False), Mention(str(self.rng.randrange(10)))]
+        self.rng.shuffle(both)
+        return tuple(both)
+
+    def _several(self) -> Mention:
         colored = self.held_out or self.rng.random() < 0.5
         ((color, shape),) = self.pairs(1)
-        one_color = colored or self.rng.random() < 0.5
-        colors = [color if one_color or i == 0 else self.color_of(shape) for i in range(count)]
-        placed = zip(colors, self.cells(count), strict=True)
-        objects = tuple(SceneObject(shape, c, *cell) for c, cell in placed)
-        return Description((Mention(shape, color if colored else None, count),), None, Scene(self.ground(), objects))
+        return Mention(shape, color if colored else None, self.rng.randint(2, MAX_OBJECTS))
 
-    def _related(self) -> Description | None:
-        relation = self.rng.choice(RELATIONS)
-        scene = self.objects(2)
-        a, b = scene.objects
-        if clear_relation(a.cell, b.cell) != relation:
+    def _scene_of(self, caption: Caption) -> Scene | None:
+        """A scene that the caption may describe; None where the objects came to stand otherwise."""
+        mentions, cells = caption.mentions, self.cells(sum(m.count for m in caption.mentions))
+        if caption.place is not None and place(*cells[0], self.grid) != caption.place:
             return None
-        colored = self.held_out or self.rng.random() < 0.5
-        return Description(tuple(Mention(o.shape, o.color if colored else None) for o in (a, b)), relation, scene)
+        if caption.relation is not None and clear_relation(*cells[:2]) != caption.relation:
+            return None
+        colors = [color for m in mentions for color in self._colors(m)]
+        if len(mentions) > 1 and len(set(colors)) < len(colors):
+            return None
+        shapes = [m.shape for m in mentions for _ in range(m.count)]
+        objects = tuple(
+            self.digit(int(shape), cell, color) if shape.isdecimal() else SceneObject(shape, color, *cell)
+            for shape, color, cell in zip(shapes, colors, cells, strict=True)
+        )
+        return Scene(caption.ground or self.ground(), objects)
 
-    def one_digit(self) -> Description:
-        """One handwritten digit, its color told or not."""
-        value = self.rng.randrange(10)
-        o = self.digit(value, self.cells(1)[0])
-        color = o.color if self.rng.random() < 0.5 else None
-        return Description((Mention(o.shape, color),), None, Scene(self.ground(), (o,)))
+    def _colors(self, m: Mention) -> list[str]:
+        """Of the objects that a mention means: its own; else any, in one half of the scenes one for all."""
+        if m.color is not None:
+            return [m.color] * m.count
+        any_color = (lambda: self.rng.choice(COLORS)) if m.is_digit else (lambda: self.color_of(m.shape))
+        if m.count > 1 and self.rng.random() < 0.5:
+            return [any_color()] * m.count
+        return [any_color() for _ in range(m.count)]
 
     def digits(self, values: tuple[int, ...]) -> Scene:
         """A picture of these handwritten digits alone."""

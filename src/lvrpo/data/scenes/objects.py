@@ -92,19 +92,33 @@ class Scene:
     ground: str
     objects: tuple[SceneObject, ...]
 
+    @property
+    def content(self) -> str:
+        """What it shows, whatever the objects' order."""
+        objects = ";".join(sorted(f"{o.shape},{o.color},{o.row},{o.col},{o.sample}" for o in self.objects))
+        return f"{self.ground}|{objects}"
+
     def split(self) -> Split:
-        """The split that this scene belongs to: 80 / 10 / 10 by a hash of its content, whatever the objects' order."""
-        key = ";".join(sorted(f"{o.shape},{o.color},{o.row},{o.col},{o.sample}" for o in self.objects))
-        return _bucket(f"{self.ground}|{key}")
+        """The split that this scene belongs to: 80 / 10 / 10 by a hash of its content."""
+        return _bucket(self.content, 800, 900)
 
     def held_out(self) -> bool:
         """Whether it shows a combination that training never sees."""
         return any((o.color, o.shape) in HELD_OUT for o in self.objects)
 
 
-def _bucket(key: str) -> Split:
+def text_split(content: str, held_out: bool = False) -> Split:
+    """The split of what a text says, by a hash: 70 / 10 / 20; with a held-out combination 0 / 30 / 70.
+
+    ``content`` is the same for all wordings of one thing, so that no split has a paraphrase of another's text.
+    """
+    return _bucket(f"text {content}", 0, 300) if held_out else _bucket(f"text {content}", 700, 800)
+
+
+def _bucket(key: str, train: int, validation: int) -> Split:
+    """By thousandths: below ``train``, below ``validation``, the rest."""
     bucket = zlib.crc32(key.encode()) % 1000
-    return "train" if bucket < 800 else "validation" if bucket < 900 else "test"
+    return "train" if bucket < train else "validation" if bucket < validation else "test"
 
 
 def _polygon(points: list[tuple[float, float]], supersample: int = 16) -> np.ndarray:
@@ -157,5 +171,5 @@ def digit_samples() -> tuple[np.ndarray, np.ndarray]:
 def digit_indices(split: Split) -> tuple[tuple[int, ...], ...]:
     """For each digit 0..9, the handwritten samples of a split; the splits are disjoint by sample."""
     _, labels = digit_samples()
-    rows = [[i for i in np.flatnonzero(labels == d) if _bucket(f"digit {i}") == split] for d in range(10)]
+    rows = [[i for i in np.flatnonzero(labels == d) if _bucket(f"digit {i}", 800, 900) == split] for d in range(10)]
     return tuple(tuple(int(i) for i in row) for row in rows)

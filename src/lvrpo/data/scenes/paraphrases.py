@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,29 @@ def paraphrases(facts: Sequence[Fact]) -> list[tuple[Asked, ...]]:
         asked = [(fact.question, fact.answer), *_others(fact, facts, closed)]
         out.append(tuple(dict.fromkeys(asked)))
     return out
+
+
+_REWORDED = (
+    (r"what (color|shape) (is|are) (.+) \?", r"\3 \2 what \1 ?"),
+    (r"how many (.+) are there \?", r"there are how many \1 ?"),
+    (r"is there (.+) \?", r"\1 is there ?"),
+    (r"where is (.+) relative to (.+) \?", r"relative to \2 where is \1 ?"),
+    (r"where is (.+) \?", r"\1 is where ?"),
+    (r"is (.+?) ((?:left of|right of|above|below|at) .+) \?", r"\1 is \2 ?"),
+    (r"what digit is there \?", r"there is what digit ?"),
+)
+
+
+def paraphrased(question: str) -> str:
+    """A question about a picture in an order of words that no row of training has; KeyError for another question.
+
+    >>> paraphrased("what color is the circle ?")
+    'the circle is what color ?'
+    """
+    for pattern, reworded in _REWORDED:
+        if re.fullmatch(pattern, question):
+            return re.sub(pattern, reworded, question)
+    raise KeyError(question)
 
 
 def _others(fact: Fact, facts: Sequence[Fact], closed: bool) -> list[Asked]:

@@ -15,7 +15,8 @@ from lvrpo.config import Config
 from lvrpo.data.scenes import edits, facts, grammar, reasoning
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split
-from lvrpo.data.scenes.questions import Question, ask
+from lvrpo.data.scenes.paraphrases import paraphrased
+from lvrpo.data.scenes.questions import Question, ask, in_turn
 from lvrpo.data.scenes.render import cells_mask, render
 from lvrpo.types import Example, Image, Part, Prompt, Task
 
@@ -50,6 +51,8 @@ class ScenesConfig(Config):
     """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
     categories that can show one, or only those. The train split never shows any."""
     held_out_share: float = Field(default=0.2, ge=0, le=1)
+    wording: Literal["trained", "paraphrased"] = "trained"
+    """paraphrased: captions and questions in words that no training row has."""
 
     @field_validator("size")
     @classmethod
@@ -153,40 +156,60 @@ class ScenePrompts:
         if task == "understand":
             picture = self._picture(index // self.config.questions_per_picture)
             question = picture.questions[index % self.config.questions_per_picture]
-            parts = (picture.image, question.text)
-            return Prompt(key, task, parts, ("text",), question.answer, (), category, self.name), (question.answer,)
+            said = paraphrased(question.text) if self.config.wording == "paraphrased" else question.text
+            asked = {"content": f"{picture.scene.content} {question.text}", "held_out": picture.scene.held_out()}
+            prompt = Prompt(
+                key, task, (picture.image, said), ("text",), question.answer, (), category, self.name, **asked
+            )
+            return prompt, (question.answer,)
         layout = self._layout(task, index, category)
         if task == "generate":
             d = layout.describe(category)
-            text = grammar.caption(d.mentions, d.relation, wording=layout.rng.randrange(3))
-            said = facts.of_caption(d.mentions, d.relation)
-            return Prompt(key, task, (text,), ("image",), None, said, category, self.name), (d.scene,)
+            wordings = grammar.PARAPHRASED_WORDINGS if self.config.wording == "paraphrased" else grammar.WORDINGS
+            text, said = d.caption.text(layout.rng.choice(wordings)), facts.of_caption(d.caption)
+            asked = {"content": d.caption.content, "held_out": d.caption.held_out}
+            return Prompt(key, task, (text,), ("image",), None, said, category, self.name, **asked), (d.scene,)
         if task == "edit":
             e = edits.edit(category, layout)
             parts = (render(e.source, self.config.size), e.instruction)
             edited = cells_mask(e.cells, self.config.size)
-            prompt = Prompt(key, task, parts, ("image",), None, e.facts, category, self.name, edited=edited)
+            asked = {"content": f"{e.source.content} {e.instruction}", "held_out": e.target.held_out()}
+            prompt = Prompt(key, task, parts, ("image",), None, e.facts, category, self.name, **asked, edited=edited)
             return prompt, (e.target,)
-        r = reasoning.reason(category, layout)
+        r = reasoning.reason(category, layout, in_turn(self._number(task, index), self.name))
         if r.drawing is not None:
-            prompt = Prompt(key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name)
+            prompt = Prompt(
+                key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name, content=r.content
+            )
             return prompt, (r.answer, r.drawing)
         assert r.picture is not None
         parts = (render(r.picture, self.config.size), r.text)
-        return Prompt(key, task, parts, ("text",), r.answer, (), category, self.name), (r.answer,)
+        prompt = Prompt(key, task, parts, ("text",), r.answer, (), category, self.name, content=r.content)
+        return prompt, (r.answer,)
+
+    def _number(self, task: Task, index: int) -> int:
+        """How many prompts of the same category come before an index."""
+        cycle = self.cycles[task]
+        turns, place = divmod(index, len(cycle))
+        category = cycle[place]
+        return turns * cycle.count(category) + cycle[:place].count(category)
 
     def _picture(self, number: int) -> _Picture:
         if number in self._pictures:
             self._pictures.move_to_end(number)
             return self._pictures[number]
         each = self.config.questions_per_picture
-        categories = [self.category("understand", i) for i in range(number * each, (number + 1) * each)]
+        indices = range(number * each, (number + 1) * each)
+        categories = [self.category("understand", i) for i in indices]
+        wanted = [
+            in_turn(self._number("understand", i), f"{self.name} {c}") for i, c in zip(indices, categories, strict=True)
+        ]
         asked = next((c for c in categories if c in CAN_HOLD_OUT["understand"]), "")
         layout = self._layout("understand", number, asked)
         while True:
             digit = "digit" in categories or layout.rng.random() < 0.15
             scene = layout.until(lambda digit=digit: layout.to_ask(digit), lambda s: s)
-            questions = [ask(c, scene, layout.rng, self._grid) for c in categories]
+            questions = [ask(c, scene, layout.rng, self._grid, w) for c, w in zip(categories, wanted, strict=True)]
             known = [q for q in questions if q is not None]
             if len(known) == each:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,19 @@ def _alone(scene: Scene) -> list[SceneObject]:
     return [group[0] for group in _groups(scene, "shape").values() if len(group) == 1]
 
 
-def _color(scene: Scene, rng: random.Random, grid: int) -> Question | None:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which question of a category is asked: forms and the two answers of a form come equally often."""
+
+    form: int
+    """Which of the category's forms, counted round and round."""
+    yes: bool
+    """The answer, where it is yes or no."""
+
+
+def _color(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+    if wanted.form % 6 == 0:
+        return Question(grammar.ASK_GROUND, scene.ground)
     groups = [g for s, g in _groups(scene, "shape").items() if len({o.color for o in g}) == 1]
     groups = [g for g in groups if len(g) == 1 or not g[0].is_digit]
     if not groups:
@@ -42,7 +55,7 @@ def _color(scene: Scene, rng: random.Random, grid: int) -> Question | None:
     return Question(grammar.ask_color(Mention(shape, None, len(group))), group[0].color)
 
 
-def _count(scene: Scene, rng: random.Random, grid: int) -> Question | None:
+def _count(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
     """One of the scene's counts: numbers above one first, each that the scene offers equally likely."""
     counts: dict[tuple[str, str | None], int] = {("object", None): len(scene.objects)}
     for o in scene.objects:
@@ -51,12 +64,12 @@ def _count(scene: Scene, rng: random.Random, grid: int) -> Question | None:
             counts[name] = counts.get(name, 0) + 1
     numbers = sorted(set(counts.values()))
     several = [n for n in numbers if n > 1]
-    wanted = rng.choice(several if several and rng.random() < 0.8 else numbers)
-    shape, color = rng.choice([name for name, count in counts.items() if count == wanted])
-    return Question(grammar.ask_count(shape, color), NUMBER_WORDS[wanted])
+    number = rng.choice(several if several and rng.random() < 0.8 else numbers)
+    shape, color = rng.choice([name for name, count in counts.items() if count == number])
+    return Question(grammar.ask_count(shape, color), NUMBER_WORDS[number])
 
 
-def _shape(scene: Scene, rng: random.Random, grid: int) -> Question | None:
+def _shape(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
     groups = [g for g in _groups(scene, "color").values() if len({o.shape for o in g}) == 1 and not g[0].is_digit]
     if not groups:
         return None
@@ -64,11 +77,10 @@ def _shape(scene: Scene, rng: random.Random, grid: int) -> Question | None:
     return Question(grammar.ask_shape(group[0].color, len(group) > 1), group[0].shape)
 
 
-def _exists(scene: Scene, rng: random.Random, grid: int) -> Question | None:
-    present = rng.random() < 0.5
+def _exists(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
     o = rng.choice(scene.objects)
-    colored = rng.random() < 0.6
-    if present:
+    colored = wanted.form % 5 < 3
+    if wanted.yes:
         return Question(grammar.ask_exists(Mention(o.shape, o.color if colored else None)), "yes")
     kinds = DIGITS if o.is_digit else SHAPES
     if not colored:
@@ -83,40 +95,41 @@ def _exists(scene: Scene, rng: random.Random, grid: int) -> Question | None:
     return Question(grammar.ask_exists(Mention(shape, color)), "no")
 
 
-def _position(scene: Scene, rng: random.Random, grid: int) -> Question | None:
+def _position(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
     alone = _alone(scene)
     rng.shuffle(alone)
     pairs = [(a, b) for a in alone for b in alone if a is not b and grammar.clear_relation(a.cell, b.cell)]
-    form = rng.choice(("where", "relative", "relation", "edge") if pairs else ("where", "edge"))
-    want = rng.random() < 0.5
+    form = ("where", "relative", "relation", "edge")[wanted.form % 4]
     if form == "where":
         placed = [(o, place) for o in alone if (place := grammar.place(o.row, o.col, grid))]
         return Question(grammar.ask_where(Mention(placed[0][0].shape)), placed[0][1]) if placed else None
     if form == "edge":
-        edges = [(o, e) for o in alone for e in EDGES if _at_edge(o, e, grid) == want]
+        edges = [(o, e) for o in alone for e in EDGES if _at_edge(o, e, grid) == wanted.yes]
         if not edges:
             return None
         o, edge = rng.choice(edges)
-        return Question(grammar.ask_edge(Mention(o.shape), edge), "yes" if want else "no")
+        return Question(grammar.ask_edge(Mention(o.shape), edge), "yes" if wanted.yes else "no")
+    if not pairs:
+        return None
     a, b = rng.choice(pairs)
     relation = grammar.clear_relation(a.cell, b.cell)
     assert relation is not None
     if form == "relative":
         return Question(grammar.ask_relative(Mention(a.shape), Mention(b.shape)), relation)
-    asked = relation if want else OPPOSITE[relation]
-    return Question(grammar.ask_relation(Mention(a.shape), Mention(b.shape), asked), "yes" if want else "no")
+    asked = relation if wanted.yes else OPPOSITE[relation]
+    return Question(grammar.ask_relation(Mention(a.shape), Mention(b.shape), asked), "yes" if wanted.yes else "no")
 
 
 def _at_edge(o: SceneObject, edge: str, grid: int) -> bool:
     return {"left": o.col == 0, "right": o.col == grid - 1, "top": o.row == 0, "bottom": o.row == grid - 1}[edge]
 
 
-def _digit(scene: Scene, rng: random.Random, grid: int) -> Question | None:
+def _digit(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
     digits = [o for o in scene.objects if o.is_digit]
     return Question(grammar.ASK_DIGIT, digits[0].shape) if len(digits) == 1 else None
 
 
-_ASK: Mapping[str, Callable[[Scene, random.Random, int], Question | None]] = {
+_ASK: Mapping[str, Callable[[Scene, random.Random, int, Wanted], Question | None]] = {
     "color": _color,
     "count": _count,
     "shape": _shape,
@@ -126,18 +139,35 @@ _ASK: Mapping[str, Callable[[Scene, random.Random, int], Question | None]] = {
 }
 
 
-def ask(category: str, scene: Scene, rng: random.Random, grid: int, attempts: int = 12) -> Question | None:
-    """A random question of an understanding category, or None where the scene has no unambiguous one."""
+def ask(
+    category: str, scene: Scene, rng: random.Random, grid: int, wanted: Wanted | None = None, attempts: int = 12
+) -> Question | None:
+    """A question of an understanding category, or None where the scene has no unambiguous one.
+
+    ``wanted``: which one; None: any.
+    """
     for _ in range(attempts):
-        question = _ASK[category](scene, rng, grid)
+        each = wanted or Wanted(rng.randrange(60), rng.random() < 0.5)
+        question = _ASK[category](scene, rng, grid, each)
         if question is not None:
             return question
     return None
 
 
+def in_turn(number: int, salt: str) -> Wanted:
+    """What the ``number``-th question of a category is: each pair of questions has one form and both answers."""
+    pair, second = divmod(number, 2)
+    return Wanted(pair, (zlib.crc32(f"{salt} {pair}".encode()) + second) % 2 == 0)
+
+
 def larger(scene: Scene) -> Question:
     """Which of the two digits of a scene is larger."""
     return Question(grammar.ASK_LARGER, str(max(int(o.shape) for o in scene.objects)))
+
+
+def smaller(scene: Scene) -> Question:
+    """Which of the two digits of a scene is smaller."""
+    return Question(grammar.ASK_SMALLER, str(min(int(o.shape) for o in scene.objects)))
 
 
 def sum_of(scene: Scene) -> Question:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lvrpo.data.scenes import facts
-from lvrpo.data.scenes.grammar import Mention
+from lvrpo.data.scenes.grammar import Caption, Mention
 from lvrpo.data.scenes.layout import Layout
-from lvrpo.data.scenes.objects import MAX_OBJECTS, SHAPES, Scene, SceneObject
-from lvrpo.data.scenes.questions import larger, more, sum_of
+from lvrpo.data.scenes.objects import MAX_OBJECTS, SHAPES, Scene, SceneObject, text_split
+from lvrpo.data.scenes.questions import Wanted, larger, more, smaller, sum_of
 from lvrpo.types import Fact
 
 
@@ -22,35 +22,65 @@ class Reasoning:
     answer: str
     drawing: Scene | None = None
     facts: tuple[Fact, ...] = ()
+    content: str = ""
+    """What is asked, of whichever picture and in whichever words: its split is that of the row."""
 
 
-def addends(rng: random.Random) -> tuple[int, int]:
-    """Two digits whose sum is a digit; every sum 0 .. 9 is equally likely."""
-    total = rng.randrange(10)
-    first = rng.randint(0, total)
-    return first, total - first
+def _in_split(layout: Layout, draw: Callable[[], tuple[int | str, ...]]) -> tuple[int | str, ...]:
+    """The first operands of the layout's split: a sum or a comparison is of one split, drawn or asked of a picture."""
+    return next(found for found in iter(draw, None) if text_split(content_of(found)) == layout.split)
 
 
-def _distinct(rng: random.Random) -> tuple[int, int]:
-    first, second = rng.sample(range(10), 2)
-    return first, second
+def content_of(operands: tuple[int | str, ...]) -> str:
+    """The same for every order of addends, and for the larger and the smaller of two digits."""
+    name, *values = operands
+    return f"{name} {' '.join(map(str, values if name == 'more' else sorted(values)))}"
 
 
-def _sum(layout: Layout) -> Reasoning:
-    scene = layout.until(lambda: layout.digits(addends(layout.rng)), lambda s: s)
-    question = sum_of(scene)
-    return Reasoning(scene, question.text, question.answer)
-
-
-def _compare(layout: Layout) -> Reasoning:
+def _addends(layout: Layout) -> tuple[int, ...]:
+    """Two or three digits whose sum is a digit."""
     rng = layout.rng
-    if rng.random() < 0.5:
-        scene = layout.until(lambda: layout.digits(_distinct(rng)), lambda s: s)
-        question = larger(scene)
-        return Reasoning(scene, question.text, question.answer)
-    a, b = rng.sample(SHAPES, 2)
-    many = rng.randint(2, MAX_OBJECTS - 1)
-    few = rng.randint(1, min(many - 1, MAX_OBJECTS - many))
+
+    def draw() -> tuple[int | str, ...]:
+        total = rng.randrange(10)
+        cuts = sorted(rng.randint(0, total) for _ in range(1 if rng.random() < 0.6 else 2))
+        return ("sum", *(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)))
+
+    return tuple(int(value) for value in _in_split(layout, draw)[1:])
+
+
+def _pair(layout: Layout) -> tuple[int, int]:
+    """Two different digits."""
+    _, a, b = _in_split(layout, lambda: ("order", *layout.rng.sample(range(10), 2)))
+    return int(a), int(b)
+
+
+def _sum(layout: Layout, wanted: Wanted) -> Reasoning:
+    values = _addends(layout)
+    scene = layout.until(lambda: layout.digits(values), lambda s: s)
+    question = sum_of(scene)
+    return Reasoning(scene, question.text, question.answer, content=content_of(("sum", *values)))
+
+
+def _compare(layout: Layout, wanted: Wanted) -> Reasoning:
+    if wanted.form % 2:
+        return _more(layout, wanted.yes)
+    values = _pair(layout)
+    scene = layout.until(lambda: layout.digits(values), lambda s: s)
+    question = smaller(scene) if wanted.form % 4 else larger(scene)
+    return Reasoning(scene, question.text, question.answer, content=content_of(("order", *values)))
+
+
+def _more(layout: Layout, yes: bool) -> Reasoning:
+    rng = layout.rng
+
+    def draw() -> tuple[int | str, ...]:
+        a, b = rng.sample(SHAPES, 2)
+        many = rng.randint(2, MAX_OBJECTS - 1)
+        return "more", a, many, b, rng.randint(1, min(many - 1, MAX_OBJECTS - many))
+
+    operands = _in_split(layout, draw)
+    a, b, many, few = str(operands[1]), str(operands[3]), int(operands[2]), int(operands[4])
     shapes = [a] * many + [b] * few
 
     def build() -> Scene:
@@ -58,8 +88,8 @@ def _compare(layout: Layout) -> Reasoning:
         return Scene(layout.ground(), tuple(SceneObject(s, layout.color_of(s), *cell) for s, cell in placed))
 
     scene = layout.until(build, lambda s: s)
-    question = more(scene, a, b) if rng.random() < 0.5 else more(scene, b, a)
-    return Reasoning(scene, question.text, question.answer)
+    question = more(scene, a, b) if yes else more(scene, b, a)
+    return Reasoning(scene, question.text, question.answer, content=content_of(operands))
 
 
 def drawn_digit(layout: Layout, value: str) -> Scene:
@@ -67,20 +97,21 @@ def drawn_digit(layout: Layout, value: str) -> Scene:
     return layout.until(lambda: layout.digits((int(value),)), lambda s: s)
 
 
-def _draw_answer(layout: Layout) -> Reasoning:
-    rng = layout.rng
-    if rng.random() < 0.5:
-        a, b = addends(rng)
-        text, answer = f"draw {a} + {b}", str(a + b)
+def _draw_answer(layout: Layout, wanted: Wanted) -> Reasoning:
+    if wanted.form % 2 == 0:
+        values = _addends(layout)
+        text, answer, name = f"draw {' + '.join(map(str, values))}", str(sum(values)), "sum"
     else:
-        a, b = _distinct(rng)
-        text, answer = f"draw the larger of {a} and {b}", str(max(a, b))
-    return Reasoning(None, text, answer, drawn_digit(layout, answer), facts.of_caption((Mention(answer),)))
+        values, name = _pair(layout), "order"
+        which, chosen = ("smaller", min(values)) if wanted.form % 4 == 1 else ("larger", max(values))
+        text, answer = f"draw the {which} of {values[0]} and {values[1]}", str(chosen)
+    said = facts.of_caption(Caption((Mention(answer),)))
+    return Reasoning(None, text, answer, drawn_digit(layout, answer), said, content_of((name, *values)))
 
 
 _REASON = {"sum": _sum, "compare": _compare, "draw_answer": _draw_answer}
 
 
-def reason(category: str, layout: Layout) -> Reasoning:
-    """A random row of a reasoning category (KeyError for another name)."""
-    return _REASON[category](layout)
+def reason(category: str, layout: Layout, wanted: Wanted | None = None) -> Reasoning:
+    """A row of a reasoning category (KeyError for another name); ``wanted``: which form and answer, None for any."""
+    return _REASON[category](layout, wanted or Wanted(layout.rng.randrange(60), layout.rng.random() < 0.5))

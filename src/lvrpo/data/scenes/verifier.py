@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvrpo.data.scenes.grammar import place
 from lvrpo.data.scenes.objects import (
     CELL,
     COLOR,
@@ -233,7 +234,8 @@ def holds(check: Mapping[str, Any], reading: Reading) -> bool:
 
     ``type`` is one of: exists (shape, color, row, col, each optional; ``present`` false to demand absence), count
     (shape, color, count), color (every object of ``shape`` has ``color``, and there is one), relation (a, b, relation:
-    some a is in that relation to some b), edge (shape, color, edge), total (count), unchanged (objects, ground).
+    some a is in that relation to some b), edge (shape, color, edge), place (shape, color, place), ground (ground),
+    total (count), unchanged (objects, ground).
     Absence and totals cannot be confirmed while a cell is unreadable. Raises ValueError for another type.
     """
     kind = check.get("type")
@@ -250,6 +252,10 @@ def holds(check: Mapping[str, Any], reading: Reading) -> bool:
         return any(relation_holds(a, b, check["relation"]) for a in first for b in second)
     if kind == "edge":
         return any(_on_edge(o, check["edge"], reading.grid) for o in _matches(reading, check))
+    if kind == "place":
+        return any(place(o.row, o.col, reading.grid[0]) == check["place"] for o in _matches(reading, check))
+    if kind == "ground":
+        return reading.ground == check["ground"]
     if kind == "total":
         return reading.clean and len(reading.objects) == check["count"]
     if kind == "unchanged":
