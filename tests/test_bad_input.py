@@ -220,7 +220,7 @@ CONFIGURATION: list[Case] = [
     (train("flow={kind: grpo, clip_low: 1}"), 2, "must be < 1"),
     (train("flow.kind=grpo", "rollout.sampler=cps", "rollout.window={size: 3}"), 2, "num_steps=3 but window size is 3"),
     (train("flow.kind=grpo", "rollout.sampler=cps", "rollout.window.kind=slidng"), 2, "did you mean sliding?"),
-    (train("rollout.guidance_scale=2"), 2, "trains the unguided velocity: set rollout.guidance_scale to 1"),
+    (train("rollout.guidance_scale=2", "rollout.guidance_renorm=global"), 2, "guided by rollout.guidance_scale alone"),
     (train("rollout.image_guidance_scale=2"), 2, "has no effect while rollout.guidance_scale=1"),
     (train("rollout.group_size=1"), 2, "rollout.group_size=1: must be >= 2"),
     (train("flow.keep=3"), 2, "best and worst must fit into rollout.group_size=4"),

@@ -150,10 +150,13 @@ class Policy(Protocol):
         """
         ...
 
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
         """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
 
-        Called only for flows, as is ``timestep_shift``.
+        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone. Called only for flows, as
+        is ``timestep_shift``.
         """
         ...
 

@@ -382,15 +382,25 @@ class TrainConfig(Config):
             return  # what the rest is about is not trained
         if flow.kind == "grpo" and rollout.sampler == "ode":
             raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
-        if flow.kind == "nft" and rollout.sampler != "ode":
-            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
-        if flow.kind == "nft" and rollout.guidance_scale > 1:
-            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
+        fresh = flow.kind in ("nft", "awm")
+        if fresh and rollout.sampler != "ode":
+            raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
+        plain = rollout.image_guidance_scale == 1 and rollout.guidance_renorm == "none"
+        if fresh and not (plain and rollout.guidance_interval == (0.0, 1.0)):
+            raise ValueError(
+                f"flow.kind={flow.kind} trains velocities guided by rollout.guidance_scale alone: leave out "
+                "rollout.image_guidance_scale, guidance_renorm and guidance_interval"
+            )
+        for name, default in (("reference_guidance", 1), ("unguided_kl_coef", 0)):
+            if not fresh and getattr(flow, name) != default:  # two fields, by name
+                raise ValueError(f"flow.{name}={getattr(flow, name)}: is of flow.kind=nft or awm: leave it out")
+        if flow.reference_guidance != 1 and not flow.kl_coef:
+            raise ValueError(f"flow.reference_guidance={flow.reference_guidance}: no effect with flow.kl_coef=0")
         if flow.kind != "grpo" and flow.kl == "gaussian":
             raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
         if flow.kind != "grpo" and flow.ratio == "guard":
             raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
-        if flow.kind in ("nft", "grpo") and 2 * flow.keep > rollout.group_size:
+        if flow.kind in ("nft", "awm", "grpo") and 2 * flow.keep > rollout.group_size:
             raise ValueError(
                 f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
             )

@@ -415,13 +415,15 @@ class _Estimator:
         repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
         x_t = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
 
-        def velocity() -> torch.Tensor:
-            return policy.velocity(repeated, x_t, torch.empty(len(x_t)))
+        scale = flow_segment(trajectories[0]).guidance_scale if flow.kind in ("nft", "awm") else 1.0
+
+        def velocity(guidance_scale: float = scale) -> torch.Tensor:
+            return policy.velocity(repeated, x_t, torch.empty(len(x_t)), guidance_scale)
 
         with torch.no_grad():
             if flow.kind == "grpo" and flow.kl_coef and flow.kl == "gaussian":
                 policy.logprobs(trajectories)
-            frozen = (flow.kind == "nft") + bool(flow.kl_coef or flow.kind == "dpo")
+            frozen = (flow.kind in ("nft", "awm")) + bool(flow.kl_coef or flow.kind == "dpo")
             others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
         if flow.kind == "grpo":
             last = [rows[-1] for rows in policy.logprobs(trajectories)]
@@ -429,7 +431,7 @@ class _Estimator:
             if flow.kl_coef and flow.kl == "velocity":
                 terms += [velocity() for _ in flow_segment(trajectories[0]).trained_steps]
         else:
-            terms = [velocity()]
+            terms = [velocity(), *([velocity(0.0)] if flow.unguided_kl_coef else [])]
         terms += [(terms[0] - other).square() for other in others if other.shape == terms[0].shape]
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 

@@ -28,7 +28,7 @@ from lvrpo.policies.mot.recording import (
 )
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
-from lvrpo.sampling import derive_seed, uniform_noise
+from lvrpo.sampling import derive_seed, guide, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -254,16 +254,28 @@ class MoTPolicy(nn.Module, ABC):
         return out
 
     @computing
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Unguided velocity of the drawn segment, given the prompt and any text thought before it."""
-        contexts = self.contexts
-        rows = []
-        for trajectory in trajectories:
-            thoughts = [s for s in trajectory.segments if isinstance(s, TextSegment)]
-            ids = [as_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
-            rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """Velocity of the drawn segment, given the prompt and any text thought before it; see ``Policy.velocity``."""
+        rows, contexts = [self._row(trajectory.prompt) for trajectory in trajectories], self.contexts
         grid = self._drawn_grid(trajectories[0])
-        out = []
+        if guidance_scale == 0:
+            return self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+        thought = [(*row, *self._thoughts(trajectory)) for row, trajectory in zip(rows, trajectories, strict=True)]
+        v = self._velocity(thought, x_t, t, grid)
+        if guidance_scale == 1:
+            return v
+        v_no_text = self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+        return guide(v, v_no_text, None, guidance_scale)
+
+    def _thoughts(self, trajectory: Trajectory) -> Row:
+        """The texts that a trajectory wrote before it drew."""
+        thoughts = [as_written(s) for s in trajectory.segments if isinstance(s, TextSegment)]
+        return tuple(self.contexts.text(text.tokens[: -1 if text.ended else None]) for text in thoughts)
+
+    def _velocity(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
+        contexts, out = self.contexts, []
         for part in self.within(rows, [contexts.noise(grid).span.length] * len(rows)):
             cache, owner = contexts.prefill_shared([rows[i] for i in part])
             out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
