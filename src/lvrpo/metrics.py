@@ -16,8 +16,8 @@ import numpy as np
 from lvrpo.errors import ContractError
 
 COLLAPSED_SHARE = 0.9
-"""A form has collapsed where one answer is given to at least this share of its questions: an entropy of at most .47 bits
-between two answers. Balanced yes-no questions that are all answered rightly lie at .5."""
+"""A form has collapsed where one answer is given to at least this share of its questions: at most .47 bits between two
+answers. Balanced yes-no questions that are all answered rightly lie at .5."""
 MIN_ANSWERS = 20
 """Fewer answers to a form say nothing of its collapse: the share of one answer has then a standard error above .06."""
 
@@ -96,7 +96,7 @@ def balanced_accuracy(right: Sequence[str], successes: Sequence[float]) -> float
 def answer_entropy(answers: Sequence[str]) -> float:
     """Entropy of the answers given, in bits: - sum_a p_a log2 p_a with their shares p; 0 where all are one.
 
-    nan for no answer. The plug-in estimate, low by about (K - 1) / (2 n ln 2) for K answers of n: compare equal numbers.
+    nan for no answer. The plug-in estimate, low by about (K - 1) / (2 n ln 2) for K answers of n: compare equal n.
     """
     if not answers:
         return math.nan
@@ -126,7 +126,7 @@ def collapsed_forms(
     right: Mapping[str, Sequence[str]] | None = None,
     share: float = COLLAPSED_SHARE,
 ) -> list[Collapse]:
-    """The forms whose answers have collapsed to one: at least ``share`` of the questions get it now, and did not before.
+    """The forms whose answers have collapsed to one: ``share`` of the questions or more get it now, and did not before.
 
     That answers flip from nearly always one to nearly always another is a collapse too.
 
