@@ -261,6 +261,7 @@ def test_the_detectable_effect_is_2_8_standard_errors() -> None:
     assert math.isnan(detectable_effect(math.nan))
     before, after = [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]
     assert detectable_difference(before, after) == pytest.approx(2.8015852 * math.sqrt(1 / 12), abs=1e-6)
+    assert math.isnan(detectable_difference(before, before))
     with pytest.raises(ContractError, match="pair the same prompts"):
         detectable_difference([0.0], [0.0, 1.0])
 

@@ -223,9 +223,10 @@ def detectable_effect(
 def detectable_difference(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
     """``detectable_effect`` of the paired difference of the same prompts, from its standard error.
 
-    Raises ContractError if the two have different lengths or a value is not finite.
+    nan where all differences are equal: nothing is then known of their spread. Raises ContractError if the two have
+    different lengths or a value is not finite.
     """
-    return detectable_effect(standard_error(_paired(before, after), clusters))
+    return detectable_effect(standard_error(_paired(before, after), clusters) or float("nan"))
 
 
 def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
