@@ -18,10 +18,10 @@ from lvrpo.statistics import (
     detectable_effect,
     holm,
     mean_interval,
+    over_seeds_and_prompts,
     paired_difference,
     paired_p_value,
     paired_t_difference,
-    seeds_and_prompts_interval,
     seeds_interval,
     standard_error,
     welch_difference,
@@ -312,15 +312,20 @@ def test_holm_raises_p_and_keeps_its_order(p: list[float]) -> None:
 
 def test_seeds_and_prompts_by_hand() -> None:
     # additive: seeds 0 and 1, prompts 0 and 2, no interaction
-    found = seeds_and_prompts_interval([[0.0, 2.0], [1.0, 3.0]])
+    both = over_seeds_and_prompts([[0.0, 2.0], [1.0, 3.0]])
+    found = both.interval
     # V_seeds = .5 / 2, V_prompts = 2 / 2; f = 1.25^2 / (.25^2 + 1) = 1.470588
     half = stats.t.ppf(0.975, 1.470588235) * math.sqrt(1.25)
     assert close(found, 1.5, 1.5 - half, 1.5 + half, 2)
+    assert both.p == pytest.approx(2 * stats.t.sf(1.5 / math.sqrt(1.25), 1.470588235))
+    assert both.detectable == pytest.approx(
+        (stats.t.ppf(0.975, 1.470588235) + stats.t.ppf(0.8, 1.470588235)) * math.sqrt(1.25)
+    )
     # interaction alone: residuals +-.5, V_both = 4 * .25 * 2 * 2 / 16 = .25 and no variance of means
-    assert close(seeds_and_prompts_interval([[0.0, 1.0], [1.0, 0.0]]), 0.5, 0.5, 0.5, 2)
-    assert close(seeds_and_prompts_interval([[0.0, 1.0]]), 0.5, math.nan, math.nan, 1)
+    assert close(over_seeds_and_prompts([[0.0, 1.0], [1.0, 0.0]]).interval, 0.5, 0.5, 0.5, 2)
+    assert close(over_seeds_and_prompts([[0.0, 1.0]]).interval, 0.5, math.nan, math.nan, 1)
     with pytest.raises(ContractError, match="a row per seed"):
-        seeds_and_prompts_interval([0.0, 1.0])
+        over_seeds_and_prompts([0.0, 1.0])
 
 
 @pytest.mark.parametrize(("of_seeds", "of_prompts"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
@@ -329,16 +334,23 @@ def test_seeds_and_prompts_cover_the_truth(of_seeds: float, of_prompts: float) -
     covered = []
     for _ in range(400):
         x = rng.normal(0, of_seeds, (4, 1)) + rng.normal(0, of_prompts, (1, 60)) + rng.normal(0, 0.4, (4, 60))
-        interval = seeds_and_prompts_interval(x)
+        interval = over_seeds_and_prompts(x).interval
         covered.append(interval.low <= 0 <= interval.high)
     assert np.mean(covered) > 0.92
+
+
+def test_two_seeds_are_too_few_to_tell() -> None:
+    rng = np.random.default_rng(0)
+    assert over_seeds_and_prompts(rng.normal(size=(2, 9))).too_few
+    assert over_seeds_and_prompts(rng.normal(size=(4, 1))).too_few
+    assert not over_seeds_and_prompts(rng.normal(size=(3, 9))).too_few
 
 
 def test_prompts_of_one_picture_are_one_cluster_across_seeds() -> None:
     rng = np.random.default_rng(0)
     pictures = np.repeat(rng.normal(size=(1, 10)), 4, axis=1) + rng.normal(scale=0.01, size=(3, 40))
-    alone = seeds_and_prompts_interval(pictures)
-    together = seeds_and_prompts_interval(pictures, np.repeat(np.arange(10), 4).tolist())
+    alone = over_seeds_and_prompts(pictures).interval
+    together = over_seeds_and_prompts(pictures, np.repeat(np.arange(10), 4).tolist()).interval
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 

@@ -16,6 +16,8 @@ from lvrpo.errors import ContractError
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 POWER = 0.8
+TINY = 1e-12
+"""A standard error of no more than this is rounding."""
 MIN_SEEDS = 3
 """Seeds that a difference needs to be told from none; with fewer a table marks the cell."""
 
@@ -162,7 +164,24 @@ def seeds_interval(scores: ArrayLike) -> Interval:
     return _t_interval(_checked(scores), CONFIDENCE)
 
 
-def seeds_and_prompts_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Interval:
+@dataclass(frozen=True)
+class TwoWay:
+    """A mean over seeds and prompts, both random."""
+
+    interval: Interval
+    """``n`` is the number of seeds."""
+    detectable: float
+    """The smallest effect that these seeds and prompts tell (``detectable_effect``)."""
+    p: float
+    """Of no difference, two-sided."""
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are fewer than ``MIN_SEEDS``, or nothing to tell the spread from."""
+        return self.interval.n < MIN_SEEDS or not np.isfinite(self.interval.low)
+
+
+def over_seeds_and_prompts(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> TwoWay:
     """Mean over seeds (S rows) and prompts (P columns, the same for every seed) with both as random.
 
         V = V_seeds + max(0, V_prompts - V_both),   interval = mean +- t_f sqrt(max(V, V_prompts))
@@ -170,32 +189,35 @@ def seeds_and_prompts_interval(values: ArrayLike, clusters: Sequence[Hashable] |
     V_seeds: variance of the S seed means over S; V_prompts: that of the P prompt means, whole ``clusters`` of prompts
     together; V_both: what a single (seed, cluster) contributes to each, so that it is counted once (two-way clustering,
     Cameron, Gelbach and Miller 2011). f by Satterthwaite from S - 1 and C - 1 for the two terms of V: with three seeds
-    that differ, t is wide, where a bootstrap of three seeds would be too narrow. ``n`` is the number of seeds.
+    that differ, t is wide, where a bootstrap of three seeds would be too narrow.
 
-    Bounds of nan for one seed or one cluster. Raises ContractError unless values are finite and of shape (S, P).
+    All but the mean is nan for one seed or one cluster; without any spread the interval has width 0 and the others are
+    nan. Raises ContractError unless values are finite and of shape (S, P).
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ContractError(f"scores of shape {table.shape}: give a row per seed and a column per prompt")
     _checked(table)
+    unknown = float("nan")
     (s, p), mean = table.shape, float(table.mean())
     by_prompt, by_seed = table.mean(axis=0), table.mean(axis=1)
     sums, counts = _by_cluster(by_prompt, clusters)
     c = sums.size
     if s < 2 or c < 2:
-        return Interval(mean, float("nan"), float("nan"), s)
+        return TwoWay(Interval(mean, unknown, unknown, s), unknown, unknown)
     of_seeds = float(by_seed.var(ddof=1)) / s
     of_prompts = _cluster_variance(sums, counts)
     rest = table - by_prompt - by_seed[:, None] + mean
     both = sum(float((_by_cluster(row, clusters)[0] ** 2).sum()) for row in rest)
-    of_both = both * s / (s - 1) * c / (c - 1) / (s * p) ** 2
-    own = max(0.0, of_prompts - of_both)
+    own = max(0.0, of_prompts - both * s / (s - 1) * c / (c - 1) / (s * p) ** 2)
     spread = of_seeds**2 / (s - 1) + own**2 / (c - 1)
-    if spread == 0:
-        return Interval(mean, mean, mean, s)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, (of_seeds + own) ** 2 / spread))
-    half *= max(of_seeds + own, of_prompts) ** 0.5
-    return Interval(mean, mean - half, mean + half, s)
+    error = max(of_seeds + own, of_prompts) ** 0.5
+    if error <= TINY or spread == 0:
+        return TwoWay(Interval(mean, mean, mean, s), unknown, unknown)
+    freedom = (of_seeds + own) ** 2 / spread
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return TwoWay(Interval(mean, mean - half, mean + half, s), detectable_effect(error, freedom), p_value)
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
@@ -226,7 +248,8 @@ def detectable_difference(before: ArrayLike, after: ArrayLike, clusters: Sequenc
     nan where all differences are equal: nothing is then known of their spread. Raises ContractError if the two have
     different lengths or a value is not finite.
     """
-    return detectable_effect(standard_error(_paired(before, after), clusters) or float("nan"))
+    error = standard_error(_paired(before, after), clusters)
+    return detectable_effect(error if error > TINY else float("nan"))
 
 
 def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
@@ -242,7 +265,7 @@ def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hasha
     mean, error = float(differences.mean()), _cluster_variance(sums, counts) ** 0.5
     if mean == 0:
         return 1.0
-    if error < 1e-12:
+    if error <= TINY:
         return float(0.5 ** (sums.size - 1))
     return float(2 * stats.t.sf(abs(mean) / error, sums.size - 1))
 

@@ -48,6 +48,8 @@ class Benchmark:
     """Outputs of each of the first ``Measuring.prompts``, for pass@k and best-of-n; 0: no more than ``samples``."""
     validation: Callable[[int], Sequence[Prompt]] | None = None
     """Prompts of the validation split, which temperature and guidance are chosen on; None: there are none."""
+    chosen_on: bool = False
+    """Whether its own prompts may be those to choose on: rows of the user, who names the file."""
     fixed: bool = False
     """Whether its temperature and guidance are its point, so that no chosen ones replace them."""
 
@@ -129,7 +131,7 @@ def rows_benchmark(path: Path) -> Benchmark:
     unscored = [prompt.id for prompt in prompts if not scorable(prompt)]
     if unscored:
         raise InputError(f"{path}: row {unscored[0]!r} cannot be scored: give it an 'answer', or leave it out")
-    return Benchmark(path.stem, lambda n: prompts[:n], n=len(prompts))
+    return Benchmark(path.stem, lambda n: prompts[:n], n=len(prompts), chosen_on=True)
 
 
 def evaluate(
@@ -151,10 +153,12 @@ def evaluate(
     started = time.perf_counter()
     scored: dict[str, Scored] = {}
     kept: dict[str, Sequence[Group]] = {}
+    asked = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
+    if measuring.tuned is not None:
+        for name, prompts in asked.items():
+            measuring.tuned.refuse(name, prompts)
     for benchmark in benchmarks:
-        prompts = benchmark.prompts((sizes or {}).get(benchmark.name, benchmark.n))
-        if measuring.tuned is not None:
-            measuring.tuned.refuse(benchmark.name, prompts)
+        prompts = asked[benchmark.name]
         progress(benchmark.name, len(prompts))
         scored[benchmark.name], groups = record(policy, benchmark, prompts, seed, sampling, measuring)
         kept[benchmark.name] = keep(benchmark.name, groups)

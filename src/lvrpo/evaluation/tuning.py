@@ -23,7 +23,7 @@ def tune(
     n: int | None = None,
     seed: int = 0,
     sampling: Sampling = SAMPLING,
-    progress: Callable[[str, float, float], None] = lambda task, value, score: None,
+    progress: Callable[[Task, str, float, float], None] = lambda task, name, value, score: None,
 ) -> Tuned:
     """For every task the value with the highest mean success on the benchmarks' validation prompts; of equal ones the
     first, so that nothing is guided or sampled without a gain.
@@ -51,11 +51,17 @@ def tune(
             tried = replace(sampling, **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
             samples = 1 if draws or value == 0 else TEXT_SAMPLES
             found[value] = score_prompts(policy, rows, tried, seed, samples).mean
-            progress(task, value, found[value])
+            progress(task, name, value, found[value])
         settings[task] = {name: max(found, key=lambda value: found[value])}
         grid[task] = {f"{value:g}": score for value, score in found.items()}
     keys = frozenset(content_key(prompt) for rows in prompts.values() for prompt in rows)
     return Tuned(judge_identity(policy), settings, keys, grid)
 
 
-__all__ = ["tune"]
+def as_validation(benchmark: Benchmark) -> Benchmark:
+    """A file of the user's rows as the prompts to choose on; a benchmark with a validation split as it is."""
+    rows = benchmark.validation is None and benchmark.chosen_on
+    return replace(benchmark, validation=benchmark.prompts) if rows else benchmark
+
+
+__all__ = ["as_validation", "tune"]
