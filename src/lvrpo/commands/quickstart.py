@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,8 +113,8 @@ def plan(options: Options, alignment: Alignment) -> Plan:
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
         baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
     sizes = QUICK_SIZES if options.quick else {}
-    sampled = {"sampled_prompts": QUICK_SAMPLED} if options.quick else {}
-    return Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2, **sampled)
+    full = Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2)
+    return replace(full, sampled_prompts=QUICK_SAMPLED) if options.quick else full
 
 
 def cores() -> int:

@@ -170,7 +170,7 @@ def record(
 ) -> tuple[Scored, list[Group]]:
     """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt."""
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
-    settings = {task: benchmark.sampling(sampling, task, measuring.tuned) for task in tasks}
+    settings: dict[Task, Sampling] = {task: benchmark.sampling(sampling, task, measuring.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, measuring)
     # a few prompts at a time: of large pictures not all samples can be held
     jobs: dict[tuple[Task, int], list[int]] = {}
