@@ -85,9 +85,9 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
             watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
         base = alignment.policies.reference
-        before = measure(run, "before", base, base, plan, sampling, watch)
+        before = measure(run, "before", base, plan, sampling, watch, base)
         align_watched(alignment, plan, sampling, watch)
-        after = measure(run, "after", alignment.result(), base, plan, sampling, watch)
+        after = measure(run, "after", alignment.result(), plan, sampling, watch, base)
         against = None
         if baseline is not None:
             watch.phase(f"{plan.baseline_name}: waiting for the baseline")
@@ -105,9 +105,18 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
 
 
 def measure(
-    run: RunDirectory, phase: str, policy: Policy, judge: Policy, plan: Plan, sampling: Sampling, watch: Watcher
+    run: RunDirectory,
+    phase: str,
+    policy: Policy,
+    plan: Plan,
+    sampling: Sampling,
+    watch: Watcher,
+    judge: Policy | None = None,
 ) -> Evaluation:
-    """Evaluates, the best of n chosen by ``judge``, and writes eval/PHASE.json, or reads it if it is there already."""
+    """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
+
+    ``judge``: whose reading side chooses the best of n; None: the policy's own.
+    """
     path = run.path / "eval" / f"{phase}.json"
     if path.exists():
         return Evaluation.from_dict(run.read_json(f"eval/{phase}.json"))
