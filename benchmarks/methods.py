@@ -111,7 +111,7 @@ def run_all(options: argparse.Namespace, budget: Budget) -> dict[str, list[dict[
                 print(f"{method}: {steps[method]} steps", flush=True)
             config = config.model_copy(update={"steps": steps[method]})
             print(f"{method}, seed {seed}: {folder}", flush=True)
-            found = train_and_measure(config, folder, Plan(sizes=sizes), bases)
+            found = train_and_measure(config, folder, Plan(sizes=sizes, sampled_prompts=0), bases)
         results[method].append(found)
     return results
 

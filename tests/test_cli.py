@@ -103,6 +103,8 @@ def test_the_run_is_a_model_and_compares(quickstart: tuple[Path, str], capfd: Ou
     printed = capfd.readouterr().out
     assert "edit: 5 prompts" in printed
     assert "quickstart: continued pretraining" in printed
+    assert main(["compare", run, "--over-seeds", "--markdown"]) == 0
+    assert "too few seeds to tell (1)" in capfd.readouterr().out
 
 
 def test_the_same_quickstart_is_not_overwritten(quickstart: tuple[Path, str], small_base: Path, capfd: Output) -> None:
@@ -165,13 +167,41 @@ def test_check_changes_nothing(small_base: Path, capfd: Output) -> None:
 
 def test_evaluate_writes_scores_that_scripts_can_read(small_base: Path, capfd: Output) -> None:
     arguments = ["evaluate", str(small_base), "--benchmark", "understand,edit", "--n", "20", "--json", "scores.json"]
+    arguments += ["--sampled-prompts", "3", "--samples", "4"]
     assert main(arguments) == 0
     written = json.loads(Path("scores.json").read_text())
     assert list(written["results"]) == ["understand", "edit"]
-    assert set(written["results"]["edit"]) == {"score", "low", "high", "n", "categories"}
+    assert {"score", "low", "high", "n", "categories"} <= set(written["results"]["edit"])
+    assert list(written["results"]["edit"]["pass_at_k"]) == ["1", "4"]
+    assert [len(row) for row in written["scores"]["edit"]["successes"]] == [4] * 3 + [1] * 17
+    printed = capfd.readouterr().out
+    for words in ("single sample", "pass@4", "best of 4", "balanced accuracy", "Draw, then read back"):
+        assert words in printed
     assert len(written["scores"]["edit"]["ids"]) == len(written["scores"]["edit"]["scores"]) == 20
     assert main([*arguments, "--force"]) == 0
     assert json.loads(Path("scores.json").read_text())["results"] == written["results"]
+
+
+def test_evaluate_at_the_settings_that_it_chose(small_base: Path, capfd: Output) -> None:
+    arguments = ["evaluate", str(small_base), "--benchmark", "understand", "--n", "6"]
+    assert main([*arguments, "--tune", "best.json"]) == 0
+    assert "understand: temperature" in capfd.readouterr().out
+    assert main([*arguments, "--tuned", "best.json", "--json", "scores.json"]) == 0
+    written = json.loads(Path("scores.json").read_text())
+    assert written["tuned"]["prompts"] == 6
+    assert written["scores"]["understand"]["settings"]["tasks"]["understand"] == {
+        "guidance_scale": 1.0,
+        **json.loads(Path("best.json").read_text())["settings"]["understand"],
+    }
+    for wrong, message in (
+        ([*arguments, "--tune", "best.json"], "best.json"),  # is there already
+        ([*arguments, "--tune", "other.json", "--samples", "4"], "--samples: belongs to an evaluation"),
+        (["evaluate", "tiny", "--benchmark", "understand", "--tuned", "best.json"], "tune each model for itself"),
+    ):
+        assert main(wrong) == 2
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_generate_writes_pictures_and_their_index(small_base: Path) -> None:
