@@ -21,6 +21,7 @@ from lvrpo.commands.progress import Progress, clock, sparkline
 from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.data.scenes import VOCABULARY
+from lvrpo.evaluation import BENCHMARKS
 from lvrpo.policies.loading import policy_folder
 from lvrpo.report.records import load_run
 from lvrpo.training.config import TrainConfig
@@ -28,7 +29,7 @@ from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment
 
 Output = pytest.CaptureFixture[str]
-TASKS = ("generate", "generate_guided", "understand", "understand_sampled", "edit", "reason")
+TASKS = tuple(BENCHMARKS)
 SMALL = (
     "steps=2",
     "device=cpu",

@@ -24,11 +24,24 @@ QUICK = (
     "checkpoint_every=2",
 )
 QUICK_STEPS = 4
+SIZES = {
+    "generate": 700,
+    "generate_guided": 700,
+    "generate_paraphrased": 210,
+    "understand": 1200,
+    "understand_sampled": 480,
+    "understand_paraphrased": 240,
+    "edit": 400,
+    "reason": 600,
+}
+"""Prompts of the test split that a quickstart takes; ``lvrpo evaluate`` takes all."""
 QUICK_SIZES = {
     "generate": 14,
     "generate_guided": 14,
+    "generate_paraphrased": 14,
     "understand": 24,
     "understand_sampled": 24,
+    "understand_paraphrased": 24,
     "edit": 10,
     "reason": 12,
 }
@@ -112,7 +125,7 @@ def plan(options: Options, alignment: Alignment) -> Plan:
         overrides = [f"init={alignment.run.path / START}", f"seed={config.seed}", f"threads={config.threads}"]
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
         baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
-    sizes = QUICK_SIZES if options.quick else {}
+    sizes = QUICK_SIZES if options.quick else SIZES
     full = Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2)
     return replace(full, sampled_prompts=QUICK_SAMPLED) if options.quick else full
 

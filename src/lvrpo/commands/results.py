@@ -18,6 +18,7 @@ from lvrpo.commands.options import (
     whole,
 )
 from lvrpo.errors import InputError
+from lvrpo.evaluation import BENCHMARKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,7 @@ def evaluate_options(parser: Parser) -> None:
         type=names,
         default=["scenes"],
         metavar="NAME[,NAME]",
-        help="generate, generate_guided, understand, understand_sampled, edit, reason; scenes: all; or FILE.jsonl",
+        help=f"{', '.join(BENCHMARKS)}; scenes: all; or FILE.jsonl",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, and the record of every sample")
     parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")

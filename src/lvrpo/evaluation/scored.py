@@ -31,7 +31,7 @@ class Scored:
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     clusters: tuple[str, ...]
-    """What a prompt shares with others: its picture. Whole clusters are resampled."""
+    """What a prompt shares with others: its picture, or what its text says. Whole clusters are resampled."""
     scores: tuple[float, ...]
     """Mean success of the first ``samples`` outputs."""
     samples: int = 1
@@ -47,6 +47,8 @@ class Scored:
     """The right answers, where the output is a text."""
     answers: tuple[tuple[str, ...], ...] = ()
     """The answers given, of the first ``samples``."""
+    held_out: tuple[bool, ...] = ()
+    """Whether a prompt shows a combination that training never shows."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was sampled, and by whom it was judged. Any: JSON values."""
 
@@ -124,10 +126,18 @@ def _at(values: Sequence[T], rows: Sequence[int]) -> list[T]:
 
 
 def _by_category(scored: Scored, row: Callable[[Sequence[int]], dict[str, Any]]) -> dict[str, Any]:
+    """All prompts; each category; and where some show unseen combinations, those and the others."""
+    found = {**row(range(len(scored.ids))), "categories": _each(scored.categories, row)}
+    if any(scored.held_out):
+        found["compositions"] = _each(["unseen" if new else "seen" for new in scored.held_out], row)
+    return found
+
+
+def _each(labels: Sequence[str], row: Callable[[Sequence[int]], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     rows: dict[str, list[int]] = {}
-    for i, category in enumerate(scored.categories):
-        rows.setdefault(category, []).append(i)
-    return {**row(range(len(scored.ids))), "categories": {name: row(chosen) for name, chosen in rows.items() if name}}
+    for i, label in enumerate(labels):
+        rows.setdefault(label, []).append(i)
+    return {label: row(chosen) for label, chosen in rows.items() if label}
 
 
 __all__ = ["Scored"]

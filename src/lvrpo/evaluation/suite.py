@@ -204,6 +204,7 @@ def record(
         tuple(judged) if any(judged) else (),
         tuple(backs) if any(back is not None for back in backs) else (),
         **questions(ordered),
+        held_out=tuple(p.held_out for p in prompts) if any(p.held_out for p in prompts) else (),
         settings={
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
@@ -253,9 +254,9 @@ def form_of(prompt: Prompt) -> str:
 
 
 def cluster_of(prompt: Prompt) -> str:
-    """The fingerprint of the prompt's pictures, or its own id where it has none."""
+    """The fingerprint of the prompt's pictures; where it has none, what its text says, or its own id."""
     digest = hashlib.blake2b(digest_size=8)
     pictures = [part for part in prompt.parts if not isinstance(part, str)]
     for picture in pictures:
         digest.update(picture.numpy().tobytes())
-    return digest.hexdigest() if pictures else prompt.id
+    return digest.hexdigest() if pictures else prompt.content or prompt.id

@@ -10,16 +10,20 @@ from lvrpo.report.records import Estimate, RunRecord, Summary
 TASK_LABELS = {
     "generate": "Generation",
     "generate_guided": "Generation, guided",
+    "generate_paraphrased": "Generation, other words",
     "understand": "Questions, greedy",
     "understand_sampled": "Questions, sampled",
+    "understand_paraphrased": "Questions, other words",
     "edit": "Editing",
     "reason": "Reasoning",
 }
 IN_SENTENCES = {
     "generate": "generation",
     "generate_guided": "guided generation",
+    "generate_paraphrased": "generation in other words",
     "understand": "question answering (greedy)",
     "understand_sampled": "question answering (sampled)",
+    "understand_paraphrased": "question answering in other words",
     "edit": "editing",
     "reason": "reasoning",
 }
