@@ -20,7 +20,6 @@ from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
 from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
 
-
 GUESSED_SHARE = 0.25
 """Of the patches: what an edit may change where nothing is known."""
 
@@ -38,8 +37,8 @@ class EditConsistency:
 
     R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
     rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches
-    that changed most (a quarter unless told, which is then said once): an edit of more than that share then loses, and one that touches less may
-    damage a little for free.
+    that changed most (a quarter unless told, which is then said once): an edit of more than that share then loses, and
+    one that touches less may damage a little for free.
 
     What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay; with ``split``
     (see ``own_vqa``), edits of free text get questions of both kinds. Questions about what should stay are asked of the
