@@ -53,7 +53,7 @@ class OwnVQA:
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
     itself, by an endpoint, or by the built-in world's grammar; {} for its defaults); without it they do not get this
-    reward. Yes-no questions of the first two are asked in both orders, with ``choices`` or BOTH_ORDERS. Of an edit, what
+    reward. Yes-no questions of the first two are asked in both orders (``choices`` or BOTH_ORDERS). Of an edit, what
     should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so that
     the result has to agree with the source. A prompt that could not be split is masked with the reason.
     ``kinds``: only facts of these kinds are asked.
