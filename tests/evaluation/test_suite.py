@@ -193,5 +193,5 @@ def test_wrong_names_are_explained(names: list[str], message: str) -> None:
 
 def test_a_row_that_cannot_be_scored_is_named() -> None:
     Path("rows.jsonl").write_text(json.dumps({"id": "first", "task": "generate", "prompt": "a red circle"}) + "\n")
-    with pytest.raises(InputError, match="row 'first' cannot be scored"):
+    with pytest.raises(InputError, match="row 'first' of task 'generate' cannot be scored: name rewards"):
         find_benchmarks(["rows.jsonl"])

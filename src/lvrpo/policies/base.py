@@ -123,6 +123,13 @@ def in_place(policy: object) -> object:
     return policy
 
 
+def check_text(policy: object, text: str) -> None:
+    """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
+    check = getattr(in_place(policy), "check_text", None)  # optional in anybody's class
+    if check is not None:
+        check(text)
+
+
 @runtime_checkable
 class Policy(Protocol):
     """One model that reads pictures and draws them."""

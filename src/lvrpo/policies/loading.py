@@ -113,6 +113,15 @@ def policy_folder(model: str | Path) -> Path:
     )
 
 
+def picture_side(model: str | Path) -> int | None:
+    """Side of the square pictures that MODEL reads, found without loading it; None: pictures of any size."""
+    folder = policy_folder(model)
+    if has_adapter(folder):
+        return None
+    read = getattr(resolve("model type", model_type(folder), POLICIES), "picture_side", None)  # optional in a class
+    return None if read is None else read(folder)
+
+
 def model_type(folder: Path) -> str:
     """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():

@@ -135,6 +135,11 @@ class RewardSource:
         return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
 
     @property
+    def relative(self) -> bool:
+        """Whether a score says only how an output compares with the others of its group."""
+        return bool(getattr(self.reward, "relative", False))  # optional in anybody's class
+
+    @property
     def judges(self) -> tuple[OutputKind, ...]:
         """The kinds of segments that it judges where a trajectory has several."""
         own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
@@ -166,12 +171,18 @@ def option_names(cls: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
-    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
+def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[RewardSource]:
+    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
+
+    ``given``: rewards by title that a caller in Python hands over; their names are not resolved.
+    """
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
             raise InputError(f"rewards: two entries are called {config.title!r}: give one a label of its own")
+        if given is not None and config.title in given:
+            sources.append(RewardSource(config, given[config.title]))
+            continue
         cls = resolve("reward", config.name, REWARDS)
         try:
             reward = cls(**config.options)
