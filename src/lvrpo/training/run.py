@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
-from lvrpo.data.sources import DATASETS, PromptSource
+from lvrpo.data.sources import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.errors import InputError
-from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.registry import resolve
+from lvrpo.registry import allow_code, resolve
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, build_rewards
 from lvrpo.sampling import derive_seed
@@ -73,7 +73,7 @@ START = "start"
 def open_source(config: TrainConfig, split: str, seed: int) -> PromptSource:
     """One split of the source of prompts; raises InputError if it lacks a task that a step needs."""
     section = {"scenes": config.data.scenes, "jsonl": config.data.jsonl}.get(config.data.source)
-    return resolve("data source", config.data.source, DATASETS)(section, split, seed)
+    return resolve("data source", config.data.source, DATASETS, SOURCE_METHODS)(section, split, seed)
 
 
 def training_source(config: TrainConfig) -> PromptSource:
@@ -159,6 +159,7 @@ class Alignment:
     @classmethod
     def start(cls, config: TrainConfig, folder: Path, wire: Wire = SOLO) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace."""
+        allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         source = training_source(config)
         rewards = scoring_rewards(config, source)
@@ -188,7 +189,9 @@ class Alignment:
                 run.require_config(config)
             if run.read_summary() is not None:
                 raise InputError(f"{folder}: has finished: see lvrpo report {folder}, or start another run")
-            config = run.config(TrainConfig)
+            allowed = () if config is None else config.allow_code
+            allow_code(allowed)
+            config = run.config(TrainConfig).model_copy(update={"allow_code": allowed})
             torch.set_num_threads(config.threads)
             source, rewards = training_source(config), build_rewards(config.rewards)
             guard = Guard(guard_prompts(config), config)
@@ -274,7 +277,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    declared = getattr(resolve("model type", model_type(base), POLICIES), "writes", None)
+    declared = getattr(policy_class(base), "writes", None)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
         config.require_fit(declared)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
@@ -331,6 +334,7 @@ def loaded(model: Path, config: TrainConfig, base: str | None) -> Policy:
 def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
     """The policies of a process that helps a run, and what it keeps of offloaded ones."""
     torch.set_num_threads(setup.config.threads)
+    allow_code(setup.config.allow_code)
     state = RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config, wire)
     if state.shards is not None and setup.checkpoint is not None:
         state.shards.load_own(Path(setup.checkpoint) / STATE)
