@@ -154,7 +154,7 @@ def train(*changes: str) -> tuple[str, ...]:
 
 
 def rewarded_by(name: str, more: str = "") -> tuple[str, ...]:
-    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]")
+    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]", "allow_code=[bad_rewards]")
 
 
 Case = tuple[tuple[str, ...], int, str]
@@ -197,7 +197,8 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: exact_anwser}]"), 2, "did you mean exact_answer?"),
     (train("rewards=[{name: scene_facts, options: {mood: all}}]"), 2, "mood"),
     (train("rewards=[{name: own_vqa}, {name: own_vqa}]"), 2, "two entries are called 'own_vqa'"),
-    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "no module 'no_such_package'"),
+    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "is code of no_such_package, not of lvrpo"),
+    ((*train("rewards=[{name: 'no_such_package:Reward'}]"), "--allow-code"), 2, "no module 'no_such_package'"),
     (train("rewards=[{name: own_vqa, weight: 0}]"), 2, "every weight is 0"),
     (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
     (rewarded_by("Silent"), 2, "has no method 'applies'"),

@@ -3,7 +3,18 @@
 The names below are imported when they are first used, so that ``import lvrpo`` is quick.
 """
 
-from __future__ import annotations
+import os
+import sys
+
+# `python -m lvrpo` puts the working directory before everything else: no file that happens to lie there is a module
+# that we mean. It stays where lvrpo itself was found in it, and where PYTHONPATH names it.
+if (
+    sys.argv[:1] == ["-m"]  # which it is until the module is found
+    and sys.orig_argv[-len(sys.argv)] in ("lvrpo", "-mlvrpo")
+    and sys.path[:1] in ([""], [os.getcwd()])
+    and os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+):
+    del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -32,12 +32,19 @@ Tree = dict[str, Any]  # Any: whatever a YAML file may hold
 Location = tuple[str | int, ...]
 
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+CONSENT = "allow_code"
+"""The key by which a user's own file allows code. It counts neither in a run nor in a file that is extended."""
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = (), own_file: bool = True) -> C:
     """Reads ``path`` (defaults only where it is None), applies ``section.key=value`` overrides, validates.
 
+    ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
     tree = {} if path is None else _read_tree(Path(path), ())
+    if not own_file:
+        tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
     for override in overrides:
         keys, text = _split_override(override)
@@ -187,6 +194,8 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
     tree = read_yaml(path)
+    if chain:
+        tree.pop(CONSENT, None)
     if "extends" not in tree:
         return tree
     parent = tree.pop("extends")

@@ -1,27 +1,71 @@
-"""Names to objects: one plain table per kind, written out in full, and one function that looks names up."""
+"""Names to objects: one plain table per kind, one function that looks names up, and the consent that it asks for.
+
+A name outside a table, ``my_package.module:Name``, makes text of some file into code that runs. This module is the
+only place where that happens, and only for packages that the user has allowed: on the command line, in the CONFIG
+file that she names herself, or by ``allow_code`` from Python. What was downloaded (a run, a model) allows nothing.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lvrpo.errors import InputError
 
+ANY = "*"
+"""Allows every package for names of a configuration; what a model's folder names has to be allowed by its name."""
 
-def resolve(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """The object called ``name``: an entry of ``table``, or anybody's ``my_package.module:Attribute``.
+_allowed: set[str] = set()
+
+
+def allow_code(packages: Iterable[str]) -> None:
+    """Allows modules of these packages to be imported for names outside the tables; ``ANY``: of all packages.
+
+    ``my_package`` allows ``my_package.module:Name``, ``my_package.module`` that module and what lies below it. Raises
+    InputError for what is no package name.
+    """
+    for package in packages:
+        if package != ANY and not _dotted(package):
+            raise InputError(f"allow_code={package!r}: must be the name of a package, such as my_package")
+        _allowed.add(package)
+
+
+@contextmanager
+def own_consent() -> Iterator[None]:
+    """Inside, nothing is allowed but what is allowed there; afterwards, what was allowed before."""
+    before = set(_allowed)
+    _allowed.clear()
+    try:
+        yield
+    finally:
+        _allowed.clear()
+        _allowed.update(before)
+
+
+def resolve(
+    kind: str, name: str, table: Mapping[str, Any], methods: Sequence[str] = (), from_model: bool = False
+) -> Any:
+    """The object called ``name``: an entry of ``table``, or an allowed ``my_package.module:Name``.
 
     An entry is the object itself or a string ``package.module:Attribute`` that is imported only now. ``kind`` is the
-    word for messages ("reward", "policy"). Raises InputError on an unknown name, with the nearest one and the list.
-    Any: what a table holds is the table's affair.
+    word for messages ("reward", "policy"). A name outside the table must be that of a class with these ``methods``, or
+    of a function whose attribute ``makes`` is such a class; nothing of it is called here. ``from_model``: the name
+    stands in a model's folder, which may be anybody's: its package must have been allowed by name.
+    Raises InputError on an unknown name, with the nearest one and the list, and where consent is missing. Any: what a
+    table holds is the table's affair.
     """
     if name in table:
         entry = table[name]
         return _imported(kind, entry) if isinstance(entry, str) else entry
     if ":" in name:
-        return _imported(kind, name)
+        _require_consent(kind, name, from_model)
+        found = _imported(kind, name)
+        _require_methods(kind, name, found, methods)
+        return found
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
@@ -30,9 +74,49 @@ def resolve(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     )
 
 
+def _require_consent(kind: str, name: str, from_model: bool) -> None:
+    module = name.partition(":")[0]
+    if not _dotted(module):
+        raise InputError(f"{kind} {name!r}: write it as my_package.module:Name")
+    parts = module.split(".")
+    package = parts[0]
+    if package in sys.stdlib_module_names:
+        raise InputError(f"{kind} {name!r}: {package} is part of Python and holds no {kind}: name a module of your own")
+    covering = {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)} | (set() if from_model else {ANY})
+    if not _allowed & covering:
+        if from_model:
+            raise InputError(
+                f"{kind} {name!r}: is code of {package}, not of lvrpo, and a model's folder cannot allow it: if you "
+                f"trust {package}, add --allow-code={package}"
+            )
+        raise InputError(
+            f"{kind} {name!r}: is code of {package}, not of lvrpo: if you trust it, add --allow-code, or "
+            f"allow_code: [{package}] to the file that you name as CONFIG (in a run or in a file that is extended it "
+            "does not count)"
+        )
+
+
+def _require_methods(kind: str, name: str, found: Any, methods: Sequence[str]) -> None:
+    if not methods:
+        return
+    made = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.decorated
+    if not isinstance(made, type):
+        raise InputError(f"{kind} {name!r}: is a {type(found).__name__}, not a class: name a class of a {kind}")
+    for method in methods:
+        own = any(method in vars(base) for base in made.__mro__)  # not of the metaclass, as __call__ would be
+        if not own or not callable(getattr(made, method)):
+            raise InputError(
+                f"{kind} {name!r}: has no method {method!r}: a {kind} has {' and '.join(map(repr, methods))}"
+            )
+
+
+def _dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
 def _imported(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+    if not (_dotted(module_name) and _dotted(attribute)):
         raise InputError(f"{kind} {target!r}: write it as my_package.module:Name")
     try:
         found: Any = importlib.import_module(module_name)

@@ -7,6 +7,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from lvrpo.registry import resolve
 
 FINAL = "policy.json"
 """In a run directory: which checkpoint is the run's result."""
+METHODS = ("load", "sample", "logprobs", "save")
+"""Some of what anybody's class of a policy must have: by these it is told from other classes."""
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
 
 
@@ -41,7 +44,15 @@ def load_policy(
     where = pick_device(device)
     if base is not None:
         return _load_completed(folder, policy_folder(base), where, dtype)
-    return resolve("model type", model_type(folder), POLICIES).load(folder, where, DTYPES.get(dtype or ""))
+    return policy_class(folder).load(folder, where, DTYPES.get(dtype or ""))
+
+
+def policy_class(folder: Path) -> Any:
+    """The class of the policy in a folder. A type outside the table needs its package allowed by name.
+
+    Any: anybody's class. Raises InputError.
+    """
+    return resolve("model type", model_type(folder), POLICIES, METHODS, from_model=True)
 
 
 def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Path | None) -> Policy:
@@ -118,7 +129,7 @@ def picture_side(model: str | Path) -> int | None:
     folder = policy_folder(model)
     if has_adapter(folder):
         return None
-    read = getattr(resolve("model type", model_type(folder), POLICIES), "picture_side", None)  # optional in a class
+    read = getattr(policy_class(folder), "picture_side", None)  # optional in a class
     return None if read is None else read(folder)
 
 

@@ -43,6 +43,7 @@ def reward(
             return DecoratedReward(function, options, tuple(outputs), tuple(tasks))
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
+        vars(build)["makes"] = DecoratedReward  # by which the registry knows that this function builds a reward
         return build
 
     return decorate

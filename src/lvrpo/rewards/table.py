@@ -25,6 +25,8 @@ from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
+METHODS = ("applies", "score")
+"""What anybody's class of a reward must have."""
 
 
 class WeightSchedule(Config):
@@ -183,7 +185,7 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
         if given is not None and config.title in given:
             sources.append(RewardSource(config, given[config.title]))
             continue
-        cls = resolve("reward", config.name, REWARDS)
+        cls = resolve("reward", config.name, REWARDS, METHODS)
         try:
             reward = cls(**config.options)
         except TypeError as error:
@@ -191,11 +193,6 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
             given = ", ".join(config.options) or "none"
             known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
             raise InputError(f"rewards.{config.title}.options ({given}): {error}: {known}") from None
-        for method in ("applies", "score"):
-            if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
-                raise InputError(
-                    f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
-                )
         own = None if config.judge is None else load_policy(config.judge).frozen()
         sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):

@@ -87,6 +87,9 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
 class TrainConfig(Config):
     """An alignment run."""
 
+    allow_code: tuple[str, ...] = Field(default=(), exclude=True)
+    """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
+    allows itself any."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     policy: str = "tiny"

@@ -16,9 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lvrpo.errors import InputError
-from lvrpo.policies import POLICIES
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.loading import DTYPES, model_type, pick_device, policy_folder
+from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
 from lvrpo.policies.mot.batching import runs
@@ -31,7 +30,6 @@ from lvrpo.policies.mot.recording import flow_segment as flow_record
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.registry import resolve
 from lvrpo.rewards.table import build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
@@ -98,7 +96,7 @@ def estimate_memory(
     folder = policy_folder(config.policy)
     if has_adapter(folder):
         raise InputError(f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` first")
-    kind = resolve("model type", model_type(folder), POLICIES)
+    kind = policy_class(folder)
     if not issubclass(kind, MoTPolicy):
         return None
     forget_packings()

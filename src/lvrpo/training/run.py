@@ -16,13 +16,13 @@ from lvrpo.config import dump_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.data.sources import PromptSource
 from lvrpo.errors import InputError
-from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.registry import resolve
+from lvrpo.registry import allow_code
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
@@ -86,6 +86,7 @@ class Alignment:
 
         ``given``: parts that a caller in Python hands over.
         """
+        allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         parts = open_parts(config, given)
         require_room(config, parts.source, parts.guard)
@@ -126,7 +127,10 @@ class Alignment:
                     f"{folder}: has finished: see lvrpo report {folder}, start another run, or make it longer with "
                     f"lvrpo train --resume {folder} steps={held.steps * 2}"
                 )
-            config = config if longer and config is not None else held
+            allowed = () if config is None else config.allow_code
+            allow_code(allowed)
+            steps = config.steps if config is not None else held.steps
+            config = held.model_copy(update={"allow_code": allowed, "steps": steps})
             torch.set_num_threads(config.threads)
             parts = open_parts(config, given)
             if longer:
@@ -244,7 +248,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    declared = getattr(resolve("model type", model_type(base), POLICIES), "writes", None)
+    declared = getattr(policy_class(base), "writes", None)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
         config.require_fit(declared)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
@@ -301,6 +305,7 @@ def loaded(model: Path, config: TrainConfig, base: str | None) -> Policy:
 def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
     """The policies of a process that helps a run, and what it keeps of offloaded ones."""
     torch.set_num_threads(setup.config.threads)
+    allow_code(setup.config.allow_code)
     state = RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config, wire)
     if state.shards is not None and setup.checkpoint is not None:
         state.shards.load_own(Path(setup.checkpoint) / STATE)

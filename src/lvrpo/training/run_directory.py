@@ -115,8 +115,8 @@ class RunDirectory:
     # --- configuration ---
 
     def config(self, cls: type[C]) -> C:
-        """The resolved configuration of the run."""
-        return load_config(cls, self.path / CONFIG)
+        """The resolved configuration of the run, which may be anybody's: it allows no code."""
+        return load_config(cls, self.path / CONFIG, own_file=False)
 
     def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lvrpo.data.jsonl import JsonlPrompts
-from lvrpo.data.sources import DATASETS, PromptSource
+from lvrpo.data.sources import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, check_text
 from lvrpo.policies.loading import picture_side
@@ -95,7 +95,7 @@ def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOT
     if split in given.sources:
         return given.sources[split]
     data = config.data
-    build = resolve("data source", data.source, DATASETS)
+    build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
     if data.source == "jsonl":
         return build(data.jsonl, split, seed, picture_side(config.policy))
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
@@ -148,7 +148,8 @@ def guard_prompts(
 
     ``scorer``: what scores them (None: whatever there is counts, and nobody is warned).
     """
-    trained = [task for task, count in config.data.prompts_per_step.items() if count and config.guard.prompts.get(task)]
+    counts = config.data.prompts_per_step
+    trained = [task for task, count in config.guard.prompts.items() if count and counts.get(task)]
     found: dict[Task, list[Prompt]] = {}
     for task in trained if source is not None else ():
         rows = source.prompts(task, config.guard.prompts[task]) if task in source.tasks else []
