@@ -137,6 +137,9 @@ def run(given: Sequence[str]) -> int:
     if given[0] == "--version":
         print(f"lvrpo {__version__}")
         return DONE
+    if group_help(given):
+        print(usage(f"{given[0]} "))
+        return DONE
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
@@ -155,11 +158,20 @@ def run(given: Sequence[str]) -> int:
     return DONE
 
 
-def usage() -> str:
-    """What ``lvrpo --help`` prints."""
-    width = max(map(len, COMMANDS)) + 2
-    summaries = {name: resolve("command", name, COMMANDS).summary for name in COMMANDS}
+def group_help(given: Sequence[str]) -> bool:
+    """Whether nothing but the name of a group of commands is given, or its help is asked for."""
+    is_group = given[0] not in COMMANDS and any(name.startswith(f"{given[0]} ") for name in COMMANDS)
+    return is_group and (len(given) == 1 or given[1] in ("-h", "--help", "help"))
+
+
+def usage(group: str = "") -> str:
+    """What ``lvrpo --help`` prints, or ``lvrpo GROUP --help``."""
+    chosen = [name for name in COMMANDS if name.startswith(group)]
+    width = max(map(len, chosen)) + 2
+    summaries = {name: resolve("command", name, COMMANDS).summary for name in chosen}
     lines = [f"  {name.ljust(width)}{summary}" for name, summary in summaries.items()]
+    if group:
+        return "\n".join([f"usage: lvrpo {group}COMMAND [options]; lvrpo {group}COMMAND --help tells more", "", *lines])
     return "\n".join(
         [
             "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -193,15 +194,50 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
-    tree = read_yaml(path)
+    tree = _beside(read_yaml(path), path.parent)
     if chain:
         tree.pop(CONSENT, None)
     if "extends" not in tree:
         return tree
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
-        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file")
-    return _merged(_read_tree(path.parent / parent, (*chain, here)), tree)
+        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
+    return _merged(_read_tree(_parent(path, parent), (*chain, here)), tree)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that lvrpo ships, by name."""
+    folder = Path(__file__).parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _parent(path: Path, parent: str) -> Path:
+    """The file that ``path`` extends: one beside it, or one that lvrpo ships."""
+    beside, shipped = path.parent / parent, shipped_configs()
+    if beside.is_file():
+        return beside
+    if parent.removesuffix(".yaml") in shipped:
+        return shipped[parent.removesuffix(".yaml")]
+    names = [*shipped, *(p.name for p in path.parent.glob("*.y*ml") if p != path)]
+    near = _nearest(parent, names)
+    hint = f"did you mean {near}?" if near else f"name a file beside it, or one of {', '.join(shipped)}"
+    raise InputError(f"{path}: extends={_show(parent)}: no such file: {hint}")
+
+
+def _beside(tree: Any, folder: Path) -> Any:
+    """The tree, in which texts that begin with ./ or ../ become paths from the file's folder."""
+    seen: set[int] = set()  # what an alias repeats is gone through once
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, dict | list):
+            continue
+        seen.add(id(node))
+        for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(inner, str) and inner.startswith(("./", "../")) and key != "extends":
+                node[key] = os.path.abspath(folder / inner)
+            waiting.append(inner)
+    return tree
 
 
 def _merged(base: Tree, over: Tree) -> Tree:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from lvrpo.config import CONSENT, Config, load_config
+from lvrpo.config import CONSENT, Config, load_config, shipped_configs
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 
 C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
 """Of a run directory."""
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configurations that lvrpo ships, by name."""
-    folder = Path(str(resources.files("lvrpo"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str) -> Path:

@@ -16,9 +16,10 @@ from lvrpo.config import Config
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
-from lvrpo.registry import resolve
+from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
@@ -61,7 +62,7 @@ class RewardConfig(Config):
     """One row of the reward section."""
 
     name: str
-    """An entry of REWARDS, or my_package.module:Class."""
+    """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
     weight: float = Field(default=1.0, ge=0)
     """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[Task, ...] | None = None
@@ -105,7 +106,7 @@ class RewardConfig(Config):
 
     @property
     def title(self) -> str:
-        return self.label or self.name
+        return self.label or (self.name.rpartition(":")[2] if is_file(self.name) else self.name)
 
     def weight_at(self, step: int) -> float:
         """The weight of the step after ``step`` steps."""
@@ -185,7 +186,7 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
         if given is not None and config.title in given:
             sources.append(RewardSource(config, given[config.title]))
             continue
-        cls = resolve("reward", config.name, REWARDS, METHODS)
+        cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
         try:
             reward = cls(**config.options)
         except TypeError as error:
