@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ def interval(result: Result | None, signed: bool = False) -> str:
     if not result or result["score"] is None:
         return ""
     low, high = result["low"], result["high"]
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if low is not None and high is not None else ""
+    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    spread = f" [{number(low, signed)}, {number(high, signed)}]" if known else ", no interval"
     return number(result["score"], signed) + spread
 
 

@@ -87,7 +87,7 @@ class Guard:
             state.best_step = step
             return GuardReport(means, "blind", ())
         if not state.best_scores:
-            state.best_step, state.best_scores = step, scores
+            state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
             return GuardReport(means, "best", (), scores)
         fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
