@@ -38,8 +38,13 @@ _EXPORTS = {
     "Sampling": "lvrpo.policies.base",
     "SegmentLogprobs": "lvrpo.types",
     "TextSegment": "lvrpo.types",
+    "TrainConfig": "lvrpo.training.config",
+    "Trained": "lvrpo.api",
     "Trajectory": "lvrpo.types",
     "load_config": "lvrpo.config",
+    "load_policy": "lvrpo.policies.loading",
+    "reward": "lvrpo.rewards.decorated",
+    "train": "lvrpo.api",
 }
 
 __all__ = [
@@ -59,15 +64,24 @@ __all__ = [
     "Sampling",
     "SegmentLogprobs",
     "TextSegment",
+    "TrainConfig",
+    "Trained",
     "Trajectory",
     "__version__",
     "load_config",
+    "load_policy",
+    "reward",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from lvrpo.api import Trained, train
     from lvrpo.config import Config, load_config
     from lvrpo.errors import ContractError, InputError, LvrpoError
     from lvrpo.policies.base import Policy, Sampling
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.rewards.decorated import reward
+    from lvrpo.training.config import TrainConfig
     from lvrpo.types import (
         Example,
         Fact,

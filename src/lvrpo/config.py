@@ -47,6 +47,7 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     if not own_file:
         tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
+    as_text: set[Location] = set()
     for override in overrides:
         keys, text = _split_override(override)
         _set(tree, keys, _parse_override(override, text))
@@ -59,7 +60,9 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
             location = _real_location(tree, first["loc"])
             # `name=2024` on the command line means text where only text is allowed
-            text = raw.pop(location, "") if first["type"] in ("string_type", "literal_error", "path_type") else ""
+            texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
+            text = raw.get(location, "") if texts else ""
+            as_text.add(location)
             if text and not isinstance(first["input"], str):
                 _set(tree, [str(key) for key in location], text)
                 continue

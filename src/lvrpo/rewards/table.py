@@ -26,6 +26,8 @@ from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
+IN_PYTHON = "python"
+"""Stands for what a caller in Python handed over, where a configuration needs a name."""
 METHODS = ("applies", "score")
 """What anybody's class of a reward must have."""
 
@@ -186,6 +188,11 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
         if given is not None and config.title in given:
             sources.append(RewardSource(config, given[config.title]))
             continue
+        if config.name.startswith(f"{IN_PYTHON}:"):
+            raise InputError(
+                f"rewards.{config.title}: was handed over in Python, and only its name is on record: name a file, "
+                "./my_rewards.py:NAME, or call lvrpo.train again"
+            )
         cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
         try:
             reward = cls(**config.options)

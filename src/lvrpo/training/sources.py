@@ -17,7 +17,7 @@ from lvrpo.policies.loading import picture_side
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.held_out import HeldOutScorer
-from lvrpo.rewards.table import RewardSource, build_rewards
+from lvrpo.rewards.table import IN_PYTHON, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
@@ -95,6 +95,11 @@ def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOT
     if split in given.sources:
         return given.sources[split]
     data = config.data
+    if data.source == IN_PYTHON:
+        raise InputError(
+            "data.source=python: its prompts were handed over in Python and are not on record: put them into a file of "
+            "rows, or call lvrpo.train again"
+        )
     build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
     if data.source == "jsonl":
         return build(data.jsonl, split, seed, picture_side(config.policy))
