@@ -327,7 +327,7 @@ DATA: list[Case] = [
     (("ask", "small", "--image", "moving.gif", "what ?"), 2, "animated"),
     (("ask", "small", "--image", "huge.png", "what ?"), 2, "more than 64 megapixels"),
     (("ask", "small", "--image", "red.png", "what colour is the circle ?"), 2, "did you mean 'color'?"),
-    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'question' is missing"),
+    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'image' is of an older format"),
     (("ask", "small", "--questions", "inside/leaves.jsonl"), 2, "lies outside"),
     (("ask", "small", "--questions", "questions.jsonl", "--out", "red.png"), 2, "red.png: exists already"),
     (("edit", "small", "remove the circle", "--out", "new.png"), 2, "--image"),

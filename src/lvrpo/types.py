@@ -79,8 +79,10 @@ class Prompt:
             raise InputError(f"{named}: field id must be text that is not empty")
         if self.task not in TASKS:
             raise InputError(f"{named}: field task is {self.task!r}: must be one of {', '.join(TASKS)}")
-        if not isinstance(self.parts, tuple | list) or not self.parts:
-            raise InputError(f"{named}: field parts is {self.parts!r}: must be a tuple of texts and pictures: ('a', )")
+        if not isinstance(self.parts, tuple | list):
+            raise InputError(
+                f"{named}: field parts is {self.parts!r}: must be a tuple of texts and pictures, such as ('a circle',)"
+            )
         wrong = [type(part).__name__ for part in self.parts if not isinstance(part, str | torch.Tensor)]
         if wrong:
             raise InputError(f"{named}: field parts holds {wrong[0]}: must hold texts and pictures, (3, H, W) tensors")

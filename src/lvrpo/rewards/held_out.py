@@ -12,7 +12,7 @@ import torch
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardSource, score_groups
 from lvrpo.types import Group, Prompt
 
 Metric = Literal["success", "reward"]
@@ -35,6 +35,8 @@ class HeldOutScorer:
     def scores(self, groups: Sequence[Group], judge: Policy | None = None) -> list[list[float]]:
         """Per group and member its score, nan where a reward failed; ``judge``: a frozen policy, for the rewards.
 
+        Raises ContractError, with the reason, where every score failed.
+
         A reward counts with its configured weight, w_k: sum_k w_k r_k / sum_k w_k over those that score the prompt.
         """
         right = [p for p, group in enumerate(groups) if scorable(group.prompt)]
@@ -54,6 +56,9 @@ class HeldOutScorer:
         table = score_groups(sources, groups, judge)
         applies = torch.tensor([[r.scores(group.prompt) for r in sources] for group in groups])[:, None]
         weights = torch.tensor([r.config.weight for r in sources]) * applies
+        failed = next((why for why in table.reasons.values() if why != NOT_APPLICABLE), "")
+        if not table.mask.any():
+            raise ContractError(f"no reward could score the {len(groups)} held-out outputs: {failed}")
         scores = (table.scores * weights).sum(dim=-1) / weights.sum(dim=-1)
         return torch.where((table.mask | ~applies).all(dim=-1), scores, math.nan).tolist()
 

@@ -89,7 +89,7 @@ class Alignment:
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         parts = open_parts(config, given)
-        require_room(config, parts.source, parts.guard)
+        require_room(config, parts)
         policy, base = open_policy(config)
         parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
@@ -213,23 +213,22 @@ def lengthen(run: RunDirectory, config: TrainConfig) -> None:
     run.write_text(CONFIG, dump_config(config))
 
 
-def memory_of(
-    config: TrainConfig, source: PromptSource, guard: Guard, device: torch.device | None = None
-) -> MemoryEstimate | None:
+def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
     """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold.
 
-    ``device`` stands for the configuration's; it need not be there.
+    ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
     """
     require_extras(config)
-    held_out = [prompt for prompts in guard.prompts.values() for prompt in prompts]
-    return estimate_memory(config, prompts_of_step(source, config, 0), held_out, device)
+    held_out = [prompt for prompts in parts.guard.prompts.values() for prompt in prompts]
+    prompts = prompts_of_step(parts.source, config, 0)
+    return estimate_memory(config, prompts, held_out, device, parts.require_readable)
 
 
-def require_room(config: TrainConfig, source: PromptSource, guard: Guard) -> None:
+def require_room(config: TrainConfig, parts: Parts) -> None:
     """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
     device = pick_device(config.device)
     if worth_a_look(policy_folder(config.policy), device):
-        require_memory(memory_of(config, source, guard), device, f"policy={config.policy}")
+        require_memory(memory_of(config, parts), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
+from lvrpo.rewards.held_out import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
+from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.run import memory_of, open_policy
-from lvrpo.training.sources import guard_prompts, held_out_source, open_parts, training_source
+from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
 from lvrpo.training.state import RunState
 from lvrpo.training.team import Team
 from lvrpo.training.update import take_steps
@@ -47,8 +49,10 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
 
     ``device`` stands for the configuration's; it need not be there.
     """
-    guard = Guard(guard_prompts(config, held_out_source(config, "validation"), None), config)
-    return memory_of(config, training_source(config), guard, device)
+    source = training_source(config)
+    validation, test = (held_out_source(config, split) for split in ("validation", "test"))
+    guard = Guard(guard_prompts(config, validation, None), config)
+    return memory_of(config, Parts(source, (), guard, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
 
 
 def try_out(config: TrainConfig) -> Trial:
