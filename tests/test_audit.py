@@ -55,7 +55,7 @@ def trained(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(Path.cwd())
 
     def train(rewards: list[str], name: str, *changes: str) -> Path:
-        given = [f"policy={small_base}", f"rewards=[{', '.join(rewards)}]", *SMALL, *changes]
+        given = [f"policy={small_base}", f"rewards=[{', '.join(rewards)}]", "allow_code=[audited]", *SMALL, *changes]
         assert main(["train", "quickstart", *given, "--out", name, "--no-evaluate"]) == 0
         return Path(name)
 

@@ -154,7 +154,7 @@ def train(*changes: str) -> tuple[str, ...]:
 
 
 def rewarded_by(name: str, more: str = "") -> tuple[str, ...]:
-    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]")
+    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]", "allow_code=[bad_rewards]")
 
 
 Case = tuple[tuple[str, ...], int, str]
@@ -197,7 +197,8 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: exact_anwser}]"), 2, "did you mean exact_answer?"),
     (train("rewards=[{name: scene_facts, options: {mood: all}}]"), 2, "mood"),
     (train("rewards=[{name: own_vqa}, {name: own_vqa}]"), 2, "two entries are called 'own_vqa'"),
-    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "no module 'no_such_package'"),
+    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "is code of no_such_package, not of lvrpo"),
+    ((*train("rewards=[{name: 'no_such_package:Reward'}]"), "--allow-code"), 2, "no module 'no_such_package'"),
     (train("rewards=[{name: own_vqa, weight: 0}]"), 2, "every weight is 0"),
     (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
     (rewarded_by("Silent"), 2, "has no method 'applies'"),
@@ -326,7 +327,7 @@ DATA: list[Case] = [
     (("ask", "small", "--image", "moving.gif", "what ?"), 2, "animated"),
     (("ask", "small", "--image", "huge.png", "what ?"), 2, "more than 64 megapixels"),
     (("ask", "small", "--image", "red.png", "what colour is the circle ?"), 2, "did you mean 'color'?"),
-    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'question' is missing"),
+    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'image' is of an older format"),
     (("ask", "small", "--questions", "inside/leaves.jsonl"), 2, "lies outside"),
     (("ask", "small", "--questions", "questions.jsonl", "--out", "red.png"), 2, "red.png: exists already"),
     (("edit", "small", "remove the circle", "--out", "new.png"), 2, "--image"),

@@ -236,6 +236,13 @@ def test_ask_answers_one_question_and_many(small_base: Path, capfd: Output) -> N
     assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [{**r, "answer": answer} for r in rows]
     assert main(["ask", base, "--questions", "asked.jsonl", "--out", "answers.jsonl"]) == 0
     assert len(Path("answers.jsonl").read_text().splitlines()) == 2
+    (line,) = capfd.readouterr().err.splitlines()[-1:]
+    assert line == 'warning: asked.jsonl: "image" and "question" are now "images": [...] and "prompt"'
+    row = {"task": "understand", "images": ["red.png"], "prompt": "What color is the circle?", "answer": "red"}
+    Path("asked.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["ask", base, "--questions", "asked.jsonl"]) == 0
+    output = capfd.readouterr()
+    assert (output.err, json.loads(output.out)) == ("", {**row, "output": answer})
 
 
 def test_a_picture_of_another_size_is_fitted_with_a_warning(small_base: Path, capfd: Output) -> None:
@@ -246,6 +253,14 @@ def test_a_picture_of_another_size_is_fitted_with_a_warning(small_base: Path, ca
     assert main(["edit", str(small_base), "remove the circle", "--image", "photo.png", "--out", "edited.png"]) == 0
     with Image.open("edited.png") as picture:
         assert picture.size == (32, 32)
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["data", "--help"]])
+def test_a_group_of_commands_explains_itself(arguments: list[str], capfd: Output) -> None:
+    assert main(arguments) == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith("usage: lvrpo data COMMAND")
+    assert all(f"data {name} " in printed for name in ("preview", "vocabulary", "pairs"))
 
 
 def test_data_commands(capfd: Output) -> None:

@@ -16,7 +16,7 @@ from typing import TextIO
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
 from lvrpo.errors import ContractError, InputError
-from lvrpo.registry import resolve
+from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
 COMMANDS: Mapping[str, str] = {
     "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with terminated_like_interrupted(), warnings_in_one_line():
-            return run([argument for argument in given if argument != "--debug"])
+        with terminated_like_interrupted(), warnings_in_one_line(), own_consent():
+            return run(without_global_options(given))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
@@ -61,6 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, line = explain(error)
         print(" ".join(line.split()), file=sys.stderr)
         return code
+
+
+def without_global_options(given: Sequence[str]) -> list[str]:
+    """The arguments without those that every command takes; what ``--allow-code`` allows is allowed from now on."""
+    end = given.index("--") if "--" in given else len(given)
+    rest: list[str] = []
+    for argument in given[:end]:
+        name, equals, value = argument.partition("=")
+        if name == "--allow-code":
+            allow_code(value.split(",") if equals else [ANY])
+        elif argument != "--debug":
+            rest.append(argument)
+    return [*rest, *given[end:]]
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -124,6 +137,9 @@ def run(given: Sequence[str]) -> int:
     if given[0] == "--version":
         print(f"lvrpo {__version__}")
         return DONE
+    if group_help(given):
+        print(usage(f"{given[0]} "))
+        return DONE
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
@@ -142,11 +158,20 @@ def run(given: Sequence[str]) -> int:
     return DONE
 
 
-def usage() -> str:
-    """What ``lvrpo --help`` prints."""
-    width = max(map(len, COMMANDS)) + 2
-    summaries = {name: resolve("command", name, COMMANDS).summary for name in COMMANDS}
+def group_help(given: Sequence[str]) -> bool:
+    """Whether nothing but the name of a group of commands is given, or its help is asked for."""
+    is_group = given[0] not in COMMANDS and any(name.startswith(f"{given[0]} ") for name in COMMANDS)
+    return is_group and (len(given) == 1 or given[1] in ("-h", "--help", "help"))
+
+
+def usage(group: str = "") -> str:
+    """What ``lvrpo --help`` prints, or ``lvrpo GROUP --help``."""
+    chosen = [name for name in COMMANDS if name.startswith(group)]
+    width = max(map(len, chosen)) + 2
+    summaries = {name: resolve("command", name, COMMANDS).summary for name in chosen}
     lines = [f"  {name.ljust(width)}{summary}" for name, summary in summaries.items()]
+    if group:
+        return "\n".join([f"usage: lvrpo {group}COMMAND [options]; lvrpo {group}COMMAND --help tells more", "", *lines])
     return "\n".join(
         [
             "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",
@@ -157,6 +182,8 @@ def usage() -> str:
             "",
             "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",
             "--debug shows where an error comes from; --version.",
+            "--allow-code lets names such as my_package.module:Class in a configuration run code (SECURITY.md);",
+            "--allow-code=my_package,other lets those packages, also where the folder of a model names them.",
             "Exit codes: 0 done, 2 wrong input, 1 anything else, 130 interrupted.",
         ]
     )

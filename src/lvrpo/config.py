@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,13 +33,21 @@ Tree = dict[str, Any]  # Any: whatever a YAML file may hold
 Location = tuple[str | int, ...]
 
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+CONSENT = "allow_code"
+"""The key by which a user's own file allows code. It counts neither in a run nor in a file that is extended."""
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = (), own_file: bool = True) -> C:
     """Reads ``path`` (defaults only where it is None), applies ``section.key=value`` overrides, validates.
 
+    ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
     tree = {} if path is None else _read_tree(Path(path), ())
+    if not own_file:
+        tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
+    as_text: set[Location] = set()
     for override in overrides:
         keys, text = _split_override(override)
         _set(tree, keys, _parse_override(override, text))
@@ -51,7 +60,9 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
             location = _real_location(tree, first["loc"])
             # `name=2024` on the command line means text where only text is allowed
-            text = raw.pop(location, "") if first["type"] in ("string_type", "literal_error", "path_type") else ""
+            texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
+            text = raw.get(location, "") if texts else ""
+            as_text.add(location)
             if text and not isinstance(first["input"], str):
                 _set(tree, [str(key) for key in location], text)
                 continue
@@ -186,13 +197,50 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
-    tree = read_yaml(path)
+    tree = _beside(read_yaml(path), path.parent)
+    if chain:
+        tree.pop(CONSENT, None)
     if "extends" not in tree:
         return tree
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
-        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file")
-    return _merged(_read_tree(path.parent / parent, (*chain, here)), tree)
+        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
+    return _merged(_read_tree(_parent(path, parent), (*chain, here)), tree)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that lvrpo ships, by name."""
+    folder = Path(__file__).parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _parent(path: Path, parent: str) -> Path:
+    """The file that ``path`` extends: one beside it, or one that lvrpo ships."""
+    beside, shipped = path.parent / parent, shipped_configs()
+    if beside.is_file():
+        return beside
+    if parent.removesuffix(".yaml") in shipped:
+        return shipped[parent.removesuffix(".yaml")]
+    names = [*shipped, *(p.name for p in path.parent.glob("*.y*ml") if p != path)]
+    near = _nearest(parent, names)
+    hint = f"did you mean {near}?" if near else f"name a file beside it, or one of {', '.join(shipped)}"
+    raise InputError(f"{path}: extends={_show(parent)}: no such file: {hint}")
+
+
+def _beside(tree: Any, folder: Path) -> Any:
+    """The tree, in which texts that begin with ./ or ../ become paths from the file's folder."""
+    seen: set[int] = set()  # what an alias repeats is gone through once
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, dict | list):
+            continue
+        seen.add(id(node))
+        for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(inner, str) and inner.startswith(("./", "../")) and key != "extends":
+                node[key] = os.path.abspath(folder / inner)
+            waiting.append(inner)
+    return tree
 
 
 def _merged(base: Tree, over: Tree) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.suite import Evaluation, Scored, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
+from lvrpo.registry import allow_code
 from lvrpo.report.records import load_run
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.run_directory import RunDirectory, json_text
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 SIZES = {name: 24 if "understand" in name else 14 for name in BENCHMARKS} | {"edit": 10, "reason": 12}
@@ -184,10 +186,12 @@ def test_rows_of_the_user_are_a_benchmark(policy: Policy) -> None:
         (["generate", "generate"], "named twice"),
         (["scenes", "edit"], "named twice"),
         (["nothing.jsonl"], "no such file"),
-        (["json:dumps"], "is a function: name a Benchmark"),
+        (["json:dumps"], "json is part of Python and holds no benchmark"),
+        (["yaml:safe_load"], "is a function: name a Benchmark"),
     ],
 )
 def test_wrong_names_are_explained(names: list[str], message: str) -> None:
+    allow_code(["yaml"])
     with pytest.raises(InputError) as caught:
         find_benchmarks(names)
     assert message in str(caught.value)
@@ -195,5 +199,21 @@ def test_wrong_names_are_explained(names: list[str], message: str) -> None:
 
 def test_a_row_that_cannot_be_scored_is_named() -> None:
     Path("rows.jsonl").write_text(json.dumps({"id": "first", "task": "generate", "prompt": "a red circle"}) + "\n")
-    with pytest.raises(InputError, match="row 'first' cannot be scored"):
+    with pytest.raises(InputError, match="row 'first' of task 'generate' cannot be scored: name rewards"):
         find_benchmarks(["rows.jsonl"])
+
+
+def test_scores_that_are_rewards_leave_failed_ones_out_of_every_mean() -> None:
+    """Pairs count where both rewards are there; a file keeps null for the others."""
+    names, kinds = ("a", "b", "c", "d"), ("x", "x", "y", "y")
+    before = Scored(names, kinds, names, (0.5, math.nan, 2.0, 4.0), metric="reward")
+    after = Scored(names, kinds, names, (1.0, 3.0, math.nan, 5.0), metric="reward")
+    assert before.result()["score"] == pytest.approx(6.5 / 3)
+    assert before.result()["n"] == 3
+    assert before.result()["categories"]["x"]["n"] == 1
+    difference = before.difference(after)
+    assert (difference["score"], difference["n"], difference["metric"]) == (0.75, 2, "reward")
+    assert "pass_at_k" not in before.result()
+    again = Scored.from_dict(json.loads(json_text(before.as_dict())))
+    assert again.metric == "reward"
+    assert again.result()["categories"]["y"] == before.result()["categories"]["y"]

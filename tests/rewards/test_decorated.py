@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.registry import allow_code
 from lvrpo.rewards.decorated import reward
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
@@ -33,6 +34,7 @@ def module() -> Iterator[str]:
     made = types.ModuleType("my_rewards")
     exec(SOURCE, made.__dict__)
     sys.modules["my_rewards"] = made
+    allow_code(["my_rewards"])
     yield "my_rewards:brightness"
     del sys.modules["my_rewards"]
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from lvrpo.config import Config, load_config
+from lvrpo.config import CONSENT, Config, load_config, shipped_configs
 from lvrpo.errors import InputError
+from lvrpo.registry import allow_code
 
 C = TypeVar("C", bound=Config)
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configurations that lvrpo ships, by name."""
-    folder = Path(str(resources.files("lvrpo"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+MANIFEST = "manifest.json"
+"""Of a run directory."""
 
 
 def find_config(name: str) -> Path:
@@ -38,7 +34,10 @@ def find_config(name: str) -> Path:
 
 
 def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:
-    """The configuration, checked."""
+    """The configuration, checked; what it allows is allowed from now on, unless the file lies in a run."""
     if name is None:
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
-    return load_config(cls, find_config(name), overrides)
+    path = find_config(name)
+    config = load_config(cls, path, overrides, own_file=not (path.parent / MANIFEST).exists())
+    allow_code(getattr(config, CONSENT, ()))  # only an alignment has it
+    return config

@@ -33,8 +33,9 @@ def interval(result: Result | None, signed: bool = False) -> str:
     """.42 [.38, .46]; of a difference also the smallest effect that could have been told, ≥ .05."""
     if not result or result["score"] is None:
         return ""
-    low, high, tells = result["low"], result["high"], finite(result.get("detectable"))
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if low is not None and high is not None else ""
+    low, high, tells = (finite(result.get(name)) for name in ("low", "high", "detectable"))
+    known = low is not None and high is not None
+    spread = f" [{number(low, signed)}, {number(high, signed)}]" if known else ", no interval"
     return number(result["score"], signed) + spread + ("" if tells is None else f" ≥ {number(tells)}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +82,11 @@ def generate(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
-        texts = [row["prompt"] for _, row in read_rows(options.prompts, ("prompt",))]
+        rows = read_rows(options.prompts, ("prompt",))
+        for where, row in rows:
+            if row.get("task", "generate") != "generate":
+                raise InputError(f"{where}: task {row['task']!r}: only rows of task 'generate' are drawn: leave it out")
+        texts = [row["prompt"] for _, row in rows]
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
@@ -110,8 +116,9 @@ def ask_options(parser: Parser) -> None:
         "--questions",
         type=Path,
         metavar="FILE.jsonl",
-        help="rows with 'image' (beside or below the file) and 'question'",
+        help="rows with 'images' (beside or below the file) and 'prompt', as for training",
     )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
     thinking_options(parser)
     parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
@@ -119,41 +126,96 @@ def ask_options(parser: Parser) -> None:
 
 
 def ask(options: Options) -> None:
-    from lvrpo.commands.files import fitting_image, read_rows, write_file
-    from lvrpo.data.jsonl import picture_path
+    from lvrpo.commands.files import fitting_image, write_file
+    from lvrpo.policies.loading import picture_side
 
     image, question, table = options.image, options.question, options.questions
-    single = [(image, question)] if image is not None and question is not None else []
-    if bool(single) == (table is not None) or (image is None) != (question is None):
+    single = image is not None and question is not None
+    if single == (table is not None) or (image is None) != (question is None):
         raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
     if options.out is not None:
         refuse_existing([options.out], options.force)
-    rows, asked = [], single
-    if table is not None:
-        rows = read_rows(table, ("image", "question"))
-        asked = [(picture_path(table.parent, row["image"], where), row["question"]) for where, row in rows]
-    policy = load(options)
-    prompts = [
-        prompt(
-            "reason" if options.think else "understand",
-            (fitting_image(path, policy.image_size), question),
-            ("text",),
-            number,
-        )
-        for number, (path, question) in enumerate(asked)
-    ]
-    answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
-    if single:
-        lines = [answers[0]]
+    if table is None:
+        policy = load(options)
+        prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
+        lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
+        asked = question_rows(table, picture_side(options.model), options.root)
+        policy = load(options)
+        for row in asked:
+            row.require_readable(policy)
+        prompts = [prompt(asked_task(options), row.parts, ("text",), number) for number, row in enumerate(asked)]
+        answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
-            json.dumps({**row, "answer": a}, ensure_ascii=False) for (_, row), a in zip(rows, answers, strict=True)
+            json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False)
+            for row, a in zip(asked, answers, strict=True)
         ]
     text = "".join(line + "\n" for line in lines)
     if options.out is not None:
         write_file(options.out, text.encode(), options.force)
     else:
         print(text, end="")
+
+
+def asked_task(options: Options) -> Any:
+    """The task of a question. Any: the literals of ``Prompt``."""
+    return "reason" if options.think else "understand"
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One row of a file of questions."""
+
+    where: str
+    """file:line"""
+    row: dict[str, Any]
+    parts: tuple[Part, ...]
+    answer_key: str
+    """Under which the answer is written: ``answer`` may hold the right one."""
+
+    def require_readable(self, policy: Policy) -> None:
+        """Raises InputError, with file and line, where the policy cannot read the question."""
+        from lvrpo.policies.base import check_text
+
+        try:
+            check_text(policy, str(self.parts[-1]))
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from None
+
+
+def question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
+    """The rows of a file in the one format of rows, their pictures as the model reads them, which is said once.
+
+    Rows with 'image' and 'question', as they once were, are read too; one line says what is written now.
+    """
+    from lvrpo.commands.files import read_rows
+    from lvrpo.data.images import load_image, middle_square
+    from lvrpo.data.jsonl import picture_path
+    from lvrpo.data.schema import parse_row
+
+    found, older, odd = [], 0, []
+    for where, row in read_rows(table, ()):
+        is_older = "question" in row and isinstance(row.get("image"), str)
+        older += is_older
+        try:
+            data = {"prompt": row["question"], "images": [row["image"]]} if is_older else row
+            parsed = parse_row(data, "understand")
+        except ValueError as error:
+            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+        if parsed.kinds != ("text",) or not parsed.images:
+            raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
+        paths = [picture_path(table.parent, name, where, root=root) for name in parsed.images]
+        images = [load_image(path) for path in paths]
+        if side is not None:
+            odd += [path for path, image in zip(paths, images, strict=True) if image.shape[1:] != (side, side)]
+            images = [middle_square(image, side) for image in images]
+        found.append(QuestionRow(where, row, (*images, parsed.prompt), "answer" if is_older else "output"))
+    if older:
+        print(f'warning: {table}: "image" and "question" are now "images": [...] and "prompt"', file=sys.stderr)
+    if odd:
+        which = f"picture {odd[0]} is" if len(odd) == 1 else f"{len(odd)} pictures, such as {odd[0]}, are"
+        print(f"warning: {table}: {which} of another size: resized to {side} x {side}", file=sys.stderr)
+    return found
 
 
 def edit_options(parser: Parser) -> None:

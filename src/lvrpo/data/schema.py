@@ -123,10 +123,18 @@ class Row(_Strict):
         return self
 
 
-def parse_row(data: Any) -> Row:
-    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON."""
+def parse_row(data: Any, task: Task | None = None) -> Row:
+    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON.
+
+    ``task``: that of a row that names none.
+    """
     if not isinstance(data, dict):
         raise ValueError(f'{_short(data)} is no JSON object: write {{"task": ..., "prompt": ...}}')
+    if task is not None:
+        data = {"task": task, **data}
+    older = next((name for name in OLDER_NAMES if name in data), None)
+    if older is not None:
+        raise ValueError(f"field '{older}' is of an older format: write {OLDER_NAMES[older]}")
     try:
         return Row.model_validate(data)
     except ValidationError as error:
@@ -153,6 +161,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
 
 
+OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
+"""Names that fields of questions once had, and what is written now."""
 _TYPE_NAMES = ("str", "list[")
 
 

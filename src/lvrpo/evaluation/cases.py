@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,22 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Image, Prompt
 
 PER_CATEGORY = 3
-SHOWN = ("generate", "understand", "edit", "reason")
-"""The benchmarks that cases are kept of; the others put the same prompts."""
+WITHOUT_CATEGORY = 12
+"""Groups that are kept of rows without a category."""
+DOUBLES = ("generate_guided", "understand_sampled")
+"""The benchmarks that no cases are kept of: they put the same prompts as others."""
 
 
 def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
     """The first few groups of every category: chosen by place, not by how they came out."""
-    if name not in SHOWN:
+    if name in DOUBLES:
         return []
     counts: dict[str, int] = {}
     kept = []
     for group in groups:
         category = group.prompt.category
         counts[category] = counts.get(category, 0) + 1
-        if counts[category] <= PER_CATEGORY:
+        if counts[category] <= (PER_CATEGORY if category else WITHOUT_CATEGORY):
             kept.append(group)
     return kept
 
@@ -37,11 +39,23 @@ def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
     """Writes eval/PHASE.json, with the pictures of the kept cases in eval/PHASE/ and eval/sources/."""
     groups = [group for kept in evaluation.groups.values() for group in kept]
-    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": write_cases(run, phase, groups)})
+    rewards = {
+        prompt: score
+        for scored in evaluation.scored.values()
+        if scored.metric == "reward"
+        for prompt, score in zip(scored.ids, scored.scores, strict=True)
+    }
+    cases = write_cases(run, phase, groups, rewards)
+    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": cases})
 
 
-def write_cases(run: RunDirectory, phase: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One row per group, the first member of it; pictures are written beside."""
+def write_cases(
+    run: RunDirectory, phase: str, groups: Sequence[Group], rewards: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One row per group, the first member of it; pictures are written beside.
+
+    ``rewards``: scores by prompt of what cannot be told right from wrong.
+    """
     scored = [group for group in groups if scorable(group.prompt)]
     scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
     drawn = [group for group in scored if "image" in group.prompt.output]
@@ -69,6 +83,7 @@ def write_cases(run: RunDirectory, phase: str, groups: Sequence[Group]) -> list[
                 "answer": prompt.answer,
                 "output_text": output.text,
                 "score": scores.get(prompt.id),
+                "reward": (rewards or {}).get(prompt.id),
                 "image": image,
                 "source_image": source,
                 "facts": [{"question": f.question, "answer": f.answer, "holds": held} for f, held in facts],

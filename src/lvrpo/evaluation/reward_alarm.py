@@ -135,10 +135,11 @@ def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Ar
     kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in looks if task in by_task]
     if not kept:
         return None
+    scored = np.isfinite(np.stack([scores for _, scores in kept])).all(axis=0)  # looks are paired prompt by prompt
     parts: list[Array] = [np.zeros(0, dtype=np.float32) for _ in windows]
     for step, scores in kept:
         place = next((i for i, window in enumerate(windows) if step <= window.last), len(windows) - 1)
-        parts[place] = scores
+        parts[place] = scores[scored]
     return parts
 
 

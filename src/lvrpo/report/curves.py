@@ -60,17 +60,32 @@ class ChartGroup:
 
 
 def reward_charts(metrics: Metrics) -> list[Chart]:
-    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it."""
-    charts: list[Chart] = []
+    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it; curves that are the same are drawn once."""
+    titles: dict[tuple[str, tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]], list[str]] = {}
     for key in metrics.numeric_keys():
         parts = key.split("/")
         if parts[0] != "reward":
             continue
         task, name = (parts[1], "/".join(parts[2:])) if len(parts) > 2 else ("", "/".join(parts[1:]) or key)
         control = metrics.series("/".join(["control", *parts[1:]]))
-        title = f"{TASK_NAMES.get(task) or label(task)}: {name}" if task else name
-        charts.append(_chart(title.replace("_", " "), metrics.series(key), control, _guard_marks(metrics), 0.1))
+        titles.setdefault((task, tuple(metrics.series(key)), tuple(control)), []).append(name)
+    charts = []
+    for (task, points, control), names in titles.items():
+        named = " = ".join(names)
+        title = f"{TASK_NAMES.get(task) or label(task)}: {named}" if task else named
+        charts.append(_chart(title.replace("_", " "), list(points), list(control), _guard_marks(metrics), 0.1))
     return charts
+
+
+def strip_of_charts(metrics: Metrics) -> list[Chart]:
+    """The first curve of each task, for the head of the page: what the guard sees, else the first reward."""
+    held_out = guard_charts(metrics)
+    if any(len(metrics.series(key)) > 1 for key in metrics.numeric_keys() if key.startswith("guard/")):
+        return [replace(chart, title=f"Held out: {chart.title}") for chart in held_out[:4]]
+    first: dict[str, Chart] = {}
+    for chart in reward_charts(metrics):
+        first.setdefault(chart.title.partition(":")[0], chart)
+    return list(first.values())[:4]
 
 
 def guard_charts(metrics: Metrics) -> list[Chart]:

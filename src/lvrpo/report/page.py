@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
-from lvrpo.report.curves import guard_charts, other_charts, reward_charts
+from lvrpo.report.curves import guard_charts, other_charts, reward_charts, strip_of_charts
 from lvrpo.report.gradients import gradient_audit
 from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.pictures import Picture, PictureStore
@@ -70,6 +70,7 @@ def render(run: RunRecord) -> str:
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
         "measures": measure_tables(summary_phases(raw), raw.get("difference"), full=True),
         "rewards": reward_charts(run.metrics),
+        "strip": strip_of_charts(run.metrics),
         "others": other_charts(run.metrics),
         "gradients": gradient_audit(run.metrics),
         "guard_charts": guard_charts(run.metrics),

@@ -51,6 +51,8 @@ class TaskScore:
 
     all: Estimate
     categories: Mapping[str, Estimate] = field(default_factory=dict)
+    metric: str = "success"
+    """success: a share of right outputs; reward: a mean of the run's own rewards."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Case:
     image: str | None
     source_image: str | None
     facts: tuple[FactCheck, ...]
+    reward: float | None = None
+    """Of an output that cannot be told right from wrong."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        return self.summary is not None and bool(self.summary.after)
+        """Whether it came to its end, measured or not."""
+        if self.summary is None:  # a pretraining run has none, and no plan of an evaluation either
+            return (self.path / "policy.json").is_file() and not (self.path / "plan.json").exists()
+        return bool(self.summary.after) or not self.summary.before
 
     def cases(self, label: str) -> Mapping[str, Case]:
         return next((cases for name, cases in self.phases if name == label), {})
@@ -247,7 +254,8 @@ def _task_scores(raw: object, where: str) -> dict[str, TaskScore]:
         if not isinstance(inside, dict):
             raise TypeError(f"{where}.{task}.categories is {type(inside).__name__}, not a table")
         named = {str(name): _estimate(value, f"{where}.{task}.categories.{name}") for name, value in inside.items()}
-        scores[str(task)] = TaskScore(estimate, {name: e for name, e in named.items() if e is not None})
+        kept = {name: e for name, e in named.items() if e is not None}
+        scores[str(task)] = TaskScore(estimate, kept, str(entry.get("metric") or "success"))
     return scores
 
 
@@ -304,6 +312,7 @@ def _case(row: Mapping[str, Any]) -> Case | None:
         image=str(row["image"]) if row.get("image") else None,
         source_image=str(row["source_image"]) if row.get("source_image") else None,
         facts=facts,
+        reward=number(row.get("reward")),
     )
 
 

@@ -49,6 +49,7 @@ class Agreement:
     """
 
     judges = ("text",)
+    relative = True
 
     def __init__(
         self, votes: Votes = "judge", least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8

@@ -16,15 +16,20 @@ from lvrpo.config import Config
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
-from lvrpo.registry import resolve
+from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
+IN_PYTHON = "python"
+"""Stands for what a caller in Python handed over, where a configuration needs a name."""
+METHODS = ("applies", "score")
+"""What anybody's class of a reward must have."""
 
 
 class WeightSchedule(Config):
@@ -59,7 +64,7 @@ class RewardConfig(Config):
     """One row of the reward section."""
 
     name: str
-    """An entry of REWARDS, or my_package.module:Class."""
+    """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
     weight: float = Field(default=1.0, ge=0)
     """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[Task, ...] | None = None
@@ -103,7 +108,7 @@ class RewardConfig(Config):
 
     @property
     def title(self) -> str:
-        return self.label or self.name
+        return self.label or (self.name.rpartition(":")[2] if is_file(self.name) else self.name)
 
     def weight_at(self, step: int) -> float:
         """The weight of the step after ``step`` steps."""
@@ -133,6 +138,11 @@ class RewardSource:
     def sides(self) -> tuple[Side, ...]:
         """Which sides of the run's judge score for it; none where another model judges in its place."""
         return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
+
+    @property
+    def relative(self) -> bool:
+        """Whether a score says only how an output compares with the others of its group."""
+        return bool(getattr(self.reward, "relative", False))  # optional in anybody's class
 
     @property
     def judges(self) -> tuple[OutputKind, ...]:
@@ -166,13 +176,24 @@ def option_names(cls: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
-    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
+def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[RewardSource]:
+    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
+
+    ``given``: rewards by title that a caller in Python hands over; their names are not resolved.
+    """
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
             raise InputError(f"rewards: two entries are called {config.title!r}: give one a label of its own")
-        cls = resolve("reward", config.name, REWARDS)
+        if given is not None and config.title in given:
+            sources.append(RewardSource(config, given[config.title]))
+            continue
+        if config.name.startswith(f"{IN_PYTHON}:"):
+            raise InputError(
+                f"rewards.{config.title}: was handed over in Python, and only its name is on record: name a file, "
+                "./my_rewards.py:NAME, or call lvrpo.train again"
+            )
+        cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
         try:
             reward = cls(**config.options)
         except TypeError as error:
@@ -180,11 +201,6 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
             given = ", ".join(config.options) or "none"
             known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
             raise InputError(f"rewards.{config.title}.options ({given}): {error}: {known}") from None
-        for method in ("applies", "score"):
-            if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
-                raise InputError(
-                    f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
-                )
         own = None if config.judge is None else load_policy(config.judge).frozen()
         sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):

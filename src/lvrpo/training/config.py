@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
+from lvrpo.data.sources import DATASETS
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
@@ -33,7 +34,9 @@ class DataConfig(Config):
     """Where prompts come from and how many of each task make a step."""
 
     source: str = "scenes"
-    """An entry of DATASETS."""
+    """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
+    options: dict[str, Any] = Field(default={})
+    """Of a source of your own. Any: each class has its own."""
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
@@ -84,6 +87,9 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
 class TrainConfig(Config):
     """An alignment run."""
 
+    allow_code: tuple[str, ...] = Field(default=(), exclude=True)
+    """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
+    allows itself any."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     policy: str = "tiny"
@@ -283,6 +289,10 @@ class TrainConfig(Config):
         if self.mini_updates > sum(counts.values()):
             raise ValueError(
                 f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
+            )
+        if self.data.options and self.data.source in DATASETS:
+            raise ValueError(
+                f"data.options: is for a source of your own, and data.source={self.data.source}: leave it out"
             )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")

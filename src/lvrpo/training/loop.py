@@ -60,7 +60,7 @@ def align(
     policies = team.shared(state.policies)  # to sample and judge; what is trained and saved is the state's
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
-        report = guard.look(policies.average, state.guard, 0)
+        report = guard.look(policies.average, state.guard, 0, policies.reference)
         score_record.write_look(run, 0, report.scores, config.guard.every)
         run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
         state.save(run)
@@ -119,7 +119,7 @@ def align(
         if state.turn is not None:
             state.turn.add(state.step, groups, table)
         if looks:
-            report = guard.look(policies.average, state.guard, state.step)
+            report = guard.look(policies.average, state.guard, state.step, policies.reference)
             stopped = guarded(config, run, state, report, row) or turned(config, run, state, guard, row)
             team.moved()
         state.seconds += time.perf_counter() - started

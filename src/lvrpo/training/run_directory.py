@@ -8,11 +8,13 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -46,6 +48,8 @@ class RunDirectory:
         """Only names the directory; use ``create``, ``open`` or ``read``."""
         self.path = Path(path)
         self._unlock: Callable[[], object] | None = None
+        self._made: tuple[Path, ...] = ()
+        """Folders that ``create`` made, the run's own first."""
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
@@ -55,6 +59,7 @@ class RunDirectory:
         """
         run = cls(path)
         run._refuse_foreign(config)
+        run._made = tuple(p for p in (run.path, *run.path.parents) if not p.exists())
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         run._lock()
@@ -93,14 +98,25 @@ class RunDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            self.discard()
         self.close()
+
+    def discard(self) -> None:
+        """After a failure: takes a run away that ``create`` made and that never came to a checkpoint."""
+        self.close()
+        if self._made and latest_checkpoint(self.path) is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            for folder in self._made[1:]:
+                with suppress(OSError):  # holds something else by now
+                    folder.rmdir()
 
     # --- configuration ---
 
     def config(self, cls: type[C]) -> C:
-        """The resolved configuration of the run."""
-        return load_config(cls, self.path / CONFIG)
+        """The resolved configuration of the run, which may be anybody's: it allows no code."""
+        return load_config(cls, self.path / CONFIG, own_file=False)
 
     def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""

@@ -39,6 +39,16 @@ class FolderPolicy(MoTPolicy):
         """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
 
     @classmethod
+    def picture_side(cls, folder: Path) -> int | None:
+        """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
+        try:
+            found = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return None  # loading says what is wrong
+        side = found.get("image_size") if isinstance(found, dict) else None
+        return side if type(side) is int else None
+
+    @classmethod
     def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """As ``MoTPolicy.skeleton``; the dtype is float32."""
         if dtype not in (None, torch.float32):

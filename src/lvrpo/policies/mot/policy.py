@@ -112,6 +112,10 @@ class MoTPolicy(nn.Module, ABC):
     def image_size(self) -> int | None:
         """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
 
+    def check_text(self, text: str) -> None:
+        """Raises InputError where a text holds words that the policy does not know."""
+        self.words.encode(text)
+
     @property
     def contexts(self) -> Contexts:
         return Contexts(self.transformer, self.towers, self.words)
