@@ -169,7 +169,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     )
     assert error_of(Root, tmp_path / "no" / "x.yaml") == f"{tmp_path / 'no' / 'x.yaml'}: no such file: check the path"
     assert "byte 6 is not UTF-8" in error_of(Root, tmp_path / "latin.yaml")
-    assert "Is a directory" in error_of(Root, tmp_path)
+    assert "is a folder, not a regular file" in error_of(Root, tmp_path)
 
 
 def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:

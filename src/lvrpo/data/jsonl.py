@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from lvrpo.config import Config
 from lvrpo.data.images import check_image, load_image, load_mask, upright_size
 from lvrpo.data.schema import Row, parse_row
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json, read_text
 from lvrpo.types import TASKS, Example, Fact, Image, Part, Prompt, Task
 
 
@@ -137,24 +138,16 @@ class JsonlPrompts:
 
 
 def _read(path: Path, decode: bool) -> list[_Line]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: give a file of JSON lines")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    content = read_text(path, "give a file of JSON lines")
     lines: list[_Line] = []
     seen: dict[str, int] = {}
     for number, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
         where = f"{path}:{number}"
+        found = parse_json(text, where, "one object per line")
         try:
-            row = parse_row(json.loads(text, parse_constant=_no_constant))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): one object per line") from None
-        except RecursionError:
-            raise InputError(f"{where}: nested too deeply: write one flat JSON object per line") from None
+            row = parse_row(found)
         except ValueError as error:
             raise InputError(f"{where}: {' '.join(str(error).split())}") from None
         key = row.id or f"{path.stem}:{number}"
@@ -193,17 +186,13 @@ def _region(folder: Path, row: Row, images: tuple[Path, ...], where: str, decode
     return None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON: use a number or leave the field out")
-
-
 def picture_path(folder: Path, name: str, where: str, decode: bool = False) -> Path:
     """The path of a picture that lies in the folder, links followed; raises InputError that begins with ``where``."""
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     path = folder / name
     if not name or "\0" in name:
         raise InputError(f"{where}: picture {name!r} is no path: give a path relative to {folder}")
-    if absolute or not path.resolve().is_relative_to(folder.resolve()):
+    if absolute or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise InputError(f"{where}: picture {name!r} lies outside {folder}: put it there and give a relative path")
     try:
         load_image(path) if decode else check_image(path)

@@ -57,5 +57,8 @@ def score_texts(groups: Sequence[Group], cut_off: CutOff, rule: Callable[[str, P
             elif cut_off == "mask" and not segment.ended:
                 failures[p, g] = WAS_CUT
             else:
-                values[p, g] = rule(segment.text, group.prompt)
+                try:
+                    values[p, g] = rule(segment.text, group.prompt)
+                except TimeoutError as error:  # of a rule that comes from data
+                    failures[p, g] = str(error)
     return Scores(values, failures)

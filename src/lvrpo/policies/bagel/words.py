@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_bytes
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Begin and end of a text, begin and end of a picture."""
@@ -68,7 +69,7 @@ class BagelWords:
     @classmethod
     def load(cls, folder: Path, vocabulary_size: int) -> Self:
         """From tokenizer.json, or from vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
         if "tokenizer.json" in files:
             path = folder / "tokenizer.json"
             try:
