@@ -17,16 +17,27 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
+
+MOST = 2**63 - 1
+"""No number is larger, so that each fits float32 and int64; where less is sensible the field says so."""
 
 
 class Config(BaseModel):
     """Base of every configuration section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_number_beyond(cls, value: Any) -> Any:
+        """Any: whatever a field holds."""
+        if any(abs(number) > MOST for number in _numbers_in(value)):
+            raise ValueError(f"numbers must lie between -{MOST:.3g} and {MOST:.3g}")
+        return value
 
 
 C = TypeVar("C", bound=Config)
@@ -189,8 +200,10 @@ class _Loader(yaml.SafeLoader):
 
 def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
-    if isinstance(node, yaml.ScalarNode) or id(node) in above:  # one that holds itself is found at validation
+    if isinstance(node, yaml.ScalarNode):
         return 1
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="holds itself, by an alias", problem_mark=node.start_mark)
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
@@ -198,6 +211,15 @@ def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> i
             raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
         known[id(node)] = total
     return known[id(node)]
+
+
+def _numbers_in(value: Any, depth: int = 3) -> Iterator[int | float]:
+    """Those of a field; a section has its own. Free options may hold themselves, hence the depth."""
+    if isinstance(value, int | float):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers_in(part, depth - 1)
 
 
 class _Dumper(yaml.SafeDumper):

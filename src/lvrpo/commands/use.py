@@ -14,10 +14,13 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     guidance,
+    max_new_tokens,
+    num_steps,
     picture_size,
-    positive,
     refuse_existing,
     share,
+    threads,
+    up_to,
     whole,
 )
 from lvrpo.errors import InputError
@@ -49,15 +52,15 @@ def drawing_options(parser: Parser) -> None:
         metavar=("LOW", "HIGH"),
         help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
     )
-    parser.add_argument("--num-steps", type=positive, help="model evaluations per picture (default: the model's own)")
+    parser.add_argument("--num-steps", type=num_steps, help="model evaluations per picture (default: the model's own)")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
 def thinking_options(parser: Parser) -> None:
     parser.add_argument("--think", action="store_true", help="let the model write a plan first")
-    parser.add_argument("--max-new-tokens", type=positive, help="of a text (default: the model's own)")
+    parser.add_argument("--max-new-tokens", type=max_new_tokens, help="of a text (default: the model's own)")
 
 
 def generate_options(parser: Parser) -> None:
@@ -66,7 +69,7 @@ def generate_options(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
-    parser.add_argument("--count", type=positive, default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--count", type=up_to(10_000), default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
     drawing_options(parser)
 
@@ -114,7 +117,7 @@ def ask_options(parser: Parser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 

@@ -28,7 +28,7 @@ class JsonlConfig(Config):
     test: Path | None = None
     check: Literal["headers", "pixels"] = "headers"
     """What is checked of every picture before the run starts; damaged pixels are otherwise found at first use."""
-    cached_images: int = Field(default=1024, ge=0)
+    cached_images: int = Field(default=1024, ge=0, le=1_000_000)
     """How many decoded pictures are kept in memory."""
 
 

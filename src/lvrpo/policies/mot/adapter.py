@@ -62,7 +62,7 @@ EXPERTS: Mapping[str, Expert] = {
 class AdapterConfig(Config):
     """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=4096)
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
