@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
@@ -64,7 +65,7 @@ def damaged(name: Path | str, error: BaseException) -> InputError:
     return InputError(f"{name}: damaged picture ({_line(error)}): save it again")
 
 
-def _opened(file: io.IOBase | io.BufferedIOBase, name: Path | str) -> PilImage.Image:
+def _opened(file: IO[bytes], name: Path | str) -> PilImage.Image:
     try:
         picture = PilImage.open(file, formats=FORMATS)
     except PilImage.DecompressionBombError:

@@ -11,8 +11,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lvrpo.errors import InputError
 
@@ -37,7 +38,7 @@ _ERRORS = {
 
 
 @contextmanager
-def open_regular(path: Path, remedy: str, most_bytes: int | None = TEXT_BYTES) -> Iterator[BinaryIO]:
+def open_regular(path: Path, remedy: str, most_bytes: int | None = TEXT_BYTES) -> Iterator[BufferedReader]:
     """A regular file, open for reading, that is not larger than ``most_bytes``.
 
     ``remedy``: what to give instead, "give a text file". Raises InputError, one line, for anything else.

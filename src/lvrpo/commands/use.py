@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.types import Group, Part, Prompt
 
+MOST_CHARACTERS = 1_000_000
+"""Of a text; what a model takes is less, and counted in its tokens."""
 CHUNK = 64
 """Prompts sampled at once."""
 RENORMS = ("none", "global", "channel", "text_channel")
@@ -203,8 +206,10 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     from lvrpo.types import Prompt
 
     for part in parts:
-        if isinstance(part, str) and not part.strip():
+        if isinstance(part, str) and all(unicodedata.category(character)[0] in "PZC" for character in part):
             raise InputError("the text is blank: write what to draw, ask or change")
+        if isinstance(part, str) and len(part) > MOST_CHARACTERS:
+            raise InputError(f"the text has {len(part)} characters, more than {MOST_CHARACTERS}: shorten it")
     return Prompt(f"command line/{number}", task, parts, output)
 
 

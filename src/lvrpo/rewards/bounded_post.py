@@ -82,10 +82,9 @@ class _Deadline:
 
     def watch(self, event: str, info: Mapping[str, Any]) -> None:
         """The client calls it at every stage of a request; new connections are remembered. Any: its streams."""
-        stream = info.get("return_value")
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             with self._lock:
-                self._socket = stream.get_extra_info("socket")
+                self._socket = info["return_value"].get_extra_info("socket")
             if self.over:
                 self._shut()
 

@@ -28,9 +28,11 @@ class BagelWords:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, files: Mapping[str, bytes]) -> None:
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # a marker that stands in a user's text is plain text
         self.vocabulary_size = vocabulary_size
         self.files = dict(files)
         self.bos_id, self.eos_id, self.image_start_id, self.image_end_id = (self._id(marker) for marker in MARKERS)
+        self._markers = frozenset((self.bos_id, self.eos_id, self.image_start_id, self.image_end_id))
 
     def _id(self, marker: str) -> int:
         number = self.tokenizer.token_to_id(marker)
@@ -49,6 +51,11 @@ class BagelWords:
     def encode(self, text: str) -> list[int]:
         """Ids without markers."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._markers.isdisjoint(ids):
+            raise InputError(
+                f"{text[:40]!r}: holds a marker of the model ({' '.join(MARKERS)}), which its tokenizer files do not "
+                "call special: leave it out, or mend the files"
+            )
         if ids and max(ids) >= self.vocabulary_size:
             raise InputError(
                 f"{text[:40]!r}: token {max(ids)} of {self.vocabulary_size}: use the tokenizer of the model"
