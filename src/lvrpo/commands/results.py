@@ -13,8 +13,10 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     names,
+    num_steps,
     positive,
     refuse_existing,
+    threads,
     whole,
 )
 from lvrpo.errors import InputError
@@ -55,9 +57,9 @@ def evaluate_options(parser: Parser) -> None:
     )
     parser.add_argument("--tuned", type=Path, metavar="FILE", help="evaluate at the guidance and temperature of FILE")
     parser.add_argument("--information", action="store_true", help="also bound what the experts know of each other")
-    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--num-steps", type=num_steps, default=8, help="model evaluations per picture (default: 8)")
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 

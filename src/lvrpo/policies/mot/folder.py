@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import read_json_object
 from lvrpo.storing import write_tensors, write_whole
 
 
@@ -56,12 +57,7 @@ class FolderPolicy(MoTPolicy):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
+        config = read_json_object(folder / "config.json")
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
