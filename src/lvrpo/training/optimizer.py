@@ -208,7 +208,9 @@ def trained_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_trained(policy: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     """Puts back what ``trained_weights`` gave, in place; raises InputError if it is of other weights."""
-    wrong = sorted(trained_weights(policy).keys() ^ saved.keys())
+    own = trained_weights(policy)
+    wrong = sorted(own.keys() ^ saved.keys())
+    wrong += [n for n, p in own.items() if n in saved and (p.shape, p.dtype) != (saved[n].shape, saved[n].dtype)]
     if wrong:
         raise InputError(f"the checkpoint's weights differ at {wrong[0]}: resume with the configuration of the run")
     policy.load_state_dict(dict(saved), strict=False)

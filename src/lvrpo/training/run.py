@@ -453,7 +453,7 @@ class Pretraining:
         last = latest_checkpoint(self.run.path)
         if last is not None:
             verify_checkpoint(last)
-            tree = load_state(last / STATE)
+            tree = load_state(last / STATE, finite=True)
             copy_weights(self.trainer.policy, tree["policy"])
             copy_weights(self.trainer.average, tree["average"])
             self.trainer.optimizers.load_state(tree["optimizers"])

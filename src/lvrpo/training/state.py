@@ -114,7 +114,7 @@ class RunState:
         ``everybody``: the other processes of offloaded policies do so too; else they have not begun.
         """
         verify_checkpoint(checkpoint)
-        tree = load_state(checkpoint / STATE)
+        tree = load_state(checkpoint / STATE, finite=True)
         if self.shards is not None:
             if everybody:
                 self.shards.together("load", (checkpoint / STATE).resolve())
@@ -140,7 +140,7 @@ class RunState:
         if self.shards is not None:
             self.shards.together("load", (checkpoint / STATE).resolve(), ("average",))
         else:
-            saved = load_state(checkpoint / STATE)["policies"]["average"]
+            saved = load_state(checkpoint / STATE, finite=True)["policies"]["average"]
             load_trained(policy_module(self.policies.average), saved)
 
     def _moving(self) -> dict[str, nn.Module]:

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.storing import write_tensors
+from lvrpo.storing import read_weights, write_tensors
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
@@ -248,12 +246,7 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from None
+    tensors, metadata = read_weights(path, "restore the file")
     if "lvrpo_base" not in metadata or "lvrpo_adapter" not in metadata:
         raise InputError(f"{path}: does not say which base it belongs to: give an adapter that lvrpo saved")
     own = base_fingerprint(policy)
