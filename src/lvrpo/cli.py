@@ -15,7 +15,7 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.registry import resolve
 
 COMMANDS: Mapping[str, str] = {
@@ -43,11 +43,11 @@ COMMANDS: Mapping[str, str] = {
 SEVERAL = "train"
 """The command that ``torchrun`` may start several times over for one run."""
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with terminated_like_interrupted(), warnings_in_one_line():
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # anybody's module may call sys.exit
         if "--debug" in given:
             traceback.print_exc()
         code, line = explain(error)
@@ -69,6 +69,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, InputError):
         return WRONG_INPUT, f"error: {error}"
+    if isinstance(error, NotWellError):
+        return NOT_WELL, f"not well: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
     return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
@@ -157,7 +159,7 @@ def usage() -> str:
             "",
             "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",
             "--debug shows where an error comes from; --version.",
-            "Exit codes: 0 done, 2 wrong input, 1 anything else, 130 interrupted.",
+            "Exit codes: 0 done, 2 wrong input, 3 done but not well, 1 anything else, 130 interrupted.",
         ]
     )
 

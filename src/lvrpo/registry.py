@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, LvrpoError
 
 
 def resolve(kind: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -45,6 +45,11 @@ def _imported(kind: str, target: str) -> Any:
         raise InputError(
             f"{kind} {target!r}: needs the package {missing!r}: install it with pip install {missing.partition('.')[0]}"
         ) from None
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's module may do anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{kind} {target!r}: {module_name} cannot be imported: {said}: correct it") from error
     for part in attribute.split("."):
         try:
             found = getattr(found, part)  # the attribute is the user's choice

@@ -17,6 +17,7 @@ from lvrpo.evaluation.suite import SAMPLING, Evaluation, evaluate, find_benchmar
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import assess
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
@@ -160,6 +161,7 @@ def summarize(
         "before": before.results(),
         "after": after.results(),
         "difference": before.difference(after),
+        "health": assess(alignment.run.metrics(), config.max_failed).as_dict(),
         "guard": {"best_step": state.guard.best_step, "rolled_back": state.guard.rollbacks},
         "seconds": state.seconds,
         "evaluation_seconds": before.seconds + after.seconds,

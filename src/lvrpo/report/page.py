@@ -75,11 +75,18 @@ def render(run: RunRecord) -> str:
         "guard_summary": raw.get("guard"),
         "judge": raw.get("judge"),
         "audit": audit,
-        "notices": [*alarms, *problems, *_notes(raw.get("notes"))],
+        "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
         "cases": case_sections(run, store),
         "grids": _few_grids(run, store),
     }
     return _environment().get_template("page.html").render(context)
+
+
+def not_well(health: object) -> list[str]:
+    """Why a finished run is not well."""
+    findings = health.get("findings") if isinstance(health, Mapping) else None
+    rows = findings if isinstance(findings, list) else []
+    return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
 def guard_history(run: RunRecord, keys: list[str]) -> list[GuardRow]:

@@ -12,6 +12,7 @@ import torch
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.foreign import described
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
 
 
@@ -84,5 +85,5 @@ class DecoratedReward:
             return "the function gave no score" if found is None else float(found)
         except LvrpoError:
             raise
-        except Exception as error:  # anybody's function may raise anything
-            return repr(error)
+        except (Exception, SystemExit) as error:  # anybody's function may raise anything
+            return described(error)

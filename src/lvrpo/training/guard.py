@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +13,10 @@ from lvrpo.rewards.success import successes
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import GuardState, RunState
-from lvrpo.types import Prompt, Task
+from lvrpo.types import Group, Prompt, Task
 
 Verdict = Literal["best", "kept", "fallen"]
 
@@ -34,6 +35,13 @@ class GuardReport:
     """Tasks whose paired difference to the best lies below 0 with its whole interval."""
     scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
     """Of every held-out prompt, in their order."""
+    entropies: Mapping[str, float] = field(default_factory=dict)
+    """Of the answers to each form of questions."""
+
+    def row(self) -> dict[str, float]:
+        """For the metrics."""
+        means = {f"guard/{task}": mean for task, mean in self.means.items()}
+        return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 
 
 class Guard:
@@ -57,15 +65,24 @@ class Guard:
 
     def score(self, policy: Policy) -> dict[Task, list[float]]:
         """Right or wrong for every held-out prompt; the same noise at every look."""
-        out: dict[Task, list[float]] = {}
+        return {task: _right(groups) for task, groups in self.sample(policy).items()}
+
+    def sample(self, policy: Policy) -> dict[Task, list[Group]]:
+        """One output for every held-out prompt."""
+        out: dict[Task, list[Group]] = {}
         for task, rows in self.prompts.items():
             seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-            out[task] = [row[0] for row in successes(policy.sample(rows, self.sampling, seeds))]
+            out[task] = policy.sample(rows, self.sampling, seeds)
         return out
 
     def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
         """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
-        scores = self.score(policy)
+        outputs = self.sample(policy)
+        scores = {task: _right(groups) for task, groups in outputs.items()}
+        report = self._compare(scores, state, step)
+        return replace(report, entropies=answer_entropies([group for row in outputs.values() for group in row]))
+
+    def _compare(self, scores: dict[Task, list[float]], state: GuardState, step: int) -> GuardReport:
         means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
         if not self.prompts or not state.best_scores:
             state.best_step, state.best_scores = step, scores
@@ -85,6 +102,10 @@ class Guard:
         return sum(float(np.var(row)) / len(row) for row in scores.values()) ** 0.5 / len(scores)
 
 
+def _right(groups: Sequence[Group]) -> list[float]:
+    return [row[0] for row in successes(groups)]
+
+
 def fell(now: Sequence[float], before: Sequence[float]) -> bool:
     """Whether the mean paired difference is below 0 with its whole interval of ``Z`` standard errors."""
     difference = np.asarray(now) - np.asarray(before)
@@ -100,7 +121,7 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: GuardReport, row: dict[str, Any]) -> bool:
     """What follows from a look of the guard; returns whether the run stops."""
     score_record.write_look(run, state.step, report.scores, config.guard.every)
-    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
+    row |= report.row()
     if report.verdict != "fallen":
         row["guard/action"] = "kept best" if report.verdict == "best" else "none"
         return False

@@ -20,7 +20,7 @@ from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
-from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import resolve
 from lvrpo.rewards.success import scorable, successes
@@ -289,7 +289,10 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
+        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.writes).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
+        policy.towers.free_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
     return as_configured(policy, config), base
 
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from torch import nn
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.storing import read_weights, write_tensors
+from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
@@ -47,6 +48,11 @@ PATTERNS: Mapping[Modules, str] = {
     "tower": r"towers\.(?P<expert>read)_vit\..+",
 }
 """Linear layers by kind; the group says whose they are."""
+OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
+    "flow": ("towers.latent_out", "connector", "generate", "drawing"),
+    "text": ("towers.lm_head", "head", "understand", "text"),
+}
+"""The layer that a kind of segments leaves the model by, its own kind and expert, and a word for the segments."""
 EXPERTS: Mapping[str, Expert] = {
     "reading": "understand",
     "read": "understand",
@@ -134,6 +140,20 @@ def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
                     f"adapter.dora=true: {name} has rows of zeros, which have no direction: use dora=false, or a "
                     "trained base"
                 )
+
+
+def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[SegmentKind]) -> None:
+    """Raises InputError where an output layer of zeros, as a fresh model has, hides all that the adapter changes."""
+    for kind in kinds:
+        name, module, expert, word = OUTPUTS.get(kind, ("", "head", "understand", ""))
+        layers = [layer for own, layer in policy.named_modules() if own == name and isinstance(layer, nn.Linear)]
+        reached = module in config.modules and expert in config.experts
+        if layers and not reached and not bool(layers[0].weight.any()):
+            raise InputError(
+                f"adapter.modules=[{', '.join(config.modules)}]: {name} of this model is all zeros, so nothing the "
+                f"adapter changes before it changes a {word}: use modules: [{', '.join((*config.modules, module))}] "
+                f"with experts: [{expert}] among them, or train the base first"
+            )
 
 
 def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> None:
