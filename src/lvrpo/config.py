@@ -99,7 +99,12 @@ def dump_config(config: Config) -> str:
 
 def config_sha256(config: Config) -> str:
     """Fingerprint of the resolved configuration; it does not depend on the order of keys."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return tree_sha256(config.model_dump(mode="json"))
+
+
+def tree_sha256(tree: Mapping[str, Any]) -> str:
+    """``config_sha256`` of what ``dump_config`` wrote, whatever keys this version has beside it."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

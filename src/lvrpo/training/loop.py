@@ -129,10 +129,9 @@ def align(
         observe(row)
         return_freed_memory()
         last = stopped or interrupted() or state.step == config.steps
-        best = {state.guard.best_step, *([] if state.turn is None else [state.turn.best_step])}
-        if state.step % config.checkpoint_every == 0 or last or state.step in best:
+        if state.step % config.checkpoint_every == 0 or last or state.step in state.best_steps:
             state.save(run)
-            prune_checkpoints(run.path, config.keep_checkpoints, keep=best)
+            prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)
         if interrupted():
             break
     return state
@@ -206,7 +205,9 @@ def _check_first_update(
     run: RunDirectory, state: RunState, groups: Sequence[Group], table: RewardTable, std_floor: float
 ) -> None:
     checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups, table, std_floor)
-    run.write_json("contract.json", [*run.read_json("contract.json"), *(check.as_dict() for check in checks)])
+    run.write_json(
+        "contract.json", [*run.read_json("contract.json", list[dict[str, Any]]), *(check.as_dict() for check in checks)]
+    )
     contract.require(checks)
 
 

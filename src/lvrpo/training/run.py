@@ -53,6 +53,7 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import STATE, RunState
 from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.wire import SOLO, Wire
+from lvrpo.typed_json import shaped
 from lvrpo.types import Example, Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -170,8 +171,8 @@ class Alignment:
         try:
             state = begin(run, config, policy, base, wire)
             return cls(config, run, state, source, rewards, guard, held_out, wire=wire)
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
@@ -320,6 +321,7 @@ def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire:
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last, everybody=False)
+    prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)  # what a kill left beside the last
     run.truncate_metrics(state.step if last is not None else -1)
     score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
@@ -382,8 +384,8 @@ class Pretraining:
             origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
             return cls(config, run, trainer, held_out=held_out_prompts(config))
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
@@ -457,12 +459,14 @@ class Pretraining:
         if last is not None:
             verify_checkpoint(last)
             tree = load_state(last / STATE, finite=True)
-            copy_weights(self.trainer.policy, tree["policy"])
-            copy_weights(self.trainer.average, tree["average"])
-            self.trainer.optimizers.load_state(tree["optimizers"])
-            if self.trainer.representation is not None:
-                self.trainer.representation.load(tree["representation"])
-            self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
+            with shaped(str(last / STATE / "state.json"), "use another checkpoint"):
+                copy_weights(self.trainer.policy, tree["policy"])
+                copy_weights(self.trainer.average, tree["average"])
+                self.trainer.optimizers.load_state(tree["optimizers"])
+                if self.trainer.representation is not None:
+                    self.trainer.representation.load(tree["representation"])
+                self.trainer.step_number, self.seconds = int(tree["step"]), float(tree["seconds"])
+            prune_checkpoints(self.run.path, self.config.keep_checkpoints)
         self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
 
 
