@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lvrpo.errors import InputError
 
@@ -26,6 +26,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+
+Natural = Annotated[int, Field(ge=0)]
+"""A whole number that is none or more: an entry of a table or a pair."""
+Positive = Annotated[int, Field(ge=1)]
+"""A whole number above 0."""
+NotNegative = Annotated[float, Field(ge=0)]
+"""A number that is not below 0."""
 
 C = TypeVar("C", bound=Config)
 Tree = dict[str, Any]  # Any: whatever a YAML file may hold
@@ -37,7 +44,7 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
 
     Raises InputError with one line that names the value, the rule and the remedy.
     """
-    tree = {} if path is None else _read_tree(Path(path), ())
+    tree = {} if path is None else read_tree(path)
     raw: dict[Location, str] = {}
     for override in overrides:
         keys, text = _split_override(override)
@@ -185,8 +192,8 @@ class _Dumper(yaml.SafeDumper):
 # --- files and overrides ---
 
 
-def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
-    """The file merged over the files that it extends."""
+def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
+    """The file merged over the files that it extends; ``chain``: those that extend it. Raises InputError."""
     here = path.resolve()
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
@@ -197,7 +204,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
         raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file")
-    return _merged(_read_tree(path.parent / parent, (*chain, here)), tree)
+    return _merged(read_tree(path.parent / parent, (*chain, here)), tree)
 
 
 def _merged(base: Tree, over: Tree) -> Tree:

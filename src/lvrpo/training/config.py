@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
+from lvrpo.config import Config, Natural
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
@@ -47,7 +47,7 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(default=20, ge=1)
-    prompts: dict[Task, int] = Field(
+    prompts: dict[Task, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     action: Literal["rollback", "stop", "warn"] = "rollback"

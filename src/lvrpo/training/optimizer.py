@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from lvrpo.config import Config
+from lvrpo.config import Config, NotNegative
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.adapter import is_adapter
@@ -18,6 +18,10 @@ from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
 
 Norms = dict[str, float]
 """Of gradients, by expert."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of a moving average of gradients."""
 
 
 class OptimizerConfig(Config):
@@ -29,9 +33,9 @@ class OptimizerConfig(Config):
     trained number."""
     adamw_lr: float = Field(default=5e-4, gt=0)
     muon_lr: float = Field(default=5e-3, gt=0)
-    expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
+    expert_lr: dict[Literal["understand", "generate", "shared"], NotNegative] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""

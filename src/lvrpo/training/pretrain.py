@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
+from lvrpo.config import Config, Natural
 from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, pick_device
@@ -63,7 +63,7 @@ class PretrainConfig(Config):
     threads: int = Field(default=1, ge=1)
     held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, int] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    held_out: dict[Task, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 

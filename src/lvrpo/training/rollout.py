@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import refill_plan, signal_mask
-from lvrpo.config import Config
+from lvrpo.config import Config, Positive
 from lvrpo.data.sources import PromptSource
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.table import RewardSource, score_groups
@@ -71,7 +71,7 @@ class RolloutConfig(Config):
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guided are the steps with low < t <= high."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Positive, Positive] | None = None
     """Height and width of pictures drawn without a source; None: the policy's own."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
