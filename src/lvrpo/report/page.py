@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
-from lvrpo.report.curves import guard_charts, other_charts, reward_charts
+from lvrpo.report.curves import guard_charts, other_charts, ratio_note, reward_charts
 from lvrpo.report.gradients import gradient_audit
 from lvrpo.report.pictures import Picture, PictureStore
 from lvrpo.report.records import RunRecord, load_run, number
@@ -68,6 +68,7 @@ def render(run: RunRecord) -> str:
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
         "rewards": reward_charts(run.metrics),
         "others": other_charts(run.metrics),
+        "ratio_note": ratio_note(run.metrics),
         "gradients": gradient_audit(run.metrics),
         "guard_charts": guard_charts(run.metrics),
         "guard_names": [label(key.removeprefix("guard/")) for key in guard_keys],
