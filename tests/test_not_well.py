@@ -182,7 +182,8 @@ def test_the_clock_may_jump(train: Callable[..., int], monkeypatch: pytest.Monke
     rows = [RunDirectory.read(Path(run)).metrics() for run in ("one", "two")]
     assert all(row["seconds"] > 0 and row["seconds_left"] >= 0 for row in rows[1][1:])
     for row in (*rows[0], *rows[1]):
-        row.pop("seconds", None), row.pop("seconds_left", None)
+        for name in ("seconds", "seconds_left"):
+            row.pop(name, None)
     assert rows[0] == rows[1]
 
 

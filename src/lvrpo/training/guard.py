@@ -78,7 +78,7 @@ class Guard:
     def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
         """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
         outputs = self.sample(policy)
-        scores = {task: _right(groups) for task, groups in outputs.items()}
+        scores: dict[Task, list[float]] = {task: _right(groups) for task, groups in outputs.items()}
         report = self._compare(scores, state, step)
         return replace(report, entropies=answer_entropies([group for row in outputs.values() for group in row]))
 
