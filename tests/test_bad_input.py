@@ -43,6 +43,10 @@ class Failing(Base):
 
 class Silent:
     pass
+
+class Unmade(Base):
+    def __init__(self):
+        raise ValueError("no server")
 """
 SMALL = (
     "steps=2",
@@ -142,6 +146,8 @@ def tables() -> None:
     Path("twice.yaml").write_text("steps: 3\nsteps: 4\n")
     Path("loop.yaml").write_text("extends: loop.yaml\n")
     Path("bad_rewards.py").write_text(REWARDS)
+    Path("broken_rewards.py").write_text("class Reward(:\n    pass\n")
+    Path("leaving_rewards.py").write_text("import sys\nsys.exit(3)\n")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -201,6 +207,21 @@ CONFIGURATION: list[Case] = [
     ((*train("rewards=[{name: 'no_such_package:Reward'}]"), "--allow-code"), 2, "no module 'no_such_package'"),
     (train("rewards=[{name: own_vqa, weight: 0}]"), 2, "every weight is 0"),
     (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
+    (train("rewards=[{name: own_vqa, max_failed: 2}]"), 2, "must be <= 1"),
+    (train("health.max_failed=-1"), 2, "health.max_failed=-1: must be >= 0"),
+    (train("rewards=[{name: 'broken_rewards:Reward'}]"), 2, "broken_rewards cannot be imported: SyntaxError"),
+    (train("rewards=[{name: 'leaving_rewards:Reward'}]"), 2, "leaving_rewards cannot be imported: SystemExit: 3"),
+    (rewarded_by("Unmade"), 2, "bad_rewards:Unmade cannot be made: ValueError: no server"),
+    (train("optimizer.betas=[1,2]"), 2, "optimizer.betas.0=1: must be < 1"),
+    (train("optimizer.betas=[0.9,-0.5]"), 2, "optimizer.betas.1=-0.5: must be >= 0"),
+    (train("optimizer.betas=[.nan,0.5]"), 2, "must be a finite number"),
+    (train("optimizer.adamw_lr=.inf"), 2, "must be a finite number"),
+    (train("optimizer.expert_lr={generate: -1}"), 2, "optimizer.expert_lr.generate=-1: must be >= 0"),
+    (train("guard.prompts={generate: -3}"), 2, "guard.prompts.generate=-3: must be >= 0"),
+    (train("rollout.image_size=[0,32]"), 2, "rollout.image_size.0=0: must be >= 1"),
+    (train("rollout.guidance_interval=[0.9,0.1]"), 2, "must be [low, high] with 0 <= low < high <= 1"),
+    (("pretrain", "pretrain", "policy.transformer.rope_theta=0"), 2, "rope_theta=0: must be > 0"),
+    (("pretrain", "pretrain", "held_out={generate: -1}"), 2, "held_out.generate=-1: must be >= 0"),
     (rewarded_by("Silent"), 2, "has no method 'applies'"),
     (train("device=gpu"), 2, "use auto, cpu or cuda"),
     (("pretrain", "pretrain", "corpus.scene_shares={one: 1, tow: 2}"), 2, "tow"),
@@ -210,7 +231,7 @@ CONFIGURATION: list[Case] = [
     (("pretrain", "pretrain", "batch={generate: 0}"), 2, "at least one kind"),
     (("pretrain", "pretrain", "batch={generate: -1}"), 2, "batch.generate=-1"),
     (("pretrain", "pretrain", "condition_dropout=0.9", "picture_dropout=0.2"), 2, "picture_dropout=0.2"),
-    (("pretrain", "quickstart"), 2, "data: unknown key"),
+    (("pretrain", "quickstart"), 2, "is an alignment configuration"),
     (train("text.kind=nft"), 2, "text.kind=nft: trains drawings, and this section is for text: set flow.kind"),
     (train("text.kind=dapo"), 2, "is kind=clip with clip_low=0.2, clip_high=0.28"),
     (train("text.kind=cipso"), 2, "did you mean cispo?"),

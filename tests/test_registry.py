@@ -119,12 +119,28 @@ def test_a_plugin_that_misses_a_package_names_it(tmp_path: Path, monkeypatch: py
         resolve("policy", "lvrpo_test_needy:Thing", {})
 
 
-def test_an_error_inside_a_plugin_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lvrpo_test_broken.py").write_text("raise RuntimeError('boom')\n")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("def f(:\n  pass", r"SyntaxError: invalid syntax \(lvrpo_test_broken_1.py, line 1\)"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("\tx = 1\n  y = 2", "IndentationError: unexpected indent"),
+        ("from lvrpo.rewards.decorated import nothing", "ImportError: cannot import name 'nothing'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_error_inside_a_plugin_is_one_line_that_names_both(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    name = f"lvrpo_test_broken_{request.node.callspec.indices['text']}"
+    (tmp_path / f"{name}.py").write_text(f"{text}\n")
     monkeypatch.syspath_prepend(tmp_path)
     allow_code([ANY])
-    with pytest.raises(RuntimeError, match="boom"):
-        resolve("policy", "lvrpo_test_broken:Thing", {})
+    with pytest.raises(InputError, match=rf"policy '{name}:Thing': {name} cannot be imported: {said}") as caught:
+        resolve("policy", f"{name}:Thing", {})
+    assert caught.value.__cause__ is not None
+    assert "\n" not in str(caught.value)
 
 
 # --- consent ---

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
-from lvrpo.errors import ContractError, InputError
+from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.reading import unreadable
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
@@ -51,11 +51,11 @@ NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.E
 LONGEST_LINE, LONGEST_WORD = 1000, 240
 """Characters of an error."""
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with terminated_like_interrupted(), warnings_in_one_line(), own_consent():
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # anybody's module may call sys.exit
         if "--debug" in given:
             traceback.print_exc()
         code, line = explain(error)
@@ -98,6 +98,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, InputError):
         return WRONG_INPUT, f"error: {error}"
+    if isinstance(error, NotWellError):
+        return NOT_WELL, f"not well: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
     if isinstance(error, OSError) and error.errno in NO_PATH and error.filename is not None:
@@ -202,7 +204,7 @@ def usage(group: str = "") -> str:
             "--debug shows where an error comes from; --version.",
             "--allow-code lets names such as my_package.module:Class in a configuration run code (SECURITY.md);",
             "--allow-code=my_package,other lets those packages, also where the folder of a model names them.",
-            "Exit codes: 0 done, 2 wrong input, 1 anything else, 130 interrupted.",
+            "Exit codes: 0 done, 2 wrong input, 3 done but not well, 1 anything else, 130 interrupted.",
         ]
     )
 

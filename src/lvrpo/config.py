@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
@@ -40,6 +40,13 @@ class Config(BaseModel):
         return value
 
 
+Natural = Annotated[int, Field(ge=0)]
+"""A whole number that is none or more: an entry of a table or a pair."""
+Positive = Annotated[int, Field(ge=1)]
+"""A whole number above 0."""
+NotNegative = Annotated[float, Field(ge=0)]
+"""A number that is not below 0."""
+
 C = TypeVar("C", bound=Config)
 Tree = dict[str, Any]  # Any: whatever a YAML file may hold
 Location = tuple[str | int, ...]
@@ -55,7 +62,7 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
-    tree = {} if path is None else _read_tree(Path(path), ())
+    tree = {} if path is None else read_tree(path)
     if not own_file:
         tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
@@ -123,7 +130,12 @@ def dump_config(config: Config) -> str:
 
 def config_sha256(config: Config) -> str:
     """Fingerprint of the resolved configuration; it does not depend on the order of keys."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return tree_sha256(config.model_dump(mode="json"))
+
+
+def tree_sha256(tree: Mapping[str, Any]) -> str:
+    """``config_sha256`` of what ``dump_config`` wrote, whatever keys this version has beside it."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -235,8 +247,8 @@ class _Dumper(yaml.SafeDumper):
 # --- files and overrides ---
 
 
-def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
-    """The file merged over the files that it extends."""
+def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
+    """The file merged over the files that it extends; ``chain``: those that extend it. Raises InputError."""
     here = Path(os.path.realpath(path))  # Path.resolve fails at links that lead to themselves
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
@@ -249,7 +261,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
         raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
-    return _merged(_read_tree(_parent(path, parent), (*chain, here)), tree)
+    return _merged(read_tree(_parent(path, parent), (*chain, here)), tree)
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, LvrpoError
 
 ANY = "*"
 """Allows every package for names of a configuration; what a model's folder names has to be allowed by its name."""
@@ -188,6 +188,11 @@ def _imported(kind: str, target: str) -> Any:
         raise InputError(
             f"{kind} {target!r}: needs the package {missing!r}: install it with pip install {missing.partition('.')[0]}"
         ) from None
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's module may do anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{kind} {target!r}: {module_name} cannot be imported: {said}: correct it") from error
     return _attribute(kind, target, found)
 
 

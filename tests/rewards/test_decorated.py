@@ -62,7 +62,7 @@ def test_none_and_exceptions_mask_one_output() -> None:
     built = odd()
     result = built.score([given_group(ASK, [["a"], ["b"], ["d"]])], None)  # type: ignore[arg-type]
     assert float(result.values[0, 0]) == 0.5
-    assert result.failures == {(0, 1): "the function gave no score", (0, 2): "KeyError('d')"}
+    assert result.failures == {(0, 1): "the function gave no score", (0, 2): "KeyError: 'd'"}
     assert built.applies(ASK)
     assert not built.applies(DRAW)
     assert not built.applies(Prompt("r", "reason", ("x",), ("text",)))

@@ -124,7 +124,7 @@ def test_an_exception_masks_everything_or_stops(groups: list[Group], nobody: Any
     table = score_groups([source(reward), other], groups, nobody)
     assert not table.mask[..., 0].any()
     assert table.mask[..., 1].all()
-    assert {table.reasons[p, g, 0] for p in range(2) for g in range(2)} == {"failed: RuntimeError('no network')"}
+    assert {table.reasons[p, g, 0] for p in range(2) for g in range(2)} == {"failed: RuntimeError: no network"}
     with pytest.raises(ContractError, match="no network"):
         score_groups([source(reward, "stop")], groups, nobody)
 

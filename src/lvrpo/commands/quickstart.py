@@ -70,6 +70,7 @@ def run(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.settings import read_config
     from lvrpo.commands.tables import print_tables, summary_tables
+    from lvrpo.commands.train import require_well
     from lvrpo.evaluation.quickstart import free_folder, run_experiment
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.interrupt import Interrupted
@@ -97,6 +98,7 @@ def run(options: Options) -> None:
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(closing(run.path, summary, time.monotonic() - started))
+    require_well(run.path, summary)
 
 
 def train_overrides(options: Options) -> list[str]:

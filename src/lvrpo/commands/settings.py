@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lvrpo.config import CONSENT, Config, load_config, shipped_configs
+from lvrpo.config import CONSENT, Config, load_config, read_tree, shipped_configs
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 
@@ -40,6 +40,29 @@ def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:
     if name is None:
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
     path = find_config(name)
+    refuse_other_kind(cls, name, path)
     config = load_config(cls, path, overrides, own_file=not (path.parent / MANIFEST).exists())
     allow_code(getattr(config, CONSENT, ()))  # only an alignment has it
     return config
+
+
+def refuse_other_kind(cls: type[Config], name: str, path: Path) -> None:
+    """Raises InputError for a configuration of the other kind of run: it has sections that only those have."""
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.pretrain import PretrainConfig
+
+    kinds: dict[type[Config], tuple[str, str]] = {
+        TrainConfig: ("an alignment", "train"),
+        PretrainConfig: ("a pretraining", "pretrain"),
+    }
+    others = {kind: words for kind, words in kinds.items() if kind is not cls}
+    if cls not in kinds:
+        return
+    keys = read_tree(path)
+    for other, (words, command) in others.items():
+        foreign = [key for key in keys if key in other.model_fields and key not in cls.model_fields]
+        if foreign and not any(key in cls.model_fields and key not in other.model_fields for key in keys):
+            raise InputError(
+                f"config {name!r}: is {words} configuration (it has a section {foreign[0]!r}): start it with "
+                f"lvrpo {command} {name}"
+            )

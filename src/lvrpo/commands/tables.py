@@ -34,8 +34,9 @@ def interval(result: Result | None, signed: bool = False) -> str:
     if not result or result["score"] is None:
         return ""
     low, high, tells = (finite(result.get(name)) for name in ("low", "high", "detectable"))
-    known = low is not None and high is not None
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if known else ", no interval"
+    spread = ", no interval"
+    if low is not None and high is not None:
+        spread = f" [{number(low, signed)}, {number(high, signed)}]"
     return number(result["score"], signed) + spread + ("" if tells is None else f" ≥ {number(tells)}")
 
 

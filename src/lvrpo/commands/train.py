@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
-from lvrpo.errors import ContractError, InputError, LostProcessError
+from lvrpo.errors import ContractError, InputError, LostProcessError, NotWellError
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
@@ -87,12 +88,20 @@ def lead_train(options: Options, wire: Wire) -> None:
         if summary["before"]:
             print_tables(summary_tables(summary))
         watch.phase(f"done; the policy: {run.path} ({kept_step(alignment, summary)})")
+    require_well(run.path, summary)
 
 
 def kept_step(alignment: Alignment, summary: dict[str, Any]) -> str:
     """Which step the result is of, and why."""
     step = summary["guard"]["best_step"]
     return f"step {step} was the guard's best" if alignment.guard.prompts else f"step {step}, the last one"
+
+
+def require_well(run: Path, summary: Mapping[str, Any]) -> None:
+    """Raises NotWellError with every reason why a run that is done is not well. Any: what JSON holds."""
+    health = summary["health"]
+    if not health["well"]:
+        raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
 def open_alignment(options: Options, wire: Wire) -> Alignment:

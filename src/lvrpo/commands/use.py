@@ -141,7 +141,7 @@ def ask(options: Options) -> None:
         raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
     if options.out is not None:
         refuse_existing([options.out], options.force)
-    if table is None:
+    if image is not None and question is not None:
         policy = load(options)
         prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image as PilImage
+from pydantic import Field
 
+from lvrpo.errors import InputError
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record
 from lvrpo.types import Group, Image, Prompt
 
 PER_CATEGORY = 3
@@ -47,6 +50,38 @@ def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> N
     }
     cases = write_cases(run, phase, groups, rewards)
     run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": cases})
+
+
+class ScoredRecord(Record):
+    """One benchmark in a file of an evaluation."""
+
+    ids: list[str]
+    categories: list[str]
+    clusters: list[str]
+    scores: list[float | None]
+
+
+class CaseRecord(Record):
+    """One kept case."""
+
+    id: str
+
+
+class EvaluationRecord(Record):
+    """``eval/PHASE.json``."""
+
+    scores: dict[str, ScoredRecord]
+    seconds: float
+    prompts: list[CaseRecord] = Field(default=[])
+
+
+def read_evaluation(run: RunDirectory, relative: str) -> tuple[Evaluation, dict[str, Any]]:
+    """What ``write_evaluation`` wrote, and the whole file; raises InputError for another shape."""
+    raw = run.read_json(relative, EvaluationRecord)
+    for name, scored in raw["scores"].items():
+        if len({len(scored[part]) for part in ScoredRecord.model_fields}) > 1:
+            raise InputError(f"{run.path / relative}: scores.{name}: its lists differ in length: restore the file")
+    return Evaluation.from_dict(raw), raw
 
 
 def write_cases(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lvrpo.config import config_sha256
+from lvrpo.config import config_sha256, parse_section
 from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import sample_prompts
-from lvrpo.evaluation.cases import keep_cases, write_cases, write_evaluation
+from lvrpo.evaluation.cases import keep_cases, read_evaluation, write_cases, write_evaluation
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import (
     SAMPLING,
@@ -27,17 +27,29 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import picture_side
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import assess
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record
 from lvrpo.types import Prompt
 
 PLAN = "plan.json"
 """File of a run that holds its plan."""
 TEST_ROWS = "data.test"
 """Benchmark of a plan: the test rows of the run's own source of prompts."""
+
+
+class PlanRecord(Record):
+    """``plan.json``."""
+
+    benchmarks: list[str]
+    sizes: dict[str, int]
+    baseline: dict[str, Any] | None
+    baseline_name: str
+    parallel: bool
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,11 @@ class Plan:
             baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
             run.write_json(PLAN, {**vars(self), "baseline": baseline})
             return self
-        raw = run.read_json(PLAN)
-        baseline = None if raw["baseline"] is None else PretrainConfig.model_validate(raw["baseline"])
-        return Plan(**{**raw, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
+        raw = run.read_json(PLAN, PlanRecord)
+        section = raw["baseline"]
+        baseline = None if section is None else parse_section(PretrainConfig, section, f"{run.path / PLAN}: baseline")
+        known = {name: raw[name] for name in PlanRecord.model_fields}
+        return Plan(**{**known, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
 
 
 class Watcher(Protocol):
@@ -125,7 +139,7 @@ def measure(
     run, base = alignment.run, alignment.policies.reference
     path = run.path / "eval" / f"{phase}.json"
     if path.exists():
-        return Evaluation.from_dict(run.read_json(f"eval/{phase}.json"))
+        return read_evaluation(run, f"eval/{phase}.json")[0]
     benchmarks = planned_benchmarks(alignment, plan)
     if benchmarks:
         watch.phase(f"evaluate {phase}: {', '.join(map(in_words, benchmarks))}")
@@ -184,7 +198,7 @@ def shown_prompts(alignment: Alignment, plan: Plan) -> list[Prompt]:
         for benchmark in planned_benchmarks(alignment, plan)
         for prompt in benchmark.prompts(plan.sizes.get(benchmark.name, benchmark.n))
     }
-    shown = run.read_json("eval/before.json")["prompts"]
+    shown = read_evaluation(run, "eval/before.json")[1].get("prompts", [])
     return [known[row["id"]] for row in shown if row["id"] in known]
 
 
@@ -201,6 +215,7 @@ def summarize(
         "before": before.results(),
         "after": after.results(),
         "difference": before.difference(after),
+        "health": assess(alignment.run.metrics(), config.max_failed).as_dict(),
         "guard": {"best_step": state.guard.best_step, "rolled_back": state.guard.rollbacks},
         "seconds": state.seconds,
         "evaluation_seconds": before.seconds + after.seconds,

@@ -107,6 +107,9 @@ class Audit:
     last: str
     tasks: tuple[Task, ...]
     alarms: tuple[str, ...]
+    """Of both kinds."""
+    parted: bool
+    """Whether one of them is of a reward that rose while a held-out score fell."""
     comparisons: int
 
 
@@ -134,7 +137,8 @@ def _audit(raw: Mapping[str, Any]) -> Audit:
         first=first,
         last=last,
         tasks=tuple(_task(str(task), found) for task, found in raw["tasks"].items()),
-        alarms=tuple(str(alarm["words"]) for alarm in raw["alarms"]["found"]),
+        alarms=tuple(str(a["words"]) for a in (*raw["alarms"].get("missing", ()), *raw["alarms"]["found"])),
+        parted=bool(raw["alarms"]["found"]),
         comparisons=int(raw["alarms"]["comparisons"]),
     )
 

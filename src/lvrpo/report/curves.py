@@ -110,6 +110,18 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
     return [ChartGroup(title, tuple(charts)) for title, charts in groups.items()]
 
 
+def ratio_note(metrics: Metrics) -> str:
+    """Why the probability ratios of a run are 1 in every step, where they are; else nothing."""
+    keys = [key for key in metrics.numeric_keys() if key.startswith("ratio/")]
+    if not keys or any(abs(value - 1) > 1e-5 for key in keys for _, value in metrics.series(key)):
+        return ""
+    return (
+        "The ratio is 1 and nothing is clipped in every step, as it must be with one update per rollout "
+        "(mini_updates=1): the weights that are trained are still those that sampled. The loss is the plain policy "
+        "gradient; with mini_updates of 2 or more the ratio moves and the clip range matters."
+    )
+
+
 def line_chart(title: str, points: Points, control: Points, control_words: str) -> Chart:
     """One series, and beside it what it is to be compared with; ``control_words`` names that for the ear."""
     return _chart(title, points, control, least_span=0.1, control_words=control_words)

@@ -12,6 +12,7 @@ import torch
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.foreign import described
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
 
 Function = Callable[..., float | None]
@@ -62,13 +63,14 @@ def reward(
 
     def decorate(function: Function) -> Builder:
         handed = handed_names(function)
-        needs = tuple(kind for kind in OUTPUTS if kind in handed)
+        needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
+        judges: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in (outputs or needs or OUTPUTS))
         signature = inspect.signature(function)
 
         def build(**options: Any) -> DecoratedReward:  # Any: each function has its own options
             mine = dict.fromkeys(name for name in handed if name in signature.parameters)
             signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
-            return DecoratedReward(function, options, tuple(outputs or needs or OUTPUTS), tuple(tasks), needs)
+            return DecoratedReward(function, options, judges, tuple(tasks), needs)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
         vars(build)["makes"] = DecoratedReward  # by which the registry knows that this function builds a reward
@@ -139,5 +141,5 @@ class DecoratedReward:
             return "the function gave no score" if found is None else float(found)
         except LvrpoError:
             raise
-        except Exception as error:  # anybody's function may raise anything
-            return repr(error)
+        except (Exception, SystemExit) as error:  # anybody's function may raise anything
+            return described(error)

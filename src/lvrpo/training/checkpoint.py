@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.reading import MIB, read_json
-from lvrpo.storing import sync, write_tensors
+from lvrpo.storing import read_tensors, require_finite, sync, write_tensors
 
 STATE_BYTES = 1024 * MIB
 """Of state.json."""
@@ -56,18 +54,19 @@ def save_state(folder: Path, state: State) -> None:
         (folder / "state.json").write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path, device: torch.device | str = "cpu") -> State:
-    """What ``save_state`` wrote; raises InputError on a missing or truncated file."""
+def load_state(folder: Path, device: torch.device | str = "cpu", finite: bool = False) -> State:
+    """What ``save_state`` wrote; raises InputError on a missing or truncated file.
+
+    ``finite``: also where a tensor holds a number that is not, as no weights and no moments may.
+    """
     for name in ("state.json", "state.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file: give a folder that a training run saved")
     with disk_errors(folder, "read"):
         tree = read_json(folder / "state.json", "use another checkpoint", STATE_BYTES)
-        try:
-            tensors = load_file(folder / "state.safetensors", device=str(device))
-        except SafetensorError:
-            path = folder / "state.safetensors"
-            raise InputError(f"{path}: truncated or not safetensors: use another checkpoint") from None
+        tensors, _ = read_tensors(folder / "state.safetensors", "use another checkpoint", str(device))
+        for name, tensor in tensors.items() if finite else ():
+            require_finite(folder / "state.safetensors", name, tensor, "use another checkpoint")
     try:
         return _decode(tree, tensors)
     except KeyError as error:

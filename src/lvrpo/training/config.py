@@ -20,6 +20,7 @@ from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.drawn_tokens import ImageTokensConfig, MaskedConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.health import HealthConfig
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import FLOW_OBJECTIVES, TEXT_OBJECTIVES
@@ -138,6 +139,7 @@ class TrainConfig(Config):
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
     judge: JudgeConfig = JudgeConfig()
+    health: HealthConfig = HealthConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
     control_group_size: int = Field(default=2, ge=1, le=1024)
@@ -151,6 +153,11 @@ class TrainConfig(Config):
         if self.offload:
             return self.precision.compute or "float32"
         return self.precision.weights or ("float32" if self.adapter is None else None)
+
+    @property
+    def max_failed(self) -> dict[str, float]:
+        """By reward, the share of its scores that may fail over a run that is well."""
+        return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
     def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
         """How each kind of segment that a policy writes is trained, in the order of updates."""

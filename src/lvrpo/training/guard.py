@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +14,10 @@ from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import GuardState, RunState
-from lvrpo.types import Prompt, Task
+from lvrpo.types import Group, Prompt, Task
 
 Verdict = Literal["best", "kept", "fallen", "blind"]
 """blind: there are no held-out rows, so the last weights are kept."""
@@ -44,6 +45,13 @@ class GuardReport:
     """Tasks whose paired difference to the best lies below 0 with its whole interval."""
     scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
     """Of every held-out prompt, in their order."""
+    entropies: Mapping[str, float] = field(default_factory=dict)
+    """Of the answers to each form of questions."""
+
+    def row(self) -> dict[str, float]:
+        """For the metrics."""
+        means = {f"guard/{task}": mean for task, mean in self.means.items()}
+        return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 
 
 class Guard:
@@ -73,15 +81,26 @@ class Guard:
 
         ``judge``: the frozen policy that rewards are scored with, where right and wrong cannot be told.
         """
-        out: dict[Task, list[float]] = {}
+        return self._scores(self.sample(policy), judge)
+
+    def _scores(self, outputs: Mapping[Task, Sequence[Group]], judge: Policy | None) -> dict[Task, list[float]]:
+        return {task: [row[0] for row in self.scorer.scores(groups, judge)] for task, groups in outputs.items()}
+
+    def sample(self, policy: Policy) -> dict[Task, list[Group]]:
+        """One output for every held-out prompt."""
+        out: dict[Task, list[Group]] = {}
         for task, rows in self.prompts.items():
             seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-            out[task] = [row[0] for row in self.scorer.scores(policy.sample(rows, self.sampling, seeds), judge)]
+            out[task] = policy.sample(rows, self.sampling, seeds)
         return out
 
     def look(self, policy: Policy, state: GuardState, step: int, judge: Policy | None = None) -> GuardReport:
         """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
-        scores = self.score(policy, judge)
+        outputs = self.sample(policy)
+        report = self._compare(self._scores(outputs, judge), state, step)
+        return replace(report, entropies=answer_entropies([group for row in outputs.values() for group in row]))
+
+    def _compare(self, scores: dict[Task, list[float]], state: GuardState, step: int) -> GuardReport:
         means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}
         if not self.prompts:
             state.best_step = step
@@ -131,7 +150,7 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: GuardReport, row: dict[str, Any]) -> bool:
     """What follows from a look of the guard; returns whether the run stops."""
     score_record.write_look(run, state.step, report.scores, config.guard.every)
-    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
+    row |= report.row()
     if report.verdict != "fallen":
         row["guard/action"] = ACTIONS[report.verdict]
         return False

@@ -20,7 +20,7 @@ from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
-from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import allow_code
 from lvrpo.rewards.success import successes
@@ -53,6 +53,7 @@ from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.state import STATE, RunState
 from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.wire import SOLO, Wire
+from lvrpo.typed_json import shaped
 from lvrpo.types import Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -96,8 +97,8 @@ class Alignment:
         try:
             state = begin(run, config, policy, base, wire)
             return cls(config, run, state, parts, wire=wire)
-        except BaseException:
-            run.discard()
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
@@ -210,6 +211,7 @@ def lengthen(run: RunDirectory, config: TrainConfig) -> None:
     """Writes the new number of steps into the run, and takes away what its old end left."""
     for name in (FINAL, SUMMARY, "eval/after.json"):
         (run.path / name).unlink(missing_ok=True)
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first: it vouches for the next
     run.write_text(CONFIG, dump_config(config))
 
 
@@ -262,7 +264,10 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
+        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.writes).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
+        policy.towers.free_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
     return as_configured(policy, config), base
 
 
@@ -290,6 +295,7 @@ def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire:
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last, everybody=False)
+    prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)  # what a kill left beside the last
     run.truncate_metrics(state.step if last is not None else -1)
     score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
@@ -353,8 +359,8 @@ class Pretraining:
             origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
             return cls(config, run, trainer, held_out=held_out_prompts(config))
-        except BaseException:
-            run.discard()
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
@@ -427,13 +433,15 @@ class Pretraining:
         last = latest_checkpoint(self.run.path)
         if last is not None:
             verify_checkpoint(last)
-            tree = load_state(last / STATE)
-            copy_weights(self.trainer.policy, tree["policy"])
-            copy_weights(self.trainer.average, tree["average"])
-            self.trainer.optimizers.load_state(tree["optimizers"])
-            if self.trainer.representation is not None:
-                self.trainer.representation.load(tree["representation"])
-            self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
+            tree = load_state(last / STATE, finite=True)
+            with shaped(str(last / STATE / "state.json"), "use another checkpoint"):
+                copy_weights(self.trainer.policy, tree["policy"])
+                copy_weights(self.trainer.average, tree["average"])
+                self.trainer.optimizers.load_state(tree["optimizers"])
+                if self.trainer.representation is not None:
+                    self.trainer.representation.load(tree["representation"])
+                self.trainer.step_number, self.seconds = int(tree["step"]), float(tree["seconds"])
+            prune_checkpoints(self.run.path, self.config.keep_checkpoints)
         self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
 
 

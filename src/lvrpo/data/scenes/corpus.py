@@ -207,8 +207,10 @@ class _Builder:
             self._questions(questions, scene)
         edit = [self._edit(i) for i in range(c.edits)]
         reason = [self._reason(i) for i in range(c.reasons)]
-        rows = (Rows(r, c.size) for r in (generate, caption, questions, edit, reason))
-        return WebCorpus(c, *rows, scenes, self._rates())
+        drawn, captions, asked, edits, reasons = (
+            Rows(rows, c.size) for rows in (generate, caption, questions, edit, reason)
+        )
+        return WebCorpus(c, drawn, captions, asked, edits, reasons, scenes, self._rates())
 
     def _happens(self, name: str, rate: float) -> bool:
         """Draws an error of a rate and counts it."""

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.names import EMBED_TOKENS, LM_HEAD
 from lvrpo.policies.bagel.tensors import StoredTensor
 from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.policies.bagel.vit import VitConfig
@@ -99,7 +100,7 @@ def read_config(
             transformer=_transformer(folder, llm, weights),
             vit=_vit(folder, vit, weights),
             vae=_vae(folder, whole.get("vae_config"), autoencoder),
-            vocabulary_size=_rows(folder, weights, "language_model.model.embed_tokens.weight"),
+            vocabulary_size=_rows(folder, weights, EMBED_TOKENS),
             max_positions=_number(folder, "llm_config", llm, "max_position_embeddings"),
             latent_patch=_latent_patch(folder, weights, autoencoder),
             latent_side=_side(folder, weights, "latent_pos_embed.pos_embed"),
@@ -109,6 +110,14 @@ def read_config(
         sections = {"MoTConfig": "llm_config", "VitConfig": "vit_config", "VaeConfig": "vae_config"}
         where = sections.get(error.title, "configuration")
         raise InputError(f"{folder}: {where}: {first_problem(error)}: restore the json files") from None
+
+
+def with_tied_head(folder: Path, weights: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The weights, with the table of words for an output layer that the folder ties to it and leaves out."""
+    llm = _section(folder, "llm_config", _tolerant_json(folder / "config.json"))
+    if LM_HEAD in weights or EMBED_TOKENS not in weights or llm.get("tie_word_embeddings") is not True:
+        return weights
+    return {**weights, LM_HEAD: weights[EMBED_TOKENS]}
 
 
 def described_config(folder: Path) -> BagelConfig:

@@ -15,6 +15,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.reading import open_regular, parse_json, read_json_object
+from lvrpo.storing import require_weights
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes of weights, by their names in a file."""
@@ -54,7 +55,9 @@ class StoredTensor:
                 part = memoryview(buffer)[: count * stored.itemsize]
                 if file.readinto(part) != len(part):
                     raise InputError(f"{self.path}: ends within {self.name}: copy the file again")
-                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=stored, count=count))
+                piece = torch.frombuffer(buffer, dtype=stored, count=count)
+                require_weights(self.path, self.name, piece, "fetch the file again")
+                flat[first : first + count].copy_(piece)
         return out
 
 

@@ -9,13 +9,11 @@ from typing import Self
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.reading import read_json_object
-from lvrpo.storing import write_tensors, write_whole
+from lvrpo.storing import read_weights, write_tensors, write_whole
 
 
 class FolderPolicy(MoTPolicy):
@@ -72,12 +70,7 @@ class FolderPolicy(MoTPolicy):
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Reads what ``save`` wrote; the dtype is float32."""
         policy = cls.skeleton(folder, device, dtype)
-        try:
-            state = load_file(str(folder / "model.safetensors"))
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file"
-            ) from error
+        state, _ = read_weights(folder / "model.safetensors", "restore the file")
         own = policy.state_dict()
         wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
         if wrong:

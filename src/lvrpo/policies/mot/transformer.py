@@ -33,8 +33,8 @@ class MoTConfig(Config):
     mlp_width: int = Field(default=512, ge=1, le=1_000_000)
     mlp: Literal["relu2", "swiglu"] = "relu2"
     attention_bias: bool = False
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
