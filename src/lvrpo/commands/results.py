@@ -47,9 +47,11 @@ def evaluate(options: Options) -> None:
     from lvrpo.evaluation import suite
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
+    from lvrpo.training.splits import require_unseen_by
 
     if options.json is not None:
         refuse_existing([options.json], options.force)
+    require_unseen_by(options.model, options.benchmark)
     benchmarks = suite.find_benchmarks(options.benchmark)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)

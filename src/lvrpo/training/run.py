@@ -50,6 +50,7 @@ from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.splits import require_apart
 from lvrpo.training.state import STATE, RunState
 from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.wire import SOLO, Wire
@@ -164,11 +165,12 @@ class Alignment:
         rewards = scoring_rewards(config, source)
         guard = Guard(guard_prompts(config), config)
         held_out = judge_rows(config, rewards, guard)
+        splits = require_apart(config)
         require_room(config, source, guard)
         policy, base = open_policy(config)
         run = RunDirectory.create(folder, config)
         try:
-            state = begin(run, config, policy, base, wire)
+            state = begin(run, config, policy, base, wire, splits)
             return cls(config, run, state, source, rewards, guard, held_out, wire=wire)
         except BaseException:
             run.close()
@@ -303,10 +305,21 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     return policy
 
 
-def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path, wire: Wire = SOLO) -> RunState:
-    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
+def begin(
+    run: RunDirectory,
+    config: TrainConfig,
+    policy: Policy,
+    base: Path,
+    wire: Wire = SOLO,
+    splits: Mapping[str, Any] | None = None,
+) -> RunState:
+    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are.
+
+    ``splits``: what ``require_apart`` found. Any: JSON.
+    """
     keep_start(run, policy)
-    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    data = {**data_fingerprints(config), **({} if splits is None else {"splits": splits})}
+    run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
     return RunState.start(policy, config, wire)
 
 
