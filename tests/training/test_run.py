@@ -297,6 +297,7 @@ def test_the_start_is_kept_and_the_manifest_names_it(config: TrainConfig) -> Non
     (entry,) = manifest["checkpoints"].values()
     assert len(entry["sha256"]) == 64
     assert manifest["seeds"] == {"run": 0}
+    assert manifest["data"]["splits"]["shared"] == 0
 
 
 def test_wrong_input_leaves_no_run_directory(config: TrainConfig) -> None:

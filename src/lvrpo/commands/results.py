@@ -76,11 +76,13 @@ def evaluate(options: Options) -> None:
     from lvrpo.report.measures import measure_tables
     from lvrpo.rewards.identity import judge_identity
     from lvrpo.training.run_directory import json_text
+    from lvrpo.training.splits import require_unseen_by
 
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
     if options.tune is not None:
         tune(options)
         return
+    require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
     benchmarks = suite.find_benchmarks(options.benchmark, scorer, read_side(options), options.root)
     tuned = None if options.tuned is None else Tuned.read(options.tuned)

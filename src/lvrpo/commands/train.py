@@ -109,6 +109,7 @@ def open_alignment(options: Options, wire: Wire) -> Alignment:
     from lvrpo.commands.settings import read_config
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run import Alignment
+    from lvrpo.training.splits import require_unseen
 
     if options.resume is not None:
         refuse_out(options)
@@ -118,6 +119,7 @@ def open_alignment(options: Options, wire: Wire) -> Alignment:
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
     config = read_config(TrainConfig, options.config, options.overrides)
+    require_unseen(options.benchmark, config)
     return Alignment.start(config, options.out or Path("runs") / config.name, wire)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
@@ -89,6 +89,10 @@ class JsonlPrompts:
     def size(self, task: Task) -> int:
         """How many rows a task has."""
         return len(self._by_task[task])
+
+    def asked(self) -> Iterator[tuple[str, Task, str, tuple[Path, ...]]]:
+        """(file:line, task, text, picture files) of every row, in the order of the file."""
+        return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._lines)
 
     def prompt(self, task: Task, index: int) -> Prompt:
         """The row at an index >= 0, after ``size(task)`` rows in another order. Raises InputError without such rows."""

@@ -50,6 +50,7 @@ from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
+from lvrpo.training.splits import require_apart
 from lvrpo.training.state import STATE, RunState
 from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.wire import SOLO, Wire
@@ -90,12 +91,13 @@ class Alignment:
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         parts = open_parts(config, given)
+        splits = require_apart(config)
         require_room(config, parts)
         policy, base = open_policy(config)
         parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
-            state = begin(run, config, policy, base, wire)
+            state = begin(run, config, policy, base, wire, splits)
             return cls(config, run, state, parts, wire=wire)
         except BaseException as error:
             run.leave(error)
@@ -281,10 +283,21 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     return policy
 
 
-def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path, wire: Wire = SOLO) -> RunState:
-    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
+def begin(
+    run: RunDirectory,
+    config: TrainConfig,
+    policy: Policy,
+    base: Path,
+    wire: Wire = SOLO,
+    splits: Mapping[str, Any] | None = None,
+) -> RunState:
+    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are.
+
+    ``splits``: what ``require_apart`` found. Any: JSON.
+    """
     keep_start(run, policy)
-    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    data = {**data_fingerprints(config), **({} if splits is None else {"splits": splits})}
+    run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
     return RunState.start(policy, config, wire)
 
 
