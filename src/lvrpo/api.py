@@ -21,7 +21,7 @@ from lvrpo.rewards.table import IN_PYTHON, RewardConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.sources import Given, ListedPrompts, Split
-from lvrpo.types import TASKS, Prompt
+from lvrpo.types import TASKS, Prompt, Task
 
 RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
 """A name, a row of the configuration, a reward, or a function that returns a number."""
@@ -120,7 +120,7 @@ def _listed_data(
     """The sections ``data`` and ``guard`` of a run on listed prompts: of each task as many as there are, at most."""
     counts = dict(config.data.prompts_per_step)
     if not any(override.startswith("data.prompts_per_step") for override in overrides):
-        there = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
+        there: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
         counts = {task: min(counts.get(task, n), n) or n for task, n in there.items()}
     watched = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
     guard = config.guard.model_dump() | ({"prompts": watched} if watched else {})

@@ -25,8 +25,8 @@ def interval(result: Result | None, signed: bool = False) -> str:
     if not result or result["score"] is None:
         return ""
     low, high = result["low"], result["high"]
-    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if known else ", no interval"
+    ends = [number(end, signed) for end in (low, high) if end is not None and math.isfinite(end)]
+    spread = f" [{', '.join(ends)}]" if len(ends) == 2 else ", no interval"
     return number(result["score"], signed) + spread
 
 

@@ -62,13 +62,14 @@ def reward(
 
     def decorate(function: Function) -> Builder:
         handed = handed_names(function)
-        needs = tuple(kind for kind in OUTPUTS if kind in handed)
+        needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
         signature = inspect.signature(function)
 
         def build(**options: Any) -> DecoratedReward:  # Any: each function has its own options
             mine = dict.fromkeys(name for name in handed if name in signature.parameters)
             signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
-            return DecoratedReward(function, options, tuple(outputs or needs or OUTPUTS), tuple(tasks), needs)
+            judges: tuple[OutputKind, ...] = tuple(outputs or needs or OUTPUTS)
+            return DecoratedReward(function, options, judges, tuple(tasks), needs)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
         vars(build)["makes"] = DecoratedReward  # by which the registry knows that this function builds a reward

@@ -198,9 +198,9 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
             reward = cls(**config.options)
         except TypeError as error:
             # names alone: what stands in a wrong place may be a key
-            given = ", ".join(config.options) or "none"
+            options = ", ".join(config.options) or "none"
             known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
-            raise InputError(f"rewards.{config.title}.options ({given}): {error}: {known}") from None
+            raise InputError(f"rewards.{config.title}.options ({options}): {error}: {known}") from None
         own = None if config.judge is None else load_policy(config.judge).frozen()
         sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):

@@ -154,10 +154,11 @@ def guard_prompts(
     ``scorer``: what scores them (None: whatever there is counts, and nobody is warned).
     """
     counts = config.data.prompts_per_step
-    trained = [task for task, count in config.guard.prompts.items() if count and counts.get(task)]
+    trained: list[Task] = [task for task, count in config.guard.prompts.items() if count and counts.get(task)]
     found: dict[Task, list[Prompt]] = {}
-    for task in trained if source is not None else ():
-        rows = source.prompts(task, config.guard.prompts[task]) if task in source.tasks else []
+    for task in trained:
+        here = source is not None and task in source.tasks
+        rows = source.prompts(task, config.guard.prompts[task]) if source is not None and here else []
         different = {p.id: p for p in rows if scorer is None or scorer.metric(p) is not None}
         if different:
             found[task] = list(different.values())
