@@ -161,8 +161,7 @@ Case = tuple[tuple[str, ...], int, str]
 COMMAND_LINE: list[Case] = [
     (("trian",), 2, "did you mean train?"),
     (("--hlep",), 2, "did you mean --help?"),
-    (("data", "prveiw"), 2, "use lvrpo data preview or lvrpo data vocabulary"),
-    (("data", "prveiw"), 2, "use lvrpo data preview"),
+    (("data", "previw"), 2, "use lvrpo data preview"),
     (("data", "preview", "--split", "tset"), 2, "invalid choice: 'tset'"),
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
     (("report", "finished", "unfinished"), 2, "argument 'unfinished': one too many"),

@@ -182,7 +182,7 @@ def test_rows_of_the_user_are_a_benchmark(policy: Policy) -> None:
         (["generate", "generate"], "named twice"),
         (["scenes", "edit"], "named twice"),
         (["nothing.jsonl"], "no such file"),
-        (["json:dumps"], "is a function: name a Benchmark"),
+        (["json:dumps"], "json is part of Python and holds no benchmark"),
     ],
 )
 def test_wrong_names_are_explained(names: list[str], message: str) -> None:
