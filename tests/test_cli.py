@@ -168,7 +168,7 @@ def test_evaluate_writes_scores_that_scripts_can_read(small_base: Path, capfd: O
     assert main(arguments) == 0
     written = json.loads(Path("scores.json").read_text())
     assert list(written["results"]) == ["understand", "edit"]
-    assert set(written["results"]["edit"]) == {"score", "low", "high", "n", "categories"}
+    assert set(written["results"]["edit"]) == {"score", "low", "high", "n", "categories", "metric"}
     assert len(written["scores"]["edit"]["ids"]) == len(written["scores"]["edit"]["scores"]) == 20
     assert main([*arguments, "--force"]) == 0
     assert json.loads(Path("scores.json").read_text())["results"] == written["results"]
