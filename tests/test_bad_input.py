@@ -307,6 +307,15 @@ DATA: list[Case] = [
     (("generate", "small", "--prompt", "a", "--prompts", "blank.txt", "--out", "new"), 2, "one of the two"),
     (("generate", "small", "--prompt", "a red circle"), 2, "--out"),
     (("generate", "small", "--prompt", " ", "--out", "new"), 2, "the text is blank"),
+    *((("generate", "small", "--prompt", p, "--out", "new"), 2, "the text is blank") for p in (",", " .!", "\u200b…")),
+    (("ask", "small", "--image", "red.png", "?"), 2, "the text is blank"),
+    (("generate", "small", "--prompt", "red " * 5000, "--out", "new"), 2, "5002 tokens, the limit is 4096: shorten it"),
+    (("ask", "small", "--image", "red.png", "red " * 5000), 2, "5020 tokens, the limit is 4096: shorten it"),
+    (
+        ("generate", "small", "--prompt", "a" * 1_000_001, "--out", "new"),
+        2,
+        "has 1000001 characters, more than 1000000",
+    ),
     (("generate", "small", "--prompt", "two red circels", "--out", "new"), 2, "did you mean 'circles'?"),
     (("generate", "small", "--prompt", "a red circle", "--out", "red.png"), 2, "red.png"),
     (

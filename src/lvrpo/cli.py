@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import TextIO
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
 from lvrpo.errors import ContractError, InputError
+from lvrpo.reading import unreadable
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
 COMMANDS: Mapping[str, str] = {
@@ -43,6 +45,12 @@ COMMANDS: Mapping[str, str] = {
 SEVERAL = "train"
 """The command that ``torchrun`` may start several times over for one run."""
 
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
+"""What the system says of a path that the user named and that cannot be what it is named for."""
+
+LONGEST_LINE, LONGEST_WORD = 1000, 240
+"""Characters of an error."""
+
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -59,8 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             traceback.print_exc()
         code, line = explain(error)
-        print(" ".join(line.split()), file=sys.stderr)
+        print(printable(line), file=sys.stderr)
         return code
+
+
+def printable(line: str) -> str:
+    """One line of bounded length without what would steer a terminal."""
+    line = " ".join(word if len(word) <= LONGEST_WORD else f"{word[:120]}...{word[-40:]}" for word in line.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE - 200]} ... {line[-200:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 def without_global_options(given: Sequence[str]) -> list[str]:
@@ -84,6 +100,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return WRONG_INPUT, f"error: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
+    if isinstance(error, OSError) and error.errno in NO_PATH and error.filename is not None:
+        return WRONG_INPUT, f"error: {unreadable(Path(os.fsdecode(error.filename)), error, 'name another path')}"
     return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
 
 

@@ -17,15 +17,27 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lvrpo.errors import InputError
+from lvrpo.reading import MIB, read_text
+
+MOST = 2**63 - 1
+"""No number is larger, so that each fits float32 and int64; where less is sensible the field says so."""
 
 
 class Config(BaseModel):
     """Base of every configuration section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_number_beyond(cls, value: Any) -> Any:
+        """Any: whatever a field holds."""
+        if any(abs(number) > MOST for number in _numbers_in(value)):
+            raise ValueError(f"numbers must lie between -{MOST:.3g} and {MOST:.3g}")
+        return value
 
 
 C = TypeVar("C", bound=Config)
@@ -99,8 +111,9 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML ({str(error).splitlines()[0]}): correct the file") from None
+    except _ODD_TAGS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{where}: not valid YAML ({reason}): correct the file") from None
 
 
 def dump_config(config: Config) -> str:
@@ -127,17 +140,11 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 def read_yaml(path: Path) -> Tree:
     """The mapping that a YAML file holds, with duplicate keys refused; raises InputError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         hint = f"did you mean {path.parent / near}?" if near else "check the path"
-        raise InputError(f"{path}: no such file: {hint}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: give a YAML text file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give a readable YAML file") from None
-    tree = parse_yaml(text, str(path))
+        raise InputError(f"{path}: no such file: {hint}")
+    tree = parse_yaml(read_text(path, "give a YAML text file", YAML_BYTES), str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -168,8 +175,21 @@ _NUMBER = re.compile(
 )
 
 
+MOST_NODES = 100_000
+"""Keys and values of a file at most, an alias counted for all that it stands for."""
+YAML_BYTES = MIB
+_ODD_TAGS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
+"""What PyYAML raises at a tag such as !!timestamp before a value that is none."""
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _require_nodes(node, {}, set())
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -179,6 +199,30 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="holds itself, by an alias", problem_mark=node.start_mark)
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
+        if total > MOST_NODES:
+            raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
+        known[id(node)] = total
+    return known[id(node)]
+
+
+def _numbers_in(value: Any, depth: int = 3) -> Iterator[int | float]:
+    """Those of a field; a section has its own. Free options may hold themselves, hence the depth."""
+    if isinstance(value, int | float):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers_in(part, depth - 1)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -193,7 +237,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
     """The file merged over the files that it extends."""
-    here = path.resolve()
+    here = Path(os.path.realpath(path))  # Path.resolve fails at links that lead to themselves
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")

@@ -66,7 +66,7 @@ def test_a_folder_without_a_whole_head_is_one_line() -> None:
     Path(save("cut"), "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(InputError, match="cut: damaged, or no preference head"):
         LearnedPreference("cut")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"config\.json: NaN is not JSON"):
         LearnedPreference(save("nan", scale=float("nan")))
 
 

@@ -219,7 +219,7 @@ def test_a_missing_or_broken_file_gets_one_line(path: Path) -> None:
         assert run.read_summary() is None
         assert "no such file: the run has not written it" in refusal(run.read_json, "eval/none.json")
         (path / "summary.json").write_text("{")
-        assert "is not JSON" in refusal(run.read_summary)
+        assert "summary.json: not JSON at column 2" in refusal(run.read_summary)
         run.write_summary({"seed": 0, "before": {}})
         assert run.read_summary() == {"seed": 0, "before": {}}
 
@@ -290,7 +290,12 @@ def test_metrics_are_one_valid_line_a_step(path: Path) -> None:
 def test_a_broken_line_in_the_middle_is_named(path: Path) -> None:
     with RunDirectory.create(path, Root()) as run:
         (path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-        assert refusal(run.metrics) == f"{path / 'metrics.jsonl'}:2: is not JSON: delete this line"
+        where = f"{path / 'metrics.jsonl'}:2"
+        assert (
+            refusal(run.metrics) == f"{where}: not JSON at column 2 (Unterminated string starting at): delete this line"
+        )
+        (path / "metrics.jsonl").write_text('{"step": 1}\n[1]\n')
+        assert refusal(run.metrics) == f"{where}: holds list, not an object: delete this line"
 
 
 def test_truncation_drops_later_steps_only(path: Path) -> None:

@@ -13,8 +13,10 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     names,
+    num_steps,
     positive,
     refuse_existing,
+    threads,
     whole,
 )
 from lvrpo.errors import InputError
@@ -41,9 +43,9 @@ def evaluate_options(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results and scores per prompt")
     parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")
-    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--num-steps", type=num_steps, default=8, help="model evaluations per picture (default: 8)")
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 

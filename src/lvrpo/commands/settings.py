@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,8 @@ def find_config(name: str) -> Path:
     """The file of CONFIG."""
     shipped = shipped_configs()
     path = Path(name)
-    if path.is_file() or (name not in shipped and path.suffix in (".yaml", ".yml")):
+    there = os.path.lexists(path) and not path.is_dir()
+    if there or (name not in shipped and path.suffix in (".yaml", ".yml")):
         return path
     if name in shipped:
         return shipped[name]

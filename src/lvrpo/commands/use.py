@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     guidance,
+    max_new_tokens,
+    num_steps,
     picture_size,
-    positive,
     refuse_existing,
     share,
+    threads,
+    up_to,
     whole,
 )
 from lvrpo.errors import InputError
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.types import Group, Part, Prompt
 
+MOST_CHARACTERS = 1_000_000
+"""Of a text; what a model takes is less, and counted in its tokens."""
 CHUNK = 64
 """Prompts sampled at once."""
 RENORMS = ("none", "global", "channel", "text_channel")
@@ -51,15 +57,15 @@ def drawing_options(parser: Parser) -> None:
         metavar=("LOW", "HIGH"),
         help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
     )
-    parser.add_argument("--num-steps", type=positive, help="model evaluations per picture (default: the model's own)")
+    parser.add_argument("--num-steps", type=num_steps, help="model evaluations per picture (default: the model's own)")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
 def thinking_options(parser: Parser) -> None:
     parser.add_argument("--think", action="store_true", help="let the model write a plan first")
-    parser.add_argument("--max-new-tokens", type=positive, help="of a text (default: the model's own)")
+    parser.add_argument("--max-new-tokens", type=max_new_tokens, help="of a text (default: the model's own)")
 
 
 def generate_options(parser: Parser) -> None:
@@ -68,7 +74,7 @@ def generate_options(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
-    parser.add_argument("--count", type=positive, default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--count", type=up_to(10_000), default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
     drawing_options(parser)
 
@@ -121,7 +127,7 @@ def ask_options(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
@@ -264,8 +270,10 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     from lvrpo.types import Prompt
 
     for part in parts:
-        if isinstance(part, str) and not part.strip():
+        if isinstance(part, str) and all(unicodedata.category(character)[0] in "PZC" for character in part):
             raise InputError("the text is blank: write what to draw, ask or change")
+        if isinstance(part, str) and len(part) > MOST_CHARACTERS:
+            raise InputError(f"the text has {len(part)} characters, more than {MOST_CHARACTERS}: shorten it")
     return Prompt(f"command line/{number}", task, parts, output)
 
 

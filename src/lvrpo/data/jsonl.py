@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from lvrpo.config import Config
 from lvrpo.data.images import check_image, load_image, load_mask, middle_square, upright_size
 from lvrpo.data.schema import Row, parse_row
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json, read_text
 from lvrpo.types import TASKS, Example, Fact, Image, Part, Prompt, Task
 
 
@@ -34,7 +35,7 @@ class JsonlConfig(Config):
     not beside its file is looked up there."""
     check: Literal["headers", "pixels"] = "headers"
     """What is checked of every picture before the run starts; damaged pixels are otherwise found at first use."""
-    cached_images: int = Field(default=1024, ge=0)
+    cached_images: int = Field(default=1024, ge=0, le=1_000_000)
     """How many decoded pictures are kept in memory."""
 
 
@@ -195,24 +196,16 @@ class JsonlPrompts:
 
 
 def _read(path: Path, root: Path | None, decode: bool, task: Task | None) -> list[_Line]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: give a file of JSON lines")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    content = read_text(path, "give a file of JSON lines")
     lines: list[_Line] = []
     seen: dict[str, int] = {}
     for number, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
         where = f"{path}:{number}"
+        found = parse_json(text, where, "one object per line")
         try:
-            row = parse_row(json.loads(text, parse_constant=_no_constant), task)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): one object per line") from None
-        except RecursionError:
-            raise InputError(f"{where}: nested too deeply: write one flat JSON object per line") from None
+            row = parse_row(found, task)
         except ValueError as error:
             raise InputError(f"{where}: {' '.join(str(error).split())}") from None
         key = row.id or f"{path.stem}:{number}"
@@ -252,10 +245,6 @@ def _region(find: Callable[[str], Path], row: Row, images: tuple[Path, ...], whe
     return None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON: use a number or leave the field out")
-
-
 def picture_path(folder: Path, name: str, where: str, decode: bool = False, root: Path | None = None) -> Path:
     """The path of a picture that lies in the folder or in ``root``, links followed.
 
@@ -268,10 +257,10 @@ def picture_path(folder: Path, name: str, where: str, decode: bool = False, root
     roots = [folder] if root is None else [folder, root]
     path = next((path for base in roots if (path := base / name).is_file()), folder / name)
     foreign = PureWindowsPath(name).is_absolute() and not path.is_file()
-    if foreign or not any(path.resolve().is_relative_to(base.resolve()) for base in roots):
+    if foreign or not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base)) for base in roots):
         raise InputError(
-            f"{where}: picture {name!r} lies outside {' and '.join(map(str, roots))} (at {path.resolve()}): put it "
-            "there and give a relative path, or set root to a folder that holds it"
+            f"{where}: picture {name!r} lies outside {' and '.join(map(str, roots))} (at {os.path.realpath(path)}): put "
+            "it there and give a relative path, or set root to a folder that holds it"
         )
     try:
         load_image(path) if decode else check_image(path)

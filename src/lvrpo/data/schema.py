@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lvrpo.errors import InputError
+from lvrpo.patterns import compile_pattern
 from lvrpo.types import OutputKind, Task
 
 _DEFAULT_OUTPUT: dict[Task, tuple[OutputKind, ...]] = {
@@ -50,9 +51,9 @@ class TextRules(_Strict):
         if any(not phrase.strip() for phrase in (*self.include, *self.exclude)):
             raise ValueError("include and exclude must hold words: one is blank")
         try:
-            re.compile(self.form or "")
-        except re.error as error:
-            raise ValueError(f"form={self.form!r} is no regular expression ({error})") from None
+            compile_pattern(self.form or "")
+        except InputError as error:
+            raise ValueError(f"form={self.form!r} is {error}") from None
         return self
 
 

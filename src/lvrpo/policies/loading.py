@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -17,6 +16,7 @@ from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, missing_members
 from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import read_json_object
 from lvrpo.registry import resolve
 
 FINAL = "policy.json"
@@ -152,15 +152,12 @@ def model_type(folder: Path) -> str:
             f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "
             "(llm_config.json, ema.safetensors, ae.safetensors)"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}): restore the file") from None
-    tree = found if isinstance(found, dict) else {}
+    tree = read_json_object(path)
     kind = tree.get("model_type")
     if isinstance(kind, str) and (kind in POLICIES or ":" in kind):
         return kind
-    others = [kind, tree.get("_class_name"), *(tree.get("architectures") or ())]
+    built = tree.get("architectures")
+    others = [kind, tree.get("_class_name"), *(built if isinstance(built, list) else ())]
     names = [name for name in others if isinstance(name, str)]
     if not names:
         raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved, or a BAGEL's")
@@ -208,8 +205,8 @@ def _run_result(run: Path) -> Path:
     whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
     if (run / FINAL).is_file():
         try:
-            chosen = run / json.loads((run / FINAL).read_text(encoding="utf-8"))["checkpoint"]
-        except (ValueError, KeyError, TypeError):
+            chosen = run / read_json_object(run / FINAL)["checkpoint"]
+        except (InputError, KeyError, TypeError):
             raise InputError(f"{run / FINAL}: does not name a checkpoint: delete it to take the last one") from None
         if chosen not in whole:
             raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json, read_bytes, read_json, read_json_object
 
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
 """A folder that holds none of these is not a run directory."""
@@ -190,8 +190,8 @@ def read_metrics(path: Path) -> Metrics:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+        except InputError:
             row = None
         step = number(row.get("step")) if isinstance(row, dict) else None
         if isinstance(row, dict) and step is not None:
@@ -206,13 +206,7 @@ def read_summary(path: Path) -> Summary | None:
     if not path.exists():
         return None
     remedy = "evaluate the run again or delete the file"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{path} is not readable as JSON ({why}): {remedy}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not an object with before and after: {remedy}")
+    raw = read_json_object(path, remedy)
     try:
         before, after, difference = (_task_scores(raw.get(k), k) for k in ("before", "after", "difference"))
         other = raw.get("baseline")
@@ -308,8 +302,8 @@ def _group_cases(path: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for line in _text(path).splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+        except InputError:
             continue
         if not isinstance(row, dict):
             continue
@@ -335,18 +329,15 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 def _text(path: Path) -> str:
     """The file's text; empty where there is none. Bytes that are no text become a replacement character."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
+    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if path.exists() else ""
 
 
 def _tolerant_json(path: Path, problems: list[str]) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return read_json(path)
+    except InputError as error:
         problems.append(
             f"{path.parent.name + '/' if path.parent.name == 'eval' else ''}{path.name} could not be read: {error}."
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.reading import read_json_object
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.written import text_problem
 from lvrpo.storing import write_tensors, write_whole
@@ -116,7 +117,7 @@ class PreferenceHead:
             if not (folder / name).is_file():
                 raise InputError(f"head={str(folder)!r}: holds no {name}: {remedy}")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json_object(folder / "config.json", remedy)
             if config["model_type"] != MODEL_TYPE or config["features"] != FEATURES:
                 raise InputError(
                     f"{folder}: holds {config['model_type']!r} of features {config['features']!r}, not {MODEL_TYPE!r} "

@@ -98,9 +98,9 @@ class SplitConfig(Config):
     """What is asked together with the source of an edit: what in it should stay; null: nobody asks."""
     sure: float = Field(default=SURE, ge=0, lt=1)
     """A question about what should stay is dropped where the reader is less sure of its answer, given the source."""
-    limit: int = Field(default=12, ge=1)
+    limit: int = Field(default=12, ge=1, le=1000)
     """Questions of a prompt at most, and as many about what should stay; the first ones are kept."""
-    max_new_tokens: int = Field(default=512, ge=1)
+    max_new_tokens: int = Field(default=512, ge=1, le=100_000)
     """The policy writes at most so many; an endpoint has its own limit."""
     cache: Path | None = None
     """Folder of what was found; None: ``questions`` in ``$LVRPO_CACHE``, else in the user's folder of caches."""

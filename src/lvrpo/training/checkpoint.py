@@ -27,8 +27,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.errors import ContractError, InputError
+from lvrpo.reading import MIB, read_json
 from lvrpo.storing import sync, write_tensors
 
+STATE_BYTES = 1024 * MIB
+"""Of state.json."""
 SEAL = "checkpoint.json"
 """The file that makes a folder a checkpoint: size and sha256 of every other file."""
 
@@ -59,10 +62,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> State:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file: give a folder that a training run saved")
     with disk_errors(folder, "read"):
-        try:
-            tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{folder / 'state.json'}: truncated or not JSON: use another checkpoint") from None
+        tree = read_json(folder / "state.json", "use another checkpoint", STATE_BYTES)
         try:
             tensors = load_file(folder / "state.safetensors", device=str(device))
         except SafetensorError:
@@ -325,9 +325,9 @@ def verify_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder}: has no {SEAL}, so it is not a whole checkpoint: use another one")
     with disk_errors(folder, "read"):
         try:
-            files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+            files = read_json(folder / SEAL, "use another checkpoint")["files"]
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise InputError(f"{folder / SEAL}: truncated or not a seal: use another checkpoint") from None
         for name, (size, sha256) in expected.items():
             file = folder / name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,9 @@ from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
+Count = Annotated[int, Field(le=100_000)]
+"""Of prompts or rows of a kind."""
+
 
 class DataConfig(Config):
     """Where prompts come from and how many of each task make a step."""
@@ -40,7 +43,7 @@ class DataConfig(Config):
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field(
+    prompts_per_step: dict[Task, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
 
@@ -49,7 +52,7 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(default=20, ge=1)
-    prompts: dict[Task, int] = Field(
+    prompts: dict[Task, Count] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     action: Literal["rollback", "stop", "warn"] = "rollback"
@@ -101,8 +104,8 @@ class TrainConfig(Config):
     offload: bool = False
     """A device holds one policy at a time, at the precision that it computes in. Weights in float32, moments, averages
     and the reference are in host memory, divided among the processes of the run (arXiv:2101.06840)."""
-    threads: int = Field(default=1, ge=1)
-    steps: int = Field(default=140, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
+    steps: int = Field(default=140, ge=1, le=10_000_000)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
@@ -137,7 +140,7 @@ class TrainConfig(Config):
     judge: JudgeConfig = JudgeConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
-    control_group_size: int = Field(default=2, ge=1)
+    control_group_size: int = Field(default=2, ge=1, le=1024)
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)

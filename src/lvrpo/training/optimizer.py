@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -20,6 +20,9 @@ Norms = dict[str, float]
 """Of gradients, by expert."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Config):
     """One learning rate per kind of parameter, one multiplier per expert."""
 
@@ -31,7 +34,7 @@ class OptimizerConfig(Config):
     muon_lr: float = Field(default=5e-3, gt=0)
     expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""

@@ -26,6 +26,7 @@ import torch
 from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml
 from lvrpo.errors import ContractError, InputError
+from lvrpo.reading import parse_json, read_json
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 
@@ -199,13 +200,9 @@ class RunDirectory:
     def read_json(self, relative: str) -> Json:
         """A JSON file of the run; raises InputError if it is missing or broken."""
         path = self._inside(relative)
-        with disk_errors(path, "read"):
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise InputError(f"{path}: no such file: the run has not written it") from None
-            except ValueError:
-                raise InputError(f"{path}: is not JSON: restore it or delete it") from None
+        if not path.exists():
+            raise InputError(f"{path}: no such file: the run has not written it")
+        return read_json(path, "restore it or delete it")
 
     def samples_dir(self, step: int) -> Path:
         """``samples/step_000010``, created."""
@@ -251,10 +248,10 @@ class RunDirectory:
             lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         rows = []
         for number, line in enumerate(lines[:-1], start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise InputError(f"{path}:{number}: is not JSON: delete this line") from None
+            row = parse_json(line, f"{path}:{number}", "delete this line")
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: holds {type(row).__name__}, not an object: delete this line")
+            rows.append(row)
         return rows
 
     def truncate_metrics(self, step: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.errors import InputError
+from lvrpo.reading import MIB, read_bytes
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
@@ -43,6 +44,8 @@ TRAITS = ("tokens", "cut_off", "red", "green", "blue", "contrast")
 """What is measured of every output: written tokens, whether a text met the length limit, mean color and contrast (root
 mean square distance of the pixels from that color) of the picture, colors in [0, 1]."""
 
+MOST_BYTES = 1024 * MIB
+"""Of one record, unpacked."""
 SIDE = 64
 """Pictures are measured on a grid of at most so many pixels a side."""
 
@@ -290,7 +293,11 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     with disk_errors(path, "read"):
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            content = io.BytesIO(read_bytes(path, "delete it", MOST_BYTES))
+            with zipfile.ZipFile(content) as packed:
+                if sum(entry.file_size for entry in packed.infolist()) > MOST_BYTES:
+                    raise InputError(f"{path}: unpacks to more than {MOST_BYTES / MIB:.0f} MiB: delete it")
+            with np.load(content, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile):
             raise InputError(f"{path}: is not a whole record of scores: delete it") from None

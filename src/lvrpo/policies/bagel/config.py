@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from lvrpo.policies.bagel.tensors import StoredTensor
 from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.policies.bagel.vit import VitConfig
 from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.reading import read_json
 
 SECTION = "lvrpo"
 """The key of config.json under which lvrpo keeps what the published files do not say."""
@@ -334,13 +334,7 @@ def _rows(folder: Path, tensors: Mapping[str, StoredTensor], name: str) -> int:
 def _section(folder: Path, name: str, whole: Mapping[str, Any]) -> Mapping[str, Any]:
     """NAME.json, or the section of that name in config.json. Any: JSON."""
     path = folder / f"{name}.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not JSON ({error}): restore the file") from None
-    else:
-        found = whole.get(name)
+    found = read_json(path) if path.is_file() else whole.get(name)
     if not isinstance(found, dict):
         raise InputError(f"{folder}: holds no {name}.json, the sizes of BAGEL: copy it from the published folder")
     return found
@@ -357,7 +351,7 @@ def _number(folder: Path, file: str, section: Mapping[str, Any], key: str) -> An
 def _tolerant_json(path: Path) -> dict[str, Any]:
     """config.json, or nothing where it is absent or no JSON: one release of it was not."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}

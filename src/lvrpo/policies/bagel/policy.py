@@ -138,11 +138,9 @@ class BagelPolicy(MoTPolicy):
             new += sampling.max_new_tokens + 2
         self.check_length(f"prompt {prompt.id!r}", row, new, remedy)
 
-    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
-        length, limit = row_tokens(row), self.config.max_positions
-        if length + new > limit:
-            after = f" and {new} after them" if new > 1 else ""
-            raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
+    def most_tokens(self) -> int:
+        """The positions that the model was trained on."""
+        return self.config.max_positions
 
     def limit_tokens(self, limit: int | None) -> None:
         """See ``Policy.limit_tokens``; a member or a context of more goes through alone."""

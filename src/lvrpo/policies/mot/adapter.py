@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.reading import read_json_object
 from lvrpo.storing import write_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ EXPERTS: Mapping[str, Expert] = {
 class AdapterConfig(Config):
     """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=4096)
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
@@ -228,13 +228,9 @@ def save_adapter(policy: MoTPolicy, folder: Path) -> None:
 def read_base(folder: Path) -> str:
     """The MODEL that an adapter belongs to; raises InputError."""
     path = folder / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        base = found["base_model_name_or_path"]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}") from None
-    except (ValueError, KeyError, TypeError):
-        base = None
+    if not path.exists():
+        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    base = read_json_object(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(f"{path}: names no base_model_name_or_path: restore the file, or write the base's folder in")
     return base

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import read_json_object
 from lvrpo.storing import write_tensors, write_whole
 
 
@@ -42,10 +43,9 @@ class FolderPolicy(MoTPolicy):
     def picture_side(cls, folder: Path) -> int | None:
         """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
         try:
-            found = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            side = read_json_object(folder / "config.json").get("image_size")
+        except InputError:
             return None  # loading says what is wrong
-        side = found.get("image_size") if isinstance(found, dict) else None
         return side if type(side) is int else None
 
     @classmethod
@@ -56,12 +56,7 @@ class FolderPolicy(MoTPolicy):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
+        config = read_json_object(folder / "config.json")
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
