@@ -259,8 +259,8 @@ def picture_path(folder: Path, name: str, where: str, decode: bool = False, root
     foreign = PureWindowsPath(name).is_absolute() and not path.is_file()
     if foreign or not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base)) for base in roots):
         raise InputError(
-            f"{where}: picture {name!r} lies outside {' and '.join(map(str, roots))} (at {os.path.realpath(path)}): put "
-            "it there and give a relative path, or set root to a folder that holds it"
+            f"{where}: picture {name!r} lies outside {' and '.join(map(str, roots))} (at {os.path.realpath(path)}): "
+            "put it there and give a relative path, or set root to a folder that holds it"
         )
     try:
         load_image(path) if decode else check_image(path)
