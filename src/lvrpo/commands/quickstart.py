@@ -31,6 +31,8 @@ QUICK_SIZES = {
     "edit": 10,
     "reason": 12,
 }
+QUICK_SAMPLED = 7
+"""Prompts that are sampled many times."""
 QUICK_BASELINE = (
     "batch={generate: 8, caption: 4, question: 16, edit: 4, reason: 4}",
     "corpus={scenes: 200, edits: 100, reasons: 100}",
@@ -53,7 +55,7 @@ def options(parser: Parser) -> None:
 def run(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.settings import read_config
-    from lvrpo.commands.tables import summary_table, wide_console
+    from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.evaluation.quickstart import free_folder, run_experiment
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.interrupt import Interrupted
@@ -78,7 +80,7 @@ def run(options: Options) -> None:
             summary = run_experiment(alignment, plan(options, alignment), watch)
         except Interrupted as error:
             raise Interrupted(f"{error}; go on with: lvrpo quickstart --resume {run.path}") from None
-        wide_console().print(summary_table(summary))
+        print_tables(summary_tables(summary))
         watch.phase("done")
     print(closing(run.path, summary, time.monotonic() - started))
 
@@ -110,7 +112,8 @@ def plan(options: Options, alignment: Alignment) -> Plan:
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
         baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
     sizes = QUICK_SIZES if options.quick else {}
-    return Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2)
+    sampled = {"sampled_prompts": QUICK_SAMPLED} if options.quick else {}
+    return Plan(sizes=sizes, baseline=baseline, parallel=cores() >= 2, **sampled)
 
 
 def cores() -> int:

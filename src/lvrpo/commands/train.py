@@ -60,7 +60,7 @@ def help_train(wire: Wire) -> None:
 
 def lead_train(options: Options, wire: Wire) -> None:
     from lvrpo.commands.progress import Progress
-    from lvrpo.commands.tables import summary_table, wide_console
+    from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.evaluation.quickstart import Plan, held_out_plan, run_experiment
     from lvrpo.evaluation.suite import find_benchmarks
     from lvrpo.training.interrupt import Interrupted
@@ -82,7 +82,7 @@ def lead_train(options: Options, wire: Wire) -> None:
         except Interrupted as error:
             raise Interrupted(f"{error}; go on with: lvrpo train --resume {run.path}") from None
         if summary["before"]:
-            wide_console().print(summary_table(summary))
+            print_tables(summary_tables(summary))
         watch.phase(f"done; the policy: {run.path} (step {summary['guard']['best_step']} was the guard's best)")
 
 

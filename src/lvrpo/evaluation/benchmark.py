@@ -11,7 +11,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
 CHUNK = 256
-"""Prompts sampled at once."""
+"""Outputs sampled at once."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class TaskScores:
     """The mean over the samples of each prompt."""
     groups: tuple[Group, ...]
     """The sampled outputs."""
+    successes: tuple[tuple[float, ...], ...] = ()
+    """1 or 0 of every sample."""
 
     @property
     def mean(self) -> float:
@@ -42,8 +44,9 @@ def score_prompts(
     """``samples`` outputs per prompt, each right or wrong; the same seed gives every policy the same noise."""
     several = replace(sampling, group_size=samples)
     groups: list[Group] = []
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
+    at_once = max(1, CHUNK // samples)
+    for start in range(0, len(prompts), at_once):
+        chunk = prompts[start : start + at_once]
         groups += policy.sample(chunk, several, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
-    scores = [sum(row) / len(row) for row in successes(groups)]
-    return TaskScores(tuple(prompts), tuple(scores), tuple(groups))
+    rows = [tuple(row) for row in successes(groups)]
+    return TaskScores(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))

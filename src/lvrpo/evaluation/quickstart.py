@@ -13,7 +13,7 @@ from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import score_prompts
 from lvrpo.evaluation.cases import keep_cases, write_cases, write_evaluation
 from lvrpo.evaluation.reward_audit import write_audit
-from lvrpo.evaluation.suite import SAMPLING, Evaluation, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import SAMPLING, Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
@@ -35,6 +35,8 @@ class Plan:
     benchmarks: tuple[str, ...] = ("scenes",)
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Prompts per benchmark where not its default."""
+    sampled_prompts: int = 70
+    """Prompts per benchmark that are sampled many times, for pass@k and best of n by the base's reading side."""
     baseline: PretrainConfig | None = None
     baseline_name: str = "continued pretraining"
     parallel: bool = True
@@ -76,14 +78,16 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
     )
     baseline = None
     if plan.baseline is not None:
-        baseline = Baseline(plan.baseline, run.path / "baseline", plan.benchmarks, plan.sizes, sampling)
+        folder = run.path / "baseline"
+        baseline = Baseline(plan.baseline, folder, plan.benchmarks, plan.sizes, sampling, plan.sampled_prompts)
     try:
         if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
             watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
-        before = measure(run, "before", alignment.policies.reference, plan, sampling, watch)
+        base = alignment.policies.reference
+        before = measure(run, "before", base, base, plan, sampling, watch)
         align_watched(alignment, plan, sampling, watch)
-        after = measure(run, "after", alignment.result(), plan, sampling, watch)
+        after = measure(run, "after", alignment.result(), base, plan, sampling, watch)
         against = None
         if baseline is not None:
             watch.phase(f"{plan.baseline_name}: waiting for the baseline")
@@ -101,15 +105,16 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
 
 
 def measure(
-    run: RunDirectory, phase: str, policy: Policy, plan: Plan, sampling: Sampling, watch: Watcher
+    run: RunDirectory, phase: str, policy: Policy, judge: Policy, plan: Plan, sampling: Sampling, watch: Watcher
 ) -> Evaluation:
-    """Evaluates and writes eval/PHASE.json, or reads it if it is there already."""
+    """Evaluates, the best of n chosen by ``judge``, and writes eval/PHASE.json, or reads it if it is there already."""
     path = run.path / "eval" / f"{phase}.json"
     if path.exists():
         return Evaluation.from_dict(run.read_json(f"eval/{phase}.json"))
     benchmarks = find_benchmarks(plan.benchmarks)
     watch.phase(f"evaluate {phase}: {', '.join(b.name for b in benchmarks)}")
-    evaluation = evaluate(policy, benchmarks, sizes=plan.sizes, sampling=sampling, keep=keep_cases)
+    measuring = Measuring(plan.sampled_prompts, judge=judge)
+    evaluation = evaluate(policy, benchmarks, sizes=plan.sizes, sampling=sampling, keep=keep_cases, measuring=measuring)
     write_evaluation(run, phase, evaluation)
     return evaluation
 

@@ -17,6 +17,7 @@ from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
 from lvrpo.report.curves import guard_charts, other_charts, reward_charts
 from lvrpo.report.gradients import gradient_audit
+from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.pictures import Picture, PictureStore
 from lvrpo.report.records import RunRecord, load_run, number
 from lvrpo.report.scores import score_table
@@ -59,6 +60,7 @@ def render(run: RunRecord) -> str:
     problems = list(run.problems)
     audit = read_audit(run.path / "audit.json", problems)
     alarms = [f"Alarm of the reward audit: {words}." for words in (audit.alarms if audit else ())]
+    alarms += [f"Answers have collapsed: {words}." for words in collapses(raw.get("difference"))]
     context: dict[str, Any] = {
         "run": run,
         "style": markupsafe.Markup((HERE / "style.css").read_text(encoding="utf-8")),
@@ -66,6 +68,7 @@ def render(run: RunRecord) -> str:
         "facts": what_was_run(run),
         "command": _command(run.manifest),
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
+        "measures": measure_tables(summary_phases(raw), raw.get("difference"), full=True),
         "rewards": reward_charts(run.metrics),
         "others": other_charts(run.metrics),
         "gradients": gradient_audit(run.metrics),

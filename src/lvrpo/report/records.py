@@ -15,6 +15,9 @@ from lvrpo.errors import InputError
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
 """A folder that holds none of these is not a run directory."""
 
+LEVEL = 0.05
+"""p below which a category's difference is told."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -24,12 +27,21 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    detectable: float | None = None
+    """Of a difference: the smallest true one that could have been told."""
+    p_holm: float | None = None
+    """Of a category's difference: p, adjusted for how many categories there are."""
 
     @property
     def direction(self) -> str:
-        """Of a difference: up or down when the interval is clear of 0, else flat; unsure without an interval."""
+        """Of a difference: up or down when the interval is clear of 0, else flat; unsure without an interval.
+
+        Flat also where p, adjusted for how many categories there are, is not below .05.
+        """
         if self.low is None or self.high is None:
             return "unsure"
+        if self.p_holm is not None and self.p_holm >= LEVEL:
+            return "flat"
         return "up" if self.low > 0 else "down" if self.high < 0 else "flat"
 
 
@@ -251,7 +263,8 @@ def _estimate(entry: object, where: str) -> Estimate | None:
     if value is None:
         return None
     n = number(entry.get("n"))
-    return Estimate(value, number(entry.get("low")), number(entry.get("high")), None if n is None else int(n))
+    low, high, detectable, p_holm = (number(entry.get(name)) for name in ("low", "high", "detectable", "p_holm"))
+    return Estimate(value, low, high, None if n is None else int(n), detectable, p_holm)
 
 
 def _phases(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Case]]]:
