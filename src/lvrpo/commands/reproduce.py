@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.commands.options import Command, Options, Parser, names, nearest, whole
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
-    from lvrpo.evaluation.reproduce.plan import Experiment
+    from lvrpo.evaluation.reproduce.plan import Experiment, Job
+    from lvrpo.evaluation.reproduce.runner import Runner
 
 NOT_EVIDENCE = "a trial of the machinery, not the evidence: too few seeds, steps and prompts to tell anything"
 
@@ -54,10 +56,31 @@ def run(options: Options) -> None:
         if options.list:
             print("\n".join([*(f"{job.kind} {job.name}" for job in jobs), f"{len(jobs)} jobs left"]))
             return
-        for number, job in enumerate(jobs, start=1):
-            print(f"job {number} of {len(jobs)}: {job.kind} {job.name}", flush=True)
-            runner.do(job)
+        failed = work(runner, jobs)
+        write_page(experiment, summaries)
+        if failed:
+            raise ContractError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the others are done")
+        return
     write_page(experiment, summaries)
+
+
+def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
+    """Does the jobs; one that fails is said and passed over, with the runs that wait for it. Returns their names."""
+    failed: dict[str, Job] = {}
+    for number, job in enumerate(jobs, start=1):
+        head = f"job {number} of {len(jobs)}: {job.kind} {job.name}"
+        cause = next((other for other in failed.values() if job.waits_for(other)), None)
+        if cause is not None:
+            print(f"{head}: left out, as {cause.name} failed", flush=True)
+            failed[job.name] = job
+            continue
+        print(head, flush=True)
+        try:
+            runner.do(job)
+        except ContractError as error:
+            print(f"  failed: {' '.join(str(error).split())}", flush=True)
+            failed[job.name] = job
+    return list(failed)
 
 
 def write_page(experiment: Experiment, summaries: Path) -> None:

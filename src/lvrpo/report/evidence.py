@@ -145,7 +145,7 @@ class Summary:
     base: str
     seed: int
     outcomes: Mapping[str, Outcome]
-    """By benchmark."""
+    """By benchmark; in the file a name stands for the measurement of that name."""
     raw: Mapping[str, Any]
     """The whole file: configuration, FLOPs, seconds, hardware."""
 
@@ -154,7 +154,9 @@ class Summary:
         """Raises InputError for a file that is no summary."""
         raw = _read_json(path)
         try:
-            outcomes = {name: Outcome.from_dict(each) for name, each in raw["benchmarks"].items()}
+            packed = raw["benchmarks"]
+            known = {name: packed[each] if isinstance(each, str) else each for name, each in packed.items()}
+            outcomes = {name: Outcome.from_dict(each) for name, each in known.items()}
             return cls(raw["row"], raw["base"], raw["seed"], outcomes, raw)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             raise InputError(f"{path}: is no summary of a run: restore it, or delete it to run it again") from None

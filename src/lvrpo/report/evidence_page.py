@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lvrpo.errors import InputError
 from lvrpo.metrics import collapsed_forms
 from lvrpo.report.evidence import Evidence, RowPlan, Summary, TablePlan
 from lvrpo.report.evidence_values import MEASURES, SEEN, Column, Measure, column, difference
@@ -28,8 +29,8 @@ Each row at the guidance and temperature that suit it best on the validation spl
 1, greedy. *Drawings, edits, reasoning*: share of test prompts whose one output is right as a whole. *Unseen
 compositions*: drawings of combinations that training never shows. *pass@16*: at least one of 16 drawings is right.
 *Questions*: balanced accuracy, the mean over forms of question. In brackets the change against the base, with the
-95 % interval over runs and prompts. {FEW}: fewer than {MIN_SEEDS} runs, too few to tell anything. A row that is the best of
-several drawings is known on the prompts that were sampled often, and compared on these. *Could tell*: the true
+95 % interval over runs and prompts. {FEW}: fewer than {MIN_SEEDS} runs, too few to tell anything. A row that is the
+best of several drawings is known on the prompts that were sampled often, and compared on these. *Could tell*: the true
 difference that these runs and prompts find with probability .8. *Told*: the interval is clear of 0 and p, adjusted
 for the rows of the table (Holm), is below {LEVEL}. Runs of one base are not independent: the number of bases stands
 beside that of runs."""
@@ -44,7 +45,17 @@ class Strongest:
 
 
 def evidence_page(plan: TablePlan, evidence: Evidence) -> str:
-    """The whole page as markdown; the same summaries give the same text."""
+    """The whole page as markdown; the same summaries give the same text.
+
+    Raises InputError for a summary of another experiment.
+    """
+    for runs in evidence.summaries.values():
+        for summary in runs.values():
+            if summary.raw.get("experiment") != plan.name:
+                raise InputError(
+                    f"{summary.row}-{summary.base}-{summary.seed}.json: is of {summary.raw.get('experiment')!r}, and "
+                    f"this page of {plan.name!r}: keep each experiment in a folder of its own"
+                )
     parts = [f"# Evidence: {plan.name}", "", _head(plan, evidence), "", "## All rows", "", _overview(plan, evidence)]
     parts += [NOTES, "", "## Against the strongest rival", "", _against_strongest(plan, evidence)]
     for measure in MEASURES:

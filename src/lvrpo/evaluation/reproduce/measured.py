@@ -28,6 +28,9 @@ from lvrpo.types import Prompt
 
 PLAIN = "_plain"
 """End of the name of a benchmark that is measured unguided and greedy as well."""
+ANSWERS = 10
+"""Answers of a form of question that a summary counts by themselves; the others are ``OTHER``."""
+OTHER = "(other answers)"
 
 Say = Callable[[str], None]
 
@@ -60,7 +63,7 @@ def tested(policy: Policy, experiment: Experiment, tuned: Tuned, folder: Path, s
         found[benchmark.name] = packed(scored, fingerprint).as_dict()
         plain = replace(benchmark, name=benchmark.name + PLAIN, fixed=True)
         if all(_same(plain, prompt, tuned) for prompt in prompts):
-            found[plain.name] = found[benchmark.name]
+            found[plain.name] = benchmark.name  # the same measurement
         else:
             found[plain.name] = packed(_score(policy, plain, n, Measuring(0, tuned=tuned)), fingerprint).as_dict()
     return found
@@ -95,9 +98,17 @@ def packed(scored: Scored, fingerprint: str) -> Outcome:
     for form, given in zip(scored.forms, scored.answers, strict=True):
         if form:
             answers.setdefault(form, Counter()).update(given[:1])
+    shown = {form: _commonest(given) for form, given in answers.items()}
     first = np.array([row[0] for row in scored.successes], dtype=np.float64)
     settings = scored.settings["tasks"]
-    return Outcome(fingerprint, first, most, counts, known, answers, settings)
+    return Outcome(fingerprint, first, most, counts, known, shown, settings)
+
+
+def _commonest(given: Counter[str]) -> dict[str, int]:
+    """The answers given most often, the rest of them as one."""
+    shown = dict(given.most_common(ANSWERS))
+    rest = given.total() - sum(shown.values())
+    return {**shown, **({OTHER: rest} if rest else {})}
 
 
 def keep_prompts(prompts: Sequence[Prompt], folder: Path) -> str:

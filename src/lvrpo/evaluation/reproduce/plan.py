@@ -186,6 +186,12 @@ class Job:
         """Its run directory inside OUT."""
         return f"{ {'base': 'bases', 'tune': 'tuning', 'run': 'runs'}[self.kind] }/{self.name}"
 
+    def waits_for(self, other: Job) -> bool:
+        """Whether it cannot be done without the other one: runs wait for the grid of their row, both for their base."""
+        if other.kind == "base":
+            return self.kind != "base" and self.base == other.base
+        return other.kind == "tune" and self.kind == "run" and self.row == other.row
+
 
 def load_experiment(path: Path) -> Experiment:
     """The experiment of a YAML file; raises InputError with one line."""

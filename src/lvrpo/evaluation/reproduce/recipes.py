@@ -129,7 +129,8 @@ class Recipes:
 
     def cost(self, config: AnyConfig, base: str) -> RunCost:
         """Counted once for every recipe, then kept in OUT/costs."""
-        own = hashlib.sha256(f"{self._fingerprint(config, base)} {self.base_identity(base)}".encode()).hexdigest()
+        same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})  # rates cost nothing
+        own = hashlib.sha256(f"{self._fingerprint(same_rates, base)} {self.base_identity(base)}".encode()).hexdigest()
         path = self.out / "costs" / f"{own[:16]}.json"
         if not path.exists():
             self.say(f"counting the operations of a step of {config.name}")
