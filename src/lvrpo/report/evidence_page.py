@@ -296,7 +296,7 @@ def _choices(plan: TablePlan, evidence: Evidence) -> str:
             chosen = "yes" if tuning is not None and tuning["chosen"] == i else ""
             cost = f"{float(member['flops']):.2e}"
             rows.append((name if i == 0 else "", what, score(member["score"]), str(member["steps"]), cost, chosen))
-    if not any(name in evidence.tuning for name in plan.rows):
+    if not rows:
         return "No grid has been run.\n"
     note = "A run per member, at the budget of the table, with a seed that no result has; scores are means over tasks."
     return TextTable("", heads, tuple(rows), note).markdown()
