@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "lvrpo.commands.results:EVALUATE",
     "report": "lvrpo.commands.results:REPORT",
     "compare": "lvrpo.commands.results:COMPARE",
+    "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
     "audit": "lvrpo.commands.audit:AUDIT",
     "information": "lvrpo.commands.information:INFORMATION",
     "fit-preference": "lvrpo.commands.fit_preference:FIT_PREFERENCE",

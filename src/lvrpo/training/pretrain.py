@@ -1,4 +1,7 @@
-"""Unified pretraining: cross-entropy and flow loss together on the finite web corpus. Also the supervised baseline."""
+"""Unified pretraining: cross-entropy and flow loss together on the finite web corpus.
+
+Also the supervised baseline, and, on clean prompts with their right outputs, the supervised oracle.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
-from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
+from lvrpo.data.scenes import VOCABULARY, CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, pick_device
 from lvrpo.policies.mot.policy import MoTPolicy
@@ -39,7 +42,7 @@ class PretrainOptimizerConfig(OptimizerConfig):
 
 
 class PretrainConfig(Config):
-    """A supervised run on the web corpus."""
+    """A supervised run on the web corpus, or on clean prompts."""
 
     name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
@@ -47,7 +50,11 @@ class PretrainConfig(Config):
     """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
+    data: Literal["corpus", "prompts"] = "corpus"
+    """prompts: those of the train split with their right outputs, which nothing but an oracle has."""
     corpus: CorpusConfig = CorpusConfig()
+    prompts: CleanPromptsConfig = CleanPromptsConfig()
+    """The rows of ``data: prompts``; picture size and questions per picture are those of ``corpus``."""
     steps: int = Field(default=6000, ge=1, le=10_000_000)
     batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
@@ -74,10 +81,21 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _rows_to_draw_from(self) -> Self:
         corpus = self.corpus
-        rows = {"edit": corpus.edits, "reason": corpus.reasons, "question": corpus.scenes * corpus.questions_per_scene}
+        rows: dict[str, int] = {
+            "generate": corpus.scenes,
+            "caption": corpus.scenes,
+            "edit": corpus.edits,
+            "reason": corpus.reasons,
+            "question": corpus.scenes * corpus.questions_per_scene,
+        }
+        if self.data == "prompts":
+            counts = self.prompts.counts
+            rows = {"question": counts.get("understand", 0), **counts}
         for kind, count in self.batch.items():
-            if count < 0 or (count and not rows.get(kind, corpus.scenes)):
-                raise ValueError(f"batch.{kind}={count}: the corpus has no such rows; use 0, or give it some")
+            run = corpus.questions_per_scene if kind == "question" else 1
+            if count < 0 or (count and rows.get(kind, 0) < max(run, 1)):
+                what = "the corpus has" if self.data == "corpus" else "the prompts have"
+                raise ValueError(f"batch.{kind}={count}: {what} no such rows; use 0, or give some")
         if not any(self.batch.values()):
             raise ValueError("batch: give at least one kind of row a positive number")
         if self.condition_dropout + self.picture_dropout > 1:
@@ -98,7 +116,7 @@ class SupervisedStep:
 class Supervised:
     """The supervised trainer: one object that can be stepped, saved and resumed."""
 
-    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus) -> None:
+    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus | CleanPrompts) -> None:
         self.config = config
         self.policy = policy
         require_size(policy, config)
@@ -175,6 +193,13 @@ class Supervised:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != kind or k[1] == epoch - 1}
             self._orders[key] = rng.permutation(len(self.rows[kind]) // self._run_length(kind))
         return self._orders[key]
+
+
+def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
+    """What the run imitates."""
+    if config.data == "corpus":
+        return web_corpus(config.corpus)
+    return CleanPrompts.of(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 
 
 def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:

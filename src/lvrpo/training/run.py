@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lvrpo.config import dump_config
-from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
+from lvrpo.data.scenes import ScenePrompts, ScenesConfig
 from lvrpo.data.sources import PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
@@ -46,7 +46,7 @@ from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memor
 from lvrpo.training.objective import Policies
 from lvrpo.training.offload import Shards
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
-from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy, supervised_rows
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
@@ -365,7 +365,7 @@ class Pretraining:
         """Resolves every part before it creates the run directory."""
         torch.set_num_threads(config.threads)
         policy = fresh_policy(config)
-        trainer = Supervised(config, policy, web_corpus(config.corpus))
+        trainer = Supervised(config, policy, supervised_rows(config))
         run = RunDirectory.create(folder, config)
         try:
             keep_start(run, policy)
@@ -387,7 +387,7 @@ class Pretraining:
             torch.set_num_threads(config.threads)
             verify_checkpoint(run.path / START)
             policy = load_policy(run.path / START, config.device, "float32")
-            trainer = Supervised(config, policy, web_corpus(config.corpus))  # type: ignore[arg-type]  # what start saved
+            trainer = Supervised(config, policy, supervised_rows(config))  # type: ignore[arg-type]  # what start saved
             this = cls(config, run, trainer, held_out=held_out_prompts(config))
             this._load()
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed})
