@@ -46,7 +46,7 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
     assert all((p.answer, p.facts, p.edited) == (None, (), None) for rows in parts.guard.prompts.values() for p in rows)
 
 
-def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch, small_base: Path) -> None:
+def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (scene_facts, "fact_table"),
         (success, "fact_table"),
@@ -54,7 +54,7 @@ def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch,
         (exact_answer, "answers_rightly"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    config = load_config(TrainConfig, shipped_configs()["self"], [f"policy={small_base}", *SMALL])
+    config = load_config(TrainConfig, shipped_configs()["self"], [*SMALL])
     alignment = Alignment.start(config, Path("run"))
     with alignment.run as run:
         assert alignment.go()
