@@ -83,7 +83,8 @@ class JsonlPrompts:
         parts: tuple[Part, ...] = (*(self._image(p, line) for p in line.images), row.prompt)
         rules = {} if row.rules is None else row.rules.model_dump(exclude_unset=True)
         return Prompt(
-            *(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name, rules),
+            *(line.id, task, parts, row.kinds, row.answer, facts, row.category, self.path.name),
+            rules=rules,
             edited=self._edited(line, parts),
         )
 
