@@ -11,11 +11,19 @@ from scipy import stats
 
 from lvrpo.errors import ContractError
 from lvrpo.statistics import (
+    RESAMPLES,
     Interval,
+    bootstrap_statistic,
+    detectable_difference,
+    detectable_effect,
+    holm,
     mean_interval,
+    over_seeds_and_prompts,
     paired_difference,
+    paired_p_value,
     paired_t_difference,
     seeds_interval,
+    standard_error,
     welch_difference,
 )
 
@@ -234,3 +242,129 @@ def test_the_paired_t_interval_by_hand() -> None:
     assert paired_t_difference(one, other, 0.99).high == pytest.approx(0.5 + 5.84091 * 0.645497, abs=1e-4)
     with pytest.raises(ContractError, match="pair the same prompts"):
         paired_t_difference([1.0], [1.0, 2.0])
+
+
+# --- what a comparison can tell ---
+
+
+def test_a_standard_error_by_hand() -> None:
+    assert standard_error([0.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(1 / 3) / 2)  # std 1/sqrt(3) over sqrt(4)
+    # clusters (0, 0) and (1, 1): residual sums -1 and 1; sqrt(2 / 1 * 2) / 4
+    assert standard_error([0.0, 0.0, 1.0, 1.0], ["p", "p", "q", "q"]) == pytest.approx(0.5)
+    assert math.isnan(standard_error([1.0]))
+
+
+def test_the_detectable_effect_is_2_8_standard_errors() -> None:
+    assert detectable_effect(0.01) == pytest.approx(0.0280159, abs=1e-6)  # 1.959964 + 0.841621
+    # two degrees of freedom: t = 4.302653 and 1.060660
+    assert detectable_effect(0.01, freedom=2) == pytest.approx(0.0536331, abs=1e-6)
+    assert math.isnan(detectable_effect(math.nan))
+    before, after = [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]
+    assert detectable_difference(before, after) == pytest.approx(2.8015852 * math.sqrt(1 / 12), abs=1e-6)
+    assert math.isnan(detectable_difference(before, before))
+    with pytest.raises(ContractError, match="pair the same prompts"):
+        detectable_difference([0.0], [0.0, 1.0])
+
+
+def test_the_detectable_effect_is_found_with_its_power() -> None:
+    rng = np.random.default_rng(0)
+    true = detectable_effect(1 / math.sqrt(200))
+    found = [paired_p_value(np.zeros(200), rng.normal(true, 1, 200)) < 0.05 for _ in range(1000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+
+
+def test_p_values_by_hand() -> None:
+    # differences 0, 1, 1, 0: t = .5 / sqrt(1 / 12) = sqrt(3), 3 degrees of freedom
+    assert paired_p_value([0.0] * 4, [0.0, 1.0, 1.0, 0.0]) == pytest.approx(2 * stats.t.sf(math.sqrt(3), 3))
+    assert paired_p_value([0.0] * 5, [1.0] * 5) == 1 / 16
+    assert paired_p_value([1.0] * 5, [1.0] * 5) == 1.0
+    assert math.isnan(paired_p_value([0.0], [1.0]))
+    assert math.isnan(paired_p_value([0.0, 0.0], [1.0, 1.0], ["p", "p"]))
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=30))
+def test_p_values_are_those_of_the_paired_t_test(pairs: list[tuple[float, float]]) -> None:
+    before, after = (np.array(side) for side in zip(*pairs, strict=True))
+    p = paired_p_value(before, after)
+    assert 0 <= p <= 1
+    if np.std(after - before) > 1e-6:
+        assert p == pytest.approx(stats.ttest_rel(after, before).pvalue, abs=1e-9)
+
+
+def test_holm_by_hand() -> None:
+    # sorted .01, .02, .03, .5 times 4, 3, 2, 1: .04, .06, .06, .5, never falling
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.04, math.nan, 0.3]) == pytest.approx([0.08, math.nan, 0.3], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(ContractError, match="must lie in"):
+        holm([1.2])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_raises_p_and_keeps_its_order(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert all(one <= other <= 1 for one, other in zip(p, adjusted, strict=True))
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+    assert min(adjusted) == pytest.approx(min(1, len(p) * min(p)))
+
+
+def test_seeds_and_prompts_by_hand() -> None:
+    # additive: seeds 0 and 1, prompts 0 and 2, no interaction
+    both = over_seeds_and_prompts([[0.0, 2.0], [1.0, 3.0]])
+    found = both.interval
+    # V_seeds = .5 / 2, V_prompts = 2 / 2; f = 1.25^2 / (.25^2 + 1) = 1.470588
+    half = stats.t.ppf(0.975, 1.470588235) * math.sqrt(1.25)
+    assert close(found, 1.5, 1.5 - half, 1.5 + half, 2)
+    assert both.p == pytest.approx(2 * stats.t.sf(1.5 / math.sqrt(1.25), 1.470588235))
+    assert both.detectable == pytest.approx(
+        (stats.t.ppf(0.975, 1.470588235) + stats.t.ppf(0.8, 1.470588235)) * math.sqrt(1.25)
+    )
+    # interaction alone: residuals +-.5, V_both = 4 * .25 * 2 * 2 / 16 = .25 and no variance of means
+    assert close(over_seeds_and_prompts([[0.0, 1.0], [1.0, 0.0]]).interval, 0.5, 0.5, 0.5, 2)
+    assert close(over_seeds_and_prompts([[0.0, 1.0]]).interval, 0.5, math.nan, math.nan, 1)
+    with pytest.raises(ContractError, match="a row per seed"):
+        over_seeds_and_prompts([0.0, 1.0])
+
+
+@pytest.mark.parametrize(("of_seeds", "of_prompts"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
+def test_seeds_and_prompts_cover_the_truth(of_seeds: float, of_prompts: float) -> None:
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(400):
+        x = rng.normal(0, of_seeds, (4, 1)) + rng.normal(0, of_prompts, (1, 60)) + rng.normal(0, 0.4, (4, 60))
+        interval = over_seeds_and_prompts(x).interval
+        covered.append(interval.low <= 0 <= interval.high)
+    assert np.mean(covered) > 0.92
+
+
+def test_two_seeds_are_too_few_to_tell() -> None:
+    rng = np.random.default_rng(0)
+    assert over_seeds_and_prompts(rng.normal(size=(2, 9))).too_few
+    assert over_seeds_and_prompts(rng.normal(size=(4, 1))).too_few
+    assert not over_seeds_and_prompts(rng.normal(size=(3, 9))).too_few
+
+
+def test_prompts_of_one_picture_are_one_cluster_across_seeds() -> None:
+    rng = np.random.default_rng(0)
+    pictures = np.repeat(rng.normal(size=(1, 10)), 4, axis=1) + rng.normal(scale=0.01, size=(3, 40))
+    alone = over_seeds_and_prompts(pictures).interval
+    together = over_seeds_and_prompts(pictures, np.repeat(np.arange(10), 4).tolist()).interval
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+def test_a_bootstrapped_mean_is_that_of_mean_interval() -> None:
+    values = np.repeat([1.0, 0.0], [30, 70])
+    found = bootstrap_statistic(lambda weights: weights @ values / weights.sum(axis=1), values.size)
+    expected = mean_interval(values)
+    assert found.score == pytest.approx(0.3)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.015)
+    seen: list[tuple[int, ...]] = []
+
+    def half_missing(weights: np.ndarray) -> np.ndarray:
+        seen.append(weights.shape)
+        return np.where(weights[:, 0] > 0, 1.0, np.nan)
+
+    assert close(bootstrap_statistic(half_missing, 3, n=12), 1.0, 1.0, 1.0, 12)
+    assert seen == [(1, 3), (RESAMPLES, 3)]

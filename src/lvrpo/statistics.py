@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from lvrpo.errors import ContractError
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+POWER = 0.8
+TINY = 1e-12
+"""A standard error of no more than this is rounding."""
+MIN_SEEDS = 3
+"""Seeds that a difference needs to be told from none; with fewer a table marks the cell."""
 
 Floats = NDArray[np.float64]
 
@@ -148,10 +153,7 @@ def paired_t_difference(before: ArrayLike, after: ArrayLike, confidence: float =
     The bootstrap of ``paired_difference`` is for reports at 95 %; far in the tails its resamples are too few.
     Raises ContractError if the two have different lengths or a value is not finite.
     """
-    one, two = _checked(before), _checked(after)
-    if one.shape != two.shape:
-        raise ContractError(f"{one.size} scores before and {two.size} after: pair the same prompts")
-    return _t_interval(two - one, confidence)
+    return _t_interval(_paired(before, after), confidence)
 
 
 def seeds_interval(scores: ArrayLike) -> Interval:
@@ -160,6 +162,165 @@ def seeds_interval(scores: ArrayLike) -> Interval:
     Raises ContractError on a value that is not finite.
     """
     return _t_interval(_checked(scores), CONFIDENCE)
+
+
+@dataclass(frozen=True)
+class TwoWay:
+    """A mean over seeds and prompts, both random."""
+
+    interval: Interval
+    """``n`` is the number of seeds."""
+    detectable: float
+    """The smallest effect that these seeds and prompts tell (``detectable_effect``)."""
+    p: float
+    """Of no difference, two-sided."""
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are fewer than ``MIN_SEEDS``, or nothing to tell the spread from."""
+        return self.interval.n < MIN_SEEDS or not np.isfinite(self.interval.low)
+
+
+def over_seeds_and_prompts(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> TwoWay:
+    """Mean over seeds (S rows) and prompts (P columns, the same for every seed) with both as random.
+
+        V = V_seeds + max(0, V_prompts - V_both),   interval = mean +- t_f sqrt(max(V, V_prompts))
+
+    V_seeds: variance of the S seed means over S; V_prompts: that of the P prompt means, whole ``clusters`` of prompts
+    together; V_both: what a single (seed, cluster) contributes to each, so that it is counted once (two-way clustering,
+    Cameron, Gelbach and Miller 2011). f by Satterthwaite from S - 1 and C - 1 for the two terms of V: with three seeds
+    that differ, t is wide, where a bootstrap of three seeds would be too narrow.
+
+    All but the mean is nan for one seed or one cluster; without any spread the interval has width 0 and the others are
+    nan. Raises ContractError unless values are finite and of shape (S, P).
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise ContractError(f"scores of shape {table.shape}: give a row per seed and a column per prompt")
+    _checked(table)
+    unknown = float("nan")
+    (s, p), mean = table.shape, float(table.mean())
+    by_prompt, by_seed = table.mean(axis=0), table.mean(axis=1)
+    sums, counts = _by_cluster(by_prompt, clusters)
+    c = sums.size
+    if s < 2 or c < 2:
+        return TwoWay(Interval(mean, unknown, unknown, s), unknown, unknown)
+    of_seeds = float(by_seed.var(ddof=1)) / s
+    of_prompts = _cluster_variance(sums, counts)
+    rest = table - by_prompt - by_seed[:, None] + mean
+    both = sum(float((_by_cluster(row, clusters)[0] ** 2).sum()) for row in rest)
+    own = max(0.0, of_prompts - both * s / (s - 1) * c / (c - 1) / (s * p) ** 2)
+    spread = of_seeds**2 / (s - 1) + own**2 / (c - 1)
+    error = max(of_seeds + own, of_prompts) ** 0.5
+    if error <= TINY or spread == 0:
+        return TwoWay(Interval(mean, mean, mean, s), unknown, unknown)
+    freedom = (of_seeds + own) ** 2 / spread
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return TwoWay(Interval(mean, mean - half, mean + half, s), detectable_effect(error, freedom), p_value)
+
+
+def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+    """Of a mean over prompts, whole clusters being independent; nan for fewer than two of them.
+
+    sqrt( C / (C - 1) sum_c (sum_{i in c} (x_i - mean))^2 ) / n; without clusters the usual one.
+    """
+    sums, counts = _by_cluster(_checked(values), clusters)
+    return _cluster_variance(sums, counts) ** 0.5 if sums.size > 1 else float("nan")
+
+
+def detectable_effect(
+    error: float, freedom: float = float("inf"), level: float = 1 - CONFIDENCE, power: float = POWER
+) -> float:
+    """The smallest true difference that a two-sided test at ``level`` finds with probability ``power``.
+
+        (t_f(1 - level / 2) + t_f(power)) * standard error;   2.802 standard errors by default, f being infinite
+
+    (Cohen 1988). ``freedom``: f, such as seeds - 1 where the error is that over seeds. nan for an unknown error.
+    """
+    quantiles = stats.norm if np.isinf(freedom) else stats.t(freedom)
+    return float(quantiles.ppf(1 - level / 2) + quantiles.ppf(power)) * error
+
+
+def detectable_difference(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+    """``detectable_effect`` of the paired difference of the same prompts, from its standard error.
+
+    nan where all differences are equal: nothing is then known of their spread. Raises ContractError if the two have
+    different lengths or a value is not finite.
+    """
+    error = standard_error(_paired(before, after), clusters)
+    return detectable_effect(error if error > TINY else float("nan"))
+
+
+def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+    """Two-sided p of no mean difference over the same prompts: Student's t of the clustered error, C - 1 degrees.
+
+    Equal differences have no error: p is then that of C equal signs, 2^(1 - C), and 1 where they are all 0. nan for
+    fewer than two clusters. Raises ContractError if the two have different lengths or a value is not finite.
+    """
+    differences = _paired(before, after)
+    sums, counts = _by_cluster(differences, clusters)
+    if sums.size < 2:
+        return float("nan")
+    mean, error = float(differences.mean()), _cluster_variance(sums, counts) ** 0.5
+    if mean == 0:
+        return 1.0
+    if error <= TINY:
+        return float(0.5 ** (sums.size - 1))
+    return float(2 * stats.t.sf(abs(mean) / error, sums.size - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for how many there are (Holm 1979): each below .05 is then told at a family-wise level of .05.
+
+        adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
+
+    nan stays nan and is not counted. Raises ContractError for a p outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64).reshape(-1)
+    known = np.flatnonzero(~np.isnan(p))
+    if ((p[known] < 0) | (p[known] > 1)).any():
+        raise ContractError(f"p-values {p.tolist()}: must lie in [0, 1]")
+    order = known[np.argsort(p[known], kind="stable")]
+    factors = np.arange(order.size, 0, -1)
+    adjusted = p.copy()
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, factors * p[order]))
+    return [float(each) for each in adjusted]
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Floats], Floats], num_clusters: int, n: int | None = None, seed: int = 0
+) -> Interval:
+    """A statistic of weighted clusters with a percentile bootstrap over them.
+
+    ``statistic`` maps how often each cluster is drawn, (R, C), to a value per resample, (R,); nan ones (a category that
+    was not drawn) are left out. ``n``: what the interval says stands behind it; the clusters by default.
+    """
+    score = float(statistic(np.ones((1, num_clusters)))[0])
+    n = num_clusters if n is None else n
+    if num_clusters < 2:
+        return Interval(score, float("nan"), float("nan"), n)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), RESAMPLES).astype(np.float64)
+    found = statistic(weights)
+    found = found[np.isfinite(found)]
+    if not np.isfinite(score) or found.size == 0:
+        return Interval(score, float("nan"), float("nan"), n)
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(score, min(float(low), score), max(float(high), score), n)
+
+
+def _paired(before: ArrayLike, after: ArrayLike) -> Floats:
+    one, two = _checked(before), _checked(after)
+    if one.shape != two.shape:
+        raise ContractError(f"{one.size} scores before and {two.size} after: pair the same prompts")
+    return two - one
+
+
+def _cluster_variance(sums: Floats, counts: Floats) -> float:
+    """Of the mean sum(sums) / sum(counts), clusters being independent."""
+    residuals = sums - counts * (sums.sum() / counts.sum())
+    return float((residuals**2).sum()) * sums.size / (sums.size - 1) / float(counts.sum()) ** 2
 
 
 def _t_interval(values: Floats, confidence: float) -> Interval:

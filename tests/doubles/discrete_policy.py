@@ -300,7 +300,9 @@ class DiscretePolicy(nn.Module):
 
     # --- the judge, and what is left of the contract ---
 
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: Tensor, t: Tensor) -> Tensor:
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: Tensor, t: Tensor, guidance_scale: float = 1.0
+    ) -> Tensor:
         raise InputError("this policy draws with tokens: it has no velocity")
 
     def timestep_shift(self) -> float:

@@ -15,8 +15,9 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import methods
 from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.flow import add_noise
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, GroupAdvantages
+from lvrpo.training.objective import KINDS, Batch, GroupAdvantages, Member, Metrics
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import anchored
 from lvrpo.training.update import deal, take_steps
@@ -168,6 +169,75 @@ def test_flow_dpo_prefers_the_best_to_the_worst(bench: Any, prompts: list[Prompt
     metrics = bench.update(groups, A, config)
     assert metrics["loss/flow/generate"] < math.log(2)
     assert metrics["preference/flow/generate"] > 0.5
+
+
+def test_awm_moves_to_the_good_and_from_the_bad(bench: Any, prompts: list[Prompt]) -> None:
+    groups = bench.sample(prompts[2:3], sampler="ode")
+    config = bench.config(flow={"kind": "awm", "noise_draws": 16, "keep": 1, "clip_low": 0.5, "clip_high": 0.5})
+    A = [[0.0, 1.0, 0.0, -1.0]]
+    best, worst = groups[0].trajectories[1], groups[0].trajectories[3]
+    before = flow_loss(bench, best) - flow_loss(bench, worst)
+    found = bench.gradient(groups, A, config)
+    bench.descend(found, 3e-3)
+    assert flow_loss(bench, best) - flow_loss(bench, worst) < before - 1e-5
+    assert bench.update(groups, A, config)["clip_fraction/flow"] == 0
+
+
+def test_awm_pulls_as_weighted_matching_at_ratio_1(bench: Any, prompts: list[Prompt]) -> None:
+    """The gradient of A |v - (noise - x_0)|^2, averaged over the two members."""
+    groups = bench.sample(prompts[2:3], sampler="ode")
+    flow = {"kind": "awm", "noise_draws": 2, "keep": 1, "advantage_max": 3.0}
+    found = bench.gradient(groups, [[2.0, 0.0, 0.0, -2.0]], bench.config(flow=flow))
+    chosen = [groups[0].trajectories[i] for i in (0, 3)]
+    batch = Batch("generate", 0, [Member(t, 0.0) for t in chosen], 1.0, Metrics())
+    noised = add_noise(bench.live, batch, bench.config(flow=flow).flow, "awm", [t.seed for t in chosen])
+    losses = noised.flow_loss(noised.velocity(bench.live))
+    (torch.tensor([2.0, 2.0, -2.0, -2.0]) * losses).mean().backward()
+    assert apart(bench.taken(), found) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["nft", "awm"])
+def test_a_guided_reference_pulls_one_pass_to_what_guidance_gives(bench: Any, prompts: list[Prompt], kind: str) -> None:
+    groups, nothing = bench.sample(prompts[2:3], sampler="ode"), [[1e-9, 0, 0, -1e-9]]
+    bench.nudge(0.05)
+    reference = bench.policies.reference
+    config = bench.config(flow={"kind": kind, "kl_coef": 1.0, "reference_guidance": 2.0, "noise_draws": 2, "keep": 1})
+    found = bench.update(groups, nothing, config)["kl/flow/generate"]
+    chosen = [groups[0].trajectories[i] for i in (0, 3)]
+    batch = Batch("generate", 0, [Member(t, 0.0) for t in chosen], 1.0, Metrics())
+    noised = add_noise(bench.live, batch, config.flow, kind, [t.seed for t in chosen])
+    with torch.no_grad():
+        v, v_no_text = noised.velocity(reference), noised.unguided(reference)
+        guided = v_no_text + 2 * (v - v_no_text)
+        by_hand = (noised.velocity(bench.live) - guided).square().mean()
+    assert found == pytest.approx(float(by_hand), rel=1e-4)
+    assert float((guided - v).square().mean()) > 1e-8
+
+
+def test_guided_drawings_are_trained_guided(bench: Any, prompts: list[Prompt]) -> None:
+    """At the start both branches are the old policy's, so the loss is that of the guided velocity at a pull of 0."""
+    groups = bench.sample(prompts[2:3], sampler="ode", guidance_scale=2.0)
+    config = bench.config(flow={"kind": "nft", "kl_coef": 0.0}, rollout={"guidance_scale": 2.0})
+    metrics = bench.update(groups, [[1.0, -0.5, 0.0, -0.5]], config)
+    assert metrics["distance/old"] == pytest.approx(0, abs=1e-9)
+    trajectory = groups[0].trajectories[0]
+    segment = trajectory.segments[-1]
+    assert isinstance(segment, FlowSegment)
+    x_t, t = segment.latent[None], torch.tensor([0.5])
+    with torch.no_grad():
+        v, none, guided = (bench.live.velocity([trajectory], x_t, t, scale) for scale in (1.0, 0.0, 2.0))
+    torch.testing.assert_close(guided, none + 2 * (v - none))
+
+
+def test_the_branch_without_text_is_held(bench: Any, prompts: list[Prompt]) -> None:
+    groups, nothing = bench.sample(prompts[2:3], sampler="ode"), [[1e-9, 0, 0, -1e-9]]
+    config = bench.config(flow={"kind": "nft", "kl_coef": 0.0, "unguided_kl_coef": 1.0})
+    assert bench.update(groups, nothing, config)["kl/flow_unguided/generate"] == pytest.approx(0, abs=1e-9)
+    bench.nudge(0.05)
+    before = bench.update(groups, nothing, config)["kl/flow_unguided/generate"]
+    assert before > 1e-8
+    bench.descend(bench.gradient(groups, nothing, config), 1e-3)
+    assert bench.update(groups, nothing, config)["kl/flow_unguided/generate"] < before
 
 
 def test_two_of_a_pair_share_noise_and_times(bench: Any, prompts: list[Prompt]) -> None:

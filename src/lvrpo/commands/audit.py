@@ -124,6 +124,8 @@ def correlation_tables(audit: RewardAudit) -> Iterator[Table]:
 
 def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
     """(line, style): the alarms, or that there are none."""
+    for missing in audit.alarms.missing:
+        yield f"alarm: {missing.words}: metrics.jsonl says why (reward_failed_why)", "bold red"
     for alarm in audit.alarms.found:
         yield f"alarm: {alarm.words}: look at samples/ before you trust this reward", "bold red"
     for task, reward, scorer in audit.alarms.same:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lvrpo.commands.options import (
     Command,
@@ -12,11 +13,20 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     names,
+    num_steps,
     positive,
     refuse_existing,
+    threads,
     whole,
 )
 from lvrpo.errors import InputError
+from lvrpo.evaluation import BENCHMARKS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lvrpo.policies.base import Policy
+    from lvrpo.rewards.held_out import HeldOutScorer
 
 
 def evaluate_options(parser: Parser) -> None:
@@ -27,13 +37,29 @@ def evaluate_options(parser: Parser) -> None:
         type=names,
         default=["scenes"],
         metavar="NAME[,NAME]",
-        help="generate, generate_guided, understand, understand_sampled, edit, reason; scenes: all; or FILE.jsonl",
+        help=f"{', '.join(BENCHMARKS)}; scenes: all; or FILE.jsonl",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results and scores per prompt")
+    parser.add_argument(
+        "--rewards",
+        metavar="CONFIG",
+        help="whose rewards score the rows of FILE.jsonl that have no answer (default: the run's own, of a run)",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, and the record of every sample")
     parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")
-    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--samples", type=positive, metavar="N", help="of some prompts, for pass@k and best of n (16)")
+    parser.add_argument(
+        "--sampled-prompts", type=whole, default=280, metavar="N", help="so many prompts (default: 280)"
+    )
+    parser.add_argument("--judge", metavar="MODEL", help="whose reading side chooses the best of n (default: MODEL's)")
+    parser.add_argument(
+        "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts"
+    )
+    parser.add_argument("--tuned", type=Path, metavar="FILE", help="evaluate at the guidance and temperature of FILE")
+    parser.add_argument("--information", action="store_true", help="also bound what the experts know of each other")
+    parser.add_argument("--num-steps", type=num_steps, default=8, help="model evaluations per picture (default: 8)")
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
@@ -43,18 +69,30 @@ def evaluate(options: Options) -> None:
     import torch
 
     from lvrpo.commands.files import write_file
-    from lvrpo.commands.tables import scores_table, wide_console
+    from lvrpo.commands.tables import scores_table, text_table, wide_console
     from lvrpo.evaluation import suite
+    from lvrpo.evaluation.tuned import Tuned
     from lvrpo.policies.loading import load_policy
+    from lvrpo.report.measures import measure_tables
+    from lvrpo.rewards.identity import judge_identity
     from lvrpo.training.run_directory import json_text
     from lvrpo.training.splits import require_unseen_by
 
-    if options.json is not None:
-        refuse_existing([options.json], options.force)
+    refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
+    if options.tune is not None:
+        tune(options)
+        return
     require_unseen_by(options.model, options.benchmark)
-    benchmarks = suite.find_benchmarks(options.benchmark)
+    scorer, judged_by = held_out_scorer(options)
+    benchmarks = suite.find_benchmarks(options.benchmark, scorer, read_side(options), options.root)
+    tuned = None if options.tuned is None else Tuned.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
+    if tuned is not None:
+        tuned.require(judge_identity(policy))
+    judge = None if options.judge is None else load_policy(options.judge, options.device, options.dtype).frozen()
+    rewarded = any(benchmark.metric == "reward" for benchmark in benchmarks)
+    reward_judge = load_policy(judged_by, options.device).frozen() if rewarded and judged_by is not None else None
     console = wide_console()
     result = suite.evaluate(
         policy,
@@ -63,11 +101,98 @@ def evaluate(options: Options) -> None:
         {b.name: options.n for b in benchmarks} if options.n else {},
         replace(suite.SAMPLING, num_steps=options.num_steps),
         progress=lambda name, n: console.print(f"{name}: {n} prompts", style="dim"),
+        measuring=suite.Measuring(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
     )
-    console.print(scores_table(result.results(), f"{options.model}, {result.seconds:.0f} s"))
+    results = result.results()
+    console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
+    for table in measure_tables({"": results}):
+        console.print()
+        console.print(text_table(table))
+    head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.model}
+    if tuned is not None:
+        head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
+    if options.information:
+        head["information"] = information(policy, options.seed, console)
     if options.json is not None:
-        head = {"model": options.model, "seed": options.seed}
         write_file(options.json, json_text({**head, **result.as_dict()}).encode(), options.force)
+
+
+def read_side(options: Options) -> int | None:
+    """The side of the pictures that MODEL reads, where rows of a file are put to it."""
+    from lvrpo.policies.loading import picture_side
+
+    return picture_side(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
+
+
+def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
+    """What scores rows without an answer, and the MODEL that judges for its rewards; nothing where none is named.
+
+    A run is scored as it scored itself: by its rewards, judged by the weights that it began with.
+    """
+    from lvrpo.commands.settings import read_config
+    from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
+    from lvrpo.rewards.table import build_rewards
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.run import START
+    from lvrpo.training.run_directory import CONFIG, RunDirectory
+
+    if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
+        return SUCCESS_ONLY, None
+    run = Path(options.rewards or options.model)
+    if (run / START).is_dir() and (run / CONFIG).is_file():
+        config, judge = RunDirectory.read(run).config(TrainConfig), str(run / START)
+    elif options.rewards is not None:
+        config = read_config(TrainConfig, options.rewards, [])
+        judge = config.policy
+    else:
+        return SUCCESS_ONLY, None
+    return HeldOutScorer(tuple(build_rewards(config.rewards))), judge
+
+
+def tune(options: Options) -> None:
+    """Chooses guidance and temperature on validation prompts, prints the grid, writes the choice."""
+    from dataclasses import replace
+
+    import torch
+
+    from lvrpo.commands.files import write_file
+    from lvrpo.commands.tables import number, wide_console
+    from lvrpo.evaluation import suite, tuning
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.training.run_directory import json_text
+
+    for name in ("json", "tuned", "judge", "samples", "rewards"):
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
+    found = suite.find_benchmarks(options.benchmark, side=read_side(options), root=options.root)
+    benchmarks = [tuning.as_validation(benchmark) for benchmark in found]
+    torch.set_num_threads(options.threads)
+    policy = load_policy(options.model, options.device, options.dtype, options.base)
+    console = wide_console()
+    tuned = tuning.tune(
+        policy,
+        benchmarks,
+        options.n,
+        options.seed,
+        replace(suite.SAMPLING, num_steps=options.num_steps),
+        lambda task, name, value, score: console.print(f"{task}: {name} {value:g}: {number(score)}", style="dim"),
+    )
+    for task, settings in tuned.settings.items():
+        console.print(f"{task}: {', '.join(f'{name} {value:g}' for name, value in settings.items())}")
+    write_file(options.tune, json_text(tuned.as_dict()).encode(), options.force)
+
+
+def information(policy: Policy, seed: int, console: Console) -> dict[str, dict[str, float | int]]:
+    """The bounds of what the two experts know of each other, printed and as JSON."""
+    from typing import get_args
+
+    from lvrpo.evaluation.mutual_information import Direction, measure_information
+
+    found = {direction: measure_information(policy, direction, seed=seed) for direction in get_args(Direction)}
+    for direction, each in found.items():
+        low, high = each.bound.low, each.bound.high
+        console.print(f"information, {direction}: >= {each.bound.score:.2f} [{low:.2f}, {high:.2f}] nats", markup=False)
+    return {direction: {**each.bound.as_dict(), "ceiling": each.ceiling} for direction, each in found.items()}
 
 
 def report_options(parser: Parser) -> None:
@@ -87,21 +212,38 @@ def report(options: Options) -> None:
 def compare_options(parser: Parser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--markdown", action="store_true", help="the table as markdown")
+    parser.add_argument("--over-seeds", action="store_true", help="the runs are seeds of one recipe: one row per task")
 
 
 def compare(options: Options) -> None:
-    from lvrpo.commands.tables import wide_console
+    from lvrpo.commands.tables import text_table, wide_console
     from lvrpo.report import compare_runs
+    from lvrpo.report.seeds import seeds_table
 
+    if options.over_seeds:
+        table = seeds_table(options.runs)
+        if options.markdown:
+            print(table.markdown(), end="")
+        else:
+            wide_console().print(text_table(table))
+        return
     comparison = compare_runs(options.runs)
     if not comparison.tasks:
-        raise InputError(f"{options.runs[0]}: no run has results yet: wait until one has finished")
+        raise InputError(
+            f"{options.runs[0]}: no run has results: wait until one has finished, or train with held-out rows "
+            "(data.jsonl.test)"
+        )
     if options.markdown:
         print(comparison.markdown(), end="")
     else:
         wide_console().print(comparison.table())
 
 
-EVALUATE = Command("scores per category with 95 % intervals", evaluate_options, evaluate)
+EVALUATE = Command(
+    "scores per category with 95 % intervals, pass@k, best of n, balanced accuracy",
+    evaluate_options,
+    evaluate,
+    "at a model's own best: lvrpo evaluate MODEL --tune best.json && lvrpo evaluate MODEL --tuned best.json",
+)
 REPORT = Command("write the HTML report of a run", report_options, report)
 COMPARE = Command("several runs in one table", compare_options, compare)

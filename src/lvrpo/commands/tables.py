@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lvrpo.report.measures import TextTable, measure_tables, summary_phases
+
+LEVEL = 0.05
 
 Result = Mapping[str, Any]
 """Any: score, low, high, n and categories, as ``summary.json`` holds them."""
@@ -19,19 +24,29 @@ def number(value: float, signed: bool = False) -> str:
     return text.replace("0.", ".", 1)
 
 
+def finite(value: float | None) -> float | None:
+    """The number, or None where there is none: a file has null where memory has nan."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def interval(result: Result | None, signed: bool = False) -> str:
-    """.42 [.38, .46]"""
+    """.42 [.38, .46]; of a difference also the smallest effect that could have been told, ≥ .05."""
     if not result or result["score"] is None:
         return ""
-    low, high = result["low"], result["high"]
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if low is not None and high is not None else ""
-    return number(result["score"], signed) + spread
+    low, high, tells = (finite(result.get(name)) for name in ("low", "high", "detectable"))
+    spread = ", no interval"
+    if low is not None and high is not None:
+        spread = f" [{number(low, signed)}, {number(high, signed)}]"
+    return number(result["score"], signed) + spread + ("" if tells is None else f" ≥ {number(tells)}")
 
 
 def tone(difference: Result | None) -> str:
-    """Green above 0 with the whole interval, red below."""
+    """Green above 0 with the whole interval, red below; of a category only where Holm's correction leaves p < .05."""
     if not difference or difference["low"] is None:
         return ""
+    adjusted = finite(difference.get("p_holm"))
+    if adjusted is not None and adjusted >= LEVEL:
+        return "dim"
     return "green" if difference["low"] > 0 else "red" if difference["high"] < 0 else "dim"
 
 
@@ -65,6 +80,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """``summary_table``, and what many samples and the mix of answers say."""
+    phases = summary_phases(summary)
+    return [summary_table(summary), *(text_table(each) for each in measure_tables(phases, summary["difference"]))]
+
+
 def _add(table: Table, name: str, parts: list[Result], bold: bool = False) -> None:
     before, after, difference, *other = parts
     style = "bold" if bold else ""
@@ -78,6 +99,27 @@ def _add(table: Table, name: str, parts: list[Result], bold: bool = False) -> No
         cells.append(Text(number(other[0]["score"]), style=style))
         cells.append(Text(interval(other[1], signed=True), style=f"{style} {tone(other[1])}".strip()))
     table.add_row(*cells)
+
+
+def text_table(content: TextTable) -> Table:
+    """A table of the report for the terminal."""
+    table = Table(title=content.title, caption=content.note or None, box=None, header_style="dim", padding=(0, 1))
+    table.title_justify = table.caption_justify = "left"
+    for head in content.heads:
+        table.add_column(head, overflow="fold")
+    for first, *rest in content.rows:
+        inner = first.startswith(" ")
+        table.add_row(Text(first, style="" if inner else "bold"), *map(Text, rest), style="dim" if inner else "")
+    return table
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """One below the other, a line between two."""
+    console = wide_console()
+    for i, table in enumerate(tables):
+        if i:
+            console.print()
+        console.print(table)
 
 
 def wide_console() -> Console:

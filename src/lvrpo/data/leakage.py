@@ -240,16 +240,17 @@ class Index:
         overlap.picture += bool(pictures) and all(picture.digest in self._pictures for picture in pictures)
         overlap.some_ngrams += not grams.isdisjoint(self._ngrams)
         overlap.all_ngrams += grams <= self._ngrams
-        same, content, look = self.same(asked), self.content(asked), self.look(asked)
-        overlap.same += same is not None
-        overlap.content += content is not None
-        overlap.look += look is not None
-        if same is not None:
-            overlap.shared.append(Shared("prompt", asked.where, same))
-        elif content is not None:
-            overlap.shared.append(Shared("content", asked.where, content))
-        elif look is not None:
-            overlap.shared.append(Shared("look", asked.where, look))
+        looks: dict[Leak, str | None] = {
+            "prompt": self.same(asked),
+            "content": self.content(asked),
+            "look": self.look(asked),
+        }
+        overlap.same += looks["prompt"] is not None
+        overlap.content += looks["content"] is not None
+        overlap.look += looks["look"] is not None
+        found: list[tuple[Leak, str]] = [(leak, other) for leak, other in looks.items() if other is not None]
+        if found:
+            overlap.shared.append(Shared(found[0][0], asked.where, found[0][1]))
 
 
 def leaks(overlaps: Iterable[Overlap], looks: bool = True) -> list[Shared]:

@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import ContractError, LvrpoError
-from lvrpo.evaluation.suite import Evaluation, evaluate, find_benchmarks
+from lvrpo.evaluation.cases import read_evaluation
+from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.loading import load_policy
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import START, Pretraining
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record, typed
 
 RESULT = "eval/after.json"
+
+
+class CostRecord(Record):
+    """What a baseline took."""
+
+    seconds: float
+    peak_memory_gib: float
 
 
 class Baseline:
@@ -33,10 +43,11 @@ class Baseline:
         benchmarks: Sequence[str],
         sizes: Mapping[str, int],
         sampling: Sampling,
+        sampled_prompts: int = 0,
     ) -> None:
         self.config = config
         self.folder = folder
-        self.arguments = (config, folder, list(benchmarks), dict(sizes), sampling)
+        self.arguments = (config, folder, list(benchmarks), dict(sizes), sampling, sampled_prompts)
         self.process: SpawnProcess | None = None
 
     @property
@@ -57,8 +68,8 @@ class Baseline:
             if self.process.exitcode != 0:
                 why = _text(self.folder.with_suffix(".error")) or f"exit code {self.process.exitcode}"
                 raise ContractError(f"the baseline in {self.folder} failed: {why}: run again, or use --no-baseline")
-        raw = RunDirectory.read(self.folder).read_json(RESULT)
-        return Evaluation.from_dict(raw), raw["cost"]
+        evaluation, raw = read_evaluation(RunDirectory.read(self.folder), RESULT)
+        return evaluation, typed(raw.get("cost"), CostRecord, f"{self.folder / RESULT}: cost")
 
     def stop(self) -> None:
         """Ends the process; what it has done up to its last checkpoint stays."""
@@ -68,13 +79,18 @@ class Baseline:
 
 
 def _work(
-    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int], sampling: Sampling
+    config: PretrainConfig,
+    folder: Path,
+    benchmarks: Sequence[str],
+    sizes: Mapping[str, int],
+    sampling: Sampling,
+    sampled_prompts: int,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     error_file = folder.with_suffix(".error")
     try:
         error_file.unlink(missing_ok=True)
-        train_and_evaluate(config, folder, benchmarks, sizes, sampling)
+        train_and_evaluate(config, folder, benchmarks, sizes, sampling, sampled_prompts)
     except BaseException as error:
         line = " ".join(str(error).split()) or type(error).__name__
         error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
@@ -82,9 +98,17 @@ def _work(
 
 
 def train_and_evaluate(
-    config: PretrainConfig, folder: Path, benchmarks: Sequence[str], sizes: Mapping[str, int], sampling: Sampling
+    config: PretrainConfig,
+    folder: Path,
+    benchmarks: Sequence[str],
+    sizes: Mapping[str, int],
+    sampling: Sampling,
+    sampled_prompts: int = 0,
 ) -> None:
-    """The whole baseline in this process, or what an interruption left of it; ends with eval/after.json."""
+    """The whole baseline in this process, or what an interruption left of it; ends with eval/after.json.
+
+    Its best of n is chosen by the base that it started from, as that of the alignment is.
+    """
     parent = multiprocessing.parent_process()
 
     def orphaned() -> bool:
@@ -95,7 +119,10 @@ def train_and_evaluate(
     with training.run as run:
         if not training.go(interrupted=orphaned):
             sys.exit(1)
-        evaluation = evaluate(training.trainer.average, find_benchmarks(benchmarks), sizes=sizes, sampling=sampling)
+        judge = None if config.init is None else load_policy(config.init, config.device, "float32").frozen()
+        measuring = Measuring(sampled_prompts, judge=judge)
+        found = find_benchmarks(benchmarks)
+        evaluation = evaluate(training.trainer.average, found, sizes=sizes, sampling=sampling, measuring=measuring)
         cost = {"seconds": training.seconds, "peak_memory_gib": peak_memory_gib()}
         run.write_json(RESULT, {**evaluation.as_dict(), "cost": cost})
 

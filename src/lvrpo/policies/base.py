@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -79,6 +81,23 @@ class Sampling:
     """What of the guided logits of image tokens has a gradient in a replay."""
     masked: MaskedScoring = MaskedScoring()
 
+    def __post_init__(self) -> None:
+        for name in ("group_size", "max_new_tokens", "num_steps"):
+            value = getattr(self, name)  # its fields, by name
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"sampling.{name}={value}: must be a whole number >= 1")
+        for name in SCALES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"sampling.{name}={value}: must be a number >= 0")
+
+
+SCALES = (
+    *("temperature", "image_temperature", "choice_temperature", "noise_level"),
+    *("guidance_scale", "image_guidance_scale"),
+)
+"""Fields of ``Sampling`` that are numbers >= 0."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -123,6 +142,13 @@ def in_place(policy: object) -> object:
     return policy
 
 
+def check_text(policy: object, text: str) -> None:
+    """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
+    check = getattr(in_place(policy), "check_text", None)  # optional in anybody's class
+    if check is not None:
+        check(text)
+
+
 @runtime_checkable
 class Policy(Protocol):
     """One model that reads pictures and draws them."""
@@ -150,10 +176,13 @@ class Policy(Protocol):
         """
         ...
 
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
         """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
 
-        Called only for flows, as is ``timestep_shift``.
+        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone. Called only for flows, as
+        is ``timestep_shift``.
         """
         ...
 
@@ -241,3 +270,12 @@ class Policy(Protocol):
         Raises InputError on another model's folder or a truncated file.
         """
         ...
+
+
+MEMBERS = tuple(name for name in vars(Policy) if not name.startswith("_"))
+"""All that a policy has."""
+
+
+def missing_members(policy: object) -> list[str]:
+    """What a policy of somebody's own lacks."""
+    return [name for name in MEMBERS if not hasattr(policy, name)]

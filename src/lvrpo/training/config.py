@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
+from lvrpo.data.sources import DATASETS
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
@@ -19,6 +20,7 @@ from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.drawn_tokens import ImageTokensConfig, MaskedConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.health import HealthConfig
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import FLOW_OBJECTIVES, TEXT_OBJECTIVES
@@ -28,16 +30,21 @@ from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
+Count = Annotated[int, Field(le=100_000)]
+"""Of prompts or rows of a kind."""
+
 
 class DataConfig(Config):
     """Where prompts come from and how many of each task make a step."""
 
     source: str = "scenes"
-    """An entry of DATASETS."""
+    """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
+    options: dict[str, Any] = Field(default={})
+    """Of a source of your own. Any: each class has its own."""
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field(
+    prompts_per_step: dict[Task, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
 
@@ -46,9 +53,11 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(default=20, ge=1)
-    prompts: dict[Task, int] = Field(
+    prompts: dict[Task, Count] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
+    rewards: tuple[RewardConfig, ...] = ()
+    """What scores held-out prompts that cannot be told right from wrong; none: the rewards that are trained on."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
     max_rollbacks: int = Field(default=3, ge=0)
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
@@ -84,6 +93,9 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
 class TrainConfig(Config):
     """An alignment run."""
 
+    allow_code: tuple[str, ...] = Field(default=(), exclude=True)
+    """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
+    allows itself any."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     policy: str = "tiny"
@@ -95,8 +107,8 @@ class TrainConfig(Config):
     offload: bool = False
     """A device holds one policy at a time, at the precision that it computes in. Weights in float32, moments, averages
     and the reference are in host memory, divided among the processes of the run (arXiv:2101.06840)."""
-    threads: int = Field(default=1, ge=1)
-    steps: int = Field(default=140, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
+    steps: int = Field(default=140, ge=1, le=10_000_000)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
@@ -129,9 +141,10 @@ class TrainConfig(Config):
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
     judge: JudgeConfig = JudgeConfig()
+    health: HealthConfig = HealthConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
-    control_group_size: int = Field(default=2, ge=1)
+    control_group_size: int = Field(default=2, ge=1, le=1024)
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
@@ -142,6 +155,11 @@ class TrainConfig(Config):
         if self.offload:
             return self.precision.compute or "float32"
         return self.precision.weights or ("float32" if self.adapter is None else None)
+
+    @property
+    def max_failed(self) -> dict[str, float]:
+        """By reward, the share of its scores that may fail over a run that is well."""
+        return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
     def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
         """How each kind of segment that a policy writes is trained, in the order of updates."""
@@ -284,6 +302,10 @@ class TrainConfig(Config):
             raise ValueError(
                 f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
             )
+        if self.data.options and self.data.source in DATASETS:
+            raise ValueError(
+                f"data.options: is for a source of your own, and data.source={self.data.source}: leave it out"
+            )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
         joint = self.advantages.joint
@@ -382,15 +404,25 @@ class TrainConfig(Config):
             return  # what the rest is about is not trained
         if flow.kind == "grpo" and rollout.sampler == "ode":
             raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
-        if flow.kind == "nft" and rollout.sampler != "ode":
-            raise ValueError("flow.kind=nft trains on fresh noise: set rollout.sampler to ode")
-        if flow.kind == "nft" and rollout.guidance_scale > 1:
-            raise ValueError("flow.kind=nft trains the unguided velocity: set rollout.guidance_scale to 1")
+        fresh = flow.kind in ("nft", "awm")
+        if fresh and rollout.sampler != "ode":
+            raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
+        plain = rollout.image_guidance_scale == 1 and rollout.guidance_renorm == "none"
+        if fresh and not (plain and rollout.guidance_interval == (0.0, 1.0)):
+            raise ValueError(
+                f"flow.kind={flow.kind} trains velocities guided by rollout.guidance_scale alone: leave out "
+                "rollout.image_guidance_scale, guidance_renorm and guidance_interval"
+            )
+        for name, default in (("reference_guidance", 1), ("unguided_kl_coef", 0)):
+            if not fresh and getattr(flow, name) != default:  # two fields, by name
+                raise ValueError(f"flow.{name}={getattr(flow, name)}: is of flow.kind=nft or awm: leave it out")
+        if flow.reference_guidance != 1 and not flow.kl_coef:
+            raise ValueError(f"flow.reference_guidance={flow.reference_guidance}: no effect with flow.kl_coef=0")
         if flow.kind != "grpo" and flow.kl == "gaussian":
             raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
         if flow.kind != "grpo" and flow.ratio == "guard":
             raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
-        if flow.kind in ("nft", "grpo") and 2 * flow.keep > rollout.group_size:
+        if flow.kind in ("nft", "awm", "grpo") and 2 * flow.keep > rollout.group_size:
             raise ValueError(
                 f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
             )

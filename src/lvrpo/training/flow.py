@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -56,8 +57,9 @@ ELSEWHERE: Mapping[str, str] = {
 class FlowConfig(Config):
     """How segments drawn by a flow are trained."""
 
-    kind: Literal["nft", "grpo", "dpo", "best_of"] = "nft"
-    """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); grpo: the clipped objective on recorded stochastic steps
+    kind: Literal["nft", "awm", "grpo", "dpo", "best_of"] = "nft"
+    """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); awm: the clipped objective, the flow-matching loss in the
+    place of the log-prob (arXiv:2509.25050); grpo: the clipped objective on recorded stochastic steps
     (arXiv:2505.05470); dpo: the best against the worst drawing of a group (arXiv:2311.12908); best_of: imitate the best
     (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
@@ -70,13 +72,18 @@ class FlowConfig(Config):
     kl: Literal["velocity", "gaussian"] = "velocity"
     """velocity: mean |v - v_ref|^2, unguided; gaussian (grpo): the exact divergence of the recorded steps, reduced as
     ``rollout.logprob_reduction``."""
+    reference_guidance: float = Field(default=1.0, ge=1)
+    """nft, awm: the reference is guided at this scale, so that one pass learns what guidance adds at sampling
+    (CRD, arXiv:2603.14128). On top of the guidance of the rollout, if that is guided itself."""
+    unguided_kl_coef: float = Field(default=0.0, ge=0)
+    """nft, awm: of mean |v - v_ref|^2 without the text, which holds the branch that guidance leads away from."""
     keep: int = Field(default=2, ge=1)
-    """nft, grpo: the best and the worst ``keep`` members of each group are trained; best_of: so many are imitated."""
+    """nft, awm, grpo: of each group the best and the worst ``keep`` are trained; best_of: so many are imitated."""
     beta: float = Field(default=0.5, gt=0)
     advantage_max: float = Field(default=2.5, gt=0)
     """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
-    noise_draws: int = Field(default=2, ge=1)
-    """nft, dpo, best_of: times per picture, one in each equal part of the sampler's grid."""
+    noise_draws: int = Field(default=2, ge=1, le=1000)
+    """nft, awm, dpo, best_of: times per picture, one in each equal part of the sampler's grid."""
     min_time: float = Field(default=0.1, gt=0, lt=1)
     old_decay_rate: float = Field(default=0.05, ge=0)
     old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
@@ -126,40 +133,93 @@ class ContrastObjective(FlowObjective):
         ]
 
 
-class NFT(ContrastObjective):
-    """DiffusionNFT on fresh (x_t, t)."""
+class FreshNoiseObjective(ContrastObjective):
+    """Losses on fresh (x_t, t), compared with what the weights that sampled say there; guided as the rollout was."""
 
     samples_with = "old"
+    purpose: ClassVar[str]
+    """Names the noise."""
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
-        return ("old", "reference") if self.config.kl_coef else ("old",)
+        return ("old", "reference") if self.config.kl_coef or self.config.unguided_kl_coef else ("old",)
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
-        return self._noised(policy, batch).velocity(policy)
+    def passes(self, trajectory: Trajectory) -> int:
+        branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
+        return self.config.noise_draws * branches
+
+    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "K B N C"]:
+        """Velocities as sampled, guided as the reference is to be, and without the text; what is not used is absent."""
+        noised, config = self._noised(policy, batch), self.config
+        scales = [1.0, config.reference_guidance] if config.reference_guidance != 1 else [1.0]
+        velocities = [noised.velocity(policy, scale) for scale in scales]
+        return torch.stack(velocities + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
 
     def _noised(self, policy: Policy, batch: Batch) -> Noised:
-        return add_noise(policy, batch, self.config, "nft", [trajectory.seed for trajectory in batch.trajectories])
+        seeds = [trajectory.seed for trajectory in batch.trajectories]
+        return add_noise(policy, batch, self.config, self.purpose, seeds)
 
     def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
         config, noised = self.config, self._noised(live, batch)
-        q = reward_probability(batch.advantages(), config.advantage_max)
-        result = nft_loss(
-            noised.velocity(live),
-            batch.frozen["old"],
-            batch.frozen.get("reference"),
-            noised.x_t,
-            noised.t,
-            noised.x_0,
-            q.repeat_interleave(config.noise_draws).to(noised.x_0),
-            beta=config.beta,
-            kl_coef=config.kl_coef,
-            advantage_max=config.advantage_max,
+        v, v_old = noised.velocity(live), batch.frozen["old"][0]
+        policy_loss = self._policy_loss(noised, v, v_old, batch)
+        batch.log(f"loss/flow/{batch.task}", policy_loss.mean())
+        batch.log("distance/old", velocity_regularizer(v.detach(), v_old).mean())
+        loss = policy_loss
+        if config.kl_coef:
+            v_ref = batch.frozen["reference"][1 if config.reference_guidance != 1 else 0]
+            divergence = velocity_regularizer(v, v_ref)
+            batch.log(f"kl/flow/{batch.task}", divergence.mean())
+            loss = loss + config.kl_coef * divergence
+        if config.unguided_kl_coef:
+            divergence = velocity_regularizer(noised.unguided(live), batch.frozen["reference"][-1])
+            batch.log(f"kl/flow_unguided/{batch.task}", divergence.mean())
+            loss = loss + config.unguided_kl_coef * divergence
+        return loss.mean()
+
+    @abstractmethod
+    def _policy_loss(
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
+    ) -> Float[torch.Tensor, " B"]:
+        """The term that the rewards drive, per drawing and time."""
+
+
+class NFT(FreshNoiseObjective):
+    """DiffusionNFT (arXiv:2509.16117)."""
+
+    purpose = "nft"
+
+    def _policy_loss(
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
+    ) -> Float[torch.Tensor, " B"]:
+        config = self.config
+        q = reward_probability(batch.advantages(), config.advantage_max).repeat_interleave(config.noise_draws)
+        state = noised.x_t, noised.t, noised.x_0, q.to(noised.x_0)
+        return nft_loss(v, v_old, None, *state, beta=config.beta, advantage_max=config.advantage_max).policy
+
+
+class AWM(FreshNoiseObjective):
+    """Advantage-weighted matching (arXiv:2509.25050): -|v - (noise - x_0)|^2 in the place of a log-prob, clipped."""
+
+    purpose = "awm"
+
+    def _policy_loss(
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
+    ) -> Float[torch.Tensor, " B"]:
+        config = self.config
+        logprobs, behavior = -noised.flow_loss(v)[:, None], -noised.flow_loss(v_old)[:, None]
+        A = batch.advantages().clamp(-config.advantage_max, config.advantage_max)
+        A = A.repeat_interleave(config.noise_draws)[:, None].to(logprobs)
+        surrogate = clipped_surrogate(
+            logprobs,
+            behavior,
+            A,
+            torch.ones_like(logprobs, dtype=torch.bool),
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
         )
-        batch.log(f"loss/flow/{batch.task}", result.policy.mean())
-        batch.log(f"kl/flow/{batch.task}", result.velocity_kl.mean())
-        batch.log("distance/old", result.distance_to_old.mean())
-        return result.loss.mean()
+        batch.log("clip_fraction/flow", surrogate.clipped.float().mean())
+        return surrogate.loss_terms[:, 0]
 
 
 class FlowGRPO(ContrastObjective):
@@ -235,9 +295,14 @@ class Noised:
     t: Float[torch.Tensor, " B"]
     x_t: Float[torch.Tensor, "B N C"]
 
-    def velocity(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
-        """What ``policy`` says there."""
-        return policy.velocity(self.trajectories, self.x_t, self.t)
+    def velocity(self, policy: Policy, guidance: float = 1.0) -> Float[torch.Tensor, "B N C"]:
+        """What ``policy`` says there, guided as the drawings were, times ``guidance``."""
+        scale = flow_segment(self.trajectories[0]).guidance_scale * guidance
+        return policy.velocity(self.trajectories, self.x_t, self.t, scale)
+
+    def unguided(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
+        """The same without the text."""
+        return policy.velocity(self.trajectories, self.x_t, self.t, 0.0)
 
     def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
         """The flow-matching loss of these velocities."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lvrpo.training.best_of import BestDrawing, BestText
 from lvrpo.training.dpo import FlowDPO, TextDPO
-from lvrpo.training.flow import NFT, FlowConfig, FlowGRPO, FlowObjective
+from lvrpo.training.flow import AWM, NFT, FlowConfig, FlowGRPO, FlowObjective
 from lvrpo.training.objective import Objective
 from lvrpo.training.text import TextObjective, TokenObjective
 from lvrpo.types import SegmentKind
@@ -26,6 +26,7 @@ TEXT_OBJECTIVES: Mapping[str, type[TextObjective]] = {
 
 FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
     "nft": NFT,
+    "awm": AWM,
     "grpo": FlowGRPO,
     "dpo": FlowDPO,
     "best_of": BestDrawing,

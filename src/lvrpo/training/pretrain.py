@@ -1,17 +1,20 @@
-"""Unified pretraining: cross-entropy and flow loss together on the finite web corpus. Also the supervised baseline."""
+"""Unified pretraining: cross-entropy and flow loss together on the finite web corpus.
+
+Also the supervised baseline, and, on clean prompts with their right outputs, the supervised oracle.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
-from lvrpo.data.scenes import VOCABULARY, CorpusConfig, WebCorpus
+from lvrpo.data.scenes import VOCABULARY, CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, pick_device
 from lvrpo.policies.mot.policy import MoTPolicy
@@ -22,6 +25,10 @@ from lvrpo.training.representation import Representation, RepresentationConfig
 from lvrpo.types import Example, Prompt, Task
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
+
+
+Count = Annotated[int, Field(le=100_000)]
+"""Of prompts or rows of a kind."""
 
 
 class PretrainOptimizerConfig(OptimizerConfig):
@@ -35,7 +42,7 @@ class PretrainOptimizerConfig(OptimizerConfig):
 
 
 class PretrainConfig(Config):
-    """A supervised run on the web corpus."""
+    """A supervised run on the web corpus, or on clean prompts."""
 
     name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
@@ -43,9 +50,13 @@ class PretrainConfig(Config):
     """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
+    data: Literal["corpus", "prompts"] = "corpus"
+    """prompts: those of the train split with their right outputs, which nothing but an oracle has."""
     corpus: CorpusConfig = CorpusConfig()
-    steps: int = Field(default=6000, ge=1)
-    batch: dict[Kind, int] = Field(
+    prompts: CleanPromptsConfig = CleanPromptsConfig()
+    """The rows of ``data: prompts``; picture size and questions per picture are those of ``corpus``."""
+    steps: int = Field(default=6000, ge=1, le=10_000_000)
+    batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
@@ -60,20 +71,31 @@ class PretrainConfig(Config):
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     average_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, int] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    held_out: dict[Task, Count] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
     def _rows_to_draw_from(self) -> Self:
         corpus = self.corpus
-        rows = {"edit": corpus.edits, "reason": corpus.reasons, "question": corpus.scenes * corpus.questions_per_scene}
+        rows: dict[str, int] = {
+            "generate": corpus.scenes,
+            "caption": corpus.scenes,
+            "edit": corpus.edits,
+            "reason": corpus.reasons,
+            "question": corpus.scenes * corpus.questions_per_scene,
+        }
+        if self.data == "prompts":
+            counts = self.prompts.counts
+            rows = {"question": counts.get("understand", 0), **counts}
         for kind, count in self.batch.items():
-            if count < 0 or (count and not rows.get(kind, corpus.scenes)):
-                raise ValueError(f"batch.{kind}={count}: the corpus has no such rows; use 0, or give it some")
+            run = corpus.questions_per_scene if kind == "question" else 1
+            if count < 0 or (count and rows.get(kind, 0) < max(run, 1)):
+                what = "the corpus has" if self.data == "corpus" else "the prompts have"
+                raise ValueError(f"batch.{kind}={count}: {what} no such rows; use 0, or give some")
         if not any(self.batch.values()):
             raise ValueError("batch: give at least one kind of row a positive number")
         if self.condition_dropout + self.picture_dropout > 1:
@@ -94,7 +116,7 @@ class SupervisedStep:
 class Supervised:
     """The supervised trainer: one object that can be stepped, saved and resumed."""
 
-    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus) -> None:
+    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus | CleanPrompts) -> None:
         self.config = config
         self.policy = policy
         require_size(policy, config)
@@ -171,6 +193,13 @@ class Supervised:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != kind or k[1] == epoch - 1}
             self._orders[key] = rng.permutation(len(self.rows[kind]) // self._run_length(kind))
         return self._orders[key]
+
+
+def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
+    """What the run imitates."""
+    if config.data == "corpus":
+        return web_corpus(config.corpus)
+    return CleanPrompts.of(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 
 
 def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:

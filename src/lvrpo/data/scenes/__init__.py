@@ -1,5 +1,6 @@
 """The built-in world: small pictures of colored shapes and handwritten digits, with a grammar and a verifier."""
 
+from lvrpo.data.scenes.clean import CleanPrompts, CleanPromptsConfig
 from lvrpo.data.scenes.corpus import CorpusConfig, WebCorpus, web_corpus
 from lvrpo.data.scenes.grammar import DESCRIBE, VOCABULARY, normalize
 from lvrpo.data.scenes.objects import (
@@ -31,6 +32,8 @@ __all__ = [
     "SHAPES",
     "SPLITS",
     "VOCABULARY",
+    "CleanPrompts",
+    "CleanPromptsConfig",
     "CorpusConfig",
     "Reading",
     "Scene",

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
 from lvrpo.policies.mot import adapter, batching, drawing, judging, supervised, writing
 from lvrpo.policies.mot.context import Contexts, Row, row_tokens
@@ -28,7 +29,7 @@ from lvrpo.policies.mot.recording import (
 )
 from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
-from lvrpo.sampling import derive_seed, uniform_noise
+from lvrpo.sampling import derive_seed, guide, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -62,6 +63,10 @@ def computing(
             return method(policy, *args, **kwargs)
 
     return run
+
+
+MOST_TOKENS = 4096
+"""Of a row of a policy that says nothing else: attention takes memory by the square of it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ class MoTPolicy(nn.Module, ABC):
     @abstractmethod
     def image_size(self) -> int | None:
         """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
+
+    def check_text(self, text: str) -> None:
+        """Raises InputError where a text holds words that the policy does not know."""
+        self.words.encode(text)
 
     @property
     def contexts(self) -> Contexts:
@@ -185,10 +194,20 @@ class MoTPolicy(nn.Module, ABC):
         ]
 
     def _row(self, prompt: Prompt) -> Row:
-        return self.contexts.row(prompt.parts, draws="image" in prompt.output)
+        row = self.contexts.row(prompt.parts, draws="image" in prompt.output)
+        self.check_length(f"prompt {prompt.id!r}", row, 1)
+        return row
+
+    def most_tokens(self) -> int:
+        """The length of the longest row, context and output together."""
+        return MOST_TOKENS
 
     def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
-        """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
+        """Raises InputError where a row and ``new`` tokens after it are too long."""
+        length, limit = row_tokens(row), self.most_tokens()
+        if length + new > limit:
+            after = f" and {new} after them" if new > 1 else ""
+            raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
 
     def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
         """Of the picture that is drawn: that of the last source picture, else the sampling's or the policy's own."""
@@ -254,16 +273,28 @@ class MoTPolicy(nn.Module, ABC):
         return out
 
     @computing
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Unguided velocity of the drawn segment, given the prompt and any text thought before it."""
-        contexts = self.contexts
-        rows = []
-        for trajectory in trajectories:
-            thoughts = [s for s in trajectory.segments if isinstance(s, TextSegment)]
-            ids = [as_written(s).tokens[: -1 if s.ended else None] for s in thoughts]
-            rows.append((*self._row(trajectory.prompt), *(contexts.text(i) for i in ids)))
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """Velocity of the drawn segment, given the prompt and any text thought before it; see ``Policy.velocity``."""
+        rows, contexts = [self._row(trajectory.prompt) for trajectory in trajectories], self.contexts
         grid = self._drawn_grid(trajectories[0])
-        out = []
+        if guidance_scale == 0:
+            return self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+        thought = [(*row, *self._thoughts(trajectory)) for row, trajectory in zip(rows, trajectories, strict=True)]
+        v = self._velocity(thought, x_t, t, grid)
+        if guidance_scale == 1:
+            return v
+        v_no_text = self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+        return guide(v, v_no_text, None, guidance_scale)
+
+    def _thoughts(self, trajectory: Trajectory) -> Row:
+        """The texts that a trajectory wrote before it drew."""
+        thoughts = [as_written(s) for s in trajectory.segments if isinstance(s, TextSegment)]
+        return tuple(self.contexts.text(text.tokens[: -1 if text.ended else None]) for text in thoughts)
+
+    def _velocity(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
+        contexts, out = self.contexts, []
         for part in self.within(rows, [contexts.noise(grid).span.length] * len(rows)):
             cache, owner = contexts.prefill_shared([rows[i] for i in part])
             out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))

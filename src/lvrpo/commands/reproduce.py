@@ -1,0 +1,139 @@
+"""``lvrpo reproduce``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Command, Options, Parser, names, nearest, whole
+from lvrpo.errors import ContractError, InputError
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.reproduce.plan import Experiment, Job
+    from lvrpo.evaluation.reproduce.runner import Runner
+
+NOT_EVIDENCE = "a trial of the machinery, not the evidence: too few seeds, steps and prompts to tell anything"
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [whole(each.strip()) for each in text.split(",")]
+
+
+def options(parser: Parser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="scenes, or a YAML file like it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run directories (default: runs/reproduce/EXPERIMENT)")
+    parser.add_argument("--rows", type=names, metavar="NAME[,NAME]", help="of the table (default: all)")
+    parser.add_argument("--seeds", type=seeds, metavar="N[,N]", help="of the runs (default: all)")
+    parser.add_argument("--quick", action="store_true", help="some rows, one seed, few steps: not the evidence")
+    parser.add_argument("--table", action="store_true", help="write the page from the summaries that there are, no run")
+    parser.add_argument("--list", action="store_true", help="say which jobs are left, and run none")
+    parser.add_argument(
+        "--summaries",
+        type=Path,
+        metavar="DIR",
+        help="a small file per run, and the page beside it as DIR.md (default: docs/results/EXPERIMENT in a checkout)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")
+
+
+def run(options: Options) -> None:
+    from lvrpo.commands.settings import find_config
+    from lvrpo.evaluation.reproduce.plan import load_experiment
+    from lvrpo.evaluation.reproduce.recipes import Recipes
+    from lvrpo.evaluation.reproduce.runner import Runner
+
+    experiment = load_experiment(find_experiment(options.experiment, options.quick))
+    out = options.out or Path("runs") / "reproduce" / experiment.name
+    summaries = options.summaries or default_summaries(experiment, out)
+    if not experiment.evidence:
+        print(f"{experiment.name}: {NOT_EVIDENCE}", flush=True)
+    if not options.table:
+        recipes = Recipes(experiment, out, find_config, say, options.device)
+        runner = Runner(recipes, summaries, say)
+        jobs = runner.pending(options.rows, options.seeds)
+        if options.list:
+            print("\n".join([*(f"{job.kind} {job.name}" for job in jobs), f"{len(jobs)} jobs left"]))
+            return
+        failed = work(runner, jobs)
+        write_page(experiment, summaries)
+        if failed:
+            raise ContractError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the others are done")
+        return
+    write_page(experiment, summaries)
+
+
+def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
+    """Does the jobs; one that fails is said and passed over, with the runs that wait for it. Returns their names."""
+    failed: dict[str, Job] = {}
+    for number, job in enumerate(jobs, start=1):
+        head = f"job {number} of {len(jobs)}: {job.kind} {job.name}"
+        cause = next((other for other in failed.values() if job.waits_for(other)), None)
+        if cause is not None:
+            print(f"{head}: left out, as {cause.name} failed", flush=True)
+            failed[job.name] = job
+            continue
+        print(head, flush=True)
+        try:
+            runner.do(job)
+        except ContractError as error:
+            print(f"  failed: {' '.join(str(error).split())}", flush=True)
+            failed[job.name] = job
+    return list(failed)
+
+
+def write_page(experiment: Experiment, summaries: Path) -> None:
+    """The page beside the summaries, made of nothing else."""
+    from lvrpo.report.evidence import Evidence
+    from lvrpo.report.evidence_page import evidence_page
+    from lvrpo.storing import write_whole
+
+    page = summaries.with_suffix(".md")
+    text = evidence_page(experiment.table(), Evidence.read(summaries))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(page, text.encode())
+    print(page)
+    if not experiment.evidence:
+        print(f"\n{text}\n{experiment.name}: {NOT_EVIDENCE}")
+
+
+def find_experiment(name: str, quick: bool) -> Path:
+    """The YAML file of an experiment: a file, or one that lvrpo ships."""
+    shipped = shipped_experiments()
+    if Path(name).is_file():
+        if quick:
+            raise InputError(f"--quick: is of the experiments that lvrpo ships, and {name} is a file: leave it out")
+        return Path(name)
+    if name not in shipped:
+        near = nearest(name, shipped)
+        hint = f"did you mean {near}? " if near else ""
+        raise InputError(f"experiment {name!r}: no such file: {hint}give a YAML file, or {' or '.join(shipped)}")
+    path = shipped[name]
+    return path.with_stem(f"{path.stem}_quick") if quick else path
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """Those that lvrpo ships, by name."""
+    from importlib import resources
+
+    folder = Path(str(resources.files("lvrpo"))) / "configs" / "reproduce"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if not path.stem.endswith("_quick")}
+
+
+def default_summaries(experiment: Experiment, out: Path) -> Path:
+    """docs/results/NAME of the checkout that one stands in, else inside OUT; a trial never writes into docs."""
+    checkout = Path("pyproject.toml").is_file() and Path("docs/results").is_dir()
+    return Path("docs/results") / experiment.name if checkout and experiment.evidence else out / "summaries"
+
+
+def say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+REPRODUCE = Command(
+    "all evidence of the built-in world: runs, resumes and tabulates it job by job",
+    options,
+    run,
+    "example: lvrpo reproduce scenes --quick; with a day or more: lvrpo reproduce scenes; the page alone: --table",
+)

@@ -1,0 +1,268 @@
+"""What the samples of one benchmark say beside its mean score, alone and against another policy on the same prompts.
+
+Everything is JSON as ``summary.json`` holds it. A measure that the record cannot give is left out, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lvrpo.metrics import (
+    ReadBack,
+    agreement,
+    answer_entropy,
+    balanced_accuracy,
+    best_of_n,
+    collapsed_forms,
+    group_spread,
+    pass_at_k,
+)
+from lvrpo.statistics import (
+    Floats,
+    Interval,
+    bootstrap_statistic,
+    detectable_difference,
+    mean_interval,
+    paired_difference,
+)
+
+PASS_AT = (1, 4, 16)
+BEST_OF = (2, 4, 8)
+RIVAL = 4
+"""Best of so many by the earlier policy's judge is what a single sample of the later one is compared with."""
+FEW_ANSWERS = 20
+"""A form with more right answers than these has no balanced accuracy: each answer would stand for a question or two."""
+
+Measures = dict[str, Any]
+"""Any: nested JSON values."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a record: see ``Scored``."""
+
+    cluster: str
+    successes: tuple[float, ...]
+    judged: tuple[float | None, ...] = ()
+    read_back: ReadBack | None = None
+    form: str = ""
+    right: str | None = None
+    answers: tuple[str, ...] = ()
+
+
+def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
+    """pass_at_k, best_of, groups, agreement, balanced and forms, as far as the record holds them.
+
+    pass@k and best-of-n: over the prompts that were sampled most often, so that all of them are of the same prompts.
+    ``groups``: how these samples differ. ``balanced``: macro mean over forms of question of their balanced accuracy, of
+    the first ``samples`` answers; ``forms``: per form its balanced accuracy and the entropy of answers given and right.
+    """
+    found: Measures = {}
+    many = [row for row in rows if len(row.successes) == _most(rows)]
+    if _most(rows) > 1:
+        found["pass_at_k"] = {str(k): _mean(many, pass_values(many, k)) for k in PASS_AT if k <= _most(rows)}
+        spread = group_spread([row.successes for row in many])
+        found["groups"] = {**asdict(spread), "samples": _most(rows)}
+    judged = [row for row in many if _has_judge(row)]
+    if judged and _most(rows) > 1:
+        sizes = [n for n in BEST_OF if n <= _most(rows)]
+        found["best_of"] = {str(n): _mean(judged, best_values(judged, n)) for n in sizes}
+    drawings = [row for row in rows if row.read_back is not None]
+    if drawings:
+        found["agreement"] = _agreement(drawings)
+    forms = form_rows(rows)
+    if forms:
+        found |= _answers(forms, samples)
+    return found
+
+
+def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Measures:
+    """``after`` minus ``before`` of the same prompts in one order: each with its interval and ``detectable`` effect.
+
+    ``against_best_of``: one sample of ``after`` minus the best of ``RIVAL`` of ``before`` by its judge, prompt by
+    prompt: what training gives above what choosing gives. ``collapsed``: forms that nearly always get one answer now.
+    """
+    found: Measures = {}
+    if len(before) != len(after) or not before:
+        return found
+    pairs = [
+        (b, a)
+        for b, a in zip(before, after, strict=True)
+        if (len(b.successes), len(a.successes)) == _both(before, after)
+    ]
+    one, two = [b for b, _ in pairs], [a for _, a in pairs]
+    most = min(_both(before, after))
+    if most > 1:
+        found["pass_at_k"] = {
+            str(k): _paired(one, pass_values(one, k), pass_values(two, k)) for k in PASS_AT if k <= most
+        }
+        spreads = [group_spread([row.successes for row in side]) for side in (one, two)]
+        found["groups"] = {"std": spreads[1].std - spreads[0].std, "signal": spreads[1].signal - spreads[0].signal}
+    judged = [(b, a) for b, a in pairs if _has_judge(b)]
+    if judged and most >= RIVAL:
+        one, two = [b for b, _ in judged], [a for _, a in judged]
+        found["against_best_of"] = {str(RIVAL): _paired(one, best_values(one, RIVAL), pass_values(two, 1))}
+        if all(_has_judge(row) for row in two):
+            sizes = [n for n in BEST_OF if n <= most]
+            found["best_of"] = {str(n): _paired(one, best_values(one, n), best_values(two, n)) for n in sizes}
+    forms = {
+        name: (rows, form_rows(after)[name]) for name, rows in form_rows(before).items() if name in form_rows(after)
+    }
+    if forms:
+        sides = [{name: both[side] for name, both in forms.items()} for side in (0, 1)]
+        balanced = balanced_interval(sides[1], samples, minus=sides[0])
+        if balanced is not None:
+            found["balanced"] = balanced.as_dict()
+        given = [{name: _given(rows, samples) for name, rows in side.items()} for side in sides]
+        right = {name: [str(row.right) for row in rows] for name, rows in sides[0].items()}
+        found["collapsed"] = [asdict(each) for each in collapsed_forms(given[0], given[1], right)]
+        found["forms"] = {
+            name: {"entropy": answer_entropy(given[1][name]) - answer_entropy(given[0][name])} for name in forms
+        }
+    return found
+
+
+def pass_values(rows: Sequence[Row], k: int) -> list[float]:
+    """pass@k of each prompt."""
+    return [pass_at_k(len(row.successes), round(sum(row.successes)), k) for row in rows]
+
+
+def best_values(rows: Sequence[Row], n: int) -> list[float]:
+    """Best of ``n`` by the judge, of each prompt; all of them must be judged."""
+    return [best_of_n([score for score in row.judged if score is not None], row.successes, n) for row in rows]
+
+
+def form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The questions of each form, those with a right text and an answer."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.form and row.right is not None and row.answers:
+            found.setdefault(row.form, []).append(row)
+    return found
+
+
+def balanced_interval(
+    forms: Mapping[str, Sequence[Row]], samples: int, minus: Mapping[str, Sequence[Row]] | None = None
+) -> Interval | None:
+    """Mean over forms of the balanced accuracy, whole clusters resampled; ``minus``: less that of the same questions
+    answered by another. None where no form has 2 to ``FEW_ANSWERS`` right answers.
+
+        (1 / |F|) sum_f (1 / |A_f|) sum_{a in A_f} mean { s_i : form f, right answer a }
+    """
+    cells: list[tuple[int, list[Row], list[float]]] = []
+    used = [name for name, rows in forms.items() if _few(rows)]
+    for f, name in enumerate(used):
+        earlier = minus[name] if minus is not None else [None] * len(forms[name])
+        by_answer: dict[str, tuple[list[Row], list[float]]] = {}
+        for row, other in zip(forms[name], earlier, strict=True):
+            rows, values = by_answer.setdefault(str(row.right), ([], []))
+            rows.append(row)
+            values.append(_mean_of(row, samples) - (0.0 if other is None else _mean_of(other, samples)))
+        cells += [(f, rows, values) for rows, values in by_answer.values()]
+    if not cells:
+        return None
+    index = {name: i for i, name in enumerate(dict.fromkeys(row.cluster for _, rows, _ in cells for row in rows))}
+    sums, counts = np.zeros((len(index), len(cells))), np.zeros((len(index), len(cells)))
+    for column, (_, rows, values) in enumerate(cells):
+        places = [index[row.cluster] for row in rows]
+        np.add.at(sums[:, column], places, values)
+        np.add.at(counts[:, column], places, 1.0)
+    form_of = np.array([f for f, _, _ in cells])
+
+    def macro(weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            recall = (weights @ sums) / (weights @ counts)
+            drawn = np.isfinite(recall)
+            by_form = [
+                np.where(drawn, recall, 0.0)[:, form_of == f].sum(axis=1) / drawn[:, form_of == f].sum(axis=1)
+                for f in range(len(used))
+            ]
+        return np.nanmean(np.stack(by_form), axis=0)
+
+    return bootstrap_statistic(macro, len(index), n=sum(len(rows) for _, rows, _ in cells))
+
+
+# --- inside ---
+
+
+def _answers(forms: Mapping[str, Sequence[Row]], samples: int) -> Measures:
+    found: Measures = {}
+    balanced = balanced_interval(forms, samples)
+    if balanced is not None:
+        found["balanced"] = balanced.as_dict()
+    found["forms"] = {}
+    for name, rows in forms.items():
+        right = [str(row.right) for row in rows]
+        successes = [_mean_of(row, samples) for row in rows]
+        found["forms"][name] = {
+            "balanced": balanced_accuracy(right, successes) if _few(rows) else None,
+            "accuracy": sum(successes) / len(successes),
+            "entropy": answer_entropy(_given(rows, samples)),
+            "entropy_right": answer_entropy(right),
+            "n": len(rows),
+        }
+    return found
+
+
+def _agreement(drawings: Sequence[Row]) -> Measures:
+    backs = [row.read_back for row in drawings if row.read_back is not None]
+    index = {name: i for i, name in enumerate(dict.fromkeys(row.cluster for row in drawings))}
+    counts = np.zeros((len(index), 4))
+    for row, back in zip(drawings, backs, strict=True):
+        counts[index[row.cluster]] += (back.facts, back.confirmed, back.hold, back.agree)
+
+    def ratio(column: int) -> Measures:
+        def share(weights: Floats) -> Floats:
+            totals = weights @ counts
+            return totals[:, column] / totals[:, 0]
+
+        return bootstrap_statistic(share, len(index), n=len(drawings)).as_dict()
+
+    whole = agreement(backs)
+    return {
+        "confirmed": ratio(1),
+        "hold": ratio(2),
+        "agree": ratio(3),
+        "kappa": whole.kappa if math.isfinite(whole.kappa) else None,
+        "facts": whole.facts,
+    }
+
+
+def _most(rows: Sequence[Row]) -> int:
+    return max((len(row.successes) for row in rows), default=0)
+
+
+def _both(before: Sequence[Row], after: Sequence[Row]) -> tuple[int, int]:
+    return _most(before), _most(after)
+
+
+def _has_judge(row: Row) -> bool:
+    return len(row.judged) == len(row.successes) > 0 and None not in row.judged
+
+
+def _few(rows: Sequence[Row]) -> bool:
+    return 2 <= len({row.right for row in rows}) <= FEW_ANSWERS
+
+
+def _given(rows: Sequence[Row], samples: int) -> list[str]:
+    return [answer for row in rows for answer in row.answers[:samples]]
+
+
+def _mean_of(row: Row, samples: int) -> float:
+    first = row.successes[:samples]
+    return sum(first) / len(first)
+
+
+def _mean(rows: Sequence[Row], values: Sequence[float]) -> Measures:
+    return mean_interval(values, [row.cluster for row in rows]).as_dict()
+
+
+def _paired(rows: Sequence[Row], before: Sequence[float], after: Sequence[float]) -> Measures:
+    clusters = [row.cluster for row in rows]
+    found = paired_difference(before, after, clusters).as_dict()
+    return {**found, "detectable": detectable_difference(before, after, clusters)}

@@ -1,0 +1,1 @@
+"""``lvrpo reproduce``: a declared table of evidence, run, resumed and tabulated job by job."""

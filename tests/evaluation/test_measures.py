@@ -1,0 +1,147 @@
+"""What a record of samples says, from small records worked by hand; old records stay readable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lvrpo.errors import ContractError
+from lvrpo.evaluation.measures import Row, compare, measure
+from lvrpo.evaluation.scored import Scored
+from lvrpo.metrics import ReadBack
+from lvrpo.training.run_directory import json_text
+
+
+def drawings(successes: list[list[int]], judged: list[list[float | None]] | None = None) -> list[Row]:
+    return [Row(f"p{i}", tuple(map(float, row)), tuple(judged[i]) if judged else ()) for i, row in enumerate(successes)]
+
+
+def asked(form: str, right: str, given: str, cluster: str) -> Row:
+    return Row(cluster, (float(given == right),), form=form, right=right, answers=(given,))
+
+
+BEFORE = drawings([[1, 0, 0, 0], [0, 0, 0, 0]], [[0.9, 0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]])
+AFTER = drawings([[1, 1, 0, 0], [1, 0, 0, 0]], [[0.9, 0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]])
+
+
+def test_samples_by_hand() -> None:
+    found = measure(BEFORE)
+    assert {k: v["score"] for k, v in found["pass_at_k"].items()} == {"1": 1 / 8, "4": 1 / 2}
+    # the right drawing has the top score: it is chosen whenever it is in the pair (3 of 6), and of all four
+    assert {n: v["score"] for n, v in found["best_of"].items()} == {"2": 1 / 4, "4": 1 / 2}
+    assert found["groups"] == {"std": pytest.approx(3**0.5 / 8), "signal": 0.5, "groups": 2, "samples": 4}
+    assert set(found) == {"pass_at_k", "best_of", "groups"}
+
+
+def test_two_policies_by_hand() -> None:
+    found = compare(BEFORE, AFTER)
+    # pass@1: 1/4 -> 1/2 and 0 -> 1/4
+    assert found["pass_at_k"]["1"]["score"] == pytest.approx(1 / 4)
+    assert found["pass_at_k"]["4"]["score"] == pytest.approx(1 / 2)
+    # one sample of after (3/8) against the best of four of before (1/2)
+    assert found["against_best_of"]["4"]["score"] == pytest.approx(-1 / 8)
+    assert found["best_of"]["4"]["score"] == 0.0
+    assert found["groups"]["signal"] == 0.5
+    assert found["pass_at_k"]["1"]["detectable"] is not None
+
+
+def test_only_the_prompts_that_were_sampled_most_count() -> None:
+    rows = [*BEFORE, *drawings([[1], [1], [1]])]
+    assert measure(rows)["pass_at_k"]["1"] == measure(BEFORE)["pass_at_k"]["1"]
+    assert "pass_at_k" not in measure(drawings([[1], [0]]))
+
+
+def test_a_drawing_that_could_not_be_judged_leaves_its_prompt_out() -> None:
+    rows = drawings([[1, 0], [1, 1]], [[0.9, None], [0.1, 0.2]])
+    best = measure(rows)["best_of"]["2"]
+    assert (best["score"], best["n"]) == (1.0, 1)
+    assert "best_of" not in measure(drawings([[1, 0]], [[None, None]]))
+
+
+def test_answers_by_hand() -> None:
+    rows = [asked("is it ?", "yes", "yes", f"p{i}") for i in range(3)]
+    rows += [asked("is it ?", "no", given, f"p{i}") for i, given in enumerate(["yes", "no"])]
+    rows += [asked("which ?", "a", "a", "p0"), asked("which ?", "b", "b", "p1")]
+    rows += [asked("one answer ?", "a", "b", "p2")]
+    found = measure(rows)
+    assert found["balanced"]["score"] == pytest.approx((0.75 + 1.0) / 2)
+    assert found["balanced"]["n"] == 7
+    assert found["forms"]["is it ?"]["balanced"] == pytest.approx(0.75)
+    assert found["forms"]["is it ?"]["accuracy"] == pytest.approx(0.8)
+    assert found["forms"]["is it ?"]["entropy"] == pytest.approx(0.721928, abs=1e-6)  # shares .8 and .2
+    assert found["forms"]["is it ?"]["entropy_right"] == pytest.approx(0.970951, abs=1e-6)
+    assert found["forms"]["one answer ?"]["balanced"] is None
+
+
+def test_answers_that_flip_from_one_to_the_other_are_not_better_and_collapse() -> None:
+    right = ["yes", "no"] * 20
+    mixed = [asked("is it ?", r, "yes" if i % 4 < 2 else "no", f"p{i}") for i, r in enumerate(right)]
+    no = [asked("is it ?", r, "no", f"p{i}") for i, r in enumerate(right)]
+    found = compare(mixed, no)
+    assert found["balanced"]["score"] == pytest.approx(0.0)
+    assert [(c["form"], c["answer"], c["share"]) for c in found["collapsed"]] == [("is it ?", "no", 1.0)]
+    assert found["forms"]["is it ?"]["entropy"] == pytest.approx(-1.0)
+    assert compare(no, no)["collapsed"] == []
+
+
+def test_what_is_read_back_by_hand() -> None:
+    rows = [
+        replace(row, read_back=back)
+        for row, back in zip(drawings([[1], [0]]), (ReadBack(4, 3, 2, 3), ReadBack(6, 3, 3, 4)), strict=True)
+    ]
+    found = measure(rows)["agreement"]
+    assert (found["confirmed"]["score"], found["hold"]["score"], found["agree"]["score"]) == (0.6, 0.5, 0.7)
+    assert found["kappa"] == pytest.approx(0.4)
+    assert (found["confirmed"]["n"], found["facts"]) == (2, 10)
+
+
+def record() -> Scored:
+    return Scored(
+        ("a", "b"),
+        ("x", "y"),
+        ("p", "q"),
+        (0.5, 1.0),
+        2,
+        ((1.0, 0.0, 1.0), (1.0, 1.0)),
+        ((0.5, None, 0.25), ()),
+        (ReadBack(3, 2, 1, 2), None),
+        ("", "is it ?"),
+        (None, "yes"),
+        ((), ("yes", "yes")),
+        {"judge": "base"},
+    )
+
+
+def test_a_record_survives_json_with_its_tables() -> None:
+    again = Scored.from_dict(json.loads(json_text(record().as_dict())))
+    assert again == record()
+    assert json_text(again.result()) == json_text(record().result())
+    assert json_text(again.difference(record())) == json_text(record().difference(again))
+
+
+def test_records_of_before_there_were_samples_are_readable() -> None:
+    old = {"ids": ["a", "b"], "categories": ["x", "x"], "clusters": ["a", "b"], "scores": [1.0, 0.0]}
+    read = Scored.from_dict(old)
+    assert set(read.result()) == {"score", "low", "high", "n", "categories"}
+    assert read.difference(read)["score"] == 0.0
+    newer = replace(record(), categories=("x", "x"))
+    assert "pass_at_k" not in read.difference(newer)
+    assert Scored.from_dict({**old, "of_a_later_version": 1}) == read
+
+
+def test_a_difference_says_what_could_have_been_told() -> None:
+    ids = tuple(f"p{i}" for i in range(40))
+    categories = tuple("xy"[i % 2] for i in range(40))
+    before = Scored(ids, categories, ids, tuple(float(i % 4 == 0) for i in range(40)))
+    after = Scored(ids, categories, ids, tuple(float(i % 4 in (0, 2) and i < 30) for i in range(40)))
+    found = before.difference(after)
+    assert found["detectable"] > 0
+    p = {name: row["p"] for name, row in found["categories"].items()}
+    adjusted = {name: row["p_holm"] for name, row in found["categories"].items()}
+    first, second = sorted(p, key=lambda name: p[name])
+    assert adjusted[first] == pytest.approx(2 * p[first])
+    assert adjusted[second] == pytest.approx(max(p[second], adjusted[first]))
+    with pytest.raises(ContractError, match="different prompts"):
+        before.difference(replace(after, ids=ids[::-1]))

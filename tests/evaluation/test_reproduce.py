@@ -1,0 +1,271 @@
+"""A small table run job by job: bases, grids, budgets, summaries, interruptions and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvrpo.cli import main
+from lvrpo.commands.reproduce import shipped_experiments, write_page
+from lvrpo.commands.settings import find_config
+from lvrpo.errors import InputError
+from lvrpo.evaluation.compute import Compute
+from lvrpo.evaluation.reproduce import measured, recipes, runner
+from lvrpo.evaluation.reproduce.budget import RunCost
+from lvrpo.evaluation.reproduce.plan import Experiment, Job, list_jobs, load_experiment
+from lvrpo.evaluation.reproduce.recipes import Recipes
+from lvrpo.evaluation.reproduce.runner import Runner
+from lvrpo.evaluation.scenes import GENERATE
+from lvrpo.policies.loading import load_policy
+from lvrpo.report.evidence import Evidence
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.interrupt import Interrupted
+from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.run_directory import RunDirectory
+
+PRETRAINED = """
+policy: {tower_width: 64, transformer: {width: 64, depth: 2, heads: 2, key_heads: 2, mlp_width: 128}}
+batch: {generate: 8, caption: 4, question: 8, edit: 2, reason: 3}
+corpus: {scenes: 30, edits: 10, reasons: 12}
+steps: 4
+held_out_every: 0
+"""
+ALIGNED = """
+name: aligned
+steps: 3
+data: {prompts_per_step: {generate: 2, understand: 4, edit: 1, reason: 2}}
+rollout: {group_size: 4}
+rewards: [{name: own_vqa}, {name: exact_answer}]
+advantages: {std_floor: 1.0e-4}
+guard: {every: 2, prompts: {generate: 2, understand: 2}}
+checkpoint_every: 1
+"""
+EXPERIMENT = """
+name: small
+bases:
+  one: {{model: {base}, config: {folder}/pretrained.yaml}}
+runs:
+  all: [[one, 0]]
+budget: {{row: ours}}
+tuning: {{base: one, seed: 9, prompts: 3}}
+test:
+  sizes: {{generate: 7, understand: 8, edit: 5, reason: 3}}
+  sampled_prompts: 2
+rows:
+  base: {{about: the base, group: base, runs: all}}
+  base_best_of_4: {{about: the best of 4, group: inference, of: base, best_of: 4, runs: all}}
+  longer:
+    {{about: more, group: rival, config: {folder}/pretrained.yaml, start: scratch, untuned: as it is, runs: all}}
+  ours: {{about: ours, group: ours, config: {folder}/aligned.yaml, runs: all, tune: [[], [optimizer.muon_lr=0.01]]}}
+  oracle:
+    about: right outputs
+    group: oracle
+    config: {folder}/continued.yaml
+    overrides: [data=prompts, batch.caption=0]
+    runs: all
+    tune: [[], [optimizer.muon_lr=0.01]]
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, small_base: Path) -> Path:
+    """The YAML file of a small experiment."""
+    (tmp_path / "pretrained.yaml").write_text(PRETRAINED)
+    (tmp_path / "continued.yaml").write_text("extends: pretrained.yaml\ninit: tiny\n")
+    (tmp_path / "aligned.yaml").write_text(ALIGNED)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.format(base=small_base, folder=tmp_path))
+    return tmp_path / "small.yaml"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that are not counted, in a tenth of the time."""
+
+    def cost(config: TrainConfig | PretrainConfig) -> RunCost:
+        return RunCost(Compute(2.0 if isinstance(config, PretrainConfig) else 7.0))
+
+    monkeypatch.setattr(recipes, "count_cost", cost)
+
+
+def open_runner(small: Path, **changes: Any) -> Runner:
+    experiment = load_experiment(small).model_copy(update=changes)
+    return Runner(Recipes(experiment, Path("out"), find_config, device="cpu"), Path("summaries"), lambda line: None)
+
+
+def test_a_table_is_run_once_and_read_again(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", str(small), "--out", "out", "--summaries", "summaries", "--device", "cpu"]
+    assert main([*command, "--rows", "base_best_of_4,ours"]) == 0, capsys.readouterr().err
+    summaries = Path("summaries")
+    assert {path.name for path in summaries.glob("*.json")} == {
+        "base-one-0.json",
+        "ours-one-0.json",
+        "tuning-ours.json",
+    }
+    found = json.loads((summaries / "ours-one-0.json").read_text())
+    assert found["flops"] == pytest.approx(found["budget_flops"], rel=0.2)
+    assert found["steps"] >= 2
+    assert found["passes"] > found["steps"]
+    assert set(found["benchmarks"]) >= {"generate", "generate_plain", "understand", "edit", "reason"}
+    assert len((summaries / "ours-one-0.json").read_bytes()) < 8000
+    tuning = json.loads((summaries / "tuning-ours.json").read_text())
+    assert [member["overrides"] for member in tuning["members"]] == [[], ["optimizer.muon_lr=0.01"]]
+    scores = [member["score"] for member in tuning["members"]]
+    assert tuning["chosen"] == scores.index(max(scores))
+    page = Path("summaries.md").read_text()
+    assert "| oracle | right outputs | oracle | not run |" in page
+    assert "| base_best_of_4 | the best of 4 | inference | ." in page
+
+    metrics = Path("out/runs/ours-one-0/metrics.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*command, "--rows", "base,ours", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 jobs left"
+    assert main([*command, "--table"]) == 0
+    assert Path("summaries.md").read_text() == page  # it follows from the summaries alone
+    assert Path("out/runs/ours-one-0/metrics.jsonl").stat().st_mtime_ns == metrics
+
+    small.write_text(small.read_text().replace("generate: 7", "generate: 8"))
+    assert main([*command, "--rows", "base"]) == 2
+    assert "base-one-0.json: is of another configuration" in capsys.readouterr().err
+
+
+def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce(runner.Interruption):
+        def __call__(self) -> bool:
+            return True
+
+    job, this = Job("run", "ours", "one", 0), open_runner(small)
+    monkeypatch.setattr(Runner, "chosen", lambda self, row: ())
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "Interruption", AtOnce)
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            this.do(job)
+    run = RunDirectory.read(Path("out") / job.folder)
+    assert [row["step"] for row in run.metrics()] == [0, 1]
+    this.do(job)
+    assert [row["step"] for row in run.metrics()] == list(range(this.recipes.fitted("ours", (), "one", 0)[0].steps + 1))
+    assert this.summary_path(job).exists()
+
+
+def test_more_pretraining_is_the_budget_on_top_of_the_base(small: Path, counted: None) -> None:
+    made = open_runner(small).recipes
+    config, cost = made.fitted("longer", (), "one", 5)
+    own = made.base_config("one")
+    assert isinstance(config, PretrainConfig)
+    assert config.init is None
+    assert config.seed == own.seed == 0  # the base's own run at a longer schedule
+    more = cost.total(config.steps) - cost.total(own.steps)
+    assert config.steps == own.steps + 10  # three steps of 7 buy ten of 2
+    assert 0 < made.budget.flops - more.flops < cost.step.flops
+
+
+def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
+    made = open_runner(small).recipes
+    config = made.config("oracle", (), "one", 3)
+    assert isinstance(config, PretrainConfig)
+    assert config.data == "prompts"
+    assert config.prompts.seed == 3
+    assert config.prompts.counts == {"generate": 6, "understand": 12, "edit": 3, "reason": 6}  # 3 steps of ALIGNED
+    assert config.init == made.base_model("one")
+
+
+def test_a_run_costs_what_its_parts_do() -> None:
+    one = Compute(1.0)
+    cost = RunCost(one * 10, start=one, look=one * 3, control=one * 2, look_every=4, control_every=5)
+    assert cost.total(8).flops == 1 + 80 + 3 * (1 + 2) + 2 * 2
+    assert cost.steps_within(Compute(cost.total(8).flops)) == 8
+    assert cost.steps_within(Compute(cost.total(8).flops - 1)) == 7
+    assert RunCost.from_dict(json.loads(json.dumps(cost.as_dict()))) == cost
+    with pytest.raises(InputError, match="one step takes"):
+        cost.steps_within(one)
+
+
+def test_prompts_that_something_was_chosen_on_are_no_test(
+    small: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, experiment = load_policy(small_base), load_experiment(small)
+    leaking = replace(GENERATE, validation=GENERATE.prompts)
+    monkeypatch.setattr(measured, "find_benchmarks", lambda names: [leaking])
+    tuned = measured.validated(policy, experiment)
+    with pytest.raises(InputError, match="choose on another split"):
+        measured.tested(policy, experiment, tuned, Path("summaries"), lambda line: None)
+
+
+def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
+    experiment = load_experiment(shipped_experiments()["scenes"])
+    jobs = list_jobs(experiment)
+    assert [job.name for job in jobs if job.kind == "base"] == ["base-1", "base-2"]
+    assert [job.name for job in jobs[:2]] == ["base-1", "base-2"]
+    for row, plan in experiment.rows.items():
+        own = [job for job in jobs if job.row == row]
+        assert sorted(own, key=lambda job: job.kind == "run") == own
+        assert sum(job.kind == "tune" for job in own) == len(plan.tune)
+    assert {job.base for job in list_jobs(experiment, ["lvrpo"], [1])} == {"tiny", "base-1"}
+    assert [job.row for job in list_jobs(experiment, ["base_best_of_4"], [0])] == ["base"]
+    with pytest.raises(InputError, match="is no row"):
+        list_jobs(experiment, ["lvrop"])
+    with pytest.raises(InputError, match="no row has such a seed"):
+        list_jobs(experiment, None, [77])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_member_of_the_shipped_rows_is_a_configuration(quick: bool) -> None:
+    path = shipped_experiments()["scenes"]
+    experiment = load_experiment(path.with_stem("scenes_quick") if quick else path)
+    assert experiment.evidence is not quick
+    made = Recipes(experiment, Path("out"), find_config)
+    kinds = set()
+    for name, row in experiment.used.items():
+        for member in (row.tune or ((),)) if row.trained else ():
+            config = made.config(name, member, "tiny", 0)
+            kinds.add(type(config))
+            if isinstance(config, TrainConfig):
+                assert config.policy == "tiny"
+    assert kinds == {TrainConfig, PretrainConfig}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tuning": {"base": "one", "seed": 0}}, "seed 0 is the one that grids are tuned with"),
+        ({"budget": {"row": "base"}}, "must be a row that trains"),
+        ({"only": ["nobody"]}, "'nobody' is no row"),
+    ],
+)
+def test_an_experiment_that_does_not_fit_is_one_line(change: dict[str, Any], message: str, small: Path) -> None:
+    tree = load_experiment(small).model_dump(mode="json")
+    with pytest.raises(ValueError, match=message):
+        Experiment.model_validate(tree | change)
+    rows = tree["rows"]
+    rows["oracle"]["tune"] = [[]]
+    with pytest.raises(ValueError, match="give every row the same number"):
+        Experiment.model_validate(tree)
+
+
+def test_a_job_that_fails_is_passed_over(small: Path, counted: None, capsys: pytest.CaptureFixture[str]) -> None:
+    aligned = small.with_name("aligned.yaml")
+    aligned.write_text(aligned.read_text().replace("std_floor: 1.0e-4", "std_floor: 5.0"))
+    command = ["reproduce", str(small), "--out", "out", "--summaries", "summaries", "--device", "cpu"]
+    assert main([*command, "--rows", "base,ours"]) == 1
+    told = capsys.readouterr()
+    assert "failed: step-0 contract" in told.out
+    assert "run ours-one-0: left out, as ours-tune0 failed" in told.out
+    assert "3 of 4 jobs failed: ours-tune0, ours-tune1, ours-one-0" in told.err
+    assert Path("summaries/base-one-0.json").exists()
+
+
+def test_the_committed_page_follows_from_the_committed_summaries(root: Path) -> None:
+    for name, path in shipped_experiments().items():
+        folder = root / "docs" / "results" / name
+        page = folder.with_suffix(".md")
+        if not folder.is_dir():
+            assert not page.exists(), f"{page} has no summaries: remove it"
+            continue
+        copy = Path(name)
+        copy.symlink_to(folder)
+        write_page(load_experiment(path), copy)
+        assert copy.with_suffix(".md").read_text() == page.read_text(), f"run: lvrpo reproduce {name} --table"
+        assert not Evidence.read(folder).summaries.keys() - load_experiment(path).rows.keys()
