@@ -21,7 +21,7 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.preference import Preference
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import training_source
+from lvrpo.training.sources import training_source
 from lvrpo.training.state import RunState
 from lvrpo.types import Group
 

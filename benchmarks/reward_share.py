@@ -29,7 +29,7 @@ from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import training_source
+from lvrpo.training.sources import training_source
 from lvrpo.training.state import RunState
 from lvrpo.training.update import take_steps
 

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,7 @@ from hypothesis import HealthCheck, settings
 
 import lvrpo.algorithms
 import lvrpo.sampling
+from lvrpo.registry import own_consent
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -65,6 +67,13 @@ def _known_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_allowed() -> Iterator[None]:
+    """What a test allows to run as code ends with it."""
+    with own_consent():
+        yield
 
 
 @pytest.fixture

@@ -54,9 +54,9 @@ def trained(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     Path("audited.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(Path.cwd())
 
-    def train(rewards: list[str], name: str, *changes: str) -> Path:
-        given = [f"policy={small_base}", f"rewards=[{', '.join(rewards)}]", *SMALL, *changes]
-        assert main(["train", "quickstart", *given, "--out", name, "--no-evaluate"]) == 0
+    def train(rewards: list[str], name: str, *changes: str, code: int = 0) -> Path:
+        given = [f"policy={small_base}", f"rewards=[{', '.join(rewards)}]", "allow_code=[audited]", *SMALL, *changes]
+        assert main(["train", "quickstart", *given, "--out", name, "--no-evaluate"]) == code
         return Path(name)
 
     return train
@@ -102,9 +102,11 @@ def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, capf
 def test_a_reward_that_fails_is_shown_as_missing(trained: Any, capfd: Output) -> None:
     """It answers while the contract looks, and then loses one member of four."""
     away = BINARY.replace("ByMember", "LaterAway")
-    found, printed = audit(trained([CONTINUOUS, away], "run", "advantages.std_floor=0.0001"), capfd)
+    run = trained([CONTINUOUS, away], "run", "advantages.std_floor=0.0001", code=3)  # done, and not well
+    found, printed = audit(run, capfd)
     assert shares(found, "generate", "missing") == {"continuous": 0, "binary": 0.25, "success": 0}
     assert any(line.split()[:2] == ["binary", "1"] and line.split()[-1] == ".25" for line in printed.splitlines())
+    assert "alarm: generate: 25% of the scores of binary failed in steps 1 to 3, 10% may" in printed
 
 
 def test_the_page_of_a_run_shows_its_audit(trained: Any, capfd: Output) -> None:

@@ -43,6 +43,10 @@ class Failing(Base):
 
 class Silent:
     pass
+
+class Unmade(Base):
+    def __init__(self):
+        raise ValueError("no server")
 """
 SMALL = (
     "steps=2",
@@ -142,6 +146,8 @@ def tables() -> None:
     Path("twice.yaml").write_text("steps: 3\nsteps: 4\n")
     Path("loop.yaml").write_text("extends: loop.yaml\n")
     Path("bad_rewards.py").write_text(REWARDS)
+    Path("broken_rewards.py").write_text("class Reward(:\n    pass\n")
+    Path("leaving_rewards.py").write_text("import sys\nsys.exit(3)\n")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -154,7 +160,7 @@ def train(*changes: str) -> tuple[str, ...]:
 
 
 def rewarded_by(name: str, more: str = "") -> tuple[str, ...]:
-    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]")
+    return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]", "allow_code=[bad_rewards]")
 
 
 Case = tuple[tuple[str, ...], int, str]
@@ -197,9 +203,25 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: exact_anwser}]"), 2, "did you mean exact_answer?"),
     (train("rewards=[{name: scene_facts, options: {mood: all}}]"), 2, "mood"),
     (train("rewards=[{name: own_vqa}, {name: own_vqa}]"), 2, "two entries are called 'own_vqa'"),
-    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "no module 'no_such_package'"),
+    (train("rewards=[{name: 'no_such_package:Reward'}]"), 2, "is code of no_such_package, not of lvrpo"),
+    ((*train("rewards=[{name: 'no_such_package:Reward'}]"), "--allow-code"), 2, "no module 'no_such_package'"),
     (train("rewards=[{name: own_vqa, weight: 0}]"), 2, "every weight is 0"),
     (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
+    (train("rewards=[{name: own_vqa, max_failed: 2}]"), 2, "must be <= 1"),
+    (train("health.max_failed=-1"), 2, "health.max_failed=-1: must be >= 0"),
+    (train("rewards=[{name: 'broken_rewards:Reward'}]"), 2, "broken_rewards cannot be imported: SyntaxError"),
+    (train("rewards=[{name: 'leaving_rewards:Reward'}]"), 2, "leaving_rewards cannot be imported: SystemExit: 3"),
+    (rewarded_by("Unmade"), 2, "bad_rewards:Unmade cannot be made: ValueError: no server"),
+    (train("optimizer.betas=[1,2]"), 2, "optimizer.betas.0=1: must be < 1"),
+    (train("optimizer.betas=[0.9,-0.5]"), 2, "optimizer.betas.1=-0.5: must be >= 0"),
+    (train("optimizer.betas=[.nan,0.5]"), 2, "must be a finite number"),
+    (train("optimizer.adamw_lr=.inf"), 2, "must be a finite number"),
+    (train("optimizer.expert_lr={generate: -1}"), 2, "optimizer.expert_lr.generate=-1: must be >= 0"),
+    (train("guard.prompts={generate: -3}"), 2, "guard.prompts.generate=-3: must be >= 0"),
+    (train("rollout.image_size=[0,32]"), 2, "rollout.image_size.0=0: must be >= 1"),
+    (train("rollout.guidance_interval=[0.9,0.1]"), 2, "must be [low, high] with 0 <= low < high <= 1"),
+    (("pretrain", "pretrain", "policy.transformer.rope_theta=0"), 2, "rope_theta=0: must be > 0"),
+    (("pretrain", "pretrain", "held_out={generate: -1}"), 2, "held_out.generate=-1: must be >= 0"),
     (rewarded_by("Silent"), 2, "has no method 'applies'"),
     (train("device=gpu"), 2, "use auto, cpu or cuda"),
     (("pretrain", "pretrain", "corpus.scene_shares={one: 1, tow: 2}"), 2, "tow"),
@@ -209,7 +231,7 @@ CONFIGURATION: list[Case] = [
     (("pretrain", "pretrain", "batch={generate: 0}"), 2, "at least one kind"),
     (("pretrain", "pretrain", "batch={generate: -1}"), 2, "batch.generate=-1"),
     (("pretrain", "pretrain", "condition_dropout=0.9", "picture_dropout=0.2"), 2, "picture_dropout=0.2"),
-    (("pretrain", "quickstart"), 2, "data: unknown key"),
+    (("pretrain", "quickstart"), 2, "is an alignment configuration"),
     (train("text.kind=nft"), 2, "text.kind=nft: trains drawings, and this section is for text: set flow.kind"),
     (train("text.kind=dapo"), 2, "is kind=clip with clip_low=0.2, clip_high=0.28"),
     (train("text.kind=cipso"), 2, "did you mean cispo?"),
@@ -307,6 +329,15 @@ DATA: list[Case] = [
     (("generate", "small", "--prompt", "a", "--prompts", "blank.txt", "--out", "new"), 2, "one of the two"),
     (("generate", "small", "--prompt", "a red circle"), 2, "--out"),
     (("generate", "small", "--prompt", " ", "--out", "new"), 2, "the text is blank"),
+    *((("generate", "small", "--prompt", p, "--out", "new"), 2, "the text is blank") for p in (",", " .!", "\u200b…")),
+    (("ask", "small", "--image", "red.png", "?"), 2, "the text is blank"),
+    (("generate", "small", "--prompt", "red " * 5000, "--out", "new"), 2, "5002 tokens, the limit is 4096: shorten it"),
+    (("ask", "small", "--image", "red.png", "red " * 5000), 2, "5020 tokens, the limit is 4096: shorten it"),
+    (
+        ("generate", "small", "--prompt", "a" * 1_000_001, "--out", "new"),
+        2,
+        "has 1000001 characters, more than 1000000",
+    ),
     (("generate", "small", "--prompt", "two red circels", "--out", "new"), 2, "did you mean 'circles'?"),
     (("generate", "small", "--prompt", "a red circle", "--out", "red.png"), 2, "red.png"),
     (
@@ -326,7 +357,7 @@ DATA: list[Case] = [
     (("ask", "small", "--image", "moving.gif", "what ?"), 2, "animated"),
     (("ask", "small", "--image", "huge.png", "what ?"), 2, "more than 64 megapixels"),
     (("ask", "small", "--image", "red.png", "what colour is the circle ?"), 2, "did you mean 'color'?"),
-    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'question' is missing"),
+    (("ask", "small", "--questions", "noquestion.jsonl"), 2, "noquestion.jsonl:1: field 'image' is of an older format"),
     (("ask", "small", "--questions", "inside/leaves.jsonl"), 2, "lies outside"),
     (("ask", "small", "--questions", "questions.jsonl", "--out", "red.png"), 2, "red.png: exists already"),
     (("edit", "small", "remove the circle", "--out", "new.png"), 2, "--image"),

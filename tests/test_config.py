@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config
+from lvrpo.config import MOST, Config, config_differences, config_sha256, dump_config, load_config
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
 
@@ -146,8 +146,8 @@ def test_an_override_into_a_value_names_the_value(tmp_path: Path) -> None:
             "{file}:3: not valid YAML (expected ',' or ']', but got '<stream end>'): correct this line",
         ),
         ("- 1\n- 2\n", "{file}:1: holds [1, 2]: a configuration is 'key: value' lines"),
-        ("training: &a\n  adam: *a\n", "{file}: training.adam.adam: unknown key: training.adam has kind, betas"),
-        ("training:\n  extra: &a [*a]\n", "{file}: training.extra: unknown key: training has"),
+        ("training: &a\n  adam: *a\n", "{file}:1: not valid YAML (holds itself, by an alias): correct this line"),
+        ("training:\n  extra: &a [*a]\n", "{file}:2: not valid YAML (holds itself, by an alias): correct this line"),
         ("1: 2\n", None),
         ("extends: 3\n", "{file}: extends=3: must be the path of a YAML file"),
         ("!!python/object:os.system x\n", None),
@@ -169,7 +169,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     )
     assert error_of(Root, tmp_path / "no" / "x.yaml") == f"{tmp_path / 'no' / 'x.yaml'}: no such file: check the path"
     assert "byte 6 is not UTF-8" in error_of(Root, tmp_path / "latin.yaml")
-    assert "Is a directory" in error_of(Root, tmp_path)
+    assert "is a folder, not a regular file" in error_of(Root, tmp_path)
 
 
 def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_extends_refuses_a_cycle_and_names_a_missing_parent(tmp_path: Path) -> N
 
 
 @given(
-    steps=st.integers(1, 10**20),
-    lr=st.floats(min_value=1e-300, allow_infinity=False),
+    steps=st.integers(1, MOST),
+    lr=st.floats(1e-300, 1e18),
     name=st.text(st.characters(codec="utf-8")),
     window=st.lists(st.integers(-(10**6), 7)).map(tuple),
     weights=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1), st.floats(-1e9, 1e9)),

@@ -3,7 +3,18 @@
 The names below are imported when they are first used, so that ``import lvrpo`` is quick.
 """
 
-from __future__ import annotations
+import os
+import sys
+
+# `python -m lvrpo` puts the working directory before everything else: no file that happens to lie there is a module
+# that we mean. It stays where lvrpo itself was found in it, and where PYTHONPATH names it.
+if (
+    sys.argv[:1] == ["-m"]  # which it is until the module is found
+    and sys.orig_argv[-len(sys.argv)] in ("lvrpo", "-mlvrpo")
+    and sys.path[:1] in ([""], [os.getcwd()])
+    and os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+):
+    del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -27,8 +38,13 @@ _EXPORTS = {
     "Sampling": "lvrpo.policies.base",
     "SegmentLogprobs": "lvrpo.types",
     "TextSegment": "lvrpo.types",
+    "TrainConfig": "lvrpo.training.config",
+    "Trained": "lvrpo.api",
     "Trajectory": "lvrpo.types",
     "load_config": "lvrpo.config",
+    "load_policy": "lvrpo.policies.loading",
+    "reward": "lvrpo.rewards.decorated",
+    "train": "lvrpo.api",
 }
 
 __all__ = [
@@ -48,15 +64,24 @@ __all__ = [
     "Sampling",
     "SegmentLogprobs",
     "TextSegment",
+    "TrainConfig",
+    "Trained",
     "Trajectory",
     "__version__",
     "load_config",
+    "load_policy",
+    "reward",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from lvrpo.api import Trained, train
     from lvrpo.config import Config, load_config
     from lvrpo.errors import ContractError, InputError, LvrpoError
     from lvrpo.policies.base import Policy, Sampling
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.rewards.decorated import reward
+    from lvrpo.training.config import TrainConfig
     from lvrpo.types import (
         Example,
         Fact,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Parser, nearest
-from lvrpo.errors import ContractError, InputError
-from lvrpo.registry import resolve
+from lvrpo.errors import ContractError, InputError, NotWellError
+from lvrpo.reading import unreadable
+from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
 COMMANDS: Mapping[str, str] = {
     "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
@@ -44,24 +46,51 @@ COMMANDS: Mapping[str, str] = {
 SEVERAL = "train"
 """The command that ``torchrun`` may start several times over for one run."""
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
+"""What the system says of a path that the user named and that cannot be what it is named for."""
+
+LONGEST_LINE, LONGEST_WORD = 1000, 240
+"""Characters of an error."""
+
+DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with terminated_like_interrupted(), warnings_in_one_line():
-            return run([argument for argument in given if argument != "--debug"])
+        with terminated_like_interrupted(), warnings_in_one_line(), own_consent():
+            return run(without_global_options(given))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # anybody's module may call sys.exit
         if "--debug" in given:
             traceback.print_exc()
         code, line = explain(error)
-        print(" ".join(line.split()), file=sys.stderr)
+        print(printable(line), file=sys.stderr)
         return code
+
+
+def printable(line: str) -> str:
+    """One line of bounded length without what would steer a terminal."""
+    line = " ".join(word if len(word) <= LONGEST_WORD else f"{word[:120]}...{word[-40:]}" for word in line.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE - 200]} ... {line[-200:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+
+
+def without_global_options(given: Sequence[str]) -> list[str]:
+    """The arguments without those that every command takes; what ``--allow-code`` allows is allowed from now on."""
+    end = given.index("--") if "--" in given else len(given)
+    rest: list[str] = []
+    for argument in given[:end]:
+        name, equals, value = argument.partition("=")
+        if name == "--allow-code":
+            allow_code(value.split(",") if equals else [ANY])
+        elif argument != "--debug":
+            rest.append(argument)
+    return [*rest, *given[end:]]
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -70,8 +99,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, InputError):
         return WRONG_INPUT, f"error: {error}"
+    if isinstance(error, NotWellError):
+        return NOT_WELL, f"not well: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
+    if isinstance(error, OSError) and error.errno in NO_PATH and error.filename is not None:
+        return WRONG_INPUT, f"error: {unreadable(Path(os.fsdecode(error.filename)), error, 'name another path')}"
     return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
 
 
@@ -125,6 +158,9 @@ def run(given: Sequence[str]) -> int:
     if given[0] == "--version":
         print(f"lvrpo {__version__}")
         return DONE
+    if group_help(given):
+        print(usage(f"{given[0]} "))
+        return DONE
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
@@ -143,11 +179,20 @@ def run(given: Sequence[str]) -> int:
     return DONE
 
 
-def usage() -> str:
-    """What ``lvrpo --help`` prints."""
-    width = max(map(len, COMMANDS)) + 2
-    summaries = {name: resolve("command", name, COMMANDS).summary for name in COMMANDS}
+def group_help(given: Sequence[str]) -> bool:
+    """Whether nothing but the name of a group of commands is given, or its help is asked for."""
+    is_group = given[0] not in COMMANDS and any(name.startswith(f"{given[0]} ") for name in COMMANDS)
+    return is_group and (len(given) == 1 or given[1] in ("-h", "--help", "help"))
+
+
+def usage(group: str = "") -> str:
+    """What ``lvrpo --help`` prints, or ``lvrpo GROUP --help``."""
+    chosen = [name for name in COMMANDS if name.startswith(group)]
+    width = max(map(len, chosen)) + 2
+    summaries = {name: resolve("command", name, COMMANDS).summary for name in chosen}
     lines = [f"  {name.ljust(width)}{summary}" for name, summary in summaries.items()]
+    if group:
+        return "\n".join([f"usage: lvrpo {group}COMMAND [options]; lvrpo {group}COMMAND --help tells more", "", *lines])
     return "\n".join(
         [
             "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",
@@ -158,7 +203,9 @@ def usage() -> str:
             "",
             "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",
             "--debug shows where an error comes from; --version.",
-            "Exit codes: 0 done, 2 wrong input, 1 anything else, 130 interrupted.",
+            "--allow-code lets names such as my_package.module:Class in a configuration run code (SECURITY.md);",
+            "--allow-code=my_package,other lets those packages, also where the folder of a model names them.",
+            "Exit codes: 0 done, 2 wrong input, 3 done but not well, 1 anything else, 130 interrupted.",
         ]
     )
 

@@ -10,15 +10,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lvrpo.errors import InputError
+from lvrpo.reading import MIB, read_text
+
+MOST = 2**63 - 1
+"""No number is larger, so that each fits float32 and int64; where less is sensible the field says so."""
 
 
 class Config(BaseModel):
@@ -26,19 +31,42 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _no_number_beyond(cls, value: Any) -> Any:
+        """Any: whatever a field holds."""
+        if any(abs(number) > MOST for number in _numbers_in(value)):
+            raise ValueError(f"numbers must lie between -{MOST:.3g} and {MOST:.3g}")
+        return value
+
+
+Natural = Annotated[int, Field(ge=0)]
+"""A whole number that is none or more: an entry of a table or a pair."""
+Positive = Annotated[int, Field(ge=1)]
+"""A whole number above 0."""
+NotNegative = Annotated[float, Field(ge=0)]
+"""A number that is not below 0."""
 
 C = TypeVar("C", bound=Config)
 Tree = dict[str, Any]  # Any: whatever a YAML file may hold
 Location = tuple[str | int, ...]
 
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+CONSENT = "allow_code"
+"""The key by which a user's own file allows code. It counts neither in a run nor in a file that is extended."""
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = (), own_file: bool = True) -> C:
     """Reads ``path`` (defaults only where it is None), applies ``section.key=value`` overrides, validates.
 
+    ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
-    tree = {} if path is None else _read_tree(Path(path), ())
+    tree = {} if path is None else read_tree(path)
+    if not own_file:
+        tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
+    as_text: set[Location] = set()
     for override in overrides:
         keys, text = _split_override(override)
         _set(tree, keys, _parse_override(override, text))
@@ -51,7 +79,9 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
             location = _real_location(tree, first["loc"])
             # `name=2024` on the command line means text where only text is allowed
-            text = raw.pop(location, "") if first["type"] in ("string_type", "literal_error", "path_type") else ""
+            texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
+            text = raw.get(location, "") if texts else ""
+            as_text.add(location)
             if text and not isinstance(first["input"], str):
                 _set(tree, [str(key) for key in location], text)
                 continue
@@ -88,8 +118,9 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML ({str(error).splitlines()[0]}): correct the file") from None
+    except _ODD_TAGS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{where}: not valid YAML ({reason}): correct the file") from None
 
 
 def dump_config(config: Config) -> str:
@@ -99,7 +130,12 @@ def dump_config(config: Config) -> str:
 
 def config_sha256(config: Config) -> str:
     """Fingerprint of the resolved configuration; it does not depend on the order of keys."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return tree_sha256(config.model_dump(mode="json"))
+
+
+def tree_sha256(tree: Mapping[str, Any]) -> str:
+    """``config_sha256`` of what ``dump_config`` wrote, whatever keys this version has beside it."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -116,17 +152,11 @@ def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 def read_yaml(path: Path) -> Tree:
     """The mapping that a YAML file holds, with duplicate keys refused; raises InputError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         hint = f"did you mean {path.parent / near}?" if near else "check the path"
-        raise InputError(f"{path}: no such file: {hint}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: give a YAML text file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give a readable YAML file") from None
-    tree = parse_yaml(text, str(path))
+        raise InputError(f"{path}: no such file: {hint}")
+    tree = parse_yaml(read_text(path, "give a YAML text file", YAML_BYTES), str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -157,8 +187,21 @@ _NUMBER = re.compile(
 )
 
 
+MOST_NODES = 100_000
+"""Keys and values of a file at most, an alias counted for all that it stands for."""
+YAML_BYTES = MIB
+_ODD_TAGS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
+"""What PyYAML raises at a tag such as !!timestamp before a value that is none."""
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _require_nodes(node, {}, set())
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -168,6 +211,30 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="holds itself, by an alias", problem_mark=node.start_mark)
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
+        if total > MOST_NODES:
+            raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
+        known[id(node)] = total
+    return known[id(node)]
+
+
+def _numbers_in(value: Any, depth: int = 3) -> Iterator[int | float]:
+    """Those of a field; a section has its own. Free options may hold themselves, hence the depth."""
+    if isinstance(value, int | float):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers_in(part, depth - 1)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -180,19 +247,56 @@ class _Dumper(yaml.SafeDumper):
 # --- files and overrides ---
 
 
-def _read_tree(path: Path, chain: tuple[Path, ...]) -> Tree:
-    """The file merged over the files that it extends."""
-    here = path.resolve()
+def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
+    """The file merged over the files that it extends; ``chain``: those that extend it. Raises InputError."""
+    here = Path(os.path.realpath(path))  # Path.resolve fails at links that lead to themselves
     if here in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
-    tree = read_yaml(path)
+    tree = _beside(read_yaml(path), path.parent)
+    if chain:
+        tree.pop(CONSENT, None)
     if "extends" not in tree:
         return tree
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
-        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file")
-    return _merged(_read_tree(path.parent / parent, (*chain, here)), tree)
+        raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
+    return _merged(read_tree(_parent(path, parent), (*chain, here)), tree)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that lvrpo ships, by name."""
+    folder = Path(__file__).parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _parent(path: Path, parent: str) -> Path:
+    """The file that ``path`` extends: one beside it, or one that lvrpo ships."""
+    beside, shipped = path.parent / parent, shipped_configs()
+    if beside.is_file():
+        return beside
+    if parent.removesuffix(".yaml") in shipped:
+        return shipped[parent.removesuffix(".yaml")]
+    names = [*shipped, *(p.name for p in path.parent.glob("*.y*ml") if p != path)]
+    near = _nearest(parent, names)
+    hint = f"did you mean {near}?" if near else f"name a file beside it, or one of {', '.join(shipped)}"
+    raise InputError(f"{path}: extends={_show(parent)}: no such file: {hint}")
+
+
+def _beside(tree: Any, folder: Path) -> Any:
+    """The tree, in which texts that begin with ./ or ../ become paths from the file's folder."""
+    seen: set[int] = set()  # what an alias repeats is gone through once
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, dict | list):
+            continue
+        seen.add(id(node))
+        for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(inner, str) and inner.startswith(("./", "../")) and key != "extends":
+                node[key] = os.path.abspath(folder / inner)
+            waiting.append(inner)
+    return tree
 
 
 def _merged(base: Tree, over: Tree) -> Tree:

@@ -13,5 +13,9 @@ class ContractError(LvrpoError):
     """A promise between parts was broken (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""
 
 
+class NotWellError(LvrpoError):
+    """A run came to its end and is not well. The message is one line that says why. The command line exits with 3."""
+
+
 class LostProcessError(ContractError):
     """Another process of the run cannot be spoken to any more."""

@@ -1,38 +1,180 @@
-"""Names to objects: one plain table per kind, written out in full, and one function that looks names up."""
+"""Names to objects: one plain table per kind, one function that looks names up, and the consent that it asks for.
+
+A name outside a table, ``my_package.module:Name``, makes text of some file into code that runs. This module is the
+only place where that happens, and only for packages that the user has allowed: on the command line, in the CONFIG
+file that she names herself, or by ``allow_code`` from Python. What was downloaded (a run, a model) allows nothing.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
-from collections.abc import Mapping
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, LvrpoError
+
+ANY = "*"
+"""Allows every package for names of a configuration; what a model's folder names has to be allowed by its name."""
+
+_allowed: set[str] = set()
 
 
-def resolve(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """The object called ``name``: an entry of ``table``, or anybody's ``my_package.module:Attribute``.
+def allow_code(packages: Iterable[str]) -> None:
+    """Allows modules of these packages to be imported for names outside the tables; ``ANY``: of all packages.
+
+    ``my_package`` allows ``my_package.module:Name``, ``my_package.module`` that module and what lies below it. Raises
+    InputError for what is no package name.
+    """
+    for package in packages:
+        if package.endswith(".py"):
+            _allowed.add(os.path.abspath(package))
+            continue
+        if package != ANY and not _dotted(package):
+            raise InputError(
+                f"allow_code={package!r}: must be the name of a package, such as my_package, or a file, such as "
+                "./my_rewards.py"
+            )
+        _allowed.add(package)
+
+
+@contextmanager
+def own_consent() -> Iterator[None]:
+    """Inside, nothing is allowed but what is allowed there; afterwards, what was allowed before."""
+    before = set(_allowed)
+    _allowed.clear()
+    try:
+        yield
+    finally:
+        _allowed.clear()
+        _allowed.update(before)
+
+
+def resolve(
+    kind: str,
+    name: str,
+    table: Mapping[str, Any],
+    methods: Sequence[str] = (),
+    from_model: bool = False,
+    adapt: Callable[[Any], Any] = lambda found: found,
+) -> Any:
+    """The object called ``name``: an entry of ``table``, or an allowed ``my_package.module:Name`` or ``FILE.py:Name``.
 
     An entry is the object itself or a string ``package.module:Attribute`` that is imported only now. ``kind`` is the
-    word for messages ("reward", "policy"). Raises InputError on an unknown name, with the nearest one and the list.
-    Any: what a table holds is the table's affair.
+    word for messages ("reward", "policy"). A name outside the table must be that of a class with these ``methods``, or
+    of a function whose attribute ``makes`` is such a class; nothing of it is called here. ``from_model``: the name
+    stands in a model's folder, which may be anybody's: its package must be allowed by name.
+    ``adapt``: makes what was found into what has the methods.
+    Raises InputError on an unknown name, with the nearest one and the list, and where consent is missing. Any: what a
+    table holds is the table's affair.
     """
     if name in table:
         entry = table[name]
         return _imported(kind, entry) if isinstance(entry, str) else entry
+    if is_file(name) and not from_model:
+        _require_file_consent(kind, name)
+        found = adapt(_attribute(kind, name, _from_file(kind, name)))
+        _require_methods(kind, name, found, methods)
+        return found
     if ":" in name:
-        return _imported(kind, name)
+        _require_consent(kind, name, from_model)
+        found = adapt(_imported(kind, name))
+        _require_methods(kind, name, found, methods)
+        return found
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
         f"{kind} {name!r}: unknown: {hint}there are {', '.join(sorted(table)) or 'none'}; "
-        "your own is given as my_package.module:Name"
+        "your own is given as my_package.module:Name, or ./my_file.py:Name"
     )
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is ``FILE.py:Name``."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def _require_file_consent(kind: str, name: str) -> None:
+    file = name.rpartition(":")[0]
+    if not _allowed & {ANY, os.path.abspath(file)}:
+        raise InputError(
+            f"{kind} {name!r}: is code of a file, not of lvrpo: if you trust it, add --allow-code, or allow_code: "
+            f"[./{os.path.basename(file)}] to the file that you name as CONFIG (in a run or in a file that is extended "
+            "it does not count)"
+        )
+
+
+def _from_file(kind: str, name: str) -> ModuleType:
+    """The module that a file holds, run once."""
+    path = os.path.abspath(name.rpartition(":")[0])
+    title = f"lvrpo_file_{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
+    if title in sys.modules:
+        return sys.modules[title]
+    spec = importlib.util.spec_from_file_location(title, path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise InputError(f"{kind} {name!r}: no file {path}: a name that begins with ./ is relative to the YAML file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[title] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[title]
+        if isinstance(error, Exception):
+            where = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path
+            raise InputError(f"{kind} {name!r}: {where}: {type(error).__name__}: {error}: correct the file") from error
+        raise
+    return module
+
+
+def _require_consent(kind: str, name: str, from_model: bool) -> None:
+    module = name.partition(":")[0]
+    if not _dotted(module):
+        raise InputError(f"{kind} {name!r}: write it as my_package.module:Name")
+    parts = module.split(".")
+    package = parts[0]
+    if package in sys.stdlib_module_names:
+        raise InputError(f"{kind} {name!r}: {package} is part of Python and holds no {kind}: name a module of your own")
+    covering = {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)} | (set() if from_model else {ANY})
+    if not _allowed & covering:
+        if from_model:
+            raise InputError(
+                f"{kind} {name!r}: is code of {package}, not of lvrpo, and a model's folder cannot allow it: if you "
+                f"trust {package}, add --allow-code={package}"
+            )
+        raise InputError(
+            f"{kind} {name!r}: is code of {package}, not of lvrpo: if you trust it, add --allow-code, or "
+            f"allow_code: [{package}] to the file that you name as CONFIG (in a run or in a file that is extended it "
+            "does not count)"
+        )
+
+
+def _require_methods(kind: str, name: str, found: Any, methods: Sequence[str]) -> None:
+    if not methods:
+        return
+    made = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.decorated
+    if not isinstance(made, type):
+        raise InputError(f"{kind} {name!r}: is a {type(found).__name__}, not a class: name a class of a {kind}")
+    for method in methods:
+        own = any(method in vars(base) for base in made.__mro__)  # not of the metaclass, as __call__ would be
+        if not own or not callable(getattr(made, method)):
+            raise InputError(
+                f"{kind} {name!r}: has no method {method!r}: a {kind} has {' and '.join(map(repr, methods))}"
+            )
+
+
+def _dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def _imported(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+    if not (_dotted(module_name) and _dotted(attribute)):
         raise InputError(f"{kind} {target!r}: write it as my_package.module:Name")
     try:
         found: Any = importlib.import_module(module_name)
@@ -40,11 +182,22 @@ def _imported(kind: str, target: str) -> Any:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(f"{missing}."):
             raise InputError(
-                f"{kind} {target!r}: no module {missing!r}: install it or put its folder on PYTHONPATH"
+                f"{kind} {target!r}: no module {missing!r}: install it, set PYTHONPATH, or name its file, "
+                f"./{module_name}.py:{attribute}"
             ) from None
         raise InputError(
             f"{kind} {target!r}: needs the package {missing!r}: install it with pip install {missing.partition('.')[0]}"
         ) from None
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's module may do anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{kind} {target!r}: {module_name} cannot be imported: {said}: correct it") from error
+    return _attribute(kind, target, found)
+
+
+def _attribute(kind: str, target: str, found: Any) -> Any:
+    module_name, _, attribute = target.rpartition(":")
     for part in attribute.split("."):
         try:
             found = getattr(found, part)  # the attribute is the user's choice

@@ -1,4 +1,8 @@
-"""Files that are whole or not there, with the rights of any other new file: those that the umask leaves."""
+"""Files that are whole or not there, with the rights of any other new file: those that the umask leaves.
+
+Every safetensors file is read here, but for the pieces of ``policies.bagel.tensors``, which asks ``require_weights`` of
+each of them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from lvrpo.errors import InputError
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What weights are stored at."""
 
 
 @contextmanager
@@ -50,6 +59,46 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def read_tensors(path: Path, remedy: str, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, whatever they hold.
+
+    Raises InputError, which ends in ``remedy``, for a damaged file.
+    """
+    try:
+        with safe_open(str(path), "pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118  # no dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or damaged ({error}): {remedy}") from None
+
+
+def read_weights(path: Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As ``read_tensors``; raises InputError for a tensor that no weights could be."""
+    tensors, metadata = read_tensors(path, remedy)
+    for name, tensor in tensors.items():
+        require_weights(path, name, tensor, remedy)
+    return tensors, metadata
+
+
+def require_weights(path: Path, name: str, tensor: torch.Tensor, remedy: str) -> None:
+    """Raises InputError, which names file and tensor, for another dtype and for numbers that are not finite."""
+    if tensor.dtype not in WEIGHT_DTYPES:
+        found, *known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_DTYPES))
+        raise InputError(f"{path}: tensor {name} has dtype {found}: weights are {' or '.join(known)}: {remedy}")
+    require_finite(path, name, tensor, remedy)
+
+
+def require_finite(path: Path, name: str, tensor: torch.Tensor, remedy: str) -> None:
+    """Raises InputError, which names file and tensor, for numbers that are not finite."""
+    if (
+        tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor))
+    ):  # a nan is both ends
+        wrong = tensor[~tensor.isfinite()]
+        raise InputError(
+            f"{path}: tensor {name} holds {float(wrong[0])} ({len(wrong)} of {tensor.numel()} numbers are not finite): "
+            f"{remedy}"
+        )
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from lvrpo.errors import InputError
+
 Task = Literal["understand", "generate", "edit", "reason"]
 TASKS: tuple[Task, ...] = ("understand", "generate", "edit", "reason")
 
@@ -74,6 +76,23 @@ class Prompt:
     """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last picture of ``parts``; None: not known."""
+
+    def __post_init__(self) -> None:
+        named = f"prompt {self.id!r}"
+        if not isinstance(self.id, str) or not self.id:
+            raise InputError(f"{named}: field id must be text that is not empty")
+        if self.task not in TASKS:
+            raise InputError(f"{named}: field task is {self.task!r}: must be one of {', '.join(TASKS)}")
+        if not isinstance(self.parts, tuple | list):
+            raise InputError(
+                f"{named}: field parts is {self.parts!r}: must be a tuple of texts and pictures, such as ('a circle',)"
+            )
+        wrong = [type(part).__name__ for part in self.parts if not isinstance(part, str | torch.Tensor)]
+        if wrong:
+            raise InputError(f"{named}: field parts holds {wrong[0]}: must hold texts and pictures, (3, H, W) tensors")
+        kinds = self.output if isinstance(self.output, tuple | list) else ()
+        if not kinds or not set(kinds) <= {"text", "image"}:
+            raise InputError(f"{named}: field output is {self.output!r}: must be a tuple of 'text' and 'image'")
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ ROWS = [
     ([{**DRAW, "target": ["a.png", "a.png"]}], "field 'target' has 2 entries for 1 outputs"),
     ([{**DRAW, "id": "x"}, {**DRAW, "id": "x"}], ":2: id 'x' is already that of line 1"),
     ([{**ASK, "images": ["no.png"]}], "no such picture file"),
-    ([{**ASK, "images": ["sub"]}], "no such picture file"),
+    ([{**ASK, "images": ["sub"]}], "sub: is a folder, not a regular file: give a picture file"),
     ([{**ASK, "images": [""]}], "picture '' is no path"),
     ([{**ASK, "images": ["../outside.png"]}], "lies outside"),
     ([{**ASK, "images": ["/etc/hostname"]}], "lies outside"),

@@ -38,7 +38,7 @@ def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks 
         picture_diversity=nothing[:, 0],
         advantages=np.zeros((n, G), dtype=np.float32),
     )
-    record = Recorded(groups, None, looks, AdvantageSettings())
+    record = Recorded(groups, None, looks, AdvantageSettings(), max_failed=changes.get("max_failed", {}))
     return find_alarms(record, changes.get("windows", cut(groups.step)))
 
 
@@ -126,3 +126,17 @@ def test_a_short_run_is_not_judged() -> None:
     assert alarms(one, other).comparisons == 0
     found = alarms(one, other, windows=[Window(1, 2)])
     assert (found.found, found.comparisons) == ((), 0)
+
+
+def test_scores_that_failed_more_often_than_they_may() -> None:
+    reward = course(np.random.default_rng(7), [0.5, 0.5])
+    dead = reward.copy()
+    dead[48 * P :] = np.nan  # the last two of fifty steps: .2 of the last part, .04 of the run
+    assert alarms(reward, max_failed={"reward": 0.0}).missing == ()
+    (late,) = alarms(dead, max_failed={"reward": 0.1}).missing
+    assert (late.task, late.reward, late.share) == ("generate", "reward", pytest.approx(0.2))
+    assert late.words == "generate: 20% of the scores of reward failed in steps 41 to 50, 10% may"
+    (whole,) = alarms(dead, max_failed={"reward": 0.03}).missing
+    assert whole.words == "generate: 4% of the scores of reward failed in steps 1 to 50, 3% may"
+    assert alarms(dead, max_failed={"reward": 0.2}).missing == ()
+    assert alarms(dead).missing == ()  # a run of an older version does not say how many may

@@ -123,7 +123,7 @@ def test_an_evaluation_takes_what_was_chosen_but_where_a_setting_is_the_point(po
     used = {name: next(iter(scored.settings["tasks"].values())) for name, scored in found.scored.items()}
     assert used == {
         "generate": {"temperature": 0.0, "guidance_scale": 3.0},
-        "generate_guided": {"temperature": 0.0, "guidance_scale": 2.0},
+        "generate_guided": {"temperature": 0.0, "guidance_scale": 1.5},
         "understand": {"temperature": 0.7, "guidance_scale": 1.0},
         "understand_sampled": {"temperature": 1.0, "guidance_scale": 1.0},
         "edit": {"temperature": 0.0, "guidance_scale": 1.0},

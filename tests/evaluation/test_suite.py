@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.suite import Evaluation, Scored, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
+from lvrpo.registry import allow_code
 from lvrpo.report.records import load_run
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.run_directory import RunDirectory, json_text
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
-SIZES = {"generate": 14, "generate_guided": 14, "understand": 24, "understand_sampled": 24, "edit": 10, "reason": 12}
+SIZES = {name: 24 if "understand" in name else 14 for name in BENCHMARKS} | {"edit": 10, "reason": 12}
 
 
 class Oracle:
@@ -64,14 +66,16 @@ def test_every_benchmark_has_its_documented_size() -> None:
     found = {b.name: b for b in find_benchmarks(["scenes"])}
     assert list(found) == list(BENCHMARKS)
     assert {name: b.n for name, b in found.items()} == {
-        "generate": 490,
-        "generate_guided": 490,
-        "understand": 1200,
+        "generate": 2002,
+        "generate_guided": 2002,
+        "generate_paraphrased": 490,
+        "understand": 2400,
         "understand_sampled": 1200,
-        "edit": 250,
-        "reason": 300,
+        "understand_paraphrased": 600,
+        "edit": 1000,
+        "reason": 1002,
     }
-    assert found["generate_guided"].guidance_scale == 2.0
+    assert found["generate_guided"].guidance_scale == 1.5
     assert (found["understand_sampled"].temperature, found["understand"].temperature) == (1.0, 0.0)
 
 
@@ -99,7 +103,7 @@ def test_every_policy_gets_the_same_prompts_seeds_and_settings() -> None:
     for each in (one, other):
         evaluate(each, find_benchmarks(["scenes"]), sizes=SIZES)
     assert one.calls == other.calls
-    guided = next(sampling for sampling, _ in one.calls if sampling.guidance_scale == 2.0)
+    guided = next(sampling for sampling, _ in one.calls if sampling.guidance_scale == 1.5)
     assert guided.temperature == 0.0
     sampled = next(sampling for sampling, _ in one.calls if sampling.temperature == 1.0)
     assert sampled.group_size == 4
@@ -117,7 +121,7 @@ def test_questions_about_one_picture_are_one_cluster() -> None:
     clusters = [cluster_of(p) for p in held_out_prompts("understand", 12)]
     assert [clusters[i] == clusters[0] for i in range(12)] == [True] * 4 + [False] * 8
     prompt = held_out_prompts("generate", 1)[0]
-    assert cluster_of(prompt) == prompt.id
+    assert cluster_of(prompt) == prompt.content
 
 
 def test_intervals_resample_clusters() -> None:
@@ -140,7 +144,7 @@ def test_an_evaluation_survives_json(policy: Policy) -> None:
     one = evaluate(policy, find_benchmarks(["understand"]), sizes={"understand": 12})
     again = Evaluation.from_dict(json.loads(json.dumps(one.as_dict())))
     assert again.scored == one.scored
-    assert again.results() == one.results()
+    assert json.dumps(again.results()) == json.dumps(one.results())  # nan of a single cluster is nan again
 
 
 def test_kept_cases_are_what_the_report_reads(policy: Policy) -> None:
@@ -182,10 +186,12 @@ def test_rows_of_the_user_are_a_benchmark(policy: Policy) -> None:
         (["generate", "generate"], "named twice"),
         (["scenes", "edit"], "named twice"),
         (["nothing.jsonl"], "no such file"),
-        (["json:dumps"], "is a function: name a Benchmark"),
+        (["json:dumps"], "json is part of Python and holds no benchmark"),
+        (["yaml:safe_load"], "is a function: name a Benchmark"),
     ],
 )
 def test_wrong_names_are_explained(names: list[str], message: str) -> None:
+    allow_code(["yaml"])
     with pytest.raises(InputError) as caught:
         find_benchmarks(names)
     assert message in str(caught.value)
@@ -193,5 +199,21 @@ def test_wrong_names_are_explained(names: list[str], message: str) -> None:
 
 def test_a_row_that_cannot_be_scored_is_named() -> None:
     Path("rows.jsonl").write_text(json.dumps({"id": "first", "task": "generate", "prompt": "a red circle"}) + "\n")
-    with pytest.raises(InputError, match="row 'first' cannot be scored"):
+    with pytest.raises(InputError, match="row 'first' of task 'generate' cannot be scored: name rewards"):
         find_benchmarks(["rows.jsonl"])
+
+
+def test_scores_that_are_rewards_leave_failed_ones_out_of_every_mean() -> None:
+    """Pairs count where both rewards are there; a file keeps null for the others."""
+    names, kinds = ("a", "b", "c", "d"), ("x", "x", "y", "y")
+    before = Scored(names, kinds, names, (0.5, math.nan, 2.0, 4.0), metric="reward")
+    after = Scored(names, kinds, names, (1.0, 3.0, math.nan, 5.0), metric="reward")
+    assert before.result()["score"] == pytest.approx(6.5 / 3)
+    assert before.result()["n"] == 3
+    assert before.result()["categories"]["x"]["n"] == 1
+    difference = before.difference(after)
+    assert (difference["score"], difference["n"], difference["metric"]) == (0.75, 2, "reward")
+    assert "pass_at_k" not in before.result()
+    again = Scored.from_dict(json.loads(json_text(before.as_dict())))
+    assert again.metric == "reward"
+    assert again.result()["categories"]["y"] == before.result()["categories"]["y"]

@@ -17,7 +17,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge
+from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.types import Prompt
@@ -253,3 +253,22 @@ def test_what_cannot_be_adapted_is_refused(new_policy: Callable[..., TinyPolicy]
     add_adapter(policy, AdapterConfig(), "base")
     with pytest.raises(InputError, match="base: has an adapter already"):
         add_adapter(policy, AdapterConfig(), "base")
+
+
+def test_an_output_layer_of_zeros_that_no_adapter_moves_is_named() -> None:
+    """As `lvrpo init bagel-tiny` makes it: a drawing cannot change, whatever the layers before it do."""
+    sizes = BagelSizes.model_validate({"width": 32, "depth": 1, "mlp_width": 32, "vocabulary_size": 512})
+    fresh = create_bagel(sizes, ["a red circle"])
+    with pytest.raises(
+        InputError, match=r"adapter.modules=\[attention, mlp\]: towers.latent_out of this model is all "
+    ):
+        require_moved(fresh, AdapterConfig(), ("text", "flow"))
+    with pytest.raises(InputError, match=r"use modules: \[attention, mlp, connector\] with experts: \[generate\]"):
+        require_moved(fresh, AdapterConfig(), ("flow",))
+    require_moved(fresh, AdapterConfig(), ("text",))
+    require_moved(fresh, AdapterConfig(modules=("attention", "connector")), ("text", "flow"))
+    with pytest.raises(InputError, match="latent_out"):
+        require_moved(fresh, AdapterConfig(modules=("connector",), experts=("understand",)), ("flow",))
+    trained = load_policy("tiny")
+    assert isinstance(trained, MoTPolicy)
+    require_moved(trained, AdapterConfig(), ("text", "flow"))

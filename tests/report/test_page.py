@@ -225,3 +225,31 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, make_run: Mak
 def test_the_same_run_gives_the_same_page(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path / "example")
     assert page_of(run) == page_of(run)
+
+
+def test_a_run_that_is_not_well_says_so_before_anything_else(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    findings = [{"kind": "guard", "words": "the guard, step 8: stopped: <b>edit</b> fell"}, {"kind": "odd"}, 3]
+    write_json(run / "summary.json", {**summary, "health": {"well": False, "findings": findings}})
+    page = page_of(run)
+    words = "Not well: the guard, step 8: stopped: &lt;b&gt;edit&lt;/b&gt; fell."
+    assert page.count("Not well: ") == 1
+    assert page.index(words) < page.index("<main>")
+    for odd in (None, [], "x", {"findings": 3}):
+        write_json(run / "summary.json", {**summary, "health": odd})
+        assert "Not well" not in page_of(run)
+
+
+def test_a_ratio_of_1_is_explained(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def page(*ratios: float | None) -> str:
+        rows = [{"step": i, "ratio/text": ratio, "clip_fraction/text": 0.0} for i, ratio in enumerate(ratios, 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return page_of(run)
+
+    assert "as it must be with one update per rollout" in page(1.0, 0.9999999, 1.0)
+    assert "as it must be" not in page(1.0, 1.02)
+    assert "as it must be" not in page(None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.registry import allow_code
 from lvrpo.rewards.decorated import reward
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
@@ -33,6 +34,7 @@ def module() -> Iterator[str]:
     made = types.ModuleType("my_rewards")
     exec(SOURCE, made.__dict__)
     sys.modules["my_rewards"] = made
+    allow_code(["my_rewards"])
     yield "my_rewards:brightness"
     del sys.modules["my_rewards"]
 
@@ -60,7 +62,7 @@ def test_none_and_exceptions_mask_one_output() -> None:
     built = odd()
     result = built.score([given_group(ASK, [["a"], ["b"], ["d"]])], None)  # type: ignore[arg-type]
     assert float(result.values[0, 0]) == 0.5
-    assert result.failures == {(0, 1): "the function gave no score", (0, 2): "KeyError('d')"}
+    assert result.failures == {(0, 1): "the function gave no score", (0, 2): "KeyError: 'd'"}
     assert built.applies(ASK)
     assert not built.applies(DRAW)
     assert not built.applies(Prompt("r", "reason", ("x",), ("text",)))

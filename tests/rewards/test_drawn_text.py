@@ -15,6 +15,7 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 
 from lvrpo.errors import InputError
+from lvrpo.registry import allow_code
 from lvrpo.rewards.drawn_text import DrawnText, asked_text, edit_distance
 from lvrpo.types import Fact, Group, Image, Prompt
 
@@ -35,6 +36,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("somebodys_ocr")
     vars(module).update(Fake=Fake)
     monkeypatch.setitem(sys.modules, "somebodys_ocr", module)
+    allow_code(["somebodys_ocr"])
     return "somebodys_ocr:Fake"
 
 

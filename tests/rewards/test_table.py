@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lvrpo.config import parse_section
 from lvrpo.errors import ContractError, InputError
+from lvrpo.registry import allow_code
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, WeightSchedule, build_rewards, score_groups
@@ -123,7 +124,7 @@ def test_an_exception_masks_everything_or_stops(groups: list[Group], nobody: Any
     table = score_groups([source(reward), other], groups, nobody)
     assert not table.mask[..., 0].any()
     assert table.mask[..., 1].all()
-    assert {table.reasons[p, g, 0] for p in range(2) for g in range(2)} == {"failed: RuntimeError('no network')"}
+    assert {table.reasons[p, g, 0] for p in range(2) for g in range(2)} == {"failed: RuntimeError: no network"}
     with pytest.raises(ContractError, match="no network"):
         score_groups([source(reward, "stop")], groups, nobody)
 
@@ -151,6 +152,9 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
     module = types.ModuleType("somebodys_rewards")
     vars(module).update(Fixed=Fixed, Silent=type("Silent", (), {"applies": lambda self, prompt: True}))
     monkeypatch.setitem(sys.modules, "somebodys_rewards", module)
+    with pytest.raises(InputError, match="if you trust it, add --allow-code, or"):
+        build_rewards([RewardConfig(name="somebodys_rewards:Fixed")])
+    allow_code(["somebodys_rewards"])
     built = build_rewards(
         [
             RewardConfig(name="exact_answer"),
@@ -169,7 +173,7 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
     ("configs", "message"),
     [
         ([{"name": "exact_anser"}], "did you mean exact_answer"),
-        ([{"name": "no_such_module:Reward"}], "no module 'no_such_module'"),
+        ([{"name": "no_such_module:Reward"}], "is code of no_such_module, not of lvrpo"),
         ([{"name": "own_vqa", "options": {"speed": 1}}], r"rewards\.own_vqa\.options \(speed\): .*speed"),
         ([{"name": "scene_facts", "options": {"mode": "most"}}], "use fraction, gated, all, mixed"),
         ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),

@@ -63,6 +63,7 @@ def small(name: str, folder: Path) -> list[str]:
         "steps=2",
         f"data.prompts_per_step={dict.fromkeys(counts, 1) | {'reason': 3}}",  # every third thinks, then draws
         "rewards=[{name: 'spread:Spread'}]",
+        "allow_code=[spread]",
         "rollout.image_size=[32, 32]",
         "rollout.max_new_tokens=4",
         "rollout.num_steps=3",

@@ -10,7 +10,7 @@ import torch
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.training.contract import Check, require, step_zero_contract
+from lvrpo.training.contract import Check, first_update_checks, require, step_zero_contract
 from lvrpo.types import FlowSegment, Group, RewardTable, Segment, TextSegment, Trajectory
 
 SAMPLING = Sampling(group_size=4, max_new_tokens=4, num_steps=4, sampler="flow_sde", window=(0, 1), guidance_scale=2.0)
@@ -160,3 +160,31 @@ def test_scores_that_failed(policy: TinyPolicy, groups: list[Group]) -> None:
     assert found.check == "scores that failed"
     assert found.detail == "r: failed: timed out; if it may, say up to which share: max_failed of that reward"
     assert not broken(policy, groups, table_of(groups, reasons={(0, 0, 0): "not applicable"}))
+
+
+def test_groups_without_two_valid_scores_are_named(policy: TinyPolicy, groups: list[Group]) -> None:
+    """As of two members where one of each failed: nothing is wrong with the spread."""
+    reasons = {(p, g, 0): "failed: away" for p in range(len(groups)) for g in range(1, 4)}
+    table = table_of(groups, reasons=reasons)
+    (found,) = (c for c in step_zero_contract(policy, groups, table, 0.01, may_fail=table.names) if not c.ok)
+    assert found.check == "groups with signal"
+    assert found.detail == (
+        "no group had two valid scores to compare, 1 at most of 4 members: raise rollout.group_size, or use a reward "
+        "that fails less often"
+    )
+
+
+def test_a_divergence_without_gradient_is_told_from_groups_without_scores(
+    lively_policy: Callable[..., TinyPolicy], groups: list[Group]
+) -> None:
+    reference = lively_policy()
+    drawn = [group for group in groups if group.prompt.output == ("image",)]
+    table = table_of(drawn, reasons={(i, g, 0): "failed: away" for i in range(len(drawn)) for g in range(1, 4)})
+    found = {c.check: c for c in first_update_checks(reference, reference.frozen(), drawn, table, 0.01)}
+    check = found["gradient of the drawing divergence"]
+    assert not check.ok
+    assert check.detail.startswith("no group of drawings had two valid scores to compare, 1 at most of 4 members")
+    spread = first_update_checks(reference, reference.frozen(), drawn, table_of(drawn, spread=False), 0.01)
+    assert "no group of drawings has a reward that spreads" in spread[-1].detail
+    silent = first_update_checks(reference, reference.frozen(), drawn, table_of(drawn), 0.01)
+    assert "layer of zeros" in silent[-1].detail

@@ -395,6 +395,7 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
 
 RUN = (
     "device=cpu",
+    "allow_code=[discrete_policy]",
     "data.source='discrete_policy:Colors'",
     "rewards=[{name: 'discrete_policy:ShareOfColor', label: share}, {name: 'discrete_policy:Says', label: says}]",
     "guard.every=100",

@@ -129,4 +129,4 @@ def test_a_guard_without_prompts_always_keeps_the_last() -> None:
     guard, state = Guard({"generate": []}, TrainConfig()), GuardState()
     for step in (0, 20, 40):
         report = guard.look(right(0, 0), state, step)
-        assert (report.verdict, dict(report.means), state.best_step) == ("best", {}, step)
+        assert (report.verdict, dict(report.means), state.best_step) == ("blind", {}, step)

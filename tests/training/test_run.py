@@ -23,9 +23,10 @@ from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption
 from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import Alignment, Pretraining, training_source
+from lvrpo.training.run import Alignment, Pretraining
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
+from lvrpo.training.sources import training_source
 
 SMALL = (
     "steps=10",
@@ -296,6 +297,7 @@ def test_the_start_is_kept_and_the_manifest_names_it(config: TrainConfig) -> Non
     (entry,) = manifest["checkpoints"].values()
     assert len(entry["sha256"]) == 64
     assert manifest["seeds"] == {"run": 0}
+    assert manifest["data"]["splits"]["shared"] == 0
 
 
 def test_wrong_input_leaves_no_run_directory(config: TrainConfig) -> None:
@@ -332,10 +334,12 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
             "advantages.std_floor=0",
         ],
     )
-    alignment = Alignment.start(own, Path("run"))
+    with pytest.warns(UserWarning, match="validation is not set: the guard has no held-out rows"):
+        alignment = Alignment.start(own, Path("run"))
     with alignment.run as run:
         assert alignment.go()
         rows = run.metrics()
+    assert rows[-1]["guard/action"] == "no held-out rows: kept the last weights"
     assert "reward/generate/own_vqa" in rows[1]
     assert "reward/generate/success" not in rows[1]
     assert "reward/reason/success" in rows[1]

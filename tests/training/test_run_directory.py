@@ -219,7 +219,7 @@ def test_a_missing_or_broken_file_gets_one_line(path: Path) -> None:
         assert run.read_summary() is None
         assert "no such file: the run has not written it" in refusal(run.read_json, "eval/none.json")
         (path / "summary.json").write_text("{")
-        assert "is not JSON" in refusal(run.read_summary)
+        assert "summary.json: not JSON at column 2" in refusal(run.read_summary)
         run.write_summary({"seed": 0, "before": {}})
         assert run.read_summary() == {"seed": 0, "before": {}}
 
@@ -290,16 +290,19 @@ def test_metrics_are_one_valid_line_a_step(path: Path) -> None:
 def test_a_broken_line_in_the_middle_is_named(path: Path) -> None:
     with RunDirectory.create(path, Root()) as run:
         (path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-        assert refusal(run.metrics) == f"{path / 'metrics.jsonl'}:2: is not JSON: delete this line"
+        where = f"{path / 'metrics.jsonl'}:2"
+        assert (
+            refusal(run.metrics) == f"{where}: not JSON at column 2 (Unterminated string starting at): delete this line"
+        )
 
 
 def test_truncation_drops_later_steps_only(path: Path) -> None:
     with RunDirectory.create(path, Root()) as run:
-        run.append_metrics({"event": "start"})
+        run.append_metrics({"step": 0, "event": "start"})
         for step in range(1, 8):
             run.append_metrics({"step": step})
         run.truncate_metrics(5)
-        assert run.metrics() == [{"event": "start"}, *({"step": step} for step in range(1, 6))]
+        assert run.metrics() == [{"step": 0, "event": "start"}, *({"step": step} for step in range(1, 6))]
         inode = (path / "metrics.jsonl").stat().st_ino
         run.truncate_metrics(5)
         assert (path / "metrics.jsonl").stat().st_ino == inode

@@ -1,11 +1,11 @@
-"""``lvrpo audit``: what the rewards of a run really did, or what a judge can tell."""
+"""``lvrpo audit``: what the rewards of a run really did, what a judge can tell, or whether splits are apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands import judge
+from lvrpo.commands import judge, leakage
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
 from lvrpo.errors import InputError
 
@@ -31,6 +31,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, finished or going on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, with the curves")
     judge.add_options(parser)
+    leakage.add_options(parser)
     add_force(parser)
 
 
@@ -44,11 +45,15 @@ def run(options: Options) -> None:
     from lvrpo.evaluation.reward_audit import audit_rewards
     from lvrpo.training.run_directory import json_text
 
+    if options.data is not None:
+        leakage.run(options)
+        return
+    leakage.refuse_options(options)
     if options.judge is not None:
         judge.run(options)
         return
     if options.run is None:
-        raise InputError("RUN is missing: give a run directory, or --judge MODEL")
+        raise InputError("RUN is missing: give a run directory, or --judge MODEL, or --data")
     judge.refuse_options(options)
     if options.json is not None:
         refuse_existing([options.json], options.force)
@@ -119,6 +124,8 @@ def correlation_tables(audit: RewardAudit) -> Iterator[Table]:
 
 def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
     """(line, style): the alarms, or that there are none."""
+    for missing in audit.alarms.missing:
+        yield f"alarm: {missing.words}: metrics.jsonl says why (reward_failed_why)", "bold red"
     for alarm in audit.alarms.found:
         yield f"alarm: {alarm.words}: look at samples/ before you trust this reward", "bold red"
     for task, reward, scorer in audit.alarms.same:
@@ -185,8 +192,10 @@ def trait_name(name: str) -> str:
 
 
 AUDIT = Command(
-    "what the rewards of a run really did: shares, correlations, drift, an alarm; or what a judge can tell",
+    "what the rewards of a run really did: shares, correlations, drift, an alarm; what a judge can tell; or whether "
+    "train, validation and test are apart",
     options,
     run,
-    "docs/audit.md explains every number. The curves are in the report: lvrpo report RUN",
+    "docs/audit.md explains every number. The curves are in the report: lvrpo report RUN\n"
+    "example: lvrpo audit --data train.jsonl validation.jsonl test.jsonl",
 )

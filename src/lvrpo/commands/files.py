@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lvrpo.commands.options import refuse_existing
 from lvrpo.data.images import load_image, middle_square
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json, read_text
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Image
@@ -27,14 +27,7 @@ def write_file(path: Path, content: bytes, force: bool) -> None:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give a text file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): give a text file") from None
+    text = read_text(path, "give a text file")
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{path}: is empty: write one line each")
@@ -46,10 +39,7 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[str, dict[str, 
     rows = []
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): one object per line") from None
+        row = parse_json(line, where, "one object per line")
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
         for name in needed:

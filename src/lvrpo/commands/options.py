@@ -61,12 +61,24 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
-def positive(text: str) -> int:
-    """A whole number >= 1."""
-    number = whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
-    return number
+def up_to(most: int) -> Callable[[str], int]:
+    """Whole numbers from 1 to ``most``."""
+
+    def read(text: str) -> int:
+        number = whole(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be <= {most}")
+        return number
+
+    return read
+
+
+positive = up_to(1_000_000)
+threads = up_to(1024)
+num_steps = up_to(1000)
+max_new_tokens = up_to(100_000)
 
 
 def whole(text: str) -> int:
@@ -75,19 +87,19 @@ def whole(text: str) -> int:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be >= 0")
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: must be >= 0 and < 2^63")
     return number
 
 
 def guidance(text: str) -> float:
-    """A guidance scale >= 1."""
+    """A guidance scale from 1 to 1000."""
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
-    if not 1 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number >= 1")
+    if not 1 <= number <= 1000:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number >= 1 and <= 1000")
     return number
 
 
@@ -108,8 +120,8 @@ def gibibytes(text: str) -> float:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB, such as 78") from None
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB above 0")
+    if not 0 < number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of GiB above 0 and <= 1000000")
     return number
 
 
@@ -118,6 +130,8 @@ def picture_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{text!r}: write WIDTHxHEIGHT, such as 1024x768")
+    if max(int(width), int(height)) > 8192:
+        raise argparse.ArgumentTypeError(f"{text}: sides must be <= 8192")
     return int(height), int(width)
 
 

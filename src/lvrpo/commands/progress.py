@@ -97,7 +97,7 @@ class Progress:
         if now - self._printed_at < PLAIN_EVERY_S and row["step"] < self.total:
             return
         self._printed_at = now
-        values = [f"{label(name)} {self._recent(name):.3f}" for name in self._shown()]
+        values = [f"{label(name)} {self._now(name)}" for name in self._shown()]
         head = f"step {row['step']}/{self.total}, {clock(row['seconds_left'])} left"
         self.console.print(f"        {head}: {', '.join(values)}", soft_wrap=True)
 
@@ -115,7 +115,7 @@ class Progress:
         table.add_column("")
         for name in self._shown():
             base = self.history.get(name.replace("reward/", "control/", 1))
-            cells = [label(name), f"{self._recent(name):.3f}"]
+            cells = [label(name), self._now(name)]
             if self._rewarded():
                 cells.append(f"{sum(base[-RECENT:]) / len(base[-RECENT:]):.3f}" if base else "")
             table.add_row(*cells, Text(sparkline(self.history[name]), style="cyan"))
@@ -128,6 +128,10 @@ class Progress:
         if not self._rewarded():
             return [name for name in self.history if name.startswith(("loss/", "guard/"))]
         return [name for name in self.history if name.startswith("reward/") and not name.endswith("/success")]
+
+    def _now(self, name: str) -> str:
+        """The recent mean; "-" where the last step has none, as when every score failed: an old mean is no news."""
+        return "-" if name.startswith("reward/") and name not in self.row else f"{self._recent(name):.3f}"
 
     def _recent(self, name: str) -> float:
         last = self.history[name][-RECENT if not name.startswith("guard/") else -1 :]  # a look is a mean already

@@ -13,16 +13,20 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     names,
+    num_steps,
     positive,
     refuse_existing,
+    threads,
     whole,
 )
 from lvrpo.errors import InputError
+from lvrpo.evaluation import BENCHMARKS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lvrpo.policies.base import Policy
+    from lvrpo.rewards.held_out import HeldOutScorer
 
 
 def evaluate_options(parser: Parser) -> None:
@@ -33,8 +37,14 @@ def evaluate_options(parser: Parser) -> None:
         type=names,
         default=["scenes"],
         metavar="NAME[,NAME]",
-        help="generate, generate_guided, understand, understand_sampled, edit, reason; scenes: all; or FILE.jsonl",
+        help=f"{', '.join(BENCHMARKS)}; scenes: all; or FILE.jsonl",
     )
+    parser.add_argument(
+        "--rewards",
+        metavar="CONFIG",
+        help="whose rewards score the rows of FILE.jsonl that have no answer (default: the run's own, of a run)",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, and the record of every sample")
     parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")
     parser.add_argument("--samples", type=positive, metavar="N", help="of some prompts, for pass@k and best of n (16)")
@@ -47,9 +57,9 @@ def evaluate_options(parser: Parser) -> None:
     )
     parser.add_argument("--tuned", type=Path, metavar="FILE", help="evaluate at the guidance and temperature of FILE")
     parser.add_argument("--information", action="store_true", help="also bound what the experts know of each other")
-    parser.add_argument("--num-steps", type=positive, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument("--num-steps", type=num_steps, default=8, help="model evaluations per picture (default: 8)")
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
@@ -66,18 +76,23 @@ def evaluate(options: Options) -> None:
     from lvrpo.report.measures import measure_tables
     from lvrpo.rewards.identity import judge_identity
     from lvrpo.training.run_directory import json_text
+    from lvrpo.training.splits import require_unseen_by
 
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
     if options.tune is not None:
         tune(options)
         return
-    benchmarks = suite.find_benchmarks(options.benchmark)
+    require_unseen_by(options.model, options.benchmark)
+    scorer, judged_by = held_out_scorer(options)
+    benchmarks = suite.find_benchmarks(options.benchmark, scorer, read_side(options), options.root)
     tuned = None if options.tuned is None else Tuned.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
         tuned.require(judge_identity(policy))
     judge = None if options.judge is None else load_policy(options.judge, options.device, options.dtype).frozen()
+    rewarded = any(benchmark.metric == "reward" for benchmark in benchmarks)
+    reward_judge = load_policy(judged_by, options.device).frozen() if rewarded and judged_by is not None else None
     console = wide_console()
     result = suite.evaluate(
         policy,
@@ -86,7 +101,7 @@ def evaluate(options: Options) -> None:
         {b.name: options.n for b in benchmarks} if options.n else {},
         replace(suite.SAMPLING, num_steps=options.num_steps),
         progress=lambda name, n: console.print(f"{name}: {n} prompts", style="dim"),
-        measuring=suite.Measuring(options.sampled_prompts, options.samples, judge, tuned),
+        measuring=suite.Measuring(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
     )
     results = result.results()
     console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
@@ -102,6 +117,38 @@ def evaluate(options: Options) -> None:
         write_file(options.json, json_text({**head, **result.as_dict()}).encode(), options.force)
 
 
+def read_side(options: Options) -> int | None:
+    """The side of the pictures that MODEL reads, where rows of a file are put to it."""
+    from lvrpo.policies.loading import picture_side
+
+    return picture_side(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
+
+
+def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
+    """What scores rows without an answer, and the MODEL that judges for its rewards; nothing where none is named.
+
+    A run is scored as it scored itself: by its rewards, judged by the weights that it began with.
+    """
+    from lvrpo.commands.settings import read_config
+    from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
+    from lvrpo.rewards.table import build_rewards
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.run import START
+    from lvrpo.training.run_directory import CONFIG, RunDirectory
+
+    if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
+        return SUCCESS_ONLY, None
+    run = Path(options.rewards or options.model)
+    if (run / START).is_dir() and (run / CONFIG).is_file():
+        config, judge = RunDirectory.read(run).config(TrainConfig), str(run / START)
+    elif options.rewards is not None:
+        config = read_config(TrainConfig, options.rewards, [])
+        judge = config.policy
+    else:
+        return SUCCESS_ONLY, None
+    return HeldOutScorer(tuple(build_rewards(config.rewards))), judge
+
+
 def tune(options: Options) -> None:
     """Chooses guidance and temperature on validation prompts, prints the grid, writes the choice."""
     from dataclasses import replace
@@ -114,10 +161,11 @@ def tune(options: Options) -> None:
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
-    for name in ("json", "tuned", "judge", "samples"):
+    for name in ("json", "tuned", "judge", "samples", "rewards"):
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
-    benchmarks = [tuning.as_validation(b) for b in suite.find_benchmarks(options.benchmark)]
+    found = suite.find_benchmarks(options.benchmark, side=read_side(options), root=options.root)
+    benchmarks = [tuning.as_validation(benchmark) for benchmark in found]
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     console = wide_console()
@@ -181,7 +229,10 @@ def compare(options: Options) -> None:
         return
     comparison = compare_runs(options.runs)
     if not comparison.tasks:
-        raise InputError(f"{options.runs[0]}: no run has results yet: wait until one has finished")
+        raise InputError(
+            f"{options.runs[0]}: no run has results: wait until one has finished, or train with held-out rows "
+            "(data.jsonl.test)"
+        )
     if options.markdown:
         print(comparison.markdown(), end="")
     else:

@@ -24,26 +24,28 @@ def number(value: float, signed: bool = False) -> str:
     return text.replace("0.", ".", 1)
 
 
-def finite(value: float | None) -> bool:
-    """Whether there is a number; a file has null where memory has nan."""
-    return value is not None and math.isfinite(value)
+def finite(value: float | None) -> float | None:
+    """The number, or None where there is none: a file has null where memory has nan."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def interval(result: Result | None, signed: bool = False) -> str:
     """.42 [.38, .46]; of a difference also the smallest effect that could have been told, ≥ .05."""
     if not result or result["score"] is None:
         return ""
-    low, high, tells = result["low"], result["high"], result.get("detectable")
-    spread = f" [{number(low, signed)}, {number(high, signed)}]" if low is not None and high is not None else ""
-    return number(result["score"], signed) + spread + (f" ≥ {number(tells)}" if finite(tells) else "")
+    low, high, tells = (finite(result.get(name)) for name in ("low", "high", "detectable"))
+    spread = ", no interval"
+    if low is not None and high is not None:
+        spread = f" [{number(low, signed)}, {number(high, signed)}]"
+    return number(result["score"], signed) + spread + ("" if tells is None else f" ≥ {number(tells)}")
 
 
 def tone(difference: Result | None) -> str:
     """Green above 0 with the whole interval, red below; of a category only where Holm's correction leaves p < .05."""
     if not difference or difference["low"] is None:
         return ""
-    adjusted = difference.get("p_holm")
-    if finite(adjusted) and adjusted >= LEVEL:
+    adjusted = finite(difference.get("p_holm"))
+    if adjusted is not None and adjusted >= LEVEL:
         return "dim"
     return "green" if difference["low"] > 0 else "red" if difference["high"] < 0 else "dim"
 

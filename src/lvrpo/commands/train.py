@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
-from lvrpo.errors import ContractError, InputError, LostProcessError
+from lvrpo.errors import ContractError, InputError, LostProcessError, NotWellError
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.training.config import TrainConfig
     from lvrpo.training.run import Alignment, Pretraining
     from lvrpo.training.wire import Wire
 
@@ -61,13 +63,13 @@ def help_train(wire: Wire) -> None:
 def lead_train(options: Options, wire: Wire) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
-    from lvrpo.evaluation.quickstart import Plan, held_out_plan, run_experiment
+    from lvrpo.evaluation.quickstart import Plan, held_out_plan, planned_benchmarks, run_experiment
     from lvrpo.evaluation.suite import find_benchmarks
     from lvrpo.training.interrupt import Interrupted
     from lvrpo.training.team import Stop
 
     try:
-        find_benchmarks(options.benchmark)
+        find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
         alignment = open_alignment(options, wire)
     except BaseException:
         wire.broadcast_object(Stop())
@@ -76,6 +78,8 @@ def lead_train(options: Options, wire: Wire) -> None:
     run = alignment.run
     with run, nullcontext() if wire.size == 1 else alignment.led(), Progress(alignment.config.steps) as watch:
         plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
+        if options.benchmark:
+            planned_benchmarks(alignment, plan)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
         try:
             summary = run_experiment(alignment, plan, watch)
@@ -83,7 +87,21 @@ def lead_train(options: Options, wire: Wire) -> None:
             raise Interrupted(f"{error}; go on with: lvrpo train --resume {run.path}") from None
         if summary["before"]:
             print_tables(summary_tables(summary))
-        watch.phase(f"done; the policy: {run.path} (step {summary['guard']['best_step']} was the guard's best)")
+        watch.phase(f"done; the policy: {run.path} ({kept_step(alignment, summary)})")
+    require_well(run.path, summary)
+
+
+def kept_step(alignment: Alignment, summary: dict[str, Any]) -> str:
+    """Which step the result is of, and why."""
+    step = summary["guard"]["best_step"]
+    return f"step {step} was the guard's best" if alignment.guard.prompts else f"step {step}, the last one"
+
+
+def require_well(run: Path, summary: Mapping[str, Any]) -> None:
+    """Raises NotWellError with every reason why a run that is done is not well. Any: what JSON holds."""
+    health = summary["health"]
+    if not health["well"]:
+        raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
 def open_alignment(options: Options, wire: Wire) -> Alignment:
@@ -91,17 +109,33 @@ def open_alignment(options: Options, wire: Wire) -> Alignment:
     from lvrpo.commands.settings import read_config
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run import Alignment
+    from lvrpo.training.splits import require_unseen
 
     if options.resume is not None:
-        config = None if options.config is None else read_config(TrainConfig, options.config, options.overrides)
         refuse_out(options)
-        return Alignment.resume(options.resume, config, options.base, wire)
+        return Alignment.resume(options.resume, config_of_resumed(options), options.base, wire)
     if options.base is not None:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
     config = read_config(TrainConfig, options.config, options.overrides)
+    require_unseen(options.benchmark, config)
     return Alignment.start(config, options.out or Path("runs") / config.name, wire)
+
+
+def config_of_resumed(options: Options) -> TrainConfig | None:
+    """What a resumed run is asked for: CONFIG, or its own with changes, or None."""
+    from lvrpo.commands.settings import read_config
+    from lvrpo.config import load_config
+    from lvrpo.training.config import TrainConfig
+    from lvrpo.training.run_directory import CONFIG, RunDirectory
+
+    if options.config is None:
+        return None
+    if "=" in options.config and not Path(options.config).is_file():
+        run = RunDirectory.read(options.resume)
+        return load_config(TrainConfig, run.path / CONFIG, [options.config, *options.overrides], own_file=False)
+    return read_config(TrainConfig, options.config, options.overrides)
 
 
 def refuse_out(options: Options) -> None:
@@ -150,7 +184,8 @@ TRAIN = Command(
     "align a policy: lvrpo train CONFIG [section.key=value ...]",
     train_options,
     train,
-    "example: lvrpo train quickstart seed=1 steps=80 --out runs/short",
+    "example: lvrpo train quickstart seed=1 steps=80 --out runs/short\n"
+    "         lvrpo train --resume runs/short steps=160    # makes a finished run longer",
 )
 PRETRAIN = Command(
     "supervised training on the web corpus: the base, and the baseline",

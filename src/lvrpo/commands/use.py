@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +17,13 @@ from lvrpo.commands.options import (
     add_force,
     add_model,
     guidance,
+    max_new_tokens,
+    num_steps,
     picture_size,
-    positive,
     refuse_existing,
     share,
+    threads,
+    up_to,
     whole,
 )
 from lvrpo.errors import InputError
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.types import Group, Part, Prompt
 
+MOST_CHARACTERS = 1_000_000
+"""Of a text; what a model takes is less, and counted in its tokens."""
 CHUNK = 64
 """Prompts sampled at once."""
 RENORMS = ("none", "global", "channel", "text_channel")
@@ -49,15 +57,15 @@ def drawing_options(parser: Parser) -> None:
         metavar=("LOW", "HIGH"),
         help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
     )
-    parser.add_argument("--num-steps", type=positive, help="model evaluations per picture (default: the model's own)")
+    parser.add_argument("--num-steps", type=num_steps, help="model evaluations per picture (default: the model's own)")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
 def thinking_options(parser: Parser) -> None:
     parser.add_argument("--think", action="store_true", help="let the model write a plan first")
-    parser.add_argument("--max-new-tokens", type=positive, help="of a text (default: the model's own)")
+    parser.add_argument("--max-new-tokens", type=max_new_tokens, help="of a text (default: the model's own)")
 
 
 def generate_options(parser: Parser) -> None:
@@ -66,7 +74,7 @@ def generate_options(parser: Parser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
-    parser.add_argument("--count", type=positive, default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--count", type=up_to(10_000), default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
     drawing_options(parser)
 
@@ -80,7 +88,11 @@ def generate(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
-        texts = [row["prompt"] for _, row in read_rows(options.prompts, ("prompt",))]
+        rows = read_rows(options.prompts, ("prompt",))
+        for where, row in rows:
+            if row.get("task", "generate") != "generate":
+                raise InputError(f"{where}: task {row['task']!r}: only rows of task 'generate' are drawn: leave it out")
+        texts = [row["prompt"] for _, row in rows]
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
@@ -110,50 +122,106 @@ def ask_options(parser: Parser) -> None:
         "--questions",
         type=Path,
         metavar="FILE.jsonl",
-        help="rows with 'image' (beside or below the file) and 'question'",
+        help="rows with 'images' (beside or below the file) and 'prompt', as for training",
     )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
     thinking_options(parser)
-    parser.add_argument("--threads", type=positive, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
 def ask(options: Options) -> None:
-    from lvrpo.commands.files import fitting_image, read_rows, write_file
-    from lvrpo.data.jsonl import picture_path
+    from lvrpo.commands.files import fitting_image, write_file
+    from lvrpo.policies.loading import picture_side
 
     image, question, table = options.image, options.question, options.questions
-    single = [(image, question)] if image is not None and question is not None else []
-    if bool(single) == (table is not None) or (image is None) != (question is None):
+    single = image is not None and question is not None
+    if single == (table is not None) or (image is None) != (question is None):
         raise InputError("what to ask: give --image FILE QUESTION, or --questions FILE.jsonl")
     if options.out is not None:
         refuse_existing([options.out], options.force)
-    rows, asked = [], single
-    if table is not None:
-        rows = read_rows(table, ("image", "question"))
-        asked = [(picture_path(table.parent, row["image"], where), row["question"]) for where, row in rows]
-    policy = load(options)
-    prompts = [
-        prompt(
-            "reason" if options.think else "understand",
-            (fitting_image(path, policy.image_size), question),
-            ("text",),
-            number,
-        )
-        for number, (path, question) in enumerate(asked)
-    ]
-    answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
-    if single:
-        lines = [answers[0]]
+    if image is not None and question is not None:
+        policy = load(options)
+        prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
+        lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
+        asked = question_rows(table, picture_side(options.model), options.root)
+        policy = load(options)
+        for row in asked:
+            row.require_readable(policy)
+        prompts = [prompt(asked_task(options), row.parts, ("text",), number) for number, row in enumerate(asked)]
+        answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
-            json.dumps({**row, "answer": a}, ensure_ascii=False) for (_, row), a in zip(rows, answers, strict=True)
+            json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False)
+            for row, a in zip(asked, answers, strict=True)
         ]
     text = "".join(line + "\n" for line in lines)
     if options.out is not None:
         write_file(options.out, text.encode(), options.force)
     else:
         print(text, end="")
+
+
+def asked_task(options: Options) -> Any:
+    """The task of a question. Any: the literals of ``Prompt``."""
+    return "reason" if options.think else "understand"
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One row of a file of questions."""
+
+    where: str
+    """file:line"""
+    row: dict[str, Any]
+    parts: tuple[Part, ...]
+    answer_key: str
+    """Under which the answer is written: ``answer`` may hold the right one."""
+
+    def require_readable(self, policy: Policy) -> None:
+        """Raises InputError, with file and line, where the policy cannot read the question."""
+        from lvrpo.policies.base import check_text
+
+        try:
+            check_text(policy, str(self.parts[-1]))
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from None
+
+
+def question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
+    """The rows of a file in the one format of rows, their pictures as the model reads them, which is said once.
+
+    Rows with 'image' and 'question', as they once were, are read too; one line says what is written now.
+    """
+    from lvrpo.commands.files import read_rows
+    from lvrpo.data.images import load_image, middle_square
+    from lvrpo.data.jsonl import picture_path
+    from lvrpo.data.schema import parse_row
+
+    found, older, odd = [], 0, []
+    for where, row in read_rows(table, ()):
+        is_older = "question" in row and isinstance(row.get("image"), str)
+        older += is_older
+        try:
+            data = {"prompt": row["question"], "images": [row["image"]]} if is_older else row
+            parsed = parse_row(data, "understand")
+        except ValueError as error:
+            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+        if parsed.kinds != ("text",) or not parsed.images:
+            raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
+        paths = [picture_path(table.parent, name, where, root=root) for name in parsed.images]
+        images = [load_image(path) for path in paths]
+        if side is not None:
+            odd += [path for path, image in zip(paths, images, strict=True) if image.shape[1:] != (side, side)]
+            images = [middle_square(image, side) for image in images]
+        found.append(QuestionRow(where, row, (*images, parsed.prompt), "answer" if is_older else "output"))
+    if older:
+        print(f'warning: {table}: "image" and "question" are now "images": [...] and "prompt"', file=sys.stderr)
+    if odd:
+        which = f"picture {odd[0]} is" if len(odd) == 1 else f"{len(odd)} pictures, such as {odd[0]}, are"
+        print(f"warning: {table}: {which} of another size: resized to {side} x {side}", file=sys.stderr)
+    return found
 
 
 def edit_options(parser: Parser) -> None:
@@ -200,8 +268,10 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     from lvrpo.types import Prompt
 
     for part in parts:
-        if isinstance(part, str) and not part.strip():
+        if isinstance(part, str) and all(unicodedata.category(character)[0] in "PZC" for character in part):
             raise InputError("the text is blank: write what to draw, ask or change")
+        if isinstance(part, str) and len(part) > MOST_CHARACTERS:
+            raise InputError(f"the text has {len(part)} characters, more than {MOST_CHARACTERS}: shorten it")
     return Prompt(f"command line/{number}", task, parts, output)
 
 

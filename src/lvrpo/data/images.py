@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
 from torch.nn import functional
 
 from lvrpo.errors import InputError
+from lvrpo.pictures import DAMAGE, damaged, open_picture
 from lvrpo.types import Image
 
-MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations of pictures that are stored on their side."""
 
 
 def check_image(path: Path) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
-    with _open_file(path) as picture:
+    with open_picture(path, path) as picture:
         return picture.size
 
 
 def upright_size(path: Path) -> tuple[int, int]:
     """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
-    with _open_file(path) as picture:
+    with open_picture(path, path) as picture:
         width, height = picture.size
-        return (width, height) if picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else (height, width)
+        try:
+            sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+        return (width, height) if sideways else (height, width)
 
 
 def load_mask(path: Path) -> torch.Tensor:
@@ -43,16 +44,16 @@ def load_image(path: Path) -> Image:
     """Reads a picture: float32 (3, height, width) in [0, 1].
 
     Any mode is taken: transparency is composited on white, the EXIF orientation applied, gray and palette and CMYK
-    pictures converted. Raises InputError, one line, for a file that is missing, no picture, damaged, animated, of
-    float pixels, or of more than 64 megapixels.
+    pictures converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
+    missing, no picture, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
     """
-    with _open_file(path) as opened:
+    with open_picture(path, path) as opened:
         return _pixels(opened, path)
 
 
 def decode_image(content: bytes, name: str) -> Image:
     """A picture from the bytes of a file, as ``load_image``; ``name`` stands in its errors for the path."""
-    with _open(io.BytesIO(content), name) as opened:
+    with open_picture(content, name) as opened:
         return _pixels(opened, name)
 
 
@@ -68,52 +69,36 @@ def middle_square(image: Image, side: int) -> Image:
     return resized.clamp(0, 1).to(torch.float32)
 
 
-def _pixels(opened: PilImage.Image, path: Path | str) -> Image:
+def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
     try:
+        deep = _deep_gray(opened, name)
         picture = ImageOps.exif_transpose(opened)
-        if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
-            gray = np.asarray(picture).astype(np.float32) / 65535
+        if deep is not None:
+            low, high = deep
+            gray = (np.asarray(picture).astype(np.float32) - low) / (high - low)
             return torch.from_numpy(np.repeat(gray.clip(0, 1)[None], 3, axis=0))
-        if picture.mode == "F":
-            raise InputError(f"{path}: float pixels have no fixed range: save it as 8-bit PNG")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = PilImage.new("RGBA", picture.size, "white")
             picture = PilImage.alpha_composite(white, picture)
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InputError(f"{path}: damaged picture ({_line(error)}): save it again") from None
+    except DAMAGE as error:
+        raise damaged(name, error) from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _open_file(path: Path) -> PilImage.Image:
-    if not path.is_file():
-        raise InputError(f"{path}: no such picture file: correct the path or add the file")
-    return _open(path, path)
+def _deep_gray(picture: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
+    """Which values are black and white in gray of more than 8 bits, by the file's own word; None: it has no such.
 
-
-def _open(source: Path | io.BytesIO, path: Path | str) -> PilImage.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
-            picture = PilImage.open(source)
-    except PilImage.DecompressionBombError:
-        raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture that can be read: use PNG or JPEG") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InputError(f"{path}: damaged picture ({_line(error)}): save it again") from None
-    width, height = picture.size
-    problem = None
-    if width * height > MAX_PIXELS:
-        problem = f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels: make it smaller"
-    elif picture.format != "MPO" and getattr(picture, "is_animated", False):  # formats without frames lack it
-        problem = "animated: save one frame as PNG"
-    if problem:
-        picture.close()
-        raise InputError(f"{path}: {problem}")
-    return picture
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    Raises InputError where nothing says which values are black and white.
+    """
+    if picture.mode == "F":
+        raise InputError(f"{name}: float pixels have no fixed range: save it as 8-bit PNG")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return None
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF alone
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    if (picture.mode == "I" and picture.format != "PNG") or bits > 16:
+        raise InputError(f"{name}: 32-bit or signed pixels have no fixed range: save it as 8-bit or 16-bit PNG")
+    white = 2.0**bits - 1
+    return (white, 0.0) if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else (0.0, white)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lvrpo.data.images import decode_image, load_image, middle_square
 from lvrpo.data.jsonl import picture_path
 from lvrpo.errors import InputError
+from lvrpo.reading import MIB, open_regular, parse_json
 from lvrpo.types import Image, Part, Prompt, Task
 
 PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -23,6 +24,9 @@ PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """A text that ends so is the path of a picture."""
 ROWS_AT_ONCE = 64
+MOST_LINE = 256 * MIB
+"""Bytes of a row of JSON lines."""
+REMEDY = "give pairs as .parquet or .jsonl"
 NAMED = 3
 """Broken rows that an error names."""
 
@@ -133,10 +137,11 @@ class DamagedRowError(Exception):
 
 
 def _files(path: Path) -> list[Path]:
+    if path.suffix in (".parquet", ".jsonl") and not path.is_dir():
+        with open_regular(path, f"{REMEDY}, or a folder of them", None):
+            return [path]
     if path.is_file():
-        if path.suffix not in (".parquet", ".jsonl"):
-            raise InputError(f"{path}: give a .parquet or .jsonl file, or a folder of them")
-        return [path]
+        raise InputError(f"{path}: give a .parquet or .jsonl file, or a folder of them")
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder: give pairs as .parquet or .jsonl")
     found = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl") and file.is_file())
@@ -149,8 +154,16 @@ def _count(file: Path) -> int:
     if file.suffix == ".parquet":
         with _parquet(file) as opened:
             return opened.metadata.num_rows
-    with file.open("rb") as lines:
-        return sum(bool(line.strip()) for line in lines)
+    with open_regular(file, REMEDY, None) as lines:
+        return sum(bool(line.strip()) for line in _lines(lines, file))
+
+
+def _lines(file: BinaryIO, name: Path) -> Iterator[bytes]:
+    """The lines of a file of any size; raises InputError for one that is longer than any row."""
+    while line := file.readline(MOST_LINE + 1):
+        if len(line) > MOST_LINE:
+            raise InputError(f"{name}: has a line of more than {MOST_LINE / MIB:.0f} MiB: one object per line")
+        yield line
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -185,15 +198,12 @@ def _parquet(file: Path) -> Any:  # Any: pyarrow has no types of its own
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open_regular(file, REMEDY, None) as lines:
+        for number, line in enumerate(_lines(lines, file), start=1):
             where = f"{file}:{number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({' '.join(str(error).split())}): one object per line") from None
+            row = parse_json(line.removeprefix(codecs.BOM_UTF8), where, "one object per line")
             if not isinstance(row, dict):
                 raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
             yield where, row

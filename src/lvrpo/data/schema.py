@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lvrpo.errors import InputError
+from lvrpo.patterns import compile_pattern
 from lvrpo.types import OutputKind, Task
 
 _DEFAULT_OUTPUT: dict[Task, tuple[OutputKind, ...]] = {
@@ -50,9 +51,9 @@ class TextRules(_Strict):
         if any(not phrase.strip() for phrase in (*self.include, *self.exclude)):
             raise ValueError("include and exclude must hold words: one is blank")
         try:
-            re.compile(self.form or "")
-        except re.error as error:
-            raise ValueError(f"form={self.form!r} is no regular expression ({error})") from None
+            compile_pattern(self.form or "")
+        except InputError as error:
+            raise ValueError(f"form={self.form!r} is {error}") from None
         return self
 
 
@@ -123,10 +124,18 @@ class Row(_Strict):
         return self
 
 
-def parse_row(data: Any) -> Row:
-    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON."""
+def parse_row(data: Any, task: Task | None = None) -> Row:
+    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON.
+
+    ``task``: that of a row that names none.
+    """
     if not isinstance(data, dict):
         raise ValueError(f'{_short(data)} is no JSON object: write {{"task": ..., "prompt": ...}}')
+    if task is not None:
+        data = {"task": task, **data}
+    older = next((name for name in OLDER_NAMES if name in data), None)
+    if older is not None:
+        raise ValueError(f"field '{older}' is of an older format: write {OLDER_NAMES[older]}")
     try:
         return Row.model_validate(data)
     except ValidationError as error:
@@ -153,6 +162,8 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
     return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
 
 
+OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
+"""Names that fields of questions once had, and what is written now."""
 _TYPE_NAMES = ("str", "list[")
 
 

@@ -12,6 +12,8 @@ DATASETS: Mapping[str, str] = {
     "jsonl": "lvrpo.data.jsonl:JsonlPrompts",
 }
 """Name -> class, called with (config, split, seed). ``lvrpo.registry.resolve`` imports it."""
+SOURCE_METHODS = ("prompt", "prompts")
+"""What anybody's class of a source must have."""
 
 
 @runtime_checkable

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 BENCHMARKS: Mapping[str, str] = {
     "generate": "lvrpo.evaluation.scenes:GENERATE",
     "generate_guided": "lvrpo.evaluation.scenes:GENERATE_GUIDED",
+    "generate_paraphrased": "lvrpo.evaluation.scenes:GENERATE_PARAPHRASED",
     "understand": "lvrpo.evaluation.scenes:UNDERSTAND",
     "understand_sampled": "lvrpo.evaluation.scenes:UNDERSTAND_SAMPLED",
+    "understand_paraphrased": "lvrpo.evaluation.scenes:UNDERSTAND_PARAPHRASED",
     "edit": "lvrpo.evaluation.scenes:EDIT",
     "reason": "lvrpo.evaluation.scenes:REASON",
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import ContractError, LvrpoError
+from lvrpo.evaluation.cases import read_evaluation
 from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
@@ -20,8 +21,16 @@ from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import START, Pretraining
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record, typed
 
 RESULT = "eval/after.json"
+
+
+class CostRecord(Record):
+    """What a baseline took."""
+
+    seconds: float
+    peak_memory_gib: float
 
 
 class Baseline:
@@ -59,8 +68,8 @@ class Baseline:
             if self.process.exitcode != 0:
                 why = _text(self.folder.with_suffix(".error")) or f"exit code {self.process.exitcode}"
                 raise ContractError(f"the baseline in {self.folder} failed: {why}: run again, or use --no-baseline")
-        raw = RunDirectory.read(self.folder).read_json(RESULT)
-        return Evaluation.from_dict(raw), raw["cost"]
+        evaluation, raw = read_evaluation(RunDirectory.read(self.folder), RESULT)
+        return evaluation, typed(raw.get("cost"), CostRecord, f"{self.folder / RESULT}: cost")
 
     def stop(self) -> None:
         """Ends the process; what it has done up to its last checkpoint stays."""

@@ -1,4 +1,4 @@
-"""Scoring a policy on held-out prompts: one list of right-or-wrong per task."""
+"""Scoring a policy on held-out prompts: one list of scores per task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.success import successes
+from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
@@ -23,8 +23,8 @@ class TaskScores:
     """The mean over the samples of each prompt."""
     groups: tuple[Group, ...]
     """The sampled outputs."""
-    successes: tuple[tuple[float, ...], ...] = ()
-    """1 or 0 of every sample."""
+    by_sample: tuple[tuple[float, ...], ...] = ()
+    """The score of every sample: 1 or 0 where right and wrong can be told."""
 
     @property
     def mean(self) -> float:
@@ -38,15 +38,29 @@ class TaskScores:
         return out
 
 
-def score_prompts(
+def sample_prompts(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int, samples: int = 1
-) -> TaskScores:
-    """``samples`` outputs per prompt, each right or wrong; the same seed gives every policy the same noise."""
+) -> list[Group]:
+    """``samples`` outputs per prompt; the same seed gives every policy the same noise."""
     several = replace(sampling, group_size=samples)
     groups: list[Group] = []
     at_once = max(1, CHUNK // samples)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         groups += policy.sample(chunk, several, [derive_seed(seed, "evaluation", prompt.id) for prompt in chunk])
-    rows = [tuple(row) for row in successes(groups)]
+    return groups
+
+
+def score_prompts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    samples: int = 1,
+    scorer: HeldOutScorer = SUCCESS_ONLY,
+    judge: Policy | None = None,
+) -> TaskScores:
+    """``sample_prompts``, each output scored; ``judge``: who judges for rewards, where the scorer has some."""
+    groups = sample_prompts(policy, prompts, sampling, seed, samples)
+    rows = [tuple(row) for row in scorer.scores(groups, judge)]
     return TaskScores(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))

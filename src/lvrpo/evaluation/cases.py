@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image as PilImage
+from pydantic import Field
 
+from lvrpo.errors import InputError
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record
 from lvrpo.types import Group, Image, Prompt
 
 PER_CATEGORY = 3
-SHOWN = ("generate", "understand", "edit", "reason")
-"""The benchmarks that cases are kept of; the others put the same prompts."""
+WITHOUT_CATEGORY = 12
+"""Groups that are kept of rows without a category."""
+DOUBLES = ("generate_guided", "understand_sampled")
+"""The benchmarks that no cases are kept of: they put the same prompts as others."""
 
 
 def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
     """The first few groups of every category: chosen by place, not by how they came out."""
-    if name not in SHOWN:
+    if name in DOUBLES:
         return []
     counts: dict[str, int] = {}
     kept = []
     for group in groups:
         category = group.prompt.category
         counts[category] = counts.get(category, 0) + 1
-        if counts[category] <= PER_CATEGORY:
+        if counts[category] <= (PER_CATEGORY if category else WITHOUT_CATEGORY):
             kept.append(group)
     return kept
 
@@ -37,11 +42,55 @@ def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
     """Writes eval/PHASE.json, with the pictures of the kept cases in eval/PHASE/ and eval/sources/."""
     groups = [group for kept in evaluation.groups.values() for group in kept]
-    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": write_cases(run, phase, groups)})
+    rewards = {
+        prompt: score
+        for scored in evaluation.scored.values()
+        if scored.metric == "reward"
+        for prompt, score in zip(scored.ids, scored.scores, strict=True)
+    }
+    cases = write_cases(run, phase, groups, rewards)
+    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": cases})
 
 
-def write_cases(run: RunDirectory, phase: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One row per group, the first member of it; pictures are written beside."""
+class ScoredRecord(Record):
+    """One benchmark in a file of an evaluation."""
+
+    ids: list[str]
+    categories: list[str]
+    clusters: list[str]
+    scores: list[float | None]
+
+
+class CaseRecord(Record):
+    """One kept case."""
+
+    id: str
+
+
+class EvaluationRecord(Record):
+    """``eval/PHASE.json``."""
+
+    scores: dict[str, ScoredRecord]
+    seconds: float
+    prompts: list[CaseRecord] = Field(default=[])
+
+
+def read_evaluation(run: RunDirectory, relative: str) -> tuple[Evaluation, dict[str, Any]]:
+    """What ``write_evaluation`` wrote, and the whole file; raises InputError for another shape."""
+    raw = run.read_json(relative, EvaluationRecord)
+    for name, scored in raw["scores"].items():
+        if len({len(scored[part]) for part in ScoredRecord.model_fields}) > 1:
+            raise InputError(f"{run.path / relative}: scores.{name}: its lists differ in length: restore the file")
+    return Evaluation.from_dict(raw), raw
+
+
+def write_cases(
+    run: RunDirectory, phase: str, groups: Sequence[Group], rewards: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One row per group, the first member of it; pictures are written beside.
+
+    ``rewards``: scores by prompt of what cannot be told right from wrong.
+    """
     scored = [group for group in groups if scorable(group.prompt)]
     scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
     drawn = [group for group in scored if "image" in group.prompt.output]
@@ -69,6 +118,7 @@ def write_cases(run: RunDirectory, phase: str, groups: Sequence[Group]) -> list[
                 "answer": prompt.answer,
                 "output_text": output.text,
                 "score": scores.get(prompt.id),
+                "reward": (rewards or {}).get(prompt.id),
                 "image": image,
                 "source_image": source,
                 "facts": [{"question": f.question, "answer": f.answer, "holds": held} for f, held in facts],

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lvrpo.config import config_sha256
+from lvrpo.config import config_sha256, parse_section
 from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
-from lvrpo.evaluation.benchmark import score_prompts
-from lvrpo.evaluation.cases import keep_cases, write_cases, write_evaluation
+from lvrpo.evaluation.benchmark import sample_prompts
+from lvrpo.evaluation.cases import keep_cases, read_evaluation, write_cases, write_evaluation
 from lvrpo.evaluation.reward_audit import write_audit
-from lvrpo.evaluation.suite import SAMPLING, Evaluation, Measuring, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import (
+    SAMPLING,
+    Benchmark,
+    Evaluation,
+    Measuring,
+    evaluate,
+    find_benchmarks,
+    own_benchmarks,
+)
 from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import picture_side
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import assess
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import Record
 from lvrpo.types import Prompt
 
 PLAN = "plan.json"
 """File of a run that holds its plan."""
+TEST_ROWS = "data.test"
+"""Benchmark of a plan: the test rows of the run's own source of prompts."""
+
+
+class PlanRecord(Record):
+    """``plan.json``."""
+
+    benchmarks: list[str]
+    sizes: dict[str, int]
+    baseline: dict[str, Any] | None
+    baseline_name: str
+    parallel: bool
 
 
 @dataclass(frozen=True)
@@ -48,9 +72,11 @@ class Plan:
             baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
             run.write_json(PLAN, {**vars(self), "baseline": baseline})
             return self
-        raw = run.read_json(PLAN)
-        baseline = None if raw["baseline"] is None else PretrainConfig.model_validate(raw["baseline"])
-        return Plan(**{**raw, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
+        raw = run.read_json(PLAN, PlanRecord)
+        section = raw["baseline"]
+        baseline = None if section is None else parse_section(PretrainConfig, section, f"{run.path / PLAN}: baseline")
+        known = {name: raw[name] for name in PlanRecord.model_fields}
+        return Plan(**{**known, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
 
 
 class Watcher(Protocol):
@@ -84,10 +110,9 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
         if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
             watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
             baseline.start()
-        base = alignment.policies.reference
-        before = measure(run, "before", base, base, plan, sampling, watch)
+        before = measure(alignment, "before", lambda: alignment.policies.reference, plan, sampling, watch)
         align_watched(alignment, plan, sampling, watch)
-        after = measure(run, "after", alignment.result(), base, plan, sampling, watch)
+        after = measure(alignment, "after", alignment.result, plan, sampling, watch)
         against = None
         if baseline is not None:
             watch.phase(f"{plan.baseline_name}: waiting for the baseline")
@@ -105,18 +130,42 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
 
 
 def measure(
-    run: RunDirectory, phase: str, policy: Policy, judge: Policy, plan: Plan, sampling: Sampling, watch: Watcher
+    alignment: Alignment, phase: str, policy: Callable[[], Policy], plan: Plan, sampling: Sampling, watch: Watcher
 ) -> Evaluation:
-    """Evaluates, the best of n chosen by ``judge``, and writes eval/PHASE.json, or reads it if it is there already."""
+    """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
+
+    The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
+    """
+    run, base = alignment.run, alignment.policies.reference
     path = run.path / "eval" / f"{phase}.json"
     if path.exists():
-        return Evaluation.from_dict(run.read_json(f"eval/{phase}.json"))
-    benchmarks = find_benchmarks(plan.benchmarks)
-    watch.phase(f"evaluate {phase}: {', '.join(b.name for b in benchmarks)}")
-    measuring = Measuring(plan.sampled_prompts, judge=judge)
-    evaluation = evaluate(policy, benchmarks, sizes=plan.sizes, sampling=sampling, keep=keep_cases, measuring=measuring)
+        return read_evaluation(run, f"eval/{phase}.json")[0]
+    benchmarks = planned_benchmarks(alignment, plan)
+    if benchmarks:
+        watch.phase(f"evaluate {phase}: {', '.join(map(in_words, benchmarks))}")
+    measuring = Measuring(plan.sampled_prompts, judge=base, scorer=alignment.parts.scorer, reward_judge=base)
+    evaluation = evaluate(
+        policy(), benchmarks, sizes=plan.sizes, sampling=sampling, keep=keep_cases, measuring=measuring
+    )
     write_evaluation(run, phase, evaluation)
     return evaluation
+
+
+def in_words(benchmark: Benchmark) -> str:
+    """Its name, and what its scores are where that is not success."""
+    return benchmark.name if benchmark.metric == "success" else f"{benchmark.name} (the run's own rewards)"
+
+
+def planned_benchmarks(alignment: Alignment, plan: Plan) -> list[Benchmark]:
+    """Those of a plan, rows of the user scored as the run scores them."""
+    config, parts = alignment.config, alignment.parts
+    names = [name for name in plan.benchmarks if name != TEST_ROWS]
+    files = any(name.endswith(".jsonl") for name in names)
+    side = picture_side(config.policy) if files else None
+    found = find_benchmarks(names, parts.scorer, side, config.data.jsonl.root)
+    if TEST_ROWS in plan.benchmarks:
+        found += own_benchmarks("test", parts.test_prompts(), parts.scorer)
+    return found
 
 
 def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: Watcher) -> None:
@@ -125,12 +174,12 @@ def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: W
     if alignment.finished:
         return
     watch.phase(f"align: {config.steps} steps")
-    prompts = shown_prompts(run, plan)
+    prompts = shown_prompts(alignment, plan)
     middle = max(1, config.steps // 2)
 
     def observe(row: Mapping[str, Any]) -> None:
         if row["step"] == middle and prompts:
-            groups = score_prompts(alignment.policies.average, prompts, sampling, 0).groups
+            groups = sample_prompts(alignment.policies.average, prompts, sampling, 0)
             run.write_json(f"eval/step_{middle:06d}.json", {"prompts": write_cases(run, f"step_{middle:06d}", groups)})
         watch.step(row)
 
@@ -141,14 +190,15 @@ def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: W
         raise Interrupted(f"interrupted after step {step} of {config.steps}; the checkpoint is written")
 
 
-def shown_prompts(run: RunDirectory, plan: Plan) -> list[Prompt]:
+def shown_prompts(alignment: Alignment, plan: Plan) -> list[Prompt]:
     """The prompts of the cases that eval/before.json shows."""
+    run = alignment.run
     known = {
         prompt.id: prompt
-        for benchmark in find_benchmarks(plan.benchmarks)
+        for benchmark in planned_benchmarks(alignment, plan)
         for prompt in benchmark.prompts(plan.sizes.get(benchmark.name, benchmark.n))
     }
-    shown = run.read_json("eval/before.json")["prompts"]
+    shown = read_evaluation(run, "eval/before.json")[1].get("prompts", [])
     return [known[row["id"]] for row in shown if row["id"] in known]
 
 
@@ -165,6 +215,7 @@ def summarize(
         "before": before.results(),
         "after": after.results(),
         "difference": before.difference(after),
+        "health": assess(alignment.run.metrics(), config.max_failed).as_dict(),
         "guard": {"best_step": state.guard.best_step, "rolled_back": state.guard.rollbacks},
         "seconds": state.seconds,
         "evaluation_seconds": before.seconds + after.seconds,
@@ -198,13 +249,27 @@ def free_folder(wanted: Path) -> Path:
 
 
 def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
-    """What ``lvrpo train`` evaluates by default: the built-in world, or the user's test rows, or nothing."""
+    """What ``lvrpo train`` evaluates by default: the built-in world, or the user's test rows.
+
+    Without test rows the validation rows stand in, and without those nothing is measured; both are warned of.
+    """
     if benchmarks:
         return Plan(tuple(benchmarks))
     if config.data.source == "scenes":
         return Plan()
-    if config.data.source == "jsonl" and config.data.jsonl.test is not None:
-        if config.data.jsonl.test.suffix != ".jsonl":
-            raise InputError(f"data.jsonl.test={config.data.jsonl.test}: must end in .jsonl: rename the file")
-        return Plan((str(config.data.jsonl.test),))
+    if config.data.source != "jsonl":
+        return Plan((TEST_ROWS,))
+    rows = config.data.jsonl
+    if rows.test is None:
+        stand_in = (
+            "nothing is measured before and after"
+            if rows.validation is None
+            else (f"before and after are measured on {rows.validation}, on which the guard also chooses the weights")
+        )
+        warnings.warn(f"data.jsonl.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)
+    for name, path in (("test", rows.test), ("validation", rows.validation)):
+        if path is not None and path.suffix != ".jsonl":
+            raise InputError(f"data.jsonl.{name}={path}: must end in .jsonl: rename the file")
+        if path is not None:
+            return Plan((str(path),))
     return Plan(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +16,7 @@ from lvrpo.config import read_yaml
 from lvrpo.errors import InputError
 from lvrpo.training.run_directory import CONFIG, RunDirectory
 from lvrpo.training.score_record import TRAITS, ScoreRecord, has_records, read_controls, read_looks, read_steps
+from lvrpo.typed_json import shaped
 
 SUCCESS = "success"
 """Whether an output is right as a whole, scored wherever anybody can tell; nothing is trained on it as such."""
@@ -159,6 +160,8 @@ class Recorded:
     settings: AdvantageSettings
     verifiers: tuple[str, ...] = ()
     """The rewards that grade outputs by the truth; held-out ones first."""
+    max_failed: Mapping[str, float] = field(default_factory=dict)
+    """By reward, the share of its scores that may fail; 1 where absent."""
 
 
 def read_record(run: Path) -> Recorded:
@@ -170,14 +173,18 @@ def read_record(run: Path) -> Recorded:
             "pretraining and older runs have none"
         )
     config = read_yaml(run / CONFIG)
-    section = config.get("advantages") or {}
-    known = {f.name: section[f.name] for f in fields(AdvantageSettings) if section.get(f.name) is not None}
+    with shaped(str(run / CONFIG)):
+        section = config.get("advantages") or {}
+        known = {f.name: section[f.name] for f in fields(AdvantageSettings) if section.get(f.name) is not None}
+        rewards = [(row.get("label") or row["name"], row) for row in config.get("rewards") or ()]
+        default = (config.get("health") or {}).get("max_failed", 1.0)  # runs of older versions have none
+        shares = {title: default if row.get("max_failed") is None else row["max_failed"] for title, row in rewards}
     groups = Groups.join(read_steps(run))
     assert groups is not None
-    rows = [row for row in config.get("rewards") or () if row.get("name") == VERIFIER]
-    titles = tuple(row.get("label") or VERIFIER for row in sorted(rows, key=lambda row: row.get("weight") != 0))
+    graded = [(title, row.get("weight") != 0) for title, row in rewards if row.get("name") == VERIFIER]
+    titles = tuple(title for title, _ in sorted(graded, key=lambda pair: pair[1]))
     controls, looks = Groups.join(read_controls(run)), list(read_looks(run))
-    return Recorded(groups, controls, looks, AdvantageSettings(**known), titles)
+    return Recorded(groups, controls, looks, AdvantageSettings(**known), titles, shares)
 
 
 def cut(step: NDArray[np.int64]) -> tuple[Window, ...]:

@@ -1,4 +1,5 @@
-"""The alarm of the reward audit: a trained reward that rises while a held-out scorer of the same task falls."""
+"""The alarms of the reward audit: a trained reward that rises while a held-out scorer of the same task falls, and a
+reward whose scores are missing."""
 
 from __future__ import annotations
 
@@ -37,6 +38,16 @@ class Alarm:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """More scores of a reward failed than may: over the whole run, or in its last part."""
+
+    task: str
+    reward: str
+    share: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Alarms:
     """What was found, and how much was looked at."""
 
@@ -48,6 +59,8 @@ class Alarms:
     """Of each interval, so that all comparisons together err in ``ERROR`` of all runs at most."""
     same: tuple[tuple[str, str, str], ...]
     """(task, reward, scorer) that score every output alike, so they cannot part and are not compared."""
+    missing: tuple[Missing, ...] = ()
+    """Rewards whose scores failed too often."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,26 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
     comparisons = sum(len(pair.testable()) for pair in pairs)
     confidence = 1 - ERROR / max(1, comparisons)
     found = [alarm for pair in pairs if (alarm := _worst(pair, windows, confidence)) is not None]
-    return Alarms(tuple(found), comparisons, confidence, tuple(same))
+    return Alarms(tuple(found), comparisons, confidence, tuple(same), tuple(_missing(record, windows)))
+
+
+def _missing(record: Recorded, windows: Sequence[Window]) -> Iterator[Missing]:
+    groups = record.groups
+    whole = Window(int(groups.step.min()), int(groups.step.max()))
+    for task in dict.fromkeys(groups.task.tolist()):
+        for k, name in enumerate(groups.names):
+            for window in (whole, windows[-1]):
+                rows = (groups.task == task) & groups.applies[:, k]
+                rows &= (groups.step >= window.first) & (groups.step <= window.last)
+                share = float(np.isnan(groups.scores[rows, :, k]).mean()) if rows.any() else 0.0
+                limit = record.max_failed.get(name, 1.0)
+                if share > limit:
+                    words = (
+                        f"{task}: {share:.0%} of the scores of {name} failed in steps {window.first} to {window.last}, "
+                        f"{limit:.0%} may"
+                    )
+                    yield Missing(task, name, share, words)
+                    break
 
 
 def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
@@ -135,10 +167,11 @@ def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Ar
     kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in looks if task in by_task]
     if not kept:
         return None
+    scored = np.isfinite(np.stack([scores for _, scores in kept])).all(axis=0)  # looks are paired prompt by prompt
     parts: list[Array] = [np.zeros(0, dtype=np.float32) for _ in windows]
     for step, scores in kept:
         place = next((i for i, window in enumerate(windows) if step <= window.last), len(windows) - 1)
-        parts[place] = scores
+        parts[place] = scores[scored]
     return parts
 
 

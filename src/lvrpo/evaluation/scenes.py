@@ -12,8 +12,14 @@ from lvrpo.types import Prompt, Task
 
 @lru_cache(maxsize=12)
 def held_out_prompts(task: Task, n: int, split: Split = "test") -> tuple[Prompt, ...]:
-    """The first ``n`` prompts of a task; categories take turns, a fifth of the pictures shows held-out combinations."""
+    """The first ``n`` prompts of a task; categories take turns, a fifth of those that can show unseen combinations."""
     return tuple(ScenePrompts(ScenesConfig(), split, 0).prompts(task, n))
+
+
+@lru_cache(maxsize=2)
+def paraphrased_prompts(task: Task, n: int) -> tuple[Prompt, ...]:
+    """The same prompts of the test split, worded as no training row is."""
+    return tuple(ScenePrompts(ScenesConfig(wording="paraphrased"), "test", 0).prompts(task, n))
 
 
 def _validation(task: Task) -> Callable[[int], tuple[Prompt, ...]]:
@@ -26,7 +32,7 @@ MANY = 16
 GENERATE = Benchmark(
     "generate",
     partial(held_out_prompts, "generate"),
-    n=70 * len(CATEGORIES["generate"]),
+    n=286 * len(CATEGORIES["generate"]),
     many=MANY,
     validation=_validation("generate"),
 )
@@ -34,15 +40,19 @@ GENERATE = Benchmark(
 GENERATE_GUIDED = Benchmark(
     "generate_guided",
     partial(held_out_prompts, "generate"),
-    n=70 * len(CATEGORIES["generate"]),
-    guidance_scale=2.0,
+    n=286 * len(CATEGORIES["generate"]),
+    guidance_scale=1.5,
     fixed=True,
 )
-"""The same prompts and noise with guidance 2."""
+"""The same prompts and noise with guidance 1.5."""
+GENERATE_PARAPHRASED = Benchmark("generate_paraphrased", partial(paraphrased_prompts, "generate"), n=490)
+"""The first of these prompts in other words."""
 UNDERSTAND = Benchmark(
-    "understand", partial(held_out_prompts, "understand"), n=1200, validation=_validation("understand")
+    "understand", partial(held_out_prompts, "understand"), n=2400, validation=_validation("understand")
 )
 """Questions about pictures, greedy."""
+UNDERSTAND_PARAPHRASED = Benchmark("understand_paraphrased", partial(paraphrased_prompts, "understand"), n=600)
+"""The first of these questions in other words."""
 UNDERSTAND_SAMPLED = Benchmark(
     "understand_sampled",
     partial(held_out_prompts, "understand"),
@@ -53,7 +63,15 @@ UNDERSTAND_SAMPLED = Benchmark(
     fixed=True,
 )
 """The same questions sampled at temperature 1, four times each."""
-EDIT = Benchmark("edit", partial(held_out_prompts, "edit"), n=250, many=MANY, validation=_validation("edit"))
+EDIT = Benchmark(
+    "edit",
+    partial(held_out_prompts, "edit"),
+    n=200 * len(CATEGORIES["edit"]),
+    many=MANY,
+    validation=_validation("edit"),
+)
 """Edits of which all facts hold, that nothing else changed among them."""
-REASON = Benchmark("reason", partial(held_out_prompts, "reason"), n=300, validation=_validation("reason"))
+REASON = Benchmark(
+    "reason", partial(held_out_prompts, "reason"), n=334 * len(CATEGORIES["reason"]), validation=_validation("reason")
+)
 """Sums and comparisons, greedy; draw_answer thinks, then draws."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from lvrpo.errors import ContractError
 from lvrpo.evaluation.measures import Row, compare, measure
 from lvrpo.metrics import ReadBack
+from lvrpo.rewards.held_out import Metric
 from lvrpo.statistics import (
     Interval,
     detectable_difference,
@@ -31,9 +33,9 @@ class Scored:
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     clusters: tuple[str, ...]
-    """What a prompt shares with others: its picture. Whole clusters are resampled."""
+    """What a prompt shares with others: its picture, or what its text says. Whole clusters are resampled."""
     scores: tuple[float, ...]
-    """Mean success of the first ``samples`` outputs."""
+    """Mean of the first ``samples`` outputs; nan where a reward failed: such prompts are left out of every mean."""
     samples: int = 1
     successes: tuple[tuple[float, ...], ...] = ()
     """1 or 0 of every sample; some prompts are sampled more often than ``samples``."""
@@ -47,15 +49,21 @@ class Scored:
     """The right answers, where the output is a text."""
     answers: tuple[tuple[str, ...], ...] = ()
     """The answers given, of the first ``samples``."""
+    held_out: tuple[bool, ...] = ()
+    """Whether a prompt shows a combination that training never shows."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was sampled, and by whom it was judged. Any: JSON values."""
+    metric: Metric = "success"
+    """success: shares of right outputs; reward: means of the run's own rewards, of which no samples are held."""
 
     def result(self) -> dict[str, Any]:
-        """score, low, high, n, and the same per category; and what ``measures.measure`` makes of the samples."""
+        """score, low, high, n, metric; the same per category; and what ``measures.measure`` makes of the samples."""
         means = _by_category(
-            self, lambda rows: mean_interval(_at(self.scores, rows), _at(self.clusters, rows)).as_dict()
+            self,
+            self._counted(),
+            lambda rows: mean_interval(_at(self.scores, rows), _at(self.clusters, rows)).as_dict(),
         )
-        return {**means, **measure(self.rows(), self.samples)}
+        return {**means, "metric": self.metric, **measure(self.rows(), self.samples)}
 
     def difference(self, after: Scored) -> dict[str, Any]:
         """``after`` minus this, paired by prompt.
@@ -71,11 +79,15 @@ class Scored:
             found: Interval = paired_difference(*sides)
             return {**found.as_dict(), "detectable": detectable_difference(*sides), "p": paired_p_value(*sides)}
 
-        found = _by_category(self, row)
+        both = sorted({*self._counted()} & {*after._counted()})
+        found = _by_category(self, both, row)
         categories = list(found["categories"].values())
         for each, adjusted in zip(categories, holm([each["p"] for each in categories]), strict=True):
             each["p_holm"] = adjusted
-        return {**found, **compare(self.rows(), after.rows(), min(self.samples, after.samples))}
+        return {**found, "metric": self.metric, **compare(self.rows(), after.rows(), min(self.samples, after.samples))}
+
+    def _counted(self) -> list[int]:
+        return [i for i, score in enumerate(self.scores) if math.isfinite(score)]
 
     def rows(self) -> list[Row]:
         """Prompt by prompt, as the measures read them; none of a record that has no samples."""
@@ -102,7 +114,7 @@ class Scored:
             for name, values in raw.items()
             if values or name in ("ids", "categories", "clusters", "scores")
         }
-        return {**kept, "samples": self.samples, "settings": dict(self.settings)}
+        return {**kept, "samples": self.samples, "settings": dict(self.settings), "metric": self.metric}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Scored:
@@ -111,6 +123,7 @@ class Scored:
         values = {name: _tuples(value) for name, value in raw.items() if name in known}
         if "read_back" in values:
             values["read_back"] = tuple(None if back is None else ReadBack(*back) for back in values["read_back"])
+        values["scores"] = tuple(math.nan if score is None else score for score in raw["scores"])
         return cls(**values)
 
 
@@ -123,11 +136,24 @@ def _at(values: Sequence[T], rows: Sequence[int]) -> list[T]:
     return [values[i] for i in rows]
 
 
-def _by_category(scored: Scored, row: Callable[[Sequence[int]], dict[str, Any]]) -> dict[str, Any]:
+def _by_category(
+    scored: Scored, counted: Sequence[int], row: Callable[[Sequence[int]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The counted prompts; each category; and where some show unseen combinations, those and the others."""
+    found = {**row(counted), "categories": _each(scored.categories, counted, row)}
+    if any(scored.held_out):
+        kinds = ["unseen" if new else "seen" for new in scored.held_out]
+        found["compositions"] = _each(kinds, counted, row)
+    return found
+
+
+def _each(
+    labels: Sequence[str], counted: Sequence[int], row: Callable[[Sequence[int]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     rows: dict[str, list[int]] = {}
-    for i, category in enumerate(scored.categories):
-        rows.setdefault(category, []).append(i)
-    return {**row(range(len(scored.ids))), "categories": {name: row(chosen) for name, chosen in rows.items() if name}}
+    for i in counted:
+        rows.setdefault(labels[i], []).append(i)
+    return {label: row(chosen) for label, chosen in rows.items() if label}
 
 
 __all__ = ["Scored"]

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.scenes.forms import question_form
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.benchmark import CHUNK, score_prompts
 from lvrpo.evaluation.own_reader import judge_scores, read_back
 from lvrpo.evaluation.scored import Scored
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.metrics import ReadBack
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Policy, Sampling, check_text
 from lvrpo.registry import resolve
 from lvrpo.rewards.exact_answer import normalize_answer
+from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.identity import judge_identity
-from lvrpo.rewards.success import scorable
 from lvrpo.types import Group, Prompt, Task
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)
@@ -52,6 +54,10 @@ class Benchmark:
     """Whether its own prompts may be those to choose on: rows of the user, who names the file."""
     fixed: bool = False
     """Whether its temperature and guidance are its point, so that no chosen ones replace them."""
+    metric: Metric = "success"
+    """What the scores are."""
+    check: Callable[[Policy], object] = lambda policy: None
+    """Raises InputError where a policy cannot read the prompts."""
 
     def sampling(self, base: Sampling, task: Task | None = None, tuned: Tuned | None = None) -> Sampling:
         """``base`` with the benchmark's temperature and guidance, or those chosen for the task."""
@@ -71,6 +77,10 @@ class Measuring:
     """Whose frozen reading side chooses the best of n; None: the evaluated policy's own."""
     tuned: Tuned | None = None
     """Temperature and guidance chosen on other prompts; None: the benchmark's own."""
+    scorer: HeldOutScorer = SUCCESS_ONLY
+    """Scores the outputs."""
+    reward_judge: Policy | None = None
+    """The frozen policy with which the rewards of ``scorer`` score what cannot be told right from wrong."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +115,23 @@ class Evaluation:
         return cls(scored, seconds=float(raw["seconds"]))
 
 
-def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks by name; ``scenes`` is all of the built-in world, a name that ends in .jsonl is a file of rows."""
+def find_benchmarks(
+    names: Sequence[str],
+    scorer: HeldOutScorer = SUCCESS_ONLY,
+    side: int | None = None,
+    root: Path | None = None,
+) -> list[Benchmark]:
+    """Benchmarks by name; ``scenes`` is all of the built-in world, a name that ends in .jsonl is a file of rows.
+
+    Of files: ``scorer`` scores rows that cannot be told right from wrong, ``side`` is that of the pictures that the
+    model reads, ``root`` another folder of pictures.
+    """
     found: list[Benchmark] = []
     for name in names:
         if name == "scenes":
             found += [resolve("benchmark", each, BENCHMARKS) for each in BENCHMARKS]
         elif name.endswith(".jsonl"):
-            found.append(rows_benchmark(Path(name)))
+            found += file_benchmarks(Path(name), scorer, side, root)
         else:
             benchmark = resolve("benchmark", name, {**BENCHMARKS, "scenes": ""})
             if not isinstance(benchmark, Benchmark):
@@ -124,14 +143,49 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     return found
 
 
-def rows_benchmark(path: Path) -> Benchmark:
-    """The user's own rows, greedy; texts need an answer, drawings facts that a verifier can check."""
-    source = JsonlPrompts(JsonlConfig(test=path), "test", 0)
-    prompts = [prompt for task in source.tasks for prompt in source.prompts(task, source.size(task))]
-    unscored = [prompt.id for prompt in prompts if not scorable(prompt)]
-    if unscored:
-        raise InputError(f"{path}: row {unscored[0]!r} cannot be scored: give it an 'answer', or leave it out")
-    return Benchmark(path.stem, lambda n: prompts[:n], n=len(prompts), chosen_on=True)
+def file_benchmarks(
+    path: Path, scorer: HeldOutScorer = SUCCESS_ONLY, side: int | None = None, root: Path | None = None
+) -> list[Benchmark]:
+    """The user's own rows, greedy: ``own_benchmarks`` of a file."""
+    source = JsonlPrompts(JsonlConfig(test=path, root=root), "test", 0, side)
+
+    def check(policy: Policy) -> None:
+        source.require_readable(partial(check_text, policy))
+
+    return own_benchmarks(path.stem, source.in_order(), scorer, check, str(path))
+
+
+def own_benchmarks(
+    name: str,
+    prompts: Sequence[Prompt],
+    scorer: HeldOutScorer,
+    check: Callable[[Policy], object] = lambda policy: None,
+    where: str = "",
+) -> list[Benchmark]:
+    """One benchmark of all prompts where right and wrong can be told; else one per task, for rewards have own units.
+
+    Raises InputError for a prompt that nothing scores.
+    """
+    kinds: dict[tuple[Task, Metric], list[Prompt]] = {}
+    for prompt in prompts:
+        metric = scorer.metric(prompt)
+        if metric is None:
+            answer = "" if "image" in prompt.output else "give it an 'answer', "
+            raise InputError(
+                f"{where or name}: row {prompt.id!r} of task '{prompt.task}' cannot be scored: {answer}name rewards "
+                "that score it (lvrpo evaluate --rewards CONFIG), or leave it out"
+            )
+        kinds.setdefault((prompt.task, metric), []).append(prompt)
+    if all(metric == "success" for _, metric in kinds):
+        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), chosen_on=True, check=check)]
+    doubled = len({task for task, _ in kinds}) < len(kinds)
+    found = []
+    for (task, metric), rows in kinds.items():
+        title = name if len(kinds) == 1 else f"{name}/{task}{f'/{metric}' if doubled else ''}"
+        found.append(
+            Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), chosen_on=True, metric=metric, check=check)
+        )
+    return found
 
 
 def evaluate(
@@ -150,6 +204,8 @@ def evaluate(
     of a prompt is the same however many there are. Raises InputError for a benchmark that ``measuring.tuned`` was
     chosen on.
     """
+    for benchmark in benchmarks:
+        benchmark.check(policy)
     started = time.perf_counter()
     scored: dict[str, Scored] = {}
     kept: dict[str, Sequence[Group]] = {}
@@ -168,15 +224,19 @@ def evaluate(
 def record(
     policy: Policy, benchmark: Benchmark, prompts: Sequence[Prompt], seed: int, sampling: Sampling, measuring: Measuring
 ) -> tuple[Scored, list[Group]]:
-    """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt."""
+    """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt.
+
+    Of rewards it holds the scores alone: what many samples and answers say is of right and wrong.
+    """
+    succeeds = benchmark.metric == "success"
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
-    settings = {task: benchmark.sampling(sampling, task, measuring.tuned) for task in tasks}
+    settings: dict[Task, Sampling] = {task: benchmark.sampling(sampling, task, measuring.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, measuring)
     # a few prompts at a time: of large pictures not all samples can be held
     jobs: dict[tuple[Task, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
-    successes: list[tuple[float, ...]] = [()] * len(prompts)
+    rows: list[tuple[float, ...]] = [()] * len(prompts)
     judged: list[tuple[float | None, ...]] = [()] * len(prompts)
     backs: list[ReadBack | None] = [None] * len(prompts)
     groups: dict[int, Group] = {}
@@ -184,32 +244,37 @@ def record(
         at_once = max(1, CHUNK // count)
         for start in range(0, len(places), at_once):
             part = places[start : start + at_once]
-            result = score_prompts(policy, [prompts[i] for i in part], settings[task], seed, count)
+            asked, how = [prompts[i] for i in part], settings[task]
+            result = score_prompts(policy, asked, how, seed, count, measuring.scorer, measuring.reward_judge)
             reads = judge_scores(result.groups, measuring.judge or policy) if count > benchmark.samples else None
-            back = read_back(result.groups, policy) if measuring.prompts else [None] * len(part)
+            back = read_back(result.groups, policy) if measuring.prompts and succeeds else [None] * len(part)
             for place, i in enumerate(part):
                 group = result.groups[place]
                 groups[i] = Group(group.prompt, group.trajectories[: benchmark.samples])
-                successes[i], backs[i] = result.successes[place], back[place]
+                rows[i], backs[i] = result.by_sample[place], back[place]
                 judged[i] = () if reads is None else reads[place]
     ordered = [groups[i] for i in range(len(prompts))]
-    means = tuple(sum(row[: benchmark.samples]) / benchmark.samples for row in successes)
+    means = tuple(sum(row[: benchmark.samples]) / benchmark.samples for row in rows)
+    if not any(map(math.isfinite, means)):
+        raise ContractError(f"{benchmark.name}: no output could be scored: see that the rewards work on these rows")
     scored = Scored(
         tuple(p.id for p in prompts),
         tuple(p.category for p in prompts),
         tuple(cluster_of(p) for p in prompts),
         means,
         benchmark.samples,
-        tuple(successes),
+        tuple(rows) if succeeds else (),
         tuple(judged) if any(judged) else (),
         tuple(backs) if any(back is not None for back in backs) else (),
         **questions(ordered),
+        held_out=tuple(p.held_out for p in prompts) if any(p.held_out for p in prompts) else (),
         settings={
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
             "judge": judge_identity(measuring.judge or policy) if any(judged) else None,
         },
+        metric=benchmark.metric,
     )
     return scored, ordered
 
@@ -222,7 +287,7 @@ def sample_counts(
     left, counts = measuring.prompts, []
     for prompt in prompts:
         varies = "image" in prompt.output or settings[prompt.task].temperature > 0
-        often = varies and left > 0 and many > benchmark.samples
+        often = varies and left > 0 and many > benchmark.samples and benchmark.metric == "success"
         counts.append(many if often else benchmark.samples)
         left -= often
     return counts
@@ -253,9 +318,9 @@ def form_of(prompt: Prompt) -> str:
 
 
 def cluster_of(prompt: Prompt) -> str:
-    """The fingerprint of the prompt's pictures, or its own id where it has none."""
+    """The fingerprint of the prompt's pictures; where it has none, what its text says, or its own id."""
     digest = hashlib.blake2b(digest_size=8)
     pictures = [part for part in prompt.parts if not isinstance(part, str)]
     for picture in pictures:
         digest.update(picture.numpy().tobytes())
-    return digest.hexdigest() if pictures else prompt.id
+    return digest.hexdigest() if pictures else prompt.content or prompt.id

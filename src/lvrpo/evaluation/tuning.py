@@ -36,6 +36,7 @@ def tune(
     for benchmark in benchmarks:
         if benchmark.validation is None or benchmark.fixed:
             continue
+        benchmark.check(policy)
         for prompt in benchmark.validation(n or benchmark.n):
             prompts.setdefault(prompt.task, []).append(prompt)
     if not prompts:

@@ -8,7 +8,8 @@ POLICIES: Mapping[str, str] = {
     "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
     "bagel": "lvrpo.policies.bagel.policy:BagelPolicy",
 }
-"""Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there."""
+"""Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there, and its
+package allowed by name (``--allow-code=my_package``)."""
 
 BUILT_IN: Mapping[str, str] = {
     "tiny": "tiny-base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -79,6 +81,23 @@ class Sampling:
     """What of the guided logits of image tokens has a gradient in a replay."""
     masked: MaskedScoring = MaskedScoring()
 
+    def __post_init__(self) -> None:
+        for name in ("group_size", "max_new_tokens", "num_steps"):
+            value = getattr(self, name)  # its fields, by name
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"sampling.{name}={value}: must be a whole number >= 1")
+        for name in SCALES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"sampling.{name}={value}: must be a number >= 0")
+
+
+SCALES = (
+    *("temperature", "image_temperature", "choice_temperature", "noise_level"),
+    *("guidance_scale", "image_guidance_scale"),
+)
+"""Fields of ``Sampling`` that are numbers >= 0."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -121,6 +140,13 @@ def in_place(policy: object) -> object:
     while isinstance(policy, StandIn):
         policy = policy.policy()
     return policy
+
+
+def check_text(policy: object, text: str) -> None:
+    """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
+    check = getattr(in_place(policy), "check_text", None)  # optional in anybody's class
+    if check is not None:
+        check(text)
 
 
 @runtime_checkable
@@ -244,3 +270,12 @@ class Policy(Protocol):
         Raises InputError on another model's folder or a truncated file.
         """
         ...
+
+
+MEMBERS = tuple(name for name in vars(Policy) if not name.startswith("_"))
+"""All that a policy has."""
+
+
+def missing_members(policy: object) -> list[str]:
+    """What a policy of somebody's own lacks."""
+    return [name for name in MEMBERS if not hasattr(policy, name)]

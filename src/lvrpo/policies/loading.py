@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, missing_members
 from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import read_json_object
 from lvrpo.registry import resolve
 
 FINAL = "policy.json"
 """In a run directory: which checkpoint is the run's result."""
+METHODS = ("load", "sample", "logprobs", "save")
+"""Some of what anybody's class of a policy must have: by these it is told from other classes."""
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
 
 
@@ -41,7 +45,21 @@ def load_policy(
     where = pick_device(device)
     if base is not None:
         return _load_completed(folder, policy_folder(base), where, dtype)
-    return resolve("model type", model_type(folder), POLICIES).load(folder, where, DTYPES.get(dtype or ""))
+    policy = policy_class(folder).load(folder, where, DTYPES.get(dtype or ""))
+    if missing := missing_members(policy):
+        raise InputError(
+            f"{folder}: its class {type(policy).__name__} lacks {', '.join(missing)}: write them, or derive it from "
+            "lvrpo.policies.defaults.PolicyDefaults, which has defaults for most (docs/guides/your_model.md)"
+        )
+    return policy
+
+
+def policy_class(folder: Path) -> Any:
+    """The class of the policy in a folder. A type outside the table needs its package allowed by name.
+
+    Any: anybody's class. Raises InputError.
+    """
+    return resolve("model type", model_type(folder), POLICIES, METHODS, from_model=True)
 
 
 def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Path | None) -> Policy:
@@ -113,26 +131,63 @@ def policy_folder(model: str | Path) -> Path:
     )
 
 
+def picture_side(model: str | Path) -> int | None:
+    """Side of the square pictures that MODEL reads, found without loading it; None: pictures of any size."""
+    folder = policy_folder(model)
+    if has_adapter(folder):
+        return None
+    read = getattr(policy_class(folder), "picture_side", None)  # optional in a class
+    return None if read is None else read(folder)
+
+
 def model_type(folder: Path) -> str:
     """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
         return "bagel"
     path = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise InputError(foreign_model(folder, "a pipeline of diffusers, such as Stable Diffusion 3 or FLUX"))
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "
             "(llm_config.json, ema.safetensors, ae.safetensors)"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}): restore the file") from None
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    if not isinstance(kind, str):
-        raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved")
-    if kind not in POLICIES and ":" not in kind:
-        raise InputError(f"{folder}: holds a model of type {kind!r}: lvrpo knows {', '.join(POLICIES)}")
-    return kind
+    tree = read_json_object(path)
+    kind = tree.get("model_type")
+    if isinstance(kind, str) and (kind in POLICIES or ":" in kind):
+        return kind
+    others = [kind, tree.get("_class_name"), *(tree.get("architectures") or ())]
+    names = [name for name in others if isinstance(name, str)]
+    if not names:
+        raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved, or a BAGEL's")
+    joined = " ".join(names).lower().replace("-", "_")
+    family = next((words for key, words in FAMILIES.items() if key in joined), None)
+    raise InputError(foreign_model(folder, family or f"a model of type {names[0]!r}"))
+
+
+FAMILIES: Mapping[str, str] = {
+    "janus": "a Janus, which draws with image tokens",
+    "multi_modality": "a Janus, which draws with image tokens",
+    "emu3": "an Emu3, which draws with image tokens",
+    "showo": "a Show-o, which draws with masked image tokens or a flow",
+    "show_o": "a Show-o, which draws with masked image tokens or a flow",
+    "mmada": "an MMaDA, which draws with masked image tokens",
+    "qwen2_5_vl": "a Qwen2.5-VL, which reads pictures and draws none",
+    "qwen2_vl": "a Qwen2-VL, which reads pictures and draws none",
+    "qwen3_vl": "a Qwen3-VL, which reads pictures and draws none",
+    "llava": "a LLaVA, which reads pictures and draws none",
+    "sd3": "a Stable Diffusion 3, which draws and reads no pictures",
+    "flux": "a FLUX, which draws and reads no pictures",
+}
+"""Models that people try, by a part of their type or class, which lvrpo has no adapter for."""
+
+
+def foreign_model(folder: Path, family: str) -> str:
+    """What to say of another family's model."""
+    return (
+        f"{folder}: holds {family}: not supported: lvrpo knows {', '.join(POLICIES)}; the nearest is bagel, which "
+        "reads and draws (by a flow); docs/guides/your_model.md shows how to add one"
+    )
 
 
 def _built_in_folder(name: str) -> Path:
@@ -149,8 +204,8 @@ def _run_result(run: Path) -> Path:
     whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
     if (run / FINAL).is_file():
         try:
-            chosen = run / json.loads((run / FINAL).read_text(encoding="utf-8"))["checkpoint"]
-        except (ValueError, KeyError, TypeError):
+            chosen = run / read_json_object(run / FINAL)["checkpoint"]
+        except (InputError, KeyError, TypeError):
             raise InputError(f"{run / FINAL}: does not name a checkpoint: delete it to take the last one") from None
         if chosen not in whole:
             raise InputError(

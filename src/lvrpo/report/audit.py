@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvrpo.errors import InputError
+from lvrpo.reading import read_json
 from lvrpo.report.curves import TASK_NAMES, Chart, Points, line_chart
 from lvrpo.report.records import Estimate, number
 from lvrpo.report.verdict import label
@@ -106,6 +107,9 @@ class Audit:
     last: str
     tasks: tuple[Task, ...]
     alarms: tuple[str, ...]
+    """Of both kinds."""
+    parted: bool
+    """Whether one of them is of a reward that rose while a held-out score fell."""
     comparisons: int
 
 
@@ -114,9 +118,8 @@ def read_audit(path: Path, problems: list[str]) -> Audit | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return _audit(raw)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return _audit(read_json(path))
+    except (InputError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         problems.append(
             f"{path.name} could not be read ({type(error).__name__}: {error}): lvrpo report writes it anew."
         )
@@ -134,7 +137,8 @@ def _audit(raw: Mapping[str, Any]) -> Audit:
         first=first,
         last=last,
         tasks=tuple(_task(str(task), found) for task, found in raw["tasks"].items()),
-        alarms=tuple(str(alarm["words"]) for alarm in raw["alarms"]["found"]),
+        alarms=tuple(str(a["words"]) for a in (*raw["alarms"].get("missing", ()), *raw["alarms"]["found"])),
+        parted=bool(raw["alarms"]["found"]),
         comparisons=int(raw["alarms"]["comparisons"]),
     )
 

@@ -29,6 +29,11 @@ class Frame:
         return is_right(self.case)
 
     @property
+    def reward(self) -> float | None:
+        """What it was scored, where nobody can tell right from wrong."""
+        return self.case.reward if self.case else None
+
+    @property
     def fact_count(self) -> str:
         """``2 of 3 hold``; empty where nothing is known."""
         holds = [f.holds for f in self.case.facts if f.holds is not None] if self.case else []

@@ -60,17 +60,32 @@ class ChartGroup:
 
 
 def reward_charts(metrics: Metrics) -> list[Chart]:
-    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it."""
-    charts: list[Chart] = []
+    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it; curves that are the same are drawn once."""
+    titles: dict[tuple[str, tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]], list[str]] = {}
     for key in metrics.numeric_keys():
         parts = key.split("/")
         if parts[0] != "reward":
             continue
         task, name = (parts[1], "/".join(parts[2:])) if len(parts) > 2 else ("", "/".join(parts[1:]) or key)
         control = metrics.series("/".join(["control", *parts[1:]]))
-        title = f"{TASK_NAMES.get(task) or label(task)}: {name}" if task else name
-        charts.append(_chart(title.replace("_", " "), metrics.series(key), control, _guard_marks(metrics), 0.1))
+        titles.setdefault((task, tuple(metrics.series(key)), tuple(control)), []).append(name)
+    charts = []
+    for (task, points, control), names in titles.items():
+        named = " = ".join(names)
+        title = f"{TASK_NAMES.get(task) or label(task)}: {named}" if task else named
+        charts.append(_chart(title.replace("_", " "), list(points), list(control), _guard_marks(metrics), 0.1))
     return charts
+
+
+def strip_of_charts(metrics: Metrics) -> list[Chart]:
+    """The first curve of each task, for the head of the page: what the guard sees, else the first reward."""
+    held_out = guard_charts(metrics)
+    if any(len(metrics.series(key)) > 1 for key in metrics.numeric_keys() if key.startswith("guard/")):
+        return [replace(chart, title=f"Held out: {chart.title}") for chart in held_out[:4]]
+    first: dict[str, Chart] = {}
+    for chart in reward_charts(metrics):
+        first.setdefault(chart.title.partition(":")[0], chart)
+    return list(first.values())[:4]
 
 
 def guard_charts(metrics: Metrics) -> list[Chart]:
@@ -93,6 +108,18 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
             continue
         groups[word.replace("_", " ")].append(_chart((rest or word).replace("_", " "), metrics.series(key), []))
     return [ChartGroup(title, tuple(charts)) for title, charts in groups.items()]
+
+
+def ratio_note(metrics: Metrics) -> str:
+    """Why the probability ratios of a run are 1 in every step, where they are; else nothing."""
+    keys = [key for key in metrics.numeric_keys() if key.startswith("ratio/")]
+    if not keys or any(abs(value - 1) > 1e-5 for key in keys for _, value in metrics.series(key)):
+        return ""
+    return (
+        "The ratio is 1 and nothing is clipped in every step, as it must be with one update per rollout "
+        "(mini_updates=1): the weights that are trained are still those that sampled. The loss is the plain policy "
+        "gradient; with mini_updates of 2 or more the ratio moves and the clip range matters."
+    )
 
 
 def line_chart(title: str, points: Points, control: Points, control_words: str) -> Chart:

@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
-from lvrpo.report.curves import guard_charts, other_charts, reward_charts
+from lvrpo.report.curves import guard_charts, other_charts, ratio_note, reward_charts, strip_of_charts
 from lvrpo.report.gradients import gradient_audit
 from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.pictures import Picture, PictureStore
@@ -70,7 +70,9 @@ def render(run: RunRecord) -> str:
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
         "measures": measure_tables(summary_phases(raw), raw.get("difference"), full=True),
         "rewards": reward_charts(run.metrics),
+        "strip": strip_of_charts(run.metrics),
         "others": other_charts(run.metrics),
+        "ratio_note": ratio_note(run.metrics),
         "gradients": gradient_audit(run.metrics),
         "guard_charts": guard_charts(run.metrics),
         "guard_names": [label(key.removeprefix("guard/")) for key in guard_keys],
@@ -78,11 +80,18 @@ def render(run: RunRecord) -> str:
         "guard_summary": raw.get("guard"),
         "judge": raw.get("judge"),
         "audit": audit,
-        "notices": [*alarms, *problems, *_notes(raw.get("notes"))],
+        "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
         "cases": case_sections(run, store),
         "grids": _few_grids(run, store),
     }
     return _environment().get_template("page.html").render(context)
+
+
+def not_well(health: object) -> list[str]:
+    """Why a finished run is not well."""
+    findings = health.get("findings") if isinstance(health, Mapping) else None
+    rows = findings if isinstance(findings, list) else []
+    return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
 def guard_history(run: RunRecord, keys: list[str]) -> list[GuardRow]:

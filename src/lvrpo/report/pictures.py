@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from lvrpo.errors import InputError
+from lvrpo.pictures import DAMAGE, open_picture
 
 PIXEL_ART = 64
 """Pictures up to this side are enlarged with hard pixel edges."""
@@ -45,15 +47,13 @@ class PictureStore:
         return self._read[key]
 
     def _load(self, path: Path, most_side: int) -> Picture | None:
-        path = path.resolve()
-        if not path.is_relative_to(self.root) or not path.is_file():
-            return None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a decompression bomb is a warning first
-                with Image.open(path) as opened:
-                    image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Warning, UnidentifiedImageError, Image.DecompressionBombError):
+            path = path.resolve()
+            if not path.is_relative_to(self.root):
+                return None
+            with open_picture(path, path) as opened:
+                image = opened.convert("RGB")
+        except (InputError, RuntimeError, *DAMAGE):  # RuntimeError: a link that leads to itself
             return None
         if max(image.size) > most_side:
             image.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)

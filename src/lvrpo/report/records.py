@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json, read_bytes, read_json, read_json_object
 
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
 """A folder that holds none of these is not a run directory."""
@@ -51,6 +51,8 @@ class TaskScore:
 
     all: Estimate
     categories: Mapping[str, Estimate] = field(default_factory=dict)
+    metric: str = "success"
+    """success: a share of right outputs; reward: a mean of the run's own rewards."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Case:
     image: str | None
     source_image: str | None
     facts: tuple[FactCheck, ...]
+    reward: float | None = None
+    """Of an output that cannot be told right from wrong."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        return self.summary is not None and bool(self.summary.after)
+        """Whether it came to its end, measured or not."""
+        if self.summary is None:  # a pretraining run has none, and no plan of an evaluation either
+            return (self.path / "policy.json").is_file() and not (self.path / "plan.json").exists()
+        return bool(self.summary.after) or not self.summary.before
 
     def cases(self, label: str) -> Mapping[str, Case]:
         return next((cases for name, cases in self.phases if name == label), {})
@@ -195,8 +202,8 @@ def read_metrics(path: Path) -> Metrics:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+        except InputError:
             row = None
         step = number(row.get("step")) if isinstance(row, dict) else None
         if isinstance(row, dict) and step is not None:
@@ -211,13 +218,7 @@ def read_summary(path: Path) -> Summary | None:
     if not path.exists():
         return None
     remedy = "evaluate the run again or delete the file"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{path} is not readable as JSON ({why}): {remedy}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not an object with before and after: {remedy}")
+    raw = read_json_object(path, remedy)
     try:
         before, after, difference = (_task_scores(raw.get(k), k) for k in ("before", "after", "difference"))
         other = raw.get("baseline")
@@ -247,7 +248,8 @@ def _task_scores(raw: object, where: str) -> dict[str, TaskScore]:
         if not isinstance(inside, dict):
             raise TypeError(f"{where}.{task}.categories is {type(inside).__name__}, not a table")
         named = {str(name): _estimate(value, f"{where}.{task}.categories.{name}") for name, value in inside.items()}
-        scores[str(task)] = TaskScore(estimate, {name: e for name, e in named.items() if e is not None})
+        kept = {name: e for name, e in named.items() if e is not None}
+        scores[str(task)] = TaskScore(estimate, kept, str(entry.get("metric") or "success"))
     return scores
 
 
@@ -304,6 +306,7 @@ def _case(row: Mapping[str, Any]) -> Case | None:
         image=str(row["image"]) if row.get("image") else None,
         source_image=str(row["source_image"]) if row.get("source_image") else None,
         facts=facts,
+        reward=number(row.get("reward")),
     )
 
 
@@ -312,8 +315,8 @@ def _group_cases(path: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for line in _text(path).splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+        except InputError:
             continue
         if not isinstance(row, dict):
             continue
@@ -339,18 +342,15 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 def _text(path: Path) -> str:
     """The file's text; empty where there is none. Bytes that are no text become a replacement character."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
+    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if path.exists() else ""
 
 
 def _tolerant_json(path: Path, problems: list[str]) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return read_json(path)
+    except InputError as error:
         problems.append(
             f"{path.parent.name + '/' if path.parent.name == 'eval' else ''}{path.name} could not be read: {error}."
         )

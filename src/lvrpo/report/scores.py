@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lvrpo.report.curves import nice_ticks
 from lvrpo.report.records import Estimate, Summary, TaskScore
@@ -38,6 +38,8 @@ class ScoreRow:
     baseline_difference: Estimate | None
     whiskers: tuple[Whisker, ...]
     categories: tuple[ScoreRow, ...] = ()
+    metric: str = "success"
+    """success or reward."""
 
     @property
     def n(self) -> int | None:
@@ -93,7 +95,9 @@ def _task_row(summary: Summary, task: str, low: float, high: float) -> ScoreRow:
         )
         for name in names
     )
-    return _row(task, label(task), [entry.all if entry else None for entry in entries], low, high, categories)
+    metric = next((entry.metric for entry in entries if entry), "success")
+    row = _row(task, label(task), [entry.all if entry else None for entry in entries], low, high, categories)
+    return replace(row, metric=metric)
 
 
 def _row(

@@ -10,16 +10,20 @@ from lvrpo.report.records import Estimate, RunRecord, Summary
 TASK_LABELS = {
     "generate": "Generation",
     "generate_guided": "Generation, guided",
+    "generate_paraphrased": "Generation, other words",
     "understand": "Questions, greedy",
     "understand_sampled": "Questions, sampled",
+    "understand_paraphrased": "Questions, other words",
     "edit": "Editing",
     "reason": "Reasoning",
 }
 IN_SENTENCES = {
     "generate": "generation",
     "generate_guided": "guided generation",
+    "generate_paraphrased": "generation in other words",
     "understand": "question answering (greedy)",
     "understand_sampled": "question answering (sampled)",
+    "understand_paraphrased": "question answering in other words",
     "edit": "editing",
     "reason": "reasoning",
 }
@@ -38,11 +42,11 @@ class Verdict:
 
 
 def label(task: str) -> str:
-    return TASK_LABELS.get(task, task.replace("_", " ").capitalize())
+    return TASK_LABELS.get(task, task.replace("_", " ").replace("/", ": ").capitalize())
 
 
 def in_sentence(task: str) -> str:
-    return IN_SENTENCES.get(task, task.replace("_", " "))
+    return IN_SENTENCES.get(task, task.replace("_", " ").replace("/", ": "))
 
 
 def task_order(*tables: object) -> list[str]:
@@ -89,9 +93,10 @@ def _sentence(summary: Summary, task: str) -> str:
     before, after = summary.before.get(task), summary.after.get(task)
     if before is None or after is None:
         return f"{_cap(in_sentence(task))} changed by {change(difference)}"
+    what = " (mean reward)" if after.metric == "reward" else ""
     values = f"{score(before.all.score, 2)} to {score(after.all.score, 2)} ({change(difference)})"
     joint = "" if difference.direction == "flat" else " from"
-    return f"{_cap(in_sentence(task))} {VERBS[difference.direction]}{joint} {values}"
+    return f"{_cap(in_sentence(task))}{what} {VERBS[difference.direction]}{joint} {values}"
 
 
 def _tone(summary: Summary, task: str) -> str:
@@ -112,12 +117,14 @@ def _baseline_note(summary: Summary, lead: str) -> list[tuple[str, str]]:
 def _open_verdict(run: RunRecord) -> Verdict:
     """No final evaluation: say so, and where the training stands."""
     headline = "No final evaluation yet: this run is still going on or was stopped."
+    if run.finished:
+        headline = "Finished; no held-out rows were measured before and after."
     if run.metrics.last_step is None:
         return Verdict(headline, "open", (("note", "No finished step is on record."),))
     row = run.metrics.rows[-1]
     lines = [("note", f"The last step on record is {run.metrics.last_step}.")]
     seconds, left = row.get("seconds"), row.get("seconds_left")
-    if isinstance(seconds, int | float) and isinstance(left, int | float):
+    if isinstance(seconds, int | float) and isinstance(left, int | float) and not run.finished:
         lines = [("note", f"{lines[0][1]} It was written after {duration(seconds)}, with {duration(left)} left.")]
     for key in run.metrics.numeric_keys():
         if not key.startswith("reward/"):

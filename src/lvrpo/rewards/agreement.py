@@ -41,12 +41,15 @@ class Agreement:
     agreement there no longer says anything of the pictures. The second guard needs ``floor_groups`` groups of the
     category.
 
+    Where a drawing follows the text, the text alone is judged.
+
     An answer that is empty or was cut off is masked and has no vote, and so is one that the judge can say nothing of.
     Range {0, 1}.
     Differs from the paper: the judge's votes, and both guards.
     """
 
     judges = ("text",)
+    relative = True
 
     def __init__(
         self, votes: Votes = "judge", least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8
@@ -63,7 +66,7 @@ class Agreement:
         self.votes, self.least, self.entropy_floor, self.floor_groups = votes, least, entropy_floor, floor_groups
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.output == ("text",)
+        return "text" in prompt.output
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         problems = [[text_problem(t) for t in group.trajectories] for group in groups]

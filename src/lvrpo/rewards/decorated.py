@@ -5,47 +5,98 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.foreign import described
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
+
+Function = Callable[..., float | None]
+Builder = Callable[..., "DecoratedReward"]
+
+HANDED: dict[str, Callable[[Trajectory], Any]] = {
+    "trajectory": lambda trajectory: trajectory,
+    "prompt": lambda trajectory: " ".join(part for part in trajectory.prompt.parts if isinstance(part, str)),
+    "answer": lambda trajectory: trajectory.prompt.answer,
+    "text": lambda trajectory: trajectory.text,
+    "image": lambda trajectory: trajectory.image,
+}
+"""What a function is handed, by the names of its parameters: the whole trajectory, the words of the prompt, its right
+answer, the text that was written, the picture that was drawn."""
+OUTPUTS: tuple[OutputKind, ...] = ("text", "image")
+
+
+@overload
+def reward(function: Function, /) -> Builder: ...
+
+
+@overload
+def reward(
+    *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[Task] = TASKS
+) -> Callable[[Function], Builder]: ...
 
 
 def reward(
-    *, outputs: Sequence[OutputKind], tasks: Sequence[Task] = TASKS
-) -> Callable[[Callable[..., float | None]], Callable[..., DecoratedReward]]:
-    """Turns ``f(trajectory, **options) -> float | None`` into a reward.
+    function: Function | None = None, /, *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[Task] = TASKS
+) -> Builder | Callable[[Function], Builder]:
+    """Turns a function that returns a number (or None) into a reward.
 
-        from lvrpo.rewards.decorated import reward
+        @lvrpo.reward
+        def brightness(image, target=0.5):
+            return -abs(float(image.mean()) - target)
 
-        @reward(outputs=["image"])
-        def brightness(trajectory, target=0.5):
-            return -abs(float(trajectory.image.mean()) - target)
+    In the configuration: ``rewards: [{name: "./my_rewards.py:brightness", options: {target: 0.6}}]``. There the
+    decorator may be left out. Its parameters say what it is handed (``HANDED``); all others are options. One of
+    ``image`` is about pictures, one of ``text`` about texts, and prompts that ask for no such output are not scored;
+    ``outputs`` and ``tasks`` narrow it further.
 
-    In the configuration: ``rewards: [{name: "my_package.my_rewards:brightness", options: {target: 0.6}}]``.
-
-    ``outputs``: the kinds of output that it is about; it applies to prompts that ask for one of them, in ``tasks``.
     None or an exception masks that one output, with its reason; nothing else is ever put in its place.
     """
-    known = set(outputs) <= {"text", "image"} and set(tasks) <= set(TASKS)
-    if not known or not outputs or isinstance(outputs, str):
-        raise InputError(f"reward(outputs={outputs!r}, tasks={tasks!r}): outputs are text and image, tasks {TASKS}")
+    if outputs is not None and (not outputs or isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS)):
+        raise InputError(f"reward(outputs={outputs!r}): must be of text and image, such as ['image']")
+    if isinstance(tasks, str) or not set(tasks) <= set(TASKS):
+        raise InputError(f"reward(tasks={tasks!r}): must be of {', '.join(TASKS)}")
 
-    def decorate(function: Callable[..., float | None]) -> Callable[..., DecoratedReward]:
+    def decorate(function: Function) -> Builder:
+        handed = handed_names(function)
+        needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
+        judges: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in (outputs or needs or OUTPUTS))
         signature = inspect.signature(function)
 
         def build(**options: Any) -> DecoratedReward:  # Any: each function has its own options
-            signature.bind(None, **options)  # a TypeError here is a wrong option of the configuration
-            return DecoratedReward(function, options, tuple(outputs), tuple(tasks))
+            mine = dict.fromkeys(name for name in handed if name in signature.parameters)
+            signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
+            return DecoratedReward(function, options, judges, tuple(tasks), needs)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
+        vars(build)["makes"] = DecoratedReward  # by which the registry knows that this function builds a reward
         return build
 
-    return decorate
+    return decorate if function is None else decorate(function)
+
+
+def handed_names(function: Function) -> tuple[str, ...]:
+    """What a function is handed; ("trajectory",) where its first parameter has a name of its own.
+
+    Raises InputError for a function that takes nothing.
+    """
+    names = list(inspect.signature(function).parameters)
+    found = tuple(name for name in names if name in HANDED)
+    if not names:
+        raise InputError(
+            f"reward {function.__name__!r}: takes nothing: write def {function.__name__}(image), or another of "
+            f"{', '.join(HANDED)}"
+        )
+    return found or ("trajectory",)
+
+
+def as_reward(found: Any) -> Any:
+    """A plain function as the builder of a reward; whatever else a name stands for as it is. Any: anybody's object."""
+    return reward(found) if inspect.isfunction(found) and "makes" not in vars(found) else found
 
 
 class DecoratedReward:
@@ -55,15 +106,19 @@ class DecoratedReward:
 
     def __init__(
         self,
-        function: Callable[..., float | None],
+        function: Function,
         options: dict[str, Any],
         judges: tuple[OutputKind, ...],
         tasks: tuple[Task, ...],
+        needs: tuple[OutputKind, ...] = (),
     ) -> None:
-        self.function, self.options, self.judges, self.tasks = function, options, judges, tasks
+        self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs
+        parameters = inspect.signature(function).parameters
+        self.handed = [name for name in handed_names(function) if name in parameters]
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.task in self.tasks and any(kind in prompt.output for kind in self.judges)
+        made = prompt.output
+        return prompt.task in self.tasks and {*self.needs} <= {*made} and any(kind in made for kind in self.judges)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
@@ -79,10 +134,12 @@ class DecoratedReward:
 
     def _of(self, trajectory: Trajectory) -> float | str:
         """The score, or why there is none."""
+        own = {name: HANDED[name](trajectory) for name in self.handed}
+        first = () if own else (trajectory,)
         try:
-            found = self.function(trajectory, **self.options)
+            found = self.function(*first, **own, **self.options)
             return "the function gave no score" if found is None else float(found)
         except LvrpoError:
             raise
-        except Exception as error:  # anybody's function may raise anything
-            return repr(error)
+        except (Exception, SystemExit) as error:  # anybody's function may raise anything
+            return described(error)

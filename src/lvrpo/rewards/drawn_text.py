@@ -55,7 +55,7 @@ class DrawnText:
         if compare not in get_args(Compare):
             raise InputError(f"drawn_text.compare={compare!r}: unknown: use {', '.join(get_args(Compare))}")
         self.compare, self.case = compare, case
-        self.reader: TextReader = resolve("text reader", reader, READERS)()
+        self.reader: TextReader = resolve("text reader", reader, READERS, ("__call__",))()
 
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and asked_text(prompt) is not None

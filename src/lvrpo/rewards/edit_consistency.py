@@ -20,6 +20,9 @@ from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
 from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
 
+GUESSED_SHARE = 0.25
+"""Of the patches: what an edit may change where nothing is known."""
+
 
 class EditConsistency:
     """What should change changed, and what should stay stayed. Range [0, 1].
@@ -34,8 +37,8 @@ class EditConsistency:
 
     R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
     rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches
-    that changed most, which is said once: an edit of more than that share then loses, and one that touches less may
-    damage a little for free.
+    that changed most (a quarter unless told, which is then said once): an edit of more than that share then loses, and
+    one that touches less may damage a little for free.
 
     What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay; with ``split``
     (see ``own_vqa``), edits of free text get questions of both kinds. Questions about what should stay are asked of the
@@ -52,7 +55,7 @@ class EditConsistency:
     def __init__(
         self,
         patch: int = 8,
-        edited: float = 0.25,
+        edited: float | None = None,
         scale: float = 0.1,
         moved: float = 0.1,
         ask: bool = True,
@@ -61,6 +64,8 @@ class EditConsistency:
         gate: str | None = None,
         split: Mapping[str, Any] | None = None,
     ) -> None:
+        self._told = edited is not None
+        edited = GUESSED_SHARE if edited is None else edited
         if patch < 1 or not 0 <= edited < 1 or not scale > 0 or not moved > 0:
             raise InputError(
                 f"edit_consistency: patch={patch}, edited={edited}, scale={scale}, moved={moved}: need patch >= 1, "
@@ -75,7 +80,6 @@ class EditConsistency:
         self.vqa = OwnVQA(choices=choices, gate=gate, split=split) if ask else None
         self.sides: tuple[Side, ...] = ("read",) if ask else ()
         self.judged_by = "" if self.vqa is None else self.vqa.judged_by
-        self._told = False
 
     def applies(self, prompt: Prompt) -> bool:
         return prompt.task == "edit" and bool(pictures_of(prompt))

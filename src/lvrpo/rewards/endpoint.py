@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import re
 import threading
@@ -21,6 +20,8 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.reading import parse_json
+from lvrpo.rewards.bounded_post import HEADERS, LateError, UnreadableError, post
 from lvrpo.rewards.keys import holds_key, names_variable
 from lvrpo.types import Image, Parts
 
@@ -42,17 +43,17 @@ class EndpointConfig(Config):
     model: str = Field(min_length=1)
     key_env: str | None = None
     """The environment variable that holds the key; None: the server wants none."""
-    timeout_s: float = Field(default=60.0, gt=0)
-    """For the connection, and for every pause in the answer."""
-    retries: int = Field(default=4, ge=0)
+    timeout_s: float = Field(default=60.0, gt=0, le=3600)
+    """For the whole answer, from the first try to connect to the last byte."""
+    retries: int = Field(default=4, ge=0, le=100)
     """After a timeout, a broken connection, statuses 429 and 5xx, an answer that is no JSON or empty."""
-    backoff_s: float = Field(default=1.0, ge=0)
+    backoff_s: float = Field(default=1.0, ge=0, le=3600)
     """The first wait; it doubles with every try, up to a minute, with some chance added."""
     workers: int = Field(default=8, ge=1, le=256)
     """Requests at once."""
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=256, ge=1, le=1_000_000)
     """Of an answer; one that is cut off is not used."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
 
     @model_validator(mode="after")
     def _address_and_key(self) -> Self:
@@ -85,7 +86,11 @@ Answer = str | NoAnswer
 
 
 class _UnusableError(Exception):
-    """An answer that the same request would give again."""
+    """An answer that the same request would give again; ``refused``: as would any other request."""
+
+    def __init__(self, reason: str, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class _PassingError(Exception):
@@ -129,7 +134,8 @@ class ChatEndpoint:
                 if len(self._key) >= SHORTEST_KEY and self._key in unquote(value):
                     raise InputError(f"endpoint.{name}: holds the key of key_env={config.key_env}: take it out")
         self._http, self._tenacity = _packages()
-        limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=config.workers)
+        self._answered = False
+        limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=0)
         self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers(), limits=limits)
 
     @property
@@ -142,15 +148,18 @@ class ChatEndpoint:
         """One answer per conversation of texts and pictures, in order.
 
         After more failures in a row than there are workers, each after all its tries, the rest is not asked any more.
-        Raises InputError where the server refuses the key, or does not know the address or the model.
+        Raises InputError where the server refuses the key, or does not know the address or the model, before it has
+        answered anything: the first request is sent alone. A refusal later on is one of the failures.
         """
         if not conversations:
             return []
         workers = min(self.config.workers, len(conversations))
         batch = _Batch(max(2, self.config.workers + 1))
+        first = [] if self._answered else [self._answer(conversations[0], batch)]
         with ThreadPoolExecutor(workers, thread_name_prefix="endpoint") as pool:
             try:
-                return list(pool.map(lambda parts: self._answer(parts, batch), conversations))
+                rest = conversations[len(first) :]
+                return [*first, *pool.map(lambda parts: self._answer(parts, batch), rest)]
             except BaseException:
                 batch.over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -176,7 +185,7 @@ class ChatEndpoint:
         try:
             text = retrying(self._once, _body(config, parts))
         except _UnusableError as error:
-            batch.note(failed=False)
+            batch.note(failed=error.refused)
             return NoAnswer(str(error))
         except _PassingError as error:
             batch.note(failed=True)
@@ -189,14 +198,18 @@ class ChatEndpoint:
         """One request; raises _PassingError or _UnusableError."""
         http, config = self._http, self.config
         try:
-            response = self._client.post(f"{config.base_url.rstrip('/')}/chat/completions", json=body)
-        except http.TimeoutException:
+            response = post(self._client, f"{config.base_url.rstrip('/')}/chat/completions", body, config.timeout_s)
+        except UnreadableError as error:
+            raise _PassingError(str(error)) from None
+        except (LateError, http.TimeoutException):
             raise _PassingError(f"no answer within {config.timeout_s:g} s") from None
         except http.TransportError as error:
             raise _PassingError(f"no connection: {self._plain(str(error) or type(error).__name__)}") from None
         except http.RequestError:
             raise _PassingError("an answer that cannot be decoded") from None
-        status = response.status_code
+        status = response.status
+        if status in (401, 403, 404) and self._answered:
+            raise _UnusableError(f"HTTP {status}: refused after other requests were answered", refused=True)
         if status in (401, 403, 404):
             what = "key_env names a key that" if config.key_env else "without key_env it"
             wrong = (
@@ -207,6 +220,7 @@ class ChatEndpoint:
             raise _PassingError(f"HTTP {status}", _seconds(response.headers.get("retry-after")))
         if status != 200:
             raise _UnusableError(f"HTTP {status}: {self._plain(response.text)}")
+        self._answered = True
         answer = _content(response.text, config.max_tokens)
         # a server that shows the key must not get it into reasons and caches
         return answer.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_KEY else answer
@@ -219,7 +233,7 @@ class ChatEndpoint:
         return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
 
     def _headers(self) -> dict[str, str]:
-        return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        return HEADERS if self._key is None else {**HEADERS, "Authorization": f"Bearer {self._key}"}
 
 
 def after_thought(text: str) -> str:
@@ -232,8 +246,8 @@ def after_thought(text: str) -> str:
 def _content(text: str, max_tokens: int) -> str:
     """The text of an answer; raises _PassingError for garbage or nothing, _UnusableError for one cut off."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text, "answer")
+    except InputError:
         raise _PassingError("an answer that is no JSON") from None
     try:
         choice = found["choices"][0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts
 
 OWN = "own"
@@ -259,11 +259,8 @@ def folder_identity(path: Path) -> str:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        raise InputError(f"{path / 'config.json'}: is no JSON: restore the file") from None
+    found = read_json(path / "config.json")
+    return found if isinstance(found, dict) else {}
 
 
 def _loaded(path: Path, kind: str) -> Any:
@@ -271,7 +268,9 @@ def _loaded(path: Path, kind: str) -> Any:
     transformers = _transformers()
     try:
         with _quiet(transformers):
-            found = getattr(transformers, kind).from_pretrained(str(path), local_files_only=True)
+            found = getattr(transformers, kind).from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise InputError(f"{path}: {kind} cannot be loaded ({line[:200]}): restore the folder") from None

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
+from lvrpo.reading import read_json_object
 
 Side = Literal["read", "draw"]
 """read: the reading side judges pictures; draw: the drawing side judges texts."""
@@ -69,11 +70,11 @@ def read_gate(name: str | Path) -> Gate:
     if not path.is_file():
         raise InputError(f"gate={str(name)!r}: no such file: make it with `lvrpo audit --judge MODEL --gate FILE`")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path)
         measured: dict[Side, dict[str, Sensitivity]] = {
             side: {kind: Sensitivity(**row) for kind, row in found["measured"][side].items()}
             for side in ("read", "draw")
         }
         return Gate(str(found["judge"]), float(found["threshold"]), int(found["draws"]), measured)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is no gate: make it with `lvrpo audit --judge MODEL --gate FILE`") from None

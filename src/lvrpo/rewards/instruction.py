@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
+from lvrpo.patterns import matches_whole
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
@@ -149,7 +150,7 @@ def keeps_to(text: str, rules: TextRules) -> bool:
     count = len(text.split())
     if count < rules.min_words or (rules.max_words is not None and count > rules.max_words):
         return False
-    if rules.form is not None and not re.fullmatch(FORMS.get(rules.form, rules.form), text, re.DOTALL):
+    if rules.form is not None and not matches_whole(FORMS.get(rules.form, rules.form), text):
         return False
     return all(_occurs(phrase, text) for phrase in rules.include) and not any(
         _occurs(phrase, text) for phrase in rules.exclude

@@ -52,10 +52,10 @@ class OwnVQA:
     (``lvrpo audit --judge MODEL --gate FILE``).
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
-    itself or by an endpoint; {} for its defaults); without it they do not get this reward. Yes-no questions are then
-    asked in both orders, with ``choices`` or BOTH_ORDERS. Of an edit, what should stay is asked as well: questions
-    about the source, kept where the judge is sure of its answer there, so that the result has to agree with the source.
-    A prompt that could not be split is masked with the reason.
+    itself, by an endpoint, or by the built-in world's grammar; {} for its defaults); without it they do not get this
+    reward. Yes-no questions of the first two are asked in both orders (``choices`` or BOTH_ORDERS). Of an edit, what
+    should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so that
+    the result has to agree with the source. A prompt that could not be split is masked with the reason.
     ``kinds``: only facts of these kinds are asked.
 
     A judge that says what is no log-prob (not finite, or above 0) of one answer masks the output.
@@ -83,7 +83,7 @@ class OwnVQA:
         self.paraphrases, self.bound = paraphrases, bound
         self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
         self.judged_by = judged_by(self.splitter)
-        if self.splitter is not None and choices is None:
+        if self.splitter is not None and self.splitter.config.by != "grammar" and choices is None:
             choices = BOTH_ORDERS
         if choices is not None:
             try:

@@ -42,6 +42,7 @@ class Preference:
     """
 
     sides = ("read",)
+    relative = True
 
     def __init__(
         self,

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
+from lvrpo.reading import read_json_object
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.written import text_problem
-from lvrpo.storing import write_tensors, write_whole
+from lvrpo.storing import read_weights, write_tensors, write_whole
 from lvrpo.types import Parts, Task, Trajectory
 
 MODEL_TYPE = "lvrpo_preference_head"
@@ -116,24 +116,23 @@ class PreferenceHead:
             if not (folder / name).is_file():
                 raise InputError(f"head={str(folder)!r}: holds no {name}: {remedy}")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json_object(folder / "config.json", remedy)
             if config["model_type"] != MODEL_TYPE or config["features"] != FEATURES:
                 raise InputError(
                     f"{folder}: holds {config['model_type']!r} of features {config['features']!r}, not {MODEL_TYPE!r} "
                     f"of {FEATURES!r}: {remedy}"
                 )
-            tensors = load_file(str(folder / "model.safetensors"))
+            tensors, _ = read_weights(folder / "model.safetensors", remedy)
             weight, mean, deviation = (tensors[name].float() for name in TENSORS)
             if not (weight.ndim == 1 and weight.shape == mean.shape == deviation.shape):
                 raise ValueError("shapes")
             reading = Reading(str(config["reading"]["instruction"]), tuple(map(str, config["reading"]["lead_ins"])))
             tasks = tuple(task for task in get_args(Task) if task in config["tasks"])
-            numbers = (weight, mean, deviation, torch.tensor(float(config["scale"])))
-            if not all(bool(tensor.isfinite().all()) for tensor in numbers) or not tasks:
+            if not math.isfinite(float(config["scale"])) or not tasks:
                 raise ValueError("not finite")
             policy, scale = str(config["policy"]), float(config["scale"])
             return cls(policy, weight, mean, deviation, tasks, scale, reading, dict(config["measured"]))
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{folder}: damaged, or no preference head: {remedy}") from None
 
 

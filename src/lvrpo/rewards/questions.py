@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config, parse_section
+from lvrpo.data.scenes.text_questions import asked_by, left_alone
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
 from lvrpo.rewards.identity import judge_identity
@@ -87,8 +88,9 @@ _KINDS = (
 class SplitConfig(Config):
     """Who splits a prompt, and how it is asked."""
 
-    by: Literal["policy", "endpoint"] = "policy"
-    """policy: the frozen judge writes the questions; endpoint: a chat model does."""
+    by: Literal["policy", "endpoint", "grammar"] = "policy"
+    """policy: the frozen judge writes the questions; endpoint: a chat model does; grammar: they follow from the words
+    of the built-in world's captions and instructions (``data.scenes.text_questions``)."""
     endpoint: EndpointConfig | None = None
     template: str = TEMPLATE
     """What is asked, with ``{prompt}``; the answer is to be a line per question: "is there a cube? yes"."""
@@ -98,9 +100,9 @@ class SplitConfig(Config):
     """What is asked together with the source of an edit: what in it should stay; null: nobody asks."""
     sure: float = Field(default=SURE, ge=0, lt=1)
     """A question about what should stay is dropped where the reader is less sure of its answer, given the source."""
-    limit: int = Field(default=12, ge=1)
+    limit: int = Field(default=12, ge=1, le=1000)
     """Questions of a prompt at most, and as many about what should stay; the first ones are kept."""
-    max_new_tokens: int = Field(default=512, ge=1)
+    max_new_tokens: int = Field(default=512, ge=1, le=100_000)
     """The policy writes at most so many; an endpoint has its own limit."""
     cache: Path | None = None
     """Folder of what was found; None: ``questions`` in ``$LVRPO_CACHE``, else in the user's folder of caches."""
@@ -194,11 +196,15 @@ class Splitter:
 
     def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every prompt about what should be, or why there are none."""
+        if self.config.by == "grammar":
+            return [asked_by(words_of(p)) or NoAnswer("the grammar does not know its words") for p in prompts]
         answers = self._answers([self._request(prompt) for prompt in prompts], judge)
         return [self._facts(answer) for answer in answers]
 
     def questions_about_the_rest(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every edit about what should stay, made in view of its source, or why there are none."""
+        if self.config.by == "grammar":
+            return [left_alone(words_of(prompt)) for prompt in prompts]
         template = self.config.stay_template or ""
         requests = [_Request(template.replace("{prompt}", words_of(p)), source_of(p)) for p in prompts]
         found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import Counter
@@ -16,15 +17,23 @@ from lvrpo.config import Config
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
-from lvrpo.registry import resolve
+from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.decorated import as_reward
+from lvrpo.rewards.foreign import described, settings_kept
 from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
+MOST_FAILED = 0.5
+"""Share of a reward's scores of a training step that may fail where it does not say (``max_failed``)."""
+IN_PYTHON = "python"
+"""Stands for what a caller in Python handed over, where a configuration needs a name."""
+METHODS = ("applies", "score")
+"""What anybody's class of a reward must have."""
 
 
 class WeightSchedule(Config):
@@ -59,7 +68,7 @@ class RewardConfig(Config):
     """One row of the reward section."""
 
     name: str
-    """An entry of REWARDS, or my_package.module:Class."""
+    """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
     weight: float = Field(default=1.0, ge=0)
     """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[Task, ...] | None = None
@@ -72,9 +81,10 @@ class RewardConfig(Config):
     """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
     on_failure: Literal["mask", "stop"] = "mask"
     """Of a score that failed: it is masked with its reason, or stops the run."""
-    max_failed: float | None = Field(default=None, ge=0, lt=1)
-    """The run stops where more than this share of the reward's scores of a step failed. None: never after the step-0
-    contract, which then allows no failure."""
+    max_failed: float | None = Field(default=None, ge=0, le=1)
+    """Share of the reward's scores that are expected to fail: the step-0 contract allows as many, and a step in which
+    more failed stops the run. None: the contract allows none, half of a step's scores stop the run, and one in which
+    more than ``health.max_failed`` failed altogether is not well."""
     clip: tuple[float | None, float | None] | None = None
     """[low, high], either may be null: what lies beyond counts as the end itself, and how often is recorded."""
     normalize: Literal["group", "batch", "none"] | None = None
@@ -103,7 +113,7 @@ class RewardConfig(Config):
 
     @property
     def title(self) -> str:
-        return self.label or self.name
+        return self.label or (self.name.rpartition(":")[2] if is_file(self.name) else self.name)
 
     def weight_at(self, step: int) -> float:
         """The weight of the step after ``step`` steps."""
@@ -122,7 +132,19 @@ class RewardSource:
     def scores(self, prompt: Prompt) -> bool:
         """Whether it has a say in the outputs of a prompt."""
         tasks = self.config.tasks
-        return (tasks is None or prompt.task in tasks) and self.reward.applies(prompt)
+        try:
+            return (tasks is None or prompt.task in tasks) and bool(self.reward.applies(prompt))
+        except LvrpoError:
+            raise
+        except (Exception, SystemExit) as error:  # anybody's reward may raise anything
+            raise ContractError(
+                f"reward {self.config.title!r}: applies failed on prompt {prompt.id!r}: {described(error)}"
+            ) from error
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is not one of lvrpo's own, which leave what they are given as it is."""
+        return self.config.name not in REWARDS
 
     @property
     def judged_by(self) -> str:
@@ -133,6 +155,11 @@ class RewardSource:
     def sides(self) -> tuple[Side, ...]:
         """Which sides of the run's judge score for it; none where another model judges in its place."""
         return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
+
+    @property
+    def relative(self) -> bool:
+        """Whether a score says only how an output compares with the others of its group."""
+        return bool(getattr(self.reward, "relative", False))  # optional in anybody's class
 
     @property
     def judges(self) -> tuple[OutputKind, ...]:
@@ -166,25 +193,38 @@ def option_names(cls: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
-    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight."""
+def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[RewardSource]:
+    """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
+
+    ``given``: rewards by title that a caller in Python hands over; their names are not resolved.
+    """
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
             raise InputError(f"rewards: two entries are called {config.title!r}: give one a label of its own")
-        cls = resolve("reward", config.name, REWARDS)
+        if given is not None and config.title in given:
+            sources.append(RewardSource(config, given[config.title]))
+            continue
+        if config.name.startswith(f"{IN_PYTHON}:"):
+            raise InputError(
+                f"rewards.{config.title}: was handed over in Python, and only its name is on record: name a file, "
+                "./my_rewards.py:NAME, or call lvrpo.train again"
+            )
+        cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
         try:
             reward = cls(**config.options)
         except TypeError as error:
             # names alone: what stands in a wrong place may be a key
-            given = ", ".join(config.options) or "none"
+            named = ", ".join(config.options) or "none"
             known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
-            raise InputError(f"rewards.{config.title}.options ({given}): {error}: {known}") from None
-        for method in ("applies", "score"):
-            if not callable(getattr(reward, method, None)):  # anybody's class: the protocol is checked by hand
-                raise InputError(
-                    f"reward {config.name!r}: has no method {method!r}: implement lvrpo.rewards.base.Reward"
-                )
+            raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
+        except LvrpoError:
+            raise
+        except (Exception, SystemExit) as error:  # anybody's class may raise anything
+            raise InputError(
+                f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
+                "the class"
+            ) from error
         own = None if config.judge is None else load_policy(config.judge).frozen()
         sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):
@@ -192,10 +232,17 @@ def build_rewards(configs: Sequence[RewardConfig]) -> list[RewardSource]:
     return sources
 
 
-def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0) -> RewardTable:
+def score_groups(
+    sources: Sequence[RewardSource],
+    groups: Sequence[Group],
+    judge: Policy,
+    step: int = 0,
+    most_failed: float | None = None,
+) -> RewardTable:
     """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``.
 
-    ``step``: steps done, for the weights that follow a schedule.
+    ``step``: steps done, for the weights that follow a schedule. ``most_failed``: of a reward without ``max_failed``,
+    the share of scores that may fail (None: any); more raise ContractError, as for one with it.
     """
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
@@ -206,7 +253,9 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
     for k, source in enumerate(sources):
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
-            result, failures, own_noise = _checked(source, [groups[p] for p in chosen], source.judge or judge)
+            of = [groups[p] for p in chosen]
+            limit = most_failed if source.config.max_failed is None else source.config.max_failed
+            result, failures, own_noise = _checked(source, of, source.judge or judge, limit)
             if source.config.clip is not None:
                 low, high = source.config.clip
                 clipped = result.clamp(low, high)
@@ -242,19 +291,20 @@ def score_groups(sources: Sequence[RewardSource], groups: Sequence[Group], judge
 
 
 def _checked(
-    source: RewardSource, groups: Sequence[Group], judge: Policy
+    source: RewardSource, groups: Sequence[Group], judge: Policy, limit: float | None
 ) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
-        result = source.reward.score(groups, judge)
+        with settings_kept():
+            result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
         failures, noise = dict(result.failures), result.noise
     except LvrpoError:
         raise
-    except Exception as error:  # anybody's reward may raise anything: it is masked or stops the run, as configured
+    except (Exception, SystemExit) as error:  # anybody's reward may raise anything: masked or a stop, as configured
         result = Scores(torch.full((P, G), math.nan))
-        noise, values, failures = None, result.values, {(p, g): repr(error) for p in range(P) for g in range(G)}
+        noise, values, failures = None, result.values, {(p, g): described(error) for p in range(P) for g in range(G)}
     if values.shape != (P, G):
         raise ContractError(
             f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"
@@ -264,11 +314,10 @@ def _checked(
     if failures and source.config.on_failure == "stop":
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
-    limit = source.config.max_failed
     if limit is not None and len(failures) > limit * P * G:
         reason, times = Counter(failures.values()).most_common(1)[0]
         raise ContractError(
             f"reward {title!r} failed on {len(failures)} of {P * G} outputs, max_failed={limit}: most often ({times}): "
-            f"{reason}"
+            f"{' '.join(reason.split())}: mend the reward, or raise its max_failed"
         )
     return values, failures, noise

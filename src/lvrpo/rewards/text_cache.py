@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_json_object
 from lvrpo.storing import write_whole
 
 
@@ -26,10 +27,10 @@ class TextCache:
     def get(self, *key: str) -> str | None:
         """The text, or None where there is none that is whole."""
         try:
-            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+            found = read_json_object(self._path(key))
             text = found["text"]
             return text if found["sha256"] == _digest(text) else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (InputError, KeyError, TypeError, AttributeError):
             return None
 
     def put(self, text: str, *key: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from lvrpo.errors import InputError
+from lvrpo.patterns import compile_pattern, matches_whole
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.written import CutOff, check_cut_off, score_texts
@@ -33,15 +33,14 @@ class TextFormat:
 
     def __init__(self, form: str = "think_answer", cut_off: CutOff = "score") -> None:
         self.cut_off: CutOff = check_cut_off("text_format", cut_off)
+        self.pattern = FORMS.get(form, form)
         try:
-            self.pattern = re.compile(FORMS.get(form, form), re.DOTALL)
-        except re.error as error:
-            raise InputError(
-                f"text_format.form={form!r}: no regular expression ({error}): use one, or {', '.join(FORMS)}"
-            ) from None
+            compile_pattern(self.pattern)
+        except InputError as error:
+            raise InputError(f"text_format.form={form!r}: {error}: use one, or {', '.join(FORMS)}") from None
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        return score_texts(groups, self.cut_off, lambda text, prompt: float(bool(self.pattern.fullmatch(text))))
+        return score_texts(groups, self.cut_off, lambda text, prompt: float(matches_whole(self.pattern, text)))

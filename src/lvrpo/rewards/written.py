@@ -57,5 +57,10 @@ def score_texts(groups: Sequence[Group], cut_off: CutOff, rule: Callable[[str, P
             elif cut_off == "mask" and not segment.ended:
                 failures[p, g] = WAS_CUT
             else:
-                values[p, g] = rule(segment.text, group.prompt)
+                try:
+                    values[p, g] = rule(segment.text, group.prompt)
+                except TimeoutError as error:  # of a rule that comes from data
+                    failures[p, g] = str(error)
+                except (ValueError, ArithmeticError, RecursionError) as error:  # such as a number of 5,000 digits
+                    failures[p, g] = f"the rule failed: {error}"
     return Scores(values, failures)

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.errors import ContractError, InputError
-from lvrpo.storing import sync, write_tensors
+from lvrpo.reading import MIB, read_json
+from lvrpo.storing import read_tensors, require_finite, sync, write_tensors
 
+STATE_BYTES = 1024 * MIB
+"""Of state.json."""
 SEAL = "checkpoint.json"
 """The file that makes a folder a checkpoint: size and sha256 of every other file."""
 
@@ -53,21 +54,19 @@ def save_state(folder: Path, state: State) -> None:
         (folder / "state.json").write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path, device: torch.device | str = "cpu") -> State:
-    """What ``save_state`` wrote; raises InputError on a missing or truncated file."""
+def load_state(folder: Path, device: torch.device | str = "cpu", finite: bool = False) -> State:
+    """What ``save_state`` wrote; raises InputError on a missing or truncated file.
+
+    ``finite``: also where a tensor holds a number that is not, as no weights and no moments may.
+    """
     for name in ("state.json", "state.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file: give a folder that a training run saved")
     with disk_errors(folder, "read"):
-        try:
-            tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{folder / 'state.json'}: truncated or not JSON: use another checkpoint") from None
-        try:
-            tensors = load_file(folder / "state.safetensors", device=str(device))
-        except SafetensorError:
-            path = folder / "state.safetensors"
-            raise InputError(f"{path}: truncated or not safetensors: use another checkpoint") from None
+        tree = read_json(folder / "state.json", "use another checkpoint", STATE_BYTES)
+        tensors, _ = read_tensors(folder / "state.safetensors", "use another checkpoint", str(device))
+        for name, tensor in tensors.items() if finite else ():
+            require_finite(folder / "state.safetensors", name, tensor, "use another checkpoint")
     try:
         return _decode(tree, tensors)
     except KeyError as error:
@@ -325,9 +324,9 @@ def verify_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder}: has no {SEAL}, so it is not a whole checkpoint: use another one")
     with disk_errors(folder, "read"):
         try:
-            files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+            files = read_json(folder / SEAL, "use another checkpoint")["files"]
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise InputError(f"{folder / SEAL}: truncated or not a seal: use another checkpoint") from None
         for name, (size, sha256) in expected.items():
             file = folder / name

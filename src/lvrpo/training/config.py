@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
+from lvrpo.data.sources import DATASETS
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
@@ -19,6 +20,7 @@ from lvrpo.training.advantages import AdvantageConfig
 from lvrpo.training.drawn_tokens import ImageTokensConfig, MaskedConfig
 from lvrpo.training.flow import FlowConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
+from lvrpo.training.health import HealthConfig
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import FLOW_OBJECTIVES, TEXT_OBJECTIVES
@@ -28,16 +30,21 @@ from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
+Count = Annotated[int, Field(le=100_000)]
+"""Of prompts or rows of a kind."""
+
 
 class DataConfig(Config):
     """Where prompts come from and how many of each task make a step."""
 
     source: str = "scenes"
-    """An entry of DATASETS."""
+    """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
+    options: dict[str, Any] = Field(default={})
+    """Of a source of your own. Any: each class has its own."""
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
-    prompts_per_step: dict[Task, int] = Field(
+    prompts_per_step: dict[Task, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
 
@@ -46,7 +53,7 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(default=20, ge=1)
-    prompts: dict[Task, int] = Field(
+    prompts: dict[Task, Count] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     action: Literal["rollback", "stop", "warn"] = "rollback"
@@ -84,6 +91,9 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
 class TrainConfig(Config):
     """An alignment run."""
 
+    allow_code: tuple[str, ...] = Field(default=(), exclude=True)
+    """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
+    allows itself any."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     policy: str = "tiny"
@@ -95,8 +105,8 @@ class TrainConfig(Config):
     offload: bool = False
     """A device holds one policy at a time, at the precision that it computes in. Weights in float32, moments, averages
     and the reference are in host memory, divided among the processes of the run (arXiv:2101.06840)."""
-    threads: int = Field(default=1, ge=1)
-    steps: int = Field(default=140, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
+    steps: int = Field(default=140, ge=1, le=10_000_000)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
@@ -129,9 +139,10 @@ class TrainConfig(Config):
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
     judge: JudgeConfig = JudgeConfig()
+    health: HealthConfig = HealthConfig()
     control_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
-    control_group_size: int = Field(default=2, ge=1)
+    control_group_size: int = Field(default=2, ge=1, le=1024)
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
@@ -142,6 +153,11 @@ class TrainConfig(Config):
         if self.offload:
             return self.precision.compute or "float32"
         return self.precision.weights or ("float32" if self.adapter is None else None)
+
+    @property
+    def max_failed(self) -> dict[str, float]:
+        """By reward, the share of its scores that may fail over a run that is well."""
+        return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
     def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
         """How each kind of segment that a policy writes is trained, in the order of updates."""
@@ -283,6 +299,10 @@ class TrainConfig(Config):
         if self.mini_updates > sum(counts.values()):
             raise ValueError(
                 f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
+            )
+        if self.data.options and self.data.source in DATASETS:
+            raise ValueError(
+                f"data.options: is for a source of your own, and data.source={self.data.source}: leave it out"
             )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")

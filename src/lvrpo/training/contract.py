@@ -43,6 +43,9 @@ NAMES: dict[SegmentKind, str] = {
 }
 """Words for the kinds of segments."""
 
+GROUPS: dict[SegmentKind, str] = {"text": "texts", "flow": "drawings", "tokens": "drawings", "masked": "drawings"}
+"""Words for their groups."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -85,8 +88,7 @@ def step_zero_contract(
             float(signal.float().mean()),
             0.0,
             bool(signal.any()),
-            f"no group's reward spreads by more than advantages.std_floor={std_floor}: use easier prompts, other "
-            "rewards, or a higher temperature",
+            without_signal(trained, std_floor),
         )
     )
     low = [name for name, p in _trained(policy).items() if p.dtype != torch.float32]
@@ -94,6 +96,21 @@ def step_zero_contract(
         Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none")
     )
     return checks
+
+
+def without_signal(table: RewardTable, std_floor: float, rows: Sequence[int] | None = None, of: str = "") -> str:
+    """Why no group of a table, or of some rows of it, can be learned from, and the remedy; ``of``: which groups."""
+    mask = table.mask if rows is None else table.mask[list(rows)]
+    counts = mask.sum(dim=1)  # (P, K)
+    if not bool((counts >= 2).any()) and bool(counts.any()):
+        return (
+            f"no group{of} had two valid scores to compare, {int(counts.max())} at most of {mask.shape[1]} members: "
+            "raise rollout.group_size, or use a reward that fails less often"
+        )
+    return (
+        f"no group{of} has a reward that spreads by more than advantages.std_floor={std_floor}: use easier prompts, "
+        "other rewards, or a higher temperature"
+    )
 
 
 def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
@@ -185,8 +202,13 @@ def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
     )
 
 
-def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]) -> list[Check]:
-    """After the first update: the weights that sample have changed, and the divergences have a gradient."""
+def first_update_checks(
+    live: Policy, reference: Policy, groups: Sequence[Group], table: RewardTable | None = None, std_floor: float = 0.0
+) -> list[Check]:
+    """After the first update: the weights that sample have changed, and the divergences have a gradient.
+
+    ``table``: of the groups, to tell a divergence without gradient from groups that nothing could be learned from.
+    """
     changed = weights_changed(live, reference)
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
@@ -208,9 +230,22 @@ def first_update_checks(live: Policy, reference: Policy, groups: Sequence[Group]
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
         module.zero_grad(set_to_none=True)
-        detail = "the divergence is computed without gradient, or from the reference alone"
+        detail = "" if norm > 0 else _without_gradient(groups, kind, table, std_floor)
         checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))
     return checks
+
+
+def _without_gradient(groups: Sequence[Group], kind: SegmentKind, table: RewardTable | None, std_floor: float) -> str:
+    """Why the divergence of a kind of segments has no gradient: two policies that still draw alike have none."""
+    rows = [p for p, group in enumerate(groups) if any(s.kind == kind for s in group.trajectories[0].segments)]
+    if table is not None:
+        trained = table.trained()
+        if not bool(signal_mask(trained.scores[rows], trained.mask[rows], std_floor).any()):
+            return without_signal(trained, std_floor, rows, f" of {GROUPS[kind]}")
+    return (
+        "what is trained does not move these outputs (does the way to them end in a layer of zeros that is not "
+        "trained?), or the divergence is computed without gradient, or from the reference alone"
+    )
 
 
 def _divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:

@@ -51,7 +51,7 @@ class MaskedConfig(ImageTokensConfig):
     likelihood: Literal["path", "monte_carlo"] = "path"
     """path: the exact log-probs of the steps as they were sampled; monte_carlo: of random parts given the rest, the
     same parts for the trained weights and the reference (UniGRPO, arXiv:2505.15809; MaskGRPO, arXiv:2510.02880)."""
-    draws: int = Field(default=2, ge=1)
+    draws: int = Field(default=2, ge=1, le=1000)
     """monte_carlo: masks per drawing, each a sequence of its own to ``reduction`` and to kind=gspo."""
     schedule: Literal["cosine", "uniform"] = "cosine"
     """monte_carlo: of the shares that are masked; cosine: those that the sampler meets; uniform: all alike, with which

@@ -1,11 +1,18 @@
-"""Scores that failed: how many of a step, and why, for the files of a run."""
+"""Scores that failed: how many of a step, and why, for the files of a run; and steps that failed altogether."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
+from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.types import RewardTable
+
+if TYPE_CHECKING:
+    from lvrpo.training.run_directory import RunDirectory
+    from lvrpo.training.state import RunState
 
 LONGEST = 200
 """Characters of a reason that are kept."""
@@ -25,6 +32,26 @@ def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) 
     where = f"{table.tasks[rows[0]]}/{table.names[k]}"
     share = failed.total() / (failed.total() + int(table.mask[rows, :, k].sum()))
     return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": shown(failed.most_common(1)[0][0])}
+
+
+@contextmanager
+def saved_if_it_fails(run: RunDirectory, state: RunState) -> Iterator[None]:
+    """What fails before a step has changed anything leaves a checkpoint of the steps that are done.
+
+    An error of lvrpo's own says so. Nothing is written where another process is lost, or the disk does not let it.
+    """
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except Exception as error:
+        with suppress(Exception):  # the first error is the one to tell
+            if state.step and not run.checkpoint_dir(state.step).is_dir():
+                state.save(run)
+        if state.step and isinstance(error, LvrpoError) and run.checkpoint_dir(state.step).is_dir():
+            went_on = f"{error}; step {state.step} is saved: go on with lvrpo train --resume {run.path}"
+            raise type(error)(went_on) from error
+        raise
 
 
 def masked(table: RewardTable, p: int, g: int) -> dict[str, str]:

@@ -82,7 +82,7 @@ class FlowConfig(Config):
     beta: float = Field(default=0.5, gt=0)
     advantage_max: float = Field(default=2.5, gt=0)
     """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
-    noise_draws: int = Field(default=2, ge=1)
+    noise_draws: int = Field(default=2, ge=1, le=1000)
     """nft, awm, dpo, best_of: times per picture, one in each equal part of the sampler's grid."""
     min_time: float = Field(default=0.1, gt=0, lt=1)
     old_decay_rate: float = Field(default=0.05, ge=0)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.success import successes
+from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import GuardState, RunState
-from lvrpo.types import Prompt, Task
+from lvrpo.types import Group, Prompt, Task
 
-Verdict = Literal["best", "kept", "fallen"]
+Verdict = Literal["best", "kept", "fallen", "blind"]
+"""blind: there are no held-out rows, so the last weights are kept."""
 
 Z = 3.0
 """Half width of the interval in standard errors. A run compares several tasks at every look with the best of the looks
 before, so 1.96 calls a policy that never changes fallen in two runs of three; 3 does in a few of a hundred."""
+
+
+ACTIONS: Mapping[Verdict, str] = {
+    "best": "kept best",
+    "kept": "none",
+    "blind": "no held-out rows: kept the last weights",
+}
+"""What a row of metrics says of a look after which nothing is done."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,22 @@ class GuardReport:
     """Tasks whose paired difference to the best lies below 0 with its whole interval."""
     scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
     """Of every held-out prompt, in their order."""
+    entropies: Mapping[str, float] = field(default_factory=dict)
+    """Of the answers to each form of questions."""
+
+    def row(self) -> dict[str, float]:
+        """For the metrics."""
+        means = {f"guard/{task}": mean for task, mean in self.means.items()}
+        return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 
 
 class Guard:
     """Scores the held-out prompts and compares with the best so far, prompt by prompt."""
 
-    def __init__(self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig) -> None:
+    def __init__(
+        self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig, scorer: HeldOutScorer = SUCCESS_ONLY
+    ) -> None:
+        self.scorer = scorer
         self.prompts: dict[Task, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
         self.config = config
         rollout = config.rollout
@@ -55,25 +76,42 @@ class Guard:
             choice_temperature=rollout.choice_temperature,
         )
 
-    def score(self, policy: Policy) -> dict[Task, list[float]]:
-        """Right or wrong for every held-out prompt; the same noise at every look."""
-        out: dict[Task, list[float]] = {}
+    def score(self, policy: Policy, judge: Policy | None = None) -> dict[Task, list[float]]:
+        """The score of every held-out prompt, nan where it failed; the same noise at every look.
+
+        ``judge``: the frozen policy that rewards are scored with, where right and wrong cannot be told.
+        """
+        return self._scores(self.sample(policy), judge)
+
+    def _scores(self, outputs: Mapping[Task, Sequence[Group]], judge: Policy | None) -> dict[Task, list[float]]:
+        return {task: [row[0] for row in self.scorer.scores(groups, judge)] for task, groups in outputs.items()}
+
+    def sample(self, policy: Policy) -> dict[Task, list[Group]]:
+        """One output for every held-out prompt."""
+        out: dict[Task, list[Group]] = {}
         for task, rows in self.prompts.items():
             seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-            out[task] = [row[0] for row in successes(policy.sample(rows, self.sampling, seeds))]
+            out[task] = policy.sample(rows, self.sampling, seeds)
         return out
 
-    def look(self, policy: Policy, state: GuardState, step: int) -> GuardReport:
+    def look(self, policy: Policy, state: GuardState, step: int, judge: Policy | None = None) -> GuardReport:
         """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
-        scores = self.score(policy)
-        means: dict[Task, float] = {task: float(np.mean(scores[task])) for task in self.prompts}
-        if not self.prompts or not state.best_scores:
-            state.best_step, state.best_scores = step, scores
+        outputs = self.sample(policy)
+        report = self._compare(self._scores(outputs, judge), state, step)
+        return replace(report, entropies=answer_entropies([group for row in outputs.values() for group in row]))
+
+    def _compare(self, scores: dict[Task, list[float]], state: GuardState, step: int) -> GuardReport:
+        means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}
+        if not self.prompts:
+            state.best_step = step
+            return GuardReport(means, "blind", ())
+        if not state.best_scores:
+            state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
             return GuardReport(means, "best", (), scores)
         fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
             return GuardReport(means, "fallen", fallen, scores)
-        top = max(state.top, float(np.mean([np.mean(state.best_scores[task]) for task in self.prompts])))
+        top = max(state.top, float(np.mean([_mean(state.best_scores[task]) for task in self.prompts])))
         mean = float(np.mean(list(means.values())))
         if mean >= top - self._noise(scores):
             state.best_step, state.best_scores, state.top = step, scores, max(top, mean)
@@ -82,12 +120,24 @@ class Guard:
 
     def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
         """Standard error of the mean of tasks: of two looks that differ by less, the later one counts as the best."""
-        return sum(float(np.var(row)) / len(row) for row in scores.values()) ** 0.5 / len(scores)
+        kept = [_finite(row) for row in scores.values()]
+        return sum(float(np.var(row)) / len(row) for row in kept if len(row)) ** 0.5 / len(scores)
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    return array[np.isfinite(array)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that did not fail; nan where all did."""
+    kept = _finite(values)
+    return float(np.mean(kept)) if len(kept) else float("nan")
 
 
 def fell(now: Sequence[float], before: Sequence[float]) -> bool:
     """Whether the mean paired difference is below 0 with its whole interval of ``Z`` standard errors."""
-    difference = np.asarray(now) - np.asarray(before)
+    difference = _finite(np.asarray(now) - np.asarray(before))
     if len(difference) < 2:
         return False
     error = float(difference.std(ddof=1)) / len(difference) ** 0.5
@@ -100,9 +150,9 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: GuardReport, row: dict[str, Any]) -> bool:
     """What follows from a look of the guard; returns whether the run stops."""
     score_record.write_look(run, state.step, report.scores, config.guard.every)
-    row |= {f"guard/{task}": mean for task, mean in report.means.items()}
+    row |= report.row()
     if report.verdict != "fallen":
-        row["guard/action"] = "kept best" if report.verdict == "best" else "none"
+        row["guard/action"] = ACTIONS[report.verdict]
         return False
     fallen = ", ".join(report.fallen)
     if config.guard.action == "warn":

@@ -15,13 +15,13 @@ from lvrpo.data.sources import PromptSource
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.rewards.table import MOST_FAILED, RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training import contract, samples, score_record
 from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
 from lvrpo.training.checkpoint import prune_checkpoints
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.failures import failed_scores
+from lvrpo.training.failures import failed_scores, saved_if_it_fails
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.judge import NOTHING_HELD_OUT, HeldOut, judge_drift
@@ -60,9 +60,9 @@ def align(
     policies = team.shared(state.policies)  # to sample and judge; what is trained and saved is the state's
     if state.step == 0:
         _check_contract(config, run, state, source, rewards)
-        report = guard.look(policies.average, state.guard, 0)
+        report = guard.look(policies.average, state.guard, 0, policies.reference)
         score_record.write_look(run, 0, report.scores, config.guard.every)
-        run.append_metrics({"step": 0, **{f"guard/{task}": mean for task, mean in report.means.items()}})
+        run.append_metrics({"step": 0, **report.row()})
         state.save(run)
     stopped = False
     sampled = Rollouts(policies, config)
@@ -71,16 +71,17 @@ def align(
         step = state.step
         row: dict[str, Any] = {"step": step + 1}
 
-        prompts = prompts_of_step(source, config, step)
-        groups = sampled.groups(prompts, step)
-        table = score_groups(rewards, groups, policies.judge, step)
         looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
-        if config.judge.drift_due(step + 1, looks):
-            row |= judge_drift(rewards, groups, table, policies.judge, policies.live)
-        trained, scores = groups, table
-        if config.rollout.refill_budget:
-            trained, scores, counts = refill(policies, source, rewards, groups, table, config, step)
-            row |= counts
+        with saved_if_it_fails(run, state):  # nothing has changed yet since the last step
+            prompts = prompts_of_step(source, config, step)
+            groups = sampled.groups(prompts, step)
+            table = score_groups(rewards, groups, policies.judge, step, MOST_FAILED)
+            if config.judge.drift_due(step + 1, looks):
+                row |= judge_drift(rewards, groups, table, policies.judge, policies.live)
+            trained, scores = groups, table
+            if config.rollout.refill_budget:
+                trained, scores, counts = refill(policies, source, rewards, groups, table, config, step)
+                row |= counts
         advantages = segment_advantages(scores, trained, config.advantages)
         metrics = take_steps(
             state.policies, state.optimizers, trained, advantages, config, step, state.guard.lr_scale, team
@@ -100,7 +101,7 @@ def align(
         state.step += 1
 
         if step == 0:
-            _check_first_update(run, state, groups)
+            _check_first_update(run, state, trained, scores, config.advantages.std_floor)
         row |= metrics
         row |= reward_means("reward", table, groups)
         if state.judge is not None:
@@ -119,7 +120,7 @@ def align(
         if state.turn is not None:
             state.turn.add(state.step, groups, table)
         if looks:
-            report = guard.look(policies.average, state.guard, state.step)
+            report = guard.look(policies.average, state.guard, state.step, policies.reference)
             stopped = guarded(config, run, state, report, row) or turned(config, run, state, guard, row)
             team.moved()
         state.seconds += time.perf_counter() - started
@@ -128,10 +129,9 @@ def align(
         observe(row)
         return_freed_memory()
         last = stopped or interrupted() or state.step == config.steps
-        best = {state.guard.best_step, *([] if state.turn is None else [state.turn.best_step])}
-        if state.step % config.checkpoint_every == 0 or last or state.step in best:
+        if state.step % config.checkpoint_every == 0 or last or state.step in state.best_steps:
             state.save(run)
-            prune_checkpoints(run.path, config.keep_checkpoints, keep=best)
+            prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)
         if interrupted():
             break
     return state
@@ -201,9 +201,13 @@ def _check_contract(
     contract.require(checks)
 
 
-def _check_first_update(run: RunDirectory, state: RunState, groups: Sequence[Group]) -> None:
-    checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups)
-    run.write_json("contract.json", [*run.read_json("contract.json"), *(check.as_dict() for check in checks)])
+def _check_first_update(
+    run: RunDirectory, state: RunState, groups: Sequence[Group], table: RewardTable, std_floor: float
+) -> None:
+    checks = contract.first_update_checks(state.policies.live, state.policies.reference, groups, table, std_floor)
+    run.write_json(
+        "contract.json", [*run.read_json("contract.json", list[dict[str, Any]]), *(check.as_dict() for check in checks)]
+    )
     contract.require(checks)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lvrpo.errors import InputError
-from lvrpo.policies import POLICIES
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.loading import DTYPES, model_type, pick_device, policy_folder
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import drawing, writing
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
 from lvrpo.policies.mot.batching import runs
@@ -31,8 +31,7 @@ from lvrpo.policies.mot.recording import flow_segment as flow_record
 from lvrpo.policies.mot.sequence import forget_packings
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.registry import resolve
-from lvrpo.rewards.table import build_rewards
+from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
@@ -86,9 +85,15 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: TrainConfig, prompts: Sequence[Prompt], guard: Sequence[Prompt] = (), device: torch.device | None = None
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    guard: Sequence[Prompt] = (),
+    device: torch.device | None = None,
+    check: Callable[[Policy], object] = lambda policy: None,
 ) -> MemoryEstimate | None:
     """The memory of a run on its device, from the sizes in the policy's folder alone.
+
+    ``check``: refuses a policy, without its weights, that cannot read the rows.
 
     ``prompts`` are those of a step, ``guard`` the held-out ones. Texts are taken to be as long as they may be. The
     operations are those of the CPU, also for a card, where some texts go through attention in other parts. ``device``
@@ -98,7 +103,7 @@ def estimate_memory(
     folder = policy_folder(config.policy)
     if has_adapter(folder):
         raise InputError(f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` first")
-    kind = resolve("model type", model_type(folder), POLICIES)
+    kind = policy_class(folder)
     if not issubclass(kind, MoTPolicy):
         return None
     forget_packings()
@@ -106,6 +111,7 @@ def estimate_memory(
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             device = device or pick_device(config.device)
             policy = kind.skeleton(folder, device, DTYPES.get(config.weights_dtype or ""))
+        check(policy)
         return estimate_policy(policy, config, prompts, guard, device)
     finally:
         forget_packings()
@@ -235,7 +241,10 @@ class _Estimator:
                 if replayed:
                     self._note(passes, name, lambda r=replay, t=replayed: r(t), gradient=True)
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
-        if drawn and any(s.judge is not None or "read" in s.sides for s in build_rewards(config.rewards)):
+        if drawn and any(
+            s.judge is not None or "read" in s.sides
+            for s in build_rewards([row for row in config.rewards if not row.name.startswith(f"{IN_PYTHON}:")])
+        ):
             self._note(passes, "judge", lambda: self._judge(drawn))
         if config.offload:
             passes["summing gradients"] = gradients + 4 * max((p.numel() for p in self.trained), default=0)

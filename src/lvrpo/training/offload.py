@@ -265,7 +265,7 @@ class Shards:
             if not wanted:
                 break
             verify_checkpoint(part)
-            tree = load_state(part)
+            tree = load_state(part, finite=True)
             found = wanted & set(tree["policies"]["live"])
             for name in policies or self.moving:
                 for key in found:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from lvrpo.config import Config
+from lvrpo.config import Config, NotNegative
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.adapter import is_adapter
@@ -19,6 +19,10 @@ from lvrpo.training.muon import Muon
 
 Norms = dict[str, float]
 """Of gradients, by expert."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of a moving average of gradients."""
 
 
 class OptimizerConfig(Config):
@@ -30,9 +34,9 @@ class OptimizerConfig(Config):
     trained number."""
     adamw_lr: float = Field(default=5e-4, gt=0)
     muon_lr: float = Field(default=5e-3, gt=0)
-    expert_lr: dict[Literal["understand", "generate", "shared"], float] = Field(default_factory=dict)
+    expert_lr: dict[Literal["understand", "generate", "shared"], NotNegative] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
@@ -209,7 +213,9 @@ def trained_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_trained(policy: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     """Puts back what ``trained_weights`` gave, in place; raises InputError if it is of other weights."""
-    wrong = sorted(trained_weights(policy).keys() ^ saved.keys())
+    own = trained_weights(policy)
+    wrong = sorted(own.keys() ^ saved.keys())
+    wrong += [n for n, p in own.items() if n in saved and (p.shape, p.dtype) != (saved[n].shape, saved[n].dtype)]
     if wrong:
         raise InputError(f"the checkpoint's weights differ at {wrong[0]}: resume with the configuration of the run")
     policy.load_state_dict(dict(saved), strict=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from lvrpo.training.representation import Representation, RepresentationConfig
 from lvrpo.types import Example, Prompt, Task
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
+
+
+Count = Annotated[int, Field(le=100_000)]
+"""Of prompts or rows of a kind."""
 
 
 class PretrainOptimizerConfig(OptimizerConfig):
@@ -51,8 +55,8 @@ class PretrainConfig(Config):
     corpus: CorpusConfig = CorpusConfig()
     prompts: CleanPromptsConfig = CleanPromptsConfig()
     """The rows of ``data: prompts``; picture size and questions per picture are those of ``corpus``."""
-    steps: int = Field(default=6000, ge=1)
-    batch: dict[Kind, int] = Field(
+    steps: int = Field(default=6000, ge=1, le=10_000_000)
+    batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
     )
     """Rows of each kind in a step; questions come in runs that share a picture."""
@@ -67,10 +71,10 @@ class PretrainConfig(Config):
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     average_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, int] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    held_out: dict[Task, Count] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 

@@ -30,7 +30,7 @@ class RepresentationConfig(Config):
     """States of the drawing expert after so many layers ..."""
     target_layer: int = Field(default=0, ge=0)
     """... toward those of the frozen reading side after so many; 0: the output of its tower."""
-    head_width: int = Field(default=256, ge=1)
+    head_width: int = Field(default=256, ge=1, le=65_536)
     """Hidden width of the head between the two, which is trained along and thrown away."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,10 @@ REFILLS = 2**40
 """Indices of prompts from here on are those of refills: no run comes so far by its steps."""
 
 
+Side = Annotated[int, Field(ge=1, le=8192)]
+"""In pixels."""
+
+
 class WindowConfig(Config):
     """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
 
@@ -54,38 +58,38 @@ class WindowConfig(Config):
 class RolloutConfig(Config):
     """How groups are sampled."""
 
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=4096)
     """At least 2: a member is compared with its siblings."""
-    temperature: float = Field(default=1.0, gt=0)
-    max_new_tokens: int = Field(default=8, ge=1)
-    num_steps: int = Field(default=8, ge=2)
-    timestep_shift: float | None = Field(default=None, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    max_new_tokens: int = Field(default=8, ge=1, le=100_000)
+    num_steps: int = Field(default=8, ge=2, le=1000)
+    timestep_shift: float | None = Field(default=None, gt=0, le=1000)
     """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
     """Of the steps without noise; the first two are of second order at the same cost."""
-    noise_level: float = Field(default=0.7, gt=0)
+    noise_level: float = Field(default=0.7, gt=0, le=100)
     window: WindowConfig = WindowConfig()
-    guidance_scale: float = Field(default=1.0, ge=1)
-    image_guidance_scale: float = Field(default=1.0, ge=1)
+    guidance_scale: float = Field(default=1.0, ge=1, le=1000)
+    image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guided are the steps with low < t <= high."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Side, Side] | None = None
     """Height and width of pictures drawn without a source; None: the policy's own."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
-    image_temperature: float = Field(default=1.0, gt=0)
+    image_temperature: float = Field(default=1.0, gt=0, le=100)
     """Of image tokens, masked ones among them."""
-    choice_temperature: float = Field(default=0.0, ge=0)
+    choice_temperature: float = Field(default=0.0, ge=0, le=1000)
     """Of the noise in the choice of which masked tokens a step fixes; 0: the most confident ones (MaskGIT,
     arXiv:2202.04200)."""
-    refill_budget: int = Field(default=0, ge=0)
+    refill_budget: int = Field(default=0, ge=0, le=10_000)
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
     same task, at most so many groups a step."""
     policy: Literal["live", "reference"] = "live"
     """Who samples; reference: offline training, for objectives that learn from anybody's outputs (dpo, best_of)."""
-    pool: int = Field(default=0, ge=0)
+    pool: int = Field(default=0, ge=0, le=1_000_000)
     """Prompts of so many steps, over and over; 0: always new ones. With policy=reference their outputs are sampled once
     and kept in memory."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,18 +12,19 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lvrpo.config import dump_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig
-from lvrpo.data.sources import DATASETS, PromptSource
+from lvrpo.data.sources import PromptSource
 from lvrpo.errors import InputError
-from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_folder
-from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.registry import resolve
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardSource, build_rewards
+from lvrpo.registry import allow_code
+from lvrpo.rewards.success import successes
+from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.checkpoint import (
@@ -41,7 +41,6 @@ from lvrpo.training.checkpoint import (
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import return_freed_memory
-from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.loop import align
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
 from lvrpo.training.objective import Policies
@@ -49,88 +48,19 @@ from lvrpo.training.offload import Shards
 from lvrpo.training.optimizer import copy_weights, eight_bit_library
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy, supervised_rows
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
+from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
+from lvrpo.training.splits import require_apart
 from lvrpo.training.state import STATE, RunState
 from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.wire import SOLO, Wire
-from lvrpo.types import Example, Prompt
+from lvrpo.typed_json import shaped
+from lvrpo.types import Prompt
 
 Observer = Callable[[Mapping[str, Any]], None]
 
-LOOKED_AT = 32
-"""Prompts of a task that are shown to the rewards before a run starts."""
-
-DRAWINGS = 64
-"""Held-out drawings that decide on a new judge."""
-
 START = "start"
 """Folder of a run: the policy that it started from, which stays the reference of a resumed run."""
-
-
-# --- parts of an alignment run ---
-
-
-def open_source(config: TrainConfig, split: str, seed: int) -> PromptSource:
-    """One split of the source of prompts; raises InputError if it lacks a task that a step needs."""
-    section = {"scenes": config.data.scenes, "jsonl": config.data.jsonl}.get(config.data.source)
-    return resolve("data source", config.data.source, DATASETS)(section, split, seed)
-
-
-def training_source(config: TrainConfig) -> PromptSource:
-    """The prompts to align on."""
-    source = open_source(config, "train", config.seed)
-    for task, count in config.data.prompts_per_step.items():
-        if count and task not in source.tasks:
-            raise InputError(
-                f"data.prompts_per_step.{task}={count}: {config.data.source} has no rows of task '{task}': set it to 0"
-            )
-    return source
-
-
-def scoring_rewards(config: TrainConfig, source: PromptSource) -> list[RewardSource]:
-    """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
-    rewards = build_rewards(config.rewards)
-    require_asked(config.judge, rewards)
-    for task, count in config.data.prompts_per_step.items():
-        prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
-        if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
-            raise InputError(
-                f"data.prompts_per_step.{task}={count}: no reward scores these prompts, all would be masked: add one "
-                "that does to rewards, or ask for 0"
-            )
-    return rewards
-
-
-def guard_prompts(config: TrainConfig) -> dict[Any, list[Prompt]]:
-    """Held-out prompts of every trained task that can be told right from wrong; none without validation rows."""
-    if config.data.source == "jsonl" and config.data.jsonl.validation is None:
-        return {}
-    source = open_source(config, "validation", 0)
-    trained = {task for task, count in config.data.prompts_per_step.items() if count}
-    prompts = {
-        task: [p for p in source.prompts(task, count) if scorable(p)]
-        for task, count in config.guard.prompts.items()
-        if count and task in trained and task in source.tasks
-    }
-    return {task: list({p.id: p for p in rows}.values()) for task, rows in prompts.items()}
-
-
-def held_out_drawings(config: TrainConfig) -> list[Example]:
-    """Up to ``DRAWINGS`` drawings with their descriptions that nothing is trained on; none without validation rows."""
-    if config.data.source == "jsonl" and config.data.jsonl.validation is None:
-        return []
-    source = open_source(config, "validation", 0)
-    found: dict[str, Example] = {}
-    for i in range(DRAWINGS if "generate" in source.tasks else 0):
-        with suppress(InputError):  # a row without a target
-            example = source.example("generate", i)
-            found.setdefault(example.prompt.id, example)
-    return list(found.values())
-
-
-def judge_rows(config: TrainConfig, rewards: Sequence[RewardSource], guard: Guard) -> HeldOut:
-    """What decides on a new judge; raises InputError where there is too little."""
-    return held_out_rows(config.judge, rewards, guard.prompts, lambda: held_out_drawings(config))
 
 
 @dataclass
@@ -140,11 +70,7 @@ class Alignment:
     config: TrainConfig
     run: RunDirectory
     state: RunState
-    source: PromptSource
-    rewards: Sequence[RewardSource]
-    guard: Guard
-    held_out: HeldOut
-    """What decides on a new judge."""
+    parts: Parts
     team: Team = ALONE
     """Who shares the work."""
     wire: Wire = SOLO
@@ -157,47 +83,81 @@ class Alignment:
             self.team = Team(self.state.shards)
 
     @classmethod
-    def start(cls, config: TrainConfig, folder: Path, wire: Wire = SOLO) -> Self:
-        """Resolves every part before it creates the run directory: wrong input leaves no trace."""
+    def start(cls, config: TrainConfig, folder: Path, wire: Wire = SOLO, given: Given = NOTHING_GIVEN) -> Self:
+        """Resolves every part before it creates the run directory: wrong input leaves no trace.
+
+        ``given``: parts that a caller in Python hands over.
+        """
+        allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
-        source = training_source(config)
-        rewards = scoring_rewards(config, source)
-        guard = Guard(guard_prompts(config), config)
-        held_out = judge_rows(config, rewards, guard)
-        require_room(config, source, guard)
+        parts = open_parts(config, given)
+        splits = require_apart(config)
+        require_room(config, parts)
         policy, base = open_policy(config)
+        parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
-            state = begin(run, config, policy, base, wire)
-            return cls(config, run, state, source, rewards, guard, held_out, wire=wire)
-        except BaseException:
-            run.close()
+            state = begin(run, config, policy, base, wire, splits)
+            return cls(config, run, state, parts, wire=wire)
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
     def resume(
-        cls, folder: Path, config: TrainConfig | None = None, base: str | None = None, wire: Wire = SOLO
+        cls,
+        folder: Path,
+        config: TrainConfig | None = None,
+        base: str | None = None,
+        wire: Wire = SOLO,
+        given: Given = NOTHING_GIVEN,
     ) -> Self:
-        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run.
+        """Goes on from the last whole checkpoint; ``config``, where given, is that of the run, or asks for more steps.
 
-        ``base``: where the base of the run's adapter lies now.
+        A run that is made longer follows the schedule of its new length from where it stands: the learning rates of
+        steps that are done stay. ``base``: where the base of the run's adapter lies now.
         """
         run = RunDirectory.open(folder)
         try:
             if config is not None:
-                run.require_config(config)
-            if run.read_summary() is not None:
-                raise InputError(f"{folder}: has finished: see lvrpo report {folder}, or start another run")
-            config = run.config(TrainConfig)
+                run.require_config(config, allow=("steps",))
+            held = run.config(TrainConfig)
+            longer = config is not None and config.steps != held.steps
+            if longer and config is not None:
+                require_longer(run, held.steps, config.steps)
+            elif run.read_summary() is not None:
+                raise InputError(
+                    f"{folder}: has finished: see lvrpo report {folder}, start another run, or make it longer with "
+                    f"lvrpo train --resume {folder} steps={held.steps * 2}"
+                )
+            allowed = () if config is None else config.allow_code
+            allow_code(allowed)
+            steps = config.steps if config is not None else held.steps
+            config = held.model_copy(update={"allow_code": allowed, "steps": steps})
             torch.set_num_threads(config.threads)
-            source, rewards = training_source(config), build_rewards(config.rewards)
-            guard = Guard(guard_prompts(config), config)
-            held_out = judge_rows(config, rewards, guard)
+            parts = open_parts(config, given)
+            if longer:
+                lengthen(run, config)
             state = go_on(run, config, base, wire)
         except BaseException:
             run.close()
             raise
-        return cls(config, run, state, source, rewards, guard, held_out, base=base, wire=wire)
+        return cls(config, run, state, parts, base=base, wire=wire)
+
+    @property
+    def guard(self) -> Guard:
+        """What watches held-out rows."""
+        return self.parts.guard
+
+    @property
+    def source(self) -> PromptSource:
+        """The prompts that are trained on."""
+        return self.parts.source
+
+    @property
+    def rewards(self) -> Sequence[RewardSource]:
+        """What scores them."""
+        return self.parts.rewards
 
     @property
     def finished(self) -> bool:
@@ -209,7 +169,7 @@ class Alignment:
         if self.finished:
             return True
         parts = (self.config, self.run, self.state, self.source, self.rewards, self.guard)
-        align(*parts, observe, interrupted, self.held_out, self.team)
+        align(*parts, observe, interrupted, self.parts.judge_rows, self.team)
         if interrupted() and self.state.step < self.config.steps:
             return False
         best = self.state.guard.best_step
@@ -239,23 +199,40 @@ class Alignment:
         return self.policies.average
 
 
-def memory_of(
-    config: TrainConfig, source: PromptSource, guard: Guard, device: torch.device | None = None
-) -> MemoryEstimate | None:
+def require_longer(run: RunDirectory, held: int, asked: int) -> None:
+    """Raises InputError where a run of ``held`` steps cannot go on to ``asked``."""
+    if asked < held:
+        raise InputError(f"steps={asked}: {run.path} has {held}, and a run can only be made longer: give more")
+    if (run.path / "baseline").exists():
+        raise InputError(
+            f"steps={asked}: {run.path} is compared with a baseline of as much compute: start another run instead"
+        )
+
+
+def lengthen(run: RunDirectory, config: TrainConfig) -> None:
+    """Writes the new number of steps into the run, and takes away what its old end left."""
+    for name in (FINAL, SUMMARY, "eval/after.json"):
+        (run.path / name).unlink(missing_ok=True)
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first: it vouches for the next
+    run.write_text(CONFIG, dump_config(config))
+
+
+def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
     """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold.
 
-    ``device`` stands for the configuration's; it need not be there.
+    ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
     """
     require_extras(config)
-    held_out = [prompt for prompts in guard.prompts.values() for prompt in prompts]
-    return estimate_memory(config, prompts_of_step(source, config, 0), held_out, device)
+    held_out = [prompt for prompts in parts.guard.prompts.values() for prompt in prompts]
+    prompts = prompts_of_step(parts.source, config, 0)
+    return estimate_memory(config, prompts, held_out, device, parts.require_readable)
 
 
-def require_room(config: TrainConfig, source: PromptSource, guard: Guard) -> None:
+def require_room(config: TrainConfig, parts: Parts) -> None:
     """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
     device = pick_device(config.device)
     if worth_a_look(policy_folder(config.policy), device):
-        require_memory(memory_of(config, source, guard), device, f"policy={config.policy}")
+        require_memory(memory_of(config, parts), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:
@@ -274,7 +251,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    declared = getattr(resolve("model type", model_type(base), POLICIES), "writes", None)
+    declared = getattr(policy_class(base), "writes", None)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
         config.require_fit(declared)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
@@ -289,7 +266,10 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
+        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.writes).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
+        policy.towers.free_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
     return as_configured(policy, config), base
 
 
@@ -303,10 +283,21 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     return policy
 
 
-def begin(run: RunDirectory, config: TrainConfig, policy: Policy, base: Path, wire: Wire = SOLO) -> RunState:
-    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are."""
+def begin(
+    run: RunDirectory,
+    config: TrainConfig,
+    policy: Policy,
+    base: Path,
+    wire: Wire = SOLO,
+    splits: Mapping[str, Any] | None = None,
+) -> RunState:
+    """A fresh state; the weights it starts from are kept in the run, the manifest says what they are.
+
+    ``splits``: what ``require_apart`` found. Any: JSON.
+    """
     keep_start(run, policy)
-    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config), {config.policy: fingerprint(base)})
+    data = {**data_fingerprints(config), **({} if splits is None else {"splits": splits})}
+    run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
     return RunState.start(policy, config, wire)
 
 
@@ -317,6 +308,7 @@ def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire:
     last = latest_checkpoint(run.path)
     if last is not None:
         state.load(last, everybody=False)
+    prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)  # what a kill left beside the last
     run.truncate_metrics(state.step if last is not None else -1)
     score_record.truncate(run, state.step if last is not None else -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
@@ -331,6 +323,7 @@ def loaded(model: Path, config: TrainConfig, base: str | None) -> Policy:
 def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
     """The policies of a process that helps a run, and what it keeps of offloaded ones."""
     torch.set_num_threads(setup.config.threads)
+    allow_code(setup.config.allow_code)
     state = RunState.start(loaded(Path(setup.start), setup.config, setup.base), setup.config, wire)
     if state.shards is not None and setup.checkpoint is not None:
         state.shards.load_own(Path(setup.checkpoint) / STATE)
@@ -379,8 +372,8 @@ class Pretraining:
             origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
             return cls(config, run, trainer, held_out=held_out_prompts(config))
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            run.leave(error)
             raise
 
     @classmethod
@@ -453,13 +446,15 @@ class Pretraining:
         last = latest_checkpoint(self.run.path)
         if last is not None:
             verify_checkpoint(last)
-            tree = load_state(last / STATE)
-            copy_weights(self.trainer.policy, tree["policy"])
-            copy_weights(self.trainer.average, tree["average"])
-            self.trainer.optimizers.load_state(tree["optimizers"])
-            if self.trainer.representation is not None:
-                self.trainer.representation.load(tree["representation"])
-            self.trainer.step_number, self.seconds = tree["step"], tree["seconds"]
+            tree = load_state(last / STATE, finite=True)
+            with shaped(str(last / STATE / "state.json"), "use another checkpoint"):
+                copy_weights(self.trainer.policy, tree["policy"])
+                copy_weights(self.trainer.average, tree["average"])
+                self.trainer.optimizers.load_state(tree["optimizers"])
+                if self.trainer.representation is not None:
+                    self.trainer.representation.load(tree["representation"])
+                self.trainer.step_number, self.seconds = int(tree["step"]), float(tree["seconds"])
+            prune_checkpoints(self.run.path, self.config.keep_checkpoints)
         self.run.truncate_metrics(self.trainer.step_number if last is not None else -1)
 
 

@@ -8,11 +8,13 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,12 +22,15 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import psutil
 import torch
+from pydantic import Field
 
 from lvrpo import __version__
-from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml
+from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.errors import ContractError, InputError
+from lvrpo.reading import read_json
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
+from lvrpo.typed_json import Kind, Record, parse_json, typed
 
 C = TypeVar("C", bound=Config)
 Json = Any
@@ -39,6 +44,19 @@ SCORES = "scores"
 LOCK = ".lock"
 
 
+class MetricsRow(Record):
+    """A line of ``metrics.jsonl``."""
+
+    step: int
+
+
+class Manifest(Record):
+    """``manifest.json``."""
+
+    config_sha256: str
+    resumed: list[dict[str, Any]] = Field(default=[])
+
+
 class RunDirectory:
     """One run on the disk. A context manager: leaving it gives the lock back."""
 
@@ -46,6 +64,8 @@ class RunDirectory:
         """Only names the directory; use ``create``, ``open`` or ``read``."""
         self.path = Path(path)
         self._unlock: Callable[[], object] | None = None
+        self._made: list[Path] | None = None
+        """Of a run that this process began: the folders that were not there before, the innermost first."""
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
@@ -55,16 +75,18 @@ class RunDirectory:
         """
         run = cls(path)
         run._refuse_foreign(config)
-        with disk_errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
-        run._lock()
+        missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+        run._made = None if (run.path / CONFIG).exists() else missing
         try:
+            with disk_errors(run.path):
+                run.path.mkdir(parents=True, exist_ok=True)
+            run._lock()
             run._refuse_foreign(config)
             run._recover()
             if not (run.path / CONFIG).exists():
                 run.write_text(CONFIG, dump_config(config))
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            run.leave(error)
             raise
         return run
 
@@ -72,6 +94,7 @@ class RunDirectory:
     def open(cls, path: Path) -> Self:
         """Takes an existing run to go on writing it (resume); raises InputError if it is none or another writes it."""
         run = cls.read(path)
+        run.require_unchanged()
         run._lock()
         run._recover()
         return run
@@ -90,17 +113,30 @@ class RunDirectory:
             self._unlock()
             self._unlock = None
 
+    def leave(self, error: BaseException | None) -> None:
+        """Gives the lock back; a run that this process began and that failed before its first checkpoint is removed."""
+        locked = self._unlock is not None
+        if locked and isinstance(error, Exception) and self._made is not None and latest_checkpoint(self.path) is None:
+            for entry in self.path.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            (self.path / LOCK).unlink(missing_ok=True)
+        self.close()
+        with suppress(OSError):  # the first that is not empty ends it
+            for folder in (self._made or ()) if isinstance(error, Exception) else ():
+                folder.rmdir()
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.leave(error)
 
     # --- configuration ---
 
     def config(self, cls: type[C]) -> C:
-        """The resolved configuration of the run."""
-        return load_config(cls, self.path / CONFIG)
+        """The resolved configuration of the run, which may be anybody's: it allows no code."""
+        return load_config(cls, self.path / CONFIG, own_file=False)
 
     def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""
@@ -109,6 +145,18 @@ class RunDirectory:
             raise InputError(
                 f"{self.path}: holds a run with another configuration ({_first(differing)}): "
                 "choose another name, or continue that run with --resume and its own configuration"
+            )
+
+    def require_unchanged(self) -> None:
+        """Raises InputError where ``config.yaml`` is not what the manifest says that the run was begun with."""
+        if not (self.path / MANIFEST).exists():
+            return
+        manifest = self.read_json(MANIFEST, Manifest)
+        known = [manifest["config_sha256"], *(start.get("config_sha256") for start in manifest.get("resumed", []))]
+        if tree_sha256(read_yaml(self.path / CONFIG)) not in known:
+            raise InputError(
+                f"{self.path / CONFIG}: was changed since the run began ({MANIFEST} holds its hash): undo the change, "
+                "or start another run with it"
             )
 
     def _differences(self, config: Config) -> list[str]:
@@ -180,16 +228,12 @@ class RunDirectory:
         """``write_text`` of valid JSON: nan and infinities become null."""
         return self.write_text(relative, json_text(value))
 
-    def read_json(self, relative: str) -> Json:
-        """A JSON file of the run; raises InputError if it is missing or broken."""
+    def read_json(self, relative: str, kind: Kind = Json) -> Json:
+        """A JSON file of the run, of a type; raises InputError if it is missing, broken, or of another shape."""
         path = self._inside(relative)
-        with disk_errors(path, "read"):
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise InputError(f"{path}: no such file: the run has not written it") from None
-            except ValueError:
-                raise InputError(f"{path}: is not JSON: restore it or delete it") from None
+        if not path.exists():
+            raise InputError(f"{path}: no such file: the run has not written it")
+        return typed(read_json(path, "restore it or delete it"), kind, str(path), "restore it or delete it")
 
     def samples_dir(self, step: int) -> Path:
         """``samples/step_000010``, created."""
@@ -233,18 +277,15 @@ class RunDirectory:
         path = self.path / METRICS
         with disk_errors(path, "read"):
             lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        rows = []
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise InputError(f"{path}:{number}: is not JSON: delete this line") from None
-        return rows
+        return [
+            parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line")
+            for number, line in enumerate(lines[:-1], start=1)
+        ]
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after ``step``, which a resumed run writes anew."""
         rows = self.metrics()
-        kept = [row for row in rows if row.get("step", 0) <= step]
+        kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             self.write_text(METRICS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
@@ -256,7 +297,7 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Json] | None:
         """``summary.json``, or None if the run has not finished."""
-        return self.read_json(SUMMARY) if (self.path / SUMMARY).exists() else None
+        return self.read_json(SUMMARY, dict[str, Json]) if (self.path / SUMMARY).exists() else None
 
     def write_manifest(
         self,
@@ -278,7 +319,7 @@ class RunDirectory:
         }
         if not (self.path / MANIFEST).exists():
             return self.write_json(MANIFEST, start)
-        manifest = self.read_json(MANIFEST)
+        manifest = self.read_json(MANIFEST, Manifest)
         return self.write_json(MANIFEST, {**manifest, "resumed": [*manifest.get("resumed", []), start]})
 
 

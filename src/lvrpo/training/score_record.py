@@ -22,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.errors import InputError
+from lvrpo.reading import MIB, read_bytes
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
@@ -43,6 +44,18 @@ TRAITS = ("tokens", "cut_off", "red", "green", "blue", "contrast")
 """What is measured of every output: written tokens, whether a text met the length limit, mean color and contrast (root
 mean square distance of the pixels from that color) of the picture, colors in [0, 1]."""
 
+SHAPES: Mapping[str, str] = {
+    "weights": "K",
+    "scores": "PGK",
+    **dict.fromkeys(("applies", "judged"), "PK"),
+    **dict.fromkeys(("success", "advantages"), "PG"),
+    "traits": "PGT",
+    **dict.fromkeys(("text_diversity", "picture_diversity"), "P"),
+}
+"""Of the arrays of a ``ScoreRecord``, by its letters and T for the traits."""
+
+MOST_BYTES = 1024 * MIB
+"""Of one record, unpacked."""
 SIDE = 64
 """Pictures are measured on a grid of at most so many pixels a side."""
 
@@ -282,15 +295,32 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
             judge = str(arrays.pop("judge", ""))
             later = {n: tuple(map(str, arrays.pop(n, ()))) for n in ("normalize", "judged_by", "categories")}
             known = {"judge": judge, **later}
-            yield ScoreRecord(step=step, names=names, tasks=tasks, **known, **arrays)  # type: ignore[arg-type]  # bool or float
-        except (KeyError, TypeError):
+            values: Any = {**known, **arrays}  # Any: bool or float, by the field
+            record = ScoreRecord(step=step, names=names, tasks=tasks, **values)
+            _require_shapes(record)
+        except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
+        yield record
+
+
+def _require_shapes(record: ScoreRecord) -> None:
+    """Raises ValueError where arrays do not fit each other, or hold no numbers."""
+    P, K = len(record.tasks), len(record.names)
+    sizes = {"P": P, "K": K, "G": record.scores.shape[1], "T": len(TRAITS)} if record.scores.ndim == 3 else {}
+    for name, letters in SHAPES.items():
+        array = getattr(record, name)  # a field of these
+        if array.dtype.kind not in "fb" or array.shape != tuple(sizes.get(letter, -1) for letter in letters):
+            raise ValueError(name)
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     with disk_errors(path, "read"):
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            content = io.BytesIO(read_bytes(path, "delete it", MOST_BYTES))
+            with zipfile.ZipFile(content) as packed:
+                if sum(entry.file_size for entry in packed.infolist()) > MOST_BYTES:
+                    raise InputError(f"{path}: unpacks to more than {MOST_BYTES / MIB:.0f} MiB: delete it")
+            with np.load(content, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile):
             raise InputError(f"{path}: is not a whole record of scores: delete it") from None

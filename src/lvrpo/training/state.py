@@ -20,10 +20,33 @@ from lvrpo.training.optimizer import Optimizers, Stepping, average_into, load_tr
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
 from lvrpo.training.wire import SOLO, Wire
+from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
 
 STATE = "state"
 """Folder of a checkpoint that holds everything but the policy to use."""
+
+
+ANOTHER = "use another checkpoint"
+
+
+class GuardRecord(Record):
+    """Of a saved state: what the guard remembers."""
+
+    best_step: int
+    best_scores: dict[str, list[float]]
+    top: float
+    rollbacks: int
+    lr_scale: float
+
+
+class StateRecord(Record):
+    """The tree of a saved state, as far as every run has it."""
+
+    step: int
+    seconds: float
+    bad_gradients: int
+    guard: GuardRecord
 
 
 @dataclass
@@ -86,6 +109,11 @@ class RunState:
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
         return cls(policies, optimizers, judge=judge, turn=turn)
 
+    @property
+    def best_steps(self) -> set[int]:
+        """The steps whose checkpoints are kept, whatever comes after them."""
+        return {self.guard.best_step, *([] if self.turn is None else [self.turn.best_step])}
+
     def average(self, name: Literal["old", "average"], decay: float) -> None:
         """Moves an average towards the live weights."""
         if self.shards is not None:
@@ -114,7 +142,13 @@ class RunState:
         ``everybody``: the other processes of offloaded policies do so too; else they have not begun.
         """
         verify_checkpoint(checkpoint)
-        tree = load_state(checkpoint / STATE)
+        tree = load_state(checkpoint / STATE, finite=True)
+        where = str(checkpoint / STATE / "state.json")
+        typed(tree, StateRecord, where, ANOTHER)
+        with shaped(where, ANOTHER):
+            self._take(tree, checkpoint, everybody)
+
+    def _take(self, tree: dict[str, Any], checkpoint: Path, everybody: bool) -> None:
         if self.shards is not None:
             if everybody:
                 self.shards.together("load", (checkpoint / STATE).resolve())
@@ -140,7 +174,7 @@ class RunState:
         if self.shards is not None:
             self.shards.together("load", (checkpoint / STATE).resolve(), ("average",))
         else:
-            saved = load_state(checkpoint / STATE)["policies"]["average"]
+            saved = load_state(checkpoint / STATE, finite=True)["policies"]["average"]
             load_trained(policy_module(self.policies.average), saved)
 
     def _moving(self) -> dict[str, nn.Module]:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
+from lvrpo.rewards.held_out import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check
 from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
+from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import guard_prompts, judge_rows, memory_of, open_policy, scoring_rewards, training_source
+from lvrpo.training.run import memory_of, open_policy
+from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
 from lvrpo.training.state import RunState
 from lvrpo.training.team import Team
 from lvrpo.training.update import take_steps
@@ -46,17 +49,20 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
 
     ``device`` stands for the configuration's; it need not be there.
     """
-    return memory_of(config, training_source(config), Guard(guard_prompts(config), config), device)
+    source = training_source(config)
+    validation, test = (held_out_source(config, split) for split in ("validation", "test"))
+    guard = Guard(guard_prompts(config, validation, None), config)
+    return memory_of(config, Parts(source, (), guard, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
 
 
 def try_out(config: TrainConfig) -> Trial:
     """Loads everything that a run loads, measures the contract, times one small step."""
     torch.set_num_threads(config.threads)
-    source = training_source(config)
-    rewards = scoring_rewards(config, source)
-    guard = Guard(guard_prompts(config), config)
-    judge_rows(config, rewards, guard)
-    state = RunState.start(open_policy(config)[0], config)
+    parts = open_parts(config)
+    source, rewards, guard = parts.source, parts.rewards, parts.guard
+    policy = open_policy(config)[0]
+    parts.require_readable(policy)
+    state = RunState.start(policy, config)
     checks = contract_checks(config, state.policies, source, rewards)
     if not all(check.ok for check in checks):
         return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
@@ -72,7 +78,7 @@ def try_out(config: TrainConfig) -> Trial:
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()
-    guard.score(state.policies.average)
+    guard.score(state.policies.average, state.policies.reference)
     guard_seconds = time.perf_counter() - started
     looks = config.steps // config.guard.every + 2
     kept = trained_weights(policy_module(state.policies.live)).values()

@@ -160,6 +160,19 @@ def test_a_fine_tuned_folder_is_completed_from_the_command_line(
     assert said == f"error: {new}: is a whole model, which needs no base: leave the base out\n"
 
 
+def test_an_output_layer_that_is_tied_and_left_out_is_the_table_of_words(folder: Path) -> None:
+    """As in Qwen's small models."""
+    edit_json(folder, "llm_config.json", tie_word_embeddings=True)
+    with_head = load_policy(folder).state_dict()
+    assert not torch.equal(with_head["towers.lm_head.weight"], with_head["towers.embed_tokens_table.weight"])
+    rewrite(folder, lambda state: state.pop("language_model.lm_head.weight"))
+    state = load_policy(folder).state_dict()
+    assert torch.equal(state["towers.lm_head.weight"], with_head["towers.embed_tokens_table.weight"])
+    edit_json(folder, "llm_config.json", tie_word_embeddings=False)
+    with pytest.raises(InputError, match=r"1 tensor is missing: language_model\.lm_head\.weight"):
+        load_policy(folder)
+
+
 def test_words_from_vocabulary_and_merges(parity: Any, tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(parity.folder / "checkpoint" / name, tmp_path)
@@ -263,6 +276,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"{NORM} is \[7\], the configuration wants \[32\]",
     ),
     "integers": (another_dtype, r"has dtype I8: use weights in F32, BF16, F16"),
+    "a number that is none": (
+        lambda f: rewrite(f, lambda s: s[NORM].fill_(1).view(-1)[3:4].fill_(float("nan"))),
+        rf"ema\.safetensors: tensor {NORM} holds nan \(1 of 32 numbers are not finite\): fetch the file again",
+    ),
     "llm_config no JSON": (lambda f: (f / "llm_config.json").write_text("{"), r"llm_config\.json: not JSON"),
     "llm_config of another size": (
         lambda f: edit_json(f, "llm_config.json", intermediate_size=64),

@@ -41,14 +41,14 @@ class CorpusConfig(Config):
     """Sizes and rates of the web corpus; shares of scenes and of questions are relative weights."""
 
     seed: int = 0
-    size: int = DEFAULT_SIZE
+    size: int = Field(default=DEFAULT_SIZE, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
-    scenes: int = Field(default=20000, ge=1)
+    scenes: int = Field(default=20000, ge=1, le=10_000_000)
     """Captioned pictures, each with ``questions_per_scene`` questions."""
-    edits: int = Field(default=10000, ge=0)
-    reasons: int = Field(default=10000, ge=0)
+    edits: int = Field(default=10000, ge=0, le=10_000_000)
+    reasons: int = Field(default=10000, ge=0, le=10_000_000)
     """Rows of sum, compare and draw_answer, in equal parts."""
-    questions_per_scene: int = Field(default=4, ge=0)
+    questions_per_scene: int = Field(default=4, ge=0, le=1000)
     scene_shares: dict[str, float] = Field(
         default_factory=lambda: {"one": 0.32, "two": 0.30, "several": 0.12, "alike": 0.07, "digit": 0.19}
     )
@@ -207,8 +207,10 @@ class _Builder:
             self._questions(questions, scene)
         edit = [self._edit(i) for i in range(c.edits)]
         reason = [self._reason(i) for i in range(c.reasons)]
-        rows = (Rows(r, c.size) for r in (generate, caption, questions, edit, reason))
-        return WebCorpus(c, *rows, scenes, self._rates())
+        drawn, captions, asked, edits, reasons = (
+            Rows(rows, c.size) for rows in (generate, caption, questions, edit, reason)
+        )
+        return WebCorpus(c, drawn, captions, asked, edits, reasons, scenes, self._rates())
 
     def _happens(self, name: str, rate: float) -> bool:
         """Draws an error of a rate and counts it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -51,6 +51,9 @@ class ScenesConfig(Config):
     """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
     categories that can show one, or only those. The train split never shows any."""
     held_out_share: float = Field(default=0.2, ge=0, le=1)
+    labels: bool = True
+    """Whether training and validation prompts carry answers, facts and the region of an edit. Without them nothing but
+    the model can score what is made of them; test prompts always have them."""
     wording: Literal["trained", "paraphrased"] = "trained"
     """paraphrased: captions and questions in words that no training row has."""
 
@@ -122,7 +125,10 @@ class ScenePrompts:
 
     def prompt(self, task: Task, index: int) -> Prompt:
         """The prompt at an index >= 0 (KeyError for a task without categories)."""
-        return self._build(task, index)[0]
+        prompt = self._build(task, index)[0]
+        if self.config.labels or self.split == "test":
+            return prompt
+        return replace(prompt, answer=None, facts=(), edited=None)
 
     def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""

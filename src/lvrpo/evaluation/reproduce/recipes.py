@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lvrpo.config import config_sha256, load_config, read_yaml
+from lvrpo.config import config_sha256, load_config, read_tree
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.compute import Compute
@@ -142,11 +142,7 @@ class Recipes:
 
 def is_supervised(path: Path) -> bool:
     """Whether a file, or one that it extends, has keys of supervised training."""
-    tree = read_yaml(path)
-    own = set(tree) - {"extends"}
-    if own - set(TrainConfig.model_fields):
-        return True
-    return "extends" in tree and is_supervised(path.parent / str(tree["extends"]))
+    return bool(set(read_tree(path)) - set(TrainConfig.model_fields))
 
 
 def code_version() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,12 @@ from pydantic import Field, ValidationError, field_validator
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.names import EMBED_TOKENS, LM_HEAD
 from lvrpo.policies.bagel.tensors import StoredTensor
 from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.policies.bagel.vit import VitConfig
 from lvrpo.policies.mot.transformer import MoTConfig
+from lvrpo.reading import read_json
 
 SECTION = "lvrpo"
 """The key of config.json under which lvrpo keeps what the published files do not say."""
@@ -99,7 +100,7 @@ def read_config(
             transformer=_transformer(folder, llm, weights),
             vit=_vit(folder, vit, weights),
             vae=_vae(folder, whole.get("vae_config"), autoencoder),
-            vocabulary_size=_rows(folder, weights, "language_model.model.embed_tokens.weight"),
+            vocabulary_size=_rows(folder, weights, EMBED_TOKENS),
             max_positions=_number(folder, "llm_config", llm, "max_position_embeddings"),
             latent_patch=_latent_patch(folder, weights, autoencoder),
             latent_side=_side(folder, weights, "latent_pos_embed.pos_embed"),
@@ -109,6 +110,14 @@ def read_config(
         sections = {"MoTConfig": "llm_config", "VitConfig": "vit_config", "VaeConfig": "vae_config"}
         where = sections.get(error.title, "configuration")
         raise InputError(f"{folder}: {where}: {first_problem(error)}: restore the json files") from None
+
+
+def with_tied_head(folder: Path, weights: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The weights, with the table of words for an output layer that the folder ties to it and leaves out."""
+    llm = _section(folder, "llm_config", _tolerant_json(folder / "config.json"))
+    if LM_HEAD in weights or EMBED_TOKENS not in weights or llm.get("tie_word_embeddings") is not True:
+        return weights
+    return {**weights, LM_HEAD: weights[EMBED_TOKENS]}
 
 
 def described_config(folder: Path) -> BagelConfig:
@@ -334,13 +343,7 @@ def _rows(folder: Path, tensors: Mapping[str, StoredTensor], name: str) -> int:
 def _section(folder: Path, name: str, whole: Mapping[str, Any]) -> Mapping[str, Any]:
     """NAME.json, or the section of that name in config.json. Any: JSON."""
     path = folder / f"{name}.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not JSON ({error}): restore the file") from None
-    else:
-        found = whole.get(name)
+    found = read_json(path) if path.is_file() else whole.get(name)
     if not isinstance(found, dict):
         raise InputError(f"{folder}: holds no {name}.json, the sizes of BAGEL: copy it from the published folder")
     return found
@@ -357,7 +360,7 @@ def _number(folder: Path, file: str, section: Mapping[str, Any], key: str) -> An
 def _tolerant_json(path: Path) -> dict[str, Any]:
     """config.json, or nothing where it is absent or no JSON: one release of it was not."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -31,6 +31,9 @@ _PREFIXES: Mapping[str, str] = {
 VAE = "towers.latent_vae."
 """What lies in ae.safetensors begins so; the rest is the official name."""
 
+EMBED_TOKENS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+"""The table of words and the output layer over them."""
+
 
 def official_name(name: str) -> str:
     """The official name of a tensor of the policy, such as language_model.model.layers.0.mlp_moe_gen.up_proj.weight."""

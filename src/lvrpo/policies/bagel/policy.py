@@ -22,6 +22,7 @@ from lvrpo.policies.bagel.config import (
     is_bagel,
     read_config,
     several,
+    with_tied_head,
 )
 from lvrpo.policies.bagel.names import VAE, official_name
 from lvrpo.policies.bagel.packed import TrainedPiece, dropped, noisy_piece, packed_losses
@@ -138,11 +139,9 @@ class BagelPolicy(MoTPolicy):
             new += sampling.max_new_tokens + 2
         self.check_length(f"prompt {prompt.id!r}", row, new, remedy)
 
-    def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
-        length, limit = row_tokens(row), self.config.max_positions
-        if length + new > limit:
-            after = f" and {new} after them" if new > 1 else ""
-            raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
+    def most_tokens(self) -> int:
+        """The positions that the model was trained on."""
+        return self.config.max_positions
 
     def limit_tokens(self, limit: int | None) -> None:
         """See ``Policy.limit_tokens``; a member or a context of more goes through alone."""
@@ -292,6 +291,7 @@ class BagelPolicy(MoTPolicy):
         stored = find_tensors(folder, *WEIGHTS)
         if base:
             stored = find_tensors(base, *WEIGHTS) | stored
+        stored = with_tied_head(home, stored)
         autoencoder = find_tensors(folder if (folder / "ae.safetensors").is_file() else home, *AUTOENCODER)
         config = read_config(home, stored, autoencoder, settings)
         words = BagelWords.load(home, config.vocabulary_size)
@@ -322,7 +322,7 @@ class BagelPolicy(MoTPolicy):
                     f"{place.path}: {place.name} is {list(place.shape)}, the configuration wants {list(wanted[name])}: "
                     "use the files of one model"
                 )
-        used = {place.name for place in found.values()}
+        used = {official_name(name) for name in found}
         unused = [name for name in (*stored, *autoencoder) if name not in used]
         if unused:
             warnings.warn(f"{folder}: {_tensors(unused)} not used: {several(unused)}", stacklevel=3)
@@ -358,7 +358,7 @@ def is_whole(folder: Path) -> bool:
     try:
         with torch.device("meta"):
             wanted = BagelPolicy.skeleton(folder, dtype=torch.float32).state_dict()
-        stored = find_tensors(folder, *WEIGHTS) | find_tensors(folder, *AUTOENCODER)
+        stored = {**with_tied_head(folder, find_tensors(folder, *WEIGHTS)), **find_tensors(folder, *AUTOENCODER)}
     except InputError:  # a json file, a tokenizer or the tensors that sizes come from are left out
         return False
     return all(official_name(name) in stored for name in wanted)

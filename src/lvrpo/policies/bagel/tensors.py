@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 
 from lvrpo.errors import InputError
+from lvrpo.reading import open_regular, parse_json, read_json_object
+from lvrpo.storing import require_weights
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes of weights, by their names in a file."""
@@ -54,7 +55,9 @@ class StoredTensor:
                 part = memoryview(buffer)[: count * stored.itemsize]
                 if file.readinto(part) != len(part):
                     raise InputError(f"{self.path}: ends within {self.name}: copy the file again")
-                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=stored, count=count))
+                piece = torch.frombuffer(buffer, dtype=stored, count=count)
+                require_weights(self.path, self.name, piece, "fetch the file again")
+                flat[first : first + count].copy_(piece)
         return out
 
 
@@ -71,7 +74,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if len(raw) < length:
         raise InputError(f"{path}: truncated ({size} bytes, the header alone has {length + 8}): copy the file again")
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, str(path), "fetch the file again")
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _stored(path, name, entry, length + 8) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0) + length + 8
@@ -110,10 +113,13 @@ def find_tensors(folder: Path, stems: Sequence[str], role: str) -> dict[str, Sto
 
 def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json_object(index, "fetch the file again")["weight_map"]
         shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{index}: has no weight_map: fetch the file again") from None
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise InputError(f"{index}: names the shard {outside[0]!r}, which is no file beside it: fetch the file again")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise InputError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}): copy it too")
@@ -125,11 +131,5 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: copy it too") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check its rights") from None
-    with file:
+    with open_regular(path, "copy it too", None) as file:
         yield file

@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_bytes
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Begin and end of a text, begin and end of a picture."""
@@ -27,9 +28,11 @@ class BagelWords:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, files: Mapping[str, bytes]) -> None:
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # a marker that stands in a user's text is plain text
         self.vocabulary_size = vocabulary_size
         self.files = dict(files)
         self.bos_id, self.eos_id, self.image_start_id, self.image_end_id = (self._id(marker) for marker in MARKERS)
+        self._markers = frozenset((self.bos_id, self.eos_id, self.image_start_id, self.image_end_id))
 
     def _id(self, marker: str) -> int:
         number = self.tokenizer.token_to_id(marker)
@@ -48,6 +51,11 @@ class BagelWords:
     def encode(self, text: str) -> list[int]:
         """Ids without markers."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._markers.isdisjoint(ids):
+            raise InputError(
+                f"{text[:40]!r}: holds a marker of the model ({' '.join(MARKERS)}), which its tokenizer files do not "
+                "call special: leave it out, or mend the files"
+            )
         if ids and max(ids) >= self.vocabulary_size:
             raise InputError(
                 f"{text[:40]!r}: token {max(ids)} of {self.vocabulary_size}: use the tokenizer of the model"
@@ -68,7 +76,7 @@ class BagelWords:
     @classmethod
     def load(cls, folder: Path, vocabulary_size: int) -> Self:
         """From tokenizer.json, or from vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
         if "tokenizer.json" in files:
             path = folder / "tokenizer.json"
             try:

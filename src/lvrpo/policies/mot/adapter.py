@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.storing import write_tensors
+from lvrpo.reading import read_json_object
+from lvrpo.storing import read_weights, write_tensors
+from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:
     from lvrpo.policies.mot.policy import MoTPolicy
@@ -49,6 +48,11 @@ PATTERNS: Mapping[Modules, str] = {
     "tower": r"towers\.(?P<expert>read)_vit\..+",
 }
 """Linear layers by kind; the group says whose they are."""
+OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
+    "flow": ("towers.latent_out", "connector", "generate", "drawing"),
+    "text": ("towers.lm_head", "head", "understand", "text"),
+}
+"""The layer that a kind of segments leaves the model by, its own kind and expert, and a word for the segments."""
 EXPERTS: Mapping[str, Expert] = {
     "reading": "understand",
     "read": "understand",
@@ -62,7 +66,7 @@ EXPERTS: Mapping[str, Expert] = {
 class AdapterConfig(Config):
     """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=4096)
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
@@ -136,6 +140,20 @@ def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
                     f"adapter.dora=true: {name} has rows of zeros, which have no direction: use dora=false, or a "
                     "trained base"
                 )
+
+
+def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[SegmentKind]) -> None:
+    """Raises InputError where an output layer of zeros, as a fresh model has, hides all that the adapter changes."""
+    for kind in kinds:
+        name, module, expert, word = OUTPUTS.get(kind, ("", "head", "understand", ""))
+        layers = [layer for own, layer in policy.named_modules() if own == name and isinstance(layer, nn.Linear)]
+        reached = module in config.modules and expert in config.experts
+        if layers and not reached and not bool(layers[0].weight.any()):
+            raise InputError(
+                f"adapter.modules=[{', '.join(config.modules)}]: {name} of this model is all zeros, so nothing the "
+                f"adapter changes before it changes a {word}: use modules: [{', '.join((*config.modules, module))}] "
+                f"with experts: [{expert}] among them, or train the base first"
+            )
 
 
 def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> None:
@@ -228,13 +246,9 @@ def save_adapter(policy: MoTPolicy, folder: Path) -> None:
 def read_base(folder: Path) -> str:
     """The MODEL that an adapter belongs to; raises InputError."""
     path = folder / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        base = found["base_model_name_or_path"]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}") from None
-    except (ValueError, KeyError, TypeError):
-        base = None
+    if not path.exists():
+        raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    base = read_json_object(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(f"{path}: names no base_model_name_or_path: restore the file, or write the base's folder in")
     return base
@@ -248,12 +262,7 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from None
+    tensors, metadata = read_weights(path, "restore the file")
     if "lvrpo_base" not in metadata or "lvrpo_adapter" not in metadata:
         raise InputError(f"{path}: does not say which base it belongs to: give an adapter that lvrpo saved")
     own = base_fingerprint(policy)

@@ -9,12 +9,11 @@ from typing import Self
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.storing import write_tensors, write_whole
+from lvrpo.reading import read_json_object
+from lvrpo.storing import read_weights, write_tensors, write_whole
 
 
 class FolderPolicy(MoTPolicy):
@@ -39,6 +38,16 @@ class FolderPolicy(MoTPolicy):
         """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
 
     @classmethod
+    def picture_side(cls, folder: Path) -> int | None:
+        """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
+        try:
+            found = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return None  # loading says what is wrong
+        side = found.get("image_size") if isinstance(found, dict) else None
+        return side if type(side) is int else None
+
+    @classmethod
     def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """As ``MoTPolicy.skeleton``; the dtype is float32."""
         if dtype not in (None, torch.float32):
@@ -46,12 +55,7 @@ class FolderPolicy(MoTPolicy):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'config.json'}: not JSON ({error}): restore the file") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / 'config.json'}: not a JSON object: restore the file")
+        config = read_json_object(folder / "config.json")
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
@@ -66,12 +70,7 @@ class FolderPolicy(MoTPolicy):
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Reads what ``save`` wrote; the dtype is float32."""
         policy = cls.skeleton(folder, device, dtype)
-        try:
-            state = load_file(str(folder / "model.safetensors"))
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder / 'model.safetensors'}: truncated or damaged ({error}): restore the file"
-            ) from error
+        state, _ = read_weights(folder / "model.safetensors", "restore the file")
         own = policy.state_dict()
         wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
         if wrong:

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import torch
 from torch import nn
 
+from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
 from lvrpo.policies.mot import adapter, batching, drawing, judging, supervised, writing
 from lvrpo.policies.mot.context import Contexts, Row, row_tokens
@@ -64,6 +65,10 @@ def computing(
     return run
 
 
+MOST_TOKENS = 4096
+"""Of a row of a policy that says nothing else: attention takes memory by the square of it."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """One output to sample."""
@@ -111,6 +116,10 @@ class MoTPolicy(nn.Module, ABC):
     @abstractmethod
     def image_size(self) -> int | None:
         """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
+
+    def check_text(self, text: str) -> None:
+        """Raises InputError where a text holds words that the policy does not know."""
+        self.words.encode(text)
 
     @property
     def contexts(self) -> Contexts:
@@ -185,10 +194,20 @@ class MoTPolicy(nn.Module, ABC):
         ]
 
     def _row(self, prompt: Prompt) -> Row:
-        return self.contexts.row(prompt.parts, draws="image" in prompt.output)
+        row = self.contexts.row(prompt.parts, draws="image" in prompt.output)
+        self.check_length(f"prompt {prompt.id!r}", row, 1)
+        return row
+
+    def most_tokens(self) -> int:
+        """The length of the longest row, context and output together."""
+        return MOST_TOKENS
 
     def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
-        """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
+        """Raises InputError where a row and ``new`` tokens after it are too long."""
+        length, limit = row_tokens(row), self.most_tokens()
+        if length + new > limit:
+            after = f" and {new} after them" if new > 1 else ""
+            raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
 
     def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
         """Of the picture that is drawn: that of the last source picture, else the sampling's or the policy's own."""

@@ -26,15 +26,15 @@ from lvrpo.policies.mot.sequence import Packing
 class MoTConfig(Config):
     """Sizes and choices of the transformer; the two experts are alike."""
 
-    width: int = Field(default=128, ge=1)
-    depth: int = Field(default=4, ge=1)
-    heads: int = Field(default=4, ge=1)
-    key_heads: int = Field(default=4, ge=1)
-    mlp_width: int = Field(default=512, ge=1)
+    width: int = Field(default=128, ge=1, le=65_536)
+    depth: int = Field(default=4, ge=1, le=1000)
+    heads: int = Field(default=4, ge=1, le=1000)
+    key_heads: int = Field(default=4, ge=1, le=1000)
+    mlp_width: int = Field(default=512, ge=1, le=1_000_000)
     mlp: Literal["relu2", "swiglu"] = "relu2"
     attention_bias: bool = False
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

@@ -1,0 +1,159 @@
+"""lvrpo from Python: a run in one call, with prompts and rewards that need no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvrpo.commands.progress import Progress
+from lvrpo.commands.settings import read_config
+from lvrpo.config import dump_config, load_config, parse_section
+from lvrpo.errors import InputError
+from lvrpo.evaluation.quickstart import TEST_ROWS, Plan, Watcher, free_folder, held_out_plan, run_experiment
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import load_policy
+from lvrpo.rewards.base import Reward
+from lvrpo.rewards.decorated import as_reward
+from lvrpo.rewards.table import IN_PYTHON, RewardConfig
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run import Alignment
+from lvrpo.training.sources import Given, ListedPrompts, Split
+from lvrpo.types import TASKS, Prompt, Task
+
+RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
+"""A name, a row of the configuration, a reward, or a function that returns a number."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that came to its end."""
+
+    run: Path
+    summary: Mapping[str, Any]
+    """``summary.json``: before, after, difference, each with intervals."""
+
+    @property
+    def report(self) -> Path:
+        """The page with the results."""
+        return self.run / "report.html"
+
+    def policy(self, device: str = "cpu") -> Policy:
+        """The weights that the guard found best."""
+        return load_policy(self.run, device)
+
+
+def train(
+    config: TrainConfig | Path | str = "quickstart",
+    *overrides: str,
+    prompts: Sequence[Prompt] | None = None,
+    validation: Sequence[Prompt] | None = None,
+    test: Sequence[Prompt] | None = None,
+    rewards: Sequence[RewardLike] | None = None,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Aligns a policy as ``lvrpo train`` does, and returns where the run lies and what it measured.
+
+        import lvrpo
+
+        def brightness(image):
+            return -abs(float(image.mean()) - 0.6)
+
+        prompts = [lvrpo.Prompt(f"p{i}", "generate", (f"{n} red circles",), ("image",)) for i, n in enumerate("234")]
+        done = lvrpo.train("quickstart", "steps=4", prompts=prompts, validation=prompts[:1], rewards=[brightness])
+        print(done.summary["guard"], done.report)
+
+    ``config``: a configuration, a YAML file or a built-in name, changed by ``overrides`` (``section.key=value``).
+    ``prompts``: to train on, in place of its source; the guard watches ``validation``, and ``test`` is measured before
+    and after. ``rewards``: in place of its rewards, each a name, a row, a function or a reward. ``out``: the run
+    directory (default: runs/NAME, or the next free number). Raises InputError before anything is written.
+    """
+    lists: dict[Split, Sequence[Prompt] | None] = {"train": prompts, "validation": validation, "test": test}
+    sources: dict[Split, ListedPrompts] = {
+        split: ListedPrompts(rows) for split, rows in lists.items() if rows is not None
+    }
+    if sources and prompts is None:
+        raise InputError("prompts: validation and test are of a list of prompts to train on: give prompts too")
+    own, given = _own_rewards(rewards)
+    tree: dict[str, Any] = {} if own is None else {"rewards": own}
+    asked = _resolved(config, overrides)
+    if prompts is not None:
+        tree |= _listed_data(asked, prompts, validation or (), overrides)
+    if tree:
+        asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
+    folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
+    plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
+    alignment = Alignment.start(asked, folder, given=Given(dict(sources), given))
+    watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())
+    with alignment.run, watching as watch:
+        summary = run_experiment(alignment, plan, watch)
+    return Trained(folder, summary)
+
+
+class _Silent:
+    def phase(self, text: str) -> None:
+        """Says nothing."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Says nothing."""
+
+
+def _resolved(config: TrainConfig | Path | str, overrides: Sequence[str]) -> TrainConfig:
+    if not isinstance(config, TrainConfig):
+        return read_config(TrainConfig, str(config), overrides)
+    if not overrides:
+        return config
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        return load_config(TrainConfig, path, overrides)
+
+
+def _listed_data(
+    config: TrainConfig, prompts: Sequence[Prompt], validation: Sequence[Prompt], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The sections ``data`` and ``guard`` of a run on listed prompts: of each task as many as there are, at most."""
+    counts = dict(config.data.prompts_per_step)
+    if not any(override.startswith("data.prompts_per_step") for override in overrides):
+        there: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
+        counts = {task: min(counts.get(task, n), n) or n for task, n in there.items()}
+    watched = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
+    guard = config.guard.model_dump() | ({"prompts": watched} if watched else {})
+    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "guard": guard}
+
+
+def _own_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None, dict[str, Reward]]:
+    """The rows of the configuration, and the rewards that only Python has."""
+    if rewards is None:
+        return None, {}
+    rows: list[Any] = []
+    given: dict[str, Reward] = {}
+    for entry in rewards:
+        if isinstance(entry, str):
+            rows.append({"name": entry})
+        elif isinstance(entry, RewardConfig):
+            rows.append(entry.model_dump())
+        elif isinstance(entry, Mapping):
+            rows.append(dict(entry))
+        else:
+            title, reward = _built(entry)
+            rows.append({"name": f"{IN_PYTHON}:{title}", "label": title})
+            given[title] = reward
+    return rows, given
+
+
+def _built(entry: Any) -> tuple[str, Reward]:
+    """The name of a function or reward, and the reward. Any: whatever the caller gave."""
+    title = getattr(entry, "__name__", type(entry).__name__)
+    reward = as_reward(entry)
+    if isinstance(reward, type) or hasattr(reward, "makes"):
+        reward = reward()
+    for method in ("applies", "score"):
+        if not callable(getattr(reward, method, None)):  # anybody's object: the protocol is checked by hand
+            raise InputError(f"rewards: {title!r} has no method {method!r}: give a function, a name or a Reward")
+    return title, reward

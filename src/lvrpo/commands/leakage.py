@@ -1,0 +1,179 @@
+"""``lvrpo audit --data``: whether train, validation and test are apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Options, Parser, positive, refuse_existing
+from lvrpo.errors import ContractError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.table import Table
+
+    from lvrpo.data.leakage import Asked, Index, Overlap, Shared
+    from lvrpo.training.config import TrainConfig
+
+SPLITS = ("train", "validation", "test")
+VALIDATION = 480
+"""Prompts of each task of the built-in world's validation split that are compared, those of the guard among them."""
+WORDS = {
+    "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
+    "content": "asks what {other} asks in other words",
+    "look": "asks what {other} asks of pictures that look alike",
+}
+
+
+def add_options(parser: Parser) -> None:
+    """What belongs to the audit of data; None where not given."""
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        metavar="CONFIG|FILE",
+        help="instead of a run: are the splits apart? Of a configuration (default: quickstart, and the corpus of the "
+        "base), or of train.jsonl [validation.jsonl] test.jsonl",
+    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="training steps whose prompts count (the run's)")
+    parser.add_argument("--wording", action="append", metavar="TEXT", help="a beginning of texts that does not count")
+
+
+def refuse_options(options: Options) -> None:
+    """Raises InputError where an option of the audit of data stands without ``--data``."""
+    for name in ("steps", "wording"):
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to --data: leave it out, or add --data")
+
+
+def run(options: Options) -> None:
+    """Prints one table per two splits; raises InputError, or ContractError for the built-in world, if one leaks."""
+    from lvrpo.commands.files import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.data.leakage import Index, as_rows, leaks
+    from lvrpo.training.run_directory import json_text
+
+    if options.run is not None or options.judge is not None:
+        raise InputError(f"--data and {options.run or '--judge'}: give one of the two")
+    if options.json is not None:
+        refuse_existing([options.json], options.force)
+    console = wide_console()
+    world, sets = splits_of(options, lambda text: console.print(text, style="dim", soft_wrap=True))
+    wordings = [*(options.wording or []), *(world_wordings() if world else ())]
+    found: dict[str, list[Overlap]] = {}
+    first: Shared | None = None
+    for i, (name, asked) in enumerate(sets.items()):
+        index = Index(asked, wordings)
+        for other, held_out in list(sets.items())[i + 1 :]:
+            title = f"{other} in {name}"
+            found[title] = index.overlaps(held_out)
+            first = first or next(iter(leaks(found[title], looks=not world)), None)
+            console.print()
+            console.print(overlap_table(title, index, found[title]))
+    if options.json is not None:
+        head = {"splits": list(sets), "rows": {name: len(asked) for name, asked in sets.items()}}
+        tables = {title: as_rows(overlaps) for title, overlaps in found.items()}
+        write_file(options.json, json_text({**head, "overlaps": tables}).encode(), options.force)
+    if first is not None:
+        line = f"{first.where} {WORDS[first.leak].format(other=first.other)}"
+        raise (ContractError if world else InputError)(f"{line}: take it out of one of them")
+    console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
+
+
+def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[Asked]]]:
+    """Whether they are those of the built-in world, and the prompts of each split."""
+    files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
+    if files:
+        if len(files) != len(options.data) or not 2 <= len(files) <= 3:
+            raise InputError(f"--data {' '.join(options.data)}: give two or three .jsonl files, or a CONFIG")
+        if options.steps is not None:
+            raise InputError(f"--steps {options.steps}: every row of a file counts: leave it out")
+        return False, files_asked(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
+    config = configured(options.data)
+    if config.data.source == "scenes":
+        return True, world_asked(config, options.steps or config.steps, say)
+    if config.data.source != "jsonl":
+        raise InputError(f"data.source={config.data.source}: only scenes and jsonl can be compared")
+    jsonl = config.data.jsonl
+    named = {"train": jsonl.train, "validation": jsonl.validation, "test": jsonl.test}
+    paths = {split: path for split, path in named.items() if path is not None}
+    if len(paths) < 2:
+        raise InputError(f"data.jsonl has {', '.join(paths)} alone: add data.jsonl.test, or name the files")
+    return False, files_asked(paths)
+
+
+def configured(given: Sequence[str]) -> TrainConfig:
+    """CONFIG section.key=value ..., the quickstart by default."""
+    from lvrpo.commands.settings import read_config
+    from lvrpo.training.config import TrainConfig
+
+    names = [word for word in given if "=" not in word]
+    if len(names) > 1:
+        raise InputError(f"--data {' '.join(given)}: give one CONFIG, or two or three .jsonl files")
+    return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
+
+
+def files_asked(paths: Mapping[str, Path]) -> dict[str, list[Asked]]:
+    """Every row, its pictures decoded."""
+    from lvrpo.data.images import load_image
+    from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+    from lvrpo.data.leakage import pixel_picture, rows_of
+
+    def asked(path: Path) -> list[Asked]:
+        source = JsonlPrompts(JsonlConfig(test=path), "test")
+        return list(rows_of(source.asked(), lambda picture: pixel_picture(load_image(picture))))
+
+    return {split: asked(path) for split, path in paths.items()}
+
+
+def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> dict[str, list[Asked]]:
+    """Train: the prompts of so many steps and every row of the corpus of the base; validation; all benchmarks."""
+    from lvrpo.data.scenes import ScenePrompts, web_corpus
+    from lvrpo.data.scenes.asked import asked, asked_of_examples
+    from lvrpo.evaluation.suite import find_benchmarks
+    from lvrpo.training.rollout import prompts_of_step
+
+    source = ScenePrompts(config.data.scenes, "train", config.seed)
+    train = [found for step in range(steps) for found in asked(prompts_of_step(source, config, step))]
+    say(f"train: {len(train)} prompts of {steps} steps")
+    corpus = web_corpus()
+    rows = [
+        found
+        for part in (corpus.generate, corpus.caption, corpus.question, corpus.edit, corpus.reason)
+        for found in asked_of_examples(part)
+    ]
+    say(f"train: {len(corpus)} rows of the corpus of the base")
+    held_out = ScenePrompts(config.data.scenes, "validation", 0)
+    validation = asked([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
+    benchmarks = find_benchmarks(["scenes"])
+    test = {prompt.id: prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)}
+    say(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
+    return {"train": [*train, *rows], "validation": validation, "test": asked(list(test.values()))}
+
+
+def world_wordings() -> tuple[str, ...]:
+    """How a caption of the built-in world may begin as a prompt."""
+    from lvrpo.data.scenes.asked import BEGINNINGS
+
+    return BEGINNINGS
+
+
+def overlap_table(title: str, index: Index, overlaps: Sequence[Overlap]) -> Table:
+    """Leaks as counts, what texts and pictures have in common as shares."""
+    from lvrpo.commands.audit import plain_table
+
+    names = ["task", "prompts", "same prompt", "same content", "looks alike", "picture", "text", "normalized"]
+    names += ["one 5-gram", "all 5-grams"]
+    table = plain_table(f"{title} ({index.size} prompts)", names, 1)
+    for each in overlaps:
+        leaking = [f"[red]{n}[/red]" if n else "0" for n in (each.same, each.content)]
+        common = (each.picture, each.verbatim, each.normalized, each.some_ngrams, each.all_ngrams)
+        table.add_row(each.task, str(each.prompts), *leaking, str(each.look), *cells(common, each.prompts))
+    return table
+
+
+def cells(counts: Sequence[int], of: int) -> Iterator[str]:
+    """Shares."""
+    from lvrpo.commands.audit import share
+
+    return (share(count / of) for count in counts)

@@ -1,0 +1,282 @@
+"""Leaks between splits: which prompts of one set another set has too, found without the keys that made the splits.
+
+A prompt is compared by what it says and shows: its text after ``normalized``, the pixels of its pictures, their
+perceptual hashes, its word n-grams, and what it asks where a reader can tell that beyond the words (``Asked.content``).
+Everything here is linear in the number of prompts, but for looks, which are compared among prompts of one text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lvrpo.types import Image
+
+Leak = Literal["prompt", "content", "look"]
+"""Same text and same pictures; same content in other words; same text and pictures that look alike."""
+
+ARTICLES = frozenset({"a", "an", "the"})
+NGRAM = 5
+"""Words of an n-gram; a shorter text is one n-gram."""
+HASH_SIDE = 16
+"""Side of the perceptual hash of a color channel."""
+LOOK_BITS = 16
+"""Pictures whose hashes differ in at most so many of 3 x 256 bits look alike: of pairs of different pictures of the
+built-in world 6 in 100,000 do."""
+
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?!\w)|\w+|[^\w\s.,;:!?…'\"“”‘’«»„¿¡、。]")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is compared of a picture."""
+
+    digest: str
+    """Of its pixels, or of its file."""
+    look: bytes = b""
+    """Perceptual hash; empty where looks are not compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is compared of a prompt."""
+
+    where: str
+    """Its id, or file:line."""
+    task: str
+    text: str
+    pictures: tuple[Picture, ...] = ()
+    content: str = ""
+    """What it asks, the same in other words; empty where nobody can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A prompt that the other set has too."""
+
+    leak: Leak
+    where: str
+    other: str
+    """The first such prompt of the other set."""
+
+
+@dataclass
+class Overlap:
+    """How many prompts of a task the other set has too."""
+
+    task: str
+    prompts: int = 0
+    verbatim: int = 0
+    """Text that occurs there letter for letter, whatever the pictures."""
+    normalized: int = 0
+    """The same after ``normalized``."""
+    picture: int = 0
+    """All its pictures occur there, whatever the text."""
+    same: int = 0
+    """Text (normalized) and pictures: the same prompt."""
+    look: int = 0
+    """The same text of pictures that look alike, the same ones included."""
+    content: int = 0
+    """The same is asked, in whichever words."""
+    some_ngrams: int = 0
+    """At least one n-gram of its text occurs there."""
+    all_ngrams: int = 0
+    """All n-grams of its text occur there."""
+    shared: list[Shared] = field(default_factory=list)
+    """One entry per prompt of ``same``, ``content`` and ``look``, the first that applies."""
+
+
+def normalized(text: str) -> str:
+    """A text without what wordings may differ in: case, punctuation of sentences, articles, spaces, forms of letters.
+
+    Signs of arithmetic, brackets and numbers stay, for they change what is asked.
+
+    >>> normalized("What color is the Circle?")
+    'what color is circle'
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    tokens = _TOKEN.findall(_HYPHEN.sub(" ", folded))
+    kept = [token for token in tokens if token not in ARTICLES]
+    return " ".join(kept or tokens) or " ".join(folded.split())
+
+
+def without_wording(text: str, wordings: Iterable[str]) -> str:
+    """A normalized text without the longest of these beginnings, such as "draw" or "a picture of".
+
+    >>> without_wording("picture of red circle", ["A picture of", "draw"])
+    'red circle'
+    """
+    found = [w for w in map(normalized, wordings) if text.startswith(f"{w} ")]
+    return text[len(max(found, key=len)) + 1 :] if found else text
+
+
+def ngrams(text: str, n: int = NGRAM) -> frozenset[tuple[str, ...]]:
+    """The word n-grams of a normalized text; of a shorter one the text itself."""
+    words = text.split()
+    return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n, 0) + 1))
+
+
+def operands(text: str) -> str:
+    """Numbers and other words of a text with two numbers or more, whatever their order; else nothing.
+
+    >>> operands("draw 3 + 2") == operands("draw 2 + 3")
+    True
+    """
+    words = normalized(text).split()
+    numbers = [word for word in words if word[0].isdecimal()]
+    return " ".join(sorted(words)) if len(numbers) > 1 else ""
+
+
+def file_picture(path: Path) -> Picture:
+    """A picture by the bytes of its file, undecoded."""
+    with path.open("rb") as file:
+        return Picture(hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def pixel_picture(image: Image, look: bool = True) -> Picture:
+    """A picture by its pixels in 8 bits and, unless ``look`` is false, by its look."""
+    pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
+    digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+    return Picture(digest, look_of(pixels) if look else b"")
+
+
+def look_of(pixels: np.ndarray) -> bytes:
+    """The difference hash of each color channel, 3 x 256 bits, of pixels (height, width, 3) in uint8.
+
+    Channels are cut to 8 levels first: noise on a plain ground does not count. Color decides, as in the built-in world.
+    """
+    import imagehash  # takes a moment, and needed only where looks are compared
+    from PIL import Image as PilImage
+    from PIL import ImageOps
+
+    channels = ImageOps.posterize(PilImage.fromarray(pixels), 3).split()
+    bits = [imagehash.dhash(channel, HASH_SIDE).hash.ravel() for channel in channels]
+    return np.packbits(np.concatenate(bits)).tobytes()
+
+
+def differing_bits(look: bytes, others: Sequence[bytes]) -> np.ndarray:
+    """In how many bits a hash differs from each of the others: int (n,)."""
+    table = np.frombuffer(b"".join(others), dtype=np.uint8).reshape(len(others), len(look))
+    return np.unpackbits(table ^ np.frombuffer(look, dtype=np.uint8), axis=1).sum(1, dtype=np.int64)
+
+
+class Index:
+    """What a set of prompts says and shows, to look prompts of another set up in."""
+
+    def __init__(self, asked: Iterable[Asked], wordings: Sequence[str] = ()) -> None:
+        """``wordings``: beginnings of texts that do not count, such as "draw"."""
+        self._wordings = [normalized(w) for w in wordings]
+        self.size = 0
+        self._texts: set[str] = set()
+        self._said: set[str] = set()
+        self._ngrams: set[tuple[str, ...]] = set()
+        self._pictures: set[str] = set()
+        self._prompts: dict[tuple[str, ...], str] = {}
+        self._contents: dict[str, str] = {}
+        self._looks: dict[tuple[str, int], dict[bytes, str]] = {}
+        for each in asked:
+            self._add(each)
+
+    def said(self, asked: Asked) -> str:
+        """The text as it is compared."""
+        return without_wording(normalized(asked.text), self._wordings)
+
+    def _add(self, asked: Asked) -> None:
+        said, digests = self.said(asked), [picture.digest for picture in asked.pictures]
+        self.size += 1
+        self._texts.add(asked.text.strip())
+        self._pictures.update(digests)
+        if said not in self._said:
+            self._said.add(said)
+            self._ngrams |= ngrams(said)
+        self._prompts.setdefault((said, *digests), asked.where)
+        if asked.content:
+            self._contents.setdefault(asked.content, asked.where)
+        look = b"".join(picture.look for picture in asked.pictures)
+        if look:
+            self._looks.setdefault((said, len(look)), {}).setdefault(look, asked.where)
+
+    def same(self, asked: Asked) -> str | None:
+        """Where the same prompt stands: text and pictures."""
+        return self._prompts.get((self.said(asked), *(picture.digest for picture in asked.pictures)))
+
+    def content(self, asked: Asked) -> str | None:
+        """Where the same is asked."""
+        return self._contents.get(asked.content) if asked.content else None
+
+    def look(self, asked: Asked) -> str | None:
+        """Where the same text is asked of pictures that look alike."""
+        look = b"".join(picture.look for picture in asked.pictures)
+        others = self._looks.get((self.said(asked), len(look))) if look else None
+        if not others:
+            return None
+        if look in others:
+            return others[look]
+        differing = differing_bits(look, list(others))
+        nearest = int(differing.argmin())
+        return list(others.values())[nearest] if differing[nearest] <= LOOK_BITS * len(asked.pictures) else None
+
+    def overlaps(self, asked: Iterable[Asked]) -> list[Overlap]:
+        """How much of another set stands in this one, by task."""
+        found: dict[str, Overlap] = {}
+        for each in asked:
+            self._count(found.setdefault(each.task, Overlap(each.task)), each)
+        return list(found.values())
+
+    def _count(self, overlap: Overlap, asked: Asked) -> None:
+        said, pictures = self.said(asked), asked.pictures
+        grams = ngrams(said)
+        overlap.prompts += 1
+        overlap.verbatim += asked.text.strip() in self._texts
+        overlap.normalized += said in self._said
+        overlap.picture += bool(pictures) and all(picture.digest in self._pictures for picture in pictures)
+        overlap.some_ngrams += not grams.isdisjoint(self._ngrams)
+        overlap.all_ngrams += grams <= self._ngrams
+        looks: dict[Leak, str | None] = {
+            "prompt": self.same(asked),
+            "content": self.content(asked),
+            "look": self.look(asked),
+        }
+        overlap.same += looks["prompt"] is not None
+        overlap.content += looks["content"] is not None
+        overlap.look += looks["look"] is not None
+        first = next(((leak, other) for leak, other in looks.items() if other is not None), None)
+        if first is not None:
+            overlap.shared.append(Shared(first[0], asked.where, first[1]))
+
+
+def leaks(overlaps: Iterable[Overlap], looks: bool = True) -> list[Shared]:
+    """The shared prompts of all tasks; ``looks``: whether a look alone counts."""
+    return [shared for overlap in overlaps for shared in overlap.shared if looks or shared.leak != "look"]
+
+
+def rows_of(
+    asked: Iterable[tuple[str, str, str, tuple[Path, ...]]], picture: Callable[[Path], Picture]
+) -> Iterable[Asked]:
+    """(where, task, text, picture files) of rows as prompts to compare; each file is looked at once."""
+    known: dict[Path, Picture] = {}
+    for where, task, text, paths in asked:
+        for path in paths:
+            if path not in known:
+                known[path] = picture(path)
+        content = operands(text) if task == "reason" and not paths else ""
+        yield Asked(where, task, text, tuple(known[path] for path in paths), content)
+
+
+def fingerprint_of(asked: Iterable[Asked]) -> str:
+    """A hash of a set of prompts, whatever their order, wordings aside: equal sets ask the same."""
+    keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.pictures]}" for each in asked)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def as_rows(overlaps: Iterable[Overlap]) -> list[dict[str, Any]]:
+    """For JSON. Any: numbers and texts."""
+    return [asdict(overlap) for overlap in overlaps]

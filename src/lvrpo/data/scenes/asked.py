@@ -1,0 +1,122 @@
+"""Prompts of the built-in world as the audit of splits compares them: read from texts and pixels alone.
+
+Nothing here knows how the splits were made. What a caption says is parsed from its words, the operands of a sum or a
+comparison are read off the picture by the verifier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lvrpo.data.leakage import Asked, Picture, pixel_picture
+from lvrpo.data.scenes.grammar import DIGITS, OPPOSITE, PARAPHRASED_WORDINGS, RELATION_PHRASE, WORDINGS
+from lvrpo.data.scenes.verifier import Reading, read
+from lvrpo.types import Example, Image, Prompt
+
+BEGINNINGS = tuple(
+    sorted(
+        {
+            w.replace("{be}", be).partition("{}")[0].strip()
+            for w in (*WORDINGS, *PARAPHRASED_WORDINGS)
+            for be in ("is", "are")
+        }
+        - {""}
+    )
+)
+"""How a caption may begin as a prompt: "draw", "a picture of", "there is" ..."""
+
+_GROUND = re.compile(r" on a (\w+) ground$")
+_PLACE = re.compile(r" at the ((?:top|bottom) (?:left|right))$")
+_RELATIONS = {phrase: name for name, phrase in RELATION_PHRASE.items()}
+_JOINT = re.compile(rf" ({'|'.join(_RELATIONS)}|and) ")
+_ORDER = re.compile(r"which digit is (?:larger|smaller) \?|draw the (?:larger|smaller) of \d and \d")
+_SUM = re.compile(r"what is the sum \?|draw \d(?: \+ \d)+")
+
+
+def said_of_picture(text: str) -> str:
+    """What a caption says, the same for all wordings and orders, for "a left of b" and "b right of a".
+
+    >>> said_of_picture("draw a star left of a red circle") == said_of_picture("a red circle right of a star")
+    True
+    """
+    for start in sorted(BEGINNINGS, key=len, reverse=True):
+        text = text.removeprefix(f"{start} ")
+    ground, where = _GROUND.search(text), _PLACE.search(_GROUND.sub("", text))
+    objects = _PLACE.sub("", _GROUND.sub("", text))
+    first, *rest = _JOINT.split(objects)
+    parts = [re.sub(r"^(an?|the digit) ", "", part) for part in (first, *rest[1::2])]
+    relation = _RELATIONS.get(rest[0]) if rest else None
+    if relation is None:
+        parts = sorted(parts)
+    elif relation in ("right", "below"):
+        parts, relation = parts[::-1], OPPOSITE[relation]
+    found = [relation, where and where.group(1), ground and ground.group(1)]
+    return " | ".join([*parts, *(str(each) for each in found)])
+
+
+def operands_of(text: str, reading: Reading | None) -> str:
+    """What is added or compared, in whichever words and order; nothing where it cannot be read.
+
+    >>> operands_of("draw the larger of 3 and 5", None)
+    'order 3 5'
+    """
+    name = "sum" if _SUM.fullmatch(text) else "order" if _ORDER.fullmatch(text) else "more"
+    if reading is None:
+        values = re.findall(r"\d", text)
+    elif not reading.clean:
+        return ""
+    elif name == "more":
+        shapes = [o.shape for o in reading.objects]
+        values = [f"{shape} {shapes.count(shape)}" for shape in set(shapes)]
+    else:
+        values = [o.shape for o in reading.objects if o.shape in DIGITS]
+    return f"{name} {' '.join(sorted(values))}"
+
+
+def asked(prompts: Sequence[Prompt], looks: bool = True) -> list[Asked]:
+    """Prompts of the world as they are compared; ``looks``: pictures by their looks too, which takes time."""
+    to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and _images(prompt)]
+    readings = dict(zip(to_read, read([_images(prompts[i])[0] for i in to_read]), strict=True))
+    known: dict[int, Picture] = {}
+    found: list[Asked] = []
+    for i, prompt in enumerate(prompts):
+        text = " ".join(part for part in prompt.parts if isinstance(part, str))
+        content = ""
+        if prompt.task == "generate":
+            content = f"drawing {said_of_picture(text)}"
+        elif prompt.task == "reason":
+            content = operands_of(text, readings.get(i))
+        pictures = tuple(_picture(image, known, looks) for image in _images(prompt))
+        found.append(Asked(prompt.id, prompt.task, text, pictures, content))
+    return found
+
+
+def asked_of_examples(examples: Iterable[Example], chunk: int = 512) -> Iterable[Asked]:
+    """Rows to imitate as they are compared; a caption to write is a text that was seen, too."""
+    rows: list[Example] = []
+    for example in examples:
+        rows.append(example)
+        if len(rows) == chunk:
+            yield from _of_rows(rows)
+            rows = []
+    yield from _of_rows(rows)
+
+
+def _of_rows(rows: Sequence[Example]) -> Iterable[Asked]:
+    yield from asked([row.prompt for row in rows])
+    for row in rows:
+        if row.prompt.category == "caption" and row.prompt.task == "understand":
+            text = str(row.outputs[0])
+            yield Asked(row.prompt.id, "generate", text, (), f"drawing {said_of_picture(text)}")
+
+
+def _images(prompt: Prompt) -> list[Image]:
+    return [part for part in prompt.parts if not isinstance(part, str)]
+
+
+def _picture(image: Image, known: dict[int, Picture], looks: bool) -> Picture:
+    """Questions about one picture hold the same tensor: it is hashed once."""
+    if id(image) not in known:
+        known[id(image)] = pixel_picture(image, looks)
+    return known[id(image)]

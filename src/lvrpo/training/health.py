@@ -1,0 +1,135 @@
+"""Whether a run that came to its end is well: what its metrics say, in words for the terminal, summary and report."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import Field
+
+from lvrpo.config import Config
+from lvrpo.types import Group
+
+Rows = Sequence[Mapping[str, Any]]
+"""``metrics.jsonl``. Any: what JSON holds."""
+
+ENTROPY = "answer_entropy/"
+"""Of the answers to one form of questions, among the held-out prompts of the guard, in bits."""
+VARIED, COLLAPSED = 0.5, 0.1
+"""Answers have collapsed where their entropy was above the first before the run and is below the second at its end."""
+FEWEST = 4
+"""Held-out questions of a form, at least, for its entropy to mean anything."""
+
+
+class HealthConfig(Config):
+    """When a run that came to its end is not well; its exit code is then 3."""
+
+    max_failed: float = Field(default=0.1, ge=0, le=1)
+    """Share of a reward's scores that may fail over a whole run, where the reward has no ``max_failed`` of its own."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why a run is not well."""
+
+    kind: str
+    """failed scores, guard, answers or gradients."""
+    words: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found."""
+
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing was."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``summary.json``."""
+        return {"well": self.well, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def assess(rows: Rows, max_failed: Mapping[str, float]) -> Health:
+    """The health of a run from its metrics; ``max_failed``: by reward, the share of its scores that may fail."""
+    findings = [*_failed(rows, max_failed), *_guard(rows), *_collapsed(rows), *_gradients(rows)]
+    return Health(tuple(findings))
+
+
+def answer_entropies(groups: Sequence[Group]) -> dict[str, float]:
+    """By task/category, the entropy in bits of the answers to its questions, unless they have one right answer.
+
+    H = -sum p log2 p over the distinct first answers of the groups, as written but for case and outer blanks.
+    """
+    answers: dict[str, list[str]] = {}
+    right: dict[str, set[str]] = {}
+    for group in groups:
+        text, prompt = group.trajectories[0].text, group.prompt
+        if text is not None and prompt.answer is not None:
+            form = f"{prompt.task}/{prompt.category or 'all'}"
+            answers.setdefault(form, []).append(text.strip().lower())
+            right.setdefault(form, set()).add(prompt.answer)
+    return {form: entropy(said) for form, said in answers.items() if len(said) >= FEWEST and len(right[form]) > 1}
+
+
+def entropy(values: Sequence[str]) -> float:
+    """In bits, of the shares of distinct values."""
+    shares = [count / len(values) for count in Counter(values).values()]
+    return max(0.0, -sum(share * math.log2(share) for share in shares))
+
+
+def _failed(rows: Rows, max_failed: Mapping[str, float]) -> Iterator[Finding]:
+    """Rewards whose scores failed more often than they may, over all steps in which they applied."""
+    shares: dict[str, list[float]] = {}
+    reasons: dict[str, Counter[str]] = {}
+    for row in rows:
+        failed = {k.removeprefix("reward_failed/"): v for k, v in row.items() if k.startswith("reward_failed/")}
+        scored = [k.removeprefix("reward/") for k in row if k.startswith("reward/")]
+        for name in dict.fromkeys((*scored, *failed)):
+            shares.setdefault(name, []).append(float(failed.get(name) or 0.0))
+            if why := row.get(f"reward_failed_why/{name}"):
+                reasons.setdefault(name, Counter())[str(why)] += 1
+    for name, found in shares.items():
+        task, _, reward = name.partition("/")
+        share, limit = sum(found) / len(found), max_failed.get(reward, 1.0)
+        if share > limit:
+            why = reasons.get(name, Counter({"unknown": 1})).most_common(1)[0][0]
+            yield Finding(
+                "failed scores",
+                f"{share:.0%} of the scores of {reward} ({task}) failed, {limit:.0%} may; most often: {why}",
+            )
+
+
+def _guard(rows: Rows) -> Iterator[Finding]:
+    for row in rows:
+        for name in ("guard", "turn"):
+            action = str(row.get(f"{name}/action") or "")
+            if action.startswith(("rolled back", "stopped", "warned")):
+                yield Finding("guard", f"the guard, step {row['step']}: {action}")
+
+
+def _collapsed(rows: Rows) -> Iterator[Finding]:
+    """Forms of questions whose held-out answers became one."""
+    forms = dict.fromkeys(key for row in rows for key in row if key.startswith(ENTROPY))
+    for form in forms:
+        values = [float(row[form]) for row in rows if row.get(form) is not None]
+        if values and values[0] > VARIED and values[-1] < COLLAPSED:
+            yield Finding(
+                "answers",
+                f"the answers to {form.removeprefix(ENTROPY)} collapsed to one: their entropy fell from "
+                f"{values[0]:.2f} to {values[-1]:.2f} bits on held-out questions",
+            )
+
+
+def _gradients(rows: Rows) -> Iterator[Finding]:
+    """A norm that is no number is null in the file."""
+    bad = [row["step"] for row in rows if any(k.startswith("grad_norm/") and v is None for k, v in row.items())]
+    if bad:
+        steps = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        yield Finding("gradients", f"gradients were not finite, so nothing was learned, at step {steps}")

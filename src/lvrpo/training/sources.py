@@ -1,0 +1,242 @@
+"""What a run trains on and what it is measured on: prompts, rewards, held-out rows, each checked before it starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from lvrpo.data.jsonl import JsonlPrompts
+from lvrpo.data.sources import DATASETS, SOURCE_METHODS, PromptSource
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Policy, check_text
+from lvrpo.policies.loading import picture_side
+from lvrpo.registry import resolve
+from lvrpo.rewards.base import Reward
+from lvrpo.rewards.held_out import HeldOutScorer
+from lvrpo.rewards.table import IN_PYTHON, RewardSource, build_rewards
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.guard import Guard
+from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
+from lvrpo.types import Example, Prompt, Task
+
+Split = Literal["train", "validation", "test"]
+
+LOOKED_AT = 32
+"""Prompts of a task that are shown to the rewards before a run starts."""
+
+DRAWINGS = 64
+"""Held-out drawings that decide on a new judge."""
+
+TESTED = 256
+"""Test prompts of a task that are taken of a source whose length is not known."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller in Python hands over instead of naming it in a configuration."""
+
+    sources: Mapping[Split, PromptSource] = field(default_factory=dict)
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    """By the title of their row of the configuration."""
+
+
+NOTHING_GIVEN = Given()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of an alignment run but its policy."""
+
+    source: PromptSource
+    rewards: Sequence[RewardSource]
+    guard: Guard
+    judge_rows: HeldOut
+    """What decides on a new judge."""
+    scorer: HeldOutScorer
+    """Scores held-out rows, for the guard and for every evaluation."""
+    validation: PromptSource | None
+    test: PromptSource | None
+
+    def require_readable(self, policy: Policy) -> None:
+        """Raises InputError, with file and line, where a row holds a text that the policy cannot read."""
+        asked = any(source.sides for source in self.rewards)
+        for rows in (self.source, self.validation, self.test):
+            if isinstance(rows, JsonlPrompts | ListedPrompts):
+                rows.require_readable(partial(check_text, policy), everything=asked)
+
+    def test_prompts(self) -> list[Prompt]:
+        """Every test row of a file or a list; of another source the first ``TESTED`` of each task."""
+        rows = self.test
+        if rows is None:
+            return []
+        if isinstance(rows, JsonlPrompts | ListedPrompts):
+            return rows.in_order()
+        found = [prompt for task in rows.tasks for prompt in rows.prompts(task, TESTED)]
+        return list({prompt.id: prompt for prompt in found}.values())
+
+
+def open_parts(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Parts:
+    """Opens and checks everything that the configuration names; raises InputError, and leaves no trace."""
+    source = training_source(config, given)
+    rewards = scoring_rewards(config, source, given)
+    scorer = HeldOutScorer(tuple(rewards))
+    validation, test = (held_out_source(config, split, given) for split in ("validation", "test"))
+    guard = Guard(guard_prompts(config, validation, scorer), config, scorer)
+    rows = held_out_rows(config.judge, rewards, guard.prompts, lambda: held_out_drawings(validation))
+    return Parts(source, rewards, guard, rows, scorer, validation, test)
+
+
+def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOTHING_GIVEN) -> PromptSource:
+    """One split of the source of prompts."""
+    if split in given.sources:
+        return given.sources[split]
+    data = config.data
+    if data.source == IN_PYTHON:
+        raise InputError(
+            "data.source=python: its prompts were handed over in Python and are not on record: put them into a file of "
+            "rows, or call lvrpo.train again"
+        )
+    build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
+    if data.source == "jsonl":
+        return build(data.jsonl, split, seed, picture_side(config.policy))
+    return build(data.scenes if data.source == "scenes" else data.options, split, seed)
+
+
+def training_source(config: TrainConfig, given: Given = NOTHING_GIVEN) -> PromptSource:
+    """The prompts to align on; raises InputError if they lack a task that a step needs."""
+    source = open_source(config, "train", config.seed, given)
+    for task, count in config.data.prompts_per_step.items():
+        if count and task not in source.tasks:
+            raise InputError(
+                f"data.prompts_per_step.{task}={count}: {config.data.source} has no rows of task '{task}': set it to 0"
+            )
+    return source
+
+
+def held_out_source(config: TrainConfig, split: Split, given: Given = NOTHING_GIVEN) -> PromptSource | None:
+    """The validation or test split, None where there is none."""
+    if given.sources and split not in given.sources:
+        return None
+    if config.data.source == "jsonl" and not given.sources and getattr(config.data.jsonl, split) is None:
+        return None  # its fields, by name
+    try:
+        return open_source(config, split, 0, given)
+    except InputError as error:
+        if config.data.source in DATASETS:
+            raise
+        warnings.warn(f"data.source={config.data.source}: gives no {split} rows ({error})", stacklevel=2)
+        return None
+
+
+def scoring_rewards(config: TrainConfig, source: PromptSource, given: Given = NOTHING_GIVEN) -> list[RewardSource]:
+    """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
+    rewards = build_rewards(config.rewards, given.rewards)
+    require_asked(config.judge, rewards)
+    for task, count in config.data.prompts_per_step.items():
+        prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
+        if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
+            raise InputError(
+                f"data.prompts_per_step.{task}={count}: no reward scores these prompts, all would be masked: add one "
+                "that does to rewards, or ask for 0"
+            )
+    return rewards
+
+
+def guard_prompts(
+    config: TrainConfig, source: PromptSource | None, scorer: HeldOutScorer | None
+) -> dict[Task, list[Prompt]]:
+    """Validation prompts of every trained task that can be scored; warns where a task has none.
+
+    ``scorer``: what scores them (None: whatever there is counts, and nobody is warned).
+    """
+    counts = config.data.prompts_per_step
+    trained: list[Task] = [task for task, count in config.guard.prompts.items() if count and counts.get(task)]
+    found: dict[Task, list[Prompt]] = {}
+    for task in trained:
+        there = source is not None and task in source.tasks
+        rows = source.prompts(task, config.guard.prompts[task]) if source is not None and there else []
+        different = {p.id: p for p in rows if scorer is None or scorer.metric(p) is not None}
+        if different:
+            found[task] = list(different.values())
+    if scorer is not None and len(found) < len(trained):
+        warnings.warn(blind_guard(config, source, [task for task in trained if task not in found]), stacklevel=3)
+    return found
+
+
+def blind_guard(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
+    """Why the guard sees nothing of these tasks, and what would help."""
+    named = ", ".join(tasks)
+    if source is None:
+        where = "data.jsonl.validation is not set" if config.data.source == "jsonl" else "there are no validation rows"
+        return f"{where}: the guard has no held-out rows and keeps the last weights: give it a file of rows"
+    if not set(tasks) & set(source.tasks):
+        return f"validation has no rows of {named}: the guard does not watch it: add some"
+    return (
+        f"no validation row of {named} can be scored, so the guard does not watch it: give the rows an answer, or add "
+        "a reward that scores single outputs"
+    )
+
+
+def held_out_drawings(source: PromptSource | None) -> list[Example]:
+    """Up to ``DRAWINGS`` drawings with their descriptions that nothing is trained on; none without validation rows."""
+    found: dict[str, Example] = {}
+    for i in range(DRAWINGS if source is not None and "generate" in source.tasks else 0):
+        with suppress(InputError):  # a row without a target
+            example = source.example("generate", i)  # type: ignore[union-attr]  # a range of 0 without a source
+            found.setdefault(example.prompt.id, example)
+    return list(found.values())
+
+
+class ListedPrompts:
+    """Prompts of a list in memory, in its order; each pass over it is the same."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        """Raises InputError on an empty list and on two prompts of one id."""
+        if not prompts:
+            raise InputError("prompts: the list is empty: give at least one lvrpo.Prompt")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, Prompt):
+                raise InputError(f"prompts[{i}]: is {type(prompt).__name__}: give lvrpo.Prompt objects")
+        doubled = [p.id for i, p in enumerate(prompts) if p.id in {other.id for other in prompts[:i]}]
+        if doubled:
+            raise InputError(f"prompts: two have the id {doubled[0]!r}: ids must be unique")
+        self._prompts = list(prompts)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of the list."""
+        return tuple(dict.fromkeys(prompt.task for prompt in self._prompts))
+
+    def prompt(self, task: Task, index: int) -> Prompt:
+        """The prompt at an index >= 0, from the start again after the last."""
+        rows = [prompt for prompt in self._prompts if prompt.task == task]
+        return rows[index % len(rows)]
+
+    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+        """``n`` prompts from ``start`` on."""
+        return [self.prompt(task, index) for index in range(start, start + n)]
+
+    def in_order(self) -> list[Prompt]:
+        """The list."""
+        return list(self._prompts)
+
+    def example(self, task: Task, index: int) -> Example:
+        """Raises InputError: a prompt holds nothing to imitate."""
+        raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
+
+    def require_readable(self, check: Any, everything: bool = False) -> None:
+        """As that of ``JsonlPrompts``; the id stands for file and line."""
+        for prompt in self._prompts:
+            texts = [part for part in prompt.parts if isinstance(part, str)]
+            if everything:
+                texts += [prompt.answer] if prompt.answer else []
+                texts += [text for fact in prompt.facts for text in (fact.question, fact.answer)]
+            for text in texts:
+                try:
+                    check(text)
+                except InputError as error:
+                    raise InputError(f"prompt {prompt.id!r}: {error}") from None

@@ -1,0 +1,116 @@
+"""Whether the splits of a run are apart: looked at before it starts, refused where a file holds another's rows, and
+written into its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lvrpo.config import read_yaml
+from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+from lvrpo.data.leakage import Asked, Index, file_picture, fingerprint_of, leaks, rows_of
+from lvrpo.data.scenes import ScenePrompts, Split
+from lvrpo.data.scenes.asked import BEGINNINGS, asked
+from lvrpo.errors import ContractError, InputError
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.rollout import prompts_of_step
+from lvrpo.training.run_directory import CONFIG, RunDirectory
+from lvrpo.types import Prompt
+
+SAMPLED_STEPS = 2
+"""Steps of the built-in world that are compared when a run starts; ``lvrpo audit --data`` compares all."""
+SAMPLED_PROMPTS = 60
+"""Held-out prompts of each task that they are compared with."""
+
+
+def rows(path: Path, config: JsonlConfig) -> list[Asked]:
+    """The rows of a file as they are compared when a run starts: pictures by the bytes of their files."""
+    source = JsonlPrompts(config.model_copy(update={"test": path, "check": "headers"}), "test")
+    return list(rows_of(source.asked(), file_picture))
+
+
+def refuse_shared(index: Index, name: str, others: Iterable[Asked], remedy: str) -> None:
+    """Raises InputError, with both rows, where a row of ``others`` stands in the file ``name`` with its pictures."""
+    for row in others:
+        where = index.same(row)
+        if where is not None:
+            raise InputError(f"{row.where}: the same text and pictures as {where} of {name}: {remedy}")
+
+
+def require_apart(config: TrainConfig) -> dict[str, Any]:
+    """Compares the splits of a run; what stands in its manifest. Any: JSON.
+
+    Raises InputError where a test or validation row of the user's files is trained on, or a test row is chosen by.
+    """
+    if config.data.source == "jsonl":
+        return _files_apart(config.data.jsonl)
+    if config.data.source == "scenes":
+        return _world_apart(config)
+    return {"compared": False}
+
+
+def _files_apart(config: JsonlConfig) -> dict[str, Any]:
+    named = {"train": config.train, "validation": config.validation, "test": config.test}
+    paths = {split: path for split, path in named.items() if path is not None}
+    if len(paths) < 2:
+        return {"compared": False}
+    found = {split: rows(path, config) for split, path in paths.items()}
+    splits = list(found)
+    for i, split in enumerate(splits[:-1]):
+        index = Index(found[split])
+        for other in splits[i + 1 :]:
+            remedy = f"take it out of one of them (lvrpo audit --data {' '.join(map(str, paths.values()))} shows all)"
+            refuse_shared(index, f"data.jsonl.{split}", found[other], remedy)
+    hashes = {split: fingerprint_of(asked) for split, asked in found.items()}
+    return {"compared": True, "rows": {split: len(asked) for split, asked in found.items()}, "shared": 0, **_as(hashes)}
+
+
+def _world_apart(config: TrainConfig) -> dict[str, Any]:
+    source = ScenePrompts(config.data.scenes, "train", config.seed)
+    steps = range(min(SAMPLED_STEPS, config.steps))
+    trained = [prompt for step in steps for prompt in prompts_of_step(source, config, step)]
+    held: tuple[Split, ...] = ("validation", "test")
+    held_out = {split: _first(config, split) for split in held}
+    index = Index(asked(trained, looks=False), BEGINNINGS)
+    for split, prompts in held_out.items():
+        for shared in leaks(index.overlaps(prompts), looks=False):
+            raise ContractError(f"{shared.where} of {split} asks what {shared.other} asks: splits are not apart")
+    counts = {"train": len(trained), **{split: len(prompts) for split, prompts in held_out.items()}}
+    hashes = {split: fingerprint_of(prompts) for split, prompts in held_out.items()}
+    return {"compared": True, "prompts": counts, "shared": 0, **_as(hashes)}
+
+
+def _first(config: TrainConfig, split: Split) -> list[Asked]:
+    source = ScenePrompts(config.data.scenes, split, 0)
+    prompts: list[Prompt] = []
+    for task, count in config.data.prompts_per_step.items():
+        prompts += source.prompts(task, SAMPLED_PROMPTS) if count and task in source.tasks else []
+    return asked(prompts, looks=False)
+
+
+def _as(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {f"{split}_sha256": value for split, value in hashes.items()}
+
+
+def require_unseen(benchmarks: Sequence[str], config: TrainConfig, run: str = "the run") -> None:
+    """Raises InputError where a benchmark file holds rows that a run trains on, or chooses its weights by."""
+    files = [Path(name) for name in benchmarks if name.endswith(".jsonl")]
+    if config.data.source != "jsonl" or not files:
+        return
+    for split, use in (("train", "trains on"), ("validation", "chooses its weights by")):
+        path: Path | None = getattr(config.data.jsonl, split)  # its fields, by name
+        if path is None or not path.is_file():
+            continue
+        index = Index(rows(path, config.data.jsonl))
+        for file in files:
+            remedy = f"{run} {use} it: name a file of rows that it has not seen"
+            refuse_shared(index, f"data.jsonl.{split}", rows(file, config.data.jsonl), remedy)
+
+
+def require_unseen_by(model: str, benchmarks: Sequence[str]) -> None:
+    """``require_unseen`` where a model is an alignment run whose files still lie where its configuration says."""
+    folder = Path(model)
+    if not (folder / CONFIG).is_file() or "jsonl" not in str(read_yaml(folder / CONFIG).get("data", "")):
+        return
+    require_unseen(benchmarks, RunDirectory.read(folder).config(TrainConfig), model)
