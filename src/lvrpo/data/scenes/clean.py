@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import get_args, overload
 
 from pydantic import Field, field_validator
 
@@ -67,7 +67,6 @@ class CleanPrompts:
         """Of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
-        rows: Mapping[Task, CleanRows] = {
-            task: CleanRows(source, task, counts.get(task, 0)) for task in ("generate", "understand", "edit", "reason")
-        }
+        tasks: tuple[Task, ...] = get_args(Task)
+        rows: Mapping[Task, CleanRows] = {task: CleanRows(source, task, counts.get(task, 0)) for task in tasks}
         return cls(rows["generate"], (), rows["understand"], rows["edit"], rows["reason"])

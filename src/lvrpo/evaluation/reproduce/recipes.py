@@ -21,6 +21,7 @@ from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
+from lvrpo.types import Task
 
 CODE_FILES = ("*.py", "*.yaml")
 
@@ -83,7 +84,7 @@ class Recipes:
     def _asked(self, seed: int) -> CleanPromptsConfig:
         """The prompts that the row of the budget asks with this seed."""
         reference = self.reference()
-        counts = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
+        counts: dict[Task, int] = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
         return CleanPromptsConfig(seed=seed, counts=counts)
 
     def reference(self) -> TrainConfig:
