@@ -167,7 +167,6 @@ Case = tuple[tuple[str, ...], int, str]
 COMMAND_LINE: list[Case] = [
     (("trian",), 2, "did you mean train?"),
     (("--hlep",), 2, "did you mean --help?"),
-    (("data",), 2, "use lvrpo data preview or lvrpo data vocabulary"),
     (("data", "previw"), 2, "use lvrpo data preview"),
     (("data", "preview", "--split", "tset"), 2, "invalid choice: 'tset'"),
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
@@ -304,7 +303,7 @@ MODELS_AND_RUNS: list[Case] = [
     (("audit", "finished", "--json", "red.png"), 2, "red.png: exists already"),
     (("audit", "finished", "--jsn", "x.json"), 2, "did you mean --json?"),
     (("compare",), 2, "RUN"),
-    (("compare", "unfinished"), 2, "no run has results yet"),
+    (("compare", "unfinished"), 2, "no run has results: wait until one has finished"),
 ]
 DATA: list[Case] = [
     (("evaluate", "small", "--benchmark", "genrate"), 2, "did you mean generate?"),

@@ -196,7 +196,7 @@ def test_extends_refuses_a_cycle_and_names_a_missing_parent(tmp_path: Path) -> N
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     assert "extends itself (a.yaml -> b.yaml -> a.yaml): remove one 'extends'" in error_of(Root, tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
-    assert error_of(Root, tmp_path / "a.yaml").startswith(f"{tmp_path / 'c.yaml'}: no such file")
+    assert error_of(Root, tmp_path / "a.yaml").startswith(f"{tmp_path / 'b.yaml'}: extends=c.yaml: no such file")
 
 
 @given(

@@ -91,7 +91,7 @@ def resolve(
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
         f"{kind} {name!r}: unknown: {hint}there are {', '.join(sorted(table)) or 'none'}; "
-        "your own is given as my_package.module:Name, or ./my_file.py:Name"
+        "your own is given as my_package.module:Name"
     )
 
 
@@ -181,10 +181,9 @@ def _imported(kind: str, target: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise InputError(
-                f"{kind} {target!r}: no module {missing!r}: install it, set PYTHONPATH, or name its file, "
-                f"./{module_name}.py:{attribute}"
-            ) from None
+            beside = f"./{module_name}.py:{attribute}" if os.path.isfile(f"{module_name}.py") else ""
+            remedy = f"write {beside}" if beside else "install it or put its folder on PYTHONPATH"
+            raise InputError(f"{kind} {target!r}: no module {missing!r}: {remedy}") from None
         raise InputError(
             f"{kind} {target!r}: needs the package {missing!r}: install it with pip install {missing.partition('.')[0]}"
         ) from None

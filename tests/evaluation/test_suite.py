@@ -187,7 +187,6 @@ def test_rows_of_the_user_are_a_benchmark(policy: Policy) -> None:
         (["scenes", "edit"], "named twice"),
         (["nothing.jsonl"], "no such file"),
         (["json:dumps"], "json is part of Python and holds no benchmark"),
-        (["yaml:safe_load"], "is a function: name a Benchmark"),
     ],
 )
 def test_wrong_names_are_explained(names: list[str], message: str) -> None:

@@ -155,6 +155,7 @@ SMALL = (
     "data.prompts_per_step={generate: 12}",
     "rollout={group_size: 2, num_steps: 2}",
     "flow.keep=1",
+    "allow_code=[tests_turn]",
     "rewards=[{name: tests_turn:rising}, {name: tests_turn:falling, weight: 0}]",
     "advantages.std_floor=0",
     "checkpoint_every=1",

@@ -143,6 +143,8 @@ def ask(options: Options) -> None:
         refuse_existing([options.out], options.force)
     if image is not None and question is not None:
         policy = load(options)
+        assert image is not None
+        assert question is not None
         prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:

@@ -248,9 +248,9 @@ class Index:
         overlap.same += looks["prompt"] is not None
         overlap.content += looks["content"] is not None
         overlap.look += looks["look"] is not None
-        first = next(((leak, other) for leak, other in looks.items() if other is not None), None)
-        if first is not None:
-            overlap.shared.append(Shared(first[0], asked.where, first[1]))
+        found: list[tuple[Leak, str]] = [(leak, other) for leak, other in looks.items() if other is not None]
+        if found:
+            overlap.shared.append(Shared(found[0][0], asked.where, found[0][1]))
 
 
 def leaks(overlaps: Iterable[Overlap], looks: bool = True) -> list[Shared]:

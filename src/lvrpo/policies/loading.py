@@ -156,7 +156,8 @@ def model_type(folder: Path) -> str:
     kind = tree.get("model_type")
     if isinstance(kind, str) and (kind in POLICIES or ":" in kind):
         return kind
-    others = [kind, tree.get("_class_name"), *(tree.get("architectures") or ())]
+    built = tree.get("architectures")
+    others = [kind, tree.get("_class_name"), *(built if isinstance(built, list) else ())]
     names = [name for name in others if isinstance(name, str)]
     if not names:
         raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved, or a BAGEL's")

@@ -56,6 +56,8 @@ class GuardConfig(Config):
     prompts: dict[Task, Count] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
+    rewards: tuple[RewardConfig, ...] = ()
+    """What scores held-out prompts that cannot be told right from wrong; none: the rewards that are trained on."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
     max_rollbacks: int = Field(default=3, ge=0)
     rollback_lr: float = Field(default=0.5, gt=0, le=1)

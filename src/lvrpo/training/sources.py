@@ -85,7 +85,8 @@ def open_parts(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Parts:
     rewards = scoring_rewards(config, source, given)
     scorer = HeldOutScorer(tuple(rewards))
     validation, test = (held_out_source(config, split, given) for split in ("validation", "test"))
-    guard = Guard(guard_prompts(config, validation, scorer), config, scorer)
+    watcher = HeldOutScorer(tuple(build_rewards(config.guard.rewards))) if config.guard.rewards else scorer
+    guard = Guard(guard_prompts(config, validation, watcher), config, watcher)
     rows = held_out_rows(config.judge, rewards, guard.prompts, lambda: held_out_drawings(validation))
     return Parts(source, rewards, guard, rows, scorer, validation, test)
 

@@ -41,10 +41,9 @@ class FolderPolicy(MoTPolicy):
     def picture_side(cls, folder: Path) -> int | None:
         """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
         try:
-            found = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            side = read_json_object(folder / "config.json").get("image_size")
+        except InputError:
             return None  # loading says what is wrong
-        side = found.get("image_size") if isinstance(found, dict) else None
         return side if type(side) is int else None
 
     @classmethod

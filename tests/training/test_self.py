@@ -1,0 +1,63 @@
+"""The label-free recipe: prompts without labels, and a run in which any look at the truth is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvrpo.config import load_config, shipped_configs
+from lvrpo.rewards import exact_answer, scene_facts, success
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run import Alignment
+from lvrpo.training.sources import open_parts
+
+SMALL = (
+    "steps=2",
+    "rollout.group_size=4",
+    "data.prompts_per_step={generate: 4, understand: 4, edit: 3, reason: 6}",
+    "guard.prompts={generate: 7, edit: 5}",
+    "guard.every=1",
+    "control_every=1",
+    "device=cpu",
+)
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("somebody looked at the truth")
+
+
+def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() -> None:
+    config = load_config(TrainConfig, shipped_configs()["self"])
+    parts = open_parts(config)
+    names: dict[str, set[str]] = {}
+    for task, count in config.data.prompts_per_step.items():
+        for prompt in parts.source.prompts(task, count):
+            assert (prompt.answer, prompt.facts, prompt.edited) == (None, (), None)
+            names.setdefault(task, set()).update(r.config.name for r in parts.rewards if r.scores(prompt))
+    assert names == {
+        "generate": {"own_vqa"},
+        "understand": {"agreement"},
+        "edit": {"edit_consistency"},
+        "reason": {"agreement"},
+    }
+    assert {task: len(rows) for task, rows in parts.guard.prompts.items()} == {"generate": 84, "edit": 60}
+    assert all((p.answer, p.facts, p.edited) == (None, (), None) for rows in parts.guard.prompts.values() for p in rows)
+
+
+def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (scene_facts, "fact_table"),
+        (success, "fact_table"),
+        (success, "answers_rightly"),
+        (exact_answer, "answers_rightly"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    config = load_config(TrainConfig, shipped_configs()["self"], [*SMALL])
+    alignment = Alignment.start(config, Path("run"))
+    with alignment.run as run:
+        assert alignment.go()
+        rows = run.metrics()
+    assert rows[-1]["step"] == 2
+    assert {"guard/generate", "guard/edit", "reward/generate/own_vqa"} <= set(rows[-1])
