@@ -93,8 +93,8 @@ def run(options: Options) -> None:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
             summary = run_experiment(alignment, plan(options, alignment), watch)
-        except Interrupted as error:
-            raise Interrupted(f"{error}; go on with: lvrpo quickstart --resume {run.path}") from None
+        except (Interrupted, KeyboardInterrupt) as error:  # the second: while it was evaluating
+            raise Interrupted(f"{error or 'interrupted'}; go on with: lvrpo quickstart --resume {run.path}") from None
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(closing(run.path, summary, time.monotonic() - started))
@@ -153,7 +153,7 @@ def closing(run: Path, summary: dict, seconds: float) -> str:
             "",
             "next:",
             f'  lvrpo generate {run} --prompt "two red circles left of a blue star" --out drawings',
-            "  lvrpo quickstart --config quickstart_self    # judged by its own reading side alone, no verifier",
+            "  lvrpo quickstart --config self    # no verifier, no answers: nobody but the model judges",
             "  lvrpo train quickstart seed=1 --out runs/other && lvrpo compare " + f"{run} runs/other",
         ]
     )

@@ -32,7 +32,7 @@ class Agreement:
     most likely, whatever has become of the live one: greedy answers stay and sampled ones follow them.
 
     ``votes: group``: every member has one (majority vote, TTRL, arXiv:2504.16084). The votes then move with the policy,
-    and an answer that one kind of question teaches spreads to the others (docs/results/rewards.md).
+    and an answer that one kind of question teaches spreads to the others.
 
     Two guards hold off the known collapse of agreement, in which every question gets one answer. A group whose first
     answer has as many votes as the second, or less than ``least`` of all, has no majority and is masked. And where the

@@ -32,7 +32,8 @@ class CleanRows(Sequence[Example]):
     """The first rows of one task; built when they are asked for."""
 
     def __init__(self, source: ScenePrompts, task: Task, count: int) -> None:
-        self._source, self._task, self._count = source, task, count
+        self._source, self._count = source, count
+        self._task: Task = task
 
     def __len__(self) -> int:
         return self._count
