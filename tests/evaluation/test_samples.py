@@ -161,7 +161,8 @@ def test_settings_of_another_model_or_another_file_are_refused() -> None:
     with pytest.raises(InputError, match="chosen for a, but this is b"):
         Tuned("a", {}, frozenset()).require("b")
     for text, message in (
-        ("{", "is no JSON"),
+        ("{", "not JSON"),
+        ("[]", "holds list, not an object"),
         ("{}", "holds no settings"),
         ('{"model": "a", "settings": {"paint": {}}, "prompts": []}', "holds no settings"),
         ('{"model": "a", "settings": {"edit": {"speed": 1}}, "prompts": []}', "holds no settings"),

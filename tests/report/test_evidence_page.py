@@ -171,7 +171,7 @@ def _other_prompts(folder: Path) -> None:
     [
         (_other_prompts, "was evaluated on other prompts than in"),
         (lambda folder: (folder / "ours-one-0.json").write_text("{}"), "is no summary of a run"),
-        (lambda folder: (folder / "ours-one-0.json").write_text("{"), "is no JSON"),
+        (lambda folder: (folder / "ours-one-0.json").write_text("{"), "not JSON"),
         (lambda folder: prompts_file(folder, "drawn").unlink(), "are missing"),
         (lambda folder: write(folder, "ours", "one", 0, 0.5, experiment="other"), "is of 'other', and this page of"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,30 @@ def test_runs_that_cannot_be_seeds_of_one_recipe_are_named() -> None:
     (one / "eval" / "after.json").write_text("{}")
     with pytest.raises(InputError, match="holds no scores per prompt"):
         seed_rows([one])
+
+
+def test_rewards_that_failed_are_left_out_over_seeds() -> None:
+    """One seed could not score p0: no seed counts it, for differences are paired."""
+    runs = [write_seed(f"s{seed}", seed, 0.4) for seed in range(3)]
+    path = runs[1] / "eval" / "after.json"
+    raw = json.loads(path.read_text())
+    raw["scores"]["generate"]["scores"][0] = None
+    path.write_text(json.dumps(raw))
+    whole, first, second = seed_rows(runs)["generate"]
+    scores = np.array(
+        [
+            [json.loads((run / "eval" / f"{phase}.json").read_text())["scores"]["generate"]["scores"] for run in runs]
+            for phase in ("before", "after")
+        ],
+        dtype=float,
+    )[:, :, 1:]
+    assert whole.change == over_seeds_and_prompts(scores[1] - scores[0], [f"p{i}" for i in range(1, 60)])
+    assert np.isfinite([first.before, first.after, second.before, second.after]).all()
+    raw["scores"]["generate"]["scores"] = [None] * 60
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="no prompt has a score in all of the runs"):
+        seed_rows(runs)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is a pipe"):
+        seed_rows(runs)

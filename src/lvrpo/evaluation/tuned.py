@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, get_args
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
+from lvrpo.reading import read_json_object
 from lvrpo.types import Prompt, Task
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -58,12 +58,7 @@ class Tuned:
     def read(cls, path: Path) -> Tuned:
         """What ``lvrpo evaluate MODEL --tune FILE`` wrote; raises InputError for anything else."""
         remedy = "give a file that lvrpo evaluate --tune wrote"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}: {remedy}") from None
-        except ValueError:
-            raise InputError(f"{path}: is no JSON: {remedy}") from None
+        raw = read_json_object(path, remedy)
         try:
             settings = {task: dict(values) for task, values in raw["settings"].items()}
             wrong = [task for task in settings if task not in get_args(Task)]

@@ -6,7 +6,6 @@ prompts are (category, picture, form of question) stands once, in the file of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_json_object
 from lvrpo.statistics import Floats
 
 PROMPTS = "prompts"
@@ -230,15 +230,7 @@ def unpack_shares(text: str) -> Floats:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: restore the file") from None
-    except ValueError:
-        raise InputError(f"{path}: is no JSON: restore the file, or delete it to run it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no object: restore the file, or delete it to run it again")
-    return found
+    return read_json_object(path, "restore the file, or delete it to run it again")
 
 
 __all__ = ["Evidence", "Outcome", "PromptSet", "RowPlan", "Summary", "TablePlan", "prompts_file"]

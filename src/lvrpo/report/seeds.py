@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lvrpo.errors import InputError
+from lvrpo.reading import read_json_object
 from lvrpo.report.measures import TextTable
 from lvrpo.report.numbers import score
 from lvrpo.report.verdict import label
@@ -27,6 +27,7 @@ class Record:
     categories: tuple[str, ...]
     clusters: tuple[str, ...]
     scores: tuple[float, ...]
+    """nan where a reward failed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SeedRow:
 
 
 def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
-    """By benchmark that all runs have: the whole, then its categories.
+    """By benchmark that all runs have: the whole, then its categories; of prompts that every run could score.
 
     Raises InputError for a run without evaluations, and for runs that were evaluated on different prompts.
     """
@@ -73,11 +74,15 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
                     f"{run}: {name} was evaluated on other prompts than in {runs[0]}: evaluate both with one command"
                 )
         before, after = (np.array([each[phase][name].scores for each in phases]) for phase in ("before", "after"))
-        categories = [category for category in dict.fromkeys(first.categories) if category]
-        parts = {category: [c == category for c in first.categories] for category in categories}
+        scored = [bool(known) for known in np.isfinite(before + after).all(axis=0)]
+        if not any(scored):
+            raise InputError(f"{name}: no prompt has a score in all of the runs: see that their rewards work")
+        kinds = [kind if known else "" for kind, known in zip(first.categories, scored, strict=True)]
+        categories = [category for category in dict.fromkeys(kinds) if category]
+        parts = {category: [c == category for c in kinds] for category in categories}
         inner = [_row(category, before, after, first.clusters, kept) for category, kept in parts.items()]
         adjusted = holm([row.change.p for row in inner])
-        found[name] = [_row(name, before, after, first.clusters, [True] * len(first.ids))]
+        found[name] = [_row(name, before, after, first.clusters, scored)]
         found[name] += [SeedRow(r.name, r.before, r.after, r.change, p) for r, p in zip(inner, adjusted, strict=True)]
     return found
 
@@ -102,12 +107,16 @@ def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
 def read_records(run: Path, phase: str) -> dict[str, Record]:
     """eval/PHASE.json of a run, by benchmark; raises InputError where it is missing or unreadable."""
     path = run / "eval" / f"{phase}.json"
+    raw = read_json_object(path, "name runs that have been evaluated")
     try:
-        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))["scores"]
-        fields = ("ids", "categories", "clusters", "scores")
-        return {name: Record(*(tuple(each[field]) for field in fields)) for name, each in raw.items()}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: name runs that have been evaluated") from None
+        found = {}
+        for name, each in raw["scores"].items():
+            ids, categories, clusters = (tuple(map(str, each[field])) for field in ("ids", "categories", "clusters"))
+            scores = tuple(math.nan if value is None else float(value) for value in each["scores"])
+            found[name] = Record(ids, categories, clusters, scores)
+            if {len(values) for values in vars(found[name]).values()} != {len(found[name].ids)}:
+                raise ValueError
+        return found
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: holds no scores per prompt: evaluate the run again") from None
 

@@ -27,7 +27,7 @@ from pydantic import Field
 from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import read_json
+from lvrpo.reading import read_bytes, read_json
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 from lvrpo.typed_json import Kind, Record, parse_json, typed
@@ -205,7 +205,7 @@ class RunDirectory:
                     clean_leftovers(folder)
             metrics = self.path / METRICS
             if metrics.exists():
-                content = metrics.read_bytes()
+                content = read_bytes(metrics, "restore the file")
                 whole = content.rfind(b"\n") + 1
                 if whole < len(content):
                     os.truncate(metrics, whole)
@@ -276,7 +276,7 @@ class RunDirectory:
         """Every line; a last one that a crash cut off is left out. Raises InputError on any other broken line."""
         path = self.path / METRICS
         with disk_errors(path, "read"):
-            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            lines = read_bytes(path, "restore the file").split(b"\n") if path.exists() else [b""]
         return [
             parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line")
             for number, line in enumerate(lines[:-1], start=1)

@@ -16,6 +16,7 @@ from lvrpo.evaluation.compute import Compute
 from lvrpo.evaluation.reproduce.budget import AnyConfig, RunCost, count_cost
 from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.loading import load_policy
+from lvrpo.reading import read_json_object
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
@@ -138,7 +139,7 @@ class Recipes:
             found = count_cost(config)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json_text(found.as_dict()).encode())
-        return RunCost.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return RunCost.from_dict(read_json_object(path, "delete it to count again"))
 
 
 def is_supervised(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lvrpo.evaluation.reproduce.recipes import Recipes, code_version, require_sa
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, load_policy
+from lvrpo.reading import read_json_object
 from lvrpo.report.evidence import TUNING, Summary
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import SEAL
@@ -29,6 +29,7 @@ from lvrpo.training.run_directory import environment, json_text
 MEMBER = "member.json"
 """File of a tuning run: what its member of the grid reached on validation."""
 TUNED = "tuned.json"
+REMEDY = "restore the file, or delete it to run it again"
 """File of a run: guidance and temperature chosen on validation."""
 
 
@@ -133,10 +134,10 @@ class Runner:
         if not path.exists():
             tuning = self.experiment.tuning
             jobs = [Job("tune", row, tuning.base, tuning.seed, i) for i in range(len(members))]
-            found = [json.loads((self._folder(job) / MEMBER).read_text(encoding="utf-8")) for job in jobs]
+            found = [read_json_object(self._folder(job) / MEMBER, REMEDY) for job in jobs]
             best = chosen_member([each["score"] for each in found])
             self._write(path, {"row": row, "base": tuning.base, "seed": tuning.seed, "chosen": best, "members": found})
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path, REMEDY)
         return tuple(raw["members"][raw["chosen"]]["overrides"])
 
     def _run(self, job: Job) -> None:
