@@ -51,7 +51,7 @@ def test_some_prompts_are_sampled_often_and_the_score_stays(policy: Policy) -> N
     assert set(found["generate"]["best_of"]) == {"2", "4"}
     assert "pass_at_k" not in found["understand"]
     assert "best_of" not in found["understand_sampled"]
-    assert set(plain.results()["generate"]) == {"score", "low", "high", "n", "categories"}
+    assert set(plain.results()["generate"]) == {"score", "low", "high", "n", "metric", "categories"}
     own = evaluate(policy, benchmarks, sizes=sizes, measuring=Measuring(prompts=1))
     assert len(own.scored["generate"].successes[0]) == benchmarks[0].many
     assert len(own.scored["generate_guided"].successes[0]) == 1
@@ -171,5 +171,5 @@ def test_settings_of_another_model_or_another_file_are_refused() -> None:
         Path("file.json").write_text(text)
         with pytest.raises(InputError, match=message):
             Tuned.read(Path("file.json"))
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         Tuned.read(Path("missing.json"))

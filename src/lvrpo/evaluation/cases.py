@@ -21,8 +21,8 @@ from lvrpo.types import Group, Image, Prompt
 PER_CATEGORY = 3
 WITHOUT_CATEGORY = 12
 """Groups that are kept of rows without a category."""
-DOUBLES = ("generate_guided", "understand_sampled")
-"""The benchmarks that no cases are kept of: they put the same prompts as others."""
+DOUBLES = ("generate_guided", "understand_sampled", "generate_paraphrased", "understand_paraphrased")
+"""The benchmarks that no cases are kept of: they put the prompts of others, by whose ids cases are told apart."""
 
 
 def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:

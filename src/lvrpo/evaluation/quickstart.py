@@ -12,7 +12,7 @@ from lvrpo.config import config_sha256, parse_section
 from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import sample_prompts
-from lvrpo.evaluation.cases import keep_cases, read_evaluation, write_cases, write_evaluation
+from lvrpo.evaluation.cases import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import (
     SAMPLING,
@@ -196,6 +196,7 @@ def shown_prompts(alignment: Alignment, plan: Plan) -> list[Prompt]:
     known = {
         prompt.id: prompt
         for benchmark in planned_benchmarks(alignment, plan)
+        if benchmark.name not in DOUBLES
         for prompt in benchmark.prompts(plan.sizes.get(benchmark.name, benchmark.n))
     }
     shown = read_evaluation(run, "eval/before.json")[1].get("prompts", [])
