@@ -159,6 +159,10 @@ def train(*changes: str) -> tuple[str, ...]:
     return (*SMALL_TRAIN, *changes, "--out", "new")
 
 
+def imported_from(module: str) -> tuple[str, ...]:
+    return train(f"rewards=[{{name: '{module}:Reward'}}]", f"allow_code=[{module}]")
+
+
 def rewarded_by(name: str, more: str = "") -> tuple[str, ...]:
     return train(f"rewards=[{{name: 'bad_rewards:{name}'{more}}}]", "allow_code=[bad_rewards]")
 
@@ -208,8 +212,16 @@ CONFIGURATION: list[Case] = [
     (train("rewards=[{name: own_vqa, weight: -1}]"), 2, "must be >= 0"),
     (train("rewards=[{name: own_vqa, max_failed: 2}]"), 2, "must be <= 1"),
     (train("health.max_failed=-1"), 2, "health.max_failed=-1: must be >= 0"),
-    (train("rewards=[{name: 'broken_rewards:Reward'}]"), 2, "broken_rewards cannot be imported: SyntaxError"),
-    (train("rewards=[{name: 'leaving_rewards:Reward'}]"), 2, "leaving_rewards cannot be imported: SystemExit: 3"),
+    (
+        train("rewards=[{name: 'broken_rewards:Reward'}]", "allow_code=[broken_rewards]"),
+        2,
+        "broken_rewards cannot be imported: SyntaxError",
+    ),
+    (
+        train("rewards=[{name: 'leaving_rewards:Reward'}]", "allow_code=[leaving_rewards]"),
+        2,
+        "leaving_rewards cannot be imported: SystemExit: 3",
+    ),
     (rewarded_by("Unmade"), 2, "bad_rewards:Unmade cannot be made: ValueError: no server"),
     (train("optimizer.betas=[1,2]"), 2, "optimizer.betas.0=1: must be < 1"),
     (train("optimizer.betas=[0.9,-0.5]"), 2, "optimizer.betas.1=-0.5: must be >= 0"),
@@ -293,7 +305,7 @@ MODELS_AND_RUNS: list[Case] = [
     (("pretrain", "--resume", "unfinished"), 2, "unknown key"),
     (("report", "nowhere"), 2, "is not a run directory"),
     (("report", "notes"), 2, "is not a run directory"),
-    (("report", "oddsummary"), 2, "summary.json is not readable as JSON"),
+    (("report", "oddsummary"), 2, "summary.json: not JSON"),
     (("audit",), 2, "RUN"),
     (("audit", "nowhere"), 2, "nowhere: is not a run directory"),
     (("audit", "notes"), 2, "notes: is not a run directory"),

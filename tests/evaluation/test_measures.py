@@ -124,7 +124,7 @@ def test_a_record_survives_json_with_its_tables() -> None:
 def test_records_of_before_there_were_samples_are_readable() -> None:
     old = {"ids": ["a", "b"], "categories": ["x", "x"], "clusters": ["a", "b"], "scores": [1.0, 0.0]}
     read = Scored.from_dict(old)
-    assert set(read.result()) == {"score", "low", "high", "n", "categories"}
+    assert set(read.result()) == {"score", "low", "high", "n", "categories", "metric"}
     assert read.difference(read)["score"] == 0.0
     newer = replace(record(), categories=("x", "x"))
     assert "pass_at_k" not in read.difference(newer)

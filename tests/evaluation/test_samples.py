@@ -51,7 +51,7 @@ def test_some_prompts_are_sampled_often_and_the_score_stays(policy: Policy) -> N
     assert set(found["generate"]["best_of"]) == {"2", "4"}
     assert "pass_at_k" not in found["understand"]
     assert "best_of" not in found["understand_sampled"]
-    assert set(plain.results()["generate"]) == {"score", "low", "high", "n", "metric", "categories"}
+    assert set(plain.results()["generate"]) == {"score", "low", "high", "n", "categories", "metric"}
     own = evaluate(policy, benchmarks, sizes=sizes, measuring=Measuring(prompts=1))
     assert len(own.scored["generate"].successes[0]) == benchmarks[0].many
     assert len(own.scored["generate_guided"].successes[0]) == 1

@@ -152,16 +152,15 @@ def test_summary_with_only_a_before(tmp_path: Path, make_run: MakeRun) -> None:
 def test_empty_tasks_missing_intervals_and_odd_numbers(tmp_path: Path) -> None:
     run = tmp_path / "sparse"
     run.mkdir()
-    nan = float("nan")
     write_json(
         run / "summary.json",
         {
-            "before": {"generate": {}, "edit": {"score": 0.5}, "other_task": {"score": nan}},
+            "before": {"generate": {}, "edit": {"score": 0.5}, "other_task": {"score": None}},
             "after": {"edit": {"score": 0.5}},
             "difference": {"edit": {"score": 0.0}},
         },
     )
-    rows = [{"step": 1, "loss": nan, "a/b": 3, "text": "x"}, {"step": 1, "a/b": 4}, {"no": "step"}, [1]]
+    rows = [{"step": 1, "loss": None, "a/b": 3, "text": "x"}, {"step": 1, "a/b": 4}, {"no": "step"}, [1]]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     text = page_of(run)
     assert "Editing went from .50 to .50 (.00, no interval)." in text
@@ -188,7 +187,7 @@ def test_pictures_outside_of_the_run_or_broken_are_left_out(tmp_path: Path, make
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"before": ', "not readable as JSON"),
+        ('{"before": ', "not JSON at column"),
         ("[1, 2]", "holds list, not an object"),
         ('{"before": 3}', "before is int, not a table of tasks"),
         ('{"after": {"edit": 0.5}}', "after.edit is float, not an object"),

@@ -29,6 +29,9 @@ def answer(body: dict[str, Any]) -> str:
     return "yes" if crc32(content[0]["image_url"]["url"].encode()) % 2 else "no"
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:data.jsonl.validation is not set")
+
+
 @pytest.fixture
 def config(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     monkeypatch.setenv("JUDGE_KEY", KEY)

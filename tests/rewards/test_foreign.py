@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lvrpo.errors import ContractError, InputError
+from lvrpo.registry import allow_code
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import MOST_FAILED, RewardConfig, RewardSource, build_rewards, score_groups
@@ -128,9 +129,10 @@ def test_more_than_half_of_a_step_stops_where_the_step_is_asked_about() -> None:
         score_groups([both], groups, None, most_failed=0.5)  # type: ignore[arg-type]
 
 
+METHODS = "    def applies(self, prompt): ...\n    def score(self, groups, judge): ...\n"
 MODULES = {
-    "raises": "class R:\n    def __init__(self, **options):\n        raise ValueError('no server given')\n",
-    "exits": "import sys\nclass R:\n    def __init__(self):\n        sys.exit(3)\n",
+    "raises": "class R:\n    def __init__(self, **options):\n        raise ValueError('no server given')\n" + METHODS,
+    "exits": "import sys\nclass R:\n    def __init__(self):\n        sys.exit(3)\n" + METHODS,
 }
 
 
@@ -138,6 +140,7 @@ MODULES = {
 def test_a_class_that_cannot_be_made(name: str, said: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"lvrpo_test_{name}.py").write_text(MODULES[name])
     monkeypatch.syspath_prepend(tmp_path)
+    allow_code([f"lvrpo_test_{name}"])
     with pytest.raises(InputError, match=rf"rewards\.mine: lvrpo_test_{name}:R cannot be made: {said}: correct"):
         build_rewards([RewardConfig(name=f"lvrpo_test_{name}:R", label="mine")])
 

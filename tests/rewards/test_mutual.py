@@ -362,4 +362,4 @@ def test_the_shipped_gate_is_that_of_the_shipped_base() -> None:
     shipped = read_gate("tiny")
     shipped.require(judge_identity(load_policy("tiny")))
     assert shipped.admits("read", "prompt")
-    assert shipped.admits("draw", "color")
+    assert shipped.admits("draw", "shape")

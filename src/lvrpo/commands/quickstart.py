@@ -94,7 +94,9 @@ def run(options: Options) -> None:
         try:
             summary = run_experiment(alignment, plan(options, alignment), watch)
         except (Interrupted, KeyboardInterrupt) as error:  # the second: while it was evaluating
-            raise Interrupted(f"{error or 'interrupted'}; go on with: lvrpo quickstart --resume {run.path}") from None
+            raise Interrupted(
+                f"{str(error) or 'interrupted'}; go on with: lvrpo quickstart --resume {run.path}"
+            ) from None
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(closing(run.path, summary, time.monotonic() - started))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ class JudgeAudit:
             rows = [r for r in self.rows if (r.scorer, r.side, r.error) == (scorer, side, "") and r.auc.n]
             if not rows:
                 raise InputError(f"scorer {scorer!r}: judged nothing of side {side!r}: there is no gate to write")
-            measured[side] = {r.kind: Sensitivity(r.auc.score, r.auc.low, r.auc.n) for r in rows}
+            measured[side] = {
+                r.kind: Sensitivity(r.auc.score, r.auc.low if math.isfinite(r.auc.low) else None, r.auc.n) for r in rows
+            }
         return Gate(self.judge, threshold, draws, measured)
 
 

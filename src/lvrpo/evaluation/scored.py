@@ -49,12 +49,12 @@ class Scored:
     """The right answers, where the output is a text."""
     answers: tuple[tuple[str, ...], ...] = ()
     """The answers given, of the first ``samples``."""
-    held_out: tuple[bool, ...] = ()
-    """Whether a prompt shows a combination that training never shows."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was sampled, and by whom it was judged. Any: JSON values."""
     metric: Metric = "success"
     """success: shares of right outputs; reward: means of the run's own rewards, of which no samples are held."""
+    held_out: tuple[bool, ...] = ()
+    """Whether a prompt shows a combination that training never shows."""
 
     def result(self) -> dict[str, Any]:
         """score, low, high, n, metric; the same per category; and what ``measures.measure`` makes of the samples."""

@@ -27,8 +27,8 @@ class Sensitivity:
 
     auc: float
     """Share of the pairs ranked right, a tie counting one half; .5 is chance."""
-    low: float
-    """Lower end of the 95 % interval, prompts as units."""
+    low: float | None
+    """Lower end of the 95 % interval, prompts as units; None: one prompt has none."""
     n: int
     """Prompts."""
 
@@ -47,7 +47,7 @@ class Gate:
     def admits(self, side: Side, kind: str) -> bool:
         """Whether a kind was measured and can be told; a kind that nobody measured cannot."""
         found = self.measured[side].get(kind)
-        return found is not None and found.low > self.threshold
+        return found is not None and found.low is not None and found.low > self.threshold
 
     def require(self, judge: str) -> None:
         """Raises InputError unless this is the judge that was measured."""

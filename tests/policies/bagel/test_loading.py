@@ -236,7 +236,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no header": (
         lambda f: (f / "ema.safetensors").write_bytes(struct.pack("<Q", 9) + b"not json!"),
-        r"damaged header",
+        r"not JSON at column 1",
     ),
     "tensor missing": (lambda f: rewrite(f, lambda s: s.pop(NORM)), rf"1 tensor is missing: {NORM}: fetch"),
     "layer missing": (
@@ -269,7 +269,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "number beyond all numbers": (
         lambda f: edit_json(f, "vit_config.json", num_hidden_layers=float("inf")),
-        r"vit_config\.num_hidden_layers=inf: no number",
+        r"vit_config\.json: Infinity is not JSON",
     ),
     "tensor of another shape": (
         lambda f: rewrite(f, lambda s: s.update({NORM: torch.ones(7)})),
@@ -359,7 +359,6 @@ def test_transformers_reads_the_tokenizer_of_a_fresh_model(small: BagelPolicy, t
         "two red circles",
         "it's 2 + 40,  No?\n\n  x",
         "e\u0301 \u00dcn\u00efcode \u732b 12345\r\n",
-        "<|im_start|>a",
     ]
     for _ in range(2):
         theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
@@ -367,6 +366,9 @@ def test_transformers_reads_the_tokenizer_of_a_fresh_model(small: BagelPolicy, t
         for text in texts:
             ids = small.words.encode(text)
             assert theirs.encode(text, add_special_tokens=False) == ours.encode(text) == ids
+        marker = theirs.encode("<|im_start|>", add_special_tokens=False)
+        assert len(marker) == 1
+        assert not set(marker) & set(ours.encode("<|im_start|>a"))  # in a text it is plain text
         assert theirs.eos_token_id == small.words.eos_id
         (tmp_path / "tokenizer.json").unlink(missing_ok=True)  # once more from vocab.json and merges.txt alone
 
