@@ -74,7 +74,8 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
                     f"{run}: {name} was evaluated on other prompts than in {runs[0]}: evaluate both with one command"
                 )
         before, after = (np.array([each[phase][name].scores for each in phases]) for phase in ("before", "after"))
-        scored: list[bool] = np.isfinite(np.concatenate((before, after))).all(axis=0, keepdims=True)[0].tolist()
+        sides = [records[name].scores for each in phases for records in each.values()]
+        scored = [all(map(math.isfinite, column)) for column in zip(*sides, strict=True)]
         if not any(scored):
             raise InputError(f"{name}: no prompt has a score in all of the runs: see that their rewards work")
         kinds = [kind if known else "" for kind, known in zip(first.categories, scored, strict=True)]
