@@ -311,7 +311,7 @@ def own(**files: str) -> TrainConfig:
     )
 
 
-def test_a_run_refuses_a_test_row_that_it_trains_on(train: str) -> None:
+def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) -> None:
     test = save("test.jsonl", [{"task": "generate", "prompt": "the Red cat."}])
     with pytest.raises(
         InputError, match=r"^test.jsonl:1: the same text and pictures as train.jsonl:1 of data.jsonl.train"
@@ -319,7 +319,12 @@ def test_a_run_refuses_a_test_row_that_it_trains_on(train: str) -> None:
         require_apart(own(train=train, test=test))
     with pytest.raises(InputError, match=r"^test.jsonl:1: .* as held.jsonl:1 of data.jsonl.validation"):
         require_apart(own(train=save("other.jsonl", TRAIN[3:]), validation=save("held.jsonl", TRAIN[:1]), test=test))
-    assert main(["train", "quickstart", f"data={{source: jsonl, jsonl: {{train: {train}, test: {test}}}}}"]) == 2
+    sums, same = save("sums.jsonl", TRAIN[2:3]), save("same.jsonl", [{**TRAIN[2], "prompt": "What is 12 + 30"}])
+    held = save("sums_held.jsonl", [{**TRAIN[2], "prompt": "what is 40 + 2?"}])
+    files = f"{{train: {sums}, validation: {held}, test: {same}}}"
+    data = f"data={{source: jsonl, jsonl: {files}, prompts_per_step: {{reason: 2}}}}"
+    assert main(["train", "quickstart", data]) == 2
+    assert "same.jsonl:1: the same text and pictures as sums.jsonl:1" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

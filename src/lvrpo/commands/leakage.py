@@ -99,7 +99,7 @@ def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mappi
     paths = {split: path for split, path in named.items() if path is not None}
     if len(paths) < 2:
         raise InputError(f"data.jsonl has {', '.join(paths)} alone: add data.jsonl.test, or name the files")
-    return False, files_asked(paths)
+    return False, files_asked(paths, jsonl.root)
 
 
 def configured(given: Sequence[str]) -> TrainConfig:
@@ -113,14 +113,14 @@ def configured(given: Sequence[str]) -> TrainConfig:
     return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
 
 
-def files_asked(paths: Mapping[str, Path]) -> dict[str, list[Asked]]:
-    """Every row, its pictures decoded."""
+def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[Asked]]:
+    """Every row, its pictures decoded; ``root``: another folder in which they may lie."""
     from lvrpo.data.images import load_image
     from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
     from lvrpo.data.leakage import pixel_picture, rows_of
 
     def asked(path: Path) -> list[Asked]:
-        source = JsonlPrompts(JsonlConfig(test=path), "test")
+        source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
         return list(rows_of(source.asked(), lambda picture: pixel_picture(load_image(picture))))
 
     return {split: asked(path) for split, path in paths.items()}
@@ -146,7 +146,8 @@ def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> 
     held_out = ScenePrompts(config.data.scenes, "validation", 0)
     validation = asked([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
     benchmarks = find_benchmarks(["scenes"])
-    test = {prompt.id: prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)}
+    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)]
+    test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of what it says
     say(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
     return {"train": [*train, *rows], "validation": validation, "test": asked(list(test.values()))}
 
