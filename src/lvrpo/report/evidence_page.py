@@ -91,6 +91,7 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
             f"{duration(seconds)} in all on {'; '.join(sorted({str(run.raw['hardware']) for run in runs}))}.",
             f"Code: {', '.join(sorted({str(run.raw['code']) for run in runs}))}.",
         ]
+        lines += [f"Not well: {run.row}-{run.base}-{run.seed}: {words}." for run in runs for words in _findings(run)]
         if budgets:
             lines.append(f"Every row that trains may spend {' or '.join(budgets)} FLOPs of its models.")
     return "\n".join(lines)
@@ -98,6 +99,10 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
 
 def _budget(run: Summary) -> float:
     return float(run.raw.get("budget_flops") or 0.0)
+
+
+def _findings(run: Summary) -> list[str]:
+    return list(run.raw.get("not_well", ()))
 
 
 def _joined(values: Any) -> str:  # Any: an iterable of numbers
@@ -122,10 +127,10 @@ def _overview(plan: TablePlan, evidence: Evidence) -> str:
 
 def _costs(row: RowPlan, runs: Sequence[Summary]) -> tuple[str, str, str]:
     if row.of is not None or not any(run.raw["steps"] for run in runs):
-        return (NOTHING,) * 3
+        return NOTHING, NOTHING, NOTHING
     steps = sorted({int(run.raw["steps"]) for run in runs})
-    mean = [float(np.mean([run.raw[key] for run in runs])) for key in ("flops_per_step", "flops")]
-    return (" / ".join(map(str, steps)), *(f"{value:.2e}" for value in mean))  # type: ignore[return-value]
+    a_step, whole = (float(np.mean([run.raw[key] for run in runs])) for key in ("flops_per_step", "flops"))
+    return " / ".join(map(str, steps)), f"{a_step:.2e}", f"{whole:.2e}"
 
 
 def _count(runs: Sequence[Summary]) -> str:

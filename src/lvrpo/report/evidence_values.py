@@ -98,7 +98,7 @@ def difference(later: Column, earlier: Column, by_base: bool = False) -> TwoWay 
     mask = np.isfinite(table).all(axis=0)
     if not mask.any():
         return None
-    own = [cluster for cluster, known in zip(later.clusters, mask, strict=True) if known]
+    own = [later.clusters[i] for i in np.flatnonzero(mask)]
     return over_seeds_and_prompts(table[:, mask], own)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import get_args, overload
 
 from pydantic import Field, field_validator
 
@@ -32,7 +32,8 @@ class CleanRows(Sequence[Example]):
     """The first rows of one task; built when they are asked for."""
 
     def __init__(self, source: ScenePrompts, task: Task, count: int) -> None:
-        self._source, self._task, self._count = source, task, count
+        self._source, self._count = source, count
+        self._task: Task = task
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +68,6 @@ class CleanPrompts:
         """Of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
-        rows: Mapping[Task, CleanRows] = {
-            task: CleanRows(source, task, counts.get(task, 0)) for task in ("generate", "understand", "edit", "reason")
-        }
+        tasks: tuple[Task, ...] = get_args(Task)
+        rows: Mapping[Task, CleanRows] = {task: CleanRows(source, task, counts.get(task, 0)) for task in tasks}
         return cls(rows["generate"], (), rows["understand"], rows["edit"], rows["reason"])

@@ -64,7 +64,8 @@ class RunCost:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunCost:
         """What ``as_dict`` gave."""
-        return cls(**{name: Compute(**value) if isinstance(value, dict) else value for name, value in raw.items()})
+        parts = {name: Compute(**raw[name]) for name in ("step", "start", "look", "control")}
+        return cls(**parts, look_every=raw["look_every"], control_every=raw["control_every"])
 
 
 def count_cost(config: AnyConfig) -> RunCost:

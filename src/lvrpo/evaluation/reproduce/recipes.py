@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lvrpo.config import config_sha256, load_config, read_yaml
+from lvrpo.config import config_sha256, load_config, read_tree
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.compute import Compute
@@ -21,6 +21,7 @@ from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
+from lvrpo.types import Task
 
 CODE_FILES = ("*.py", "*.yaml")
 
@@ -83,7 +84,7 @@ class Recipes:
     def _asked(self, seed: int) -> CleanPromptsConfig:
         """The prompts that the row of the budget asks with this seed."""
         reference = self.reference()
-        counts = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
+        counts: dict[Task, int] = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
         return CleanPromptsConfig(seed=seed, counts=counts)
 
     def reference(self) -> TrainConfig:
@@ -142,11 +143,7 @@ class Recipes:
 
 def is_supervised(path: Path) -> bool:
     """Whether a file, or one that it extends, has keys of supervised training."""
-    tree = read_yaml(path)
-    own = set(tree) - {"extends"}
-    if own - set(TrainConfig.model_fields):
-        return True
-    return "extends" in tree and is_supervised(path.parent / str(tree["extends"]))
+    return bool(set(read_tree(path)) - set(TrainConfig.model_fields))
 
 
 def code_version() -> str:

@@ -20,6 +20,7 @@ from lvrpo.policies.loading import FINAL, load_policy
 from lvrpo.report.evidence import TUNING, Summary
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import SEAL
+from lvrpo.training.health import assess
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run import START, Alignment, Pretraining
@@ -38,6 +39,8 @@ class Trained:
     policy: Policy
     steps: int = 0
     seconds: float = 0.0
+    not_well: tuple[str, ...] = ()
+    """What its metrics say against it."""
 
 
 class Runner:
@@ -173,6 +176,7 @@ class Runner:
             "test_seconds": round(time.perf_counter() - started, 1),
             "test_opened": time.strftime("%Y-%m-%d", time.gmtime()),
             "validation": {"score": validation_score(tuned), "prompts": self.experiment.tuning.prompts},
+            "not_well": list(trained.not_well),
             "code": code_version(),
             "hardware": hardware(),
             "benchmarks": benchmarks,
@@ -203,7 +207,9 @@ class Runner:
                 raise Interrupted(f"{folder}: interrupted, a checkpoint is written; the same command goes on with it")
             if isinstance(training, Pretraining):
                 return Trained(training.trainer.average, training.trainer.step_number, training.seconds)
-            return Trained(training.result(), training.state.step, training.state.seconds)
+            findings = assess(training.run.metrics(), training.config.max_failed).findings
+            words = tuple(finding.words for finding in findings)
+            return Trained(training.result(), training.state.step, training.state.seconds, words)
 
     def _write(self, path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
