@@ -141,7 +141,7 @@ def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, monkeypatc
     for file in ("summary.json", "policy.json"):
         Path("run", file).unlink()
     shutil.rmtree("run/checkpoints/step_000002")
-    assert main(["train", "--resume", "run", "--no-evaluate"]) == 0
+    assert main(["train", "--resume", "run", "--no-evaluate", "--allow-code"]) == 0
     again = rows(Path("run"))[2]
     assert set(again) == set(last)
     for name, value in last.items():  # bfloat16, rows in other company

@@ -16,6 +16,7 @@ from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
 from lvrpo.evaluation.recorded_groups import read_record
 from lvrpo.evaluation.reward_audit import audit_rewards
+from lvrpo.registry import allow_code
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.checkpoint import load_state
@@ -533,6 +534,7 @@ def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
 
 
 def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
+    allow_code(["discrete_policy"])
     DiscretePolicy(("masked",)).save(Path("policy"))
     config = load_config(TrainConfig, None, ["policy=policy", "device=cpu", "tokens={}"])
     with pytest.raises(InputError, match="tokens: policy=policy writes no such segments, only text, masked"):
