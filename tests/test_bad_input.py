@@ -47,6 +47,8 @@ class Silent:
 class Unmade(Base):
     def __init__(self):
         raise ValueError("no server")
+
+    def score(self, groups, judge): ...
 """
 SMALL = (
     "steps=2",
