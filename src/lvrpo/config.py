@@ -273,7 +273,7 @@ def shipped_configs() -> dict[str, Path]:
 def _parent(path: Path, parent: str) -> Path:
     """The file that ``path`` extends: one beside it, or one that lvrpo ships."""
     beside, shipped = path.parent / parent, shipped_configs()
-    if beside.is_file():
+    if os.path.lexists(beside):  # what it is, whoever opens it finds out
         return beside
     if parent.removesuffix(".yaml") in shipped:
         return shipped[parent.removesuffix(".yaml")]
