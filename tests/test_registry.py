@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.cli import main
-from lvrpo.config import dump_config, load_config
+from lvrpo.config import dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
@@ -230,7 +230,7 @@ def test_a_run_allows_nothing(trace: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "allow_code" not in dump_config(config)
     Path("run").mkdir()
     Path("run/config.yaml").write_text("allow_code: [evil]\n" + dump_config(config))
-    Path("run/manifest.json").write_text("{}")
+    Path("run/manifest.json").write_text(json.dumps({"config_sha256": tree_sha256(read_yaml(Path("run/config.yaml")))}))
     assert RunDirectory.read(Path("run")).config(TrainConfig).allow_code == ()
     for command in (["--resume", "run"], ["run/config.yaml"]):
         assert "is code of evil" in refused(capfd, "train", *command)

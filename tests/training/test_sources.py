@@ -76,7 +76,8 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
 def test_the_guard_follows_rewards_below_zero_and_leaves_failures_out() -> None:
     guard, state = Guard({"understand": [group("a").prompt]}, TrainConfig()), GuardState()
     for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "kept")):
-        guard.score = lambda policy, judge=None, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
+        guard.sample = lambda policy: {}  # type: ignore[method-assign]
+        guard._scores = lambda outputs, judge, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
         assert guard.look(object(), state, 0).verdict == verdict or verdict == "kept"  # type: ignore[arg-type]
     assert state.top == pytest.approx(-0.4)
 
@@ -126,8 +127,9 @@ def settings(base: Path, *more: str) -> list[str]:
 
 
 def rows(**changed: dict[str, Any]) -> None:
-    for name in "tve":
-        write(f"{name}.jsonl", {**DRAW, "prompt": "a blue circle"}, {**DRAW, **changed.get(name, {})})
+    for name, shape in {"t": "circle", "v": "star", "e": "cross"}.items():
+        first, second = ({**DRAW, "prompt": f"a {color} {shape}"} for color in ("blue", "red"))
+        write(f"{name}.jsonl", first, {**second, **changed.get(name, {})})
 
 
 @pytest.mark.parametrize("file", ["t", "v", "e"])
