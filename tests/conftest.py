@@ -92,7 +92,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = "policy={tower_width: 64, transformer: {width: 64, depth: 2, heads: 2, key_heads: 2, mlp_width: 128}}"
     rows = "batch={generate: 8, caption: 4, question: 32, edit: 4, reason: 8}"
     corpus = "corpus={scenes: 100, edits: 40, reasons: 40}"
-    config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=70", "device=cpu"])
+    config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=150", "device=cpu"])
     trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
     for _ in range(config.steps):
         trainer.step()

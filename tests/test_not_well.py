@@ -76,7 +76,15 @@ def train(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
 
     def run(name: str, *changes: str, out: str = "run", **row: Any) -> int:
         rewards = json.dumps([{"name": f"own_rewards:{name}", **row}])
-        arguments = ["train", "quickstart", f"policy={small_base}", *SMALL, f"rewards={rewards}", *changes]
+        arguments = [
+            "train",
+            "quickstart",
+            f"policy={small_base}",
+            *SMALL,
+            f"rewards={rewards}",
+            "allow_code=[own_rewards]",
+            *changes,
+        ]
         return main([*arguments, "--out", out, "--no-evaluate"])
 
     return run
@@ -222,8 +230,11 @@ SHAPES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: (r / "metrics.jsonl").write_text('{"step": "two"}\n'),
         'metrics.jsonl:1: step="two": input should be a valid integer',
     ),
-    "metrics: deep": (lambda r: (r / "metrics.jsonl").write_text("[" * 100_000 + "\n"), "metrics.jsonl:1: is not JSON"),
-    "metrics: no text": (lambda r: (r / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl:1: is not JSON"),
+    "metrics: deep": (
+        lambda r: (r / "metrics.jsonl").write_text("[" * 100_000 + "\n"),
+        "metrics.jsonl:1: nested too deeply",
+    ),
+    "metrics: no text": (lambda r: (r / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl:1: not JSON"),
     "plan: a list": (lambda r: (r / "plan.json").write_text("[]"), "plan.json: []: input should be"),
     "plan: empty": (lambda r: (r / "plan.json").write_text("{}"), "plan.json: benchmarks={}: field required"),
     "plan: a baseline that is none": (

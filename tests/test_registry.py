@@ -230,8 +230,7 @@ def test_a_run_allows_nothing(trace: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "allow_code" not in dump_config(config)
     Path("run").mkdir()
     Path("run/config.yaml").write_text("allow_code: [evil]\n" + dump_config(config))
-    digest = tree_sha256(read_yaml(Path("run/config.yaml")))  # whoever wrote the one could write the other
-    Path("run/manifest.json").write_text(json.dumps({"config_sha256": digest}))
+    Path("run/manifest.json").write_text(json.dumps({"config_sha256": tree_sha256(read_yaml(Path("run/config.yaml")))}))
     assert RunDirectory.read(Path("run")).config(TrainConfig).allow_code == ()
     for command in (["--resume", "run"], ["run/config.yaml"]):
         assert "is code of evil" in refused(capfd, "train", *command)

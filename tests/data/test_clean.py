@@ -22,7 +22,7 @@ def test_rows_are_the_first_prompts_with_their_right_outputs() -> None:
 
 def test_a_run_imitates_prompts_where_it_says_so() -> None:
     batch = {"generate": 2, "question": 4}
-    tree = {"data": "prompts", "batch": batch, "prompts": {"counts": {"generate": 4, "understand": 8}}}
+    tree = {"rows": "prompts", "batch": batch, "prompts": {"counts": {"generate": 4, "understand": 8}}}
     config = PretrainConfig.model_validate(tree)
     assert len(supervised_rows(config).question) == 8
     for wrong in ({"generate": 2, "caption": 1}, {"edit": 1}):

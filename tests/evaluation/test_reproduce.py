@@ -65,7 +65,7 @@ rows:
     about: right outputs
     group: oracle
     config: {folder}/continued.yaml
-    overrides: [data=prompts, batch.caption=0]
+    overrides: [rows=prompts, batch.caption=0]
     runs: all
     tune: [[], [optimizer.muon_lr=0.01]]
 """
@@ -166,7 +166,7 @@ def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
     made = open_runner(small).recipes
     config = made.config("oracle", (), "one", 3)
     assert isinstance(config, PretrainConfig)
-    assert config.data == "prompts"
+    assert config.rows == "prompts"
     assert config.prompts.seed == 3
     assert config.prompts.counts == {"generate": 6, "understand": 12, "edit": 3, "reason": 6}  # 3 steps of ALIGNED
     assert config.init == made.base_model("one")

@@ -127,10 +127,9 @@ def settings(base: Path, *more: str) -> list[str]:
 
 
 def rows(**changed: dict[str, Any]) -> None:
-    """Two of each split, which share no prompt."""
-    for name, shape in {"t": "circle", "v": "square", "e": "triangle"}.items():
-        red, blue = ({**DRAW, "prompt": f"a {color} {shape}"} for color in ("red", "blue"))
-        write(f"{name}.jsonl", blue, {**red, **changed.get(name, {})})
+    for name, shape in {"t": "circle", "v": "star", "e": "cross"}.items():
+        first, second = ({**DRAW, "prompt": f"a {color} {shape}"} for color in ("blue", "red"))
+        write(f"{name}.jsonl", first, {**second, **changed.get(name, {})})
 
 
 @pytest.mark.parametrize("file", ["t", "v", "e"])
@@ -188,6 +187,9 @@ def test_built_in_names_are_extended_and_errors_name_the_file() -> None:
     for name in ("quickstart", "quickstart.yaml"):
         Path("own.yaml").write_text(f"extends: {name}\nsteps: 3\n")
         assert load_config(TrainConfig, Path("own.yaml")).name == "quickstart"
+    Path("quickstart").mkdir()  # a folder does not stand before a built-in name
+    Path("own.yaml").write_text("extends: quickstart\n")
+    assert load_config(TrainConfig, Path("own.yaml")).name == "quickstart"
     Path("own.yaml").write_text("extends: quickstrat\n")
     with pytest.raises(InputError, match=r"^own.yaml: extends=quickstrat: no such file: did you mean quickstart\?"):
         load_config(TrainConfig, Path("own.yaml"))

@@ -50,11 +50,11 @@ class PretrainConfig(Config):
     """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
     device: str = "auto"
     policy: TinyConfig = TinyConfig()
-    data: Literal["corpus", "prompts"] = "corpus"
+    rows: Literal["corpus", "prompts"] = "corpus"
     """prompts: those of the train split with their right outputs, which nothing but an oracle has."""
     corpus: CorpusConfig = CorpusConfig()
     prompts: CleanPromptsConfig = CleanPromptsConfig()
-    """The rows of ``data: prompts``; picture size and questions per picture are those of ``corpus``."""
+    """The rows of ``rows: prompts``; picture size and questions per picture are those of ``corpus``."""
     steps: int = Field(default=6000, ge=1, le=10_000_000)
     batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
@@ -88,7 +88,7 @@ class PretrainConfig(Config):
             "reason": corpus.reasons,
             "question": corpus.scenes * corpus.questions_per_scene,
         }
-        if self.data == "prompts":
+        if self.rows == "prompts":
             counts = self.prompts.counts
             rows = {"question": counts.get("understand", 0), **counts}
         for kind, count in self.batch.items():
@@ -197,7 +197,7 @@ class Supervised:
 
 def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
     """What the run imitates."""
-    if config.data == "corpus":
+    if config.rows == "corpus":
         return web_corpus(config.corpus)
     return CleanPrompts.of(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 

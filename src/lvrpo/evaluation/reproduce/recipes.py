@@ -78,7 +78,7 @@ class Recipes:
                 update={**common, "policy": self.base_model(base)}
             )
         config = load_config(PretrainConfig, path, overrides)
-        if config.data == "prompts":
+        if config.rows == "prompts":
             common["prompts"] = self._asked(seed)
         return config.model_copy(update={**common, "init": self.base_model(base)})
 
