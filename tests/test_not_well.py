@@ -114,7 +114,7 @@ def test_a_reward_that_dies_stops_the_run_with_a_checkpoint(
         assert f"step 2 is saved: go on with lvrpo train --resume {name}" in line
         assert sorted(path.name for path in Path(name, "checkpoints").iterdir()) == ["step_000000", "step_000002"]
         dies_at(10**9)
-        assert main(["train", "--resume", name, "--no-evaluate"]) == 0
+        assert main(["train", "--resume", name, "--no-evaluate", "--allow-code"]) == 0
         assert [row["step"] for row in RunDirectory.read(Path(name)).metrics()] == [0, 1, 2, 3, 4]
 
 
