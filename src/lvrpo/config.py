@@ -40,7 +40,7 @@ class Config(BaseModel):
         return value
 
 
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, le=100_000)]
 """A whole number that is none or more: an entry of a table or a pair."""
 Positive = Annotated[int, Field(ge=1)]
 """A whole number above 0."""

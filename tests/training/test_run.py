@@ -161,7 +161,7 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, .
 METHODS = {
     "all at once": [
         "rollout.refill_budget=6",
-        "advantages={std_floor: 0.02, kind: group_relative, stages: per_segment}",
+        "advantages={std_floor: 0.005, kind: group_relative, stages: per_segment}",
         "text={lr: 0.5, importance_cap: 2}",
         "mini_updates=2",
         "gradient_audit.every=2",

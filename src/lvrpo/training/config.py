@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
+from lvrpo.config import Config, Natural
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.data.sources import DATASETS
@@ -53,7 +53,7 @@ class GuardConfig(Config):
     """The held-out watch: keeps the best weights and acts when a task falls."""
 
     every: int = Field(default=20, ge=1)
-    prompts: dict[Task, Count] = Field(
+    prompts: dict[Task, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     rewards: tuple[RewardConfig, ...] = ()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
+from lvrpo.config import Config, Natural
 from lvrpo.data.scenes import VOCABULARY, CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, pick_device
@@ -74,7 +74,7 @@ class PretrainConfig(Config):
     threads: int = Field(default=1, ge=1, le=1024)
     held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
-    held_out: dict[Task, Count] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    held_out: dict[Task, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
@@ -94,7 +94,7 @@ class PretrainConfig(Config):
         for kind, count in self.batch.items():
             run = corpus.questions_per_scene if kind == "question" else 1
             if count < 0 or (count and rows.get(kind, 0) < max(run, 1)):
-                what = "the corpus has" if self.data == "corpus" else "the prompts have"
+                what = "the corpus has" if self.rows == "corpus" else "the prompts have"
                 raise ValueError(f"batch.{kind}={count}: {what} no such rows; use 0, or give some")
         if not any(self.batch.values()):
             raise ValueError("batch: give at least one kind of row a positive number")
