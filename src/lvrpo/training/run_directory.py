@@ -186,7 +186,7 @@ class RunDirectory:
         path = self._inside(relative)
         if not path.exists():
             raise InputError(f"{path}: no such file: the run has not written it")
-        return read_json(path, "restore it or delete it")
+        return read_json(path, "restore it or delete it", finite=False)
 
     def samples_dir(self, step: int) -> Path:
         """``samples/step_000010``, created."""
@@ -232,7 +232,7 @@ class RunDirectory:
             lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         rows = []
         for number, line in enumerate(lines[:-1], start=1):
-            row = parse_json(line, f"{path}:{number}", "delete this line")
+            row = parse_json(line, f"{path}:{number}", "delete this line", finite=False)
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: holds {type(row).__name__}, not an object: delete this line")
             rows.append(row)
