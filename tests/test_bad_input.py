@@ -307,7 +307,7 @@ MODELS_AND_RUNS: list[Case] = [
     (("pretrain", "--resume", "unfinished"), 2, "unknown key"),
     (("report", "nowhere"), 2, "is not a run directory"),
     (("report", "notes"), 2, "is not a run directory"),
-    (("report", "oddsummary"), 2, "summary.json: not JSON"),
+    (("report", "oddsummary"), 2, "summary.json: not JSON at column 2"),
     (("audit",), 2, "RUN"),
     (("audit", "nowhere"), 2, "nowhere: is not a run directory"),
     (("audit", "notes"), 2, "notes: is not a run directory"),

@@ -94,26 +94,27 @@ def read_text(path: Path, remedy: str, most_bytes: int = TEXT_BYTES) -> str:
         raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
 
 
-def read_json(path: Path, remedy: str = "restore the file", most_bytes: int = JSON_BYTES) -> Any:
+def read_json(path: Path, remedy: str = "restore the file", most_bytes: int = JSON_BYTES, finite: bool = True) -> Any:
     """What a JSON file holds. Any: whatever JSON may hold. Raises InputError."""
-    return parse_json(read_text(path, remedy, most_bytes), str(path), remedy)
+    return parse_json(read_text(path, remedy, most_bytes), str(path), remedy, finite)
 
 
-def read_json_object(path: Path, remedy: str = "restore the file", most_bytes: int = JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str = "restore the file", finite: bool = True) -> dict[str, Any]:
     """The object that a JSON file holds; raises InputError."""
-    found = read_json(path, remedy, most_bytes)
+    found = read_json(path, remedy, finite=finite)
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds {type(found).__name__}, not an object: {remedy}")
     return found
 
 
-def parse_json(text: str | bytes, where: str, remedy: str = "correct it") -> Any:
-    """What JSON text holds, numbers finite and of bounded length. Any: whatever JSON may hold.
+def parse_json(text: str | bytes, where: str, remedy: str = "correct it", finite: bool = True) -> Any:
+    """What JSON text holds, its numbers of bounded length. Any: whatever JSON may hold.
 
+    ``finite``: whether nan and infinities are refused; what shows a run takes them for missing numbers.
     Raises InputError with one line that begins with ``where``.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): {remedy}") from None
     except UnicodeDecodeError as error:

@@ -27,9 +27,12 @@ Kind = Any
 """Any: a type as pydantic takes it, such as ``list[SomeRecord]``; the value comes back as JSON holds it."""
 
 
-def parse_json(text: str | bytes, kind: Kind, where: str, remedy: str = DAMAGED) -> Any:
-    """What a JSON text holds, of a type; raises InputError that begins with ``where``."""
-    found = reading.parse_json(text, where, remedy)
+def parse_json(text: str | bytes, kind: Kind, where: str, remedy: str = DAMAGED, finite: bool = True) -> Any:
+    """What a JSON text holds, of a type; raises InputError that begins with ``where``.
+
+    ``finite``: whether nan and infinities are refused.
+    """
+    found = reading.parse_json(text, where, remedy, finite)
     return typed(found, kind, where, remedy)
 
 

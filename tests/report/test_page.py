@@ -187,7 +187,7 @@ def test_pictures_outside_of_the_run_or_broken_are_left_out(tmp_path: Path, make
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"before": ', "not JSON at column"),
+        ('{"before": ', "summary.json: not JSON at column 12"),
         ("[1, 2]", "holds list, not an object"),
         ('{"before": 3}', "before is int, not a table of tasks"),
         ('{"after": {"edit": 0.5}}', "after.edit is float, not an object"),

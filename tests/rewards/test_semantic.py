@@ -140,7 +140,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_a_folder_without_a_tower_is_refused(group: Callable[..., Group], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     for content, message in (
-        ("{", "not JSON at column"),
+        ("{", "not JSON at column 2"),
         ("[]", "model_type=None: use a folder of siglip or siglip2"),
         ('{"model_type": "bert"}', "model_type='bert'"),
     ):

@@ -118,7 +118,7 @@ def read_audit(path: Path, problems: list[str]) -> Audit | None:
     if not path.is_file():
         return None
     try:
-        return _audit(read_json(path))
+        return _audit(read_json(path, finite=False))
     except (InputError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         problems.append(
             f"{path.name} could not be read ({type(error).__name__}: {error}): lvrpo report writes it anew."

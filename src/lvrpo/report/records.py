@@ -202,7 +202,7 @@ def read_metrics(path: Path) -> Metrics:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, str(path))
+            row = parse_json(line, str(path), finite=False)
         except InputError:
             row = None
         step = number(row.get("step")) if isinstance(row, dict) else None
@@ -218,7 +218,7 @@ def read_summary(path: Path) -> Summary | None:
     if not path.exists():
         return None
     remedy = "evaluate the run again or delete the file"
-    raw = read_json_object(path, remedy)
+    raw = read_json_object(path, remedy, finite=False)
     try:
         before, after, difference = (_task_scores(raw.get(k), k) for k in ("before", "after", "difference"))
         other = raw.get("baseline")
@@ -315,7 +315,7 @@ def _group_cases(path: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for line in _text(path).splitlines():
         try:
-            row = parse_json(line, str(path))
+            row = parse_json(line, str(path), finite=False)
         except InputError:
             continue
         if not isinstance(row, dict):
@@ -349,7 +349,7 @@ def _tolerant_json(path: Path, problems: list[str]) -> Any:
     if not path.is_file():
         return None
     try:
-        return read_json(path)
+        return read_json(path, finite=False)
     except InputError as error:
         problems.append(
             f"{path.parent.name + '/' if path.parent.name == 'eval' else ''}{path.name} could not be read: {error}."

@@ -233,7 +233,8 @@ class RunDirectory:
         path = self._inside(relative)
         if not path.exists():
             raise InputError(f"{path}: no such file: the run has not written it")
-        return typed(read_json(path, "restore it or delete it"), kind, str(path), "restore it or delete it")
+        found = read_json(path, "restore it or delete it", finite=False)
+        return typed(found, kind, str(path), "restore it or delete it")
 
     def samples_dir(self, step: int) -> Path:
         """``samples/step_000010``, created."""
@@ -278,7 +279,7 @@ class RunDirectory:
         with disk_errors(path, "read"):
             lines = read_bytes(path, "restore the file").split(b"\n") if path.exists() else [b""]
         return [
-            parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line")
+            parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line", finite=False)
             for number, line in enumerate(lines[:-1], start=1)
         ]
 
