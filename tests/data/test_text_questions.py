@@ -6,14 +6,14 @@ import pytest
 
 from lvrpo.data.scenes import SPLITS, ScenePrompts, ScenesConfig, Split, read
 from lvrpo.data.scenes.grammar import Caption, Mention
-from lvrpo.data.scenes.text_questions import asked_by, left_alone, read_caption
+from lvrpo.data.scenes.text_questions import questions_of_text, questions_of_the_rest, read_caption
 from lvrpo.data.scenes.verifier import holds
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_caption_says_its_facts(split: Split) -> None:
     for prompt in ScenePrompts(split=split).prompts("generate", 420):
-        assert asked_by(str(prompt.parts[0])) == prompt.facts
+        assert questions_of_text(str(prompt.parts[0])) == prompt.facts
 
 
 def test_an_instruction_says_what_changes() -> None:
@@ -21,7 +21,7 @@ def test_an_instruction_says_what_changes() -> None:
     for index in range(200):
         example = source.example("edit", index)
         before, after = (read(picture[None])[0] for picture in (example.prompt.parts[0], example.outputs[0]))  # type: ignore[index]
-        found = asked_by(str(example.prompt.parts[1]))
+        found = questions_of_text(str(example.prompt.parts[1]))
         assert found
         for fact in found:
             if fact.check:
@@ -50,12 +50,12 @@ def test_captions_are_read(text: str, caption: Caption | None) -> None:
 
 
 def test_what_is_left_alone_is_asked_both_ways() -> None:
-    found = [(fact.question, fact.answer) for fact in left_alone("replace the star with a circle")]
+    found = [(fact.question, fact.answer) for fact in questions_of_the_rest("replace the star with a circle")]
     assert len(found) == 8
     assert ("is there a cross ?", "yes") in found
     assert ("is there a cross ?", "no") in found
     assert not any("star" in question or "circle" in question for question, _ in found)
-    assert asked_by("what is the sum ?") == ()
+    assert questions_of_text("what is the sum ?") == ()
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -63,5 +63,5 @@ def test_without_labels_nothing_of_the_scene_is_left(split: Split) -> None:
     source = ScenePrompts(ScenesConfig(labels=False), split)
     for task in source.tasks:
         for prompt in source.prompts(task, 42):
-            assert (prompt.answer, prompt.facts, prompt.edited) == (None, (), None)
+            assert (prompt.answer, prompt.facts, prompt.edited, prompt.content) == (None, (), None, "")
     assert all(p.facts for p in ScenePrompts(ScenesConfig(labels=False), "test").prompts("generate", 7))

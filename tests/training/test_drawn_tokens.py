@@ -108,7 +108,7 @@ def loss_of(
     members = [Member(Trajectory(prompt, m, (s,), m), a) for m, (s, a) in enumerate(zip(segments, A, strict=True))]
     metrics = Metrics()
     asked: Any = Batch("generate", 0, members, 1.0, metrics)
-    frozen = {name: objective.frozen_terms(reference, asked) for name in objective.compared_with}  # type: ignore[arg-type]  # log-probs are all that is asked
+    frozen = {name: objective.frozen_terms(name, reference, asked) for name in objective.compared_with}  # type: ignore[arg-type]  # log-probs are all that is asked
     loss = objective.loss(live, replace(asked, frozen=frozen))  # type: ignore[arg-type]
     return float(loss), metrics.means()
 

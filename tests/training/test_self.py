@@ -34,7 +34,7 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
     names: dict[str, set[str]] = {}
     for task, count in config.data.prompts_per_step.items():
         for prompt in parts.source.prompts(task, count):
-            assert (prompt.answer, prompt.facts, prompt.edited) == (None, (), None)
+            assert (prompt.answer, prompt.facts, prompt.edited, prompt.content) == (None, (), None, "")
             names.setdefault(task, set()).update(r.config.name for r in parts.rewards if r.scores(prompt))
     assert names == {
         "generate": {"own_vqa"},
@@ -43,7 +43,8 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
         "reason": {"agreement"},
     }
     assert {task: len(rows) for task, rows in parts.guard.prompts.items()} == {"generate": 84, "edit": 60}
-    assert all((p.answer, p.facts, p.edited) == (None, (), None) for rows in parts.guard.prompts.values() for p in rows)
+    watched = [p for rows in parts.guard.prompts.values() for p in rows]
+    assert all((p.answer, p.facts, p.edited, p.content) == (None, (), None, "") for p in watched)
 
 
 def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Literal
 
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig, Split
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.types import Prompt, Task
 
 
-@lru_cache(maxsize=12)
-def held_out_prompts(task: Task, n: int, split: Split = "test") -> tuple[Prompt, ...]:
+@lru_cache(maxsize=16)
+def held_out_prompts(
+    task: Task, n: int, split: Split = "test", wording: Literal["trained", "paraphrased"] = "trained"
+) -> tuple[Prompt, ...]:
     """The first ``n`` prompts of a task; categories take turns, a fifth of those that can show unseen combinations."""
-    return tuple(ScenePrompts(ScenesConfig(), split, 0).prompts(task, n))
-
-
-@lru_cache(maxsize=2)
-def paraphrased_prompts(task: Task, n: int) -> tuple[Prompt, ...]:
-    """The same prompts of the test split, worded as no training row is."""
-    return tuple(ScenePrompts(ScenesConfig(wording="paraphrased"), "test", 0).prompts(task, n))
+    return tuple(ScenePrompts(ScenesConfig(wording=wording), split, 0).prompts(task, n))
 
 
 def _validation(task: Task) -> Callable[[int], tuple[Prompt, ...]]:
@@ -45,13 +42,17 @@ GENERATE_GUIDED = Benchmark(
     fixed=True,
 )
 """The same prompts and noise with guidance 1.5."""
-GENERATE_PARAPHRASED = Benchmark("generate_paraphrased", partial(paraphrased_prompts, "generate"), n=490)
+GENERATE_PARAPHRASED = Benchmark(
+    "generate_paraphrased", partial(held_out_prompts, "generate", wording="paraphrased"), n=490
+)
 """The first of these prompts in other words."""
 UNDERSTAND = Benchmark(
     "understand", partial(held_out_prompts, "understand"), n=2400, validation=_validation("understand")
 )
 """Questions about pictures, greedy."""
-UNDERSTAND_PARAPHRASED = Benchmark("understand_paraphrased", partial(paraphrased_prompts, "understand"), n=600)
+UNDERSTAND_PARAPHRASED = Benchmark(
+    "understand_paraphrased", partial(held_out_prompts, "understand", wording="paraphrased"), n=600
+)
 """The first of these questions in other words."""
 UNDERSTAND_SAMPLED = Benchmark(
     "understand_sampled",

@@ -59,7 +59,7 @@ class BestDrawing(FlowObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
         return self._noised(policy, batch).velocity(policy)
 
     def _noised(self, policy: Policy, batch: Batch) -> Noised:

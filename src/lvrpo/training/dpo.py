@@ -43,7 +43,7 @@ class TextDPO(TextObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
         return whole_logprobs(policy, batch.trajectories, self.kind)
 
     def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
@@ -65,14 +65,17 @@ class FlowDPO(FlowObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
-        """The losses at the noise and times of the batch."""
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+        return self._losses(policy, batch)
+
+    def _losses(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+        """At the noise and times of the batch."""
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
         noised = add_noise(policy, batch, self.config, "dpo", seeds)
         return noised.flow_loss(noised.velocity(policy))
 
     def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
-        losses, ref = self._by_pair(self.frozen_terms(live, batch)), self._by_pair(batch.frozen["reference"])
+        losses, ref = self._by_pair(self._losses(live, batch)), self._by_pair(batch.frozen["reference"])
         return reported(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -148,12 +148,14 @@ class FreshNoiseObjective(ContrastObjective):
         branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
         return self.config.noise_draws * branches
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "K B N C"]:
-        """Velocities as sampled, guided as the reference is to be, and without the text; what is not used is absent."""
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "K B N C"]:
+        """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
+        as they are used."""
         noised, config = self._noised(policy, batch), self.config
-        scales = [1.0, config.reference_guidance] if config.reference_guidance != 1 else [1.0]
-        velocities = [noised.velocity(policy, scale) for scale in scales]
-        return torch.stack(velocities + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
+        if name == "old":
+            return noised.velocity(policy)[None]
+        guided = [noised.velocity(policy, config.reference_guidance)] if config.kl_coef else []
+        return torch.stack(guided + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
 
     def _noised(self, policy: Policy, batch: Batch) -> Noised:
         seeds = [trajectory.seed for trajectory in batch.trajectories]
@@ -167,8 +169,7 @@ class FreshNoiseObjective(ContrastObjective):
         batch.log("distance/old", velocity_regularizer(v.detach(), v_old).mean())
         loss = policy_loss
         if config.kl_coef:
-            v_ref = batch.frozen["reference"][1 if config.reference_guidance != 1 else 0]
-            divergence = velocity_regularizer(v, v_ref)
+            divergence = velocity_regularizer(v, batch.frozen["reference"][0])
             batch.log(f"kl/flow/{batch.task}", divergence.mean())
             loss = loss + config.kl_coef * divergence
         if config.unguided_kl_coef:
@@ -233,7 +234,7 @@ class FlowGRPO(ContrastObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B W N C"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B W N C"]:
         """Velocities at the recorded states before the trained steps, or the means of these steps."""
         if self.config.kl == "gaussian":
             return replay(policy, batch.trajectories).means

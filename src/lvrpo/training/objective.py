@@ -197,8 +197,11 @@ class Objective(ABC):
         """The frozen policies that the loss asks, before the live one is."""
         return ()
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> torch.Tensor:
-        """What the loss compares the live policy's numbers with, of one of ``compared_with``; called without grad."""
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> torch.Tensor:
+        """What the loss compares the live policy's numbers with, of the policy ``name`` of ``compared_with``.
+
+        Called without grad.
+        """
         raise ContractError(f"{type(self).__name__} says compared_with={self.compared_with}, and not what it asks them")
 
     @abstractmethod

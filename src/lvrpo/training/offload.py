@@ -163,7 +163,9 @@ class Shards:
     ) -> None:
         for each, terms in zip(work, frozen, strict=True):
             if name in each.objective(self.config, self.policy).compared_with:
-                terms[name] = frozen_terms(self.policy, self.config, each, step).cpu()  # of all work there are many
+                terms[name] = frozen_terms(
+                    name, self.policy, self.config, each, step
+                ).cpu()  # of all work there are many
 
     def _backward(self, work: Work, step: int, metrics: Metrics, terms: Mapping[FrozenPolicy, torch.Tensor]) -> None:
         device = next(iter(self.parameters.values())).device

@@ -116,7 +116,7 @@ class TokenObjective(TextObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B L"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B L"]:
         return token_grid(policy, batch.trajectories, self.kind).logprobs
 
     def loss(self, live: Policy, batch: Batch) -> torch.Tensor:

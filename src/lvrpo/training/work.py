@@ -42,15 +42,15 @@ def backward(policies: Policies, config: TrainConfig, work: Work, step: int, met
     """Adds the gradient of some work to the live policy's, weighted as in the sum of all."""
     compared = work.objective(config, policies.live).compared_with
     frozen: dict[FrozenPolicy, torch.Tensor] = {
-        name: frozen_terms(getattr(policies, name), config, work, step) for name in compared
+        name: frozen_terms(name, getattr(policies, name), config, work, step) for name in compared
     }
     backward_live(policies.live, config, work, step, metrics, frozen)
 
 
 @torch.no_grad()
-def frozen_terms(policy: Policy, config: TrainConfig, work: Work, step: int) -> torch.Tensor:
+def frozen_terms(name: FrozenPolicy, policy: Policy, config: TrainConfig, work: Work, step: int) -> torch.Tensor:
     """What one of the policies that the objective compares with says of some work."""
-    return work.objective(config, policy).frozen_terms(policy, work.batch(step, Metrics(), {}))
+    return work.objective(config, policy).frozen_terms(name, policy, work.batch(step, Metrics(), {}))
 
 
 def backward_live(

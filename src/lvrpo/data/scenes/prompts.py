@@ -16,7 +16,7 @@ from lvrpo.data.scenes import edits, facts, grammar, reasoning
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split
 from lvrpo.data.scenes.paraphrases import paraphrased
-from lvrpo.data.scenes.questions import Question, ask, in_turn
+from lvrpo.data.scenes.questions import Question, ask, balanced_choice
 from lvrpo.data.scenes.render import cells_mask, render
 from lvrpo.types import Example, Image, Part, Prompt, Task
 
@@ -128,7 +128,7 @@ class ScenePrompts:
         prompt = self._build(task, index)[0]
         if self.config.labels or self.split == "test":
             return prompt
-        return replace(prompt, answer=None, facts=(), edited=None)
+        return replace(prompt, answer=None, facts=(), edited=None, content="")  # content may hold the scene
 
     def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
@@ -182,7 +182,7 @@ class ScenePrompts:
             asked = {"content": f"{e.source.content} {e.instruction}", "held_out": e.target.held_out()}
             prompt = Prompt(key, task, parts, ("image",), None, e.facts, category, self.name, **asked, edited=edited)
             return prompt, (e.target,)
-        r = reasoning.reason(category, layout, in_turn(self._number(task, index), self.name))
+        r = reasoning.reason(category, layout, balanced_choice(self._number(task, index), self.name))
         if r.drawing is not None:
             prompt = Prompt(
                 key, task, (r.text,), ("text", "image"), r.answer, r.facts, category, self.name, content=r.content
@@ -207,9 +207,8 @@ class ScenePrompts:
         each = self.config.questions_per_picture
         indices = range(number * each, (number + 1) * each)
         categories = [self.category("understand", i) for i in indices]
-        wanted = [
-            in_turn(self._number("understand", i), f"{self.name} {c}") for i, c in zip(indices, categories, strict=True)
-        ]
+        numbers = [self._number("understand", i) for i in indices]
+        wanted = [balanced_choice(n, f"{self.name} {c}") for n, c in zip(numbers, categories, strict=True)]
         asked = next((c for c in categories if c in CAN_HOLD_OUT["understand"]), "")
         layout = self._layout("understand", number, asked)
         while True:

@@ -33,7 +33,7 @@ def _alone(scene: Scene) -> list[SceneObject]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class QuestionChoice:
     """Which question of a category is asked: forms and the two answers of a form come equally often."""
 
     form: int
@@ -42,7 +42,7 @@ class Wanted:
     """The answer, where it is yes or no."""
 
 
-def _color(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _color(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     if wanted.form % 6 == 0:
         return Question(grammar.ASK_GROUND, scene.ground)
     groups = [g for s, g in _groups(scene, "shape").items() if len({o.color for o in g}) == 1]
@@ -55,7 +55,7 @@ def _color(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Quest
     return Question(grammar.ask_color(Mention(shape, None, len(group))), group[0].color)
 
 
-def _count(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _count(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     """One of the scene's counts: numbers above one first, each that the scene offers equally likely."""
     counts: dict[tuple[str, str | None], int] = {("object", None): len(scene.objects)}
     for o in scene.objects:
@@ -69,7 +69,7 @@ def _count(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Quest
     return Question(grammar.ask_count(shape, color), NUMBER_WORDS[number])
 
 
-def _shape(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _shape(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     groups = [g for g in _groups(scene, "color").values() if len({o.shape for o in g}) == 1 and not g[0].is_digit]
     if not groups:
         return None
@@ -77,7 +77,7 @@ def _shape(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Quest
     return Question(grammar.ask_shape(group[0].color, len(group) > 1), group[0].shape)
 
 
-def _exists(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _exists(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     o = rng.choice(scene.objects)
     colored = wanted.form % 5 < 3
     if wanted.yes:
@@ -95,7 +95,7 @@ def _exists(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Ques
     return Question(grammar.ask_exists(Mention(shape, color)), "no")
 
 
-def _position(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _position(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     alone = _alone(scene)
     rng.shuffle(alone)
     pairs = [(a, b) for a in alone for b in alone if a is not b and grammar.clear_relation(a.cell, b.cell)]
@@ -124,12 +124,12 @@ def _at_edge(o: SceneObject, edge: str, grid: int) -> bool:
     return {"left": o.col == 0, "right": o.col == grid - 1, "top": o.row == 0, "bottom": o.row == grid - 1}[edge]
 
 
-def _digit(scene: Scene, rng: random.Random, grid: int, wanted: Wanted) -> Question | None:
+def _digit(scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice) -> Question | None:
     digits = [o for o in scene.objects if o.is_digit]
     return Question(grammar.ASK_DIGIT, digits[0].shape) if len(digits) == 1 else None
 
 
-_ASK: Mapping[str, Callable[[Scene, random.Random, int, Wanted], Question | None]] = {
+_ASK: Mapping[str, Callable[[Scene, random.Random, int, QuestionChoice], Question | None]] = {
     "color": _color,
     "count": _count,
     "shape": _shape,
@@ -140,24 +140,24 @@ _ASK: Mapping[str, Callable[[Scene, random.Random, int, Wanted], Question | None
 
 
 def ask(
-    category: str, scene: Scene, rng: random.Random, grid: int, wanted: Wanted | None = None, attempts: int = 12
+    category: str, scene: Scene, rng: random.Random, grid: int, wanted: QuestionChoice | None = None, attempts: int = 12
 ) -> Question | None:
     """A question of an understanding category, or None where the scene has no unambiguous one.
 
     ``wanted``: which one; None: any.
     """
     for _ in range(attempts):
-        each = wanted or Wanted(rng.randrange(60), rng.random() < 0.5)
+        each = wanted or QuestionChoice(rng.randrange(60), rng.random() < 0.5)
         question = _ASK[category](scene, rng, grid, each)
         if question is not None:
             return question
     return None
 
 
-def in_turn(number: int, salt: str) -> Wanted:
+def balanced_choice(number: int, salt: str) -> QuestionChoice:
     """What the ``number``-th question of a category is: each pair of questions has one form and both answers."""
     pair, second = divmod(number, 2)
-    return Wanted(pair, (zlib.crc32(f"{salt} {pair}".encode()) + second) % 2 == 0)
+    return QuestionChoice(pair, (zlib.crc32(f"{salt} {pair}".encode()) + second) % 2 == 0)
 
 
 def larger(scene: Scene) -> Question:

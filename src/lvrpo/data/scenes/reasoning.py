@@ -9,7 +9,7 @@ from lvrpo.data.scenes import facts
 from lvrpo.data.scenes.grammar import Caption, Mention
 from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.objects import MAX_OBJECTS, SHAPES, Scene, SceneObject, text_split
-from lvrpo.data.scenes.questions import Wanted, larger, more, smaller, sum_of
+from lvrpo.data.scenes.questions import QuestionChoice, larger, more, smaller, sum_of
 from lvrpo.types import Fact
 
 
@@ -55,14 +55,14 @@ def _pair(layout: Layout) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def _sum(layout: Layout, wanted: Wanted) -> Reasoning:
+def _sum(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     values = _addends(layout)
     scene = layout.until(lambda: layout.digits(values), lambda s: s)
     question = sum_of(scene)
     return Reasoning(scene, question.text, question.answer, content=content_of(("sum", *values)))
 
 
-def _compare(layout: Layout, wanted: Wanted) -> Reasoning:
+def _compare(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     if wanted.form % 2:
         return _more(layout, wanted.yes)
     values = _pair(layout)
@@ -97,7 +97,7 @@ def drawn_digit(layout: Layout, value: str) -> Scene:
     return layout.until(lambda: layout.digits((int(value),)), lambda s: s)
 
 
-def _draw_answer(layout: Layout, wanted: Wanted) -> Reasoning:
+def _draw_answer(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     if wanted.form % 2 == 0:
         values = _addends(layout)
         text, answer, name = f"draw {' + '.join(map(str, values))}", str(sum(values)), "sum"
@@ -112,6 +112,6 @@ def _draw_answer(layout: Layout, wanted: Wanted) -> Reasoning:
 _REASON = {"sum": _sum, "compare": _compare, "draw_answer": _draw_answer}
 
 
-def reason(category: str, layout: Layout, wanted: Wanted | None = None) -> Reasoning:
+def reason(category: str, layout: Layout, wanted: QuestionChoice | None = None) -> Reasoning:
     """A row of a reasoning category (KeyError for another name); ``wanted``: which form and answer, None for any."""
-    return _REASON[category](layout, wanted or Wanted(layout.rng.randrange(60), layout.rng.random() < 0.5))
+    return _REASON[category](layout, wanted or QuestionChoice(layout.rng.randrange(60), layout.rng.random() < 0.5))

@@ -71,7 +71,7 @@ _MOVE = re.compile(rf"move the {_REFERENCE} to the (?P<edge>{'|'.join(grammar.ED
 _REPLACE = re.compile(rf"replace the {_REFERENCE} with an? (?P<new>{'|'.join(SHAPES)})")
 
 
-def asked_by(text: str) -> tuple[Fact, ...]:
+def questions_of_text(text: str) -> tuple[Fact, ...]:
     """The facts that must hold of a picture drawn for a caption, or edited by an instruction; () for another text."""
     caption = read_caption(text)
     if caption is not None:
@@ -96,7 +96,7 @@ def _edited(pattern: re.Pattern[str], m: Mention, found: dict[str, str]) -> tupl
     return (facts.exists(replace(m, shape=found["new"]), kind="shape"), facts.exists(m, present=False))
 
 
-def left_alone(instruction: str) -> tuple[Fact, ...]:
+def questions_of_the_rest(instruction: str) -> tuple[Fact, ...]:
     """What an edit leaves as it is, asked both ways of every shape that the instruction does not name.
 
     Whoever sees the source keeps the answers that hold of it.
