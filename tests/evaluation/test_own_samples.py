@@ -87,15 +87,6 @@ def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Out
     assert "samples.json: exists already" in capfd.readouterr().err
 
 
-def test_a_reward_that_the_judge_cannot_read_is_one_line(small_base: Path, capfd: Output) -> None:
-    arguments = ["audit", "--judge", str(small_base), "--n", "1", "--draws", "1", "--device", "cpu", "--also"]
-    assert main([*arguments, "preference"]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: preference: the judge cannot read its question or its labels ['first', 'second'] ('")
-    assert line.endswith("such as options: {question: '{prompt}', labels: [yes, no]}")
-    assert main([*arguments, "{name: preference, options: {question: '{prompt}', labels: [yes, no]}}"]) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from lvrpo.rewards.caption_back import CaptionBack
 from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.mutual import Mutual
-from lvrpo.rewards.preference_head import PreferenceHead
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
@@ -39,9 +37,6 @@ class Judge:
         self, contexts: Sequence[Parts], images: Any, draws: int, seeds: Sequence[int], **_: Any
     ) -> torch.Tensor:
         return torch.tensor([[float(len(str(context)))] * draws for context in contexts])
-
-    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        return torch.tensor([[float(len(text)), 1.0] for text in texts])
 
 
 def cut(group: Group, *members: int) -> Group:
@@ -68,19 +63,14 @@ def scored(name: str, group: Group, **options: Any) -> RewardTable:
     ("name", "options"),
     [
         ("mutual", {}),
-        ("preference", {"opponents": None}),
         ("agreement", {}),
         ("agreement", {"votes": "group"}),
         ("knowledge", {}),
-        ("learned_preference", {"head": "head"}),
         ("exact_answer", {"cut_off": "mask"}),
     ],
 )
 def test_a_text_that_was_cut_off_is_masked_alone(name: str, options: dict[str, Any]) -> None:
     """The others score as if it had not been there."""
-    Path("head").mkdir()
-    numbers = (torch.tensor([1.0, 0.5]), torch.zeros(2), torch.ones(2))
-    PreferenceHead("Judge", *numbers, tasks=("understand",)).save(Path("head"))
     outputs = [["cube"], ["a big red cube"], ["cube"], ["a big red cube"], ["a big red cube"]]
     table = scored(name, cut(given_group(ASK, outputs), 1, 3), **options)
     alone = scored(name, given_group(ASK, [outputs[g] for g in (0, 2, 4)]), **options)

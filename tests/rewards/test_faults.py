@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.given import given_group
-from lvrpo.rewards.preference_head import PreferenceHead
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
 
@@ -56,9 +54,6 @@ class Strict:
         self.asked.add("read")
         return [torch.tensor([[self.of((part,), 1), 1.0]]) for part in parts]
 
-    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        return self.text_logprob(contexts, texts)[:, None].expand(-1, 2)
-
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         self.asked.add("read")
         for prompt in prompts:
@@ -83,8 +78,6 @@ REWARDS: dict[str, dict[str, Any]] = {
     "mutual, facts": {"about": "facts"},
     "own_vqa": {},
     "own_vqa, both orders": {"choices": "{question} {first} or {second}"},
-    "preference": {},
-    "learned_preference": {"head": "head"},
     "caption_back": {},
     "drawing_likelihood": {},
     "semantic": {},
@@ -98,14 +91,6 @@ REWARDS: dict[str, dict[str, Any]] = {
 }
 BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
-
-
-@pytest.fixture(autouse=True)
-def head() -> None:
-    """For learned_preference, in the folder of the test."""
-    numbers = (torch.tensor([1.0, 0.5]), torch.zeros(2), torch.ones(2))
-    Path("head").mkdir()
-    PreferenceHead("Strict", *numbers, tasks=("generate", "edit")).save(Path("head"))
 
 
 def source(name: str, **config: Any) -> RewardSource:

@@ -285,7 +285,7 @@ def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
     [
         {"max_new_tokens": 24, "max_tokens": "24", "eos_token": "</s>", "key_env": "SOME_KEY"},
         {"keyboard": "qwerty", "monkey": "yes", "author": "me", "tokenizer": "folder", "secretary": "none"},
-        {"head": "runs/hf_preference_head_of_last_year", "gate": "sk-learn-based-on-nothing-at-all"},
+        {"head": "runs/hf_head_of_last_year", "gate": "sk-learn-based-on-nothing-at-all"},
         {"template": "is the key left of the token ?"},
     ],
 )

@@ -129,7 +129,6 @@ def test_a_refresh_needs_questions_with_answers() -> None:
         (["judge.kind=live"], "judge.kind"),
         (["judge.refresh_every=0"], "judge.refresh_every"),
         (["judge.kind=average", "rewards=[{name: own_vqa, options: {gate: tiny}}]"], "the judge moves"),
-        (["judge.refresh_every=5", "rewards=[{name: learned_preference, options: {head: x}}]"], "the judge moves"),
     ],
 )
 def test_what_does_not_fit_is_one_line(overrides: list[str], message: str) -> None:

@@ -28,8 +28,6 @@ REWARDS = (
     RewardConfig(name="own_vqa"),
     RewardConfig(name="mutual"),
     RewardConfig(name="agreement"),
-    # words that the tiny base knows; a model that follows instructions is asked as the reward's default has it
-    RewardConfig(name="preference", options={"question": "{prompt}", "labels": ["yes", "no"]}),
     RewardConfig(name="caption_back"),
     RewardConfig(name="drawing_likelihood"),
     RewardConfig(name="lower_bound", options={"members": DIRECTIONS}),

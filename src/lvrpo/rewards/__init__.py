@@ -6,8 +6,6 @@ REWARDS: Mapping[str, str] = {
     # the model judges itself
     "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
-    "preference": "lvrpo.rewards.preference:Preference",
-    "learned_preference": "lvrpo.rewards.learned_preference:LearnedPreference",
     "drawing_likelihood": "lvrpo.rewards.drawing_likelihood:DrawingLikelihood",
     "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",

@@ -32,9 +32,8 @@ class Reward(Protocol):
     it is about; without it, both. An attribute ``sides``, of "read" and "draw", says which sides of the judge score for
     it: () for rules and for models that others run; without it, both. A run watches and renews its judge by it. An
     attribute ``judged_by`` names whoever judges beside the frozen policy: a model behind an address, a folder; it
-    stands in every row of rewards and must hold no key. One that compares members in pairs scores each by its
-    ``win_rate``. An attribute ``relative``, true, says that scores only compare the members of a group:
-    held-out outputs, which have no siblings, are not scored by it.
+    stands in every row of rewards and must hold no key. An attribute ``relative``, true, says that scores only compare
+    the members of a group: held-out outputs, which have no siblings, are not scored by it.
     """
 
     def applies(self, prompt: Prompt) -> bool:

@@ -347,8 +347,8 @@ class TrainConfig(Config):
         bound = [r.title for r in self.rewards if r.judge is None and _measured_on_weights(r.options)]
         if self.judge.moves and bound:
             raise ValueError(
-                f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
-                "moves: set judge.kind=reference without judge.refresh_every, or leave the gate or head out"
+                f"rewards.{bound[0]}: its gate was measured on the weights the run begins with, but the judge "
+                "moves: set judge.kind=reference without judge.refresh_every, or leave the gate out"
             )
 
         turn, rows = self.guard.turn, {r.title: r for r in self.rewards}
@@ -431,7 +431,7 @@ class TrainConfig(Config):
 
 
 def _measured_on_weights(options: Any) -> bool:  # Any: each reward has its own options
-    """Whether a gate or a head is named anywhere in a reward's options."""
+    """Whether a gate is named anywhere in a reward's options."""
     if isinstance(options, dict):
-        return any((k in ("gate", "head") and v is not None) or _measured_on_weights(v) for k, v in options.items())
+        return any((k == "gate" and v is not None) or _measured_on_weights(v) for k, v in options.items())
     return isinstance(options, (list, tuple)) and any(map(_measured_on_weights, options))
