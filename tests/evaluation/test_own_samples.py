@@ -91,11 +91,10 @@ def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Out
     ("arguments", "message"),
     [
         (["run", "--samples", "tiny"], "--samples: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--samples", "tiny", "--gate", "x"], "--gate: belongs to made pairs of right and wrong"),
         (["--judge", "tiny", "--also", "[{name: own_vqa"], "is not valid YAML: write NAME,NAME or '[{name: NAME"),
         (["--judge", "tiny", "--also", "[{label: x}]"], "--also[0].name: is missing"),
         (
-            ["--judge", "tiny", "--also", "[own_vqa, {name: mutual, weight: 0}]"],
+            ["--judge", "tiny", "--also", "[own_vqa, {name: semantic, weight: 0}]"],
             "--also[1].weight: belongs to training",
         ),
         (["--judge", "tiny", "--also", "[3]"], "--also[0]: must be a section of 'key: value' lines"),

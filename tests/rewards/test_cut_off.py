@@ -15,7 +15,6 @@ from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.caption_back import CaptionBack
 from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.given import given_group
-from lvrpo.rewards.mutual import Mutual
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
@@ -28,15 +27,10 @@ BLANK = torch.zeros(3, 8, 8)
 
 
 class Judge:
-    """Finds longer texts likelier, and draws as it reads."""
+    """Finds longer texts likelier."""
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         return torch.tensor([-1 / (1 + len(text) + len(str(c[-2]))) for c, text in zip(contexts, texts, strict=True)])
-
-    def image_logprob(
-        self, contexts: Sequence[Parts], images: Any, draws: int, seeds: Sequence[int], **_: Any
-    ) -> torch.Tensor:
-        return torch.tensor([[float(len(str(context)))] * draws for context in contexts])
 
 
 def cut(group: Group, *members: int) -> Group:
@@ -62,7 +56,6 @@ def scored(name: str, group: Group, **options: Any) -> RewardTable:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("mutual", {}),
         ("agreement", {}),
         ("agreement", {"votes": "group"}),
         ("knowledge", {}),
@@ -102,13 +95,6 @@ def test_an_answer_that_never_ends_is_wrong() -> None:
 def test_agreement_of_texts_that_never_end_is_none() -> None:
     group = cut(given_group(ASK, [["a b"], ["a b"], ["a b"]]), 0, 1, 2)
     assert set(Agreement(votes="group").score([group], None).failures.values()) == {WAS_CUT}  # type: ignore[arg-type]
-
-
-def test_a_thought_that_was_cut_off_is_not_looked_for_in_the_drawing() -> None:
-    group = cut(given_group(THINK, [["3", BLANK], ["3 because", BLANK]]), 1)
-    scores = Mutual().score([group], Judge())  # type: ignore[arg-type]
-    assert scores.failures == {(0, 1): WAS_CUT}
-    assert scores.values[0, 0].isfinite()
 
 
 def test_a_description_that_was_cut_off_does_not_count(group: Callable[..., Group]) -> None:

@@ -74,12 +74,9 @@ class Strict:
 
 
 REWARDS: dict[str, dict[str, Any]] = {
-    "mutual": {},
-    "mutual, facts": {"about": "facts"},
     "own_vqa": {},
     "own_vqa, both orders": {"choices": "{question} {first} or {second}"},
     "caption_back": {},
-    "drawing_likelihood": {},
     "semantic": {},
     "instruction": {},
     "instruction, verifier": {"by": "verifier"},
@@ -87,7 +84,7 @@ REWARDS: dict[str, dict[str, Any]] = {
     "scene_facts": {},
     "edit_consistency": {},
     "edit_consistency, pixels": {"ask": False},
-    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "drawing_likelihood"}], "scale": "raw"},
+    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "knowledge"}], "scale": "raw"},
 }
 BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
@@ -133,8 +130,7 @@ def test_a_reward_declares_the_sides_of_the_judge_that_it_asks(name: str) -> Non
     """A run watches and renews its judge by them."""
     judge, declared = Strict(), set(source(name).sides)
     scored(name, judge, *(torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)))
-    texts = {"draw"} if name.startswith("mutual") else set()  # of texts, which are not scored here
-    assert judge.asked == declared - texts
+    assert judge.asked == declared
     assert source(name, judge="tiny").sides == ()
 
 
@@ -146,7 +142,7 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
-READING = ("mutual", "own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
+READING = ("own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
 READ = [name for name in ASKED if name.split(",")[0] in READING]
 """They take log-probs of texts for what they are; the others compare numbers of any size."""
 NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]

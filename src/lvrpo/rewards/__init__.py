@@ -4,9 +4,7 @@ from collections.abc import Mapping
 
 REWARDS: Mapping[str, str] = {
     # the model judges itself
-    "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
-    "drawing_likelihood": "lvrpo.rewards.drawing_likelihood:DrawingLikelihood",
     "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",

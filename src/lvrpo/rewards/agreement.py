@@ -11,9 +11,8 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.exact_answer import normalize_answer
-from lvrpo.rewards.gate import Side
 from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt

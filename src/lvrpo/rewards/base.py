@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.types import Group, Prompt
+
+Side = Literal["read", "draw"]
+"""read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)

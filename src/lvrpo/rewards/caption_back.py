@@ -26,8 +26,7 @@ class CaptionBack:
     sample. A description that is empty or was cut off at ``max_new_tokens`` does not count; an output with no other is
     masked. Range [0, 1].
     Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
-    meaning not at all. The mutual reward needs no description and sees order; this one needs only that the judge can
-    describe, not that it can score. ``ignore``: words that say nothing.
+    meaning not at all. It needs only that the judge can describe. ``ignore``: words that say nothing.
     """
 
     judges = ("image",)

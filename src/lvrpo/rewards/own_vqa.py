@@ -14,8 +14,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.gate import read_gate
-from lvrpo.rewards.identity import judge_identity, judged_by
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import first_problem, probabilities
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -48,8 +47,7 @@ class OwnVQA:
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
     questions are asked as they are. ``paraphrases``: so many wordings of each fact's question are asked, where the
     built-in world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
-    that one odd reading does not sway. ``gate``: facts of kinds that the judge cannot tell are not asked
-    (``lvrpo audit --judge MODEL --gate FILE``).
+    that one odd reading does not sway.
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
     itself, by an endpoint, or by the built-in world's grammar; {} for its defaults); without it they do not get this
@@ -67,7 +65,6 @@ class OwnVQA:
     def __init__(
         self,
         choices: str | None = None,
-        gate: str | None = None,
         both: tuple[str, str] = ("yes", "no"),
         split: Mapping[str, Any] | None = None,
         kinds: Sequence[str] | None = None,
@@ -96,7 +93,6 @@ class OwnVQA:
             raise InputError(f"own_vqa.both={both}: must be two different answers, such as [yes, no]")
         self.choices, self.both = choices, (both[0], both[1])
         self.kinds = None if kinds is None else frozenset(kinds)
-        self.gate = None if gate is None else read_gate(gate)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
@@ -115,8 +111,6 @@ class OwnVQA:
 
         ``judge`` splits free text; ``reader`` sees the pictures.
         """
-        if self.gate is not None:
-            self.gate.require(judge_identity(reader))
         missing: dict[int, str] = {}
         if self.splitter is not None:
             groups, missing = self.splitter.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
@@ -172,9 +166,8 @@ class OwnVQA:
         return by_fact, [first_problem(said[rows]) for rows in rows_of]
 
     def known(self, prompt: Prompt) -> list[Fact]:
-        """The facts that are asked about, in order: those that the gate and ``kinds`` let through."""
-        known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
-        return [fact for fact in known if self.kinds is None or fact.kind in self.kinds]
+        """The facts that are asked about, in order: those of ``kinds``."""
+        return [fact for fact in prompt.facts if self.kinds is None or fact.kind in self.kinds]
 
     def _questions(self, prompt: Prompt) -> list[Wordings]:
         """The wordings of each fact, with the answer that each must have."""

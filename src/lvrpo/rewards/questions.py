@@ -64,8 +64,8 @@ Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
 SURE = 0.75
 """How sure a reader has to be of what it sees in the source."""
 
-UNTOLD = "none of its questions is of a kind that the judge can tell"
-"""Why a prompt that was split has no score: a gate left nothing."""
+UNTOLD = "none of its questions is of a kind that is asked"
+"""Why a prompt that was split has no score."""
 
 _LINE = re.compile(
     r"^\W*(?:\d+[.):]\s*)?(?:(?:question|q)\s*\d*\s*[.:]\s*)?(?P<question>[^?\n]{2,300}\?)"
@@ -318,7 +318,7 @@ def parse_questions(text: str) -> list[tuple[str, str]]:
 
 
 def kind_of(question: str) -> str:
-    """count, color, position, text, exists, or question: the kinds that a gate knows."""
+    """count, color, position, text, exists, or question."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, question.lower())), "question")
 
 
