@@ -57,7 +57,6 @@ def scored(name: str, group: Group, **options: Any) -> RewardTable:
     ("name", "options"),
     [
         ("agreement", {}),
-        ("agreement", {"votes": "group"}),
         ("knowledge", {}),
         ("exact_answer", {"cut_off": "mask"}),
     ],
@@ -94,7 +93,7 @@ def test_an_answer_that_never_ends_is_wrong() -> None:
 
 def test_agreement_of_texts_that_never_end_is_none() -> None:
     group = cut(given_group(ASK, [["a b"], ["a b"], ["a b"]]), 0, 1, 2)
-    assert set(Agreement(votes="group").score([group], None).failures.values()) == {WAS_CUT}  # type: ignore[arg-type]
+    assert set(Agreement().score([group], None).failures.values()) == {WAS_CUT}  # type: ignore[arg-type]
 
 
 def test_a_description_that_was_cut_off_does_not_count(group: Callable[..., Group]) -> None:
