@@ -51,10 +51,9 @@ def voted(group: Sequence[Group], votes: dict[str, float], **options: Any) -> Sc
 
 
 def test_the_judge_outvotes_the_members() -> None:
-    judge = Reader({"red": 0.2, "blue": 0.5, "pink": 0.1})
-    scores = Agreement().score(
-        [asked("a", "red", "red", "red", "blue"), asked("b", "pink", "red", "red", "pink")], judge
-    )  # type: ignore[arg-type]
+    judge: Any = Reader({"red": 0.2, "blue": 0.5, "pink": 0.1})
+    groups = [asked("a", "red", "red", "red", "blue"), asked("b", "pink", "red", "red", "pink")]
+    scores = Agreement().score(groups, judge)
     assert scores.values.tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
     assert not scores.failures
     assert judge.asked == ["red", "blue", "pink", "red"]  # each answer of a group once

@@ -23,7 +23,7 @@ REWARDS: Mapping[str, str] = {
     "text_length": "lvrpo.rewards.text_length:TextLength",
     "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
-    # the built-in world's verifier
+    # the verifier of the prompt's world
     "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
 }
 """Every reward by name; an own one is named ``my_package.module:Name`` (see ``decorated`` for the shortest way)."""

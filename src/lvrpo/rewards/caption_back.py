@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.base import Scores
@@ -34,7 +33,7 @@ class CaptionBack:
 
     def __init__(
         self,
-        instruction: str = DESCRIBE,
+        instruction: str = "describe the picture",
         samples: int = 1,
         max_new_tokens: int = 24,
         ignore: Sequence[str] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are"),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lvrpo.data.scenes.paraphrases import paraphrases
+from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
@@ -46,11 +46,11 @@ class OwnVQA:
     "{question} Answer {first} or {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
     questions are asked as they are. ``paraphrases``: so many wordings of each fact's question are asked, where the
-    built-in world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
+    prompt's world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
     that one odd reading does not sway.
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
-    itself, by an endpoint, or by the built-in world's grammar; {} for its defaults); without it they do not get this
+    itself, by an endpoint, or by the grammar of its world; {} for its defaults); without it they do not get this
     reward. Yes-no questions of the first two are asked in both orders (``choices`` or BOTH_ORDERS). Of an edit, what
     should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so that
     the result has to agree with the source. A prompt that could not be split is masked with the reason.
@@ -174,7 +174,7 @@ class OwnVQA:
         if self.paraphrases == 1:
             return [((fact.question, fact.answer),) for fact in self.known(prompt)]
         kept = self.known(prompt)
-        every = zip(prompt.facts, paraphrases(prompt.facts), strict=True)
+        every = zip(prompt.facts, world_of(prompt.world).paraphrases(prompt.facts), strict=True)
         return [wordings[: self.paraphrases] for fact, wordings in every if fact in kept]
 
     def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:
