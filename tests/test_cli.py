@@ -260,7 +260,7 @@ def test_a_group_of_commands_explains_itself(arguments: list[str], capfd: Output
     assert main(arguments) == 0
     printed = capfd.readouterr().out
     assert printed.startswith("usage: lvrpo data COMMAND")
-    assert all(f"data {name} " in printed for name in ("preview", "vocabulary", "pairs"))
+    assert all(f"data {name} " in printed for name in ("preview", "vocabulary"))
 
 
 def test_data_commands(capfd: Output) -> None:

@@ -73,7 +73,6 @@ COMMANDS = {
     "questions": ("ask", "tiny", "--questions", "{}"),
     "picture": ("ask", "tiny", "--image", "{}", "what color is the circle ?"),
     "edited picture": ("edit", "tiny", "remove the circle", "--image", "{}", "--out", "new.png"),
-    "pairs": ("fit-preference", "{}.jsonl", "--out", "new"),
 }
 
 

@@ -16,7 +16,6 @@ from lvrpo.config import Config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, inject_adapter
-from lvrpo.rewards.preference_head import PreferenceHead
 from lvrpo.rewards.text_cache import TextCache
 from lvrpo.storing import write_tensors, write_whole
 from lvrpo.training.checkpoint import checkpoint_writer, save_state
@@ -40,11 +39,6 @@ def rights(request: pytest.FixtureRequest) -> Iterator[int]:
 def checkpoint(folder: Path) -> None:
     with checkpoint_writer(folder / "step_000001") as inside:
         save_state(inside, {"a": torch.ones(3), "b": 1})
-
-
-def preference_head(folder: Path) -> None:
-    (folder / "head").mkdir()
-    PreferenceHead("policy", torch.ones(4), torch.zeros(4), torch.ones(4), ("generate",)).save(folder / "head")
 
 
 def tiny_policy(folder: Path) -> None:
@@ -73,9 +67,7 @@ def user_files(folder: Path) -> None:
     TextCache(folder / "cache").put("text", "key")
 
 
-@pytest.mark.parametrize(
-    "write", [checkpoint, preference_head, tiny_policy, bagel_policy, adapter, run_files, user_files]
-)
+@pytest.mark.parametrize("write", [checkpoint, tiny_policy, bagel_policy, adapter, run_files, user_files])
 def test_the_umask_says_who_may_read(write: Callable[[Path], None], rights: int, tmp_path: Path) -> None:
     write(tmp_path)
     files = [file for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"]

@@ -15,7 +15,6 @@ from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.rewards.preference_head import PreferenceHead
 from lvrpo.storing import read_tensors, read_weights
 from lvrpo.training.checkpoint import load_state, save_state
 
@@ -65,13 +64,7 @@ def an_adapter(folder: Path) -> tuple[Path, Callable[[], object]]:
     return folder / "adapter_model.safetensors", lambda: load_policy(folder)
 
 
-def a_head(folder: Path) -> tuple[Path, Callable[[], object]]:
-    folder.mkdir()
-    PreferenceHead("policy", torch.ones(4), torch.zeros(4), torch.ones(4), ("generate",)).save(folder)
-    return folder / "model.safetensors", lambda: PreferenceHead.load(folder)
-
-
-KINDS = {"policy": a_policy, "adapter": an_adapter, "head": a_head}
+KINDS = {"policy": a_policy, "adapter": an_adapter}
 
 
 @pytest.mark.parametrize("kind", KINDS)

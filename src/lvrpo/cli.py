@@ -36,10 +36,8 @@ COMMANDS: Mapping[str, str] = {
     "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
     "audit": "lvrpo.commands.audit:AUDIT",
     "information": "lvrpo.commands.information:INFORMATION",
-    "fit-preference": "lvrpo.commands.fit_preference:FIT_PREFERENCE",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
-    "data pairs": "lvrpo.commands.data:PAIRS",
 }
 """Every command. The modules import nothing heavy until a command runs."""
 

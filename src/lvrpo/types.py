@@ -76,6 +76,8 @@ class Prompt:
     """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last picture of ``parts``; None: not known."""
+    world: str = "scenes"
+    """Who knows its words and checks its facts: an entry of ``lvrpo.data.worlds.WORLDS``, or my_package.module:Name."""
 
     def __post_init__(self) -> None:
         named = f"prompt {self.id!r}"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvrpo.algorithms import bradley_terry_loss, dpo_loss, flow_dpo_loss, flow_matching_loss
+from lvrpo.algorithms import dpo_loss, flow_dpo_loss, flow_matching_loss
 from lvrpo.errors import InputError
 
 numbers = st.floats(-4, 4, width=32)
@@ -96,12 +96,3 @@ def test_flow_matching_loss_by_hand() -> None:
     x0 = torch.tensor([[[0.5, -1.0]], [[1.0, 1.0]]])
     noise = torch.tensor([[[1.0, 2.0]], [[1.0, 1.0]]])
     assert flow_matching_loss(v, x0, noise).tolist() == [0.625, 0.0]  # (.5^2 + 1^2) / 2
-
-
-def test_bradley_terry_by_hand() -> None:
-    """p = 3/4 at a margin of log 3; a tie pays half of both sides."""
-    margin, share = torch.tensor([3.0, 3.0, 3.0, 1.0]).log(), torch.tensor([1.0, 0.0, 0.5, 0.5])
-    expected = [-math.log(0.75), -math.log(0.25), -(math.log(0.75) + math.log(0.25)) / 2, math.log(2)]
-    assert bradley_terry_loss(margin, share).tolist() == pytest.approx(expected)
-    with pytest.raises(InputError, match="share"):
-        bradley_terry_loss(margin, share + 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image as PilImage
 
-from lvrpo.data.preferences import Pair, PairCounts, read_pairs, split_by_prompt
+from lvrpo.data.preferences import Pair, PairCounts, read_pairs
 from lvrpo.errors import InputError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -106,7 +106,7 @@ def test_damaged_rows_are_counted_and_stop_the_reading_above_a_share(changes: di
     assert len(pairs) == 9
     assert len(counts.broken) == 1
     assert reason in counts.broken[0]
-    with pytest.raises(InputError, match="1 of 10 rows cannot be used, more than --max-broken") as error:
+    with pytest.raises(InputError, match=r"1 of 10 rows cannot be used, more than max_broken=0\.05") as error:
         read(path, max_broken=0.05)
     assert reason in str(error.value)
 
@@ -134,17 +134,6 @@ def test_what_is_no_data_is_one_line() -> None:
         with pytest.raises(InputError, match=message) as error:
             read(path)
         assert "\n" not in str(error.value)
-
-
-def test_the_split_keeps_a_prompts_pairs_together_and_does_not_move() -> None:
-    keys = [f"prompt {i % 200}" for i in range(1000)]
-    part = split_by_prompt(keys, (0.2, 0.1), seed=0)
-    assert dict(zip(keys, part, strict=True)) == dict(zip(keys[:200], part[:200], strict=True))
-    assert part == [part[i % 200] for i in range(1000)]
-    assert 0.12 < part.count(0) / 1000 < 0.28
-    assert 0.05 < part.count(1) / 1000 < 0.16
-    assert split_by_prompt(keys[:3], (0.2, 0.1), seed=0) == part[:3]
-    assert split_by_prompt(keys, (0.2, 0.1), seed=1) != part
 
 
 def test_prompts_are_one_whatever_their_case_and_spacing() -> None:

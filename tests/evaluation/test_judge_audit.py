@@ -11,16 +11,13 @@ import torch
 
 from lvrpo.cli import main
 from lvrpo.data.scenes.grammar import UNDERSTAND
-from lvrpo.errors import InputError
-from lvrpo.evaluation.judge_audit import Scorer, audit_judge, mutual_scorers
+from lvrpo.evaluation.judge_audit import REWARDS, audit_judge
 from lvrpo.evaluation.judge_cases import JudgeCase, judge_cases
-from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.given import given_group
-from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.scene_facts import SceneFacts
 from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
 from lvrpo.types import Group, Image, Prompt
 
 
@@ -41,10 +38,10 @@ def said(case: JudgeCase) -> tuple[str | None, ...]:
 
 
 def test_every_kind_is_tried(cases: list[JudgeCase]) -> None:
-    kinds = {(case.side, case.kind) for case in cases}
-    assert {kind for side, kind in kinds if side == "draw"} == {*UNDERSTAND, "caption"}
+    kinds = {(case.output, case.kind) for case in cases}
+    assert {kind for output, kind in kinds if output == "text"} == {*UNDERSTAND, "caption"}
     wanted = {"prompt", "instruction", "thought", "color", "exists", "total", "count", "position", "digit", "unchanged"}
-    assert wanted <= {kind for side, kind in kinds if side == "read"}
+    assert wanted <= {kind for output, kind in kinds if output == "image"}
     assert {"color", "shape", "missing", "extra", "binding", "position", "digit"} <= {
         case.error for case in cases if case.kind == "prompt"
     }
@@ -53,7 +50,7 @@ def test_every_kind_is_tried(cases: list[JudgeCase]) -> None:
 def test_right_is_right_and_wrong_is_wrong(cases: list[JudgeCase]) -> None:
     facts = [c.group for c in cases if c.group.prompt.facts]
     assert successes(facts) == [[1.0, 0.0]] * len(facts)
-    answered = [c.group for c in cases if c.side == "draw" and scorable(c.group.prompt)]
+    answered = [c.group for c in cases if c.output == "text" and scorable(c.group.prompt)]
     assert answered
     assert successes(answered) == [[1.0, 0.0]] * len(answered)
     for case in cases:
@@ -79,48 +76,37 @@ def test_the_verifier_as_a_judge_is_perfect_and_a_constant_is_at_chance(cases: l
             values = torch.tensor([[1.0, math.nan if p % 2 else 0.0] for p in range(len(groups))])
             return Scores(values, {(0, 0): "asleep"})
 
-    scorers = {"verifier": Scorer(SceneFacts()), "constant": Scorer(Constant()), "sometimes": Scorer(Sometimes())}
-    audit = audit_judge(Blind(), cases, scorers)  # type: ignore[arg-type]  # nobody asks the judge
+    made = {"verifier": SceneFacts(), "constant": Constant(), "sometimes": Sometimes()}
+    sources = [RewardSource(RewardConfig(name=name), reward) for name, reward in made.items()]
+    audit = audit_judge(Blind(), cases, sources)  # type: ignore[arg-type]  # nobody asks the judge
     assert audit.judge == "Blind"
     for row in audit.rows:
-        if row.scorer != "sometimes":
-            assert row.auc.score == (1.0 if row.scorer == "verifier" else 0.5)
+        if row.reward != "sometimes":
+            assert row.auc.score == (1.0 if row.reward == "verifier" else 0.5)
             assert row.failed == 0
-    captions = audit.find("sometimes", "draw", "caption")
+    captions = audit.find("sometimes", "text", "caption")
     assert captions is not None
     assert captions.failed > 0
     assert captions.auc.n + captions.failed == sum(case.kind == "caption" for case in cases)
-    gate = audit.gate({"read": "verifier", "draw": "constant"}, draws=4, threshold=0.6)
-    assert gate.admits("read", "color")
-    assert not gate.admits("draw", "color")
-    assert not gate.admits("read", "unheard of")
-    with pytest.raises(InputError, match="scorer 'verifier': judged nothing of side 'draw'"):
-        audit.gate({"draw": "verifier"}, 4, 0.6)
 
 
 class Blind:
     pass
 
 
-def test_the_reading_side_is_tried_on_pictures_and_the_drawing_side_on_texts(cases: list[JudgeCase]) -> None:
-    asked = []
+def test_a_judge_that_knows_the_right_texts_tells_them_all(cases: list[JudgeCase]) -> None:
+    """Answers and captions are tried by how likely the judge finds them."""
+    right = {(id(c.group.prompt.parts[0]), c.group.trajectories[0].text) for c in cases if c.kind == "caption"}
 
-    class Listener:
+    class Knows:
         def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
-            asked.append("read")
-            return torch.zeros(len(texts))
+            pairs = zip(contexts, texts, strict=True)
+            return torch.tensor([-1.0 if (id(context[0]), text) in right else -2.0 for context, text in pairs])
 
-        def image_logprob(self, contexts: Sequence[Any], images: Any, draws: int, seeds: Any, **_: Any) -> torch.Tensor:
-            asked.append(str(draws))
-            return torch.zeros(len(contexts), draws)
-
-    audit = audit_judge(Listener(), cases[:5] + cases[-5:], mutual_scorers([1, 3]))  # type: ignore[arg-type]
-    assert asked == ["read", "1", "3"]
-    assert {(row.scorer, row.side) for row in audit.rows} == {
-        ("mutual", "read"),
-        ("1 draw", "draw"),
-        ("3 draws", "draw"),
-    }
+    captions = [case for case in cases if case.kind == "caption"]
+    audit = audit_judge(Knows(), captions, build_rewards(list(REWARDS)))  # type: ignore[arg-type]  # a double
+    assert {row.reward for row in audit.rows} == {"knowledge"}
+    assert {(row.output, row.auc.score) for row in audit.rows} == {("text", 1.0)}
 
 
 def test_given_groups_can_be_scored_only() -> None:
@@ -130,31 +116,27 @@ def test_given_groups_can_be_scored_only() -> None:
     assert picture(member.image).shape == (3, 8, 8)
 
 
-def test_the_command_writes_a_gate_that_the_reward_reads(small_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "audit",
         "--judge",
         str(small_base),
         "--n",
         "1",
-        "--draws",
-        "1",
         "--device",
         "cpu",
         "--also",
-        "own_vqa",
+        "[{name: own_vqa, label: plain}]",
     ]
-    assert main([*arguments, "--gate", "gate.json", "--json", "all.json"]) == 0
+    assert main([*arguments, "--json", "all.json"]) == 0
     out = capfd.readouterr().out
-    assert "reading side, of pictures: may reward" in out
-    assert "reward own_vqa" in out
-    gate = read_gate("gate.json")
-    assert gate.judge == judge_identity(load_policy(small_base).frozen())
-    assert (gate.draws, gate.threshold) == (1, 0.6)
-    assert set(gate.measured["draw"]) == {*UNDERSTAND, "caption"}
-    assert json.loads(Path("all.json").read_text())["rows"]
-    assert main([*arguments, "--gate", "gate.json"]) == 2
-    assert "gate.json: exists already" in capfd.readouterr().err
+    assert "pictures with one fact corrupted" in out
+    rows = json.loads(Path("all.json").read_text())["rows"]
+    assert {row["reward"] for row in rows} == {"own_vqa", "edit_consistency", "caption_back", "knowledge", "plain"}
+    assert {row["kind"] for row in rows if row["output"] == "text"} == {*UNDERSTAND, "caption"}
+    assert all(name in out for name in ("own_vqa", "knowledge", "plain"))
+    assert main([*arguments, "--json", "all.json"]) == 2
+    assert "all.json: exists already" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -162,12 +144,7 @@ def test_the_command_writes_a_gate_that_the_reward_reads(small_base: Path, capfd
     [
         ([], "RUN is missing: give a run directory, or --judge MODEL"),
         (["run", "--judge", "tiny"], "run: a run and --judge tiny: give one of the two"),
-        (["run", "--gate", "x.json"], "--gate: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--draws", "4,1"], "4,1: write rising numbers"),
-        (["--judge", "tiny", "--draws", "0"], "0: must be >= 1"),
-        (["--judge", "tiny", "--times", ".9,.3"], "needs 0 < LOW < HIGH <= 1"),
-        (["--judge", "tiny", "--times", "1"], "write LOW,HIGH"),
-        (["--judge", "tiny", "--threshold", ".4"], "must be at least .5"),
+        (["run", "--n", "3"], "--n: belongs to --judge MODEL"),
         (["--judge", "tiny", "--also", "own_vqu"], "did you mean own_vqa?"),
         (["--judge", "tinny"], "did you mean tiny?"),
     ],

@@ -87,24 +87,14 @@ def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Out
     assert "samples.json: exists already" in capfd.readouterr().err
 
 
-def test_a_reward_that_the_judge_cannot_read_is_one_line(small_base: Path, capfd: Output) -> None:
-    arguments = ["audit", "--judge", str(small_base), "--n", "1", "--draws", "1", "--device", "cpu", "--also"]
-    assert main([*arguments, "preference"]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: preference: the judge cannot read its question or its labels ['first', 'second'] ('")
-    assert line.endswith("such as options: {question: '{prompt}', labels: [yes, no]}")
-    assert main([*arguments, "{name: preference, options: {question: '{prompt}', labels: [yes, no]}}"]) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--samples", "tiny"], "--samples: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--samples", "tiny", "--gate", "x"], "--gate: belongs to made pairs of right and wrong"),
         (["--judge", "tiny", "--also", "[{name: own_vqa"], "is not valid YAML: write NAME,NAME or '[{name: NAME"),
         (["--judge", "tiny", "--also", "[{label: x}]"], "--also[0].name: is missing"),
         (
-            ["--judge", "tiny", "--also", "[own_vqa, {name: mutual, weight: 0}]"],
+            ["--judge", "tiny", "--also", "[own_vqa, {name: semantic, weight: 0}]"],
             "--also[1].weight: belongs to training",
         ),
         (["--judge", "tiny", "--also", "[3]"], "--also[0]: must be a section of 'key: value' lines"),

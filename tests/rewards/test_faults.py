@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.given import given_group
-from lvrpo.rewards.preference_head import PreferenceHead
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
 
@@ -56,9 +54,6 @@ class Strict:
         self.asked.add("read")
         return [torch.tensor([[self.of((part,), 1), 1.0]]) for part in parts]
 
-    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        return self.text_logprob(contexts, texts)[:, None].expand(-1, 2)
-
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         self.asked.add("read")
         for prompt in prompts:
@@ -79,14 +74,9 @@ class Strict:
 
 
 REWARDS: dict[str, dict[str, Any]] = {
-    "mutual": {},
-    "mutual, facts": {"about": "facts"},
     "own_vqa": {},
     "own_vqa, both orders": {"choices": "{question} {first} or {second}"},
-    "preference": {},
-    "learned_preference": {"head": "head"},
     "caption_back": {},
-    "drawing_likelihood": {},
     "semantic": {},
     "instruction": {},
     "instruction, verifier": {"by": "verifier"},
@@ -94,18 +84,10 @@ REWARDS: dict[str, dict[str, Any]] = {
     "scene_facts": {},
     "edit_consistency": {},
     "edit_consistency, pixels": {"ask": False},
-    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "drawing_likelihood"}], "scale": "raw"},
+    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "knowledge"}], "scale": "raw"},
 }
 BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
-
-
-@pytest.fixture(autouse=True)
-def head() -> None:
-    """For learned_preference, in the folder of the test."""
-    numbers = (torch.tensor([1.0, 0.5]), torch.zeros(2), torch.ones(2))
-    Path("head").mkdir()
-    PreferenceHead("Strict", *numbers, tasks=("generate", "edit")).save(Path("head"))
 
 
 def source(name: str, **config: Any) -> RewardSource:
@@ -148,8 +130,7 @@ def test_a_reward_declares_the_sides_of_the_judge_that_it_asks(name: str) -> Non
     """A run watches and renews its judge by them."""
     judge, declared = Strict(), set(source(name).sides)
     scored(name, judge, *(torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)))
-    texts = {"draw"} if name.startswith("mutual") else set()  # of texts, which are not scored here
-    assert judge.asked == declared - texts
+    assert judge.asked == declared
     assert source(name, judge="tiny").sides == ()
 
 
@@ -161,7 +142,7 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
-READING = ("mutual", "own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
+READING = ("own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
 READ = [name for name in ASKED if name.split(",")[0] in READING]
 """They take log-probs of texts for what they are; the others compare numbers of any size."""
 NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]

@@ -150,18 +150,12 @@ def test_knowledge_is_the_confidence_of_the_reader(group: Callable[..., Group], 
         ({"rules": {"form": "("}}, "is no regular expression"),
         ({"rules": {"include": [" "]}}, "one is blank"),
         ({"cut_off": "drop"}, "instruction.cut_off='drop'"),
-        ({"gate": "g.json", "source": "folder"}, r"instruction.gate='g.json': .* source='folder' is another: leave"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         Instruction(**options)
     assert "\n" not in str(caught.value)
-
-
-def test_knowledge_of_another_reader_has_no_gate() -> None:
-    with pytest.raises(InputError, match=r"knowledge\.gate='g.json': .* source='folder' is another: leave one"):
-        Knowledge(source="folder", gate="g.json")
 
 
 def test_rules_come_from_rows(tmp_path: Path) -> None:

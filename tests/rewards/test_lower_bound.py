@@ -9,9 +9,8 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawing_likelihood import DrawingLikelihood
 from lvrpo.rewards.lower_bound import LowerBound
-from lvrpo.types import Group, Image, Parts, Prompt
+from lvrpo.types import Group, Prompt
 
 DRAW = Prompt("d", "generate", ("a red circle",), ("image",))
 ASK = Prompt("a", "understand", ("x",), ("text",))
@@ -54,7 +53,7 @@ def test_disagreement_costs_by_hand(drawn: list[Group]) -> None:
 
 
 def test_who_judges_its_members_is_who_judges_it(server: Any) -> None:
-    rows = [{"name": "vlm_endpoint", "options": {"endpoint": server.options()}}, {"name": "drawing_likelihood"}]
+    rows = [{"name": "vlm_endpoint", "options": {"endpoint": server.options()}}, {"name": "caption_back"}]
     assert LowerBound(rows).judged_by == (f"0 vlm_endpoint: judge-1 at {server.url}, temperature 0.0, 256 tokens")
     assert bound((1, 2, 0), (3, 2, 4)).judged_by == ""
 
@@ -106,7 +105,7 @@ def test_noise_follows_the_scale_of_the_group(drawn: list[Group]) -> None:
 
 
 def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
-    made = LowerBound([{"name": "own_vqa"}, {"name": "drawing_likelihood"}])
+    made = LowerBound([{"name": "own_vqa"}, {"name": "caption_back"}])
     assert made.applies(DRAW)
     assert not made.applies(ASK)
     assert made.judges == ("image",)
@@ -126,27 +125,3 @@ def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
 def test_wrong_members_are_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LowerBound(**options)
-
-
-class Drawer:
-    """Log-likelihood: minus the squared level, better by what the text says; one draw in two is a nat higher."""
-
-    def image_logprob(
-        self, contexts: Sequence[Parts], images: Sequence[Image], draws: int, seeds: Sequence[int]
-    ) -> torch.Tensor:
-        self.seeds = list(seeds)
-        level = torch.tensor([float(image.mean()) for image in images])
-        told = torch.tensor([float(any(isinstance(part, str) for part in parts)) for parts in contexts])
-        return (told * (2 - level) - level**2)[:, None] + torch.arange(draws) % 2 * told[:, None]
-
-
-def test_drawings_are_judged_against_none_with_common_noise(group: Callable[..., Group]) -> None:
-    judge = Drawer()
-    scores = DrawingLikelihood(draws=2).score([group(DRAW, [[BLANK], [BLANK + 1]])], judge)  # type: ignore[arg-type]
-    assert scores.values.tolist() == [[2.5, 1.5]]
-    assert scores.noise is not None
-    assert scores.noise.tolist() == [[0.0, 0.0]]  # what all members share is no noise
-    assert len(set(judge.seeds)) == 1
-    assert not DrawingLikelihood().applies(ASK)
-    with pytest.raises(InputError, match="draws=0"):
-        DrawingLikelihood(draws=0)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from lvrpo.data.scenes import facts as scene_facts
 from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
-from lvrpo.rewards.gate import Gate, Sensitivity
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.own_vqa import OwnVQA
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
@@ -76,14 +74,10 @@ def test_both_orders_take_the_preference_for_a_place_out(
     assert scores.values.tolist() == [[pytest.approx((0.5 + 0.9) / 2)]]
 
 
-def test_a_gate_leaves_out_facts_that_the_judge_cannot_tell(
-    group: Callable[..., Group], judge: Callable[..., Any], tmp_path: Path
-) -> None:
-    known = {"seen": Sensitivity(0.9, 0.8, 50), "unseen": Sensitivity(0.6, 0.5, 50)}
-    (tmp_path / "gate.json").write_text(Gate("FakeJudge", 0.6, 1, {"read": known, "draw": {}}).text())
+def test_only_facts_of_the_named_kinds_are_asked(group: Callable[..., Group], judge: Callable[..., Any]) -> None:
     both = (Fact("seen", "color ?", "red"), Fact("unseen", "where ?", "left"))
     prompt = Prompt("a", "generate", ("x",), ("image",), facts=both)
-    reward = OwnVQA(gate=str(tmp_path / "gate.json"))
+    reward = OwnVQA(kinds=["seen"])
     scores = reward.score([group(prompt, [[picture(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
     assert scores.values.tolist() == [[0.75]]
     assert not reward.applies(Prompt("b", "generate", ("x",), ("image",), facts=both[1:]))
@@ -113,7 +107,6 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
         ({"choices": "{question} {first} {second} {third}"}, "must hold {question}, {first} and {second} only"),
         ({"choices": "{question} {first} {second} {"}, "must hold {question}, {first} and {second} only"),
         ({"both": ["yes", "yes"]}, "must be two different answers"),
-        ({"gate": "nowhere"}, "no such file"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

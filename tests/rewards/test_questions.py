@@ -13,8 +13,6 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.gate import Gate, Sensitivity
-from lvrpo.rewards.mutual import Mutual
 from lvrpo.rewards.own_vqa import OwnVQA
 from lvrpo.rewards.questions import Splitter, kind_of, parse_questions
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment, Trajectory
@@ -145,7 +143,7 @@ def test_an_endpoint_splits_a_prompt_once(tmp_path: Path, server: Any) -> None:
     assert split(tmp_path, **options).questions([CUBE], nobody) == found
     assert len(server.bodies) == 2
     named = f"questions by judge-1 at {server.url}, temperature 0.0, 256 tokens"
-    assert OwnVQA(split=options).judged_by == Mutual(about="facts", split=options).judged_by == named
+    assert OwnVQA(split=options).judged_by == named
     split(tmp_path, by="endpoint", endpoint=server.options(model="judge-2")).questions([CUBE], nobody)
     assert len(server.bodies) == 3
     assert not nobody.asked
@@ -192,48 +190,14 @@ def test_a_prompt_without_questions_is_masked_alone(group: Callable[..., Group],
     assert scores.failures == {(0, g): 'no questions: none can be read in "?"' for g in range(2)}
 
 
-def gate(tmp_path: Path, judge: str = "Writer:1", **known: float) -> str:
-    kinds = {kind: Sensitivity(0.9, low, 50) for kind, low in known.items()}
-    (tmp_path / "gate.json").write_text(Gate(judge, 0.6, 1, {"read": kinds, "draw": {}}).text())
-    return str(tmp_path / "gate.json")
-
-
-def test_a_gate_holds_for_questions_that_were_split(group: Callable[..., Group], tmp_path: Path) -> None:
+def test_only_questions_of_the_named_kinds_are_asked(group: Callable[..., Group], tmp_path: Path) -> None:
     writer = Writer(WRITTEN, table={("how many birds are there?", "3"): 0.8})
     groups = [group(CUBE, [[picture(0.5)]])]
     options = {"cache": str(tmp_path / "cache")}
-    assert OwnVQA(gate=gate(tmp_path, count=0.8, exists=0.5), split=options).score(groups, writer).values.item() == (
-        pytest.approx(0.8)
-    )
-    scores = OwnVQA(gate=gate(tmp_path, color=0.9), split=options).score(groups, writer)
-    assert dict(scores.failures) == {(0, 0): "none of its questions is of a kind that the judge can tell"}
-
-
-def test_mutual_asks_the_questions_where_whole_prompts_cannot_be_told(
-    group: Callable[..., Group], tmp_path: Path
-) -> None:
-    class Seeing(Writer):
-        def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
-            self.seen = [(context[-1], text) for context, text in zip(contexts, texts, strict=True)]
-            return torch.tensor([float(context[0].mean()) - 1 for context in contexts])
-
-    writer, groups = Seeing(WRITTEN), [group(CUBE, [[picture(0.75)]])]
-    options = {"cache": str(tmp_path / "cache")}
-    closed = Mutual(gate=gate(tmp_path, "Seeing:1", count=0.8, prompt=0.5), split=options)
-    assert closed.applies(CUBE)
-    assert closed.score(groups, writer).values.item() == pytest.approx(0.25)
-    assert set(writer.seen) == {("how many birds are there?", "3")}
-    assert (
-        Mutual(gate=gate(tmp_path, "Seeing:1", count=0.8, prompt=0.8), split=options)
-        .score(groups, writer)
-        .values.item()
-    )
-    assert all(text == "a red cube beside three birds" for _, text in writer.seen)
-    none = Mutual(about="facts", gate=gate(tmp_path, "Seeing:1", color=0.8), split=options).score(groups, writer)
-    assert dict(none.failures) == {(0, 0): "none of its questions is of a kind that the judge can tell"}
-    failed = Mutual(about="facts", split={"cache": str(tmp_path / "other")}).score(groups, Seeing("?"))
-    assert dict(failed.failures) == {(0, 0): 'no questions: none can be read in "?"'}
-    assert not Mutual(about="facts").applies(CUBE)
+    scores = OwnVQA(kinds=["count"], split=options).score(groups, writer)
+    assert scores.values.item() == pytest.approx(0.8)
+    scores = OwnVQA(kinds=["digit"], split=options).score(groups, writer)
+    assert dict(scores.failures) == {(0, 0): "none of its questions is of a kind that is asked"}
 
 
 def test_the_tiny_policy_writes_what_no_questions_can_be_read_in(group: Callable[..., Group], tmp_path: Path) -> None:
@@ -266,11 +230,6 @@ def test_bad_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         OwnVQA(split=options)
     assert "\n" not in str(caught.value)
-
-
-def test_split_and_whole_prompts_exclude_each_other() -> None:
-    with pytest.raises(InputError, match="no effect with about=prompt"):
-        Mutual(about="prompt", split={})
 
 
 def test_the_file_holds_what_was_written(tmp_path: Path) -> None:

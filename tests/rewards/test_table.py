@@ -277,7 +277,7 @@ def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"looks like a key, .* name that in key_env") as caught:
         parse_section(RewardConfig, {"name": "own_vqa", "options": options}, "rewards")
     assert "SECRET" not in str(caught.value)
-    RewardConfig(name="own_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "split": {"limit": 3}, "gate": "tiny"})
+    RewardConfig(name="own_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "split": {"limit": 3}})
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
     [
         {"max_new_tokens": 24, "max_tokens": "24", "eos_token": "</s>", "key_env": "SOME_KEY"},
         {"keyboard": "qwerty", "monkey": "yes", "author": "me", "tokenizer": "folder", "secretary": "none"},
-        {"head": "runs/hf_preference_head_of_last_year", "gate": "sk-learn-based-on-nothing-at-all"},
+        {"head": "runs/hf_head_of_last_year", "source": "sk-learn-based-on-nothing-at-all"},
         {"template": "is the key left of the token ?"},
     ],
 )

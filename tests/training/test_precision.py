@@ -94,7 +94,6 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
         lambda: policy.logprobs(group.trajectories),
         lambda: policy.velocity([drawn(policy, prompts)], latent, torch.ones(1)),
         lambda: policy.text_logprob([("red circle",)], ["red"]),
-        lambda: policy.text_states([("red circle",)], ["red"]),
         lambda: policy.image_logprob([("red circle",)], [picture], 1, [0]),
         lambda: policy.supervised_losses(examples, torch.Generator()),
         lambda: policy.reading_features([picture], 1),

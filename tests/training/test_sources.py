@@ -17,9 +17,9 @@ from lvrpo.config import load_config
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.policies.loading import model_type, picture_side
 from lvrpo.registry import allow_code, own_consent, resolve
+from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.held_out import HeldOutScorer
-from lvrpo.rewards.preference import Preference
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
@@ -69,7 +69,7 @@ def test_success_where_it_can_be_told_else_the_weighted_mean_of_the_trained_rewa
 def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
     scorer = HeldOutScorer((source(letters), source(fails)))  # one of two
     assert math.isnan(scorer.scores([group("red")], judge=object())[0][0])  # type: ignore[arg-type]
-    relative = RewardSource(RewardConfig(name="preference"), Preference())
+    relative = RewardSource(RewardConfig(name="agreement"), Agreement())
     assert HeldOutScorer((relative,)).metric(group("red").prompt) is None
 
 

@@ -36,7 +36,7 @@ from lvrpo.algorithms.objectives import (
     scaled_clip,
     truncated_weights,
 )
-from lvrpo.algorithms.preferences import PreferenceLoss, bradley_terry_loss, dpo_loss, flow_dpo_loss, flow_matching_loss
+from lvrpo.algorithms.preferences import PreferenceLoss, dpo_loss, flow_dpo_loss, flow_matching_loss
 from lvrpo.algorithms.representation import repa_loss
 from lvrpo.algorithms.selection import (
     PreferencePairs,
@@ -63,7 +63,6 @@ __all__ = [
     "balance_weights",
     "best_of_mask",
     "best_worst_mask",
-    "bradley_terry_loss",
     "centered_advantages",
     "cispo_surrogate",
     "clipped_surrogate",

@@ -1,4 +1,4 @@
-"""Pairs of outputs: direct preference optimization for text and for flows, and the Bradley-Terry model of scores."""
+"""Pairs of outputs: direct preference optimization for text and for flows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["PreferenceLoss", "bradley_terry_loss", "dpo_loss", "flow_dpo_loss", "flow_matching_loss"]
+__all__ = ["PreferenceLoss", "dpo_loss", "flow_dpo_loss", "flow_matching_loss"]
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,6 @@ def flow_matching_loss(
     Differs from the paper: time runs from data (0) to noise (1) here, so the target has the other sign.
     """
     return (v.float() - (noise.float() - x0.float())).square().flatten(1).mean(dim=1)
-
-
-def bradley_terry_loss(margin: Float[Tensor, " B"], share: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """How badly the scores of two outputs predict which one people preferred (Bradley and Terry, 1952).
-
-    p = sigmoid(s_1 - s_2);  loss = -[share log p + (1 - share) log(1 - p)].
-
-    ``share`` is what the first output won: 1, 0, or 1/2 for a tie, which counts as half a win each.
-
-    Shapes: margin s_1 - s_2 (B,) and share (B,) to (B,). Range: >= 0; log 2 where both scores are equal.
-    Raises: InputError for a share outside [0, 1].
-    Differs from the paper: ties, which the model of 1952 does not have.
-    """
-    if bool(((share < 0) | (share > 1)).any()):
-        raise InputError("share: must lie in [0, 1]: 1 if the first output won, 0 if the second, 1/2 for a tie")
-    return -(share * functional.logsigmoid(margin) + (1 - share) * functional.logsigmoid(-margin))
 
 
 def _check_beta(beta: float) -> None:

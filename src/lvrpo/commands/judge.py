@@ -1,10 +1,10 @@
-"""``lvrpo audit --judge MODEL``: which errors a model's two sides can tell, and the gate that its rewards read; or how
-the rewards that it judges rank a model's own outputs."""
+"""``lvrpo audit --judge MODEL``: which errors a model can tell, by the rewards that it judges; or how these rank a
+model's own outputs."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Options, Parser, add_device, names, positive, refuse_existing, whole
@@ -15,32 +15,23 @@ if TYPE_CHECKING:
 
     from lvrpo.evaluation.judge_audit import JudgeAudit
     from lvrpo.policies.base import Policy
-    from lvrpo.rewards.gate import Side
-    from lvrpo.rewards.table import RewardConfig
+    from lvrpo.rewards.table import RewardConfig, RewardSource
+    from lvrpo.types import OutputKind
 
-DRAWS = [1, 4, 8]
-THRESHOLD = 0.6
 LARGE = 256
 """Side of the pictures for a model that reads any size."""
-PAIRS = ("gate", "draws", "times", "threshold")
-OWN = (*PAIRS, "samples", "also", "n", "seed")
+OWN = ("samples", "also", "n", "seed")
 ROW = ("name", "label", "options", "judge")
 """What a row of ``--also`` may say: the rest belongs to training."""
-TITLES: dict[Side, str] = {
-    "read": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
-    "draw": "texts with one fact corrupted",
+TITLES: dict[OutputKind, str] = {
+    "image": "pictures with one fact corrupted: area under the curve [95 %]; .5 is chance",
+    "text": "texts with one fact corrupted",
 }
-
-WHO: dict[Side, str] = {"read": "reading side, of pictures", "draw": "drawing side, of texts"}
 
 
 def add_options(parser: Parser) -> None:
     """What belongs to a judge; None where not given."""
     parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
-    parser.add_argument("--gate", type=Path, metavar="FILE", help="write which kinds of fact it may reward")
-    parser.add_argument("--draws", type=numbers, metavar="N[,N]", help="noise draws; the last is the gate's (1,4,8)")
-    parser.add_argument("--times", type=span, metavar="LOW,HIGH", help="span of times of the drawing side's judgement")
-    parser.add_argument("--threshold", type=share, help=f"an interval above it opens the gate ({THRESHOLD})")
     parser.add_argument(
         "--samples", metavar="MODEL", help="rank what this model (or run) draws and answers itself, by every reward"
     )
@@ -60,54 +51,39 @@ def refuse_options(options: Options) -> None:
 
 
 def run(options: Options) -> None:
-    """Tries the judge, prints its tables, writes the gate."""
+    """Tries the judge, prints its tables."""
     from dataclasses import asdict
 
     import torch
 
     from lvrpo.commands.files import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.judge_audit import READING, Scorer, audit_judge, mutual_scorers
+    from lvrpo.evaluation.judge_audit import REWARDS, audit_judge
     from lvrpo.evaluation.judge_cases import judge_cases
     from lvrpo.policies.loading import load_policy
-    from lvrpo.rewards.table import build_rewards
     from lvrpo.training.run_directory import json_text
 
     if options.run is not None:
         raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
-    refuse_existing([path for path in (options.gate, options.json) if path is not None], options.force)
+    refuse_existing([path for path in (options.json,) if path is not None], options.force)
     torch.set_num_threads(1)
     if options.samples is not None:
         rank_samples(options)
         return
-    draws = options.draws or DRAWS
-    scorers = mutual_scorers(draws, options.times)
-    for source in build_rewards(configs(options.also or [])):
-        scorers[f"reward {source.config.title}"] = Scorer(source.reward, judge=source.judge)
+    sources = chosen(REWARDS, options.also or [])
     judge = load_policy(options.judge, options.device).twin()
     console = wide_console()
     cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
     audit = audit_judge(
-        judge, cases, scorers, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
+        judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
-    sides: tuple[Side, ...] = ("read", "draw")
-    for side in sides:
+    for output in TITLES:
         console.print()
-        console.print(sensitivity_table(audit, side))
+        console.print(sensitivity_table(audit, output))
     costs = (f"{name} {ms:.1f} ms" for name, ms in audit.milliseconds.items())
     console.print(f"\nper output: {', '.join(costs)}", style="dim", highlight=False)
-    threshold = THRESHOLD if options.threshold is None else options.threshold
-    gate = audit.gate({"read": READING, "draw": list(mutual_scorers(draws))[-1]}, draws[-1], threshold)
-    for side in sides:
-        admitted = [kind for kind in gate.measured[side] if gate.admits(side, kind)]
-        closed = [kind for kind in gate.measured[side] if kind not in admitted]
-        console.print(f"{WHO[side]}: may reward {', '.join(admitted) or 'nothing'}", highlight=False, soft_wrap=True)
-        if closed:
-            console.print(f"  not {', '.join(closed)}", style="dim", highlight=False, soft_wrap=True)
     if options.json is not None:
         write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
-    if options.gate is not None:
-        write_file(options.gate, gate.text().encode(), options.force)
 
 
 def rank_samples(options: Options) -> None:
@@ -119,14 +95,9 @@ def rank_samples(options: Options) -> None:
     from lvrpo.commands.validity import sample_tables
     from lvrpo.evaluation.own_samples import REWARDS, YARDSTICK, audit_samples, sample_groups
     from lvrpo.policies.loading import load_policy
-    from lvrpo.rewards.table import build_rewards
     from lvrpo.training.run_directory import json_text
 
-    for name in PAIRS:
-        if getattr(options, name) is not None:  # the options are the parser's
-            raise InputError(f"--{name}: belongs to made pairs of right and wrong: leave it out, or --samples")
-    rewards = {row.title: row for row in (YARDSTICK, *REWARDS, *configs(options.also or []))}
-    sources = build_rewards(list(rewards.values()))
+    sources = chosen((YARDSTICK, *REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device).twin() for name in (options.judge, options.samples))
     size, n, seed = side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
@@ -159,6 +130,14 @@ def side(judge: Policy, model: Policy, options: Options) -> int:
     return next(iter(sizes), LARGE)
 
 
+def chosen(usual: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
+    """The usual rewards and those of ``--also``, each of which replaces a usual one of its title."""
+    from lvrpo.rewards.table import build_rewards
+
+    own = configs(also)
+    return build_rewards([row for row in usual if row.title not in {other.title for other in own}] + own)
+
+
 def configs(found: list[Any]) -> list[RewardConfig]:
     """What ``rows`` gave, as rows of a configuration. Any: what YAML may hold."""
     from lvrpo.config import parse_section
@@ -175,31 +154,32 @@ def configs(found: list[Any]) -> list[RewardConfig]:
     return made
 
 
-def sensitivity_table(audit: JudgeAudit, side: Side) -> Table:
+def sensitivity_table(audit: JudgeAudit, output: OutputKind) -> Table:
     """Kinds with, below each, the ways to err."""
     from rich.table import Table
 
     from lvrpo.commands.tables import number
 
-    rows = [row for row in audit.rows if row.side == side]
-    scorers = list(dict.fromkeys(row.scorer for row in rows))
-    table = Table(title=TITLES[side], title_justify="left", box=None, header_style="dim", padding=(0, 1))
+    rows = [row for row in audit.rows if row.output == output]
+    rewards = list(dict.fromkeys(row.reward for row in rows))
+    table = Table(title=TITLES[output], title_justify="left", box=None, header_style="dim", padding=(0, 1))
     table.add_column("kind")
-    for scorer in scorers:
-        table.add_column(scorer)
+    for reward in rewards:
+        table.add_column(reward)
     table.add_column("pairs", justify="right")
     for kind in dict.fromkeys(row.kind for row in rows):
         errors = sorted({row.error for row in rows if row.kind == kind})
         for error in errors if len(errors) > 2 else errors[:1]:
             cells, pairs = [], 0
-            for scorer in scorers:
-                row = audit.find(scorer, side, kind, error)
+            for reward in rewards:
+                row = audit.find(reward, output, kind, error)
                 if row is None or not row.auc.n:
                     cells.append("")
                     continue
                 pairs = max(pairs, row.auc.n)
                 cells.append(f"{number(row.auc.score)} \\[{number(row.auc.low)}, {number(row.auc.high)}]")
-            table.add_row(f"  {error}" if error else kind, *cells, str(pairs), style="dim" if error else "")
+            if pairs:
+                table.add_row(f"  {error}" if error else kind, *cells, str(pairs), style="dim" if error else "")
     return table
 
 
@@ -216,33 +196,3 @@ def rows(text: str) -> list[Any]:
             f"{text!r}: is not valid YAML: write NAME,NAME or '[{{name: NAME, options: {{...}}}}, NAME]'"
         ) from None
     return found if isinstance(found, list) else [found]
-
-
-def numbers(text: str) -> list[int]:
-    """1,4,8: rising."""
-    found = [positive(part) for part in text.split(",")]
-    if found != sorted(set(found)):
-        raise argparse.ArgumentTypeError(f"{text}: write rising numbers, such as 1,4,8")
-    return found
-
-
-def span(text: str) -> tuple[float, float]:
-    """.3,.85: 0 < low < high <= 1."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write LOW,HIGH, such as .3,.85") from None
-    if not 0 < low < high <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: needs 0 < LOW < HIGH <= 1")
-    return low, high
-
-
-def share(text: str) -> float:
-    """A number between .5 and 1."""
-    try:
-        found = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
-    if not 0.5 <= found < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least .5, which is chance, and below 1")
-    return found

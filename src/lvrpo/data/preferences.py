@@ -6,7 +6,7 @@ import base64
 import binascii
 import codecs
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -106,7 +106,7 @@ def read_pairs(
             try:
                 pair = _pick_a_pic(row, where, file, side) if "caption" in row else _plain(row, where, file, side)
             except DamagedRowError as error:
-                leave_out(counts, str(error), max_broken)
+                _leave_out(counts, str(error), max_broken)
                 continue
             if pair is None:
                 counts.unlabelled += 1
@@ -118,13 +118,13 @@ def read_pairs(
             yield pair
 
 
-def leave_out(counts: PairCounts, reason: str, max_broken: float) -> None:
+def _leave_out(counts: PairCounts, reason: str, max_broken: float) -> None:
     """Counts a row that cannot be used; raises InputError once they are more than a share of all rows."""
     counts.broken.append(reason)
     if len(counts.broken) > max_broken * counts.total:
         named = "; ".join(counts.broken[:NAMED])
         raise InputError(
-            f"{len(counts.broken)} of {counts.total} rows cannot be used, more than --max-broken {max_broken:g} "
+            f"{len(counts.broken)} of {counts.total} rows cannot be used, more than max_broken={max_broken:g} "
             f"allows: {named}{'; ...' if len(counts.broken) > NAMED else ''}"
         )
 
@@ -280,22 +280,3 @@ def _plain(row: Mapping[str, Any], where: str, file: Path, side: int | None) -> 
         raise DamagedRowError(f"{where}: a text is empty")
     task = "understand" if shown else "reason"
     return Pair(Prompt(where, task, parts, ("text",)), (found.better, found.worse), share, where)
-
-
-def split_by_prompt(pairs: Sequence[str], shares: Sequence[float], seed: int) -> list[int]:
-    """The part that each pair belongs to, by the ``key`` of its prompt: all pairs of a prompt share one.
-
-    ``shares`` are those of parts 0, 1, ...; what they leave is the last part. A function of key and seed alone, so that
-    a longer file splits its old prompts as before.
-    """
-    out = []
-    for key in pairs:
-        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-        place, part = int.from_bytes(digest) / 2**64, 0
-        for share in shares:
-            if place < share:
-                break
-            place -= share
-            part += 1
-        out.append(part)
-    return out

@@ -1,8 +1,7 @@
-"""What a judge can tell: areas under the curve per kind of fact, side and number of draws, and the gate they make."""
+"""What a judge can tell: areas under the curve per kind of fact, of every reward that it judges."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,40 +9,33 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lvrpo.errors import InputError
 from lvrpo.evaluation.judge_cases import JudgeCase
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Reward
-from lvrpo.rewards.gate import Gate, Sensitivity, Side
 from lvrpo.rewards.identity import judge_identity
-from lvrpo.rewards.mutual import Mutual
+from lvrpo.rewards.table import RewardConfig, RewardSource
 from lvrpo.statistics import Interval, mean_interval
+from lvrpo.types import OutputKind
 
 AT_ONCE = 64
 """Pairs that a reward scores in one call."""
+FROM_WORDS = {"split": {"by": "grammar"}}
 
-
-READING = "mutual"
-"""The scorer of pictures that makes the gate."""
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A reward on trial."""
-
-    reward: Reward
-    sides: tuple[Side, ...] = ("read", "draw")
-    """What it is tried on."""
-    judge: Policy | None = None
-    """Who judges instead of the one on trial."""
+REWARDS = (
+    RewardConfig(name="own_vqa", options=FROM_WORDS),
+    RewardConfig(name="edit_consistency", options=FROM_WORDS),
+    RewardConfig(name="caption_back"),
+    RewardConfig(name="knowledge", tasks=("understand",)),
+)
+"""What is tried unless told otherwise; ``knowledge``: how likely the judge finds a text about a picture."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One scorer on one kind of error."""
+    """One reward on one kind of error."""
 
-    scorer: str
-    side: Side
+    reward: str
+    output: OutputKind
     kind: str
     error: str
     """One way to err, or "" for all of the kind."""
@@ -55,53 +47,35 @@ class Judged:
 
 @dataclass(frozen=True)
 class JudgeAudit:
-    """Every scorer on every kind."""
+    """Every reward on every kind."""
 
     judge: str
     rows: tuple[Judged, ...]
     milliseconds: Mapping[str, float]
-    """Per output scored, by scorer."""
+    """Per output scored, by reward."""
 
-    def find(self, scorer: str, side: Side, kind: str, error: str = "") -> Judged | None:
+    def find(self, reward: str, output: OutputKind, kind: str, error: str = "") -> Judged | None:
         """The row, if there is one."""
-        rows = (r for r in self.rows if (r.scorer, r.side, r.kind, r.error) == (scorer, side, kind, error))
+        rows = (r for r in self.rows if (r.reward, r.output, r.kind, r.error) == (reward, output, kind, error))
         return next(rows, None)
-
-    def gate(self, scorers: Mapping[Side, str], draws: int, threshold: float) -> Gate:
-        """The gate of one scorer for each side; raises InputError where it judged nothing of a side."""
-        measured: dict[Side, dict[str, Sensitivity]] = {}
-        for side, scorer in scorers.items():
-            rows = [r for r in self.rows if (r.scorer, r.side, r.error) == (scorer, side, "") and r.auc.n]
-            if not rows:
-                raise InputError(f"scorer {scorer!r}: judged nothing of side {side!r}: there is no gate to write")
-            measured[side] = {
-                r.kind: Sensitivity(r.auc.score, r.auc.low if math.isfinite(r.auc.low) else None, r.auc.n) for r in rows
-            }
-        return Gate(self.judge, threshold, draws, measured)
-
-
-def mutual_scorers(draws: Sequence[int], times: tuple[float, float] | None = None) -> dict[str, Scorer]:
-    """The mutual reward: of pictures, by the reading side; of texts, by the drawing side for each number of draws."""
-    by_draws = {f"{k} draws" if k > 1 else "1 draw": Scorer(Mutual(draws=k, times=times), ("draw",)) for k in draws}
-    return {READING: Scorer(Mutual(), ("read",)), **by_draws}
 
 
 def audit_judge(
     judge: Policy,
     cases: Sequence[JudgeCase],
-    scorers: Mapping[str, Scorer],
-    progress: Callable[[str, int], None] = lambda scorer, pairs: None,
+    sources: Sequence[RewardSource],
+    progress: Callable[[str, int], None] = lambda reward, pairs: None,
 ) -> JudgeAudit:
-    """Scores every pair with every scorer that applies to it."""
+    """Scores every pair with every reward that applies to it."""
     rows: list[Judged] = []
     milliseconds: dict[str, float] = {}
-    for name, scorer in scorers.items():
-        tried = [c for c in cases if c.side in scorer.sides and scorer.reward.applies(c.group.prompt)]
+    for source in sources:
+        name, tried = source.config.title, [case for case in cases if source.scores(case.group.prompt)]
         if not tried:
             continue
         progress(name, len(tried))
         started = time.perf_counter()
-        ranked = _ranked(scorer.judge or judge, tried, scorer.reward)
+        ranked = _ranked(source.judge or judge, tried, source.reward)
         milliseconds[name] = 1000 * (time.perf_counter() - started) / (2 * len(tried))
         rows += _rows(name, tried, ranked)
     return JudgeAudit(judge_identity(judge), tuple(rows), milliseconds)
@@ -121,14 +95,14 @@ def _ranked(judge: Policy, cases: Sequence[JudgeCase], reward: Reward) -> list[f
     return ranked
 
 
-def _rows(scorer: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> list[Judged]:
-    members: dict[tuple[Side, str, str], list[int]] = {}
+def _rows(reward: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> list[Judged]:
+    members: dict[tuple[OutputKind, str, str], list[int]] = {}
     for i, case in enumerate(cases):
-        members.setdefault((case.side, case.kind, ""), []).append(i)
-        members.setdefault((case.side, case.kind, case.error), []).append(i)
+        members.setdefault((case.output, case.kind, ""), []).append(i)
+        members.setdefault((case.output, case.kind, case.error), []).append(i)
     rows = []
-    for (side, kind, error), indices in members.items():
+    for (output, kind, error), indices in members.items():
         known = [i for i in indices if not np.isnan(ranked[i])]
         auc = mean_interval([ranked[i] for i in known], [cases[i].cluster for i in known])
-        rows.append(Judged(scorer, side, kind, error, auc, len(indices) - len(known)))
+        rows.append(Judged(reward, output, kind, error, auc, len(indices) - len(known)))
     return rows

@@ -22,20 +22,14 @@ from lvrpo.types import TASKS, Group, Task
 GROUP_SIZE = 8
 AT_ONCE = 64
 """Groups of a task that are sampled and scored together, as in a training step: agreement compares them."""
-DIRECTIONS = [{"name": "own_vqa", "options": {"paraphrases": 3}}, {"name": "drawing_likelihood"}]
 
 REWARDS = (
     RewardConfig(name="own_vqa"),
-    RewardConfig(name="mutual"),
     RewardConfig(name="agreement"),
-    # words that the tiny base knows; a model that follows instructions is asked as the reward's default has it
-    RewardConfig(name="preference", options={"question": "{prompt}", "labels": ["yes", "no"]}),
     RewardConfig(name="caption_back"),
-    RewardConfig(name="drawing_likelihood"),
-    RewardConfig(name="lower_bound", options={"members": DIRECTIONS}),
     RewardConfig(name="edit_consistency"),
 )
-"""Every reward that needs nobody but the model, without gates; edit_consistency reads pixels too."""
+"""Rewards that need nobody but the model; edit_consistency reads pixels too."""
 YARDSTICK = RewardConfig(name=VERIFIER, options={"mode": "gated"})
 """Who grades; ``SUCCESS`` where it does not apply."""
 

@@ -4,11 +4,7 @@ from collections.abc import Mapping
 
 REWARDS: Mapping[str, str] = {
     # the model judges itself
-    "mutual": "lvrpo.rewards.mutual:Mutual",
     "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
-    "preference": "lvrpo.rewards.preference:Preference",
-    "learned_preference": "lvrpo.rewards.learned_preference:LearnedPreference",
-    "drawing_likelihood": "lvrpo.rewards.drawing_likelihood:DrawingLikelihood",
     "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
@@ -27,7 +23,7 @@ REWARDS: Mapping[str, str] = {
     "text_length": "lvrpo.rewards.text_length:TextLength",
     "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
-    # the built-in world's verifier
+    # the verifier of the prompt's world
     "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
 }
 """Every reward by name; an own one is named ``my_package.module:Name`` (see ``decorated`` for the shortest way)."""

@@ -1,11 +1,10 @@
-"""Reward without ground truth: the answer of the group that has most votes, its members' or the frozen judge's."""
+"""Reward without ground truth: of the answers of a group, the one that has most votes of the frozen judge."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 
@@ -13,13 +12,10 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
-from lvrpo.rewards.gate import Side
 from lvrpo.rewards.logprobs import no_logprob
 from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
 
-Votes = Literal["judge", "group"]
-"""Whose votes choose among the answers of a group."""
 Tally = dict[str, float]
 """Votes by answer, as ``normalize_answer`` leaves it."""
 
@@ -27,12 +23,9 @@ Tally = dict[str, float]
 class Agreement:
     """1 where the text is the answer that has most votes, else 0.
 
-    ``votes: judge``: the frozen reading side weighs the different answers a_k that the group gave to question q about
-    picture x; a_k has exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds
-    most likely, whatever has become of the live one: greedy answers stay and sampled ones follow them.
-
-    ``votes: group``: every member has one (majority vote, TTRL, arXiv:2504.16084). The votes then move with the policy,
-    and an answer that one kind of question teaches spreads to the others.
+    The frozen reading side weighs the different answers a_k that the group gave to question q about picture x; a_k has
+    exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds most likely,
+    whatever has become of the live one: greedy answers stay and sampled ones follow them.
 
     Two guards hold off the known collapse of agreement, in which every question gets one answer. A group whose first
     answer has as many votes as the second, or less than ``least`` of all, has no majority and is masked. And where the
@@ -45,25 +38,21 @@ class Agreement:
 
     An answer that is empty or was cut off is masked and has no vote, and so is one that the judge can say nothing of.
     Range {0, 1}.
-    Differs from the paper: the judge's votes, and both guards.
+    Differs from the paper (TTRL, arXiv:2504.16084): the judge votes, not the members; both guards.
     """
 
     judges = ("text",)
+    sides = ("read",)
     relative = True
 
-    def __init__(
-        self, votes: Votes = "judge", least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8
-    ) -> None:
-        if votes not in get_args(Votes):
-            raise InputError(f"agreement.votes={votes!r}: unknown: use {' or '.join(get_args(Votes))}")
+    def __init__(self, least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8) -> None:
         if not 0 < least <= 1:
             raise InputError(f"agreement.least={least}: must be > 0 and <= 1")
         if not 0 <= entropy_floor <= 1:
             raise InputError(f"agreement.entropy_floor={entropy_floor}: must be between 0 and 1")
         if floor_groups < 2:
             raise InputError(f"agreement.floor_groups={floor_groups}: must be >= 2")
-        self.sides: tuple[Side, ...] = ("read",) if votes == "judge" else ()
-        self.votes, self.least, self.entropy_floor, self.floor_groups = votes, least, entropy_floor, floor_groups
+        self.least, self.entropy_floor, self.floor_groups = least, entropy_floor, floor_groups
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
@@ -75,10 +64,7 @@ class Agreement:
             for group, row in zip(groups, problems, strict=True)
         ]
         answers = [[normalize_answer(text) for text in row] for row in texts]
-        if self.votes == "group":
-            tallies: list[Tally] = [dict(Counter(answer for answer in row if answer)) for row in answers]
-        else:
-            tallies = judged_votes(groups, texts, judge)
+        tallies = judged_votes(groups, texts, judge)
         majorities = [self._majority(tally) for tally in tallies]
         collapsed = self._collapsed(groups, answers, majorities)
         values = torch.full((len(groups), len(groups[0])), math.nan)

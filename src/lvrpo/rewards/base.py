@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
 from lvrpo.policies.base import Policy
 from lvrpo.types import Group, Prompt
+
+Side = Literal["read", "draw"]
+"""read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,8 @@ class Reward(Protocol):
     it is about; without it, both. An attribute ``sides``, of "read" and "draw", says which sides of the judge score for
     it: () for rules and for models that others run; without it, both. A run watches and renews its judge by it. An
     attribute ``judged_by`` names whoever judges beside the frozen policy: a model behind an address, a folder; it
-    stands in every row of rewards and must hold no key. One that compares members in pairs scores each by its
-    ``win_rate``. An attribute ``relative``, true, says that scores only compare the members of a group:
-    held-out outputs, which have no siblings, are not scored by it.
+    stands in every row of rewards and must hold no key. An attribute ``relative``, true, says that scores only compare
+    the members of a group: held-out outputs, which have no siblings, are not scored by it.
     """
 
     def applies(self, prompt: Prompt) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lvrpo.data.scenes.grammar import DESCRIBE
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.base import Scores
@@ -26,8 +25,7 @@ class CaptionBack:
     sample. A description that is empty or was cut off at ``max_new_tokens`` does not count; an output with no other is
     masked. Range [0, 1].
     Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
-    meaning not at all. The mutual reward needs no description and sees order; this one needs only that the judge can
-    describe, not that it can score. ``ignore``: words that say nothing.
+    meaning not at all. It needs only that the judge can describe. ``ignore``: words that say nothing.
     """
 
     judges = ("image",)
@@ -35,7 +33,7 @@ class CaptionBack:
 
     def __init__(
         self,
-        instruction: str = DESCRIBE,
+        instruction: str = "describe the picture",
         samples: int = 1,
         max_new_tokens: int = 24,
         ignore: Sequence[str] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are"),

@@ -12,10 +12,9 @@ from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.gate import Side
 from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
 from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
@@ -43,8 +42,8 @@ class EditConsistency:
     What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay; with ``split``
     (see ``own_vqa``), edits of free text get questions of both kinds. Questions about what should stay are asked of the
     source too, and count only where the judge is ``sure`` of their answer there: what counts is then whether the result
-    agrees with the source. Where none of them is left, the output is masked with the reason. ``choices`` and ``gate``
-    are those of ``own_vqa``; ``ask: false`` leaves the pixels alone.
+    agrees with the source. Where none of them is left, the output is masked with the reason. ``choices`` is that of
+    ``own_vqa``; ``ask: false`` leaves the pixels alone.
 
     The source is the last picture of the prompt; a result of another size is masked, and so is what the judge gives no
     number for. Raises InputError for options out of range, and for options about questions with ``ask: false``.
@@ -61,7 +60,6 @@ class EditConsistency:
         ask: bool = True,
         sure: float | None = None,
         choices: str | None = None,
-        gate: str | None = None,
         split: Mapping[str, Any] | None = None,
     ) -> None:
         self._told = edited is not None
@@ -73,11 +71,11 @@ class EditConsistency:
             )
         if sure is not None and not 0 <= sure < 1:
             raise InputError(f"edit_consistency.sure={sure!r}: must be at least 0 and below 1")
-        if not ask and not (sure is choices is gate is split is None):
-            raise InputError("edit_consistency.ask=false: asks no questions: leave out sure, choices, gate and split")
+        if not ask and not (sure is choices is split is None):
+            raise InputError("edit_consistency.ask=false: asks no questions: leave out sure, choices and split")
         self.patch, self.edited, self.scale, self.moved = patch, edited, scale, moved
         self.sure = SURE if sure is None else sure
-        self.vqa = OwnVQA(choices=choices, gate=gate, split=split) if ask else None
+        self.vqa = OwnVQA(choices=choices, split=split) if ask else None
         self.sides: tuple[Side, ...] = ("read",) if ask else ()
         self.judged_by = "" if self.vqa is None else self.vqa.judged_by
 

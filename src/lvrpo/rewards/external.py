@@ -205,15 +205,6 @@ def check_tower(folder: str) -> Path:
     return path
 
 
-def check_gate(name: str, gate: str | None, source: str) -> None:
-    """Raises InputError for a gate beside a source that is not the policy, whose kinds nobody measured."""
-    if gate is not None and source != OWN:
-        raise InputError(
-            f"{name}.gate={gate!r}: tells what the policy's own reading side knows, but source={source!r} is another: "
-            "leave one of the two out"
-        )
-
-
 def check_reader(folder: str) -> Path:
     """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
     path = _folder(folder)

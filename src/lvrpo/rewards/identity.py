@@ -22,7 +22,7 @@ _stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
 def standing_in(identity: str) -> Iterator[None]:
     """Every policy passes for the named judge: to ask what the live weights would have scored in its place.
 
-    Gates and heads, which refuse other weights than their own, then measure the live ones as they are.
+    Questions that the judge wrote (``rewards.questions``) are then asked of the live weights too.
     """
     token = _stand_in.set(identity)
     try:

@@ -14,9 +14,8 @@ from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import matches_whole
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
-from lvrpo.rewards.gate import Side
+from lvrpo.rewards.base import Scores, Side
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
@@ -51,7 +50,6 @@ class Instruction:
         above: float = 0.5,
         source: str = OWN,
         choices: str | None = None,
-        gate: str | None = None,
         split: Mapping[str, Any] | None = None,
         rules: Mapping[str, Any] | None = None,
         cut_off: CutOff = "mask",
@@ -59,15 +57,14 @@ class Instruction:
     ) -> None:
         if by not in get_args(By):
             raise InputError(f"instruction.by={by!r}: unknown: use {', '.join(get_args(By))}")
-        if by == "verifier" and (source != OWN or choices or gate or split is not None):
-            raise InputError("instruction.by=verifier: asks no questions: leave out source, choices, gate and split")
+        if by == "verifier" and (source != OWN or choices or split is not None):
+            raise InputError("instruction.by=verifier: asks no questions: leave out source, choices and split")
         if not 0 <= above < 1:
             raise InputError(f"instruction.above={above}: must be at least 0 and below 1")
         if kinds is not None and (isinstance(kinds, str) or not kinds):
             raise InputError(f"instruction.kinds={kinds!r}: must be a list of kinds, such as [count, color]")
-        check_gate("instruction", gate, source)
         self.by, self.kinds, self.above = by, None if kinds is None else frozenset(kinds), above
-        self.vqa = OwnVQA(choices=choices, gate=gate, split=split, kinds=kinds)
+        self.vqa = OwnVQA(choices=choices, split=split, kinds=kinds)
         self.sides: tuple[Side, ...] = ("read",) if by == "vqa" and source == OWN else ()
         self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:

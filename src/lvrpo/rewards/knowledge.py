@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.external import OWN, ExternalVLM, check_gate, check_reader, folder_identity, once
-from lvrpo.rewards.gate import Side
+from lvrpo.rewards.base import Scores, Side
+from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
@@ -37,12 +36,10 @@ class Knowledge:
         self,
         source: str = OWN,
         choices: str | None = None,
-        gate: str | None = None,
         split: Mapping[str, Any] | None = None,
         device: str = "auto",
     ) -> None:
-        check_gate("knowledge", gate, source)
-        self.vqa = OwnVQA(choices=choices, gate=gate, split=split)
+        self.vqa = OwnVQA(choices=choices, split=split)
         self.sides: tuple[Side, ...] = ("read",) if source == OWN else ()
         self.judged_by, self.reader = self.vqa.judged_by, None
         if source != OWN:

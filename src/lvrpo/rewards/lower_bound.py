@@ -13,8 +13,7 @@ from lvrpo.algorithms import normalize_rewards
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.gate import SIDES, Side
+from lvrpo.rewards.base import SIDES, Scores, Side
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable

@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
-from lvrpo.data.scenes.paraphrases import paraphrases
+from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.gate import read_gate
-from lvrpo.rewards.identity import judge_identity, judged_by
+from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import first_problem, probabilities
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
@@ -47,12 +46,11 @@ class OwnVQA:
     "{question} Answer {first} or {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two
     orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
     questions are asked as they are. ``paraphrases``: so many wordings of each fact's question are asked, where the
-    built-in world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
-    that one odd reading does not sway. ``gate``: facts of kinds that the judge cannot tell are not asked
-    (``lvrpo audit --judge MODEL --gate FILE``).
+    prompt's world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
+    that one odd reading does not sway.
 
     ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
-    itself, by an endpoint, or by the built-in world's grammar; {} for its defaults); without it they do not get this
+    itself, by an endpoint, or by the grammar of its world; {} for its defaults); without it they do not get this
     reward. Yes-no questions of the first two are asked in both orders (``choices`` or BOTH_ORDERS). Of an edit, what
     should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so that
     the result has to agree with the source. A prompt that could not be split is masked with the reason.
@@ -67,7 +65,6 @@ class OwnVQA:
     def __init__(
         self,
         choices: str | None = None,
-        gate: str | None = None,
         both: tuple[str, str] = ("yes", "no"),
         split: Mapping[str, Any] | None = None,
         kinds: Sequence[str] | None = None,
@@ -96,7 +93,6 @@ class OwnVQA:
             raise InputError(f"own_vqa.both={both}: must be two different answers, such as [yes, no]")
         self.choices, self.both = choices, (both[0], both[1])
         self.kinds = None if kinds is None else frozenset(kinds)
-        self.gate = None if gate is None else read_gate(gate)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
@@ -115,8 +111,6 @@ class OwnVQA:
 
         ``judge`` splits free text; ``reader`` sees the pictures.
         """
-        if self.gate is not None:
-            self.gate.require(judge_identity(reader))
         missing: dict[int, str] = {}
         if self.splitter is not None:
             groups, missing = self.splitter.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
@@ -172,16 +166,15 @@ class OwnVQA:
         return by_fact, [first_problem(said[rows]) for rows in rows_of]
 
     def known(self, prompt: Prompt) -> list[Fact]:
-        """The facts that are asked about, in order: those that the gate and ``kinds`` let through."""
-        known = [fact for fact in prompt.facts if self.gate is None or self.gate.admits("read", fact.kind)]
-        return [fact for fact in known if self.kinds is None or fact.kind in self.kinds]
+        """The facts that are asked about, in order: those of ``kinds``."""
+        return [fact for fact in prompt.facts if self.kinds is None or fact.kind in self.kinds]
 
     def _questions(self, prompt: Prompt) -> list[Wordings]:
         """The wordings of each fact, with the answer that each must have."""
         if self.paraphrases == 1:
             return [((fact.question, fact.answer),) for fact in self.known(prompt)]
         kept = self.known(prompt)
-        every = zip(prompt.facts, paraphrases(prompt.facts), strict=True)
+        every = zip(prompt.facts, world_of(prompt.world).paraphrases(prompt.facts), strict=True)
         return [wordings[: self.paraphrases] for fact, wordings in every if fact in kept]
 
     def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config, parse_section
-from lvrpo.data.scenes.text_questions import questions_of_text, questions_of_the_rest
+from lvrpo.data.worlds import world_of
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
 from lvrpo.rewards.identity import judge_identity
@@ -64,8 +64,8 @@ Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
 SURE = 0.75
 """How sure a reader has to be of what it sees in the source."""
 
-UNTOLD = "none of its questions is of a kind that the judge can tell"
-"""Why a prompt that was split has no score: a gate left nothing."""
+UNTOLD = "none of its questions is of a kind that is asked"
+"""Why a prompt that was split has no score."""
 
 _LINE = re.compile(
     r"^\W*(?:\d+[.):]\s*)?(?:(?:question|q)\s*\d*\s*[.:]\s*)?(?P<question>[^?\n]{2,300}\?)"
@@ -89,8 +89,8 @@ class SplitConfig(Config):
     """Who splits a prompt, and how it is asked."""
 
     by: Literal["policy", "endpoint", "grammar"] = "policy"
-    """policy: the frozen judge writes the questions; endpoint: a chat model does; grammar: they follow from the words
-    of the built-in world's captions and instructions (``data.scenes.text_questions``)."""
+    """policy: the frozen judge writes the questions; endpoint: a chat model does; grammar: they follow from the words,
+    as the prompt's world has it (``lvrpo.data.worlds``)."""
     endpoint: EndpointConfig | None = None
     template: str = TEMPLATE
     """What is asked, with ``{prompt}``; the answer is to be a line per question: "is there a cube? yes"."""
@@ -197,14 +197,15 @@ class Splitter:
     def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every prompt about what should be, or why there are none."""
         if self.config.by == "grammar":
-            return [questions_of_text(words_of(p)) or NoAnswer("the grammar does not know its words") for p in prompts]
+            found = [world_of(prompt.world).questions(words_of(prompt)) for prompt in prompts]
+            return [facts or NoAnswer("the grammar does not know its words") for facts in found]
         answers = self._answers([self._request(prompt) for prompt in prompts], judge)
         return [self._facts(answer) for answer in answers]
 
     def questions_about_the_rest(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every edit about what should stay, made in view of its source, or why there are none."""
         if self.config.by == "grammar":
-            return [questions_of_the_rest(words_of(prompt)) for prompt in prompts]
+            return [world_of(prompt.world).questions_about_the_rest(words_of(prompt)) for prompt in prompts]
         template = self.config.stay_template or ""
         requests = [_Request(template.replace("{prompt}", words_of(p)), source_of(p)) for p in prompts]
         found = []
@@ -318,7 +319,7 @@ def parse_questions(text: str) -> list[tuple[str, str]]:
 
 
 def kind_of(question: str) -> str:
-    """count, color, position, text, exists, or question: the kinds that a gate knows."""
+    """count, color, position, text, exists, or question."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, question.lower())), "question")
 
 

@@ -1,4 +1,4 @@
-"""Verifiable reward of the built-in world: the exact verifier reads the picture and checks the prompt's facts."""
+"""Verifiable reward: the verifier of the prompt's world reads the picture and checks the prompt's facts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lvrpo.data.scenes import verifier
-from lvrpo.data.scenes.objects import CELL
+from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
@@ -78,14 +77,15 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
     if len(known) == len(trajectories) and all(a is b for a, b in zip(known, trajectories, strict=True)):
         return results
     results = [[False] * len(t.prompt.facts) for t in trajectories]
-    by_size: dict[torch.Size, list[int]] = {}
+    alike: dict[tuple[str, torch.Size], list[int]] = {}
     for i, trajectory in enumerate(trajectories):
         if trajectory.image is not None and unverifiable(trajectory) is None:
-            by_size.setdefault(trajectory.image.shape, []).append(i)
-    for places in by_size.values():
+            alike.setdefault((trajectory.prompt.world, trajectory.image.shape), []).append(i)
+    for (world, _), places in alike.items():
         images = [image for i in places if (image := trajectories[i].image) is not None]
-        for i, reading in zip(places, verifier.read(images), strict=True):
-            results[i] = verifier.fact_results(trajectories[i].prompt.facts, reading)
+        facts = [trajectories[i].prompt.facts for i in places]
+        for i, held in zip(places, world_of(world).holds(facts, images), strict=True):
+            results[i] = [bool(one) for _, one in zip(trajectories[i].prompt.facts, held, strict=True)]
     _last = (trajectories, results)
     return results
 
@@ -95,7 +95,4 @@ def unverifiable(trajectory: Trajectory) -> str | None:
     image, problem = trajectory.image, problem_of(trajectory)
     if image is None or problem:
         return problem
-    height, width = image.shape[1:]
-    if height % CELL or width % CELL:
-        return f"a picture of {width} x {height}: the verifier reads multiples of {CELL}"
-    return None
+    return world_of(trajectory.prompt.world).unreadable(image)

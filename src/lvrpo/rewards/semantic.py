@@ -12,10 +12,9 @@ from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
-from lvrpo.rewards.gate import Side
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
@@ -34,7 +33,7 @@ class Semantic:
 
     ``top``: 1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them.
     A model that was never trained to match embeddings orders drawings only a little better than chance in this way
-    (docs/rewards.md has the numbers): the mutual reward asks the same reading side and hears much more.
+    (docs/rewards.md has the numbers): ``own_vqa`` asks the same reading side and hears much more.
 
     Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so
     once. It does not apply to edits, whose instruction describes no picture.
@@ -74,7 +73,7 @@ class Semantic:
         if not self._told:
             self._told = True
             warnings.warn(
-                f"semantic: of texts (task {prompt.task}) it is one number for the whole group, and masked: use mutual",
+                f"semantic: of texts (task {prompt.task}) it is one number for the whole group, and masked: set tasks",
                 stacklevel=2,
             )
         return False

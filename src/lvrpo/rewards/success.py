@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lvrpo.errors import ContractError, LvrpoError
 from lvrpo.rewards.exact_answer import answers_rightly
+from lvrpo.rewards.foreign import described
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.types import Group, Prompt
 
@@ -19,10 +21,11 @@ def scorable(prompt: Prompt) -> bool:
 def successes(groups: Sequence[Group]) -> list[list[float]]:
     """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the picture.
 
-    A text that was cut off at the length limit is not the answer. Only for prompts that are ``scorable``.
+    A text that was cut off at the length limit is not the answer. Only for prompts that are ``scorable``. Raises
+    ContractError where a world of one's own fails.
     """
     drawn = [group for group in groups if "image" in group.prompt.output]
-    facts = iter(fact_table(drawn)) if drawn else iter(())
+    facts = iter(_fact_table(drawn))
     out = []
     for group in groups:
         row = []
@@ -35,3 +38,13 @@ def successes(groups: Sequence[Group]) -> list[list[float]]:
             row.append(float(right))
         out.append(row)
     return out
+
+
+def _fact_table(groups: Sequence[Group]) -> list[list[bool]]:
+    try:
+        return fact_table(groups) if groups else []
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's world may raise anything
+        worlds = ", ".join(dict.fromkeys(group.prompt.world for group in groups))
+        raise ContractError(f"world {worlds}: could not check a picture: {described(error)}: correct it") from error

@@ -19,10 +19,9 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import REWARDS
-from lvrpo.rewards.base import Reward, Scores
+from lvrpo.rewards.base import SIDES, Reward, Scores, Side
 from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.foreign import described, settings_kept
-from lvrpo.rewards.gate import SIDES, Side
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task

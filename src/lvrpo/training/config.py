@@ -215,7 +215,7 @@ class TrainConfig(Config):
             self._check_offload,
             self._check_data,
             self._check_weights,
-            self._check_judge,
+            self._check_turn,
             self._check_rollout,
             self._check_drawn_tokens,
         ):
@@ -343,14 +343,7 @@ class TrainConfig(Config):
                         "trained: keep one of them above 0"
                     )
 
-    def _check_judge(self) -> None:
-        bound = [r.title for r in self.rewards if r.judge is None and _measured_on_weights(r.options)]
-        if self.judge.moves and bound:
-            raise ValueError(
-                f"rewards.{bound[0]}: its gate or head was measured on the weights the run begins with, but the judge "
-                "moves: set judge.kind=reference without judge.refresh_every, or leave the gate or head out"
-            )
-
+    def _check_turn(self) -> None:
         turn, rows = self.guard.turn, {r.title: r for r in self.rewards}
         if turn is None:
             return
@@ -428,10 +421,3 @@ class TrainConfig(Config):
             )
         if flow.kind == "best_of" and flow.keep >= rollout.group_size:
             raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")
-
-
-def _measured_on_weights(options: Any) -> bool:  # Any: each reward has its own options
-    """Whether a gate or a head is named anywhere in a reward's options."""
-    if isinstance(options, dict):
-        return any((k in ("gate", "head") and v is not None) or _measured_on_weights(v) for k, v in options.items())
-    return isinstance(options, (list, tuple)) and any(map(_measured_on_weights, options))

@@ -13,7 +13,7 @@ from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.gate import Side
+from lvrpo.rewards.base import Side
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource, score_groups

@@ -168,7 +168,6 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
         policy.sample([replace(drawn, parts=("a" * 40,))], replace(BASE, image_size=(24, 24)), [0])
     for judge in (
         lambda: policy.text_logprob([(picture(1), "q")], ["a b " * 40]),
-        lambda: policy.text_states([(picture(1), "q")], ["a b " * 40]),
         lambda: policy.image_logprob([("a b " * 40,)], [picture(1)], draws=1, seeds=[0]),
     ):
         with pytest.raises(InputError, match=r"to judge: \d+ tokens and \d+ after them, the limit is 64"):

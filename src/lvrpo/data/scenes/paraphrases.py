@@ -8,10 +8,8 @@ from typing import Any
 
 from lvrpo.data.scenes import grammar
 from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, Mention
+from lvrpo.data.worlds import Asked
 from lvrpo.types import Fact
-
-Asked = tuple[str, str]
-"""Question and right answer."""
 
 
 def paraphrases(facts: Sequence[Fact]) -> list[tuple[Asked, ...]]:

@@ -182,28 +182,6 @@ def _draw_logprob(
 # --- states ---
 
 
-def text_states(contexts: Contexts, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-    """What the reading side makes of texts after what is given: features for a head, float32 (B, 2 D + 2).
-
-    The mean of the text's final states, that of its end token, and the mean and the least log-prob of its tokens, end
-    token included. Contexts that are equal, or begin with the same pictures, share their computation.
-    """
-    context_rows = [contexts.row(parts, draws=False) for parts in given]
-    pieces = [contexts.text(contexts.words.encode(text)) for text in texts]
-    for row, piece in zip(context_rows, pieces, strict=True):
-        limits.check_length("text to judge", row, piece.span.length)
-    cache, owner = contexts.prefill_shared(context_rows)
-    hidden = contexts.run([(piece,) for piece in pieces], cache.select(owner))
-    lengths = [piece.span.length for piece in pieces]
-    distributions = torch.log_softmax(contexts.towers.text_logits(hidden.reading).float(), dim=-1).split(lengths)
-    rows = []
-    for states, log_p, piece in zip(hidden.reading.float().split(lengths), distributions, pieces, strict=True):
-        ids = torch.tensor(piece.ids[1:], device=log_p.device)
-        chosen = log_p[:-1].gather(1, ids[:, None])[:, 0]
-        rows.append(torch.cat([states.mean(dim=0), states[-1], chosen.mean()[None], chosen.min()[None]]))
-    return torch.stack(rows)
-
-
 def reading_features(contexts: Contexts, images: Sequence[Image], layer: int) -> torch.Tensor:
     """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
     if layer == 0:

@@ -341,12 +341,6 @@ class MoTPolicy(nn.Module, ABC):
 
     @torch.no_grad()
     @computing
-    def text_states(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Features of texts in their contexts; see ``judging.text_states``."""
-        return judging.text_states(self.contexts, self, contexts, texts)
-
-    @torch.no_grad()
-    @computing
     def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
         """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
         return judging.reading_features(self.contexts, images, layer)
