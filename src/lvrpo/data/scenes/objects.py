@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +24,8 @@ CELL = 8
 """Side of a cell in pixels."""
 DEFAULT_SIZE = 32
 """Default side of a picture in pixels."""
+DIGIT_SCANS = Path(str(resources.files("lvrpo"))) / "assets" / "digits" / "digits.npz"
+"""Scans of digits; what they are says the README beside them."""
 MAX_OBJECTS = 5
 """The most objects that a scene of the grammar has."""
 
@@ -160,11 +164,9 @@ def shape_masks() -> Mapping[str, np.ndarray]:
 
 @cache
 def digit_samples() -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits that ship with scikit-learn: alpha float32 (1797, 8, 8) in [0, 1] and labels (1797,)."""
-    from sklearn.datasets import load_digits  # heavy, and needed only where digits are drawn
-
-    images, labels = load_digits(return_X_y=True)
-    return (images.reshape(-1, CELL, CELL) / 16).astype(np.float32), np.asarray(labels).astype(np.int64)
+    """Handwritten digits (UCI, doi:10.24432/C50P49): alpha float32 (1797, 8, 8) in [0, 1], and labels (1797,)."""
+    with np.load(DIGIT_SCANS, allow_pickle=False) as digits:
+        return (digits["images"] / 16).astype(np.float32), digits["labels"].astype(np.int64)
 
 
 @cache
