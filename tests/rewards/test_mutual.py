@@ -260,10 +260,10 @@ def test_an_empty_text_is_masked_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"about": "all"}, "mutual.about='all': unknown: use auto, facts, prompt"),
-        ({"draws": 0}, "mutual.draws=0: must be a whole number >= 1"),
+        ({"about": "all"}, "options.about=all: must be 'auto', 'facts' or 'prompt'"),
+        ({"draws": 0}, "options.draws=0: must be >= 1"),
         ({"times": [0.9, 0.5]}, r"mutual.times=\[0.9, 0.5\]: must be \[low, high\]"),
-        ({"cap": 0}, "mutual.cap=0: must be > 0"),
+        ({"cap": 0}, "options.cap=0: must be > 0"),
         ({"gate": "nowhere.json"}, "gate='nowhere.json': no such file: make it with `lvrpo audit --judge"),
     ],
 )

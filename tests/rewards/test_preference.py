@@ -114,7 +114,7 @@ def test_an_empty_answer_and_a_judge_without_an_opinion_are_masked() -> None:
         ({"question": "which ?"}, "must hold {prompt}"),
         ({"question": "{prompt} {answer}"}, "must hold {prompt} and no other name"),
         ({"labels": ["one", "one"]}, "must be two different answers"),
-        ({"opponents": 0}, "preference.opponents=0: must be >= 1, or null for all"),
+        ({"opponents": 0}, "options.opponents=0: must be >= 1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
@@ -15,6 +16,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.gate import Side
 from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.options import Share
 from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
 
@@ -52,7 +54,11 @@ class Agreement:
     relative = True
 
     def __init__(
-        self, votes: Votes = "judge", least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8
+        self,
+        votes: Votes = "judge",
+        least: Annotated[float, Field(gt=0, le=1)] = 0.5,
+        entropy_floor: Share = 0.3,
+        floor_groups: Annotated[int, Field(ge=2, le=100_000)] = 8,
     ) -> None:
         if votes not in get_args(Votes):
             raise InputError(f"agreement.votes={votes!r}: unknown: use {' or '.join(get_args(Votes))}")

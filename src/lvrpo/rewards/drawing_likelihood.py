@@ -12,6 +12,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.mutual import estimate_noise
+from lvrpo.rewards.options import Count
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Image, Parts, Prompt
 
@@ -32,7 +33,7 @@ class DrawingLikelihood:
     judges = ("image",)
     sides = ("draw",)
 
-    def __init__(self, draws: int = 2) -> None:
+    def __init__(self, draws: Count = 2) -> None:
         if not isinstance(draws, int) or draws < 1:
             raise InputError(f"drawing_likelihood.draws={draws!r}: must be a whole number >= 1")
         self.draws = draws

@@ -16,6 +16,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.gate import Side
+from lvrpo.rewards.options import Below1, Count, Size
 from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
 from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
@@ -54,12 +55,12 @@ class EditConsistency:
 
     def __init__(
         self,
-        patch: int = 8,
-        edited: float | None = None,
-        scale: float = 0.1,
-        moved: float = 0.1,
+        patch: Count = 8,
+        edited: Below1 | None = None,
+        scale: Size = 0.1,
+        moved: Size = 0.1,
         ask: bool = True,
-        sure: float | None = None,
+        sure: Below1 | None = None,
         choices: str | None = None,
         gate: str | None = None,
         split: Mapping[str, Any] | None = None,

@@ -18,6 +18,7 @@ from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.options import Count, Share, Size
 from lvrpo.rewards.own_vqa import BOTH_ORDERS, OwnVQA
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.rewards.written import text_problem
@@ -90,12 +91,12 @@ class Mutual:
     def __init__(
         self,
         about: About = "auto",
-        draws: int | None = None,
-        times: tuple[float, float] | None = None,
+        draws: Count | None = None,
+        times: tuple[Share, Share] | None = None,
         gate: str | None = None,
         instruction: str = DESCRIBE,
         lead_ins: Sequence[str] = ("draw ", "a picture of "),
-        cap: float = 5.0,
+        cap: Size = 5.0,
         split: Mapping[str, Any] | None = None,
     ) -> None:
         if about not in get_args(About):

@@ -17,6 +17,7 @@ from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.gate import read_gate
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.logprobs import first_problem, probabilities
+from lvrpo.rewards.options import Amount, Count
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
@@ -71,8 +72,8 @@ class OwnVQA:
         both: tuple[str, str] = ("yes", "no"),
         split: Mapping[str, Any] | None = None,
         kinds: Sequence[str] | None = None,
-        paraphrases: int = 1,
-        bound: float = 0.0,
+        paraphrases: Count = 1,
+        bound: Amount = 0.0,
     ):
         if not isinstance(paraphrases, int) or paraphrases < 1:
             raise InputError(f"own_vqa.paraphrases={paraphrases!r}: must be a whole number >= 1")

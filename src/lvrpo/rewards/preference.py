@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.options import Count
 from lvrpo.rewards.written import text_problem
 from lvrpo.types import Group, Part, Parts, Prompt, Trajectory
 
@@ -48,7 +49,7 @@ class Preference:
         self,
         question: str = "Which fits better: {prompt} Answer first or second.",
         labels: tuple[str, str] = ("first", "second"),
-        opponents: int | None = 4,
+        opponents: Count | None = 4,
     ) -> None:
         if "{prompt}" not in question or question.replace("{prompt}", "").count("{"):
             raise InputError(f"preference.question={question!r}: must hold {{prompt}} and no other name in braces")
