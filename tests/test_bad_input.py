@@ -362,7 +362,11 @@ DATA: list[Case] = [
     (("generate", "small", "--prompts", "missing.txt", "--out", "new"), 2, "missing.txt: no such file"),
     (("generate", "small", "--prompts", "blank.txt", "--out", "new"), 2, "blank.txt: is empty"),
     (("generate", "small", "--prompts", "bytes.txt", "--out", "new"), 2, "not UTF-8"),
-    (("generate", "small", "--prompts", "questions.jsonl", "--out", "new"), 2, "questions.jsonl:1: field 'prompt'"),
+    (
+        ("generate", "small", "--prompts", "questions.jsonl", "--out", "new"),
+        2,
+        "field 'image' is of an older format",
+    ),
     (("ask", "small"), 2, "give --image FILE QUESTION, or --questions FILE.jsonl"),
     (("ask", "small", "what color is the circle ?"), 2, "give --image FILE QUESTION"),
     (("ask", "small", "--image", "absent.png", "what ?"), 2, "no such picture file"),

@@ -1,27 +1,33 @@
-"""Bad inputs that nobody wrote down: derived from the types of every field and the kinds of every file.
+"""Bad values that nobody wrote down: derived from the types and bounds of every field of every section, option and row.
 
-A field that is added is covered by itself. Each case ends with exit code 2, one line that names the field or the file,
-and a directory as it was.
+A field that is added is covered by itself. Each case ends with exit code 2, one line that names the field, and a
+directory as it was.
 """
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pydantic import BaseModel, create_model
-from wrong_values import Wrong, accepts, hints, members, placed, thinned, wrong_fields, yaml_text
+from refusals import complaint, require_none
+from wrong_values import Wrong, accepts, finite, hints, placed, sections, thinned, wrong_fields, yaml_text
 
-from lvrpo.cli import main
 from lvrpo.config import Config
+from lvrpo.data.preferences import PlainRow
+from lvrpo.data.schema import Row
 from lvrpo.evaluation.reproduce.plan import Experiment
+from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
+from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.vit import VitConfig
+from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.endpoint import EndpointConfig
@@ -29,52 +35,32 @@ from lvrpo.rewards.questions import SplitConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 
-MOST_SECONDS = 10.0
-"""Of one case."""
 EVERY = 5
 """Of the values that most types refuse, each field gets one of so many."""
 Tree = dict[str, Any]
 """Any: what YAML or JSON may hold."""
-
-
-def complaint(arguments: Sequence[str], names: Sequence[str], folder: Path) -> str | None:
-    """What is wrong with the way in which a command refuses its input; None where nothing is."""
-    before, started = listing(folder), time.monotonic()
-    with redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO()):
-        code = main(arguments)
-    seconds, lines = time.monotonic() - started, said.getvalue().splitlines()
-    if code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or "(unexpected" in lines[0]:
-        return f"exit code {code}: {lines}"
-    if not any(name in lines[0] for name in names):
-        return f"does not name {' or '.join(names)}: {lines}"
-    if seconds > MOST_SECONDS:
-        return f"took {seconds:.0f} s: {lines}"
-    return None if listing(folder) == before else f"wrote: {listing(folder) ^ before}"
-
-
-def listing(folder: Path) -> set[tuple[str, int, int]]:
-    """Names, sizes and times of everything below, links not followed."""
-    found = [(path, path.lstat()) for path in folder.rglob("*")]
-    return {(str(path), s.st_size if path.is_file() else 0, s.st_mtime_ns) for path, s in found}
-
-
-def require_none(complaints: dict[str, str]) -> None:
-    some = "\n".join(f"{case}\n    {said}" for case, said in list(complaints.items())[:40])
-    assert not complaints, f"{len(complaints)} cases:\n{some}"
-
-
-# --- configurations ---
+Model = type[BaseModel]
 
 
 @dataclass(frozen=True)
 class Root:
     """A model, and the command that reads it from a file."""
 
-    model: type[BaseModel]
+    model: Model
     command: tuple[str, ...]
-    """"{}" stands for the file."""
+    file: str = "case.yaml"
+    base: Tree = field(default_factory=dict)
+    """What else the file holds. What comes after it cannot be done, so that what is accepted ends there."""
     around: Callable[[Tree], Tree] = lambda tree: tree
-    """The whole file. What a command comes to after it cannot be done, so that whatever is accepted ends there."""
+    """The whole file."""
+
+    def refuses(self, wrong: Wrong) -> str | None:
+        """None, or how the command takes the case."""
+        tree = self.around(placed(wrong, self.base))
+        written = json.dumps(tree) if self.file.endswith(("json", "jsonl")) else yaml_text(tree)
+        Path(self.file).write_text(written, encoding="utf-8")
+        # JSON knows no nan, and a line of it is not read any further
+        return complaint(self.command, wrong.names if finite(tree) or self.file == "case.yaml" else [self.file])
 
 
 def in_reward(name: str, option: str | None = None) -> Callable[[Tree], Tree]:
@@ -85,48 +71,111 @@ def in_reward(name: str, option: str | None = None) -> Callable[[Tree], Tree]:
     }
 
 
-TRAIN = ("train", "{}", "--out", "new")
+TRAIN = ("train", "case.yaml", "--out", "new")
+ASKED = {"task": "understand", "prompt": "what color is the circle ?", "images": ["red.png"], "answer": "red"}
 ROOTS = {
-    "train": Root(TrainConfig, TRAIN, lambda tree: {"policy": "nowhere", **tree}),
-    "pretrain": Root(PretrainConfig, ("pretrain", "{}", "--out", "new"), lambda tree: {"init": "nowhere", **tree}),
-    "reproduce": Root(Experiment, ("reproduce", "{}", "--list")),
-    "split": Root(SplitConfig, TRAIN, in_reward("own_vqa", "split")),
-    "endpoint": Root(EndpointConfig, TRAIN, in_reward("vlm_endpoint", "endpoint")),
+    "train": Root(TrainConfig, TRAIN, base={"policy": "nowhere"}),
+    "pretrain": Root(PretrainConfig, ("pretrain", "case.yaml", "--out", "new"), base={"init": "nowhere"}),
+    "reproduce": Root(Experiment, ("reproduce", "case.yaml", "--list")),
+    "split": Root(SplitConfig, TRAIN, around=in_reward("own_vqa", "split")),
+    "endpoint": Root(EndpointConfig, TRAIN, around=in_reward("vlm_endpoint", "endpoint")),
+    "rows": Root(Row, ("evaluate", "small", "--benchmark", "case.jsonl"), "case.jsonl", ASKED),
+    "questions": Root(Row, ("ask", "small", "--questions", "case.jsonl"), "case.jsonl", ASKED),
+    "prompts": Root(
+        Row,
+        ("generate", "small", "--prompts", "case.jsonl", "--out", "new"),
+        "case.jsonl",
+        {"task": "generate", "prompt": "a circle"},
+    ),
+    "pairs": Root(PlainRow, ("fit-preference", "case.jsonl", "--model", "small", "--max-broken", "0"), "case.jsonl"),
+    "model": Root(
+        TinyConfig,
+        ("ask", "model", "--image", "red.png", "what color is the circle ?"),
+        "model/config.json",
+        {"model_type": "lvrpo_tiny"},
+    ),
 }
+BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
+    "train": (TrainConfig, ("train", "empty.yaml", "policy=nowhere", "--out", "new")),
+    "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
+    "init": (BagelSizes, ("init", "bagel-tiny", "new")),
+}
+READ_OTHERWISE = {BagelConfig, BagelSettings, ResizeRule, VitConfig}
+"""Made of the files of a BAGEL, whose keys are not these fields: tests/policies/bagel/test_config.py."""
 
 
-def reward_options(name: str) -> type[BaseModel]:
+@pytest.fixture(scope="module")
+def folder(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands name."""
+    folder = tmp_path_factory.mktemp("generated")
+    for name in ("small", "model"):
+        shutil.copytree(small_base, folder / name)
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    (folder / "empty.yaml").write_text("")
+    return folder
+
+
+def reward_options(name: str) -> Model:
     """The options of a reward as a model, from its signature."""
-    made = resolve("reward", name, REWARDS)
-    fields: dict[str, Any] = {
-        option: (kind, ... if required else None) for option, (kind, required) in hints(made).items()
-    }
+    options = hints(resolve("reward", name, REWARDS))
+    fields: dict[str, Any] = {option: (kind, ... if required else None) for option, (kind, required) in options.items()}
     return create_model(f"options of {name}", **fields)
 
 
-def refused_in_file(root: Root, wrong: Wrong) -> str | None:
-    Path("case.yaml").write_text(yaml_text(root.around(placed(wrong))), encoding="utf-8")
-    return complaint([part.format("case.yaml") for part in root.command], wrong.names, Path())
+def require_refusals(cases: list[Wrong], refuses: Callable[[Wrong], str | None], model: Model) -> None:
+    """Fails where a case is not refused, and where a field has none."""
+    require_none({f"{'.'.join(case.path)}={case.value!r:.60}": refuses(case) for case in cases})
+    fields = {f"{section.__name__}.{name}" for section in sections(model) for name in section.model_fields}
+    assert {case.owner for case in cases} >= fields
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_every_field_of_a_file_refuses_what_is_outside_of_its_type(name: str) -> None:
+def test_every_field_of_a_file_refuses_what_is_outside_of_its_type(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     root = ROOTS[name]
-    cases = thinned(wrong_fields(root.model), EVERY)
-    found = {f"{'.'.join(case.path)}={case.value!r:.60}": refused_in_file(root, case) for case in cases}
-    require_none({case: said for case, said in found.items() if said})
-    assert {case.owner for case in cases} >= {f"{root.model.__name__}.{field}" for field in root.model.model_fields}
+    require_refusals(thinned(wrong_fields(root.model), EVERY), root.refuses, root.model)
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_option_of_a_reward_refuses_what_is_outside_of_its_type(name: str) -> None:
-    root = Root(reward_options(name), TRAIN, in_reward(name))
-    cases = thinned(wrong_fields(root.model), EVERY)
-    found = {f"{'.'.join(case.path)}={case.value!r:.60}": refused_in_file(root, case) for case in cases}
-    require_none({case: said for case, said in found.items() if said})
-    assert {case.owner for case in cases} == {f"{root.model.__name__}.{field}" for field in root.model.model_fields}
+    root = Root(reward_options(name), TRAIN, around=in_reward(name))
+    require_refusals(thinned(wrong_fields(root.model), EVERY), root.refuses, root.model)
 
 
-def written(case: Wrong) -> list[str]:
-    """The case as overrides."""
-    return [f"{'.'.join(path)}={yaml_text(value)}" for path, value in (*case.beside.items(), (case.path, case.value))]
+@pytest.mark.parametrize("name", BY_OVERRIDES)
+def test_every_override_refuses_what_is_outside_of_its_type(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    model, command = BY_OVERRIDES[name]
+
+    def refused(wrong: Wrong) -> str | None:
+        assigned = (*wrong.beside.items(), (wrong.path, wrong.value))
+        return complaint([*command, *(f"{'.'.join(path)}={yaml_text(v)}" for path, v in assigned)], wrong.names)
+
+    cases = [case for case in thinned(wrong_fields(model), 2 * EVERY) if not becomes_text(case)]
+    require_none({f"{'.'.join(case.path)}={case.value!r:.60}": refused(case) for case in cases})
+
+
+def becomes_text(case: Wrong) -> bool:
+    """Whether the command line takes a value for a text, as a name may be 2024."""
+    return not isinstance(case.value, str) and accepts(case.kind, "word")
+
+
+def test_every_section_is_in_a_file_of_some_command() -> None:
+    reached = {section for root in ROOTS.values() for section in sections(root.model)}
+    reached |= {section for model, _ in BY_OVERRIDES.values() for section in sections(model)}
+    known = {
+        cls
+        for cls in subclasses(Config)
+        if cls.__module__.startswith("lvrpo.") and not cls.__name__.endswith("Options")
+    }
+    assert known - reached == READ_OTHERWISE
+    cases = sum(len(thinned(wrong_fields(root.model), EVERY)) for root in ROOTS.values())
+    assert cases > 3000
+
+
+def subclasses(cls: type) -> set[type]:
+    return {below for direct in cls.__subclasses__() for below in (direct, *subclasses(direct))}

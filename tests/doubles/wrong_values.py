@@ -52,6 +52,8 @@ class Wrong:
     """The model and field that it is wrong for."""
     common: bool
     """As of ``Outside``."""
+    kind: Kind
+    """The annotation of the field."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,24 @@ def members(kind: Kind) -> tuple[Kind, ...]:
 
 def is_model(kind: Kind) -> bool:
     return inspect.isclass(kind) and issubclass(kind, BaseModel)
+
+
+def sections(model: Model) -> set[Model]:
+    """A model and all that are part of it."""
+
+    def inside(kind: Kind) -> Iterator[Model]:
+        if is_model(kind):
+            yield kind
+        for part in get_args(kind):
+            yield from inside(part)
+
+    found, waiting = {model}, [model]
+    while waiting:
+        fields = waiting.pop().model_fields.values()
+        new = {section for field in fields for section in inside(field.annotation)} - found
+        found |= new
+        waiting += new
+    return found
 
 
 def is_list(kind: Kind) -> bool:
@@ -153,6 +173,12 @@ def bounded(value: Value) -> bool:
     return (not isinstance(value, int | float) or is_number(float, value + 0)) and all(map(bounded, inner))
 
 
+def finite(value: Value) -> bool:
+    """Whether no number in it is nan or infinite, as JSON wants it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (not isinstance(value, float) or math.isfinite(value)) and all(map(finite, inner))
+
+
 def fits_model(model: Model, value: dict[str, Value]) -> bool:
     fields = model.model_fields
     return value.keys() <= fields.keys() and all(
@@ -203,10 +229,12 @@ class Outside:
     """The keys in it that lead to the fault; none: it is the value itself."""
     common: bool = False
     """Whether it is one that most types refuse, from ``POOL``."""
+    owner: str | None = None
+    """The model and field inside it that it is wrong for; None: the one that it stands in."""
 
     def inside(self, value: Value, *names: str) -> Outside:
         """A larger value that holds it."""
-        return Outside(value, (*names, *self.names), self.common)
+        return Outside(value, (*names, *self.names), self.common, self.owner)
 
 
 def thinned(cases: Iterable[Wrong], every: int) -> list[Wrong]:
@@ -225,11 +253,13 @@ def wrong_fields(
         here, owner = (*path, name), f"{model.__name__}.{name}"
         kept = {key: value for key, value in beside.items() if key[: len(here)] != here}
         for found in outside(field.annotation, field.metadata):
-            yield Wrong(here, found.value, found.names or (name,), kept, owner, found.common)
+            yield Wrong(
+                here, found.value, found.names or (name,), kept, found.owner or owner, found.common, field.annotation
+            )
         for section in filter(is_model, members(field.annotation)):
             yield from wrong_fields(section, here, kept)
         if (unknown := near_miss(name, model.model_fields)) is not None:
-            yield Wrong((*path, unknown), 7, (unknown,), beside, owner, False)
+            yield Wrong((*path, unknown), 7, (unknown,), beside, owner, False, Any)
 
 
 def outside(kind: Kind, metadata: Sequence[object] = ()) -> Iterator[Outside]:
@@ -278,7 +308,7 @@ def parts_outside(kind: Kind) -> Iterator[Outside]:
     yield from outside(kind)
     for section in filter(is_model, members(kind)):
         for found in wrong_fields(section):
-            yield Outside(placed(found), (*found.path[:-1], *found.names), found.common)
+            yield Outside(placed(found), (*found.path[:-1], *found.names), found.common, found.owner)
 
 
 def beyond(kind: Kind, bounds: Bounds) -> Iterator[float]:
@@ -303,7 +333,7 @@ def near_miss(name: str, known: Sequence[str] | Mapping[str, object] = ()) -> st
 
 
 def placed(wrong: Wrong, root: Value = None) -> dict[str, Value]:
-    """The tree in which a wrong value stands, with what its sections need."""
+    """``root`` with a wrong value in it, and what its sections need."""
     tree = json.loads(json.dumps(root or {}))
     for path, value in (*wrong.beside.items(), (wrong.path, wrong.value)):
         node = tree
@@ -311,7 +341,8 @@ def placed(wrong: Wrong, root: Value = None) -> dict[str, Value]:
             if not isinstance(node.get(key), dict):
                 node[key] = {}
             node = node[key]
-        node[path[-1]] = value
+        if path == wrong.path or path[-1] not in node:
+            node[path[-1]] = value
     return tree
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional
 
-from lvrpo.config import Config
+from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.folder import FolderPolicy
 from lvrpo.policies.mot.towers import Grid
@@ -241,7 +241,7 @@ class TinyPolicy(FolderPolicy):
 
     @classmethod
     def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        return cls(TinyConfig.model_validate(config), TinyWords.load(folder))
+        return cls(parse_section(TinyConfig, config, str(folder / "config.json")), TinyWords.load(folder))
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
