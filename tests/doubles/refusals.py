@@ -15,24 +15,30 @@ MOST_SECONDS = 10
 """Of one case."""
 
 
-def complaint(arguments: Sequence[str], names: Sequence[str], may_pass: bool = False) -> str | None:
+def complaint(
+    arguments: Sequence[str], names: Sequence[str], own: Path | None = None, tolerant: bool = False
+) -> str | None:
     """What is wrong with the way in which a command refuses its input; None where nothing is.
 
-    ``names``: the line holds one of them. ``may_pass``: whether the input may as well be taken.
+    ``names``: the line holds one of them. ``own``: a folder that the command goes on writing, which may have changed.
+    ``tolerant``: whether it may as well be done.
     """
-    before = listing(Path())
+    before = listing(Path(), own)
     with redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO()), interrupted_after(MOST_SECONDS):
         started = time.monotonic()
         code = main(arguments)
         seconds = time.monotonic() - started
     lines = said.getvalue().splitlines()
-    if may_pass and code == 0:
+    written = listing(Path(), own) ^ before
+    if written:
+        return f"wrote: {written}"
+    if tolerant and code == 0 and not lines:
         return None
     if code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or "(unexpected" in lines[0]:
         return f"exit code {code} after {seconds:.1f} s: {lines}"
     if not any(name in lines[0] for name in names):
         return f"does not name {' or '.join(names)}: {lines}"
-    return None if listing(Path()) == before else f"wrote: {listing(Path()) ^ before}"
+    return None
 
 
 @contextmanager
@@ -47,9 +53,10 @@ def interrupted_after(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def listing(folder: Path) -> set[tuple[str, int, int]]:
+def listing(folder: Path, but: Path | None = None) -> set[tuple[str, int, int]]:
     """Names, sizes and times of everything below, links not followed; locks are no content."""
-    found = [(path, path.lstat()) for path in folder.rglob("*") if path.name != ".lock"]
+    paths = (path for path in folder.rglob("*") if path.name != ".lock" and (but is None or but not in path.parents))
+    found = [(path, path.lstat()) for path in paths]
     return {(str(path), 0 if path.is_dir() else s.st_size, 0 if path.is_dir() else s.st_mtime_ns) for path, s in found}
 
 

@@ -118,6 +118,11 @@ def sections(model: Model) -> set[Model]:
     return found
 
 
+def subclasses(cls: type) -> set[type]:
+    """All below it."""
+    return {below for direct in cls.__subclasses__() for below in (direct, *subclasses(direct))}
+
+
 def is_list(kind: Kind) -> bool:
     return get_origin(kind) in (list, tuple, collections.abc.Sequence)
 

@@ -22,6 +22,7 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import is_there
 from lvrpo.registry import allow_code
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardSource
@@ -162,7 +163,7 @@ class Alignment:
     @property
     def finished(self) -> bool:
         """Whether the loop has nothing left to do."""
-        return (self.run.path / FINAL).is_file()
+        return is_there(self.run.path / FINAL)
 
     def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Calls the loop; returns whether it came to its end, and names the guard's best checkpoint if so."""
@@ -399,7 +400,7 @@ class Pretraining:
     @property
     def finished(self) -> bool:
         """Whether every step is done."""
-        return (self.run.path / FINAL).is_file()
+        return is_there(self.run.path / FINAL)
 
     def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
