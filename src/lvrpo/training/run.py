@@ -30,6 +30,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.checkpoint import (
     atomic_folder,
+    checkpoint_step,
     checkpoint_writer,
     fingerprint,
     latest_checkpoint,
@@ -303,15 +304,18 @@ def begin(
 
 
 def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire: Wire = SOLO) -> RunState:
-    """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
+    """The state of the last whole checkpoint; metrics and scores that came after it are dropped.
+
+    That of step 0 is made anew, with what is looked at before the first step.
+    """
     verify_checkpoint(run.path / START)
     state = RunState.start(loaded(run.path / START, config, base), config, wire)
     last = latest_checkpoint(run.path)
-    if last is not None:
+    if last is not None and checkpoint_step(last):
         state.load(last, everybody=False)
     prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)  # what a kill left beside the last
-    run.truncate_metrics(state.step if last is not None else -1)
-    score_record.truncate(run, state.step if last is not None else -1)
+    run.truncate_metrics(state.step or -1)
+    score_record.truncate(run, state.step or -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
     return state
 
