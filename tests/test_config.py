@@ -114,7 +114,7 @@ def test_text_may_look_like_anything_on_the_command_line() -> None:
         ("judge.num_step=3", "judge.num_step: unknown key: did you mean judge.num_steps?"),
         ("steps=3", "steps: unknown key: did you mean training.steps?"),
         ("trainig.steps=3", "trainig: unknown key: did you mean training?"),
-        ("zzzz=1", "zzzz: unknown key: the configuration has training, sampling, judge, seed"),
+        ("zzzz=1", "zzzz: unknown key: there are training, sampling, judge, seed"),
         ("training.zzzz=1", "training.zzzz: unknown key: training has steps, lr, clip, guard, mode, name, adam"),
         ("seed", "'seed': an override is written section.key=value"),
         ("=3", "'=3': an override is written section.key=value"),

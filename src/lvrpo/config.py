@@ -35,8 +35,10 @@ class Config(BaseModel):
     @classmethod
     def _no_number_beyond(cls, value: Any) -> Any:
         """Any: whatever a field holds."""
-        if any(abs(number) > MOST for number in _numbers_in(value)):
-            raise ValueError(f"numbers must lie between -{MOST:.3g} and {MOST:.3g}")
+        for place, number in _numbers_in(value):
+            if not abs(number) <= MOST:
+                at = f"{place}={number}: " if place else ""
+                raise ValueError(f"{at}numbers must lie between -{MOST:.3g} and {MOST:.3g}")
         return value
 
 
@@ -72,25 +74,18 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         _set(tree, keys, _parse_override(override, text))
         raw[keys] = text
     while True:
-        try:
-            config = cls.model_validate(tree)
-        except ValidationError as error:
-            errors = error.errors(include_url=False)
-            first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-            location = _real_location(tree, first["loc"])
-            # `name=2024` on the command line means text where only text is allowed
-            texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
-            text = raw.get(location, "") if texts else ""
-            as_text.add(location)
-            if text and not isinstance(first["input"], str):
-                _set(tree, [str(key) for key in location], text)
-                continue
-            message = _explain(cls, dict(first), location)
-        else:
-            converted = next(_converted(tree, config.model_dump(mode="json")), None)
-            if converted is None:
-                return config
-            location, message = converted
+        config, first = _validated(cls, tree)
+        if config is not None:
+            return config
+        location = _real_location(tree, first["loc"])
+        # `name=2024` on the command line means text where only text is allowed
+        texts = first["type"] in ("string_type", "literal_error", "path_type") and location not in as_text
+        text = raw.get(location, "") if texts else ""
+        as_text.add(location)
+        if text and not isinstance(first["input"], str):
+            _set(tree, [str(key) for key in location], text)
+            continue
+        message = _explain(cls, first, location)
         overridden = any(keys[: len(location)] == location[: len(keys)] for keys in raw)
         from_file = path is not None and not overridden
         raise InputError(f"{path}: {message}" if from_file else message)
@@ -100,13 +95,11 @@ def parse_section(cls: type[C], tree: Mapping[str, Any], where: str) -> C:
     """A section that stands among free options; raises InputError with one line that begins with ``where``."""
     if not isinstance(tree, Mapping):
         raise InputError(f"{where}: must be a section of 'key: value' lines")
-    try:
-        return cls.model_validate(dict(tree))
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    config, first = _validated(cls, dict(tree))
+    if config is not None:
+        return config
     location = _real_location(dict(tree), first["loc"])
-    raise InputError(f"{where}{'.' if location else ': '}{_explain(cls, dict(first), location)}")
+    raise InputError(f"{where}{'.' if location else ': '}{_explain(cls, first, location)}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -182,11 +175,6 @@ for _tag, (_pattern, _starts) in _SCALARS.items():
         _RESOLVERS.setdefault(_start.strip("\0"), []).append((_tag, re.compile(rf"(?:{_pattern})\Z")))
 
 
-_NUMBER = re.compile(
-    r"\s*[-+]?(?:[0-9._]+(?:[eE][-+]?[0-9]+)?|inf|nan|infinity|true|false|yes|no|on|off|[tfyn])\s*", re.IGNORECASE
-)
-
-
 MOST_NODES = 100_000
 """Keys and values of a file at most, an alias counted for all that it stands for."""
 YAML_BYTES = MIB
@@ -228,13 +216,13 @@ def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> i
     return known[id(node)]
 
 
-def _numbers_in(value: Any, depth: int = 3) -> Iterator[int | float]:
-    """Those of a field; a section has its own. Free options may hold themselves, hence the depth."""
+def _numbers_in(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, int | float]]:
+    """Those of a field, with where; a section has its own. Free options may hold themselves, hence the depth."""
     if isinstance(value, int | float):
-        yield value
+        yield place, value
     elif depth and isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _numbers_in(part, depth - 1)
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _numbers_in(part, f"{place}.{key}" if place else str(key), depth - 1)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -336,30 +324,34 @@ def _set(tree: Tree, keys: Sequence[str], value: Any) -> None:
     tree[last] = value
 
 
-def _converted(tree: Any, value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
-    """Scalars that pydantic converted: '3' or true to 3, 3.0 to 3, 1 to true."""
-    if isinstance(tree, dict) and isinstance(value, dict):
-        for key in tree.keys() & value.keys():
-            yield from _converted(tree[key], value[key], (*location, key))
-    elif isinstance(tree, list) and isinstance(value, list):
-        for number, (before, after) in enumerate(zip(tree, value, strict=False)):
-            yield from _converted(before, after, (*location, number))
-    elif isinstance(tree, (bool, int, float, str)) and isinstance(value, (bool, int, float)):
-        widened = isinstance(tree, int) and not isinstance(tree, bool) and isinstance(value, float)
-        if (
-            type(tree) is not type(value)
-            and not widened
-            and not (isinstance(tree, str) and not _NUMBER.fullmatch(tree))
-        ):
-            rule = {bool: "must be true or false", int: "must be a whole number", float: "must be a number"}[
-                type(value)
-            ]
-            shown = repr(tree) if isinstance(tree, str) else _show(tree)
-            yield location, f"{'.'.join(map(str, location))}={shown}: {rule}"
+# --- what pydantic finds, and how it is said ---
 
 
-# --- explaining what pydantic found ---
+def _validated(cls: type[C], tree: Tree) -> tuple[C | None, dict[str, Any]]:
+    """The configuration, or what is wrong with it first: an unknown key, else a type, else a rule of ours.
 
+    Any: as pydantic describes an error.
+    """
+    try:
+        config, errors = cls.model_validate(tree), []
+    except ValidationError as error:
+        config, errors = None, error.errors(include_url=False)
+    if not errors or errors[0]["type"] == "value_error":
+        errors = [*_conversions(cls, tree), *errors]
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0]) if errors else {}
+    return (None if errors else config), dict(first)
+
+
+def _conversions(cls: type[Config], tree: Tree) -> list[Any]:
+    """What pydantic would convert in silence: '3' or true to 3, 3.0 to 3, 1 to true. Any: its descriptions."""
+    try:
+        cls.model_validate_json(json.dumps(tree, skipkeys=True, default=str), strict=True)
+    except ValidationError as error:
+        return [e for e in error.errors(include_url=False) if e["type"] in _SCALAR_TYPES]
+    return []
+
+
+_SCALAR_TYPES = ("int_type", "float_type", "bool_type")
 _RULES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -416,7 +408,8 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
     if kind == "literal_error" and isinstance(value, str):
         near = _nearest(value, re.findall(r"'([^']*)'", context["expected"]))
         words += f": did you mean {near}?" if near else ""
-    return f"{dotted}={_show(value)}: {words}" if dotted else words
+    shown = repr(value) if kind in _SCALAR_TYPES and isinstance(value, str) else _show(value)
+    return f"{dotted}={shown}: {words}" if dotted else words
 
 
 def _real_location(tree: Any, location: Location) -> Location:
@@ -443,8 +436,8 @@ def _suggest_key(cls: type[Config], location: Location) -> str:
     near = _nearest(last, elsewhere, cutoff=0.75)
     if near:
         return f"did you mean {elsewhere[near]}?"
-    where = ".".join(sections) or "the configuration"
-    return f"{where} has {', '.join(siblings) or 'no keys'}"
+    where = f"{'.'.join(sections)} has" if sections else "there are"
+    return f"{where} {', '.join(siblings) or 'no keys'}"
 
 
 def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:

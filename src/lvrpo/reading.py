@@ -53,6 +53,11 @@ def open_regular(path: Path, remedy: str, most_bytes: int | None = TEXT_BYTES) -
         yield file
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has this name: a link that leads to itself or nowhere counts, so that its reader refuses it."""
+    return os.path.lexists(path)
+
+
 def require_regular(found: os.stat_result, path: Path, remedy: str, most_bytes: int | None = None) -> None:
     """Raises InputError where something is no regular file, or a larger one."""
     kind = stat.S_IFMT(found.st_mode)

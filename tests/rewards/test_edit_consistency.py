@@ -256,7 +256,7 @@ def test_an_edit_without_questions_about_the_rest_is_masked(
     [
         ({"ask": False, "sure": 0.5}, "ask=false: asks no questions: leave out sure, choices and split"),
         ({"ask": False, "split": {}}, "ask=false: asks no questions"),
-        ({"sure": 1.0}, "edit_consistency.sure=1.0: must be at least 0 and below 1"),
+        ({"sure": 1.0}, "edit_consistency.options.sure=1.0: must be < 1"),
         ({"split": {"stay_template": "x"}}, r"stay_template: must hold \{prompt\}"),
         ({"split": {"stay_template": None, "sure": 0.5}}, r"sure=0.5: is of questions about what should stay"),
     ],

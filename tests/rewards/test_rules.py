@@ -215,13 +215,13 @@ def test_a_trajectory_without_text_is_masked() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("numeric", {"relative": 1}, "numeric.relative=1, absolute=0.0: need 0 <= relative < 1"),
-        ("numeric", {"cut_off": "zero"}, "numeric.cut_off='zero': unknown: use mask, score"),
-        ("boxed", {"compare": "sympy"}, "boxed.compare='sympy': unknown: use plain, math_verify"),
+        ("numeric", {"relative": 1}, "options.relative=1: must be < 1"),
+        ("numeric", {"cut_off": "zero"}, "options.cut_off=zero: must be 'mask' or 'score'"),
+        ("boxed", {"compare": "sympy"}, "options.compare=sympy: must be 'plain' or 'math_verify'"),
         ("text_format", {"form": "("}, r"text_format.form='\(': no regular expression"),
-        ("text_length", {"limit": 0}, "text_length: limit=0, buffer=0, least=0: need limit >= 1, the others"),
-        ("text_length", {}, "missing a required argument: 'limit'|missing 1 required positional argument: 'limit'"),
-        ("multiple_choice", {"letters": 4}, "unexpected keyword argument 'letters'"),
+        ("text_length", {"limit": 0}, "options.limit=0: must be >= 1"),
+        ("text_length", {}, "options.limit: is missing: set it"),
+        ("multiple_choice", {"letters": 4}, "options.letters: unknown key: there are cut_off"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -220,12 +220,12 @@ def test_a_result_of_another_size_is_masked() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("agreement", {"vote": "judge"}, "'vote': there are least, entropy_floor, floor_groups"),
-        ("agreement", {"least": 0}, "agreement.least=0: must be > 0 and <= 1"),
-        ("agreement", {"entropy_floor": 2}, "agreement.entropy_floor=2: must be between 0 and 1"),
-        ("agreement", {"floor_groups": 1}, "agreement.floor_groups=1: must be >= 2"),
-        ("caption_back", {"samples": 0}, "caption_back: samples=0"),
-        ("edit_consistency", {"edited": 1}, "edit_consistency: patch=8, edited=1"),
+        ("agreement", {"vote": "judge"}, "options.vote: unknown key"),
+        ("agreement", {"least": 0}, "options.least=0: must be > 0"),
+        ("agreement", {"entropy_floor": 2}, "options.entropy_floor=2: must be <= 1"),
+        ("agreement", {"floor_groups": 1}, "options.floor_groups=1: must be >= 2"),
+        ("caption_back", {"samples": 0}, "options.samples=0: must be >= 1"),
+        ("edit_consistency", {"edited": 1}, "options.edited=1: must be < 1"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

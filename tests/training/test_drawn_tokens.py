@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from discrete_policy import Colors, DiscretePolicy, N, Says, ShareOfColor
+from discrete_policy import DiscretePolicy, N, Says, ShareOfColor
 
-from lvrpo.config import dump_config, load_config
-from lvrpo.errors import InputError
-from lvrpo.evaluation.recorded_groups import read_record
-from lvrpo.evaluation.reward_audit import audit_rewards
-from lvrpo.registry import allow_code
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
-from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import (
@@ -33,9 +26,6 @@ from lvrpo.training.objective import (
     recorded_passes,
 )
 from lvrpo.training.optimizer import Optimizers
-from lvrpo.training.run import Alignment, open_policy
-from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.text import anchored
 from lvrpo.training.update import take_steps, update
 from lvrpo.types import (
@@ -390,164 +380,3 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
         whole = bench.gradient(**tree)
         assert apart(whole, bench.gradient(limits={"backward_members": 3}, **tree)) < 1e-5
         assert apart(whole, bench.gradient(limits={"backward_tokens": 150}, **tree)) < 1e-5
-
-
-# --- whole runs ---
-
-RUN = (
-    "device=cpu",
-    "allow_code=[discrete_policy]",
-    "data.source='discrete_policy:Colors'",
-    "rewards=[{name: 'discrete_policy:ShareOfColor', label: share}, {name: 'discrete_policy:Says', label: says}]",
-    "guard.every=100",
-    "checkpoint_every=100",
-    "samples_every=100",
-    "optimizer={kind: adamw, adamw_lr: 5e-3}",
-    "data.prompts_per_step={understand: 2, generate: 3, reason: 3}",
-    "steps=12",
-)
-RUNS: dict[str, tuple[SegmentKind, tuple[str, ...]]] = {
-    "image tokens, guided": (
-        "tokens",
-        ("tokens={lr: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}", "advantages.stages=per_segment"),
-    ),
-    "masked, along the path": (
-        "masked",
-        ("masked={clip_high: 0.2}", "rollout={max_new_tokens: 4, num_steps: 4, choice_temperature: 1}"),
-    ),
-    "masked, by Monte Carlo": (
-        "masked",
-        ("masked={likelihood: monte_carlo, draws: 3, kind: gspo}", "rollout={max_new_tokens: 4, num_steps: 4}"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
-    kind, settings = RUNS[name]
-    DiscretePolicy((kind,)).save(Path("policy"))
-    config = load_config(TrainConfig, None, ["policy=policy", *RUN, *settings])
-    straight = Alignment.start(config, Path("straight"))
-    with straight.run:
-        assert straight.go()
-    rows = RunDirectory.read(Path("straight")).metrics()[1:]
-    for reward in ("generate/share", "reason/share", "understand/says", "reason/says"):
-        first, last = ([row[f"reward/{reward}"] for row in some] for some in (rows[:2], rows[-2:]))
-        assert sum(last) / 2 > sum(first) / 2 + 0.25, reward
-        assert sum(last) / 2 > 0.4, reward
-    assert rows[0]["ratio/text"] == 1
-    assert rows[0][f"ratio/{kind}"] == pytest.approx(1, abs=0 if kind == "masked" else 1e-2)  # stepped after the text
-    assert {f"loss/{kind}/generate", f"kl/{kind}/reason", f"entropy/{kind}/reason", "loss/text/reason"} <= set(rows[0])
-
-    seen: list[int] = []
-    halved = Alignment.start(config, Path("halved"))
-    with halved.run:
-        assert not halved.go(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= 5)
-    again = Alignment.resume(Path("halved"), config)
-    with again.run:
-        assert again.state.step == 5
-        assert again.go()
-    untimed = [
-        [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in RunDirectory.read(run).metrics()]
-        for run in (Path("straight"), Path("halved"))
-    ]
-    assert untimed[0] == untimed[1]
-    states = [load_state(Path(run, "checkpoints", "step_000012", "state")) for run in ("straight", "halved")]
-    for set_of_weights in ("live", "average"):  # nobody asks for old ones
-        one, other = (state["policies"][set_of_weights] for state in states)
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-    record = list(read_steps(Path("straight")))[-1]
-    draws = [task != "understand" for task in record.tasks]
-    assert torch.tensor(record.picture_diversity).isfinite().tolist() == draws
-    assert torch.tensor(record.traits[:, 0, TRAITS.index("red")]).isfinite().tolist() == draws
-    audit = audit_rewards(read_record(Path("straight")))
-    assert {scorer.name for scorer in audit.tasks["generate"].scorers} == {"share"}
-    assert audit.tasks["generate"].drift["picture_diversity"].last is not None
-    assert Path("straight/samples/step_000012/grid.png").is_file()
-
-
-# --- bad input ---
-
-
-def configure(settings: Sequence[str], writes: Sequence[SegmentKind] | None) -> None:
-    config = load_config(TrainConfig, None, settings)
-    if writes is not None:
-        config.require_fit(writes)
-
-
-TOKENS: tuple[SegmentKind, ...] = ("text", "tokens")
-MASKED: tuple[SegmentKind, ...] = ("text", "masked")
-FLOWS: tuple[SegmentKind, ...] = ("text", "flow")
-BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
-    (("tokens={}",), FLOWS, "tokens: policy=tiny writes no such segments, only text, flow: leave it out"),
-    (("masked={}",), FLOWS, "masked: policy=tiny writes no such segments"),
-    (("tokens={}", "masked={}"), TOKENS, "masked: policy=tiny writes no such segments, only text, tokens"),
-    (("tokens={}", "flow.lr=0.5"), TOKENS, "flow: policy=tiny writes no such segments, only text, tokens"),
-    ((), TOKENS, "tokens: policy=tiny draws such segments, and nothing says how they are trained: add the section"),
-    (("tokens={}", "rollout.sampler=flow_sde"), TOKENS, "rollout.sampler=flow_sde: is of flow, and policy=tiny"),
-    (("tokens={}", "rollout.num_steps=4"), TOKENS, "rollout.num_steps=4: is of flow and masked, and policy=tiny"),
-    (("tokens={}", "rollout.choice_temperature=1"), TOKENS, "rollout.choice_temperature=1.0: is of masked"),
-    (("rollout.image_temperature=2",), FLOWS, "rollout.image_temperature=2.0: is of tokens and masked"),
-    (("tokens={weight: 0}", "text.weight=0"), TOKENS, "text.weight=0 and tokens.weight=0: nothing would be trained"),
-    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=clip learns from its own outputs only"),
-    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=clip learns from its own"),
-    (("tokens={lr: 2}", "gradient_mixing=pcgrad"), TOKENS, "with text.lr=1.0 and tokens.lr=2.0 kinds of segments"),
-    (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap=2.0: tokens.kind=dpo has no"),
-    (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: use clip, gspo"),
-    (("masked.kind=grpo",), None, "masked.kind=grpo: is kind=clip, with reduction=trajectory in the paper"),
-    (("tokens.kl=k1",), None, "tokens.kl=k1"),
-    (("tokens.clip_low=0",), None, "tokens.clip_low=0: must be > 0"),
-    (("tokens.likelihood=path",), None, "tokens.likelihood: unknown key"),
-    (("tokens.reduction=constant",), None, "every token of a drawing counts"),
-    (("masked.reduction=constant",), None, "every token of a drawing counts"),
-    (("masked.draws=4",), None, "draws=4: is of likelihood=monte_carlo: set that, or leave it out"),
-    (("masked.schedule=uniform",), None, "schedule=uniform: is of likelihood=monte_carlo"),
-    (("masked={likelihood: monte_carlo, draws: 0}",), None, "masked.draws=0: must be >= 1"),
-    (("tokens.guided_logprobs=detach_uncond",), None, "has no effect with rollout.guidance_scale=1: leave it out"),
-    (
-        ("tokens.guided_logprobs=none", "rollout.guidance_scale=3"),
-        None,
-        "tokens.guided_logprobs=none: would score another distribution than the guided one that is sampled",
-    ),
-    (("masked.guided_logprobs=none", "rollout.guidance_scale=3"), None, "masked.guided_logprobs=none: would score"),
-]
-
-
-@pytest.mark.parametrize(("settings", "writes", "words"), BAD, ids=lambda value: str(value)[:60])
-def test_bad_input_is_answered_in_one_line(
-    settings: tuple[str, ...], writes: Sequence[SegmentKind] | None, words: str
-) -> None:
-    with pytest.raises(InputError) as caught:
-        configure(settings, writes)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
-    small_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lvrpo.training.run.load_policy", lambda *_: pytest.fail("loaded"))
-    config = load_config(TrainConfig, None, [f"policy={small_base}", "device=cpu", "tokens={}"])
-    with pytest.raises(InputError, match="writes no such segments, only text, flow"):
-        open_policy(config)
-
-
-def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
-    allow_code(["discrete_policy"])
-    DiscretePolicy(("masked",)).save(Path("policy"))
-    config = load_config(TrainConfig, None, ["policy=policy", "device=cpu", "tokens={}"])
-    with pytest.raises(InputError, match="tokens: policy=policy writes no such segments, only text, masked"):
-        open_policy(config)
-    with pytest.raises(InputError, match="nothing says how they are trained: add the section"):
-        open_policy(load_config(TrainConfig, None, ["policy=policy", "device=cpu"]))
-    sampling, prompts = make_config(rollout={"num_steps": 17}).sampling(0), Colors(None, "", 0).prompts("generate", 1)
-    with pytest.raises(InputError, match=r"sampling.num_steps=17 for 16 masked tokens: use 1..16"):
-        DiscretePolicy(("masked",)).sample(prompts, sampling, [0])
-
-
-def test_the_sections_survive_the_file_of_a_run() -> None:
-    settings = ["tokens={lr: 0.5}", "masked={likelihood: monte_carlo}", "rollout.guidance_scale=2", "flow.kind=best_of"]
-    config = load_config(TrainConfig, None, settings)
-    Path("config.yaml").write_text(dump_config(config))
-    assert load_config(TrainConfig, Path("config.yaml")) == config

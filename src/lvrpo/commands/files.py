@@ -8,11 +8,12 @@ from typing import Any
 
 from lvrpo.commands.options import refuse_existing
 from lvrpo.data.images import load_image, middle_square
+from lvrpo.data.schema import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, read_text
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import disk_errors
-from lvrpo.types import Image
+from lvrpo.types import Image, Task
 
 
 def write_file(path: Path, content: bytes, force: bool) -> None:
@@ -34,19 +35,24 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def read_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, row) of JSON lines whose ``needed`` fields are texts. Any: what JSON holds."""
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of JSON lines. Any: what JSON holds."""
     rows = []
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         row = parse_json(line, where, "one object per line")
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
-        for name in needed:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise InputError(f"{where}: field {name!r} is missing or no text: give {', '.join(map(repr, needed))}")
         rows.append((where, row))
     return rows
+
+
+def checked_row(row: dict[str, Any], task: Task, where: str) -> Row:
+    """A row in the one format of rows, of this task where it names none; raises InputError. Any: what JSON holds."""
+    try:
+        return parse_row(row, task)
+    except ValueError as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def fitting_image(path: Path, side: int | None) -> Image:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from lvrpo.config import CONSENT, Config, load_config, read_tree, shipped_configs
 from lvrpo.errors import InputError
+from lvrpo.reading import is_there
 from lvrpo.registry import allow_code
 
 C = TypeVar("C", bound=Config)
@@ -41,7 +42,7 @@ def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
     path = find_config(name)
     refuse_other_kind(cls, name, path)
-    config = load_config(cls, path, overrides, own_file=not (path.parent / MANIFEST).exists())
+    config = load_config(cls, path, overrides, own_file=not is_there(path.parent / MANIFEST))
     allow_code(getattr(config, CONSENT, ()))  # only an alignment has it
     return config
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
 from lvrpo.errors import ContractError, InputError, LostProcessError, NotWellError
+from lvrpo.reading import is_there
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
@@ -173,7 +174,7 @@ def open_pretraining(options: Options) -> Pretraining:
     if options.resume is not None:
         config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
         refuse_out(options)
-        if (options.resume / FINAL).exists():
+        if is_there(options.resume / FINAL):
             raise InputError(f"{options.resume}: has finished: evaluate it with lvrpo evaluate {options.resume}")
         return Pretraining.resume(options.resume, config)
     config = read_config(PretrainConfig, options.config, options.overrides)

@@ -80,7 +80,7 @@ def generate_options(parser: Parser) -> None:
 
 
 def generate(options: Options) -> None:
-    from lvrpo.commands.files import read_lines, read_rows, write_file
+    from lvrpo.commands.files import read_lines, write_file
     from lvrpo.evaluation.cases import png
 
     if (options.prompt is None) == (options.prompts is None):
@@ -88,11 +88,7 @@ def generate(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
-        rows = read_rows(options.prompts, ("prompt",))
-        for where, row in rows:
-            if row.get("task", "generate") != "generate":
-                raise InputError(f"{where}: task {row['task']!r}: only rows of task 'generate' are drawn: leave it out")
-        texts = [row["prompt"] for _, row in rows]
+        texts = drawn_rows(options.prompts)
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
@@ -111,6 +107,21 @@ def generate(options: Options) -> None:
             index.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(options.out / "index.jsonl", "".join(index).encode(), options.force)
     print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
+
+
+def drawn_rows(table: Path) -> list[str]:
+    """The texts of a file in the one format of rows."""
+    from lvrpo.commands.files import checked_row, read_rows
+
+    texts = []
+    for where, found in read_rows(table):
+        row = checked_row(found, "generate", where)
+        if row.task != "generate":
+            raise InputError(f"{where}: task {row.task!r}: only rows of task 'generate' are drawn: leave it out")
+        if row.images:
+            raise InputError(f"{where}: field 'images': a drawing starts from its text alone: leave it out")
+        texts.append(row.prompt)
+    return texts
 
 
 def ask_options(parser: Parser) -> None:
@@ -196,20 +207,16 @@ def question_rows(table: Path, side: int | None, root: Path | None) -> list[Ques
 
     Rows with 'image' and 'question', as they once were, are read too; one line says what is written now.
     """
-    from lvrpo.commands.files import read_rows
+    from lvrpo.commands.files import checked_row, read_rows
     from lvrpo.data.images import load_image, middle_square
     from lvrpo.data.jsonl import picture_path
-    from lvrpo.data.schema import parse_row
 
     found, older, odd = [], 0, []
-    for where, row in read_rows(table, ()):
+    for where, row in read_rows(table):
         is_older = "question" in row and isinstance(row.get("image"), str)
         older += is_older
-        try:
-            data = {"prompt": row["question"], "images": [row["image"]]} if is_older else row
-            parsed = parse_row(data, "understand")
-        except ValueError as error:
-            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+        data = {"prompt": row["question"], "images": [row["image"]]} if is_older else row
+        parsed = checked_row(data, "understand", where)
         if parsed.kinds != ("text",) or not parsed.images:
             raise InputError(f"{where}: task '{parsed.task}': only questions about pictures are asked: leave it out")
         paths = [picture_path(table.parent, name, where, root=root) for name in parsed.images]

@@ -34,8 +34,8 @@ class RowFact(_Strict):
 class TextRules(_Strict):
     """What a text output must keep to, checked by rules; what is not given is not checked."""
 
-    min_words: int = Field(default=0, ge=0)
-    max_words: int | None = Field(default=None, ge=1)
+    min_words: int = Field(default=0, ge=0, le=1_000_000)
+    max_words: int | None = Field(default=None, ge=1, le=1_000_000)
     """Words are what stands between spaces."""
     form: str | None = Field(default=None, min_length=1)
     """A form of the reward ``text_format`` by name, or a regular expression that the whole text must match."""

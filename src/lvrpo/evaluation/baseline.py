@@ -16,6 +16,7 @@ from lvrpo.evaluation.cases import read_evaluation
 from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
+from lvrpo.reading import is_there
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig
@@ -53,7 +54,7 @@ class Baseline:
     @property
     def finished(self) -> bool:
         """Whether its evaluation is written."""
-        return (self.folder / RESULT).exists()
+        return is_there(self.folder / RESULT)
 
     def start(self) -> None:
         """Starts it, or lets it go on from its last checkpoint."""

@@ -25,6 +25,7 @@ from lvrpo.evaluation.suite import (
 )
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import picture_side
+from lvrpo.reading import is_there
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
@@ -50,6 +51,7 @@ class PlanRecord(Record):
     baseline: dict[str, Any] | None
     baseline_name: str
     parallel: bool
+    sampled_prompts: int = 70
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class Plan:
 
     def kept(self, run: RunDirectory) -> Plan:
         """This plan, written into the run; or the one that the run began with."""
-        if not (run.path / PLAN).exists():
+        if not is_there(run.path / PLAN):
             baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
             run.write_json(PLAN, {**vars(self), "baseline": baseline})
             return self
         raw = run.read_json(PLAN, PlanRecord)
         section = raw["baseline"]
         baseline = None if section is None else parse_section(PretrainConfig, section, f"{run.path / PLAN}: baseline")
-        known = {name: raw[name] for name in PlanRecord.model_fields}
+        known = {name: raw[name] for name in PlanRecord.model_fields if name in raw}
         return Plan(**{**known, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
 
 
@@ -113,6 +115,7 @@ def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str
         before = measure(alignment, "before", lambda: alignment.policies.reference, plan, sampling, watch)
         align_watched(alignment, plan, sampling, watch)
         after = measure(alignment, "after", alignment.result, plan, sampling, watch)
+        require_same_prompts(run, before, after)
         against = None
         if baseline is not None:
             watch.phase(f"{plan.baseline_name}: waiting for the baseline")
@@ -138,7 +141,7 @@ def measure(
     """
     run, base = alignment.run, alignment.policies.reference
     path = run.path / "eval" / f"{phase}.json"
-    if path.exists():
+    if is_there(path):
         return read_evaluation(run, f"eval/{phase}.json")[0]
     benchmarks = planned_benchmarks(alignment, plan)
     if benchmarks:
@@ -149,6 +152,15 @@ def measure(
     )
     write_evaluation(run, phase, evaluation)
     return evaluation
+
+
+def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
+    """Raises InputError where two evaluations of a run, which may have been read back, are not of the same prompts."""
+    asked = [{name: list(scored.ids) for name, scored in each.scored.items()} for each in (before, after)]
+    if asked[0] != asked[1]:
+        raise InputError(
+            f"{run.path / 'eval'}: before.json and after.json are not of the same prompts: delete both to measure again"
+        )
 
 
 def in_words(benchmark: Benchmark) -> str:

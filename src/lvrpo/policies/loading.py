@@ -16,7 +16,7 @@ from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, missing_members
 from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.reading import read_json_object
+from lvrpo.reading import is_there, read_json_object
 from lvrpo.registry import resolve
 
 FINAL = "policy.json"
@@ -203,7 +203,7 @@ def _built_in_folder(name: str) -> Path:
 def _run_result(run: Path) -> Path:
     """The checkpoint that a finished run chose, or the last whole one of an unfinished run."""
     whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
-    if (run / FINAL).is_file():
+    if is_there(run / FINAL):
         try:
             chosen = run / read_json_object(run / FINAL)["checkpoint"]
         except (InputError, KeyError, TypeError):

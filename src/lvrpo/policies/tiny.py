@@ -18,11 +18,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional
 
-from lvrpo.config import Config
+from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.folder import FolderPolicy
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
+from lvrpo.reading import JSON_BYTES, read_text
 from lvrpo.types import Image
 
 SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
@@ -115,7 +116,9 @@ class TinyWords:
     def load(cls, folder: Path) -> Self:
         path = folder / "tokenizer.json"
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_str(read_text(path, "restore the file", JSON_BYTES)))
+        except InputError:
+            raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
 
@@ -241,7 +244,7 @@ class TinyPolicy(FolderPolicy):
 
     @classmethod
     def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        return cls(TinyConfig.model_validate(config), TinyWords.load(folder))
+        return cls(parse_section(TinyConfig, config, str(folder / "config.json")), TinyWords.load(folder))
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import InputError
-from lvrpo.reading import read_json
+from lvrpo.reading import is_there, read_json
 from lvrpo.report.curves import TASK_NAMES, Chart, Points, line_chart
 from lvrpo.report.records import Estimate, number
 from lvrpo.report.verdict import label
@@ -115,7 +115,7 @@ class Audit:
 
 def read_audit(path: Path, problems: list[str]) -> Audit | None:
     """The audit, or None where the run has none; what cannot be read is noted in ``problems``."""
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         return _audit(read_json(path, finite=False))

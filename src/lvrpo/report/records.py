@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import InputError
-from lvrpo.reading import parse_json, read_bytes, read_json, read_json_object
+from lvrpo.reading import is_there, parse_json, read_bytes, read_json, read_json_object
 
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
 """A folder that holds none of these is not a run directory."""
@@ -215,7 +215,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def read_summary(path: Path) -> Summary | None:
     """``summary.json``, or None where there is none yet."""
-    if not path.exists():
+    if not is_there(path):
         return None
     remedy = "evaluate the run again or delete the file"
     raw = read_json_object(path, remedy, finite=False)
@@ -342,11 +342,11 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 def _text(path: Path) -> str:
     """The file's text; empty where there is none. Bytes that are no text become a replacement character."""
-    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if path.exists() else ""
+    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if is_there(path) else ""
 
 
 def _tolerant_json(path: Path, problems: list[str]) -> Any:
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         return read_json(path, finite=False)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.options import Share
 from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
 
@@ -45,7 +48,12 @@ class Agreement:
     sides = ("read",)
     relative = True
 
-    def __init__(self, least: float = 0.5, entropy_floor: float = 0.3, floor_groups: int = 8) -> None:
+    def __init__(
+        self,
+        least: Annotated[float, Field(gt=0, le=1)] = 0.5,
+        entropy_floor: Share = 0.3,
+        floor_groups: Annotated[int, Field(ge=2, le=100_000)] = 8,
+    ) -> None:
         if not 0 < least <= 1:
             raise InputError(f"agreement.least={least}: must be > 0 and <= 1")
         if not 0 <= entropy_floor <= 1:

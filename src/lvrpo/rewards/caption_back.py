@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.options import Count
 from lvrpo.rewards.written import WAS_CUT, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
@@ -34,8 +35,8 @@ class CaptionBack:
     def __init__(
         self,
         instruction: str = "describe the picture",
-        samples: int = 1,
-        max_new_tokens: int = 24,
+        samples: Count = 1,
+        max_new_tokens: Count = 24,
         ignore: Sequence[str] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are"),
     ) -> None:
         if samples < 1 or max_new_tokens < 1:

@@ -15,6 +15,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
+from lvrpo.rewards.options import Below1, Count, Size
 from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
 from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
@@ -53,12 +54,12 @@ class EditConsistency:
 
     def __init__(
         self,
-        patch: int = 8,
-        edited: float | None = None,
-        scale: float = 0.1,
-        moved: float = 0.1,
+        patch: Count = 8,
+        edited: Below1 | None = None,
+        scale: Size = 0.1,
+        moved: Size = 0.1,
         ask: bool = True,
-        sure: float | None = None,
+        sure: Below1 | None = None,
         choices: str | None = None,
         split: Mapping[str, Any] | None = None,
     ) -> None:

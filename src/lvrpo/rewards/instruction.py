@@ -17,6 +17,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
+from lvrpo.rewards.options import Below1
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
 from lvrpo.rewards.text_format import FORMS
@@ -47,7 +48,7 @@ class Instruction:
         self,
         by: By = "vqa",
         kinds: Sequence[str] | None = None,
-        above: float = 0.5,
+        above: Below1 = 0.5,
         source: str = OWN,
         choices: str | None = None,
         split: Mapping[str, Any] | None = None,

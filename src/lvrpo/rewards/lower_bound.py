@@ -15,6 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import SIDES, Scores, Side
 from lvrpo.rewards.identity import judged_by
+from lvrpo.rewards.options import Amount
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable
 
@@ -44,7 +45,7 @@ class LowerBound:
     Differs from the paper: members are judges of different kinds, not reward models of different seeds.
     """
 
-    def __init__(self, members: Sequence[Mapping[str, Any]], k: float = 1.0, scale: Scale = "group") -> None:
+    def __init__(self, members: Sequence[Mapping[str, Any]], k: Amount = 1.0, scale: Scale = "group") -> None:
         if not isinstance(members, (list, tuple)) or len(members) < 2:
             raise InputError(f"lower_bound.members: give at least two rows with a name, not {members!r}")
         if not (isinstance(k, (int, float)) and 0 <= k < math.inf):

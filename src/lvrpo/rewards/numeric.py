@@ -10,6 +10,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.exact_answer import NUMBER_WORDS
+from lvrpo.rewards.options import Amount, Below1
 from lvrpo.rewards.written import CutOff, check_cut_off, score_texts
 from lvrpo.types import Group, Prompt
 
@@ -32,7 +33,7 @@ class Numeric:
     judges = ("text",)
     sides = ()
 
-    def __init__(self, relative: float = 0.0, absolute: float = 0.0, cut_off: CutOff = "mask") -> None:
+    def __init__(self, relative: Below1 = 0.0, absolute: Amount = 0.0, cut_off: CutOff = "mask") -> None:
         if not (0 <= relative < 1 and 0 <= absolute < float("inf")):
             raise InputError(f"numeric.relative={relative}, absolute={absolute}: need 0 <= relative < 1, absolute >= 0")
         self.relative, self.absolute = Fraction(str(relative)), Fraction(str(absolute))

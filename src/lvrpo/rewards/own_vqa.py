@@ -16,6 +16,7 @@ from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.logprobs import first_problem, probabilities
+from lvrpo.rewards.options import Amount, Count
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
@@ -68,8 +69,8 @@ class OwnVQA:
         both: tuple[str, str] = ("yes", "no"),
         split: Mapping[str, Any] | None = None,
         kinds: Sequence[str] | None = None,
-        paraphrases: int = 1,
-        bound: float = 0.0,
+        paraphrases: Count = 1,
+        bound: Amount = 0.0,
     ):
         if not isinstance(paraphrases, int) or paraphrases < 1:
             raise InputError(f"own_vqa.paraphrases={paraphrases!r}: must be a whole number >= 1")

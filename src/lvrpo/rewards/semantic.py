@@ -15,6 +15,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.drawn import problem_of
 from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
+from lvrpo.rewards.options import Count, Natural
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
@@ -47,9 +48,9 @@ class Semantic:
     def __init__(
         self,
         form: Form = "dense",
-        top: int = 4,
+        top: Count = 4,
         source: str = OWN,
-        layer: int = 1,
+        layer: Natural = 1,
         lead_ins: Sequence[str] = ("draw ", "a picture of "),
         device: str = "auto",
     ) -> None:

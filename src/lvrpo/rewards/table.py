@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -24,6 +23,7 @@ from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.foreign import described, settings_kept
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
+from lvrpo.rewards.options import option_names, require_options
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
@@ -186,12 +186,6 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
         )
 
 
-def option_names(cls: Callable[..., Any]) -> list[str]:
-    """The options of a reward that its signature names; none where it takes anything."""
-    parameters = inspect.signature(cls).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
 def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[RewardSource]:
     """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
 
@@ -210,6 +204,8 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
                 "./my_rewards.py:NAME, or call lvrpo.train again"
             )
         cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
+        if config.name in REWARDS:
+            require_options(cls, config.options, f"rewards.{config.title}.options")
         try:
             reward = cls(**config.options)
         except TypeError as error:

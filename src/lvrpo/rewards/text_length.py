@@ -10,6 +10,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
+from lvrpo.rewards.options import Count, Natural
 from lvrpo.rewards.written import last_text
 from lvrpo.types import Group, Prompt
 
@@ -24,7 +25,7 @@ class TextLength:
     judges = ("text",)
     sides = ()
 
-    def __init__(self, limit: int, buffer: int = 0, least: int = 0) -> None:
+    def __init__(self, limit: Count, buffer: Natural = 0, least: Natural = 0) -> None:
         if not (limit >= 1 and 0 <= buffer <= limit and 0 <= least <= limit):
             raise InputError(
                 f"text_length: limit={limit}, buffer={buffer}, least={least}: need limit >= 1, the others from 0 to it"

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import MIB, read_json
+from lvrpo.reading import MIB, is_there, read_json
 from lvrpo.storing import read_tensors, require_finite, sync, write_tensors
 
 STATE_BYTES = 1024 * MIB
@@ -349,7 +349,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     found = [
         (step, folder)
         for folder in (run / "checkpoints").glob("step_*")
-        if (step := checkpoint_step(folder)) is not None and (folder / SEAL).is_file()
+        if (step := checkpoint_step(folder)) is not None and is_there(folder / SEAL)
     ]
     return [folder for _, folder in sorted(found)]
 

@@ -22,6 +22,7 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import is_there
 from lvrpo.registry import allow_code
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardSource
@@ -29,6 +30,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.checkpoint import (
     atomic_folder,
+    checkpoint_step,
     checkpoint_writer,
     fingerprint,
     latest_checkpoint,
@@ -162,7 +164,7 @@ class Alignment:
     @property
     def finished(self) -> bool:
         """Whether the loop has nothing left to do."""
-        return (self.run.path / FINAL).is_file()
+        return is_there(self.run.path / FINAL)
 
     def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Calls the loop; returns whether it came to its end, and names the guard's best checkpoint if so."""
@@ -302,15 +304,18 @@ def begin(
 
 
 def go_on(run: RunDirectory, config: TrainConfig, base: str | None = None, wire: Wire = SOLO) -> RunState:
-    """The state of the last whole checkpoint; metrics and scores that came after it are dropped."""
+    """The state of the last whole checkpoint; metrics and scores that came after it are dropped.
+
+    That of step 0 is made anew, with what is looked at before the first step.
+    """
     verify_checkpoint(run.path / START)
     state = RunState.start(loaded(run.path / START, config, base), config, wire)
     last = latest_checkpoint(run.path)
-    if last is not None:
+    if last is not None and checkpoint_step(last):
         state.load(last, everybody=False)
     prune_checkpoints(run.path, config.keep_checkpoints, keep=state.best_steps)  # what a kill left beside the last
-    run.truncate_metrics(state.step if last is not None else -1)
-    score_record.truncate(run, state.step if last is not None else -1)
+    run.truncate_metrics(state.step or -1)
+    score_record.truncate(run, state.step or -1)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
     return state
 
@@ -399,7 +404,7 @@ class Pretraining:
     @property
     def finished(self) -> bool:
         """Whether every step is done."""
-        return (self.run.path / FINAL).is_file()
+        return is_there(self.run.path / FINAL)
 
     def go(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""

@@ -27,7 +27,7 @@ from pydantic import Field
 from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import read_bytes, read_json
+from lvrpo.reading import is_there, read_bytes, read_json
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 from lvrpo.typed_json import Kind, Record, parse_json, typed
@@ -149,7 +149,7 @@ class RunDirectory:
 
     def require_unchanged(self) -> None:
         """Raises InputError where ``config.yaml`` is not what the manifest says that the run was begun with."""
-        if not (self.path / MANIFEST).exists():
+        if not is_there(self.path / MANIFEST):
             return
         manifest = self.read_json(MANIFEST, Manifest)
         known = [manifest["config_sha256"], *(start.get("config_sha256") for start in manifest.get("resumed", []))]
@@ -174,7 +174,7 @@ class RunDirectory:
                 raise InputError(f"{self.path}: is no run and holds {foreign[0]}: choose another name")
             return
         self.require_config(config)
-        if (self.path / SUMMARY).exists() or latest_checkpoint(self.path) is not None or self.metrics():
+        if is_there(self.path / SUMMARY) or latest_checkpoint(self.path) is not None or self.metrics():
             raise InputError(f"{self.path}: holds this run already: continue it with --resume or choose another name")
 
     # --- lock and crash recovery ---
@@ -204,7 +204,7 @@ class RunDirectory:
                 if folder.is_dir():
                     clean_leftovers(folder)
             metrics = self.path / METRICS
-            if metrics.exists():
+            if is_there(metrics):
                 content = read_bytes(metrics, "restore the file")
                 whole = content.rfind(b"\n") + 1
                 if whole < len(content):
@@ -231,7 +231,7 @@ class RunDirectory:
     def read_json(self, relative: str, kind: Kind = Json) -> Json:
         """A JSON file of the run, of a type; raises InputError if it is missing, broken, or of another shape."""
         path = self._inside(relative)
-        if not path.exists():
+        if not is_there(path):
             raise InputError(f"{path}: no such file: the run has not written it")
         found = read_json(path, "restore it or delete it", finite=False)
         return typed(found, kind, str(path), "restore it or delete it")
@@ -277,7 +277,7 @@ class RunDirectory:
         """Every line; a last one that a crash cut off is left out. Raises InputError on any other broken line."""
         path = self.path / METRICS
         with disk_errors(path, "read"):
-            lines = read_bytes(path, "restore the file").split(b"\n") if path.exists() else [b""]
+            lines = read_bytes(path, "restore the file").split(b"\n") if is_there(path) else [b""]
         return [
             parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line", finite=False)
             for number, line in enumerate(lines[:-1], start=1)
@@ -298,7 +298,7 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Json] | None:
         """``summary.json``, or None if the run has not finished."""
-        return self.read_json(SUMMARY, dict[str, Json]) if (self.path / SUMMARY).exists() else None
+        return self.read_json(SUMMARY, dict[str, Json]) if is_there(self.path / SUMMARY) else None
 
     def write_manifest(
         self,
@@ -318,7 +318,7 @@ class RunDirectory:
             "data": dict(data or {}),
             "checkpoints": dict(checkpoints or {}),
         }
-        if not (self.path / MANIFEST).exists():
+        if not is_there(self.path / MANIFEST):
             return self.write_json(MANIFEST, start)
         manifest = self.read_json(MANIFEST, Manifest)
         return self.write_json(MANIFEST, {**manifest, "resumed": [*manifest.get("resumed", []), start]})

@@ -21,6 +21,7 @@ from lvrpo.evaluation.tuned import Tuned, content_key
 from lvrpo.evaluation.tuning import tune
 from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy
+from lvrpo.reading import is_there
 from lvrpo.report.evidence import Outcome, PromptSet, prompts_file
 from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.storing import write_whole
@@ -118,7 +119,7 @@ def keep_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
         digest.update(f"{content_key(prompt)} {prompt.answer}\n".encode())
     fingerprint = digest.hexdigest()
     path = prompts_file(folder, fingerprint)
-    if not path.exists():
+    if not is_there(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(prompt_set(prompts).as_dict(), separators=(",", ":")) + "\n").encode())
     return fingerprint

@@ -16,7 +16,7 @@ from lvrpo.evaluation.compute import Compute
 from lvrpo.evaluation.reproduce.budget import AnyConfig, RunCost, count_cost
 from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.loading import load_policy
-from lvrpo.reading import read_json_object
+from lvrpo.reading import is_there, read_json_object
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
@@ -134,7 +134,7 @@ class Recipes:
         same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})  # rates cost nothing
         own = hashlib.sha256(f"{self._fingerprint(same_rates, base)} {self.base_identity(base)}".encode()).hexdigest()
         path = self.out / "costs" / f"{own[:16]}.json"
-        if not path.exists():
+        if not is_there(path):
             self.say(f"counting the operations of a step of {config.name}")
             found = count_cost(config)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from lvrpo.evaluation.reproduce.recipes import Recipes, code_version, require_sa
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, load_policy
-from lvrpo.reading import read_json_object
+from lvrpo.reading import is_there, read_json_object
 from lvrpo.report.evidence import TUNING, Summary
 from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import SEAL
@@ -82,7 +82,7 @@ class Runner:
 
     def _summarized(self, job: Job) -> bool:
         path = self.summary_path(job)
-        if not path.exists():
+        if not is_there(path):
             return False
         raw = Summary.read(path).raw
         config = None
@@ -92,10 +92,10 @@ class Runner:
         return True
 
     def _tuned(self, job: Job) -> bool:
-        return self._grid_path(job.row).exists() or (self._folder(job) / MEMBER).exists()
+        return is_there(self._grid_path(job.row)) or is_there(self._folder(job) / MEMBER)
 
     def _based(self, job: Job) -> bool:
-        return (self._folder(job) / FINAL).exists()
+        return is_there(self._folder(job) / FINAL)
 
     def _folder(self, job: Job) -> Path:
         return self.recipes.out / job.folder
@@ -131,7 +131,7 @@ class Runner:
         if not members:
             return next(iter(self.experiment.rows[row].tune), ())
         path = self._grid_path(row)
-        if not path.exists():
+        if not is_there(path):
             tuning = self.experiment.tuning
             jobs = [Job("tune", row, tuning.base, tuning.seed, i) for i in range(len(members))]
             found = [read_json_object(self._folder(job) / MEMBER, REMEDY) for job in jobs]
@@ -187,7 +187,7 @@ class Runner:
     def _settings(self, policy: Policy, folder: Path) -> Tuned:
         """Guidance and temperature chosen on validation, once for a run."""
         path = folder / TUNED
-        if not path.exists():
+        if not is_there(path):
             self.say("validation: guidance and temperature")
             write_whole(path, json_text(validated(policy, self.experiment).as_dict()).encode())
         return Tuned.read(path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from pydantic import ValidationError
 
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
@@ -35,7 +34,7 @@ class FolderPolicy(MoTPolicy):
     @classmethod
     @abstractmethod
     def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        """A policy of the saved configuration with the folder's tokenizer, weights not yet loaded."""
+        """A policy of the saved configuration with the folder's tokenizer, no weights loaded; raises InputError."""
 
     @classmethod
     def picture_side(cls, folder: Path) -> int | None:
@@ -58,12 +57,7 @@ class FolderPolicy(MoTPolicy):
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
-        try:
-            return cls._from_folder(folder, config)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{folder / 'config.json'}: {where}: {first['msg']}: restore the file") from error
+        return cls._from_folder(folder, config)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
