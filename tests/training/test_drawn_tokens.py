@@ -368,16 +368,16 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
         config = make_config(optimizer=optimizer, **tree)
         phases = config.phases(bench.live.writes)
         assert [phase for phase in phases if "masked" in phase[0]] == [(("text", "masked"), 1.0)]
-        assert (("tokens",), tree["tokens"]["lr"]) in phases
+        assert (("tokens",), tree["tokens"]["lr_scale"]) in phases
         optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in phases]
         take_steps(bench.policies, optimizers, bench.groups, A, config, 0)
         found = torch.cat([(p.detach() - start[name]).flatten() for name, p in bench.live.named_parameters()])
         bench.live.load_state_dict(start)
         return found
 
-    slow, frozen = moved(tokens={"lr": 1e-6}), moved(tokens={"lr": 0.5, "weight": 0.0})
+    slow, frozen = moved(tokens={"lr_scale": 1e-6}), moved(tokens={"lr_scale": 0.5, "weight": 0.0})
     only = {"text": {"weight": 0.0}, "masked": {"weight": 0.0}}
-    fast, half = moved(tokens={"lr": 2.0}, **only), moved(tokens={"lr": 0.5}, **only)
+    fast, half = moved(tokens={"lr_scale": 2.0}, **only), moved(tokens={"lr_scale": 0.5}, **only)
     assert apart(frozen, slow) < 1e-4
     assert apart(fast, 4 * half) < 1e-3  # AdamW's first step has the length of its rate
 
@@ -409,7 +409,7 @@ RUN = (
 RUNS: dict[str, tuple[SegmentKind, tuple[str, ...]]] = {
     "image tokens, guided": (
         "tokens",
-        ("tokens={lr: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}", "advantages.stages=per_segment"),
+        ("tokens={lr_scale: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}", "advantages.stages=per_segment"),
     ),
     "masked, along the path": (
         "masked",
@@ -483,7 +483,7 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (("tokens={}",), FLOWS, "tokens: policy=tiny writes no such segments, only text, flow: leave it out"),
     (("masked={}",), FLOWS, "masked: policy=tiny writes no such segments"),
     (("tokens={}", "masked={}"), TOKENS, "masked: policy=tiny writes no such segments, only text, tokens"),
-    (("tokens={}", "flow.lr=0.5"), TOKENS, "flow: policy=tiny writes no such segments, only text, tokens"),
+    (("tokens={}", "flow.lr_scale=0.5"), TOKENS, "flow: policy=tiny writes no such segments, only text, tokens"),
     ((), TOKENS, "tokens: policy=tiny draws such segments, and nothing says how they are trained: add the section"),
     (("tokens={}", "rollout.sampler=flow_sde"), TOKENS, "rollout.sampler=flow_sde: is of flow, and policy=tiny"),
     (("tokens={}", "rollout.num_steps=4"), TOKENS, "rollout.num_steps=4: is of flow and masked, and policy=tiny"),
@@ -492,7 +492,11 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (("tokens={weight: 0}", "text.weight=0"), TOKENS, "text.weight=0 and tokens.weight=0: nothing would be trained"),
     (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=clip learns from its own outputs only"),
     (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=clip learns from its own"),
-    (("tokens={lr: 2}", "gradient_mixing=pcgrad"), TOKENS, "with text.lr=1.0 and tokens.lr=2.0 kinds of segments"),
+    (
+        ("tokens={lr_scale: 2}", "gradient_mixing=pcgrad"),
+        TOKENS,
+        "with text.lr_scale=1.0 and tokens.lr_scale=2.0 kinds of segments",
+    ),
     (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap=2.0: tokens.kind=dpo has no"),
     (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: use clip, gspo"),
     (("masked.kind=grpo",), None, "masked.kind=grpo: is kind=clip, with reduction=trajectory in the paper"),
@@ -547,7 +551,12 @@ def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
 
 
 def test_the_sections_survive_the_file_of_a_run() -> None:
-    settings = ["tokens={lr: 0.5}", "masked={likelihood: monte_carlo}", "rollout.guidance_scale=2", "flow.kind=best_of"]
+    settings = [
+        "tokens={lr_scale: 0.5}",
+        "masked={likelihood: monte_carlo}",
+        "rollout.guidance_scale=2",
+        "flow.kind=best_of",
+    ]
     config = load_config(TrainConfig, None, settings)
     Path("config.yaml").write_text(dump_config(config))
     assert load_config(TrainConfig, Path("config.yaml")) == config

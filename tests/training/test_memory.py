@@ -82,7 +82,7 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     assert plain.gradients == trained
     matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
     assert needed(small_base).stays["moments"] == 2 * trained - matrices
-    assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
+    assert needed(small_base, "text.lr_scale=0.5").stays["moments"] == 2 * (2 * trained - matrices)
 
 
 def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:

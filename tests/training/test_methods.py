@@ -418,7 +418,7 @@ def both(A: Any) -> Any:
 
 def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
-    config = bench.config(text={"lr": 0.5}, flow={"lr": 2.0})
+    config = bench.config(text={"lr_scale": 0.5}, flow={"lr_scale": 2.0})
     assert config.phases(bench.live.writes) == [(("text",), 0.5), (("flow",), 2.0)]
     start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
     take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0)
@@ -438,9 +438,9 @@ def test_the_audit_compares_tasks_that_are_stepped_in_turn(bench: Any, prompts: 
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
     found, weights = [], []
     for tree in (
-        {"text": {"lr": 1e-6}, "flow": {"lr": 1e-6}, "gradient_audit": {"every": 1}},
-        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}, "gradient_audit": {"every": 1}},
-        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 1e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 2e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 2e-6}},
     ):
         config = bench.config(**tree)
         metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0).means()
@@ -458,7 +458,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
     groups = bench.sample(prompts, sampler="ode")
     start = bench.weights()
     moves = []
-    for tree, scale in (({"text": {"lr": 0.5}, "flow": {"lr": 0.5}}, 1.0), ({}, 0.5)):
+    for tree, scale in (({"text": {"lr_scale": 0.5}, "flow": {"lr_scale": 0.5}}, 1.0), ({}, 0.5)):
         config = bench.config(**tree)
         assert len(config.phases(bench.live.writes)) == 1
         take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0, scale)

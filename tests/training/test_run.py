@@ -162,7 +162,7 @@ METHODS = {
     "all at once": [
         "rollout.refill_budget=6",
         "advantages={std_floor: 0.005, kind: group_relative, stages: per_segment}",
-        "text={lr: 0.5, importance_cap: 2}",
+        "text={lr_scale: 0.5, importance_cap: 2}",
         "mini_updates=2",
         "gradient_audit.every=2",
     ],

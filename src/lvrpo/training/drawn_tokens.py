@@ -11,17 +11,16 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.policies.base import MaskedScoring
-from lvrpo.training.text import ELSEWHERE, TextConfig
+from lvrpo.training.text import TextConfig
 from lvrpo.types import LogitGuidance
 
 
 class ImageTokensConfig(TextConfig):
     """How image tokens are trained: ``kind``, bounds, divergence, entropy, weight and rate as those of text."""
 
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        **ELSEWHERE,
-        "nft": "trains a flow, and this section is for tokens: use clip, gspo, cispo, dpo or best_of",
-        "grpo": "is kind=clip, with reduction=trajectory in the paper",
+    hints: ClassVar[Mapping[str, str]] = {
+        **TextConfig.hints,
+        "kind=nft": "trains a flow, and this section is for tokens: use clip, gspo, cispo, dpo or best_of",
     }
     guided_logprobs: LogitGuidance = "joint"
     """Of the logits that guidance mixes: joint: both branches have a gradient; detach_uncond: the one with the prompt

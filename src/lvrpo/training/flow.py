@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from lvrpo.algorithms import (
     SurrogateLoss,
@@ -36,6 +36,7 @@ from lvrpo.training.objective import (
     has_kind,
     recorded_passes,
 )
+from lvrpo.training.text import LR
 from lvrpo.types import FlowSegment, Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
@@ -44,27 +45,27 @@ if TYPE_CHECKING:
 TEXT_ONLY = (
     "trains tokens, and a flow has none: set text.kind; tokens.kind or masked.kind for a policy that draws with tokens"
 )
-ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("clip", "gspo", "cispo", "dapo", "dr_grpo"), TEXT_ONLY),
-    "flow_grpo": "is kind=grpo with rollout.sampler=flow_sde: extend flow_grpo.yaml",
-    "dance_grpo": "is kind=grpo with rollout.sampler=dance_sde: extend dance_grpo.yaml",
-    "mix_grpo": "is kind=grpo with rollout.window.kind=sliding: extend mix_grpo.yaml",
-    "grpo_guard": "is kind=grpo with flow.ratio=guard",
-}
-"""Methods that are looked for here, and where they are."""
 
 
 class FlowConfig(Config):
     """How segments drawn by a flow are trained."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "lr": LR,
+        **dict.fromkeys(("kind=clip", "kind=gspo", "kind=cispo", "kind=dapo", "kind=dr_grpo"), TEXT_ONLY),
+        "kind=flow_grpo": "is kind=grpo with rollout.sampler=flow_sde: extend flow_grpo.yaml",
+        "kind=dance_grpo": "is kind=grpo with rollout.sampler=dance_sde: extend dance_grpo.yaml",
+        "kind=mix_grpo": "is kind=grpo with rollout.window.kind=sliding: extend mix_grpo.yaml",
+        "kind=grpo_guard": "is kind=grpo with flow.ratio=guard",
+    }
     kind: Literal["nft", "awm", "grpo", "dpo", "best_of"] = "nft"
     """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); awm: the clipped objective, the flow-matching loss in the
     place of the log-prob (arXiv:2509.25050); grpo: the clipped objective on recorded stochastic steps
     (arXiv:2505.05470); dpo: the best against the worst drawing of a group (arXiv:2311.12908); best_of: imitate the best
     (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
-    lr: float = Field(default=1.0, gt=0)
-    """Multiplier of the learning rates for the gradient of flows; see ``text.lr``."""
+    lr_scale: float = Field(default=1.0, gt=0, le=10)
+    """Multiplier of the learning rates for the gradient of flows; see ``text.lr_scale``."""
     kl_coef: float = Field(default=2.0, ge=0)
     """nft, grpo, best_of: of the divergence from the reference. Without it nothing holds DiffusionNFT: the contrast of
     good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
@@ -97,13 +98,6 @@ class FlowConfig(Config):
     """grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
     dpo_beta: float = Field(default=100.0, gt=0)
     """dpo: how far the reference may be left; smaller is further."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _not_elsewhere(cls, kind: object) -> object:
-        if isinstance(kind, str) and kind in ELSEWHERE:
-            raise ValueError(ELSEWHERE[kind])
-        return kind
 
 
 class FlowObjective(Objective):
