@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
@@ -34,6 +34,15 @@ class Config(BaseModel):
     hints: ClassVar[Mapping[str, str]] = {}
     """What is said of a name that is looked for here, renamed or of another section: of ``key`` or ``key=value``, which
     is refused. ``{section}`` stands for where it was written."""
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Of a section with a ``kind``: by kind, the defaults that are not those of the fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_sets_defaults(cls, given: Any) -> Any:
+        """Any: whatever a YAML file may hold."""
+        kind = given.get("kind") if isinstance(given, Mapping) else None
+        return {**cls.defaults_of.get(kind, {}), **given} if isinstance(kind, str) else given
 
     @field_validator("*")
     @classmethod

@@ -133,6 +133,13 @@ def test_the_clip_of_image_tokens_with_a_divergence_and_entropy() -> None:
     assert more - loss == pytest.approx(-0.01)  # an entropy of 1 everywhere
 
 
+def test_dr_grpo_divides_by_the_tokens_of_a_drawing() -> None:
+    segments = [drawn_tokens([-1.0, -2.0]), drawn_tokens([-1.0, -2.0])]
+    now = [[-1 + math.log(1.1), -2 + math.log(1.5)], [-1 + math.log(0.9), -2 + math.log(0.5)]]
+    # (-1.1 * 2 - 1.2 * 2) / 2 and (.9 + .8) / 2, of two drawings
+    assert loss_of(segments, now, [2.0, -1.0], {"kind": "dr_grpo"})[0] == pytest.approx((-4.6 + 1.7) / 4)
+
+
 def test_gspo_takes_every_draw_of_masks_for_a_sequence() -> None:
     segments = [drawn_masked([[-1.0, -1.0, 0.0], [0.0, 0.0, -1.0]], [[1, 1, 0], [0, 0, 1]])]
     now = [[[-1 + math.log(1.2), -1.0, 0.0], [0.0, 0.0, -1 + math.log(0.9)]]]
@@ -340,7 +347,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
     rows = [RewardConfig(name="drawn"), RewardConfig(name="written")]
     sources = [RewardSource(row, reward) for row, reward in zip(rows, (ShareOfColor(), Says()), strict=True)]
     table = score_groups(sources, bench.groups, bench.start)
-    config = make_config(advantages={"kind": "group_relative", "std": "none", "stages": stages}).advantages
+    config = make_config(advantages={"kind": "grpo", "std": "none", "stages": stages}).advantages
     advantages = segment_advantages(table, bench.groups, config)
     centered = table.scores - table.scores.mean(dim=1, keepdim=True)
     both, drawn, written = centered.sum(dim=2), centered[..., 0], centered[..., 1]
@@ -490,21 +497,19 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (("tokens={}", "rollout.choice_temperature=1"), TOKENS, "rollout.choice_temperature=1.0: is of masked"),
     (("rollout.image_temperature=2",), FLOWS, "rollout.image_temperature=2.0: is of tokens and masked"),
     (("tokens={weight: 0}", "text.weight=0"), TOKENS, "text.weight=0 and tokens.weight=0: nothing would be trained"),
-    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=clip learns from its own outputs only"),
-    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=clip learns from its own"),
+    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=grpo learns from its own outputs only"),
+    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=grpo learns from its own"),
     (
         ("tokens={lr_scale: 2}", "gradient_mixing=pcgrad"),
         TOKENS,
         "with text.lr_scale=1.0 and tokens.lr_scale=2.0 kinds of segments",
     ),
     (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap=2.0: tokens.kind=dpo has no"),
-    (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: use clip, gspo"),
-    (("masked.kind=grpo",), None, "masked.kind=grpo: is kind=clip, with reduction=trajectory in the paper"),
+    (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: set flow.kind"),
+    (("masked.kind=clip",), None, "masked.kind=clip: is called grpo"),
     (("tokens.kl=k1",), None, "tokens.kl=k1"),
     (("tokens.clip_low=0",), None, "tokens.clip_low=0: must be > 0"),
     (("tokens.likelihood=path",), None, "tokens.likelihood: unknown key"),
-    (("tokens.reduction=constant",), None, "every token of a drawing counts"),
-    (("masked.reduction=constant",), None, "every token of a drawing counts"),
     (("masked.draws=4",), None, "draws=4: is of likelihood=monte_carlo: set that, or leave it out"),
     (("masked.schedule=uniform",), None, "schedule=uniform: is of likelihood=monte_carlo"),
     (("masked={likelihood: monte_carlo, draws: 0}",), None, "masked.draws=0: must be >= 1"),

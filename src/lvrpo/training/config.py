@@ -396,8 +396,18 @@ class TrainConfig(Config):
         drawn = any(count for task, count in self.data.prompts_per_step.items() if task != "understand")
         if not (drawn and flow.weight):
             return  # what the rest is about is not trained
-        if flow.kind == "grpo" and rollout.sampler == "ode":
-            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
+        stochastic, window = rollout.sampler != "ode", rollout.window.kind
+        for kind, fits, needs in (
+            ("flow_grpo", stochastic, "rollout.sampler=flow_sde, dance_sde or cps"),
+            ("dance_grpo", rollout.sampler == "dance_sde", "rollout.sampler=dance_sde"),
+            (
+                "mix_grpo",
+                stochastic and window in ("sliding", "random", "decaying"),
+                "rollout.sampler=flow_sde and rollout.window.kind=sliding, random or decaying",
+            ),
+        ):
+            if flow.kind == kind and not fits:
+                raise ValueError(f"flow.kind={kind} needs {needs}: set that, or extend {kind}.yaml")
         fresh = flow.kind in ("nft", "awm")
         if fresh and rollout.sampler != "ode":
             raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
@@ -412,11 +422,11 @@ class TrainConfig(Config):
                 raise ValueError(f"flow.{name}={getattr(flow, name)}: is of flow.kind=nft or awm: leave it out")
         if flow.reference_guidance != 1 and not flow.kl_coef:
             raise ValueError(f"flow.reference_guidance={flow.reference_guidance}: no effect with flow.kl_coef=0")
-        if flow.kind != "grpo" and flow.kl == "gaussian":
+        if not flow.recorded and flow.kl == "gaussian":
             raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
-        if flow.kind != "grpo" and flow.ratio == "guard":
-            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
-        if flow.kind in ("nft", "awm", "grpo") and 2 * flow.keep > rollout.group_size:
+        if not flow.recorded and flow.ratio == "guard":
+            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=flow_grpo")
+        if flow.kind not in ("dpo", "best_of") and 2 * flow.keep > rollout.group_size:
             raise ValueError(
                 f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
             )
