@@ -170,7 +170,7 @@ def test_a_kind_has_defaults_of_its_own_and_what_is_given_wins(tmp_path: Path) -
         kind="early", steps=5, share=0.25
     )
     assert error_of(Root, None, "training.stages={kind: [late]}") == (
-        "training.stages.kind=[late]: must be 'early' or 'late'"
+        "training.stages.kind=[\"late\"]: must be 'early' or 'late'"
     )
 
 
