@@ -100,7 +100,7 @@ FAMILIES: Mapping[str, Family] = {
     "judge_refresh": short("self", "judge={kind: reference, refresh_every: 2}"),
     "tokens": Family(
         "train",
-        (*DISCRETE, "tokens={lr: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}"),
+        (*DISCRETE, "tokens={lr_scale: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}"),
         discrete="tokens",
     ),
     "masked": Family(

@@ -77,7 +77,7 @@ def shares(audit: dict[str, Any], task: str, key: str) -> dict[str, float]:
 def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, capfd: Output) -> None:
     """Under gdpo each causes its configured share within 10 %; summed, the continuous one causes under 5 %."""
     gdpo = trained([BINARY, CONTINUOUS, WATCHED], "gdpo", "advantages={kind: gdpo, std_floor: 0.0001}")
-    summed = trained([BINARY, CONTINUOUS], "summed", "advantages={kind: group_relative, std_floor: 0.0001}")
+    summed = trained([BINARY, CONTINUOUS], "summed", "advantages={kind: grpo, std_floor: 0.0001}")
     (of_gdpo, printed), (of_sum, _) = audit(gdpo, capfd), audit(summed, capfd)
     for task in ("understand", "generate"):
         assert shares(of_gdpo, task, "configured_share") == {"binary": 0.5, "continuous": 0.5}
@@ -88,7 +88,7 @@ def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, capf
         assert of_gdpo["tasks"][task]["with_signal"] == 1.0
         watched = next(s for s in of_gdpo["tasks"][task]["scorers"] if s["name"] == "watched")
         assert watched["correlations"]["continuous"]["value"] == pytest.approx(-1)
-    assert (of_gdpo["formula"], of_sum["formula"]) == ("gdpo", "group_relative")
+    assert (of_gdpo["formula"], of_sum["formula"]) == ("gdpo", "grpo")
     assert (of_gdpo["recorded"], of_gdpo["steps"]) == (3, {"first": 1, "last": 3})
     lines = printed.splitlines()
     assert lines[0] == "gdpo: steps 1 to 3, all on record; advantages: gdpo"

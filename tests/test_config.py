@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from lvrpo.config import MOST, Config, config_differences, config_sha256, dump_config, load_config
+from lvrpo.config import MOST, Config, config_differences, config_sha256, dump_config, load_config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
 
@@ -18,7 +19,18 @@ class Adam(Config):
     betas: tuple[float, float] = (0.9, 0.99)
 
 
+class Stage(Config):
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {"late": {"steps": 5, "share": 0.5}}
+    kind: Literal["early", "late"] = "early"
+    steps: int = Field(1, ge=1)
+    share: float = 0.0
+
+
 class Training(Config):
+    hints: ClassVar[Mapping[str, str]] = {
+        "step_count": "is called {section}.steps",
+        "mode=ppo": "is called clip",
+    }
     steps: int = Field(10, ge=1)
     lr: float = Field(1e-3, gt=0)
     clip: float | None = None
@@ -26,6 +38,7 @@ class Training(Config):
     mode: Literal["off", "nft", "clip"] = "nft"
     name: str = "run"
     adam: Adam = Adam()
+    stages: Stage | None = None
 
 
 class Sampling(Config):
@@ -109,13 +122,18 @@ def test_text_may_look_like_anything_on_the_command_line() -> None:
         ("sampling.window=[1, '2']", "sampling.window.1='2': must be a whole number"),
         ("sampling.weights.x=a", "sampling.weights.x=a: must be a number"),
         ("sampling.num_steps=1", "sampling: num_steps=1 but window ends at 1: use a shorter window"),
+        ("training.step_count=3", "training.step_count=3: is called training.steps"),
+        ("training.mode=ppo", "training.mode=ppo: is called clip"),
         ("training.stpes=3", "training.stpes: unknown key: did you mean training.steps?"),
         ("training.adam.beta=3", "training.adam.beta: unknown key: did you mean training.adam.betas?"),
         ("judge.num_step=3", "judge.num_step: unknown key: did you mean judge.num_steps?"),
         ("steps=3", "steps: unknown key: did you mean training.steps?"),
         ("trainig.steps=3", "trainig: unknown key: did you mean training?"),
         ("zzzz=1", "zzzz: unknown key: there are training, sampling, judge, seed"),
-        ("training.zzzz=1", "training.zzzz: unknown key: training has steps, lr, clip, guard, mode, name, adam"),
+        (
+            "training.zzzz=1",
+            "training.zzzz: unknown key: training has steps, lr, clip, guard, mode, name, adam, stages",
+        ),
         ("seed", "'seed': an override is written section.key=value"),
         ("=3", "'=3': an override is written section.key=value"),
         ("training..steps=3", "'training..steps=3': an override is written section.key=value"),
@@ -124,6 +142,36 @@ def test_text_may_look_like_anything_on_the_command_line() -> None:
 )
 def test_a_wrong_override_gets_one_line(override: str, message: str) -> None:
     assert error_of(Root, None, override) == message
+
+
+def test_a_renamed_key_or_value_of_a_file_gets_its_new_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    for line, message in (
+        ("step_count: 3", "step_count=3: is called training.steps"),
+        ("mode: ppo", "mode=ppo: is called clip"),
+    ):
+        file.write_text(f"training: {{{line}}}\n")
+        assert error_of(Root, file) == f"{file}: training.{message}"
+    with pytest.raises(InputError, match=r"^here\.mode=ppo: is called clip$"):
+        parse_section(Training, {"mode": "ppo"}, "here")
+
+
+def test_a_kind_has_defaults_of_its_own_and_what_is_given_wins(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("training: {stages: {share: 0.25}}\n")
+    assert load_config(Root, file).training.stages == Stage(kind="early", steps=1, share=0.25)
+    late = load_config(Root, file, ["training.stages.kind=late"])
+    assert late.training.stages == Stage(kind="late", steps=5, share=0.25)
+    whole = load_config(Root, file, ["training.stages={kind: late, steps: 1}"])
+    assert whole.training.stages == Stage(kind="late", steps=1, share=0.5)
+    file.write_text(dump_config(late))
+    assert load_config(Root, file) == late
+    assert load_config(Root, file, ["training.stages.kind=early"]).training.stages == Stage(
+        kind="early", steps=5, share=0.25
+    )
+    assert error_of(Root, None, "training.stages={kind: [late]}") == (
+        "training.stages.kind=[\"late\"]: must be 'early' or 'late'"
+    )
 
 
 def test_an_override_into_a_value_names_the_value(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
@@ -30,6 +30,19 @@ class Config(BaseModel):
     """Base of every configuration section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What is said of a name that is looked for here, renamed or of another section: of ``key`` or ``key=value``, which
+    is refused. ``{section}`` stands for where it was written."""
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Of a section with a ``kind``: by kind, the defaults that are not those of the fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_sets_defaults(cls, given: Any) -> Any:
+        """Any: whatever a YAML file may hold."""
+        kind = given.get("kind") if isinstance(given, Mapping) else None
+        return {**cls.defaults_of.get(kind, {}), **given} if isinstance(kind, str) else given
 
     @field_validator("*")
     @classmethod
@@ -392,6 +405,9 @@ _RULES = {
 def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> str:
     dotted = ".".join(str(key) for key in location)
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
+    hint = _hint(cls, location, value) if kind in ("extra_forbidden", "literal_error") else None
+    if hint is not None:
+        return f"{dotted}={_show(value)}: {hint}"
     if kind == "extra_forbidden":
         return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
@@ -440,7 +456,18 @@ def _suggest_key(cls: type[Config], location: Location) -> str:
     return f"{where} {', '.join(siblings) or 'no keys'}"
 
 
+def _hint(cls: type[Config], location: Location, value: object) -> str | None:
+    *sections, last = (str(key) for key in location)
+    found = (model.hints.get(name) for model in _models_at(cls, sections) for name in (f"{last}={value}", last))
+    hint = next((hint for hint in found if hint is not None), None)
+    return None if hint is None else hint.format(section=".".join(sections))
+
+
 def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for model in _models_at(cls, sections) for name in model.model_fields))
+
+
+def _models_at(cls: type[Config], sections: Sequence[str]) -> list[type[Config]]:
     models = [cls]
     for section in sections:
         models = [
@@ -450,7 +477,7 @@ def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
                 _models_in(model.model_fields[section].annotation) if section in model.model_fields else [model]
             )
         ]
-    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[Config]]:

@@ -171,7 +171,7 @@ def agree(one: Any, other: Any) -> None:
 )
 def test_clipped_losses_agree(trainer, batch, monkeypatch, loss_type, how, kl_coef: float, corrected_kl: bool) -> None:
     """With TRL's default, the corrected estimate of the divergence, and with the plain k3."""
-    mine = ours(batch, "clip", how, kl_coef=kl_coef, corrected_kl=corrected_kl)
+    mine = ours(batch, "grpo", how, kl_coef=kl_coef, corrected_kl=corrected_kl)
     agree(mine, theirs(trainer, batch, monkeypatch, loss_type=loss_type, beta=kl_coef, corrected_kl=corrected_kl))
 
 
@@ -202,7 +202,7 @@ def test_an_answer_that_is_masked_whole_counts_in_their_denominator_but_not_in_o
 ) -> None:
     """On purpose: an answer cut off at the limit is left out, not averaged in as 0."""
     batch.mask[3] = False
-    mine, _ = ours(batch, "clip", "trajectory")
+    mine, _ = ours(batch, "grpo", "trajectory")
     peer, _ = theirs(trainer, batch, monkeypatch, loss_type="grpo")
     agree(mine * (B - 1) / B, peer)
 

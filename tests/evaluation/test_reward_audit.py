@@ -31,7 +31,7 @@ from lvrpo.training.score_record import ScoreRecord
 
 NAN = math.nan
 GDPO = AdvantageSettings("gdpo", std_floor=1e-4)
-SUMMED = AdvantageSettings("group_relative", std_floor=1e-4)
+SUMMED = AdvantageSettings("grpo", std_floor=1e-4)
 
 
 def record(
@@ -94,7 +94,7 @@ def test_gdpo_keeps_to_the_weights_within_10_percent(settings: AdvantageSettings
         found = scorer(audit, name)
         assert found.configured_share == 0.5
         assert getattr(found, which) == pytest.approx(0.5, rel=0.1)
-    assert (audit.formula, audit.other_formula) in {("gdpo", "summed"), ("group_relative", "gdpo")}
+    assert (audit.formula, audit.other_formula) in {("gdpo", "summed"), ("grpo", "gdpo")}
 
 
 @pytest.mark.parametrize(("settings", "which"), [(SUMMED, "share"), (GDPO, "other_share")])

@@ -60,7 +60,7 @@ class Bench:
         """Only the policy terms: the divergences have coefficient 0 unless given."""
         for section in ("text", "flow"):
             tree[section] = {"kl_coef": 0.0} | tree.get(section, {})
-        if tree["flow"].get("kind") == "grpo":
+        if tree["flow"].get("kind") == "flow_grpo":
             tree["rollout"] = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}} | tree.get(
                 "rollout", {}
             )

@@ -16,7 +16,7 @@ from lvrpo.training.advantages import (
 )
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
-SUMS = ("group_relative", "leave_one_out", "trimmed", "win_rate")
+SUMS = ("grpo", "rloo", "trimmed", "win_rate")
 
 
 def table(scores: list[Any], mask: list[Any] | None = None, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardTable:
@@ -31,21 +31,21 @@ def test_advantages_of_a_table_by_hand() -> None:
     config = AdvantageConfig.model_validate({"std_floor": 1e-4})
     expected = torch.tensor([[-1.41, -0.01, 0.01, 1.41]])
     torch.testing.assert_close(compute_advantages(rewards, config).values, expected, rtol=0, atol=0.02)
-    summed = AdvantageConfig.model_validate({"kind": "group_relative"})
+    summed = AdvantageConfig.model_validate({"kind": "grpo"})
     expected = torch.tensor([[-1.01, -0.99, 0.99, 1.01]])
     torch.testing.assert_close(compute_advantages(rewards, summed).values, expected, rtol=0, atol=0.005)
 
 
 def test_advantages_are_clamped_and_floored() -> None:
     rewards = table([[[1.0, 0.5], *[[0.0, 0.5]] * 63]], weights=(1.0, 0.0))
-    for kind in ("gdpo", "group_relative"):
+    for kind in ("gdpo", "grpo"):
         A = compute_advantages(rewards, AdvantageConfig.model_validate({"kind": kind, "clamp": 2.0})).values
         assert A.max() == 2.0
         flat = table([[[0.5, 0.1], [0.505, 0.1]]])
         assert not compute_advantages(flat, AdvantageConfig.model_validate({"kind": kind})).values.any()
 
 
-@pytest.mark.parametrize("kind", ["gdpo", "group_relative"])
+@pytest.mark.parametrize("kind", ["gdpo", "grpo"])
 def test_a_failed_score_is_no_worse_than_a_mean_one(kind: str) -> None:
     """Every member got 1 from both rewards, but the second one failed on member 0."""
     rewards = table(
@@ -79,10 +79,10 @@ def single(scores: list[list[float]], tasks: tuple[Task, ...] = ("understand", "
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ({"kind": "group_relative", "std": "population"}, [-1.0, 1.0, -1.0, 1.0]),
-        ({"kind": "group_relative", "std": "sample"}, [-(0.75**0.5), 0.75**0.5, -(0.75**0.5), 0.75**0.5]),
-        ({"kind": "group_relative", "std": "none"}, [-2.0, 2.0, -2.0, 2.0]),
-        ({"kind": "leave_one_out"}, [-8 / 3, 8 / 3, -8 / 3, 8 / 3]),
+        ({"kind": "grpo", "std": "population"}, [-1.0, 1.0, -1.0, 1.0]),
+        ({"kind": "grpo", "std": "sample"}, [-(0.75**0.5), 0.75**0.5, -(0.75**0.5), 0.75**0.5]),
+        ({"kind": "grpo", "std": "none"}, [-2.0, 2.0, -2.0, 2.0]),
+        ({"kind": "rloo"}, [-8 / 3, 8 / 3, -8 / 3, 8 / 3]),
         ({"kind": "win_rate", "std": "none"}, [-1 / 3, 1 / 3, -1 / 3, 1 / 3]),
     ],
     ids=str,
@@ -99,7 +99,7 @@ def test_trimming_measures_by_the_middle() -> None:
 
 def test_the_batch_std_is_that_of_each_task() -> None:
     table = single([[0.0, 2.0], [0.0, 200.0]])
-    A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="batch"))
+    A = compute_advantages(table, AdvantageConfig(kind="grpo", std="batch"))
     torch.testing.assert_close(A.values, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=1e-3, atol=1e-3)
 
 
@@ -121,8 +121,8 @@ def test_a_masked_member_neither_wins_nor_loses() -> None:
     ("choice", "message"),
     [
         ({"kind": "gdpo", "std": "batch"}, "std=batch has no meaning for kind=gdpo: use population or sample"),
-        ({"kind": "leave_one_out", "std": "none"}, "std=none has no meaning for kind=leave_one_out"),
-        ({"kind": "gdpo", "joint": ["generate", "understand"]}, "use kind=group_relative and stages=shared"),
+        ({"kind": "rloo", "std": "none"}, "std=none has no meaning for kind=rloo"),
+        ({"kind": "gdpo", "joint": ["generate", "understand"]}, "use kind=grpo and stages=shared"),
         ({"trim": 0.5}, "less than 0.5"),
     ],
     ids=str,
@@ -148,7 +148,7 @@ def staged() -> tuple[RewardTable, list[Group]]:
 
 def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
     table, groups = staged()
-    config = AdvantageConfig(kind="group_relative", stages="per_segment")
+    config = AdvantageConfig(kind="grpo", stages="per_segment")
     A = segment_advantages(table, groups, config)
     up, alternating = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
     torch.testing.assert_close(A["text"].values, torch.tensor([up, up]), rtol=1e-3, atol=1e-3)
@@ -162,7 +162,7 @@ def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
 
 def test_a_shared_advantage_is_that_of_the_whole() -> None:
     table, groups = staged()
-    A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none"))
+    A = segment_advantages(table, groups, AdvantageConfig(kind="grpo", std="none"))
     assert A["text"] is A["image"]
     assert judged_of_whole(table, groups, AdvantageConfig()) is None
     torch.testing.assert_close(A["text"].values[0], torch.tensor([1.0, 0.0, 0.0, -1.0]))
@@ -171,7 +171,7 @@ def test_a_shared_advantage_is_that_of_the_whole() -> None:
 def test_a_reward_that_judges_both_counts_in_both() -> None:
     table, groups = staged()
     table = RewardTable(*[getattr(table, f) for f in ("names", "weights", "scores", "mask", "reasons", "tasks")])
-    A = segment_advantages(table, groups, AdvantageConfig(kind="group_relative", std="none", stages="per_segment"))
+    A = segment_advantages(table, groups, AdvantageConfig(kind="grpo", std="none", stages="per_segment"))
     assert torch.equal(A["text"].values[0], A["image"].values[0])
     assert not A["image"].values[1].any()
 
@@ -179,18 +179,18 @@ def test_a_reward_that_judges_both_counts_in_both() -> None:
 def test_a_joint_member_needs_both_scores() -> None:
     table = single([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], ("understand", "generate"))
     table.mask[0, 2] = table.mask[1, 1] = False
-    A = compute_advantages(table, AdvantageConfig(kind="group_relative", joint=("generate", "understand")))
+    A = compute_advantages(table, AdvantageConfig(kind="grpo", joint=("generate", "understand")))
     assert A.valid.tolist() == [[True, False, False]] * 2
 
 
 def test_joint_groups_share_the_sum_of_their_rewards() -> None:
     table = single([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], ("understand", "edit", "generate"))
     table.scores[2] *= 3
-    A = compute_advantages(table, AdvantageConfig(kind="group_relative", std="none", joint=("generate", "understand")))
+    A = compute_advantages(table, AdvantageConfig(kind="grpo", std="none", joint=("generate", "understand")))
     torch.testing.assert_close(A.values, torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]))
 
 
-@pytest.mark.parametrize("kind", ["gdpo", "group_relative", "leave_one_out", "trimmed"])
+@pytest.mark.parametrize("kind", ["gdpo", "grpo", "rloo", "trimmed"])
 def test_a_reward_with_a_scale_of_its_own(kind: str) -> None:
     """Normalised in its group, the small reward outweighs the large one that keeps its size."""
     scores = torch.tensor([[[0.001, 3.0], [0.002, 2.0], [0.003, 1.0], [0.004, 0.0]]]) * torch.tensor([1.0, 0.1])

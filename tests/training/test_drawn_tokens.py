@@ -123,6 +123,13 @@ def test_the_clip_of_image_tokens_with_a_divergence_and_entropy() -> None:
     assert more - loss == pytest.approx(-0.01)  # an entropy of 1 everywhere
 
 
+def test_dr_grpo_divides_by_the_tokens_of_a_drawing() -> None:
+    segments = [drawn_tokens([-1.0, -2.0]), drawn_tokens([-1.0, -2.0])]
+    now = [[-1 + math.log(1.1), -2 + math.log(1.5)], [-1 + math.log(0.9), -2 + math.log(0.5)]]
+    # (-1.1 * 2 - 1.2 * 2) / 2 and (.9 + .8) / 2, of two drawings
+    assert loss_of(segments, now, [2.0, -1.0], {"kind": "dr_grpo"})[0] == pytest.approx((-4.6 + 1.7) / 4)
+
+
 def test_gspo_takes_every_draw_of_masks_for_a_sequence() -> None:
     segments = [drawn_masked([[-1.0, -1.0, 0.0], [0.0, 0.0, -1.0]], [[1, 1, 0], [0, 0, 1]])]
     now = [[[-1 + math.log(1.2), -1.0, 0.0], [0.0, 0.0, -1 + math.log(0.9)]]]
@@ -330,7 +337,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
     rows = [RewardConfig(name="drawn"), RewardConfig(name="written")]
     sources = [RewardSource(row, reward) for row, reward in zip(rows, (ShareOfColor(), Says()), strict=True)]
     table = score_groups(sources, bench.groups, bench.start)
-    config = make_config(advantages={"kind": "group_relative", "std": "none", "stages": stages}).advantages
+    config = make_config(advantages={"kind": "grpo", "std": "none", "stages": stages}).advantages
     advantages = segment_advantages(table, bench.groups, config)
     centered = table.scores - table.scores.mean(dim=1, keepdim=True)
     both, drawn, written = centered.sum(dim=2), centered[..., 0], centered[..., 1]
@@ -358,16 +365,16 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
         config = make_config(optimizer=optimizer, **tree)
         phases = config.phases(bench.live.writes)
         assert [phase for phase in phases if "masked" in phase[0]] == [(("text", "masked"), 1.0)]
-        assert (("tokens",), tree["tokens"]["lr"]) in phases
+        assert (("tokens",), tree["tokens"]["lr_scale"]) in phases
         optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in phases]
         take_steps(bench.policies, optimizers, bench.groups, A, config, 0)
         found = torch.cat([(p.detach() - start[name]).flatten() for name, p in bench.live.named_parameters()])
         bench.live.load_state_dict(start)
         return found
 
-    slow, frozen = moved(tokens={"lr": 1e-6}), moved(tokens={"lr": 0.5, "weight": 0.0})
+    slow, frozen = moved(tokens={"lr_scale": 1e-6}), moved(tokens={"lr_scale": 0.5, "weight": 0.0})
     only = {"text": {"weight": 0.0}, "masked": {"weight": 0.0}}
-    fast, half = moved(tokens={"lr": 2.0}, **only), moved(tokens={"lr": 0.5}, **only)
+    fast, half = moved(tokens={"lr_scale": 2.0}, **only), moved(tokens={"lr_scale": 0.5}, **only)
     assert apart(frozen, slow) < 1e-4
     assert apart(fast, 4 * half) < 1e-3  # AdamW's first step has the length of its rate
 

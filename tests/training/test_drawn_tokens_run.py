@@ -38,7 +38,7 @@ RUN = (
 RUNS: dict[str, tuple[SegmentKind, tuple[str, ...]]] = {
     "image tokens, guided": (
         "tokens",
-        ("tokens={lr: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}", "advantages.stages=per_segment"),
+        ("tokens={lr_scale: 0.8}", "rollout={max_new_tokens: 4, guidance_scale: 1.5}", "advantages.stages=per_segment"),
     ),
     "masked, along the path": (
         "masked",
@@ -112,24 +112,26 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (("tokens={}",), FLOWS, "tokens: policy=tiny writes no such segments, only text, flow: leave it out"),
     (("masked={}",), FLOWS, "masked: policy=tiny writes no such segments"),
     (("tokens={}", "masked={}"), TOKENS, "masked: policy=tiny writes no such segments, only text, tokens"),
-    (("tokens={}", "flow.lr=0.5"), TOKENS, "flow: policy=tiny writes no such segments, only text, tokens"),
+    (("tokens={}", "flow.lr_scale=0.5"), TOKENS, "flow: policy=tiny writes no such segments, only text, tokens"),
     ((), TOKENS, "tokens: policy=tiny draws such segments, and nothing says how they are trained: add the section"),
     (("tokens={}", "rollout.sampler=flow_sde"), TOKENS, "rollout.sampler=flow_sde: is of flow, and policy=tiny"),
     (("tokens={}", "rollout.num_steps=4"), TOKENS, "rollout.num_steps=4: is of flow and masked, and policy=tiny"),
     (("tokens={}", "rollout.choice_temperature=1"), TOKENS, "rollout.choice_temperature=1.0: is of masked"),
     (("rollout.image_temperature=2",), FLOWS, "rollout.image_temperature=2.0: is of tokens and masked"),
     (("tokens={weight: 0}", "text.weight=0"), TOKENS, "text.weight=0 and tokens.weight=0: nothing would be trained"),
-    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=clip learns from its own outputs only"),
-    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=clip learns from its own"),
-    (("tokens={lr: 2}", "gradient_mixing=pcgrad"), TOKENS, "with text.lr=1.0 and tokens.lr=2.0 kinds of segments"),
+    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=grpo learns from its own outputs only"),
+    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=grpo learns from its own"),
+    (
+        ("tokens={lr_scale: 2}", "gradient_mixing=pcgrad"),
+        TOKENS,
+        "with text.lr_scale=1.0 and tokens.lr_scale=2.0 kinds of segments",
+    ),
     (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap=2.0: tokens.kind=dpo has no"),
-    (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: use clip, gspo"),
-    (("masked.kind=grpo",), None, "masked.kind=grpo: is kind=clip, with reduction=trajectory in the paper"),
+    (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: set flow.kind"),
+    (("masked.kind=clip",), None, "masked.kind=clip: is called grpo"),
     (("tokens.kl=k1",), None, "tokens.kl=k1"),
     (("tokens.clip_low=0",), None, "tokens.clip_low=0: must be > 0"),
     (("tokens.likelihood=path",), None, "tokens.likelihood: unknown key"),
-    (("tokens.reduction=constant",), None, "every token of a drawing counts"),
-    (("masked.reduction=constant",), None, "every token of a drawing counts"),
     (("masked.draws=4",), None, "draws=4: is of likelihood=monte_carlo: set that, or leave it out"),
     (("masked.schedule=uniform",), None, "schedule=uniform: is of likelihood=monte_carlo"),
     (("masked={likelihood: monte_carlo, draws: 0}",), None, "masked.draws=0: must be >= 1"),
@@ -179,7 +181,12 @@ def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
 
 
 def test_the_sections_survive_the_file_of_a_run() -> None:
-    settings = ["tokens={lr: 0.5}", "masked={likelihood: monte_carlo}", "rollout.guidance_scale=2", "flow.kind=best_of"]
+    settings = [
+        "tokens={lr_scale: 0.5}",
+        "masked={likelihood: monte_carlo}",
+        "rollout.guidance_scale=2",
+        "flow.kind=best_of",
+    ]
     config = load_config(TrainConfig, None, settings)
     Path("config.yaml").write_text(dump_config(config))
     assert load_config(TrainConfig, Path("config.yaml")) == config

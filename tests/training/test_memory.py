@@ -82,11 +82,11 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     assert plain.gradients == trained
     matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
     assert needed(small_base).stays["moments"] == 2 * trained - matrices
-    assert needed(small_base, "text.lr=0.5").stays["moments"] == 2 * (2 * trained - matrices)
+    assert needed(small_base, "text.lr_scale=0.5").stays["moments"] == 2 * (2 * trained - matrices)
 
 
 def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
-    recorded = ["rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}", "flow.kind=grpo"]
+    recorded = ["rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}", "flow.kind=flow_grpo"]
 
     def replayed(again: bool) -> int:
         changes = [*recorded, "limits.backward_members=4", f"limits.gradient_checkpointing={again}"]
@@ -97,7 +97,7 @@ def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
 
 def test_an_average_that_nobody_samples_with_is_not_kept(small_base: Path) -> None:
     weights = needed(small_base).stays["weights"]
-    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow.kind=grpo")
+    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow.kind=flow_grpo")
     assert clipped.stays["frozen and averaged weights"] == 2 * weights
 
 
@@ -130,7 +130,7 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
     options = "offload=true", "optimizer.kind=adamw"
     here, bare = (
         needed(small_base, *options),
-        needed(small_base, *options, "rollout.sampler=flow_sde", "flow.kind=grpo"),
+        needed(small_base, *options, "rollout.sampler=flow_sde", "flow.kind=flow_grpo"),
     )
     # live, its gradients, average, old, reference, two moments
     assert here.stays["offloaded"] == 7 * trained

@@ -15,16 +15,23 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import methods
 from lvrpo.training.advantages import segment_advantages
-from lvrpo.training.flow import add_noise
+from lvrpo.training.flow import FlowConfig, add_noise
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, Batch, GroupAdvantages, Member, Metrics
 from lvrpo.training.optimizer import Optimizers
-from lvrpo.training.text import anchored
+from lvrpo.training.text import TextConfig, anchored
 from lvrpo.training.update import deal, take_steps
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
-GRPO = {"kind": "grpo", "keep": 2}
+GRPO = {
+    "kind": "flow_grpo",
+    "keep": 2,
+    "clip_low": 1e-3,
+    "clip_high": 1e-3,
+    "kl": "velocity",
+    "step_weighting": "level",
+}
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -64,7 +71,7 @@ def test_at_ratio_1_all_clips_pull_alike(bench: Any, prompts: list[Prompt]) -> N
     for reduction in ("token", "trajectory"):
         plain, gspo, cispo = (
             bench.gradient(groups, A2, bench.config(text={"kind": kind, "reduction": reduction}))
-            for kind in ("clip", "gspo", "cispo")
+            for kind in ("grpo", "gspo", "cispo")
         )
         assert apart(plain, cispo) < 1e-5
         if reduction == "trajectory":  # gspo gives every token of a text the same weight already
@@ -74,8 +81,8 @@ def test_at_ratio_1_all_clips_pull_alike(bench: Any, prompts: list[Prompt]) -> N
 def test_gspo_clips_whole_texts_and_cispo_none(bench: Any, prompts: list[Prompt]) -> None:
     groups = changed(bench.sample(prompts[:1]), TextSegment, likelier(-0.5))
     up = [[1.0, 1.0, 1.0, 0.5]]
-    config = {kind: bench.config(text={"kind": kind}) for kind in ("clip", "gspo", "cispo")}
-    assert bench.gradient(groups, up, config["clip"]).norm() == 0
+    config = {kind: bench.config(text={"kind": kind}) for kind in ("grpo", "gspo", "cispo")}
+    assert bench.gradient(groups, up, config["grpo"]).norm() == 0
     assert bench.gradient(groups, up, config["gspo"]).norm() == 0
     free = bench.gradient(bench.sample(prompts[:1]), up, config["cispo"])
     assert apart(1.28 * free, bench.gradient(groups, up, config["cispo"])) < 1e-5
@@ -309,12 +316,12 @@ def test_a_sum_is_clipped_where_the_mean_is(bench: Any, prompts: list[Prompt]) -
 @pytest.mark.parametrize(
     ("section", "tree", "advantages", "members"),
     [
-        ("text", {"kind": "clip"}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
+        ("text", {"kind": "grpo"}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
         ("text", {"kind": "gspo"}, [-0.5, 0.0, 0.0, 0.5], [0, 1, 2, 3]),
         ("text", {"kind": "dpo"}, [2.0, 1.0, 0.5, 0.25], [0, 3]),
         ("text", {"kind": "best_of"}, [-1.0, -0.25, -2.0, -0.5], [1]),
         ("flow", {"kind": "nft", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
-        ("flow", {"kind": "grpo", "keep": 1}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
+        ("flow", {"kind": "flow_grpo", "keep": 1}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
         ("flow", {"kind": "dpo"}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
         ("flow", {"kind": "best_of", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1]),
     ],
@@ -370,7 +377,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gdpo", "group_relative", "leave_one_out", "trimmed", "win_rate"])
+@pytest.mark.parametrize("kind", ["gdpo", "grpo", "rloo", "trimmed", "win_rate"])
 @pytest.mark.parametrize("name", list(STEPS))
 def test_what_a_masked_member_wrote_and_drew_never_matters(
     name: str, kind: str, bench: Any, prompts: list[Prompt]
@@ -379,7 +386,7 @@ def test_what_a_masked_member_wrote_and_drew_never_matters(
     tree = STEPS[name]
     tree = tree | {"advantages": tree.get("advantages", {}) | {"kind": kind}, "rollout": {"group_size": 6}}
     config = bench.config(**tree)
-    sampler = "flow_sde" if config.flow.kind == "grpo" else "ode"
+    sampler = "flow_sde" if config.flow.recorded else "ode"
     spares = bench.sample(prompts, 6, sampler=sampler, temperature=3.0)
     bench.nudge()
     groups = bench.sample(prompts, 6, sampler=sampler)
@@ -418,7 +425,7 @@ def both(A: Any) -> Any:
 
 def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
-    config = bench.config(text={"lr": 0.5}, flow={"lr": 2.0})
+    config = bench.config(text={"lr_scale": 0.5}, flow={"lr_scale": 2.0})
     assert config.phases(bench.live.writes) == [(("text",), 0.5), (("flow",), 2.0)]
     start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
     take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0)
@@ -438,9 +445,9 @@ def test_the_audit_compares_tasks_that_are_stepped_in_turn(bench: Any, prompts: 
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
     found, weights = [], []
     for tree in (
-        {"text": {"lr": 1e-6}, "flow": {"lr": 1e-6}, "gradient_audit": {"every": 1}},
-        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}, "gradient_audit": {"every": 1}},
-        {"text": {"lr": 1e-6}, "flow": {"lr": 2e-6}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 1e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 2e-6}, "gradient_audit": {"every": 1}},
+        {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 2e-6}},
     ):
         config = bench.config(**tree)
         metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0).means()
@@ -458,7 +465,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
     groups = bench.sample(prompts, sampler="ode")
     start = bench.weights()
     moves = []
-    for tree, scale in (({"text": {"lr": 0.5}, "flow": {"lr": 0.5}}, 1.0), ({}, 0.5)):
+    for tree, scale in (({"text": {"lr_scale": 0.5}, "flow": {"lr_scale": 0.5}}, 1.0), ({}, 0.5)):
         config = bench.config(**tree)
         assert len(config.phases(bench.live.writes)) == 1
         take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0, scale)
@@ -489,3 +496,37 @@ def test_every_kind_has_a_class() -> None:
 
     for section, table in ((TextConfig, methods.TEXT_OBJECTIVES), (FlowConfig, methods.FLOW_OBJECTIVES)):
         assert set(section.model_fields["kind"].annotation.__args__) == set(table)
+
+
+# --- kinds by their names ---
+
+
+def test_a_method_has_the_bounds_reduction_and_divergence_of_its_paper() -> None:
+    def of(section: TextConfig | FlowConfig, *names: str) -> list[Any]:
+        return [getattr(section, name) for name in names]
+
+    token = ("clip_low", "clip_high", "reduction", "kl_coef")
+    assert of(TextConfig(kind="dapo"), *token) == [0.2, 0.28, "token", 0.0]
+    assert of(TextConfig(kind="dr_grpo"), *token) == [0.2, 0.2, "constant", 0.0]
+    assert of(TextConfig(kind="dr_grpo", kl_coef=0.1, reduction="token"), *token) == [0.2, 0.2, "token", 0.1]
+    flow = ("clip_low", "clip_high", "step_weighting", "kl", "kl_coef")
+    assert of(FlowConfig(kind="flow_grpo"), *flow) == [1e-4, 1e-4, "equal", "gaussian", 0.004]
+    assert of(FlowConfig(kind="mix_grpo"), *flow) == [1e-4, 1e-4, "equal", "velocity", 0.0]
+    assert of(FlowConfig(kind="dance_grpo", clip_high=1e-3), *flow) == [1e-4, 1e-3, "equal", "velocity", 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("dapo", {"kind": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token"}),
+        ("dr_grpo", {"kind": "grpo", "clip_low": 0.2, "clip_high": 0.2, "reduction": "constant"}),
+    ],
+)
+def test_a_named_method_is_the_clipped_objective_with_its_settings(
+    kind: str, settings: dict[str, Any], bench: Any, prompts: list[Prompt]
+) -> None:
+    groups = bench.sample(prompts[:2])
+    bench.nudge()
+    named, spelled = (bench.gradient(groups, A2, bench.config(text=text)) for text in ({"kind": kind}, settings))
+    assert float(named.norm()) > 0
+    assert torch.equal(named, spelled)

@@ -34,7 +34,7 @@ from lvrpo.training.update import take_steps
 from lvrpo.training.wire import Wire
 from lvrpo.types import Prompt
 
-OPTIONS = (*processes.OPTIONS, "text.lr=0.5")
+OPTIONS = (*processes.OPTIONS, "text.lr_scale=0.5")
 LAST = "checkpoints/step_000006"
 
 

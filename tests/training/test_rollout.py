@@ -174,7 +174,7 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"rollout": {"policy": "reference"}}, "text.kind=clip learns from its own outputs only"),
+        ({"rollout": {"policy": "reference"}}, "text.kind=grpo learns from its own outputs only"),
         ({"rollout": {"policy": "reference"}, "text": {"weight": 0.0}}, "flow.kind=nft learns from its own"),
         (
             {"rollout": {"policy": "reference", "refill_budget": 1}, "text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
@@ -187,11 +187,11 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
         ({"rollout": {"guidance_interval": [0.9, 0.1]}}, "must be .low, high. with 0 <= low < high <= 1"),
         ({"rollout": {"window": {"steps_after": 3}}}, "steps_after=3: has no effect with rollout.sampler=ode"),
         (
-            {"rollout": {"sampler": "cps", "window": {"steps_after": 8}}, "flow": {"kind": "grpo"}},
+            {"rollout": {"sampler": "cps", "window": {"steps_after": 8}}, "flow": {"kind": "flow_grpo"}},
             "steps_after=8: must be less than rollout.num_steps=8",
         ),
         (
-            {"rollout": {"sampler": "cps", "noise_level": 1.2}, "flow": {"kind": "grpo"}},
+            {"rollout": {"sampler": "cps", "noise_level": 1.2}, "flow": {"kind": "flow_grpo"}},
             "noise_level=1.2: must be at most 1",
         ),
         ({"text": {"kind": "dpo", "importance_cap": 2.0}}, "text.kind=dpo has no importance weights"),
@@ -206,12 +206,12 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
             "data.prompts_per_step.generate=28: every reward is for other tasks only",
         ),
         (
-            {"advantages": {"kind": "group_relative", "joint": ["generate", "understand"]}},
+            {"advantages": {"kind": "grpo", "joint": ["generate", "understand"]}},
             "name two tasks with as many prompts each",
         ),
         (
             {
-                "advantages": {"kind": "group_relative", "joint": ["generate", "edit"]},
+                "advantages": {"kind": "grpo", "joint": ["generate", "edit"]},
                 "data": {"prompts_per_step": {"understand": 8}},
             },
             "name two tasks with as many prompts each",
@@ -237,7 +237,7 @@ def test_settings_of_drawings_are_not_asked_of_a_run_that_trains_none(tree: dict
 def test_steps_after_a_window_fit_wherever_it_is(kind: str, after: int) -> None:
     window = {"kind": kind, "size": 2, "steps_after": after, "iterations_per_stride": 3}
     rollout = TrainConfig.model_validate(
-        {"rollout": {"sampler": "flow_sde", "window": window, "num_steps": 8}, "flow": {"kind": "grpo"}}
+        {"rollout": {"sampler": "flow_sde", "window": window, "num_steps": 8}, "flow": {"kind": "flow_grpo"}}
     ).rollout
     lengths = set()
     for step in range(140):

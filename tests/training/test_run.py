@@ -121,7 +121,7 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
 
 
 def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, small_base: Path) -> None:
-    changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=grpo")
+    changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=flow_grpo")
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed])
     straight, halved = Path("straight"), Path("halved")
     alignment = Alignment.start(config, straight)
@@ -161,14 +161,14 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, .
 METHODS = {
     "all at once": [
         "rollout.refill_budget=6",
-        "advantages={std_floor: 0.005, kind: group_relative, stages: per_segment}",
-        "text={lr: 0.5, importance_cap: 2}",
+        "advantages={std_floor: 0.005, kind: grpo, stages: per_segment}",
+        "text={lr_scale: 0.5, importance_cap: 2}",
         "mini_updates=2",
         "gradient_audit.every=2",
     ],
     "offline": ["text.kind=dpo", "flow.kind=dpo", "rollout={policy: reference, pool: 2}"],
     "windows": [
-        "flow={kind: grpo, kl: gaussian, ratio: guard}",
+        "flow={kind: flow_grpo, kl: gaussian, ratio: guard}",
         "rollout={sampler: flow_sde, solver: dpm_solver, window: {kind: decaying, size: 1, steps_after: 1}}",
         "gradient_mixing=pcgrad",
     ],

@@ -23,13 +23,20 @@ SDE = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}}
 def make_config(text: dict[str, Any] | None = None, flow: dict[str, Any] | None = None, **rest: Any) -> TrainConfig:
     """Only the policy terms: the divergences have coefficient 0 unless given."""
     tree: dict[str, Any] = {"text": {"kl_coef": 0.0} | (text or {}), "flow": {"kl_coef": 0.0} | (flow or {})} | rest
-    if tree["flow"].get("kind") == "grpo":
+    if tree["flow"].get("kind") == "flow_grpo":
         tree.setdefault("rollout", SDE)
     return TrainConfig.model_validate(tree)
 
 
 NFT = {"kind": "nft", "keep": 2, "noise_draws": 4}
-GRPO = {"kind": "grpo", "keep": 2}
+GRPO = {
+    "kind": "flow_grpo",
+    "keep": 2,
+    "clip_low": 1e-3,
+    "clip_high": 1e-3,
+    "kl": "velocity",
+    "step_weighting": "level",
+}
 
 
 @pytest.fixture
@@ -227,7 +234,7 @@ def test_grpo_raises_the_density_of_the_good_steps_and_lowers_the_bad(
     advantages: list[float], member: int, sign: int, weighting: str, policies: Policies, prompts: list[Prompt]
 ) -> None:
     groups = sample(policies, prompts[2:3], group_size=2)
-    config = make_config(flow={"kind": "grpo", "keep": 1, "step_weighting": weighting})
+    config = make_config(flow={"kind": "flow_grpo", "keep": 1, "step_weighting": weighting})
     found = gradients(policies, groups, [advantages], config)
     descend(policies, found, 1e-3 / norm(found))
     trajectory = groups[0].trajectories[member]
@@ -279,7 +286,7 @@ def test_nft_draws_fresh_noise_every_step_and_the_same_when_repeated(policies: P
 
 def test_only_the_best_and_the_worst_are_trained(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[2:3])
-    config = make_config(flow={"kind": "grpo", "keep": 1})
+    config = make_config(flow={"kind": "flow_grpo", "keep": 1})
     kept = gradients(policies, groups, [[1.0, 0.4, -0.4, -1.0]], config)
     other = gradients(policies, groups, [[1.0, -0.2, 0.2, -1.0]], config)
     assert distance(kept, other) == 0

@@ -157,7 +157,9 @@ def cispo_surrogate(
 
 
 TOKEN_OBJECTIVES: Mapping[str, TokenObjective] = {
-    "clip": clipped_surrogate,
+    "grpo": clipped_surrogate,
+    "dapo": clipped_surrogate,
+    "dr_grpo": clipped_surrogate,
     "gspo": gspo_surrogate,
     "cispo": cispo_surrogate,
 }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -30,12 +30,17 @@ if TYPE_CHECKING:
 class AdvantageConfig(Config):
     """How a table of rewards becomes the advantages of its trajectories."""
 
-    kind: Literal["gdpo", "group_relative", "leave_one_out", "trimmed", "win_rate"] = "gdpo"
-    """gdpo: each reward normalised in its group, then summed; group_relative: summed, then normalised; leave_one_out:
-    the sum against the mean of the others; trimmed: the sum against the middle of its group; win_rate: each reward
-    replaced by the share of siblings that the member beats, then as group_relative."""
+    hints: ClassVar[Mapping[str, str]] = {
+        "kind=group_relative": "is called grpo",
+        "kind=leave_one_out": "is called rloo",
+        "kind=dr_grpo": "is kind=grpo with std=none",
+    }
+    kind: Literal["gdpo", "grpo", "rloo", "trimmed", "win_rate"] = "gdpo"
+    """gdpo: each reward normalised in its group, then summed (arXiv:2601.05242); grpo: summed, then normalised
+    (arXiv:2402.03300); rloo: the sum against the mean of the others (arXiv:2402.14740); trimmed: the sum against the
+    middle of its group; win_rate: each reward replaced by the share of siblings that the member beats, then as grpo."""
     std: Literal["population", "sample", "batch", "none"] = "population"
-    """What group_relative and win_rate divide by; batch: one for all groups of a task; none: nothing (Dr.GRPO). gdpo
+    """What grpo and win_rate divide by; batch: one for all groups of a task; none: nothing (Dr.GRPO). gdpo
     takes population or sample."""
     trim: float = Field(default=0.125, ge=0, lt=0.5)
     """trimmed: the share of a group that is left out at either end."""
@@ -51,12 +56,12 @@ class AdvantageConfig(Config):
 
     @model_validator(mode="after")
     def _choices_fit(self) -> Self:
-        takes = {"gdpo": ("population", "sample"), "leave_one_out": ("population",), "trimmed": ("population",)}
+        takes = {"gdpo": ("population", "sample"), "rloo": ("population",), "trimmed": ("population",)}
         allowed = takes.get(self.kind)
         if allowed is not None and self.std not in allowed:
             raise ValueError(f"std={self.std} has no meaning for kind={self.kind}: use {' or '.join(allowed)}")
         if self.joint is not None and (self.kind == "gdpo" or self.stages == "per_segment"):
-            raise ValueError("joint sums the rewards of whole trajectories: use kind=group_relative and stages=shared")
+            raise ValueError("joint sums the rewards of whole trajectories: use kind=grpo and stages=shared")
         return self
 
 
@@ -138,7 +143,7 @@ def _of_sums(
 ) -> Float[torch.Tensor, "P G"]:
     """The advantages of weighted sums of rewards, (P, G)."""
     clamp = config.clamp
-    if config.kind == "leave_one_out":
+    if config.kind == "rloo":
         return leave_one_out_advantages(scores, mask, std_floor=floor).clamp(-clamp, clamp)
     if config.kind == "trimmed":
         return trimmed_advantages(scores, mask, trim=config.trim, std_floor=floor, clamp=clamp)

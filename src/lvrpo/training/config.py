@@ -132,7 +132,7 @@ class TrainConfig(Config):
     """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
     gradient_mixing: Mixing = "sum"
     """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
-    norm_balanced: scaled to one norm; the last two in each expert by itself, and with one lr for text and flow."""
+    norm_balanced: scaled to one norm; the last two in each expert by itself, with one lr_scale for text and flow."""
     gradient_audit: GradientAuditConfig = GradientAuditConfig()
     limits: LimitsConfig = LimitsConfig()
     """What goes through the policy at once."""
@@ -174,8 +174,8 @@ class TrainConfig(Config):
     def phases(self, writes: Sequence[SegmentKind]) -> list[tuple[tuple[SegmentKind, ...], float]]:
         """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
         sections = self.sections(writes)
-        rates = dict.fromkeys(section.lr for section in sections.values())
-        return [(tuple(kind for kind, section in sections.items() if section.lr == lr), lr) for lr in rates]
+        scales = dict.fromkeys(section.lr_scale for section in sections.values())
+        return [(tuple(kind for kind, s in sections.items() if s.lr_scale == scale), scale) for scale in scales]
 
     def sampling(self, step: int) -> Sampling:
         """How the groups of a step are sampled, and scored for its update."""
@@ -237,11 +237,12 @@ class TrainConfig(Config):
                     f"rollout.policy=reference: {kind}.kind={section.kind} learns from its own outputs only: use "
                     "dpo or best_of, or sample with rollout.policy=live"
                 )
-        if self.gradient_mixing != "sum" and len({section.lr for section in trained.values()}) > 1:
-            rates = " and ".join(f"{kind}.lr={section.lr}" for kind, section in trained.items())
+        if self.gradient_mixing != "sum" and len({section.lr_scale for section in trained.values()}) > 1:
+            rates = " and ".join(f"{kind}.lr_scale={section.lr_scale}" for kind, section in trained.items())
             raise ValueError(
                 f"gradient_mixing={self.gradient_mixing}: with {rates} kinds of segments are stepped in turn, so their "
-                f"gradients never meet: give {'both' if len(trained) == 2 else 'all'} one lr, or set it to sum"
+                f"gradients never meet: give {'both' if len(trained) == 2 else 'all'} one lr_scale, or use "
+                "gradient_mixing=sum"
             )
         for kind, section in sections.items():
             if isinstance(section, FlowConfig):
@@ -395,8 +396,18 @@ class TrainConfig(Config):
         drawn = any(count for task, count in self.data.prompts_per_step.items() if task != "understand")
         if not (drawn and flow.weight):
             return  # what the rest is about is not trained
-        if flow.kind == "grpo" and rollout.sampler == "ode":
-            raise ValueError("flow.kind=grpo needs stochastic steps: set rollout.sampler to flow_sde, dance_sde or cps")
+        stochastic, window = rollout.sampler != "ode", rollout.window.kind
+        for kind, fits, needs in (
+            ("flow_grpo", stochastic, "rollout.sampler=flow_sde, dance_sde or cps"),
+            ("dance_grpo", rollout.sampler == "dance_sde", "rollout.sampler=dance_sde"),
+            (
+                "mix_grpo",
+                stochastic and window in ("sliding", "random", "decaying"),
+                "rollout.sampler=flow_sde and rollout.window.kind=sliding, random or decaying",
+            ),
+        ):
+            if flow.kind == kind and not fits:
+                raise ValueError(f"flow.kind={kind} needs {needs}: set that, or extend {kind}.yaml")
         fresh = flow.kind in ("nft", "awm")
         if fresh and rollout.sampler != "ode":
             raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
@@ -411,11 +422,11 @@ class TrainConfig(Config):
                 raise ValueError(f"flow.{name}={getattr(flow, name)}: is of flow.kind=nft or awm: leave it out")
         if flow.reference_guidance != 1 and not flow.kl_coef:
             raise ValueError(f"flow.reference_guidance={flow.reference_guidance}: no effect with flow.kl_coef=0")
-        if flow.kind != "grpo" and flow.kl == "gaussian":
+        if not flow.recorded and flow.kl == "gaussian":
             raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
-        if flow.kind != "grpo" and flow.ratio == "guard":
-            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=grpo")
-        if flow.kind in ("nft", "awm", "grpo") and 2 * flow.keep > rollout.group_size:
+        if not flow.recorded and flow.ratio == "guard":
+            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=flow_grpo")
+        if flow.kind not in ("dpo", "best_of") and 2 * flow.keep > rollout.group_size:
             raise ValueError(
                 f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
             )

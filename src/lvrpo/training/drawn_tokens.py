@@ -5,47 +5,30 @@ What trains them are the objectives of text (``training/text.py``); their log-pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from lvrpo.policies.base import MaskedScoring
-from lvrpo.training.text import ELSEWHERE, TextConfig
+from lvrpo.training.text import TextConfig
 from lvrpo.types import LogitGuidance
 
 
 class ImageTokensConfig(TextConfig):
-    """How image tokens are trained: ``kind``, bounds, divergence, entropy, weight and rate as those of text."""
+    """How image tokens are trained: ``kind``, bounds, divergence, entropy, weight and rate as those of text.
 
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        **ELSEWHERE,
-        "nft": "trains a flow, and this section is for tokens: use clip, gspo, cispo, dpo or best_of",
-        "grpo": "is kind=clip, with reduction=trajectory in the paper",
-    }
+    ``reduction=constant`` divides by the tokens of a drawing, all of which count: it is ``trajectory``.
+    """
+
     guided_logprobs: LogitGuidance = "joint"
     """Of the logits that guidance mixes: joint: both branches have a gradient; detach_uncond: the one with the prompt
     alone, for half the memory; none (masked.likelihood=monte_carlo): the log-probs are unguided."""
-
-    @model_validator(mode="after")
-    def _a_drawing_has_its_length(self) -> Self:
-        if self.reduction == "constant" and not self.counts_vary:
-            raise ValueError(
-                "reduction=constant: every token of a drawing counts, however it was sampled, so this is "
-                "reduction=trajectory: use that"
-            )
-        return self
-
-    @property
-    def counts_vary(self) -> bool:
-        """Whether drawings of one size may differ in how many of their tokens are scored."""
-        return False
 
 
 class MaskedConfig(ImageTokensConfig):
     """How masked image tokens are trained: as image tokens, with a choice of their likelihood.
 
-    ``reduction=constant`` (monte_carlo) divides by the tokens of a drawing: a draw counts by how much it masks.
+    With monte_carlo ``reduction=constant`` divides by them all too, and a draw counts by how much it masks.
     """
 
     likelihood: Literal["path", "monte_carlo"] = "path"
@@ -64,10 +47,6 @@ class MaskedConfig(ImageTokensConfig):
             if self.likelihood == "path" and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name}={value}: is of likelihood=monte_carlo: set that, or leave it out")
         return self
-
-    @property
-    def counts_vary(self) -> bool:
-        return self.likelihood == "monte_carlo"
 
     @property
     def scoring(self) -> MaskedScoring:

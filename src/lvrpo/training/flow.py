@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from lvrpo.algorithms import (
     SurrogateLoss,
@@ -36,6 +36,7 @@ from lvrpo.training.objective import (
     has_kind,
     recorded_passes,
 )
+from lvrpo.training.text import LR
 from lvrpo.types import FlowSegment, Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
@@ -44,33 +45,42 @@ if TYPE_CHECKING:
 TEXT_ONLY = (
     "trains tokens, and a flow has none: set text.kind; tokens.kind or masked.kind for a policy that draws with tokens"
 )
-ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("clip", "gspo", "cispo", "dapo", "dr_grpo"), TEXT_ONLY),
-    "flow_grpo": "is kind=grpo with rollout.sampler=flow_sde: extend flow_grpo.yaml",
-    "dance_grpo": "is kind=grpo with rollout.sampler=dance_sde: extend dance_grpo.yaml",
-    "mix_grpo": "is kind=grpo with rollout.window.kind=sliding: extend mix_grpo.yaml",
-    "grpo_guard": "is kind=grpo with flow.ratio=guard",
-}
-"""Methods that are looked for here, and where they are."""
+
+PUBLISHED: Mapping[str, object] = {"clip_low": 1e-4, "clip_high": 1e-4, "step_weighting": "equal"}
+"""What Flow-GRPO, MixGRPO and DanceGRPO have in common."""
 
 
 class FlowConfig(Config):
     """How segments drawn by a flow are trained."""
 
-    kind: Literal["nft", "awm", "grpo", "dpo", "best_of"] = "nft"
+    hints: ClassVar[Mapping[str, str]] = {
+        "lr": LR,
+        **dict.fromkeys([f"kind={kind}" for kind in ("clip", "gspo", "cispo", "dapo", "dr_grpo")], TEXT_ONLY),
+        "kind=grpo": "is called flow_grpo",
+        "kind=grpo_guard": "is kind=flow_grpo with flow.ratio=guard",
+    }
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        # .04 in the paper's code, which leaves the step's -dt (about 1/10) out of the variance
+        "flow_grpo": {**PUBLISHED, "kl": "gaussian", "kl_coef": 0.004},
+        "mix_grpo": {**PUBLISHED, "kl_coef": 0.0},
+        "dance_grpo": {**PUBLISHED, "kl_coef": 0.0},
+    }
+    kind: Literal["nft", "awm", "flow_grpo", "mix_grpo", "dance_grpo", "dpo", "best_of"] = "nft"
     """nft: DiffusionNFT on fresh noise (arXiv:2509.16117); awm: the clipped objective, the flow-matching loss in the
-    place of the log-prob (arXiv:2509.25050); grpo: the clipped objective on recorded stochastic steps
-    (arXiv:2505.05470); dpo: the best against the worst drawing of a group (arXiv:2311.12908); best_of: imitate the best
+    place of the log-prob (arXiv:2509.25050); flow_grpo: the clipped objective on recorded stochastic steps
+    (arXiv:2505.05470); mix_grpo (arXiv:2507.21802), dance_grpo (arXiv:2505.07818): the same, for their rollouts and
+    without a divergence; all three with the bounds and the equal weights of steps of the papers, where these are not
+    given; dpo: the best against the worst drawing of a group (arXiv:2311.12908); best_of: imitate the best
     (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
-    lr: float = Field(default=1.0, gt=0)
-    """Multiplier of the learning rates for the gradient of flows; see ``text.lr``."""
+    lr_scale: float = Field(default=1.0, gt=0, le=10)
+    """Multiplier of the learning rates for the gradient of flows; see ``text.lr_scale``."""
     kl_coef: float = Field(default=2.0, ge=0)
-    """nft, grpo, best_of: of the divergence from the reference. Without it nothing holds DiffusionNFT: the contrast of
-    good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
+    """nft, *_grpo, best_of: of the divergence from the reference. Without it nothing holds DiffusionNFT: the contrast
+    of good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
     (docs/log.md)."""
     kl: Literal["velocity", "gaussian"] = "velocity"
-    """velocity: mean |v - v_ref|^2, unguided; gaussian (grpo): the exact divergence of the recorded steps, reduced as
+    """velocity: mean |v - v_ref|^2, unguided; gaussian (*_grpo): the exact divergence of the recorded steps, reduced as
     ``rollout.logprob_reduction``."""
     reference_guidance: float = Field(default=1.0, ge=1)
     """nft, awm: the reference is guided at this scale, so that one pass learns what guidance adds at sampling
@@ -78,7 +88,7 @@ class FlowConfig(Config):
     unguided_kl_coef: float = Field(default=0.0, ge=0)
     """nft, awm: of mean |v - v_ref|^2 without the text, which holds the branch that guidance leads away from."""
     keep: int = Field(default=2, ge=1)
-    """nft, awm, grpo: of each group the best and the worst ``keep`` are trained; best_of: so many are imitated."""
+    """nft, awm, *_grpo: of each group the best and the worst ``keep`` are trained; best_of: so many are imitated."""
     beta: float = Field(default=0.5, gt=0)
     advantage_max: float = Field(default=2.5, gt=0)
     """nft: larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
@@ -89,21 +99,19 @@ class FlowConfig(Config):
     old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
     clip_low: float = Field(default=1e-3, gt=0, lt=1)
     clip_high: float = Field(default=1e-3, gt=0)
-    """grpo: bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
+    """*_grpo: bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
     ``rollout.logprob_reduction`` is sum."""
     ratio: Literal["plain", "guard"] = "plain"
-    """grpo: guard centers the log-ratio and levels its scale over the steps (GRPO-Guard, arXiv:2510.22319)."""
+    """*_grpo: guard centers the log-ratio and levels its scale over the steps (GRPO-Guard, arXiv:2510.22319)."""
     step_weighting: Literal["level", "equal"] = "level"
-    """grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
+    """*_grpo: level gives every step a gradient of one scale; with equal, the last drowns the first."""
     dpo_beta: float = Field(default=100.0, gt=0)
     """dpo: how far the reference may be left; smaller is further."""
 
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _not_elsewhere(cls, kind: object) -> object:
-        if isinstance(kind, str) and kind in ELSEWHERE:
-            raise ValueError(ELSEWHERE[kind])
-        return kind
+    @property
+    def recorded(self) -> bool:
+        """Whether the recorded stochastic steps are trained; else velocities at fresh noise."""
+        return self.kind in ("flow_grpo", "mix_grpo", "dance_grpo")
 
 
 class FlowObjective(Objective):

@@ -420,7 +420,7 @@ class _Estimator:
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
         """As the losses of drawings: what frozen policies say, then recorded steps, or velocities at fresh times."""
         flow, policy = self.config.flow, self.policy
-        draws = 1 if flow.kind == "grpo" else flow.noise_draws
+        draws = 1 if flow.recorded else flow.noise_draws
         repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
         x_t = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
 
@@ -430,11 +430,11 @@ class _Estimator:
             return policy.velocity(repeated, x_t, torch.empty(len(x_t)), guidance_scale)
 
         with torch.no_grad():
-            if flow.kind == "grpo" and flow.kl_coef and flow.kl == "gaussian":
+            if flow.recorded and flow.kl_coef and flow.kl == "gaussian":
                 policy.logprobs(trajectories)
             frozen = (flow.kind in ("nft", "awm")) + bool(flow.kl_coef or flow.kind == "dpo")
             others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
-        if flow.kind == "grpo":
+        if flow.recorded:
             last = [rows[-1] for rows in policy.logprobs(trajectories)]
             terms = [term for row in last for term in (row.logprobs, row.means) if term is not None]
             if flow.kl_coef and flow.kl == "velocity":

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
 TEXT_OBJECTIVES: Mapping[str, type[TextObjective]] = {
-    "clip": TokenObjective,
+    "grpo": TokenObjective,
+    "dapo": TokenObjective,
+    "dr_grpo": TokenObjective,
     "gspo": TokenObjective,
     "cispo": TokenObjective,
     "dpo": TextDPO,
@@ -27,7 +29,9 @@ TEXT_OBJECTIVES: Mapping[str, type[TextObjective]] = {
 FLOW_OBJECTIVES: Mapping[str, type[FlowObjective]] = {
     "nft": NFT,
     "awm": AWM,
-    "grpo": FlowGRPO,
+    "flow_grpo": FlowGRPO,
+    "mix_grpo": FlowGRPO,
+    "dance_grpo": FlowGRPO,
     "dpo": FlowDPO,
     "best_of": BestDrawing,
 }

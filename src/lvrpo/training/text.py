@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tokens, truncated_weights
 from lvrpo.config import Config
@@ -24,25 +24,34 @@ if TYPE_CHECKING:
 
 KL = {"k2": k2, "k3": k3}
 
-ELSEWHERE: Mapping[str, str] = {
-    "grpo": "is kind=clip, with reduction=trajectory in the paper",
-    "dapo": "is kind=clip with clip_low=0.2, clip_high=0.28 and reduction=token: extend dapo.yaml",
-    "dr_grpo": "is kind=clip with reduction=constant, and advantages.std=none: extend dr_grpo.yaml",
-    "nft": "trains drawings, and this section is for text: set flow.kind",
-}
-"""Methods that are looked for here, and where they are."""
+LR = (
+    "was a multiplier of the learning rates: set optimizer.muon_lr, optimizer.adamw_lr or optimizer.expert_lr, or the "
+    "multiplier {section}.lr_scale"
+)
+"""Of ``lr`` in the section of a kind of segment."""
+FLOW_ONLY = "trains a flow, and this section is for tokens: set flow.kind"
 
 
 class TextConfig(Config):
     """How text segments are trained."""
 
-    elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
-    kind: Literal["clip", "gspo", "cispo", "dpo", "best_of"] = "clip"
-    """clip: the clipped ratio of each token (GRPO, DAPO, Dr.GRPO by ``reduction`` and bounds); gspo: of the whole text
-    (arXiv:2507.18071); cispo: capped weights (arXiv:2506.13585); dpo: the best against the worst text of a group
-    (arXiv:2305.18290); best_of: imitate the best (arXiv:2304.06767)."""
+    hints: ClassVar[Mapping[str, str]] = {
+        "lr": LR,
+        "kind=clip": "is called grpo",
+        **dict.fromkeys([f"kind={kind}" for kind in ("nft", "awm", "flow_grpo", "mix_grpo", "dance_grpo")], FLOW_ONLY),
+    }
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "dapo": {"clip_low": 0.2, "clip_high": 0.28, "reduction": "token", "kl_coef": 0.0},
+        "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "reduction": "constant", "kl_coef": 0.0},
+    }
+    kind: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "dpo", "best_of"] = "grpo"
+    """grpo: the clipped ratio of each token (arXiv:2402.03300, there with clip_high=0.2, reduction=trajectory and
+    kl_coef=0.04); dapo (arXiv:2503.14476), dr_grpo (arXiv:2503.20783; beside advantages.std=none): the same with their
+    bounds, reduction and no KL where these are not given; gspo: of the whole text (arXiv:2507.18071); cispo: capped
+    weights (arXiv:2506.13585); dpo: the best against the worst text of a group (arXiv:2305.18290); best_of: imitate the
+    best (arXiv:2304.06767)."""
     weight: float = Field(default=1.0, ge=0)
-    lr: float = Field(default=1.0, gt=0)
+    lr_scale: float = Field(default=1.0, gt=0, le=10)
     """Multiplier of the learning rates for the gradient of these segments. Where sections differ in it, their segments
     are stepped in turn, each rate with moments of its own."""
     clip_low: float = Field(default=0.2, gt=0)
@@ -51,23 +60,16 @@ class TextConfig(Config):
     """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the live policy
     gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: they are one."""
     kl_coef: float = Field(default=0.05, ge=0)
-    """clip, gspo, cispo: of the divergence from the reference."""
+    """Of all but dpo and best_of: of the divergence from the reference."""
     kl: Literal["k2", "k3"] = "k3"
     """Its estimator; k2 has the divergence's own gradient, k3 a lower variance near the reference."""
     entropy_coef: float = Field(default=0.0, ge=0)
-    """clip, gspo, cispo: of the mean entropy of the tokens, which is raised."""
+    """Of all but dpo and best_of: of the mean entropy of the tokens, which is raised."""
     reduction: Literal["token", "trajectory", "constant"] = "token"
     """token: one denominator for all tokens of a task (DAPO, which has one); trajectory: every text of a task counts
     alike (GRPO); constant: sums over tokens divided by rollout.max_new_tokens (Dr.GRPO)."""
     dpo_beta: float = Field(default=0.1, gt=0)
     """dpo: how far the reference may be left; smaller is further."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _not_elsewhere(cls, kind: object) -> object:
-        if isinstance(kind, str) and kind in cls.elsewhere:
-            raise ValueError(cls.elsewhere[kind])
-        return kind
 
 
 @dataclass(frozen=True)
