@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from lvrpo.config import MOST, Config, config_differences, config_sha256, dump_config, load_config, parse_section
+from lvrpo.config import (
+    MOST,
+    Config,
+    KindConfig,
+    config_differences,
+    config_sha256,
+    dump_config,
+    load_config,
+    parse_section,
+)
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
 
@@ -19,7 +28,7 @@ class Adam(Config):
     betas: tuple[float, float] = (0.9, 0.99)
 
 
-class Stage(Config):
+class Stage(KindConfig):
     defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {"late": {"steps": 5, "share": 0.5}}
     kind: Literal["early", "late"] = "early"
     steps: int = Field(1, ge=1)

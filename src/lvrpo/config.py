@@ -34,15 +34,6 @@ class Config(BaseModel):
     hints: ClassVar[Mapping[str, str]] = {}
     """What is said of a name that is looked for here, renamed or of another section: of ``key`` or ``key=value``, which
     is refused. ``{section}`` stands for where it was written."""
-    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """Of a section with a ``kind``: by kind, the defaults that are not those of the fields."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kind_sets_defaults(cls, given: Any) -> Any:
-        """Any: whatever a YAML file may hold."""
-        kind = given.get("kind") if isinstance(given, Mapping) else None
-        return {**cls.defaults_of.get(kind, {}), **given} if isinstance(kind, str) else given
 
     @field_validator("*")
     @classmethod
@@ -53,6 +44,20 @@ class Config(BaseModel):
                 at = f"{place}={number}: " if place else ""
                 raise ValueError(f"{at}numbers must lie between -{MOST:.3g} and {MOST:.3g}")
         return value
+
+
+class KindConfig(Config):
+    """A section whose ``kind`` says what is meant by a field that is not given."""
+
+    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """By kind, the defaults that are not those of the fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_sets_defaults(cls, given: Any) -> Any:
+        """Any: whatever a YAML file may hold."""
+        kind = given.get("kind") if isinstance(given, Mapping) else None
+        return {**cls.defaults_of.get(kind, {}), **given} if isinstance(kind, str) else given
 
 
 Natural = Annotated[int, Field(ge=0, le=100_000)]

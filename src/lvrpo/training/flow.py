@@ -23,7 +23,7 @@ from lvrpo.algorithms import (
     scaled_clip,
     velocity_regularizer,
 )
-from lvrpo.config import Config
+from lvrpo.config import KindConfig
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
 from lvrpo.training.objective import (
@@ -50,7 +50,7 @@ PUBLISHED: Mapping[str, object] = {"clip_low": 1e-4, "clip_high": 1e-4, "step_we
 """What Flow-GRPO, MixGRPO and DanceGRPO have in common."""
 
 
-class FlowConfig(Config):
+class FlowConfig(KindConfig):
     """How segments drawn by a flow are trained."""
 
     hints: ClassVar[Mapping[str, str]] = {

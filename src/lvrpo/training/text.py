@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tokens, truncated_weights
-from lvrpo.config import Config
+from lvrpo.config import KindConfig
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
 from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, Objective
@@ -32,7 +32,7 @@ LR = (
 FLOW_ONLY = "trains a flow, and this section is for tokens: set flow.kind"
 
 
-class TextConfig(Config):
+class TextConfig(KindConfig):
     """How text segments are trained."""
 
     hints: ClassVar[Mapping[str, str]] = {
