@@ -102,6 +102,13 @@ def test_gaussian_kl_by_monte_carlo() -> None:
         assert samples.mean().item() == pytest.approx(exact, abs=5 * samples.std().item() / 100_000**0.5)
 
 
+def test_gaussian_kl_has_a_gradient_to_the_policy_alone() -> None:
+    mean, mean_ref = (torch.full((1, 2), value, requires_grad=True) for value in (0.2, 0.0))
+    gaussian_kl(mean, mean_ref, torch.tensor(0.5), "sum").sum().backward()
+    torch.testing.assert_close(mean.grad, torch.full((1, 2), 0.8))  # .2 / .25
+    assert mean_ref.grad is None
+
+
 def test_gaussian_kl_refuses_an_unknown_reduction() -> None:
     with pytest.raises(InputError, match="use mean or sum"):
         kl.gaussian_kl.__wrapped__(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(()), "max")

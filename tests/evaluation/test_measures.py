@@ -47,6 +47,16 @@ def test_two_policies_by_hand() -> None:
     assert found["pass_at_k"]["1"]["detectable"] is not None
 
 
+def test_prompts_that_share_a_picture_are_resampled_together() -> None:
+    before, after = drawings([[0, 0]] * 8), drawings([[1, 1]] * 4 + [[0, 0]] * 4)
+    alone = compare(before, after)["pass_at_k"]["1"]
+    before, after = ([replace(row, cluster="pq"[i // 4]) for i, row in enumerate(rows)] for rows in (before, after))
+    together, own = compare(before, after)["pass_at_k"]["1"], measure(after)["pass_at_k"]["1"]
+    assert (together["low"], together["high"]) == (own["low"], own["high"]) == (0.0, 1.0)
+    assert alone["high"] - alone["low"] < 1.0
+    assert together["detectable"] > alone["detectable"]
+
+
 def test_only_the_prompts_that_were_sampled_most_count() -> None:
     rows = [*BEFORE, *drawings([[1], [1], [1]])]
     assert measure(rows)["pass_at_k"]["1"] == measure(BEFORE)["pass_at_k"]["1"]

@@ -133,6 +133,19 @@ def test_intervals_resample_clusters() -> None:
     assert alone["high"] - alone["low"] < 1.0
 
 
+def test_differences_resample_clusters_too() -> None:
+    zeros, scores, ids = (0.0,) * 8, (1.0,) * 4 + (0.0,) * 4, tuple("abcdefgh")
+    alone, together = (
+        Scored(ids, ("x",) * 8, clusters, zeros).difference(Scored(ids, ("x",) * 8, clusters, scores))
+        for clusters in (ids, ("p",) * 4 + ("q",) * 4)
+    )
+    for found in (together, together["categories"]["x"]):
+        assert (found["low"], found["high"]) == (0.0, 1.0)
+    assert alone["high"] - alone["low"] < 1.0
+    assert together["p"] > alone["p"]
+    assert together["detectable"] > alone["detectable"]
+
+
 def test_only_the_same_prompts_are_paired() -> None:
     one = Scored(("a",), ("x",), ("a",), (1.0,))
     other = Scored(("b",), ("x",), ("b",), (1.0,))

@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import batching
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.sampling import derive_seed, normal_noise, timestep_grid
+from lvrpo.sampling import PastStep, adams_bashforth_step, derive_seed, normal_noise, timestep_grid
 from lvrpo.types import FlowSegment, Prompt, TextSegment, Trajectory
 
 BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=4, timestep_shift=1.0)
@@ -232,6 +232,23 @@ def test_a_drawing_is_recorded_whole(policy: TinyPolicy, prompts: list[Prompt]) 
         assert torch.equal(segment.image, policy.towers.decode_latents(segment.latent[None])[0])
         assert 0 <= segment.image.min() <= segment.image.max() <= 1
         assert trajectory.image is segment.image
+
+
+def test_a_multistep_solver_forgets_what_came_before_a_stochastic_step(
+    policy: TinyPolicy, prompts: list[Prompt]
+) -> None:
+    """Its noise is no part of the velocity that the solver would extrapolate: the next step is Euler's."""
+    sampling = replace(BASE, solver="adams_bashforth", sampler="flow_sde", window=(1,))
+    (trajectory, *_) = rollout(policy, prompts[3:4], sampling)
+    segment = trajectory.segments[-1]
+    assert isinstance(segment, FlowSegment)
+    t, x_2 = segment.timesteps, segment.next_states
+    with torch.no_grad():
+        v_2 = policy.velocity([trajectory], x_2, t[2:3])
+        x_3 = x_2 + (t[3] - t[2]) * v_2
+        v_3 = policy.velocity([trajectory], x_3, t[3:4])
+    x_4, _ = adams_bashforth_step(x_3, v_3, t[3], t[4], PastStep(t[2], x_2, v_2))
+    torch.testing.assert_close(segment.latent, x_4[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_grid_is_the_policys_own_unless_told_otherwise(policy: TinyPolicy, prompts: list[Prompt]) -> None:

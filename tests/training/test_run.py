@@ -120,6 +120,31 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
     assert "control/understand/exact_answer" not in rows[2]
 
 
+def test_the_average_is_short_at_first(small_base: Path) -> None:
+    """With decay min(average_decay, step / (step + 10)): else what is evaluated and saved stays near the start."""
+    changed = (
+        "steps=3",
+        "average_decay=0.15",
+        "data.prompts_per_step={generate: 2, understand: 0, edit: 0, reason: 0}",
+        "rewards=[{name: own_vqa}]",
+        "guard={every: 3, prompts: {generate: 2}}",
+    )
+    alignment = Alignment.start(load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed]), Path("run"))
+    policies = alignment.state.policies
+    live: list[torch.Tensor] = []
+    with alignment.run:
+        assert alignment.go(lambda row: live.append(flat(policies.live)))
+    expected = live[0]
+    for now, decay in zip(live[1:], [1 / 11, 0.15], strict=True):
+        assert (now - expected).abs().max() > 1e-4
+        expected = decay * expected + (1 - decay) * now
+    torch.testing.assert_close(flat(policies.average), expected, rtol=1e-5, atol=1e-6)
+
+
+def flat(policy: Any) -> torch.Tensor:  # Any: a policy, which is a module too
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
 def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, small_base: Path) -> None:
     changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=flow_grpo")
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed])
