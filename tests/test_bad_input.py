@@ -201,7 +201,7 @@ CONFIGURATION: list[Case] = [
     (train("steps=0"), 2, "steps=0: must be >= 1"),
     (train("steps=many"), 2, "steps=many: must be a whole number"),
     (train("steps=1.5"), 2, "steps=1.5: must be a whole number"),
-    (train("flow.kind=grppo"), 2, "did you mean flow_grpo?"),
+    (train("flow.kind=flow_grppo"), 2, "did you mean flow_grpo?"),
     (train("flow.kind=grpo"), 2, "flow.kind=grpo: is called flow_grpo"),
     (train("data.source=scnes"), 2, "did you mean scenes?"),
     (train("data.source=jsonl"), 2, "set data.jsonl.train"),
