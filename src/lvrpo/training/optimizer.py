@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -28,6 +28,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Config):
     """One learning rate per kind of parameter, one multiplier per expert."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "lr": "Muon has a rate and AdamW another: set {section}.muon_lr and {section}.adamw_lr",
+    }
     kind: Literal["adamw", "muon", "adamw_8bit"] = "muon"
     """muon: Muon on the transformer's matrices, AdamW on the rest, the two factors of an adapter among it; adamw: AdamW
     on everything; adamw_8bit: the same with moments in 8 bits (bitsandbytes, arXiv:2110.02861), which saves 6 bytes a

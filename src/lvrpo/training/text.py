@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 KL = {"k2": k2, "k3": k3}
 
 LR = (
-    "was a multiplier of the learning rates: set optimizer.muon_lr, optimizer.adamw_lr or optimizer.expert_lr, or the "
-    "multiplier {section}.lr_scale"
+    "was a multiplier of the learning rates: set optimizer.muon_lr and optimizer.adamw_lr, or the multipliers "
+    "optimizer.expert_lr (by expert) and {section}.lr_scale"
 )
 """Of ``lr`` in the section of a kind of segment."""
 FLOW_ONLY = "trains a flow, and this section is for tokens: set flow.kind"
