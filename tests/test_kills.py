@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from lvrpo.training.run import START
 from lvrpo.training.run_directory import METRICS, SUMMARY
 
-LONGEST = 300
+CHECKPOINT_EVERY = 2
+LONGEST = 600
 """Seconds that one process may take."""
 TIMES = ("seconds", "memory")
 """In the names of numbers that differ from run to run."""
@@ -36,11 +37,11 @@ TRAIN = (
     "rollout={group_size: 4, num_steps: 3}",
     "rewards=[{name: own_vqa}, {name: exact_answer}]",
     "guard={every: 6, prompts: {generate: 2, understand: 4, reason: 2}}",
-    *("checkpoint_every=2", "control_every=3", "samples_every=4"),
+    *(f"checkpoint_every={CHECKPOINT_EVERY}", "control_every=3", "samples_every=4"),
     *("--benchmark", "rows.jsonl", "--out"),
 )
 PRETRAIN = (
-    *("pretrain", "pretrain", "steps=40", "device=cpu", "checkpoint_every=4", "held_out_every=20"),
+    *("pretrain", "pretrain", "steps=40", "device=cpu", f"checkpoint_every={CHECKPOINT_EVERY}", "held_out_every=20"),
     "policy={tower_width: 64, transformer: {width: 64, depth: 2, heads: 2, key_heads: 2, mlp_width: 128}}",
     "batch={generate: 8, caption: 4, question: 32, edit: 4, reason: 8}",
     "corpus={scenes: 100, edits: 40, reasons: 40}",
@@ -53,9 +54,11 @@ QUICKSTART = ("quickstart", "--quick", "--steps", "6", "--policy", "small", "--o
 # --- when to kill ---
 
 
-def lines_of_metrics(run: Path) -> int:
+def last_step(run: Path) -> int:
+    """Of the last whole line of metrics; -1 without one."""
     path = run / METRICS
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
 
 
 def anything(run: Path, before: int) -> bool:
@@ -65,12 +68,12 @@ def anything(run: Path, before: int) -> bool:
 
 def another_step(run: Path, before: int) -> bool:
     """A step was done by this process; the next one samples or updates."""
-    return lines_of_metrics(run) > before
+    return last_step(run) > before
 
 
 def a_checkpoint(run: Path, before: int) -> bool:
-    """One is being written."""
-    return any(run.glob("checkpoints/.*.tmp-*"))
+    """A step was done after which a checkpoint is written."""
+    return last_step(run) > before and last_step(run) % CHECKPOINT_EVERY == 0
 
 
 def the_end(run: Path, before: int) -> bool:
@@ -88,7 +91,7 @@ class Moment:
 
 STARTING = Moment(anything, 4.0)
 STEPPING = Moment(another_step, 0.4)
-SAVING = Moment(a_checkpoint, 0.02)
+SAVING = Moment(a_checkpoint, 0.04)
 MEASURING = Moment(the_end, 0.3)
 
 
@@ -124,7 +127,7 @@ def finish(first: Sequence[str], run: Path) -> None:
 
 
 def kill(process: subprocess.Popen[bytes], run: Path, moment: Moment, delay: float) -> None:
-    before, begun = lines_of_metrics(run), time.monotonic()
+    before, begun = last_step(run), time.monotonic()
     while not moment.after(run, before):
         assert process.poll() is None, f"{process.returncode}: {Path('said.txt').read_text()[-2000:]}"
         assert time.monotonic() - begun < LONGEST
