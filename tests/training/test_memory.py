@@ -86,7 +86,10 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
 
 
 def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
-    recorded = ["rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}", "flow.kind=flow_grpo"]
+    recorded = [
+        "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}",
+        "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}",
+    ]
 
     def replayed(again: bool) -> int:
         changes = [*recorded, "limits.backward_members=4", f"limits.gradient_checkpointing={again}"]
@@ -97,7 +100,7 @@ def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
 
 def test_an_average_that_nobody_samples_with_is_not_kept(small_base: Path) -> None:
     weights = needed(small_base).stays["weights"]
-    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow.kind=flow_grpo")
+    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}")
     assert clipped.stays["frozen and averaged weights"] == 2 * weights
 
 
@@ -130,7 +133,7 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
     options = "offload=true", "optimizer.kind=adamw"
     here, bare = (
         needed(small_base, *options),
-        needed(small_base, *options, "rollout.sampler=flow_sde", "flow.kind=flow_grpo"),
+        needed(small_base, *options, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}"),
     )
     # live, its gradients, average, old, reference, two moments
     assert here.stays["offloaded"] == 7 * trained
