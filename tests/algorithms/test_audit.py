@@ -212,3 +212,9 @@ def test_wrong_input_is_refused() -> None:
         variance_shares(scores, torch.tensor([[1.0, NAN, 0, 0]]), everyone(scores))
     with pytest.raises(ContractError, match="nan or infinite"):
         advantage_parts(scores / 0, scores > -1, torch.ones(1), normalization="sum")
+
+
+def test_a_group_that_spreads_less_than_the_floor_has_no_part_in_the_correlation() -> None:
+    x = torch.tensor([[0.0, 0.15, 0.0, 0.15], [0.0, 0.4, 0.0, 0.4]])  # std .075 and .2
+    y = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+    assert group_correlation(x, y, torch.ones(2, 4, dtype=torch.bool), std_floor=0.1) == (pytest.approx(1.0), 1)
