@@ -110,14 +110,15 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
 
 
 def parse_section(cls: type[C], tree: Mapping[str, Any], where: str) -> C:
-    """A section that stands among free options; raises InputError with one line that begins with ``where``."""
+    """A section among free options, or that a file holds ("FILE: "); raises InputError that begins with ``where``."""
     if not isinstance(tree, Mapping):
         raise InputError(f"{where}: must be a section of 'key: value' lines")
     config, first = _validated(cls, dict(tree))
     if config is not None:
         return config
     location = _real_location(dict(tree), first["loc"])
-    raise InputError(f"{where}{'.' if location else ': '}{_explain(cls, first, location)}")
+    between = "" if where.endswith(": ") else "." if location else ": "
+    raise InputError(f"{where}{between}{_explain(cls, first, location)}")
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +41,20 @@ DEVICE = os.environ.get("LVRPO_TEST_DEVICE", "cpu")
 GATE = 2e-5
 """max|difference| / max|reference| in float32."""
 Errors = dict[str, float]
+PACKER = Path(__file__).resolve().parents[1] / "policies" / "bagel" / "vectors" / "pack.py"
+
+
+def _packer() -> ModuleType:
+    """The script beside the excerpt, which is in no package."""
+    spec = importlib.util.spec_from_file_location("vectors_pack", PACKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pack_script = _packer()
 
 
 @dataclass

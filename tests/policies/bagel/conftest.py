@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from bagel_parity import DEVICE, GATE, Errors, Parity
+from bagel_parity import DEVICE, GATE, Errors, Parity, pack_script
 
 from lvrpo.policies.bagel.config import BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
@@ -38,19 +36,6 @@ SMALL = BagelSizes(
 )
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = Path(os.environ.get("LVRPO_BAGEL_VECTORS", ROOT.parent / "shared" / "vectors" / "bagel"))
-
-
-def _packer() -> ModuleType:
-    """The script beside the excerpt, which is in no package."""
-    spec = importlib.util.spec_from_file_location("vectors_pack", Path(__file__).parent / "vectors" / "pack.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pack_script = _packer()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from lvrpo.training.work import parts
 from lvrpo.types import Group, Image, Prompt
 
 GUIDED: dict[str, Any] = {
-    "flow": {"kind": "flow_grpo", "kl_coef": 0.1},
+    "flow": {"kind": "flow_grpo", "kl": "velocity", "kl_coef": 0.1},
     "rollout": {
         "sampler": "flow_sde",
         "num_steps": 4,
