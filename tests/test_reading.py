@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lvrpo.cli import main, printable
-from lvrpo.config import parse_yaml
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern, matches_whole
 from lvrpo.reading import parse_json, read_bytes, read_text
+from lvrpo.strict_yaml import parse_yaml
 
 LONG = "x" * 300
 ODD = {

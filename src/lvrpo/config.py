@@ -1,8 +1,7 @@
 """Strict typed configuration: every section is a frozen pydantic model that forbids unknown keys.
 
-A run is configured by one YAML file, which may extend another, and by ``section.key=value`` overrides. Scalars follow
-YAML 1.2: ``1e-4`` is a number and ``off`` is text. No value is converted in silence: text is not taken
-for a number, nor true for 1.
+A run is configured by one YAML file, which may extend another, and by ``section.key=value`` overrides. No value is
+converted in silence: text is not taken for a number, nor true for 1.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
+from lvrpo.strict_yaml import dump_yaml, parse_yaml
 
 MOST = 2**63 - 1
 """No number is larger, so that each fits float32 and int64; where less is sensible the field says so."""
@@ -109,35 +108,24 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         raise InputError(f"{path}: {message}" if from_file else message)
 
 
-def parse_section(cls: type[C], tree: Mapping[str, Any], where: str) -> C:
-    """A section among free options, or that a file holds ("FILE: "); raises InputError that begins with ``where``."""
+def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C:
+    """A section that stands among free options, or is all of a file that is no YAML.
+
+    Raises InputError with one line that begins with ``where``.
+    """
     if not isinstance(tree, Mapping):
         raise InputError(f"{where}: must be a section of 'key: value' lines")
     config, first = _validated(cls, dict(tree))
     if config is not None:
         return config
     location = _real_location(dict(tree), first["loc"])
-    between = "" if where.endswith(": ") else "." if location else ": "
+    between = "." if location and isinstance(where, str) else ": "
     raise InputError(f"{where}{between}{_explain(cls, first, location)}")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text holds, with duplicate keys refused; raises InputError with one line that begins with ``where``."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # only marked errors have one
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
-    except _ODD_TAGS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{where}: not valid YAML ({reason}): correct the file") from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, keys in the order of declaration; ``load_config`` reads it back equal."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_sha256(config: Config) -> str:
@@ -168,71 +156,12 @@ def read_yaml(path: Path) -> Tree:
         near = _nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         hint = f"did you mean {path.parent / near}?" if near else "check the path"
         raise InputError(f"{path}: no such file: {hint}")
-    tree = parse_yaml(read_text(path, "give a YAML text file", YAML_BYTES), str(path))
+    tree = parse_yaml(read_text(path, "give a YAML text file", MIB), str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise InputError(f"{path}:1: holds {_show(tree)}: a configuration is 'key: value' lines")
     return tree
-
-
-# --- YAML 1.2 scalars ---
-
-_SCALARS = {
-    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    "tag:yaml.org,2002:float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    "tag:yaml.org,2002:merge": (r"<<", "<"),
-}
-_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-for _tag, (_pattern, _starts) in _SCALARS.items():
-    for _start in _starts:
-        _RESOLVERS.setdefault(_start.strip("\0"), []).append((_tag, re.compile(rf"(?:{_pattern})\Z")))
-
-
-MOST_NODES = 100_000
-"""Keys and values of a file at most, an alias counted for all that it stands for."""
-YAML_BYTES = MIB
-_ODD_TAGS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
-"""What PyYAML raises at a tag such as !!timestamp before a value that is none."""
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None:
-            _require_nodes(node, {}, set())
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="holds itself, by an alias", problem_mark=node.start_mark)
-    if id(node) not in known:
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
-        if total > MOST_NODES:
-            raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
-        known[id(node)] = total
-    return known[id(node)]
 
 
 def _numbers_in(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, int | float]]:
@@ -242,13 +171,6 @@ def _numbers_in(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[s
     elif depth and isinstance(value, Mapping | list | tuple):
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _numbers_in(part, f"{place}.{key}" if place else str(key), depth - 1)
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 # --- files and overrides ---

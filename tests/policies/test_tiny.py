@@ -145,7 +145,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config a list": (write("config.json", b"[1]"), "config.json: holds list, not an object: restore the file"),
     "another model": (damage_config(model_type="bagel"), "of type 'bagel', not 'lvrpo_tiny'"),
     "unknown field": (damage_config(depth=3), "config.json: depth: "),
-    "field of the wrong kind": (damage_config(image_size="big"), "config.json: image_size="),
+    "field of the wrong kind": (damage_config(image_size="big"), "config.json: image_size=big: must be a whole number"),
     "sizes that clash": (damage_config(patch_size=5), "must divide"),
     "another size": (damage_config(tower_width=32), "weights do not fit config.json at towers.read_in.bias"),
     "weights truncated": (truncate("model.safetensors", 5000), "truncated or damaged"),

@@ -185,7 +185,7 @@ def sensitivity_table(audit: JudgeAudit, output: OutputKind) -> Table:
 
 def rows(text: str) -> list[Any]:
     """NAME,NAME, or a list of names and rows in YAML; one row alone will do. Any: what YAML may hold."""
-    from lvrpo.config import parse_yaml
+    from lvrpo.strict_yaml import parse_yaml
 
     if not text.lstrip().startswith(("[", "{")):
         return list(names(text))

@@ -244,7 +244,7 @@ class TinyPolicy(FolderPolicy):
 
     @classmethod
     def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
-        return cls(parse_section(TinyConfig, config, f"{folder / 'config.json'}: "), TinyWords.load(folder))
+        return cls(parse_section(TinyConfig, config, folder / "config.json"), TinyWords.load(folder))
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""YAML as configurations have it: plain values of bounded number, no key twice, scalars of YAML 1.2.
+
+``1e-4`` is a number and ``off`` is text, which PyYAML, a reader of YAML 1.1, has the other way round.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from lvrpo.errors import InputError
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _tag, (_pattern, _starts) in _SCALARS.items():
+    for _start in _starts:
+        _RESOLVERS.setdefault(_start.strip("\0"), []).append((_tag, re.compile(rf"(?:{_pattern})\Z")))
+
+
+MOST_NODES = 100_000
+"""Keys and values of a file at most, an alias counted for all that it stands for."""
+_ODD_TAGS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
+"""What PyYAML raises at a tag such as !!timestamp before a value that is none."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _require_nodes(node, {}, set())
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="holds itself, by an alias", problem_mark=node.start_mark)
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
+        if total > MOST_NODES:
+            raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
+        known[id(node)] = total
+    return known[id(node)]
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML text holds, with duplicate keys refused; raises InputError with one line that begins with ``where``."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # only marked errors have one
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
+    except _ODD_TAGS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{where}: not valid YAML ({reason}): correct the file") from None
+
+
+def dump_yaml(tree: Any) -> str:
+    """The text of a tree of plain values, keys in their order; ``parse_yaml`` reads it back equal. Any: as JSON."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
