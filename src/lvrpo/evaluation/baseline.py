@@ -112,14 +112,14 @@ def train_and_evaluate(
     """
     parent = multiprocessing.parent_process()
 
-    def orphaned() -> bool:
-        return parent is not None and not parent.is_alive()
+    def end_with_parent(row: Mapping[str, Any]) -> None:
+        if parent is not None and not parent.is_alive():
+            sys.exit(1)
 
     begun = (folder / START / SEAL).exists()
     training = Pretraining.resume(folder, config) if begun else Pretraining.start(config, folder)
     with training.run as run:
-        if not training.go(interrupted=orphaned):
-            sys.exit(1)
+        training.go(end_with_parent)
         judge = None if config.init is None else load_policy(config.init, config.device, "float32").frozen()
         measuring = Measuring(sampled_prompts, judge=judge)
         found = find_benchmarks(benchmarks)
