@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from settings import SMALL
 
 from lvrpo.cli import COMMANDS, main
 from lvrpo.commands.progress import Progress, clock, sparkline
@@ -30,15 +31,6 @@ from lvrpo.training.run import Alignment
 
 Output = pytest.CaptureFixture[str]
 TASKS = tuple(BENCHMARKS)
-SMALL = (
-    "steps=2",
-    "device=cpu",
-    "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 2}",
-    "rollout={group_size: 4, num_steps: 3}",
-    "rewards=[{name: own_vqa}, {name: exact_answer}]",
-    "advantages.std_floor=1e-6",
-    "guard.prompts={generate: 2, understand: 4, reason: 2}",
-)
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +357,15 @@ def test_progress_on_a_terminal_shows_rewards_base_curve_and_seconds_left() -> N
     last = out.getvalue()[-1500:]
     for words in ("step 4/4", "0:00 left", "generate facts", "0.625", "0.125", "▁▃▆█", "guard rolled back"):
         assert words in last
+
+
+def test_what_is_measured_is_known_before_a_run_can_be_resumed(
+    small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lvrpo.training.run.begin", killed)
+    options = (f"policy={small_base}", *SMALL, "--benchmark", "edit", "--out", "run")
+    assert main(["train", "quickstart", *options]) == 130
+    assert json.loads(Path("run/plan.json").read_text())["benchmarks"] == ["edit"]

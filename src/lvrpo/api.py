@@ -86,7 +86,7 @@ def train(
         asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
     plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    alignment = Alignment.start(asked, folder, given=Given(dict(sources), given))
+    alignment = Alignment.start(asked, folder, given=Given(dict(sources), given), files=plan.files())
     watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())
     with alignment.run, watching as watch:
         summary = run_experiment(alignment, plan, watch)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-SMALL = (
-    "steps=2",
-    "device=cpu",
-    "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 2}",
-    "rollout={group_size: 4, num_steps: 3}",
-    "rewards=[{name: own_vqa}, {name: exact_answer}]",
-    "advantages.std_floor=1e-6",
-    "guard.prompts={generate: 2, understand: 4, reason: 2}",
-)
+from settings import SMALL
+
 SMALL_TRAIN = ("train", "quickstart", "policy=small", *SMALL)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import FLOW_GRPO
 
 from lvrpo.algorithms import gaussian_kl
 from lvrpo.policies.base import Policy
@@ -24,14 +25,6 @@ from lvrpo.training.update import deal, take_steps
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
-GRPO = {
-    "kind": "flow_grpo",
-    "keep": 2,
-    "clip_low": 1e-3,
-    "clip_high": 1e-3,
-    "kl": "velocity",
-    "step_weighting": "level",
-}
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -260,7 +253,7 @@ def test_the_gaussian_divergence_is_that_of_the_recorded_steps(bench: Any, promp
     groups, nothing = bench.sample(prompts[2:4], guidance_scale=1.5), [[1e-9, 0, 0, -1e-9]] * 2
     for reduction in ("mean", "sum"):
         same = changed(groups, FlowSegment, lambda s, r=reduction: replace(s, logprob_reduction=r))
-        config = bench.config(flow=GRPO | {"kl": "gaussian", "kl_coef": 1.0, "keep": 2})
+        config = bench.config(flow=FLOW_GRPO | {"kl": "gaussian", "kl_coef": 1.0, "keep": 2})
         assert bench.update(same, nothing, config)["kl/flow/generate"] == pytest.approx(0, abs=1e-9)
     bench.nudge()
     chosen = [groups[0].trajectories[i] for i in (0, 1, 2, 3)]
@@ -272,7 +265,7 @@ def test_the_gaussian_divergence_is_that_of_the_recorded_steps(bench: Any, promp
             for w in range(3)
         ]
     ).mean()
-    config = bench.config(flow=GRPO | {"kl": "gaussian", "kl_coef": 1.0})
+    config = bench.config(flow=FLOW_GRPO | {"kl": "gaussian", "kl_coef": 1.0})
     found = bench.update(groups[:1], nothing[:1], config)["kl/flow/generate"]
     assert found == pytest.approx(float(by_hand.detach()), rel=1e-4)
     assert found > 0
@@ -290,7 +283,7 @@ def test_the_recorded_means_are_those_of_the_sampler(bench: Any, prompts: list[P
 def test_the_guarded_ratio_is_centered(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts[2:4])
     A = [[1.0, -0.5, 0.5, -1.0]] * 2
-    plain, guard = bench.config(flow=GRPO), bench.config(flow=GRPO | {"ratio": "guard"})
+    plain, guard = bench.config(flow=FLOW_GRPO), bench.config(flow=FLOW_GRPO | {"ratio": "guard"})
     assert bench.update(groups, A, guard)["ratio/flow"] == pytest.approx(1, abs=1e-6)
     assert cosine(bench.gradient(groups, A, plain), bench.gradient(groups, A, guard)) > 0.99
     bench.nudge(0.05)
@@ -304,7 +297,7 @@ def test_a_sum_is_clipped_where_the_mean_is(bench: Any, prompts: list[Prompt]) -
     A = [[1.0, -0.5, 0.5, -1.0]] * 2
     summed = bench.sample(prompts[2:4], logprob_reduction="sum")
     bench.nudge(0.003)
-    config = bench.config(flow=GRPO | {"clip_low": 1e-4, "clip_high": 1e-4})
+    config = bench.config(flow=FLOW_GRPO | {"clip_low": 1e-4, "clip_high": 1e-4})
     mean, total = bench.update(groups, A, config), bench.update(summed, A, config)
     assert 0 < mean["clip_fraction/flow"] < 1
     assert total["clip_fraction/flow"] == mean["clip_fraction/flow"]
@@ -369,7 +362,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "clip, nft": {"text": {"kl_coef": 0.1, "entropy_coef": 0.1}, "flow": {"kl_coef": 0.1, "keep": 3}},
     "gspo, grpo": {
         "text": {"kind": "gspo", "reduction": "trajectory", "kl_coef": 0.1},
-        "flow": GRPO | {"kl_coef": 0.1},
+        "flow": FLOW_GRPO | {"kl_coef": 0.1},
     },
     "dpo": {"text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
     "best of": {"text": {"kind": "best_of"}, "flow": {"kind": "best_of", "keep": 5}},

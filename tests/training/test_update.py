@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import FLOW_GRPO
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
@@ -29,14 +30,6 @@ def make_config(text: dict[str, Any] | None = None, flow: dict[str, Any] | None 
 
 
 NFT = {"kind": "nft", "keep": 2, "noise_draws": 4}
-GRPO = {
-    "kind": "flow_grpo",
-    "keep": 2,
-    "clip_low": 1e-3,
-    "clip_high": 1e-3,
-    "kl": "velocity",
-    "step_weighting": "level",
-}
 
 
 @pytest.fixture
@@ -206,7 +199,7 @@ def latent_loss(policy: Any, group: Group, member: int) -> float:
     return float((x0 - segment.latent).square().mean())
 
 
-@pytest.mark.parametrize("kind", [NFT, GRPO], ids=["nft", "grpo"])
+@pytest.mark.parametrize("kind", [NFT, FLOW_GRPO], ids=["nft", "grpo"])
 def test_advantage_0_pulls_nowhere_at_first(kind: dict[str, Any], policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[2:5])
     config = make_config(flow=kind)
@@ -245,7 +238,7 @@ def test_grpo_raises_the_density_of_the_good_steps_and_lowers_the_bad(
 def test_grpo_at_ratio_1_is_reinforce_with_leveled_steps(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[2:4], num_steps=4)
     A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [2.0, 0.5, -1.0, -1.5]])
-    found = gradients(policies, groups, A, make_config(flow=GRPO))
+    found = gradients(policies, groups, A, make_config(flow=FLOW_GRPO))
     live = policies.live
     assert isinstance(live, TinyPolicy)
     logprobs = torch.stack([row[0].logprobs for row in live.logprobs([t for g in groups for t in g.trajectories])])
@@ -259,7 +252,7 @@ def test_grpo_at_ratio_1_is_reinforce_with_leveled_steps(policies: Policies, pro
     assert distance(by_hand, found) < 1e-4
 
 
-@pytest.mark.parametrize("kind", [NFT, GRPO], ids=["nft", "grpo"])
+@pytest.mark.parametrize("kind", [NFT, FLOW_GRPO], ids=["nft", "grpo"])
 def test_the_velocity_divergence_pulls_back_once_the_weights_moved(
     kind: dict[str, Any], policies: Policies, prompts: list[Prompt]
 ) -> None:
@@ -303,7 +296,7 @@ ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]]
     "config",
     [
         make_config({"reduction": "trajectory", "kl_coef": 0.5}, NFT | {"kl_coef": 0.2}),
-        make_config({"reduction": "trajectory", "entropy_coef": 0.1}, GRPO | {"kl_coef": 0.2}),
+        make_config({"reduction": "trajectory", "entropy_coef": 0.1}, FLOW_GRPO | {"kl_coef": 0.2}),
         make_config({"reduction": "token", "kl_coef": 0.5}, NFT),
     ],
     ids=["trajectory-nft", "trajectory-grpo", "token"],
@@ -324,7 +317,7 @@ def test_micro_batches_do_not_change_gradients(
     assert [split[name] for name in exact] == pytest.approx([reported[name] for name in exact], rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", [NFT, GRPO], ids=["nft", "grpo"])
+@pytest.mark.parametrize("kind", [NFT, FLOW_GRPO], ids=["nft", "grpo"])
 def test_groups_without_signal_contribute_nothing(
     kind: dict[str, Any], policies: Policies, prompts: list[Prompt]
 ) -> None:
@@ -396,7 +389,7 @@ def test_nothing_reaches_the_frozen_policies(policies: Policies, prompts: list[P
 
 def test_metrics_at_ratio_1(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts)
-    metrics = run_update(policies, groups, ALL, make_config({"kl_coef": 0.5}, GRPO | {"kl_coef": 0.2}), 0)
+    metrics = run_update(policies, groups, ALL, make_config({"kl_coef": 0.5}, FLOW_GRPO | {"kl_coef": 0.2}), 0)
     means = metrics.means()
     assert means["ratio/text"] == pytest.approx(1, abs=1e-5)
     assert means["ratio/flow"] == pytest.approx(1, abs=1e-5)

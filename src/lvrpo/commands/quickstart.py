@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.quickstart import Plan
-    from lvrpo.training.run import Alignment
+    from lvrpo.training.config import TrainConfig
 
 QUICK = (
     "data.prompts_per_step={generate: 4, understand: 8, edit: 2, reason: 4}",
@@ -87,12 +87,12 @@ def run(options: Options) -> None:
         folder = options.out or free_folder(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
-        alignment = Alignment.start(config, folder)
+        alignment = Alignment.start(config, folder, files=plan(options, config, folder).files())
     run, config = alignment.run, alignment.config
     with run, Progress(config.steps) as watch:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
-            summary = run_experiment(alignment, plan(options, alignment), watch)
+            summary = run_experiment(alignment, plan(options, config, run.path), watch)
         except (Interrupted, KeyboardInterrupt) as error:  # the second: while it was evaluating
             raise Interrupted(
                 f"{str(error) or 'interrupted'}; go on with: lvrpo quickstart --resume {run.path}"
@@ -113,7 +113,7 @@ def train_overrides(options: Options) -> list[str]:
     return overrides
 
 
-def plan(options: Options, alignment: Alignment) -> Plan:
+def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
     """What is measured, and the baseline: from the same base, with the run's seed."""
     from lvrpo.commands.settings import read_config
     from lvrpo.evaluation.quickstart import Plan
@@ -121,12 +121,11 @@ def plan(options: Options, alignment: Alignment) -> Plan:
     from lvrpo.training.pretrain import PretrainConfig
     from lvrpo.training.run import START
 
-    config = alignment.config
     baseline = None
     if not options.no_baseline:
         standard = read_config(TrainConfig, options.config, []).steps
         steps = read_config(PretrainConfig, "continued", []).steps
-        overrides = [f"init={alignment.run.path / START}", f"seed={config.seed}", f"threads={config.threads}"]
+        overrides = [f"init={run / START}", f"seed={config.seed}", f"threads={config.threads}"]
         overrides.append(f"steps={max(1, round(steps * config.steps / standard))}")
         baseline = read_config(PretrainConfig, "continued", [*overrides, *(QUICK_BASELINE if options.quick else ())])
     sizes = QUICK_SIZES if options.quick else SIZES

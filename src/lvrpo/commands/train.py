@@ -64,21 +64,20 @@ def help_train(wire: Wire) -> None:
 def lead_train(options: Options, wire: Wire) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
-    from lvrpo.evaluation.quickstart import Plan, held_out_plan, planned_benchmarks, run_experiment
+    from lvrpo.evaluation.quickstart import planned_benchmarks, run_experiment
     from lvrpo.evaluation.suite import find_benchmarks
     from lvrpo.training.interrupt import Interrupted
     from lvrpo.training.team import Stop
 
     try:
         find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
-        alignment = open_alignment(options, wire)
+        alignment, plan = open_alignment(options, wire)
     except BaseException:
         wire.broadcast_object(Stop())
         wire.close()
         raise
     run = alignment.run
     with run, nullcontext() if wire.size == 1 else alignment.led(), Progress(alignment.config.steps) as watch:
-        plan: Plan = Plan(()) if options.no_evaluate else held_out_plan(alignment.config, options.benchmark)
         if options.benchmark:
             planned_benchmarks(alignment, plan)
         watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
@@ -105,8 +104,8 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
         raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
-def open_alignment(options: Options, wire: Wire) -> Alignment:
-    """A new run, or one that goes on."""
+def open_alignment(options: Options, wire: Wire) -> tuple[Alignment, Plan]:
+    """A new run, or one that goes on, and what is asked to be measured."""
     from lvrpo.commands.settings import read_config
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run import Alignment
@@ -114,14 +113,23 @@ def open_alignment(options: Options, wire: Wire) -> Alignment:
 
     if options.resume is not None:
         refuse_out(options)
-        return Alignment.resume(options.resume, config_of_resumed(options), options.base, wire)
+        alignment = Alignment.resume(options.resume, config_of_resumed(options), options.base, wire)
+        return alignment, asked_plan(options, alignment.config)
     if options.base is not None:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
     config = read_config(TrainConfig, options.config, options.overrides)
     require_unseen(options.benchmark, config)
-    return Alignment.start(config, options.out or Path("runs") / config.name, wire)
+    plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name
+    return Alignment.start(config, folder, wire, files=plan.files()), plan
+
+
+def asked_plan(options: Options, config: TrainConfig) -> Plan:
+    """What is measured before and after."""
+    from lvrpo.evaluation.quickstart import Plan, held_out_plan
+
+    return Plan(()) if options.no_evaluate else held_out_plan(config, options.benchmark)
 
 
 def config_of_resumed(options: Options) -> TrainConfig | None:

@@ -68,11 +68,16 @@ class Plan:
     parallel: bool = True
     """Whether the baseline runs in a second process at the same time, or afterwards."""
 
+    def files(self) -> dict[str, Any]:
+        """What ``Alignment.start`` writes, so that a run goes on with the plan that it began with. Any: JSON."""
+        baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
+        return {PLAN: {**vars(self), "baseline": baseline}}
+
     def kept(self, run: RunDirectory) -> Plan:
-        """This plan, written into the run; or the one that the run began with."""
+        """The plan that the run began with; else this one, which is then written into it."""
         if not is_there(run.path / PLAN):
-            baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
-            run.write_json(PLAN, {**vars(self), "baseline": baseline})
+            for name, content in self.files().items():
+                run.write_json(name, content)
             return self
         raw = run.read_json(PLAN, PlanRecord)
         section = raw["baseline"]

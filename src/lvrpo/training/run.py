@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -85,10 +86,18 @@ class Alignment:
             self.team = Team(self.state.shards)
 
     @classmethod
-    def start(cls, config: TrainConfig, folder: Path, wire: Wire = SOLO, given: Given = NOTHING_GIVEN) -> Self:
+    def start(
+        cls,
+        config: TrainConfig,
+        folder: Path,
+        wire: Wire = SOLO,
+        given: Given = NOTHING_GIVEN,
+        files: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace.
 
-        ``given``: parts that a caller in Python hands over.
+        ``given``: parts that a caller in Python hands over. ``files``: what else a run is resumed by, JSON by name; it
+        is written before there is anything to resume. Any: JSON.
         """
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
@@ -99,6 +108,8 @@ class Alignment:
         parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
+            for name, content in files.items():
+                run.write_json(name, content)
             state = begin(run, config, policy, base, wire, splits)
             return cls(config, run, state, parts, wire=wire)
         except BaseException as error:
