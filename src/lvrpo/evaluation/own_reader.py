@@ -8,6 +8,7 @@ from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.own_vqa import Confidences, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.types import Group
 
 CONFIRMED = 0.5
@@ -66,7 +67,9 @@ def _chunks(groups: Sequence[Group], reward: OwnVQA) -> list[list[int]]:
 
 
 def _confidences(groups: Sequence[Group], reader: Policy, reward: OwnVQA) -> Confidences:
-    return reward.confidences(groups, reader, reader)[0]
+    found = reward.confidences(groups, reader, reader)[0]
+    return_freed_memory()
+    return found
 
 
 __all__ = ["judge_scores", "read_back"]
