@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 import time
 from collections import Counter
@@ -40,13 +42,15 @@ from lvrpo.data.scenes import (
 from lvrpo.data.scenes.grammar import (
     NUMBER_WORDS,
     PARAPHRASED_WORDINGS,
+    PLACES,
     WORDINGS,
     Caption,
     Mention,
     clear_relation,
     place,
 )
-from lvrpo.data.scenes.objects import digit_indices, digit_samples, shape_masks
+from lvrpo.data.scenes.layout import SEEN_PAIRS, Layout
+from lvrpo.data.scenes.objects import GROUNDS, digit_indices, digit_samples, shape_masks
 from lvrpo.data.scenes.preview import preview
 from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.registry import resolve
@@ -494,3 +498,22 @@ def test_table_of_sources() -> None:
     assert isinstance(source, PromptSource)
     assert source.tasks == TASKS
     assert resolve("dataset", "jsonl", DATASETS).__name__ == "JsonlPrompts"
+
+
+def test_a_caption_without_a_scene_of_its_split_is_passed_over() -> None:
+    """One object of a color in a quadrant of a ground has four scenes, and now and then none is of the train split."""
+    by_quadrant = [[cell for cell in itertools.product(range(4), repeat=2) if place(*cell, 4) == q] for q in PLACES]
+    without = [
+        caption
+        for ground, (color, shape), (q, cells) in itertools.product(
+            GROUNDS, SEEN_PAIRS, zip(PLACES, by_quadrant, strict=True)
+        )
+        if (caption := Caption((Mention(shape, color),), place=q, ground=ground)).split == "train"
+        and all(Scene(ground, (SceneObject(shape, color, *cell),)).split() != "train" for cell in cells)
+    ]
+    assert without
+    another = next(c for color, shape in SEEN_PAIRS if (c := Caption((Mention(shape, color),))).split == "train")
+    offered = iter([without[0], another])
+    found = Layout(random.Random(0), "train").described(lambda: next(offered))
+    assert found.caption == another
+    assert found.scene.split() == "train"

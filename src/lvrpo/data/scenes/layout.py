@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 SEEN_PAIRS = tuple((c, s) for s in SHAPES for c in COLORS if (c, s) not in HELD_OUT)
 HELD_OUT_PAIRS = tuple(sorted(HELD_OUT))
+SCENE_ATTEMPTS = 3000
+"""How often a scene of a caption is drawn before the caption is given up; the rarest that there is takes some fifty."""
 _SEEN_COLORS = {s: tuple(c for c in COLORS if (c, s) not in HELD_OUT) for s in SHAPES}
 
 
@@ -119,17 +121,20 @@ class Layout:
         return self.described(lambda: replace(build(), ground=self._said_ground()))
 
     def described(self, build: Callable[[], Caption]) -> Description:
-        """The first caption of the split, with a scene.
+        """The first caption of the split that has a scene, with it.
 
-        Outside training the scene may be of any split: the text is what is asked, and of some texts there are few.
+        Outside training the scene may be of any split: the text is what is asked, and of some texts there are few. A
+        text of four scenes, such as "a red circle at the top left on a white ground", may have none of the train split;
+        the next caption is then drawn.
         """
-        caption = next(c for c in iter(build, None) if c.split == self.split and c.held_out == self.held_out)
         while True:
-            scene = self._scene_of(caption)
-            if scene is None or scene.held_out() != self.held_out:
-                continue
-            if self.split != "train" or scene.split() == "train":
-                return Description(caption, scene)
+            caption = next(c for c in iter(build, None) if c.split == self.split and c.held_out == self.held_out)
+            for _ in range(SCENE_ATTEMPTS):
+                scene = self._scene_of(caption)
+                if scene is None or scene.held_out() != self.held_out:
+                    continue
+                if self.split != "train" or scene.split() == "train":
+                    return Description(caption, scene)
 
     def _place(self) -> str | None:
         return self.rng.choice(PLACES) if self.rng.random() < 0.5 else None
