@@ -34,9 +34,10 @@ from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import estimate_policy
+from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
 from lvrpo.training.optimizer import Optimizers
-from lvrpo.training.update import take_steps
+from lvrpo.training.trainer import train_step
 from lvrpo.types import Group, Prompt, TextSegment
 
 LIMIT_S = 540.0
@@ -309,7 +310,8 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     sampling_peak = report.peak()
     A = torch.linspace(-1.5, 1.5, 8).expand(len(groups), -1)
     advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(A))
-    trained = report.timed(lambda: take_steps(policies, [optimizer], groups, advantages, config, 0))
+    objectives = objectives_of(config, policy.writes)
+    trained = report.timed(lambda: train_step(policies, objectives, [optimizer], groups, advantages, config, 0))
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     side = shape.step_image_size
     what = f"understand, generate, edit, think then draw; {side} x {side}, {shape.step_num_steps} steps"

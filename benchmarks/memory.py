@@ -151,7 +151,8 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
 
     from lvrpo.config import load_config
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run import Alignment, require_extras
+    from lvrpo.training.setup import require_extras
+    from lvrpo.training.trainer import Trainer
     from lvrpo.training.trial import memory_needed
 
     sys.path.insert(0, ".")
@@ -170,10 +171,10 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     memory = Peak()
     if not cuda:
         memory.start()
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     never_end(alignment.state.policies.live.words.eos_id)  # type: ignore[attr-defined]  # of all kinds here
     with alignment.run:
-        alignment.go()
+        alignment.train()
     return out | {"measured": torch.cuda.max_memory_allocated(config.device) if cuda else memory.result()}
 
 

@@ -95,7 +95,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=150", "device=cpu"])
     trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
     for _ in range(config.steps):
-        trainer.step()
+        trainer.train_step()
     folder = tmp_path_factory.mktemp("policies") / "small"
     trainer.average.save(folder)
     return folder

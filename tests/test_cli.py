@@ -27,7 +27,7 @@ from lvrpo.policies.loading import policy_folder
 from lvrpo.report.records import load_run
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import Alignment
+from lvrpo.training.trainer import Trainer
 
 Output = pytest.CaptureFixture[str]
 TASKS = tuple(BENCHMARKS)
@@ -124,7 +124,7 @@ def test_an_interrupted_quickstart_goes_on(small_base: Path) -> None:
     (line,) = errors.splitlines()
     assert line.endswith("go on with: lvrpo quickstart --resume run")
     assert not Path("run/summary.json").exists()
-    alignment = Alignment.resume(Path("run"))
+    alignment = Trainer.resume(Path("run"))
     with alignment.run:
         assert alignment.state.step >= 3
 
@@ -365,7 +365,7 @@ def test_what_is_measured_is_known_before_a_run_can_be_resumed(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lvrpo.training.run.begin", killed)
+    monkeypatch.setattr("lvrpo.training.trainer.keep_start", killed)
     options = (f"policy={small_base}", *SMALL, "--benchmark", "edit", "--out", "run")
     assert main(["train", "quickstart", *options]) == 130
     assert json.loads(Path("run/plan.json").read_text())["benchmarks"] == ["edit"]

@@ -9,15 +9,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from lvrpo.data.scenes import ScenePrompts
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.rewards.table import build_rewards
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard
-from lvrpo.training.loop import align
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import RunState
+from lvrpo.training.sources import open_parts
+from lvrpo.training.state import TrainState
+from lvrpo.training.trainer import Trainer
 
 
 def example(root: Path, name: str) -> ModuleType:
@@ -62,10 +60,8 @@ def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: 
     rows = list(grpo_loop.train(small, config))
 
     run = RunDirectory.create(tmp_path / "run", config)
-    state = RunState.start(library, config)
-    source = ScenePrompts(config.data.scenes, "train", config.seed)
-    guard = Guard({"understand": ScenePrompts(config.data.scenes, "validation", 0).prompts("understand", 4)}, config)
-    align(config, run, state, source, build_rewards(config.rewards), guard)
+    trainer = Trainer(config, run, TrainState.start(library, config), open_parts(config))
+    assert trainer.train()
 
     for (name, one), (_, other) in zip(small.named_parameters(), library.named_parameters(), strict=True):
         assert torch.equal(one, other), name

@@ -25,7 +25,7 @@ from lvrpo import storing
 from lvrpo.cli import main
 from lvrpo.evaluation.baseline import CostRecord
 from lvrpo.evaluation.cases import EvaluationRecord
-from lvrpo.evaluation.quickstart import PlanRecord
+from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.pictures import FORMATS
 from lvrpo.training.run_directory import Manifest, MetricsRow
 from lvrpo.training.state import GuardRecord, StateRecord

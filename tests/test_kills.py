@@ -23,8 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lvrpo.training.run import START
-from lvrpo.training.run_directory import METRICS, SUMMARY
+from lvrpo.training.run_directory import METRICS, START, SUMMARY
 
 CHECKPOINT_EVERY = 2
 LONGEST = 600

@@ -12,15 +12,24 @@ from lvrpo.commands.progress import Progress
 from lvrpo.commands.settings import read_config
 from lvrpo.config import dump_config, load_config, parse_section
 from lvrpo.errors import InputError
-from lvrpo.evaluation.quickstart import TEST_ROWS, Plan, Watcher, free_folder, held_out_plan, run_experiment
+from lvrpo.evaluation.experiment import (
+    TEST_ROWS,
+    Experiment,
+    Plan,
+    Watcher,
+    free_folder,
+    held_out_plan,
+    warn_without_test,
+)
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.table import IN_PYTHON, RewardConfig
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment
+from lvrpo.training.interrupt import Interruption, say_stopping
 from lvrpo.training.sources import Given, ListedPrompts, Split
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, Task
 
 RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
@@ -86,10 +95,16 @@ def train(
         asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
     plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    alignment = Alignment.start(asked, folder, given=Given(dict(sources), given), files=plan.files())
+    trainer = Trainer.start(asked, folder, given=Given(dict(sources), given), files=plan.files())
+    if prompts is None:
+        warn_without_test(asked)
     watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())
-    with alignment.run, watching as watch:
-        summary = run_experiment(alignment, plan, watch)
+    with trainer.run, watching as watch, Experiment(trainer, plan, watch) as experiment:
+        before = experiment.before()
+        with Interruption(say_stopping) as interrupted:
+            trainer.train(experiment.observe, interrupted)
+            trainer.require_uninterrupted(interrupted)
+        summary = experiment.after(before)
     return Trained(folder, summary)
 
 

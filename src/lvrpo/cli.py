@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lvrpo import __version__
-from lvrpo.commands.options import Command, Parser, nearest
+from lvrpo.commands.options import Command, Options, Parser, nearest
 from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.reading import unreadable
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
@@ -58,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with terminated_like_interrupted(), warnings_in_one_line(), own_consent():
-            return run(without_global_options(given))
+            found = parsed(without_global_options(given))
+            if found is not None:
+                command, options = found
+                command.run(options)
+                sys.stdout.flush()
+            return DONE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
         return DONE
@@ -148,17 +153,17 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.showwarning = before
 
 
-def run(given: Sequence[str]) -> int:
-    """Finds the command and calls it."""
+def parsed(given: Sequence[str]) -> tuple[Command, Options] | None:
+    """The command and its options; None where help or the version was asked for, which is then printed."""
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
-        return DONE
+        return None
     if given[0] == "--version":
         print(f"lvrpo {__version__}")
-        return DONE
+        return None
     if group_help(given):
         print(usage(f"{given[0]} "))
-        return DONE
+        return None
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
@@ -169,12 +174,9 @@ def run(given: Sequence[str]) -> int:
     parser = Parser(prog=f"lvrpo {name}", description=command.summary, epilog=command.details)
     command.options(parser)
     try:
-        options = parser.parse(given[len(name.split()) :])
+        return command, parser.parse(given[len(name.split()) :])
     except SystemExit:  # --help has printed
-        return DONE
-    command.run(options)
-    sys.stdout.flush()
-    return DONE
+        return None
 
 
 def group_help(given: Sequence[str]) -> bool:

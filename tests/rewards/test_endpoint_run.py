@@ -16,7 +16,7 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment
+from lvrpo.training.trainer import Trainer
 
 KEY = "a-hidden-word"
 
@@ -60,8 +60,8 @@ def config(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
 
 
 def test_an_endpoint_judges_a_run_and_its_key_is_nowhere(config: TrainConfig, server: Any, tmp_path: Path) -> None:
-    alignment = Alignment.start(config, tmp_path / "run")
-    assert alignment.go()
+    alignment = Trainer.start(config, tmp_path / "run")
+    assert alignment.train()
     alignment.run.close()
     (row,) = [row for row in alignment.run.metrics() if "reward/generate/vlm_endpoint" in row]
     assert 0 < row["reward/generate/vlm_endpoint"] < 1
@@ -82,7 +82,7 @@ def test_an_endpoint_judges_a_run_and_its_key_is_nowhere(config: TrainConfig, se
 
 def test_a_dead_endpoint_stops_the_run(config: TrainConfig, server: Any, tmp_path: Path) -> None:
     server.answer = lambda body: (503, "")
-    alignment = Alignment.start(config, tmp_path / "run")
+    alignment = Trainer.start(config, tmp_path / "run")
     with pytest.raises(ContractError, match=r"'vlm_endpoint' failed on 16 of 16 outputs, max_failed=0.5: .*HTTP 503"):
-        alignment.go()
+        alignment.train()
     alignment.run.close()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from gradients_only import differentiate
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
-from lvrpo.training.update import told_apart, update
 from lvrpo.types import Group, OutputKind, Prompt
 
 WORDS = ("what", "is", "it", "draw", "make", "red", "blue", "circle", "one", "two")
@@ -74,17 +74,14 @@ class Bench:
 
     def update(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> dict[str, float]:
         """The metrics of an update that leaves no gradient behind."""
-        apart = told_apart(self.live, config, step)
-        metrics = update(self.policies, groups, both(A), config, step, apart=apart)
-        if apart is not None:
-            apart.report(metrics)
+        metrics = differentiate(self.policies, groups, both(A), config, step)
         self.live.zero_grad(set_to_none=True)
         return metrics.means()
 
     def gradient(self, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> torch.Tensor:
         """The gradient of an update as one long vector; 0 where a parameter has none."""
         self.live.zero_grad(set_to_none=True)
-        update(self.policies, groups, both(A), config, step, apart=told_apart(self.live, config, step))
+        differentiate(self.policies, groups, both(A), config, step)
         return self.taken()
 
     def taken(self) -> torch.Tensor:

@@ -17,8 +17,9 @@ from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment, open_policy
-from lvrpo.training.state import RunState
+from lvrpo.training.setup import open_policy
+from lvrpo.training.state import TrainState
+from lvrpo.training.trainer import Trainer
 
 pytest.importorskip("peft")
 
@@ -40,9 +41,9 @@ def config_of(base: Path, adapter: str = "{rank: 4}", *more: str) -> TrainConfig
     return load_config(TrainConfig, None, [f"policy={base}", *SMALL, f"adapter={adapter}", *more])
 
 
-def go(alignment: Alignment, until: int | None = None) -> Alignment:
+def go(alignment: Trainer, until: int | None = None) -> Trainer:
     with alignment.run:
-        alignment.go(interrupted=lambda: alignment.state.step == until)
+        alignment.train(interrupted=lambda: alignment.state.step == until)
     return alignment
 
 
@@ -55,9 +56,9 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(
     adapter: str, more: list[str], small_base: Path
 ) -> None:
     config = config_of(small_base, adapter, *more)
-    whole = go(Alignment.start(config, Path("whole")))
-    go(Alignment.start(config, Path("cut")), until=2)
-    cut = go(Alignment.resume(Path("cut")))
+    whole = go(Trainer.start(config, Path("whole")))
+    go(Trainer.start(config, Path("cut")), until=2)
+    cut = go(Trainer.resume(Path("cut")))
     states = [load_state(Path(run) / "checkpoints/step_000004/state") for run in ("whole", "cut")]
     assert set(states[0]["policies"]) == {"live", "old", "average"}
     for name, tensors in states[0]["policies"].items():
@@ -78,7 +79,7 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(
 
 
 def test_the_result_of_a_run_is_a_model(small_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    alignment = go(Alignment.start(config_of(small_base), Path("run")))
+    alignment = go(Trainer.start(config_of(small_base), Path("run")))
     result = alignment.result()
     assert isinstance(result, MoTPolicy)
     assert result.adapter is not None
@@ -94,14 +95,14 @@ def test_the_result_of_a_run_is_a_model(small_base: Path, capsys: pytest.Capture
     assert main(["export", "run", "whole"]) == 2
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"policy=run: is an adapter: make one model of it with `lvrpo export`"):
-        Alignment.start(config_of(Path("run")), Path("again"))
+        Trainer.start(config_of(Path("run")), Path("again"))
 
 
 def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(small_base, "here")
-    go(Alignment.start(config_of(Path("here")), Path("run")), until=2)
+    go(Trainer.start(config_of(Path("here")), Path("run")), until=2)
     shutil.copytree("run", "straight")
-    whole = go(Alignment.resume(Path("straight")))
+    whole = go(Trainer.resume(Path("straight")))
     Path("here").rename("there")
     assert main(["train", "--resume", "run", "--no-evaluate"]) == 2
     assert "its base is not there: name it (--base FOLDER)" in capsys.readouterr().err
@@ -117,7 +118,7 @@ def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.Cap
 
 def test_muon_leaves_the_factors_to_adamw(small_base: Path) -> None:
     policy, _ = open_policy(config_of(small_base))
-    state = RunState.start(policy, config_of(small_base))
+    state = TrainState.start(policy, config_of(small_base))
     kinds = [type(optimizer) for optimizer in state.optimizers[0].optimizers]
     assert kinds == [torch.optim.AdamW]
 
@@ -128,16 +129,16 @@ def test_training_what_no_trained_weight_touches_is_refused(small_base: Path) ->
 
 
 def test_an_adapter_is_no_setting_of_a_resumed_run(small_base: Path) -> None:
-    go(Alignment.start(config_of(small_base), Path("run")), until=2)
+    go(Trainer.start(config_of(small_base), Path("run")), until=2)
     with pytest.raises(InputError, match="adapter"):
-        Alignment.resume(Path("run"), config_of(small_base, "{rank: 8}"))
+        Trainer.resume(Path("run"), config_of(small_base, "{rank: 8}"))
 
 
 def test_the_first_update_is_seen_in_the_adapter(small_base: Path) -> None:
     from lvrpo.training.contract import weights_changed
 
     policy, _ = open_policy(config_of(small_base))
-    state = RunState.start(policy, config_of(small_base))
+    state = TrainState.start(policy, config_of(small_base))
     assert not weights_changed(state.policies.live, state.policies.reference)
     assert isinstance(policy, MoTPolicy)
     factor: Any = policy.get_submodule("transformer.layers.0.reading.q_proj.lora_B.default")  # Any: a Linear

@@ -20,7 +20,7 @@ from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment
+from lvrpo.training.trainer import Trainer
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "read_side": 4, "latent_side": 4}
 TOWERS = {"vit_width": 8, "vit_depth": 1, "vit_heads": 2, "vit_mlp_width": 8, "image_size": 32}
@@ -87,9 +87,9 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
     config = load_config(
         TrainConfig, shipped_configs()["bagel_lvrpo_lora"], [*small("bagel_lvrpo_lora", bagel), "checkpoint_every=1"]
     )
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         rows = run.metrics()[1:]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
@@ -105,9 +105,9 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
 @pytest.mark.parametrize("name", ["bagel_lvrpo_full", "bagel_lvrpo_paper"])
 def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
     config = load_config(TrainConfig, shipped_configs()[name], [*small(name, bagel), "steps=1"])
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         (row,) = run.metrics()[1:]
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
@@ -157,9 +157,9 @@ def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
         tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", "precision={}", "limits.backward_members=null"]
         tree.append(f"limits={limits}")
         config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
-        alignment = Alignment.start(config, Path(f"run-{number}"))
+        alignment = Trainer.start(config, Path(f"run-{number}"))
         with alignment.run as run:
-            alignment.go()
+            alignment.train()
             found.append(run.metrics()[1])
     for name in ("grad_norm/understand", "grad_norm/generate", "loss/flow/generate"):
         assert [row[name] for row in found[1:]] == pytest.approx([found[0][name]] * 2, rel=1e-4)
@@ -170,14 +170,14 @@ def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
     limits = "limits={backward_members: null, backward_tokens: 200, forward_tokens: 64, gradient_checkpointing: true}"
     tree = [*small("bagel_lvrpo_lora", bagel), "checkpoint_every=1", limits]
     config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
-    whole, cut = Alignment.start(config, Path("whole")), Alignment.start(config, Path("cut"))
+    whole, cut = Trainer.start(config, Path("whole")), Trainer.start(config, Path("cut"))
     with whole.run:
-        whole.go()
+        whole.train()
     with cut.run:
-        cut.go(interrupted=lambda: cut.state.step == 1)
-    again = Alignment.resume(Path("cut"))
+        cut.train(interrupted=lambda: cut.state.step == 1)
+    again = Trainer.resume(Path("cut"))
     with again.run:
-        again.go()
+        again.train()
     for state in (whole.state, again.state):
         policies = state.policies
         for policy in (policies.live, policies.old, policies.reference, policies.average, again.result()):
@@ -192,9 +192,9 @@ def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
 
 def test_the_configuration_of_a_small_bagel_runs(bagel: Path) -> None:
     config = load_config(TrainConfig, shipped_configs()["bagel_tiny"], small("bagel_tiny", bagel))
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         rows = run.metrics()[1:]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(set(row) >= LOSSES for row in rows)

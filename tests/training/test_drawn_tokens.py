@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from discrete_policy import DiscretePolicy, N, Says, ShareOfColor
+from gradients_only import differentiate
 
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
@@ -18,16 +19,15 @@ from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import (
     KINDS,
     Advantages,
-    Batch,
     GroupAdvantages,
     Member,
-    Metrics,
+    Microbatch,
     Policies,
     recorded_passes,
 )
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import anchored
-from lvrpo.training.update import take_steps, update
+from lvrpo.training.trainer import train_step
 from lvrpo.types import (
     SEGMENT_KINDS,
     ImageTokenSegment,
@@ -96,11 +96,10 @@ def loss_of(
     live, reference = (Scripted([torch.tensor(row) for row in rows]) for rows in (now, ref or now))
     prompt = Prompt("p", "generate", ("draw",), ("image",))
     members = [Member(Trajectory(prompt, m, (s,), m), a) for m, (s, a) in enumerate(zip(segments, A, strict=True))]
-    metrics = Metrics()
-    asked: Any = Batch("generate", 0, members, 1.0, metrics)
+    asked: Any = Microbatch("generate", kind, 0, members, 1.0)
     frozen = {name: objective.frozen_terms(name, reference, asked) for name in objective.compared_with}  # type: ignore[arg-type]  # log-probs are all that is asked
-    loss = objective.loss(live, replace(asked, frozen=frozen))  # type: ignore[arg-type]
-    return float(loss), metrics.means()
+    output = objective.loss(live, replace(asked, frozen=frozen))  # type: ignore[arg-type]
+    return float(output.loss), {name: float(value) for name, value in output.metrics.items()}
 
 
 def test_the_clip_of_image_tokens_with_a_divergence_and_entropy() -> None:
@@ -239,7 +238,7 @@ class Bench:
     def gradient(self, advantages: Advantages | None = None, **tree: Any) -> torch.Tensor:
         tree["masked"] = {"likelihood": "monte_carlo"} | tree.get("masked", {})
         A = dict.fromkeys(KINDS, GroupAdvantages.of_all(self.A)) if advantages is None else advantages
-        update(self.policies, self.groups, A, make_config(**tree), 0)
+        differentiate(self.policies, self.groups, A, make_config(**tree), 0)
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.parameters()]
         self.live.zero_grad(set_to_none=True)
         return torch.cat([row.flatten() for row in rows])
@@ -314,7 +313,7 @@ def test_which_part_of_the_guided_logits_is_trained(kind: SegmentKind) -> None:
         config = make_config(rollout={"group_size": 4, "num_steps": 4, "guidance_scale": 3.0}, **{kind: section})
         groups = policy.sample(prompts, config.sampling(0), [5])
         policies = Policies(policy, policy, policy.frozen(), policy)
-        metrics = update(policies, groups, A, config, 0)
+        metrics = differentiate(policies, groups, A, config, 0)
         assert metrics.means()[f"ratio/{kind}"] == 1  # what is replayed is what was recorded
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
         policy.zero_grad(set_to_none=True)
@@ -367,7 +366,7 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
         assert [phase for phase in phases if "masked" in phase[0]] == [(("text", "masked"), 1.0)]
         assert (("tokens",), tree["tokens"]["lr_scale"]) in phases
         optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in phases]
-        take_steps(bench.policies, optimizers, bench.groups, A, config, 0)
+        train_step(bench.policies, objectives_of(config, bench.live.writes), optimizers, bench.groups, A, config, 0)
         found = torch.cat([(p.detach() - start[name]).flatten() for name, p in bench.live.named_parameters()])
         bench.live.load_state_dict(start)
         return found

@@ -16,9 +16,10 @@ from lvrpo.evaluation.reward_audit import audit_rewards
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment, open_policy
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
+from lvrpo.training.setup import open_policy
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import (
     SegmentKind,
 )
@@ -56,9 +57,9 @@ def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
     kind, settings = RUNS[name]
     DiscretePolicy((kind,)).save(Path("policy"))
     config = load_config(TrainConfig, None, ["policy=policy", *RUN, *settings])
-    straight = Alignment.start(config, Path("straight"))
+    straight = Trainer.start(config, Path("straight"))
     with straight.run:
-        assert straight.go()
+        assert straight.train()
     rows = RunDirectory.read(Path("straight")).metrics()[1:]
     for reward in ("generate/share", "reason/share", "understand/says", "reason/says"):
         first, last = ([row[f"reward/{reward}"] for row in some] for some in (rows[:2], rows[-2:]))
@@ -69,13 +70,13 @@ def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
     assert {f"loss/{kind}/generate", f"kl/{kind}/reason", f"entropy/{kind}/reason", "loss/text/reason"} <= set(rows[0])
 
     seen: list[int] = []
-    halved = Alignment.start(config, Path("halved"))
+    halved = Trainer.start(config, Path("halved"))
     with halved.run:
-        assert not halved.go(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= 5)
-    again = Alignment.resume(Path("halved"), config)
+        assert not halved.train(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= 5)
+    again = Trainer.resume(Path("halved"), config)
     with again.run:
         assert again.state.step == 5
-        assert again.go()
+        assert again.train()
     untimed = [
         [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in RunDirectory.read(run).metrics()]
         for run in (Path("straight"), Path("halved"))
@@ -158,7 +159,7 @@ def test_bad_input_is_answered_in_one_line(
 def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
     small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lvrpo.training.run.load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lvrpo.training.setup.load_policy", lambda *_: pytest.fail("loaded"))
     config = load_config(TrainConfig, None, [f"policy={small_base}", "device=cpu", "tokens={}"])
     with pytest.raises(InputError, match="writes no such segments, only text, flow"):
         open_policy(config)

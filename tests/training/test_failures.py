@@ -19,8 +19,7 @@ from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import samples
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.failures import shown
-from lvrpo.training.loop import reward_means
+from lvrpo.training.reward_metrics import reward_means, shown
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt, RewardTable
 

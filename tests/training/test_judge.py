@@ -29,9 +29,9 @@ from lvrpo.training.judge import (
     require_asked,
     told_pictures,
 )
-from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import RunState
+from lvrpo.training.state import TrainState
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import Example, Fact, Image, Parts, Prompt
 
 PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -65,7 +65,7 @@ def weights(policy: Any) -> torch.Tensor:
 
 
 def test_the_reference_judges_unless_told_otherwise(lively_policy: Any) -> None:
-    state = RunState.start(lively_policy(), TrainConfig())
+    state = TrainState.start(lively_policy(), TrainConfig())
     assert state.judge is None
     assert state.policies.judge is state.policies.reference
     assert "judge" not in state._tree()
@@ -324,10 +324,10 @@ def test_a_resumed_run_has_the_same_judge_bit_for_bit(small_base: Path, kind: st
     runs = Path("straight"), Path("halved")
     for run, halves in zip(runs, ([6], [3, 6]), strict=True):
         for i, stop in enumerate(halves):
-            alignment = Alignment.resume(run) if i else Alignment.start(config, run)
+            alignment = Trainer.resume(run) if i else Trainer.start(config, run)
             seen: list[int] = []
             with alignment.run:
-                alignment.go(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= stop)  # noqa: B023
+                alignment.train(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= stop)  # noqa: B023
             assert seen[-1] == stop
     rows = [
         [{k: v for k, v in r.items() if "seconds" not in k} for r in RunDirectory.read(run).metrics()] for run in runs

@@ -26,7 +26,7 @@ from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.memory import PROGRAM, MemoryEstimate, require_memory
-from lvrpo.training.run import Alignment
+from lvrpo.training.trainer import Trainer
 from lvrpo.training.trial import memory_needed
 
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
@@ -177,10 +177,10 @@ def test_too_little_memory_is_refused_before_the_load(
     small_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr("lvrpo.training.run.load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("lvrpo.training.setup.load_policy", lambda *_: pytest.fail("loaded"))
     config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW])
     with pytest.raises(InputError, match=r"policy=.*small: needs about 0\.\d GiB on cpu, 0\.0 GiB are free: "):
-        Alignment.start(config, Path("run"))
+        Trainer.start(config, Path("run"))
     assert not Path("run").exists()
     assert main(["check", "quickstart", f"policy={small_base}", *FEW]) == 2
     assert "while it lasts" in capsys.readouterr().out

@@ -18,10 +18,11 @@ from lvrpo.training import methods
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.flow import FlowConfig, add_noise
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, Batch, GroupAdvantages, Member, Metrics
+from lvrpo.training.microbatches import minibatches
+from lvrpo.training.objective import KINDS, GroupAdvantages, Member, Metrics, Microbatch
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.text import TextConfig, anchored
-from lvrpo.training.update import deal, take_steps
+from lvrpo.training.trainer import train_step
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
 A2 = [[1.0, -0.5, 0.0, -0.5], [2.0, 0.25, -1.0, -1.25]]
@@ -189,7 +190,7 @@ def test_awm_pulls_as_weighted_matching_at_ratio_1(bench: Any, prompts: list[Pro
     flow = {"kind": "awm", "noise_draws": 2, "keep": 1, "advantage_max": 3.0}
     found = bench.gradient(groups, [[2.0, 0.0, 0.0, -2.0]], bench.config(flow=flow))
     chosen = [groups[0].trajectories[i] for i in (0, 3)]
-    batch = Batch("generate", 0, [Member(t, 0.0) for t in chosen], 1.0, Metrics())
+    batch = Microbatch("generate", "flow", 0, [Member(t, 0.0) for t in chosen], 1.0)
     noised = add_noise(bench.live, batch, bench.config(flow=flow).flow, "awm", [t.seed for t in chosen])
     losses = noised.flow_loss(noised.velocity(bench.live))
     (torch.tensor([2.0, 2.0, -2.0, -2.0]) * losses).mean().backward()
@@ -204,7 +205,7 @@ def test_a_guided_reference_pulls_one_pass_to_what_guidance_gives(bench: Any, pr
     config = bench.config(flow={"kind": kind, "kl_coef": 1.0, "reference_guidance": 2.0, "noise_draws": 2, "keep": 1})
     found = bench.update(groups, nothing, config)["kl/flow/generate"]
     chosen = [groups[0].trajectories[i] for i in (0, 3)]
-    batch = Batch("generate", 0, [Member(t, 0.0) for t in chosen], 1.0, Metrics())
+    batch = Microbatch("generate", "flow", 0, [Member(t, 0.0) for t in chosen], 1.0)
     noised = add_noise(bench.live, batch, config.flow, kind, [t.seed for t in chosen])
     with torch.no_grad():
         v, v_no_text = noised.velocity(reference), noised.unguided(reference)
@@ -352,7 +353,7 @@ def stepped(bench: Any, groups: list[Group], config: Any) -> torch.Tensor:
     sources = [RewardSource(RewardConfig(name=f"r{k}"), reward) for k, reward in enumerate(rewards)]
     table = score_groups(sources, groups, bench.policies.judge)
     advantages = segment_advantages(table, groups, config.advantages)
-    take_steps(bench.policies, optimizers(bench, config), groups, advantages, config, 0)
+    one_step(bench, config, groups, advantages)
     weights = bench.weights()
     bench.live.load_state_dict(start)
     return weights
@@ -405,8 +406,11 @@ def test_what_a_masked_member_wrote_and_drew_never_matters(
 # --- steps ---
 
 
-def optimizers(bench: Any, config: Any) -> list[Optimizers]:
-    return [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases(bench.live.writes)]
+def one_step(bench: Any, config: Any, groups: Any, A: Any, lr_scale: float = 1.0) -> Metrics:
+    """One training step with optimizers of its own."""
+    writes = bench.live.writes
+    optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases(writes)]
+    return train_step(bench.policies, objectives_of(config, writes), optimizers, groups, A, config, 0, lr_scale)
 
 
 ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]] * 2
@@ -421,12 +425,12 @@ def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: 
     config = bench.config(text={"lr_scale": 0.5}, flow={"lr_scale": 2.0})
     assert config.phases(bench.live.writes) == [(("text",), 0.5), (("flow",), 2.0)]
     start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
-    take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0)
+    one_step(bench, config, groups, both(ALL))
     moved = {name: (p.detach() - start[name]).norm() for name, p in bench.live.named_parameters()}
 
     bench.live.load_state_dict({**bench.live.state_dict(), **start})
     alone = bench.config(flow={"weight": 0.0})
-    take_steps(bench.policies, optimizers(bench, alone), groups, both(ALL), alone, 0, lr_scale=0.5)
+    one_step(bench, alone, groups, both(ALL), lr_scale=0.5)
     head = bench.live.towers.lm_head.weight  # no drawing reaches it
     assert float((head.detach() - start["towers.lm_head.weight"]).norm()) == pytest.approx(
         float(moved["towers.lm_head.weight"]), rel=1e-5
@@ -443,7 +447,7 @@ def test_the_audit_compares_tasks_that_are_stepped_in_turn(bench: Any, prompts: 
         {"text": {"lr_scale": 1e-6}, "flow": {"lr_scale": 2e-6}},
     ):
         config = bench.config(**tree)
-        metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0).means()
+        metrics = one_step(bench, config, groups, both(ALL)).means()
         found.append({name: value for name, value in metrics.items() if name.startswith("gradient/")})
         weights.append(bench.weights())
         bench.live.load_state_dict(start)
@@ -461,7 +465,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
     for tree, scale in (({"text": {"lr_scale": 0.5}, "flow": {"lr_scale": 0.5}}, 1.0), ({}, 0.5)):
         config = bench.config(**tree)
         assert len(config.phases(bench.live.writes)) == 1
-        take_steps(bench.policies, optimizers(bench, config), groups, both(ALL), config, 0, scale)
+        one_step(bench, config, groups, both(ALL), scale)
         moves.append(bench.weights() - start)
         bench.descend(moves[-1], float(moves[-1].norm()))
     assert apart(moves[0], moves[1]) < 1e-4
@@ -469,7 +473,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
 
 def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample([*prompts, *[replace(p, id=f"{p.id}'") for p in prompts]], sampler="ode")
-    hands = list(deal(groups, both(ALL * 2), 2))
+    hands = list(minibatches(groups, both(ALL * 2), 2))
     ids = [[g.prompt.id for g in part] for part, _ in hands]
     assert sorted(ids[0] + ids[1]) == sorted(g.prompt.id for g in groups)
     assert all({g.prompt.task for g in part} == {"understand", "generate", "edit", "reason"} for part, _ in hands)
@@ -478,7 +482,7 @@ def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: li
             place = next(i for i, g in enumerate(groups) if g is group)
             assert row.tolist() == (ALL * 2)[place]
     config = bench.config(mini_updates=2)
-    metrics = take_steps(bench.policies, optimizers(bench, config), groups, both(ALL * 2), config, 0)
+    metrics = one_step(bench, config, groups, both(ALL * 2))
     assert metrics.counts["grad_norm/understand"] == 2
     assert metrics.means()["ratio/text"] != 1.0  # the second hand finds moved weights
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lvrpo.training.loop import noise_share
+from lvrpo.training.reward_metrics import noise_share
 from lvrpo.types import RewardTable
 
 

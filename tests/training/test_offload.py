@@ -25,14 +25,15 @@ from lvrpo.rewards.identity import judge_identity
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import weights_changed
 from lvrpo.training.guard import roll_back
-from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Metrics, Policies
 from lvrpo.training.offload import Offloaded, Shards, owners
-from lvrpo.training.run import Alignment, open_policy
-from lvrpo.training.state import RunState
+from lvrpo.training.setup import open_policy
+from lvrpo.training.state import TrainState
 from lvrpo.training.team import Leader, Setup, Team, serve
-from lvrpo.training.update import take_steps
+from lvrpo.training.trainer import Trainer, train_step
 from lvrpo.training.wire import Wire
-from lvrpo.types import Prompt
+from lvrpo.types import Group, Prompt
 
 OPTIONS = (*processes.OPTIONS, "text.lr_scale=0.5")
 LAST = "checkpoints/step_000006"
@@ -151,7 +152,7 @@ def test_a_part_that_was_changed_is_refused(small_base: Path) -> None:
     for file in ("summary.json", "policy.json"):
         Path("run", file).unlink()
     with pytest.raises(InputError, match=r"part_000/state.safetensors: was changed after it was saved"):
-        Alignment.resume(Path("run"))
+        Trainer.resume(Path("run"))
 
 
 def wires(size: int) -> list[ThreadWire]:
@@ -159,13 +160,13 @@ def wires(size: int) -> list[ThreadWire]:
     return [ThreadWire(threads, rank) for rank in range(size)]
 
 
-def together(size: int, policy: Callable[[], TinyPolicy], config: TrainConfig) -> tuple[Leader, RunState, list[Any]]:
+def together(size: int, policy: Callable[[], TinyPolicy], config: TrainConfig) -> tuple[Leader, TrainState, list[Any]]:
     """A run on so many processes, here threads; their shards, and the threads of the others."""
     ends, shards = wires(size), cast(list[Any], [None] * size)
     policies = [policy() for _ in ends]  # weights are drawn from random numbers that threads share
 
     def build(rank: int) -> tuple[Policies, Shards | None]:
-        state = RunState.start(policies[rank], config, ends[rank])
+        state = TrainState.start(policies[rank], config, ends[rank])
         shards[rank] = state.shards
         return state.policies, state.shards
 
@@ -175,7 +176,7 @@ def together(size: int, policy: Callable[[], TinyPolicy], config: TrainConfig) -
     ]
     for thread in others:
         thread.start()
-    state = RunState.start(policies[0], config, ends[0])
+    state = TrainState.start(policies[0], config, ends[0])
     shards[0] = state.shards
     return Leader(ends[0], Setup(config, "start"), state.policies, state.shards), state, [shards, others]
 
@@ -189,12 +190,17 @@ SMALL = {
 }
 
 
+def stepped(state: TrainState, groups: Sequence[Group], A: Advantages, config: TrainConfig, team: Team) -> Metrics:
+    objectives = objectives_of(config, state.policies.live.writes)
+    return train_step(state.policies, objectives, state.optimizers, groups, A, config, 0, team=team)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_step_what_they_keep_as_one_would(
     size: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
 ) -> None:
     config = TrainConfig.model_validate(SMALL)
-    alone, begun = RunState.start(lively_policy(), config), dict(lively_policy().named_parameters())
+    alone, begun = TrainState.start(lively_policy(), config), dict(lively_policy().named_parameters())
     team, state, (shards, others) = together(size, lively_policy, config)
     with team:
         groups = team.shared(state.policies).live.sample(prompts, config.sampling(0), list(range(len(prompts))))
@@ -202,7 +208,16 @@ def test_processes_step_what_they_keep_as_one_would(
         advantages = dict.fromkeys(KINDS, A)
         assert not weights_changed(state.policies.live, state.policies.reference)
         found, expected = (
-            take_steps(each.policies, each.optimizers, groups, advantages, config, 0, team=by).means()
+            train_step(
+                each.policies,
+                objectives_of(config, each.policies.live.writes),
+                each.optimizers,
+                groups,
+                advantages,
+                config,
+                0,
+                team=by,
+            ).means()
             for each, by in ((state, team), (alone, Team(alone.shards)))
         )
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -250,7 +265,16 @@ def test_what_fails_in_one_process_is_raised_in_the_first(
         shards[rank].policy.velocity = failing
         where = "" if rank == 0 else "process 1 of 2: "
         with pytest.raises(ContractError, match=f"^{where}RuntimeError: out of memory$"):
-            take_steps(state.policies, state.optimizers, groups, dict.fromkeys(KINDS, A), config, 0, team=team)
+            train_step(
+                state.policies,
+                objectives_of(config, state.policies.live.writes),
+                state.optimizers,
+                groups,
+                dict.fromkeys(KINDS, A),
+                config,
+                0,
+                team=team,
+            )
         Path("full").write_text("a file")
         with pytest.raises(ContractError, match="NotADirectoryError"):
             shards[0].together("save", Path("full"))
@@ -334,7 +358,7 @@ def test_a_policy_that_is_offloaded_passes_for_itself(lively_policy: Callable[..
     config = TrainConfig.model_validate(SMALL)
     policy = lively_policy()
     identity = judge_identity(policy)
-    state = RunState.start(policy, config)
+    state = TrainState.start(policy, config)
     assert state.shards is not None
     with torch.no_grad():
         for parameter in state.shards.live.values():
@@ -355,7 +379,7 @@ def test_a_rollback_brings_back_the_weights_of_a_checkpoint(small_base: Path) ->
     options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "steps=2", "--no-evaluate")
     assert main([*options, "offload=true", "--out", "run", "keep_checkpoints=9"]) == 0
     Path("run/summary.json").unlink()
-    alignment = Alignment.resume(Path("run"))
+    alignment = Trainer.resume(Path("run"))
     with alignment.run as run:
         state = alignment.state
         assert state.shards is not None
@@ -373,7 +397,7 @@ def test_a_rollback_brings_back_the_weights_of_a_checkpoint(small_base: Path) ->
 
 
 def test_a_policy_can_be_shown_farther_than_it_went(lively_policy: Callable[[], TinyPolicy]) -> None:
-    state = RunState.start(lively_policy(), TrainConfig.model_validate(SMALL))
+    state = TrainState.start(lively_policy(), TrainConfig.model_validate(SMALL))
     assert state.shards is not None
     begun = {name: tensor.clone() for name, tensor in state.shards.live.items()}
     with torch.no_grad():

@@ -22,7 +22,8 @@ from lvrpo.training.checkpoint import load_state, save_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import TOLERANCE, _replay_checks, step_zero_contract
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers
-from lvrpo.training.run import Alignment, open_policy
+from lvrpo.training.setup import open_policy
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import Example, FlowSegment, Prompt, RewardTable, Trajectory
 
 SAMPLING = Sampling(group_size=3, max_new_tokens=4, num_steps=3, sampler="flow_sde", window=(0, 1))
@@ -157,14 +158,14 @@ def test_a_run_in_bfloat16_with_moments_in_8_bits_goes_on_bit_for_bit(small_base
     dtype = ["precision={compute: bfloat16}", "optimizer={kind: adamw_8bit}", "rewards=[{name: exact_answer}]"]
     sizes = ["rollout={group_size: 4, num_steps: 3}", "steps=2", "checkpoint_every=1", "device=cpu"]
     config = load_config(TrainConfig, None, [f"policy={small_base}", few, guard, *dtype, *sizes])
-    whole, cut = Alignment.start(config, Path("whole")), Alignment.start(config, Path("cut"))
+    whole, cut = Trainer.start(config, Path("whole")), Trainer.start(config, Path("cut"))
     with whole.run:
-        whole.go()
+        whole.train()
     with cut.run:
-        cut.go(interrupted=lambda: cut.state.step == 1)
-    again = Alignment.resume(Path("cut"))
+        cut.train(interrupted=lambda: cut.state.step == 1)
+    again = Trainer.resume(Path("cut"))
     with again.run:
-        again.go()
+        again.train()
     one, other = (load_state(Path(run) / "checkpoints/step_000002/state") for run in ("whole", "cut"))
     for name, tensor in one["policies"]["live"].items():
         assert torch.equal(tensor, other["policies"]["live"][name])

@@ -96,20 +96,20 @@ def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Ca
 def test_a_resumed_run_is_identical(trainer: Callable[..., Supervised]) -> None:
     whole, resumed = trainer(), trainer(seed=0)
     for _ in range(3):
-        whole.step()
+        whole.train_step()
     resumed.policy.load_state_dict(whole.policy.state_dict())
     resumed.average.load_state_dict(whole.average.state_dict())
     resumed.optimizers.load_state(whole.optimizers.state())
-    resumed.step_number = whole.step_number
+    resumed.step = whole.step
     for _ in range(2):
-        assert whole.step() == resumed.step()
+        assert whole.train_step() == resumed.train_step()
     for one, other in ((whole.policy, resumed.policy), (whole.average, resumed.average)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_both_losses_fall(trainer: Callable[..., Supervised]) -> None:
     supervised = trainer(optimizer={"muon_lr": 0.02, "adamw_lr": 2e-3, "warmup_steps": 2})
-    reports = [supervised.step() for _ in range(25)]
+    reports = [supervised.train_step() for _ in range(25)]
     assert set(reports[0].losses) == {"text", "image"}
     assert set(reports[0].grad_norms) == {"understand", "generate", "shared"}
     for name in ("text", "image"):
@@ -119,7 +119,7 @@ def test_both_losses_fall(trainer: Callable[..., Supervised]) -> None:
 
 def test_the_weights_of_the_losses(trainer: Callable[..., Supervised]) -> None:
     def first_norms(**weights: float) -> dict[str, float]:
-        return trainer(**weights).step().grad_norms
+        return trainer(**weights).train_step().grad_norms
 
     plain, double = first_norms(text_weight=0.5, image_weight=1.0), first_norms(text_weight=1.0, image_weight=2.0)
     assert all(double[expert] == pytest.approx(2 * plain[expert], rel=1e-4) for expert in plain)
@@ -131,7 +131,7 @@ def test_the_average_is_short_at_first(trainer: Callable[..., Supervised]) -> No
     supervised = trainer()
     by_hand = supervised.average.frozen()
     for step in range(4):
-        supervised.step()
+        supervised.train_step()
         average_into(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])
     for mine, theirs in zip(by_hand.parameters(), supervised.average.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)

@@ -22,11 +22,11 @@ from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption
-from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import Alignment, Pretraining
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.sources import training_source
+from lvrpo.training.trainer import Trainer
 
 SMALL = (
     "steps=10",
@@ -99,17 +99,17 @@ def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[
 
 def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
     straight, halved = Path("straight"), Path("halved")
-    with Alignment.start(config, straight).run as run:
+    with Trainer.start(config, straight).run as run:
         run.close()
-        assert Alignment.resume(straight).go()
-    alignment = Alignment.start(config, halved)
+        assert Trainer.resume(straight).train()
+    alignment = Trainer.start(config, halved)
     with alignment.run:
-        assert not alignment.go(*stops_at(5))
+        assert not alignment.train(*stops_at(5))
         assert alignment.state.step == 5
-    again = Alignment.resume(halved, config)
+    again = Trainer.resume(halved, config)
     with again.run:
         assert again.state.step == 5
-        assert again.go()
+        assert again.train()
     same_run(straight, halved)
     same_scores(straight, halved)
     rows = RunDirectory.read(halved).metrics()
@@ -129,11 +129,11 @@ def test_the_average_is_short_at_first(small_base: Path) -> None:
         "rewards=[{name: own_vqa}]",
         "guard={every: 3, prompts: {generate: 2}}",
     )
-    alignment = Alignment.start(load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed]), Path("run"))
+    alignment = Trainer.start(load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed]), Path("run"))
     policies = alignment.state.policies
     live: list[torch.Tensor] = []
     with alignment.run:
-        assert alignment.go(lambda row: live.append(flat(policies.live)))
+        assert alignment.train(lambda row: live.append(flat(policies.live)))
     expected = live[0]
     for now, decay in zip(live[1:], [1 / 11, 0.15], strict=True):
         assert (now - expected).abs().max() > 1e-4
@@ -149,34 +149,34 @@ def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, sm
     changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=flow_grpo")
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed])
     straight, halved = Path("straight"), Path("halved")
-    alignment = Alignment.start(config, straight)
+    alignment = Trainer.start(config, straight)
     with alignment.run:
         assert alignment.state.policies.old is alignment.state.policies.live
-        assert alignment.go()
+        assert alignment.train()
     assert set(load_state(straight / "checkpoints" / "step_000004" / "state")["policies"]) == {"live", "average"}
-    alignment = Alignment.start(config, halved)
+    alignment = Trainer.start(config, halved)
     with alignment.run:
-        assert not alignment.go(*stops_at(2))
-    again = Alignment.resume(halved)
+        assert not alignment.train(*stops_at(2))
+    again = Trainer.resume(halved)
     with again.run:
         assert again.state.policies.old is again.state.policies.live
-        assert again.go()
+        assert again.train()
     same_run(straight, halved, 4)
 
 
 @pytest.mark.parametrize("more", [(), ("representation={weight: 0.5, layer: 1, target_layer: 1}",)])
 def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, ...]) -> None:
     pretraining = load_config(PretrainConfig, None, [f"init={config.policy}", *SMALL_CORPUS, *more])
-    one = Pretraining.start(pretraining, Path("straight"))
+    one = Pretrainer.start(pretraining, Path("straight"))
     with one.run:
-        assert one.go()
-    two = Pretraining.start(pretraining, Path("halved"))
+        assert one.train()
+    two = Pretrainer.start(pretraining, Path("halved"))
     with two.run:
-        assert not two.go(*stops_at(5))
-    three = Pretraining.resume(Path("halved"))
+        assert not two.train(*stops_at(5))
+    three = Pretrainer.resume(Path("halved"))
     with three.run:
-        assert three.trainer.step_number == 5
-        assert three.go()
+        assert three.state.step == 5
+        assert three.train()
     same_run(Path("straight"), Path("halved"))
     rows = RunDirectory.read(Path("halved")).metrics()
     assert {"guard/generate", "guard/reason"} <= set(rows[4])
@@ -203,15 +203,15 @@ METHODS = {
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, "steps=4", *METHODS[name]])
-    one = Alignment.start(config, Path("straight"))
+    one = Trainer.start(config, Path("straight"))
     with one.run:
-        assert one.go()
-    two = Alignment.start(config, Path("halved"))
+        assert one.train()
+    two = Trainer.start(config, Path("halved"))
     with two.run:
-        assert not two.go(*stops_at(2))
-    three = Alignment.resume(Path("halved"))
+        assert not two.train(*stops_at(2))
+    three = Trainer.resume(Path("halved"))
     with three.run:
-        assert three.go()
+        assert three.train()
     same_run(Path("straight"), Path("halved"), 4)
     rows = RunDirectory.read(Path("halved")).metrics()
     if name == "all at once":
@@ -223,9 +223,9 @@ def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
 def test_the_record_says_which_rewards_judge_the_segment_of_its_advantages(config: TrainConfig) -> None:
     """A thought is judged by the answer, its drawing by the reading side; on record are the drawing's advantages."""
     staged = config.advantages.model_copy(update={"stages": "per_segment"})
-    alignment = Alignment.start(config.model_copy(update={"steps": 1, "advantages": staged}), Path("run"))
+    alignment = Trainer.start(config.model_copy(update={"steps": 1, "advantages": staged}), Path("run"))
     with alignment.run:
-        assert alignment.go()
+        assert alignment.train()
     (record,) = read_steps(Path("run"))
     assert record.names == ("exact_answer", "own_vqa")
     wrote, drew = (np.isfinite(record.traits[:, 0, TRAITS.index(trait)]) for trait in ("tokens", "red"))
@@ -257,21 +257,21 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: 
     wait_for_step(Path("killed"), 5, process)
     process.kill()
     process.communicate()
-    again = Alignment.resume(Path("killed"), config)
+    again = Trainer.resume(Path("killed"), config)
     with again.run:
         assert again.state.step >= 4
-        assert again.go()
-    straight = Alignment.start(config, Path("straight"))
+        assert again.train()
+    straight = Trainer.start(config, Path("straight"))
     with straight.run:
-        assert straight.go()
+        assert straight.train()
     same_run(Path("straight"), Path("killed"))
     same_scores(Path("straight"), Path("killed"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:
-    with Alignment.start(config, Path("run")).run as run:
+    with Trainer.start(config, Path("run")).run as run:
         run.append_metrics({"step": 0})
-    again = Alignment.resume(Path("run"))
+    again = Trainer.resume(Path("run"))
     with again.run:
         assert again.state.step == 0
         assert again.run.metrics() == []
@@ -304,9 +304,9 @@ def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:
 
 
 def test_the_result_is_the_best_checkpoint_of_the_guard(config: TrainConfig) -> None:
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        alignment.go()
+        alignment.train()
         best = alignment.state.guard.best_step
         assert run.read_json("policy.json") == {"checkpoint": f"checkpoints/step_{best:06d}", "step": best}
     assert policy_folder("run") == Path("run/checkpoints") / f"step_{best:06d}"
@@ -316,7 +316,7 @@ def test_the_result_is_the_best_checkpoint_of_the_guard(config: TrainConfig) -> 
 
 
 def test_the_start_is_kept_and_the_manifest_names_it(config: TrainConfig) -> None:
-    with Alignment.start(config, Path("run")).run as run:
+    with Trainer.start(config, Path("run")).run as run:
         manifest = run.read_json("manifest.json")
     verify_checkpoint(Path("run/start"))
     (entry,) = manifest["checkpoints"].values()
@@ -328,7 +328,7 @@ def test_the_start_is_kept_and_the_manifest_names_it(config: TrainConfig) -> Non
 def test_wrong_input_leaves_no_run_directory(config: TrainConfig) -> None:
     wrong = config.model_copy(update={"policy": "nowhere"})
     with pytest.raises(InputError, match="no such folder"):
-        Alignment.start(wrong, Path("run"))
+        Trainer.start(wrong, Path("run"))
     assert not Path("run").exists()
 
 
@@ -360,9 +360,9 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
         ],
     )
     with pytest.warns(UserWarning, match="validation is not set: the guard has no held-out rows"):
-        alignment = Alignment.start(own, Path("run"))
+        alignment = Trainer.start(own, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         rows = run.metrics()
     assert rows[-1]["guard/action"] == "no held-out rows: kept the last weights"
     assert "reward/generate/own_vqa" in rows[1]

@@ -10,8 +10,8 @@ import pytest
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.rewards import exact_answer, scene_facts, success
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment
 from lvrpo.training.sources import open_parts
+from lvrpo.training.trainer import Trainer
 
 SMALL = (
     "steps=2",
@@ -56,9 +56,9 @@ def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch)
     ):
         monkeypatch.setattr(module, name, refuse)
     config = load_config(TrainConfig, shipped_configs()["self"], [*SMALL])
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         rows = run.metrics()
     assert rows[-1]["step"] == 2
     assert {"guard/generate", "guard/edit", "reward/generate/own_vqa"} <= set(rows[-1])

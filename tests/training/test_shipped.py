@@ -13,8 +13,8 @@ from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import Alignment, Pretraining
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.trainer import Trainer
 
 SUPERVISED = ("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "pretrain", "repa")
 """Alignments of BAGEL are tried by test_bagel_configs.py."""
@@ -51,9 +51,9 @@ def test_an_alignment_runs(name: str, small_base: Path, monkeypatch: pytest.Monk
             "control_every=2",
         ],
     )
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
-        assert alignment.go()
+        assert alignment.train()
         rows = run.metrics()[1:]
     assert [row["step"] for row in rows] == [1, 2, 3]
     numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
@@ -69,11 +69,11 @@ def test_a_supervised_run_runs(name: str, small_base: Path) -> None:
     sizes = ["corpus={scenes: 30, edits: 10, reasons: 12}", rows, "steps=3", "device=cpu", "held_out_every=0"]
     start = [] if name == "pretrain" else [f"init={small_base}"]
     small = "policy={transformer: {width: 32, depth: 1, heads: 2, key_heads: 2, mlp_width: 32}, tower_width: 16}"
-    training = Pretraining.start(
+    training = Pretrainer.start(
         load_config(PretrainConfig, shipped_configs()[name], [*sizes, *start, small]), Path("run")
     )
     with training.run as run:
-        assert training.go()
+        assert training.train()
         rows = run.metrics()
     assert all(math.isfinite(row["loss/text"]) and math.isfinite(row["loss/image"]) for row in rows)
     assert ("loss/representation" in rows[0]) == (name == "repa")

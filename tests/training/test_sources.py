@@ -23,9 +23,9 @@ from lvrpo.rewards.held_out import HeldOutScorer
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.guard import Guard
-from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import GuardState
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, TextSegment, Trajectory
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
@@ -164,17 +164,17 @@ def test_a_run_can_be_made_longer_as_if_it_had_been_so_from_the_start(small_base
         short = load_config(TrainConfig, None, settings(small_base, slow))
         long = short.model_copy(update={"steps": 4})
         for config, folder in ((short, "grown"), (long, "straight")):
-            alignment = Alignment.start(config, Path(folder))
+            alignment = Trainer.start(config, Path(folder))
             with alignment.run as run:
-                assert alignment.go()
+                assert alignment.train()
                 run.write_summary({"before": {}, "after": {}})
         with pytest.raises(InputError, match="can only be made longer: give more"):
-            Alignment.resume(Path("grown"), short.model_copy(update={"steps": 1}))
+            Trainer.resume(Path("grown"), short.model_copy(update={"steps": 1}))
         with pytest.raises(InputError, match=r"has finished.*steps=4"):
-            Alignment.resume(Path("grown"), short)
-        again = Alignment.resume(Path("grown"), long)
+            Trainer.resume(Path("grown"), short)
+        again = Trainer.resume(Path("grown"), long)
         with again.run:
-            assert again.go()
+            assert again.train()
     one, other = (RunDirectory.read(Path(name)) for name in ("grown", "straight"))
     assert one.config(TrainConfig) == other.config(TrainConfig)
     assert one.read_summary() is None

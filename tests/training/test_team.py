@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from gradients_only import differentiate
 from processes import OPTIONS, Threads, ThreadWire, assert_begin_alike, finish, rows, start
 from safetensors.torch import load_file
 
@@ -22,13 +23,11 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
+from lvrpo.training.microbatches import microbatches
+from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Policies
 from lvrpo.training.team import ALONE, Leader, Setup, Shared, serve
-from lvrpo.training.update import update
 from lvrpo.training.wire import packed, unpacked
-from lvrpo.training.work import hands
 from lvrpo.types import Prompt
 
 
@@ -129,8 +128,8 @@ def test_weights_that_moved_are_sent_and_gradients_are_those_of_all(
             assert [t.text for t in group.trajectories] == [t.text for t in other.trajectories]
         A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
         advantages = dict.fromkeys(KINDS, A)
-        found = update(mine, groups, advantages, config, 0, team=team).means()
-        alike = update(alone, groups, advantages, config, 0).means()
+        found = differentiate(mine, groups, advantages, config, 0, team=team).means()
+        alike = differentiate(alone, groups, advantages, config, 0).means()
     for thread in others:
         thread.join(60)
     assert wire.closed
@@ -170,7 +169,7 @@ def test_what_fails_in_another_process_is_raised_in_the_first(
         with pytest.raises(expected, match=f"^{match}$"):
             live.sample(prompts, config.sampling(0), list(range(len(prompts))))
         with pytest.raises(expected, match=f"^{match}$"):
-            update(mine, groups, dict.fromkeys(KINDS, A), config, 0, team=team)
+            differentiate(mine, groups, dict.fromkeys(KINDS, A), config, 0, team=team)
     others[0].join(60)
     assert not others[0].is_alive()
 
@@ -240,15 +239,23 @@ def test_members_are_dealt_once_and_pairs_stay_together(
     method: str, count: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
 ) -> None:
     policy = lively_policy()
-    config = TrainConfig.model_validate({"flow": {"kind": method}, "rollout": {"group_size": 4}, "device": "cpu"})
-    drawn = [prompt for prompt in prompts if prompt.output == ("image",)]
+    config = TrainConfig.model_validate(
+        {
+            "flow": {"kind": method},
+            "rollout": {"group_size": 4},
+            "limits": {"backward_members": 3},
+            "device": "cpu",
+        }
+    )
+    drawn = [prompt for prompt in prompts if prompt.task == "generate"]
     groups = policy.sample(drawn, Sampling(group_size=4, num_steps=2), list(range(len(drawn))))
     objective = next(o for o in objectives_of(config, policy.writes) if o.kind == "flow")
-    chosen = objective.choose(groups, GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups))))
-    dealt = hands("generate", chosen, objective, policy, LimitsConfig(backward_members=3), count)
+    A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
+    chosen = objective.choose(groups, A)
+    dealt = microbatches(policy, [objective], groups, dict.fromkeys(KINDS, A), config, 0, Metrics(), count)
     assert len(dealt) == count
     members = [member for hand in dealt for work in hand for member in work.members]
-    assert sorted(map(id, members)) == sorted(map(id, chosen))
+    assert sorted(id(m.trajectory) for m in members) == sorted(id(m.trajectory) for m in chosen)
     assert sum(work.share for hand in dealt for work in hand) == pytest.approx(1)
     for hand in dealt:
         for work in hand:

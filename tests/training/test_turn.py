@@ -11,8 +11,8 @@ from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.statistics import parted
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.trainer import Trainer
 from lvrpo.training.turn import Turn, TurnConfig, watched_level
 from lvrpo.types import Group, Prompt, RewardTable
 
@@ -185,9 +185,9 @@ def test_a_run_acts_on_the_turn(
     watch = f"{{reward: tests_turn:rising, watch: tests_turn:falling, window: 2, action: {action}}}"
     guard = f"guard={{every: 2, prompts: {{generate: {guarded}}}, max_rollbacks: 1, turn: {watch}}}"
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, guard])
-    alignment = Alignment.start(config, Path("run"))
+    alignment = Trainer.start(config, Path("run"))
     with alignment.run:
-        assert alignment.go()
+        assert alignment.train()
     rows = RunDirectory.read(Path("run")).metrics()
     actions = {row["step"]: row["turn/action"] for row in rows if "turn/action" in row}
     assert min(actions) == 4

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from gradients_only import differentiate
 from settings import FLOW_GRPO
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import normal_noise
-from lvrpo.training import objective, update
+from lvrpo.training import objective
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Policies
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment
@@ -48,7 +49,7 @@ def sample(policies: Policies, prompts: list[Prompt], group_size: int = 4, **cha
 def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Metrics:
     """One advantage per trajectory, for whichever of its segments."""
     advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.as_tensor(A, dtype=torch.float32)))
-    return update.update(policies, groups, advantages, config, step)
+    return differentiate(policies, groups, advantages, config, step)
 
 
 def gradients(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Gradients:

@@ -12,7 +12,7 @@ from lvrpo.commands.options import Command, Options, Parser, positive, whole
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
-    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.evaluation.experiment import Plan
     from lvrpo.training.config import TrainConfig
 
 QUICK = (
@@ -71,32 +71,37 @@ def run(options: Options) -> None:
     from lvrpo.commands.settings import read_config
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.commands.train import require_well
-    from lvrpo.evaluation.quickstart import free_folder, run_experiment
+    from lvrpo.evaluation.experiment import Experiment, free_folder
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.interrupt import Interrupted
-    from lvrpo.training.run import Alignment
+    from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
+    from lvrpo.training.trainer import Trainer
 
     started = time.monotonic()
     if options.resume is not None:
         given = [f"--{name}" for name in ("seed", "steps", "policy", "out") if getattr(options, name) is not None]
         if given:
             raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
-        alignment = Alignment.resume(options.resume)
+        trainer = Trainer.resume(options.resume)
     else:
         config = read_config(TrainConfig, options.config, train_overrides(options))
         folder = options.out or free_folder(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
-        alignment = Alignment.start(config, folder, files=plan(options, config, folder).files())
-    run, config = alignment.run, alignment.config
-    with run, Progress(config.steps) as watch:
+        trainer = Trainer.start(config, folder, files=plan(options, config, folder).files())
+    run, config = trainer.run, trainer.config
+    measured = plan(options, config, run.path)
+    with run, Progress(config.steps) as watch, Experiment(trainer, measured, watch) as experiment:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
-            summary = run_experiment(alignment, plan(options, config, run.path), watch)
-        except (Interrupted, KeyboardInterrupt) as error:  # the second: while it was evaluating
-            raise Interrupted(
-                f"{str(error) or 'interrupted'}; go on with: lvrpo quickstart --resume {run.path}"
-            ) from None
+            before = experiment.before()
+            with Interruption(say_stopping) as interrupted:
+                trainer.train(experiment.observe, interrupted)
+                trainer.require_uninterrupted(interrupted, "quickstart")
+            summary = experiment.after(before)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:  # while it was evaluating
+            raise Interrupted(f"interrupted; go on with: lvrpo quickstart --resume {run.path}") from None
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(closing(run.path, summary, time.monotonic() - started))
@@ -116,10 +121,10 @@ def train_overrides(options: Options) -> list[str]:
 def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
     """What is measured, and the baseline: from the same base, with the run's seed."""
     from lvrpo.commands.settings import read_config
-    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.evaluation.experiment import Plan
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.pretrain import PretrainConfig
-    from lvrpo.training.run import START
+    from lvrpo.training.run_directory import START
 
     baseline = None
     if not options.no_baseline:

@@ -133,8 +133,7 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
     from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
     from lvrpo.rewards.table import build_rewards
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run import START
-    from lvrpo.training.run_directory import CONFIG, RunDirectory
+    from lvrpo.training.run_directory import CONFIG, START, RunDirectory
 
     if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
         return SUCCESS_ONLY, None

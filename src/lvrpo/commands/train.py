@@ -13,9 +13,10 @@ from lvrpo.errors import ContractError, InputError, LostProcessError, NotWellErr
 from lvrpo.reading import is_there
 
 if TYPE_CHECKING:
-    from lvrpo.evaluation.quickstart import Plan
+    from lvrpo.evaluation.experiment import Plan
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run import Alignment, Pretraining
+    from lvrpo.training.pretrain import Pretrainer
+    from lvrpo.training.trainer import Trainer
     from lvrpo.training.wire import Wire
 
 
@@ -39,18 +40,35 @@ def run_options(parser: Parser) -> None:
 
 
 def train(options: Options) -> None:
+    from lvrpo.commands.progress import Progress
+    from lvrpo.commands.tables import print_tables, summary_tables
+    from lvrpo.evaluation.experiment import Experiment
+    from lvrpo.training.interrupt import Interruption, say_stopping
     from lvrpo.training.wire import join
 
     wire = join()
     if wire.rank:
         help_train(wire)
-    else:
-        lead_train(options, wire)
+        return
+    trainer, plan = open_trainer(options, wire)
+    run, config = trainer.run, trainer.config
+    processes = nullcontext() if wire.size == 1 else trainer.led()
+    with run, processes, Progress(config.steps) as watch, Experiment(trainer, plan, watch) as experiment:
+        watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
+        before = experiment.before()
+        with Interruption(say_stopping) as interrupted:
+            trainer.train(experiment.observe, interrupted)
+            trainer.require_uninterrupted(interrupted)
+        summary = experiment.after(before)
+        if summary["before"]:
+            print_tables(summary_tables(summary))
+        watch.phase(f"done; the policy: {run.path} ({kept_step(trainer, summary)})")
+    require_well(run.path, summary)
 
 
 def help_train(wire: Wire) -> None:
     """What the other processes do that ``torchrun`` started; a signal is for the first one to obey."""
-    from lvrpo.training.run import helping_policies
+    from lvrpo.training.setup import helping_policies
     from lvrpo.training.team import serve
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,40 +79,10 @@ def help_train(wire: Wire) -> None:
         raise ContractError(f"process {wire.rank} of {wire.size}: {error}") from None
 
 
-def lead_train(options: Options, wire: Wire) -> None:
-    from lvrpo.commands.progress import Progress
-    from lvrpo.commands.tables import print_tables, summary_tables
-    from lvrpo.evaluation.quickstart import planned_benchmarks, run_experiment
-    from lvrpo.evaluation.suite import find_benchmarks
-    from lvrpo.training.interrupt import Interrupted
-    from lvrpo.training.team import Stop
-
-    try:
-        find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
-        alignment, plan = open_alignment(options, wire)
-    except BaseException:
-        wire.broadcast_object(Stop())
-        wire.close()
-        raise
-    run = alignment.run
-    with run, nullcontext() if wire.size == 1 else alignment.led(), Progress(alignment.config.steps) as watch:
-        if options.benchmark:
-            planned_benchmarks(alignment, plan)
-        watch.phase(f"run {run.path}, from {alignment.config.policy}, step {alignment.state.step}")
-        try:
-            summary = run_experiment(alignment, plan, watch)
-        except Interrupted as error:
-            raise Interrupted(f"{error}; go on with: lvrpo train --resume {run.path}") from None
-        if summary["before"]:
-            print_tables(summary_tables(summary))
-        watch.phase(f"done; the policy: {run.path} ({kept_step(alignment, summary)})")
-    require_well(run.path, summary)
-
-
-def kept_step(alignment: Alignment, summary: dict[str, Any]) -> str:
+def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
     """Which step the result is of, and why."""
     step = summary["guard"]["best_step"]
-    return f"step {step} was the guard's best" if alignment.guard.prompts else f"step {step}, the last one"
+    return f"step {step} was the guard's best" if trainer.guard.prompts else f"step {step}, the last one"
 
 
 def require_well(run: Path, summary: Mapping[str, Any]) -> None:
@@ -104,17 +92,40 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
         raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
-def open_alignment(options: Options, wire: Wire) -> tuple[Alignment, Plan]:
-    """A new run, or one that goes on, and what is asked to be measured."""
+def open_trainer(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
+    """A new run, or one that goes on, and what is asked to be measured; where it fails the other processes end."""
+    from lvrpo.evaluation.experiment import planned_benchmarks, warn_without_test
+    from lvrpo.evaluation.suite import find_benchmarks
+    from lvrpo.training.team import Stop
+
+    try:
+        find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
+        trainer, plan = resumed(options, wire) if options.resume is not None else started(options, wire)
+        if options.benchmark:
+            planned_benchmarks(trainer, plan)
+        elif not options.no_evaluate:
+            warn_without_test(trainer.config)
+        return trainer, plan
+    except BaseException:
+        wire.broadcast_object(Stop())
+        wire.close()
+        raise
+
+
+def resumed(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
+    from lvrpo.training.trainer import Trainer
+
+    refuse_out(options)
+    trainer = Trainer.resume(options.resume, config_of_resumed(options), options.base, wire)
+    return trainer, asked_plan(options, trainer.config)
+
+
+def started(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
     from lvrpo.commands.settings import read_config
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run import Alignment
     from lvrpo.training.splits import require_unseen
+    from lvrpo.training.trainer import Trainer
 
-    if options.resume is not None:
-        refuse_out(options)
-        alignment = Alignment.resume(options.resume, config_of_resumed(options), options.base, wire)
-        return alignment, asked_plan(options, alignment.config)
     if options.base is not None:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
@@ -122,12 +133,12 @@ def open_alignment(options: Options, wire: Wire) -> tuple[Alignment, Plan]:
     config = read_config(TrainConfig, options.config, options.overrides)
     require_unseen(options.benchmark, config)
     plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name
-    return Alignment.start(config, folder, wire, files=plan.files()), plan
+    return Trainer.start(config, folder, wire, files=plan.files()), plan
 
 
 def asked_plan(options: Options, config: TrainConfig) -> Plan:
     """What is measured before and after."""
-    from lvrpo.evaluation.quickstart import Plan, held_out_plan
+    from lvrpo.evaluation.experiment import Plan, held_out_plan
 
     return Plan(()) if options.no_evaluate else held_out_plan(config, options.benchmark)
 
@@ -155,38 +166,32 @@ def refuse_out(options: Options) -> None:
 def pretrain(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.report import build_report
-    from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
+    from lvrpo.training.interrupt import Interruption, say_stopping
 
-    training = open_pretraining(options)
-    run, config = training.run, training.config
+    trainer = open_pretrainer(options)
+    run, config = trainer.run, trainer.config
     with run, Progress(config.steps) as watch:
-        watch.phase(f"run {run.path}: {config.steps} steps, from step {training.trainer.step_number}")
+        watch.phase(f"run {run.path}: {config.steps} steps, from step {trainer.state.step}")
         with Interruption(say_stopping) as interrupted:
-            done = training.go(watch.step, interrupted)
-        if not done:
-            step = training.trainer.step_number
-            raise Interrupted(
-                f"interrupted after step {step} of {config.steps}; the checkpoint is written; "
-                f"go on with: lvrpo pretrain --resume {run.path}"
-            )
+            if not trainer.train(watch.step, interrupted):
+                trainer.require_uninterrupted(interrupted)
         watch.phase(f"done; the policy: {run.path}; report: {build_report(run.path)}")
 
 
-def open_pretraining(options: Options) -> Pretraining:
+def open_pretrainer(options: Options) -> Pretrainer:
     """A new supervised run, or one that goes on."""
     from lvrpo.commands.settings import read_config
     from lvrpo.policies.loading import FINAL
-    from lvrpo.training.pretrain import PretrainConfig
-    from lvrpo.training.run import Pretraining
+    from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 
     if options.resume is not None:
         config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
         refuse_out(options)
         if is_there(options.resume / FINAL):
             raise InputError(f"{options.resume}: has finished: evaluate it with lvrpo evaluate {options.resume}")
-        return Pretraining.resume(options.resume, config)
+        return Pretrainer.resume(options.resume, config)
     config = read_config(PretrainConfig, options.config, options.overrides)
-    return Pretraining.start(config, options.out or Path("runs") / config.name)
+    return Pretrainer.start(config, options.out or Path("runs") / config.name)
 
 
 TRAIN = Command(

@@ -19,9 +19,8 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.reading import is_there
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.host_memory import peak_memory_gib
-from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import START, Pretraining
-from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.run_directory import START, RunDirectory
 from lvrpo.typed_json import Record, typed
 
 RESULT = "eval/after.json"
@@ -117,14 +116,14 @@ def train_and_evaluate(
             sys.exit(1)
 
     begun = (folder / START / SEAL).exists()
-    training = Pretraining.resume(folder, config) if begun else Pretraining.start(config, folder)
-    with training.run as run:
-        training.go(end_with_parent)
+    trainer = Pretrainer.resume(folder, config) if begun else Pretrainer.start(config, folder)
+    with trainer.run as run:
+        trainer.train(end_with_parent)
         judge = None if config.init is None else load_policy(config.init, config.device, "float32").frozen()
         measuring = Measuring(sampled_prompts, judge=judge)
         found = find_benchmarks(benchmarks)
-        evaluation = evaluate(training.trainer.average, found, sizes=sizes, sampling=sampling, measuring=measuring)
-        cost = {"seconds": training.seconds, "peak_memory_gib": peak_memory_gib()}
+        evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, measuring=measuring)
+        cost = {"seconds": trainer.state.seconds, "peak_memory_gib": peak_memory_gib()}
         run.write_json(RESULT, {**evaluation.as_dict(), "cost": cost})
 
 

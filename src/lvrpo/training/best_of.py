@@ -10,7 +10,7 @@ import torch
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
 from lvrpo.policies.base import Policy
 from lvrpo.training.flow import FlowObjective, Noised, add_noise
-from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, has_kind
+from lvrpo.training.objective import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
 from lvrpo.training.text import TextObjective, token_count, token_grid
 from lvrpo.types import Group, SegmentKind
 
@@ -40,11 +40,10 @@ class BestText(TextObjective):
     def size(self, members: Sequence[Member]) -> int:
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         grid = token_grid(live, batch.trajectories, self.kind)
         loss = reduce_tokens(-grid.logprobs, grid.mask)
-        batch.log(f"loss/{self.kind}/{batch.task}", loss)
-        return loss
+        return LossOutput(loss, {f"loss/{self.kind}/{batch.task}": loss})
 
 
 class BestDrawing(FlowObjective):
@@ -59,19 +58,19 @@ class BestDrawing(FlowObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B N C"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B N C"]:
         return self._noised(policy, batch).velocity(policy)
 
-    def _noised(self, policy: Policy, batch: Batch) -> Noised:
+    def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
         return add_noise(policy, batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         noised = self._noised(live, batch)
         v = noised.velocity(live)
         loss = noised.flow_loss(v).mean()
-        batch.log(f"loss/flow/{batch.task}", loss)
+        metrics = {f"loss/flow/{batch.task}": loss}
         if self.config.kl_coef:
             divergence = velocity_regularizer(v, batch.frozen["reference"]).mean()
-            batch.log(f"kl/flow/{batch.task}", divergence)
+            metrics[f"kl/flow/{batch.task}"] = divergence
             loss = loss + self.config.kl_coef * divergence
-        return loss
+        return LossOutput(loss, metrics)

@@ -30,6 +30,8 @@ from lvrpo.storing import read_tensors, require_finite, sync, write_tensors
 
 STATE_BYTES = 1024 * MIB
 """Of state.json."""
+STATE = "state"
+"""Folder of a checkpoint that holds everything but the policy to use."""
 SEAL = "checkpoint.json"
 """The file that makes a folder a checkpoint: size and sha256 of every other file."""
 

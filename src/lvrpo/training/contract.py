@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
+from lvrpo.data.sources import PromptSource
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
-from lvrpo.training.objective import policy_module
+from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.sampling import derive_seed
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.offload import Offloaded
+from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -309,3 +314,40 @@ def require(checks: Sequence[Check]) -> None:
         if not check.ok:
             measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
             raise ContractError(f"step-0 contract: {measured}: {check.detail}")
+
+
+def contract_checks(
+    config: TrainConfig, policies: Policies, source: PromptSource, rewards: Sequence[RewardSource]
+) -> list[Check]:
+    """The step-0 contract on a few prompts of every task, with stochastic steps so that drawings have log-probs too."""
+    prompts = [
+        source.prompt(task, i) for task, count in config.data.prompts_per_step.items() for i in range(min(count, 8))
+    ]
+    sampling = config.sampling(0)
+    if sampling.sampler == "ode":
+        sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
+    seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
+    groups = policies.live.sample(prompts, sampling, seeds)
+    table = score_groups(rewards, groups, policies.judge)
+    may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
+    return step_zero_contract(policies.live, groups, table, config.advantages.std_floor, may_fail)
+
+
+def check_before_first_step(
+    run: RunDirectory, config: TrainConfig, policies: Policies, source: PromptSource, rewards: Sequence[RewardSource]
+) -> None:
+    """Writes contract.json; raises ContractError at the first breach."""
+    checks = contract_checks(config, policies, source, rewards)
+    run.write_json("contract.json", [check.as_dict() for check in checks])
+    require(checks)
+
+
+def check_first_update(
+    run: RunDirectory, policies: Policies, groups: Sequence[Group], table: RewardTable, std_floor: float
+) -> None:
+    """Adds to contract.json what the first update has to have done; raises ContractError at the first breach."""
+    checks = first_update_checks(policies.live, policies.reference, groups, table, std_floor)
+    run.write_json(
+        "contract.json", [*run.read_json("contract.json", list[dict[str, Any]]), *(check.as_dict() for check in checks)]
+    )
+    require(checks)

@@ -11,7 +11,7 @@ from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, has_kind
+from lvrpo.training.objective import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
 from lvrpo.training.text import TextObjective, token_grid
 from lvrpo.types import Group, MaskedSegment, SegmentKind, Trajectory
 
@@ -43,13 +43,13 @@ class TextDPO(TextObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return whole_logprobs(policy, batch.trajectories, self.kind)
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         logprobs, ref = whole_logprobs(live, batch.trajectories, self.kind), batch.frozen["reference"]
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
-        return reported(batch, self.kind, result)
+        return averaged(batch, self.kind, result)
 
 
 class FlowDPO(FlowObjective):
@@ -65,18 +65,18 @@ class FlowDPO(FlowObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return self._losses(policy, batch)
 
-    def _losses(self, policy: Policy, batch: Batch) -> Float[torch.Tensor, " B"]:
+    def _losses(self, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         """At the noise and times of the batch."""
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
         noised = add_noise(policy, batch, self.config, "dpo", seeds)
         return noised.flow_loss(noised.velocity(policy))
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         losses, ref = self._by_pair(self._losses(live, batch)), self._by_pair(batch.frozen["reference"])
-        return reported(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
+        return averaged(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of winners and of losers, one per pair and draw."""
@@ -95,8 +95,7 @@ def whole_logprobs(policy: Policy, trajectories: Sequence[Trajectory], kind: Seg
     return monte_carlo_logprob(grid.logprobs.view(by_draw), grid.mask.view(by_draw)) * drawn.to(grid.logprobs)
 
 
-def reported(batch: Batch, name: str, result: PreferenceLoss) -> torch.Tensor:
-    """The mean loss; it and the share of pairs that the policy orders rightly go into the metrics."""
-    batch.log(f"loss/{name}/{batch.task}", result.loss.mean())
-    batch.log(f"preference/{name}/{batch.task}", (result.margin > 0).float().mean())
-    return result.loss.mean()
+def averaged(batch: Microbatch, name: str, result: PreferenceLoss) -> LossOutput:
+    """The mean loss, and the share of pairs that the policy orders rightly."""
+    loss, ordered = result.loss.mean(), (result.margin > 0).float().mean()
+    return LossOutput(loss, {f"loss/{name}/{batch.task}": loss, f"preference/{name}/{batch.task}": ordered})

@@ -27,10 +27,11 @@ from lvrpo.config import KindConfig
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import STEPS, derive_seed, normal_noise, shift_time, step_weights, uniform_noise
 from lvrpo.training.objective import (
-    Batch,
     FrozenPolicy,
     GroupAdvantages,
+    LossOutput,
     Member,
+    Microbatch,
     Objective,
     flow_segment,
     has_kind,
@@ -156,7 +157,7 @@ class FreshNoiseObjective(ContrastObjective):
         branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
         return self.config.noise_draws * branches
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "K B N C"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "K B N C"]:
         """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
         as they are used."""
         noised, config = self._noised(policy, batch), self.config
@@ -165,32 +166,31 @@ class FreshNoiseObjective(ContrastObjective):
         guided = [noised.velocity(policy, config.reference_guidance)] if config.kl_coef else []
         return torch.stack(guided + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
 
-    def _noised(self, policy: Policy, batch: Batch) -> Noised:
+    def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
         seeds = [trajectory.seed for trajectory in batch.trajectories]
         return add_noise(policy, batch, self.config, self.purpose, seeds)
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         config, noised = self.config, self._noised(live, batch)
         v, v_old = noised.velocity(live), batch.frozen["old"][0]
-        policy_loss = self._policy_loss(noised, v, v_old, batch)
-        batch.log(f"loss/flow/{batch.task}", policy_loss.mean())
-        batch.log("distance/old", velocity_regularizer(v.detach(), v_old).mean())
-        loss = policy_loss
+        loss, metrics = self._policy_loss(noised, v, v_old, batch)
+        metrics[f"loss/flow/{batch.task}"] = loss.mean()
+        metrics["distance/old"] = velocity_regularizer(v.detach(), v_old).mean()
         if config.kl_coef:
             divergence = velocity_regularizer(v, batch.frozen["reference"][0])
-            batch.log(f"kl/flow/{batch.task}", divergence.mean())
+            metrics[f"kl/flow/{batch.task}"] = divergence.mean()
             loss = loss + config.kl_coef * divergence
         if config.unguided_kl_coef:
             divergence = velocity_regularizer(noised.unguided(live), batch.frozen["reference"][-1])
-            batch.log(f"kl/flow_unguided/{batch.task}", divergence.mean())
+            metrics[f"kl/flow_unguided/{batch.task}"] = divergence.mean()
             loss = loss + config.unguided_kl_coef * divergence
-        return loss.mean()
+        return LossOutput(loss.mean(), metrics)
 
     @abstractmethod
     def _policy_loss(
-        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
-    ) -> Float[torch.Tensor, " B"]:
-        """The term that the rewards drive, per drawing and time."""
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
+    ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
+        """The term that the rewards drive, per drawing and time, and what there is to log of it."""
 
 
 class NFT(FreshNoiseObjective):
@@ -199,12 +199,12 @@ class NFT(FreshNoiseObjective):
     purpose = "nft"
 
     def _policy_loss(
-        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
-    ) -> Float[torch.Tensor, " B"]:
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
+    ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
         config = self.config
         q = reward_probability(batch.advantages(), config.advantage_max).repeat_interleave(config.noise_draws)
         state = noised.x_t, noised.t, noised.x_0, q.to(noised.x_0)
-        return nft_loss(v, v_old, None, *state, beta=config.beta, advantage_max=config.advantage_max).policy
+        return nft_loss(v, v_old, None, *state, beta=config.beta, advantage_max=config.advantage_max).policy, {}
 
 
 class AWM(FreshNoiseObjective):
@@ -213,8 +213,8 @@ class AWM(FreshNoiseObjective):
     purpose = "awm"
 
     def _policy_loss(
-        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Batch
-    ) -> Float[torch.Tensor, " B"]:
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
+    ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
         config = self.config
         logprobs, behavior = -noised.flow_loss(v)[:, None], -noised.flow_loss(v_old)[:, None]
         A = batch.advantages().clamp(-config.advantage_max, config.advantage_max)
@@ -227,8 +227,7 @@ class AWM(FreshNoiseObjective):
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        batch.log("clip_fraction/flow", surrogate.clipped.float().mean())
-        return surrogate.loss_terms[:, 0]
+        return surrogate.loss_terms[:, 0], {"clip_fraction/flow": surrogate.clipped.float().mean()}
 
 
 class FlowGRPO(ContrastObjective):
@@ -242,14 +241,14 @@ class FlowGRPO(ContrastObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B W N C"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B W N C"]:
         """Velocities at the recorded states before the trained steps, or the means of these steps."""
         if self.config.kl == "gaussian":
             return replay(policy, batch.trajectories).means
         steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
         return torch.stack([recorded_velocity(policy, batch.trajectories, w) for w in steps], dim=1)
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         config = self.config
         segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
         replayed = replay(live, batch.trajectories)
@@ -258,16 +257,18 @@ class FlowGRPO(ContrastObjective):
         if config.step_weighting == "level":
             terms = terms * level_weights(segments[0], self.config.ratio).to(terms)
         loss = terms.mean()
-        batch.log(f"loss/flow/{batch.task}", loss)
-        batch.log("ratio/flow", surrogate.ratio.mean())
-        batch.log("clip_fraction/flow", surrogate.clipped.float().mean())
+        metrics = {
+            f"loss/flow/{batch.task}": loss,
+            "ratio/flow": surrogate.ratio.mean(),
+            "clip_fraction/flow": surrogate.clipped.float().mean(),
+        }
         if config.kl_coef:
             divergence = self._divergence(live, batch, replayed)
-            batch.log(f"kl/flow/{batch.task}", divergence)
+            metrics[f"kl/flow/{batch.task}"] = divergence
             loss = loss + config.kl_coef * divergence
-        return loss
+        return LossOutput(loss, metrics)
 
-    def _surrogate(self, batch: Batch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> SurrogateLoss:
+    def _surrogate(self, batch: Microbatch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> SurrogateLoss:
         logprobs, reduction = replayed.logprobs, segments[0].logprob_reduction
         behavior = torch.stack([segment.behavior_logprobs for segment in segments]).to(logprobs)
         advantage = batch.advantages()[:, None].to(logprobs)
@@ -282,7 +283,7 @@ class FlowGRPO(ContrastObjective):
         drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
         return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
 
-    def _divergence(self, live: Policy, batch: Batch, replayed: ReplayedSteps) -> torch.Tensor:
+    def _divergence(self, live: Policy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
         ref = batch.frozen["reference"]
         if self.config.kl == "gaussian":
             reduction = flow_segment(batch.trajectories[0]).logprob_reduction
@@ -318,7 +319,7 @@ class Noised:
         return flow_matching_loss(v, self.x_0, self.noise)
 
 
-def add_noise(policy: Policy, batch: Batch, config: FlowConfig, purpose: str, seeds: Sequence[int]) -> Noised:
+def add_noise(policy: Policy, batch: Microbatch, config: FlowConfig, purpose: str, seeds: Sequence[int]) -> Noised:
     """x_t of the batch's drawings at one time in each equal part of the policy's grid.
 
     Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.

@@ -16,7 +16,7 @@ from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import GuardState, RunState
+from lvrpo.training.state import GuardState, TrainState
 from lvrpo.types import Group, Prompt, Task
 
 Verdict = Literal["best", "kept", "fallen", "blind"]
@@ -147,7 +147,9 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 # --- what follows a look ---
 
 
-def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: GuardReport, row: dict[str, Any]) -> bool:
+def guarded(
+    config: TrainConfig, run: RunDirectory, state: TrainState, report: GuardReport, row: dict[str, Any]
+) -> bool:
     """What follows from a look of the guard; returns whether the run stops."""
     score_record.write_look(run, state.step, report.scores, config.guard.every)
     row |= report.row()
@@ -166,7 +168,7 @@ def guarded(config: TrainConfig, run: RunDirectory, state: RunState, report: Gua
     return False
 
 
-def roll_back(config: TrainConfig, run: RunDirectory, state: RunState, step: int) -> None:
+def roll_back(config: TrainConfig, run: RunDirectory, state: TrainState, step: int) -> None:
     """The weights of a checkpoint, at lower learning rates; steps and seconds go on."""
     at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
     state.load(run.checkpoint_dir(step))
@@ -174,7 +176,7 @@ def roll_back(config: TrainConfig, run: RunDirectory, state: RunState, step: int
     state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
 
 
-def turned(config: TrainConfig, run: RunDirectory, state: RunState, guard: Guard, row: dict[str, Any]) -> bool:
+def turned(config: TrainConfig, run: RunDirectory, state: TrainState, guard: Guard, row: dict[str, Any]) -> bool:
     """Whether the run stops because a trained reward and its held-out scorer went apart (``guard.turn``).
 
     If so the weights to keep are those of the step at which the watched scorer was highest.

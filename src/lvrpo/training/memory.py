@@ -36,8 +36,8 @@ from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.methods import asks_for_old, objectives_of
+from lvrpo.training.microbatches import split
 from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
-from lvrpo.training.work import parts
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096
@@ -340,7 +340,7 @@ class _Estimator:
         with unset_fake_temporarily():  # a choice looks at advantages and times
             A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
             chosen = objective.choose(longest, GroupAdvantages.of_all(A))
-            cuts = list(parts(chosen, objective, policy, self.config.limits))
+            cuts = list(split(chosen, objective, policy, self.config.limits))
             return [member.trajectory for member in max(cuts, key=size, default=[])]
 
     def _group(self, prompt: Prompt) -> Group:

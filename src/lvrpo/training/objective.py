@@ -107,6 +107,11 @@ class Metrics:
         self.sums[name] = self.sums.get(name, 0.0) + number * count
         self.counts[name] = self.counts.get(name, 0.0) + count
 
+    def add_all(self, means: Mapping[str, torch.Tensor | float], count: float = 1.0) -> None:
+        """Adds several means over ``count`` items."""
+        for name, value in means.items():
+            self.add(name, value, count)
+
     def include(self, other: Metrics) -> None:
         """Adds the sums and counts of another update."""
         for name, total in other.sums.items():
@@ -132,15 +137,17 @@ FROZEN: tuple[FrozenPolicy, ...] = ("reference", "old")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """As many chosen members of one task as go through the policy at once."""
+class Microbatch:
+    """As many chosen members of one task as go through the policy at once, for one kind of segment."""
 
     task: Task
+    kind: SegmentKind
     step: int
     members: Sequence[Member]
     share: float
     """What these members count of all chosen ones of the task."""
-    metrics: Metrics
+    weight: float = 1.0
+    """Of its loss in the sum of all: that of the task, of the objective, and the share."""
     frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)
     """What the policies of ``Objective.compared_with`` say of it: ``Objective.frozen_terms``."""
 
@@ -152,9 +159,15 @@ class Batch:
         """On the CPU."""
         return torch.tensor([member.advantage for member in self.members])
 
-    def log(self, name: str, value: torch.Tensor | float) -> None:
-        """Records a mean over the batch."""
-        self.metrics.add(name, value, self.share)
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns of a microbatch."""
+
+    loss: torch.Tensor
+    """The mean over its members, with a gradient to the policy."""
+    metrics: Mapping[str, torch.Tensor | float]
+    """Means over its members, by name."""
 
 
 class Objective(ABC):
@@ -197,7 +210,7 @@ class Objective(ABC):
         """The frozen policies that the loss asks, before the live one is."""
         return ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> torch.Tensor:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
         """What the loss compares the live policy's numbers with, of the policy ``name`` of ``compared_with``.
 
         Called without grad.
@@ -205,8 +218,8 @@ class Objective(ABC):
         raise ContractError(f"{type(self).__name__} says compared_with={self.compared_with}, and not what it asks them")
 
     @abstractmethod
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch, with a gradient to the live policy."""
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
+        """The mean loss of a microbatch, with a gradient to the live policy, and what there is to log."""
 
 
 def has_kind(group: Group, kind: SegmentKind) -> bool:

@@ -26,10 +26,10 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, StandIn
 from lvrpo.training.checkpoint import load_state, save_state, seal_checkpoint, verify_checkpoint
 from lvrpo.training.methods import asks_for_old, objectives_of
-from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, policy_module
+from lvrpo.training.microbatches import backward, by_kind
+from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, Microbatch, policy_module
 from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
 from lvrpo.training.wire import Wire, attempt, require
-from lvrpo.training.work import Work, backward_live, frozen_terms
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -73,7 +73,8 @@ class Shards:
     def __init__(self, policy: Policy, config: TrainConfig, wire: Wire) -> None:
         """All policies begin as the given one."""
         module = policy_module(policy)
-        self.policy, self.config, self.wire = policy, config, wire
+        self.policy, self.wire = policy, wire
+        self.objectives = by_kind(objectives_of(config, policy.writes))
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.owner = owners({name: p.numel() for name, p in self.parameters.items()}, wire.size)
         own = {name: p for name, p in self.parameters.items() if self.owner[name] == wire.rank}
@@ -96,6 +97,8 @@ class Shards:
         """Which policy the module is; None: one that is no more."""
         self.announce: Callable[[Act], object] = lambda act: None
         """Tells the others, where there are some who listen."""
+        self.led = False
+        """Whether all processes are told what to do, and do it together."""
 
     @property
     def moving(self) -> dict[str, Mapping[str, torch.Tensor]]:
@@ -132,45 +135,44 @@ class Shards:
             self.here = None
 
     # ---------------------------------------------------------------- training
-    def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
-        """The gradients of everybody's work, summed into the owners, and what everybody logged.
+    def differentiate(self, batches: Sequence[Microbatch]) -> Metrics:
+        """The gradients of everybody's microbatches, summed into the owners, and what everybody logged.
 
         First what the frozen policies say, one after the other, then the live one, as many passes as the busiest
         process has: a card holds one set of weights and the gradients of one pass.
         """
-        config, metrics = self.config, Metrics()
-        frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in work]
-        kinds = {kind for own in self.wire.all_gather_objects({each.kind for each in work}) for kind in own}
-        objectives = [o for o in objectives_of(config, self.policy.writes) if o.kind in kinds]
-        asked = {name for objective in objectives for name in objective.compared_with}
+        metrics = Metrics()
+        frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
+        kinds = {kind for own in self.wire.all_gather_objects({batch.kind for batch in batches}) for kind in own}
+        asked = {name for kind in kinds for name in self.objectives[kind].compared_with}
         for name in FROZEN:
             if name not in asked:
                 continue
             self.unshard(name)
-            self._all(lambda name=name: self._ask(name, work, frozen, step))
+            self._all(lambda name=name: self._ask(name, batches, frozen))
         self.unshard("live")
-        for i in range(max(self.wire.all_gather_objects(len(work)))):
-            own = list(zip(work, frozen, strict=True))[i : i + 1]
-            self._all(lambda own=own: [self._backward(w, step, metrics, terms) for w, terms in own])
+        for i in range(max(self.wire.all_gather_objects(len(batches)))):
+            own = list(zip(batches, frozen, strict=True))[i : i + 1]
+            self._all(lambda own=own: [self._backward(batch, metrics, terms) for batch, terms in own])
             self._reduce_gradients()
         total = Metrics()
         for logged in self.wire.all_gather_objects(metrics):
             total.include(logged)
         return total
 
+    @torch.no_grad()
     def _ask(
-        self, name: FrozenPolicy, work: Sequence[Work], frozen: Sequence[dict[FrozenPolicy, torch.Tensor]], step: int
+        self, name: FrozenPolicy, batches: Sequence[Microbatch], frozen: Sequence[dict[FrozenPolicy, torch.Tensor]]
     ) -> None:
-        for each, terms in zip(work, frozen, strict=True):
-            if name in each.objective(self.config, self.policy).compared_with:
-                terms[name] = frozen_terms(
-                    name, self.policy, self.config, each, step
-                ).cpu()  # of all work there are many
+        for batch, terms in zip(batches, frozen, strict=True):
+            objective = self.objectives[batch.kind]
+            if name in objective.compared_with:
+                terms[name] = objective.frozen_terms(name, self.policy, batch).cpu()  # there are many microbatches
 
-    def _backward(self, work: Work, step: int, metrics: Metrics, terms: Mapping[FrozenPolicy, torch.Tensor]) -> None:
+    def _backward(self, batch: Microbatch, metrics: Metrics, terms: Mapping[FrozenPolicy, torch.Tensor]) -> None:
         device = next(iter(self.parameters.values())).device
         frozen: dict[FrozenPolicy, torch.Tensor] = {name: term.to(device) for name, term in terms.items()}
-        backward_live(self.policy, self.config, work, step, metrics, frozen)
+        backward(self.objectives[batch.kind], self.policy, batch, frozen, metrics)
 
     @torch.no_grad()
     def _reduce_gradients(self) -> None:

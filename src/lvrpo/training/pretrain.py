@@ -5,23 +5,39 @@ Also the supervised baseline, and, on clean prompts with their right outputs, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config, Natural
-from lvrpo.data.scenes import VOCABULARY, CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
+from lvrpo.data.scenes import (
+    VOCABULARY,
+    CleanPrompts,
+    CleanPromptsConfig,
+    CorpusConfig,
+    ScenePrompts,
+    ScenesConfig,
+    WebCorpus,
+    web_corpus,
+)
 from lvrpo.errors import InputError
-from lvrpo.policies.loading import load_policy, pick_device
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import load_policy, pick_device, policy_folder
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
+from lvrpo.rewards.success import successes
 from lvrpo.sampling import derive_seed
-from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into
+from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
+from lvrpo.training.checkpoint import STATE, fingerprint, load_state, save_state, verify_checkpoint
+from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into, copy_weights
 from lvrpo.training.representation import Representation, RepresentationConfig
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.typed_json import shaped
 from lvrpo.types import Example, Prompt, Task
 
 Kind = Literal["generate", "caption", "question", "edit", "reason"]
@@ -114,7 +130,7 @@ class SupervisedStep:
 
 
 class Supervised:
-    """The supervised trainer: one object that can be stepped, saved and resumed."""
+    """The supervised step, and what a checkpoint holds of it."""
 
     def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus | CleanPrompts) -> None:
         self.config = config
@@ -123,7 +139,8 @@ class Supervised:
         self.average = policy.frozen()
         self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
         self.optimizers = Optimizers(policy, config.optimizer, config.steps)
-        self.step_number = 0
+        self.step = 0
+        self.seconds = 0.0
         self.representation: Representation | None = None
         if config.representation.weight:
             seed = derive_seed(config.seed, "representation") % 2**32
@@ -131,9 +148,9 @@ class Supervised:
             self.representation = Representation(config.representation, policy, lr, seed)
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
-    def step(self) -> SupervisedStep:
+    def train_step(self) -> SupervisedStep:
         """One update; everything random is a function of (seed, step)."""
-        step = self.step_number
+        step = self.step
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "supervised", step) % 2**32)
         total: dict[str, float] = {}
         losses = self.policy.supervised_losses(self.batch(step), generator, self.representation)
@@ -150,9 +167,41 @@ class Supervised:
         norms = self.optimizers.step(step)
         if self.representation is not None:
             self.representation.step(self.optimizers.rate(step))
-        self.step_number += 1
+        self.step += 1
         average_into(self.average, self.policy, min(self.config.average_decay, step / (step + 10)))
         return SupervisedStep(total, norms)
+
+    @property
+    def best_steps(self) -> set[int]:
+        """None: the last weights are the result."""
+        return set()
+
+    def write(self, folder: Path) -> None:
+        """Writes the averaged policy in Hub layout, and the state beside it."""
+        self.average.save(folder)
+        (folder / STATE).mkdir()
+        tree = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "policy": dict(self.policy.state_dict()),
+            "average": dict(self.average.state_dict()),
+            "optimizers": self.optimizers.state(),
+        }
+        if self.representation is not None:
+            tree["representation"] = self.representation.state()
+        save_state(folder / STATE, tree)
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        verify_checkpoint(checkpoint)
+        tree = load_state(checkpoint / STATE, finite=True)
+        with shaped(str(checkpoint / STATE / "state.json"), "use another checkpoint"):
+            copy_weights(self.policy, tree["policy"])
+            copy_weights(self.average, tree["average"])
+            self.optimizers.load_state(tree["optimizers"])
+            if self.representation is not None:
+                self.representation.load(tree["representation"])
+            self.step, self.seconds = int(tree["step"]), float(tree["seconds"])
 
     def batch(self, step: int) -> list[Example]:
         """The rows of a step: every kind is walked through in an order of its own, shuffled anew each epoch."""
@@ -223,3 +272,85 @@ def fresh_policy(config: PretrainConfig) -> MoTPolicy:
             raise InputError("representation.weight with BAGEL: its packed pass keeps no states: set it to 0")
         return policy
     return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))
+
+
+@dataclass
+class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
+    """A supervised run, ready to start or to go on."""
+
+    command: ClassVar[str] = "pretrain"
+    config: PretrainConfig
+    run: RunDirectory
+    state: Supervised
+    held_out: Sequence[Prompt] = ()
+    """Prompts that the averaged weights are scored on."""
+
+    @classmethod
+    def start(cls, config: PretrainConfig, folder: Path) -> Self:
+        """Resolves every part before it creates the run directory."""
+        torch.set_num_threads(config.threads)
+        policy = fresh_policy(config)
+        state = Supervised(config, policy, supervised_rows(config))
+        run = RunDirectory.create(folder, config)
+        try:
+            keep_start(run, policy)
+            origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
+            run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
+            return cls(config, run, state, held_out_prompts(config))
+        except BaseException as error:
+            run.leave(error)
+            raise
+
+    @classmethod
+    def resume(cls, folder: Path, config: PretrainConfig | None = None) -> Self:
+        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run."""
+        run = RunDirectory.open(folder)
+        try:
+            if config is not None:
+                run.require_config(config)
+            config = run.config(PretrainConfig)
+            torch.set_num_threads(config.threads)
+            policy = load_policy(require_start(run), config.device, "float32")
+            state = Supervised(config, policy, supervised_rows(config))  # type: ignore[arg-type]  # what start saved
+            trainer = cls(config, run, state, held_out_prompts(config))
+            trainer.restore()
+            run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed})
+            return trainer
+        except BaseException:
+            run.close()
+            raise
+
+    def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
+        config, state = self.config, self.state
+        while state.step < config.steps:
+            with self.logged_step(observe) as row:
+                report = state.train_step()
+                row |= {f"loss/{name}": loss for name, loss in report.losses.items()}
+                row |= {f"grad_norm/{expert}": norm for expert, norm in report.grad_norms.items()}
+                if self.held_out and (state.step % config.held_out_every == 0 or state.step == config.steps):
+                    row |= score_held_out(state.average, self.held_out, config.seed)
+            stop = interrupted()
+            self.save_if_due(last=stop or state.step == config.steps)
+            if stop and state.step < config.steps:
+                return False
+        self.finish(config.steps)
+        return True
+
+
+def held_out_prompts(config: PretrainConfig) -> list[Prompt]:
+    """Validation prompts of the built-in world; none where ``held_out_every`` is 0."""
+    if not config.held_out_every:
+        return []
+    source = ScenePrompts(ScenesConfig(size=config.corpus.size), "validation", 0)
+    return [prompt for task, count in config.held_out.items() for prompt in source.prompts(task, count)]
+
+
+def score_held_out(policy: Policy, prompts: Sequence[Prompt], seed: int) -> dict[str, float]:
+    """Share of right outputs per task, greedy text and unguided drawings."""
+    seeds = [derive_seed(seed, "held out", prompt.id) for prompt in prompts]
+    groups = policy.sample(prompts, Sampling(group_size=1, temperature=0.0, max_new_tokens=8), seeds)
+    right: dict[str, list[float]] = {}
+    for group, row in zip(groups, successes(groups), strict=True):
+        right.setdefault(group.prompt.task, []).append(row[0])
+    return {f"guard/{task}": sum(rows) / len(rows) for task, rows in right.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.success import scorable, successes
-from lvrpo.training.failures import masked
+from lvrpo.training.reward_metrics import masked
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS, Group, RewardTable
 

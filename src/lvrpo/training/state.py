@@ -10,22 +10,17 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from lvrpo.policies.base import Policy
-from lvrpo.training.checkpoint import checkpoint_writer, load_state, save_state, verify_checkpoint
+from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.offload import Offloaded, OffloadedOptimizers, Shards
 from lvrpo.training.optimizer import Optimizers, Stepping, average_into, load_trained, trained_weights
-from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.turn import Turn
 from lvrpo.training.wire import SOLO, Wire
 from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
-
-STATE = "state"
-"""Folder of a checkpoint that holds everything but the policy to use."""
-
 
 ANOTHER = "use another checkpoint"
 
@@ -63,7 +58,7 @@ class GuardState:
 
 
 @dataclass
-class RunState:
+class TrainState:
     """Everything that changes while a run goes on."""
 
     policies: Policies
@@ -84,7 +79,7 @@ class RunState:
     """None: nobody looks for the turn."""
 
     @classmethod
-    def start(cls, policy: Policy, config: TrainConfig, wire: Wire = SOLO) -> RunState:
+    def start(cls, policy: Policy, config: TrainConfig, wire: Wire = SOLO) -> TrainState:
         """The state before the first step: all four policies are the given one, copied where they will part from it.
 
         ``wire``: to the processes that offloaded policies are divided among.
@@ -122,35 +117,29 @@ class RunState:
         slow = {"old": self.policies.old, "average": self.policies.average}[name]
         average_into(policy_module(slow), policy_module(self.policies.live), decay)
 
-    def save(self, run: RunDirectory) -> Path:
-        """Writes checkpoints/step_NNNNNN: the averaged policy in Hub layout, and the state beside it."""
-        path = run.checkpoint_dir(self.step)
-        with checkpoint_writer(path) as folder:
-            if self.shards is None:
-                self.policies.average.save(folder)
-                (folder / STATE).mkdir()
-            else:
-                self.shards.write("average", folder)
-                (folder / STATE).mkdir()
-                self.shards.together("save", (folder / STATE).resolve())
-            save_state(folder / STATE, self._tree())
-        return path
+    def write(self, folder: Path) -> None:
+        """Writes the averaged policy in Hub layout, and the state beside it."""
+        if self.shards is None:
+            self.policies.average.save(folder)
+            (folder / STATE).mkdir()
+        else:
+            self.shards.write("average", folder)
+            (folder / STATE).mkdir()
+            self.shards.together("save", (folder / STATE).resolve())
+        save_state(folder / STATE, self._tree())
 
-    def load(self, checkpoint: Path, everybody: bool = True) -> None:
-        """Goes back to a checkpoint; raises InputError if it is damaged.
-
-        ``everybody``: the other processes of offloaded policies do so too; else they have not begun.
-        """
+    def load(self, checkpoint: Path) -> None:
+        """Goes back to a checkpoint; raises InputError if it is damaged."""
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE, finite=True)
         where = str(checkpoint / STATE / "state.json")
         typed(tree, StateRecord, where, ANOTHER)
         with shaped(where, ANOTHER):
-            self._take(tree, checkpoint, everybody)
+            self._take(tree, checkpoint)
 
-    def _take(self, tree: dict[str, Any], checkpoint: Path, everybody: bool) -> None:
+    def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
         if self.shards is not None:
-            if everybody:
+            if self.shards.led:
                 self.shards.together("load", (checkpoint / STATE).resolve())
             else:
                 self.shards.load_own(checkpoint / STATE)

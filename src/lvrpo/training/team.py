@@ -21,11 +21,12 @@ import torch
 from lvrpo.errors import ContractError, InputError, LostProcessError
 from lvrpo.policies.base import Policy, Sampling, StandIn
 from lvrpo.training.interrupt import Interrupted
-from lvrpo.training.objective import Metrics, Policies, policy_module
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.microbatches import backward, by_kind, frozen_terms
+from lvrpo.training.objective import Metrics, Microbatch, Policies, policy_module
 from lvrpo.training.offload import Act, Shards
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.wire import Sent, Wire, attempt, require
-from lvrpo.training.work import Work, backward
 from lvrpo.types import Group, Image, Parts, Prompt
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Differentiate:
-    """Everybody replays members of their own."""
-
-    step: int
+    """Everybody differentiates microbatches of their own."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,12 @@ class Rank:
         require([failure for _, failure in answers])
         return [found for found, _ in answers]
 
-    def differentiate(self, work: Sequence[Work], step: int) -> Metrics:
+    def differentiate(self, batches: Sequence[Microbatch]) -> Metrics:
         """Everybody's gradients, summed into the first process, and what everybody logged."""
         if self.shards is not None:
-            return self.shards.differentiate(work, step)
+            return self.shards.differentiate(batches)
         metrics, live = Metrics(), policy_module(self.policies.live)
-        _, failure = attempt(lambda: [backward(self.policies, self.config, each, step, metrics) for each in work])
+        _, failure = attempt(lambda: self._backward(batches, metrics))
         parameters = [parameter for parameter in live.parameters() if parameter.requires_grad]
         known = [parameter.grad is not None for parameter in parameters]
         reports = self.wire.all_gather_objects((failure, metrics, known))
@@ -130,6 +129,12 @@ class Rank:
         if self.wire.rank:
             live.zero_grad(set_to_none=True)
         return total
+
+    def _backward(self, batches: Sequence[Microbatch], metrics: Metrics) -> None:
+        objectives = by_kind(objectives_of(self.config, self.policies.live.writes))
+        for batch in batches:
+            objective = objectives[batch.kind]
+            backward(objective, self.policies.live, batch, frozen_terms(objective, self.policies, batch), metrics)
 
 
 def serve(wire: Wire, build: Callable[[Setup], tuple[Policies, Shards | None]]) -> None:
@@ -152,7 +157,7 @@ def _help(rank: Rank) -> None:
             rank.call(command.policy, command.method, wire.scatter_objects())
         elif isinstance(command, Differentiate):
             with _raised_by_the_first():
-                rank.differentiate(wire.scatter_objects(), command.step)
+                rank.differentiate(wire.scatter_objects())
         elif isinstance(command, Act):
             with _raised_by_the_first():
                 getattr(rank.shards, command.method)(*command.arguments)
@@ -188,16 +193,15 @@ class Team:
     def moved(self, *names: str) -> None:
         """Says which policies (none: all that move) have other weights than before."""
 
-    def differentiate(
-        self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
-    ) -> Metrics:
-        """Adds the gradients of all hands, one of each process; what was logged."""
-        if self.shards is not None:
-            return self.shards.differentiate(hands[0], step)
-        metrics = Metrics()
-        for work in hands[0]:
-            backward(policies, config, work, step, metrics)
-        return metrics
+    @property
+    def shares_updates(self) -> bool:
+        """Whether gradients are those of several processes, or of weights that are not all in place."""
+        return self.shards is not None
+
+    def differentiate(self, batches: Sequence[Sequence[Microbatch]]) -> Metrics:
+        """Adds the gradients of everybody's microbatches, those of each process in turn; what was logged."""
+        assert self.shards is not None
+        return self.shards.differentiate(batches[0])
 
 
 ALONE = Team()
@@ -220,7 +224,7 @@ class Leader(Team):
             wire.close()
         require(failures)
         if shards is not None:
-            shards.announce = wire.broadcast_object
+            shards.announce, shards.led = wire.broadcast_object, True
 
     def __enter__(self) -> Self:
         return self
@@ -242,12 +246,14 @@ class Leader(Team):
             return
         self.stale |= set(names or self.names.values()) - {"reference"}
 
-    def differentiate(
-        self, policies: Policies, config: TrainConfig, hands: Sequence[Sequence[Work]], step: int
-    ) -> Metrics:
+    @property
+    def shares_updates(self) -> bool:
+        return True
+
+    def differentiate(self, batches: Sequence[Sequence[Microbatch]]) -> Metrics:
         self._refresh("live", "old")
-        self.wire.broadcast_object(Differentiate(step))
-        return self.own.differentiate(self.wire.scatter_objects(hands), step)
+        self.wire.broadcast_object(Differentiate())
+        return self.own.differentiate(self.wire.scatter_objects(batches))
 
     def call(self, name: str, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Sent]:
         """Every process's result of a method of a policy; None where it is given no arguments."""

@@ -16,7 +16,7 @@ from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tok
 from lvrpo.config import KindConfig
 from lvrpo.policies.base import Policy
 from lvrpo.training import objective
-from lvrpo.training.objective import Batch, FrozenPolicy, GroupAdvantages, Member, Objective
+from lvrpo.training.objective import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, Objective
 from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory, segments_through
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ class TokenObjective(TextObjective):
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Batch) -> Float[torch.Tensor, "B L"]:
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B L"]:
         return token_grid(policy, batch.trajectories, self.kind).logprobs
 
-    def loss(self, live: Policy, batch: Batch) -> torch.Tensor:
+    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
         config, kind = self.config, self.kind
         grid = token_grid(live, batch.trajectories, kind)
         draws = len(grid.mask) // len(batch.members)
@@ -130,24 +130,25 @@ class TokenObjective(TextObjective):
             grid.logprobs, grid.anchor, advantage, grid.mask, clip_low=config.clip_low, clip_high=config.clip_high
         )
         terms = surrogate.loss_terms
+        metrics: dict[str, torch.Tensor] = {}
         if config.importance_cap is not None:
             weights = truncated_weights(grid.anchor, grid.behavior, grid.mask, cap=config.importance_cap)
-            batch.log(f"importance/{kind}", weights[grid.mask].mean())
+            metrics[f"importance/{kind}"] = weights[grid.mask].mean()
             terms = weights * terms
         loss = self._reduced(terms, grid)
-        batch.log(f"loss/{kind}/{batch.task}", loss)
-        batch.log(f"ratio/{kind}", surrogate.ratio[grid.mask].mean())
-        batch.log(f"clip_fraction/{kind}", surrogate.clipped[grid.mask].float().mean())
+        metrics[f"loss/{kind}/{batch.task}"] = loss
+        metrics[f"ratio/{kind}"] = surrogate.ratio[grid.mask].mean()
+        metrics[f"clip_fraction/{kind}"] = surrogate.clipped[grid.mask].float().mean()
         entropy = "entropy" if kind == "text" else f"entropy/{kind}"
-        batch.log(f"{entropy}/{batch.task}", grid.entropy[grid.mask].mean())
+        metrics[f"{entropy}/{batch.task}"] = grid.entropy[grid.mask].mean()
         if config.kl_coef:
             divergence = self._reduced(KL[config.kl](grid.logprobs, batch.frozen["reference"]), grid)
-            batch.log(f"kl/{kind}/{batch.task}", divergence)
+            metrics[f"kl/{kind}/{batch.task}"] = divergence
             loss = loss + config.kl_coef * divergence
         if config.entropy_coef:
             bonus = entropy_bonus(grid.entropy, grid.mask, config.reduction, constant=self._constant(grid))
             loss = loss + config.entropy_coef * bonus
-        return loss
+        return LossOutput(loss, metrics)
 
     def _reduced(self, terms: Float[torch.Tensor, "B L"], grid: TokenGrid) -> torch.Tensor:
         return reduce_tokens(terms, grid.mask, self.config.reduction, constant=self._constant(grid))

@@ -12,20 +12,20 @@ from lvrpo.rewards.held_out import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.contract import Check
+from lvrpo.training.contract import Check, contract_checks
 from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.judge import NOTHING_HELD_OUT
-from lvrpo.training.loop import contract_checks
 from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.run import memory_of, open_policy
+from lvrpo.training.setup import memory_of, open_policy
 from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
-from lvrpo.training.state import RunState
+from lvrpo.training.state import TrainState
 from lvrpo.training.team import Team
-from lvrpo.training.update import take_steps
+from lvrpo.training.trainer import train_step
 
 SHARE = 4
 """The small step has one prompt in so many of each task."""
@@ -62,7 +62,7 @@ def try_out(config: TrainConfig) -> Trial:
     source, rewards, guard = parts.source, parts.rewards, parts.guard
     policy = open_policy(config)[0]
     parts.require_readable(policy)
-    state = RunState.start(policy, config)
+    state = TrainState.start(policy, config)
     checks = contract_checks(config, state.policies, source, rewards)
     if not all(check.ok for check in checks):
         return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
@@ -74,7 +74,9 @@ def try_out(config: TrainConfig) -> Trial:
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
     table = score_groups(rewards, groups, state.policies.judge)
     advantages = segment_advantages(table, groups, config.advantages)
-    take_steps(state.policies, state.optimizers, groups, advantages, small, 0, team=Team(state.shards))
+    objectives = objectives_of(config, policy.writes)
+    team = Team(state.shards)
+    train_step(state.policies, objectives, state.optimizers, groups, advantages, small, 0, team=team)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()

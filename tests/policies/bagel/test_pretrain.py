@@ -97,7 +97,7 @@ def test_supervised_training_of_bagel(folder: Path) -> None:
     assert isinstance(trainer.policy, BagelPolicy)
     rows = trainer.batch(0)
     assert all(example.prompt.parts for example in rows)  # what is left out, BAGEL leaves out by itself
-    losses = [trainer.step().losses for _ in range(12)]
+    losses = [trainer.train_step().losses for _ in range(12)]
     assert set(losses[0]) == {"text", "image"}
     assert losses[-1]["text"] < 0.9 * losses[0]["text"]
     assert losses[-1]["image"] < losses[0]["image"]

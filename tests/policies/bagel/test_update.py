@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients_only import differentiate
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
@@ -15,8 +16,6 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies, recorded_passes
-from lvrpo.training.update import update
-from lvrpo.training.work import parts
 from lvrpo.types import Group, Image, Prompt
 
 GUIDED: dict[str, Any] = {
@@ -63,7 +62,7 @@ def gradient(policies: Policies, groups: list[Group], config: TrainConfig) -> to
     assert isinstance(live, BagelPolicy)
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(len(groups), -1)
     config.limits.apply(live)
-    update(policies, groups, dict.fromkeys(KINDS, GroupAdvantages.of_all(A)), config, 0)
+    differentiate(policies, groups, dict.fromkeys(KINDS, GroupAdvantages.of_all(A)), config, 0)
     found = [p.grad.flatten() for p in live.parameters() if p.grad is not None]
     live.zero_grad(set_to_none=True)
     return torch.cat(found)

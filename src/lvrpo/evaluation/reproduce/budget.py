@@ -10,10 +10,9 @@ from typing import Any
 from lvrpo.errors import InputError
 from lvrpo.evaluation.compute import NO_COMPUTE, Compute, ComputeCounter
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.loop import control_rollout
-from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.run import Alignment, Pretraining
+from lvrpo.training.trainer import Trainer, control_rollout
 
 AnyConfig = TrainConfig | PretrainConfig
 
@@ -78,9 +77,9 @@ def count_cost(config: AnyConfig) -> RunCost:
 
 def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
     marks: list[Compute] = []
-    training = Pretraining.start(config.model_copy(update={"steps": PLAIN + 1, "held_out_every": 0}), folder)
-    with training.run, ComputeCounter() as counter:
-        training.go(lambda row: marks.append(counter.now))
+    trainer = Pretrainer.start(config.model_copy(update={"steps": PLAIN + 1, "held_out_every": 0}), folder)
+    with trainer.run, ComputeCounter() as counter:
+        trainer.train(lambda row: marks.append(counter.now))
     return RunCost((marks[-1] - marks[0]) * (1 / PLAIN))
 
 
@@ -89,14 +88,14 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     guard = config.guard.model_copy(update={"every": last, "action": "warn", "turn": None})
     rare = {"guard": guard, "control_every": last, "samples_every": last, "checkpoint_every": last}
     marks: list[Compute] = []
-    alignment = Alignment.start(config.model_copy(update={**rare, "steps": last}), folder)
-    with alignment.run, ComputeCounter() as counter:
-        alignment.go(lambda row: marks.append(counter.now))
+    trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
+    with trainer.run, ComputeCounter() as counter:
+        trainer.train(lambda row: marks.append(counter.now))
         before = counter.now
-        alignment.guard.score(alignment.state.policies.average)
+        trainer.guard.score(trainer.state.policies.average)
         look = counter.now - before
-        prompts = prompts_of_step(alignment.source, config, 0)
-        control_rollout(alignment.policies, prompts, config, 0)
+        prompts = prompts_of_step(trainer.source, config, 0)
+        control_rollout(trainer.policies, prompts, config, 0)
         control = counter.now - before - look
     step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
     start = marks[0] - step - look - control

@@ -22,9 +22,9 @@ from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.health import assess
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
-from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import START, Alignment, Pretraining
-from lvrpo.training.run_directory import environment, json_text
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.run_directory import START, environment, json_text
+from lvrpo.training.trainer import Trainer
 
 MEMBER = "member.json"
 """File of a tuning run: what its member of the grid reached on validation."""
@@ -196,21 +196,21 @@ class Runner:
         """Starts a run or goes on with it; a finished one is read."""
         begun = (folder / START / SEAL).exists()
         if isinstance(config, PretrainConfig):
-            training = Pretraining.resume(folder, config) if begun else Pretraining.start(config, folder)
+            trainer = Pretrainer.resume(folder, config) if begun else Pretrainer.start(config, folder)
         else:
-            training = Alignment.resume(folder, config) if begun else Alignment.start(config, folder)
-        with training.run:
-            if not training.finished:
+            trainer = Trainer.resume(folder, config) if begun else Trainer.start(config, folder)
+        with trainer.run:
+            if not trainer.finished:
                 self.say(f"training: {config.steps} steps")
             with Interruption(say_stopping) as interrupted:
-                done = training.go(interrupted=interrupted)
+                done = trainer.train(interrupted=interrupted)
             if not done or interrupted():
                 raise Interrupted(f"{folder}: interrupted, a checkpoint is written; the same command goes on with it")
-            if isinstance(training, Pretraining):
-                return Trained(training.trainer.average, training.trainer.step_number, training.seconds)
-            findings = assess(training.run.metrics(), training.config.max_failed).findings
+            if isinstance(trainer, Pretrainer):
+                return Trained(trainer.state.average, trainer.state.step, trainer.state.seconds)
+            findings = assess(trainer.run.metrics(), trainer.config.max_failed).findings
             words = tuple(finding.words for finding in findings)
-            return Trained(training.result(), training.state.step, training.state.seconds, words)
+            return Trained(trainer.result(), trainer.state.step, trainer.state.seconds, words)
 
     def _write(self, path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

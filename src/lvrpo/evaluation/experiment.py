@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from lvrpo.config import config_sha256, parse_section
 from lvrpo.errors import InputError
@@ -23,17 +23,16 @@ from lvrpo.evaluation.suite import (
     find_benchmarks,
     own_benchmarks,
 )
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import picture_side
 from lvrpo.reading import is_there
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
 from lvrpo.training.host_memory import peak_memory_gib
-from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig
-from lvrpo.training.run import Alignment
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.trainer import Trainer
 from lvrpo.typed_json import Record
 from lvrpo.types import Prompt
 
@@ -69,7 +68,7 @@ class Plan:
     """Whether the baseline runs in a second process at the same time, or afterwards."""
 
     def files(self) -> dict[str, Any]:
-        """What ``Alignment.start`` writes, so that a run goes on with the plan that it began with. Any: JSON."""
+        """What ``Trainer.start`` writes, so that a run goes on with the plan that it began with. Any: JSON."""
         baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
         return {PLAN: {**vars(self), "baseline": baseline}}
 
@@ -98,65 +97,105 @@ class Watcher(Protocol):
         ...
 
 
-def run_experiment(alignment: Alignment, plan: Plan, watch: Watcher) -> dict[str, Any]:
-    """Does what is left to do of the experiment and returns its summary; everything lands in the run directory.
+class Experiment:
+    """What surrounds an alignment: measurements before and after, a baseline, the report.
 
-    Raises Interrupted, with a checkpoint written, after Ctrl-C or SIGTERM.
+    Everything lands in the run directory, and what is there already is not done again. A context manager: leaving it
+    ends the baseline's process.
     """
-    run, config = alignment.run, alignment.config
-    plan = plan.kept(run)
-    rollout = config.rollout
-    sampling = replace(
-        SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
-    )
-    baseline = None
-    if plan.baseline is not None:
-        folder = run.path / "baseline"
-        baseline = Baseline(plan.baseline, folder, plan.benchmarks, plan.sizes, sampling, plan.sampled_prompts)
-    try:
+
+    def __init__(self, trainer: Trainer, plan: Plan, watch: Watcher) -> None:
+        """``plan``: of a new run; one that goes on has its own."""
+        self.trainer, self.run, self.watch = trainer, trainer.run, watch
+        self.plan = plan = plan.kept(trainer.run)
+        rollout = trainer.config.rollout
+        self.sampling = replace(
+            SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
+        )
+        self.baseline: Baseline | None = None
+        if plan.baseline is not None:
+            folder = trainer.run.path / "baseline"
+            sizes = (plan.benchmarks, plan.sizes)
+            self.baseline = Baseline(plan.baseline, folder, *sizes, self.sampling, plan.sampled_prompts)
+        self._shown: list[Prompt] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.baseline is not None:
+            self.baseline.stop()
+
+    def before(self) -> Evaluation:
+        """Starts the baseline, where it runs beside the alignment, and measures the policy that the run starts from."""
+        plan, baseline, trainer = self.plan, self.baseline, self.trainer
         if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
-            watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {plan.baseline.steps} steps")
+            steps = plan.baseline.steps
+            self.watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {steps} steps")
             baseline.start()
-        before = measure(alignment, "before", lambda: alignment.policies.reference, plan, sampling, watch)
-        align_watched(alignment, plan, sampling, watch)
-        after = measure(alignment, "after", alignment.result, plan, sampling, watch)
+        evaluation = self._measure("before", lambda: trainer.policies.reference)
+        if not trainer.finished:
+            self.watch.phase(f"align: {trainer.config.steps} steps")
+            self._shown = self._prompts_shown()
+        return evaluation
+
+    def observe(self, row: Mapping[str, Any]) -> None:
+        """Half-way the prompts that the report shows are drawn once more. Any: as metrics have them."""
+        middle = max(1, self.trainer.config.steps // 2)
+        if row["step"] == middle and self._shown:
+            groups = sample_prompts(self.trainer.policies.average, self._shown, self.sampling, 0)
+            name = f"step_{middle:06d}"
+            self.run.write_json(f"eval/{name}.json", {"prompts": write_cases(self.run, name, groups)})
+        self.watch.step(row)
+
+    def after(self, before: Evaluation) -> dict[str, Any]:
+        """Measures the result, waits for the baseline, writes the report; the summary. Any: JSON."""
+        plan, run, baseline = self.plan, self.run, self.baseline
+        after = self._measure("after", self.trainer.result)
         require_same_prompts(run, before, after)
         against = None
         if baseline is not None:
-            watch.phase(f"{plan.baseline_name}: waiting for the baseline")
+            self.watch.phase(f"{plan.baseline_name}: waiting for the baseline")
             if not plan.parallel:
                 baseline.start()
             against = baseline.wait()
-    finally:
-        if baseline is not None:
-            baseline.stop()
-    summary = summarize(alignment, before, after, against, plan)
-    run.write_summary(summary)
-    write_audit(run.path)
-    watch.phase(f"report: {build_report(run.path)}")
-    return summary
+        summary = summarize(self.trainer, before, after, against, plan)
+        run.write_summary(summary)
+        write_audit(run.path)
+        self.watch.phase(f"report: {build_report(run.path)}")
+        return summary
 
+    def _measure(self, phase: str, policy: Callable[[], Policy]) -> Evaluation:
+        """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
 
-def measure(
-    alignment: Alignment, phase: str, policy: Callable[[], Policy], plan: Plan, sampling: Sampling, watch: Watcher
-) -> Evaluation:
-    """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
+        The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
+        """
+        run, plan, base = self.run, self.plan, self.trainer.policies.reference
+        path = run.path / "eval" / f"{phase}.json"
+        if is_there(path):
+            return read_evaluation(run, f"eval/{phase}.json")[0]
+        benchmarks = planned_benchmarks(self.trainer, plan)
+        if benchmarks:
+            self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, benchmarks))}")
+        scorer = self.trainer.parts.scorer
+        measuring = Measuring(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
+        evaluation = evaluate(
+            policy(), benchmarks, sizes=plan.sizes, sampling=self.sampling, keep=keep_cases, measuring=measuring
+        )
+        write_evaluation(run, phase, evaluation)
+        return evaluation
 
-    The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
-    """
-    run, base = alignment.run, alignment.policies.reference
-    path = run.path / "eval" / f"{phase}.json"
-    if is_there(path):
-        return read_evaluation(run, f"eval/{phase}.json")[0]
-    benchmarks = planned_benchmarks(alignment, plan)
-    if benchmarks:
-        watch.phase(f"evaluate {phase}: {', '.join(map(in_words, benchmarks))}")
-    measuring = Measuring(plan.sampled_prompts, judge=base, scorer=alignment.parts.scorer, reward_judge=base)
-    evaluation = evaluate(
-        policy(), benchmarks, sizes=plan.sizes, sampling=sampling, keep=keep_cases, measuring=measuring
-    )
-    write_evaluation(run, phase, evaluation)
-    return evaluation
+    def _prompts_shown(self) -> list[Prompt]:
+        """The prompts of the cases that eval/before.json shows."""
+        sizes = self.plan.sizes
+        known = {
+            prompt.id: prompt
+            for benchmark in planned_benchmarks(self.trainer, self.plan)
+            if benchmark.name not in DOUBLES
+            for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
+        }
+        shown = read_evaluation(self.run, "eval/before.json")[1].get("prompts", [])
+        return [known[row["id"]] for row in shown if row["id"] in known]
 
 
 def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
@@ -173,9 +212,9 @@ def in_words(benchmark: Benchmark) -> str:
     return benchmark.name if benchmark.metric == "success" else f"{benchmark.name} (the run's own rewards)"
 
 
-def planned_benchmarks(alignment: Alignment, plan: Plan) -> list[Benchmark]:
+def planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     """Those of a plan, rows of the user scored as the run scores them."""
-    config, parts = alignment.config, alignment.parts
+    config, parts = trainer.config, trainer.parts
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
     files = any(name.endswith(".jsonl") for name in names)
     side = picture_side(config.policy) if files else None
@@ -185,55 +224,20 @@ def planned_benchmarks(alignment: Alignment, plan: Plan) -> list[Benchmark]:
     return found
 
 
-def align_watched(alignment: Alignment, plan: Plan, sampling: Sampling, watch: Watcher) -> None:
-    """The alignment; half-way the kept prompts are drawn once more for the report."""
-    run, config = alignment.run, alignment.config
-    if alignment.finished:
-        return
-    watch.phase(f"align: {config.steps} steps")
-    prompts = shown_prompts(alignment, plan)
-    middle = max(1, config.steps // 2)
-
-    def observe(row: Mapping[str, Any]) -> None:
-        if row["step"] == middle and prompts:
-            groups = sample_prompts(alignment.policies.average, prompts, sampling, 0)
-            run.write_json(f"eval/step_{middle:06d}.json", {"prompts": write_cases(run, f"step_{middle:06d}", groups)})
-        watch.step(row)
-
-    with Interruption(say_stopping) as interrupted:
-        done = alignment.go(observe, interrupted)
-    if not done or interrupted():
-        step = alignment.state.step
-        raise Interrupted(f"interrupted after step {step} of {config.steps}; the checkpoint is written")
-
-
-def shown_prompts(alignment: Alignment, plan: Plan) -> list[Prompt]:
-    """The prompts of the cases that eval/before.json shows."""
-    run = alignment.run
-    known = {
-        prompt.id: prompt
-        for benchmark in planned_benchmarks(alignment, plan)
-        if benchmark.name not in DOUBLES
-        for prompt in benchmark.prompts(plan.sizes.get(benchmark.name, benchmark.n))
-    }
-    shown = read_evaluation(run, "eval/before.json")[1].get("prompts", [])
-    return [known[row["id"]] for row in shown if row["id"] in known]
-
-
 def summarize(
-    alignment: Alignment,
+    trainer: Trainer,
     before: Evaluation,
     after: Evaluation,
     against: tuple[Evaluation, Mapping[str, Any]] | None,
     plan: Plan,
 ) -> dict[str, Any]:
     """``summary.json``."""
-    config, state = alignment.config, alignment.state
+    config, state = trainer.config, trainer.state
     summary: dict[str, Any] = {
         "before": before.results(),
         "after": after.results(),
         "difference": before.difference(after),
-        "health": assess(alignment.run.metrics(), config.max_failed).as_dict(),
+        "health": assess(trainer.run.metrics(), config.max_failed).as_dict(),
         "guard": {"best_step": state.guard.best_step, "rolled_back": state.guard.rollbacks},
         "seconds": state.seconds,
         "evaluation_seconds": before.seconds + after.seconds,
@@ -269,7 +273,7 @@ def free_folder(wanted: Path) -> Path:
 def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     """What ``lvrpo train`` evaluates by default: the built-in world, or the user's test rows.
 
-    Without test rows the validation rows stand in, and without those nothing is measured; both are warned of.
+    Without test rows the validation rows stand in, and without those nothing is measured: ``warn_without_test``.
     """
     if benchmarks:
         return Plan(tuple(benchmarks))
@@ -278,16 +282,20 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     if config.data.source != "jsonl":
         return Plan((TEST_ROWS,))
     rows = config.data.jsonl
-    if rows.test is None:
-        stand_in = (
-            "nothing is measured before and after"
-            if rows.validation is None
-            else (f"before and after are measured on {rows.validation}, on which the guard also chooses the weights")
-        )
-        warnings.warn(f"data.jsonl.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)
     for name, path in (("test", rows.test), ("validation", rows.validation)):
         if path is not None and path.suffix != ".jsonl":
             raise InputError(f"data.jsonl.{name}={path}: must end in .jsonl: rename the file")
         if path is not None:
             return Plan((str(path),))
     return Plan(())
+
+
+def warn_without_test(config: TrainConfig) -> None:
+    """Warns where ``held_out_plan`` finds no test rows; after the run has started, for wrong input is one line."""
+    rows = config.data.jsonl
+    if config.data.source != "jsonl" or rows.test is not None:
+        return
+    stand_in = "nothing is measured before and after"
+    if rows.validation is not None:
+        stand_in = f"before and after are measured on {rows.validation}, on which the guard also chooses the weights"
+    warnings.warn(f"data.jsonl.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)

@@ -1,0 +1,176 @@
+"""What alignment and pretraining share: steps with their metrics, checkpoints, the end of a run."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from lvrpo.errors import LostProcessError, LvrpoError
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import FINAL
+from lvrpo.reading import is_there
+from lvrpo.training.checkpoint import (
+    atomic_folder,
+    checkpoint_step,
+    checkpoint_writer,
+    latest_checkpoint,
+    prune_checkpoints,
+    seal_checkpoint,
+    verify_checkpoint,
+)
+from lvrpo.training.host_memory import return_freed_memory
+from lvrpo.training.interrupt import Interrupted
+from lvrpo.training.run_directory import START, RunDirectory
+
+Observer = Callable[[Mapping[str, Any]], None]
+"""Called with the metrics row of every step."""
+
+
+class State(Protocol):
+    """What a checkpoint holds."""
+
+    step: int
+    """Steps done."""
+    seconds: float
+    """Training seconds so far, over all resumptions."""
+
+    @property
+    def best_steps(self) -> set[int]:
+        """The steps whose checkpoints are kept, whatever comes after them."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Writes the policy to use in the folder, and everything else below it."""
+        ...
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        ...
+
+
+class Lengths(Protocol):
+    """The fields that every configuration of a run has."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+
+
+C = TypeVar("C", bound=Lengths)
+S = TypeVar("S", bound=State)
+
+
+class BaseTrainer(ABC, Generic[C, S]):
+    """A run on the disk that is trained step by step."""
+
+    command: ClassVar[str]
+    """Of the command line, which resumes it."""
+    config: C
+    run: RunDirectory
+    state: S
+
+    @abstractmethod
+    def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return is_there(self.run.path / FINAL)
+
+    def restore(self) -> None:
+        """Goes on from the last whole checkpoint; metrics that came after it are dropped.
+
+        That of step 0 is made anew, with what is measured before the first step.
+        """
+        last = latest_checkpoint(self.run.path)
+        if last is not None and checkpoint_step(last):
+            self.state.load(last)
+        self._prune()  # what a kill left beside the last
+        self.run.truncate_metrics(self.state.step or -1)
+
+    @contextmanager
+    def logged_step(self, observe: Observer) -> Iterator[dict[str, Any]]:
+        """A step: what is put into the row goes into the metrics, with the time it took. Any: numbers and texts."""
+        started, state = time.perf_counter(), self.state
+        row: dict[str, Any] = {"step": state.step + 1}
+        yield row
+        state.seconds += time.perf_counter() - started
+        row |= {"seconds": state.seconds, "seconds_left": state.seconds / state.step * (self.config.steps - state.step)}
+        self.run.append_metrics(row)
+        observe(row)
+        return_freed_memory()
+
+    @contextmanager
+    def saved_if_it_fails(self) -> Iterator[None]:
+        """What fails before a step has changed anything leaves a checkpoint of the steps that are done.
+
+        An error of lvrpo's own says so. Nothing is written where another process is lost, or the disk does not let it.
+        """
+        step, run = self.state.step, self.run
+        try:
+            yield
+        except LostProcessError:
+            raise
+        except Exception as error:
+            with suppress(Exception):  # the first error is the one to tell
+                if step and not run.checkpoint_dir(step).is_dir():
+                    self.save()
+            if step and isinstance(error, LvrpoError) and run.checkpoint_dir(step).is_dir():
+                went_on = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
+                raise type(error)(went_on) from error
+            raise
+
+    def save(self) -> Path:
+        """Writes checkpoints/step_NNNNNN: the policy to use in Hub layout, and the state beside it."""
+        path = self.run.checkpoint_dir(self.state.step)
+        with checkpoint_writer(path) as folder:
+            self.state.write(folder)
+        return path
+
+    def save_if_due(self, last: bool) -> None:
+        """Saves where the configuration wants it, at the last step and at the best ones."""
+        state = self.state
+        if state.step % self.config.checkpoint_every == 0 or last or state.step in state.best_steps:
+            self.save()
+            self._prune()
+
+    def _prune(self) -> None:
+        prune_checkpoints(self.run.path, self.config.keep_checkpoints, keep=self.state.best_steps)
+
+    def finish(self, step: int) -> None:
+        """Says which step's weights are the result."""
+        self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step})
+
+    def require_uninterrupted(self, interrupted: Callable[[], bool], command: str | None = None) -> None:
+        """Raises Interrupted after a request to stop, which ``train`` obeyed with a checkpoint written.
+
+        ``command``: what resumes the run, where it is not the trainer's own.
+        """
+        if interrupted():
+            raise Interrupted(
+                f"interrupted after step {self.state.step} of {self.config.steps}; the checkpoint is written; "
+                f"go on with: lvrpo {command or self.command} --resume {self.run.path}"
+            )
+
+
+def keep_start(run: RunDirectory, policy: Policy) -> None:
+    """Writes the starting weights into the run, sealed."""
+    shutil.rmtree(run.path / START, ignore_errors=True)
+    with atomic_folder(run.path / START) as folder:
+        policy.save(folder)
+        seal_checkpoint(folder)
+
+
+def require_start(run: RunDirectory) -> Path:
+    """The folder of the starting weights; raises InputError where it is damaged."""
+    verify_checkpoint(run.path / START)
+    return run.path / START

@@ -1,0 +1,149 @@
+"""Which members of the groups an update replays together: as many at a time as a gradient is kept for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvrpo.policies.base import Policy
+from lvrpo.policies.mot.batching import cut
+from lvrpo.training.limits import LimitsConfig
+from lvrpo.training.objective import (
+    KINDS,
+    Advantages,
+    FrozenPolicy,
+    Member,
+    Metrics,
+    Microbatch,
+    Objective,
+    Policies,
+)
+from lvrpo.types import TASKS, Group, SegmentKind, Task
+
+if TYPE_CHECKING:
+    from lvrpo.training.config import TrainConfig
+
+
+def minibatches(
+    groups: Sequence[Group], advantages: Advantages, count: int
+) -> Iterator[tuple[list[Group], Advantages]]:
+    """The groups of a rollout in ``count`` parts, an optimizer step each; those of every task are dealt in turn."""
+    if count == 1:
+        yield list(groups), advantages
+        return
+    seen: Counter[Task] = Counter()
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for p, group in enumerate(groups):
+        parts[seen[group.prompt.task] % count].append(p)
+        seen[group.prompt.task] += 1
+    for rows in parts:
+        if rows:
+            yield [groups[p] for p in rows], {kind: advantages[kind].rows(rows) for kind in KINDS}
+
+
+def microbatches(
+    policy: Policy,
+    objectives: Sequence[Objective],
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: TrainConfig,
+    step: int,
+    metrics: Metrics,
+    processes: int = 1,
+) -> list[list[Microbatch]]:
+    """What every process differentiates: of each task and objective the members that it selects.
+
+    Logs under ``signal/TASK`` the share of groups with an advantage that is not 0.
+    """
+    found: list[list[Microbatch]] = [[] for _ in range(processes)]
+    for task in TASKS:
+        rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
+        weight = config.task_weights.get(task, 1.0)
+        if not rows or weight == 0:
+            continue
+        A = {kind: advantages[kind].rows(rows) for kind in KINDS}
+        signal = (A["text"].values != 0) | (A["image"].values != 0)
+        metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
+        for objective in objectives:
+            chosen = objective.choose([groups[p] for p in rows], A[objective.output])
+            whole, units = objective.size(chosen), in_units(chosen, objective)
+            for rank, own in enumerate(found):
+                mine = [member for unit in units[rank::processes] for member in unit]
+                for members in split(mine, objective, policy, config.limits):
+                    share = objective.size(members) / whole
+                    own.append(
+                        Microbatch(task, objective.kind, step, members, share, weight * objective.weight * share)
+                    )
+    return found
+
+
+def in_units(members: Sequence[Member], objective: Objective) -> list[Sequence[Member]]:
+    """Members that belong together, such as the two of a pair."""
+    return [members[start : start + objective.unit] for start in range(0, len(members), objective.unit)]
+
+
+def split(
+    chosen: Sequence[Member], objective: Objective, policy: Policy, limits: LimitsConfig
+) -> Iterator[Sequence[Member]]:
+    """The chosen members, as many at a time as are replayed at once; what belongs together stays so.
+
+    Drawings of different sizes are replayed apart.
+    """
+    sizes: dict[object, list[Sequence[Member]]] = {}
+    for members in in_units(chosen, objective):
+        image = members[0].trajectory.image if objective.output == "image" else None
+        size = None if image is None else image.shape
+        sizes.setdefault(size, []).append(members)
+    for same in sizes.values():
+        if limits.backward_tokens is None:
+            at_once = max(1, objective.at_once(limits.backward_members) // objective.unit)
+            cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
+        else:
+            cuts = cut_by_tokens(same, objective, policy, limits.backward_tokens)
+        for indices in cuts:
+            yield [member for i in indices for member in same[i]]
+
+
+def cut_by_tokens(
+    units: Sequence[Sequence[Member]], objective: Objective, policy: Policy, limit: int
+) -> list[list[int]]:
+    """Indices of units that are replayed together."""
+    counted = [[policy.tokens(member.trajectory) for member in members] for members in units]
+    new = [
+        sum(
+            tokens.text + tokens.drawing * objective.passes(member.trajectory)
+            for tokens, member in zip(counts, members, strict=True)
+        )
+        for counts, members in zip(counted, units, strict=True)
+    ]
+    prompts = [members[0].trajectory.prompt.id for members in units]
+    return cut(prompts, [counts[0].context for counts in counted], new, limit)
+
+
+def by_kind(objectives: Sequence[Objective]) -> dict[SegmentKind, Objective]:
+    """The objective of each kind of segment."""
+    return {objective.kind: objective for objective in objectives}
+
+
+@torch.no_grad()
+def frozen_terms(objective: Objective, policies: Policies, batch: Microbatch) -> dict[FrozenPolicy, torch.Tensor]:
+    """What the policies that the objective compares with say of a microbatch."""
+    by_name = {"old": policies.old, "reference": policies.reference}
+    return {name: objective.frozen_terms(name, by_name[name], batch) for name in objective.compared_with}
+
+
+def backward(
+    objective: Objective,
+    policy: Policy,
+    batch: Microbatch,
+    frozen: Mapping[FrozenPolicy, torch.Tensor],
+    metrics: Metrics,
+) -> None:
+    """Adds the gradient of a microbatch to the policy's."""
+    output = objective.loss(policy, replace(batch, frozen=frozen))
+    (batch.weight * output.loss).backward()
+    metrics.add_all(output.metrics, batch.share)

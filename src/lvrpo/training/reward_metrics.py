@@ -1,0 +1,77 @@
+"""What the metrics of a step say of its rewards: means, success, noise, and scores that failed and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.types import Group, RewardTable
+
+LONGEST = 200
+"""Characters of a reason that are kept."""
+
+
+def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float | str]:
+    """Mean and failures of every reward per task, and the share of outputs that are right as a whole."""
+    out: dict[str, float | str] = {}
+    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
+    right = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
+    for task in dict.fromkeys(table.tasks):
+        rows = [p for p, name in enumerate(table.tasks) if name == task]
+        known = [right[p] for p in rows if p in right]
+        if known:
+            out[f"{prefix}/{task}/success"] = float(torch.tensor(known).mean())
+        for k, name in enumerate(table.names):
+            valid = table.mask[rows, :, k]
+            if valid.any():
+                out[f"{prefix}/{task}/{name}"] = float(table.scores[rows, :, k][valid].mean())
+            if name in table.cut and valid.any():
+                out[f"{prefix}_cut/{task}/{name}"] = float(table.cut[name][rows][valid].float().mean())
+            if name in table.noise and (share := noise_share(table, k, rows)) is not None:
+                out[f"{prefix}_noise/{task}/{name}"] = share
+            out |= failed_scores(prefix, table, rows, k)
+    return out
+
+
+def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None:
+    """The share of a reward's variance inside groups that its own estimate is responsible for; None where unknown."""
+    noise, mask = table.noise[table.names[k]][rows], table.mask[rows, :, k]
+    whole = mask.all(dim=1) & noise.isfinite().all(dim=1)
+    if not whole.any():
+        return None
+    spread = table.scores[rows, :, k][whole].var(dim=1, correction=0).sum()
+    return float(noise[whole].mean(dim=1).sum() / spread) if spread > 0 else None
+
+
+def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) -> dict[str, float | str]:
+    """Of one reward in rows of one task: the share of its scores that failed and the commonest reason; {} for none."""
+    G = table.mask.shape[1]
+    failed = Counter(
+        reason.removeprefix("failed: ")
+        for p in rows
+        for g in range(G)
+        if (reason := table.reasons.get((p, g, k), "")).startswith("failed: ")
+    )
+    if not failed:
+        return {}
+    where = f"{table.tasks[rows[0]]}/{table.names[k]}"
+    share = failed.total() / (failed.total() + int(table.mask[rows, :, k].sum()))
+    return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": shown(failed.most_common(1)[0][0])}
+
+
+def masked(table: RewardTable, p: int, g: int) -> dict[str, str]:
+    """Why a member has no score, by reward."""
+    return {
+        name: shown(table.reasons.get((p, g, k), "unknown"))
+        for k, name in enumerate(table.names)
+        if not bool(table.mask[p, g, k])
+    }
+
+
+def shown(reason: str) -> str:
+    """One line of bounded length that any file can hold."""
+    line = " ".join(reason.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

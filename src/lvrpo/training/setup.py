@@ -1,0 +1,167 @@
+"""What a run needs before it starts: the policy with its adapter and precision, room in memory, its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvrpo.config import dump_config
+from lvrpo.errors import InputError
+from lvrpo.policies import BUILT_IN
+from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
+from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
+from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.registry import allow_code
+from lvrpo.sampling import derive_seed
+from lvrpo.training.checkpoint import STATE, fingerprint
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
+from lvrpo.training.objective import Policies
+from lvrpo.training.offload import Shards
+from lvrpo.training.optimizer import eight_bit_library
+from lvrpo.training.rollout import prompts_of_step
+from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
+from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
+from lvrpo.training.state import TrainState
+from lvrpo.training.team import Setup
+from lvrpo.training.wire import Wire
+
+
+def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
+    """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
+    require_extras(config)
+    base = policy_folder(config.policy)
+    if has_adapter(base):
+        raise InputError(
+            f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
+        )
+    declared = getattr(policy_class(base), "writes", None)
+    if isinstance(declared, tuple):  # by the class, so known before anything is loaded
+        config.require_fit(declared)
+    if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
+        raise InputError(
+            f"precision.compute=bfloat16 with offload=true: policy={config.policy} is loaded in float32 alone: "
+            "leave one of them out"
+        )
+    policy = load_policy(base, config.device, config.weights_dtype)
+    config.require_fit(policy.writes)
+    if config.adapter is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
+        is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
+        name = config.policy if is_name else str(base.resolve())
+        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.writes).items() if s.weight])
+        add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
+    if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
+        policy.towers.free_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
+    return as_configured(policy, config), base
+
+
+def as_configured(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy, told in which dtype to multiply and how much goes through it at once."""
+    if config.precision.compute is not None:
+        if not isinstance(policy, MoTPolicy):
+            raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
+        policy.compute_in(DTYPES[config.precision.compute])
+    config.limits.apply(policy)
+    return policy
+
+
+def loaded_policy(model: Path, config: TrainConfig, base: str | None) -> Policy:
+    """A policy that the run wrote, set up as configured; ``base``: as ``load_policy`` takes it."""
+    return as_configured(load_policy(model, config.device, config.weights_dtype, base), config)
+
+
+def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
+    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold.
+
+    ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
+    """
+    require_extras(config)
+    held_out = [prompt for prompts in parts.guard.prompts.values() for prompt in prompts]
+    prompts = prompts_of_step(parts.source, config, 0)
+    return estimate_memory(config, prompts, held_out, device, parts.require_readable)
+
+
+def require_room(config: TrainConfig, parts: Parts) -> None:
+    """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
+    device = pick_device(config.device)
+    if worth_a_look(policy_folder(config.policy), device):
+        require_memory(memory_of(config, parts), device, f"policy={config.policy}")
+
+
+def require_extras(config: TrainConfig) -> None:
+    """Raises InputError, before anything is loaded, if a package that the configuration needs is not installed."""
+    if config.adapter is not None:
+        peft_library()
+    if config.optimizer.kind == "adamw_8bit":
+        eight_bit_library()
+
+
+def config_of_resumed(
+    run: RunDirectory, asked: TrainConfig | None, given: Given = NOTHING_GIVEN
+) -> tuple[TrainConfig, Parts]:
+    """The configuration that a run goes on with, which may be of more steps, and its parts.
+
+    ``asked``: None, or that of the run but for ``steps``. Raises InputError where it is another, and where the run has
+    finished and no more steps are asked for.
+    """
+    if asked is not None:
+        run.require_config(asked, allow=("steps",))
+    held = run.config(TrainConfig)
+    steps = held.steps if asked is None else asked.steps
+    if steps != held.steps:
+        require_longer(run, held.steps, steps)
+    elif run.read_summary() is not None:
+        raise InputError(
+            f"{run.path}: has finished: see lvrpo report {run.path}, start another run, or make it longer with "
+            f"lvrpo train --resume {run.path} steps={held.steps * 2}"
+        )
+    allowed = () if asked is None else asked.allow_code
+    allow_code(allowed)
+    config = held.model_copy(update={"allow_code": allowed, "steps": steps})
+    torch.set_num_threads(config.threads)
+    parts = open_parts(config, given)
+    if steps != held.steps:
+        lengthen(run, config)
+    return config, parts
+
+
+def require_longer(run: RunDirectory, held: int, asked: int) -> None:
+    """Raises InputError where a run of ``held`` steps cannot go on to ``asked``."""
+    if asked < held:
+        raise InputError(f"steps={asked}: {run.path} has {held}, and a run can only be made longer: give more")
+    if (run.path / "baseline").exists():
+        raise InputError(
+            f"steps={asked}: {run.path} is compared with a baseline of as much compute: start another run instead"
+        )
+
+
+def lengthen(run: RunDirectory, config: TrainConfig) -> None:
+    """Writes the new number of steps into the run, and takes away what its old end left."""
+    for name in (FINAL, SUMMARY, "eval/after.json"):
+        (run.path / name).unlink(missing_ok=True)
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first: it vouches for the next
+    run.write_text(CONFIG, dump_config(config))
+
+
+def data_fingerprints(config: TrainConfig) -> dict[str, Any]:
+    """The user's files; the built-in world is a function of its configuration."""
+    if config.data.source != "jsonl":
+        return {}
+    splits = {name: getattr(config.data.jsonl, name) for name in ("train", "validation", "test")}  # its three fields
+    return {name: fingerprint(path) for name, path in splits.items() if path is not None}
+
+
+def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
+    """The policies of a process that helps a run, and what it keeps of offloaded ones."""
+    torch.set_num_threads(setup.config.threads)
+    allow_code(setup.config.allow_code)
+    state = TrainState.start(loaded_policy(Path(setup.start), setup.config, setup.base), setup.config, wire)
+    if state.shards is not None and setup.checkpoint is not None:
+        state.shards.load_own(Path(setup.checkpoint) / STATE)
+    return state.policies, state.shards

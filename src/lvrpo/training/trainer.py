@@ -1,0 +1,331 @@
+"""The trainer: data -> rollout -> rewards -> advantages -> loss -> step, in that order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+
+from lvrpo.algorithms import old_policy_decay
+from lvrpo.data.sources import PromptSource
+from lvrpo.errors import ContractError
+from lvrpo.policies.base import Policy
+from lvrpo.registry import allow_code
+from lvrpo.rewards.table import MOST_FAILED, RewardSource, score_groups
+from lvrpo.sampling import derive_seed
+from lvrpo.training import samples, score_record
+from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
+from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
+from lvrpo.training.checkpoint import fingerprint, latest_checkpoint
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.contract import check_before_first_step, check_first_update
+from lvrpo.training.gradients import TaskGradients
+from lvrpo.training.guard import Guard, guarded, turned
+from lvrpo.training.judge import judge_drift
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.microbatches import by_kind, frozen_terms, microbatches, minibatches
+from lvrpo.training.objective import Advantages, Metrics, Objective, Policies
+from lvrpo.training.optimizer import Stepping
+from lvrpo.training.reward_metrics import reward_means
+from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
+from lvrpo.training.run_directory import START, RunDirectory
+from lvrpo.training.setup import (
+    config_of_resumed,
+    data_fingerprints,
+    loaded_policy,
+    open_policy,
+    require_room,
+)
+from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
+from lvrpo.training.splits import require_apart
+from lvrpo.training.state import TrainState
+from lvrpo.training.team import ALONE, Leader, Setup, Team
+from lvrpo.training.text import TextConfig, anchored
+from lvrpo.training.wire import SOLO, Wire
+from lvrpo.types import Group, Prompt, SegmentKind
+
+MAX_BAD_GRADIENTS = 3
+"""A step whose gradient is not finite leaves the weights alone; after so many in a row the run stops."""
+
+
+@dataclass
+class Trainer(BaseTrainer[TrainConfig, TrainState]):
+    """An alignment run, ready to start or to go on."""
+
+    command: ClassVar[str] = "train"
+    config: TrainConfig
+    run: RunDirectory
+    state: TrainState
+    parts: Parts
+    """Prompts, rewards, the guard."""
+    team: Team = ALONE
+    """Who shares the work."""
+    wire: Wire = SOLO
+    """To whom else there is."""
+    base: str | None = None
+    """The MODEL below the run's adapter, where it is not the one that its files name."""
+    objectives: Sequence[Objective] = field(init=False)
+    """What trains each kind of segment that the policy writes."""
+
+    def __post_init__(self) -> None:
+        self.objectives = objectives_of(self.config, self.state.policies.live.writes)
+        if self.team is ALONE:
+            self.team = Team(self.state.shards)
+
+    # --- opening a run ---
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainConfig,
+        folder: Path,
+        wire: Wire = SOLO,
+        given: Given = NOTHING_GIVEN,
+        files: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Resolves every part before it creates the run directory: wrong input leaves no trace.
+
+        ``given``: parts that a caller in Python hands over. ``files``: what else a run is resumed by, JSON by name; it
+        is written before there is anything to resume. Any: JSON.
+        """
+        allow_code(config.allow_code)
+        torch.set_num_threads(config.threads)
+        parts = open_parts(config, given)
+        splits = require_apart(config)
+        require_room(config, parts)
+        policy, base = open_policy(config)
+        parts.require_readable(policy)
+        run = RunDirectory.create(folder, config)
+        try:
+            for name, content in files.items():
+                run.write_json(name, content)
+            keep_start(run, policy)
+            data = {**data_fingerprints(config), "splits": splits}
+            run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
+            return cls(config, run, TrainState.start(policy, config, wire), parts, wire=wire)
+        except BaseException as error:
+            run.leave(error)
+            raise
+
+    @classmethod
+    def resume(
+        cls,
+        folder: Path,
+        config: TrainConfig | None = None,
+        base: str | None = None,
+        wire: Wire = SOLO,
+        given: Given = NOTHING_GIVEN,
+    ) -> Self:
+        """Goes on from the last whole checkpoint; ``config``, where given, is that of the run, or asks for more steps.
+
+        A run that is made longer follows the schedule of its new length from where it stands: the learning rates of
+        steps that are done stay. ``base``: where the base of the run's adapter lies now.
+        """
+        run = RunDirectory.open(folder)
+        try:
+            config, parts = config_of_resumed(run, config, given)
+            policy = loaded_policy(require_start(run), config, base)
+            trainer = cls(config, run, TrainState.start(policy, config, wire), parts, base=base, wire=wire)
+            trainer.restore()
+            score_record.truncate(run, trainer.state.step or -1)
+            run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
+        except BaseException:
+            run.close()
+            raise
+        return trainer
+
+    @property
+    def guard(self) -> Guard:
+        """What watches held-out rows."""
+        return self.parts.guard
+
+    @property
+    def source(self) -> PromptSource:
+        """The prompts that are trained on."""
+        return self.parts.source
+
+    @property
+    def rewards(self) -> Sequence[RewardSource]:
+        """What scores them."""
+        return self.parts.rewards
+
+    # --- training ---
+
+    def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Steps until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop.
+
+        Returns whether it came to its end, and names the guard's best checkpoint if so.
+        """
+        if self.finished:
+            return True
+        config, run, state, team = self.config, self.run, self.state, self.team
+        policies = team.shared(state.policies)  # to sample and judge; what is trained and saved is the state's
+        if state.step == 0:
+            self._before_first_step(policies)
+        rollouts, stopped = Rollouts(policies, config), False
+        while (step := state.step) < config.steps and not stopped:
+            with self.logged_step(observe) as row:
+                looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
+                with self.saved_if_it_fails():  # nothing has changed yet since the last step
+                    prompts = prompts_of_step(self.source, config, step)
+                    groups = rollouts.groups(prompts, step)
+                    table = score_groups(self.rewards, groups, policies.judge, step, MOST_FAILED)
+                    if config.judge.drift_due(step + 1, looks):
+                        row |= judge_drift(self.rewards, groups, table, policies.judge, policies.live)
+                    trained, scores = groups, table
+                    if config.rollout.refill_budget:
+                        args = (policies, self.source, self.rewards, groups, table, config, step)
+                        trained, scores, counts = refill(*args)
+                        row |= counts
+                advantages = segment_advantages(scores, trained, config.advantages)
+                lr_scale = state.guard.lr_scale
+                row |= train_step(
+                    state.policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale, team
+                ).means()
+                self._require_finite_gradients(row, step)
+                if state.policies.old is not state.policies.live:
+                    flow = config.flow
+                    state.average(
+                        "old", old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
+                    )
+                state.average("average", min(config.average_decay, step / (step + 10)))
+                state.step += 1
+                if step == 0:
+                    check_first_update(run, state.policies, trained, scores, config.advantages.std_floor)
+                row |= reward_means("reward", table, groups)
+                if state.judge is not None:
+                    held_out = self.parts.judge_rows
+                    row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, held_out)
+                team.moved()
+                judged = judged_of_whole(scores, trained, config.advantages)
+                score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained), judged)
+                row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
+                if step % config.control_every == 0:
+                    row |= self._control(policies, prompts, step)
+                if state.step % config.samples_every == 0 or state.step == config.steps:
+                    samples.write(run, state.step, groups, table)
+                if state.turn is not None:
+                    state.turn.add(state.step, groups, table)
+                if looks:
+                    report = self.guard.look(policies.average, state.guard, state.step, policies.reference)
+                    stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
+                    team.moved()
+            stop = interrupted()
+            self.save_if_due(last=stopped or stop or state.step == config.steps)
+            if stop and state.step < config.steps:
+                return False
+        self.finish(state.guard.best_step)
+        return True
+
+    def _before_first_step(self, policies: Policies) -> None:
+        """The checks of step 0, and what the guard sees before anything is trained."""
+        state = self.state
+        check_before_first_step(self.run, self.config, state.policies, self.source, self.rewards)
+        report = self.guard.look(policies.average, state.guard, 0, policies.reference)
+        score_record.write_look(self.run, 0, report.scores, self.config.guard.every)
+        self.run.append_metrics({"step": 0, **report.row()})
+        self.save()
+
+    def _require_finite_gradients(self, metrics: Mapping[str, Any], step: int) -> None:
+        norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
+        self.state.bad_gradients = 0 if all(map(math.isfinite, norms)) else self.state.bad_gradients + 1
+        if self.state.bad_gradients >= MAX_BAD_GRADIENTS:
+            raise ContractError(
+                f"gradients were not finite in {MAX_BAD_GRADIENTS} steps in a row up to step {step + 1}: lower the "
+                "learning rates, or resume from an earlier checkpoint"
+            )
+
+    def _control(self, policies: Policies, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
+        control = control_rollout(policies, prompts, self.config, step)
+        table = score_groups(self.rewards, control, policies.judge, step)
+        score_record.write_control(self.run, self.state.step, control, table, self.config.control_every)
+        return reward_means("control", table, control)
+
+    # --- several processes, and the result ---
+
+    def led(self) -> Leader:
+        """Takes the lead of the processes at the wire; a context manager that lets them go."""
+        run = self.run.path.resolve()
+        last = latest_checkpoint(run)
+        setup = Setup(self.config, str(run / START), self.base, None if last is None else str(last))
+        leader = Leader(self.wire, setup, self.state.policies, self.state.shards)
+        self.team = leader
+        return leader
+
+    @property
+    def policies(self) -> Policies:
+        """To sample and judge with: everybody helps."""
+        return self.team.shared(self.state.policies)
+
+    def result(self) -> Policy:
+        """The weights that the guard found best; on several processes, or offloaded, they take the average's place."""
+        if self.team.size == 1 and self.state.shards is None:
+            return loaded_policy(self.run.path, self.config, self.base)
+        self.state.load_average(self.run.checkpoint_dir(self.state.guard.best_step))
+        self.team.moved("average")
+        return self.policies.average
+
+
+def train_step(
+    policies: Policies,
+    objectives: Sequence[Objective],
+    optimizers: Sequence[Stepping],
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: TrainConfig,
+    step: int,
+    lr_scale: float = 1.0,
+    team: Team = ALONE,
+) -> Metrics:
+    """The optimizer steps of one rollout: one, unless ``mini_updates`` or different ``lr_scale`` ask for more.
+
+    ``optimizers``: one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
+    ``config.gradient_mixing`` may weigh against those of other tasks.
+    """
+    live, metrics = policies.live, Metrics()
+    rescored: list[SegmentKind] = [
+        kind
+        for kind, section in config.sections(live.writes).items()
+        if isinstance(section, TextConfig) and section.importance_cap is not None
+    ]
+    if rescored:
+        groups = anchored(live, groups, rescored)
+    objective_of = by_kind(objectives)
+    audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
+    for part, A in minibatches(groups, advantages, config.mini_updates):
+        by_task = TaskGradients(live) if audited or config.gradient_mixing != "sum" else None
+        processes = team.size if by_task is None else 1
+        for (kinds, lr), optimizer in zip(config.phases(live.writes), optimizers, strict=True):
+            trained = [objective for objective in objectives if objective.kind in kinds]
+            batches = microbatches(live, trained, part, A, config, step, metrics, processes)
+            if by_task is None and team.shares_updates:
+                metrics.include(team.differentiate(batches))
+            else:
+                for batch in batches[0]:
+                    objective = objective_of[batch.kind]
+                    frozen = frozen_terms(objective, policies, batch)
+                    output = objective.loss(live, replace(batch, frozen=frozen))
+                    (batch.weight * output.loss).backward()
+                    metrics.add_all(output.metrics, batch.share)
+                    if by_task is not None:
+                        by_task.take(batch.task)
+            if by_task is not None:
+                by_task.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
+            for expert, norm in optimizer.step(step, lr * lr_scale).items():
+                metrics.add(f"grad_norm/{expert}", norm)
+            team.moved("live")
+        if by_task is not None and audited:
+            by_task.report(metrics)
+    return metrics
+
+
+def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
+    """The reference on the very same prompts, since prompts drift in difficulty."""
+    sampling = replace(config.sampling(step), group_size=config.control_group_size)
+    seeds = prompt_seeds(prompts, config.seed, "rollout", step)
+    return policies.reference.sample(prompts, sampling, seeds)

@@ -1,0 +1,36 @@
+"""The gradients of a training step without the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.objective import Advantages, Metrics, Policies
+from lvrpo.training.team import ALONE, Team
+from lvrpo.training.trainer import train_step
+from lvrpo.types import Group
+
+
+class NoStep:
+    """An optimizer that leaves weights and gradients as they are."""
+
+    def rate(self, step: int) -> float:
+        return 1.0
+
+    def step(self, step: int, scale: float = 1.0) -> dict[str, float]:
+        return {}
+
+
+def differentiate(
+    policies: Policies,
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: TrainConfig,
+    step: int = 0,
+    team: Team = ALONE,
+) -> Metrics:
+    """Adds the gradients of the step to those of the live policy."""
+    writes = policies.live.writes
+    still = [NoStep() for _ in config.phases(writes)]
+    return train_step(policies, objectives_of(config, writes), still, groups, advantages, config, step, team=team)
