@@ -110,7 +110,7 @@ def test_a_table_is_run_once_and_read_again(small: Path, capsys: pytest.CaptureF
     assert found["steps"] >= 2
     assert found["passes"] > found["steps"]
     assert set(found["benchmarks"]) >= {"generate", "generate_plain", "understand", "edit", "reason"}
-    assert len((summaries / "ours-one-0.json").read_bytes()) < 8000
+    assert len((summaries / "ours-one-0.json").read_bytes()) < 16000
     tuning = json.loads((summaries / "tuning-ours.json").read_text())
     assert [member["overrides"] for member in tuning["members"]] == [[], ["optimizer.muon_lr=0.01"]]
     scores = [member["score"] for member in tuning["members"]]
@@ -129,7 +129,10 @@ def test_a_table_is_run_once_and_read_again(small: Path, capsys: pytest.CaptureF
 
     small.write_text(small.read_text().replace("generate: 7", "generate: 8"))
     assert main([*command, "--rows", "base"]) == 2
-    assert "base-one-0.json: is of another configuration" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert (
+        "base-one-0.json: is of another recipe than the experiment says now: test: sizes.generate=7 against 8" in line
+    )
 
 
 def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,3 +272,32 @@ def test_the_committed_page_follows_from_the_committed_summaries(root: Path) -> 
         write_page(load_experiment(path), copy)
         assert copy.with_suffix(".md").read_text() == page.read_text(), f"run: lvrpo reproduce {name} --table"
         assert not Evidence.read(folder).summaries.keys() - load_experiment(path).rows.keys()
+
+
+def test_a_recipe_is_the_same_while_its_values_are(small: Path) -> None:
+    """A field that came later is at its default; a value, a default or a name that changed is told."""
+    made, path = open_runner(small).recipes, Path("ours.json")
+    config = made.config("ours", (), "one", 3)
+    found = made.recipe(config, "one")
+    made.require_same_recipe(json.loads(json.dumps(found)), made.config("ours", (), "one", 4), "one", path)
+    older = json.loads(json.dumps(found))
+    del older["config"]["flow"]["unguided_kl_coef"]
+    made.require_same_recipe(older, config, "one", path)
+    for section, key, value, line in (
+        (
+            "flow",
+            "kl_coef",
+            7.0,
+            r"^ours.json: is of another recipe .*: config: flow.kl_coef=7.0 against 2.0: delete it",
+        ),
+        ("flow", "not_any_more", 1, r"^ours.json: recipe: config.flow.not_any_more: unknown"),
+        ("rollout", "num_steps", "x", r"^ours.json: recipe: config.rollout.num_steps=x: must be"),
+    ):
+        other = json.loads(json.dumps(found))
+        other["config"][section][key] = value
+        with pytest.raises(InputError, match=line):
+            made.require_same_recipe(other, config, "one", path)
+    with pytest.raises(InputError, match=r"^ours.json: recipe: "):
+        made.require_same_recipe("5f3a", config, "one", path)
+    with pytest.raises(InputError, match="base: another against"):
+        made.require_same_recipe({**found, "base": "another"}, config, "one", path)

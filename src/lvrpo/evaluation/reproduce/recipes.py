@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lvrpo.config import config_sha256, load_config, read_tree
+from lvrpo.config import config_differences, load_config, parse_section, read_tree, tree_sha256
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.compute import Compute
 from lvrpo.evaluation.reproduce.budget import AnyConfig, RunCost, count_cost
-from lvrpo.evaluation.reproduce.plan import Experiment
+from lvrpo.evaluation.reproduce.plan import Experiment, TestConfig
 from lvrpo.policies.loading import load_policy
 from lvrpo.reading import is_there, read_json_object
 from lvrpo.rewards.identity import judge_identity
@@ -22,9 +21,21 @@ from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
+from lvrpo.typed_json import Record, typed
 from lvrpo.types import Task
 
 CODE_FILES = ("*.py", "*.yaml")
+ANOTHER = "delete it to run it again, or restore what it was made with"
+Tree = dict[str, Any]
+"""Any: of JSON."""
+
+
+class RecipeRecord(Record):
+    """``recipe`` of a summary."""
+
+    config: dict[str, Any] | None
+    base: str | dict[str, Any]
+    test: dict[str, Any]
 
 
 class Recipes:
@@ -53,12 +64,13 @@ class Recipes:
         """The MODEL of a base."""
         return self.experiment.bases[name].model or str(self.out / "bases" / name)
 
-    def base_identity(self, name: str) -> str:
+    def base_identity(self, name: str) -> str | Tree:
         """What tells one base from another: its weights where they are given, its recipe where a job makes them."""
+        model = self.experiment.bases[name].model
+        if model is None:
+            return self.base_config(name).model_copy(update={"device": "auto"}).model_dump(mode="json")
         if name not in self._identities:
-            model = self.experiment.bases[name].model
-            recipe = self.base_config(name).model_copy(update={"device": "auto"})
-            self._identities[name] = config_sha256(recipe) if model is None else judge_identity(load_policy(model))
+            self._identities[name] = judge_identity(load_policy(model))
         return self._identities[name]
 
     # --- rows ---
@@ -116,24 +128,45 @@ class Recipes:
             steps = cost.steps_within(self.budget)
         return config.model_copy(update={"steps": steps}), cost
 
-    def recipe(self, config: AnyConfig | None, base: str) -> str:
-        """Fingerprint of what a run is, apart from its seed, its steps and the machine that it runs on."""
-        test = json.dumps(self.experiment.test.model_dump(mode="json"), sort_keys=True)
-        own = "" if config is None else self._fingerprint(config, base)
-        return hashlib.sha256(f"{own} {self.base_identity(base)} {test}".encode()).hexdigest()[:16]
+    def recipe(self, config: AnyConfig | None, base: str) -> Tree:
+        """What a run is, apart from its seed, its steps and the machine that it runs on."""
+        return {
+            "config": None if config is None else self._of_any_seed(config, base).model_dump(mode="json"),
+            "base": self.base_identity(base),
+            "test": self.experiment.test.model_dump(mode="json"),
+        }
 
-    def _fingerprint(self, config: AnyConfig, base: str) -> str:
+    def _of_any_seed(self, config: AnyConfig, base: str) -> AnyConfig:
         same: dict[str, Any] = {"steps": 1, "device": "auto", "threads": 1, "seed": 0, "name": "row"}
         if isinstance(config, TrainConfig):
-            return config_sha256(config.model_copy(update={**same, "policy": base}))
+            return config.model_copy(update={**same, "policy": base})
         asked = config.prompts.model_copy(update={"seed": 0})
-        return config_sha256(config.model_copy(update={**same, "init": config.init and base, "prompts": asked}))
+        return config.model_copy(update={**same, "init": config.init and base, "prompts": asked})
+
+    def require_same_recipe(self, found: object, config: AnyConfig | None, base: str, path: Path) -> None:
+        """Raises InputError, with the first key, where a summary is of another recipe than the experiment says now.
+
+        ``found``: what ``recipe`` gave when the summary was written. A field that there was not then counts as its
+        default, which leaves everything as it was; a default that has changed since is a difference.
+        """
+        kinds = {"config": type(config) if config else PretrainConfig, "base": PretrainConfig, "test": TestConfig}
+        given, wanted = typed(found, RecipeRecord, f"{path}: recipe", ANOTHER), self.recipe(config, base)
+        for name, kind in kinds.items():
+            had, has = given[name], wanted[name]
+            if isinstance(had, dict) and isinstance(has, dict):
+                had = parse_section(kind, had, f"{path}: recipe: {name}").model_dump(mode="json")
+                found_apart = config_differences(had, has)
+            else:
+                found_apart = [] if had == has else [f"{had} against {has}"]
+            if found_apart:
+                where = f"{path}: is of another recipe than the experiment says now"
+                raise InputError(f"{where}: {name}: {found_apart[0]}: {ANOTHER}")
 
     def cost(self, config: AnyConfig, base: str) -> RunCost:
         """Counted once for every recipe, then kept in OUT/costs."""
         same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})  # rates cost nothing
-        own = hashlib.sha256(f"{self._fingerprint(same_rates, base)} {self.base_identity(base)}".encode()).hexdigest()
-        path = self.out / "costs" / f"{own[:16]}.json"
+        recipe = {**self.recipe(same_rates, base), "test": None}
+        path = self.out / "costs" / f"{tree_sha256(recipe)[:16]}.json"
         if not is_there(path):
             self.say(f"counting the operations of a step of {config.name}")
             found = count_cost(config)
@@ -158,13 +191,4 @@ def code_version() -> str:
     return f"{lvrpo.__version__}+{digest.hexdigest()}"
 
 
-def require_same_recipe(found: str, wanted: str, path: Path) -> None:
-    """Raises InputError where a summary is of another recipe than the experiment says now."""
-    if found != wanted:
-        raise InputError(
-            f"{path}: is of another configuration, base or test size than the experiment says now: delete it to run it "
-            "again, or restore what it was made with"
-        )
-
-
-__all__ = ["Recipes", "code_version", "is_supervised", "require_same_recipe"]
+__all__ = ["Recipes", "code_version", "is_supervised"]

@@ -12,7 +12,7 @@ from lvrpo.config import config_sha256
 from lvrpo.evaluation.reproduce.budget import AnyConfig
 from lvrpo.evaluation.reproduce.measured import Say, chosen_member, tested, validated, validation_score
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, list_jobs
-from lvrpo.evaluation.reproduce.recipes import Recipes, code_version, require_same_recipe
+from lvrpo.evaluation.reproduce.recipes import Recipes, code_version
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, load_policy
@@ -88,7 +88,7 @@ class Runner:
         config = None
         if self.experiment.rows[job.row].trained:
             config = self.recipes.config(job.row, raw.get("member", ()), job.base, job.seed)
-        require_same_recipe(str(raw.get("recipe")), self.recipes.recipe(config, job.base), path)
+        self.recipes.require_same_recipe(raw.get("recipe"), config, job.base, path)
         return True
 
     def _tuned(self, job: Job) -> bool:
