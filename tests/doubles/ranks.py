@@ -22,6 +22,8 @@ import torch
 from lvrpo.distributed import process_group, rank
 from lvrpo.errors import LvrpoError
 
+# the server takes its path from the environment alone
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distributed_work"])
 

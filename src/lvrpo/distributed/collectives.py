@@ -232,7 +232,7 @@ class _Heartbeat:
 def communicating() -> Iterator[None]:
     """Around collectives: tells what goes wrong between ranks from what goes wrong in this one.
 
-    Raises LostProcessError, which names the rank that is gone, for a RuntimeError.
+    Raises LostProcessError, which names the rank that is gone, for an error of a connection.
     """
     group = _group
     if group is None:
@@ -244,11 +244,19 @@ def communicating() -> Iterator[None]:
     except LvrpoError:
         raise
     except RuntimeError as error:
+        if not _of_connections(error):
+            raise
         group.lost = _who_is_gone(group)
         who = "another process" if group.lost is None else f"process {group.lost} of {group.size}"
         raise LostProcessError(f"{who} is gone: see what it printed ({_first_line(error)})") from error
     finally:
         group.heartbeat.waiting_since = None
+
+
+def _of_connections(error: RuntimeError) -> bool:
+    """gloo's errors are RuntimeErrors that say where in its source they come from."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(w in words for w in ("gloo", "nccl", "connection", "timed out"))
 
 
 def _who_is_gone(group: _Group) -> int | None:

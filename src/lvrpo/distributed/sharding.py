@@ -65,14 +65,15 @@ def shard(
         for parameter in unit.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.float()
-        fully_shard(
-            unit,
-            mesh=mesh,
-            reshard_after_forward=False,
-            mp_policy=precision,
-            offload_policy=host,
-            ignored_params=frozen,
-        )
+        with _no_new_hooks(unit):
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=False,
+                mp_policy=precision,
+                offload_policy=host,
+                ignored_params=frozen,
+            )
     for unit in _units(module):
         unit.set_gradient_divide_factor(1.0)  # a sum over ranks, not their mean
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
@@ -100,6 +101,20 @@ def is_sharded(module: nn.Module) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a sharded tensor, as a view; a tensor that is not sharded itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def _no_new_hooks(module: nn.Module) -> Iterator[None]:
+    """Takes the forward hooks off again that FSDP puts on: a layer that is called inside ``whole_weights`` is whole.
+
+    They would gather in ranks that call it, and move gradients aside in backward passes that are a rank's own.
+    """
+    kinds = (module._forward_pre_hooks, module._forward_hooks)
+    before = [set(hooks) for hooks in kinds]
+    yield
+    for hooks, known in zip(kinds, before, strict=True):
+        for key in set(hooks) - known:
+            del hooks[key]
 
 
 def _mesh() -> DeviceMesh:
