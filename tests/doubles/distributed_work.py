@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import peft.tuners.lora  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
 import torch
-import torch._dynamo  # what FSDP imports at its first use: here once for all processes
+import torch._dynamo  # what is imported at its first use: here once for all processes
 from torch import nn
 
 from lvrpo import distributed as d
@@ -87,7 +88,8 @@ def loss(model: Any, batch: str) -> torch.Tensor:
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """A whole copy."""
-    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    tensor = tensor.detach()
+    return (cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -97,7 +99,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """As a run has them: Muon for the transformer's matrices, AdamW for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p.ndim == 2 and ".layers." in name and ".lora_" not in name for name, p in named]
+    muon = [p.ndim == 2 and "layers." in name and ".lora_" not in name for name, p in named]
     matrices = [p for (_, p), chosen in zip(named, muon, strict=True) if chosen]
     others = [p for (_, p), chosen in zip(named, muon, strict=True) if not chosen]
     adamw = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -303,7 +305,7 @@ def train_and_keep(folder: Path, begin: int, steps: int, background: bool = Fals
             p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape) + i)
     dtypes = d.shard(model)
     sets, found = d.WeightSets(model), optimizers(model)
-    sets.add("ema", {name: torch.bfloat16 for name in dtypes})
+    sets.add("ema", dict.fromkeys(dtypes, torch.bfloat16))
     sets.add("old")
     if begin:
         gradient(model, 0)  # the optimizers then have a state to read into
@@ -367,7 +369,7 @@ def save_where_one_cannot(folder: Path, background: bool) -> str:
             return create(self, path, mode)
 
         cast(Any, files.FileSystem).create_stream = failing
-    state = {name: p for name, p in model.named_parameters()}
+    state = dict(model.named_parameters())
     try:
         if background:
             d.save_sharded_async(folder, state).wait()

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lvrpo.distributed.collectives import communicating, relay, world_size
+from lvrpo.distributed.peers import first_line
 from lvrpo.errors import ContractError, InputError
 
 FILE_BYTES = 2**30
@@ -147,5 +148,4 @@ def _checkpoint_errors(folder: Path, doing: str) -> Iterator[None]:
 
 
 def _words(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -7,49 +7,26 @@ here communicates: each function returns what it was given, and exceptions pass 
 from __future__ import annotations
 
 import os
-import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from lvrpo.distributed.peers import Peers, first_line, is_of_connections
 from lvrpo.errors import ContractError, InputError, LostProcessError, LvrpoError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-BEAT_S = 2.0
-"""Seconds between two heartbeats of a process."""
-SILENCE_S = 30.0
-"""Seconds without a heartbeat after which a process counts as gone."""
-GRACE_S = 10.0
-"""Seconds that a collective has to fail by itself once a process is gone; then the waiting process ends."""
-
 Failure = tuple[type[LvrpoError], str]
 
 
-@dataclass
-class _Group:
-    """What this process knows of the others."""
-
-    rank: int
-    size: int
-    addresses: list[str]
-    """Of every rank: where its process id means something, and the id."""
-    heartbeat: _Heartbeat
-    lost: int | None = None
-    """The rank that was found to be gone."""
-
-
-_group: _Group | None = None
+_group: Peers | None = None
+"""The processes of the run, where there are several."""
 
 
 # --- start and end ---
@@ -94,15 +71,15 @@ def start(timeout_min: float = 10.0) -> None:
     if cards:
         torch.cuda.set_device(local)
     timeout = timedelta(minutes=timeout_min)
-    store = _all_arrived(own, size, timeout)
+    group = Peers(own, size, timeout)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cards else "gloo", store=store, rank=own, world_size=size, timeout=timeout
+            "cpu:gloo,cuda:nccl" if cards else "gloo", store=group.store, rank=own, world_size=size, timeout=timeout
         )
     except RuntimeError as error:
-        raise LostProcessError(f"the {size} processes could not connect: {_first_line(error)}") from None
-    addresses = [store.get(f"process/{other}").decode() for other in range(size)]
-    _group = _Group(own, size, addresses, _Heartbeat(_store(own, size, timeout, serve=False), own, size))
+        group.heartbeat.end()
+        raise LostProcessError(f"the {size} processes could not connect: {first_line(error)}") from None
+    _group = group
 
 
 def stop() -> None:
@@ -133,99 +110,7 @@ def reports(error: LvrpoError) -> bool:
     return rank() == (1 if isinstance(error, LostProcessError) and lost == 0 else 0)
 
 
-def _store(own: int, size: int, timeout: timedelta, serve: bool) -> Store:
-    """A connection to the key-value store of the run, which torchrun's agent or rank 0 serves."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = serve and own == 0 and not _agent_serves()
-    try:
-        store = dist.TCPStore(host, port, size, serves, timeout, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]  # documented
-    except RuntimeError as error:
-        raise LostProcessError(f"nobody answers at {host}:{port}, where rank 0 is: {_first_line(error)}") from None
-    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _agent_serves() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _all_arrived(own: int, size: int, timeout: timedelta) -> Store:
-    store = _store(own, size, timeout, serve=True)
-    store.set(f"process/{own}", f"{_pid_namespace()} {os.getpid()}")
-    try:
-        store.wait([f"process/{other}" for other in range(size)], timeout)
-    except RuntimeError:
-        with _lost_store():
-            missing = [str(other) for other in range(size) if not store.check([f"process/{other}"])]
-        raise LostProcessError(
-            f"process {', '.join(missing)} of {size} did not arrive within {timeout.total_seconds() / 60:g} minutes: "
-            "see what it printed, start all of them, or allow more minutes"
-        ) from None
-    return store
-
-
-@contextmanager
-def _lost_store() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError:
-        raise LostProcessError("the process that serves the others' addresses (rank 0 or torchrun) is gone") from None
-
-
-# --- processes that are gone ---
-
-
-class _Heartbeat:
-    """A thread that tells the others that this process lives, and watches the next rank.
-
-    A killed process breaks its connections, so that collectives fail at once, without saying whose they were. One that
-    stands still, or whose machine lost its power, breaks none: the thread then ends this process if it waits for it.
-    """
-
-    def __init__(self, store: Store, own: int, size: int) -> None:
-        self.store, self.own, self.size = store, own, size
-        self.gone: int | None = None
-        self.waiting_since: float | None = None
-        """When this process entered the collective that it is in."""
-        self._beats, self._heard, self._heard_at = 0, b"", time.monotonic()
-        self._ended = threading.Event()
-        store.set(f"beat/{own}", "0")
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """This process leaves on purpose: its silence is not its death."""
-        self._ended.set()
-        self._thread.join()
-        with suppress(RuntimeError):
-            self.store.set(f"beat/{self.own}", "left")
-
-    def _run(self) -> None:
-        found = 0.0
-        while not self._ended.wait(BEAT_S):
-            if self.gone is None:
-                self._exchange()
-                found = time.monotonic()
-            waiting = self.waiting_since
-            if self.gone is not None and waiting is not None and time.monotonic() - max(found, waiting) > GRACE_S:
-                if self.own == (1 if self.gone == 0 else 0):
-                    os.write(2, f"error: process {self.gone} of {self.size} is gone, or stands still\n".encode())
-                os._exit(1)
-
-    def _exchange(self) -> None:
-        """One heartbeat, and a look at the next rank's."""
-        key = f"beat/{(self.own + 1) % self.size}"
-        try:
-            self._beats += 1
-            self.store.set(f"beat/{self.own}", str(self._beats))
-            heard = self.store.get(key) if self.store.check([key]) else b""
-            if heard != self._heard or heard == b"left":
-                self._heard, self._heard_at = heard, time.monotonic()
-            elif time.monotonic() - self._heard_at > SILENCE_S:
-                self.store.set("gone", key.removeprefix("beat/"))
-            if self.store.check(["gone"]):
-                self.gone = int(self.store.get("gone"))
-        except RuntimeError:  # nobody serves the store any more
-            self.gone = None if _agent_serves() else 0
+# --- collectives ---
 
 
 @contextmanager
@@ -244,56 +129,13 @@ def communicating() -> Iterator[None]:
     except LvrpoError:
         raise
     except RuntimeError as error:
-        if not _of_connections(error):
+        if not is_of_connections(error):
             raise
-        group.lost = _who_is_gone(group)
-        who = "another process" if group.lost is None else f"process {group.lost} of {group.size}"
-        raise LostProcessError(f"{who} is gone: see what it printed ({_first_line(error)})") from error
+        lost = group.who_is_gone()
+        who = "another process" if lost is None else f"process {lost} of {group.size}"
+        raise LostProcessError(f"{who} is gone: see what it printed ({first_line(error)})") from error
     finally:
         group.heartbeat.waiting_since = None
-
-
-def _of_connections(error: RuntimeError) -> bool:
-    """gloo's errors are RuntimeErrors that say where in its source they come from."""
-    words = str(error).lower()
-    return isinstance(error, dist.DistError) or any(w in words for w in ("gloo", "nccl", "connection", "timed out"))
-
-
-def _who_is_gone(group: _Group) -> int | None:
-    """The first rank without a process; on other machines, without a heartbeat. None: nobody is known to be."""
-    deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
-    while time.monotonic() < deadline:
-        for other, address in enumerate(group.addresses):
-            where, _, pid = address.rpartition(" ")
-            if where == _pid_namespace() and not _lives(int(pid)):
-                return other
-        if group.heartbeat.gone is not None:
-            return group.heartbeat.gone
-        time.sleep(0.2)
-    return None
-
-
-def _pid_namespace() -> str:
-    """Processes for which it is equal see each other's ids."""
-    with suppress(OSError):
-        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
-    return platform.node()
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process of this machine runs; one that ended and was not waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return not Path("/proc/self/stat").exists()  # without /proc nobody knows
-    return state not in "ZX"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- collectives ---
 
 
 def gather(value: T) -> list[T]:
@@ -389,7 +231,7 @@ def on_main(function: Callable[[], T]) -> T:
 def _failure(error: Exception) -> Failure:
     if isinstance(error, LvrpoError):
         return type(error), str(error)
-    return ContractError, f"{type(error).__name__}: {_first_line(error)}"
+    return ContractError, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _raise_first(failures: Sequence[Failure | None], caught: Exception | None) -> None:
