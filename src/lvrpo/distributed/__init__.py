@@ -1,0 +1,73 @@
+"""Several processes on one run, below everything else: torchrun's processes, FSDP2, sharded weight sets, checkpoints.
+
+It knows PyTorch modules and no policy, loss or configuration. Every process calls the same functions in the same order
+(SPMD); with one process each of them is free and changes no number.
+"""
+
+from lvrpo.distributed.checkpoint import Saving, load_sharded, save_sharded, save_sharded_async, stored_tensors
+from lvrpo.distributed.collectives import (
+    communicating,
+    deal,
+    device,
+    gather,
+    is_main,
+    join,
+    map_items,
+    on_main,
+    process_group,
+    rank,
+    relay,
+    reports,
+    start,
+    stop,
+    sum_over_ranks,
+    world_size,
+)
+from lvrpo.distributed.muon import ShardedMuon
+from lvrpo.distributed.sharding import (
+    gradient_norms,
+    is_sharded,
+    local,
+    map_matrices_,
+    reduce_gradients,
+    shard,
+    transformer_layers,
+    whole_weights,
+)
+from lvrpo.distributed.weights import POLICY, WeightSets, without_adapter
+
+__all__ = [
+    "POLICY",
+    "Saving",
+    "ShardedMuon",
+    "WeightSets",
+    "communicating",
+    "deal",
+    "device",
+    "gather",
+    "gradient_norms",
+    "is_main",
+    "is_sharded",
+    "join",
+    "load_sharded",
+    "local",
+    "map_items",
+    "map_matrices_",
+    "on_main",
+    "process_group",
+    "rank",
+    "reduce_gradients",
+    "relay",
+    "reports",
+    "save_sharded",
+    "save_sharded_async",
+    "shard",
+    "start",
+    "stop",
+    "stored_tensors",
+    "sum_over_ranks",
+    "transformer_layers",
+    "whole_weights",
+    "without_adapter",
+    "world_size",
+]

@@ -1,0 +1,172 @@
+"""Which of a run's processes are there: their arrival, their heartbeats, and the name of one that is gone.
+
+A killed process breaks its connections, so that collectives of the others fail at once, without saying whose they
+were: process ids tell that on one machine, heartbeats between machines. A process that stands still, or whose machine
+lost its power, breaks no connection: then the heartbeat's thread ends the processes that wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from lvrpo.errors import LostProcessError
+
+BEAT_S = 2.0
+"""Seconds between two heartbeats of a process."""
+SILENCE_S = 30.0
+"""Seconds without a heartbeat after which a process counts as gone."""
+GRACE_S = 10.0
+"""Seconds that a collective has to fail by itself once a process is gone; then the waiting process ends."""
+
+
+class Peers:
+    """The processes of a run, as one of them sees the others."""
+
+    def __init__(self, rank: int, size: int, timeout: timedelta) -> None:
+        """Waits for all to arrive; raises LostProcessError, which names those that do not."""
+        self.rank, self.size = rank, size
+        self.lost: int | None = None
+        """The rank that this process found to be gone."""
+        self.store = _connect(rank, size, timeout, serve=True)
+        self.store.set(f"process/{rank}", f"{_pid_namespace()} {os.getpid()}")
+        keys = [f"process/{other}" for other in range(size)]
+        try:
+            self.store.wait(keys, timeout)
+            self.addresses = [self.store.get(key).decode() for key in keys]
+        except RuntimeError:
+            raise self._not_there(keys, timeout) from None
+        self.heartbeat = _Heartbeat(_connect(rank, size, timeout, serve=False), rank, size)
+
+    def _not_there(self, keys: list[str], timeout: timedelta) -> LostProcessError:
+        try:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+        except RuntimeError:
+            missing = ["0"]
+        return LostProcessError(
+            f"process {', '.join(missing)} of {self.size} did not arrive within {timeout.total_seconds() / 60:g} "
+            "minutes: see what it printed, start all of them, or allow more minutes"
+        )
+
+    def who_is_gone(self) -> int | None:
+        """The first rank that was found to be gone by anybody; None: nobody is known to be."""
+        deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
+        while self.lost is None and time.monotonic() < deadline:
+            with suppress(RuntimeError):  # whoever was lost first: those who saw it end as well
+                if self.store.check(["gone"]):
+                    self.lost = int(self.store.get("gone"))
+                    break
+            dead = [rank for rank, address in enumerate(self.addresses) if not _runs(address)]
+            self.lost = dead[0] if dead else self.heartbeat.gone
+            if self.lost is None:
+                time.sleep(0.2)
+        if self.lost is not None:
+            with suppress(RuntimeError):
+                self.store.compare_set("gone", "", str(self.lost))
+        return self.lost
+
+
+class _Heartbeat:
+    """A thread that tells the others that this process lives, and watches the next rank."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.gone: int | None = None
+        self.waiting_since: float | None = None
+        """When this process entered the collective that it is in (``time.monotonic``)."""
+        self._beats, self._heard, self._heard_at = 0, b"", time.monotonic()
+        self._ended = threading.Event()
+        store.set(f"beat/{rank}", "0")
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """This process leaves on purpose: its silence is not its death."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            self.store.set(f"beat/{self.rank}", "left")
+
+    def _run(self) -> None:
+        found = 0.0
+        while not self._ended.wait(BEAT_S):
+            if self.gone is None:
+                self._exchange()
+                found = time.monotonic()
+            waiting = self.waiting_since
+            if self.gone is not None and waiting is not None and time.monotonic() - max(found, waiting) > GRACE_S:
+                if self.rank == (1 if self.gone == 0 else 0):
+                    os.write(2, f"error: process {self.gone} of {self.size} is gone, or stands still\n".encode())
+                os._exit(1)
+
+    def _exchange(self) -> None:
+        """One heartbeat, and a look at the next rank's."""
+        key = f"beat/{(self.rank + 1) % self.size}"
+        try:
+            self._beats += 1
+            self.store.set(f"beat/{self.rank}", str(self._beats))
+            heard = self.store.get(key) if self.store.check([key]) else b""
+            if heard != self._heard or heard == b"left":
+                self._heard, self._heard_at = heard, time.monotonic()
+            elif time.monotonic() - self._heard_at > SILENCE_S:
+                self.store.compare_set("gone", "", key.removeprefix("beat/"))
+            if self.store.check(["gone"]):
+                self.gone = int(self.store.get("gone"))
+        except RuntimeError:  # nobody serves the store any more
+            self.gone = None if _agent_serves() else 0
+
+
+def _connect(rank: int, size: int, timeout: timedelta, serve: bool) -> Store:
+    """A connection to the key-value store of the run, which torchrun's agent or rank 0 serves."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = serve and rank == 0 and not _agent_serves()
+    try:
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  # documented
+            host, port, size, serves, timeout, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        raise LostProcessError(f"nobody answers at {host}:{port}, where rank 0 is: {first_line(error)}") from None
+    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _agent_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_of_connections(error: RuntimeError) -> bool:
+    """Whether collectives raise such an error where a rank is gone; gloo's say where in its source they come from."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(w in words for w in ("gloo", "nccl", "connection", "timed out"))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without advice on how to report it to PyTorch."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(". This is typically")[0]
+
+
+def _pid_namespace() -> str:
+    """Processes for which it is equal see each other's ids."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
+
+
+def _runs(address: str) -> bool:
+    """False for a process of this machine that ended; of one that is elsewhere nobody here knows."""
+    where, _, pid = address.rpartition(" ")
+    if where != _pid_namespace():
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return not Path("/proc/self/stat").exists()
+    return state not in "ZX"  # ended, and not waited for
