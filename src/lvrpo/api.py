@@ -103,7 +103,7 @@ def train(
         before = experiment.before()
         with Interruption(say_stopping) as interrupted:
             trainer.train(experiment.observe, interrupted)
-            trainer.require_uninterrupted(interrupted)
+            trainer.require_uninterrupted()
         summary = experiment.after(before)
     return Trained(folder, summary)
 

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Options, Parser, nearest
-from lvrpo.errors import ContractError, InputError, NotWellError
+from lvrpo.errors import ContractError, InputError, LostProcessError, LvrpoError, NotWellError
 from lvrpo.reading import unreadable
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = parsed(without_global_options(given))
             if found is not None:
                 command, options = found
+                meet()
                 command.run(options)
+                meet()  # nobody leaves while others still communicate
                 sys.stdout.flush()
             return DONE
     except BrokenPipeError:
@@ -71,8 +73,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             traceback.print_exc()
         code, line = explain(error)
-        print(printable(line), file=sys.stderr)
+        if reported_here(error):
+            print(printable(line), file=sys.stderr)
         return code
+    finally:
+        if several_processes():
+            from lvrpo import distributed
+
+            distributed.stop()
+
+
+def meet() -> None:
+    """Waits for the other processes that ``torchrun`` started, if it did."""
+    if several_processes():
+        from lvrpo import distributed
+
+        distributed.start()
+        distributed.gather(None)
+
+
+def several_processes() -> bool:
+    """Whether ``torchrun`` started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def reported_here(error: object) -> bool:
+    """Whether this process prints an error or warning: of several one does what all raise, and each what is its own."""
+    if not several_processes():
+        return True
+    from lvrpo import distributed
+
+    if distributed.world_size() == 1:  # they have not met yet
+        return os.environ["RANK"] == "0" or isinstance(error, LostProcessError)
+    if isinstance(error, LvrpoError):
+        return distributed.reports(error)
+    return distributed.is_main() or not isinstance(error, KeyboardInterrupt | Warning | str)
 
 
 def printable(line: str) -> str:
@@ -142,7 +177,8 @@ def warnings_in_one_line() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+            if reported_here(message):
+                print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
         else:
             before(message, category, filename, lineno, file, line)
 
@@ -167,8 +203,8 @@ def parsed(given: Sequence[str]) -> tuple[Command, Options] | None:
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if name not in COMMANDS:
         raise InputError(unknown(given))
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if name != SEVERAL and processes != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if name != SEVERAL and several_processes():
+        processes = os.environ["WORLD_SIZE"]
         raise InputError(f"--nproc-per-node {processes}: lvrpo {name} is one process: start it without torchrun")
     command: Command = resolve("command", name, COMMANDS)
     parser = Parser(prog=f"lvrpo {name}", description=command.summary, epilog=command.details)

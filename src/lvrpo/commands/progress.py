@@ -43,9 +43,9 @@ def clock(seconds: float) -> str:
 class Progress:
     """A watcher of runs. A context manager: leaving it leaves the last state on the screen."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, console: Console | None = None, quiet: bool = False) -> None:
         self.total = total
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, quiet=quiet)
         self.history: dict[str, list[float]] = {}
         self.row: Mapping[str, Any] = {}
         self.notes: list[str] = []

@@ -96,7 +96,7 @@ def run(options: Options) -> None:
             before = experiment.before()
             with Interruption(say_stopping) as interrupted:
                 trainer.train(experiment.observe, interrupted)
-                trainer.require_uninterrupted(interrupted, "quickstart")
+                trainer.require_uninterrupted("quickstart")
             summary = experiment.after(before)
         except Interrupted:
             raise

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
-from lvrpo.errors import ContractError, InputError, LostProcessError, NotWellError
+from lvrpo.errors import InputError, NotWellError
 from lvrpo.reading import is_there
 
 if TYPE_CHECKING:
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.pretrain import Pretrainer
     from lvrpo.training.trainer import Trainer
-    from lvrpo.training.wire import Wire
 
 
 def train_options(parser: Parser) -> None:
@@ -42,41 +39,23 @@ def run_options(parser: Parser) -> None:
 def train(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
+    from lvrpo.distributed import is_main
     from lvrpo.evaluation.experiment import Experiment
     from lvrpo.training.interrupt import Interruption, say_stopping
-    from lvrpo.training.wire import join
 
-    wire = join()
-    if wire.rank:
-        help_train(wire)
-        return
-    trainer, plan = open_trainer(options, wire)
+    trainer, plan = open_trainer(options)
     run, config = trainer.run, trainer.config
-    processes = nullcontext() if wire.size == 1 else trainer.led()
-    with run, processes, Progress(config.steps) as watch, Experiment(trainer, plan, watch) as experiment:
+    with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
         watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
         before = experiment.before()
         with Interruption(say_stopping) as interrupted:
             trainer.train(experiment.observe, interrupted)
-            trainer.require_uninterrupted(interrupted)
+            trainer.require_uninterrupted()
         summary = experiment.after(before)
-        if summary["before"]:
+        if summary["before"] and is_main():
             print_tables(summary_tables(summary))
         watch.phase(f"done; the policy: {run.path} ({kept_step(trainer, summary)})")
     require_well(run.path, summary)
-
-
-def help_train(wire: Wire) -> None:
-    """What the other processes do that ``torchrun`` started; a signal is for the first one to obey."""
-    from lvrpo.training.setup import helping_policies
-    from lvrpo.training.team import serve
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        serve(wire, lambda setup: helping_policies(setup, wire))
-    except LostProcessError as error:
-        raise ContractError(f"process {wire.rank} of {wire.size}: {error}") from None
 
 
 def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
@@ -92,36 +71,29 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
         raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
-def open_trainer(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
-    """A new run, or one that goes on, and what is asked to be measured; where it fails the other processes end."""
-    from lvrpo.evaluation.experiment import planned_benchmarks, warn_without_test
+def open_trainer(options: Options) -> tuple[Trainer, Plan]:
+    """A new run, or one that goes on, and what is asked to be measured."""
+    from lvrpo.evaluation.experiment import warn_without_test
     from lvrpo.evaluation.suite import find_benchmarks
-    from lvrpo.training.team import Stop
 
-    try:
-        find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
-        trainer, plan = resumed(options, wire) if options.resume is not None else started(options, wire)
-        if options.benchmark:
-            planned_benchmarks(trainer, plan)
-        elif not options.no_evaluate:
-            warn_without_test(trainer.config)
-        return trainer, plan
-    except BaseException:
-        wire.broadcast_object(Stop())
-        wire.close()
-        raise
+    find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
+    trainer, plan = resumed(options) if options.resume is not None else started(options)
+    if not options.benchmark and not options.no_evaluate:
+        warn_without_test(trainer.config)
+    return trainer, plan
 
 
-def resumed(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
+def resumed(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.training.trainer import Trainer
 
     refuse_out(options)
-    trainer = Trainer.resume(options.resume, config_of_resumed(options), options.base, wire)
+    trainer = Trainer.resume(options.resume, config_of_resumed(options), options.base)
     return trainer, asked_plan(options, trainer.config)
 
 
-def started(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
+def started(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.commands.settings import read_config
+    from lvrpo.distributed import relay
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.splits import require_unseen
     from lvrpo.training.trainer import Trainer
@@ -130,10 +102,11 @@ def started(options: Options, wire: Wire) -> tuple[Trainer, Plan]:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
-    config = read_config(TrainConfig, options.config, options.overrides)
-    require_unseen(options.benchmark, config)
-    plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name
-    return Trainer.start(config, folder, wire, files=plan.files()), plan
+    with relay():
+        config = read_config(TrainConfig, options.config, options.overrides)
+        require_unseen(options.benchmark, config)
+        plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name
+    return Trainer.start(config, folder, files=plan.files()), plan
 
 
 def asked_plan(options: Options, config: TrainConfig) -> Plan:
@@ -174,7 +147,7 @@ def pretrain(options: Options) -> None:
         watch.phase(f"run {run.path}: {config.steps} steps, from step {trainer.state.step}")
         with Interruption(say_stopping) as interrupted:
             if not trainer.train(watch.step, interrupted):
-                trainer.require_uninterrupted(interrupted)
+                trainer.require_uninterrupted()
         watch.phase(f"done; the policy: {run.path}; report: {build_report(run.path)}")
 
 

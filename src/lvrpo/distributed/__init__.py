@@ -6,6 +6,7 @@ It knows PyTorch modules and no policy, loss or configuration. Every process cal
 
 from lvrpo.distributed.checkpoint import Saving, load_sharded, save_sharded, save_sharded_async, stored_tensors
 from lvrpo.distributed.collectives import (
+    broadcast,
     communicating,
     deal,
     device,
@@ -16,6 +17,7 @@ from lvrpo.distributed.collectives import (
     on_main,
     process_group,
     rank,
+    reduce,
     relay,
     reports,
     start,
@@ -41,6 +43,7 @@ __all__ = [
     "Saving",
     "ShardedMuon",
     "WeightSets",
+    "broadcast",
     "communicating",
     "deal",
     "device",
@@ -56,6 +59,7 @@ __all__ = [
     "on_main",
     "process_group",
     "rank",
+    "reduce",
     "reduce_gradients",
     "relay",
     "reports",

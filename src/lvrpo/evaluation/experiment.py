@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from lvrpo.config import config_sha256, parse_section
+from lvrpo.distributed import on_main
 from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import sample_prompts
 from lvrpo.evaluation.cases import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
+from lvrpo.evaluation.dealt import dealt
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import (
     SAMPLING,
@@ -112,6 +114,7 @@ class Experiment:
         self.sampling = replace(
             SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
         )
+        self.benchmarks = planned_benchmarks(trainer, plan)
         self.baseline: Baseline | None = None
         if plan.baseline is not None:
             folder = trainer.run.path / "baseline"
@@ -133,7 +136,7 @@ class Experiment:
             steps = plan.baseline.steps
             self.watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {steps} steps")
             baseline.start()
-        evaluation = self._measure("before", lambda: trainer.policies.reference)
+        evaluation = self._measure("before", lambda: trainer.state.policies.reference)
         if not trainer.finished:
             self.watch.phase(f"align: {trainer.config.steps} steps")
             self._shown = self._prompts_shown()
@@ -143,7 +146,8 @@ class Experiment:
         """Half-way the prompts that the report shows are drawn once more. Any: as metrics have them."""
         middle = max(1, self.trainer.config.steps // 2)
         if row["step"] == middle and self._shown:
-            groups = sample_prompts(self.trainer.policies.average, self._shown, self.sampling, 0)
+            average = dealt(self.trainer.state.policies.average)
+            groups = sample_prompts(average, self._shown, self.sampling, 0)
             name = f"step_{middle:06d}"
             self.run.write_json(f"eval/{name}.json", {"prompts": write_cases(self.run, name, groups)})
         self.watch.step(row)
@@ -161,8 +165,8 @@ class Experiment:
             against = baseline.wait()
         summary = summarize(self.trainer, before, after, against, plan)
         run.write_summary(summary)
-        write_audit(run.path)
-        self.watch.phase(f"report: {build_report(run.path)}")
+        page = on_main(lambda: (write_audit(run.path), build_report(run.path))[1])
+        self.watch.phase(f"report: {page}")
         return summary
 
     def _measure(self, phase: str, policy: Callable[[], Policy]) -> Evaluation:
@@ -170,19 +174,23 @@ class Experiment:
 
         The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
         """
-        run, plan, base = self.run, self.plan, self.trainer.policies.reference
+        run, plan, base = self.run, self.plan, dealt(self.trainer.state.policies.reference)
         path = run.path / "eval" / f"{phase}.json"
-        if is_there(path):
+        if on_main(lambda: is_there(path)):
             return read_evaluation(run, f"eval/{phase}.json")[0]
-        benchmarks = planned_benchmarks(self.trainer, plan)
-        if benchmarks:
-            self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, benchmarks))}")
+        if self.benchmarks:
+            self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, self.benchmarks))}")
         scorer = self.trainer.parts.scorer
         measuring = Measuring(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
         evaluation = evaluate(
-            policy(), benchmarks, sizes=plan.sizes, sampling=self.sampling, keep=keep_cases, measuring=measuring
+            dealt(policy()),
+            self.benchmarks,
+            sizes=plan.sizes,
+            sampling=self.sampling,
+            keep=keep_cases,
+            measuring=measuring,
         )
-        write_evaluation(run, phase, evaluation)
+        on_main(lambda: write_evaluation(run, phase, evaluation))
         return evaluation
 
     def _prompts_shown(self) -> list[Prompt]:
@@ -190,7 +198,7 @@ class Experiment:
         sizes = self.plan.sizes
         known = {
             prompt.id: prompt
-            for benchmark in planned_benchmarks(self.trainer, self.plan)
+            for benchmark in self.benchmarks
             if benchmark.name not in DOUBLES
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
         }

@@ -232,12 +232,10 @@ def score_groups(
     groups: Sequence[Group],
     judge: Policy,
     step: int = 0,
-    most_failed: float | None = None,
 ) -> RewardTable:
     """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``.
 
-    ``step``: steps done, for the weights that follow a schedule. ``most_failed``: of a reward without ``max_failed``,
-    the share of scores that may fail (None: any); more raise ContractError, as for one with it.
+    ``step``: steps done, for the weights that follow a schedule.
     """
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
@@ -249,8 +247,7 @@ def score_groups(
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             of = [groups[p] for p in chosen]
-            limit = most_failed if source.config.max_failed is None else source.config.max_failed
-            result, failures, own_noise = _checked(source, of, source.judge or judge, limit)
+            result, failures, own_noise = _checked(source, of, source.judge or judge)
             if source.config.clip is not None:
                 low, high = source.config.clip
                 clipped = result.clamp(low, high)
@@ -285,8 +282,25 @@ def score_groups(
     )
 
 
+def require_scored(sources: Sequence[RewardSource], table: RewardTable, most_failed: float | None = None) -> None:
+    """Raises ContractError where more of a reward's scores failed than may (``max_failed``).
+
+    ``most_failed``: the share that may fail of a reward that does not say it; None: any.
+    """
+    for k, source in enumerate(sources):
+        limit = most_failed if source.config.max_failed is None else source.config.max_failed
+        failed = [why for (_, _, other), why in table.reasons.items() if other == k and why != NOT_APPLICABLE]
+        tried = len(failed) + int(table.mask[..., k].sum())
+        if limit is not None and len(failed) > limit * tried:
+            reason, times = Counter(why.removeprefix("failed: ") for why in failed).most_common(1)[0]
+            raise ContractError(
+                f"reward {source.config.title!r} failed on {len(failed)} of {tried} outputs, max_failed={limit}: most "
+                f"often ({times}): {' '.join(reason.split())}: mend the reward, or raise its max_failed"
+            )
+
+
 def _checked(
-    source: RewardSource, groups: Sequence[Group], judge: Policy, limit: float | None
+    source: RewardSource, groups: Sequence[Group], judge: Policy
 ) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title
@@ -309,10 +323,4 @@ def _checked(
     if failures and source.config.on_failure == "stop":
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
-    if limit is not None and len(failures) > limit * P * G:
-        reason, times = Counter(failures.values()).most_common(1)[0]
-        raise ContractError(
-            f"reward {title!r} failed on {len(failures)} of {P * G} outputs, max_failed={limit}: most often ({times}): "
-            f"{' '.join(reason.split())}: mend the reward, or raise its max_failed"
-        )
     return values, failures, noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from lvrpo.distributed import gather, is_main, on_main, relay
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL
@@ -76,6 +78,7 @@ class BaseTrainer(ABC, Generic[C, S]):
     config: C
     run: RunDirectory
     state: S
+    _interrupted = False
 
     @abstractmethod
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
@@ -132,7 +135,7 @@ class BaseTrainer(ABC, Generic[C, S]):
     def save(self) -> Path:
         """Writes checkpoints/step_NNNNNN: the policy to use in Hub layout, and the state beside it."""
         path = self.run.checkpoint_dir(self.state.step)
-        with checkpoint_writer(path) as folder:
+        with written_by_all(path) as folder:
             self.state.write(folder)
         return path
 
@@ -144,30 +147,56 @@ class BaseTrainer(ABC, Generic[C, S]):
             self._prune()
 
     def _prune(self) -> None:
-        prune_checkpoints(self.run.path, self.config.keep_checkpoints, keep=self.state.best_steps)
+        keep = self.state.best_steps
+        on_main(lambda: prune_checkpoints(self.run.path, self.config.keep_checkpoints, keep=keep))
 
     def finish(self, step: int) -> None:
         """Says which step's weights are the result."""
-        self.run.write_json(FINAL, {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step})
+        found = {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step}
+        on_main(lambda: self.run.write_json(FINAL, found))
 
-    def require_uninterrupted(self, interrupted: Callable[[], bool], command: str | None = None) -> None:
+    def asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
+        """Whether any rank was asked to stop; the same on all."""
+        self._interrupted = any(gather(bool(interrupted())))
+        return self._interrupted
+
+    def require_uninterrupted(self, command: str | None = None) -> None:
         """Raises Interrupted after a request to stop, which ``train`` obeyed with a checkpoint written.
 
         ``command``: what resumes the run, where it is not the trainer's own.
         """
-        if interrupted():
+        if self._interrupted:
             raise Interrupted(
                 f"interrupted after step {self.state.step} of {self.config.steps}; the checkpoint is written; "
                 f"go on with: lvrpo {command or self.command} --resume {self.run.path}"
             )
 
 
+@contextmanager
+def written_by_all(path: Path) -> Iterator[Path]:
+    """A checkpoint's folder while it is written by all ranks; rank 0 seals it and gives it its name at the end."""
+    writer = checkpoint_writer(path)
+    folder = on_main(writer.__enter__)
+    try:
+        with relay():
+            yield folder
+    except BaseException:
+        if is_main():
+            writer.__exit__(*sys.exc_info())
+        raise
+    on_main(lambda: writer.__exit__(None, None, None))
+
+
 def keep_start(run: RunDirectory, policy: Policy) -> None:
     """Writes the starting weights into the run, sealed."""
-    shutil.rmtree(run.path / START, ignore_errors=True)
-    with atomic_folder(run.path / START) as folder:
-        policy.save(folder)
-        seal_checkpoint(folder)
+
+    def write() -> None:
+        shutil.rmtree(run.path / START, ignore_errors=True)
+        with atomic_folder(run.path / START) as folder:
+            policy.save(folder)
+            seal_checkpoint(folder)
+
+    on_main(write)
 
 
 def require_start(run: RunDirectory) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.data.sources import PromptSource
+from lvrpo.distributed import is_main
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.table import RewardSource, score_groups
@@ -18,6 +19,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.offload import Offloaded
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.shares import whole_groups
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -271,7 +273,7 @@ def weights_changed(one: Policy, other: Policy) -> bool:
     Offloaded weights are compared with those that the run began with.
     """
     if isinstance(one, Offloaded):
-        return bool(one.shards.together("changed"))
+        return one.shards.changed()
     own = dict(policy_module(other).named_parameters())
     return any(
         not torch.equal(parameter, own[name]) if name in own else ".lora_B." in name and bool(parameter.any())
@@ -346,8 +348,9 @@ def check_first_update(
     run: RunDirectory, policies: Policies, groups: Sequence[Group], table: RewardTable, std_floor: float
 ) -> None:
     """Adds to contract.json what the first update has to have done; raises ContractError at the first breach."""
-    checks = first_update_checks(policies.live, policies.reference, groups, table, std_floor)
-    run.write_json(
-        "contract.json", [*run.read_json("contract.json", list[dict[str, Any]]), *(check.as_dict() for check in checks)]
-    )
+    first = whole_groups(groups, range(len(groups)), members=1)
+    checks = first_update_checks(policies.live, policies.reference, first, table, std_floor)
+    if is_main():
+        before = run.read_json("contract.json", list[dict[str, Any]])
+        run.write_json("contract.json", [*before, *(check.as_dict() for check in checks)])
     require(checks)

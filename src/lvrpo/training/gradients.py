@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lvrpo.algorithms import balance_weights, combine_gradients, cosine_matrix, gram_matrix, projection_weights
 from lvrpo.config import Config
+from lvrpo.distributed import gather, sum_over_ranks, world_size
 from lvrpo.policies.base import Policy
 from lvrpo.training.objective import Metrics
 from lvrpo.types import TASKS, Task
@@ -65,6 +66,18 @@ class TaskGradients:
                 else:
                     account[name] = parameter.grad.clone()
             parameter.grad = None
+
+    def sum_over_ranks(self) -> None:
+        """Adds up the accounts of all ranks, which have taken other microbatches."""
+        if world_size() == 1:
+            return
+        known = gather({task: set(account) for task, account in (*self.tasks.items(), ("total", self.total))})
+        for task in ("total", *TASKS):
+            names = set().union(*(part.get(task, set()) for part in known))
+            account = self.total if task == "total" else self.tasks.setdefault(task, {}) if names else {}
+            for name in self.parameters:
+                if name in names:
+                    sum_over_ranks(account.setdefault(name, torch.zeros_like(self.parameters[name])))
 
     def give_back(self, mixing: Mixing, seed: int) -> None:
         """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lvrpo.distributed import relay
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
@@ -16,6 +17,7 @@ from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.shares import merged, own_rows, placed, sample_own
 from lvrpo.training.state import GuardState, TrainState
 from lvrpo.types import Group, Prompt, Task
 
@@ -62,6 +64,7 @@ class Guard:
     ) -> None:
         self.scorer = scorer
         self.prompts: dict[Task, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
+        self.asks_judge = any(scorer.metric(p) == "reward" for rows in self.prompts.values() for p in rows)
         self.config = config
         rollout = config.rollout
         self.sampling = Sampling(
@@ -84,21 +87,33 @@ class Guard:
         return self._scores(self.sample(policy), judge)
 
     def _scores(self, outputs: Mapping[Task, Sequence[Group]], judge: Policy | None) -> dict[Task, list[float]]:
-        return {task: [row[0] for row in self.scorer.scores(groups, judge)] for task, groups in outputs.items()}
+        if judge is not None and self.asks_judge:
+            placed(judge)
+        found: dict[Task, list[float]] = {}
+        for task, groups in outputs.items():
+            own = own_rows(groups)
+            rows: list[list[float]] = []
+            with relay():
+                if own:
+                    rows = self.scorer.scores([groups[p] for p in own], judge)
+            found[task] = [row[0] for row in merged(dict(zip(own, rows, strict=True))).values()]
+        return found
 
     def sample(self, policy: Policy) -> dict[Task, list[Group]]:
-        """One output for every held-out prompt."""
+        """One output for every held-out prompt; every rank samples its share."""
         out: dict[Task, list[Group]] = {}
         for task, rows in self.prompts.items():
             seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-            out[task] = policy.sample(rows, self.sampling, seeds)
+            out[task] = sample_own(policy, rows, self.sampling, seeds)
         return out
 
     def look(self, policy: Policy, state: GuardState, step: int, judge: Policy | None = None) -> GuardReport:
         """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
         outputs = self.sample(policy)
         report = self._compare(self._scores(outputs, judge), state, step)
-        return replace(report, entropies=answer_entropies([group for row in outputs.values() for group in row]))
+        groups = [group for row in outputs.values() for group in row]
+        texts = merged({p: groups[p].trajectories[0].text for p in own_rows(groups)})
+        return replace(report, entropies=answer_entropies([group.prompt for group in groups], list(texts.values())))
 
     def _compare(self, scores: dict[Task, list[float]], state: GuardState, step: int) -> GuardReport:
         means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}

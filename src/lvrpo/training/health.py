@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.types import Group
+from lvrpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
 """``metrics.jsonl``. Any: what JSON holds."""
@@ -62,15 +62,15 @@ def assess(rows: Rows, max_failed: Mapping[str, float]) -> Health:
     return Health(tuple(findings))
 
 
-def answer_entropies(groups: Sequence[Group]) -> dict[str, float]:
+def answer_entropies(prompts: Sequence[Prompt], answers_to: Sequence[str | None]) -> dict[str, float]:
     """By task/category, the entropy in bits of the answers to its questions, unless they have one right answer.
 
-    H = -sum p log2 p over the distinct first answers of the groups, as written but for case and outer blanks.
+    H = -sum p log2 p over the distinct answers, one per prompt (None: it has none), as written but for case and outer
+    blanks.
     """
     answers: dict[str, list[str]] = {}
     right: dict[str, set[str]] = {}
-    for group in groups:
-        text, prompt = group.trajectories[0].text, group.prompt
+    for prompt, text in zip(prompts, answers_to, strict=True):
         if text is not None and prompt.answer is not None:
             form = f"{prompt.task}/{prompt.category or 'all'}"
             answers.setdefault(form, []).append(text.strip().lower())

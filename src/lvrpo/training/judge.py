@@ -16,10 +16,11 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Side
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.questions import words_of
-from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import average_into, load_trained, trained_weights
+from lvrpo.training.shares import score_own
 from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 
@@ -269,7 +270,7 @@ def judge_drift(
     if not asking:
         return {}
     with torch.no_grad(), standing_in(judge_identity(judge)):
-        own = score_groups(asking, groups, live)
+        own = score_own(asking, groups, live)
     out: dict[str, float] = {}
     for k, name in enumerate(own.names):
         known = table.names.index(name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lvrpo.distributed import gather
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.batching import cut
 from lvrpo.training.limits import LimitsConfig
@@ -53,31 +54,30 @@ def microbatches(
     config: TrainConfig,
     step: int,
     metrics: Metrics,
-    processes: int = 1,
-) -> list[list[Microbatch]]:
-    """What every process differentiates: of each task and objective the members that it selects.
+) -> list[Microbatch]:
+    """What this rank differentiates: of each task and objective the members that it selects of its groups.
 
-    Logs under ``signal/TASK`` the share of groups with an advantage that is not 0.
+    Logs under ``signal/TASK`` the share of all groups with an advantage that is not 0.
     """
-    found: list[list[Microbatch]] = [[] for _ in range(processes)]
+    chosen: list[tuple[Task, Objective, list[Member]]] = []
     for task in TASKS:
         rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
-        weight = config.task_weights.get(task, 1.0)
-        if not rows or weight == 0:
+        if not rows or config.task_weights.get(task, 1.0) == 0:
             continue
-        A = {kind: advantages[kind].rows(rows) for kind in KINDS}
-        signal = (A["text"].values != 0) | (A["image"].values != 0)
+        signal = (advantages["text"].values[rows] != 0) | (advantages["image"].values[rows] != 0)
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
+        own = [p for p in rows if groups[p].trajectories]
+        A = {kind: advantages[kind].rows(own) for kind in KINDS}
         for objective in objectives:
-            chosen = objective.choose([groups[p] for p in rows], A[objective.output])
-            whole, units = objective.size(chosen), in_units(chosen, objective)
-            for rank, own in enumerate(found):
-                mine = [member for unit in units[rank::processes] for member in unit]
-                for members in split(mine, objective, policy, config.limits):
-                    share = objective.size(members) / whole
-                    own.append(
-                        Microbatch(task, objective.kind, step, members, share, weight * objective.weight * share)
-                    )
+            members = objective.choose([groups[p] for p in own], A[objective.output]) if own else []
+            chosen.append((task, objective, members))
+    sizes = gather([objective.size(members) for _, objective, members in chosen])
+    found: list[Microbatch] = []
+    for (task, objective, members), *of_ranks in zip(chosen, *sizes, strict=True):
+        weight = config.task_weights.get(task, 1.0) * objective.weight
+        for part in split(members, objective, policy, config.limits):
+            share = objective.size(part) / sum(of_ranks)
+            found.append(Microbatch(task, objective.kind, step, part, share, weight * share))
     return found
 
 

@@ -13,8 +13,7 @@ matrices, and a checkpoint has every tensor in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lvrpo.distributed import broadcast, gather, is_main, rank, reduce, relay, world_size
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, StandIn
 from lvrpo.training.checkpoint import load_state, save_state, seal_checkpoint, verify_checkpoint
@@ -29,7 +29,7 @@ from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.microbatches import backward, by_kind
 from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, Microbatch, policy_module
 from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
-from lvrpo.training.wire import Wire, attempt, require
+from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -47,14 +47,6 @@ KNOWN_ANYWAY = frozenset(
 """What a policy can be asked whichever weights it has."""
 
 
-@dataclass(frozen=True)
-class Act:
-    """Everybody does this to the tensors that it keeps."""
-
-    method: str
-    arguments: tuple[Any, ...]
-
-
 def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """Which of so many processes keeps each tensor: the largest first, to whoever has least."""
     loads, found = [0] * count, {}
@@ -65,19 +57,19 @@ def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 class Shards:
-    """What one process keeps of a run, and the module that is one of its policies at a time.
+    """What one rank keeps of a run, and the module that is one of its policies at a time.
 
-    Methods that speak of everybody are called by all processes alike; ``together`` lets the first one say so.
+    All ranks call the same methods in the same order.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig, wire: Wire) -> None:
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
         """All policies begin as the given one."""
         module = policy_module(policy)
-        self.policy, self.wire = policy, wire
+        self.policy = policy
         self.objectives = by_kind(objectives_of(config, policy.writes))
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.owner = owners({name: p.numel() for name, p in self.parameters.items()}, wire.size)
-        own = {name: p for name, p in self.parameters.items() if self.owner[name] == wire.rank}
+        self.owner = owners({name: p.numel() for name, p in self.parameters.items()}, world_size())
+        own = {name: p for name, p in self.parameters.items() if self.owner[name] == rank()}
         self.live = {name: nn.Parameter(_on_host(p, torch.float32)) for name, p in own.items()}
         names = ("average", "old") if asks_for_old(config, policy.writes) else ("average",)
         self.kept: dict[str, Mapping[str, torch.Tensor]] = {
@@ -95,30 +87,22 @@ class Shards:
         ]
         self.here: str | None = "reference"
         """Which policy the module is; None: one that is no more."""
-        self.announce: Callable[[Act], object] = lambda act: None
-        """Tells the others, where there are some who listen."""
-        self.led = False
-        """Whether all processes are told what to do, and do it together."""
 
     @property
     def moving(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """The kept tensors of the policies whose weights change."""
         return {name: kept for name, kept in self.kept.items() if name != "reference"}
 
-    def together(self, method: str, *arguments: Any) -> Any:
-        """Everybody runs a method; called by the first process alone, which gets its own result."""
-        self.announce(Act(method, arguments))
-        return getattr(self, method)(*arguments)
-
     # ---------------------------------------------------------------- the module
     @torch.no_grad()
     def unshard(self, name: str) -> Policy:
-        """Everybody's module becomes one of the policies."""
+        """The module of every rank becomes one of the policies."""
         if self.here != name:
             self.here = None
-            self._all(lambda: self._copy_own(name))  # hosts give theirs at the same time
+            with relay():
+                self._copy_own(name)
             for key, parameter in self.parameters.items():
-                self.wire.broadcast(parameter.detach(), self.owner[key])
+                broadcast(parameter.detach(), self.owner[key])
             self.here = name
         return self.policy
 
@@ -143,20 +127,24 @@ class Shards:
         """
         metrics = Metrics()
         frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
-        kinds = {kind for own in self.wire.all_gather_objects({batch.kind for batch in batches}) for kind in own}
+        own_kinds: set[SegmentKind] = {batch.kind for batch in batches}
+        kinds = {kind for kinds_of_rank in gather(own_kinds) for kind in kinds_of_rank}
         asked = {name for kind in kinds for name in self.objectives[kind].compared_with}
         for name in FROZEN:
             if name not in asked:
                 continue
             self.unshard(name)
-            self._all(lambda name=name: self._ask(name, batches, frozen))
+            with relay():
+                self._ask(name, batches, frozen)
         self.unshard("live")
-        for i in range(max(self.wire.all_gather_objects(len(batches)))):
+        for i in range(max(gather(len(batches)))):
             own = list(zip(batches, frozen, strict=True))[i : i + 1]
-            self._all(lambda own=own: [self._backward(batch, metrics, terms) for batch, terms in own])
+            with relay():
+                for batch, terms in own:
+                    self._backward(batch, metrics, terms)
             self._reduce_gradients()
         total = Metrics()
-        for logged in self.wire.all_gather_objects(metrics):
+        for logged in gather(metrics):
             total.include(logged)
         return total
 
@@ -177,16 +165,16 @@ class Shards:
     @torch.no_grad()
     def _reduce_gradients(self) -> None:
         known = [parameter.grad is not None for parameter in self.parameters.values()]
-        everybody = self.wire.all_gather_objects(known)
+        everybody = gather(known)
         for (name, parameter), *anybody in zip(self.parameters.items(), *everybody, strict=True):
             if not any(anybody):
                 continue
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
-            if self.wire.size == 1:
+            if world_size() == 1:
                 gradient = gradient.cpu()  # it is smaller than what it becomes
             gradient = gradient.float()
-            self.wire.reduce(gradient, self.owner[name])
+            reduce(gradient, self.owner[name])
             if name in self.live:
                 kept, gradient = self.live[name], gradient.cpu()
                 kept.grad = gradient if kept.grad is None else kept.grad.add_(gradient)
@@ -198,9 +186,9 @@ class Shards:
         return norms
 
     def _norms_of_all(self, own: Norms) -> Norms:
-        if self.wire.size == 1:
+        if world_size() == 1:
             return own
-        parts = self.wire.all_gather_objects(own)
+        parts = gather(own)
         experts = dict.fromkeys(chain(*parts))
         return {expert: math.sqrt(sum(part[expert] ** 2 for part in parts if expert in part)) for expert in experts}
 
@@ -215,12 +203,14 @@ class Shards:
         """Whether the live weights of anybody are others than the reference's."""
         start = self.kept["reference"]
         own = any(not torch.equal(p, start[name].float()) for name, p in self.live.items())
-        return any(self.wire.all_gather_objects(own))
+        return any(gather(own))
 
     # ---------------------------------------------------------------- checkpoints
     def write(self, name: str, folder: Path) -> None:
         """One of the policies as a folder that ``load_policy`` reads, as exact as it is kept; of the first process."""
-        tensors = self.together("gather", name)
+        tensors = self.gather(name)
+        if not is_main():
+            return
         before = {key: parameter.data for key, parameter in self.parameters.items()}
         try:
             for key, parameter in self.parameters.items():
@@ -236,19 +226,21 @@ class Shards:
         found: dict[str, torch.Tensor] = {}
         for key, parameter in self.parameters.items():
             own = self.kept[name].get(key)
-            if self.wire.size > 1:
+            if world_size() > 1:
                 sent = torch.empty_like(parameter, dtype=torch.float32)
                 if own is not None:
                     sent.copy_(own)
-                self.wire.broadcast(sent, self.owner[key])
-                own = sent.cpu() if own is None and self.wire.rank == 0 else own
-            if own is not None and self.wire.rank == 0:
+                broadcast(sent, self.owner[key])
+                own = sent.cpu() if own is None and rank() == 0 else own
+            if own is not None and rank() == 0:
                 found[key] = own
         return found
 
     def save(self, folder: Path) -> None:
         """Everybody writes what it keeps into a folder of its own below."""
-        self._all(lambda: self._save(folder / f"{PART}{self.wire.rank:03d}"))
+        gather(None)  # the folder is there
+        with relay():
+            self._save(folder / f"{PART}{rank():03d}")
 
     def _save(self, folder: Path) -> None:
         folder.mkdir()
@@ -258,13 +250,13 @@ class Shards:
 
     def load(self, folder: Path, policies: Collection[str] = ()) -> None:
         """Everybody reads what it keeps, whoever wrote it; ``policies``: of these alone, and no moments."""
-        self._all(lambda: self.load_own(folder, policies))
+        with relay():
+            self._load(folder, policies)
 
     @torch.no_grad()
-    def load_own(self, folder: Path, policies: Collection[str] = ()) -> None:
-        """``load`` of this process alone; raises InputError where the state is of other weights."""
+    def _load(self, folder: Path, policies: Collection[str]) -> None:
         wanted, moments = set(self.live), [dict[str, Any]() for _ in self.optimizers]
-        parts = sorted(folder.glob(f"{PART}*"), key=lambda part: part.name != f"{PART}{self.wire.rank:03d}")
+        parts = sorted(folder.glob(f"{PART}*"), key=lambda part: part.name != f"{PART}{rank():03d}")
         for part in parts:
             if not wanted:
                 break
@@ -285,10 +277,6 @@ class Shards:
         for optimizers, own in zip(self.optimizers, moments, strict=True):
             optimizers.load_moments(own)
 
-    def _all(self, run: Callable[[], object]) -> None:
-        """Raises in every process what went wrong in one."""
-        require(self.wire.all_gather_objects(attempt(run)[1]))
-
 
 class Offloaded(StandIn):
     """A policy whose weights come to the card when it is asked for what depends on them; of the first process."""
@@ -299,7 +287,7 @@ class Offloaded(StandIn):
 
     def policy(self) -> Policy:
         shards = self.shards
-        return shards.policy if shards.here == self.name else shards.together("unshard", self.name)
+        return shards.unshard(self.name)
 
     def farther(self) -> Offloaded:
         """The live policy, ``FARTHER_BY`` times as far from the reference as it is."""
@@ -321,7 +309,7 @@ class OffloadedOptimizers:
 
     def step(self, step: int, scale: float = 1.0) -> Norms:
         """As ``Optimizers.step``."""
-        return self.shards.together("step", self.phase, step, scale)
+        return self.shards.step(self.phase, step, scale)
 
 
 def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -330,7 +330,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
                 row |= {f"grad_norm/{expert}": norm for expert, norm in report.grad_norms.items()}
                 if self.held_out and (state.step % config.held_out_every == 0 or state.step == config.steps):
                     row |= score_held_out(state.average, self.held_out, config.seed)
-            stop = interrupted()
+            stop = self.asked_to_stop(interrupted)
             self.save_if_due(last=stop or state.step == config.steps)
             if stop and state.step < config.steps:
                 return False

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.types import Group, RewardTable
+from lvrpo.types import RewardTable
 
 LONGEST = 200
 """Characters of a reason that are kept."""
 
 
-def reward_means(prefix: str, table: RewardTable, groups: Sequence[Group]) -> dict[str, float | str]:
-    """Mean and failures of every reward per task, and the share of outputs that are right as a whole."""
+def reward_means(prefix: str, table: RewardTable, right: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
+    """Mean and failures of every reward per task, and the share of outputs that are right as a whole.
+
+    ``right``: by row of the table, which members are (``right_outputs``).
+    """
     out: dict[str, float | str] = {}
-    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
-    right = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
     for task in dict.fromkeys(table.tasks):
         rows = [p for p, name in enumerate(table.tasks) if name == task]
         known = [right[p] for p in rows if p in right]

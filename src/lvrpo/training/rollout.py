@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -14,7 +13,7 @@ from lvrpo.algorithms import refill_plan, signal_mask
 from lvrpo.config import Config
 from lvrpo.data.sources import PromptSource
 from lvrpo.policies.base import Sampling
-from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import (
     check_window,
     decaying_window,
@@ -26,6 +25,7 @@ from lvrpo.sampling import (
 )
 from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies
+from lvrpo.training.shares import sample_own, score_own, with_rows
 from lvrpo.types import TASKS, Group, Prompt, RewardTable
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, 
     for sampler, wanted in ((writer, False), (painter, True)):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
         if indices:
-            drawn = sampler.sample([prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+            drawn = sample_own(sampler, [prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
             groups.update(zip(indices, drawn, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
@@ -214,22 +214,7 @@ def refill(
             prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
             drawn[task] += 1
         fresh = rollout(policies, prompts, config, step)
-        table = with_rows(table, rows, score_groups(rewards, fresh, policies.judge, step))
+        table = with_rows(table, rows, score_own(rewards, fresh, policies.judge, step))
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group
         budget = plan.budget_left
-
-
-def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> RewardTable:
-    """The table with the groups of another one in the given rows."""
-    scores, mask = table.scores.clone(), table.mask.clone()
-    scores[rows], mask[rows] = other.scores, other.mask
-    reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
-    reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
-    merged: dict[str, dict[str, torch.Tensor]] = {}
-    for name in ("noise", "cut"):  # two mappings of (P, G) tensors
-        merged[name] = {title: values.clone() for title, values in getattr(table, name).items()}
-        for title, values in getattr(other, name).items():
-            unknown = torch.nan if name == "noise" else False
-            merged[name].setdefault(title, values.new_full(table.mask.shape[:2], unknown))[rows] = values
-    return replace(table, scores=scores, mask=mask, reasons=reasons, noise=merged["noise"], cut=merged["cut"])

@@ -1,4 +1,7 @@
-"""The run directory (DESIGN section 6): everything a run writes, each file atomically, by one process at a time."""
+"""The run directory (DESIGN section 6): everything a run writes, each file atomically, by one process at a time.
+
+Every rank has the same run directory; rank 0 writes it, and what the others write goes nowhere.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from pydantic import Field
 
 from lvrpo import __version__
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
+from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import ContractError, InputError
 from lvrpo.reading import is_there, read_bytes, read_json
 from lvrpo.storing import write_whole
@@ -76,30 +80,36 @@ class RunDirectory:
         Raises InputError if the directory holds another configuration, steps, foreign files, or a live writer.
         """
         run = cls(path)
-        run._refuse_foreign(config)
-        missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-        run._made = None if (run.path / CONFIG).exists() else missing
-        try:
-            with disk_errors(run.path):
-                run.path.mkdir(parents=True, exist_ok=True)
-            run._lock()
-            run._refuse_foreign(config)
-            run._recover()
-            if not (run.path / CONFIG).exists():
-                run.write_text(CONFIG, dump_config(config))
-        except BaseException as error:
-            run.leave(error)
-            raise
+        on_main(lambda: run._create(config))
         return run
+
+    def _create(self, config: Config) -> None:
+        self._refuse_foreign(config)
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self._made = None if (self.path / CONFIG).exists() else missing
+        try:
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._refuse_foreign(config)
+            self._recover()
+            if not (self.path / CONFIG).exists():
+                self.write_text(CONFIG, dump_config(config))
+        except BaseException as error:
+            self.leave(error)
+            raise
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Takes an existing run to go on writing it (resume); raises InputError if it is none or another writes it."""
         run = cls.read(path)
         run.require_unchanged()
-        run._lock()
-        run._recover()
+        on_main(run._take)
         return run
+
+    def _take(self) -> None:
+        self._lock()
+        self._recover()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -117,6 +127,8 @@ class RunDirectory:
 
     def leave(self, error: BaseException | None) -> None:
         """Gives the lock back; a run that this process began and that failed before its first checkpoint is removed."""
+        if not is_main():
+            return
         locked = self._unlock is not None
         if locked and isinstance(error, Exception) and self._made is not None and latest_checkpoint(self.path) is None:
             for entry in self.path.iterdir():
@@ -217,9 +229,10 @@ class RunDirectory:
     def write_bytes(self, relative: str, content: bytes) -> Path:
         """Writes one file whole or not at all (temporary name, fsync, rename)."""
         path = self._inside(relative)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content)
+        if is_main():
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, content)
         return path
 
     def write_text(self, relative: str, text: str) -> Path:
@@ -258,6 +271,8 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, Json], durable: bool = False) -> None:
         """Adds one line, whole or not at all; ``durable`` also syncs it to the disk."""
+        if not is_main():
+            return
         line = json.dumps(to_json(row), ensure_ascii=False) + "\n"
         path = self.path / METRICS
         with disk_errors(path):
@@ -287,6 +302,8 @@ class RunDirectory:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after ``step``, which a resumed run writes anew."""
+        if not is_main():
+            return
         rows = self.metrics()
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
@@ -313,6 +330,8 @@ class RunDirectory:
 
         ``data`` and ``checkpoints`` are fingerprints by name.
         """
+        if not is_main():
+            return self.path / MANIFEST
         start = {
             **environment(),
             "config_sha256": config_sha256(config),

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lvrpo.distributed import is_main
 from lvrpo.report.grids import Tile, picture_grid
-from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.reward_metrics import masked
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.shares import whole_groups
 from lvrpo.types import TASKS, Group, RewardTable
 
 GROUPS_PER_TASK = 4
 
 
-def write(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable) -> None:
-    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task."""
+def write(
+    run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, known: Mapping[int, Sequence[float]]
+) -> None:
+    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task.
+
+    ``known``: by row, which members are right (``right_outputs``).
+    """
     chosen = [
         p
         for task in TASKS
         for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
     ]
-    judged = [p for p in chosen if scorable(groups[p].prompt)]
-    known = dict(zip(judged, successes([groups[p] for p in judged]), strict=True))
-    right: list[Sequence[float | None]] = [known.get(p, [None] * len(groups[p])) for p in chosen]
+    shown = whole_groups(groups, chosen)
+    if not is_main():
+        return
+    right: list[Sequence[float | None]] = [
+        known.get(p, [None] * len(group)) for p, group in zip(chosen, shown, strict=True)
+    ]
     rows = []
-    for p, success in zip(chosen, right, strict=True):
-        group = groups[p]
+    for group, success in zip(shown, right, strict=True):
         if group.trajectories[0].image is None:
             continue
         pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
@@ -42,7 +50,7 @@ def write(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTa
         buffer = io.BytesIO()
         picture_grid(rows).save(buffer, format="PNG")
         run.write_bytes(f"{folder}/grid.png", buffer.getvalue())
-    lines = [json.dumps(_row(groups[p], table, p, success)) for p, success in zip(chosen, right, strict=True)]
+    lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, right, strict=True)]
     run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
 
 

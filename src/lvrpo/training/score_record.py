@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from lvrpo.distributed import is_main, relay
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_bytes
-from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.training.run_directory import SCORES, RunDirectory
+from lvrpo.training.shares import merged, own_rows
 from lvrpo.types import Group, RewardTable, Task, TextSegment
 
 if TYPE_CHECKING:
@@ -108,17 +109,29 @@ def write_step(
     step: int,
     groups: Sequence[Group],
     table: RewardTable,
+    right: Mapping[int, Sequence[float]],
     advantages: Float[torch.Tensor, "P G"],
     judged: Bool[torch.Tensor, "P K"] | None = None,
 ) -> None:
-    """Keeps the groups of a training step; ``judged``: which rewards have a part in ``advantages`` (None: all)."""
-    _write(run, "step", step, 1, lambda: _arrays(groups, table, advantages, judged))
+    """Keeps the groups of a training step.
+
+    ``right``: by row, which members are right (``right_outputs``); ``judged``: which rewards have a part in
+    ``advantages`` (None: all).
+    """
+    _write(run, "step", step, 1, lambda: _arrays(groups, table, right, advantages, judged))
 
 
-def write_control(run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, every: int) -> None:
+def write_control(
+    run: RunDirectory,
+    step: int,
+    groups: Sequence[Group],
+    table: RewardTable,
+    right: Mapping[int, Sequence[float]],
+    every: int,
+) -> None:
     """Keeps the reference's groups on the prompts of ``step``; ``every``: steps from one control to the next."""
     nothing = torch.full(table.scores.shape[:2], torch.nan)
-    _write(run, "control", step, every, lambda: _arrays(groups, table, nothing, None))
+    _write(run, "control", step, every, lambda: _arrays(groups, table, right, nothing, None))
 
 
 def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
@@ -129,7 +142,7 @@ def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[floa
 
 def truncate(run: RunDirectory, step: int) -> None:
     """Drops the records after ``step``, which a resumed run writes anew."""
-    for kind in FIRST:
+    for kind in FIRST if is_main() else ():
         _delete([path for at, path in _files(run.path, kind) if at > step])
 
 
@@ -170,11 +183,11 @@ def _write(
 ) -> None:
     number = _number(kind, step, every)
     spacing = stride(number)
-    if number and spacing != stride(number - 1):
+    if is_main() and number and spacing != stride(number - 1):
         _delete([path for at, path in _files(run.path, kind) if _number(kind, at, every) % spacing])
     if number % spacing == 0:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays())
+        found, buffer = arrays(), io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **found)
         run.write_bytes(f"{SCORES}/{kind}_{step:06d}.npz", buffer.getvalue())
 
 
@@ -192,20 +205,24 @@ def _number(kind: Kind, step: int, every: int) -> int:
 def _arrays(
     groups: Sequence[Group],
     table: RewardTable,
+    right: Mapping[int, Sequence[float]],
     advantages: Float[torch.Tensor, "P G"],
     judged: Bool[torch.Tensor, "P K"] | None,
 ) -> Mapping[str, NDArray[Any]]:
-    P, _, K = table.scores.shape
+    P, G, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
-    pictures = [_pictures(group) for group in groups]
-    own: dict[str, NDArray[Any]] = {}
+    own = own_rows(groups)
+    with relay():
+        mine = {p: _measured(groups[p]) for p in own}
+    measured = list(merged(mine).values())
+    some: dict[str, NDArray[Any]] = {}
     if table.normalize:
-        own["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
+        some["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
     if table.cut:
         columns = [_cut(table, k) for k in range(K)]
-        own["cut"] = np.stack(columns, axis=1)
+        some["cut"] = np.stack(columns, axis=1)
     return {
-        **own,
+        **some,
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
@@ -215,10 +232,10 @@ def _arrays(
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
         "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
-        "success": _success(groups),
-        "traits": np.stack([_traits(g, p) for g, p in zip(groups, pictures, strict=True)]),
-        "text_diversity": _floats([_text_diversity(group) for group in groups]),
-        "picture_diversity": _floats([_picture_diversity(p) for p in pictures]),
+        "success": _floats([right.get(p, [np.nan] * G) for p in range(P)]),
+        "traits": np.stack([traits for traits, _, _ in measured]),
+        "text_diversity": _floats([texts for _, texts, _ in measured]),
+        "picture_diversity": _floats([pictures for _, _, pictures in measured]),
         "advantages": advantages.detach().float().cpu().numpy(),
     }
 
@@ -237,12 +254,10 @@ def _floats(values: ArrayLike) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
-def _success(groups: Sequence[Group]) -> NDArray[np.float32]:
-    out = np.full((len(groups), len(groups[0])), np.nan, dtype=np.float32)
-    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
-    if judged:
-        out[judged] = successes([groups[p] for p in judged])
-    return out
+def _measured(group: Group) -> tuple[NDArray[np.float32], float, float]:
+    """The traits of its members, the diversity of its texts and of its pictures."""
+    pictures = _pictures(group)
+    return _traits(group, pictures), _text_diversity(group), _picture_diversity(pictures)
 
 
 def _traits(group: Group, pictures: NDArray[np.float32] | None) -> NDArray[np.float32]:

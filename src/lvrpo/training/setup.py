@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lvrpo.config import dump_config
+from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
@@ -17,18 +18,13 @@ from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, r
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed
-from lvrpo.training.checkpoint import STATE, fingerprint
+from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
-from lvrpo.training.objective import Policies
-from lvrpo.training.offload import Shards
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
-from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
-from lvrpo.training.state import TrainState
-from lvrpo.training.team import Setup
-from lvrpo.training.wire import Wire
+from lvrpo.training.sources import Parts
 
 
 def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
@@ -102,33 +98,32 @@ def require_extras(config: TrainConfig) -> None:
         eight_bit_library()
 
 
-def config_of_resumed(
-    run: RunDirectory, asked: TrainConfig | None, given: Given = NOTHING_GIVEN
-) -> tuple[TrainConfig, Parts]:
-    """The configuration that a run goes on with, which may be of more steps, and its parts.
+def config_of_resumed(run: RunDirectory, asked: TrainConfig | None) -> tuple[TrainConfig, bool]:
+    """The configuration that a run goes on with, and whether it is of more steps than before.
 
     ``asked``: None, or that of the run but for ``steps``. Raises InputError where it is another, and where the run has
     finished and no more steps are asked for.
     """
+    held = on_main(lambda: _held_config(run, asked))
+    steps = held.steps if asked is None else asked.steps
+    allowed = () if asked is None else asked.allow_code
+    allow_code(allowed)
+    torch.set_num_threads(held.threads)
+    return held.model_copy(update={"allow_code": allowed, "steps": steps}), steps != held.steps
+
+
+def _held_config(run: RunDirectory, asked: TrainConfig | None) -> TrainConfig:
     if asked is not None:
         run.require_config(asked, allow=("steps",))
     held = run.config(TrainConfig)
-    steps = held.steps if asked is None else asked.steps
-    if steps != held.steps:
-        require_longer(run, held.steps, steps)
+    if asked is not None and asked.steps != held.steps:
+        require_longer(run, held.steps, asked.steps)
     elif run.read_summary() is not None:
         raise InputError(
             f"{run.path}: has finished: see lvrpo report {run.path}, start another run, or make it longer with "
             f"lvrpo train --resume {run.path} steps={held.steps * 2}"
         )
-    allowed = () if asked is None else asked.allow_code
-    allow_code(allowed)
-    config = held.model_copy(update={"allow_code": allowed, "steps": steps})
-    torch.set_num_threads(config.threads)
-    parts = open_parts(config, given)
-    if steps != held.steps:
-        lengthen(run, config)
-    return config, parts
+    return held
 
 
 def require_longer(run: RunDirectory, held: int, asked: int) -> None:
@@ -143,7 +138,7 @@ def require_longer(run: RunDirectory, held: int, asked: int) -> None:
 
 def lengthen(run: RunDirectory, config: TrainConfig) -> None:
     """Writes the new number of steps into the run, and takes away what its old end left."""
-    for name in (FINAL, SUMMARY, "eval/after.json"):
+    for name in (FINAL, SUMMARY, "eval/after.json") if is_main() else ():
         (run.path / name).unlink(missing_ok=True)
     run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first: it vouches for the next
     run.write_text(CONFIG, dump_config(config))
@@ -155,13 +150,3 @@ def data_fingerprints(config: TrainConfig) -> dict[str, Any]:
         return {}
     splits = {name: getattr(config.data.jsonl, name) for name in ("train", "validation", "test")}  # its three fields
     return {name: fingerprint(path) for name, path in splits.items() if path is not None}
-
-
-def helping_policies(setup: Setup, wire: Wire) -> tuple[Policies, Shards | None]:
-    """The policies of a process that helps a run, and what it keeps of offloaded ones."""
-    torch.set_num_threads(setup.config.threads)
-    allow_code(setup.config.allow_code)
-    state = TrainState.start(loaded_policy(Path(setup.start), setup.config, setup.base), setup.config, wire)
-    if state.shards is not None and setup.checkpoint is not None:
-        state.shards.load_own(Path(setup.checkpoint) / STATE)
-    return state.policies, state.shards

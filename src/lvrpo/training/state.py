@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from lvrpo.distributed import is_main
 from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
@@ -18,7 +19,6 @@ from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.offload import Offloaded, OffloadedOptimizers, Shards
 from lvrpo.training.optimizer import Optimizers, Stepping, average_into, load_trained, trained_weights
 from lvrpo.training.turn import Turn
-from lvrpo.training.wire import SOLO, Wire
 from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
 
@@ -79,14 +79,11 @@ class TrainState:
     """None: nobody looks for the turn."""
 
     @classmethod
-    def start(cls, policy: Policy, config: TrainConfig, wire: Wire = SOLO) -> TrainState:
-        """The state before the first step: all four policies are the given one, copied where they will part from it.
-
-        ``wire``: to the processes that offloaded policies are divided among.
-        """
+    def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
+        """The state before the first step: all four policies are the given one, copied where they will part from it."""
         turn = None if config.guard.turn is None else Turn(config.guard.turn)
         if config.offload:
-            shards = Shards(policy, config, wire)
+            shards = Shards(policy, config)
             live, reference, average = (Offloaded(shards, name) for name in ("live", "reference", "average"))
             old = Offloaded(shards, "old") if "old" in shards.kept else live
             phases = [OffloadedOptimizers(shards, phase) for phase in range(len(shards.optimizers))]
@@ -112,21 +109,22 @@ class TrainState:
     def average(self, name: Literal["old", "average"], decay: float) -> None:
         """Moves an average towards the live weights."""
         if self.shards is not None:
-            self.shards.together("average", name, "live", decay)
+            self.shards.average(name, "live", decay)
             return
         slow = {"old": self.policies.old, "average": self.policies.average}[name]
         average_into(policy_module(slow), policy_module(self.policies.live), decay)
 
     def write(self, folder: Path) -> None:
         """Writes the averaged policy in Hub layout, and the state beside it."""
-        if self.shards is None:
-            self.policies.average.save(folder)
+        if is_main():
             (folder / STATE).mkdir()
-        else:
+        if self.shards is not None:
             self.shards.write("average", folder)
-            (folder / STATE).mkdir()
-            self.shards.together("save", (folder / STATE).resolve())
-        save_state(folder / STATE, self._tree())
+            self.shards.save(folder / STATE)
+        elif is_main():
+            self.policies.average.save(folder)
+        if is_main():
+            save_state(folder / STATE, self._tree())
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint; raises InputError if it is damaged."""
@@ -139,10 +137,7 @@ class TrainState:
 
     def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
         if self.shards is not None:
-            if self.shards.led:
-                self.shards.together("load", (checkpoint / STATE).resolve())
-            else:
-                self.shards.load_own(checkpoint / STATE)
+            self.shards.load(checkpoint / STATE)
         else:
             for name, policy in self._moving().items():
                 load_trained(policy, tree["policies"][name])
@@ -161,7 +156,7 @@ class TrainState:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
         verify_checkpoint(checkpoint)
         if self.shards is not None:
-            self.shards.together("load", (checkpoint / STATE).resolve(), ("average",))
+            self.shards.load(checkpoint / STATE, ("average",))
         else:
             saved = load_state(checkpoint / STATE, finite=True)["policies"]["average"]
             load_trained(policy_module(self.policies.average), saved)

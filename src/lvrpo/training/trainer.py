@@ -10,18 +10,20 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 
 from lvrpo.algorithms import old_policy_decay
 from lvrpo.data.sources import PromptSource
+from lvrpo.distributed import gather, relay, sum_over_ranks, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import allow_code
-from lvrpo.rewards.table import MOST_FAILED, RewardSource, score_groups
+from lvrpo.rewards.table import MOST_FAILED, RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training import samples, score_record
 from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
 from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
-from lvrpo.training.checkpoint import fingerprint, latest_checkpoint
+from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import check_before_first_step, check_first_update
 from lvrpo.training.gradients import TaskGradients
@@ -29,24 +31,25 @@ from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.microbatches import by_kind, frozen_terms, microbatches, minibatches
-from lvrpo.training.objective import Advantages, Metrics, Objective, Policies
+from lvrpo.training.objective import Advantages, Metrics, Objective, Policies, policy_module
+from lvrpo.training.offload import Offloaded
 from lvrpo.training.optimizer import Stepping
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
-from lvrpo.training.run_directory import START, RunDirectory
+from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import (
     config_of_resumed,
     data_fingerprints,
+    lengthen,
     loaded_policy,
     open_policy,
     require_room,
 )
+from lvrpo.training.shares import placed, right_outputs, sample_own, score_own
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.splits import require_apart
 from lvrpo.training.state import TrainState
-from lvrpo.training.team import ALONE, Leader, Setup, Team
 from lvrpo.training.text import TextConfig, anchored
-from lvrpo.training.wire import SOLO, Wire
 from lvrpo.types import Group, Prompt, SegmentKind
 
 MAX_BAD_GRADIENTS = 3
@@ -63,10 +66,6 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     state: TrainState
     parts: Parts
     """Prompts, rewards, the guard."""
-    team: Team = ALONE
-    """Who shares the work."""
-    wire: Wire = SOLO
-    """To whom else there is."""
     base: str | None = None
     """The MODEL below the run's adapter, where it is not the one that its files name."""
     objectives: Sequence[Objective] = field(init=False)
@@ -74,8 +73,6 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
 
     def __post_init__(self) -> None:
         self.objectives = objectives_of(self.config, self.state.policies.live.writes)
-        if self.team is ALONE:
-            self.team = Team(self.state.shards)
 
     # --- opening a run ---
 
@@ -84,7 +81,6 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         cls,
         config: TrainConfig,
         folder: Path,
-        wire: Wire = SOLO,
         given: Given = NOTHING_GIVEN,
         files: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
@@ -95,11 +91,12 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
-        parts = open_parts(config, given)
-        splits = require_apart(config)
-        require_room(config, parts)
-        policy, base = open_policy(config)
-        parts.require_readable(policy)
+        with relay():
+            parts = open_parts(config, given)
+            splits = require_apart(config)
+            require_room(config, parts)
+            policy, base = open_policy(config)
+            parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
             for name, content in files.items():
@@ -107,7 +104,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             keep_start(run, policy)
             data = {**data_fingerprints(config), "splits": splits}
             run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
-            return cls(config, run, TrainState.start(policy, config, wire), parts, wire=wire)
+            return cls(config, run, TrainState.start(policy, config), parts)
         except BaseException as error:
             run.leave(error)
             raise
@@ -118,7 +115,6 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         folder: Path,
         config: TrainConfig | None = None,
         base: str | None = None,
-        wire: Wire = SOLO,
         given: Given = NOTHING_GIVEN,
     ) -> Self:
         """Goes on from the last whole checkpoint; ``config``, where given, is that of the run, or asks for more steps.
@@ -128,9 +124,13 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """
         run = RunDirectory.open(folder)
         try:
-            config, parts = config_of_resumed(run, config, given)
-            policy = loaded_policy(require_start(run), config, base)
-            trainer = cls(config, run, TrainState.start(policy, config, wire), parts, base=base, wire=wire)
+            config, longer = config_of_resumed(run, config)
+            with relay():
+                parts = open_parts(config, given)
+                policy = loaded_policy(require_start(run), config, base)
+            if longer:
+                lengthen(run, config)
+            trainer = cls(config, run, TrainState.start(policy, config), parts, base)
             trainer.restore()
             score_record.truncate(run, trainer.state.step or -1)
             run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
@@ -163,10 +163,9 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """
         if self.finished:
             return True
-        config, run, state, team = self.config, self.run, self.state, self.team
-        policies = team.shared(state.policies)  # to sample and judge; what is trained and saved is the state's
+        config, run, state, policies = self.config, self.run, self.state, self.state.policies
         if state.step == 0:
-            self._before_first_step(policies)
+            self._before_first_step()
         rollouts, stopped = Rollouts(policies, config), False
         while (step := state.step) < config.steps and not stopped:
             with self.logged_step(observe) as row:
@@ -174,7 +173,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 with self.saved_if_it_fails():  # nothing has changed yet since the last step
                     prompts = prompts_of_step(self.source, config, step)
                     groups = rollouts.groups(prompts, step)
-                    table = score_groups(self.rewards, groups, policies.judge, step, MOST_FAILED)
+                    table = score_own(self.rewards, groups, policies.judge, step, MOST_FAILED)
                     if config.judge.drift_due(step + 1, looks):
                         row |= judge_drift(self.rewards, groups, table, policies.judge, policies.live)
                     trained, scores = groups, table
@@ -185,10 +184,10 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 advantages = segment_advantages(scores, trained, config.advantages)
                 lr_scale = state.guard.lr_scale
                 row |= train_step(
-                    state.policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale, team
+                    policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
                 ).means()
                 self._require_finite_gradients(row, step)
-                if state.policies.old is not state.policies.live:
+                if policies.old is not policies.live:
                     flow = config.flow
                     state.average(
                         "old", old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
@@ -196,36 +195,37 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 state.average("average", min(config.average_decay, step / (step + 10)))
                 state.step += 1
                 if step == 0:
-                    check_first_update(run, state.policies, trained, scores, config.advantages.std_floor)
-                row |= reward_means("reward", table, groups)
+                    check_first_update(run, policies, trained, scores, config.advantages.std_floor)
+                right = right_outputs(groups)
+                row |= reward_means("reward", table, right)
                 if state.judge is not None:
                     held_out = self.parts.judge_rows
-                    row |= state.judge.after_step(state.step, state.policies.live, state.policies.average, held_out)
-                team.moved()
+                    row |= state.judge.after_step(state.step, policies.live, policies.average, held_out)
                 judged = judged_of_whole(scores, trained, config.advantages)
-                score_record.write_step(run, state.step, trained, scores, of_whole(advantages, trained), judged)
+                of_trained = right if trained is groups else right_outputs(trained)
+                recorded = (trained, scores, of_trained, of_whole(advantages, trained), judged)
+                score_record.write_step(run, state.step, *recorded)
                 row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
                 if step % config.control_every == 0:
-                    row |= self._control(policies, prompts, step)
+                    row |= self._control(prompts, step)
                 if state.step % config.samples_every == 0 or state.step == config.steps:
-                    samples.write(run, state.step, groups, table)
+                    samples.write(run, state.step, groups, table, right)
                 if state.turn is not None:
-                    state.turn.add(state.step, groups, table)
+                    state.turn.add(state.step, groups, table, right)
                 if looks:
                     report = self.guard.look(policies.average, state.guard, state.step, policies.reference)
                     stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
-                    team.moved()
-            stop = interrupted()
+            stop = self.asked_to_stop(interrupted)
             self.save_if_due(last=stopped or stop or state.step == config.steps)
             if stop and state.step < config.steps:
                 return False
         self.finish(state.guard.best_step)
         return True
 
-    def _before_first_step(self, policies: Policies) -> None:
+    def _before_first_step(self) -> None:
         """The checks of step 0, and what the guard sees before anything is trained."""
-        state = self.state
-        check_before_first_step(self.run, self.config, state.policies, self.source, self.rewards)
+        state, policies = self.state, self.state.policies
+        check_before_first_step(self.run, self.config, policies, self.source, self.rewards)
         report = self.guard.look(policies.average, state.guard, 0, policies.reference)
         score_record.write_look(self.run, 0, report.scores, self.config.guard.every)
         self.run.append_metrics({"step": 0, **report.row()})
@@ -240,35 +240,19 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 "learning rates, or resume from an earlier checkpoint"
             )
 
-    def _control(self, policies: Policies, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
+    def _control(self, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
+        policies = self.state.policies
         control = control_rollout(policies, prompts, self.config, step)
-        table = score_groups(self.rewards, control, policies.judge, step)
-        score_record.write_control(self.run, self.state.step, control, table, self.config.control_every)
-        return reward_means("control", table, control)
-
-    # --- several processes, and the result ---
-
-    def led(self) -> Leader:
-        """Takes the lead of the processes at the wire; a context manager that lets them go."""
-        run = self.run.path.resolve()
-        last = latest_checkpoint(run)
-        setup = Setup(self.config, str(run / START), self.base, None if last is None else str(last))
-        leader = Leader(self.wire, setup, self.state.policies, self.state.shards)
-        self.team = leader
-        return leader
-
-    @property
-    def policies(self) -> Policies:
-        """To sample and judge with: everybody helps."""
-        return self.team.shared(self.state.policies)
+        table, right = score_own(self.rewards, control, policies.judge, step), right_outputs(control)
+        score_record.write_control(self.run, self.state.step, control, table, right, self.config.control_every)
+        return reward_means("control", table, right)
 
     def result(self) -> Policy:
-        """The weights that the guard found best; on several processes, or offloaded, they take the average's place."""
-        if self.team.size == 1 and self.state.shards is None:
+        """The weights that the guard found best; where policies are offloaded they take the average's place."""
+        if self.state.shards is None:
             return loaded_policy(self.run.path, self.config, self.base)
         self.state.load_average(self.run.checkpoint_dir(self.state.guard.best_step))
-        self.team.moved("average")
-        return self.policies.average
+        return self.state.policies.average
 
 
 def train_step(
@@ -280,11 +264,11 @@ def train_step(
     config: TrainConfig,
     step: int,
     lr_scale: float = 1.0,
-    team: Team = ALONE,
 ) -> Metrics:
     """The optimizer steps of one rollout: one, unless ``mini_updates`` or different ``lr_scale`` ask for more.
 
-    ``optimizers``: one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
+    ``groups``: those of all ranks, of which a rank differentiates its own, with their ``advantages``. ``optimizers``:
+    one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
     ``config.gradient_mixing`` may weigh against those of other tasks.
     """
     live, metrics = policies.live, Metrics()
@@ -294,38 +278,55 @@ def train_step(
         if isinstance(section, TextConfig) and section.importance_cap is not None
     ]
     if rescored:
-        groups = anchored(live, groups, rescored)
+        with relay():
+            groups = anchored(placed(live), groups, rescored)
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.mini_updates):
         by_task = TaskGradients(live) if audited or config.gradient_mixing != "sum" else None
-        processes = team.size if by_task is None else 1
         for (kinds, lr), optimizer in zip(config.phases(live.writes), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]
-            batches = microbatches(live, trained, part, A, config, step, metrics, processes)
-            if by_task is None and team.shares_updates:
-                metrics.include(team.differentiate(batches))
+            batches = microbatches(live, trained, part, A, config, step, metrics)
+            if isinstance(live, Offloaded):
+                metrics.include(live.shards.differentiate(batches))
             else:
-                for batch in batches[0]:
-                    objective = objective_of[batch.kind]
-                    frozen = frozen_terms(objective, policies, batch)
-                    output = objective.loss(live, replace(batch, frozen=frozen))
-                    (batch.weight * output.loss).backward()
-                    metrics.add_all(output.metrics, batch.share)
-                    if by_task is not None:
-                        by_task.take(batch.task)
+                logged = metrics if world_size() == 1 else Metrics()
+                with relay():
+                    for batch in batches:
+                        objective = objective_of[batch.kind]
+                        frozen = frozen_terms(objective, policies, batch)
+                        output = objective.loss(live, replace(batch, frozen=frozen))
+                        (batch.weight * output.loss).backward()
+                        logged.add_all(output.metrics, batch.share)
+                        if by_task is not None:
+                            by_task.take(batch.task)
+                if logged is not metrics:
+                    metrics.include_all(gather(logged))
+                sum_gradients(policy_module(live)) if by_task is None else by_task.sum_over_ranks()
             if by_task is not None:
                 by_task.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
                 metrics.add(f"grad_norm/{expert}", norm)
-            team.moved("live")
         if by_task is not None and audited:
             by_task.report(metrics)
     return metrics
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """The sum of the gradients of all ranks on each; where no rank has one the parameter has none."""
+    if world_size() == 1:
+        return
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    known = gather([p.grad is not None for p in parameters])
+    for parameter, *anybody in zip(parameters, *known, strict=True):
+        if any(anybody):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            sum_over_ranks(parameter.grad)
 
 
 def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.sampling(step), group_size=config.control_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
-    return policies.reference.sample(prompts, sampling, seeds)
+    return sample_own(policies.reference, prompts, sampling, seeds)

@@ -24,7 +24,6 @@ from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.setup import memory_of, open_policy
 from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
 from lvrpo.training.state import TrainState
-from lvrpo.training.team import Team
 from lvrpo.training.trainer import train_step
 
 SHARE = 4
@@ -75,8 +74,7 @@ def try_out(config: TrainConfig) -> Trial:
     table = score_groups(rewards, groups, state.policies.judge)
     advantages = segment_advantages(table, groups, config.advantages)
     objectives = objectives_of(config, policy.writes)
-    team = Team(state.shards)
-    train_step(state.policies, objectives, state.optimizers, groups, advantages, small, 0, team=team)
+    train_step(state.policies, objectives, state.optimizers, groups, advantages, small, 0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()

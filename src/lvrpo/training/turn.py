@@ -11,7 +11,6 @@ from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.rewards.success import scorable, successes
 from lvrpo.statistics import Parted, parted
 from lvrpo.types import Group, RewardTable, Task
 
@@ -47,10 +46,18 @@ class Turn:
     best_watched: float = float("-inf")
     """The highest mean of the watched scorer over a window, and the step at its end."""
 
-    def add(self, step: int, groups: Sequence[Group], table: RewardTable) -> None:
-        """Takes in the groups of a step; ``step``: steps done, this one included."""
+    def add(self, step: int, groups: Sequence[Group], table: RewardTable, right: Mapping[int, Sequence[float]]) -> None:
+        """Takes in the groups of a step; ``step``: steps done, this one included.
+
+        ``right``: by row, which members are right as a whole (``right_outputs``).
+        """
         reward = _group_means(table, self.config.reward)
-        watched = _successes(groups) if self.config.watch == SUCCESS else _group_means(table, self.config.watch)
+        if self.config.watch == SUCCESS:
+            watched = torch.full((len(groups),), torch.nan)
+            if right:
+                watched[list(right)] = torch.tensor(list(right.values())).mean(dim=1)
+        else:
+            watched = _group_means(table, self.config.watch)
         for group in groups:
             if group.prompt.category not in self.categories:
                 self.categories.append(group.prompt.category)
@@ -126,11 +133,3 @@ def _group_means(table: RewardTable, name: str) -> torch.Tensor:
     k = table.names.index(name)
     mask = table.mask[..., k]
     return torch.where(mask, table.scores[..., k], 0.0).sum(dim=1) / mask.sum(dim=1)
-
-
-def _successes(groups: Sequence[Group]) -> torch.Tensor:
-    out = torch.full((len(groups),), torch.nan)
-    judged = [p for p, group in enumerate(groups) if scorable(group.prompt)]
-    if judged:
-        out[judged] = torch.tensor(successes([groups[p] for p in judged])).mean(dim=1)
-    return out

@@ -95,7 +95,7 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
         trainer.guard.score(trainer.state.policies.average)
         look = counter.now - before
         prompts = prompts_of_step(trainer.source, config, 0)
-        control_rollout(trainer.policies, prompts, config, 0)
+        control_rollout(trainer.state.policies, prompts, config, 0)
         control = counter.now - before - look
     step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
     start = marks[0] - step - look - control

@@ -1,0 +1,131 @@
+"""A step on several ranks: each samples and scores its share of the prompts, and all have the table of all scores.
+
+The groups of a step are a list over all its prompts on every rank; those of other ranks have no trajectories. With one
+process every group is this one's, and nothing here changes a number.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import torch
+
+from lvrpo.distributed import deal, gather, relay, world_size
+from lvrpo.errors import ContractError
+from lvrpo.policies.base import Policy, Sampling, in_place
+from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.table import RewardSource, require_scored, score_groups
+from lvrpo.types import Group, Prompt, RewardTable
+
+T = TypeVar("T")
+
+
+def placed(policy: Policy) -> Policy:
+    """A policy with its weights in place on every rank; called by all."""
+    return cast(Policy, in_place(policy))
+
+
+def own_rows(groups: Sequence[Group]) -> list[int]:
+    """Where this rank's groups are."""
+    return [p for p, group in enumerate(groups) if group.trajectories]
+
+
+def merged(own: dict[int, T]) -> dict[int, T]:
+    """The values of all ranks by row, in the order of rows; small ones, which are sent."""
+    found = {row: value for part in gather(own) for row, value in part.items()}
+    return dict(sorted(found.items()))
+
+
+def sample_own(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+    """A group per prompt; this rank samples every ``world_size``-th one."""
+    own, inside = deal(range(len(prompts))), placed(policy)
+    groups = [Group(prompt, ()) for prompt in prompts]
+    with relay():
+        if own:
+            sampled = inside.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
+            for i, group in zip(own, sampled, strict=True):
+                groups[i] = group
+    return groups
+
+
+def score_own(
+    rewards: Sequence[RewardSource],
+    groups: Sequence[Group],
+    judge: Policy,
+    step: int = 0,
+    most_failed: float | None = None,
+) -> RewardTable:
+    """``score_groups`` of all groups, each scored by the rank that has it."""
+    placed(judge)
+    own, table = own_rows(groups), None
+    with relay():
+        if own:
+            table = score_groups(rewards, [groups[p] for p in own], judge, step)
+    if world_size() > 1:
+        table = join_tables(gather((own, table)), groups)
+    if table is None:
+        raise ContractError("no group has a trajectory to score: sample some")
+    require_scored(rewards, table, most_failed)
+    return table
+
+
+def join_tables(parts: Sequence[tuple[Sequence[int], RewardTable | None]], groups: Sequence[Group]) -> RewardTable:
+    """One table of all groups from those of the ranks; each part with the rows that it is of."""
+    known = [(rows, table) for rows, table in parts if table is not None]
+    first, P = known[0][1], len(groups)
+    empty = replace(
+        first,
+        scores=first.scores.new_zeros(P, *first.scores.shape[1:]),
+        mask=first.mask.new_zeros(P, *first.mask.shape[1:]),
+        reasons={},
+        tasks=tuple(group.prompt.task for group in groups),
+        noise={},
+        cut={},
+    )
+    for rows, table in known:
+        empty = with_rows(empty, rows, table)
+    return empty
+
+
+def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> RewardTable:
+    """The table with the groups of another one in the given rows."""
+    scores, mask = table.scores.clone(), table.mask.clone()
+    scores[rows], mask[rows] = other.scores, other.mask
+    reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
+    reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
+    columns: dict[str, dict[str, torch.Tensor]] = {}
+    for name in ("noise", "cut"):  # two mappings of (P, G) tensors
+        columns[name] = {title: values.clone() for title, values in getattr(table, name).items()}
+        for title, values in getattr(other, name).items():
+            unknown = torch.nan if name == "noise" else False
+            columns[name].setdefault(title, values.new_full(table.mask.shape[:2], unknown))[rows] = values
+    return replace(table, scores=scores, mask=mask, reasons=reasons, noise=columns["noise"], cut=columns["cut"])
+
+
+def right_outputs(groups: Sequence[Group]) -> dict[int, list[float]]:
+    """By row, for groups where right and wrong can be told, 1.0 or 0.0 per member; of all ranks."""
+    own = [p for p in own_rows(groups) if scorable(groups[p].prompt)]
+    found: list[list[float]] = []
+    with relay():
+        if own:
+            found = successes([groups[p] for p in own])
+    return merged(dict(zip(own, found, strict=True)))
+
+
+def whole_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:
+    """Groups of some rows with their trajectories, on every rank; ``members``: the first few of each.
+
+    The tensors of other ranks' groups are on the CPU.
+    """
+    cut = {p: Group(groups[p].prompt, groups[p].trajectories[:members]) for p in rows}
+    if world_size() == 1:
+        return [cut[p] for p in rows]
+    buffer = io.BytesIO()
+    torch.save({p: group for p, group in cut.items() if group.trajectories}, buffer)
+    for sent in gather(buffer.getvalue()):
+        received = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=False)  # from our own processes
+        cut |= {p: group for p, group in received.items() if not cut[p].trajectories}
+    return [cut[p] for p in rows]
