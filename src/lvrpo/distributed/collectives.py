@@ -7,10 +7,12 @@ here communicates: each function returns what it was given, and exceptions pass 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -95,13 +97,34 @@ def stop() -> None:
 
 @contextmanager
 def process_group(timeout_min: float = 10.0) -> Iterator[None]:
-    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds."""
+    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds.
+
+    torchrun ends the other processes (SIGTERM) as soon as one is gone: they raise the LostProcessError that names it.
+    """
     start(timeout_min)
+    handles = _group is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
         gather(None)  # nobody takes the connections down while others still use them
     finally:
+        if handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop()
+
+
+def lost_process() -> LostProcessError | None:
+    """The error that names a rank that is known to be gone by now; at once, for a handler of signals."""
+    lost = None if _group is None else _group.look()
+    return None if lost is None else LostProcessError(f"process {lost} of {world_size()} is gone: see what it printed")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    if (error := lost_process()) is not None:
+        raise error
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def reports(error: LvrpoError) -> bool:
@@ -131,7 +154,7 @@ def communicating() -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_connections(error):
             raise
-        lost = group.who_is_gone()
+        lost = group.search()
         who = "another process" if lost is None else f"process {lost} of {group.size}"
         raise LostProcessError(f"{who} is gone: see what it printed ({first_line(error)})") from error
     finally:

@@ -56,21 +56,26 @@ class Peers:
             "minutes: see what it printed, start all of them, or allow more minutes"
         )
 
-    def who_is_gone(self) -> int | None:
-        """The first rank that was found to be gone by anybody; None: nobody is known to be."""
-        deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
-        while self.lost is None and time.monotonic() < deadline:
-            with suppress(RuntimeError):  # whoever was lost first: those who saw it end as well
-                if self.store.check(["gone"]):
-                    self.lost = int(self.store.get("gone"))
-                    break
-            dead = [rank for rank, address in enumerate(self.addresses) if not _runs(address)]
-            self.lost = dead[0] if dead else self.heartbeat.gone
-            if self.lost is None:
-                time.sleep(0.2)
+    def look(self) -> int | None:
+        """The first rank that was found to be gone by anybody so far; None: nobody is known to be."""
+        if self.lost is not None:
+            return self.lost
+        with suppress(RuntimeError):  # whoever was lost first: those who saw it end as well
+            if self.store.check(["gone"]):
+                self.lost = int(self.store.get("gone"))
+                return self.lost
+        dead = [rank for rank, address in enumerate(self.addresses) if not _runs(address)]
+        self.lost = dead[0] if dead else self.heartbeat.gone
         if self.lost is not None:
             with suppress(RuntimeError):
                 self.store.compare_set("gone", "", str(self.lost))
+        return self.lost
+
+    def search(self) -> int | None:
+        """``look`` until a silent rank would have been noticed."""
+        deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
+        while self.look() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
         return self.lost
 
 
