@@ -149,7 +149,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, 2])
 def test_a_process_that_stands_still_ends_the_others(tmp_path: Path, killed: int) -> None:
     assert assert_named(tmp_path, 3, killed, "collective", signal.SIGSTOP) < 60
 
@@ -161,10 +161,6 @@ def test_ranks_that_never_arrive_are_named(tmp_path: Path) -> None:
         "LostProcessError: process 1, 2 of 3 did not arrive within 0.02 minutes: see what it printed, start all of "
         "them, or allow more minutes"
     )
-    ranks = Ranks(tmp_path / "without 0", 2, work.collectives, absent=(0,), timeout_min=0.02)
-    (outcome,) = ranks.outcomes().values()
-    assert "where rank 0 is" in outcome.error
-    assert len(outcome.error.splitlines()) == 1
 
 
 # --- gradients ---
