@@ -135,6 +135,7 @@ def assert_named(folder: Path, world: int, killed: int, where: str, number: sign
         for outcome in outcomes.values():
             assert outcome.error.startswith(f"LostProcessError: process {killed} of {world} is gone: see"), said
             assert len(outcome.error.splitlines()) == 1
+        assert sum("error: process" in outcome.stderr for outcome in outcomes.values()) == 1
     return seconds
 
 

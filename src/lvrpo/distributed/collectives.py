@@ -29,6 +29,8 @@ Failure = tuple[type[LvrpoError], str]
 
 _group: Peers | None = None
 """The processes of the run, where there are several."""
+_left: Peers | None = None
+"""Those of the group that this process has left."""
 
 
 # --- start and end ---
@@ -86,10 +88,10 @@ def start(timeout_min: float = 10.0) -> None:
 
 def stop() -> None:
     """Leaves the process group, after everybody's last collective; without one does nothing."""
-    global _group
+    global _group, _left
     if _group is not None:
         _group.heartbeat.end()
-        _group = None
+        _group, _left = None, _group
     if dist.is_available() and dist.is_initialized():
         with suppress(RuntimeError):  # others may be gone
             dist.destroy_process_group()
@@ -128,9 +130,11 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def reports(error: LvrpoError) -> bool:
-    """Whether this rank prints an error that all ranks raise: the first one that is still there."""
-    lost = None if _group is None else _group.lost
-    return rank() == (1 if isinstance(error, LostProcessError) and lost == 0 else 0)
+    """Whether this rank prints an error that all ranks raise, also after ``stop``: the first one still there."""
+    group = _group or _left
+    if group is None:
+        return True
+    return group.rank == (1 if isinstance(error, LostProcessError) and group.lost == 0 else 0)
 
 
 # --- collectives ---
