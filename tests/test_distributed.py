@@ -135,6 +135,7 @@ def assert_named(folder: Path, world: int, killed: int, where: str, number: sign
         for outcome in outcomes.values():
             assert outcome.error.startswith(f"LostProcessError: process {killed} of {world} is gone: see"), said
             assert len(outcome.error.splitlines()) == 1
+        assert sum("error: process" in outcome.stderr for outcome in outcomes.values()) == 1
     return seconds
 
 
@@ -149,7 +150,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, 2])
 def test_a_process_that_stands_still_ends_the_others(tmp_path: Path, killed: int) -> None:
     assert assert_named(tmp_path, 3, killed, "collective", signal.SIGSTOP) < 60
 
@@ -161,10 +162,6 @@ def test_ranks_that_never_arrive_are_named(tmp_path: Path) -> None:
         "LostProcessError: process 1, 2 of 3 did not arrive within 0.02 minutes: see what it printed, start all of "
         "them, or allow more minutes"
     )
-    ranks = Ranks(tmp_path / "without 0", 2, work.collectives, absent=(0,), timeout_min=0.02)
-    (outcome,) = ranks.outcomes().values()
-    assert "where rank 0 is" in outcome.error
-    assert len(outcome.error.splitlines()) == 1
 
 
 # --- gradients ---
@@ -182,8 +179,13 @@ def alone(bagel: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tupl
     }
 
 
-@pytest.mark.parametrize("dealt", DEALT)
-@pytest.mark.parametrize(("name", "adapted"), [("tiny", False), ("bagel", False), ("bagel", True)])
+@pytest.mark.parametrize(
+    ("name", "adapted", "dealt"),
+    [
+        ("tiny", False, "five micro-batches, one, none"),
+        *((name, adapted, dealt) for name, adapted in (("bagel", False), ("bagel", True)) for dealt in DEALT),
+    ],
+)
 def test_gradients_and_steps_are_those_of_one_process(
     tmp_path: Path, alone: Any, bagel: Path, name: str, adapted: bool, dealt: str
 ) -> None:
@@ -228,7 +230,7 @@ def test_bfloat16_compute_with_float32_shards_and_gradients(tmp_path: Path, alon
     expected = alone["bagel", False]["gradients"]
     dealt = DEALT["five micro-batches, one, none"]
     errors = []
-    for reductions in (1, 2, 5):
+    for reductions in (1, 5):
         args = torch.bfloat16, reductions, False, False, "bfloat16"
         found = run(tmp_path, 3, work.gradients, bagel, dealt, *args)[0]
         assert found["whole"] == {torch.bfloat16}

@@ -321,6 +321,7 @@ def train_and_keep(folder: Path, begin: int, steps: int, background: bool = Fals
         sets.lerp("old", 0.5)
     at = folder / str(begin + steps)
     d.on_main(lambda: at.mkdir(parents=True))
+    gradient_of_trainable(model, 98)  # what is saved may have a gradient
     state = state_of(model, sets, found)
     expected = {name: full(t) for name, t in state.items()}
     seconds = time.perf_counter()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 
-from lvrpo.distributed import process_group, rank
+from lvrpo.distributed import process_group, rank, reports
 from lvrpo.errors import LvrpoError
 
 # the server takes its path from the environment alone
@@ -54,9 +54,9 @@ class Ranks:
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # as torchrun's agent does
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self.store.port
         self.began = time.monotonic()
         self.processes: dict[int, BaseProcess] = {
             own: CONTEXT.Process(target=_run, args=(own, world, port, folder, timeout_min, function, args))
@@ -122,6 +122,7 @@ def _run(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="test",
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     try:
@@ -131,4 +132,6 @@ def _run(
         torch.save(result, folder / f"result_{own}.pt")
     except LvrpoError as error:
         (folder / f"error_{own}").write_text(f"{type(error).__name__}: {error}")
+        if reports(error):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -36,7 +36,9 @@ def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     cannot write.
     """
     with _checkpoint_errors(folder, "written"):
-        state_dict_saver.save(dict(tensors), storage_writer=_writer(folder, tensors), no_dist=not dist.is_initialized())
+        state_dict_saver.save(
+            _detached(tensors), storage_writer=_writer(folder, tensors), no_dist=not dist.is_initialized()
+        )
 
 
 class Saving:
@@ -70,7 +72,7 @@ def save_sharded_async(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Sav
         if _background is None:
             _background = dist.new_group(backend="gloo")
         future = state_dict_saver.async_save(
-            dict(tensors),
+            _detached(tensors),
             storage_writer=_writer(folder, tensors),
             process_group=_background,  # pyright: ignore[reportArgumentType]  # this rank is in it
         )
@@ -114,9 +116,13 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
                     "the configuration of the run"
                 )
     with torch.no_grad(), _checkpoint_errors(folder, "read"):
-        detached = {name: tensor.detach() for name, tensor in tensors.items()}
         reader = HuggingFaceStorageReader(str(folder))
-        state_dict_loader.load(detached, storage_reader=reader, no_dist=not dist.is_initialized())
+        state_dict_loader.load(_detached(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without their gradients, which DCP's copies would take along."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _writer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> HuggingFaceStorageWriter:

@@ -7,10 +7,12 @@ here communicates: each function returns what it was given, and exceptions pass 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -27,6 +29,8 @@ Failure = tuple[type[LvrpoError], str]
 
 _group: Peers | None = None
 """The processes of the run, where there are several."""
+_left: Peers | None = None
+"""Those of the group that this process has left."""
 
 
 # --- start and end ---
@@ -84,10 +88,10 @@ def start(timeout_min: float = 10.0) -> None:
 
 def stop() -> None:
     """Leaves the process group, after everybody's last collective; without one does nothing."""
-    global _group
+    global _group, _left
     if _group is not None:
         _group.heartbeat.end()
-        _group = None
+        _group, _left = None, _group
     if dist.is_available() and dist.is_initialized():
         with suppress(RuntimeError):  # others may be gone
             dist.destroy_process_group()
@@ -95,19 +99,42 @@ def stop() -> None:
 
 @contextmanager
 def process_group(timeout_min: float = 10.0) -> Iterator[None]:
-    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds."""
+    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds.
+
+    torchrun ends the other processes (SIGTERM) as soon as one is gone: they raise the LostProcessError that names it.
+    """
     start(timeout_min)
+    handles = _group is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
         gather(None)  # nobody takes the connections down while others still use them
     finally:
+        if handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop()
 
 
+def lost_process() -> LostProcessError | None:
+    """The error that names a rank that is known to be gone by now; at once, for a handler of signals."""
+    lost = None if _group is None else _group.look()
+    return None if lost is None else LostProcessError(f"process {lost} of {world_size()} is gone: see what it printed")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    if (error := lost_process()) is not None:
+        raise error
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def reports(error: LvrpoError) -> bool:
-    """Whether this rank prints an error that all ranks raise: the first one that is still there."""
-    lost = None if _group is None else _group.lost
-    return rank() == (1 if isinstance(error, LostProcessError) and lost == 0 else 0)
+    """Whether this rank prints an error that all ranks raise, also after ``stop``: the first one still there."""
+    group = _group or _left
+    if group is None:
+        return True
+    return group.rank == (1 if isinstance(error, LostProcessError) and group.lost == 0 else 0)
 
 
 # --- collectives ---
@@ -131,7 +158,7 @@ def communicating() -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_connections(error):
             raise
-        lost = group.who_is_gone()
+        lost = group.search()
         who = "another process" if lost is None else f"process {lost} of {group.size}"
         raise LostProcessError(f"{who} is gone: see what it printed ({first_line(error)})") from error
     finally:

@@ -56,72 +56,89 @@ class Peers:
             "minutes: see what it printed, start all of them, or allow more minutes"
         )
 
-    def who_is_gone(self) -> int | None:
-        """The first rank that was found to be gone by anybody; None: nobody is known to be."""
-        deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
-        while self.lost is None and time.monotonic() < deadline:
-            with suppress(RuntimeError):  # whoever was lost first: those who saw it end as well
-                if self.store.check(["gone"]):
-                    self.lost = int(self.store.get("gone"))
-                    break
-            dead = [rank for rank, address in enumerate(self.addresses) if not _runs(address)]
-            self.lost = dead[0] if dead else self.heartbeat.gone
-            if self.lost is None:
-                time.sleep(0.2)
+    def look(self) -> int | None:
+        """The first rank that was found to be gone by anybody so far; None: nobody is known to be."""
         if self.lost is not None:
-            with suppress(RuntimeError):
+            return self.lost
+        dead = [rank for rank, address in enumerate(self.addresses) if not _runs(address)]
+        self.lost = dead[0] if dead else self.heartbeat.gone
+        # those who saw it end as well, after they have said so: what is there is read after the processes were
+        with suppress(RuntimeError):
+            if self.lost is not None:
                 self.store.compare_set("gone", "", str(self.lost))
+            if self.store.check(["gone"]):
+                self.lost = int(self.store.get("gone"))
+        return self.lost
+
+    def search(self) -> int | None:
+        """``look`` until a silent rank would have been noticed."""
+        deadline = time.monotonic() + SILENCE_S + 2 * BEAT_S
+        while self.look() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
         return self.lost
 
 
 class _Heartbeat:
-    """A thread that tells the others that this process lives, and watches the next rank."""
+    """Two threads: one tells the others that this process lives and watches the next rank, one watches this process.
+
+    The second is needed because a store whose machine stands still lets the first wait for ever.
+    """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
         self.gone: int | None = None
         self.waiting_since: float | None = None
         """When this process entered the collective that it is in (``time.monotonic``)."""
-        self._beats, self._heard, self._heard_at = 0, b"", time.monotonic()
         self._ended = threading.Event()
         store.set(f"beat/{rank}", "0")
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._exchanged_at: float | None = time.monotonic()
+        """None: nobody serves the store any more."""
+        self._speaking = threading.Thread(target=self._exchange, name="heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        for thread in (self._speaking, self._watching):
+            thread.start()
 
     def end(self) -> None:
         """This process leaves on purpose: its silence is not its death."""
         self._ended.set()
-        self._thread.join()
-        with suppress(RuntimeError):
-            self.store.set(f"beat/{self.rank}", "left")
+        self._watching.join()
+        self._speaking.join(BEAT_S)
 
-    def _run(self) -> None:
-        found = 0.0
+    def _exchange(self) -> None:
+        """Heartbeats, and looks at the next rank's."""
+        key, beats, heard, heard_at = f"beat/{(self.rank + 1) % self.size}", 0, b"", time.monotonic()
+        try:
+            while not self._ended.wait(BEAT_S):
+                beats += 1
+                self.store.set(f"beat/{self.rank}", str(beats))
+                found = self.store.get(key) if self.store.check([key]) else b""
+                if found != heard or found == b"left":
+                    heard, heard_at = found, time.monotonic()
+                elif time.monotonic() - heard_at > SILENCE_S:
+                    self.store.compare_set("gone", "", key.removeprefix("beat/"))
+                if self.store.check(["gone"]):
+                    self.gone = int(self.store.get("gone"))
+                self._exchanged_at = time.monotonic()
+            self.store.set(f"beat/{self.rank}", "left")
+        except RuntimeError:
+            self._exchanged_at = None
+            if self.gone is None and not _agent_serves():
+                self.gone = 0
+
+    def _watch(self) -> None:
+        """Ends this process where it waits for one that is gone and no connection broke."""
+        known_at: float | None = None
         while not self._ended.wait(BEAT_S):
+            now, waiting, exchanged = time.monotonic(), self.waiting_since, self._exchanged_at
+            if self.gone is None and exchanged is not None and now - exchanged > SILENCE_S:
+                self.gone = 0  # the machine of rank 0 serves the store
             if self.gone is None:
-                self._exchange()
-                found = time.monotonic()
-            waiting = self.waiting_since
-            if self.gone is not None and waiting is not None and time.monotonic() - max(found, waiting) > GRACE_S:
+                continue
+            known_at = now if known_at is None else known_at
+            if waiting is not None and now - max(known_at, waiting) > GRACE_S:
                 if self.rank == (1 if self.gone == 0 else 0):
                     os.write(2, f"error: process {self.gone} of {self.size} is gone, or stands still\n".encode())
                 os._exit(1)
-
-    def _exchange(self) -> None:
-        """One heartbeat, and a look at the next rank's."""
-        key = f"beat/{(self.rank + 1) % self.size}"
-        try:
-            self._beats += 1
-            self.store.set(f"beat/{self.rank}", str(self._beats))
-            heard = self.store.get(key) if self.store.check([key]) else b""
-            if heard != self._heard or heard == b"left":
-                self._heard, self._heard_at = heard, time.monotonic()
-            elif time.monotonic() - self._heard_at > SILENCE_S:
-                self.store.compare_set("gone", "", key.removeprefix("beat/"))
-            if self.store.check(["gone"]):
-                self.gone = int(self.store.get("gone"))
-        except RuntimeError:  # nobody serves the store any more
-            self.gone = None if _agent_serves() else 0
 
 
 def _connect(rank: int, size: int, timeout: timedelta, serve: bool) -> Store:
