@@ -221,14 +221,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
 def test_a_wrong_configuration_is_found_before_any_model_loads(
     arguments: tuple[str, ...], shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lvrpo.training import run
+    from lvrpo.training import setup
 
     def never(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.chdir(shelf)
     monkeypatch.syspath_prepend(shelf)
-    monkeypatch.setattr(run, "load_policy", never)
+    monkeypatch.setattr(setup, "load_policy", never)
     if "device=gpu" not in arguments:
         assert main(arguments) == 2
 

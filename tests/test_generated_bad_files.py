@@ -26,6 +26,7 @@ from lvrpo.cli import main
 from lvrpo.evaluation.baseline import CostRecord
 from lvrpo.evaluation.cases import EvaluationRecord
 from lvrpo.evaluation.experiment import PlanRecord
+from lvrpo.evaluation.reproduce.recipes import RecipeRecord
 from lvrpo.pictures import FORMATS
 from lvrpo.training.run_directory import Manifest, MetricsRow
 from lvrpo.training.state import GuardRecord, StateRecord
@@ -167,8 +168,8 @@ RECORDS: Mapping[str, type[Record]] = {
     "eval/before.json": EvaluationRecord,
 }
 """What a resumed run reads of itself, by file."""
-READ_OTHERWISE = {StateRecord, GuardRecord, CostRecord}
-"""In sealed files, of which another byte is refused; and of a baseline."""
+READ_OTHERWISE = {StateRecord, GuardRecord, CostRecord, RecipeRecord}
+"""In sealed files, of which another byte is refused; of a baseline; of the evidence (evaluation/test_reproduce.py)."""
 
 
 @pytest.mark.parametrize("name", RECORDS)

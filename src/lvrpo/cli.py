@@ -104,7 +104,7 @@ def reported_here(error: object) -> bool:
     from lvrpo import distributed
 
     if distributed.world_size() == 1:  # they have not met yet
-        return os.environ["RANK"] == "0" or isinstance(error, LostProcessError)
+        return os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError)
     if isinstance(error, LvrpoError):
         return distributed.reports(error)
     return distributed.is_main() or not isinstance(error, KeyboardInterrupt | Warning | str)

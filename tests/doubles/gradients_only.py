@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import Advantages, Metrics, Policies
-from lvrpo.training.team import ALONE, Team
 from lvrpo.training.trainer import train_step
 from lvrpo.types import Group
 
@@ -28,9 +27,8 @@ def differentiate(
     advantages: Advantages,
     config: TrainConfig,
     step: int = 0,
-    team: Team = ALONE,
 ) -> Metrics:
     """Adds the gradients of the step to those of the live policy."""
     writes = policies.live.writes
     still = [NoStep() for _ in config.phases(writes)]
-    return train_step(policies, objectives_of(config, writes), still, groups, advantages, config, step, team=team)
+    return train_step(policies, objectives_of(config, writes), still, groups, advantages, config, step)

@@ -1,19 +1,22 @@
-"""Several processes: those of ``torchrun``, and threads that pass for them."""
+"""Several ranks: processes of ``torchrun``, and threads that pass for them."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from lvrpo.distributed import collectives
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.wire import Wire, packed, unpacked
 
 OPTIONS = (
     "steps=6",
@@ -61,44 +64,66 @@ def assert_begin_alike(alone: list[dict[str, Any]], shared: list[dict[str, Any]]
             assert same, (name, value, other[name])
 
 
-class Threads:
-    """What processes say to each other, for threads: everybody waits for everybody at every message."""
+class _Exchange:
+    """What ``torch.distributed`` does between processes, for threads: everybody waits for everybody at every call."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.boxes = size, [None] * size
+    def __init__(self, size: int, rank: Callable[[], int]) -> None:
+        self.rank, self.boxes = rank, cast(list[Any], [None] * size)
         self.barrier = threading.Barrier(size, timeout=60)
 
-    def exchange(self, rank: int, message: Any) -> list[Any]:
-        self.boxes[rank] = message
+    def exchange(self, message: Any) -> list[Any]:
+        self.boxes[self.rank()] = message
         self.barrier.wait()
         found = list(self.boxes)
         self.barrier.wait()
         return found
 
+    def all_gather_object(self, boxes: list[Any], value: Any) -> None:
+        boxes[:] = [pickle.loads(sent) for sent in self.exchange(pickle.dumps(value))]
 
-class ThreadWire(Wire):
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.rank, self.size, self.threads, self.closed = rank, threads.size, threads, False
+    def broadcast_object_list(self, box: list[Any], src: int) -> None:
+        box[:] = pickle.loads(self.exchange(pickle.dumps(box))[src])
 
-    def close(self) -> None:
-        self.closed = True
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(dim=0))
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
-        tensor.copy_(self.threads.exchange(self.rank, tensor.clone())[source])
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        tensor.copy_(self.exchange(tensor.clone())[src])
 
-    def reduce(self, tensor: torch.Tensor, owner: int = 0) -> None:
-        found = self.threads.exchange(self.rank, tensor.clone())
-        tensor.copy_(torch.stack(found).sum(dim=0)) if self.rank == owner else tensor.fill_(torch.nan)
+    def reduce(self, tensor: torch.Tensor, dst: int) -> None:
+        found = torch.stack(self.exchange(tensor.clone())).sum(dim=0)
+        tensor.copy_(found) if self.rank() == dst else tensor.fill_(torch.nan)
 
-    def broadcast_object(self, message: Any = None) -> Any:
-        return unpacked(self.threads.exchange(self.rank, packed(message))[0])
 
-    def scatter_objects(self, messages: Sequence[Any] = ()) -> Any:
-        return unpacked(self.threads.exchange(self.rank, [packed(message) for message in messages])[0][self.rank])
+class _Peers:
+    """Those of a rank, which is the thread's own."""
 
-    def all_gather_objects(self, message: Any) -> list[Any]:
-        return [unpacked(box) for box in self.threads.exchange(self.rank, packed(message))]
+    def __init__(self, size: int) -> None:
+        self.own, self.size, self.heartbeat = threading.local(), size, SimpleNamespace(waiting_since=None)
 
-    def gather_objects(self, message: Any) -> list[Any]:
-        found = self.all_gather_objects(message)
-        return found if self.rank == 0 else []
+    @property
+    def rank(self) -> int:
+        return self.own.rank
+
+
+def in_ranks(size: int, function: Callable[[int], Any]) -> list[Any]:
+    """The results of ``function(rank)`` in so many threads that pass for processes, or what each raised."""
+    peers, found = _Peers(size), cast(list[Any], [None] * size)
+
+    def work(rank: int) -> None:
+        peers.own.rank = rank
+        try:
+            found[rank] = function(rank)
+        except Exception as error:
+            found[rank] = error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_group", peers)
+        patch.setattr(collectives, "dist", _Exchange(size, lambda: peers.rank))
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+    return found

@@ -99,7 +99,7 @@ def test_the_page_shows_them_and_warns_of_a_collapse(make_run: Any) -> None:
     summary["difference"]["understand"] |= {"collapsed": DIFFERENCE["understand"]["collapsed"], "detectable": 0.123}
     (run / "summary.json").write_text(json.dumps(summary))
     page = render(load_run(run))
-    assert "Trainer or sharpening" in page
+    assert "Alignment or sharpening" in page
     assert "best of 8" in page
     assert "Answers have collapsed: Questions, greedy, “is it ?”" in page
     assert "tells" in page

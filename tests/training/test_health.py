@@ -100,8 +100,9 @@ def test_the_entropy_of_answers_by_form() -> None:
         *asked("exists", ["yes"] * 4, ["yes", "no", "yes", "no"]),  # one right answer
         *asked("shape", ["star", "cube"], ["star", "cube"]),  # too few
     ]
-    assert answer_entropies(groups) == {
+    texts = [group.trajectories[0].text for group in groups]
+    assert answer_entropies([group.prompt for group in groups], texts) == {
         "understand/color": pytest.approx(2 - 0.75 * math.log2(3)),
         "understand/count": 0.0,
     }
-    assert answer_entropies([]) == {}
+    assert answer_entropies([], []) == {}

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import processes
 import pytest
 import torch
-from processes import Threads, ThreadWire, assert_begin_alike, finish, rows, start
+from processes import assert_begin_alike, finish, in_ranks, rows, start
 from safetensors.torch import load_file
 
 from lvrpo.cli import main
-from lvrpo.errors import ContractError, InputError, LostProcessError
+from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import in_place
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.identity import judge_identity
@@ -26,13 +27,12 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import weights_changed
 from lvrpo.training.guard import roll_back
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Metrics, Policies
+from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Metrics
 from lvrpo.training.offload import Offloaded, Shards, owners
 from lvrpo.training.setup import open_policy
+from lvrpo.training.shares import sample_own
 from lvrpo.training.state import TrainState
-from lvrpo.training.team import Leader, Setup, Team, serve
 from lvrpo.training.trainer import Trainer, train_step
-from lvrpo.training.wire import Wire
 from lvrpo.types import Group, Prompt
 
 OPTIONS = (*processes.OPTIONS, "text.lr_scale=0.5")
@@ -101,42 +101,51 @@ def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path) -> 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_state_is_read_by_any_number_of_processes(count: int, lively_policy: Callable[..., TinyPolicy]) -> None:
     config = TrainConfig.model_validate({"offload": True, "device": "cpu"})
-    writers = [Shards(lively_policy(), config, wire) for wire in wires(2)]
     folder = Path("state")
     folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for shards in writers:
+    policies = [lively_policy() for _ in range(2)]
+
+    def write(rank: int) -> Shards:
+        shards, generator = Shards(policies[rank], config), torch.Generator().manual_seed(rank)
         for own in (shards.live, shards.kept["average"], shards.kept["old"]):
             for tensor in own.values():
                 tensor.detach().normal_(generator=generator)
         for parameter in shards.live.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        shards.optimizers[0].step(0)
-        shards._save(folder / f"part_{shards.wire.rank:03d}")
-    readers = [Shards(lively_policy(1), config, wire) for wire in wires(count)]
-    for shards in readers:
-        shards.load_own(folder)
+        shards.step(0, 0, 1.0)
+        shards.save(folder)
+        return shards
+
+    def read(rank: int) -> Shards:
+        shards = Shards(others[rank], config)
+        shards.load(folder)
+        return shards
+
+    writers = in_ranks(2, write)
+    others = [lively_policy(1) for _ in range(count)]
+    readers = in_ranks(count, read)
     for name in ("live", "average", "old"):
-        written, read = (
+        written, found = (
             {key: t for shards in everybody for key, t in shards.kept[name].items()} for everybody in (writers, readers)
         )
-        assert set(written) == set(read)
-        assert all(torch.equal(tensor, written[key]) for key, tensor in read.items())
-    written, read = (
+        assert set(written) == set(found)
+        assert all(torch.equal(tensor, written[key]) for key, tensor in found.items())
+    written, found = (
         {key: entries for shards in everybody for key, entries in shards.optimizers[0].moments().items()}
         for everybody in (writers, readers)
     )
-    assert set(written) == set(read)
-    assert all(torch.equal(t, written[key][name]) for key, entries in read.items() for name, t in entries.items())
+    assert set(written) == set(found)
+    assert all(torch.equal(t, written[key][name]) for key, entries in found.items() for name, t in entries.items())
 
 
 def test_a_state_of_other_weights_is_refused(lively_policy: Callable[..., TinyPolicy]) -> None:
     config = TrainConfig.model_validate({"offload": True, "device": "cpu"})
     Path("state").mkdir()
-    first, _ = (Shards(lively_policy(), config, wire) for wire in wires(2))
-    first._save(Path("state/part_000"))
+    policies = [lively_policy() for _ in range(2)]
+    in_ranks(2, lambda rank: Shards(policies[rank], config).save(Path("state")))
+    shutil.rmtree("state/part_001")
     with pytest.raises(InputError, match=r"^state: the checkpoint lacks .*: resume with the configuration of the run$"):
-        Shards(lively_policy(), config, wires(1)[0]).load_own(Path("state"))
+        Shards(lively_policy(), config).load(Path("state"))
 
 
 def test_a_part_that_was_changed_is_refused(small_base: Path) -> None:
@@ -155,32 +164,6 @@ def test_a_part_that_was_changed_is_refused(small_base: Path) -> None:
         Trainer.resume(Path("run"))
 
 
-def wires(size: int) -> list[ThreadWire]:
-    threads = Threads(size)
-    return [ThreadWire(threads, rank) for rank in range(size)]
-
-
-def together(size: int, policy: Callable[[], TinyPolicy], config: TrainConfig) -> tuple[Leader, TrainState, list[Any]]:
-    """A run on so many processes, here threads; their shards, and the threads of the others."""
-    ends, shards = wires(size), cast(list[Any], [None] * size)
-    policies = [policy() for _ in ends]  # weights are drawn from random numbers that threads share
-
-    def build(rank: int) -> tuple[Policies, Shards | None]:
-        state = TrainState.start(policies[rank], config, ends[rank])
-        shards[rank] = state.shards
-        return state.policies, state.shards
-
-    others = [
-        threading.Thread(target=lambda rank=rank: serve(ends[rank], lambda _: build(rank)), daemon=True)
-        for rank in range(1, size)
-    ]
-    for thread in others:
-        thread.start()
-    state = TrainState.start(policies[0], config, ends[0])
-    shards[0] = state.shards
-    return Leader(ends[0], Setup(config, "start"), state.policies, state.shards), state, [shards, others]
-
-
 SMALL = {
     "offload": True,
     "rollout": {"group_size": 4, "num_steps": 3},
@@ -190,9 +173,14 @@ SMALL = {
 }
 
 
-def stepped(state: TrainState, groups: Sequence[Group], A: Advantages, config: TrainConfig, team: Team) -> Metrics:
+def advantages_of(groups: Sequence[Group]) -> Advantages:
+    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups))))
+
+
+def stepped(state: TrainState, prompts: list[Prompt], config: TrainConfig) -> Metrics:
+    groups = sample_own(state.policies.live, prompts, config.sampling(0), list(range(len(prompts))))
     objectives = objectives_of(config, state.policies.live.writes)
-    return train_step(state.policies, objectives, state.optimizers, groups, A, config, 0, team=team)
+    return train_step(state.policies, objectives, state.optimizers, groups, advantages_of(groups), config, 0)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -201,136 +189,95 @@ def test_processes_step_what_they_keep_as_one_would(
 ) -> None:
     config = TrainConfig.model_validate(SMALL)
     alone, begun = TrainState.start(lively_policy(), config), dict(lively_policy().named_parameters())
-    team, state, (shards, others) = together(size, lively_policy, config)
-    with team:
-        groups = team.shared(state.policies).live.sample(prompts, config.sampling(0), list(range(len(prompts))))
-        A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
-        advantages = dict.fromkeys(KINDS, A)
+    policies = [lively_policy() for _ in range(size)]  # weights are drawn from random numbers that threads share
+
+    def work(rank: int) -> tuple[dict[str, float], Shards]:
+        state = TrainState.start(policies[rank], config)
         assert not weights_changed(state.policies.live, state.policies.reference)
-        found, expected = (
-            train_step(
-                each.policies,
-                objectives_of(config, each.policies.live.writes),
-                each.optimizers,
-                groups,
-                advantages,
-                config,
-                0,
-                team=by,
-            ).means()
-            for each, by in ((state, team), (alone, Team(alone.shards)))
-        )
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        found = stepped(state, prompts, config).means()
         assert weights_changed(state.policies.live, state.policies.reference)
-        for each in (state, alone):
-            each.average("average", 0.5)
-            each.average("old", 0.0)
-        assert alone.shards is not None
-        for name, tensors in alone.shards.kept.items():
-            owned = [set(own.kept[name]) for own in shards]
-            assert set.union(*owned) == set(tensors)
-            assert sum(map(len, owned)) == len(tensors)
-            for own in shards:
-                for key, tensor in own.kept[name].items():  # Muon's steps are rounded to bfloat16
-                    moved = (tensors[key] - begun[key]).norm()
-                    assert (tensor - tensors[key]).norm() <= 0.02 * moved
-                    assert (moved > 0) == (name != "reference")
-        modules = [dict(cast(Any, own.policy).named_parameters()) for own in shards]
+        state.average("average", 0.5)
+        state.average("old", 0.0)
+        shards = state.shards
+        assert shards is not None
         for name in ("live", "average", "reference"):
             in_place(getattr(state.policies, name))
-            whole = {key: tensor for own in shards for key, tensor in own.kept[name].items()}
-            team.shared(state.policies).live.timestep_shift()  # asks for no weights: they stay
-            shards[0].together("changed")  # by now everybody has them
-            for module in modules:
-                assert all(torch.equal(module[key], tensor) for key, tensor in whole.items())
-        assert all(parameter.grad is None for module in modules for parameter in module.values())
-    for thread in others:
-        thread.join(60)
-        assert not thread.is_alive()
+            state.policies.live.timestep_shift()  # asks for no weights: they stay
+            module = dict(cast(Any, shards.policy).named_parameters())
+            assert all(torch.equal(module[key], tensor) for key, tensor in shards.kept[name].items())
+            assert all(parameter.grad is None for parameter in module.values())
+        return found, shards
+
+    found = in_ranks(size, work)
+    expected = stepped(alone, prompts, config).means()
+    alone.average("average", 0.5)
+    alone.average("old", 0.0)
+    for metrics, _ in found:
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert alone.shards is not None
+    for name, tensors in alone.shards.kept.items():
+        owned = [set(own.kept[name]) for _, own in found]
+        assert set.union(*owned) == set(tensors)
+        assert sum(map(len, owned)) == len(tensors)
+        for _, own in found:
+            for key, tensor in own.kept[name].items():  # Muon's steps are rounded to bfloat16
+                moved = (tensors[key] - begun[key]).norm()
+                assert (tensor - tensors[key]).norm() <= 0.02 * moved
+                assert (moved > 0) == (name != "reference")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_fails_in_one_process_is_raised_in_the_first(
-    rank: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("where", ["update", "placing", "saving"])
+def test_what_fails_in_one_process_is_raised_in_all(
+    where: str, broken: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
 ) -> None:
     config = TrainConfig.model_validate(SMALL)
-    team, state, (shards, others) = together(2, lively_policy, config)
-    A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(prompts)))
+    policies = [lively_policy() for _ in range(2)]
+    Path("full").write_text("a file")
 
     def failing(*_: object) -> Any:
         raise RuntimeError("out of memory")
 
-    with team:
-        groups = team.shared(state.policies).live.sample(prompts, config.sampling(0), list(range(len(prompts))))
-        shards[rank].policy.velocity = failing
-        where = "" if rank == 0 else "process 1 of 2: "
-        with pytest.raises(ContractError, match=f"^{where}RuntimeError: out of memory$"):
-            train_step(
-                state.policies,
-                objectives_of(config, state.policies.live.writes),
-                state.optimizers,
-                groups,
-                dict.fromkeys(KINDS, A),
-                config,
-                0,
-                team=team,
-            )
-        Path("full").write_text("a file")
-        with pytest.raises(ContractError, match="NotADirectoryError"):
-            shards[0].together("save", Path("full"))
-    others[0].join(60)
-    assert not others[0].is_alive()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_weights_that_cannot_be_brought_stop_nobody_in_the_middle(
-    rank: int, lively_policy: Callable[[], TinyPolicy]
-) -> None:
-    team, state, (shards, others) = together(2, lively_policy, TrainConfig.model_validate(SMALL))
-
-    def full(_: str) -> None:
-        raise RuntimeError("out of memory")
-
-    with team:
-        shards[rank]._copy_own = full
-        with pytest.raises(ContractError, match=r"RuntimeError: out of memory$"):
+    def work(rank: int) -> None:
+        state = TrainState.start(policies[rank], config)
+        shards = state.shards
+        assert shards is not None
+        if where == "saving":
+            shards.save(Path("full"))
+        if rank == broken:
+            cast(Any, shards.policy).velocity = failing
+            if where == "placing":
+                cast(Any, shards)._copy_own = failing
+        if where == "placing":
             in_place(state.policies.live)
-        del shards[rank]._copy_own
-        assert in_place(state.policies.live) is shards[0].policy
-    others[0].join(60)
-    assert not others[0].is_alive()
+        stepped(state, prompts, config)
 
-
-def test_who_lost_another_process_does_not_speak_to_it() -> None:
-    class Broken(Wire):
-        size = 2
-        said: ClassVar[list[object]] = []
-
-        def broadcast_object(self, message: Any = None) -> Any:
-            self.said.append(message)
-
-        def all_gather_objects(self, message: Any) -> list[Any]:
-            return [message, message]
-
-    policy = cast(Any, object())
-    with pytest.raises(LostProcessError), Leader(Broken(), Setup(TrainConfig(), ""), Policies(*[policy] * 4)):
-        raise LostProcessError("another process is gone")
-    assert [type(message) for message in Broken.said] == [Setup]
+    by = "" if broken == 0 or where == "saving" else "process 1 of 2: "
+    said = "NotADirectoryError: .*" if where == "saving" else "RuntimeError: out of memory"
+    for error in in_ranks(2, work):
+        assert isinstance(error, ContractError)
+        assert re.fullmatch(f"{by}{said}", str(error)), str(error)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_checkpoint_has_the_policy_as_exact_as_it_is_kept(size: int, lively_policy: Callable[[], TinyPolicy]) -> None:
-    team, state, (shards, _) = together(size, lively_policy, TrainConfig.model_validate(SMALL))
-    with team:
-        for own in shards:
-            for name, parameter in own.parameters.items():
-                parameter.data = parameter.data.bfloat16()
-                if name in own.live:
-                    own.kept["average"][name].add_(1e-4)
+    config, policies = TrainConfig.model_validate(SMALL), [lively_policy() for _ in range(size)]
+
+    def work(rank: int) -> Shards:
+        state = TrainState.start(policies[rank], config)
+        own = state.shards
+        assert own is not None
+        for name, parameter in own.parameters.items():
+            parameter.data = parameter.data.bfloat16()
+            if name in own.live:
+                own.kept["average"][name].add_(1e-4)
         in_place(state.policies.average)
-        shards[0].write("average", Path("policy"))
+        own.write("average", Path("policy"))
+        return own
+
+    found = in_ranks(size, work)
     saved = load_file("policy/model.safetensors")
-    for own in shards:
+    for own in found:
         assert {parameter.dtype for parameter in own.parameters.values()} == {torch.bfloat16}
         assert own.here == "average"
         for name, tensor in own.kept["average"].items():
@@ -339,19 +286,27 @@ def test_a_checkpoint_has_the_policy_as_exact_as_it_is_kept(size: int, lively_po
 
 
 def test_gradients_that_are_not_finite_anywhere_leave_all_weights(lively_policy: Callable[[], TinyPolicy]) -> None:
-    config = TrainConfig.model_validate(SMALL)
-    team, state, (shards, _) = together(2, lively_policy, config)
-    with team:
-        for own in shards:
-            for parameter in own.live.values():
-                parameter.grad = torch.ones_like(parameter)
-        next(p for name, p in shards[1].live.items() if ".reading." in name).grad.fill_(torch.nan)
+    config, policies = TrainConfig.model_validate(SMALL), [lively_policy() for _ in range(2)]
+
+    def work(rank: int) -> dict[str, float]:
+        state = TrainState.start(policies[rank], config)
+        own = state.shards
+        assert own is not None
+        for parameter in own.live.values():
+            parameter.grad = torch.ones_like(parameter)
+        if rank == 1:
+            gradient = next(p for name, p in own.live.items() if ".reading." in name).grad
+            assert gradient is not None
+            gradient.fill_(torch.nan)
         norms = state.optimizers[0].step(0)
+        assert not weights_changed(state.policies.live, state.policies.reference)
+        return norms
+
+    for norms in in_ranks(2, work):
         assert norms["understand"] != norms["understand"]
         assert norms["generate"] == pytest.approx(
             sum(p.numel() for p in lively_policy().parameter_groups()["generate"]) ** 0.5
         )
-        assert not weights_changed(state.policies.live, state.policies.reference)
 
 
 def test_a_policy_that_is_offloaded_passes_for_itself(lively_policy: Callable[..., TinyPolicy]) -> None:

@@ -16,6 +16,7 @@ from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.shares import right_outputs
 from lvrpo.types import FlowSegment, Group, Prompt, RewardTable, Segment, TextSegment, Trajectory
 
 RED = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 4, 4)
@@ -65,11 +66,13 @@ def table() -> RewardTable:
     )
 
 
+THREE = [QUESTION, DRAWING, THOUGHT]
+RIGHT = right_outputs(THREE)
 ADVANTAGES = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0] * 4, [0.5, -0.5, 1.5, -1.5]])
 
 
 def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
     (record,) = score_record.read_steps(run.path)
     assert (record.step, record.names, record.tasks) == (1, ("exact", "facts"), ("understand", "generate", "reason"))
     assert record.weights.tolist() == [1.0, 0.5]
@@ -84,13 +87,13 @@ def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
 
 def test_rewards_of_another_segment_are_noted(run: RunDirectory) -> None:
     judged = torch.tensor([[True, True], [True, True], [False, True]])
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES, judged)
+    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES, judged)
     (record,) = score_record.read_steps(run.path)
     assert record.judged.tolist() == judged.tolist()
 
 
 def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
     (record,) = score_record.read_steps(run.path)
     nan = math.nan
     drawn, striped = [nan, nan, 1, 0, 0, 0], [nan, nan, 0.5, 0.5, 0.5, 0.5]
@@ -113,7 +116,7 @@ def test_large_pictures_are_measured_on_a_grid() -> None:
 
 
 def test_controls_and_looks(run: RunDirectory) -> None:
-    score_record.write_control(run, 1, [QUESTION, DRAWING, THOUGHT], table(), 10)
+    score_record.write_control(run, 1, THREE, table(), RIGHT, 10)
     score_record.write_look(run, 0, {"understand": [1.0, 0.0]}, 20)
     score_record.write_look(run, 20, {"understand": [1.0, 1.0]}, 20)
     score_record.write_look(run, 40, {}, 20)
@@ -139,9 +142,9 @@ def kept(run: RunDirectory) -> dict[str, list[int]]:
 def write_all(run: RunDirectory, first: int, last: int) -> None:
     """What the loop writes from step ``first`` to ``last``: controls every 3 steps, looks every 4 and at the end."""
     for step in range(first, last + 1):
-        score_record.write_step(run, step, [DRAWING], one_row(), torch.zeros(1, 4))
+        score_record.write_step(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
         if (step - 1) % 3 == 0:
-            score_record.write_control(run, step, [DRAWING], one_row(), 3)
+            score_record.write_control(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), 3)
         if step % 4 == 0 or step == 38:
             score_record.write_look(run, step, {"generate": [float(step)]}, 4)
 
@@ -180,7 +183,7 @@ def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
 
 
 def test_broken_files_are_one_line(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [DRAWING], one_row(), torch.zeros(1, 4))
+    score_record.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
     path = run.path / "scores" / "step_000001.npz"
     whole = path.read_bytes()
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole.replace(b"traits", b"traitz")):
@@ -191,7 +194,7 @@ def test_broken_files_are_one_line(run: RunDirectory) -> None:
 
 
 def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [DRAWING], one_row(), torch.zeros(1, 4))
+    score_record.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
     left = run.path / "scores" / ".step_000002.npz.tmp-0123"
     left.write_bytes(b"half")
     run.close()
@@ -202,7 +205,7 @@ def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
 
 def test_a_record_names_its_judges(run: RunDirectory) -> None:
     made = replace(table(), judge="TinyPolicy:0123", judged_by={"facts": "a model at an address"})
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], made, ADVANTAGES)
+    score_record.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
     (record,) = score_record.read_steps(run.path)
     assert record.judge == "TinyPolicy:0123"
     assert record.judged_by == tuple({"facts": "a model at an address"}.get(name, "") for name in record.names)
@@ -210,7 +213,7 @@ def test_a_record_names_its_judges(run: RunDirectory) -> None:
 
 
 def test_categories_are_on_record_and_older_records_have_none(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
     (record,) = score_record.read_steps(run.path)
     assert record.categories == ("", "colors", "")
     path = run.path / "scores" / "step_000001.npz"
@@ -225,8 +228,8 @@ def test_categories_are_on_record_and_older_records_have_none(run: RunDirectory)
 def test_caps_and_scales_of_their_own_are_on_record(run: RunDirectory) -> None:
     cut = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4])
     made = replace(table(), normalize={"facts": "batch"}, cut={"exact": cut})
-    score_record.write_step(run, 1, [QUESTION, DRAWING, THOUGHT], made, ADVANTAGES)
-    score_record.write_step(run, 2, [QUESTION, DRAWING, THOUGHT], table(), ADVANTAGES)
+    score_record.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
+    score_record.write_step(run, 2, THREE, table(), RIGHT, ADVANTAGES)
     record, plain = score_record.read_steps(run.path)
     assert record.normalize == ("", "batch")
     nan = math.nan  # of the first group's three valid scores one was cut; the second group has none

@@ -27,7 +27,7 @@ def run_through(course: list[tuple[float, float]], seed: int = 0, **options: Any
     """The step at which a course of (reward, watched) turned, looked at every 5 steps."""
     turn, rng = Turn(TurnConfig(reward="own", watch="truth", window=5, **options)), np.random.default_rng(seed)
     for step, (reward, watched) in enumerate(course, start=1):
-        turn.add(step, GROUPS, table(reward, watched, rng))
+        turn.add(step, GROUPS, table(reward, watched, rng), {})
         if step % 5 == 0:
             found = turn.look(step, looks=len(course) // 5, every=5)
             if found is not None:
@@ -78,7 +78,7 @@ def of_categories(seed: int, fall: float) -> int | None:
         made.scores[:] += torch.tensor([LEVELS[name] for name in names])[:, None, None]
         made.scores[..., 0] += 0.01 * step
         made.scores[..., 1] -= fall * (step > 20)
-        turn.add(step, groups, made)
+        turn.add(step, groups, made, {})
         if step % 5 == 0 and turn.look(step, looks=8, every=5) is not None:
             return step
     return None
@@ -118,7 +118,7 @@ def test_groups_without_either_score_do_not_count() -> None:
     made.mask[0, :, 0] = False
     made.mask[1, :, 1] = False
     made.mask[2, :2, 1] = False
-    turn.add(1, GROUPS, made)
+    turn.add(1, GROUPS, made, {})
     assert turn.means["generate"].shape == (6, 4)
     assert float(turn.means["generate"][0, 2]) == pytest.approx(float(made.scores[2, 2:, 1].mean()), rel=1e-5)
 

@@ -60,12 +60,14 @@ class Dealt(StandIn):
         images: Sequence[Image],
         draws: int,
         seeds: Sequence[int],
-        times: tuple[float, float] = (0.0, 1.0),
+        *times: tuple[float, float],
+        **named: tuple[float, float],
     ) -> torch.Tensor:
         """As ``Policy.image_logprob``."""
+        given = (*times, *named.values())
         return self._by_rows(
             len(images),
-            lambda policy, own: policy.image_logprob(contexts[own], images[own], draws, seeds[own], times),
+            lambda policy, own: policy.image_logprob(contexts[own], images[own], draws, seeds[own], *given),
         )
 
     def _by_rows(self, rows: int, ask: Callable[[Policy, slice], torch.Tensor]) -> torch.Tensor:

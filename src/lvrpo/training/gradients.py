@@ -78,6 +78,7 @@ class TaskGradients:
             for name in self.parameters:
                 if name in names:
                     sum_over_ranks(account.setdefault(name, torch.zeros_like(self.parameters[name])))
+        self.tasks = {task: self.tasks[task] for task in TASKS if task in self.tasks}  # one order on all ranks
 
     def give_back(self, mixing: Mixing, seed: int) -> None:
         """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone.

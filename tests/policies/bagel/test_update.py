@@ -15,6 +15,7 @@ from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
+from lvrpo.training.microbatches import split
 from lvrpo.training.objective import KINDS, GroupAdvantages, Policies, recorded_passes
 from lvrpo.types import Group, Image, Prompt
 
@@ -96,7 +97,7 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1)
     chosen = objective.choose(groups, GroupAdvantages.of_all(A))
     assert len(chosen) == 8
-    assert [len(part) for part in parts(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
+    assert [len(part) for part in split(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory
     assert recorded_passes(first) == 2 * 3  # steps, branches
     assert objective.passes(first) == 2 * 3 + 2  # and the divergence
@@ -104,8 +105,8 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     assert count.drawing == 4 * 4 + 2
     assert count.context == 18 + 18 + len(live.words.encode("make it red")) + 2
     two = count.context + 2 * 8 * count.drawing
-    assert [len(part) for part in parts(chosen[:4], objective, live, LimitsConfig(backward_tokens=two))] == [2, 2]
-    assert [len(part) for part in parts(chosen[:4], objective, live, LimitsConfig(backward_tokens=two - 1))] == [
+    assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two))] == [2, 2]
+    assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two - 1))] == [
         1,
         1,
         1,
