@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -90,6 +91,7 @@ class _Heartbeat:
         self.waiting_since: float | None = None
         """When this process entered the collective that it is in (``time.monotonic``)."""
         self._ended = threading.Event()
+        self._agent: int | None = os.getppid()
         store.set(f"beat/{rank}", "0")
         self._exchanged_at: float | None = time.monotonic()
         """None: nobody serves the store any more."""
@@ -126,9 +128,16 @@ class _Heartbeat:
                 self.gone = 0
 
     def _watch(self) -> None:
-        """Ends this process where it waits for one that is gone and no connection broke."""
+        """Ends this process where it waits for one that is gone and no connection broke.
+
+        Where torchrun's agent is gone, which started this process and would end it, it gets the SIGTERM that the agent
+        owes it: a run then saves and ends.
+        """
         known_at: float | None = None
         while not self._ended.wait(BEAT_S):
+            if self._agent is not None and os.getppid() != self._agent:
+                self._agent = None
+                os.kill(os.getpid(), signal.SIGTERM)
             now, waiting, exchanged = time.monotonic(), self.waiting_since, self._exchanged_at
             if self.gone is None and exchanged is not None and now - exchanged > SILENCE_S:
                 self.gone = 0  # the machine of rank 0 serves the store

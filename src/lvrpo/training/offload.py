@@ -29,7 +29,6 @@ from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.microbatches import backward, by_kind
 from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, Microbatch, policy_module
 from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
-from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -127,9 +126,8 @@ class Shards:
         """
         metrics = Metrics()
         frozen: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
-        own_kinds: set[SegmentKind] = {batch.kind for batch in batches}
-        kinds = {kind for kinds_of_rank in gather(own_kinds) for kind in kinds_of_rank}
-        asked = {name for kind in kinds for name in self.objectives[kind].compared_with}
+        of_ranks: list[list[SegmentKind]] = gather([batch.kind for batch in batches])
+        asked = {name for kinds in of_ranks for kind in kinds for name in self.objectives[kind].compared_with}
         for name in FROZEN:
             if name not in asked:
                 continue
