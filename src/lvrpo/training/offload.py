@@ -29,6 +29,7 @@ from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.microbatches import backward, by_kind
 from lvrpo.training.objective import FROZEN, FrozenPolicy, Metrics, Microbatch, policy_module
 from lvrpo.training.optimizer import Norms, Optimizers, Part, average_tensors
+from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
