@@ -293,7 +293,7 @@ def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, mo
     monkeypatch.setattr(rewards[0].reward, "score", None)
     drift = judge_drift(rewards, groups, table, policy.frozen(), shifted(policy, 0.05))
     assert "judge_drift/generate/own_vqa" in drift
-    monkeypatch.setattr("lvrpo.training.judge.score_groups", None)
+    monkeypatch.setattr("lvrpo.training.judge.score_own", None)
     assert judge_drift(rewards[:1], groups, table, policy.frozen(), policy) == {}
 
 

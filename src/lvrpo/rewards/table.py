@@ -232,11 +232,20 @@ def score_groups(
     groups: Sequence[Group],
     judge: Policy,
     step: int = 0,
+    most_failed: float | None = None,
 ) -> RewardTable:
     """Scores groups of equal size with all rewards; raises ContractError where one says ``on_failure: stop``.
 
-    ``step``: steps done, for the weights that follow a schedule.
+    ``step``: steps done, for the weights that follow a schedule. ``most_failed``: of a reward without ``max_failed``,
+    the share of scores that may fail (None: any); more raise ContractError, as for one with it.
     """
+    table = scored(sources, groups, judge, step)
+    require_scored(sources, table, most_failed)
+    return table
+
+
+def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0) -> RewardTable:
+    """``score_groups`` however many scores failed: of a part of the groups, say."""
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)

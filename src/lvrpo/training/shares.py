@@ -17,7 +17,7 @@ from lvrpo.distributed import deal, gather, relay, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling, in_place
 from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardSource, require_scored, score_groups
+from lvrpo.rewards.table import RewardSource, require_scored, scored
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def score_own(
     own, table = own_rows(groups), None
     with relay():
         if own:
-            table = score_groups(rewards, [groups[p] for p in own], judge, step)
+            table = scored(rewards, [groups[p] for p in own], judge, step)
     if world_size() > 1:
         table = join_tables(gather((own, table)), groups)
     if table is None:
