@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 from gradients_only import differentiate
@@ -67,6 +68,24 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
     assert rows(Path("halved")) == shared
     again = weights(Path("halved"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in both_weights.items())
+
+
+@pytest.mark.slow
+def test_processes_whose_agent_is_killed_save_and_end(small_base: Path) -> None:
+    run = start("train", "quickstart", f"policy={small_base}", *OPTIONS, "steps=500", "--no-evaluate", "--out", "run")
+    metrics = Path("run/metrics.jsonl")
+    while run.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
+        time.sleep(0.1)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) == 2
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    last = rows(Path("run"))[-1]["step"]
+    assert Path(f"run/checkpoints/step_{last:06d}").is_dir()
+    assert run.stdout is not None
+    run.stdout.close()
 
 
 def test_bad_input_is_one_line_and_nobody_waits(small_base: Path) -> None:
