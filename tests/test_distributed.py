@@ -69,10 +69,6 @@ def test_collectives(tmp_path: Path, world: int) -> None:
         assert found["gather"] == [{"rank": r} for r in range(world)]
         assert found["sum"] == [world * (world + 1) / 2] * 2
         assert found["dealt"] == list(range(own, 7, world))
-        assert found["joined"] == [(item % world, item) for item in range(7)]
-        assert found["mapped"] == [item * item for item in range(7)]
-        assert found["few"] == [6]
-        assert found["none"] == []
         assert found["main"] == [0, world]
         assert found["is_main"] == (own == 0)
 
@@ -80,11 +76,11 @@ def test_collectives(tmp_path: Path, world: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "ranks", "where", "raised"),
     [
-        ("input", (0,), "relay", "InputError: too long: shorten it"),
-        ("input", (2,), "relay", "InputError: process 2 of 3: too long: shorten it"),
+        ("input", (0,), "relay_errors", "InputError: too long: shorten it"),
+        ("input", (2,), "relay_errors", "InputError: process 2 of 3: too long: shorten it"),
         ("contract", (1, 2), "weights", "ContractError: process 1 of 3: a promise was broken"),
         ("not_well", (0, 1, 2), "weights", "NotWellError: diverged"),
-        ("other", (1,), "items", "ContractError: process 1 of 3: ValueError: a"),
+        ("other", (1,), "relay_errors", "ContractError: process 1 of 3: ValueError: a"),
         ("other", (0,), "main", "ContractError: ValueError: a"),
         ("input", (0,), "main", "InputError: too long: shorten it"),
     ],
@@ -102,13 +98,11 @@ def test_an_error_of_one_rank_is_that_of_all(
 
 def test_one_process_raises_what_was_raised() -> None:
     error = ValueError("as it was")
-    with pytest.raises(ValueError, match="as it was") as caught, distributed.relay():
+    with pytest.raises(ValueError, match="as it was") as caught, distributed.relay_errors():
         raise error
     assert caught.value is error
     with pytest.raises(ZeroDivisionError):
         distributed.on_main(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        distributed.map_items(lambda items: [1 / 0 for _ in items], [1])
 
 
 @pytest.mark.parametrize(("world", "killed", "where"), [(2, 1, "weights"), (3, 0, "collective")])

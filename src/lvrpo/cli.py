@@ -16,7 +16,7 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Options, Parser, nearest
-from lvrpo.errors import ContractError, InputError, LostProcessError, LvrpoError, NotWellError
+from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.reading import unreadable
 from lvrpo.registry import ANY, allow_code, own_consent, resolve
 
@@ -61,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = parsed(without_global_options(given))
             if found is not None:
                 command, options = found
-                meet()
-                command.run(options)
-                meet()  # nobody leaves while others still communicate
+                with other_processes(options):
+                    command.run(options)
                 sys.stdout.flush()
             return DONE
     except BrokenPipeError:
@@ -76,20 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reported_here(error):
             print(printable(line), file=sys.stderr)
         return code
-    finally:
-        if several_processes():
-            from lvrpo import distributed
-
-            distributed.stop()
 
 
-def meet() -> None:
-    """Waits for the other processes that ``torchrun`` started, if it did."""
-    if several_processes():
-        from lvrpo import distributed
+@contextmanager
+def other_processes(options: Options) -> Iterator[None]:
+    """Where ``torchrun`` started several processes, they meet before a command and leave together after it."""
+    if not several_processes():
+        yield
+        return
+    from lvrpo.distributed import process_group
 
-        distributed.start()
-        distributed.gather(None)
+    with process_group(options.timeout_min):
+        yield
 
 
 def several_processes() -> bool:
@@ -98,16 +95,12 @@ def several_processes() -> bool:
 
 
 def reported_here(error: object) -> bool:
-    """Whether this process prints an error or warning: of several one does what all raise, and each what is its own."""
+    """Whether this process, which may be one of several, prints an error or a warning."""
     if not several_processes():
         return True
-    from lvrpo import distributed
+    from lvrpo.distributed import reports
 
-    if distributed.world_size() == 1:  # they have not met yet
-        return os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError)
-    if isinstance(error, LvrpoError):
-        return distributed.reports(error)
-    return distributed.is_main() or not isinstance(error, KeyboardInterrupt | Warning | str)
+    return reports(error)
 
 
 def printable(line: str) -> str:
@@ -151,6 +144,11 @@ def terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does: what is open is closed, processes of our own are ended."""
 
     def interrupt(number: int, frame: object) -> None:
+        if several_processes():  # torchrun ends the others as soon as one is gone
+            from lvrpo.distributed import lost_process
+
+            if (lost := lost_process()) is not None:
+                raise lost
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

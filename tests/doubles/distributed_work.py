@@ -12,12 +12,12 @@ from typing import Any, cast
 import peft.tuners.lora  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
 import torch
 import torch._dynamo  # what is imported at its first use: here once for all processes
+from small_bagel import SMALL
 from torch import nn
 
 from lvrpo import distributed as d
 from lvrpo.errors import ContractError, InputError, NotWellError
-from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-from lvrpo.policies.bagel.vae import VaeConfig
+from lvrpo.policies.bagel.create import create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
@@ -27,23 +27,6 @@ from lvrpo.types import Example, Prompt
 
 Batches = Sequence[str]
 """Micro-batches of a rank: "t0" is the first text, "d2" the third drawing."""
-SMALL = BagelSizes(
-    width=32,
-    depth=2,
-    heads=4,
-    key_heads=2,
-    mlp_width=48,
-    vocabulary_size=512,
-    vit_width=16,
-    vit_depth=2,
-    vit_heads=2,
-    vit_mlp_width=24,
-    patch_size=4,
-    read_side=9,
-    latent_side=6,
-    vae=VaeConfig(width=32, multipliers=(1, 2), res_blocks=1, channels=4),
-    image_size=16,
-)
 SIDES: Mapping[str, int] = {"tiny": 32, "bagel": 16}
 ADAPTER = AdapterConfig(rank=4, modules=("attention", "mlp"))
 
@@ -161,17 +144,17 @@ def rollout(folder: Path) -> list[Any]:
     def sample(own: Sequence[Prompt]) -> list[Any]:
         found = []
         for prompt in own:  # one at a time: what goes together changes the last bits
-            steps = Sampling(group_size=2, num_steps=1 + len(found), max_new_tokens=3 + 9 * d.rank())
-            group = model.sample([prompt], steps if d.world_size() < 0 else Sampling(2, num_steps=3), [7])[0]
+            group = model.sample([prompt], Sampling(2, num_steps=3), [7])[0]
             found.append([t.text if t.image is None else t.image for t in group.trajectories])
         return found
 
     with d.whole_weights(model):
-        found = d.map_items(sample, prompts)
+        own = sample(d.split_between_ranks(prompts))
     with d.whole_weights(model):  # and again, unevenly: rank 0 alone
         if d.is_main():
             sample(prompts[:2])
-    return found
+    parts = d.gather(own)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))]
 
 
 # --- weight sets ---
@@ -408,20 +391,17 @@ def fail(kind: str, ranks: Sequence[int], where: str) -> dict[str, Any]:
     model = Odd()
     d.shard(model)
 
-    def work(items: Sequence[int] = ()) -> list[int]:
+    def work() -> None:
         if d.rank() in ranks:
             raise ERRORS[kind]()
-        return list(items)
 
     found: dict[str, Any] = {"raised": None}
     try:
-        if where == "relay":
-            with d.relay():
+        if where == "relay_errors":
+            with d.relay_errors():
                 work()
         elif where == "main":
             d.on_main(work)
-        elif where == "items":
-            d.map_items(work, range(7))
         else:
             with d.whole_weights(model, reduce=True):
                 model.head.sum().backward()
@@ -441,11 +421,7 @@ def collectives() -> dict[str, Any]:
     return {
         "gather": d.gather({"rank": own}),
         "sum": d.sum_over_ranks(torch.full((2,), own + 1.0)).tolist(),
-        "dealt": d.deal(items),
-        "joined": d.join([(own, item) for item in d.deal(items)]),
-        "mapped": d.map_items(lambda some: [item * item for item in some], items),
-        "few": d.map_items(lambda some: [item + len(some) for item in some], [5]),
-        "none": d.map_items(lambda some: [1 / 0 for _ in some], []),
+        "dealt": d.split_between_ranks(items),
         "main": d.on_main(lambda: [d.rank(), size]),
         "is_main": d.is_main(),
     }

@@ -17,7 +17,7 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import MOST_FAILED, RewardConfig, RewardSource, build_rewards
-from lvrpo.training.shares import score_own
+from lvrpo.training.data_parallel import score_own
 from lvrpo.types import Group, Prompt
 
 DRAW = Prompt("d", "generate", (torch.full((3, 8, 8), 0.25), "x"), ("image",))

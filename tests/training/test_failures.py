@@ -19,9 +19,9 @@ from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import samples
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import right_outputs
 from lvrpo.training.reward_metrics import reward_means, shown
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.shares import right_outputs
 from lvrpo.types import Group, Prompt, RewardTable
 
 ASK = [Prompt(f"q{i}", "understand", ("x",), ("text",)) for i in range(2)]

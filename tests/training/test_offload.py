@@ -25,12 +25,12 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import weights_changed
+from lvrpo.training.data_parallel import sample_own
 from lvrpo.training.guard import roll_back
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Metrics
 from lvrpo.training.offload import Offloaded, Shards, owners
 from lvrpo.training.setup import open_policy
-from lvrpo.training.shares import sample_own
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import Trainer, train_step
 from lvrpo.types import Group, Prompt

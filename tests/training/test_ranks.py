@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 
 from lvrpo.cli import main
 from lvrpo.errors import ContractError, InputError
-from lvrpo.evaluation.dealt import Dealt
+from lvrpo.evaluation.data_parallel import DataParallelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import sample_own, score_own
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.microbatches import microbatches
 from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Microbatch, Policies
-from lvrpo.training.shares import sample_own, score_own
 from lvrpo.types import Group, Prompt
 
 
@@ -215,7 +215,7 @@ def test_policies_of_an_evaluation_answer_in_the_order_of_the_question(
         return answering.sample(prompts, sampling, seeds), logprobs
 
     groups, logprobs = asked(policy)
-    for own_groups, own in in_ranks(size, lambda rank: asked(Dealt(policy))):  # pyright: ignore[reportArgumentType]
+    for own_groups, own in in_ranks(size, lambda rank: asked(DataParallelPolicy(policy))):  # pyright: ignore[reportArgumentType]
         for prompt, group, other in zip(prompts, own_groups, groups, strict=True):
             assert group.prompt is prompt
             for mine, alone in zip(group.trajectories, other.trajectories, strict=True):
@@ -240,7 +240,7 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
             "device": "cpu",
         }
     )
-    drawn = [prompt for prompt in prompts if prompt.task == "generate"]
+    drawn = [prompt for prompt in prompts if prompt.output == ("image",)]
     groups = policy.sample(drawn, Sampling(group_size=4, num_steps=2), list(range(len(drawn))))
     objective = next(o for o in objectives_of(config, policy.writes) if o.kind == "flow")
     A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
@@ -253,7 +253,8 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
     batches = [batch for of_rank in in_ranks(count, work) for batch in of_rank]
     members = [member for batch in batches for member in batch.members]
     assert sorted(id(m.trajectory) for m in members) == sorted(id(m.trajectory) for m in chosen)
-    assert sum(batch.share for batch in batches) == pytest.approx(1)
+    for task in ("generate", "edit"):
+        assert sum(batch.share for batch in batches if batch.task == task) == pytest.approx(1)
     for batch in batches:
         ids = [member.trajectory.prompt.id for member in batch.members]
         assert ids[:: objective.unit] == ids[objective.unit - 1 :: objective.unit]

@@ -15,8 +15,8 @@ from lvrpo.errors import InputError
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import right_outputs
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.shares import right_outputs
 from lvrpo.types import FlowSegment, Group, Prompt, RewardTable, Segment, TextSegment, Trajectory
 
 RED = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 4, 4)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, names, positive
 from lvrpo.errors import InputError, NotWellError
 from lvrpo.reading import is_there
 
@@ -27,6 +27,13 @@ def train_options(parser: Parser) -> None:
         help="what is measured before and after (default: scenes, or data.jsonl.test)",
     )
     parser.add_argument("--no-evaluate", action="store_true", help="align only")
+    parser.add_argument(
+        "--timeout-min",
+        type=positive,
+        default=30,
+        metavar="MIN",
+        help="minutes that one of several processes (torchrun) waits for the others (default: 30)",
+    )
     add_base(parser)
 
 
@@ -93,7 +100,7 @@ def resumed(options: Options) -> tuple[Trainer, Plan]:
 
 def started(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.commands.settings import read_config
-    from lvrpo.distributed import relay
+    from lvrpo.distributed import relay_errors
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.splits import require_unseen
     from lvrpo.training.trainer import Trainer
@@ -102,7 +109,7 @@ def started(options: Options) -> tuple[Trainer, Plan]:
         raise InputError(
             f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
         )
-    with relay():
+    with relay_errors():
         config = read_config(TrainConfig, options.config, options.overrides)
         require_unseen(options.benchmark, config)
         plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name

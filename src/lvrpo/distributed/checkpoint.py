@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lvrpo.distributed.collectives import communicating, relay, world_size
+from lvrpo.distributed.collectives import communicating, relay_errors, world_size
 from lvrpo.distributed.peers import first_line
 from lvrpo.errors import ContractError, InputError
 
@@ -49,7 +49,7 @@ class Saving:
 
     def wait(self) -> None:
         """Until all ranks have written; called by all. Raises as ``save_sharded`` does."""
-        with relay(), _checkpoint_errors(self.folder, "written"):
+        with relay_errors(), _checkpoint_errors(self.folder, "written"):
             self.future.result()
 
 
@@ -104,7 +104,7 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Others that the folder holds are left there. Raises InputError on all ranks where one finds a tensor missing, of
     another shape or dtype, or a file damaged.
     """
-    with relay():
+    with relay_errors():
         found = stored_tensors(folder)
         for name, tensor in tensors.items():
             if name not in found:

@@ -6,13 +6,12 @@ here communicates: each function returns what it was given, and exceptions pass 
 
 from __future__ import annotations
 
+import io
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,6 @@ from lvrpo.distributed.peers import Peers, first_line, is_of_connections
 from lvrpo.errors import ContractError, InputError, LostProcessError, LvrpoError
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 Failure = tuple[type[LvrpoError], str]
 
@@ -56,11 +54,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(timeout_min: float = 10.0) -> None:
+def start(timeout_min: float = 30.0) -> None:
     """Joins the processes that ``torchrun`` started; without ``torchrun``, or with one process, does nothing.
 
     Each process takes the card of its local rank (NCCL, with gloo beside it for objects); without cards they compute
-    on the CPU (gloo). ``timeout_min``: minutes a collective waits for the other ranks, and for all to arrive here.
+    on the CPU (gloo). ``timeout_min``: minutes that a collective waits for the other ranks, which may still sample or
+    write a checkpoint, and for all to arrive here. One that is gone or stands still is noticed by its heartbeat before.
 
     Raises InputError where there are fewer cards than local processes, LostProcessError, which names the ranks, where
     some do not arrive.
@@ -98,21 +97,13 @@ def stop() -> None:
 
 
 @contextmanager
-def process_group(timeout_min: float = 10.0) -> Iterator[None]:
-    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds.
-
-    torchrun ends the other processes (SIGTERM) as soon as one is gone: they raise the LostProcessError that names it.
-    """
+def process_group(timeout_min: float = 30.0) -> Iterator[None]:
+    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds."""
     start(timeout_min)
-    handles = _group is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if handles:
-        signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
         gather(None)  # nobody takes the connections down while others still use them
     finally:
-        if handles:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop()
 
 
@@ -122,19 +113,17 @@ def lost_process() -> LostProcessError | None:
     return None if lost is None else LostProcessError(f"process {lost} of {world_size()} is gone: see what it printed")
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    if (error := lost_process()) is not None:
-        raise error
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+def reports(error: object) -> bool:
+    """Whether this rank prints an error or a warning, also after ``stop``.
 
-
-def reports(error: LvrpoError) -> bool:
-    """Whether this rank prints an error that all ranks raise, also after ``stop``: the first one still there."""
+    What all ranks raise the first one prints that is still there; what is a rank's own it prints itself.
+    """
     group = _group or _left
-    if group is None:
-        return True
-    return group.rank == (1 if isinstance(error, LostProcessError) and group.lost == 0 else 0)
+    if group is None:  # they have not met yet
+        return os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError)
+    if isinstance(error, LvrpoError | KeyboardInterrupt | Warning | str):
+        return group.rank == (1 if isinstance(error, LostProcessError) and group.lost == 0 else 0)
+    return True
 
 
 # --- collectives ---
@@ -175,6 +164,19 @@ def gather(value: T) -> list[T]:
     return boxes  # pyright: ignore[reportReturnType]  # all are filled
 
 
+def gather_with_tensors(value: T) -> list[T]:
+    """``gather`` of objects that hold tensors; those of a card arrive on this rank's."""
+    if _group is None:
+        return [value]
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    here = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
+    return [
+        torch.load(io.BytesIO(sent), map_location=here, weights_only=False)  # from our own processes
+        for sent in gather(buffer.getvalue())
+    ]
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor of one shape over the ranks, in place and returned; the same bits on every rank."""
     if _group is not None:
@@ -199,40 +201,16 @@ def reduce(tensor: torch.Tensor, owner: int) -> torch.Tensor:
     return tensor
 
 
-def deal(items: Sequence[T]) -> list[T]:
+def split_between_ranks(items: Sequence[T]) -> list[T]:
     """This rank's share of items that all ranks have: every ``world_size``-th one; none where there are too few."""
     return list(items[rank() :: world_size()])
-
-
-def join(own: Sequence[T]) -> list[T]:
-    """The inverse of ``deal``: the results of all ranks' shares in the order of the items, on every rank."""
-    parts = gather(list(own))
-    joined: list[T] = [value for part in parts for value in part]
-    for first, part in enumerate(parts):
-        joined[first :: len(parts)] = part
-    return joined
-
-
-def map_items(function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
-    """``function(items)``, where every rank computes the results of its own share; it is not called with no items.
-
-    ``function`` gives one small result per item and communicates with nobody; its errors are raised on all ranks.
-    """
-    own = deal(items)
-    found: Sequence[R] = ()
-    with relay():
-        if own:
-            found = function(own)
-            if len(found) != len(own):
-                raise ContractError(f"{len(found)} results of {len(own)} items: give one of each")
-    return join(found)
 
 
 # --- errors ---
 
 
 @contextmanager
-def relay() -> Iterator[None]:
+def relay_errors() -> Iterator[None]:
     """Around work that a rank does without the others: an error of any rank is raised on all, with the same line.
 
     Every rank enters and leaves. LvrpoErrors keep their type, other exceptions become ContractErrors; the first rank

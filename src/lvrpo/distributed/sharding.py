@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from lvrpo.distributed.collectives import communicating, device, gather, rank, relay, world_size
+from lvrpo.distributed.collectives import communicating, device, gather, rank, relay_errors, sum_over_ranks, world_size
 
 # --- sharding ---
 
@@ -146,12 +146,12 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
     """Inside, every rank has the whole weights and works by itself: other batches, another number of them, or none.
 
     One all-gather per unit on entry; none inside. ``reduce``: on leaving, ``reduce_gradients``. An error of any rank
-    is raised on all (``relay``); gradients that were not reduced are then dropped. Within another ``whole_weights`` of
-    the module nothing is gathered again.
+    is raised on all (``relay_errors``); gradients that were not reduced are then dropped. Within another
+    ``whole_weights`` of the module nothing is gathered again.
     """
     units = _units(module)
     if not units or _is_whole(module):
-        with relay():
+        with relay_errors():
             yield
         if reduce:
             reduce_gradients(module)
@@ -160,7 +160,7 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
         for unit in units:
             unit.unshard()
     try:
-        with relay():
+        with relay_errors():
             yield
         if reduce:
             reduce_gradients(module)
@@ -182,9 +182,9 @@ def reduce_gradients(module: nn.Module) -> None:
     Called by all ranks inside ``whole_weights``, at its end or also in between: an own count of micro-batches needs
     one call, calls in between keep sums of many micro-batches out of a 16-bit ``compute_dtype``. A rank without a
     gradient of a parameter counts as zero; where no rank has one the parameter has none (AdamW leaves it alone, as one
-    process does). A module that is not sharded keeps its gradients.
+    process does). A module that is not sharded, of which every rank has a copy, has the sum on each.
     """
-    if not is_sharded(module):
+    if world_size() == 1 and not is_sharded(module):
         return
     assert _is_whole(module), "reduce_gradients outside whole_weights"
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -193,6 +193,11 @@ def reduce_gradients(module: nn.Module) -> None:
         if any(anybody) and parameter.grad is None:
             # without it reduce-scatter pairs the gradients of different parameters, silently
             parameter.grad = torch.zeros_like(parameter)
+    if not is_sharded(module):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                sum_over_ranks(parameter.grad)
+        return
     root = _root(module)
     root.set_requires_gradient_sync(True)
     nothing = torch.zeros(1, device=device(), requires_grad=True)

@@ -14,7 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import sample_prompts
 from lvrpo.evaluation.cases import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
-from lvrpo.evaluation.dealt import dealt
+from lvrpo.evaluation.data_parallel import data_parallel
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import (
     SAMPLING,
@@ -146,7 +146,7 @@ class Experiment:
         """Half-way the prompts that the report shows are drawn once more. Any: as metrics have them."""
         middle = max(1, self.trainer.config.steps // 2)
         if row["step"] == middle and self._shown:
-            average = dealt(self.trainer.state.policies.average)
+            average = data_parallel(self.trainer.state.policies.average)
             groups = sample_prompts(average, self._shown, self.sampling, 0)
             name = f"step_{middle:06d}"
             self.run.write_json(f"eval/{name}.json", {"prompts": write_cases(self.run, name, groups)})
@@ -174,7 +174,7 @@ class Experiment:
 
         The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
         """
-        run, plan, base = self.run, self.plan, dealt(self.trainer.state.policies.reference)
+        run, plan, base = self.run, self.plan, data_parallel(self.trainer.state.policies.reference)
         path = run.path / "eval" / f"{phase}.json"
         if on_main(lambda: is_there(path)):
             return read_evaluation(run, f"eval/{phase}.json")[0]
@@ -183,7 +183,7 @@ class Experiment:
         scorer = self.trainer.parts.scorer
         measuring = Measuring(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
         evaluation = evaluate(
-            dealt(policy()),
+            data_parallel(policy()),
             self.benchmarks,
             sizes=plan.sizes,
             sampling=self.sampling,

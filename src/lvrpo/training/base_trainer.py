@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from lvrpo.distributed import gather, is_main, on_main, relay
+from lvrpo.distributed import gather, is_main, on_main, relay_errors
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL
@@ -33,7 +33,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 """Called with the metrics row of every step."""
 
 
-class State(Protocol):
+class TrainerState(Protocol):
     """What a checkpoint holds."""
 
     step: int
@@ -55,7 +55,7 @@ class State(Protocol):
         ...
 
 
-class Lengths(Protocol):
+class RunConfig(Protocol):
     """The fields that every configuration of a run has."""
 
     @property
@@ -66,8 +66,8 @@ class Lengths(Protocol):
     def keep_checkpoints(self) -> int: ...
 
 
-C = TypeVar("C", bound=Lengths)
-S = TypeVar("S", bound=State)
+C = TypeVar("C", bound=RunConfig)
+S = TypeVar("S", bound=TrainerState)
 
 
 class BaseTrainer(ABC, Generic[C, S]):
@@ -135,7 +135,7 @@ class BaseTrainer(ABC, Generic[C, S]):
     def save(self) -> Path:
         """Writes checkpoints/step_NNNNNN: the policy to use in Hub layout, and the state beside it."""
         path = self.run.checkpoint_dir(self.state.step)
-        with written_by_all(path) as folder:
+        with collective_checkpoint(path) as folder:
             self.state.write(folder)
         return path
 
@@ -173,12 +173,12 @@ class BaseTrainer(ABC, Generic[C, S]):
 
 
 @contextmanager
-def written_by_all(path: Path) -> Iterator[Path]:
+def collective_checkpoint(path: Path) -> Iterator[Path]:
     """A checkpoint's folder while it is written by all ranks; rank 0 seals it and gives it its name at the end."""
     writer = checkpoint_writer(path)
     folder = on_main(writer.__enter__)
     try:
-        with relay():
+        with relay_errors():
             yield folder
     except BaseException:
         if is_main():

@@ -16,10 +16,10 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import whole_groups
 from lvrpo.training.objective import Policies, policy_module
 from lvrpo.training.offload import Offloaded
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.shares import whole_groups
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lvrpo.distributed import relay
+from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import merged, own_rows, sample_own, unwrapped
 from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.shares import merged, own_rows, placed, sample_own
 from lvrpo.training.state import GuardState, TrainState
 from lvrpo.types import Group, Prompt, Task
 
@@ -88,12 +88,12 @@ class Guard:
 
     def _scores(self, outputs: Mapping[Task, Sequence[Group]], judge: Policy | None) -> dict[Task, list[float]]:
         if judge is not None and self.asks_judge:
-            placed(judge)
+            unwrapped(judge)
         found: dict[Task, list[float]] = {}
         for task, groups in outputs.items():
             own = own_rows(groups)
             rows: list[list[float]] = []
-            with relay():
+            with relay_errors():
                 if own:
                     rows = self.scorer.scores([groups[p] for p in own], judge)
             found[task] = [row[0] for row in merged(dict(zip(own, rows, strict=True))).values()]

@@ -18,9 +18,9 @@ from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
+from lvrpo.training.data_parallel import score_own
 from lvrpo.training.objective import policy_module
 from lvrpo.training.optimizer import average_into, load_trained, trained_weights
-from lvrpo.training.shares import score_own
 from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from lvrpo.distributed import ShardedMuon
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic x <- a x + b x^3 + c x^5, torch's own: singular values end in about [0.7, 1.2]."""
@@ -28,31 +31,20 @@ def orthogonalize(matrix: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     return x.T if tall else x
 
 
-class Muon(torch.optim.Muon):
+class Muon(ShardedMuon):
     """``torch.optim.Muon``, which iterates in bfloat16; on a CPU the same in float32.
 
     A CPU without instructions for bfloat16 multiplies it some twenty times slower than float32 (decision 86). State,
     rates and defaults are torch's.
     """
 
+    def __init__(self, params: Any, **options: Any) -> None:
+        """As ``torch.optim.Muon``. Any: what torch takes."""
+        super().__init__(params, orthogonalize, **options)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; parameters without a gradient stay."""
+        """One step; parameters without a gradient stay. On a CPU it works in the memory of the gradients."""
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(momentum, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
-        return loss
+            return torch.optim.Muon.step(self, closure)
+        return super().step(closure)

@@ -118,11 +118,6 @@ class Metrics:
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
 
-    def include_all(self, others: Sequence[Metrics]) -> None:
-        """Adds the sums and counts of several ranks."""
-        for other in others:
-            self.include(other)
-
     def means(self) -> dict[str, float]:
         """The weighted means."""
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}

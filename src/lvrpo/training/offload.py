@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lvrpo.distributed import broadcast, gather, is_main, rank, reduce, relay, world_size
+from lvrpo.distributed import broadcast, gather, on_main, rank, reduce, relay_errors, world_size
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, StandIn
 from lvrpo.training.checkpoint import load_state, save_state, seal_checkpoint, verify_checkpoint
@@ -99,7 +99,7 @@ class Shards:
         """The module of every rank becomes one of the policies."""
         if self.here != name:
             self.here = None
-            with relay():
+            with relay_errors():
                 self._copy_own(name)
             for key, parameter in self.parameters.items():
                 broadcast(parameter.detach(), self.owner[key])
@@ -133,12 +133,12 @@ class Shards:
             if name not in asked:
                 continue
             self.unshard(name)
-            with relay():
+            with relay_errors():
                 self._ask(name, batches, frozen)
         self.unshard("live")
         for i in range(max(gather(len(batches)))):
             own = list(zip(batches, frozen, strict=True))[i : i + 1]
-            with relay():
+            with relay_errors():
                 for batch, terms in own:
                     self._backward(batch, metrics, terms)
             self._reduce_gradients()
@@ -208,8 +208,9 @@ class Shards:
     def write(self, name: str, folder: Path) -> None:
         """One of the policies as a folder that ``load_policy`` reads, as exact as it is kept; of the first process."""
         tensors = self.gather(name)
-        if not is_main():
-            return
+        on_main(lambda: self._write(tensors, folder))
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
         before = {key: parameter.data for key, parameter in self.parameters.items()}
         try:
             for key, parameter in self.parameters.items():
@@ -237,8 +238,7 @@ class Shards:
 
     def save(self, folder: Path) -> None:
         """Everybody writes what it keeps into a folder of its own below."""
-        gather(None)  # the folder is there
-        with relay():
+        with relay_errors():
             self._save(folder / f"{PART}{rank():03d}")
 
     def _save(self, folder: Path) -> None:
@@ -249,7 +249,7 @@ class Shards:
 
     def load(self, folder: Path, policies: Collection[str] = ()) -> None:
         """Everybody reads what it keeps, whoever wrote it; ``policies``: of these alone, and no moments."""
-        with relay():
+        with relay_errors():
             self._load(folder, policies)
 
     @torch.no_grad()

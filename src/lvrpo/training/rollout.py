@@ -12,6 +12,7 @@ from pydantic import Field
 from lvrpo.algorithms import refill_plan, signal_mask
 from lvrpo.config import Config
 from lvrpo.data.sources import PromptSource
+from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import (
@@ -23,9 +24,9 @@ from lvrpo.sampling import (
     random_window,
     sliding_window,
 )
+from lvrpo.training.data_parallel import sample_own, score_own, with_rows
 from lvrpo.training.methods import asks_for_old
 from lvrpo.training.objective import Policies
-from lvrpo.training.shares import sample_own, score_own, with_rows
 from lvrpo.types import TASKS, Group, Prompt, RewardTable
 
 if TYPE_CHECKING:
@@ -209,10 +210,11 @@ def refill(
             counts = {"refill/drawn": float(drawn.total()), "refill/given_up": float(plan.given_up.sum())}
             return groups, table, counts
         prompts = []
-        for p in rows:
-            task = groups[p].prompt.task
-            prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
-            drawn[task] += 1
+        with relay_errors():
+            for p in rows:
+                task = groups[p].prompt.task
+                prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
+                drawn[task] += 1
         fresh = rollout(policies, prompts, config, step)
         table = with_rows(table, rows, score_own(rewards, fresh, policies.judge, step))
         for p, group in zip(rows, fresh, strict=True):

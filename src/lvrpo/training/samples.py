@@ -9,9 +9,9 @@ from typing import Any
 
 from lvrpo.distributed import is_main
 from lvrpo.report.grids import Tile, picture_grid
+from lvrpo.training.data_parallel import whole_groups
 from lvrpo.training.reward_metrics import masked
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.shares import whole_groups
 from lvrpo.types import TASKS, Group, RewardTable
 
 GROUPS_PER_TASK = 4

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from lvrpo.distributed import is_main, relay
+from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_bytes
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
+from lvrpo.training.data_parallel import merged, own_rows
 from lvrpo.training.run_directory import SCORES, RunDirectory
-from lvrpo.training.shares import merged, own_rows
 from lvrpo.types import Group, RewardTable, Task, TextSegment
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _arrays(
     P, G, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
     own = own_rows(groups)
-    with relay():
+    with relay_errors():
         mine = {p: _measured(groups[p]) for p in own}
     measured = list(merged(mine).values())
     some: dict[str, NDArray[Any]] = {}

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from lvrpo.distributed import is_main
+from lvrpo.distributed import on_main, relay_errors
 from lvrpo.policies.base import Policy
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
@@ -116,22 +116,21 @@ class TrainState:
 
     def write(self, folder: Path) -> None:
         """Writes the averaged policy in Hub layout, and the state beside it."""
-        if is_main():
-            (folder / STATE).mkdir()
-        if self.shards is not None:
+        on_main((folder / STATE).mkdir)
+        if self.shards is None:
+            on_main(lambda: self.policies.average.save(folder))
+        else:
             self.shards.write("average", folder)
             self.shards.save(folder / STATE)
-        elif is_main():
-            self.policies.average.save(folder)
-        if is_main():
-            save_state(folder / STATE, self._tree())
+        on_main(lambda: save_state(folder / STATE, self._tree()))
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint; raises InputError if it is damaged."""
-        verify_checkpoint(checkpoint)
-        tree = load_state(checkpoint / STATE, finite=True)
         where = str(checkpoint / STATE / "state.json")
-        typed(tree, StateRecord, where, ANOTHER)
+        with relay_errors():
+            verify_checkpoint(checkpoint)
+            tree = load_state(checkpoint / STATE, finite=True)
+            typed(tree, StateRecord, where, ANOTHER)
         with shaped(where, ANOTHER):
             self._take(tree, checkpoint)
 
@@ -154,7 +153,8 @@ class TrainState:
 
     def load_average(self, checkpoint: Path) -> None:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
-        verify_checkpoint(checkpoint)
+        with relay_errors():
+            verify_checkpoint(checkpoint)
         if self.shards is not None:
             self.shards.load(checkpoint / STATE, ("average",))
         else:

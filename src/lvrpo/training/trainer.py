@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
 
 from lvrpo.algorithms import old_policy_decay
 from lvrpo.data.sources import PromptSource
-from lvrpo.distributed import gather, relay, sum_over_ranks, world_size
+from lvrpo.distributed import gather, reduce_gradients, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import allow_code
@@ -26,6 +25,7 @@ from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, requi
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import check_before_first_step, check_first_update
+from lvrpo.training.data_parallel import right_outputs, sample_own, score_own, unwrapped
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift
@@ -45,7 +45,6 @@ from lvrpo.training.setup import (
     open_policy,
     require_room,
 )
-from lvrpo.training.shares import placed, right_outputs, sample_own, score_own
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.splits import require_apart
 from lvrpo.training.state import TrainState
@@ -91,7 +90,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
-        with relay():
+        with relay_errors():
             parts = open_parts(config, given)
             splits = require_apart(config)
             require_room(config, parts)
@@ -125,7 +124,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         run = RunDirectory.open(folder)
         try:
             config, longer = config_of_resumed(run, config)
-            with relay():
+            with relay_errors():
                 parts = open_parts(config, given)
                 policy = loaded_policy(require_start(run), config, base)
             if longer:
@@ -171,7 +170,8 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             with self.logged_step(observe) as row:
                 looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
                 with self.saved_if_it_fails():  # nothing has changed yet since the last step
-                    prompts = prompts_of_step(self.source, config, step)
+                    with relay_errors():
+                        prompts = prompts_of_step(self.source, config, step)
                     groups = rollouts.groups(prompts, step)
                     table = score_own(self.rewards, groups, policies.judge, step, MOST_FAILED)
                     if config.judge.drift_due(step + 1, looks):
@@ -278,8 +278,8 @@ def train_step(
         if isinstance(section, TextConfig) and section.importance_cap is not None
     ]
     if rescored:
-        with relay():
-            groups = anchored(placed(live), groups, rescored)
+        with relay_errors():
+            groups = anchored(unwrapped(live), groups, rescored)
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.mini_updates):
@@ -291,7 +291,7 @@ def train_step(
                 metrics.include(live.shards.differentiate(batches))
             else:
                 logged = metrics if world_size() == 1 else Metrics()
-                with relay():
+                with relay_errors():
                     for batch in batches:
                         objective = objective_of[batch.kind]
                         frozen = frozen_terms(objective, policies, batch)
@@ -300,9 +300,9 @@ def train_step(
                         logged.add_all(output.metrics, batch.share)
                         if by_task is not None:
                             by_task.take(batch.task)
-                if logged is not metrics:
-                    metrics.include_all(gather(logged))
-                sum_gradients(policy_module(live)) if by_task is None else by_task.sum_over_ranks()
+                for other in gather(logged) if logged is not metrics else ():
+                    metrics.include(other)
+                reduce_gradients(policy_module(live)) if by_task is None else by_task.sum_over_ranks()
             if by_task is not None:
                 by_task.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
@@ -310,19 +310,6 @@ def train_step(
         if by_task is not None and audited:
             by_task.report(metrics)
     return metrics
-
-
-def sum_gradients(module: nn.Module) -> None:
-    """The sum of the gradients of all ranks on each; where no rank has one the parameter has none."""
-    if world_size() == 1:
-        return
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    known = gather([p.grad is not None for p in parameters])
-    for parameter, *anybody in zip(parameters, *known, strict=True):
-        if any(anybody):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            sum_over_ranks(parameter.grad)
 
 
 def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:

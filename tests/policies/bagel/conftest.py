@@ -10,30 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from bagel_parity import DEVICE, GATE, Errors, Parity, pack_script
+from small_bagel import SMALL
 
 from lvrpo.policies.bagel.config import BagelSettings
-from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.bagel.create import create_bagel
 from lvrpo.policies.bagel.images import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.vae import VaeConfig
 
-SMALL = BagelSizes(
-    width=32,
-    depth=2,
-    heads=4,
-    key_heads=2,
-    mlp_width=48,
-    vocabulary_size=512,
-    vit_width=16,
-    vit_depth=2,
-    vit_heads=2,
-    vit_mlp_width=24,
-    patch_size=4,
-    read_side=9,
-    latent_side=6,
-    vae=VaeConfig(width=32, multipliers=(1, 2), res_blocks=1, channels=4),
-    image_size=16,
-)
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = Path(os.environ.get("LVRPO_BAGEL_VECTORS", ROOT.parent / "shared" / "vectors" / "bagel"))
 

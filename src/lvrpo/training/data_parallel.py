@@ -6,14 +6,13 @@ process every group is this one's, and nothing here changes a number.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
 import torch
 
-from lvrpo.distributed import deal, gather, relay, world_size
+from lvrpo.distributed import gather, gather_with_tensors, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling, in_place
 from lvrpo.rewards.success import scorable, successes
@@ -23,8 +22,8 @@ from lvrpo.types import Group, Prompt, RewardTable
 T = TypeVar("T")
 
 
-def placed(policy: Policy) -> Policy:
-    """A policy with its weights in place on every rank; called by all."""
+def unwrapped(policy: Policy) -> Policy:
+    """The policy below a proxy, its weights in place on every rank; called by all."""
     return cast(Policy, in_place(policy))
 
 
@@ -41,9 +40,9 @@ def merged(own: dict[int, T]) -> dict[int, T]:
 
 def sample_own(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
     """A group per prompt; this rank samples every ``world_size``-th one."""
-    own, inside = deal(range(len(prompts))), placed(policy)
+    own, inside = split_between_ranks(range(len(prompts))), unwrapped(policy)
     groups = [Group(prompt, ()) for prompt in prompts]
-    with relay():
+    with relay_errors():
         if own:
             sampled = inside.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
             for i, group in zip(own, sampled, strict=True):
@@ -59,9 +58,9 @@ def score_own(
     most_failed: float | None = None,
 ) -> RewardTable:
     """``score_groups`` of all groups, each scored by the rank that has it."""
-    placed(judge)
+    unwrapped(judge)
     own, table = own_rows(groups), None
-    with relay():
+    with relay_errors():
         if own:
             table = scored(rewards, [groups[p] for p in own], judge, step)
     if world_size() > 1:
@@ -109,23 +108,16 @@ def right_outputs(groups: Sequence[Group]) -> dict[int, list[float]]:
     """By row, for groups where right and wrong can be told, 1.0 or 0.0 per member; of all ranks."""
     own = [p for p in own_rows(groups) if scorable(groups[p].prompt)]
     found: list[list[float]] = []
-    with relay():
+    with relay_errors():
         if own:
             found = successes([groups[p] for p in own])
     return merged(dict(zip(own, found, strict=True)))
 
 
 def whole_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:
-    """Groups of some rows with their trajectories, on every rank; ``members``: the first few of each.
-
-    The tensors of other ranks' groups are on the CPU.
-    """
+    """Groups of some rows with their trajectories, on every rank; ``members``: the first few of each."""
     cut = {p: Group(groups[p].prompt, groups[p].trajectories[:members]) for p in rows}
-    if world_size() == 1:
-        return [cut[p] for p in rows]
-    buffer = io.BytesIO()
-    torch.save({p: group for p, group in cut.items() if group.trajectories}, buffer)
-    for sent in gather(buffer.getvalue()):
-        received = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=False)  # from our own processes
-        cut |= {p: group for p, group in received.items() if not cut[p].trajectories}
+    own = {p: group for p, group in cut.items() if group.trajectories}
+    for received in gather_with_tensors(own):
+        cut |= {p: group for p, group in received.items() if p not in own}
     return [cut[p] for p in rows]

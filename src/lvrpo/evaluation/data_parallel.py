@@ -1,27 +1,24 @@
-"""Evaluations on several ranks: all run the same one, and what is sampled or judged in it is dealt out among them."""
+"""Evaluations on several ranks: all run the same one, and what is sampled or judged in it is split between them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 
-from lvrpo.distributed import gather, rank, relay, world_size
+from lvrpo.distributed import gather_with_tensors, rank, relay_errors, world_size
 from lvrpo.policies.base import Policy, Sampling, StandIn, in_place
 from lvrpo.types import Group, Image, Parts, Prompt
 
-T = TypeVar("T")
+
+def data_parallel(policy: Policy) -> Policy:
+    """The policy, of whose prompts and texts every rank takes a share; the policy itself where there is one rank."""
+    return policy if world_size() == 1 else cast(Policy, DataParallelPolicy(policy))
 
 
-def dealt(policy: Policy) -> Policy:
-    """The policy, of whose prompts and texts every rank takes a share where there are several; all call it alike."""
-    return policy if world_size() == 1 else cast(Policy, Dealt(policy))
-
-
-class Dealt(StandIn):
+class DataParallelPolicy(StandIn):
     """A policy that all ranks ask together."""
 
     def __init__(self, policy: Policy) -> None:
@@ -33,19 +30,19 @@ class Dealt(StandIn):
         return self._policy
 
     def __getattr__(self, name: str) -> Any:
-        """Any: what is not dealt out is the policy's own."""
+        """Any: what is not split is the policy's own."""
         return getattr(self._policy, name)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; prompts are dealt in turn, so that every rank gets some of every task."""
+        """As ``Policy.sample``; every ``world_size``-th prompt, so that every rank gets some of every task."""
         own = range(rank(), len(prompts), world_size())
         inside = cast(Policy, in_place(self._policy))
         groups: list[Group] = []
-        with relay():
+        with relay_errors():
             if own:
                 groups = inside.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
         found: dict[int, Group] = {}
-        for part in exchanged(dict(zip(own, groups, strict=True))):
+        for part in gather_with_tensors(dict(zip(own, groups, strict=True))):
             found |= part
         # a prompt comes back as a copy: groups keep the very object that was asked
         return [_of(prompt, found[i]) for i, prompt in enumerate(prompts)]
@@ -77,22 +74,11 @@ class Dealt(StandIn):
         if rows == 0:
             return ask(inside, own)
         answer: torch.Tensor | None = None
-        with relay():
+        with relay_errors():
             if own.start < own.stop:
                 answer = ask(inside, own)
-        parts = [part for part in exchanged(answer) if part is not None]
+        parts = [part for part in gather_with_tensors(answer) if part is not None]
         return torch.cat([part.to(parts[0].device) for part in parts])
-
-
-def exchanged(value: T) -> list[T]:
-    """The values of all ranks, with tensors on the CPU or on this rank's card."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    here = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
-    return [
-        torch.load(io.BytesIO(sent), map_location=here, weights_only=False)  # from our own processes
-        for sent in gather(buffer.getvalue())
-    ]
 
 
 def _of(prompt: Prompt, group: Group) -> Group:
