@@ -35,8 +35,9 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import estimate_policy
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages
 from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step
 from lvrpo.types import Group, Prompt, TextSegment
 
@@ -302,7 +303,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     config, prompts = step_config(shape), step_prompts(shape)
     add_adapter(policy, ADAPTER, "the measured weights")
     config.limits.apply(policy)
-    policies = Policies(policy, policy.twin(), policy.frozen(), policy.twin())
+    policies = Policies(policy)
     optimizer = Optimizers(policy, config.optimizer, 10)
     groups: list[Group] = []
     sampling = config.rollout.sampling(0, 0)

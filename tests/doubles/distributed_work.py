@@ -202,7 +202,7 @@ def weight_sets(folder: Path, adapted: bool, loaded: str | None, dtype: torch.dt
     held = sum(d.local(t).numel() * t.element_size() for kept in sets.sets.values() for t in kept.values())
     moved = sets.moved_from("ema"), sets.moved_from("reference")
     with torch.no_grad():
-        sets.copy_to_policy("ema")
+        sets.copy(d.POLICY, "ema")
     return {
         "said": said,
         "same": all(torch.equal(before[name], tensor) for name, tensor in after.items()),

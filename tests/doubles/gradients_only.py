@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import Advantages, Metrics, Policies
+from lvrpo.training.objective import Advantages, Metrics
+from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step
 from lvrpo.types import Group
 
@@ -28,7 +31,8 @@ def differentiate(
     config: TrainConfig,
     step: int = 0,
 ) -> Metrics:
-    """Adds the gradients of the step to those of the live policy."""
-    writes = policies.live.writes
+    """Adds the gradients of the step to those of the policy."""
+    writes = policies.policy.writes
     still = [NoStep() for _ in config.phases(writes)]
-    return train_step(policies, objectives_of(config, writes), still, groups, advantages, config, step)
+    optimizers = cast(list[Optimizers], still)
+    return train_step(policies, objectives_of(config, writes), optimizers, groups, advantages, config, step)

@@ -25,7 +25,7 @@ from lvrpo.errors import LvrpoError
 # the server takes its path from the environment alone
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["distributed_work"])
+CONTEXT.set_forkserver_preload(["distributed_work", "training_work"])
 
 
 @dataclass

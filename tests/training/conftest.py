@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, GroupAdvantages, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages
+from lvrpo.training.policies import Policies
 from lvrpo.types import Group, OutputKind, Prompt
 
 WORDS = ("what", "is", "it", "draw", "make", "red", "blue", "circle", "one", "two")
@@ -49,12 +51,20 @@ def prompts() -> list[Prompt]:
     ]
 
 
+@pytest.fixture(scope="session")
+def lively_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a policy that ``lively_policy`` makes."""
+    folder = tmp_path_factory.mktemp("policies") / "lively"
+    make_policy().save(folder)
+    return folder
+
+
 class Bench:
-    """Four policies that start alike, and what an update does to the live one."""
+    """A policy with its sets of weights, which start alike, and what an update does to it."""
 
     def __init__(self) -> None:
         self.live = make_policy()
-        self.policies = Policies(self.live, self.live.frozen(), self.live.frozen(), self.live.frozen())
+        self.policies, self.reference = Policies(self.live), self.live.frozen()
 
     def config(self, **tree: Any) -> TrainConfig:
         """Only the policy terms: the divergences have coefficient 0 unless given."""

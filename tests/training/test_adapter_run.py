@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored import stored
 
 from lvrpo.cli import main
 from lvrpo.config import load_config
@@ -15,7 +16,6 @@ from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.setup import open_policy
 from lvrpo.training.state import TrainState
@@ -59,19 +59,17 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(
     whole = go(Trainer.start(config, Path("whole")))
     go(Trainer.start(config, Path("cut")), until=2)
     cut = go(Trainer.resume(Path("cut")))
-    states = [load_state(Path(run) / "checkpoints/step_000004/state") for run in ("whole", "cut")]
-    assert set(states[0]["policies"]) == {"live", "old", "average"}
-    for name, tensors in states[0]["policies"].items():
-        assert all(is_adapter(key) for key in tensors)
-        assert all(torch.equal(tensor, states[1]["policies"][name][key]) for key, tensor in tensors.items())
+    one, other = (stored(Path(run) / "checkpoints/step_000004") for run in ("whole", "cut"))
+    assert {name.split("/")[0] for name in one} == {"policy", "old", "ema", "optimizer_0"}
+    assert one.keys() == other.keys()
+    assert all(is_adapter(name) and torch.equal(tensor, other[name]) for name, tensor in one.items())
     base = load_policy(small_base)
     assert isinstance(base, MoTPolicy)
     for alignment in (whole, cut):
-        reference = alignment.state.policies.reference
-        assert isinstance(reference, MoTPolicy)
-        assert reference.adapter is None
-        assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), base.parameters(), strict=True))
-    live = whole.state.policies.live
+        with alignment.state.policies.use("reference") as reference:
+            assert isinstance(reference, MoTPolicy)
+            assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), base.parameters(), strict=True))
+    live = whole.state.policies.policy
     assert isinstance(live, MoTPolicy)
     assert any(bool(p.any()) for name, p in live.named_parameters() if ".lora_B." in name)
     sizes = [path.stat().st_size for path in Path("whole/start").iterdir()]
@@ -109,9 +107,7 @@ def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.Cap
     assert main(["train", "quickstart", "--base", "there", "--out", "new"]) == 2
     assert "--base there: is of a run that is resumed" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--base", "there", "--no-evaluate"]) == 0
-    states = [
-        load_state(Path(run) / "checkpoints/step_000004/state")["policies"]["live"] for run in ("straight", "run")
-    ]
+    states = [stored(Path(run) / "checkpoints/step_000004", "policy") for run in ("straight", "run")]
     assert whole.state.step == 4
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
@@ -135,13 +131,11 @@ def test_an_adapter_is_no_setting_of_a_resumed_run(small_base: Path) -> None:
 
 
 def test_the_first_update_is_seen_in_the_adapter(small_base: Path) -> None:
-    from lvrpo.training.contract import weights_changed
-
     policy, _ = open_policy(config_of(small_base))
     state = TrainState.start(policy, config_of(small_base))
-    assert not weights_changed(state.policies.live, state.policies.reference)
+    assert not state.policies.weights.moved_from("reference")
     assert isinstance(policy, MoTPolicy)
     factor: Any = policy.get_submodule("transformer.layers.0.reading.q_proj.lora_B.default")  # Any: a Linear
     with torch.no_grad():
         factor.weight[0, 0] = 1e-3
-    assert weights_changed(state.policies.live, state.policies.reference)
+    assert state.policies.weights.moved_from("reference")

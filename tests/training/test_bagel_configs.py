@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import finish, rows, start
 from safetensors.torch import load_file
+from stored import stored
 
 from lvrpo.cli import main
 from lvrpo.commands.settings import shipped_configs
@@ -17,9 +18,10 @@ from lvrpo.config import load_config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.bagel.names import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.policies import policy_module
 from lvrpo.training.trainer import Trainer
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "key_heads": 1, "mlp_width": 16, "read_side": 4, "latent_side": 4}
@@ -94,7 +96,7 @@ def test_a_few_steps_on_one_card_s_configuration(bagel: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     assert all(set(row) >= LOSSES for row in rows)
-    live = alignment.state.policies.live
+    live = alignment.state.policies.policy
     assert isinstance(live, MoTPolicy)
     assert any(bool(p.any()) for name, p in live.named_parameters() if ".lora_B." in name)
     files = [path.name for path in Path("run/checkpoints/step_000002").iterdir() if path.is_file()]
@@ -111,14 +113,18 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
         (row,) = run.metrics()[1:]
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
-    saved = load_file("run/checkpoints/step_000001/ema.safetensors")
-    shards = alignment.state.shards
-    assert shards is not None
-    for key, tensor in shards.kept["average"].items():
-        assert saved[official_name(key)].dtype == torch.float32
-        assert torch.equal(saved[official_name(key)], tensor)
-    assert {tensor.dtype for tensor in shards.live.values()} == {torch.float32}
-    assert {parameter.dtype for parameter in shards.parameters.values()} == {torch.bfloat16}
+    policies = alignment.state.policies
+    assert policies.reduces_each
+    assert {tensor.dtype for tensor in policies.weights["ema"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in policies.weights["reference"].values()} == {torch.bfloat16}
+    with policies.use("ema") as policy:
+        assert {p.dtype for p in policy_module(policy).parameters()} == {torch.bfloat16}
+    result = dict(policy_module(load_policy("run", dtype="float32")).named_parameters())
+    for key, tensor in stored(Path("run/checkpoints/step_000001"), "ema").items():
+        assert torch.equal(result[key], tensor)
+    assert main(["export", "run", "whole", "--device", "cpu", "--dtype", "float32"]) == 0
+    saved = load_file("whole/ema.safetensors")
+    assert all(torch.equal(saved[official_name(key)], result[key]) for key in policies.weights["ema"])
     checks = {check["check"]: check["value"] for check in run.read_json("contract.json")}
     assert checks["gradient of the text divergence"] > 0
     assert checks["gradient of the drawing divergence"] > 0
@@ -133,10 +139,8 @@ def test_two_processes_train_all_weights_and_one_goes_on(bagel: Path, monkeypatc
     )
     finish(start("train", "bagel_lvrpo_full", *options, "--out", "run", "--no-evaluate"))
     assert all(math.isfinite(value) for row in rows(Path("run")) for value in row.values() if isinstance(value, float))
-    assert [path.name for path in sorted(Path("run/checkpoints/step_000002/state").glob("part_*"))] == [
-        "part_000",
-        "part_001",
-    ]
+    written = sorted(Path("run/checkpoints/step_000002/state/tensors").iterdir())
+    assert [path.name[:11] for path in written] == ["shard-00001", "shard-00002"]
     last = rows(Path("run"))[2]
     for file in ("summary.json", "policy.json"):
         Path("run", file).unlink()
@@ -180,14 +184,13 @@ def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
         again.train()
     for state in (whole.state, again.state):
         policies = state.policies
-        for policy in (policies.live, policies.old, policies.reference, policies.average, again.result()):
+        for policy in (policies.policy, again.result()):
             assert isinstance(policy, BagelPolicy)
             assert policy.compute_dtype == torch.bfloat16
             assert policy.max_tokens == 64
             assert policy.transformer.checkpointing
-    one, other = (load_state(Path(run) / "checkpoints/step_000002/state") for run in ("whole", "cut"))
-    for name, tensor in one["policies"]["live"].items():
-        assert torch.equal(tensor, other["policies"]["live"][name])
+    one, other = (stored(Path(run) / "checkpoints/step_000002", "policy") for run in ("whole", "cut"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_the_configuration_of_a_small_bagel_runs(bagel: Path) -> None:

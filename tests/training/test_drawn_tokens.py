@@ -16,16 +16,9 @@ from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import (
-    KINDS,
-    Advantages,
-    GroupAdvantages,
-    Member,
-    Microbatch,
-    Policies,
-    recorded_passes,
-)
+from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Member, Microbatch, recorded_passes
 from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.policies import Policies
 from lvrpo.training.text import anchored
 from lvrpo.training.trainer import train_step
 from lvrpo.types import (
@@ -220,7 +213,7 @@ class Bench:
     def __init__(self) -> None:
         self.live = DiscretePolicy(("tokens", "masked"))
         self.start = self.live.frozen()
-        self.policies = Policies(self.live, self.start, self.start, self.start)
+        self.policies = Policies(self.live, ())
         prompts = [
             Prompt("r", "reason", ("think draw red",), ("text", "image", "image")),
             Prompt("s", "reason", ("think draw blue",), ("text", "image", "image")),
@@ -312,7 +305,7 @@ def test_which_part_of_the_guided_logits_is_trained(kind: SegmentKind) -> None:
         section = {"guided_logprobs": mode} | ({"likelihood": "monte_carlo"} if kind == "masked" else {})
         config = make_config(rollout={"group_size": 4, "num_steps": 4, "guidance_scale": 3.0}, **{kind: section})
         groups = policy.sample(prompts, config.sampling(0), [5])
-        policies = Policies(policy, policy, policy.frozen(), policy)
+        policies = Policies(policy, ())
         metrics = differentiate(policies, groups, A, config, 0)
         assert metrics.means()[f"ratio/{kind}"] == 1  # what is replayed is what was recorded
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from weight_sets import sets_of
 
 from lvrpo.policies.base import Sampling
 from lvrpo.sampling import derive_seed
@@ -39,9 +40,9 @@ PROMPTS: dict[Task, list[Prompt]] = {"understand": prompts("understand", 20), "r
 
 
 def right(understand: int, reason: int, start: int = 0) -> Any:
-    """A policy that answers so many of each task right."""
+    """Weights that answer so many of each task right."""
     ids = {f"understand{(start + i) % 20}" for i in range(understand)} | {f"reason{i}" for i in range(reason)}
-    return Answerer(ids)
+    return sets_of(ema=Answerer(ids))
 
 
 @pytest.fixture
@@ -116,9 +117,9 @@ def test_fell(now: list[float], before: list[float], verdict: bool) -> None:
 
 
 def test_every_look_uses_the_same_noise_and_greedy_text(guard: Guard) -> None:
-    policy = right(1, 1)
-    guard.score(policy)
-    guard.score(policy)
+    policy = Answerer({"understand0", "reason0"})
+    guard.score(sets_of(ema=policy))
+    guard.score(sets_of(ema=policy))
     assert policy.calls[:2] == policy.calls[2:]
     sampling, seeds = policy.calls[0]
     assert (sampling.group_size, sampling.temperature, sampling.sampler) == (1, 0.0, "ode")

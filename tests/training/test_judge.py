@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from stored import stored
+from weight_sets import sets_of
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
@@ -15,7 +17,6 @@ from lvrpo.report.records import Metrics
 from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
-from lvrpo.training.checkpoint import load_state
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import (
     DRAWS,
@@ -29,6 +30,7 @@ from lvrpo.training.judge import (
     require_asked,
     told_pictures,
 )
+from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import Trainer
@@ -64,51 +66,71 @@ def weights(policy: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
+def put(policies: Policies, name: str, policy: Any) -> None:
+    """The weights of a policy become a set."""
+    with torch.no_grad():
+        for key, tensor in policies.weights[name].items():
+            tensor.copy_(dict(policy.named_parameters())[key])
+
+
+def kept(policies: Policies, name: str) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in policies.weights[name].values()])
+
+
 def test_the_reference_judges_unless_told_otherwise(lively_policy: Any) -> None:
     state = TrainState.start(lively_policy(), TrainConfig())
     assert state.judge is None
-    assert state.policies.judge is state.policies.reference
+    assert not state.policies.has("judge")
+    put(state.policies, "policy", shifted(lively_policy(), 0.1))
+    with state.policies.use("judge") as judge:
+        assert torch.equal(weights(judge), weights(lively_policy()))
     assert "judge" not in state._tree()
 
 
 def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any) -> None:
     policy = lively_policy()
-    judge = Judge.start(policy.frozen(), JudgeConfig(refresh_every=2))
+    judge, policies = Judge(JudgeConfig(refresh_every=2)), Policies(lively_policy(), ["judge"])
     better, worse = surer(policy, 1.0), surer(policy, -1.0)
-    assert judge.after_step(1, policy, better, HeldOut(QUESTIONS)) == {"judge/version": 0}
-    row = judge.after_step(2, policy, worse, HeldOut(QUESTIONS))
+    put(policies, "ema", better)
+    assert judge.after_step(1, policies, HeldOut(QUESTIONS)) == {"judge/version": 0}
+    put(policies, "ema", worse)
+    row = judge.after_step(2, policies, HeldOut(QUESTIONS))
     assert (row["judge/action"], row["judge/version"], judge.refused) == ("refused", 0, 1)
     assert row["judge/candidate_held_out"] < row["judge/held_out"]
-    assert torch.equal(weights(judge.policy), weights(policy))
-    row = judge.after_step(4, policy, better, HeldOut(QUESTIONS))
+    assert torch.equal(kept(policies, "judge"), weights(policy))
+    put(policies, "ema", better)
+    row = judge.after_step(4, policies, HeldOut(QUESTIONS))
     assert row["judge/action"] == f"refreshed: {judge_identity(better)}"
     assert row["judge/version"] == 1
-    assert torch.equal(weights(judge.policy), weights(better))
-    with torch.no_grad():
-        next(iter(better.parameters())).add_(1)
-    assert judge_identity(judge.policy) != judge_identity(better)  # a copy: what it came from moves on without it
+    assert torch.equal(kept(policies, "judge"), weights(better))
+    put(policies, "ema", worse)
+    assert torch.equal(kept(policies, "judge"), weights(better))  # a copy: what it came from moves on without it
 
 
 def test_a_candidate_without_numbers_is_refused(lively_policy: Any) -> None:
-    policy = lively_policy()
-    judge, broken = Judge.start(policy, JudgeConfig(refresh_every=1)), policy.frozen()
-    with torch.no_grad():
-        next(iter(broken.parameters())).fill_(torch.nan)
-    assert judge.after_step(1, policy, broken, HeldOut(QUESTIONS))["judge/action"] == "refused"
+    policies = Policies(lively_policy(), ["judge"])
+    next(iter(policies.weights.sets["ema"].values())).fill_(torch.nan)
+    assert Judge(JudgeConfig(refresh_every=1)).after_step(1, policies, HeldOut(QUESTIONS))["judge/action"] == "refused"
 
 
 def test_a_slow_average_follows_the_live_weights_and_waits_for_the_guard(lively_policy: Any) -> None:
     policy = lively_policy()
     live = shifted(policy, 0.1)
-    moving = Judge.start(policy, JudgeConfig(kind="average", decay=0.9))
-    moving.after_step(1, live, live, HeldOut())
     expected = 0.9 * weights(policy) + 0.1 * weights(live)
-    torch.testing.assert_close(weights(moving.policy), expected)
-    assert moving.version == 1
-    guarded = Judge.start(policy, JudgeConfig(kind="average", decay=0.9, refresh_every=2))
-    guarded.after_step(1, live, live, HeldOut(QUESTIONS))
-    assert torch.equal(weights(guarded.policy), weights(policy))
-    torch.testing.assert_close(weights(guarded.slow), expected)
+
+    def followed(**guarded: Any) -> tuple[Judge, Policies]:
+        judge = Judge(JudgeConfig(kind="average", decay=0.9, **guarded))
+        policies = Policies(lively_policy(), judge.sets)
+        put(policies, "policy", live)
+        judge.after_step(1, policies, HeldOut(QUESTIONS))
+        return judge, policies
+
+    judge, policies = followed()
+    torch.testing.assert_close(kept(policies, "judge"), expected)
+    assert judge.version == 1
+    judge, policies = followed(refresh_every=2)
+    assert torch.equal(kept(policies, "judge"), weights(policy))
+    torch.testing.assert_close(kept(policies, "judge_ema"), expected)
 
 
 def test_known_answers_are_probabilities(lively_policy: Any) -> None:
@@ -143,9 +165,9 @@ def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, b
     rewards = build_rewards([RewardConfig(name="own_vqa"), RewardConfig(name="text_length", options={"limit": 3})])
     judge = policy.frozen()
     table = score_groups(rewards, groups, judge)
-    assert judge_drift(rewards, groups, table, judge, policy) == {}
+    assert judge_drift(rewards, groups, table, sets_of(policy=policy)) == {}
     live = shifted(policy, 0.05)
-    drift = judge_drift(rewards, groups, table, judge, live)
+    drift = judge_drift(rewards, groups, table, sets_of(policy=live))
     own = score_groups(rewards, groups, live)
     assert set(drift) == {"judge_drift/generate/own_vqa", "judge_agreement/generate/own_vqa"}
     expected = float((own.scores[..., 0] - table.scores[..., 0]).mean())
@@ -230,9 +252,8 @@ def test_the_other_description_is_of_the_same_category_where_there_is_one() -> N
 )
 def test_a_candidate_must_be_no_worse_on_either_side(answers: float, sure: float, action: str) -> None:
     held_out = HeldOut(QUESTIONS, [drawing(i) for i in range(4)])
-    judge = Judge(JudgeConfig(refresh_every=1), Drawer(0.5, 2.0))  # type: ignore[arg-type]  # doubles
-    candidate: Any = Drawer(answers, sure)
-    row = judge.after_step(1, candidate, candidate, held_out)
+    judge = Judge(JudgeConfig(refresh_every=1))
+    row = judge.after_step(1, sets_of(judge=Drawer(0.5, 2.0), ema=Drawer(answers, sure)), held_out)
     assert row["judge/action"].split(":")[0] == action
     present, proposed = (1 / (1 + math.exp(-x)) for x in (2.0, sure))
     assert (row["judge/held_out"], row["judge/candidate_held_out"]) == pytest.approx((0.5, answers))
@@ -291,10 +312,10 @@ def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, mo
     rewards = build_rewards([RewardConfig(name="text_length", options={"limit": 3}), RewardConfig(name="own_vqa")])
     table = score_groups(rewards, groups, policy.frozen())
     monkeypatch.setattr(rewards[0].reward, "score", None)
-    drift = judge_drift(rewards, groups, table, policy.frozen(), shifted(policy, 0.05))
+    drift = judge_drift(rewards, groups, table, sets_of(policy=shifted(policy, 0.05)))
     assert "judge_drift/generate/own_vqa" in drift
     monkeypatch.setattr("lvrpo.training.judge.score_own", None)
-    assert judge_drift(rewards[:1], groups, table, policy.frozen(), policy) == {}
+    assert judge_drift(rewards[:1], groups, table, sets_of(policy=policy)) == {}
 
 
 def test_a_stand_in_passes_for_the_judge(lively_policy: Any) -> None:
@@ -338,7 +359,8 @@ def test_a_resumed_run_has_the_same_judge_bit_for_bit(small_base: Path, kind: st
     assert set(actions) <= {"refreshed", "refused"}
     assert rows[0][-1]["judge/version"] == actions.count("refreshed")
     assert any(key.startswith("judge_drift/") for key in rows[0][-1])
-    trees = [load_state(run / "checkpoints" / "step_000006" / "state")["judge"] for run in runs]
-    assert trees[0]["policy"].keys() == trees[1]["policy"].keys()
-    assert all(torch.equal(trees[0]["policy"][name], trees[1]["policy"][name]) for name in trees[0]["policy"])
-    assert ("slow" in trees[0]) == (kind == "average")
+    found = [stored(run / "checkpoints" / "step_000006") for run in runs]
+    own = {"judge", "judge_ema"} if kind == "average" else {"judge"}
+    assert {place for name in found[0] if (place := name.split("/")[0]).startswith("judge")} == own
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -201,7 +201,7 @@ def test_awm_pulls_as_weighted_matching_at_ratio_1(bench: Any, prompts: list[Pro
 def test_a_guided_reference_pulls_one_pass_to_what_guidance_gives(bench: Any, prompts: list[Prompt], kind: str) -> None:
     groups, nothing = bench.sample(prompts[2:3], sampler="ode"), [[1e-9, 0, 0, -1e-9]]
     bench.nudge(0.05)
-    reference = bench.policies.reference
+    reference = bench.reference
     config = bench.config(flow={"kind": kind, "kl_coef": 1.0, "reference_guidance": 2.0, "noise_draws": 2, "keep": 1})
     found = bench.update(groups, nothing, config)["kl/flow/generate"]
     chosen = [groups[0].trajectories[i] for i in (0, 3)]
@@ -258,7 +258,7 @@ def test_the_gaussian_divergence_is_that_of_the_recorded_steps(bench: Any, promp
         assert bench.update(same, nothing, config)["kl/flow/generate"] == pytest.approx(0, abs=1e-9)
     bench.nudge()
     chosen = [groups[0].trajectories[i] for i in (0, 1, 2, 3)]
-    live, ref = bench.live.logprobs(chosen), bench.policies.reference.logprobs(chosen)
+    live, ref = bench.live.logprobs(chosen), bench.reference.logprobs(chosen)
     by_hand = torch.stack(
         [
             gaussian_kl(a[0].means[w][None], b[0].means[w][None], a[0].stds[w])[0]
@@ -351,7 +351,7 @@ def stepped(bench: Any, groups: list[Group], config: Any) -> torch.Tensor:
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
     rewards = [Listed(1.0, 0.2, math.nan, 0.6, 0.0, math.nan), Listed(0.0, 0.3, math.nan, 0.1, 0.5, 0.9)]
     sources = [RewardSource(RewardConfig(name=f"r{k}"), reward) for k, reward in enumerate(rewards)]
-    table = score_groups(sources, groups, bench.policies.judge)
+    table = score_groups(sources, groups, bench.reference)
     advantages = segment_advantages(table, groups, config.advantages)
     one_step(bench, config, groups, advantages)
     weights = bench.weights()

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from gradients_only import differentiate
+import training_work as work
 from processes import OPTIONS, assert_begin_alike, finish, in_ranks, rows, start
+from ranks import Ranks
 from safetensors.torch import load_file
+from stored import stored
 
 from lvrpo.cli import main
-from lvrpo.errors import ContractError, InputError
-from lvrpo.evaluation.data_parallel import DataParallelPolicy
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.errors import InputError
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.table import RewardConfig, RewardSource
+from lvrpo.rewards.identity import judge_identity
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import sample_own, score_own
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.microbatches import microbatches
-from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Microbatch, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Microbatch
 from lvrpo.types import Group, Prompt
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    state = load_file(run / "checkpoints" / "step_000006" / "state" / "state.safetensors")
-    tree = json.loads((run / "checkpoints" / "step_000006" / "state" / "state.json").read_text(encoding="utf-8"))
-    return {name: state[place["$tensor"]] for name, place in tree["policies"]["live"].items()}
+    return stored(run / "checkpoints" / "step_000006", "policy")
 
 
 def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: Path) -> None:
@@ -103,127 +98,69 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys:
     )
 
 
-def four(policy: TinyPolicy) -> Policies:
-    return Policies(policy, policy.frozen(), policy.frozen(), policy.frozen())
-
-
 METHODS: dict[str, dict[str, Any]] = {
     "nft and grpo": {},
     "dpo": {"flow": {"kind": "dpo"}, "text": {"kind": "dpo"}},
     "pcgrad": {"gradient_mixing": "pcgrad"},
     "rescored": {"text": {"importance_cap": 2.0}},
+    "offloaded": {"offload": True},
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [2, 3, 9])
+def in_processes(tmp_path: Path, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    return Ranks(tmp_path / f"{size}_{function.__name__}", size, function, *args).results()
+
+
+@pytest.mark.parametrize(
+    ("size", "method"), [*((2, method) for method in METHODS), (3, "nft and grpo"), (7, "pcgrad"), (7, "nft and grpo")]
+)
 def test_the_gradients_of_all_ranks_are_those_of_one(
-    size: int, method: str, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+    size: int, method: str, lively_base: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    """Nine ranks: some have no drawing, some nothing at all."""
-    config = TrainConfig.model_validate(
-        {"rollout": {"group_size": 4, "num_steps": 3}, "device": "cpu"} | METHODS[method]
-    )
-    policies = [four(lively_policy()) for _ in range(size + 1)]
-    for each in policies:
-        with torch.no_grad():
-            for parameter in cast(Any, each.live).parameters():
-                parameter += 0.01  # the reference is where all began
-
-    def work(rank: int) -> tuple[list[Group], dict[str, float], list[torch.Tensor | None]]:
-        mine = policies[rank]
-        groups = sample_own(mine.live, prompts, config.sampling(0), list(range(len(prompts))))
-        A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
-        metrics = differentiate(mine, groups, dict.fromkeys(KINDS, A), config).means()
-        return groups, metrics, [parameter.grad for parameter in cast(Any, mine.live).parameters()]
-
-    found = in_ranks(size, work)
-    policies[0] = policies[size]
-    groups, metrics, gradients = work(0)
-    for p, group in enumerate(groups):
-        owner = [own[p] for own, _, _ in found if own[p].trajectories]
-        assert len(owner) == 1
-        assert [t.text for t in owner[0].trajectories] == [t.text for t in group.trajectories]
-    for _, logged, own in found:
-        assert logged == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-        for gradient, expected in zip(own, gradients, strict=True):
-            assert (gradient is None) == (expected is None)
-            if gradient is not None and expected is not None:
-                assert float((gradient - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-7
-    one = found[0][2]
-    assert all(
-        (a is None and b is None) or torch.equal(cast(Any, a), cast(Any, b))
-        for _, _, own in found[1:]
-        for a, b in zip(one, own, strict=True)
-    )
+    """Seven ranks: some have no drawing, one nothing at all."""
+    found = in_processes(tmp_path, size, work.gradients, lively_base, prompts, METHODS[method])
+    (alone,) = in_processes(tmp_path, 1, work.gradients, lively_base, prompts, METHODS[method])
+    for p, texts in enumerate(alone["texts"]):
+        assert [own["texts"][p] for own in found if own["texts"][p]] == [texts]
+    for own in found:
+        assert own["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+        assert own["gradients"].keys() == alone["gradients"].keys()
+        for name, expected in alone["gradients"].items():
+            assert float((own["gradients"][name] - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-7
+            assert torch.equal(own["gradients"][name], found[0]["gradients"][name])
 
 
 @pytest.mark.parametrize("error", [InputError("too long: shorten it"), RuntimeError("out of memory")])
-@pytest.mark.parametrize("broken", [0, 1])
-@pytest.mark.parametrize("where", ["sample", "velocity", "reward"])
+@pytest.mark.parametrize(("where", "broken"), [("sample", 1), ("velocity", 0), ("velocity", 1), ("reward", 1)])
 def test_what_fails_in_one_rank_is_raised_in_all(
-    where: str, broken: int, error: Exception, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+    where: str, broken: int, error: Exception, lively_base: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    def failing(*_: object, **__: object) -> Any:
-        raise error
-
-    config = TrainConfig.model_validate({"rollout": {"group_size": 4, "num_steps": 3}, "device": "cpu"})
-    policies = [four(lively_policy()) for _ in range(2)]
-    if where != "reward":
-        setattr(policies[broken].live, where, failing)
     drawn = [prompt for prompt in prompts if prompt.output == ("image",)]
-
-    def zeros(groups: Sequence[Group], judge: object) -> Scores:
-        return Scores(torch.zeros(len(groups), len(groups[0])))
-
-    def work(rank: int) -> None:
-        mine = policies[rank]
-        groups = sample_own(mine.live, drawn, config.sampling(0), list(range(len(drawn))))
-        if where == "reward":
-            reward: Any = SimpleNamespace(applies=lambda prompt: True, score=failing if rank == broken else zeros)
-            source = RewardSource(RewardConfig(name="fails", on_failure="stop"), reward)
-            score_own([source], groups, mine.reference)
-        A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
-        differentiate(mine, groups, dict.fromkeys(KINDS, A), config)
-
-    found = in_ranks(2, work)
     own = isinstance(error, InputError)
-    words = str(error) if own else f"RuntimeError: {error}"
-    by = "process 1 of 2: " if broken else ""
-    for raised in found:
-        assert isinstance(raised, InputError if own else ContractError), raised
-        assert words in str(raised)
-        assert str(raised).startswith(by)
+    words = f"InputError: {'process 1 of 2: ' if broken else ''}" if own else "ContractError: "
+    for raised in in_processes(tmp_path, 2, work.fail, lively_base, drawn, where, broken, error):
+        assert raised.startswith(words), raised
+        assert ("process 1 of 2: " in raised) == bool(broken)
+        assert (str(error) if own else f"RuntimeError: {error}") in raised
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("size", [2, 3, 7])
 def test_policies_of_an_evaluation_answer_in_the_order_of_the_question(
-    size: int, lively_policy: Callable[[], TinyPolicy], prompts: list[Prompt]
+    size: int, lively_base: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    policy = lively_policy()
-    sampling = Sampling(group_size=2, max_new_tokens=3, num_steps=3)
-    seeds = list(range(len(prompts)))
-    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    texts = ["red", "blue", "two circle", "one", "red circle"]
-    contexts = [(image, "what is it")] * 5
-    pictures = [(text,) for text in texts], [image] * 5, 2, list(range(5))
-
-    def asked(answering: Policy) -> tuple[list[Group], list[torch.Tensor]]:
-        times = answering.image_logprob(*pictures, times=(0.2, 0.6))
-        logprobs = [answering.text_logprob(contexts, texts), answering.image_logprob(*pictures), times]
-        assert answering.image_size == policy.image_size
-        return answering.sample(prompts, sampling, seeds), logprobs
-
-    groups, logprobs = asked(policy)
-    for own_groups, own in in_ranks(size, lambda rank: asked(DataParallelPolicy(policy))):  # pyright: ignore[reportArgumentType]
-        for prompt, group, other in zip(prompts, own_groups, groups, strict=True):
-            assert group.prompt is prompt
-            for mine, alone in zip(group.trajectories, other.trajectories, strict=True):
-                assert (mine.member, mine.seed, mine.text) == (alone.member, alone.seed, alone.text)
-                if mine.image is not None and alone.image is not None:
-                    torch.testing.assert_close(mine.image, alone.image)
-        for one, expected in zip(own, logprobs, strict=True):
-            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-2)
+    (alone,) = in_processes(tmp_path, 1, work.evaluate, lively_base, prompts)
+    assert alone[0]["identity"] == alone[2]["identity"] != alone[1]["identity"]
+    assert alone[1]["identity"] == judge_identity(work.lively(lively_base))
+    for answers in in_processes(tmp_path, size, work.evaluate, lively_base, prompts):
+        for own, expected in zip(answers, alone, strict=True):
+            assert (own["size"], own["identity"]) == (expected["size"], expected["identity"])
+            for mine, other in zip(own["logprobs"], expected["logprobs"], strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-2)
+            for group, others in zip(own["groups"], expected["groups"], strict=True):
+                for mine, other in zip(group, others, strict=True):
+                    assert mine[:3] == other[:3]
+                    if mine[3] is not None:
+                        torch.testing.assert_close(mine[3], other[3])
 
 
 @pytest.mark.parametrize("method", ["nft", "dpo"])

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from weight_sets import sets_of
 
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import Policies
+from lvrpo.training.policies import Policies
 from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, refill
 from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
 
@@ -64,7 +65,7 @@ class EveryThird:
 
 
 def policies() -> Policies:
-    return Policies(*(Writer(name) for name in ("live", "old", "reference", "average")))  # type: ignore[arg-type]
+    return sets_of(**{name: Writer(name) for name in ("policy", "old", "reference", "judge")})
 
 
 def config(**rollout: Any) -> TrainConfig:
@@ -75,13 +76,14 @@ def config(**rollout: Any) -> TrainConfig:
     return TrainConfig.model_validate(tree)
 
 
+JUDGE: Any = Writer("judge")
 REWARDS = [RewardSource(RewardConfig(name="every_third"), EveryThird())]
 
 
 def step_of(settings: TrainConfig, step: int = 0) -> tuple[list[Group], Any, dict[str, float]]:
     live = policies()
     groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, step), step)
-    table = score_groups(REWARDS, groups, live.reference)
+    table = score_groups(REWARDS, groups, JUDGE)
     return refill(live, Source(), REWARDS, groups, table, settings, step)
 
 
@@ -104,7 +106,7 @@ def test_groups_without_signal_are_drawn_again_until_all_have_it() -> None:
     assert all((REFILLS + i) % 3 == 0 for i in fresh)
     assert counts["refill/drawn"] >= 6
     for p, group in enumerate(groups):
-        again = score_groups(REWARDS, [group], policies().reference)
+        again = score_groups(REWARDS, [group], JUDGE)
         assert torch.equal(again.scores[0], table.scores[p])
 
 
@@ -136,9 +138,7 @@ def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
     rewards = [RewardSource(RewardConfig(name="every_third"), Failing())]
     settings, live = config(refill_budget=3), policies()
     groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, 0), 0)
-    groups, table, _ = refill(
-        live, Source(), rewards, groups, score_groups(rewards, groups, live.reference), settings, 0
-    )
+    groups, table, _ = refill(live, Source(), rewards, groups, score_groups(rewards, groups, JUDGE), settings, 0)
     assert {cell[0] for cell in table.reasons} == set(range(9))
     for (p, g, _), reason in table.reasons.items():
         assert g == 0
@@ -158,7 +158,8 @@ def test_the_reference_samples_a_pool_once() -> None:
     assert seen[0][0].prompt.id == "understand/0"
     assert seen[1][0].prompt.id == "understand/6"
     assert {t.text for groups in seen for g in groups for t in g.trajectories} == {"reference"}
-    assert len(sets.reference.calls) == 18  # type: ignore[attr-defined]
+    with sets.use("reference") as reference:
+        assert len(cast(Writer, reference).calls) == 18
     again = Rollouts(policies(), settings).groups(prompts_of_step(Source(), settings, 3), 3)
     assert [t.seed for g in again for t in g.trajectories] == [t.seed for g in seen[1] for t in g.trajectories]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stored import stored
 
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
@@ -22,6 +23,7 @@ from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption
+from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.score_record import TRAITS, read_steps
@@ -81,6 +83,11 @@ def same_run(one: Path, other: Path, step: int = 10) -> None:
     assert without_seconds(RunDirectory.read(one).metrics()) == without_seconds(RunDirectory.read(other).metrics())
     states = [load_state(run / "checkpoints" / f"step_{step:06d}" / "state") for run in (one, other)]
     same_state(*states)
+    checkpoints = [run / "checkpoints" / f"step_{step:06d}" for run in (one, other)]
+    if (checkpoints[0] / "state" / "tensors").exists():  # pretraining has its own in its state
+        mine, theirs = map(stored, checkpoints)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
     assert (one / "policy.json").read_text() == (other / "policy.json").read_text()
 
 
@@ -133,16 +140,16 @@ def test_the_average_is_short_at_first(small_base: Path) -> None:
     policies = alignment.state.policies
     live: list[torch.Tensor] = []
     with alignment.run:
-        assert alignment.train(lambda row: live.append(flat(policies.live)))
+        assert alignment.train(lambda row: live.append(flat(policies, "policy")))
     expected = live[0]
     for now, decay in zip(live[1:], [1 / 11, 0.15], strict=True):
         assert (now - expected).abs().max() > 1e-4
         expected = decay * expected + (1 - decay) * now
-    torch.testing.assert_close(flat(policies.average), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(policies, "ema"), expected, rtol=1e-5, atol=1e-6)
 
 
-def flat(policy: Any) -> torch.Tensor:  # Any: a policy, which is a module too
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+def flat(policies: Policies, name: SetName) -> torch.Tensor:
+    return torch.cat([tensor.detach().clone().flatten() for tensor in policies.weights[name].values()])
 
 
 def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, small_base: Path) -> None:
@@ -151,15 +158,16 @@ def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, sm
     straight, halved = Path("straight"), Path("halved")
     alignment = Trainer.start(config, straight)
     with alignment.run:
-        assert alignment.state.policies.old is alignment.state.policies.live
+        assert not alignment.state.policies.has("old")
         assert alignment.train()
-    assert set(load_state(straight / "checkpoints" / "step_000004" / "state")["policies"]) == {"live", "average"}
+    kept = {name.split("/")[0] for name in stored(straight / "checkpoints" / "step_000004")}
+    assert kept == {"policy", "ema", "optimizer_0"}
     alignment = Trainer.start(config, halved)
     with alignment.run:
         assert not alignment.train(*stops_at(2))
     again = Trainer.resume(halved)
     with again.run:
-        assert again.state.policies.old is again.state.policies.live
+        assert not again.state.policies.has("old")
         assert again.train()
     same_run(straight, halved, 4)
 

@@ -59,7 +59,7 @@ def test_an_alignment_runs(name: str, small_base: Path, monkeypatch: pytest.Monk
     numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
     assert any(key.startswith(("loss/text", "loss/flow")) for key in rows[0])
-    live, start = alignment.state.policies.live, load_policy(small_base)
+    live, start = alignment.state.policies.policy, load_policy(small_base)
     assert any(not torch.equal(a, b) for a, b in zip(live.parameters(), start.parameters(), strict=True))  # type: ignore[attr-defined]
 
 

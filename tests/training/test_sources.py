@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from weight_sets import sets_of
 
 from lvrpo import InputError, Prompt, Sampling, reward
 from lvrpo.cli import main
@@ -76,9 +77,9 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
 def test_the_guard_follows_rewards_below_zero_and_leaves_failures_out() -> None:
     guard, state = Guard({"understand": [group("a").prompt]}, TrainConfig()), GuardState()
     for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "fallen")):
-        guard.sample = lambda policy: {}  # type: ignore[method-assign]
-        guard._scores = lambda outputs, judge, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
-        assert guard.look(object(), state, 0).verdict == verdict  # type: ignore[arg-type]
+        guard._sample = lambda policies: {}  # type: ignore[method-assign]
+        guard._scores = lambda outputs, policies, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
+        assert guard.look(sets_of(), state, 0).verdict == verdict  # type: ignore[arg-type]
     assert state.top == pytest.approx(-0.4)
 
 

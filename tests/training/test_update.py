@@ -15,7 +15,8 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import normal_noise
 from lvrpo.training import objective
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Policies
+from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics
+from lvrpo.training.policies import Policies
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment
 
 Gradients = dict[str, torch.Tensor]
@@ -35,15 +36,14 @@ NFT = {"kind": "nft", "keep": 2, "noise_draws": 4}
 
 @pytest.fixture
 def policies(lively_policy: Callable[..., TinyPolicy]) -> Policies:
-    live = lively_policy()
-    return Policies(live, live.frozen(), live.frozen(), live.frozen())
+    return Policies(lively_policy())
 
 
 def sample(policies: Policies, prompts: list[Prompt], group_size: int = 4, **changes: Any) -> list[Group]:
     sampling = Sampling(
         group_size, max_new_tokens=5, num_steps=4, timestep_shift=1.0, sampler="flow_sde", window=(0, 1, 2)
     )
-    return policies.live.sample(prompts, replace(sampling, **changes), list(range(len(prompts))))
+    return policies.policy.sample(prompts, replace(sampling, **changes), list(range(len(prompts))))
 
 
 def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Metrics:
@@ -53,7 +53,7 @@ def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainCon
 
 
 def gradients(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Gradients:
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, TinyPolicy)
     live.zero_grad(set_to_none=True)
     run_update(policies, groups, A, config, step)
@@ -76,16 +76,16 @@ def distance(one: Gradients, other: Gradients, scale: float = 1.0) -> float:
 def nudge(policies: Policies, seed: int = 0, size: float = 0.01) -> None:
     """Moves the live weights a little."""
     generator = torch.Generator().manual_seed(seed)
-    assert isinstance(policies.live, TinyPolicy)
+    assert isinstance(policies.policy, TinyPolicy)
     with torch.no_grad():
-        for p in policies.live.parameters():
+        for p in policies.policy.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator))
 
 
 def descend(policies: Policies, found: Gradients, rate: float) -> None:
-    assert isinstance(policies.live, TinyPolicy)
+    assert isinstance(policies.policy, TinyPolicy)
     with torch.no_grad():
-        for name, p in policies.live.named_parameters():
+        for name, p in policies.policy.named_parameters():
             if name in found:
                 p.sub_(rate * found[name])
 
@@ -100,7 +100,7 @@ def test_the_text_gradient_at_ratio_1_is_reinforce(reduction: str, policies: Pol
     config = make_config({"reduction": reduction})
     found = gradients(policies, groups, A, config)
 
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, TinyPolicy)
     replayed = live.logprobs([t for group in groups for t in group.trajectories])
     logprobs = [row[0].logprobs for row in replayed]
@@ -120,16 +120,16 @@ def test_the_text_gradient_at_ratio_1_is_reinforce(reduction: str, policies: Pol
 def test_a_good_answer_becomes_likelier_and_a_bad_one_less(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[:1], temperature=2.0)
     for advantages, sign in (([1.0, 0, 0, 0], 1), ([-1.0, 0, 0, 0], -1)):
-        start = policies.live.frozen()
+        start = policies.policy.frozen()
         found = gradients(policies, groups, [advantages], make_config())
         descend(policies, found, 1e-3 / norm(found))
         segment = groups[0].trajectories[0].segments[0]
         change = (
-            policies.live.logprobs(groups[0].trajectories[:1])[0][0].logprobs.sum() - segment.behavior_logprobs.sum()
+            policies.policy.logprobs(groups[0].trajectories[:1])[0][0].logprobs.sum() - segment.behavior_logprobs.sum()
         )
         assert sign * float(change.detach()) > 1e-5
-        assert isinstance(policies.live, TinyPolicy)
-        policies.live.load_state_dict(start.state_dict())  # type: ignore[attr-defined]
+        assert isinstance(policies.policy, TinyPolicy)
+        policies.policy.load_state_dict(start.state_dict())  # type: ignore[attr-defined]
 
 
 def test_a_text_far_off_the_policy_is_clipped(policies: Policies, prompts: list[Prompt]) -> None:
@@ -216,10 +216,10 @@ def test_nft_pulls_to_the_good_drawing_and_away_from_the_bad(
 ) -> None:
     groups = sample(policies, prompts[2:3], group_size=2, sampler="ode")
     config = make_config(flow={"keep": 1, "noise_draws": 16})
-    before = latent_loss(policies.live, groups[0], member)
+    before = latent_loss(policies.policy, groups[0], member)
     found = gradients(policies, groups, [advantages], config)
     descend(policies, found, 3e-3 / norm(found))
-    assert sign * (latent_loss(policies.live, groups[0], member) - before) > 1e-5
+    assert sign * (latent_loss(policies.policy, groups[0], member) - before) > 1e-5
 
 
 @pytest.mark.parametrize(("advantages", "member", "sign"), [([1.0, 0.0], 0, 1), ([0.0, -1.0], 1, -1)])
@@ -232,7 +232,7 @@ def test_grpo_raises_the_density_of_the_good_steps_and_lowers_the_bad(
     found = gradients(policies, groups, [advantages], config)
     descend(policies, found, 1e-3 / norm(found))
     trajectory = groups[0].trajectories[member]
-    change = policies.live.logprobs([trajectory])[0][0].logprobs - trajectory.segments[0].behavior_logprobs
+    change = policies.policy.logprobs([trajectory])[0][0].logprobs - trajectory.segments[0].behavior_logprobs
     assert sign * float(change.detach().mean()) > 1e-5
 
 
@@ -240,7 +240,7 @@ def test_grpo_at_ratio_1_is_reinforce_with_leveled_steps(policies: Policies, pro
     groups = sample(policies, prompts[2:4], num_steps=4)
     A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [2.0, 0.5, -1.0, -1.5]])
     found = gradients(policies, groups, A, make_config(flow=FLOW_GRPO))
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, TinyPolicy)
     logprobs = torch.stack([row[0].logprobs for row in live.logprobs([t for g in groups for t in g.trajectories])])
     raw = []
@@ -261,8 +261,7 @@ def test_the_velocity_divergence_pulls_back_once_the_weights_moved(
     config, nothing = make_config(flow={**kind, "kl_coef": 1.0}), [[1e-9, 0, 0, -1e-9]]
     before = norm(gradients(policies, groups, nothing, config))
     nudge(policies)
-    assert isinstance(policies.live, TinyPolicy)
-    policies = replace(policies, old=policies.live.frozen())
+    policies.weights.copy("old", "policy")
     found = gradients(policies, groups, nothing, config)
     assert norm(found) > 100 * before
     start = run_update(policies, groups, nothing, config, 0).means()["kl/flow/generate"]
@@ -381,11 +380,11 @@ def test_thinking_is_trained_as_text_and_as_drawing(policies: Policies, prompts:
 
 def test_nothing_reaches_the_frozen_policies(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts)
-    frozen = (policies.old, policies.reference, policies.average)
+    before = {name: {n: t.clone() for n, t in kept.items()} for name, kept in policies.weights.sets.items()}
     gradients(policies, groups, ALL, make_config({"kl_coef": 0.5}, NFT | {"kl_coef": 0.2}))
-    for policy in frozen:
-        assert isinstance(policy, TinyPolicy)
-        assert all(p.grad is None for p in policy.parameters())
+    assert set(before) == {"old", "reference", "ema"}
+    for name, kept in policies.weights.sets.items():
+        assert all(t.grad is None and torch.equal(t, before[name][n]) for n, t in kept.items())
 
 
 def test_metrics_at_ratio_1(policies: Policies, prompts: list[Prompt]) -> None:

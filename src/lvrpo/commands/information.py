@@ -23,8 +23,8 @@ def run(options: Options) -> None:
     from lvrpo.commands.files import write_file
     from lvrpo.commands.tables import wide_console
     from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
-    from lvrpo.policies.loading import load_policy
-    from lvrpo.training.run_directory import START, json_text
+    from lvrpo.policies.loading import START, load_policy
+    from lvrpo.training.run_directory import json_text
 
     if options.json is not None:
         refuse_existing([options.json], options.force)

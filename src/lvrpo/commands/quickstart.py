@@ -122,9 +122,9 @@ def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
     """What is measured, and the baseline: from the same base, with the run's seed."""
     from lvrpo.commands.settings import read_config
     from lvrpo.evaluation.experiment import Plan
+    from lvrpo.policies.loading import START
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.pretrain import PretrainConfig
-    from lvrpo.training.run_directory import START
 
     baseline = None
     if not options.no_baseline:

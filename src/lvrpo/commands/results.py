@@ -130,10 +130,11 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
     A run is scored as it scored itself: by its rewards, judged by the weights that it began with.
     """
     from lvrpo.commands.settings import read_config
+    from lvrpo.policies.loading import START
     from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
     from lvrpo.rewards.table import build_rewards
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run_directory import CONFIG, START, RunDirectory
+    from lvrpo.training.run_directory import CONFIG, RunDirectory
 
     if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
         return SUCCESS_ONLY, None

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lvrpo.distributed.collectives import communicating, relay_errors, world_size
 from lvrpo.distributed.peers import first_line
+from lvrpo.distributed.sharding import local
 from lvrpo.errors import ContractError, InputError
 
 FILE_BYTES = 2**30
@@ -98,11 +99,11 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return tensors
 
 
-def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], finite: bool = False) -> None:
     """Reads tensors in place, however many ranks wrote them; called by all ranks with the same names.
 
     Others that the folder holds are left there. Raises InputError on all ranks where one finds a tensor missing, of
-    another shape or dtype, or a file damaged.
+    another shape or dtype, a file damaged, or with ``finite`` a number that is not.
     """
     with relay_errors():
         found = stored_tensors(folder)
@@ -118,6 +119,10 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad(), _checkpoint_errors(folder, "read"):
         reader = HuggingFaceStorageReader(str(folder))
         state_dict_loader.load(_detached(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+    with relay_errors():
+        for name, tensor in tensors.items() if finite else ():
+            if not bool(local(tensor.detach()).isfinite().all()):
+                raise InputError(f"{folder}: {name} holds a number that is not finite: use another checkpoint")
 
 
 def _detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

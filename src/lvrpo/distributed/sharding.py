@@ -159,6 +159,7 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
     with communicating():
         for unit in units:
             unit.unshard()
+    _keep_whole(module)
     try:
         with relay_errors():
             yield
@@ -170,6 +171,14 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
                 parameter.grad = None  # of the whole weights; reduced ones are at the shards
         for unit in units:
             unit.reshard()
+
+
+def _keep_whole(module: nn.Module) -> None:
+    """Takes off the hooks of FSDP that divide the weights again when somebody asks for ``state_dict``."""
+    for each in module.modules():
+        hooks = each._state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == "to_sharded_hook"]:
+            del hooks[key]
 
 
 def _is_whole(module: nn.Module) -> bool:

@@ -111,10 +111,10 @@ class WeightSets:
                 slow.lerp_(local(fast.detach()), 1 - decay)
 
     @torch.no_grad()
-    def copy_to_policy(self, name: str) -> None:
-        """The policy goes on from a set's weights, in place: optimizers keep their parameters."""
-        for key, parameter in self.parameters.items():
-            local(parameter.detach()).copy_(local(self[name][key]))
+    def copy(self, name: str, source: str) -> None:
+        """``set <- source``, in place: of the policy, optimizers keep their parameters."""
+        for key, tensor in self[name].items():
+            local(tensor.detach()).copy_(local(self[source][key].detach()))
 
     def moved_from(self, name: str) -> bool:
         """Whether the policy's weights are others than a set's on any rank; of an adapter, whether it does anything."""

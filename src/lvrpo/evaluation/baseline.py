@@ -15,12 +15,12 @@ from lvrpo.errors import ContractError, LvrpoError
 from lvrpo.evaluation.cases import read_evaluation
 from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.loading import load_policy
+from lvrpo.policies.loading import START, load_policy
 from lvrpo.reading import is_there
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
-from lvrpo.training.run_directory import START, RunDirectory
+from lvrpo.training.run_directory import RunDirectory
 from lvrpo.typed_json import Record, typed
 
 RESULT = "eval/after.json"

@@ -1,4 +1,4 @@
-"""Evaluations on several ranks: all run the same one, and what is sampled or judged in it is split between them."""
+"""Evaluations of a run's policies: all ranks run the same one, and what is sampled or judged in it is split."""
 
 from __future__ import annotations
 
@@ -8,39 +8,50 @@ from typing import Any, cast
 
 import torch
 
-from lvrpo.distributed import gather_with_tensors, rank, relay_errors, world_size
-from lvrpo.policies.base import Policy, Sampling, StandIn, in_place
-from lvrpo.types import Group, Image, Parts, Prompt
+from lvrpo.distributed import gather_with_tensors, rank, world_size
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.rewards.identity import judge_identity
+from lvrpo.training.policies import Policies, SetName
+from lvrpo.types import Group, Image, Part, Parts, Prompt
 
 
-def data_parallel(policy: Policy) -> Policy:
-    """The policy, of whose prompts and texts every rank takes a share; the policy itself where there is one rank."""
-    return policy if world_size() == 1 else cast(Policy, DataParallelPolicy(policy))
+def evaluated(policies: Policies, name: SetName) -> Policy:
+    """One of a run's sets of weights as a policy to evaluate; what all ranks ask of it together each does a share of.
+
+    Its weights are in place while it is asked, so two of them may be asked in turn.
+    """
+    return cast(Policy, EvaluatedPolicy(policies, name))
 
 
-class DataParallelPolicy(StandIn):
-    """A policy that all ranks ask together."""
+class EvaluatedPolicy:
+    """See ``evaluated``."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.constant = getattr(policy, "constant", False)  # of one that stands in for another itself
-
-    def policy(self) -> Policy:
-        """That of this rank."""
-        return self._policy
+    def __init__(self, policies: Policies, name: SetName) -> None:
+        self._policies = policies
+        self._name: SetName = name
+        self._identity: str | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Any: what is not split is the policy's own."""
-        return getattr(self._policy, name)
+        """Any: what does not depend on the weights is the policy's own."""
+        return getattr(self._policies.policy, name)
+
+    def judge_identity(self) -> str:
+        """As ``lvrpo.rewards.identity.judge_identity`` of the policy; weights that do not change are told once."""
+        if self._identity is not None:
+            return self._identity
+        with self._policies.use(self._name) as policy:
+            found = judge_identity(policy)
+        if self._name == "reference":
+            self._identity = found
+        return found
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """As ``Policy.sample``; every ``world_size``-th prompt, so that every rank gets some of every task."""
         own = range(rank(), len(prompts), world_size())
-        inside = cast(Policy, in_place(self._policy))
         groups: list[Group] = []
-        with relay_errors():
+        with self._policies.use(self._name) as policy:
             if own:
-                groups = inside.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
+                groups = policy.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
         found: dict[int, Group] = {}
         for part in gather_with_tensors(dict(zip(own, groups, strict=True))):
             found |= part
@@ -67,16 +78,18 @@ class DataParallelPolicy(StandIn):
             lambda policy, own: policy.image_logprob(contexts[own], images[own], draws, seeds[own], *given),
         )
 
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """As ``Policy.reading_states``; each rank by itself."""
+        with self._policies.use(self._name) as policy:
+            return policy.reading_states(parts, layer)
+
     def _by_rows(self, rows: int, ask: Callable[[Policy, slice], torch.Tensor]) -> torch.Tensor:
         """Rows that follow each other stay together, for they share contexts."""
-        inside = cast(Policy, in_place(self._policy))
         own = slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
-        if rows == 0:
-            return ask(inside, own)
         answer: torch.Tensor | None = None
-        with relay_errors():
-            if own.start < own.stop:
-                answer = ask(inside, own)
+        with self._policies.use(self._name) as policy:
+            if own.start < own.stop or rows == 0:
+                answer = ask(policy, own)
         parts = [part for part in gather_with_tensors(answer) if part is not None]
         return torch.cat([part.to(parts[0].device) for part in parts])
 

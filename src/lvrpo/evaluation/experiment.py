@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from lvrpo.config import config_sha256, parse_section
 from lvrpo.distributed import on_main
@@ -14,7 +14,7 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.baseline import Baseline
 from lvrpo.evaluation.benchmark import sample_prompts
 from lvrpo.evaluation.cases import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
-from lvrpo.evaluation.data_parallel import data_parallel
+from lvrpo.evaluation.data_parallel import evaluated
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.suite import (
     SAMPLING,
@@ -25,13 +25,13 @@ from lvrpo.evaluation.suite import (
     find_benchmarks,
     own_benchmarks,
 )
-from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import picture_side
 from lvrpo.reading import is_there
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
 from lvrpo.training.host_memory import peak_memory_gib
+from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
@@ -136,7 +136,7 @@ class Experiment:
             steps = plan.baseline.steps
             self.watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {steps} steps")
             baseline.start()
-        evaluation = self._measure("before", lambda: trainer.state.policies.reference)
+        evaluation = self._measure("before", "reference")
         if not trainer.finished:
             self.watch.phase(f"align: {trainer.config.steps} steps")
             self._shown = self._prompts_shown()
@@ -146,8 +146,8 @@ class Experiment:
         """Half-way the prompts that the report shows are drawn once more. Any: as metrics have them."""
         middle = max(1, self.trainer.config.steps // 2)
         if row["step"] == middle and self._shown:
-            average = data_parallel(self.trainer.state.policies.average)
-            groups = sample_prompts(average, self._shown, self.sampling, 0)
+            policy = evaluated(self.trainer.state.policies, "ema")
+            groups = sample_prompts(policy, self._shown, self.sampling, 0)
             name = f"step_{middle:06d}"
             self.run.write_json(f"eval/{name}.json", {"prompts": write_cases(self.run, name, groups)})
         self.watch.step(row)
@@ -155,7 +155,7 @@ class Experiment:
     def after(self, before: Evaluation) -> dict[str, Any]:
         """Measures the result, waits for the baseline, writes the report; the summary. Any: JSON."""
         plan, run, baseline = self.plan, self.run, self.baseline
-        after = self._measure("after", self.trainer.result)
+        after = self._measure("after", "ema")
         require_same_prompts(run, before, after)
         against = None
         if baseline is not None:
@@ -169,21 +169,23 @@ class Experiment:
         self.watch.phase(f"report: {page}")
         return summary
 
-    def _measure(self, phase: str, policy: Callable[[], Policy]) -> Evaluation:
+    def _measure(self, phase: Literal["before", "after"], weights: SetName) -> Evaluation:
         """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
 
         The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
         """
-        run, plan, base = self.run, self.plan, data_parallel(self.trainer.state.policies.reference)
+        run, plan, policies = self.run, self.plan, self.trainer.state.policies
         path = run.path / "eval" / f"{phase}.json"
         if on_main(lambda: is_there(path)):
             return read_evaluation(run, f"eval/{phase}.json")[0]
         if self.benchmarks:
             self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, self.benchmarks))}")
-        scorer = self.trainer.parts.scorer
+        if phase == "after":
+            self.trainer.load_result()
+        base, scorer = evaluated(policies, "reference"), self.trainer.parts.scorer
         measuring = Measuring(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
         evaluation = evaluate(
-            data_parallel(policy()),
+            evaluated(policies, weights),
             self.benchmarks,
             sizes=plan.sizes,
             sampling=self.sampling,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,29 +121,9 @@ class FeatureLoss(Protocol):
         ...
 
 
-class StandIn(ABC):
-    """What is used as a policy while the weights are elsewhere: with other processes, or not on the device."""
-
-    constant = False
-    """Whether its weights never change."""
-    identity: str | None = None
-    """Of constant weights, once somebody found it."""
-
-    @abstractmethod
-    def policy(self) -> Policy:
-        """The policy itself, its weights in place."""
-
-
-def in_place(policy: object) -> object:
-    """A policy itself, where something stands in for it."""
-    while isinstance(policy, StandIn):
-        policy = policy.policy()
-    return policy
-
-
 def check_text(policy: object, text: str) -> None:
     """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
-    check = getattr(in_place(policy), "check_text", None)  # optional in anybody's class
+    check = getattr(policy, "check_text", None)  # optional in anybody's class
     if check is not None:
         check(text)
 

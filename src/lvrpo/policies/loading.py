@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lvrpo.distributed import load_sharded, stored_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, missing_members
@@ -21,6 +23,10 @@ from lvrpo.registry import resolve
 
 FINAL = "policy.json"
 """In a run directory: which checkpoint is the run's result."""
+START = "start"
+"""In a run directory: the policy that it started from, which stays the reference of a resumed run."""
+TENSORS = "tensors"
+"""In the state of a checkpoint: all sets of weights, as many ranks wrote them."""
 METHODS = ("load", "sample", "logprobs", "save")
 """Some of what anybody's class of a policy must have: by these it is told from other classes."""
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
@@ -40,6 +46,8 @@ def load_policy(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
     folder = policy_folder(model)
+    if _is_divided(folder):
+        return _load_divided(folder, device, dtype, base)
     if has_adapter(folder):
         return _load_adapted(folder, device, dtype, base)
     where = pick_device(device)
@@ -51,6 +59,34 @@ def load_policy(
             f"{folder}: its class {type(policy).__name__} lacks {', '.join(missing)}: write them, or derive it from "
             "lvrpo.policies.defaults.PolicyDefaults, which has defaults for most (docs/guides/your_model.md)"
         )
+    return policy
+
+
+def _is_divided(folder: Path) -> bool:
+    """Whether a folder is the checkpoint of a run whose weights were divided among processes."""
+    return (folder / "state" / TENSORS).is_dir() and not (folder / "config.json").exists() and not has_adapter(folder)
+
+
+def _load_divided(folder: Path, device: str, dtype: str | None, base: str | Path | None) -> Policy:
+    """The averaged weights of such a checkpoint, in the policy that the run began with."""
+    start = folder.parent.parent / START
+    if not start.is_dir():
+        raise InputError(
+            f"{folder}: its weights are in the state of a run of several processes, and {start} is not there: copy the "
+            "whole run, or make one model of it with `lvrpo export` first"
+        )
+    policy = load_policy(start, device, dtype, base)
+    assert isinstance(policy, nn.Module)
+    state = folder / "state" / TENSORS
+    sizes = {name: entry for name, entry in stored_tensors(state).items() if name.startswith("ema/")}
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in sizes.items()}
+    load_sharded(state, found, finite=True)
+    parameters = dict(policy.named_parameters())
+    for name, tensor in found.items():
+        parameter = parameters.get(name.removeprefix("ema/"))
+        if parameter is None or parameter.shape != tensor.shape:
+            raise InputError(f"{folder}: {name} is of another model than {start}: use another checkpoint")
+        parameter.data.copy_(tensor)
     return policy
 
 
@@ -142,6 +178,8 @@ def picture_side(model: str | Path) -> int | None:
 
 def model_type(folder: Path) -> str:
     """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
+    if _is_divided(folder):
+        return model_type(folder.parent.parent / START)
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
         return "bagel"
     path = folder / "config.json"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from lvrpo.distributed import gather, is_main, on_main, relay_errors
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import FINAL
+from lvrpo.policies.loading import FINAL, START
 from lvrpo.reading import is_there
 from lvrpo.training.checkpoint import (
     atomic_folder,
@@ -27,7 +27,7 @@ from lvrpo.training.checkpoint import (
 )
 from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.interrupt import Interrupted
-from lvrpo.training.run_directory import START, RunDirectory
+from lvrpo.training.run_directory import RunDirectory
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Called with the metrics row of every step."""

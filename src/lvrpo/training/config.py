@@ -105,8 +105,9 @@ class TrainConfig(Config):
     adapter: AdapterConfig | None = None
     """Train this adapter instead of the weights; None: the weights themselves."""
     offload: bool = False
-    """A device holds one policy at a time, at the precision that it computes in. Weights in float32, moments, averages
-    and the reference are in host memory, divided among the processes of the run (arXiv:2101.06840)."""
+    """A device holds whole weights only while it works, at the precision that it computes in. Weights in float32,
+    moments, averages and the reference are in host memory, divided among the processes of the run
+    (arXiv:2101.06840)."""
     threads: int = Field(default=1, ge=1, le=1024)
     steps: int = Field(default=140, ge=1, le=10_000_000)
     data: DataConfig = DataConfig()
@@ -148,13 +149,6 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
-
-    @property
-    def weights_dtype(self) -> Dtype | None:
-        """At which the policy is loaded; None: at its own choice."""
-        if self.offload:
-            return self.precision.compute or "float32"
-        return self.precision.weights or ("float32" if self.adapter is None else None)
 
     @property
     def max_failed(self) -> dict[str, float]:
@@ -280,17 +274,9 @@ class TrainConfig(Config):
     def _check_offload(self) -> None:
         if not self.offload:
             return
-        audited = f"gradient_audit.every={self.gradient_audit.every}"
         for applies, what, remedy in (
             (self.adapter is not None, "adapter", "is small beside its base: leave offload out"),
-            (self.judge.moves, "judge", "would be one more policy, which is not offloaded: leave the section out"),
             (self.optimizer.kind == "adamw_8bit", "optimizer.kind=adamw_8bit", "moments are on the host: use adamw"),
-            (bool(self.gradient_audit.every), audited, "keeps a gradient per task: leave it out"),
-            (
-                self.gradient_mixing != "sum",
-                f"gradient_mixing={self.gradient_mixing}",
-                "keeps a gradient per task: use sum",
-            ),
         ):
             if applies:
                 raise ValueError(f"offload=true with {what}: {remedy}")

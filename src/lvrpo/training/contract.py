@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.data.sources import PromptSource
-from lvrpo.distributed import is_main
+from lvrpo.distributed import POLICY, is_main
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import whole_groups
-from lvrpo.training.objective import Policies, policy_module
-from lvrpo.training.offload import Offloaded
+from lvrpo.training.policies import Policies, policy_module
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -98,11 +97,15 @@ def step_zero_contract(
             without_signal(trained, std_floor),
         )
     )
-    low = [name for name, p in _trained(policy).items() if p.dtype != torch.float32]
-    checks.append(
-        Check("trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none")
-    )
     return checks
+
+
+def weights_check(policies: Policies) -> Check:
+    """Weights are stepped in float32, whatever they compute in."""
+    low = [name for name, p in policies.weights[POLICY].items() if p.dtype != torch.float32]
+    return Check(
+        "trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none"
+    )
 
 
 def without_signal(table: RewardTable, std_floor: float, rows: Sequence[int] | None = None, of: str = "") -> str:
@@ -210,36 +213,45 @@ def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
 
 
 def first_update_checks(
-    live: Policy, reference: Policy, groups: Sequence[Group], table: RewardTable | None = None, std_floor: float = 0.0
+    policies: Policies, groups: Sequence[Group], table: RewardTable | None = None, std_floor: float = 0.0
 ) -> list[Check]:
     """After the first update: the weights that sample have changed, and the divergences have a gradient.
 
     ``table``: of the groups, to tell a divergence without gradient from groups that nothing could be learned from.
     """
-    changed = weights_changed(live, reference)
+    changed = policies.weights.moved_from("reference")
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
     first = [group.trajectories[0] for group in groups]
+    groups_of = policies.policy.parameter_groups()
+    writes = bool(groups_of["understand"] or groups_of["shared"])
     for kind, name in NAMES.items():
         chosen = [t for t in first if any(s.kind == kind for s in t.segments)]
         chosen = (_of_one_size(chosen) if kind == "flow" else chosen)[:8]
-        groups_of = live.parameter_groups()
-        writes = bool(groups_of["understand"] or groups_of["shared"])
         if not chosen or (kind == "text" and not writes):  # an adapter of the drawing expert moves no text
             continue
-        measured, divergence = live, _divergence(live, reference, chosen, kind)
-        if isinstance(live, Offloaded) and live.compute_dtype != torch.float32 and not divergence.detach():
-            # a small first step may be none in the precision that is computed in
-            measured = cast(Policy, live.farther())
-            divergence = _divergence(measured, reference, chosen, kind)
-        divergence.backward()
-        module = policy_module(measured)
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
-        module.zero_grad(set_to_none=True)
+        with policies.use("reference") as reference, torch.no_grad():
+            anchor = _terms(reference, chosen, kind)
+        with policies.use("policy") as policy:
+            norm, in_float32 = _gradient_norm(policy, anchor, chosen, kind), policy.compute_dtype == torch.float32
+        if not norm and not in_float32:  # a small first step may be none in the precision that is computed in
+            with policies.use_farther() as policy:
+                norm = _gradient_norm(policy, anchor, chosen, kind)
         detail = "" if norm > 0 else _without_gradient(groups, kind, table, std_floor)
         checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))
     return checks
+
+
+def _gradient_norm(
+    policy: Policy, anchor: torch.Tensor, trajectories: Sequence[Trajectory], kind: SegmentKind
+) -> float:
+    """Of the divergence from what the reference said."""
+    terms, module = _terms(policy, trajectories, kind), policy_module(policy)
+    (velocity_regularizer(terms, anchor) if kind == "flow" else k3(terms, anchor)).mean().backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
+    module.zero_grad(set_to_none=True)
+    return norm
 
 
 def _without_gradient(groups: Sequence[Group], kind: SegmentKind, table: RewardTable | None, std_floor: float) -> str:
@@ -255,59 +267,20 @@ def _without_gradient(groups: Sequence[Group], kind: SegmentKind, table: RewardT
     )
 
 
-def _divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
-    if kind == "flow":
-        return _velocity_divergence(live, reference, trajectories)
-    return _token_divergence(live, reference, trajectories, kind)
-
-
 def _of_one_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Those that end in a drawing as large as that of the first one."""
     drawn = [(t, s.latent.shape) for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)]
     return [trajectory for trajectory, shape in drawn if shape == drawn[0][1]]
 
 
-def weights_changed(one: Policy, other: Policy) -> bool:
-    """Whether any parameter differs; an adapter that ``other`` lacks differs as soon as it does anything.
-
-    Offloaded weights are compared with those that the run began with.
-    """
-    if isinstance(one, Offloaded):
-        return one.shards.changed()
-    own = dict(policy_module(other).named_parameters())
-    return any(
-        not torch.equal(parameter, own[name]) if name in own else ".lora_B." in name and bool(parameter.any())
-        for name, parameter in policy_module(one).named_parameters()
-    )
-
-
-def _trained(policy: Policy) -> Mapping[str, torch.Tensor]:
-    """The trained weights, as far as this process keeps them."""
-    if isinstance(policy, Offloaded):
-        return policy.shards.live
-    return {name: p for name, p in policy_module(policy).named_parameters() if p.requires_grad}
-
-
-def _token_divergence(
-    live: Policy, reference: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind
-) -> torch.Tensor:
-    def logprobs(policy: Policy) -> torch.Tensor:
-        replayed = zip(trajectories, policy.logprobs(trajectories), strict=True)
-        pairs = [pair for t, row in replayed for pair in zip(t.segments, row, strict=True)]
-        return torch.cat([_actions(s, scored.logprobs) for s, scored in pairs if s.kind == kind])
-
-    with torch.no_grad():
-        ref_logprobs = logprobs(reference)
-    return k3(logprobs(live), ref_logprobs).mean()
-
-
-def _velocity_divergence(live: Policy, reference: Policy, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    segments = [t.segments[-1] for t in trajectories]
-    x_t = torch.stack([segment.latent for segment in segments if isinstance(segment, FlowSegment)])
-    t = torch.full((len(x_t),), 0.5, device=x_t.device)
-    with torch.no_grad():
-        v_ref = reference.velocity(trajectories, x_t, t)
-    return velocity_regularizer(live.velocity(trajectories, x_t, t), v_ref).mean()
+def _terms(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
+    """What the divergence of a kind of segments compares: velocities half-way, or log-probs of what was written."""
+    if kind == "flow":
+        x_t = torch.stack([s.latent for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)])
+        return policy.velocity(trajectories, x_t, torch.full((len(x_t),), 0.5, device=x_t.device))
+    replayed = zip(trajectories, policy.logprobs(trajectories), strict=True)
+    pairs = [pair for t, row in replayed for pair in zip(t.segments, row, strict=True)]
+    return torch.cat([_actions(s, scored.logprobs) for s, scored in pairs if s.kind == kind])
 
 
 def require(checks: Sequence[Check]) -> None:
@@ -329,10 +302,14 @@ def contract_checks(
     if sampling.sampler == "ode":
         sampling = replace(sampling, sampler="flow_sde", window=tuple(range(min(2, sampling.num_steps - 1))))
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
-    groups = policies.live.sample(prompts, sampling, seeds)
-    table = score_groups(rewards, groups, policies.judge)
+    with policies.use("policy") as policy:
+        groups = policy.sample(prompts, sampling, seeds)
+    with policies.use("judge") as judge:
+        table = score_groups(rewards, groups, judge)
     may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
-    return step_zero_contract(policies.live, groups, table, config.advantages.std_floor, may_fail)
+    with policies.use("policy") as policy:
+        checks = step_zero_contract(policy, groups, table, config.advantages.std_floor, may_fail)
+    return [*checks, weights_check(policies)]
 
 
 def check_before_first_step(
@@ -349,7 +326,7 @@ def check_first_update(
 ) -> None:
     """Adds to contract.json what the first update has to have done; raises ContractError at the first breach."""
     first = whole_groups(groups, range(len(groups)), members=1)
-    checks = first_update_checks(policies.live, policies.reference, first, table, std_floor)
+    checks = first_update_checks(policies, first, table, std_floor)
     if is_main():
         before = run.read_json("contract.json", list[dict[str, Any]])
         run.write_json("contract.json", [*before, *(check.as_dict() for check in checks)])

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
 from lvrpo.distributed import gather, gather_with_tensors, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Policy, Sampling, in_place
+from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.rewards.table import RewardSource, require_scored, scored
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
-
-
-def unwrapped(policy: Policy) -> Policy:
-    """The policy below a proxy, its weights in place on every rank; called by all."""
-    return cast(Policy, in_place(policy))
 
 
 def own_rows(groups: Sequence[Group]) -> list[int]:
@@ -40,11 +35,11 @@ def merged(own: dict[int, T]) -> dict[int, T]:
 
 def sample_own(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
     """A group per prompt; this rank samples every ``world_size``-th one."""
-    own, inside = split_between_ranks(range(len(prompts))), unwrapped(policy)
+    own = split_between_ranks(range(len(prompts)))
     groups = [Group(prompt, ()) for prompt in prompts]
     with relay_errors():
         if own:
-            sampled = inside.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
+            sampled = policy.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
             for i, group in zip(own, sampled, strict=True):
                 groups[i] = group
     return groups
@@ -58,7 +53,6 @@ def score_own(
     most_failed: float | None = None,
 ) -> RewardTable:
     """``score_groups`` of all groups, each scored by the rank that has it."""
-    unwrapped(judge)
     own, table = own_rows(groups), None
     with relay_errors():
         if own:

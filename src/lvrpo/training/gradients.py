@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lvrpo.algorithms import balance_weights, combine_gradients, cosine_matrix, gram_matrix, projection_weights
 from lvrpo.config import Config
-from lvrpo.distributed import gather, sum_over_ranks, world_size
+from lvrpo.distributed import local, sum_over_ranks
 from lvrpo.policies.base import Policy
 from lvrpo.training.objective import Metrics
 from lvrpo.types import TASKS, Task
@@ -38,9 +38,13 @@ class GradientAuditConfig(Config):
 
 
 class TaskGradients:
-    """The gradients of one update, kept apart by task; of all phases, where kinds of segments are stepped in turn."""
+    """The gradients of one update, kept apart by task; of all phases, where kinds of segments are stepped in turn.
+
+    On several ranks those of this rank's shards, summed over the ranks before they are taken.
+    """
 
     def __init__(self, policy: Policy) -> None:
+        """``policy``: its weights not made whole, where they are divided."""
         assert isinstance(policy, nn.Module)
         expert_of = {
             id(p): EXPERTS.get(expert, expert) for expert, params in policy.parameter_groups().items() for p in params
@@ -52,7 +56,7 @@ class TaskGradients:
         """Of all tasks, since the last ``give_back``."""
 
     def take(self, task: Task) -> None:
-        """Moves what one backward pass left in the parameters to the task's account.
+        """Moves the gradient in the parameters to the task's account.
 
         The total is added up in the order in which autograd would have, so it is the same to the last bit.
         """
@@ -67,34 +71,21 @@ class TaskGradients:
                     account[name] = parameter.grad.clone()
             parameter.grad = None
 
-    def sum_over_ranks(self) -> None:
-        """Adds up the accounts of all ranks, which have taken other microbatches."""
-        if world_size() == 1:
-            return
-        known = gather({task: set(account) for task, account in (*self.tasks.items(), ("total", self.total))})
-        for task in ("total", *TASKS):
-            names = set().union(*(part.get(task, set()) for part in known))
-            account = self.total if task == "total" else self.tasks.setdefault(task, {}) if names else {}
-            for name in self.parameters:
-                if name in names:
-                    sum_over_ranks(account.setdefault(name, torch.zeros_like(self.parameters[name])))
-        self.tasks = {task: self.tasks[task] for task in TASKS if task in self.tasks}  # one order on all ranks
-
     def give_back(self, mixing: Mixing, seed: int) -> None:
         """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone.
 
         With ``sum`` that is what was taken since the last call; the others mix all that was ever taken.
         """
-        mixed = self.total if mixing == "sum" else {}
         for expert in dict.fromkeys(self.expert_of.values()) if mixing != "sum" else ():
             names = [name for name in self.total if self.expert_of[name] == expert]
             if not names:
                 continue
             gradients = [self._dense(account, names) for account in self.tasks.values()]
-            gram = gram_matrix(gradients)
+            gram = sum_over_ranks(gram_matrix(gradients))
             weights = projection_weights(gram, seed) if mixing == "pcgrad" else balance_weights(gram)
-            mixed |= dict(zip(names, combine_gradients(gradients, weights), strict=True))
-        for name, gradient in mixed.items():
+            for name, mixed in zip(names, combine_gradients(gradients, weights), strict=True):
+                local(self.total[name]).copy_(mixed)
+        for name, gradient in self.total.items():
             self.parameters[name].grad = gradient
         self.total = {}
 
@@ -107,7 +98,8 @@ class TaskGradients:
             gram = gram_matrix([self._dense(account, [name]) for account in accounts])
             for part in self._parts(name):
                 grams[part] += gram
-        for part, gram in grams.items():
+        for part, own in grams.items():
+            gram = sum_over_ranks(own)
             cosines = cosine_matrix(gram)
             for i, task in enumerate(tasks):
                 metrics.add(f"gradient/norm/{task}/{part}", float(gram[i, i].sqrt()))
@@ -121,4 +113,8 @@ class TaskGradients:
         return ["all", expert, *([f"{expert}/layer_{layer[1]}"] if layer else [])]
 
     def _dense(self, account: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
-        return [account[name] if name in account else torch.zeros_like(self.parameters[name]) for name in names]
+        """Of this rank's shards."""
+        return [
+            local(account[name]) if name in account else torch.zeros_like(local(self.parameters[name]))
+            for name in names
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,13 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import relay_errors
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Sampling
 from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import merged, own_rows, sample_own, unwrapped
+from lvrpo.training.data_parallel import merged, own_rows, sample_own
 from lvrpo.training.health import ENTROPY, answer_entropies
+from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import GuardState, TrainState
 from lvrpo.types import Group, Prompt, Task
@@ -79,38 +81,39 @@ class Guard:
             choice_temperature=rollout.choice_temperature,
         )
 
-    def score(self, policy: Policy, judge: Policy | None = None) -> dict[Task, list[float]]:
-        """The score of every held-out prompt, nan where it failed; the same noise at every look.
+    def score(self, policies: Policies) -> dict[Task, list[float]]:
+        """The score of every held-out prompt under the averaged weights, nan where it failed; always the same noise.
 
-        ``judge``: the frozen policy that rewards are scored with, where right and wrong cannot be told.
+        The reference scores for rewards, where right and wrong cannot be told.
         """
-        return self._scores(self.sample(policy), judge)
+        return self._scores(self._sample(policies), policies)
 
-    def _scores(self, outputs: Mapping[Task, Sequence[Group]], judge: Policy | None) -> dict[Task, list[float]]:
-        if judge is not None and self.asks_judge:
-            unwrapped(judge)
+    def _scores(self, outputs: Mapping[Task, Sequence[Group]], policies: Policies) -> dict[Task, list[float]]:
         found: dict[Task, list[float]] = {}
-        for task, groups in outputs.items():
-            own = own_rows(groups)
-            rows: list[list[float]] = []
-            with relay_errors():
-                if own:
-                    rows = self.scorer.scores([groups[p] for p in own], judge)
-            found[task] = [row[0] for row in merged(dict(zip(own, rows, strict=True))).values()]
+        with policies.use("reference") if self.asks_judge else nullcontext() as judge:
+            for task, groups in outputs.items():
+                own = own_rows(groups)
+                rows: list[list[float]] = []
+                with relay_errors():
+                    if own:
+                        rows = self.scorer.scores([groups[p] for p in own], judge)
+                found[task] = [row[0] for row in merged(dict(zip(own, rows, strict=True))).values()]
         return found
 
-    def sample(self, policy: Policy) -> dict[Task, list[Group]]:
+    def _sample(self, policies: Policies) -> dict[Task, list[Group]]:
         """One output for every held-out prompt; every rank samples its share."""
         out: dict[Task, list[Group]] = {}
-        for task, rows in self.prompts.items():
-            seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-            out[task] = sample_own(policy, rows, self.sampling, seeds)
+        with policies.use("ema") as policy:
+            for task, rows in self.prompts.items():
+                seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
+                out[task] = sample_own(policy, rows, self.sampling, seeds)
         return out
 
-    def look(self, policy: Policy, state: GuardState, step: int, judge: Policy | None = None) -> GuardReport:
-        """Scores ``policy`` and remembers it when it is the best so far, up to noise, and no task has fallen."""
-        outputs = self.sample(policy)
-        report = self._compare(self._scores(outputs, judge), state, step)
+    def look(self, policies: Policies, state: GuardState, step: int) -> GuardReport:
+        """Scores the averaged weights and remembers them when they are the best so far, up to noise, and no task has
+        fallen."""
+        outputs = self._sample(policies)
+        report = self._compare(self._scores(outputs, policies), state, step)
         groups = [group for row in outputs.values() for group in row]
         texts = merged({p: groups[p].trajectories[0].text for p in own_rows(groups)})
         return replace(report, entropies=answer_entropies([group.prompt for group in groups], list(texts.values())))

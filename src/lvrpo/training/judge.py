@@ -19,8 +19,7 @@ from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training.data_parallel import score_own
-from lvrpo.training.objective import policy_module
-from lvrpo.training.optimizer import average_into, load_trained, trained_weights
+from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 
@@ -85,76 +84,62 @@ NOTHING_HELD_OUT = HeldOut()
 
 @dataclass
 class Judge:
-    """The judge in service; a mutable part of the state of a run."""
+    """A judge that is renewed; a mutable part of the state of a run. Its weights are sets of the run's policies."""
 
     config: JudgeConfig
-    policy: Policy
-    """In service."""
-    slow: Policy | None = None
-    """The slow average, where there is one; it is in service itself if nothing guards it."""
     version: int = 0
     """How often it was replaced or moved."""
     refused: int = 0
     """Candidates that were turned down."""
 
-    @classmethod
-    def start(cls, live: Policy, config: JudgeConfig) -> Self:
-        """Of the weights that the run begins with; a judge that moves has copies of its own."""
-        if not config.moves:
-            return cls(config, live.frozen())
-        policy = live.twin()
-        if config.kind == "reference":
-            return cls(config, policy)
-        return cls(config, policy, policy if config.refresh_every is None else live.twin())
+    @property
+    def sets(self) -> tuple[SetName, ...]:
+        """Its weights, and those of a slow average that waits to replace it; both begin as the policy's."""
+        waits = self.config.kind == "average" and self.config.refresh_every is not None
+        return ("judge", "judge_ema") if waits else ("judge",)
 
-    def after_step(self, step: int, live: Policy, average: Policy, held_out: HeldOut) -> dict[str, Any]:
-        """Follows the live weights and, when it is time, tries a candidate; what there is to log.
+    def after_step(self, step: int, policies: Policies, held_out: HeldOut) -> dict[str, Any]:
+        """Follows the policy and, when it is time, tries a candidate; what there is to log.
 
-        ``step``: steps done. ``held_out``: what decides.
+        ``step``: steps done. ``held_out``: what decides. Called by all ranks.
         """
-        if not self.config.moves:
-            return {}
-        if self.slow is not None:
-            average_into(policy_module(self.slow), policy_module(live), self.config.decay)
+        slow = self.sets[-1] if self.config.kind == "average" else None
+        if slow is not None:
+            policies.weights.lerp(slow, self.config.decay)
         row: dict[str, Any] = {}
         if self.config.refresh_every is None:
             self.version += 1
         elif step % self.config.refresh_every == 0:
-            row = self._refresh(self.slow if self.slow is not None else average, held_out)
+            row = self._refresh(policies, slow or "ema", held_out)
         return {"judge/version": self.version, **row}
 
-    def _refresh(self, candidate: Policy, held_out: HeldOut) -> dict[str, Any]:
+    def _refresh(self, policies: Policies, candidate: SetName, held_out: HeldOut) -> dict[str, Any]:
         row: dict[str, Any] = {}
         no_worse = []
         for name, measure in held_out.measures().items():
-            present, proposed = (float(measure(policy).mean()) for policy in (self.policy, candidate))
+            found: list[float] = []
+            for weights in ("judge", candidate):
+                with policies.use(weights) as policy:
+                    found.append(float(measure(policy).mean()))
+            present, proposed = found
             row |= {f"judge/{name}": present, f"judge/candidate_{name}": proposed}
             no_worse.append(proposed >= present)  # False for a candidate without numbers
         if not no_worse or not all(no_worse):
             self.refused += 1
             return {**row, "judge/action": "refused", "judge/refused": self.refused}
-        load_trained(policy_module(self.policy), trained_weights(policy_module(candidate)))
+        policies.weights.copy("judge", candidate)
         self.version += 1
-        return {**row, "judge/action": f"refreshed: {judge_identity(self.policy)}", "judge/refused": self.refused}
+        with policies.use("judge") as policy:
+            identity = judge_identity(policy)
+        return {**row, "judge/action": f"refreshed: {identity}", "judge/refused": self.refused}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; empty where the judge is the reference, which the run keeps anyway."""
-        if not self.config.moves:
-            return {}
-        tree: dict[str, Any] = {"version": self.version, "refused": self.refused}
-        tree["policy"] = trained_weights(policy_module(self.policy))
-        if self.slow is not None and self.slow is not self.policy:
-            tree["slow"] = trained_weights(policy_module(self.slow))
-        return tree
+        """For a checkpoint, which has its weights among the others."""
+        return {"version": self.version, "refused": self.refused}
 
     def load(self, tree: Mapping[str, Any]) -> None:
-        """Puts back what ``state`` gave, bit for bit."""
-        if not tree:
-            return
+        """Puts back what ``state`` gave."""
         self.version, self.refused = tree["version"], tree["refused"]
-        load_trained(policy_module(self.policy), tree["policy"])
-        if "slow" in tree and self.slow is not None:
-            load_trained(policy_module(self.slow), tree["slow"])
 
 
 def known_answers(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
@@ -258,9 +243,9 @@ MIN_QUESTIONS = 4
 
 
 def judge_drift(
-    rewards: Sequence[RewardSource], groups: Sequence[Group], table: RewardTable, judge: Policy, live: Policy
+    rewards: Sequence[RewardSource], groups: Sequence[Group], table: RewardTable, policies: Policies
 ) -> dict[str, float]:
-    """What the live policy would have scored otherwise than the judge on the very same outputs.
+    """What the policy would have scored otherwise than the judge on the very same outputs.
 
     Per task and reward: ``judge_drift/TASK/REWARD``, the mean of live minus judge, and ``judge_agreement/TASK/REWARD``,
     their correlation inside groups. Rewards that do not ask the judge are not scored again, and those that score alike
@@ -269,8 +254,8 @@ def judge_drift(
     asking = [source for source in rewards if source.sides]
     if not asking:
         return {}
-    with torch.no_grad(), standing_in(judge_identity(judge)):
-        own = score_own(asking, groups, live)
+    with torch.no_grad(), standing_in(table.judge), policies.use("policy") as policy:
+        own = score_own(asking, groups, policy)
     out: dict[str, float] = {}
     for k, name in enumerate(own.names):
         known = table.names.index(name)

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from lvrpo.distributed import world_size
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
@@ -38,6 +39,7 @@ from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.methods import asks_for_old, objectives_of
 from lvrpo.training.microbatches import split
 from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
+from lvrpo.training.policies import shard_dtype, weights_dtype
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096
@@ -110,7 +112,7 @@ def estimate_memory(
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             device = device or pick_device(config.device)
-            policy = kind.skeleton(folder, device, DTYPES.get(config.weights_dtype or ""))
+            policy = kind.skeleton(folder, device, DTYPES.get(weights_dtype(config, folder) or ""))
         check(policy)
         return estimate_policy(policy, config, prompts, guard, device)
     finally:
@@ -210,7 +212,9 @@ class _Estimator:
             _skip_resizing(policy)
         self.contexts = policy.contexts
         self.trained = [p for p in policy.parameters() if p.requires_grad]
-        if not config.offload:  # which takes them away after every pass
+        self.divided = config.offload or world_size() > 1
+        self.in_rounds = self.divided and shard_dtype(policy, config) is not None
+        if not self.in_rounds:  # which takes them away after every pass
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter)
 
@@ -220,12 +224,12 @@ class _Estimator:
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
         old = asks_for_old(config, self.policy.writes)
-        copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * self.whole
-        host, on_card = self._kept_on_host(old) if config.offload else 0, self.device != "cpu"
+        copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * gradients
+        kept, on_card = self._divided(old) if self.divided else 0, self.device != "cpu"
+        host = kept if config.offload else 0
         steps = 2 * sum(self._recorded_steps(prompt) * group_size for prompt in prompts)
-        if config.offload:
+        if self.divided:
             copies = 0
-        judge = gradients if config.adapter is not None else self.whole
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
@@ -246,13 +250,18 @@ class _Estimator:
             for s in build_rewards([row for row in config.rewards if not row.name.startswith(f"{IN_PYTHON}:")])
         ):
             self._note(passes, "judge", lambda: self._judge(drawn))
-        if config.offload:
-            passes["summing gradients"] = gradients + 4 * max((p.numel() for p in self.trained), default=0)
+        if self.divided:  # a reduce-scatter of float32, layer by layer
+            layers = [
+                sum(p.numel() for p in layer.parameters() if p.requires_grad)
+                for layer in self.policy.transformer.layers
+            ]
+            passes["replay: summing gradients"] = 8 * max(layers, default=0) + (gradients if self.in_rounds else 0)
         stays = {
             "weights": _bytes(self.policy.state_dict().values()),
             "frozen and averaged weights": copies,
-            "the judge's own weights": judge * self._judges(),
-            "moments": 0 if config.offload else self._moments(),
+            "the judge's own weights": 0 if self.divided else gradients * self._judges(),
+            "moments": 0 if self.divided else self._moments(),
+            "this process's share": 0 if config.offload else kept // world_size(),
             "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts)
             + (0 if on_card else steps),
@@ -260,12 +269,13 @@ class _Estimator:
             "program": PROGRAM[self.device],
         }
         beside = host + steps if on_card and config.offload else 0
-        return MemoryEstimate(stays, 0 if config.offload else gradients, passes, beside)
+        return MemoryEstimate(stays, 0 if self.in_rounds else gradients, passes, beside)
 
-    def _kept_on_host(self, old: bool) -> int:
-        """Live and averaged weights in float32, the reference, moments, and the sum of gradients."""
+    def _divided(self, old: bool) -> int:
+        """What the processes keep together: weights and averages in float32, the reference, moments, gradients."""
         numbers = sum(parameter.numel() for parameter in self.trained)
-        return 4 * numbers * (3 + old) + _bytes(self.trained) + self._moments()
+        reference = 0 if self.config.adapter is not None else _bytes(self.trained)
+        return 4 * numbers * (3 + old + self._judges()) + reference + self._moments()
 
     def _note(self, passes: dict[str, int], name: str, run: Callable[[], None], gradient: bool = False) -> None:
         """Runs a part and remembers what it took at its worst."""
@@ -276,7 +286,7 @@ class _Estimator:
         ]
         with LiveBytes(kept, self.device) as live, torch.set_grad_enabled(gradient):
             run()
-        if self.config.offload:
+        if self.in_rounds:
             self.policy.zero_grad(set_to_none=True)
         passes[name] = max(passes.get(name, 0), live.peak)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.batching import cut
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.objective import (
+    FROZEN,
     KINDS,
     Advantages,
     FrozenPolicy,
@@ -21,8 +22,8 @@ from lvrpo.training.objective import (
     Metrics,
     Microbatch,
     Objective,
-    Policies,
 )
+from lvrpo.training.policies import Policies
 from lvrpo.types import TASKS, Group, SegmentKind, Task
 
 if TYPE_CHECKING:
@@ -130,20 +131,38 @@ def by_kind(objectives: Sequence[Objective]) -> dict[SegmentKind, Objective]:
 
 
 @torch.no_grad()
-def frozen_terms(objective: Objective, policies: Policies, batch: Microbatch) -> dict[FrozenPolicy, torch.Tensor]:
-    """What the policies that the objective compares with say of a microbatch."""
-    by_name = {"old": policies.old, "reference": policies.reference}
-    return {name: objective.frozen_terms(name, by_name[name], batch) for name in objective.compared_with}
+def with_frozen_terms(
+    policies: Policies, objectives: Sequence[Objective], batches: Sequence[Microbatch]
+) -> list[Microbatch]:
+    """The microbatches of this rank with what their losses compare the policy with; called by all ranks.
+
+    One set of weights after the other, for all microbatches: a device holds one at a time.
+    """
+    of = by_kind(objectives)
+    of_ranks: list[list[SegmentKind]] = gather([batch.kind for batch in batches])
+    kinds = {kind for part in of_ranks for kind in part}
+    asked = {name for kind in kinds for name in of[kind].compared_with}
+    found: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
+    for name in FROZEN:
+        if name not in asked:
+            continue
+        with policies.use(name) as policy:
+            for batch, terms in zip(batches, found, strict=True):
+                if name in of[batch.kind].compared_with:
+                    terms[name] = of[batch.kind].frozen_terms(name, policy, batch)
+    return [replace(batch, frozen=terms) for batch, terms in zip(batches, found, strict=True)]
 
 
-def backward(
-    objective: Objective,
-    policy: Policy,
-    batch: Microbatch,
-    frozen: Mapping[FrozenPolicy, torch.Tensor],
-    metrics: Metrics,
-) -> None:
-    """Adds the gradient of a microbatch to the policy's."""
-    output = objective.loss(policy, replace(batch, frozen=frozen))
-    (batch.weight * output.loss).backward()
-    metrics.add_all(output.metrics, batch.share)
+def rounds(batches: Sequence[Microbatch], each: bool) -> Iterator[tuple[Task | None, Sequence[Microbatch]]]:
+    """What every rank differentiates before gradients are summed: all that it has.
+
+    ``each``: one microbatch at a time, of one task on all ranks, as often as the rank with most has one.
+    """
+    if not each:
+        yield None, batches
+        return
+    counts = gather(Counter(batch.task for batch in batches))
+    for task in TASKS:
+        own = [batch for batch in batches if batch.task == task]
+        for i in range(max(count[task] for count in counts)):
+            yield task, own[i : i + 1]

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Policy, in_place
+from lvrpo.policies.base import Policy
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -64,36 +63,6 @@ Advantages = Mapping[OutputKind, GroupAdvantages]
 """By the kind of segment that they train."""
 
 
-@dataclass(frozen=True)
-class Policies:
-    """The four sets of weights of a run."""
-
-    live: Policy
-    """Trained; samples text."""
-    old: Policy
-    """A short moving average of live: samples drawings and anchors DiffusionNFT; live itself where nobody asks for
-    it."""
-    reference: Policy
-    """Where the run began: the frozen judge unless ``judging`` is given, the anchor of every divergence, and the
-    control."""
-    average: Policy
-    """A longer moving average of live: evaluated and saved."""
-    judging: Policy | None = None
-    """The judge where it is not the reference."""
-
-    @property
-    def judge(self) -> Policy:
-        """Who scores outputs."""
-        return self.reference if self.judging is None else self.judging
-
-
-def policy_module(policy: object) -> nn.Module:
-    """A policy as the module that it is."""
-    module = in_place(policy)
-    assert isinstance(module, nn.Module)
-    return module
-
-
 @dataclass
 class Metrics:
     """Sums and counts under names such as "loss/text"."""
@@ -132,7 +101,7 @@ class Member:
 
 
 FrozenPolicy = Literal["old", "reference"]
-"""Those of ``Policies`` that a loss may compare the live policy with."""
+"""The sets of ``Policies`` that a loss may compare the policy with."""
 FROZEN: tuple[FrozenPolicy, ...] = ("reference", "old")
 
 
@@ -149,7 +118,7 @@ class Microbatch:
     weight: float = 1.0
     """Of its loss in the sum of all: that of the task, of the objective, and the share."""
     frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)
-    """What the policies of ``Objective.compared_with`` say of it: ``Objective.frozen_terms``."""
+    """What the sets of ``Objective.compared_with`` say of it: ``Objective.frozen_terms``."""
 
     @property
     def trajectories(self) -> list[Trajectory]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from lvrpo.config import Config, NotNegative
+from lvrpo.distributed import gradient_norms, local
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.adapter import is_adapter
@@ -50,39 +51,12 @@ class OptimizerConfig(Config):
     """... to this share of themselves at the end."""
 
 
-class Part:
-    """Some weights of a policy, as an optimizer takes them."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Sequence[str]]) -> None:
-        self.parameters, self.groups = parameters, groups
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of them."""
-        yield from self.parameters.items()
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """By expert."""
-        found = {expert: [self.parameters[n] for n in names] for expert, names in self.groups.items()}
-        return {expert: parameters for expert, parameters in found.items() if parameters}
-
-
-class Stepping(Protocol):
-    """What steps the weights of a policy: ``Optimizers``, or those of all processes."""
-
-    def rate(self, step: int) -> float:
-        """As ``Optimizers.rate``."""
-        ...
-
-    def step(self, step: int, scale: float = 1.0) -> Norms:
-        """As ``Optimizers.step``."""
-        ...
-
-
 class Optimizers:
     """Every trainable parameter of a policy, stepped together."""
 
-    def __init__(self, policy: Policy | Part, config: OptimizerConfig, total_steps: int) -> None:
-        assert isinstance(policy, nn.Module | Part)
+    def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
+        """``policy``: its weights not made whole, where they are divided among ranks."""
+        assert isinstance(policy, nn.Module)
         self.config = config
         self.total_steps = total_steps
         self.experts = policy.parameter_groups()
@@ -129,22 +103,17 @@ class Optimizers:
         fraction = min(1.0, (step - start) / max(1.0, self.total_steps - start))
         return warm * (1 + fraction * (config.final_lr - 1))
 
-    def step(self, step: int, scale: float = 1.0, of_all: Callable[[Norms], Norms] = lambda own: own) -> Norms:
+    def step(self, step: int, scale: float = 1.0) -> Norms:
         """Clips, steps and clears the gradients; returns the gradient norm per expert before clipping.
 
-        A gradient that is not finite leaves the weights as they are; its norm then says so. ``of_all``: norms of whole
-        experts from those of the parts that these parameters are.
+        A gradient that is not finite leaves the weights as they are; its norm then says so. Called by all ranks.
         """
-        found = {expert: [p for p in parameters if p.grad is not None] for expert, parameters in self.experts.items()}
-        clipped = {expert: parameters for expert, parameters in found.items() if parameters}
-        norms = of_all(
-            {
-                expert: float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-                for expert, parameters in clipped.items()
-            }
-        )
-        for expert, parameters in clipped.items():
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, torch.tensor(norms[expert]))
+        norms = gradient_norms(self.experts)
+        for expert, norm in norms.items():
+            factor = torch.clamp(self.config.clip_norm / (torch.tensor(norm) + 1e-6), max=1.0)
+            for parameter in self.experts[expert]:
+                if parameter.grad is not None:
+                    local(parameter.grad).mul_(factor)
         if all(norm == norm and norm < float("inf") for norm in norms.values()):
             rate = self.rate(step) * scale
             for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
@@ -156,7 +125,7 @@ class Optimizers:
         return norms
 
     def state(self) -> list[Any]:
-        """For a checkpoint."""
+        """For a checkpoint of one process."""
         return [optimizer_state(optimizer, self.named) for optimizer in self.optimizers]
 
     def load_state(self, state: list[Any]) -> None:
@@ -164,22 +133,23 @@ class Optimizers:
         for optimizer, saved in zip(self.optimizers, state, strict=True):
             load_optimizer_state(optimizer, self.named, saved)
 
-    def moments(self) -> dict[str, Any]:
-        """By name of the parameter, what its optimizer remembers."""
+    def moments(self) -> dict[str, dict[str, Any]]:
+        """By name of the parameter, what its optimizer remembers: tensors sharded as the parameter is, and counts."""
         states = [optimizer.state for optimizer in self.optimizers]
         return {name: dict(state[p]) for name, p in self.named for state in states if p in state}
 
-    def load_moments(self, moments: Mapping[str, Any]) -> None:
-        """Puts back those of ``moments`` that are of these parameters, which may be others than were saved together."""
+    def set_moments(self, moments: Mapping[str, Mapping[str, Any]]) -> None:
+        """What ``moments`` gave; parameters that are not in it begin anew.
+
+        Raises InputError where a parameter is not this optimizer's. Any: tensors and counts.
+        """
+        unknown = sorted(moments.keys() - {name for name, _ in self.named})
+        if unknown:
+            raise InputError(f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run")
         for optimizer in self.optimizers:
             own = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state.clear()
-            for name, parameter in self.named:
-                if parameter in own and name in moments:
-                    optimizer.state[parameter] = {
-                        key: value.clone() if isinstance(value, torch.Tensor) else value
-                        for key, value in moments[name].items()
-                    }
+            optimizer.state.update({p: dict(moments[name]) for name, p in self.named if p in own and name in moments})
 
 
 def eight_bit_library() -> Any:
@@ -193,35 +163,11 @@ def eight_bit_library() -> Any:
 @torch.no_grad()
 def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * live, parameter by parameter."""
-    pairs = zip(average.parameters(), live.parameters(), strict=True)
-    average_tensors([(slow, fast) for slow, fast in pairs if slow is not fast], decay)  # a base may be shared
-
-
-@torch.no_grad()
-def average_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], decay: float) -> None:
-    """slow <- decay * slow + (1 - decay) * fast, for each (slow, fast)."""
-    for slow, fast in pairs:
+    for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
         if decay == 0:
             slow.copy_(fast)
         else:
             slow.lerp_(fast, 1 - decay)
-
-
-def trained_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps of a policy: all its weights, or its adapter alone."""
-    state = policy.state_dict()
-    return {name: tensor for name, tensor in state.items() if is_adapter(name)} or dict(state)
-
-
-@torch.no_grad()
-def load_trained(policy: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what ``trained_weights`` gave, in place; raises InputError if it is of other weights."""
-    own = trained_weights(policy)
-    wrong = sorted(own.keys() ^ saved.keys())
-    wrong += [n for n, p in own.items() if n in saved and (p.shape, p.dtype) != (saved[n].shape, saved[n].dtype)]
-    if wrong:
-        raise InputError(f"the checkpoint's weights differ at {wrong[0]}: resume with the configuration of the run")
-    policy.load_state_dict(dict(saved), strict=False)
 
 
 @torch.no_grad()

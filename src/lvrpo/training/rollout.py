@@ -25,8 +25,7 @@ from lvrpo.sampling import (
     sliding_window,
 )
 from lvrpo.training.data_parallel import sample_own, score_own, with_rows
-from lvrpo.training.methods import asks_for_old
-from lvrpo.training.objective import Policies
+from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import TASKS, Group, Prompt, RewardTable
 
 if TYPE_CHECKING:
@@ -152,17 +151,17 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
 
 def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
-    writer = policies.live
-    painter = policies.old if asks_for_old(config, policies.live.writes) else writer
-    if config.rollout.policy == "reference":
-        writer = painter = policies.reference
+    names: tuple[SetName, SetName] = (
+        ("policy", "old") if config.rollout.policy == "live" else ("reference", "reference")
+    )
     sampling = config.sampling(step)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     groups: dict[int, Group] = {}
-    for sampler, wanted in ((writer, False), (painter, True)):
+    for sampler, wanted in zip(names, (False, True), strict=True):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
         if indices:
-            drawn = sample_own(sampler, [prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+            with policies.use(sampler) as policy:
+                drawn = sample_own(policy, [prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
             groups.update(zip(indices, drawn, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
@@ -216,7 +215,9 @@ def refill(
                 prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
                 drawn[task] += 1
         fresh = rollout(policies, prompts, config, step)
-        table = with_rows(table, rows, score_own(rewards, fresh, policies.judge, step))
+        with policies.use("judge") as judge:
+            scores = score_own(rewards, fresh, judge, step)
+        table = with_rows(table, rows, scores)
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group
         budget = plan.budget_left

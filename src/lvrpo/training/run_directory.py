@@ -45,8 +45,6 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SCORES = "scores"
-START = "start"
-"""Folder of the policy that a run started from, which stays the reference of a resumed run."""
 LOCK = ".lock"
 
 

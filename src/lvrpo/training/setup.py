@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lvrpo.config import dump_config
-from lvrpo.distributed import is_main, on_main
+from lvrpo.distributed import is_main, on_main, world_size
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
@@ -22,6 +22,7 @@ from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
 from lvrpo.training.optimizer import eight_bit_library
+from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
 from lvrpo.training.sources import Parts
@@ -43,7 +44,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             f"precision.compute=bfloat16 with offload=true: policy={config.policy} is loaded in float32 alone: "
             "leave one of them out"
         )
-    policy = load_policy(base, config.device, config.weights_dtype)
+    policy = load_policy(base, config.device, weights_dtype(config, base))
     config.require_fit(policy.writes)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
@@ -69,7 +70,8 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
 
 def loaded_policy(model: Path, config: TrainConfig, base: str | None) -> Policy:
     """A policy that the run wrote, set up as configured; ``base``: as ``load_policy`` takes it."""
-    return as_configured(load_policy(model, config.device, config.weights_dtype, base), config)
+    folder = policy_folder(model)
+    return as_configured(load_policy(folder, config.device, weights_dtype(config, folder), base), config)
 
 
 def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
@@ -96,6 +98,10 @@ def require_extras(config: TrainConfig) -> None:
         peft_library()
     if config.optimizer.kind == "adamw_8bit":
         eight_bit_library()
+        if world_size() > 1:
+            raise InputError(
+                f"optimizer.kind=adamw_8bit on {world_size()} processes: moments are divided among them: use adamw"
+            )
 
 
 def config_of_resumed(run: RunDirectory, asked: TrainConfig | None) -> tuple[TrainConfig, bool]:

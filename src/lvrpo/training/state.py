@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-from torch import nn
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lvrpo.distributed import on_main, relay_errors
+from lvrpo.distributed import POLICY, load_sharded, on_main, relay_errors, save_sharded, stored_tensors
 from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import TENSORS
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.methods import asks_for_old
-from lvrpo.training.objective import Policies, policy_module
-from lvrpo.training.offload import Offloaded, OffloadedOptimizers, Shards
-from lvrpo.training.optimizer import Optimizers, Stepping, average_into, load_trained, trained_weights
+from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.policies import Policies, SetName, shard_dtype
 from lvrpo.training.turn import Turn
 from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
@@ -62,10 +63,8 @@ class TrainState:
     """Everything that changes while a run goes on."""
 
     policies: Policies
-    optimizers: Sequence[Stepping]
+    optimizers: Sequence[Optimizers]
     """One per phase of an update (``TrainConfig.phases``)."""
-    shards: Shards | None = None
-    """What this process keeps of the policies, where they are offloaded."""
     step: int = 0
     """Steps done."""
     guard: GuardState = field(default_factory=GuardState)
@@ -80,25 +79,14 @@ class TrainState:
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
-        """The state before the first step: all four policies are the given one, copied where they will part from it."""
-        turn = None if config.guard.turn is None else Turn(config.guard.turn)
-        if config.offload:
-            shards = Shards(policy, config)
-            live, reference, average = (Offloaded(shards, name) for name in ("live", "reference", "average"))
-            old = Offloaded(shards, "old") if "old" in shards.kept else live
-            phases = [OffloadedOptimizers(shards, phase) for phase in range(len(shards.optimizers))]
-            stand_ins = cast(Any, (live, old, reference, average))
-            return cls(Policies(*stand_ins), phases, shards, turn=turn)
-        reference = policy.frozen()
-        judge = Judge.start(policy, config.judge) if config.judge.moves else None
-        policies = Policies(
-            live=policy,
-            old=policy.twin() if asks_for_old(config, policy.writes) else policy,
-            reference=reference,
-            average=policy.twin(),
-            judging=None if judge is None else judge.policy,
-        )
+        """The state before the first step: all sets of weights are those of the given policy."""
+        sets: list[SetName] = ["old"] if asks_for_old(config, policy.writes) else []
+        judge = Judge(config.judge) if config.judge.moves else None
+        if judge is not None:
+            sets += judge.sets
+        policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
+        turn = None if config.guard.turn is None else Turn(config.guard.turn)
         return cls(policies, optimizers, judge=judge, turn=turn)
 
     @property
@@ -106,42 +94,36 @@ class TrainState:
         """The steps whose checkpoints are kept, whatever comes after them."""
         return {self.guard.best_step, *([] if self.turn is None else [self.turn.best_step])}
 
-    def average(self, name: Literal["old", "average"], decay: float) -> None:
-        """Moves an average towards the live weights."""
-        if self.shards is not None:
-            self.shards.average(name, "live", decay)
-            return
-        slow = {"old": self.policies.old, "average": self.policies.average}[name]
-        average_into(policy_module(slow), policy_module(self.policies.live), decay)
-
     def write(self, folder: Path) -> None:
-        """Writes the averaged policy in Hub layout, and the state beside it."""
-        on_main((folder / STATE).mkdir)
-        if self.shards is None:
-            on_main(lambda: self.policies.average.save(folder))
-        else:
-            self.shards.write("average", folder)
-            self.shards.save(folder / STATE)
-        on_main(lambda: save_state(folder / STATE, self._tree()))
+        """Writes the state and the averaged policy in Hub layout beside it.
+
+        Only weights that are divided among ranks and no adapter are not written once more: ``load_policy`` reads them
+        from the state.
+        """
+        state = folder / STATE
+        on_main(lambda: (state / TENSORS).mkdir(parents=True))
+        tensors, counts = self._tensors(), self._counts()
+        save_sharded(state / TENSORS, tensors)
+        on_main(lambda: save_state(state, {**self._tree(), "counts": counts}))
+        policies = self.policies
+        if not policies.sharded or "reference" in policies.weights.switched_off:
+            with policies.use("ema") as policy:
+                on_main(lambda: policy.save(folder))
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint; raises InputError if it is damaged."""
         where = str(checkpoint / STATE / "state.json")
         with relay_errors():
             verify_checkpoint(checkpoint)
-            tree = load_state(checkpoint / STATE, finite=True)
+            tree = load_state(checkpoint / STATE)
             typed(tree, StateRecord, where, ANOTHER)
         with shaped(where, ANOTHER):
             self._take(tree, checkpoint)
 
     def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
-        if self.shards is not None:
-            self.shards.load(checkpoint / STATE)
-        else:
-            for name, policy in self._moving().items():
-                load_trained(policy, tree["policies"][name])
-            for optimizers, saved in zip(self._own_optimizers(), tree["optimizers"], strict=True):
-                optimizers.load_state(saved)
+        folder = checkpoint / STATE / TENSORS
+        self._begin_moments(stored_tensors(folder), tree["counts"])
+        load_sharded(folder, self._tensors(), finite=True)
         self.step = tree["step"]
         self.seconds = tree["seconds"]
         self.bad_gradients = tree["bad_gradients"]
@@ -155,21 +137,41 @@ class TrainState:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
         with relay_errors():
             verify_checkpoint(checkpoint)
-        if self.shards is not None:
-            self.shards.load(checkpoint / STATE, ("average",))
-        else:
-            saved = load_state(checkpoint / STATE, finite=True)["policies"]["average"]
-            load_trained(policy_module(self.policies.average), saved)
+        load_sharded(checkpoint / STATE / TENSORS, self._weights("ema"), finite=True)
 
-    def _moving(self) -> dict[str, nn.Module]:
-        """The policies whose weights change, by name."""
-        policies = {"live": self.policies.live, "old": self.policies.old, "average": self.policies.average}
-        if self.policies.old is self.policies.live:
-            del policies["old"]
-        return {name: policy_module(policy) for name, policy in policies.items()}
+    def _weights(self, name: str) -> dict[str, torch.Tensor]:
+        """A set of weights under the names of a checkpoint."""
+        return {f"{name}/{key}": tensor for key, tensor in self.policies.weights[name].items()}
 
-    def _own_optimizers(self) -> list[Optimizers]:
-        return [optimizers for optimizers in self.optimizers if isinstance(optimizers, Optimizers)]
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of a checkpoint, each sharded as it is kept: sets of weights that move, and moments."""
+        found = self._weights(POLICY)
+        for name in self.policies.weights.sets:
+            if name != "reference":
+                found |= self._weights(name)
+        for i, optimizer in enumerate(self.optimizers):
+            for name, moments in optimizer.moments().items():
+                found |= {f"optimizer_{i}/{name}/{key}": t for key, t in moments.items() if _is_array(t)}
+        return found
+
+    def _counts(self) -> list[dict[str, dict[str, Any]]]:
+        """What optimizers remember beside arrays, by parameter: Adam's count of steps."""
+        return [
+            {name: {key: t for key, t in own.items() if not _is_array(t)} for name, own in optimizer.moments().items()}
+            for optimizer in self.optimizers
+        ]
+
+    def _begin_moments(self, stored: Mapping[str, TensorStorageMetadata], counts: Sequence[dict[str, Any]]) -> None:
+        """Room for the moments of a checkpoint, where they are read in place."""
+        for i, (optimizer, own) in enumerate(zip(self.optimizers, counts, strict=True)):
+            moments: dict[str, dict[str, Any]] = {name: dict(values) for name, values in own.items()}
+            parameters = dict(optimizer.named)
+            for path, entry in stored.items():
+                place, _, rest = path.partition("/")
+                if place == f"optimizer_{i}":
+                    name, _, key = rest.rpartition("/")
+                    moments.setdefault(name, {})[key] = _room(parameters.get(name), entry)
+            optimizer.set_moments(moments)
 
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {
@@ -178,11 +180,20 @@ class TrainState:
             "bad_gradients": self.bad_gradients,
             "guard": vars(self.guard),
         }
-        if self.shards is None:
-            tree["policies"] = {name: trained_weights(policy) for name, policy in self._moving().items()}
-            tree["optimizers"] = [optimizers.state() for optimizers in self._own_optimizers()]
         if self.judge is not None:
             tree["judge"] = self.judge.state()
         if self.turn is not None:
             tree["turn"] = self.turn.state()
         return tree
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _room(parameter: torch.Tensor | None, entry: TensorStorageMetadata) -> torch.Tensor:
+    """For a moment: like its parameter, but where it has a shape of its own."""
+    if parameter is not None and entry.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype).detach()
+    device = None if parameter is None else parameter.device
+    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)

@@ -13,7 +13,7 @@ import torch
 
 from lvrpo.algorithms import old_policy_decay
 from lvrpo.data.sources import PromptSource
-from lvrpo.distributed import gather, reduce_gradients, relay_errors, world_size
+from lvrpo.distributed import gather, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import allow_code
@@ -25,15 +25,15 @@ from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, requi
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import check_before_first_step, check_first_update
-from lvrpo.training.data_parallel import right_outputs, sample_own, score_own, unwrapped
+from lvrpo.training.data_parallel import right_outputs, sample_own, score_own
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.microbatches import by_kind, frozen_terms, microbatches, minibatches
-from lvrpo.training.objective import Advantages, Metrics, Objective, Policies, policy_module
-from lvrpo.training.offload import Offloaded
-from lvrpo.training.optimizer import Stepping
+from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_frozen_terms
+from lvrpo.training.objective import Advantages, Metrics, Objective
+from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.policies import Policies
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.run_directory import RunDirectory
@@ -71,7 +71,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     """What trains each kind of segment that the policy writes."""
 
     def __post_init__(self) -> None:
-        self.objectives = objectives_of(self.config, self.state.policies.live.writes)
+        self.objectives = objectives_of(self.config, self.state.policies.policy.writes)
 
     # --- opening a run ---
 
@@ -173,9 +173,10 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     with relay_errors():
                         prompts = prompts_of_step(self.source, config, step)
                     groups = rollouts.groups(prompts, step)
-                    table = score_own(self.rewards, groups, policies.judge, step, MOST_FAILED)
+                    with policies.use("judge") as judge:
+                        table = score_own(self.rewards, groups, judge, step, MOST_FAILED)
                     if config.judge.drift_due(step + 1, looks):
-                        row |= judge_drift(self.rewards, groups, table, policies.judge, policies.live)
+                        row |= judge_drift(self.rewards, groups, table, policies)
                     trained, scores = groups, table
                     if config.rollout.refill_budget:
                         args = (policies, self.source, self.rewards, groups, table, config, step)
@@ -187,20 +188,18 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
                 ).means()
                 self._require_finite_gradients(row, step)
-                if policies.old is not policies.live:
+                if policies.has("old"):
                     flow = config.flow
-                    state.average(
-                        "old", old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
-                    )
-                state.average("average", min(config.average_decay, step / (step + 10)))
+                    decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
+                    policies.weights.lerp("old", decay)
+                policies.weights.lerp("ema", min(config.average_decay, step / (step + 10)))
                 state.step += 1
                 if step == 0:
                     check_first_update(run, policies, trained, scores, config.advantages.std_floor)
                 right = right_outputs(groups)
                 row |= reward_means("reward", table, right)
                 if state.judge is not None:
-                    held_out = self.parts.judge_rows
-                    row |= state.judge.after_step(state.step, policies.live, policies.average, held_out)
+                    row |= state.judge.after_step(state.step, policies, self.parts.judge_rows)
                 judged = judged_of_whole(scores, trained, config.advantages)
                 of_trained = right if trained is groups else right_outputs(trained)
                 recorded = (trained, scores, of_trained, of_whole(advantages, trained), judged)
@@ -213,7 +212,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 if state.turn is not None:
                     state.turn.add(state.step, groups, table, right)
                 if looks:
-                    report = self.guard.look(policies.average, state.guard, state.step, policies.reference)
+                    report = self.guard.look(policies, state.guard, state.step)
                     stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
             stop = self.asked_to_stop(interrupted)
             self.save_if_due(last=stopped or stop or state.step == config.steps)
@@ -226,7 +225,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """The checks of step 0, and what the guard sees before anything is trained."""
         state, policies = self.state, self.state.policies
         check_before_first_step(self.run, self.config, policies, self.source, self.rewards)
-        report = self.guard.look(policies.average, state.guard, 0, policies.reference)
+        report = self.guard.look(policies, state.guard, 0)
         score_record.write_look(self.run, 0, report.scores, self.config.guard.every)
         self.run.append_metrics({"step": 0, **report.row()})
         self.save()
@@ -243,22 +242,25 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     def _control(self, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
         policies = self.state.policies
         control = control_rollout(policies, prompts, self.config, step)
-        table, right = score_own(self.rewards, control, policies.judge, step), right_outputs(control)
+        with policies.use("judge") as judge:
+            table = score_own(self.rewards, control, judge, step)
+        right = right_outputs(control)
         score_record.write_control(self.run, self.state.step, control, table, right, self.config.control_every)
         return reward_means("control", table, right)
 
     def result(self) -> Policy:
-        """The weights that the guard found best; where policies are offloaded they take the average's place."""
-        if self.state.shards is None:
-            return loaded_policy(self.run.path, self.config, self.base)
+        """The weights that the guard found best, read from their checkpoint."""
+        return loaded_policy(self.run.path, self.config, self.base)
+
+    def load_result(self) -> None:
+        """The averaged weights become those that the guard found best."""
         self.state.load_average(self.run.checkpoint_dir(self.state.guard.best_step))
-        return self.state.policies.average
 
 
 def train_step(
     policies: Policies,
     objectives: Sequence[Objective],
-    optimizers: Sequence[Stepping],
+    optimizers: Sequence[Optimizers],
     groups: Sequence[Group],
     advantages: Advantages,
     config: TrainConfig,
@@ -271,38 +273,37 @@ def train_step(
     one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
     ``config.gradient_mixing`` may weigh against those of other tasks.
     """
-    live, metrics = policies.live, Metrics()
+    metrics, writes = Metrics(), policies.policy.writes
     rescored: list[SegmentKind] = [
         kind
-        for kind, section in config.sections(live.writes).items()
+        for kind, section in config.sections(writes).items()
         if isinstance(section, TextConfig) and section.importance_cap is not None
     ]
     if rescored:
-        with relay_errors():
-            groups = anchored(unwrapped(live), groups, rescored)
+        with policies.use("policy") as policy:
+            groups = anchored(policy, groups, rescored)
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.mini_updates):
-        by_task = TaskGradients(live) if audited or config.gradient_mixing != "sum" else None
-        for (kinds, lr), optimizer in zip(config.phases(live.writes), optimizers, strict=True):
+        by_task = TaskGradients(policies.policy) if audited or config.gradient_mixing != "sum" else None
+        each = by_task is not None or policies.reduces_each
+        for (kinds, lr), optimizer in zip(config.phases(writes), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]
-            batches = microbatches(live, trained, part, A, config, step, metrics)
-            if isinstance(live, Offloaded):
-                metrics.include(live.shards.differentiate(batches))
-            else:
-                logged = metrics if world_size() == 1 else Metrics()
-                with relay_errors():
-                    for batch in batches:
-                        objective = objective_of[batch.kind]
-                        frozen = frozen_terms(objective, policies, batch)
-                        output = objective.loss(live, replace(batch, frozen=frozen))
-                        (batch.weight * output.loss).backward()
-                        logged.add_all(output.metrics, batch.share)
-                        if by_task is not None:
-                            by_task.take(batch.task)
-                for other in gather(logged) if logged is not metrics else ():
-                    metrics.include(other)
-                reduce_gradients(policy_module(live)) if by_task is None else by_task.sum_over_ranks()
+            batches = microbatches(policies.policy, trained, part, A, config, step, metrics)
+            batches = with_frozen_terms(policies, trained, batches)
+            logged = metrics if world_size() == 1 else Metrics()
+            with policies.use("policy") as policy:
+                for task, together in rounds(batches, each):
+                    with relay_errors():
+                        for batch in together:
+                            output = objective_of[batch.kind].loss(policy, batch)
+                            (batch.weight * output.loss).backward()
+                            logged.add_all(output.metrics, batch.share)
+                    policies.reduce_gradients()
+                    if by_task is not None and task is not None:
+                        by_task.take(task)
+            for other in gather(logged) if logged is not metrics else ():
+                metrics.include(other)
             if by_task is not None:
                 by_task.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
@@ -316,4 +317,5 @@ def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: Train
     """The reference on the very same prompts, since prompts drift in difficulty."""
     sampling = replace(config.sampling(step), group_size=config.control_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
-    return sample_own(policies.reference, prompts, sampling, seeds)
+    with policies.use("reference") as reference:
+        return sample_own(reference, prompts, sampling, seeds)

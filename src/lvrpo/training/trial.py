@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lvrpo.distributed import POLICY
 from lvrpo.rewards.held_out import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
@@ -18,8 +19,6 @@ from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import policy_module
-from lvrpo.training.optimizer import trained_weights
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.setup import memory_of, open_policy
 from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
@@ -71,17 +70,17 @@ def try_out(config: TrainConfig) -> Trial:
     small = config.model_copy(update={"data": config.data.model_copy(update={"prompts_per_step": few})})
     started = time.perf_counter()
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
-    table = score_groups(rewards, groups, state.policies.judge)
+    with state.policies.use("judge") as judge:
+        table = score_groups(rewards, groups, judge)
     advantages = segment_advantages(table, groups, config.advantages)
     objectives = objectives_of(config, policy.writes)
     train_step(state.policies, objectives, state.optimizers, groups, advantages, small, 0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()
-    guard.score(state.policies.average, state.policies.reference)
+    guard.score(state.policies)
     guard_seconds = time.perf_counter() - started
     looks = config.steps // config.guard.every + 2
-    kept = trained_weights(policy_module(state.policies.live)).values()
-    weights = sum(tensor.numel() * 4 for tensor in kept)
+    weights = sum(tensor.numel() * 4 for tensor in state.policies.weights[POLICY].values())
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
     return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)

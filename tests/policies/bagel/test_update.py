@@ -16,7 +16,8 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.methods import objectives_of
 from lvrpo.training.microbatches import split
-from lvrpo.training.objective import KINDS, GroupAdvantages, Policies, recorded_passes
+from lvrpo.training.objective import KINDS, GroupAdvantages, recorded_passes
+from lvrpo.training.policies import Policies
 from lvrpo.types import Group, Image, Prompt
 
 GUIDED: dict[str, Any] = {
@@ -53,13 +54,11 @@ def sampled(policy: BagelPolicy, config: TrainConfig) -> list[Group]:
 
 @pytest.fixture
 def policies(saved: Path) -> Policies:
-    live = BagelPolicy.load(saved)
-    frozen = live.frozen()
-    return Policies(live, frozen, frozen, frozen)
+    return Policies(BagelPolicy.load(saved))
 
 
 def gradient(policies: Policies, groups: list[Group], config: TrainConfig) -> torch.Tensor:
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, BagelPolicy)
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(len(groups), -1)
     config.limits.apply(live)
@@ -74,7 +73,7 @@ def test_limits_move_the_gradient_by_rounding_alone(method: str, policies: Polic
     tree: dict[str, Any] = METHODS[method] | {"device": "cpu"}
     tree["rollout"] = {"group_size": 4, "max_new_tokens": 4} | tree.get("rollout", {})
     config = TrainConfig.model_validate(tree)
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, BagelPolicy)
     groups = sampled(live, config)
     assert len({t.image.shape for group in groups for t in group.trajectories if t.image is not None}) == 2
@@ -90,7 +89,7 @@ def test_limits_move_the_gradient_by_rounding_alone(method: str, policies: Polic
 def test_what_is_replayed_together(policies: Policies) -> None:
     tree = GUIDED | {"device": "cpu", "text": {"weight": 0.0}}
     config = TrainConfig.model_validate(tree | {"rollout": GUIDED["rollout"] | {"group_size": 4}})
-    live = policies.live
+    live = policies.policy
     assert isinstance(live, BagelPolicy)
     groups = [group for group in sampled(live, config) if group.prompt.task == "edit"]
     (objective,) = objectives_of(config, ("text", "flow"))

@@ -92,7 +92,7 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     with trainer.run, ComputeCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
         before = counter.now
-        trainer.guard.score(trainer.state.policies.average)
+        trainer.guard.score(trainer.state.policies)
         look = counter.now - before
         prompts = prompts_of_step(trainer.source, config, 0)
         control_rollout(trainer.state.policies, prompts, config, 0)

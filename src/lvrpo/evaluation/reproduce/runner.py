@@ -15,7 +15,7 @@ from lvrpo.evaluation.reproduce.plan import Experiment, Job, list_jobs
 from lvrpo.evaluation.reproduce.recipes import Recipes, code_version
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import FINAL, load_policy
+from lvrpo.policies.loading import FINAL, START, load_policy
 from lvrpo.reading import is_there, read_json_object
 from lvrpo.report.evidence import TUNING, Summary
 from lvrpo.storing import write_whole
@@ -23,7 +23,7 @@ from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.health import assess
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
-from lvrpo.training.run_directory import START, environment, json_text
+from lvrpo.training.run_directory import environment, json_text
 from lvrpo.training.trainer import Trainer
 
 MEMBER = "member.json"

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
+from lvrpo import distributed
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.reading import read_json_object
@@ -238,7 +239,8 @@ def save_adapter(policy: MoTPolicy, folder: Path) -> None:
     write_tensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
     settings = copy.deepcopy(policy.peft_config[NAME])
     settings.base_model_name_or_path = adapter.base
-    settings.target_modules = {policy.stored_name(name) for name in adapter.config.targets(without_adapter(policy))}
+    with distributed.without_adapter(policy):
+        settings.target_modules = {policy.stored_name(name) for name in adapter.config.targets(policy)}
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
 

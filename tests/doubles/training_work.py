@@ -1,0 +1,183 @@
+"""What the processes of ``tests/training/test_ranks.py`` and ``test_offload.py`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from distributed_work import full
+from gradients_only import differentiate
+from torch import nn
+
+from lvrpo import distributed as d
+from lvrpo.errors import InputError, LvrpoError
+from lvrpo.evaluation.data_parallel import evaluated
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import load_policy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.table import RewardConfig, RewardSource
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import sample_own, score_own
+from lvrpo.training.methods import objectives_of
+from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages
+from lvrpo.training.policies import Policies
+from lvrpo.training.state import TrainState
+from lvrpo.training.trainer import train_step
+from lvrpo.types import Group, Prompt
+
+ROLLOUT = {"group_size": 4, "num_steps": 3, "max_new_tokens": 4}
+
+
+def config_of(tree: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.model_validate({"rollout": ROLLOUT, "device": "cpu"} | tree)
+
+
+def lively(folder: Path) -> Any:
+    """A saved policy without layers of zeros."""
+    policy = cast(Any, load_policy(folder))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+def moved(policies: Policies) -> Policies:
+    """The policy, a little away from the reference."""
+    with torch.no_grad():
+        for parameter in policies.weights.parameters.values():
+            d.local(parameter.detach()).add_(0.01)
+    return policies
+
+
+def advantages_of(groups: Sequence[Group]) -> Advantages:
+    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups))))
+
+
+def sampled(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig) -> list[Group]:
+    with policies.use("policy") as policy:
+        return sample_own(policy, prompts, config.sampling(0), list(range(len(prompts))))
+
+
+def gradients(folder: Path, prompts: Sequence[Prompt], tree: dict[str, Any]) -> dict[str, Any]:
+    """The gradients of a training step, the texts of the groups that this rank has, and what was logged."""
+    config = config_of(tree)
+    policies = moved(Policies(lively(folder), offload=config.offload))
+    groups = sampled(policies, prompts, config)
+    metrics = differentiate(policies, groups, advantages_of(groups), config).means()
+    return {
+        "texts": [[t.text for t in group.trajectories] for group in groups],
+        "metrics": metrics,
+        "gradients": {n: full(cast(Any, p.grad)) for n, p in policies.weights.parameters.items() if p.grad is not None},
+    }
+
+
+def fail(folder: Path, prompts: Sequence[Prompt], where: str, broken: int, error: Exception) -> str:
+    """What each rank raises where one of them fails."""
+
+    def failing(*_: object, **__: object) -> Any:
+        raise error
+
+    def zeros(groups: Sequence[Group], judge: object) -> Scores:
+        return Scores(torch.zeros(len(groups), len(groups[0])))
+
+    own = d.rank() == broken
+    policies, config = Policies(lively(folder)), config_of({})
+    if own and where in ("sample", "velocity"):
+        setattr(policies.policy, where, failing)
+    try:
+        groups = sampled(policies, prompts, config)
+        reward: Any = SimpleNamespace(applies=lambda prompt: True, score=failing if own else zeros)
+        source = RewardSource(RewardConfig(name="fails", on_failure="stop"), reward)
+        if where == "reward":
+            with policies.use("judge") as judge:
+                score_own([source], groups, judge)
+        differentiate(policies, groups, advantages_of(groups), config)
+    except LvrpoError as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a policy answers, in the order of the questions."""
+    side = answering.image_size or 16
+    image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
+    texts = ["red", "blue", "two circle", "one", "red circle"]
+    pictures = [(text,) for text in texts], [image] * 5, 2, list(range(5))
+    logprobs = [
+        answering.text_logprob([(image, "what is it")] * 5, texts),
+        answering.image_logprob(*pictures),
+        answering.image_logprob(*pictures, times=(0.2, 0.6)),
+        *answering.reading_states(("red circle",), 1),
+    ]
+    groups = answering.sample(prompts, Sampling(2, max_new_tokens=3, num_steps=3), list(range(len(prompts))))
+    assert all(group.prompt is prompt for group, prompt in zip(groups, prompts, strict=True))
+    return {
+        "size": answering.image_size,
+        "identity": judge_identity(answering),
+        "logprobs": logprobs,
+        "groups": [[(t.member, t.seed, t.text, t.image) for t in group.trajectories] for group in groups],
+    }
+
+
+def evaluate(folder: Path, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The averaged policy and the reference, asked in turn."""
+    policies = moved(Policies(lively(folder)))
+    with torch.no_grad():
+        policies.weights.lerp("ema", 0.5)
+    averaged, reference = evaluated(policies, "ema"), evaluated(policies, "reference")
+    return [asked(averaged, prompts), asked(reference, prompts), asked(averaged, prompts)]
+
+
+def steps(folder: Path, prompts: Sequence[Prompt], tree: dict[str, Any]) -> dict[str, Any]:
+    """Two steps of a run's state: metrics, and all of its weights and moments."""
+    config = config_of(tree)
+    state = TrainState.start(lively(folder), config)
+    objectives = objectives_of(config, state.policies.policy.writes)
+    found = []
+    for step in range(2):
+        groups = sampled(state.policies, prompts, config)
+        args = state.policies, objectives, state.optimizers, groups, advantages_of(groups), config, step
+        found.append(train_step(*args).means())
+        state.policies.weights.lerp("ema", 0.5)
+    return {"metrics": found, "tensors": {name: full(tensor) for name, tensor in state._tensors().items()}}
+
+
+def bad_gradient(folder: Path) -> dict[str, Any]:
+    """A number that is none in the gradient of one rank."""
+    state = TrainState.start(lively(folder), config_of({}))
+    with d.whole_weights(state.policies.module, reduce=True):
+        for name, parameter in state.policies.module.named_parameters():
+            parameter.grad = torch.full_like(parameter, 1 / d.world_size())
+            if d.rank() == d.world_size() - 1 and name.endswith("layers.0.reading.q_proj.weight"):
+                parameter.grad[0, 0] = torch.nan
+    norms = state.optimizers[0].step(0)
+    sizes = {expert: sum(p.numel() for p in own) for expert, own in state.policies.policy.parameter_groups().items()}
+    return {"norms": norms, "sizes": sizes, "moved": state.policies.weights.moved_from("reference")}
+
+
+def farther(folder: Path) -> dict[str, torch.Tensor]:
+    """How far the extrapolated weights are from where all began."""
+    policies = Policies(lively(folder), offload=True)
+    begun = {name: full(tensor) for name, tensor in policies.weights["reference"].items()}
+    with torch.no_grad():
+        for parameter in policies.weights.parameters.values():
+            d.local(parameter.detach()).add_(2.0**-20)
+    with policies.use_farther() as policy:
+        module = cast(nn.Module, policy)
+        return {name: p.detach() - begun[name] for name, p in module.named_parameters() if p.requires_grad}
+
+
+def write_state(folder: Path, at: Path, prompts: Sequence[Prompt], tree: dict[str, Any]) -> str:
+    """A checkpoint after a step; what goes wrong."""
+    state = TrainState.start(lively(folder), config_of(tree))
+    try:
+        state.write(at)
+    except InputError as error:
+        return str(error)
+    return ""
