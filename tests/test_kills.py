@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lvrpo.training.run_directory import METRICS, START, SUMMARY
+from lvrpo.policies.loading import START
+from lvrpo.training.run_directory import METRICS, SUMMARY
 
 CHECKPOINT_EVERY = 2
 LONGEST = 600

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from stored import stored
 
 from lvrpo.cli import main
+from lvrpo.distributed import save_sharded
 from lvrpo.training.checkpoint import load_state, save_state, seal_checkpoint
 from lvrpo.training.run_directory import RunDirectory
 
@@ -178,7 +180,7 @@ def test_a_start_that_fails_leaves_nothing(train: Callable[..., int], capfd: pyt
 def test_a_reward_that_meddles_changes_nothing(train: Callable[..., int]) -> None:
     assert train("Level", "steps=2", out="one", label="r") == 0
     assert train("Meddles", "steps=2", out="two", label="r") == 0
-    weights = [load_state(Path(run, "checkpoints/step_000002/state"))["policies"]["live"] for run in ("one", "two")]
+    weights = [stored(Path(run, "checkpoints/step_000002"), "policy") for run in ("one", "two")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -212,15 +214,29 @@ def spoil_state(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     checkpoint = run / "checkpoints/step_000002"
     tree = load_state(checkpoint / "state")
     change(tree)
-    for file in (checkpoint / "state").iterdir():
-        file.unlink()
     save_state(checkpoint / "state", tree)
     (checkpoint / "checkpoint.json").unlink()
     seal_checkpoint(checkpoint)
 
 
-def nan_weight(tree: dict[str, Any]) -> None:
-    next(iter(tree["policies"]["live"].values())).view(-1)[0] = float("nan")
+def spoil_tensors(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of the last checkpoint and seals it again."""
+    checkpoint = run / "checkpoints/step_000002"
+    tensors = stored(checkpoint)
+    change(tensors)
+    shutil.rmtree(checkpoint / "state/tensors")
+    (checkpoint / "state/tensors").mkdir()
+    save_sharded(checkpoint / "state/tensors", tensors)
+    seal_checkpoint(checkpoint)
+
+
+def nan_weight(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+
+
+def without_policy(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("policy/")]:
+        del tensors[name]
 
 
 SHAPES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -271,14 +287,18 @@ SHAPES: dict[str, tuple[Callable[[Path], object], str]] = {
         "state.json: guard=[1]: input should be",
     ),
     "state: no weights": (
-        lambda r: spoil_state(r, lambda t: t.update(policies={})),
-        "state.json: is not as a run writes it (KeyError: 'live'): use another checkpoint",
+        lambda r: spoil_tensors(r, without_policy),
+        "state/tensors: the checkpoint lacks policy/",
     ),
-    "state: optimizers of another shape": (
-        lambda r: spoil_state(r, lambda t: t.update(optimizers=[1, 2])),
-        "state.json: is not as a run writes it (TypeError",
+    "state: moments of another shape": (
+        lambda r: spoil_state(r, lambda t: t.update(moments=[1])),
+        "state.json: is not as a run writes it (AttributeError",
     ),
-    "state: weights of nan": (lambda r: spoil_state(r, nan_weight), "holds nan (1 of"),
+    "state: weights of nan": (lambda r: spoil_tensors(r, nan_weight), "holds a number that is not finite"),
+    "state: of before": (
+        lambda r: (shutil.rmtree(r / "checkpoints/step_000002/state/tensors"), spoil_state(r, lambda t: t)),
+        "state/tensors: holds no tensors",
+    ),
     "seal: a list": (
         lambda r: (r / "checkpoints/step_000002/checkpoint.json").write_text("[1]"),
         "checkpoint.json: truncated or not a seal",

@@ -139,8 +139,9 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
     assert here.stays["offloaded"] == 7 * trained
     assert bare.stays["offloaded"] == 6 * trained
     assert here.stays["weights"] == weights
-    assert here.stays["moments"] == here.stays["frozen and averaged weights"] == here.gradients == 0
-    assert here.passes["summing gradients"] > trained
+    assert here.stays["moments"] == here.stays["frozen and averaged weights"] == 0
+    assert here.gradients == trained  # all of a step's, before they are summed
+    assert 0 < here.passes["replay: summing gradients"] < trained
     config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW[1:], "device=auto", *options])
     card = memory_needed(config, torch.device("cuda"))
     assert card is not None
@@ -221,6 +222,19 @@ def described(tmp_path: Path) -> Path:
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / "described")
     return tmp_path / "described"
+
+
+def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None:
+    policy = load_policy(described.with_name("whole"))
+    assert isinstance(policy, MoTPolicy)
+    numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    found = needed(
+        described.with_name("whole"), ASKED, "offload=true", "optimizer.kind=adamw", "precision={compute: bfloat16}"
+    )
+    assert found.gradients == 0
+    assert found.passes["replay: summing gradients"] > 2 * numbers
+    # live, its gradients, average, old, two moments; the reference as it was loaded
+    assert found.stays["offloaded"] == (6 * 4 + 2) * numbers
 
 
 def test_json_files_tell_what_the_weights_tell(described: Path) -> None:

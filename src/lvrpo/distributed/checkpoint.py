@@ -48,6 +48,11 @@ class Saving:
     def __init__(self, folder: Path, future: Future[Any]) -> None:
         self.folder, self.future = folder, future
 
+    @property
+    def done(self) -> bool:
+        """Whether this rank has written its part, or failed to."""
+        return self.future.done()
+
     def wait(self) -> None:
         """Until all ranks have written; called by all. Raises as ``save_sharded`` does."""
         with relay_errors(), _checkpoint_errors(self.folder, "written"):
@@ -86,6 +91,8 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
     Raises InputError for a folder without tensors, or with rows missing.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: holds no tensors: use another checkpoint")
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # safetensors, json and the file system each raise their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -64,7 +65,11 @@ def load_policy(
 
 def _is_divided(folder: Path) -> bool:
     """Whether a folder is the checkpoint of a run whose weights were divided among processes."""
-    return (folder / "state" / TENSORS).is_dir() and not (folder / "config.json").exists() and not has_adapter(folder)
+    return (
+        (folder / "state" / TENSORS).is_dir()
+        and not os.path.lexists(folder / "config.json")
+        and not has_adapter(folder)
+    )
 
 
 def _load_divided(folder: Path, device: str, dtype: str | None, base: str | Path | None) -> Policy:

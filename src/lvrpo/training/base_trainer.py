@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from lvrpo.distributed import gather, is_main, on_main, relay_errors
+from lvrpo.distributed import Saving, gather, is_main, on_main, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START
@@ -19,7 +19,8 @@ from lvrpo.reading import is_there
 from lvrpo.training.checkpoint import (
     atomic_folder,
     checkpoint_step,
-    checkpoint_writer,
+    file_seals,
+    files_to_seal,
     latest_checkpoint,
     prune_checkpoints,
     seal_checkpoint,
@@ -46,8 +47,8 @@ class TrainerState(Protocol):
         """The steps whose checkpoints are kept, whatever comes after them."""
         ...
 
-    def write(self, folder: Path) -> None:
-        """Writes the policy to use in the folder, and everything else below it."""
+    def write(self, folder: Path) -> Saving | None:
+        """Writes the policy to use in the folder, and everything else below it; what is still being written of it."""
         ...
 
     def load(self, checkpoint: Path) -> None:
@@ -79,6 +80,7 @@ class BaseTrainer(ABC, Generic[C, S]):
     run: RunDirectory
     state: S
     _interrupted = False
+    _pending: PendingCheckpoint | None = None
 
     @abstractmethod
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
@@ -125,26 +127,41 @@ class BaseTrainer(ABC, Generic[C, S]):
             raise
         except Exception as error:
             with suppress(Exception):  # the first error is the one to tell
+                self.settle()
                 if step and not run.checkpoint_dir(step).is_dir():
                     self.save()
+                    self.settle()
             if step and isinstance(error, LvrpoError) and run.checkpoint_dir(step).is_dir():
                 went_on = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
                 raise type(error)(went_on) from error
             raise
 
     def save(self) -> Path:
-        """Writes checkpoints/step_NNNNNN: the policy to use in Hub layout, and the state beside it."""
+        """Writes checkpoints/step_NNNNNN: the state, and the policy to use in Hub layout.
+
+        Of several processes it is there once ``settle`` was called.
+        """
+        self.settle()
         path = self.run.checkpoint_dir(self.state.step)
-        with collective_checkpoint(path) as folder:
-            self.state.write(folder)
+        self._pending = PendingCheckpoint(path, self.state)
+        if world_size() == 1:
+            self.settle()
         return path
+
+    def settle(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.finish()
+            self._prune()
 
     def save_if_due(self, last: bool) -> None:
         """Saves where the configuration wants it, at the last step and at the best ones."""
         state = self.state
         if state.step % self.config.checkpoint_every == 0 or last or state.step in state.best_steps:
             self.save()
-            self._prune()
+        if last:
+            self.settle()
 
     def _prune(self) -> None:
         keep = self.state.best_steps
@@ -152,12 +169,17 @@ class BaseTrainer(ABC, Generic[C, S]):
 
     def finish(self, step: int) -> None:
         """Says which step's weights are the result."""
+        self.settle()
         found = {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step}
         on_main(lambda: self.run.write_json(FINAL, found))
 
     def asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
-        """Whether any rank was asked to stop; the same on all."""
-        self._interrupted = any(gather(bool(interrupted())))
+        """Whether any rank was asked to stop; the same on all. A checkpoint that all have written is finished."""
+        written = self._pending is not None and self._pending.written
+        found = gather((bool(interrupted()), written))
+        if all(done for _, done in found):
+            self.settle()
+        self._interrupted = any(asked for asked, _ in found)
         return self._interrupted
 
     def require_uninterrupted(self, command: str | None = None) -> None:
@@ -172,19 +194,46 @@ class BaseTrainer(ABC, Generic[C, S]):
             )
 
 
-@contextmanager
-def collective_checkpoint(path: Path) -> Iterator[Path]:
-    """A checkpoint's folder while it is written by all ranks; rank 0 seals it and gives it its name at the end."""
-    writer = checkpoint_writer(path)
-    folder = on_main(writer.__enter__)
-    try:
-        with relay_errors():
-            yield folder
-    except BaseException:
-        if is_main():
-            writer.__exit__(*sys.exc_info())
-        raise
-    on_main(lambda: writer.__exit__(None, None, None))
+class PendingCheckpoint:
+    """A checkpoint that all ranks write, also while they go on; called by all.
+
+    Its folder has a temporary name until ``finish``, so what fails or is killed before leaves the last one the last.
+    """
+
+    def __init__(self, path: Path, state: TrainerState) -> None:
+        self._writer = atomic_folder(path, replace=True)
+        self.folder = on_main(self._writer.__enter__)
+        with self._removed_if_it_fails():
+            self._saving = state.write(self.folder)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part."""
+        return self._saving is None or self._saving.done
+
+    def finish(self) -> None:
+        """Waits for all ranks, seals the folder and gives it its name.
+
+        Every rank hashes its share of the files: one alone would take minutes for those of a large model.
+        """
+        with self._removed_if_it_fails():
+            if self._saving is not None:
+                self._saving.wait()
+            with relay_errors():
+                own = file_seals(self.folder, split_between_ranks(files_to_seal(self.folder)))
+            seals = {name: seal for part in gather(own) for name, seal in part.items()}
+            on_main(lambda: seal_checkpoint(self.folder, seals))
+        on_main(lambda: self._writer.__exit__(None, None, None))
+
+    @contextmanager
+    def _removed_if_it_fails(self) -> Iterator[None]:
+        try:
+            with relay_errors():
+                yield
+        except BaseException:
+            if is_main():
+                self._writer.__exit__(*sys.exc_info())
+            raise
 
 
 def keep_start(run: RunDirectory, policy: Policy) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -302,24 +302,28 @@ def _free_bytes(path: Path) -> int:
 # --- checkpoints of a run ---
 
 
-def seal_checkpoint(folder: Path) -> None:
-    """Writes ``checkpoint.json``: size and sha256 of every file of the folder.
+def files_to_seal(folder: Path) -> list[str]:
+    """Paths of all files of a checkpoint, relative to it."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in files if name != SEAL)
 
-    A folder below that was sealed by itself counts with its seal alone.
-    """
-    sealed = [seal.parent for seal in folder.rglob(SEAL) if seal.parent != folder]
-    files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and file != folder / SEAL
-        and (file.name == SEAL or not any(inner in file.parents for inner in sealed))
-    }
+
+def file_seals(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of files. Any: numbers and text."""
+    return {n: {"bytes": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
+
+
+def seal_checkpoint(folder: Path, seals: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Writes ``checkpoint.json``: size and sha256 of every file of the folder, or the given ones of all of them."""
+    files = file_seals(folder, files_to_seal(folder)) if seals is None else dict(sorted(seals.items()))
     (folder / SEAL).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Raises InputError unless every file of the folder is as it was sealed; inner seals are for their readers."""
+def verify_checkpoint(folder: Path, share: Callable[[list[str]], list[str]] = list) -> None:
+    """Raises InputError unless every file of the folder is as it was sealed.
+
+    ``share``: of the files, those to read; of the others it is enough that they are there.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint: give a folder that a training run saved")
     if not (folder / SEAL).is_file():
@@ -330,13 +334,14 @@ def verify_checkpoint(folder: Path) -> None:
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{folder / SEAL}: truncated or not a seal: use another checkpoint") from None
+        read = set(share(list(expected)))
         for name, (size, sha256) in expected.items():
             file = folder / name
             if not file.is_file():
                 raise InputError(f"{file}: is missing from the checkpoint: use another one")
             if file.stat().st_size != size:
                 raise InputError(f"{file}: has {file.stat().st_size} of {size} bytes: use another checkpoint")
-            if file_sha256(file) != sha256:
+            if name in read and file_sha256(file) != sha256:
                 raise InputError(f"{file}: was changed after it was saved: use another checkpoint")
 
 

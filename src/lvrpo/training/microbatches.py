@@ -139,8 +139,9 @@ def with_frozen_terms(
     One set of weights after the other, for all microbatches: a device holds one at a time.
     """
     of = by_kind(objectives)
-    of_ranks: list[list[SegmentKind]] = gather([batch.kind for batch in batches])
-    kinds = {kind for part in of_ranks for kind in part}
+    kinds: set[SegmentKind] = set()
+    for own in gather({batch.kind for batch in batches}):
+        kinds |= own
     asked = {name for kind in kinds for name in of[kind].compared_with}
     found: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
     for name in FROZEN:

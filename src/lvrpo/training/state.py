@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lvrpo.distributed import POLICY, load_sharded, on_main, relay_errors, save_sharded, stored_tensors
+from lvrpo.distributed import (
+    POLICY,
+    Saving,
+    load_sharded,
+    on_main,
+    relay_errors,
+    save_sharded_async,
+    split_between_ranks,
+    stored_tensors,
+)
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import TENSORS
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
@@ -94,27 +103,28 @@ class TrainState:
         """The steps whose checkpoints are kept, whatever comes after them."""
         return {self.guard.best_step, *([] if self.turn is None else [self.turn.best_step])}
 
-    def write(self, folder: Path) -> None:
-        """Writes the state and the averaged policy in Hub layout beside it.
+    def write(self, folder: Path) -> Saving:
+        """Writes the state and the averaged policy in Hub layout beside it; arrays go on being written.
 
         Only weights that are divided among ranks and no adapter are not written once more: ``load_policy`` reads them
         from the state.
         """
         state = folder / STATE
         on_main(lambda: (state / TENSORS).mkdir(parents=True))
-        tensors, counts = self._tensors(), self._counts()
-        save_sharded(state / TENSORS, tensors)
-        on_main(lambda: save_state(state, {**self._tree(), "counts": counts}))
+        tensors, moments = self._tensors(), self._other_moments()
+        saving = save_sharded_async(state / TENSORS, tensors)
+        on_main(lambda: save_state(state, {**self._tree(), "moments": moments}))
         policies = self.policies
         if not policies.sharded or "reference" in policies.weights.switched_off:
             with policies.use("ema") as policy:
                 on_main(lambda: policy.save(folder))
+        return saving
 
     def load(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint; raises InputError if it is damaged."""
         where = str(checkpoint / STATE / "state.json")
         with relay_errors():
-            verify_checkpoint(checkpoint)
+            verify_checkpoint(checkpoint, split_between_ranks)
             tree = load_state(checkpoint / STATE)
             typed(tree, StateRecord, where, ANOTHER)
         with shaped(where, ANOTHER):
@@ -122,7 +132,7 @@ class TrainState:
 
     def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
         folder = checkpoint / STATE / TENSORS
-        self._begin_moments(stored_tensors(folder), tree["counts"])
+        self._begin_moments(stored_tensors(folder), tree["moments"])
         load_sharded(folder, self._tensors(), finite=True)
         self.step = tree["step"]
         self.seconds = tree["seconds"]
@@ -136,7 +146,7 @@ class TrainState:
     def load_average(self, checkpoint: Path) -> None:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
         with relay_errors():
-            verify_checkpoint(checkpoint)
+            verify_checkpoint(checkpoint, split_between_ranks)
         load_sharded(checkpoint / STATE / TENSORS, self._weights("ema"), finite=True)
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
@@ -144,33 +154,41 @@ class TrainState:
         return {f"{name}/{key}": tensor for key, tensor in self.policies.weights[name].items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of a checkpoint, each sharded as it is kept: sets of weights that move, and moments."""
+        """The tensors of a checkpoint, each sharded as it is kept: sets of weights that move, and moments."""
         found = self._weights(POLICY)
         for name in self.policies.weights.sets:
             if name != "reference":
                 found |= self._weights(name)
         for i, optimizer in enumerate(self.optimizers):
             for name, moments in optimizer.moments().items():
-                found |= {f"optimizer_{i}/{name}/{key}": t for key, t in moments.items() if _is_array(t)}
+                size = self.policies.weights.parameters[name].shape
+                found |= {f"optimizer_{i}/{name}/{key}": t for key, t in moments.items() if _shape(t) == size}
         return found
 
-    def _counts(self) -> list[dict[str, dict[str, Any]]]:
-        """What optimizers remember beside arrays, by parameter: Adam's count of steps."""
+    def _other_moments(self) -> list[dict[str, dict[str, Any]]]:
+        """What optimizers remember beside them, by parameter: Adam's count of steps, scales of moments in 8 bits."""
         return [
-            {name: {key: t for key, t in own.items() if not _is_array(t)} for name, own in optimizer.moments().items()}
+            {
+                name: {key: t for key, t in own.items() if _shape(t) != self.policies.weights.parameters[name].shape}
+                for name, own in optimizer.moments().items()
+            }
             for optimizer in self.optimizers
         ]
 
-    def _begin_moments(self, stored: Mapping[str, TensorStorageMetadata], counts: Sequence[dict[str, Any]]) -> None:
-        """Room for the moments of a checkpoint, where they are read in place."""
-        for i, (optimizer, own) in enumerate(zip(self.optimizers, counts, strict=True)):
-            moments: dict[str, dict[str, Any]] = {name: dict(values) for name, values in own.items()}
-            parameters = dict(optimizer.named)
+    def _begin_moments(self, stored: Mapping[str, TensorStorageMetadata], others: Sequence[dict[str, Any]]) -> None:
+        """The other moments of a checkpoint, and room for its tensors, which are read in place."""
+        parameters = self.policies.weights.parameters
+        for i, (optimizer, kept) in enumerate(zip(self.optimizers, others, strict=True)):
+            moments: dict[str, dict[str, Any]] = {}
+            for name, own in kept.items():
+                device = parameters[name].device  # Adam's count of steps stays on the host
+                moments[name] = {key: t.to(device) if len(_shape(t) or ()) else t for key, t in own.items()}
             for path, entry in stored.items():
                 place, _, rest = path.partition("/")
-                if place == f"optimizer_{i}":
-                    name, _, key = rest.rpartition("/")
-                    moments.setdefault(name, {})[key] = _room(parameters.get(name), entry)
+                name, _, key = rest.rpartition("/")
+                if place == f"optimizer_{i}" and name in parameters:
+                    room = torch.zeros_like(parameters[name], dtype=entry.properties.dtype)
+                    moments.setdefault(name, {})[key] = room.detach()
             optimizer.set_moments(moments)
 
     def _tree(self) -> dict[str, Any]:
@@ -187,13 +205,5 @@ class TrainState:
         return tree
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
-
-
-def _room(parameter: torch.Tensor | None, entry: TensorStorageMetadata) -> torch.Tensor:
-    """For a moment: like its parameter, but where it has a shape of its own."""
-    if parameter is not None and entry.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=entry.properties.dtype).detach()
-    device = None if parameter is None else parameter.device
-    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
+def _shape(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, torch.Tensor) else None

@@ -212,6 +212,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 if state.turn is not None:
                     state.turn.add(state.step, groups, table, right)
                 if looks:
+                    self.settle()  # it may be rolled back to
                     report = self.guard.look(policies, state.guard, state.step)
                     stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
             stop = self.asked_to_stop(interrupted)
