@@ -87,13 +87,6 @@ class _Exchange:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(dim=0))
 
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        tensor.copy_(self.exchange(tensor.clone())[src])
-
-    def reduce(self, tensor: torch.Tensor, dst: int) -> None:
-        found = torch.stack(self.exchange(tensor.clone())).sum(dim=0)
-        tensor.copy_(found) if self.rank() == dst else tensor.fill_(torch.nan)
-
 
 class _Peers:
     """Those of a rank, which is the thread's own."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from distributed_work import full
 from gradients_only import differentiate
 from torch import nn
@@ -181,3 +182,32 @@ def write_state(folder: Path, at: Path, prompts: Sequence[Prompt], tree: dict[st
     except InputError as error:
         return str(error)
     return ""
+
+
+def communicated(folder: Path, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Bytes that FSDP and Muon send in a step, over those of the trained weights."""
+    config, sent = config_of({}), dict[str, int]()
+
+    def counted(kind: str, *names: str, of_input: bool = False) -> None:
+        for name in names:  # torch has renamed some
+            plain = getattr(dist, name, None)
+            if plain is None:
+                continue
+
+            def count(*args: Any, plain: Callable[..., Any] = plain, **named: Any) -> Any:
+                tensors = [value for value in (*args, *named.values()) if isinstance(value, torch.Tensor)]
+                sent[kind] = sent.get(kind, 0) + tensors[1 if of_input else 0].nbytes
+                return plain(*args, **named)
+
+            setattr(dist, name, count)
+
+    counted("gathered", "all_gather_single", "all_gather_into_tensor")
+    counted("scattered", "reduce_scatter_single", "reduce_scatter_tensor", of_input=True)
+    counted("exchanged", "all_to_all_single")
+    state = TrainState.start(lively(folder), config)
+    groups = sampled(state.policies, prompts, config)
+    sent.clear()
+    objectives = objectives_of(config, state.policies.policy.writes)
+    train_step(state.policies, objectives, state.optimizers, groups, advantages_of(groups), config, 0)
+    whole = 4 * sum(p.numel() for p in state.policies.weights.parameters.values())
+    return {name: size / whole for name, size in sent.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
+from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Prompt
 
 pytest.importorskip("peft")
@@ -51,14 +52,17 @@ def test_a_fresh_adapter_changes_nothing_and_its_base_never_changes(
     before = scores(plain, prompts)
     add_adapter(policy, config, "base")
     assert torch.equal(scores(policy, prompts), before)
-    reference, old = policy.frozen(), policy.twin()
+    frozen, policies = policy.frozen(), Policies(policy)
     train(policy)
-    assert not torch.equal(scores(policy, prompts), before)
-    assert torch.equal(scores(reference, prompts), before)
-    assert torch.equal(scores(old, prompts), before)
-    now = policy.twin()
+    trained = scores(policy, prompts)
+    assert not torch.equal(trained, before)
+    policies.weights.copy("ema", "policy")
     train(policy)
-    assert not torch.equal(scores(now, prompts), scores(policy, prompts))
+    assert torch.equal(scores(frozen, prompts), before)
+    for name, expected in {"reference": before, "old": before, "ema": trained}.items():
+        with policies.use(cast(SetName, name)) as used:
+            assert torch.equal(scores(used, prompts), expected)
+    assert not torch.equal(scores(policy, prompts), trained)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=["lora", "dora"])
@@ -67,13 +71,14 @@ def test_the_base_is_stored_once(config: AdapterConfig, new_policy: Callable[...
     places = {tensor.data_ptr() for tensor in policy.state_dict().values()}
     own = sum(tensor.numel() for tensor in policy.state_dict().values())
     add_adapter(policy, config, "base")
-    everyone = [policy, policy.twin(), policy.twin(), policy.frozen()]
+    everyone = [policy, policy.frozen()]
     adapter = [p for p in policy.parameters() if p.requires_grad]
+    assert all(len(kept) == len(adapter) for kept in Policies(policy).weights.sets.values())
     for other in everyone:
         shared = {tensor.data_ptr() for name, tensor in other.state_dict().items() if not is_adapter(name)}
         assert shared == places
     storages = {t.untyped_storage().data_ptr(): t.numel() for one in everyone for t in one.state_dict().values()}
-    assert sum(storages.values()) == own + 3 * sum(p.numel() for p in adapter)
+    assert sum(storages.values()) == own + sum(p.numel() for p in adapter)
     assert not any(p.requires_grad for one in everyone[1:] for p in one.parameters())
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
         name for name, _ in policy.named_parameters() if is_adapter(name)

@@ -130,6 +130,15 @@ def test_the_gradients_of_all_ranks_are_those_of_one(
             assert torch.equal(own["gradients"][name], found[0]["gradients"][name])
 
 
+def test_a_training_step_sends_what_it_has_to(lively_base: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """Three sets of weights are gathered (old, reference, policy), gradients are scattered once."""
+    for sent in in_processes(tmp_path, 2, work.communicated, lively_base, prompts):
+        print(sent)
+        assert 3 <= sent["gathered"] <= 3 * 1.2
+        assert 1 <= sent["scattered"] <= 1.2
+        assert sent["exchanged"] <= 1.2  # there and back, of matrices, a half of each
+
+
 @pytest.mark.parametrize("error", [InputError("too long: shorten it"), RuntimeError("out of memory")])
 @pytest.mark.parametrize(("where", "broken"), [("sample", 1), ("velocity", 0), ("velocity", 1), ("reward", 1)])
 def test_what_fails_in_one_rank_is_raised_in_all(

@@ -71,7 +71,7 @@ def run(options: Options) -> None:
         rank_samples(options)
         return
     sources = chosen(REWARDS, options.also or [])
-    judge = load_policy(options.judge, options.device).twin()
+    judge = load_policy(options.judge, options.device)
     console = wide_console()
     cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
     audit = audit_judge(
@@ -98,7 +98,7 @@ def rank_samples(options: Options) -> None:
     from lvrpo.training.run_directory import json_text
 
     sources = chosen((YARDSTICK, *REWARDS), options.also or [])
-    judge, model = (load_policy(name, options.device).twin() for name in (options.judge, options.samples))
+    judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
     size, n, seed = side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
     groups = sample_groups(

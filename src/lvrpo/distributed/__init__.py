@@ -6,8 +6,6 @@ It knows PyTorch modules and no policy, loss or configuration. Every process cal
 
 from lvrpo.distributed.checkpoint import Saving, load_sharded, save_sharded, save_sharded_async, stored_tensors
 from lvrpo.distributed.collectives import (
-    broadcast,
-    communicating,
     device,
     gather,
     gather_with_tensors,
@@ -16,7 +14,6 @@ from lvrpo.distributed.collectives import (
     on_main,
     process_group,
     rank,
-    reduce,
     relay_errors,
     reports,
     split_between_ranks,
@@ -30,10 +27,8 @@ from lvrpo.distributed.sharding import (
     gradient_norms,
     is_sharded,
     local,
-    map_matrices_,
     reduce_gradients,
     shard,
-    transformer_layers,
     whole_weights,
 )
 from lvrpo.distributed.weights import POLICY, WeightSets, without_adapter
@@ -43,8 +38,6 @@ __all__ = [
     "Saving",
     "ShardedMuon",
     "WeightSets",
-    "broadcast",
-    "communicating",
     "device",
     "gather",
     "gather_with_tensors",
@@ -54,11 +47,9 @@ __all__ = [
     "load_sharded",
     "local",
     "lost_process",
-    "map_matrices_",
     "on_main",
     "process_group",
     "rank",
-    "reduce",
     "reduce_gradients",
     "relay_errors",
     "reports",
@@ -70,7 +61,6 @@ __all__ = [
     "stop",
     "stored_tensors",
     "sum_over_ranks",
-    "transformer_layers",
     "whole_weights",
     "without_adapter",
     "world_size",

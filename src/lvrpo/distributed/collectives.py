@@ -185,22 +185,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-    """The tensor of one rank on all, in place and returned."""
-    if _group is not None:
-        with communicating():
-            dist.broadcast(tensor, src=source)
-    return tensor
-
-
-def reduce(tensor: torch.Tensor, owner: int) -> torch.Tensor:
-    """The sum of a tensor over the ranks on one of them, in place and returned; what the others hold is lost."""
-    if _group is not None:
-        with communicating():
-            dist.reduce(tensor, dst=owner)
-    return tensor
-
-
 def split_between_ranks(items: Sequence[T]) -> list[T]:
     """This rank's share of items that all ranks have: every ``world_size``-th one; none where there are too few."""
     return list(items[rank() :: world_size()])

@@ -225,10 +225,6 @@ class Policy(Protocol):
         """A copy that no update reaches: the reference, and the judge; with an adapter, the base without it."""
         ...
 
-    def twin(self) -> Self:
-        """A frozen copy of the present weights, adapter included: what an average starts from."""
-        ...
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """What log-probs are computed in: it tells how exact a replay is."""

@@ -67,10 +67,6 @@ class PolicyDefaults(nn.Module, ABC):
         """A copy that no update reaches."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
-    def twin(self) -> Self:
-        """As ``frozen``."""
-        return self.frozen()
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """That of the first parameter."""

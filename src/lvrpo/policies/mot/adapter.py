@@ -186,18 +186,13 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def twin(policy: P) -> P:
-    """The same policy with an adapter of its own, which begins as a copy; the base's tensors are shared, not copied."""
+def without_adapter(policy: P) -> P:
+    """The base as a plain policy, its tensors shared with the adapted one."""
     shared: dict[int, Any] = {}  # Any: what copy.deepcopy takes as its memo
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if not is_adapter(name):
             shared[id(tensor)] = tensor
-    return copy.deepcopy(policy, shared)
-
-
-def without_adapter(policy: P) -> P:
-    """The base as a plain policy, its tensors shared with the adapted one."""
-    plain = twin(policy)
+    plain = copy.deepcopy(policy, shared)
     for name, layer in _layers(plain).items():
         plain.set_submodule(name, layer.base_layer)
     plain.adapter = None

@@ -396,14 +396,6 @@ class MoTPolicy(nn.Module, ABC):
         plain.requires_grad_(False)
         return plain.eval()
 
-    def twin(self) -> Self:
-        """A frozen copy of the present weights; with an adapter, the base's tensors are shared."""
-        if self.adapter is None:
-            return self.frozen()
-        twin = adapter.twin(self)
-        twin.requires_grad_(False)
-        return twin.eval()
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by expert; tokens and positions that both experts read are shared."""
         groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
