@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,13 +31,19 @@ OPTIONS = (
     "device=cpu",
 )
 """Of a small run of several steps, in which everything comes once."""
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lvrpo")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ONE_MACHINE = ("--standalone", "--nproc-per-node", "2")
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, agent: Sequence[str] = ONE_MACHINE) -> subprocess.Popen[str]:
+    """``torchrun`` with options of its own and ``lvrpo`` with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*TORCHRUN, *map(str, arguments)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*TORCHRUN, *agent, "-m", "lvrpo", *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
     assert rows(Path("halved")) == shared
     again = weights(Path("halved"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in both_weights.items())
+
+
+def test_two_machines_share_a_run(small_base: Path) -> None:
+    """Two agents that meet over the loopback, each with a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = (
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+    )
+    options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "steps=1", "--no-evaluate", "--out", "run")
+    agents = [start(*options, agent=meeting) for _ in range(2)]
+    printed = [finish(agent) for agent in agents]
+    assert sum("the policy: run" in output for output in printed) == 1
+    assert len(list(Path("run/checkpoints/step_000001/state/tensors").iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class Agreement:
 
     The frozen reading side weighs the different answers a_k that the group gave to question q about picture x; a_k has
     exp(mean log-prob per token) of the votes. What is learned is to say what the frozen model finds most likely,
-    whatever has become of the live one: greedy answers stay and sampled ones follow them.
+    whatever has become of the policy: greedy answers stay and sampled ones follow them.
 
     Two guards hold off the known collapse of agreement, in which every question gets one answer. A group whose first
     answer has as many votes as the second, or less than ``least`` of all, has no majority and is masked. And where the

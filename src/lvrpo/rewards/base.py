@@ -45,5 +45,5 @@ class Reward(Protocol):
         ...
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        """Scores every member; ``judge`` is a frozen policy, never the live one."""
+        """Scores every member; ``judge`` is a frozen policy, never the one that is trained."""
         ...

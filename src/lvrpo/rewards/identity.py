@@ -19,9 +19,9 @@ _stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
 
 @contextmanager
 def standing_in(identity: str) -> Iterator[None]:
-    """Every policy passes for the named judge: to ask what the live weights would have scored in its place.
+    """Every policy passes for the named judge: to ask what the trained weights would have scored in its place.
 
-    Questions that the judge wrote (``rewards.questions``) are then asked of the live weights too.
+    Questions that the judge wrote (``rewards.questions``) are then asked of the trained weights too.
     """
     token = _stand_in.set(identity)
     try:

@@ -40,8 +40,8 @@ class BestText(TextObjective):
     def size(self, members: Sequence[Member]) -> int:
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        grid = token_grid(live, batch.trajectories, self.kind)
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        grid = token_grid(policy, batch.trajectories, self.kind)
         loss = reduce_tokens(-grid.logprobs, grid.mask)
         return LossOutput(loss, {f"loss/{self.kind}/{batch.task}": loss})
 
@@ -64,9 +64,9 @@ class BestDrawing(FlowObjective):
     def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
         return add_noise(policy, batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        noised = self._noised(live, batch)
-        v = noised.velocity(live)
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        noised = self._noised(policy, batch)
+        v = noised.velocity(policy)
         loss = noised.flow_loss(v).mean()
         metrics = {f"loss/flow/{batch.task}": loss}
         if self.config.kl_coef:

@@ -46,8 +46,8 @@ class TextDPO(TextObjective):
     def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return whole_logprobs(policy, batch.trajectories, self.kind)
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        logprobs, ref = whole_logprobs(live, batch.trajectories, self.kind), batch.frozen["reference"]
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        logprobs, ref = whole_logprobs(policy, batch.trajectories, self.kind), batch.frozen["reference"]
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
         return averaged(batch, self.kind, result)
 
@@ -74,8 +74,8 @@ class FlowDPO(FlowObjective):
         noised = add_noise(policy, batch, self.config, "dpo", seeds)
         return noised.flow_loss(noised.velocity(policy))
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        losses, ref = self._by_pair(self._losses(live, batch)), self._by_pair(batch.frozen["reference"])
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        losses, ref = self._by_pair(self._losses(policy, batch)), self._by_pair(batch.frozen["reference"])
         return averaged(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -170,9 +170,9 @@ class FreshNoiseObjective(ContrastObjective):
         seeds = [trajectory.seed for trajectory in batch.trajectories]
         return add_noise(policy, batch, self.config, self.purpose, seeds)
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        config, noised = self.config, self._noised(live, batch)
-        v, v_old = noised.velocity(live), batch.frozen["old"][0]
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        config, noised = self.config, self._noised(policy, batch)
+        v, v_old = noised.velocity(policy), batch.frozen["old"][0]
         loss, metrics = self._policy_loss(noised, v, v_old, batch)
         metrics[f"loss/flow/{batch.task}"] = loss.mean()
         metrics["distance/old"] = velocity_regularizer(v.detach(), v_old).mean()
@@ -181,7 +181,7 @@ class FreshNoiseObjective(ContrastObjective):
             metrics[f"kl/flow/{batch.task}"] = divergence.mean()
             loss = loss + config.kl_coef * divergence
         if config.unguided_kl_coef:
-            divergence = velocity_regularizer(noised.unguided(live), batch.frozen["reference"][-1])
+            divergence = velocity_regularizer(noised.unguided(policy), batch.frozen["reference"][-1])
             metrics[f"kl/flow_unguided/{batch.task}"] = divergence.mean()
             loss = loss + config.unguided_kl_coef * divergence
         return LossOutput(loss.mean(), metrics)
@@ -248,10 +248,10 @@ class FlowGRPO(ContrastObjective):
         steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
         return torch.stack([recorded_velocity(policy, batch.trajectories, w) for w in steps], dim=1)
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
         config = self.config
         segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
-        replayed = replay(live, batch.trajectories)
+        replayed = replay(policy, batch.trajectories)
         surrogate = self._surrogate(batch, segments, replayed)
         terms = surrogate.loss_terms
         if config.step_weighting == "level":
@@ -263,7 +263,7 @@ class FlowGRPO(ContrastObjective):
             "clip_fraction/flow": surrogate.clipped.float().mean(),
         }
         if config.kl_coef:
-            divergence = self._divergence(live, batch, replayed)
+            divergence = self._divergence(policy, batch, replayed)
             metrics[f"kl/flow/{batch.task}"] = divergence
             loss = loss + config.kl_coef * divergence
         return LossOutput(loss, metrics)
@@ -283,13 +283,13 @@ class FlowGRPO(ContrastObjective):
         drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
         return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
 
-    def _divergence(self, live: Policy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
+    def _divergence(self, policy: Policy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
         ref = batch.frozen["reference"]
         if self.config.kl == "gaussian":
             reduction = flow_segment(batch.trajectories[0]).logprob_reduction
             return step_kl(replayed.means, ref, replayed.stds, reduction).mean()
         at_steps = [
-            velocity_regularizer(recorded_velocity(live, batch.trajectories, w), ref[:, w]).mean()
+            velocity_regularizer(recorded_velocity(policy, batch.trajectories, w), ref[:, w]).mean()
             for w in range(ref.shape[1])
         ]
         return torch.stack(at_steps).mean()

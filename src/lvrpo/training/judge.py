@@ -1,4 +1,4 @@
-"""The judge of a run: frozen weights that score outputs, how they may be renewed, and how far the live ones are."""
+"""The judge of a run: frozen weights that score outputs, how they may be renewed, and how far the policy is."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 
 class JudgeConfig(Config):
-    """Who scores outputs: never the live policy."""
+    """Who scores outputs: never the policy that is trained."""
 
     kind: Literal["reference", "average"] = "reference"
-    """reference: the weights that the run began with; average: a slow moving average of the live weights."""
+    """reference: the weights that the run began with; average: a slow moving average of the trained weights."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the slow average, per step."""
     refresh_every: int | None = Field(default=None, ge=1)
@@ -35,7 +35,7 @@ class JudgeConfig(Config):
     ask of it (``HeldOut``): by the evaluated average (kind reference) or by the slow average (kind average). None: a
     reference stays what it is, and a slow average judges while it moves, unguarded."""
     drift_every: int | None = Field(default=None, ge=0)
-    """Every so many steps the live policy scores the outputs of the step too, for the rewards that ask the judge, and
+    """Every so many steps the policy scores the outputs of the step too, for the rewards that ask the judge, and
     what it says otherwise is logged. None: at every look of the guard; 0: never."""
 
     @model_validator(mode="after")
@@ -247,7 +247,7 @@ def judge_drift(
 ) -> dict[str, float]:
     """What the policy would have scored otherwise than the judge on the very same outputs.
 
-    Per task and reward: ``judge_drift/TASK/REWARD``, the mean of live minus judge, and ``judge_agreement/TASK/REWARD``,
+    Per task and reward: ``judge_drift/TASK/REWARD``, the mean of policy minus judge, ``judge_agreement/TASK/REWARD``,
     their correlation inside groups. Rewards that do not ask the judge are not scored again, and those that score alike
     under both are left out.
     """

@@ -224,8 +224,9 @@ class _Estimator:
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
         old = asks_for_old(config, self.policy.writes)
-        copies = (1 + old) * gradients if config.adapter is not None else (2 + old) * gradients
-        kept, on_card = self._divided(old) if self.divided else 0, self.device != "cpu"
+        copies = (1 + old + (config.adapter is None)) * gradients
+        by_task = gradients * (len(tasks) + 1) if mixed else 0
+        kept, on_card = self._divided(old) + by_task if self.divided else 0, self.device != "cpu"
         host = kept if config.offload else 0
         steps = 2 * sum(self._recorded_steps(prompt) * group_size for prompt in prompts)
         if self.divided:
@@ -262,7 +263,7 @@ class _Estimator:
             "the judge's own weights": 0 if self.divided else gradients * self._judges(),
             "moments": 0 if self.divided else self._moments(),
             "this process's share": 0 if config.offload else kept // world_size(),
-            "gradients by task": gradients * (len(tasks) + 1) if mixed else 0,
+            "gradients by task": 0 if self.divided else by_task,
             "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts)
             + (0 if on_card else steps),
             "offloaded": 0 if on_card else host,

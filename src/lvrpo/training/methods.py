@@ -50,5 +50,5 @@ def objectives_of(config: TrainConfig, writes: Sequence[SegmentKind]) -> list[Ob
 
 
 def asks_for_old(config: TrainConfig, writes: Sequence[SegmentKind]) -> bool:
-    """Whether an objective samples with the short average of the live weights."""
+    """Whether an objective samples with the short average of the weights."""
     return any(objective.samples_with == "old" for objective in objectives_of(config, writes))

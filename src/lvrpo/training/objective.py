@@ -143,7 +143,7 @@ class Objective(ABC):
     """How the segments of one kind are trained."""
 
     kind: SegmentKind
-    samples_with: ClassVar[Literal["live", "old"]] = "live"
+    samples_with: ClassVar[Literal["policy", "old"]] = "policy"
     """Which weights sample the segments that it trains."""
     off_policy: ClassVar[bool] = False
     """Whether it learns from outputs of other weights as well."""
@@ -176,19 +176,19 @@ class Objective(ABC):
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
-        """The frozen policies that the loss asks, before the live one is."""
+        """The frozen policies that the loss asks, before the trained one is."""
         return ()
 
     def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
-        """What the loss compares the live policy's numbers with, of the policy ``name`` of ``compared_with``.
+        """What the loss compares the policy's numbers with, of the policy ``name`` of ``compared_with``.
 
         Called without grad.
         """
         raise ContractError(f"{type(self).__name__} says compared_with={self.compared_with}, and not what it asks them")
 
     @abstractmethod
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
-        """The mean loss of a microbatch, with a gradient to the live policy, and what there is to log."""
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        """The mean loss of a microbatch, with a gradient to the policy, and what there is to log."""
 
 
 def has_kind(group: Group, kind: SegmentKind) -> bool:

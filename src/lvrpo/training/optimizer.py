@@ -161,9 +161,9 @@ def eight_bit_library() -> Any:
 
 
 @torch.no_grad()
-def average_into(average: nn.Module, live: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * live, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), live.parameters(), strict=True):
+def average_into(average: nn.Module, policy: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * policy, parameter by parameter."""
+    for slow, fast in zip(average.parameters(), policy.parameters(), strict=True):
         if decay == 0:
             slow.copy_(fast)
         else:

@@ -150,7 +150,7 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
 
 
 def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
-    """Groups for all prompts: text from the live policy; drawings from the weights that their objective names."""
+    """Groups for all prompts: text from the policy; drawings from the weights that their objective names."""
     names: tuple[SetName, SetName] = (
         ("policy", "old") if config.rollout.policy == "live" else ("reference", "reference")
     )

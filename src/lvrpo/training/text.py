@@ -57,7 +57,7 @@ class TextConfig(KindConfig):
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     importance_cap: float | None = Field(default=None, gt=0)
-    """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the live policy
+    """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the policy
     gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: they are one."""
     kl_coef: float = Field(default=0.05, ge=0)
     """Of all but dpo and best_of: of the divergence from the reference."""
@@ -121,9 +121,9 @@ class TokenObjective(TextObjective):
     def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B L"]:
         return token_grid(policy, batch.trajectories, self.kind).logprobs
 
-    def loss(self, live: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
         config, kind = self.config, self.kind
-        grid = token_grid(live, batch.trajectories, kind)
+        grid = token_grid(policy, batch.trajectories, kind)
         draws = len(grid.mask) // len(batch.members)
         advantage = batch.advantages().repeat_interleave(draws).to(grid.logprobs.device)[:, None]
         surrogate = TOKEN_OBJECTIVES[config.kind](
