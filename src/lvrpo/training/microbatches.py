@@ -139,10 +139,8 @@ def with_frozen_terms(
     One set of weights after the other, for all microbatches: a device holds one at a time.
     """
     of = by_kind(objectives)
-    kinds: set[SegmentKind] = set()
-    for own in gather({batch.kind for batch in batches}):
-        kinds |= own
-    asked = {name for kind in kinds for name in of[kind].compared_with}
+    own = {name for batch in batches for name in of[batch.kind].compared_with}
+    asked = {name for part in gather(own) for name in part}
     found: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
     for name in FROZEN:
         if name not in asked:
