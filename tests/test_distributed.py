@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import distributed_work as work
 import pytest
@@ -19,6 +19,7 @@ import torch
 from ranks import Ranks
 
 from lvrpo import distributed
+from lvrpo.distributed import peers
 from lvrpo.errors import InputError
 from lvrpo.training.muon import Muon
 
@@ -147,6 +148,27 @@ def test_twenty_kills(tmp_path: Path) -> None:
 @pytest.mark.parametrize("killed", [0, 2])
 def test_a_process_that_stands_still_ends_the_others(tmp_path: Path, killed: int) -> None:
     assert assert_named(tmp_path, 3, killed, "collective", signal.SIGSTOP) < 60
+
+
+def test_a_heartbeat_that_a_slow_store_holds_up_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowStore:
+        def __init__(self) -> None:
+            self.kept: dict[str, str] = {}
+
+        def set(self, key: str, value: str) -> None:
+            time.sleep(0.4 if self.kept else 0)
+            self.kept[key] = value
+
+        def check(self, keys: Sequence[str]) -> bool:
+            return False
+
+    monkeypatch.setattr(peers, "BEAT_S", 0.05)
+    store = SlowStore()
+    heartbeat = peers._Heartbeat(cast(Any, store), 0, 2)
+    time.sleep(0.1)  # it is in the store
+    heartbeat.end()
+    assert not heartbeat._speaking.is_alive()
+    assert store.kept["beat/0"] == "left"
 
 
 def test_ranks_that_never_arrive_are_named(tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
         *answering.reading_states(("red circle",), 1),
     ]
     groups = answering.sample(prompts, Sampling(2, max_new_tokens=3, num_steps=3), list(range(len(prompts))))
+    written = groups[0].trajectories[0]
+    replayed = answering.logprobs([written])[0][0].logprobs.detach()  # with the weights that sampled it
+    torch.testing.assert_close(replayed, written.segments[0].behavior_logprobs, rtol=0, atol=1e-5)
     assert all(group.prompt is prompt for group, prompt in zip(groups, prompts, strict=True))
     return {
         "size": answering.image_size,
@@ -169,7 +172,7 @@ def farther(folder: Path) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for parameter in policies.weights.parameters.values():
             d.local(parameter.detach()).add_(2.0**-20)
-    with policies.use_farther() as policy:
+    with policies.use_extrapolated() as policy:
         module = cast(nn.Module, policy)
         return {name: p.detach() - begun[name] for name, p in module.named_parameters() if p.requires_grad}
 

@@ -114,7 +114,7 @@ def test_a_step_of_the_larger_configurations(name: str, bagel: Path) -> None:
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert {"loss/text/reason", "loss/flow/reason", "loss/flow/generate"} <= set(row)
     policies = alignment.state.policies
-    assert policies.reduces_each
+    assert policies.reduces_per_microbatch
     assert {tensor.dtype for tensor in policies.weights["ema"].values()} == {torch.float32}
     assert {tensor.dtype for tensor in policies.weights["reference"].values()} == {torch.bfloat16}
     with policies.use("ema") as policy:

@@ -101,10 +101,14 @@ class _Heartbeat:
             thread.start()
 
     def end(self) -> None:
-        """This process leaves on purpose: its silence is not its death."""
+        """This process leaves on purpose: its silence is not its death.
+
+        A thread that comes back from the store while the interpreter ends would abort the process ("terminate called
+        without an active exception"), so it is waited for, unless somebody is gone who may have served the store.
+        """
         self._ended.set()
         self._watching.join()
-        self._speaking.join(BEAT_S)
+        self._speaking.join(SILENCE_S if self.gone is None else BEAT_S)
 
     def _exchange(self) -> None:
         """Heartbeats, and looks at the next rank's."""

@@ -12,7 +12,7 @@ from lvrpo.distributed import gather_with_tensors, rank, world_size
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.training.policies import Policies, SetName
-from lvrpo.types import Group, Image, Part, Parts, Prompt
+from lvrpo.types import Group, Image, Parts, Prompt
 
 
 def evaluated(policies: Policies, name: SetName) -> Policy:
@@ -32,8 +32,16 @@ class EvaluatedPolicy:
         self._identity: str | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Any: what does not depend on the weights is the policy's own."""
-        return getattr(self._policies.policy, name)
+        """Any: what is not split between ranks is the policy's own; its methods run with these weights."""
+        found = getattr(self._policies.policy, name)
+        if not callable(found):
+            return found
+
+        def method(*args: Any, **named: Any) -> Any:
+            with self._policies.use(self._name) as policy:
+                return getattr(policy, name)(*args, **named)
+
+        return method
 
     def judge_identity(self) -> str:
         """As ``lvrpo.rewards.identity.judge_identity`` of the policy; weights that do not change are told once."""
@@ -77,11 +85,6 @@ class EvaluatedPolicy:
             len(images),
             lambda policy, own: policy.image_logprob(contexts[own], images[own], draws, seeds[own], *given),
         )
-
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """As ``Policy.reading_states``; each rank by itself."""
-        with self._policies.use(self._name) as policy:
-            return policy.reading_states(parts, layer)
 
     def _by_rows(self, rows: int, ask: Callable[[Policy, slice], torch.Tensor]) -> torch.Tensor:
         """Rows that follow each other stay together, for they share contexts."""

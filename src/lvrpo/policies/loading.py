@@ -47,8 +47,8 @@ def load_policy(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
     folder = policy_folder(model)
-    if _is_divided(folder):
-        return _load_divided(folder, device, dtype, base)
+    if _is_sharded(folder):
+        return _load_sharded_policy(folder, device, dtype, base)
     if has_adapter(folder):
         return _load_adapted(folder, device, dtype, base)
     where = pick_device(device)
@@ -63,7 +63,7 @@ def load_policy(
     return policy
 
 
-def _is_divided(folder: Path) -> bool:
+def _is_sharded(folder: Path) -> bool:
     """Whether a folder is the checkpoint of a run whose weights were divided among processes."""
     return (
         (folder / "state" / TENSORS).is_dir()
@@ -72,7 +72,7 @@ def _is_divided(folder: Path) -> bool:
     )
 
 
-def _load_divided(folder: Path, device: str, dtype: str | None, base: str | Path | None) -> Policy:
+def _load_sharded_policy(folder: Path, device: str, dtype: str | None, base: str | Path | None) -> Policy:
     """The averaged weights of such a checkpoint, in the policy that the run began with."""
     start = folder.parent.parent / START
     if not start.is_dir():
@@ -183,7 +183,7 @@ def picture_side(model: str | Path) -> int | None:
 
 def model_type(folder: Path) -> str:
     """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
-    if _is_divided(folder):
+    if _is_sharded(folder):
         return model_type(folder.parent.parent / START)
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
         return "bagel"

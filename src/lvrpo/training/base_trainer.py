@@ -127,10 +127,10 @@ class BaseTrainer(ABC, Generic[C, S]):
             raise
         except Exception as error:
             with suppress(Exception):  # the first error is the one to tell
-                self.settle()
+                self.wait_for_checkpoint()
                 if step and not run.checkpoint_dir(step).is_dir():
                     self.save()
-                    self.settle()
+                    self.wait_for_checkpoint()
             if step and isinstance(error, LvrpoError) and run.checkpoint_dir(step).is_dir():
                 went_on = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
                 raise type(error)(went_on) from error
@@ -139,16 +139,16 @@ class BaseTrainer(ABC, Generic[C, S]):
     def save(self) -> Path:
         """Writes checkpoints/step_NNNNNN: the state, and the policy to use in Hub layout.
 
-        Of several processes it is there once ``settle`` was called.
+        Of several processes it is there once ``wait_for_checkpoint`` was called.
         """
-        self.settle()
+        self.wait_for_checkpoint()
         path = self.run.checkpoint_dir(self.state.step)
         self._pending = PendingCheckpoint(path, self.state)
         if world_size() == 1:
-            self.settle()
+            self.wait_for_checkpoint()
         return path
 
-    def settle(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Waits for a checkpoint that is being written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -161,7 +161,7 @@ class BaseTrainer(ABC, Generic[C, S]):
         if state.step % self.config.checkpoint_every == 0 or last or state.step in state.best_steps:
             self.save()
         if last:
-            self.settle()
+            self.wait_for_checkpoint()
 
     def _prune(self) -> None:
         keep = self.state.best_steps
@@ -169,7 +169,7 @@ class BaseTrainer(ABC, Generic[C, S]):
 
     def finish(self, step: int) -> None:
         """Says which step's weights are the result."""
-        self.settle()
+        self.wait_for_checkpoint()
         found = {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step}
         on_main(lambda: self.run.write_json(FINAL, found))
 
@@ -178,7 +178,7 @@ class BaseTrainer(ABC, Generic[C, S]):
         written = self._pending is not None and self._pending.written
         found = gather((bool(interrupted()), written))
         if all(done for _, done in found):
-            self.settle()
+            self.wait_for_checkpoint()
         self._interrupted = any(asked for asked, _ in found)
         return self._interrupted
 

@@ -235,7 +235,7 @@ def first_update_checks(
         with policies.use("policy") as policy:
             norm, in_float32 = _gradient_norm(policy, anchor, chosen, kind), policy.compute_dtype == torch.float32
         if not norm and not in_float32:  # a small first step may be none in the precision that is computed in
-            with policies.use_farther() as policy:
+            with policies.use_extrapolated() as policy:
                 norm = _gradient_norm(policy, anchor, chosen, kind)
         detail = "" if norm > 0 else _without_gradient(groups, kind, table, std_floor)
         checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))

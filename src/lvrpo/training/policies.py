@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
 SetName = Literal["policy", "old", "reference", "ema", "judge", "judge_ema"]
-FARTHER_BY = 2.0**14
+EXTRAPOLATION = 2.0**14
 """A step of 1e-7 is then seen in bfloat16."""
 
 
@@ -80,7 +80,7 @@ class Policies:
         self.weights.add_reference("reference", loaded)
         for name in ("ema", *sets):
             self.weights.add(name)
-        self.reduces_each = self.sharded and compute_dtype not in (None, torch.float32)
+        self.reduces_per_microbatch = self.sharded and compute_dtype not in (None, torch.float32)
         """Whether gradients are summed in 16 bits on a rank: then few of them are."""
 
     @property
@@ -102,9 +102,9 @@ class Policies:
             yield self.policy
 
     @contextmanager
-    def use_farther(self) -> Iterator[Policy]:
-        """The policy, ``FARTHER_BY`` times as far from the reference: a step too small for 16 bits is seen."""
-        with self.weights.use_extrapolated("reference", FARTHER_BY), whole_weights(self.module):
+    def use_extrapolated(self) -> Iterator[Policy]:
+        """The policy, ``EXTRAPOLATION`` times as far from the reference: a step too small for 16 bits is seen."""
+        with self.weights.use_extrapolated("reference", EXTRAPOLATION), whole_weights(self.module):
             yield self.policy
 
     def reduce_gradients(self) -> None:

@@ -125,14 +125,15 @@ class TrainState:
         where = str(checkpoint / STATE / "state.json")
         with relay_errors():
             verify_checkpoint(checkpoint, split_between_ranks)
-            tree = load_state(checkpoint / STATE)
+            tree = load_state(checkpoint / STATE, finite=True)
             typed(tree, StateRecord, where, ANOTHER)
         with shaped(where, ANOTHER):
             self._take(tree, checkpoint)
 
     def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
         folder = checkpoint / STATE / TENSORS
-        self._begin_moments(stored_tensors(folder), tree["moments"])
+        with relay_errors():
+            self._begin_moments(stored_tensors(folder), tree["moments"])
         load_sharded(folder, self._tensors(), finite=True)
         self.step = tree["step"]
         self.seconds = tree["seconds"]

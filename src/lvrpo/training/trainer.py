@@ -212,7 +212,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 if state.turn is not None:
                     state.turn.add(state.step, groups, table, right)
                 if looks:
-                    self.settle()  # it may be rolled back to
+                    self.wait_for_checkpoint()  # it may be rolled back to
                     report = self.guard.look(policies, state.guard, state.step)
                     stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
             stop = self.asked_to_stop(interrupted)
@@ -287,7 +287,7 @@ def train_step(
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.mini_updates):
         by_task = TaskGradients(policies.policy) if audited or config.gradient_mixing != "sum" else None
-        each = by_task is not None or policies.reduces_each
+        each = by_task is not None or policies.reduces_per_microbatch
         for (kinds, lr), optimizer in zip(config.phases(writes), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]
             batches = microbatches(policies.policy, trained, part, A, config, step, metrics)
