@@ -33,9 +33,9 @@ from lvrpo.policies.mot import drawing
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, GroupAdvantages
 from lvrpo.training.memory import estimate_policy
-from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, GroupAdvantages
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step

@@ -33,12 +33,17 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.exact_answer import answers_match
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.losses.grpo import GRPOConfig
+from lvrpo.training.losses.nft import NFTConfig
 from lvrpo.training.optimizer import Optimizers, average_into
 from lvrpo.types import TASKS, FlowSegment, Group, Prompt, TextSegment, Trajectory
 
 
 def train(policy: TinyPolicy, config: TrainConfig) -> Iterator[dict[str, float]]:
     """Yields the mean reward per task of every step; `policy` is trained in place."""
+    text, flow = config.text, config.flow
+    assert isinstance(text, GRPOConfig)
+    assert isinstance(flow, NFTConfig)
     old, reference = policy.frozen(), policy.frozen()
     source = ScenePrompts(config.data.scenes, "train", config.seed)
     optimizers = Optimizers(policy, config.optimizer, config.steps)
@@ -64,10 +69,10 @@ def train(policy: TinyPolicy, config: TrainConfig) -> Iterator[dict[str, float]]
             rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
             weight = config.task_weights.get(task, 1.0)
             chosen = [groups[p] for p in rows]
-            text_loss(policy, reference, chosen, advantages[rows], config, weight)
-            drawing_loss(policy, old, reference, chosen, advantages[rows], config, weight, step)
+            text_loss(policy, reference, chosen, advantages[rows], text, weight)
+            drawing_loss(policy, old, reference, chosen, advantages[rows], flow, weight, step)
         optimizers.step(step)
-        decay = old_policy_decay(step, rate=config.flow.old_decay_rate, ceiling=config.flow.old_decay_ceiling)
+        decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
         average_into(old, policy, decay)
         yield mean_rewards(groups, scores, mask)
 
@@ -107,7 +112,7 @@ def text_loss(
     reference: TinyPolicy,
     groups: list[Group],
     advantages: torch.Tensor,
-    config: TrainConfig,
+    config: GRPOConfig,
     weight: float,
 ) -> None:
     """GRPO on the tokens of groups with signal: clipped surrogate plus the k3 divergence from the reference."""
@@ -132,12 +137,12 @@ def text_loss(
         pad(behavior, batch_first=True),
         A,
         mask,
-        clip_low=config.text.clip_low,
-        clip_high=config.text.clip_high,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
     )
-    loss = reduce_tokens(surrogate.loss_terms, mask, config.text.reduction)
-    divergence = reduce_tokens(k3(logprobs, ref_logprobs), mask, config.text.reduction)
-    (weight * config.text.weight * (loss + config.text.kl_coef * divergence)).backward()
+    loss = reduce_tokens(surrogate.loss_terms, mask, config.reduction)
+    divergence = reduce_tokens(k3(logprobs, ref_logprobs), mask, config.reduction)
+    (weight * config.weight * (loss + config.kl_coef * divergence)).backward()
 
 
 def token_logprobs(policy: TinyPolicy, trajectories: list[Trajectory]) -> torch.Tensor:
@@ -157,13 +162,12 @@ def drawing_loss(
     reference: TinyPolicy,
     groups: list[Group],
     advantages: torch.Tensor,
-    config: TrainConfig,
+    config: NFTConfig,
     weight: float,
     step: int,
 ) -> None:
     """DiffusionNFT on the best and worst drawings of every group, at fresh noise levels."""
-    flow = config.flow
-    keep = best_worst_mask(advantages, flow.keep)
+    keep = best_worst_mask(advantages, config.keep)
     advantages = centered_advantages(advantages, keep)
     trained = [
         (group.trajectories[g], float(advantages[p, g]))
@@ -173,24 +177,24 @@ def drawing_loss(
     ]
     if not trained:
         return
-    draws = flow.noise_draws
+    draws = config.noise_draws
     trajectories = [trajectory for trajectory, _ in trained for _ in range(draws)]
     A = torch.tensor([a for _, a in trained]).repeat_interleave(draws)
     x_0 = torch.stack([drawn(trajectory).latent for trajectory in trajectories])  # (B, N, C)
     seeds = [derive_seed(trajectory.seed, "nft", step, k) for trajectory, _ in trained for k in range(draws)]
     noise = normal_noise(seeds, x_0.shape[1:])
     u = (torch.arange(draws).repeat(len(trained)) + uniform_noise(seeds, (1,))[:, 0]) / draws
-    t = shift_time(u, policy.timestep_shift()).clamp(min=flow.min_time)
+    t = shift_time(u, policy.timestep_shift()).clamp(min=config.min_time)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     v = policy.velocity(trajectories, x_t, t)
     with torch.no_grad():
         v_old = old.velocity(trajectories, x_t, t)
         v_ref = reference.velocity(trajectories, x_t, t)
-    q = reward_probability(A, flow.advantage_max)
+    q = reward_probability(A, config.advantage_max)
     loss = nft_loss(
-        v, v_old, v_ref, x_t, t, x_0, q, beta=flow.beta, kl_coef=flow.kl_coef, advantage_max=flow.advantage_max
+        v, v_old, v_ref, x_t, t, x_0, q, beta=config.beta, kl_coef=config.kl_coef, advantage_max=config.advantage_max
     ).loss.mean()
-    (weight * flow.weight * loss).backward()
+    (weight * config.weight * loss).backward()
 
 
 def drawn(trajectory: Trajectory) -> FlowSegment:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from lvrpo.config import (
     MOST,
     Config,
-    KindConfig,
     config_differences,
     config_sha256,
+    default_kind,
     dump_config,
     load_config,
     parse_section,
@@ -28,11 +28,22 @@ class Adam(Config):
     betas: tuple[float, float] = (0.9, 0.99)
 
 
-class Stage(KindConfig):
-    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {"late": {"steps": 5, "share": 0.5}}
-    kind: Literal["early", "late"] = "early"
+class Early(Config):
+    kind: Literal["early"] = "early"
     steps: int = Field(1, ge=1)
     share: float = 0.0
+    only_early: int = 0
+
+
+class Late(Config):
+    hints: ClassVar[Mapping[str, str]] = {"kind=last": "is called late"}
+    kind: Literal["late", "latest"] = "late"
+    steps: int = Field(5, ge=1)
+    share: float = 0.5
+    only_late: bool = False
+
+
+Stage = Annotated[Early | Late, Field(discriminator="kind"), default_kind("early")]
 
 
 class Training(Config):
@@ -165,22 +176,49 @@ def test_a_renamed_key_or_value_of_a_file_gets_its_new_name(tmp_path: Path) -> N
         parse_section(Training, {"mode": "ppo"}, "here")
 
 
-def test_a_kind_has_defaults_of_its_own_and_what_is_given_wins(tmp_path: Path) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text("training: {stages: {share: 0.25}}\n")
-    assert load_config(Root, file).training.stages == Stage(kind="early", steps=1, share=0.25)
+def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {stages: {share: 0.25, only_early: 3}}\n")
+    assert load_config(Root, file).training.stages == Early(share=0.25, only_early=3)
     late = load_config(Root, file, ["training.stages.kind=late"])
-    assert late.training.stages == Stage(kind="late", steps=5, share=0.25)
+    assert late.training.stages == Late(share=0.25)  # what only the other kind has is not inherited
+    assert load_config(Root, file, ["training.stages.only_late=true", "training.stages.kind=latest"]) == load_config(
+        Root, file, ["training.stages={kind: latest, share: 0.25, only_late: true}"]
+    )
+    file.with_name("late.yaml").write_text("extends: run.yaml\ntraining: {stages: {kind: late}}\n")
+    assert load_config(Root, file.with_name("late.yaml")) == late
+    again = load_config(Root, file.with_name("late.yaml"), ["training.stages.kind=early"])
+    assert again.training.stages == Early(share=0.25)
     whole = load_config(Root, file, ["training.stages={kind: late, steps: 1}"])
-    assert whole.training.stages == Stage(kind="late", steps=1, share=0.5)
+    assert whole.training.stages == Late(steps=1)
     file.write_text(dump_config(late))
     assert load_config(Root, file) == late
-    assert load_config(Root, file, ["training.stages.kind=early"]).training.stages == Stage(
-        kind="early", steps=5, share=0.25
-    )
-    assert error_of(Root, None, "training.stages={kind: [late]}") == (
-        "training.stages.kind=[\"late\"]: must be 'early' or 'late'"
-    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{kind: late, only_early: 3}", ".only_early: is of training.stages.kind=early, not of late: leave it out"),
+        ("{only_late: true}", ".only_late: is of training.stages.kind=late or latest, not of early: leave it out"),
+        ("{kind: latr}", ".kind=latr: must be 'early', 'late' or 'latest': did you mean late?"),
+        ("{kind: last}", ".kind=last: is called late"),
+        ("{kind: [late]}", ".kind=[\"late\"]: must be 'early', 'late' or 'latest'"),
+        ("{kind: null}", ".kind=null: must be 'early', 'late' or 'latest'"),
+        ("{kind: 3}", ".kind=3: must be 'early', 'late' or 'latest'"),
+        ("{kind: late, only_lat: 3}", ".only_lat: unknown key: did you mean training.stages.only_late?"),
+        ("{kind: late, steps: '3'}", ".steps='3': must be a whole number"),
+        ("{kind: late, steps: 0}", ".steps=0: must be >= 1"),
+        ("late", "=late: must be a section of 'key: value' lines"),
+    ],
+)
+def test_what_is_not_of_a_kind_is_refused(given: str, message: str) -> None:
+    assert error_of(Root, None, f"training.stages={given}") == f"training.stages{message}"
+
+
+def test_an_inherited_key_that_nobody_has_is_refused_with_any_kind(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {stages: {shaer: 0.25}}\n")
+    assert "stages.shaer: unknown key: did you mean" in error_of(Root, file, "training.stages.kind=late")
 
 
 def test_an_override_into_a_value_names_the_value(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
@@ -45,18 +45,13 @@ class Config(BaseModel):
         return value
 
 
-class KindConfig(Config):
-    """A section whose ``kind`` says what is meant by a field that is not given."""
+def default_kind(kind: str) -> BeforeValidator:
+    """Of a section that is one of several classes, told apart by ``kind``: the one that is meant where it says none."""
 
-    defaults_of: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """By kind, the defaults that are not those of the fields."""
+    def with_kind(given: Any) -> Any:  # Any: whatever a YAML file may hold
+        return {"kind": kind, **given} if isinstance(given, Mapping) else given
 
-    @model_validator(mode="before")
-    @classmethod
-    def _kind_sets_defaults(cls, given: Any) -> Any:
-        """Any: whatever a YAML file may hold."""
-        kind = given.get("kind") if isinstance(given, Mapping) else None
-        return {**cls.defaults_of.get(kind, {}), **given} if isinstance(kind, str) else given
+    return BeforeValidator(with_kind)
 
 
 Natural = Annotated[int, Field(ge=0, le=100_000)]
@@ -71,6 +66,8 @@ Tree = dict[str, Any]  # Any: whatever a YAML file may hold
 Location = tuple[str | int, ...]
 
 
+KIND = "kind"
+"""The key that says which class a section is of."""
 CONSENT = "allow_code"
 """The key by which a user's own file allows code. It counts neither in a run nor in a file that is extended."""
 
@@ -81,14 +78,17 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
-    tree = {} if path is None else read_tree(path)
+    tree = {} if path is None else read_tree(path, cls)
     if not own_file:
         tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
     as_text: set[Location] = set()
-    for override in overrides:
-        keys, text = _split_override(override)
-        _set(tree, keys, _parse_override(override, text))
+    given = [(*_split_override(override), override) for override in overrides]
+    for keys, text, override in sorted(given, key=lambda each: each[0][-1] != KIND):  # kinds first
+        value = _parse_override(override, text)
+        if keys[-1] == KIND:
+            _drop_other_kinds(_section(tree, keys, value), value, _models_at(cls, keys[:-1]))
+        _section(tree, keys, value)[keys[-1]] = value
         raw[keys] = text
     while True:
         config, first = _validated(cls, tree)
@@ -100,7 +100,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         text = raw.get(location, "") if texts else ""
         as_text.add(location)
         if text and not isinstance(first["input"], str):
-            _set(tree, [str(key) for key in location], text)
+            keys = [str(key) for key in location]
+            _section(tree, keys, text)[keys[-1]] = text
             continue
         message = _explain(cls, first, location)
         overridden = any(keys[: len(location)] == location[: len(keys)] for keys in raw)
@@ -176,7 +177,7 @@ def _numbers_in(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[s
 # --- files and overrides ---
 
 
-def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
+def read_tree(path: Path, cls: type[Config], chain: tuple[Path, ...] = ()) -> Tree:
     """The file merged over the files that it extends; ``chain``: those that extend it. Raises InputError."""
     here = Path(os.path.realpath(path))  # Path.resolve fails at links that lead to themselves
     if here in chain:
@@ -190,7 +191,7 @@ def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
         raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
-    return _merged(read_tree(_parent(path, parent), (*chain, here)), tree)
+    return _merged(read_tree(_parent(path, parent), cls, (*chain, here)), tree, [cls])
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -228,12 +229,28 @@ def _beside(tree: Any, folder: Path) -> Any:
     return tree
 
 
-def _merged(base: Tree, over: Tree) -> Tree:
+def _merged(base: Tree, over: Tree, models: Sequence[type[Config]]) -> Tree:
     merged = dict(base)
+    if KIND in over:
+        _drop_other_kinds(merged, over[KIND], models)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value, _models_at_key(models, key))
+        merged[key] = value
     return merged
+
+
+def _drop_other_kinds(section: Tree, kind: Any, models: Sequence[type[Config]]) -> None:
+    """Takes out of a section, which is now of ``kind``, what only other kinds of it have."""
+    known = {name for model in models if kind in _kinds(model) for name in model.model_fields}
+    others = {name for model in models for name in model.model_fields} - known
+    for name in [name for name in section if known and name in others]:
+        del section[name]
+
+
+def _kinds(model: type[Config]) -> tuple[Any, ...]:
+    return get_args(model.model_fields[KIND].annotation) if KIND in model.model_fields else ()
 
 
 def _split_override(override: str) -> tuple[tuple[str, ...], str]:
@@ -251,8 +268,9 @@ def _parse_override(override: str, text: str) -> Any:
         raise InputError(f"{override!r}: the value is not valid YAML: put it in quotes") from None
 
 
-def _set(tree: Tree, keys: Sequence[str], value: Any) -> None:
-    *sections, last = keys
+def _section(tree: Tree, keys: Sequence[str], value: Any) -> Tree:
+    """Where the last key of an override stands; made if it is not there."""
+    *sections, _ = keys
     for depth, key in enumerate(sections):
         if tree.get(key) is None:
             tree[key] = {}
@@ -262,7 +280,7 @@ def _set(tree: Tree, keys: Sequence[str], value: Any) -> None:
                 f"{'.'.join(keys)}={_show(value)}: {where} is {_show(tree[key])}, not a section: set {where}"
             )
         tree = tree[key]
-    tree[last] = value
+    return tree
 
 
 # --- what pydantic finds, and how it is said ---
@@ -280,7 +298,18 @@ def _validated(cls: type[C], tree: Tree) -> tuple[C | None, dict[str, Any]]:
     if not errors or errors[0]["type"] == "value_error":
         errors = [*_conversions(cls, tree), *errors]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0]) if errors else {}
-    return (None if errors else config), dict(first)
+    return (None if errors else config), _of_its_kind(dict(first))
+
+
+def _of_its_kind(error: dict[str, Any]) -> dict[str, Any]:
+    """An unknown kind of a section as pydantic describes an unknown choice."""
+    if error.get("type") != "union_tag_invalid":
+        return error
+    names = error["ctx"]["expected_tags"].split(", ")
+    expected = f"{', '.join(names[:-1])} or {names[-1]}"
+    return {**error, "type": "literal_error", "loc": (*error["loc"], KIND), "input": error["input"][KIND]} | {
+        "ctx": {"expected": expected}
+    }
 
 
 def _conversions(cls: type[Config], tree: Tree) -> list[Any]:
@@ -325,8 +354,6 @@ _RULES = {
     "too_long": "must have at most {max_length} entries",
     "literal_error": "must be {expected}",
     "enum": "must be {expected}",
-    "union_tag_invalid": "must have {discriminator} among {expected_tags}",
-    "union_tag_not_found": "must say which kind it is: set {discriminator}",
 }
 
 
@@ -337,6 +364,10 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
     if hint is not None:
         return f"{dotted}={_show(value)}: {hint}"
     if kind == "extra_forbidden":
+        of_kinds = _kinds_with(cls, location)
+        if of_kinds:
+            section = ".".join(str(key) for key in location[:-1])
+            return f"{dotted}: is of {section}.kind={' or '.join(of_kinds)}, not of {error['loc'][-2]}: leave it out"
         return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
         return f"{dotted}={_show(value)}: must have more entries"
@@ -391,6 +422,12 @@ def _hint(cls: type[Config], location: Location, value: object) -> str | None:
     return None if hint is None else hint.format(section=".".join(sections))
 
 
+def _kinds_with(cls: type[Config], location: Location) -> list[str]:
+    """The kinds of a section that have a key, where it has kinds."""
+    *sections, last = (str(key) for key in location)
+    return [str(kind) for m in _models_at(cls, sections) if last in m.model_fields for kind in _kinds(m)]
+
+
 def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for model in _models_at(cls, sections) for name in model.model_fields))
 
@@ -398,14 +435,16 @@ def _fields_at(cls: type[Config], sections: Sequence[str]) -> list[str]:
 def _models_at(cls: type[Config], sections: Sequence[str]) -> list[type[Config]]:
     models = [cls]
     for section in sections:
-        models = [
-            inner
-            for model in models
-            for inner in (
-                _models_in(model.model_fields[section].annotation) if section in model.model_fields else [model]
-            )
-        ]
+        models = _models_at_key(models, section)
     return models
+
+
+def _models_at_key(models: Sequence[type[Config]], key: str) -> list[type[Config]]:
+    return [
+        inner
+        for model in models
+        for inner in (_models_in(model.model_fields[key].annotation) if key in model.model_fields else [model])
+    ]
 
 
 def _models_in(annotation: Any) -> list[type[Config]]:

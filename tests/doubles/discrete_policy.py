@@ -197,7 +197,7 @@ class DiscretePolicy(nn.Module):
                 temperature,
                 sampling.guidance_scale,
                 decoded(tokens[b]),
-                scoring.guided_logprobs,
+                sampling.guided_logprobs,
             )
 
     # --- replay ---

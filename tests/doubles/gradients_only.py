@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import Advantages, Metrics
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import Advantages, Metrics
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step

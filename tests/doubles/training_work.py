@@ -23,8 +23,8 @@ from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.table import RewardConfig, RewardSource
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import sample_own, score_own
-from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.training.policies import Policies
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step

@@ -15,7 +15,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, GroupAdvantages
+from lvrpo.training.losses.base import KINDS, GroupAdvantages
 from lvrpo.training.policies import Policies
 from lvrpo.types import Group, OutputKind, Prompt
 
@@ -68,8 +68,9 @@ class Bench:
 
     def config(self, **tree: Any) -> TrainConfig:
         """Only the policy terms: the divergences have coefficient 0 unless given."""
-        for section in ("text", "flow"):
-            tree[section] = {"kl_coef": 0.0} | tree.get(section, {})
+        for section, without in (("text", ("dpo", "best_of")), ("flow", ("dpo",))):
+            given = tree.get(section, {})
+            tree[section] = given if given.get("kind") in without else {"kl_coef": 0.0} | given
         if tree["flow"].get("kind") == "flow_grpo":
             tree["rollout"] = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}} | tree.get(
                 "rollout", {}

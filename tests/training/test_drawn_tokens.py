@@ -15,11 +15,11 @@ from gradients_only import differentiate
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.methods import objectives_of
-from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages, Member, Microbatch, recorded_passes
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages, Member, Microbatch, recorded_passes
+from lvrpo.training.losses.tokens import anchored
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
-from lvrpo.training.text import anchored
 from lvrpo.training.trainer import train_step
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -39,8 +39,13 @@ NO_PICTURE = torch.zeros(3, 8, 8)
 def make_config(**tree: Any) -> TrainConfig:
     """Only the policy terms: the divergences have coefficient 0 unless given."""
     for section in ALL:
-        tree[section] = {"kl_coef": 0.0} | tree.get(section, {})
-    return TrainConfig.model_validate({"rollout": {"group_size": 4, "max_new_tokens": 4, "num_steps": 4}} | tree)
+        given = tree.get(section, {})
+        tree[section] = given if given.get("kind") in ("dpo", "best_of") else {"kl_coef": 0.0} | given
+    tree["rollout"] = {"group_size": 4, "max_new_tokens": 4, "num_steps": 4} | tree.get("rollout", {})
+    return TrainConfig.model_validate(tree)
+
+
+MONTE_CARLO = {"masked_likelihood": {"kind": "monte_carlo"}}
 
 
 # --- numbers worked by hand ---
@@ -133,7 +138,7 @@ def test_gspo_takes_every_draw_of_masks_for_a_sequence() -> None:
     }
     for reduction, value in by_reduction.items():
         section = {"kind": "gspo", "clip_low": 0.5, "clip_high": 0.5, "reduction": reduction}
-        assert loss_of(segments, now, [1.0], section | {"likelihood": "monte_carlo"})[0] == pytest.approx(value)
+        assert loss_of(segments, now, [1.0], section)[0] == pytest.approx(value)
 
 
 def test_cispo_along_a_path_leaves_out_what_was_given() -> None:
@@ -148,7 +153,7 @@ def test_dpo_of_masked_drawings_takes_the_estimates_of_whole_log_probs() -> None
     winner, loser = drawn_masked([[-1.0, 0.0]], [[1, 0]]), drawn_masked([[-1.0, -1.0]], [[1, 1]])
     now, ref = [[[-1.0, 0.0]], [[-1.0, -2.0]]], [[[-1.5, 0.0]], [[-1.0, -1.0]]]
     # two tokens times the mean: -2 against -3, and -3 against -2; margin .5 (1 - -1)
-    section = {"kind": "dpo", "dpo_beta": 0.5, "likelihood": "monte_carlo", "draws": 1}
+    section = {"kind": "dpo", "dpo_beta": 0.5}
     loss, metrics = loss_of([winner, loser], now, [1.0, -1.0], section, ref)
     assert loss == pytest.approx(math.log1p(math.exp(-1)))
     assert metrics["preference/masked/generate"] == 1
@@ -218,7 +223,7 @@ class Bench:
             Prompt("r", "reason", ("think draw red",), ("text", "image", "image")),
             Prompt("s", "reason", ("think draw blue",), ("text", "image", "image")),
         ]
-        config = make_config(masked={"likelihood": "monte_carlo"})
+        config = make_config(rollout=MONTE_CARLO)
         self.groups = self.live.sample(prompts, config.sampling(0), [3, 4])
         self.A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0]])
 
@@ -229,7 +234,7 @@ class Bench:
                 p.add_(0.02 * torch.randn(p.shape, generator=generator))
 
     def gradient(self, advantages: Advantages | None = None, **tree: Any) -> torch.Tensor:
-        tree["masked"] = {"likelihood": "monte_carlo"} | tree.get("masked", {})
+        tree["rollout"] = MONTE_CARLO | tree.get("rollout", {})
         A = dict.fromkeys(KINDS, GroupAdvantages.of_all(self.A)) if advantages is None else advantages
         differentiate(self.policies, self.groups, A, make_config(**tree), 0)
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.parameters()]
@@ -278,14 +283,15 @@ def test_a_section_moves_the_gradient_of_its_own_segments_and_no_other(kind: Seg
         found.append(own)
 
 
-@pytest.mark.parametrize("change", [{"draws": 3}, {"schedule": "uniform"}, {"likelihood": "path"}])
+@pytest.mark.parametrize("change", [{"draws": 3}, {"schedule": "uniform"}, {"kind": "path"}])
 def test_the_likelihood_of_masked_drawings_is_a_choice(change: dict[str, Any]) -> None:
     """It decides what is scored, at sampling and at replay; the drawings are the same."""
     policy = DiscretePolicy(("masked",))
     prompts = [Prompt("g", "generate", ("draw red",), ("image",))]
     drawn = []
-    for tree in ({"likelihood": "monte_carlo"}, {"likelihood": "monte_carlo"} | change):
-        (group,) = policy.sample(prompts, make_config(masked=tree).sampling(0), [5])
+    for tree in ({"kind": "monte_carlo"}, {"kind": "monte_carlo"} | change):
+        sampling = make_config(rollout={"masked_likelihood": tree}).sampling(0)
+        (group,) = policy.sample(prompts, sampling, [5])
         drawn.append([t.segments[0] for t in group.trajectories])
     for one, other in zip(*drawn, strict=True):
         assert isinstance(one, MaskedSegment)
@@ -302,8 +308,8 @@ def test_which_part_of_the_guided_logits_is_trained(kind: SegmentKind) -> None:
     A = dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor([[1.0, -0.5, 0.25, -0.75]])))
     found, modes = [], ["joint", "detach_uncond", *(["none"] if kind == "masked" else [])]
     for mode in modes:
-        section = {"guided_logprobs": mode} | ({"likelihood": "monte_carlo"} if kind == "masked" else {})
-        config = make_config(rollout={"group_size": 4, "num_steps": 4, "guidance_scale": 3.0}, **{kind: section})
+        rollout = {"guidance_scale": 3.0, "guided_logprobs": mode} | (MONTE_CARLO if kind == "masked" else {})
+        config = make_config(rollout=rollout)
         groups = policy.sample(prompts, config.sampling(0), [5])
         policies = Policies(policy, ())
         metrics = differentiate(policies, groups, A, config, 0)
@@ -325,7 +331,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
         Prompt(f"r{i}", "reason", (f"think draw {color}",), ("text", "image"))
         for i, color in enumerate(("red", "blue"))
     ]
-    bench.groups = bench.live.sample(prompts, make_config(masked={"likelihood": "monte_carlo"}).sampling(0), [3, 4])
+    bench.groups = bench.live.sample(prompts, make_config(rollout=MONTE_CARLO).sampling(0), [3, 4])
     rows = [RewardConfig(name="drawn"), RewardConfig(name="written")]
     sources = [RewardSource(row, reward) for row, reward in zip(rows, (ShareOfColor(), Says()), strict=True)]
     table = score_groups(sources, bench.groups, bench.start)
@@ -353,7 +359,7 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
 
     def moved(**tree: Any) -> torch.Tensor:
         optimizer = {"kind": "adamw", "warmup_steps": 0}
-        tree["masked"] = {"likelihood": "monte_carlo"} | tree.get("masked", {})
+        tree["rollout"] = MONTE_CARLO | tree.get("rollout", {})
         config = make_config(optimizer=optimizer, **tree)
         phases = config.phases(bench.live.writes)
         assert [phase for phase in phases if "masked" in phase[0]] == [(("text", "masked"), 1.0)]

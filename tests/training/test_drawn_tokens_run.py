@@ -47,7 +47,10 @@ RUNS: dict[str, tuple[SegmentKind, tuple[str, ...]]] = {
     ),
     "masked, by Monte Carlo": (
         "masked",
-        ("masked={likelihood: monte_carlo, draws: 3, kind: gspo}", "rollout={max_new_tokens: 4, num_steps: 4}"),
+        (
+            "masked.kind=gspo",
+            "rollout={max_new_tokens: 4, num_steps: 4, masked_likelihood: {kind: monte_carlo, draws: 3}}",
+        ),
     ),
 }
 
@@ -126,22 +129,37 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
         TOKENS,
         "with text.lr_scale=1.0 and tokens.lr_scale=2.0 kinds of segments",
     ),
-    (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap=2.0: tokens.kind=dpo has no"),
+    (("tokens={importance_cap: 2, kind: dpo}",), TOKENS, "tokens.importance_cap: is of tokens.kind=grpo or gspo"),
     (("tokens.kind=nft",), None, "tokens.kind=nft: trains a flow, and this section is for tokens: set flow.kind"),
     (("masked.kind=clip",), None, "masked.kind=clip: is called grpo"),
     (("tokens.kl=k1",), None, "tokens.kl=k1"),
     (("tokens.clip_low=0",), None, "tokens.clip_low=0: must be > 0"),
-    (("tokens.likelihood=path",), None, "tokens.likelihood: unknown key"),
-    (("masked.draws=4",), None, "draws=4: is of likelihood=monte_carlo: set that, or leave it out"),
-    (("masked.schedule=uniform",), None, "schedule=uniform: is of likelihood=monte_carlo"),
-    (("masked={likelihood: monte_carlo, draws: 0}",), None, "masked.draws=0: must be >= 1"),
-    (("tokens.guided_logprobs=detach_uncond",), None, "has no effect with rollout.guidance_scale=1: leave it out"),
+    (("tokens.likelihood=path",), None, "tokens.likelihood=path: says how masked tokens are scored"),
+    (("masked.draws=4",), None, "masked.draws=4: says how masked tokens are scored: set rollout.masked_likelihood"),
     (
-        ("tokens.guided_logprobs=none", "rollout.guidance_scale=3"),
+        ("rollout.masked_likelihood.schedule=uniform",),
         None,
-        "tokens.guided_logprobs=none: would score another distribution than the guided one that is sampled",
+        "rollout.masked_likelihood.schedule: is of rollout.masked_likelihood.kind=monte_carlo, not of path: leave it",
     ),
-    (("masked.guided_logprobs=none", "rollout.guidance_scale=3"), None, "masked.guided_logprobs=none: would score"),
+    (("rollout.masked_likelihood={kind: monte_carlo, draws: 0}",), None, "masked_likelihood.draws=0: must be >= 1"),
+    (("rollout.masked_likelihood.kind=montecarlo",), None, "did you mean monte_carlo?"),
+    (
+        ("tokens={}", "rollout.guided_logprobs=detach_uncond"),
+        None,
+        "has no effect with rollout.guidance_scale=1: leave it out",
+    ),
+    (
+        ("tokens={}", "rollout.guided_logprobs=none", "rollout.guidance_scale=3"),
+        None,
+        "rollout.guided_logprobs=none: would score another distribution than the guided one that is sampled",
+    ),
+    (
+        ("masked={}", "rollout.guided_logprobs=none", "rollout.guidance_scale=3"),
+        None,
+        "rollout.guided_logprobs=none: would score",
+    ),
+    (("tokens.guided_logprobs=none",), None, "tokens.guided_logprobs=none: is of all policies that draw with tokens"),
+    (("rollout.guided_logprobs=none",), FLOWS, "rollout.guided_logprobs=none: is of tokens and masked"),
 ]
 
 
@@ -183,7 +201,8 @@ def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
 def test_the_sections_survive_the_file_of_a_run() -> None:
     settings = [
         "tokens={lr_scale: 0.5}",
-        "masked={likelihood: monte_carlo}",
+        "masked={}",
+        "rollout.masked_likelihood.kind=monte_carlo",
         "rollout.guidance_scale=2",
         "flow.kind=best_of",
     ]

@@ -8,7 +8,7 @@ import torch
 
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.gradients import TaskGradients
-from lvrpo.training.objective import Metrics
+from lvrpo.training.losses.base import Metrics
 from lvrpo.types import Prompt
 
 ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]] * 2

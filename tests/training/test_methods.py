@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,14 +14,16 @@ from lvrpo.algorithms import gaussian_kl
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
-from lvrpo.training import methods
+from lvrpo.training import losses
 from lvrpo.training.advantages import segment_advantages
-from lvrpo.training.flow import FlowConfig, add_noise
-from lvrpo.training.methods import objectives_of
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, Member, Metrics, Microbatch
+from lvrpo.training.losses.flow import FlowLossConfig, add_noise
+from lvrpo.training.losses.flow_grpo import FlowGRPOConfig, MixGRPOConfig, RecordedStepsConfig
+from lvrpo.training.losses.grpo import DAPOConfig, DrGRPOConfig
+from lvrpo.training.losses.tokens import TokenLossConfig, anchored
 from lvrpo.training.microbatches import minibatches
-from lvrpo.training.objective import KINDS, GroupAdvantages, Member, Metrics, Microbatch
 from lvrpo.training.optimizer import Optimizers
-from lvrpo.training.text import TextConfig, anchored
 from lvrpo.training.trainer import train_step
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
 
@@ -380,7 +382,7 @@ def test_what_a_masked_member_wrote_and_drew_never_matters(
     tree = STEPS[name]
     tree = tree | {"advantages": tree.get("advantages", {}) | {"kind": kind}, "rollout": {"group_size": 6}}
     config = bench.config(**tree)
-    sampler = "flow_sde" if config.flow.recorded else "ode"
+    sampler = "flow_sde" if isinstance(config.flow, RecordedStepsConfig) else "ode"
     spares = bench.sample(prompts, 6, sampler=sampler, temperature=3.0)
     bench.nudge()
     groups = bench.sample(prompts, 6, sampler=sampler)
@@ -488,28 +490,26 @@ def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: li
 
 
 def test_every_kind_has_a_class() -> None:
-    from lvrpo.training.flow import FlowConfig
-    from lvrpo.training.text import TextConfig
-
-    for section, table in ((TextConfig, methods.TEXT_OBJECTIVES), (FlowConfig, methods.FLOW_OBJECTIVES)):
-        assert set(section.model_fields["kind"].annotation.__args__) == set(table)
+    for union, table in ((losses.TokenLoss, losses.TOKEN_LOSSES), (losses.FlowLoss, losses.FLOW_LOSSES)):
+        sections = get_args(get_args(union)[0])
+        assert {kind for s in sections for kind in get_args(s.model_fields["kind"].annotation)} == set(table)
 
 
 # --- kinds by their names ---
 
 
 def test_a_method_has_the_bounds_reduction_and_divergence_of_its_paper() -> None:
-    def of(section: TextConfig | FlowConfig, *names: str) -> list[Any]:
+    def of(section: TokenLossConfig | FlowLossConfig, *names: str) -> list[Any]:
         return [getattr(section, name) for name in names]
 
     token = ("clip_low", "clip_high", "reduction", "kl_coef")
-    assert of(TextConfig(kind="dapo"), *token) == [0.2, 0.28, "token", 0.0]
-    assert of(TextConfig(kind="dr_grpo"), *token) == [0.2, 0.2, "constant", 0.0]
-    assert of(TextConfig(kind="dr_grpo", kl_coef=0.1, reduction="token"), *token) == [0.2, 0.2, "token", 0.1]
+    assert of(DAPOConfig(), *token) == [0.2, 0.28, "token", 0.0]
+    assert of(DrGRPOConfig(), *token) == [0.2, 0.2, "constant", 0.0]
+    assert of(DrGRPOConfig(kl_coef=0.1, reduction="token"), *token) == [0.2, 0.2, "token", 0.1]
     flow = ("clip_low", "clip_high", "step_weighting", "kl", "kl_coef")
-    assert of(FlowConfig(kind="flow_grpo"), *flow) == [1e-4, 1e-4, "equal", "gaussian", 0.004]
-    assert of(FlowConfig(kind="mix_grpo"), *flow) == [1e-4, 1e-4, "equal", "velocity", 0.0]
-    assert of(FlowConfig(kind="dance_grpo", clip_high=1e-3), *flow) == [1e-4, 1e-3, "equal", "velocity", 0.0]
+    assert of(FlowGRPOConfig(), *flow) == [1e-4, 1e-4, "equal", "gaussian", 0.004]
+    assert of(MixGRPOConfig(), *flow) == [1e-4, 1e-4, "equal", "velocity", 0.0]
+    assert of(MixGRPOConfig(kind="dance_grpo", clip_high=1e-3), *flow) == [1e-4, 1e-3, "equal", "velocity", 0.0]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.methods import objectives_of
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, Metrics, Microbatch
 from lvrpo.training.microbatches import microbatches
-from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics, Microbatch
 from lvrpo.types import Group, Prompt
 
 

@@ -11,7 +11,7 @@ import pytest
 from settings import SMALL
 
 from lvrpo.cli import main
-from lvrpo.training.text import TokenObjective
+from lvrpo.training.losses.grpo import GRPO
 
 LONGEST = 80
 """Lines of a function."""
@@ -21,13 +21,13 @@ def test_the_loss_is_four_calls_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_base: Path
 ) -> None:
     stacks: list[list[str]] = []
-    loss = TokenObjective.loss
+    loss = GRPO.loss
 
     def spied(*given: Any) -> Any:
         stacks.append([frame.function for frame in inspect.stack()[1:]])
         return loss(*given)
 
-    monkeypatch.setattr(TokenObjective, "loss", spied)
+    monkeypatch.setattr(GRPO, "loss", spied)
     options = ["train", "quickstart", f"policy={small_base}", *SMALL, "steps=1", "--no-evaluate"]
     assert main([*options, "--out", str(tmp_path / "run")]) == 0
     stack = stacks[0]

@@ -13,9 +13,9 @@ from settings import FLOW_GRPO
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import normal_noise
-from lvrpo.training import objective
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.objective import KINDS, GroupAdvantages, Metrics
+from lvrpo.training.losses import base
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, Metrics
 from lvrpo.training.policies import Policies
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment
 
@@ -25,7 +25,10 @@ SDE = {"sampler": "flow_sde", "num_steps": 4, "window": {"kind": "full"}}
 
 def make_config(text: dict[str, Any] | None = None, flow: dict[str, Any] | None = None, **rest: Any) -> TrainConfig:
     """Only the policy terms: the divergences have coefficient 0 unless given."""
-    tree: dict[str, Any] = {"text": {"kl_coef": 0.0} | (text or {}), "flow": {"kl_coef": 0.0} | (flow or {})} | rest
+    tree: dict[str, Any] = {"text": text or {}, "flow": flow or {}} | rest
+    for section, without in (("text", ("dpo", "best_of")), ("flow", ("dpo",))):
+        if tree[section].get("kind") not in without:
+            tree[section] = {"kl_coef": 0.0} | tree[section]
     if tree["flow"].get("kind") == "flow_grpo":
         tree.setdefault("rollout", SDE)
     return TrainConfig.model_validate(tree)
@@ -309,7 +312,7 @@ def test_micro_batches_do_not_change_gradients(
     A = ALL * 2
     whole = gradients(policies, groups, A, config)
     reported = run_update(policies, groups, A, config, 0).means()
-    monkeypatch.setattr(objective, "MEMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(base, "MEMBERS_AT_ONCE", 1)
     assert distance(whole, gradients(policies, groups, A, config)) < 1e-4
     split = run_update(policies, groups, A, config, 0).means()
     assert split.keys() == reported.keys()

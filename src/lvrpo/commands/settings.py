@@ -59,7 +59,7 @@ def refuse_other_kind(cls: type[Config], name: str, path: Path) -> None:
     others = {kind: words for kind, words in kinds.items() if kind is not cls}
     if cls not in kinds:
         return
-    keys = read_tree(path)
+    keys = read_tree(path, cls)
     for other, (words, command) in others.items():
         foreign = [key for key in keys if key in other.model_fields and key not in cls.model_fields]
         if foreign and not any(key in cls.model_fields and key not in other.model_fields for key in keys):

@@ -32,7 +32,6 @@ from lvrpo.types import (
 class MaskedScoring:
     """How drawings of masked tokens are scored, at sampling and in every replay."""
 
-    guided_logprobs: LogitGuidance = "joint"
     likelihood: Literal["path", "monte_carlo"] = "path"
     draws: int = 1
     """monte_carlo: random masks per drawing."""
@@ -77,7 +76,7 @@ class Sampling:
     choice_temperature: float = 0.0
     """Of the noise in the choice of which masked tokens are fixed in a step; 0: the most confident ones."""
     guided_logprobs: LogitGuidance = "joint"
-    """What of the guided logits of image tokens has a gradient in a replay."""
+    """Of the logits of image tokens, masked or not, that guidance mixes; what of them has a gradient in a replay."""
     masked: MaskedScoring = MaskedScoring()
 
     def __post_init__(self) -> None:

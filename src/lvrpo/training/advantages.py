@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -19,15 +19,15 @@ from lvrpo.algorithms import (
     win_rate,
 )
 from lvrpo.algorithms.advantages import NormalizeChoice
-from lvrpo.config import Config
-from lvrpo.training.objective import KINDS, Advantages, GroupAdvantages
+from lvrpo.config import Config, default_kind
+from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.types import TASKS, Group, OutputKind, RewardTable, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
-class AdvantageConfig(Config):
+class AdvantagesConfig(Config):
     """How a table of rewards becomes the advantages of its trajectories."""
 
     hints: ClassVar[Mapping[str, str]] = {
@@ -35,34 +35,61 @@ class AdvantageConfig(Config):
         "kind=leave_one_out": "is called rloo",
         "kind=dr_grpo": "is kind=grpo with std=none",
     }
-    kind: Literal["gdpo", "grpo", "rloo", "trimmed", "win_rate"] = "gdpo"
-    """gdpo: each reward normalised in its group, then summed (arXiv:2601.05242); grpo: summed, then normalised
-    (arXiv:2402.03300); rloo: the sum against the mean of the others (arXiv:2402.14740); trimmed: the sum against the
-    middle of its group; win_rate: each reward replaced by the share of siblings that the member beats, then as grpo."""
-    std: Literal["population", "sample", "batch", "none"] = "population"
-    """What grpo and win_rate divide by; batch: one for all groups of a task; none: nothing (Dr.GRPO). gdpo
-    takes population or sample."""
-    trim: float = Field(default=0.125, ge=0, lt=0.5)
-    """trimmed: the share of a group that is left out at either end."""
     std_floor: float = Field(default=0.01, ge=0)
     """Groups whose reward spreads less than this carry no signal."""
     clamp: float = Field(default=5.0, gt=0)
     stages: Literal["shared", "per_segment"] = "shared"
     """Where a trajectory thinks, then draws: shared: both segments have the advantage of the whole; per_segment: each
     has that of the rewards that judge it (``rewards.segments``)."""
+
+
+class GDPOConfig(AdvantagesConfig):
+    """Each reward normalised in its group, then summed (arXiv:2601.05242)."""
+
+    kind: Literal["gdpo"] = "gdpo"
+    std: Literal["population", "sample"] = "population"
+
+
+class SummedConfig(AdvantagesConfig):
+    """Of advantages of the weighted sum of the rewards."""
+
     joint: tuple[Task, Task] | None = None
     """The k-th groups of these two tasks share one reward, the sum of both, member by member (CoRL,
     arXiv:2505.17534)."""
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> Self:
-        takes = {"gdpo": ("population", "sample"), "rloo": ("population",), "trimmed": ("population",)}
-        allowed = takes.get(self.kind)
-        if allowed is not None and self.std not in allowed:
-            raise ValueError(f"std={self.std} has no meaning for kind={self.kind}: use {' or '.join(allowed)}")
-        if self.joint is not None and (self.kind == "gdpo" or self.stages == "per_segment"):
-            raise ValueError("joint sums the rewards of whole trajectories: use kind=grpo and stages=shared")
+    def _joint_is_of_whole(self) -> Self:
+        if self.joint is not None and self.stages == "per_segment":
+            raise ValueError("joint sums the rewards of whole trajectories: use stages=shared")
         return self
+
+
+class GRPOAdvantagesConfig(SummedConfig):
+    """grpo: summed, then normalised in the group (arXiv:2402.03300); win_rate: each reward replaced by the share of
+    siblings that the member beats, then as grpo."""
+
+    kind: Literal["grpo", "win_rate"] = "grpo"
+    std: Literal["population", "sample", "batch", "none"] = "population"
+    """What is divided by; batch: one for all groups of a task; none: nothing (Dr.GRPO)."""
+
+
+class RLOOConfig(SummedConfig):
+    """The sum against the mean of the others (arXiv:2402.14740)."""
+
+    kind: Literal["rloo"] = "rloo"
+
+
+class TrimmedConfig(SummedConfig):
+    """The sum against the middle of its group."""
+
+    kind: Literal["trimmed"] = "trimmed"
+    trim: float = Field(default=0.125, ge=0, lt=0.5)
+    """The share of a group that is left out at either end."""
+
+
+AdvantageConfig = Annotated[
+    GDPOConfig | GRPOAdvantagesConfig | RLOOConfig | TrimmedConfig, Field(discriminator="kind"), default_kind("gdpo")
+]
 
 
 def segment_advantages(table: RewardTable, groups: Sequence[Group], config: AdvantageConfig) -> Advantages:
@@ -109,13 +136,12 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
     table, floor, clamp = table.trained(), config.std_floor, config.clamp
     if config.kind == "gdpo":
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
-        std = "sample" if config.std == "sample" else "population"
         values = gdpo_advantages(
             table.scores,
             table.mask,
             table.weights,
             tasks,
-            std=std,
+            std=config.std,
             std_floor=floor,
             clamp=clamp,
             normalize=own_scales(table),
@@ -138,7 +164,7 @@ def _of_sums(
     scores: Float[torch.Tensor, "P G"],
     mask: Bool[torch.Tensor, "P G"],
     tasks: Sequence[Task],
-    config: AdvantageConfig,
+    config: GRPOAdvantagesConfig | RLOOConfig | TrimmedConfig,
     floor: float,
 ) -> Float[torch.Tensor, "P G"]:
     """The advantages of weighted sums of rewards, (P, G)."""

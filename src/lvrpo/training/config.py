@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,17 +15,17 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
 from lvrpo.rewards.table import RewardConfig
-from lvrpo.training.advantages import AdvantageConfig
-from lvrpo.training.drawn_tokens import ImageTokensConfig, MaskedConfig
-from lvrpo.training.flow import FlowConfig
+from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.health import HealthConfig
 from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.methods import FLOW_OBJECTIVES, TEXT_OBJECTIVES
+from lvrpo.training.losses import FLOW_LOSSES, TOKEN_LOSSES, FlowLoss, TokenLoss
+from lvrpo.training.losses.flow import ContrastConfig, FlowLossConfig, FreshNoiseConfig
+from lvrpo.training.losses.grpo import GRPOConfig
+from lvrpo.training.losses.nft import NFTConfig
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
-from lvrpo.training.text import TextConfig
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
@@ -84,7 +83,8 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
     **dict.fromkeys(("image_guidance_scale", "guidance_renorm", "guidance_interval", "logprob_reduction"), ("flow",)),
     "num_steps": ("flow", "masked"),
     "image_temperature": ("tokens", "masked"),
-    "choice_temperature": ("masked",),
+    **dict.fromkeys(("choice_temperature", "masked_likelihood"), ("masked",)),
+    "guided_logprobs": ("tokens", "masked"),
     **dict.fromkeys(("guidance_scale", "image_size"), ("flow", "tokens", "masked")),
 }
 """Which kinds of segments a field of ``rollout`` is about."""
@@ -120,12 +120,12 @@ class TrainConfig(Config):
         ),
         min_length=1,
     )
-    advantages: AdvantageConfig = AdvantageConfig()
-    text: TextConfig = TextConfig()
-    flow: FlowConfig = FlowConfig()
-    tokens: ImageTokensConfig | None = None
+    advantages: AdvantageConfig = GDPOConfig()
+    text: TokenLoss = GRPOConfig()
+    flow: FlowLoss = NFTConfig()
+    tokens: TokenLoss | None = None
     """Of pictures drawn as image tokens; a policy that draws so needs it, and no other takes it."""
-    masked: MaskedConfig | None = None
+    masked: TokenLoss | None = None
     """Of pictures drawn as masked image tokens; likewise."""
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
@@ -155,9 +155,9 @@ class TrainConfig(Config):
         """By reward, the share of its scores that may fail over a run that is well."""
         return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
-    def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TextConfig | FlowConfig]:
+    def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TokenLoss | FlowLoss]:
         """How each kind of segment that a policy writes is trained, in the order of updates."""
-        found: Mapping[SegmentKind, TextConfig | FlowConfig | None] = {
+        found: Mapping[SegmentKind, TokenLoss | FlowLoss | None] = {
             "text": self.text,
             "flow": self.flow,
             "tokens": self.tokens,
@@ -173,15 +173,12 @@ class TrainConfig(Config):
 
     def sampling(self, step: int) -> Sampling:
         """How the groups of a step are sampled, and scored for its update."""
-        sampling = self.rollout.sampling(self.seed, step)
-        if self.tokens is not None:
-            sampling = replace(sampling, guided_logprobs=self.tokens.guided_logprobs)
-        return sampling if self.masked is None else replace(sampling, masked=self.masked.scoring)
+        return self.rollout.sampling(self.seed, step)
 
     def require_fit(self, writes: Sequence[SegmentKind]) -> None:
         """Raises InputError where the sections are not those of a policy that writes these kinds of segments."""
         kinds = ", ".join(writes)
-        for kind, default in (("text", TextConfig()), ("flow", FlowConfig()), ("tokens", None), ("masked", None)):
+        for kind, default in (("text", GRPOConfig()), ("flow", NFTConfig()), ("tokens", None), ("masked", None)):
             if kind not in writes and getattr(self, kind) != default:  # its sections, by name
                 raise InputError(f"{kind}: policy={self.policy} writes no such segments, only {kinds}: leave it out")
             if kind in writes and getattr(self, kind) is None:
@@ -192,8 +189,9 @@ class TrainConfig(Config):
         for name, concerned in ROLLOUT_OF.items():
             value = getattr(self.rollout, name)  # its fields, by name
             if not set(concerned) & set(writes) and value != RolloutConfig.model_fields[name].default:
+                shown = getattr(value, "kind", value)  # of a section its kind
                 raise InputError(
-                    f"rollout.{name}={value}: is of {' and '.join(concerned)}, and policy={self.policy} writes {kinds}:"
+                    f"rollout.{name}={shown}: is of {' and '.join(concerned)}, and policy={self.policy} writes {kinds}:"
                     " leave it out"
                 )
         try:
@@ -225,7 +223,7 @@ class TrainConfig(Config):
             weights = " and ".join(f"{kind}.weight=0" for kind in sections)
             raise ValueError(f"{weights}: nothing would be trained: give one a positive weight")
         for kind, section in trained.items() if self.rollout.policy == "reference" else ():
-            table = FLOW_OBJECTIVES if isinstance(section, FlowConfig) else TEXT_OBJECTIVES
+            table = FLOW_LOSSES if isinstance(section, FlowLossConfig) else TOKEN_LOSSES
             if not table[section.kind].off_policy:
                 raise ValueError(
                     f"rollout.policy=reference: {kind}.kind={section.kind} learns from its own outputs only: use "
@@ -238,28 +236,22 @@ class TrainConfig(Config):
                 f"gradients never meet: give {'both' if len(trained) == 2 else 'all'} one lr_scale, or use "
                 "gradient_mixing=sum"
             )
-        for kind, section in sections.items():
-            if isinstance(section, FlowConfig):
-                self._check_flow()
-            elif section.importance_cap is not None and section.kind in ("dpo", "best_of"):
-                raise ValueError(
-                    f"{kind}.importance_cap={section.importance_cap}: {kind}.kind={section.kind} has no importance "
-                    "weights: leave it out"
-                )
+        if "flow" in sections:
+            self._check_flow()
 
     def _check_drawn_tokens(self) -> None:
-        for name, section in (("tokens", self.tokens), ("masked", self.masked)):
-            if section is None or section.guided_logprobs == "joint":
-                continue
-            mode = f"{name}.guided_logprobs={section.guided_logprobs}"
-            if self.rollout.guidance_scale == 1:
-                raise ValueError(f"{mode}: has no effect with rollout.guidance_scale=1: leave it out")
-            exact = not (isinstance(section, MaskedConfig) and section.likelihood == "monte_carlo")
-            if section.guided_logprobs == "none" and exact:
-                raise ValueError(
-                    f"{mode}: would score another distribution than the guided one that is sampled: use joint or "
-                    "detach_uncond, or set rollout.guidance_scale to 1"
-                )
+        rollout = self.rollout
+        if (self.tokens is None and self.masked is None) or rollout.guided_logprobs == "joint":
+            return
+        mode = f"rollout.guided_logprobs={rollout.guided_logprobs}"
+        if rollout.guidance_scale == 1:
+            raise ValueError(f"{mode}: has no effect with rollout.guidance_scale=1: leave it out")
+        exact = self.masked is None or rollout.masked_likelihood.kind == "path"
+        if rollout.guided_logprobs == "none" and exact:
+            raise ValueError(
+                f"{mode}: would score another distribution than the guided one that is sampled: use joint or "
+                "detach_uncond, or set rollout.guidance_scale to 1"
+            )
 
     def _check_precision(self) -> None:
         precision = self.precision
@@ -295,7 +287,7 @@ class TrainConfig(Config):
             )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
-        joint = self.advantages.joint
+        joint = self.advantages.joint if isinstance(self.advantages, SummedConfig) else None
         paired = set() if joint is None else {counts.get(task, 0) for task in joint}
         if joint is not None and (joint[0] == joint[1] or len(paired) > 1 or paired == {0}):
             raise ValueError(
@@ -394,7 +386,7 @@ class TrainConfig(Config):
         ):
             if flow.kind == kind and not fits:
                 raise ValueError(f"flow.kind={kind} needs {needs}: set that, or extend {kind}.yaml")
-        fresh = flow.kind in ("nft", "awm")
+        fresh = isinstance(flow, FreshNoiseConfig)
         if fresh and rollout.sampler != "ode":
             raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
         plain = rollout.image_guidance_scale == 1 and rollout.guidance_renorm == "none"
@@ -403,16 +395,7 @@ class TrainConfig(Config):
                 f"flow.kind={flow.kind} trains velocities guided by rollout.guidance_scale alone: leave out "
                 "rollout.image_guidance_scale, guidance_renorm and guidance_interval"
             )
-        for name, default in (("reference_guidance", 1), ("unguided_kl_coef", 0)):
-            if not fresh and getattr(flow, name) != default:  # two fields, by name
-                raise ValueError(f"flow.{name}={getattr(flow, name)}: is of flow.kind=nft or awm: leave it out")
-        if flow.reference_guidance != 1 and not flow.kl_coef:
-            raise ValueError(f"flow.reference_guidance={flow.reference_guidance}: no effect with flow.kl_coef=0")
-        if not flow.recorded and flow.kl == "gaussian":
-            raise ValueError(f"flow.kl=gaussian is of recorded steps, and flow.kind={flow.kind} has none: use velocity")
-        if not flow.recorded and flow.ratio == "guard":
-            raise ValueError(f"flow.ratio=guard: flow.kind={flow.kind} has no ratio: use flow.kind=flow_grpo")
-        if flow.kind not in ("dpo", "best_of") and 2 * flow.keep > rollout.group_size:
+        if isinstance(flow, ContrastConfig) and 2 * flow.keep > rollout.group_size:
             raise ValueError(
                 f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
             )

@@ -20,7 +20,7 @@ from lvrpo.algorithms import balance_weights, combine_gradients, cosine_matrix, 
 from lvrpo.config import Config
 from lvrpo.distributed import local, sum_over_ranks
 from lvrpo.policies.base import Policy
-from lvrpo.training.objective import Metrics
+from lvrpo.training.losses.base import Metrics
 from lvrpo.types import TASKS, Task
 
 Mixing = Literal["sum", "pcgrad", "norm_balanced"]

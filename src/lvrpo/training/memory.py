@@ -36,9 +36,13 @@ from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytes
-from lvrpo.training.methods import asks_for_old, objectives_of
+from lvrpo.training.losses import asks_for_old, objectives_of
+from lvrpo.training.losses.base import GroupAdvantages, Member, Objective, flow_segment
+from lvrpo.training.losses.dpo import FlowDPOConfig, TextDPOConfig
+from lvrpo.training.losses.flow import FreshNoiseConfig, NoisingConfig
+from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
+from lvrpo.training.losses.grpo import PolicyGradientConfig
 from lvrpo.training.microbatches import split
-from lvrpo.training.objective import GroupAdvantages, Member, Objective, flow_segment
 from lvrpo.training.policies import shard_dtype, weights_dtype
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
@@ -419,7 +423,8 @@ class _Estimator:
 
     def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
         """As ``token_grid`` of the reference, then of the trained policy."""
-        if self.config.text.kl_coef:
+        text = self.config.text
+        if isinstance(text, TextDPOConfig) or (isinstance(text, PolicyGradientConfig) and text.kl_coef):
             with torch.no_grad():
                 self.policy.logprobs(trajectories, ["text"])
         replayed = self.policy.logprobs(trajectories, ["text"])
@@ -431,27 +436,31 @@ class _Estimator:
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
         """As the losses of drawings: what frozen policies say, then recorded steps, or velocities at fresh times."""
         flow, policy = self.config.flow, self.policy
-        draws = 1 if flow.recorded else flow.noise_draws
+        recorded, fresh = isinstance(flow, RecordedStepsConfig), isinstance(flow, FreshNoiseConfig)
+        by_velocity = not isinstance(flow, RecordedStepsConfig) or flow.kl == "velocity"
+        compared = isinstance(flow, FlowDPOConfig) or bool(flow.kl_coef)
+        draws = flow.noise_draws if isinstance(flow, NoisingConfig) else 1
         repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
         x_t = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
-
-        scale = flow_segment(trajectories[0]).guidance_scale if flow.kind in ("nft", "awm") else 1.0
+        scale = flow_segment(trajectories[0]).guidance_scale if fresh else 1.0
 
         def velocity(guidance_scale: float = scale) -> torch.Tensor:
             return policy.velocity(repeated, x_t, torch.empty(len(x_t)), guidance_scale)
 
         with torch.no_grad():
-            if flow.recorded and flow.kl_coef and flow.kl == "gaussian":
+            if compared and not by_velocity:
                 policy.logprobs(trajectories)
-            frozen = (flow.kind in ("nft", "awm")) + bool(flow.kl_coef or flow.kind == "dpo")
-            others = [velocity() for _ in range(frozen)] if flow.kl == "velocity" else []
-        if flow.recorded:
+            others = [velocity() for _ in range(fresh + compared)] if by_velocity else []
+        if recorded:
             last = [rows[-1] for rows in policy.logprobs(trajectories)]
             terms = [term for row in last for term in (row.logprobs, row.means) if term is not None]
-            if flow.kl_coef and flow.kl == "velocity":
+            if compared and by_velocity:
                 terms += [velocity() for _ in flow_segment(trajectories[0]).trained_steps]
         else:
-            terms = [velocity(), *([velocity(0.0)] if flow.unguided_kl_coef else [])]
+            terms = [
+                velocity(),
+                *([velocity(0.0)] if isinstance(flow, FreshNoiseConfig) and flow.unguided_kl_coef else []),
+            ]
         terms += [(terms[0] - other).square() for other in others if other.shape == terms[0].shape]
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 

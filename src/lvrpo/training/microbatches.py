@@ -13,7 +13,7 @@ from lvrpo.distributed import gather
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.batching import cut
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.objective import (
+from lvrpo.training.losses.base import (
     FROZEN,
     KINDS,
     Advantages,

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import refill_plan, signal_mask
-from lvrpo.config import Config
+from lvrpo.config import Config, default_kind
 from lvrpo.data.sources import PromptSource
 from lvrpo.distributed import relay_errors
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import MaskedScoring, Sampling
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import (
     check_window,
@@ -26,7 +26,7 @@ from lvrpo.sampling import (
 )
 from lvrpo.training.data_parallel import sample_own, score_own, with_rows
 from lvrpo.training.policies import Policies, SetName
-from lvrpo.types import TASKS, Group, Prompt, RewardTable
+from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -42,17 +42,101 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 class WindowConfig(Config):
     """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
 
-    kind: Literal["full", "fast", "sliding", "random", "decaying"] = "fast"
-    """full: all but the last step; fast: a random start in the first half (Flow-GRPO-Fast); sliding, random, decaying:
-    those of MixGRPO (arXiv:2507.21802)."""
-    size: int = Field(default=2, ge=1)
-    iterations_per_stride: int = Field(default=10, ge=1)
-    """sliding: steps of the run between two moves; decaying: between the first two."""
-    decay: float = Field(default=0.1, ge=0)
-    """decaying: how much sooner every next move comes, past the middle of the grid."""
     steps_after: int | None = Field(default=None, ge=1)
     """At most so many steps from the window's end to the picture (MixGRPO-Flash): a window near the end leaves fewer,
     and keeps those of the grid, as None always does."""
+
+
+class FullWindowConfig(WindowConfig):
+    """All but the last step."""
+
+    kind: Literal["full"] = "full"
+
+    def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
+        """Those of a step of the run; ``seed``: of its window."""
+        return full_window(num_steps)
+
+
+class RandomWindowConfig(WindowConfig):
+    """fast: a random start in the first half (Flow-GRPO-Fast); random: anywhere (MixGRPO, arXiv:2507.21802)."""
+
+    kind: Literal["fast", "random"] = "fast"
+    size: int = Field(default=2, ge=1)
+
+    def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
+        """Those of a step of the run; ``seed``: of its window."""
+        return (fast_window if self.kind == "fast" else random_window)(num_steps, self.size, seed)
+
+
+class SlidingWindowConfig(WindowConfig):
+    """MixGRPO's window, which moves to later steps as the run goes on."""
+
+    kind: Literal["sliding"] = "sliding"
+    size: int = Field(default=2, ge=1)
+    iterations_per_stride: int = Field(default=10, ge=1)
+    """Steps of the run between two moves."""
+
+    def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
+        """Those of a step of the run."""
+        return sliding_window(num_steps, self.size, step, iterations_per_stride=self.iterations_per_stride)
+
+
+class DecayingWindowConfig(WindowConfig):
+    """The same, sooner and sooner past the middle of the grid."""
+
+    kind: Literal["decaying"] = "decaying"
+    size: int = Field(default=2, ge=1)
+    iterations_per_stride: int = Field(default=10, ge=1)
+    """Steps of the run between the first two moves."""
+    decay: float = Field(default=0.1, ge=0)
+    """How much sooner every next move comes."""
+
+    def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
+        """Those of a step of the run."""
+        return decaying_window(
+            num_steps,
+            self.size,
+            step,
+            iterations_at_start=self.iterations_per_stride,
+            decay=self.decay,
+            threshold=num_steps // 2,
+        )
+
+
+class PathLikelihood(Config):
+    """The exact log-probs of the steps as they were sampled."""
+
+    kind: Literal["path"] = "path"
+
+    @property
+    def scoring(self) -> MaskedScoring:
+        """What a policy is told of it."""
+        return MaskedScoring()
+
+
+class MonteCarloLikelihood(Config):
+    """Log-probs of random parts given the rest, the same parts for the trained weights and the reference (UniGRPO,
+    arXiv:2505.15809; MaskGRPO, arXiv:2510.02880)."""
+
+    kind: Literal["monte_carlo"] = "monte_carlo"
+    draws: int = Field(default=2, ge=1, le=1000)
+    """Masks per drawing, each a sequence of its own to ``masked.reduction`` and to masked.kind=gspo."""
+    schedule: Literal["cosine", "uniform"] = "cosine"
+    """Of the shares that are masked; cosine: those that the sampler meets; uniform: all alike, with which the estimate
+    bounds the log-prob."""
+
+    @property
+    def scoring(self) -> MaskedScoring:
+        """What a policy is told of it."""
+        return MaskedScoring("monte_carlo", self.draws, self.schedule)
+
+
+Window = Annotated[
+    FullWindowConfig | RandomWindowConfig | SlidingWindowConfig | DecayingWindowConfig,
+    Field(discriminator="kind"),
+    default_kind("fast"),
+]
+MaskedLikelihood = Annotated[PathLikelihood | MonteCarloLikelihood, Field(discriminator="kind"), default_kind("path")]
 
 
 class RolloutConfig(Config):
@@ -69,7 +153,7 @@ class RolloutConfig(Config):
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
     """Of the steps without noise; the first two are of second order at the same cost."""
     noise_level: float = Field(default=0.7, gt=0, le=100)
-    window: WindowConfig = WindowConfig()
+    window: Window = RandomWindowConfig()
     guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
@@ -84,6 +168,12 @@ class RolloutConfig(Config):
     choice_temperature: float = Field(default=0.0, ge=0, le=1000)
     """Of the noise in the choice of which masked tokens a step fixes; 0: the most confident ones (MaskGIT,
     arXiv:2202.04200)."""
+    guided_logprobs: LogitGuidance = "joint"
+    """Of the logits of image tokens that guidance mixes: joint: both branches have a gradient; detach_uncond: the one
+    with the prompt alone, for half the memory; none (masked_likelihood.kind=monte_carlo): the log-probs are
+    unguided."""
+    masked_likelihood: MaskedLikelihood = PathLikelihood()
+    """Of drawings of masked tokens."""
     refill_budget: int = Field(default=0, ge=0, le=10_000)
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
     same task, at most so many groups a step."""
@@ -95,34 +185,15 @@ class RolloutConfig(Config):
 
     def sampling(self, seed: int, step: int) -> Sampling:
         """The sampling of one step; its window is a function of (seed, step), so it needs no saving."""
-        window = self._window(seed, step) if self.sampler != "ode" else ()
+        window: tuple[int, ...] = ()
+        if self.sampler != "ode":
+            window = self.window.steps(self.num_steps, derive_seed(seed, "window", step), step)
         check_window(window, self.num_steps, self.sampler)
         after = self.window.steps_after
         if window and after is not None:
             after = min(after, self.num_steps - window[-1] - 1)
-        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "pool"})
-        return Sampling(window=window, steps_after_window=after, **shared)
-
-    def _window(self, seed: int, step: int) -> tuple[int, ...]:
-        window, steps = self.window, self.num_steps
-        match window.kind:
-            case "full":
-                return full_window(steps)
-            case "fast":
-                return fast_window(steps, window.size, derive_seed(seed, "window", step))
-            case "random":
-                return random_window(steps, window.size, derive_seed(seed, "window", step))
-            case "sliding":
-                return sliding_window(steps, window.size, step, iterations_per_stride=window.iterations_per_stride)
-            case "decaying":
-                return decaying_window(
-                    steps,
-                    window.size,
-                    step,
-                    iterations_at_start=window.iterations_per_stride,
-                    decay=window.decay,
-                    threshold=steps // 2,
-                )
+        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "pool", "masked_likelihood"})
+        return Sampling(window=window, steps_after_window=after, masked=self.masked_likelihood.scoring, **shared)
 
     def data_step(self, step: int) -> int:
         """The step whose prompts are used."""

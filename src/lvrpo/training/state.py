@@ -25,7 +25,7 @@ from lvrpo.policies.loading import TENSORS
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
-from lvrpo.training.methods import asks_for_old
+from lvrpo.training.losses import asks_for_old
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies, SetName, shard_dtype
 from lvrpo.training.turn import Turn

@@ -29,9 +29,12 @@ from lvrpo.training.data_parallel import right_outputs, sample_own, score_own
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift
-from lvrpo.training.methods import objectives_of
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import Advantages, Metrics, Objective
+from lvrpo.training.losses.flow import FreshNoiseConfig
+from lvrpo.training.losses.grpo import PolicyGradientConfig
+from lvrpo.training.losses.tokens import anchored
 from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_frozen_terms
-from lvrpo.training.objective import Advantages, Metrics, Objective
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.reward_metrics import reward_means
@@ -48,7 +51,6 @@ from lvrpo.training.setup import (
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.splits import require_apart
 from lvrpo.training.state import TrainState
-from lvrpo.training.text import TextConfig, anchored
 from lvrpo.types import Group, Prompt, SegmentKind
 
 MAX_BAD_GRADIENTS = 3
@@ -188,8 +190,8 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
                 ).means()
                 self._require_finite_gradients(row, step)
-                if policies.has("old"):
-                    flow = config.flow
+                flow = config.flow
+                if policies.has("old") and isinstance(flow, FreshNoiseConfig):
                     decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
                     policies.weights.lerp("old", decay)
                 policies.weights.lerp("ema", min(config.average_decay, step / (step + 10)))
@@ -278,7 +280,7 @@ def train_step(
     rescored: list[SegmentKind] = [
         kind
         for kind, section in config.sections(writes).items()
-        if isinstance(section, TextConfig) and section.importance_cap is not None
+        if isinstance(section, PolicyGradientConfig) and section.importance_cap is not None
     ]
     if rescored:
         with policies.use("policy") as policy:

@@ -17,8 +17,8 @@ from lvrpo.training.contract import Check, contract_checks
 from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.judge import NOTHING_HELD_OUT
+from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate
-from lvrpo.training.methods import objectives_of
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.setup import memory_of, open_policy
 from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source

@@ -14,9 +14,9 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.limits import LimitsConfig
-from lvrpo.training.methods import objectives_of
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, recorded_passes
 from lvrpo.training.microbatches import split
-from lvrpo.training.objective import KINDS, GroupAdvantages, recorded_passes
 from lvrpo.training.policies import Policies
 from lvrpo.types import Group, Image, Prompt
 

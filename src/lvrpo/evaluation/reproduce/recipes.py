@@ -177,7 +177,7 @@ class Recipes:
 
 def is_supervised(path: Path) -> bool:
     """Whether a file, or one that it extends, has keys of supervised training."""
-    return bool(set(read_tree(path)) - set(TrainConfig.model_fields))
+    return bool(set(read_tree(path, TrainConfig)) - set(TrainConfig.model_fields))
 
 
 def code_version() -> str:

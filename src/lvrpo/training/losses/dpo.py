@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference_pairs
 from lvrpo.policies.base import Policy
 from lvrpo.sampling import monte_carlo_logprob
-from lvrpo.training.flow import FlowObjective, add_noise
-from lvrpo.training.objective import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
-from lvrpo.training.text import TextObjective, token_grid
+from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
+from lvrpo.training.losses.flow import FlowObjective, NoisingConfig, add_noise
+from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_grid
 from lvrpo.types import Group, MaskedSegment, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+class TextDPOConfig(TokenLossConfig):
+    """The best against the worst text of a group (arXiv:2305.18290)."""
+
+    kind: Literal["dpo"] = "dpo"
+    dpo_beta: float = Field(default=0.1, gt=0)
+    """How far the reference may be left; smaller is further."""
+
+
+class FlowDPOConfig(NoisingConfig):
+    """The best against the worst drawing of a group (arXiv:2311.12908)."""
+
+    kind: Literal["dpo"] = "dpo"
+    dpo_beta: float = Field(default=100.0, gt=0)
+    """How far the reference may be left; smaller is further."""
 
 
 def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind) -> list[Member]:
@@ -30,11 +47,15 @@ def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKin
     ]
 
 
-class TextDPO(TextObjective):
+class TextDPO(TokenObjective):
     """Log-probs of whole texts or drawings in tokens, summed over these (arXiv:2305.18290)."""
 
     unit = 2
     off_policy = True
+
+    def __init__(self, config: TextDPOConfig, max_new_tokens: int, kind: SegmentKind = "text") -> None:
+        super().__init__(config, max_new_tokens, kind)
+        self.config = config
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, self.kind)
@@ -58,8 +79,15 @@ class FlowDPO(FlowObjective):
     unit = 2
     off_policy = True
 
+    def __init__(self, config: FlowDPOConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, "flow")
+
+    def passes(self, trajectory: Trajectory) -> int:
+        return self.config.noise_draws
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:

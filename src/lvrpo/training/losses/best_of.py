@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
 from lvrpo.policies.base import Policy
-from lvrpo.training.flow import FlowObjective, Noised, add_noise
-from lvrpo.training.objective import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
-from lvrpo.training.text import TextObjective, token_count, token_grid
-from lvrpo.types import Group, SegmentKind
+from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
+from lvrpo.training.losses.flow import FlowObjective, Noised, NoisingConfig, add_noise
+from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_count, token_grid
+from lvrpo.types import Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+class TextBestOfConfig(TokenLossConfig):
+    """Imitates the best text of a group."""
+
+    kind: Literal["best_of"] = "best_of"
+
+
+class FlowBestOfConfig(NoisingConfig):
+    """Imitates the best drawings of a group."""
+
+    kind: Literal["best_of"] = "best_of"
+    keep: int = Field(default=2, ge=1)
+    """So many of each group."""
+    kl_coef: float = Field(default=2.0, ge=0)
+    """Of the divergence from the reference, mean |v - v_ref|^2."""
 
 
 def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
@@ -29,7 +46,7 @@ def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind
     ]
 
 
-class BestText(TextObjective):
+class BestText(TokenObjective):
     """Cross-entropy of the best text, or drawing in tokens, of every group, per token."""
 
     off_policy = True
@@ -51,8 +68,15 @@ class BestDrawing(FlowObjective):
 
     off_policy = True
 
+    def __init__(self, config: FlowBestOfConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return best(groups, advantages, "flow", self.config.keep)
+
+    def passes(self, trajectory: Trajectory) -> int:
+        return self.config.noise_draws
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:

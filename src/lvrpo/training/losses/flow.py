@@ -1,0 +1,211 @@
+"""What losses on flows share: which drawings they take, and the fresh noise at which velocities are compared."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from lvrpo.algorithms import best_worst_mask, centered_advantages, flow_matching_loss, velocity_regularizer
+from lvrpo.config import Config
+from lvrpo.policies.base import Policy
+from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
+from lvrpo.training.losses.base import (
+    FrozenPolicy,
+    GroupAdvantages,
+    LossOutput,
+    Member,
+    Microbatch,
+    Objective,
+    flow_segment,
+    has_kind,
+)
+from lvrpo.training.losses.tokens import LR
+from lvrpo.types import Group, SegmentKind, Trajectory
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+TEXT_ONLY = (
+    "trains tokens, and a flow has none: set text.kind; tokens.kind or masked.kind for a policy that draws with tokens"
+)
+
+
+class FlowLossConfig(Config):
+    """How segments drawn by a flow are trained."""
+
+    hints: ClassVar[Mapping[str, str]] = {
+        "lr": LR,
+        **dict.fromkeys([f"kind={kind}" for kind in ("clip", "gspo", "cispo", "dapo", "dr_grpo")], TEXT_ONLY),
+        "kind=grpo": "is called flow_grpo",
+        "kind=grpo_guard": "is kind=flow_grpo with flow.ratio=guard",
+    }
+    weight: float = Field(default=1.0, ge=0)
+    lr_scale: float = Field(default=1.0, gt=0, le=10)
+    """Multiplier of the learning rates for the gradient of flows; see ``text.lr_scale``."""
+
+
+class ContrastConfig(FlowLossConfig):
+    """Of losses on the best and the worst drawings of a group."""
+
+    keep: int = Field(default=2, ge=1)
+    """Of each group the best and the worst ``keep`` are trained."""
+
+
+class NoisingConfig(FlowLossConfig):
+    """Of losses at fresh noise."""
+
+    noise_draws: int = Field(default=2, ge=1, le=1000)
+    """Times per picture, one in each equal part of the sampler's grid."""
+    min_time: float = Field(default=0.1, gt=0, lt=1)
+
+
+class FreshNoiseConfig(ContrastConfig, NoisingConfig):
+    """Of DiffusionNFT and AWM."""
+
+    kl_coef: float = Field(default=2.0, ge=0)
+    """Of the divergence from the reference, mean |v - v_ref|^2. Without it nothing holds DiffusionNFT: the contrast of
+    good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
+    (docs/log.md)."""
+    reference_guidance: float = Field(default=1.0, ge=1)
+    """The reference is guided at this scale, so that one pass learns what guidance adds at sampling (CRD,
+    arXiv:2603.14128). On top of the guidance of the rollout, if that is guided itself."""
+    unguided_kl_coef: float = Field(default=0.0, ge=0)
+    """Of mean |v - v_ref|^2 without the text, which holds the branch that guidance leads away from."""
+    advantage_max: float = Field(default=2.5, gt=0)
+    """Larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
+    old_decay_rate: float = Field(default=0.05, ge=0)
+    old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _guidance_is_used(self) -> Self:
+        if self.reference_guidance != 1 and not self.kl_coef:
+            raise ValueError(f"reference_guidance={self.reference_guidance}: no effect with kl_coef=0: leave it out")
+        return self
+
+
+class FlowObjective(Objective):
+    """What all have in common: segments drawn by a flow."""
+
+    kind: SegmentKind = "flow"
+
+    def __init__(self, config: FlowLossConfig) -> None:
+        self.weight = config.weight
+
+
+class ContrastObjective(FlowObjective):
+    """The best and the worst drawings of each group, with centered advantages."""
+
+    def __init__(self, config: ContrastConfig) -> None:
+        super().__init__(config)
+        self.keep = config.keep
+
+    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+        keep = best_worst_mask(advantages.values, self.keep, advantages.valid)
+        A = centered_advantages(advantages.values, keep)
+        return [
+            Member(group.trajectories[g], float(A[p, g]))
+            for p, group in enumerate(groups)
+            if has_kind(group, "flow")
+            for g in keep[p].nonzero()[:, 0].tolist()
+        ]
+
+
+class FreshNoiseObjective(ContrastObjective):
+    """Losses on fresh (x_t, t), compared with what the weights that sampled say there; guided as the rollout was."""
+
+    samples_with = "old"
+    purpose: ClassVar[str]
+    """Names the noise."""
+
+    def __init__(self, config: FreshNoiseConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("old", "reference") if self.config.kl_coef or self.config.unguided_kl_coef else ("old",)
+
+    def passes(self, trajectory: Trajectory) -> int:
+        branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
+        return self.config.noise_draws * branches
+
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "K B N C"]:
+        """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
+        as they are used."""
+        noised, config = self._noised(policy, batch), self.config
+        if name == "old":
+            return noised.velocity(policy)[None]
+        guided = [noised.velocity(policy, config.reference_guidance)] if config.kl_coef else []
+        return torch.stack(guided + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
+
+    def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
+        seeds = [trajectory.seed for trajectory in batch.trajectories]
+        return add_noise(policy, batch, self.config, self.purpose, seeds)
+
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        config, noised = self.config, self._noised(policy, batch)
+        v, v_old = noised.velocity(policy), batch.frozen["old"][0]
+        loss, metrics = self._policy_loss(noised, v, v_old, batch)
+        metrics[f"loss/flow/{batch.task}"] = loss.mean()
+        metrics["distance/old"] = velocity_regularizer(v.detach(), v_old).mean()
+        if config.kl_coef:
+            divergence = velocity_regularizer(v, batch.frozen["reference"][0])
+            metrics[f"kl/flow/{batch.task}"] = divergence.mean()
+            loss = loss + config.kl_coef * divergence
+        if config.unguided_kl_coef:
+            divergence = velocity_regularizer(noised.unguided(policy), batch.frozen["reference"][-1])
+            metrics[f"kl/flow_unguided/{batch.task}"] = divergence.mean()
+            loss = loss + config.unguided_kl_coef * divergence
+        return LossOutput(loss.mean(), metrics)
+
+    @abstractmethod
+    def _policy_loss(
+        self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
+    ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
+        """The term that the rewards drive, per drawing and time, and what there is to log of it."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Drawings at fresh times, every one ``noise_draws`` times in a row; B in all."""
+
+    trajectories: Sequence[Trajectory]
+    x_0: Float[torch.Tensor, "B N C"]
+    noise: Float[torch.Tensor, "B N C"]
+    t: Float[torch.Tensor, " B"]
+    x_t: Float[torch.Tensor, "B N C"]
+
+    def velocity(self, policy: Policy, guidance: float = 1.0) -> Float[torch.Tensor, "B N C"]:
+        """What ``policy`` says there, guided as the drawings were, times ``guidance``."""
+        scale = flow_segment(self.trajectories[0]).guidance_scale * guidance
+        return policy.velocity(self.trajectories, self.x_t, self.t, scale)
+
+    def unguided(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
+        """The same without the text."""
+        return policy.velocity(self.trajectories, self.x_t, self.t, 0.0)
+
+    def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
+        """The flow-matching loss of these velocities."""
+        return flow_matching_loss(v, self.x_0, self.noise)
+
+
+def add_noise(policy: Policy, batch: Microbatch, config: NoisingConfig, purpose: str, seeds: Sequence[int]) -> Noised:
+    """x_t of the batch's drawings at one time in each equal part of the policy's grid.
+
+    Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.
+    """
+    draws = config.noise_draws
+    repeated = [trajectory for trajectory in batch.trajectories for _ in range(draws)]
+    x_0 = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
+    each = [derive_seed(seed, purpose, batch.step, k) for seed in seeds for k in range(draws)]
+    noise = normal_noise(each, x_0.shape[1:]).to(x_0)
+    stratum = torch.arange(draws).repeat(len(seeds))
+    u = (stratum + uniform_noise(each, (1,))[:, 0]) / draws
+    t = shift_time(u, policy.timestep_shift()).clamp(min=config.min_time).to(x_0)
+    x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+    return Noised(repeated, x_0, noise, t, x_t)

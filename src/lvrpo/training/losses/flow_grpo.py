@@ -1,0 +1,187 @@
+"""The clipped objective on recorded stochastic steps: Flow-GRPO (arXiv:2505.05470), MixGRPO (arXiv:2507.21802),
+DanceGRPO (arXiv:2505.07818)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from lvrpo.algorithms import (
+    SurrogateLoss,
+    clipped_surrogate,
+    gaussian_kl,
+    guard_surrogate,
+    scaled_clip,
+    velocity_regularizer,
+)
+from lvrpo.policies.base import Policy
+from lvrpo.sampling import STEPS, step_weights
+from lvrpo.training.losses.base import FrozenPolicy, LossOutput, Microbatch, flow_segment, recorded_passes
+from lvrpo.training.losses.flow import ContrastConfig, ContrastObjective
+from lvrpo.types import FlowSegment, Trajectory
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class RecordedStepsConfig(ContrastConfig):
+    """What the three have in common: the bounds and the equal weights of steps of the papers."""
+
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Of the divergence from the reference."""
+    kl: Literal["velocity", "gaussian"] = "velocity"
+    """velocity: mean |v - v_ref|^2, unguided; gaussian: the exact divergence of the recorded steps, reduced as
+    ``rollout.logprob_reduction``."""
+    clip_low: float = Field(default=1e-4, gt=0, lt=1)
+    clip_high: float = Field(default=1e-4, gt=0)
+    """Bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
+    ``rollout.logprob_reduction`` is sum."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """guard centers the log-ratio and levels its scale over the steps (GRPO-Guard, arXiv:2510.22319)."""
+    step_weighting: Literal["level", "equal"] = "equal"
+    """level gives every step a gradient of one scale; with equal, the last drowns the first."""
+
+
+class FlowGRPOConfig(RecordedStepsConfig):
+    """Flow-GRPO, with the exact divergence of its steps."""
+
+    kind: Literal["flow_grpo"] = "flow_grpo"
+    kl_coef: float = Field(default=0.004, ge=0)
+    """.04 in the paper's code, which leaves the step's -dt (about 1/10) out of the variance."""
+    kl: Literal["velocity", "gaussian"] = "gaussian"
+
+
+class MixGRPOConfig(RecordedStepsConfig):
+    """MixGRPO or DanceGRPO: the same for their rollouts, without a divergence."""
+
+    kind: Literal["mix_grpo", "dance_grpo"] = "mix_grpo"
+
+
+class FlowGRPO(ContrastObjective):
+    """The clipped objective on the recorded steps, weighted so that all pull alike, plus a divergence."""
+
+    def __init__(self, config: RecordedStepsConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def passes(self, trajectory: Trajectory) -> int:
+        steps = len(flow_segment(trajectory).trained_steps)
+        return recorded_passes(trajectory) + (steps if self.config.kl_coef and self.config.kl == "velocity" else 0)
+
+    @property
+    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+        return ("reference",) if self.config.kl_coef else ()
+
+    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B W N C"]:
+        """Velocities at the recorded states before the trained steps, or the means of these steps."""
+        if self.config.kl == "gaussian":
+            return replay(policy, batch.trajectories).means
+        steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
+        return torch.stack([recorded_velocity(policy, batch.trajectories, w) for w in steps], dim=1)
+
+    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+        config = self.config
+        segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
+        replayed = replay(policy, batch.trajectories)
+        surrogate = self._surrogate(batch, segments, replayed)
+        terms = surrogate.loss_terms
+        if config.step_weighting == "level":
+            terms = terms * level_weights(segments[0], self.config.ratio).to(terms)
+        loss = terms.mean()
+        metrics = {
+            f"loss/flow/{batch.task}": loss,
+            "ratio/flow": surrogate.ratio.mean(),
+            "clip_fraction/flow": surrogate.clipped.float().mean(),
+        }
+        if config.kl_coef:
+            divergence = self._divergence(policy, batch, replayed)
+            metrics[f"kl/flow/{batch.task}"] = divergence
+            loss = loss + config.kl_coef * divergence
+        return LossOutput(loss, metrics)
+
+    def _surrogate(self, batch: Microbatch, segments: Sequence[FlowSegment], replayed: ReplayedSteps) -> SurrogateLoss:
+        logprobs, reduction = replayed.logprobs, segments[0].logprob_reduction
+        behavior = torch.stack([segment.behavior_logprobs for segment in segments]).to(logprobs)
+        advantage = batch.advantages()[:, None].to(logprobs)
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+        clip = scaled_clip(self.config.clip_low, self.config.clip_high, segments[0].latent.numel(), reduction)
+        bounds = {"clip_low": clip.low, "clip_high": clip.high}
+        if self.config.ratio == "plain":
+            return clipped_surrogate(logprobs, behavior, advantage, mask, **bounds)
+        recorded = [segment.means for segment in segments if segment.means is not None]
+        assert len(recorded) == len(segments)
+        behavior_means = torch.stack(recorded).to(logprobs)
+        drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
+        return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
+
+    def _divergence(self, policy: Policy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
+        ref = batch.frozen["reference"]
+        if self.config.kl == "gaussian":
+            reduction = flow_segment(batch.trajectories[0]).logprob_reduction
+            return step_kl(replayed.means, ref, replayed.stds, reduction).mean()
+        at_steps = [
+            velocity_regularizer(recorded_velocity(policy, batch.trajectories, w), ref[:, w]).mean()
+            for w in range(ref.shape[1])
+        ]
+        return torch.stack(at_steps).mean()
+
+
+@dataclass(frozen=True)
+class ReplayedSteps:
+    """The recorded steps of a batch of drawings under some weights; W trained steps."""
+
+    logprobs: Float[torch.Tensor, "B W"]
+    means: Float[torch.Tensor, "B W N C"]
+    stds: Float[torch.Tensor, " W"]
+
+
+def replay(policy: Policy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
+    """The last segment of every trajectory, with the guidance that sampled it."""
+    scored = [rows[-1] for rows in policy.logprobs(trajectories)]
+    assert all(row.means is not None and row.stds is not None for row in scored)
+    return ReplayedSteps(
+        torch.stack([row.logprobs for row in scored]),
+        torch.stack([row.means for row in scored if row.means is not None]),
+        torch.stack([row.stds for row in scored if row.stds is not None])[0],
+    )
+
+
+def step_kl(
+    means: Float[torch.Tensor, "B W N C"],
+    other: Float[torch.Tensor, "B W N C"],
+    stds: Float[torch.Tensor, " W"],
+    reduction: Literal["mean", "sum"],
+) -> Float[torch.Tensor, "B W"]:
+    """``gaussian_kl`` of every recorded step."""
+    return torch.stack(
+        [gaussian_kl(means[:, w], other[:, w], stds[w], reduction) for w in range(means.shape[1])], dim=1
+    )
+
+
+def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
+    """What ``policy`` says, unguided, at the recorded states before trained step ``w``."""
+    segments = [flow_segment(trajectory) for trajectory in trajectories]
+    x_t = torch.stack([segment.states[w] for segment in segments]).to(segments[0].latent.device)
+    t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
+    return policy.velocity(trajectories, x_t, t)
+
+
+def level_weights(segment: FlowSegment, ratio: Literal["plain", "guard"] = "plain") -> Float[torch.Tensor, " W"]:
+    """``step_weights`` of the trained steps; they depend on the times and the noise level alone.
+
+    GRPO-Guard's ratio is scaled by the step's deviation already.
+    """
+    zero = torch.zeros(1, 1, 1)
+    steps = [
+        STEPS[segment.sampler](zero, zero, segment.timesteps[i], segment.timesteps[i + 1], segment.noise_level)
+        for i in segment.trained_steps
+    ]
+    stds = torch.stack([step.std.reshape(()) for step in steps])
+    return step_weights(
+        torch.ones_like(stds) if ratio == "guard" else stds,
+        torch.stack([step.mean_gain.reshape(()) for step in steps]),
+    )
