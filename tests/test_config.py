@@ -191,6 +191,10 @@ def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
     assert again.training.stages == Early(share=0.25)
     whole = load_config(Root, file, ["training.stages={kind: late, steps: 1}"])
     assert whole.training.stages == Late(steps=1)
+    later = load_config(Root, file, ["training.stages.kind=late", "training.stages={share: 0.1}"])
+    assert later.training.stages == Early(share=0.1)  # in the order of the command line
+    asked = "training.stages.only_early: is of training.stages.kind=early, not of late: leave it out"
+    assert error_of(Root, file, "training.stages.only_early=1", "training.stages.kind=late") == asked
     file.write_text(dump_config(late))
     assert load_config(Root, file) == late
 

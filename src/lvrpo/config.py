@@ -83,12 +83,14 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         tree.pop(CONSENT, None)
     raw: dict[Location, str] = {}
     as_text: set[Location] = set()
-    given = [(*_split_override(override), override) for override in overrides]
-    for keys, text, override in sorted(given, key=lambda each: each[0][-1] != KIND):  # kinds first
+    for override in overrides:
+        keys, text = _split_override(override)
         value = _parse_override(override, text)
-        if keys[-1] == KIND:
-            _drop_other_kinds(_section(tree, keys, value), value, _models_at(cls, keys[:-1]))
-        _section(tree, keys, value)[keys[-1]] = value
+        section, (*path, last) = _section(tree, keys, value), keys
+        if last == KIND:
+            asked = {each[len(path)] for each in raw if each[: len(path)] == tuple(path) and len(each) > len(path)}
+            _drop_other_kinds(section, value, _models_at(cls, path), keep=asked)
+        section[last] = value
         raw[keys] = text
     while True:
         config, first = _validated(cls, tree)
@@ -241,10 +243,10 @@ def _merged(base: Tree, over: Tree, models: Sequence[type[Config]]) -> Tree:
     return merged
 
 
-def _drop_other_kinds(section: Tree, kind: Any, models: Sequence[type[Config]]) -> None:
-    """Takes out of a section, which is now of ``kind``, what only other kinds of it have."""
+def _drop_other_kinds(section: Tree, kind: Any, models: Sequence[type[Config]], keep: Collection[str] = ()) -> None:
+    """Takes out of a section, which is now of ``kind``, what only other kinds of it have and nobody asked for."""
     known = {name for model in models if kind in _kinds(model) for name in model.model_fields}
-    others = {name for model in models for name in model.model_fields} - known
+    others = {name for model in models for name in model.model_fields} - known - set(keep)
     for name in [name for name in section if known and name in others]:
         del section[name]
 

@@ -22,10 +22,12 @@ from lvrpo.training.judge import JudgeConfig
 from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.losses import FLOW_LOSSES, TOKEN_LOSSES, FlowLoss, TokenLoss
 from lvrpo.training.losses.flow import ContrastConfig, FlowLossConfig, FreshNoiseConfig
+from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import GRPOConfig
 from lvrpo.training.losses.nft import NFTConfig
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.rollout import RolloutConfig
+from lvrpo.training.rollout_engine import CAP
 from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
@@ -199,6 +201,22 @@ class TrainConfig(Config):
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _another_program_is_corrected(cls, given: Any) -> Any:
+        """Any: whatever a YAML file may hold."""
+        rollout = given.get("rollout") if isinstance(given, Mapping) else None
+        engine = rollout.get("engine") if isinstance(rollout, Mapping) else None
+        kind = engine.get("kind", "policy") if isinstance(engine, Mapping) else "policy"
+        if kind == "policy":
+            return given
+        capped = dict(given)
+        for name in ("text", "tokens", "masked"):
+            section = given.get(name, {} if name == "text" else None)
+            if isinstance(section, Mapping) and section.get("kind") not in ("dpo", "best_of"):
+                capped[name] = {"importance_cap": CAP, **section}
+        return capped
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         for check in (
@@ -365,6 +383,16 @@ class TrainConfig(Config):
             raise ValueError(
                 f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
                 "rollout.guidance_scale=1: set both, or neither"
+            )
+        if rollout.policy == "reference" and rollout.engine.kind != "policy":
+            raise ValueError(
+                f"rollout.engine.kind={rollout.engine.kind}: the reference samples with rollout.policy=reference, and "
+                "an engine has the trained weights: leave one of them out"
+            )
+        if rollout.engine.kind == "custom" and isinstance(self.flow, RecordedStepsConfig):
+            raise ValueError(
+                f"flow.kind={self.flow.kind}: takes ratios of steps to log-probs of another program "
+                "(rollout.engine.kind=custom), and those of drawings are not corrected: use flow.kind=nft or awm"
             )
         if rollout.policy == "reference" and rollout.refill_budget:
             raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")

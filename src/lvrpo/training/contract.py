@@ -18,6 +18,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import whole_groups
 from lvrpo.training.policies import Policies, policy_module
+from lvrpo.training.rollout_engine import Sampler
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -40,6 +41,10 @@ drawings by 1e-4. The ratio of such a token is off by as much, which is small be
 
 In float32 the last bit of an unlikely token's log-prob is worth 1e-6 by itself; two distributions that really differ
 are apart by 1e-3 and more."""
+
+ENGINE_DIVERGENCE = 0.05
+"""Largest mean divergence of a rollout engine from the policy, in nats per action (k3): truncated importance weights
+correct small ones."""
 
 NAMES: dict[SegmentKind, str] = {
     "text": "text",
@@ -154,6 +159,22 @@ def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[C
         mean = float(own_ratio.exp().mean())
         off = max(1e-4, limit / 10)
         checks.append(Check(f"ratio, {name}: |mean - 1|", abs(mean - 1), off, abs(mean - 1) <= off, remedy))
+    return checks
+
+
+def engine_checks(policy: Policy, groups: Sequence[Group]) -> list[Check]:
+    """How far the log-probs that a rollout engine sampled by are from those of the policy with the same weights."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    with torch.no_grad():
+        replayed = policy.logprobs(trajectories)
+    checks = []
+    for kind, name in NAMES.items():
+        log_ratio = _log_ratios(trajectories, replayed, kind)
+        if len(log_ratio):
+            divergence = float((log_ratio.exp() - 1 - log_ratio).mean())  # k3
+            most = f"max |difference| {float(log_ratio.abs().max()):.3g}: compare its dtype, sampling and weights"
+            within = divergence <= ENGINE_DIVERGENCE
+            checks.append(Check(f"rollout engine, {name}: divergence", divergence, ENGINE_DIVERGENCE, within, most))
     return checks
 
 
@@ -292,9 +313,16 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def contract_checks(
-    config: TrainConfig, policies: Policies, source: PromptSource, rewards: Sequence[RewardSource]
+    config: TrainConfig,
+    policies: Policies,
+    source: PromptSource,
+    rewards: Sequence[RewardSource],
+    engine: Sampler | None = None,
 ) -> list[Check]:
-    """The step-0 contract on a few prompts of every task, with stochastic steps so that drawings have log-probs too."""
+    """The step-0 contract on a few prompts of every task, with stochastic steps so that drawings have log-probs too.
+
+    ``engine``: what samples instead of the policy; its log-probs are compared with those of the trainer.
+    """
     prompts = [
         source.prompt(task, i) for task, count in config.data.prompts_per_step.items() for i in range(min(count, 8))
     ]
@@ -304,19 +332,28 @@ def contract_checks(
     seeds = [derive_seed(config.seed, "contract", prompt.id) for prompt in prompts]
     with policies.use("policy") as policy:
         groups = policy.sample(prompts, sampling, seeds)
+        if engine is not None:
+            engine.push(policy)
     with policies.use("judge") as judge:
         table = score_groups(rewards, groups, judge)
     may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
     with policies.use("policy") as policy:
         checks = step_zero_contract(policy, groups, table, config.advantages.std_floor, may_fail)
+        if engine is not None:
+            checks += engine_checks(policy, engine.sample(prompts, sampling, seeds))
     return [*checks, weights_check(policies)]
 
 
 def check_before_first_step(
-    run: RunDirectory, config: TrainConfig, policies: Policies, source: PromptSource, rewards: Sequence[RewardSource]
+    run: RunDirectory,
+    config: TrainConfig,
+    policies: Policies,
+    source: PromptSource,
+    rewards: Sequence[RewardSource],
+    engine: Sampler | None = None,
 ) -> None:
     """Writes contract.json; raises ContractError at the first breach."""
-    checks = contract_checks(config, policies, source, rewards)
+    checks = contract_checks(config, policies, source, rewards, engine)
     run.write_json("contract.json", [check.as_dict() for check in checks])
     require(checks)
 

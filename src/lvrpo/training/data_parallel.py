@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -33,7 +33,15 @@ def merged(own: dict[int, T]) -> dict[int, T]:
     return dict(sorted(found.items()))
 
 
-def sample_own(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+class Samples(Protocol):
+    """A policy, or an engine that has its weights."""
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """As ``Policy.sample``."""
+        ...
+
+
+def sample_own(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
     """A group per prompt; this rank samples every ``world_size``-th one."""
     own = split_between_ranks(range(len(prompts)))
     groups = [Group(prompt, ()) for prompt in prompts]

@@ -44,6 +44,7 @@ from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
 from lvrpo.training.microbatches import split
 from lvrpo.training.policies import shard_dtype, weights_dtype
+from lvrpo.training.rollout_engine import ProcessEngineConfig
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096
@@ -273,6 +274,9 @@ class _Estimator:
             "offloaded": 0 if on_card else host,
             "program": PROGRAM[self.device],
         }
+        engine = config.rollout.engine
+        if isinstance(engine, ProcessEngineConfig) and engine.device is None:  # on this device as well
+            stays["rollout engine"] = stays["weights"] + stays["program"]
         beside = host + steps if on_card and config.offload else 0
         return MemoryEstimate(stays, 0 if self.in_rounds else gradients, passes, beside)
 

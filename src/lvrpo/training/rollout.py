@@ -26,6 +26,7 @@ from lvrpo.sampling import (
 )
 from lvrpo.training.data_parallel import sample_own, score_own, with_rows
 from lvrpo.training.policies import Policies, SetName
+from lvrpo.training.rollout_engine import Engine, OwnSamplerConfig, Sampler
 from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable
 
 if TYPE_CHECKING:
@@ -179,6 +180,9 @@ class RolloutConfig(Config):
     same task, at most so many groups a step."""
     policy: Literal["live", "reference"] = "live"
     """Who samples; reference: offline training, for objectives that learn from anybody's outputs (dpo, best_of)."""
+    engine: Engine = OwnSamplerConfig()
+    """The program that samples; where it is not the policy itself, ``importance_cap`` of token losses is 2 unless it
+    is given, and contract.json tells how far its log-probs are from the trainer's."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
     """Prompts of so many steps, over and over; 0: always new ones. With policy=reference their outputs are sampled once
     and kept in memory."""
@@ -192,7 +196,7 @@ class RolloutConfig(Config):
         after = self.window.steps_after
         if window and after is not None:
             after = min(after, self.num_steps - window[-1] - 1)
-        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "pool", "masked_likelihood"})
+        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "engine", "pool", "masked_likelihood"})
         return Sampling(window=window, steps_after_window=after, masked=self.masked_likelihood.scoring, **shared)
 
     def data_step(self, step: int) -> int:
@@ -220,8 +224,13 @@ def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
     return seeds
 
 
-def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
-    """Groups for all prompts: text from the policy; drawings from the weights that their objective names."""
+def rollout(
+    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int, engine: Sampler | None = None
+) -> list[Group]:
+    """Groups for all prompts: text from the policy; drawings from the weights that their objective names.
+
+    ``engine``: samples instead of the policy, with the same weights.
+    """
     names: tuple[SetName, SetName] = (
         ("policy", "old") if config.rollout.policy == "live" else ("reference", "reference")
     )
@@ -231,8 +240,13 @@ def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, 
     for sampler, wanted in zip(names, (False, True), strict=True):
         indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
         if indices:
+            args = [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]
             with policies.use(sampler) as policy:
-                drawn = sample_own(policy, [prompts[i] for i in indices], sampling, [seeds[i] for i in indices])
+                if engine is not None:
+                    engine.push(policy)
+                drawn = [] if engine is not None else sample_own(policy, *args)
+            if engine is not None:
+                drawn = sample_own(engine, *args)
             groups.update(zip(indices, drawn, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
@@ -240,34 +254,38 @@ def rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, 
 class Rollouts:
     """The groups of every step; those that the reference gives for a pool of prompts are sampled once."""
 
-    def __init__(self, policies: Policies, config: TrainConfig) -> None:
-        self.policies, self.config = policies, config
+    def __init__(self, policies: Policies, config: TrainConfig, engine: Sampler | None = None) -> None:
+        self.policies, self.config, self.engine = policies, config, engine
         self.kept: dict[int, list[Group]] = {}
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """As ``rollout``. What is kept is a function of (seed, step of the pool), so a resumed run samples it again."""
         config = self.config.rollout
         if config.policy == "live" or not config.pool:
-            return rollout(self.policies, prompts, self.config, step)
+            return self.fresh(prompts, step)
         step = config.data_step(step)
         if step not in self.kept:
-            self.kept[step] = rollout(self.policies, prompts, self.config, step)
+            self.kept[step] = self.fresh(prompts, step)
         return self.kept[step]
+
+    def fresh(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        """As ``rollout``."""
+        return rollout(self.policies, prompts, self.config, step, self.engine)
 
 
 def refill(
-    policies: Policies,
+    rollouts: Rollouts,
     source: PromptSource,
     rewards: Sequence[RewardSource],
     groups: Sequence[Group],
     table: RewardTable,
-    config: TrainConfig,
     step: int,
 ) -> tuple[list[Group], RewardTable, dict[str, float]]:
     """Replaces groups without signal while the budget lasts; also what that took, for the metrics.
 
     Which prompts come is a function of the step and of what had no signal, so a resumed run draws the same.
     """
+    config = rollouts.config
     groups, budget = list(groups), config.rollout.refill_budget
     tasks = torch.tensor([TASKS.index(group.prompt.task) for group in groups])
     drawn: Counter[str] = Counter()
@@ -285,8 +303,8 @@ def refill(
                 task = groups[p].prompt.task
                 prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
                 drawn[task] += 1
-        fresh = rollout(policies, prompts, config, step)
-        with policies.use("judge") as judge:
+        fresh = rollouts.fresh(prompts, step)
+        with rollouts.policies.use("judge") as judge:
             scores = score_own(rewards, fresh, judge, step)
         table = with_rows(table, rows, scores)
         for p, group in zip(rows, fresh, strict=True):

@@ -16,6 +16,7 @@ from lvrpo.data.sources import PromptSource
 from lvrpo.distributed import gather, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import START
 from lvrpo.registry import allow_code
 from lvrpo.rewards.table import MOST_FAILED, RewardSource
 from lvrpo.sampling import derive_seed
@@ -39,6 +40,7 @@ from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
+from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import (
     config_of_resumed,
@@ -51,7 +53,7 @@ from lvrpo.training.setup import (
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.splits import require_apart
 from lvrpo.training.state import TrainState
-from lvrpo.types import Group, Prompt, SegmentKind
+from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
 
 MAX_BAD_GRADIENTS = 3
 """A step whose gradient is not finite leaves the weights alone; after so many in a row the run stops."""
@@ -165,69 +167,78 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         if self.finished:
             return True
         config, run, state, policies = self.config, self.run, self.state, self.state.policies
-        if state.step == 0:
-            self._before_first_step()
-        rollouts, stopped = Rollouts(policies, config), False
-        while (step := state.step) < config.steps and not stopped:
-            with self.logged_step(observe) as row:
-                looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
-                with self.saved_if_it_fails():  # nothing has changed yet since the last step
-                    with relay_errors():
-                        prompts = prompts_of_step(self.source, config, step)
-                    groups = rollouts.groups(prompts, step)
-                    with policies.use("judge") as judge:
-                        table = score_own(self.rewards, groups, judge, step, MOST_FAILED)
-                    if config.judge.drift_due(step + 1, looks):
-                        row |= judge_drift(self.rewards, groups, table, policies)
-                    trained, scores = groups, table
-                    if config.rollout.refill_budget:
-                        args = (policies, self.source, self.rewards, groups, table, config, step)
-                        trained, scores, counts = refill(*args)
-                        row |= counts
-                advantages = segment_advantages(scores, trained, config.advantages)
-                lr_scale = state.guard.lr_scale
-                row |= train_step(
-                    policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
-                ).means()
-                self._require_finite_gradients(row, step)
-                flow = config.flow
-                if policies.has("old") and isinstance(flow, FreshNoiseConfig):
-                    decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
-                    policies.weights.lerp("old", decay)
-                policies.weights.lerp("ema", min(config.average_decay, step / (step + 10)))
-                state.step += 1
-                if step == 0:
-                    check_first_update(run, policies, trained, scores, config.advantages.std_floor)
-                right = right_outputs(groups)
-                row |= reward_means("reward", table, right)
-                if state.judge is not None:
-                    row |= state.judge.after_step(state.step, policies, self.parts.judge_rows)
-                judged = judged_of_whole(scores, trained, config.advantages)
-                of_trained = right if trained is groups else right_outputs(trained)
-                recorded = (trained, scores, of_trained, of_whole(advantages, trained), judged)
-                score_record.write_step(run, state.step, *recorded)
-                row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
-                if step % config.control_every == 0:
-                    row |= self._control(prompts, step)
-                if state.step % config.samples_every == 0 or state.step == config.steps:
-                    samples.write(run, state.step, groups, table, right)
-                if state.turn is not None:
-                    state.turn.add(state.step, groups, table, right)
-                if looks:
-                    self.wait_for_checkpoint()  # it may be rolled back to
-                    report = self.guard.look(policies, state.guard, state.step)
-                    stopped = guarded(config, run, state, report, row) or turned(config, run, state, self.guard, row)
-            stop = self.asked_to_stop(interrupted)
-            self.save_if_due(last=stopped or stop or state.step == config.steps)
-            if stop and state.step < config.steps:
-                return False
+        with open_engine(config, run.path / START, self.base) as engine:
+            if state.step == 0:
+                self._before_first_step(engine)
+            rollouts, stopped = Rollouts(policies, config, engine), False
+            while (step := state.step) < config.steps and not stopped:
+                with self.logged_step(observe) as row:
+                    looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
+                    with self.saved_if_it_fails():  # nothing has changed yet since the last step
+                        with relay_errors():
+                            prompts = prompts_of_step(self.source, config, step)
+                        groups = rollouts.groups(prompts, step)
+                        with policies.use("judge") as judge:
+                            table = score_own(self.rewards, groups, judge, step, MOST_FAILED)
+                        if config.judge.drift_due(step + 1, looks):
+                            row |= judge_drift(self.rewards, groups, table, policies)
+                        trained, scores = groups, table
+                        if config.rollout.refill_budget:
+                            args = (rollouts, self.source, self.rewards, groups, table, step)
+                            trained, scores, counts = refill(*args)
+                            row |= counts
+                    advantages = segment_advantages(scores, trained, config.advantages)
+                    lr_scale = state.guard.lr_scale
+                    row |= train_step(
+                        policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
+                    ).means()
+                    self._require_finite_gradients(row, step)
+                    flow = config.flow
+                    if policies.has("old") and isinstance(flow, FreshNoiseConfig):
+                        decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
+                        policies.weights.lerp("old", decay)
+                    policies.weights.lerp("ema", min(config.average_decay, step / (step + 10)))
+                    state.step += 1
+                    if step == 0:
+                        check_first_update(run, policies, trained, scores, config.advantages.std_floor)
+                    right = right_outputs(groups)
+                    row |= reward_means("reward", table, right)
+                    if state.judge is not None:
+                        row |= state.judge.after_step(state.step, policies, self.parts.judge_rows)
+                    of_trained = right if trained is groups else right_outputs(trained)
+                    self._record(trained, scores, of_trained, advantages)
+                    row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
+                    if step % config.control_every == 0:
+                        row |= self._control(prompts, step)
+                    if state.step % config.samples_every == 0 or state.step == config.steps:
+                        samples.write(run, state.step, groups, table, right)
+                    if state.turn is not None:
+                        state.turn.add(state.step, groups, table, right)
+                    if looks:
+                        self.wait_for_checkpoint()  # it may be rolled back to
+                        report = self.guard.look(policies, state.guard, state.step)
+                        stopped = guarded(config, run, state, report, row) or turned(
+                            config, run, state, self.guard, row
+                        )
+                stop = self.asked_to_stop(interrupted)
+                self.save_if_due(last=stopped or stop or state.step == config.steps)
+                if stop and state.step < config.steps:
+                    return False
         self.finish(state.guard.best_step)
         return True
 
-    def _before_first_step(self) -> None:
+    def _record(
+        self, groups: Sequence[Group], table: RewardTable, right: Mapping[int, list[float]], advantages: Advantages
+    ) -> None:
+        """Writes the scores and advantages of a step."""
+        judged = judged_of_whole(table, groups, self.config.advantages)
+        whole = of_whole(advantages, groups)
+        score_record.write_step(self.run, self.state.step, groups, table, right, whole, judged)
+
+    def _before_first_step(self, engine: Sampler | None) -> None:
         """The checks of step 0, and what the guard sees before anything is trained."""
         state, policies = self.state, self.state.policies
-        check_before_first_step(self.run, self.config, policies, self.source, self.rewards)
+        check_before_first_step(self.run, self.config, policies, self.source, self.rewards, engine)
         report = self.guard.look(policies, state.guard, 0)
         score_record.write_look(self.run, 0, report.scores, self.config.guard.every)
         self.run.append_metrics({"step": 0, **report.row()})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lvrpo.distributed import POLICY
+from lvrpo.policies.base import Policy
 from lvrpo.rewards.held_out import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
@@ -20,6 +24,7 @@ from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.rollout import prompts_of_step, rollout
+from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.setup import memory_of, open_policy
 from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
 from lvrpo.training.state import TrainState
@@ -57,11 +62,29 @@ def try_out(config: TrainConfig) -> Trial:
     """Loads everything that a run loads, measures the contract, times one small step."""
     torch.set_num_threads(config.threads)
     parts = open_parts(config)
-    source, rewards, guard = parts.source, parts.rewards, parts.guard
-    policy = open_policy(config)[0]
+    policy, base = open_policy(config)
     parts.require_readable(policy)
     state = TrainState.start(policy, config)
-    checks = contract_checks(config, state.policies, source, rewards)
+    with _engine(config, policy, base) as engine:
+        return _trial(config, parts, state, engine)
+
+
+@contextmanager
+def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[Sampler | None]:
+    """As a run opens it, from the folder of its start."""
+    if config.adapter is None:
+        with open_engine(config, base) as engine:
+            yield engine
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        policy.save(Path(scratch) / "adapter")
+        with open_engine(config, Path(scratch) / "adapter") as engine:
+            yield engine
+
+
+def _trial(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler | None) -> Trial:
+    source, rewards, guard, policy = parts.source, parts.rewards, parts.guard, state.policies.policy
+    checks = contract_checks(config, state.policies, source, rewards, engine)
     if not all(check.ok for check in checks):
         return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
 
@@ -69,7 +92,7 @@ def try_out(config: TrainConfig) -> Trial:
     few = {task: -(-count // SHARE) for task, count in counts.items()}
     small = config.model_copy(update={"data": config.data.model_copy(update={"prompts_per_step": few})})
     started = time.perf_counter()
-    groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0)
+    groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0, engine)
     with state.policies.use("judge") as judge:
         table = score_groups(rewards, groups, judge)
     advantages = segment_advantages(table, groups, config.advantages)
