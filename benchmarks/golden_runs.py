@@ -34,11 +34,11 @@ SHORT = (
     "rollout.group_size=4",
     "rollout.num_steps=6",
     "guard={every: 2, prompts: {generate: 4, understand: 8}}",
-    "control_every=2",
+    "reference_eval_every=2",
     "checkpoint_every=2",
 )
 PAIRED = ("data.prompts_per_step={generate: 4, understand: 4, edit: 0, reason: 0}",)
-KEEP = ("flow.keep=2",)
+KEEP = ("flow.top_bottom_k=2",)
 DISCRETE = (
     "policy=policy",
     "device=cpu",
@@ -99,7 +99,7 @@ FAMILIES: Mapping[str, Family] = {
     "offload": short("quickstart", "offload=true"),
     "judge_refresh": short("quickstart", "rewards=[{name: own_vqa}, {name: exact_answer}]", "judge.refresh_every=2"),
     "several_steps": short(
-        "quickstart", "mini_updates=2", "rollout.refill_budget=4", "text.importance_cap=2.0", "text.lr_scale=0.5"
+        "quickstart", "num_minibatches=2", "rollout.max_resamples=4", "text.importance_cap=2.0", "text.lr_scale=0.5"
     ),
     "tokens": Family(
         "train",

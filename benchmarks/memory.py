@@ -34,7 +34,7 @@ EVERY_S = 0.001
 COMMON = [
     "steps=2",
     "optimizer.kind=adamw",
-    "control_every=2",
+    "reference_eval_every=2",
     "rewards=[{name: 'spread:Spread'}]",
     "guard={every: 2, prompts: {understand: 4}}",
 ]
@@ -63,11 +63,11 @@ SHAPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
     ),
     "bagel 256 x 6, 128 x 128 drawings": (
         {"width": 256, "depth": 6, "image_size": 128},
-        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={noise_draws: 4}"],
+        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}"],
     ),
     "bagel 256 x 6, two drawings at once": (
         {"width": 256, "depth": 6, "image_size": 128},
-        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={noise_draws: 4}", "limits={backward_members: 2}"],
+        [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}", "limits={microbatch_size: 2}"],
     ),
     "bagel 256 x 6, 30000 words": (
         {"width": 256, "depth": 6, "vocabulary_size": 30000},

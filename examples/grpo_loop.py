@@ -167,7 +167,7 @@ def drawing_loss(
     step: int,
 ) -> None:
     """DiffusionNFT on the best and worst drawings of every group, at fresh noise levels."""
-    keep = best_worst_mask(advantages, config.keep)
+    keep = best_worst_mask(advantages, config.top_bottom_k)
     advantages = centered_advantages(advantages, keep)
     trained = [
         (group.trajectories[g], float(advantages[p, g]))
@@ -177,14 +177,14 @@ def drawing_loss(
     ]
     if not trained:
         return
-    draws = config.noise_draws
+    draws = config.timesteps_per_sample
     trajectories = [trajectory for trajectory, _ in trained for _ in range(draws)]
     A = torch.tensor([a for _, a in trained]).repeat_interleave(draws)
     x_0 = torch.stack([drawn(trajectory).latent for trajectory in trajectories])  # (B, N, C)
     seeds = [derive_seed(trajectory.seed, "nft", step, k) for trajectory, _ in trained for k in range(draws)]
     noise = normal_noise(seeds, x_0.shape[1:])
     u = (torch.arange(draws).repeat(len(trained)) + uniform_noise(seeds, (1,))[:, 0]) / draws
-    t = shift_time(u, policy.timestep_shift()).clamp(min=config.min_time)
+    t = shift_time(u, policy.timestep_shift()).clamp(min=config.t_min)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     v = policy.velocity(trajectories, x_t, t)
     with torch.no_grad():

@@ -35,7 +35,7 @@ TOO_MUCH = [
     ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0=-0.1: must be >= 0"),
     ("seed=9999999999999999999999", "seed=9999999999999999999999: numbers must lie between -9.22e+18 and 9.22e+18"),
     ("task_weights={generate: 1e300}", "task_weights: generate=1e+300: numbers must lie between"),
-    ("flow.noise_draws=1000000", "flow.noise_draws=1000000: must be <= 1000"),
+    ("flow.timesteps_per_sample=1000000", "flow.timesteps_per_sample=1000000: must be <= 1000"),
 ]
 
 

@@ -37,7 +37,7 @@ TRAIN = (
     "rollout={group_size: 4, num_steps: 3}",
     "rewards=[{name: own_vqa}, {name: exact_answer}]",
     "guard={every: 6, prompts: {generate: 2, understand: 4, reason: 2}}",
-    *(f"checkpoint_every={CHECKPOINT_EVERY}", "control_every=3", "samples_every=4"),
+    *(f"checkpoint_every={CHECKPOINT_EVERY}", "reference_eval_every=3", "samples_every=4"),
     *("--benchmark", "rows.jsonl", "--out"),
 )
 PRETRAIN = (

@@ -65,7 +65,7 @@ SMALL = (
     "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 0}",
     "rollout={group_size: 4, num_steps: 3}",
     "guard={every: 2, prompts: {generate: 2, understand: 4}}",
-    "control_every=100",
+    "reference_eval_every=100",
 )
 
 

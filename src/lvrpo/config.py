@@ -86,10 +86,11 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     for override in overrides:
         keys, text = _split_override(override)
         value = _parse_override(override, text)
-        section, (*path, last) = _section(tree, keys, value), keys
+        section, (*sections, last) = _section(tree, keys, value), keys
         if last == KIND:
-            asked = {each[len(path)] for each in raw if each[: len(path)] == tuple(path) and len(each) > len(path)}
-            _drop_other_kinds(section, value, _models_at(cls, path), keep=asked)
+            depth = len(sections)
+            asked = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
+            _drop_other_kinds(section, value, _models_at(cls, sections), keep=asked)
         section[last] = value
         raw[keys] = text
     while True:

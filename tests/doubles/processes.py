@@ -22,12 +22,12 @@ OPTIONS = (
     "steps=6",
     "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
     "rollout={group_size: 4, num_steps: 4}",
-    "mini_updates=2",
+    "num_minibatches=2",
     "rewards=[{name: exact_answer}, {name: own_vqa}, {name: knowledge}]",
     "advantages.std_floor=1e-4",
     "guard={every: 2, prompts: {generate: 3, understand: 8}}",
     "checkpoint_every=2",
-    "control_every=2",
+    "reference_eval_every=2",
     "device=cpu",
 )
 """Of a small run of several steps, in which everything comes once."""

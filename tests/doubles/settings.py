@@ -16,7 +16,7 @@ SMALL = (
 """Of a run that takes seconds."""
 FLOW_GRPO: dict[str, Any] = {
     "kind": "flow_grpo",
-    "keep": 2,
+    "top_bottom_k": 2,
     "clip_low": 1e-3,
     "clip_high": 1e-3,
     "kl": "velocity",

@@ -177,7 +177,7 @@ def test_the_oracle_sees_the_prompts_of_the_alignment(small: Path) -> None:
 
 def test_a_run_costs_what_its_parts_do() -> None:
     one = Compute(1.0)
-    cost = RunCost(one * 10, start=one, look=one * 3, control=one * 2, look_every=4, control_every=5)
+    cost = RunCost(one * 10, start=one, look=one * 3, control=one * 2, look_every=4, reference_eval_every=5)
     assert cost.total(8).flops == 1 + 80 + 3 * (1 + 2) + 2 * 2
     assert cost.steps_within(Compute(cost.total(8).flops)) == 8
     assert cost.steps_within(Compute(cost.total(8).flops - 1)) == 7

@@ -31,7 +31,7 @@ SMALL = (
     "advantages.std_floor=1e-4",
     "guard={every: 2, prompts: {generate: 2, understand: 4}}",
     "checkpoint_every=2",
-    "control_every=3",
+    "reference_eval_every=3",
     "optimizer={adamw_lr: 0.01}",
     "device=cpu",
 )

@@ -157,8 +157,8 @@ def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
     pytest.importorskip("peft")
     found = []
     tokens = "{backward_tokens: 1, forward_tokens: 64, gradient_checkpointing: true}"
-    for number, limits in enumerate(("{backward_members: null}", "{backward_members: 1}", tokens)):
-        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", "precision={}", "limits.backward_members=null"]
+    for number, limits in enumerate(("{microbatch_size: null}", "{microbatch_size: 1}", tokens)):
+        tree = [*small("bagel_lvrpo_lora", bagel), "steps=1", "precision={}", "limits.microbatch_size=null"]
         tree.append(f"limits={limits}")
         config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
         alignment = Trainer.start(config, Path(f"run-{number}"))
@@ -171,7 +171,7 @@ def test_replaying_in_small_parts_gives_the_same_update(bagel: Path) -> None:
 
 def test_limits_and_precision_are_those_of_a_resumed_run(bagel: Path) -> None:
     pytest.importorskip("peft")
-    limits = "limits={backward_members: null, backward_tokens: 200, forward_tokens: 64, gradient_checkpointing: true}"
+    limits = "limits={microbatch_size: null, backward_tokens: 200, forward_tokens: 64, gradient_checkpointing: true}"
     tree = [*small("bagel_lvrpo_lora", bagel), "checkpoint_every=1", limits]
     config = load_config(TrainConfig, shipped_configs()["bagel_lvrpo_lora"], tree)
     whole, cut = Trainer.start(config, Path("whole")), Trainer.start(config, Path("cut"))

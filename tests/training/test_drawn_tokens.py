@@ -383,5 +383,5 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     for reduction in ("token", "trajectory", "constant"):
         tree = {"masked": {"reduction": reduction}} if reduction != "token" else {}
         whole = bench.gradient(**tree)
-        assert apart(whole, bench.gradient(limits={"backward_members": 3}, **tree)) < 1e-5
+        assert apart(whole, bench.gradient(limits={"microbatch_size": 3}, **tree)) < 1e-5
         assert apart(whole, bench.gradient(limits={"backward_tokens": 150}, **tree)) < 1e-5

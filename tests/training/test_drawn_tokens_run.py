@@ -122,8 +122,8 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (("tokens={}", "rollout.choice_temperature=1"), TOKENS, "rollout.choice_temperature=1.0: is of masked"),
     (("rollout.image_temperature=2",), FLOWS, "rollout.image_temperature=2.0: is of tokens and masked"),
     (("tokens={weight: 0}", "text.weight=0"), TOKENS, "text.weight=0 and tokens.weight=0: nothing would be trained"),
-    (("masked={}", "rollout.policy=reference"), MASKED, "text.kind=grpo learns from its own outputs only"),
-    (("masked={}", "rollout.policy=reference", "text.kind=dpo"), MASKED, "masked.kind=grpo learns from its own"),
+    (("masked={}", "rollout.sample_from=reference"), MASKED, "text.kind=grpo learns from its own outputs only"),
+    (("masked={}", "rollout.sample_from=reference", "text.kind=dpo"), MASKED, "masked.kind=grpo learns from its own"),
     (
         ("tokens={lr_scale: 2}", "gradient_mixing=pcgrad"),
         TOKENS,

@@ -92,7 +92,7 @@ def test_recorded_steps_are_remembered_one_at_a_time_if_asked() -> None:
     ]
 
     def replayed(again: bool) -> int:
-        changes = [*recorded, "limits.backward_members=4", f"limits.gradient_checkpointing={again}"]
+        changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
         return needed(policy_folder("tiny"), *changes).passes["replay of drawings"]
 
     assert replayed(again=True) < replayed(again=False) / 4
@@ -163,7 +163,7 @@ def test_too_little_host_memory_is_refused(small_base: Path, monkeypatch: pytest
 
 
 def test_smaller_parts_take_less(small_base: Path) -> None:
-    whole, parts = needed(small_base), needed(small_base, "limits.backward_members=1")
+    whole, parts = needed(small_base), needed(small_base, "limits.microbatch_size=1")
     assert parts.passes["replay of drawings"] < whole.passes["replay of drawings"] / 3
     assert parts.stays == whole.stays
     assert whole.peak > sum(whole.stays.values())
@@ -192,7 +192,7 @@ def test_too_little_memory_is_refused_before_the_load(
     [
         ({"weights": 10, "frozen and averaged weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
         ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
-        ({"weights": 10}, {"replay of text": 99}, "limits.backward_members"),
+        ({"weights": 10}, {"replay of text": 99}, "limits.microbatch_size"),
         ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),
     ],
 )

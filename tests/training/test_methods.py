@@ -154,7 +154,7 @@ def flow_loss(bench: Any, trajectory: Trajectory) -> float:
 
 def test_best_of_imitates_the_best_drawings(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts[2:3], sampler="ode")
-    config = bench.config(flow={"kind": "best_of", "keep": 1, "noise_draws": 16})
+    config = bench.config(flow={"kind": "best_of", "top_k": 1, "timesteps_per_sample": 16})
     before = flow_loss(bench, groups[0].trajectories[2])
     bench.descend(bench.gradient(groups, [[0.0, 0.5, 1.0, -1.0]], config), 3e-3)
     assert flow_loss(bench, groups[0].trajectories[2]) < before - 1e-5
@@ -162,7 +162,7 @@ def test_best_of_imitates_the_best_drawings(bench: Any, prompts: list[Prompt]) -
 
 def test_flow_dpo_prefers_the_best_to_the_worst(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts[2:3], sampler="ode")
-    config = bench.config(flow={"kind": "dpo", "dpo_beta": 10.0, "noise_draws": 16})
+    config = bench.config(flow={"kind": "dpo", "dpo_beta": 10.0, "timesteps_per_sample": 16})
     A = [[0.5, 1.0, 0.0, -1.0]]
     assert bench.update(groups, A, config)["loss/flow/generate"] == pytest.approx(math.log(2), abs=1e-6)
     best, worst = groups[0].trajectories[1], groups[0].trajectories[3]
@@ -176,7 +176,9 @@ def test_flow_dpo_prefers_the_best_to_the_worst(bench: Any, prompts: list[Prompt
 
 def test_awm_moves_to_the_good_and_from_the_bad(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts[2:3], sampler="ode")
-    config = bench.config(flow={"kind": "awm", "noise_draws": 16, "keep": 1, "clip_low": 0.5, "clip_high": 0.5})
+    config = bench.config(
+        flow={"kind": "awm", "timesteps_per_sample": 16, "top_bottom_k": 1, "clip_low": 0.5, "clip_high": 0.5}
+    )
     A = [[0.0, 1.0, 0.0, -1.0]]
     best, worst = groups[0].trajectories[1], groups[0].trajectories[3]
     before = flow_loss(bench, best) - flow_loss(bench, worst)
@@ -189,7 +191,7 @@ def test_awm_moves_to_the_good_and_from_the_bad(bench: Any, prompts: list[Prompt
 def test_awm_pulls_as_weighted_matching_at_ratio_1(bench: Any, prompts: list[Prompt]) -> None:
     """The gradient of A |v - (noise - x_0)|^2, averaged over the two members."""
     groups = bench.sample(prompts[2:3], sampler="ode")
-    flow = {"kind": "awm", "noise_draws": 2, "keep": 1, "advantage_max": 3.0}
+    flow = {"kind": "awm", "timesteps_per_sample": 2, "top_bottom_k": 1, "advantage_max": 3.0}
     found = bench.gradient(groups, [[2.0, 0.0, 0.0, -2.0]], bench.config(flow=flow))
     chosen = [groups[0].trajectories[i] for i in (0, 3)]
     batch = Microbatch("generate", "flow", 0, [Member(t, 0.0) for t in chosen], 1.0)
@@ -204,7 +206,9 @@ def test_a_guided_reference_pulls_one_pass_to_what_guidance_gives(bench: Any, pr
     groups, nothing = bench.sample(prompts[2:3], sampler="ode"), [[1e-9, 0, 0, -1e-9]]
     bench.nudge(0.05)
     reference = bench.reference
-    config = bench.config(flow={"kind": kind, "kl_coef": 1.0, "reference_guidance": 2.0, "noise_draws": 2, "keep": 1})
+    config = bench.config(
+        flow={"kind": kind, "kl_coef": 1.0, "reference_guidance": 2.0, "timesteps_per_sample": 2, "top_bottom_k": 1}
+    )
     found = bench.update(groups, nothing, config)["kl/flow/generate"]
     chosen = [groups[0].trajectories[i] for i in (0, 3)]
     batch = Microbatch("generate", "flow", 0, [Member(t, 0.0) for t in chosen], 1.0)
@@ -256,7 +260,7 @@ def test_the_gaussian_divergence_is_that_of_the_recorded_steps(bench: Any, promp
     groups, nothing = bench.sample(prompts[2:4], guidance_scale=1.5), [[1e-9, 0, 0, -1e-9]] * 2
     for reduction in ("mean", "sum"):
         same = changed(groups, FlowSegment, lambda s, r=reduction: replace(s, logprob_reduction=r))
-        config = bench.config(flow=FLOW_GRPO | {"kl": "gaussian", "kl_coef": 1.0, "keep": 2})
+        config = bench.config(flow=FLOW_GRPO | {"kl": "gaussian", "kl_coef": 1.0, "top_bottom_k": 2})
         assert bench.update(same, nothing, config)["kl/flow/generate"] == pytest.approx(0, abs=1e-9)
     bench.nudge()
     chosen = [groups[0].trajectories[i] for i in (0, 1, 2, 3)]
@@ -316,10 +320,10 @@ def test_a_sum_is_clipped_where_the_mean_is(bench: Any, prompts: list[Prompt]) -
         ("text", {"kind": "gspo"}, [-0.5, 0.0, 0.0, 0.5], [0, 1, 2, 3]),
         ("text", {"kind": "dpo"}, [2.0, 1.0, 0.5, 0.25], [0, 3]),
         ("text", {"kind": "best_of"}, [-1.0, -0.25, -2.0, -0.5], [1]),
-        ("flow", {"kind": "nft", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
-        ("flow", {"kind": "flow_grpo", "keep": 1}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
+        ("flow", {"kind": "nft", "top_bottom_k": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1, 2, 3]),
+        ("flow", {"kind": "flow_grpo", "top_bottom_k": 1}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
         ("flow", {"kind": "dpo"}, [-1.0, -0.25, -2.0, -0.5], [1, 2]),
-        ("flow", {"kind": "best_of", "keep": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1]),
+        ("flow", {"kind": "best_of", "top_k": 2}, [1.73, -0.58, -0.58, -0.58], [0, 1]),
     ],
     ids=str,
 )
@@ -362,14 +366,14 @@ def stepped(bench: Any, groups: list[Group], config: Any) -> torch.Tensor:
 
 
 STEPS: dict[str, dict[str, Any]] = {
-    "clip, nft": {"text": {"kl_coef": 0.1, "entropy_coef": 0.1}, "flow": {"kl_coef": 0.1, "keep": 3}},
+    "clip, nft": {"text": {"kl_coef": 0.1, "entropy_coef": 0.1}, "flow": {"kl_coef": 0.1, "top_bottom_k": 3}},
     "gspo, grpo": {
         "text": {"kind": "gspo", "reduction": "trajectory", "kl_coef": 0.1},
         "flow": FLOW_GRPO | {"kl_coef": 0.1},
     },
     "dpo": {"text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
-    "best of": {"text": {"kind": "best_of"}, "flow": {"kind": "best_of", "keep": 5}},
-    "per segment": {"advantages": {"stages": "per_segment"}, "text": {"kl_coef": 0.1}, "mini_updates": 2},
+    "best of": {"text": {"kind": "best_of"}, "flow": {"kind": "best_of", "top_k": 5}},
+    "per segment": {"advantages": {"stages": "per_segment"}, "text": {"kl_coef": 0.1}, "num_minibatches": 2},
 }
 
 
@@ -483,7 +487,7 @@ def test_mini_updates_deal_every_task_and_step_each_hand(bench: Any, prompts: li
         for group, row in zip(part, A["text"].values, strict=True):
             place = next(i for i, g in enumerate(groups) if g is group)
             assert row.tolist() == (ALL * 2)[place]
-    config = bench.config(mini_updates=2)
+    config = bench.config(num_minibatches=2)
     metrics = one_step(bench, config, groups, both(ALL * 2))
     assert metrics.counts["grad_norm/understand"] == 2
     assert metrics.means()["ratio/text"] != 1.0  # the second hand finds moved weights

@@ -79,7 +79,7 @@ def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path) -> 
 def test_processes_step_what_they_keep_as_one_would(
     size: int, lively_base: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    tree = {"optimizer": {"warmup_steps": 0}, "limits": {"backward_members": 1}, "offload": True}
+    tree = {"optimizer": {"warmup_steps": 0}, "limits": {"microbatch_size": 1}, "offload": True}
     (alone,) = Ranks(tmp_path / "alone", 1, work.steps, lively_base, prompts, tree).results()
     begun = {name: p.detach() for name, p in work.lively(lively_base).named_parameters()}
     for own in Ranks(tmp_path / "all", size, work.steps, lively_base, prompts, tree).results():

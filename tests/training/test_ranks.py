@@ -205,7 +205,7 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
         {
             "flow": {"kind": method},
             "rollout": {"group_size": 4},
-            "limits": {"backward_members": 3},
+            "limits": {"microbatch_size": 3},
             "device": "cpu",
         }
     )

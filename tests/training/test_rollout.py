@@ -71,7 +71,7 @@ def policies() -> Policies:
 def config(**rollout: Any) -> TrainConfig:
     counts = {"understand": 6, "reason": 3, "generate": 0, "edit": 0}
     tree = {"data": {"prompts_per_step": counts}, "rollout": {"group_size": 4} | rollout}
-    if rollout.get("policy") == "reference":
+    if rollout.get("sample_from") == "reference":
         tree |= {"text": {"kind": "dpo"}, "flow": {"kind": "dpo"}}
     return TrainConfig.model_validate(tree)
 
@@ -82,9 +82,10 @@ REWARDS = [RewardSource(RewardConfig(name="every_third"), EveryThird())]
 
 def step_of(settings: TrainConfig, step: int = 0) -> tuple[list[Group], Any, dict[str, float]]:
     live = policies()
-    groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, step), step)
+    rollouts = Rollouts(live, settings)
+    groups = rollouts.groups(prompts_of_step(Source(), settings, step), step)
     table = score_groups(REWARDS, groups, JUDGE)
-    return refill(live, Source(), REWARDS, groups, table, settings, step)
+    return refill(rollouts, Source(), REWARDS, groups, table, step)
 
 
 def dead(table: Any) -> int:
@@ -92,7 +93,7 @@ def dead(table: Any) -> int:
 
 
 def test_groups_without_signal_are_drawn_again_until_all_have_it() -> None:
-    groups, table, counts = step_of(config(refill_budget=100))
+    groups, table, counts = step_of(config(max_resamples=100))
     assert dead(table) == 0
     assert [group.prompt.task for group in groups] == ["understand"] * 6 + ["reason"] * 3
     assert len({group.prompt.id for group in groups}) == 9
@@ -111,7 +112,7 @@ def test_groups_without_signal_are_drawn_again_until_all_have_it() -> None:
 
 
 def test_what_the_budget_did_not_reach_is_counted() -> None:
-    _, table, counts = step_of(config(refill_budget=2))
+    _, table, counts = step_of(config(max_resamples=2))
     assert counts["refill/drawn"] == 2
     assert counts["refill/given_up"] == dead(table) > 0
     whole = step_of(config())
@@ -120,7 +121,7 @@ def test_what_the_budget_did_not_reach_is_counted() -> None:
 
 def test_refills_are_a_function_of_the_step() -> None:
     def ids(step: int) -> list[str]:
-        return [group.prompt.id for group in step_of(config(refill_budget=20), step)[0]]
+        return [group.prompt.id for group in step_of(config(max_resamples=20), step)[0]]
 
     assert ids(3) == ids(3)
     drawn = [{i for i in ids(step) if int(i.split("/")[1]) >= REFILLS} for step in range(4)]
@@ -136,9 +137,10 @@ def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
             return Scores(values, failures)
 
     rewards = [RewardSource(RewardConfig(name="every_third"), Failing())]
-    settings, live = config(refill_budget=3), policies()
-    groups = Rollouts(live, settings).groups(prompts_of_step(Source(), settings, 0), 0)
-    groups, table, _ = refill(live, Source(), rewards, groups, score_groups(rewards, groups, JUDGE), settings, 0)
+    settings, live = config(max_resamples=3), policies()
+    rollouts = Rollouts(live, settings)
+    groups = rollouts.groups(prompts_of_step(Source(), settings, 0), 0)
+    groups, table, _ = refill(rollouts, Source(), rewards, groups, score_groups(rewards, groups, JUDGE), 0)
     assert {cell[0] for cell in table.reasons} == set(range(9))
     for (p, g, _), reason in table.reasons.items():
         assert g == 0
@@ -147,7 +149,7 @@ def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
 
 
 def test_the_reference_samples_a_pool_once() -> None:
-    settings, sets = config(policy="reference", pool=2), policies()
+    settings, sets = config(sample_from="reference", pool=2), policies()
     rollouts = Rollouts(sets, settings)
     seen = []
     for step in range(5):
@@ -175,16 +177,20 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"rollout": {"policy": "reference"}}, "text.kind=grpo learns from its own outputs only"),
-        ({"rollout": {"policy": "reference"}, "text": {"weight": 0.0}}, "flow.kind=nft learns from its own"),
+        ({"rollout": {"sample_from": "reference"}}, "text.kind=grpo learns from its own outputs only"),
+        ({"rollout": {"sample_from": "reference"}, "text": {"weight": 0.0}}, "flow.kind=nft learns from its own"),
         (
-            {"rollout": {"policy": "reference", "refill_budget": 1}, "text": {"kind": "dpo"}, "flow": {"kind": "dpo"}},
-            "refill_budget needs fresh outputs",
+            {
+                "rollout": {"sample_from": "reference", "max_resamples": 1},
+                "text": {"kind": "dpo"},
+                "flow": {"kind": "dpo"},
+            },
+            "max_resamples needs fresh outputs",
         ),
         ({"rollout": {"image_guidance_scale": 2.0}}, "has no effect while rollout.guidance_scale=1"),
         ({"flow": {"ratio": "guard"}}, "flow.nft.ratio"),
         ({"flow": {"kl": "gaussian"}}, "flow.nft.kl"),
-        ({"flow": {"kind": "best_of", "keep": 8}}, "flow.keep=8: the best of rollout.group_size=8 are fewer"),
+        ({"flow": {"kind": "best_of", "top_k": 8}}, "flow.top_k=8: the best of rollout.group_size=8 are fewer"),
         ({"rollout": {"guidance_interval": [0.9, 0.1]}}, "must be .low, high. with 0 <= low < high <= 1"),
         ({"rollout": {"window": {"steps_after": 3}}}, "steps_after=3: has no effect with rollout.sampler=ode"),
         (
@@ -196,7 +202,7 @@ def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
             "noise_level=1.2: must be at most 1",
         ),
         ({"text": {"kind": "dpo", "importance_cap": 2.0}}, "text.dpo.importance_cap"),
-        ({"mini_updates": 500}, "a step has only"),
+        ({"num_minibatches": 500}, "a step has only"),
         ({"text": {"weight": 0.0}, "flow": {"weight": 0.0}}, "nothing would be trained"),
         (
             {"task_weights": dict.fromkeys(["generate", "understand", "edit", "reason"], 0.0)},

@@ -289,8 +289,8 @@ def test_an_engine_is_closed_whatever_happens(lively_base: Path) -> None:
         (("rollout.engine.kind=custom",), "rollout.engine.name: is missing"),
         (("rollout.engine.device=cpu",), "rollout.engine.device: is of rollout.engine.kind=process, not of policy"),
         (
-            (PROCESS, "rollout.policy=reference", "text.kind=dpo", "flow.kind=dpo"),
-            "rollout.engine.kind=process: the reference samples with rollout.policy=reference",
+            (PROCESS, "rollout.sample_from=reference", "text.kind=dpo", "flow.kind=dpo"),
+            "rollout.engine.kind=process: an engine has the trained weights, and with rollout.sample_from",
         ),
         (
             ("rollout.engine={kind: custom, name: a.b:C}", "flow.kind=flow_grpo", "rollout.sampler=flow_sde"),

@@ -38,7 +38,7 @@ SMALL = (
     "advantages.std_floor=1e-4",
     "guard={every: 4, prompts: {generate: 3, understand: 8, edit: 2, reason: 3}}",
     "checkpoint_every=2",
-    "control_every=3",
+    "reference_eval_every=3",
     "samples_every=4",
     "device=cpu",
 )
@@ -128,10 +128,10 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
 
 
 def test_the_average_is_short_at_first(small_base: Path) -> None:
-    """With decay min(average_decay, step / (step + 10)): else what is evaluated and saved stays near the start."""
+    """With decay min(ema_decay, step / (step + 10)): else what is evaluated and saved stays near the start."""
     changed = (
         "steps=3",
-        "average_decay=0.15",
+        "ema_decay=0.15",
         "data.prompts_per_step={generate: 2, understand: 0, edit: 0, reason: 0}",
         "rewards=[{name: own_vqa}]",
         "guard={every: 3, prompts: {generate: 2}}",
@@ -193,13 +193,13 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, .
 
 METHODS = {
     "all at once": [
-        "rollout.refill_budget=6",
+        "rollout.max_resamples=6",
         "advantages={std_floor: 0.005, kind: grpo, stages: per_segment}",
         "text={lr_scale: 0.5, importance_cap: 2}",
-        "mini_updates=2",
+        "num_minibatches=2",
         "gradient_audit.every=2",
     ],
-    "offline": ["text.kind=dpo", "flow.kind=dpo", "rollout={policy: reference, pool: 2}"],
+    "offline": ["text.kind=dpo", "flow.kind=dpo", "rollout={sample_from: reference, pool: 2}"],
     "windows": [
         "flow={kind: flow_grpo, kl: gaussian, ratio: guard}",
         "rollout={sampler: flow_sde, solver: dpm_solver, window: {kind: decaying, size: 1, steps_after: 1}}",

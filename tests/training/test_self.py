@@ -19,7 +19,7 @@ SMALL = (
     "data.prompts_per_step={generate: 4, understand: 4, edit: 3, reason: 6}",
     "guard.prompts={generate: 7, edit: 5}",
     "guard.every=1",
-    "control_every=1",
+    "reference_eval_every=1",
     "device=cpu",
 )
 

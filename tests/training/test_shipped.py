@@ -48,7 +48,7 @@ def test_an_alignment_runs(name: str, small_base: Path, monkeypatch: pytest.Monk
             "rewards=[{name: 'spread:Spread'}]",
             "allow_code=[spread]",
             "guard={every: 2, prompts: {generate: 2, understand: 2}}",
-            "control_every=2",
+            "reference_eval_every=2",
         ],
     )
     alignment = Trainer.start(config, Path("run"))

@@ -34,7 +34,7 @@ def make_config(text: dict[str, Any] | None = None, flow: dict[str, Any] | None 
     return TrainConfig.model_validate(tree)
 
 
-NFT = {"kind": "nft", "keep": 2, "noise_draws": 4}
+NFT = {"kind": "nft", "top_bottom_k": 2, "timesteps_per_sample": 4}
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_nft_pulls_to_the_good_drawing_and_away_from_the_bad(
     advantages: list[float], member: int, sign: int, policies: Policies, prompts: list[Prompt]
 ) -> None:
     groups = sample(policies, prompts[2:3], group_size=2, sampler="ode")
-    config = make_config(flow={"keep": 1, "noise_draws": 16})
+    config = make_config(flow={"top_bottom_k": 1, "timesteps_per_sample": 16})
     before = latent_loss(policies.policy, groups[0], member)
     found = gradients(policies, groups, [advantages], config)
     descend(policies, found, 3e-3 / norm(found))
@@ -231,7 +231,7 @@ def test_grpo_raises_the_density_of_the_good_steps_and_lowers_the_bad(
     advantages: list[float], member: int, sign: int, weighting: str, policies: Policies, prompts: list[Prompt]
 ) -> None:
     groups = sample(policies, prompts[2:3], group_size=2)
-    config = make_config(flow={"kind": "flow_grpo", "keep": 1, "step_weighting": weighting})
+    config = make_config(flow={"kind": "flow_grpo", "top_bottom_k": 1, "step_weighting": weighting})
     found = gradients(policies, groups, [advantages], config)
     descend(policies, found, 1e-3 / norm(found))
     trajectory = groups[0].trajectories[member]
@@ -282,7 +282,7 @@ def test_nft_draws_fresh_noise_every_step_and_the_same_when_repeated(policies: P
 
 def test_only_the_best_and_the_worst_are_trained(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[2:3])
-    config = make_config(flow={"kind": "flow_grpo", "keep": 1})
+    config = make_config(flow={"kind": "flow_grpo", "top_bottom_k": 1})
     kept = gradients(policies, groups, [[1.0, 0.4, -0.4, -1.0]], config)
     other = gradients(policies, groups, [[1.0, -0.2, 0.2, -1.0]], config)
     assert distance(kept, other) == 0

@@ -20,7 +20,7 @@ QUICK = (
     "guard.prompts={generate: 7, understand: 12, edit: 5, reason: 6}",
     "guard.every=2",
     "samples_every=2",
-    "control_every=2",
+    "reference_eval_every=2",
     "checkpoint_every=2",
 )
 QUICK_STEPS = 4

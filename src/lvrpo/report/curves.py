@@ -117,8 +117,8 @@ def ratio_note(metrics: Metrics) -> str:
         return ""
     return (
         "The ratio is 1 and nothing is clipped in every step, as it must be with one update per rollout "
-        "(mini_updates=1): the weights that are trained are still those that sampled. The loss is the plain policy "
-        "gradient; with mini_updates of 2 or more the ratio moves and the clip range matters."
+        "(num_minibatches=1): the weights that are trained are still those that sampled. The loss is the plain policy "
+        "gradient; with num_minibatches of 2 or more the ratio moves and the clip range matters."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -95,6 +95,13 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
 class TrainConfig(Config):
     """An alignment run."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "average_decay": "is called ema_decay",
+        "mini_updates": "is called num_minibatches",
+        "control_every": "is called reference_eval_every",
+        "control_group_size": "is called reference_eval_group_size",
+    }
+
     allow_code: tuple[str, ...] = Field(default=(), exclude=True)
     """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
     allows itself any."""
@@ -131,7 +138,7 @@ class TrainConfig(Config):
     """Of pictures drawn as masked image tokens; likewise."""
     task_weights: dict[Task, float] = Field(default_factory=dict)
     """Weight of a task in the loss; 1 where absent."""
-    mini_updates: int = Field(default=1, ge=1)
+    num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
     gradient_mixing: Mixing = "sum"
     """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
@@ -140,14 +147,14 @@ class TrainConfig(Config):
     limits: LimitsConfig = LimitsConfig()
     """What goes through the policy at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    average_decay: float = Field(default=0.95, ge=0, lt=1)
+    ema_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
     guard: GuardConfig = GuardConfig()
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
-    control_every: int = Field(default=10, ge=1)
+    reference_eval_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
-    control_group_size: int = Field(default=2, ge=1, le=1024)
+    reference_eval_group_size: int = Field(default=2, ge=1, le=1024)
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     samples_every: int = Field(default=20, ge=1)
@@ -240,12 +247,12 @@ class TrainConfig(Config):
         if not trained:
             weights = " and ".join(f"{kind}.weight=0" for kind in sections)
             raise ValueError(f"{weights}: nothing would be trained: give one a positive weight")
-        for kind, section in trained.items() if self.rollout.policy == "reference" else ():
+        for kind, section in trained.items() if self.rollout.sample_from == "reference" else ():
             table = FLOW_LOSSES if isinstance(section, FlowLossConfig) else TOKEN_LOSSES
             if not table[section.kind].off_policy:
                 raise ValueError(
-                    f"rollout.policy=reference: {kind}.kind={section.kind} learns from its own outputs only: use "
-                    "dpo or best_of, or sample with rollout.policy=live"
+                    f"rollout.sample_from=reference: {kind}.kind={section.kind} learns from its own outputs only: use "
+                    "dpo or best_of, or sample with rollout.sample_from=policy"
                 )
         if self.gradient_mixing != "sum" and len({section.lr_scale for section in trained.values()}) > 1:
             rates = " and ".join(f"{kind}.lr_scale={section.lr_scale}" for kind, section in trained.items())
@@ -295,9 +302,9 @@ class TrainConfig(Config):
         counts = self.data.prompts_per_step
         if not any(counts.values()) or min(counts.values()) < 0:
             raise ValueError("data.prompts_per_step: give at least one task a positive number, and none a negative one")
-        if self.mini_updates > sum(counts.values()):
+        if self.num_minibatches > sum(counts.values()):
             raise ValueError(
-                f"mini_updates={self.mini_updates}: a step has only {sum(counts.values())} prompts to deal"
+                f"num_minibatches={self.num_minibatches}: a step has only {sum(counts.values())} prompts to deal"
             )
         if self.data.options and self.data.source in DATASETS:
             raise ValueError(
@@ -384,18 +391,18 @@ class TrainConfig(Config):
                 f"rollout.image_guidance_scale={rollout.image_guidance_scale}: has no effect while "
                 "rollout.guidance_scale=1: set both, or neither"
             )
-        if rollout.policy == "reference" and rollout.engine.kind != "policy":
+        if rollout.sample_from == "reference" and rollout.engine.kind != "policy":
             raise ValueError(
-                f"rollout.engine.kind={rollout.engine.kind}: the reference samples with rollout.policy=reference, and "
-                "an engine has the trained weights: leave one of them out"
+                f"rollout.engine.kind={rollout.engine.kind}: an engine has the trained weights, and with "
+                "rollout.sample_from=reference the reference samples: leave one of them out"
             )
         if rollout.engine.kind == "custom" and isinstance(self.flow, RecordedStepsConfig):
             raise ValueError(
                 f"flow.kind={self.flow.kind}: takes ratios of steps to log-probs of another program "
                 "(rollout.engine.kind=custom), and those of drawings are not corrected: use flow.kind=nft or awm"
             )
-        if rollout.policy == "reference" and rollout.refill_budget:
-            raise ValueError("rollout.refill_budget needs fresh outputs: set rollout.policy to live")
+        if rollout.sample_from == "reference" and rollout.max_resamples:
+            raise ValueError("rollout.max_resamples needs fresh outputs: set rollout.sample_from to policy")
 
     def _check_flow(self) -> None:
         rollout, flow = self.rollout, self.flow
@@ -423,9 +430,10 @@ class TrainConfig(Config):
                 f"flow.kind={flow.kind} trains velocities guided by rollout.guidance_scale alone: leave out "
                 "rollout.image_guidance_scale, guidance_renorm and guidance_interval"
             )
-        if isinstance(flow, ContrastConfig) and 2 * flow.keep > rollout.group_size:
+        if isinstance(flow, ContrastConfig) and 2 * flow.top_bottom_k > rollout.group_size:
             raise ValueError(
-                f"flow.keep={flow.keep}: best and worst must fit into rollout.group_size={rollout.group_size}"
+                f"flow.top_bottom_k={flow.top_bottom_k}: best and worst must fit into "
+                f"rollout.group_size={rollout.group_size}"
             )
-        if flow.kind == "best_of" and flow.keep >= rollout.group_size:
-            raise ValueError(f"flow.keep={flow.keep}: the best of rollout.group_size={rollout.group_size} are fewer")
+        if flow.kind == "best_of" and flow.top_k >= rollout.group_size:
+            raise ValueError(f"flow.top_k={flow.top_k}: the best of rollout.group_size={rollout.group_size} are fewer")

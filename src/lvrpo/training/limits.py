@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -16,13 +17,15 @@ class LimitsConfig(Config):
     They move results by rounding alone.
     """
 
+    hints: ClassVar[Mapping[str, str]] = {"backward_members": "is called {section}.microbatch_size"}
+
     forward_tokens: int | None = Field(default=None, ge=1)
     """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768). The tiny
     policy goes by rows, 512 at once, whatever is set here."""
     backward_tokens: int | None = Field(default=None, ge=1)
     """At once where a gradient is kept, every trained step and every branch of guidance counted."""
-    backward_members: int | None = Field(default=None, ge=1)
-    """The same, in drawings, each at ``flow.noise_draws`` times; texts: eight times as many. None, and no
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """The same, in drawings, each at ``flow.timesteps_per_sample`` times; texts: eight times as many. None, and no
     ``backward_tokens``: 192, which suits small policies."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass instead of being remembered: a third more time, a fraction of the
@@ -30,9 +33,9 @@ class LimitsConfig(Config):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if self.backward_tokens is not None and self.backward_members is not None:
+        if self.backward_tokens is not None and self.microbatch_size is not None:
             raise ValueError(
-                f"limits.backward_tokens={self.backward_tokens} and limits.backward_members={self.backward_members}: "
+                f"limits.backward_tokens={self.backward_tokens} and limits.microbatch_size={self.microbatch_size}: "
                 "two limits of one thing: give one of them"
             )
         return self

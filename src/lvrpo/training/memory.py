@@ -198,7 +198,7 @@ def _remedy(estimate: MemoryEstimate) -> str:
     if largest == stays.get("weights", 0):
         return "set precision.weights=bfloat16 with an adapter, or use a larger device"
     if estimate.worst.startswith("replay"):
-        return "set limits.backward_members=1 and limits.gradient_checkpointing=true, flow.noise_draws lower"
+        return "set limits.microbatch_size=1 and limits.gradient_checkpointing=true, flow.timesteps_per_sample lower"
     return "set rollout.group_size, data.prompts_per_step, rollout.max_new_tokens or the size of pictures lower"
 
 
@@ -443,7 +443,7 @@ class _Estimator:
         recorded, fresh = isinstance(flow, RecordedStepsConfig), isinstance(flow, FreshNoiseConfig)
         by_velocity = not isinstance(flow, RecordedStepsConfig) or flow.kl == "velocity"
         compared = isinstance(flow, FlowDPOConfig) or bool(flow.kl_coef)
-        draws = flow.noise_draws if isinstance(flow, NoisingConfig) else 1
+        draws = flow.timesteps_per_sample if isinstance(flow, NoisingConfig) else 1
         repeated = [trajectory for trajectory in trajectories for _ in range(draws)]
         x_t = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
         scale = flow_segment(trajectories[0]).guidance_scale if fresh else 1.0

@@ -101,7 +101,7 @@ def split(
         sizes.setdefault(size, []).append(members)
     for same in sizes.values():
         if limits.backward_tokens is None:
-            at_once = max(1, objective.at_once(limits.backward_members) // objective.unit)
+            at_once = max(1, objective.at_once(limits.microbatch_size) // objective.unit)
             cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
         else:
             cuts = cut_by_tokens(same, objective, policy, limits.backward_tokens)

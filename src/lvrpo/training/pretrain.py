@@ -5,7 +5,7 @@ Also the supervised baseline, and, on clean prompts with their right outputs, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -60,6 +60,8 @@ class PretrainOptimizerConfig(OptimizerConfig):
 class PretrainConfig(Config):
     """A supervised run on the web corpus, or on clean prompts."""
 
+    hints: ClassVar[Mapping[str, str]] = {"average_decay": "is called ema_decay"}
+
     name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     init: str | None = None
@@ -85,7 +87,7 @@ class PretrainConfig(Config):
     image_weight: float = Field(default=5.0, ge=0)
     representation: RepresentationConfig = RepresentationConfig()
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
-    average_decay: float = Field(default=0.998, ge=0, lt=1)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
     threads: int = Field(default=1, ge=1, le=1024)
     held_out_every: int = Field(default=500, ge=0)
@@ -168,7 +170,7 @@ class Supervised:
         if self.representation is not None:
             self.representation.step(self.optimizers.rate(step))
         self.step += 1
-        average_into(self.average, self.policy, min(self.config.average_decay, step / (step + 10)))
+        average_into(self.average, self.policy, min(self.config.ema_decay, step / (step + 10)))
         return SupervisedStep(total, norms)
 
     @property

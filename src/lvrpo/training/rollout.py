@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -143,6 +143,11 @@ MaskedLikelihood = Annotated[PathLikelihood | MonteCarloLikelihood, Field(discri
 class RolloutConfig(Config):
     """How groups are sampled."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "policy": "is called {section}.sample_from: policy or reference",
+        "refill_budget": "is called {section}.max_resamples",
+    }
+
     group_size: int = Field(default=8, ge=2, le=4096)
     """At least 2: a member is compared with its siblings."""
     temperature: float = Field(default=1.0, gt=0, le=100)
@@ -175,17 +180,17 @@ class RolloutConfig(Config):
     unguided."""
     masked_likelihood: MaskedLikelihood = PathLikelihood()
     """Of drawings of masked tokens."""
-    refill_budget: int = Field(default=0, ge=0, le=10_000)
+    max_resamples: int = Field(default=0, ge=0, le=10_000)
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
     same task, at most so many groups a step."""
-    policy: Literal["live", "reference"] = "live"
+    sample_from: Literal["policy", "reference"] = "policy"
     """Who samples; reference: offline training, for objectives that learn from anybody's outputs (dpo, best_of)."""
     engine: Engine = OwnSamplerConfig()
     """The program that samples; where it is not the policy itself, ``importance_cap`` of token losses is 2 unless it
     is given, and contract.json tells how far its log-probs are from the trainer's."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
-    """Prompts of so many steps, over and over; 0: always new ones. With policy=reference their outputs are sampled once
-    and kept in memory."""
+    """Prompts of so many steps, over and over; 0: always new ones. With sample_from=reference their outputs are
+    sampled once and kept in memory."""
 
     def sampling(self, seed: int, step: int) -> Sampling:
         """The sampling of one step; its window is a function of (seed, step), so it needs no saving."""
@@ -196,7 +201,9 @@ class RolloutConfig(Config):
         after = self.window.steps_after
         if window and after is not None:
             after = min(after, self.num_steps - window[-1] - 1)
-        shared = self.model_dump(exclude={"window", "refill_budget", "policy", "engine", "pool", "masked_likelihood"})
+        shared = self.model_dump(
+            exclude={"window", "max_resamples", "sample_from", "engine", "pool", "masked_likelihood"}
+        )
         return Sampling(window=window, steps_after_window=after, masked=self.masked_likelihood.scoring, **shared)
 
     def data_step(self, step: int) -> int:
@@ -232,7 +239,7 @@ def rollout(
     ``engine``: samples instead of the policy, with the same weights.
     """
     names: tuple[SetName, SetName] = (
-        ("policy", "old") if config.rollout.policy == "live" else ("reference", "reference")
+        ("policy", "old") if config.rollout.sample_from == "policy" else ("reference", "reference")
     )
     sampling = config.sampling(step)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
@@ -261,7 +268,7 @@ class Rollouts:
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """As ``rollout``. What is kept is a function of (seed, step of the pool), so a resumed run samples it again."""
         config = self.config.rollout
-        if config.policy == "live" or not config.pool:
+        if config.sample_from == "policy" or not config.pool:
             return self.fresh(prompts, step)
         step = config.data_step(step)
         if step not in self.kept:
@@ -286,7 +293,7 @@ def refill(
     Which prompts come is a function of the step and of what had no signal, so a resumed run draws the same.
     """
     config = rollouts.config
-    groups, budget = list(groups), config.rollout.refill_budget
+    groups, budget = list(groups), config.rollout.max_resamples
     tasks = torch.tensor([TASKS.index(group.prompt.task) for group in groups])
     drawn: Counter[str] = Counter()
     while True:
@@ -301,7 +308,7 @@ def refill(
         with relay_errors():
             for p in rows:
                 task = groups[p].prompt.task
-                prompts.append(source.prompt(task, REFILLS + step * config.rollout.refill_budget + drawn[task]))
+                prompts.append(source.prompt(task, REFILLS + step * config.rollout.max_resamples + drawn[task]))
                 drawn[task] += 1
         fresh = rollouts.fresh(prompts, step)
         with rollouts.policies.use("judge") as judge:

@@ -183,7 +183,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                         if config.judge.drift_due(step + 1, looks):
                             row |= judge_drift(self.rewards, groups, table, policies)
                         trained, scores = groups, table
-                        if config.rollout.refill_budget:
+                        if config.rollout.max_resamples:
                             args = (rollouts, self.source, self.rewards, groups, table, step)
                             trained, scores, counts = refill(*args)
                             row |= counts
@@ -197,7 +197,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     if policies.has("old") and isinstance(flow, FreshNoiseConfig):
                         decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
                         policies.weights.lerp("old", decay)
-                    policies.weights.lerp("ema", min(config.average_decay, step / (step + 10)))
+                    policies.weights.lerp("ema", min(config.ema_decay, step / (step + 10)))
                     state.step += 1
                     if step == 0:
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
@@ -208,7 +208,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     of_trained = right if trained is groups else right_outputs(trained)
                     self._record(trained, scores, of_trained, advantages)
                     row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
-                    if step % config.control_every == 0:
+                    if step % config.reference_eval_every == 0:
                         row |= self._control(prompts, step)
                     if state.step % config.samples_every == 0 or state.step == config.steps:
                         samples.write(run, state.step, groups, table, right)
@@ -259,7 +259,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with policies.use("judge") as judge:
             table = score_own(self.rewards, control, judge, step)
         right = right_outputs(control)
-        score_record.write_control(self.run, self.state.step, control, table, right, self.config.control_every)
+        score_record.write_control(self.run, self.state.step, control, table, right, self.config.reference_eval_every)
         return reward_means("control", table, right)
 
     def result(self) -> Policy:
@@ -281,7 +281,7 @@ def train_step(
     step: int,
     lr_scale: float = 1.0,
 ) -> Metrics:
-    """The optimizer steps of one rollout: one, unless ``mini_updates`` or different ``lr_scale`` ask for more.
+    """The optimizer steps of one rollout: one, unless ``num_minibatches`` or different ``lr_scale`` ask for more.
 
     ``groups``: those of all ranks, of which a rank differentiates its own, with their ``advantages``. ``optimizers``:
     one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
@@ -298,7 +298,7 @@ def train_step(
             groups = anchored(policy, groups, rescored)
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
-    for part, A in minibatches(groups, advantages, config.mini_updates):
+    for part, A in minibatches(groups, advantages, config.num_minibatches):
         by_task = TaskGradients(policies.policy) if audited or config.gradient_mixing != "sum" else None
         each = by_task is not None or policies.reduces_per_microbatch
         for (kinds, lr), optimizer in zip(config.phases(writes), optimizers, strict=True):
@@ -329,7 +329,7 @@ def train_step(
 
 def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """The reference on the very same prompts, since prompts drift in difficulty."""
-    sampling = replace(config.sampling(step), group_size=config.control_group_size)
+    sampling = replace(config.sampling(step), group_size=config.reference_eval_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     with policies.use("reference") as reference:
         return sample_own(reference, prompts, sampling, seeds)

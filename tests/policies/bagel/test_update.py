@@ -79,7 +79,7 @@ def test_limits_move_the_gradient_by_rounding_alone(method: str, policies: Polic
     assert len({t.image.shape for group in groups for t in group.trajectories if t.image is not None}) == 2
     free = gradient(policies, groups, config)
     assert free.norm() > 1e-3
-    for limits in ({"backward_tokens": 1}, {"backward_members": 1}, {"backward_tokens": 400, "forward_tokens": 90},
+    for limits in ({"backward_tokens": 1}, {"microbatch_size": 1}, {"backward_tokens": 400, "forward_tokens": 90},
                    {"gradient_checkpointing": True}):  # fmt: skip
         limited = gradient(policies, groups, TrainConfig.model_validate(tree | {"limits": limits}))
         print(f"{method}, {limits}: {float((limited - free).norm() / free.norm()):.1e}")
@@ -114,5 +114,5 @@ def test_what_is_replayed_together(policies: Policies) -> None:
 
 
 def test_two_limits_of_one_thing_are_refused() -> None:
-    with pytest.raises(InputError, match=r"backward_tokens=9 and limits.backward_members=1: two limits of one thing"):
-        load_config(TrainConfig, None, ["limits={backward_tokens: 9, backward_members: 1}"])
+    with pytest.raises(InputError, match=r"backward_tokens=9 and limits.microbatch_size=1: two limits of one thing"):
+        load_config(TrainConfig, None, ["limits={backward_tokens: 9, microbatch_size: 1}"])

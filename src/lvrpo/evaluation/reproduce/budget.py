@@ -33,12 +33,12 @@ class RunCost:
     control: Compute = NO_COMPUTE
     """The reference's outputs that are drawn beside the curve."""
     look_every: int = 1
-    control_every: int = 1
+    reference_eval_every: int = 1
 
     def total(self, steps: int) -> Compute:
         """Of a run of so many steps: looks at the start, every so often and at the end."""
         looks = 1 + -(-steps // self.look_every)
-        controls = -(-steps // self.control_every)
+        controls = -(-steps // self.reference_eval_every)
         return self.start + self.step * steps + self.look * looks + self.control * controls
 
     def steps_within(self, budget: Compute, added_to: Compute = NO_COMPUTE) -> int:
@@ -64,7 +64,7 @@ class RunCost:
     def from_dict(cls, raw: dict[str, Any]) -> RunCost:
         """What ``as_dict`` gave."""
         parts = {name: Compute(**raw[name]) for name in ("step", "start", "look", "control")}
-        return cls(**parts, look_every=raw["look_every"], control_every=raw["control_every"])
+        return cls(**parts, look_every=raw["look_every"], reference_eval_every=raw["reference_eval_every"])
 
 
 def count_cost(config: AnyConfig) -> RunCost:
@@ -86,7 +86,7 @@ def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
 def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
     last = PLAIN + 2  # the guard looks at the last step, so that it is no plain one
     guard = config.guard.model_copy(update={"every": last, "action": "warn", "turn": None})
-    rare = {"guard": guard, "control_every": last, "samples_every": last, "checkpoint_every": last}
+    rare = {"guard": guard, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
     marks: list[Compute] = []
     trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
     with trainer.run, ComputeCounter() as counter:
@@ -99,7 +99,7 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
         control = counter.now - before - look
     step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
     start = marks[0] - step - look - control
-    cost = RunCost(step, start, look, control, config.guard.every, config.control_every)
+    cost = RunCost(step, start, look, control, config.guard.every, config.reference_eval_every)
     return cost if start.flops >= 0 else replace(cost, start=NO_COMPUTE)
 
 

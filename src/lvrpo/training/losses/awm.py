@@ -35,7 +35,7 @@ class AWM(FreshNoiseObjective):
         config = self.config
         logprobs, behavior = -noised.flow_loss(v)[:, None], -noised.flow_loss(v_old)[:, None]
         A = batch.advantages().clamp(-config.advantage_max, config.advantage_max)
-        A = A.repeat_interleave(config.noise_draws)[:, None].to(logprobs)
+        A = A.repeat_interleave(config.timesteps_per_sample)[:, None].to(logprobs)
         surrogate = clipped_surrogate(
             logprobs,
             behavior,

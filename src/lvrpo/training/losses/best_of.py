@@ -29,7 +29,7 @@ class FlowBestOfConfig(NoisingConfig):
     """Imitates the best drawings of a group."""
 
     kind: Literal["best_of"] = "best_of"
-    keep: int = Field(default=2, ge=1)
+    top_k: int = Field(default=2, ge=1)
     """So many of each group."""
     kl_coef: float = Field(default=2.0, ge=0)
     """Of the divergence from the reference, mean |v - v_ref|^2."""
@@ -73,10 +73,10 @@ class BestDrawing(FlowObjective):
         self.config = config
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return best(groups, advantages, "flow", self.config.keep)
+        return best(groups, advantages, "flow", self.config.top_k)
 
     def passes(self, trajectory: Trajectory) -> int:
-        return self.config.noise_draws
+        return self.config.timesteps_per_sample
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:

@@ -87,7 +87,7 @@ class FlowDPO(FlowObjective):
         return pairs(groups, advantages, "flow")
 
     def passes(self, trajectory: Trajectory) -> int:
-        return self.config.noise_draws
+        return self.config.timesteps_per_sample
 
     @property
     def compared_with(self) -> tuple[FrozenPolicy, ...]:
@@ -108,7 +108,7 @@ class FlowDPO(FlowObjective):
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of winners and of losers, one per pair and draw."""
-        rows = losses.view(-1, 2, self.config.noise_draws)
+        rows = losses.view(-1, 2, self.config.timesteps_per_sample)
         return rows[:, 0].flatten(), rows[:, 1].flatten()
 
 

@@ -42,6 +42,9 @@ class FlowLossConfig(Config):
         "lr": LR,
         **dict.fromkeys([f"kind={kind}" for kind in ("clip", "gspo", "cispo", "dapo", "dr_grpo")], TEXT_ONLY),
         "kind=grpo": "is called flow_grpo",
+        "keep": "is called {section}.top_bottom_k, or top_k with kind=best_of",
+        "noise_draws": "is called {section}.timesteps_per_sample",
+        "min_time": "is called {section}.t_min",
         "kind=grpo_guard": "is kind=flow_grpo with flow.ratio=guard",
     }
     weight: float = Field(default=1.0, ge=0)
@@ -52,16 +55,16 @@ class FlowLossConfig(Config):
 class ContrastConfig(FlowLossConfig):
     """Of losses on the best and the worst drawings of a group."""
 
-    keep: int = Field(default=2, ge=1)
-    """Of each group the best and the worst ``keep`` are trained."""
+    top_bottom_k: int = Field(default=2, ge=1)
+    """So many of the best and so many of the worst of each group are trained."""
 
 
 class NoisingConfig(FlowLossConfig):
     """Of losses at fresh noise."""
 
-    noise_draws: int = Field(default=2, ge=1, le=1000)
+    timesteps_per_sample: int = Field(default=2, ge=1, le=1000)
     """Times per picture, one in each equal part of the sampler's grid."""
-    min_time: float = Field(default=0.1, gt=0, lt=1)
+    t_min: float = Field(default=0.1, gt=0, lt=1)
 
 
 class FreshNoiseConfig(ContrastConfig, NoisingConfig):
@@ -102,10 +105,10 @@ class ContrastObjective(FlowObjective):
 
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__(config)
-        self.keep = config.keep
+        self.top_bottom_k = config.top_bottom_k
 
     def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        keep = best_worst_mask(advantages.values, self.keep, advantages.valid)
+        keep = best_worst_mask(advantages.values, self.top_bottom_k, advantages.valid)
         A = centered_advantages(advantages.values, keep)
         return [
             Member(group.trajectories[g], float(A[p, g]))
@@ -132,7 +135,7 @@ class FreshNoiseObjective(ContrastObjective):
 
     def passes(self, trajectory: Trajectory) -> int:
         branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
-        return self.config.noise_draws * branches
+        return self.config.timesteps_per_sample * branches
 
     def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "K B N C"]:
         """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
@@ -172,7 +175,7 @@ class FreshNoiseObjective(ContrastObjective):
 
 @dataclass(frozen=True)
 class Noised:
-    """Drawings at fresh times, every one ``noise_draws`` times in a row; B in all."""
+    """Drawings at fresh times, every one ``timesteps_per_sample`` times in a row; B in all."""
 
     trajectories: Sequence[Trajectory]
     x_0: Float[torch.Tensor, "B N C"]
@@ -199,13 +202,13 @@ def add_noise(policy: Policy, batch: Microbatch, config: NoisingConfig, purpose:
 
     Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.
     """
-    draws = config.noise_draws
+    draws = config.timesteps_per_sample
     repeated = [trajectory for trajectory in batch.trajectories for _ in range(draws)]
     x_0 = torch.stack([flow_segment(trajectory).latent for trajectory in repeated])
     each = [derive_seed(seed, purpose, batch.step, k) for seed in seeds for k in range(draws)]
     noise = normal_noise(each, x_0.shape[1:]).to(x_0)
     stratum = torch.arange(draws).repeat(len(seeds))
     u = (stratum + uniform_noise(each, (1,))[:, 0]) / draws
-    t = shift_time(u, policy.timestep_shift()).clamp(min=config.min_time).to(x_0)
+    t = shift_time(u, policy.timestep_shift()).clamp(min=config.t_min).to(x_0)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     return Noised(repeated, x_0, noise, t, x_t)

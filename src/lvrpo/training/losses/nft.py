@@ -32,6 +32,6 @@ class NFT(FreshNoiseObjective):
         self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
     ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
         config = self.config
-        q = reward_probability(batch.advantages(), config.advantage_max).repeat_interleave(config.noise_draws)
+        q = reward_probability(batch.advantages(), config.advantage_max).repeat_interleave(config.timesteps_per_sample)
         state = noised.x_t, noised.t, noised.x_0, q.to(noised.x_0)
         return nft_loss(v, v_old, None, *state, beta=config.beta, advantage_max=config.advantage_max).policy, {}
