@@ -206,6 +206,17 @@ def test_weights_that_did_not_arrive_stop_the_run(lively_policy: Any) -> None:
     assert engine.pushed == 3
 
 
+@pytest.mark.parametrize("at", [0, 7, 8, 2**23 - 1, 2**23, 2**23 + 4])
+def test_the_checksum_sees_a_bit_anywhere_and_an_exchange(at: int) -> None:
+    weights = {"a": torch.zeros(2**23 + 5, dtype=torch.uint8)}
+    before = weights_checksum(weights)
+    weights["a"][at] = 1
+    one = weights_checksum(weights)
+    assert one != before
+    weights["a"][at], weights["a"][(at + 8) % (2**23)] = 0, 1
+    assert weights_checksum(weights) not in (before, one)
+
+
 @pytest.mark.parametrize("change", ["name", "dtype", "shape", "value", "order"])
 def test_the_checksum_is_of_names_dtypes_shapes_and_values(change: str) -> None:
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}

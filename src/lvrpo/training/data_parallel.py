@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from lvrpo.distributed import gather, gather_with_tensors, relay_errors, split_between_ranks, world_size
+from lvrpo.distributed import gather, gather_with_tensors, rank, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.success import scorable, successes
@@ -20,6 +20,8 @@ from lvrpo.rewards.table import RewardSource, require_scored, scored
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
+DRAWN = 512
+"""Pixels of a side, assumed of drawings whose size nothing tells."""
 
 
 def own_rows(groups: Sequence[Group]) -> list[int]:
@@ -33,6 +35,31 @@ def merged(own: dict[int, T]) -> dict[int, T]:
     return dict(sorted(found.items()))
 
 
+def estimated_tokens(prompt: Prompt, sampling: Sampling) -> float:
+    """About how many tokens go through a policy to sample one output: 4 characters or 16 x 16 pixels make one."""
+
+    def pixels(height: int, width: int) -> float:
+        return height * width / 256
+
+    pictures = [part for part in prompt.parts if not isinstance(part, str)]
+    given = sum(len(part) / 4 for part in prompt.parts if isinstance(part, str))
+    given += sum(pixels(*picture.shape[-2:]) for picture in pictures)
+    drawn = sampling.image_size or (pictures[0].shape[-2:] if pictures else (DRAWN, DRAWN))
+    branches = 1 + (sampling.guidance_scale != 1)
+    made = {"text": sampling.max_new_tokens, "image": sampling.num_steps * branches * pixels(*drawn)}
+    return given + sum(made[kind] for kind in prompt.output)
+
+
+def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which items each rank takes, in their order: the dearest first, each to the rank that has least so far."""
+    load, taken = [0.0] * ranks, [list[int]() for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        r = min(range(ranks), key=lambda r: (load[r], len(taken[r])))
+        load[r] += costs[i]
+        taken[r].append(i)
+    return [sorted(own) for own in taken]
+
+
 class Samples(Protocol):
     """A policy, or an engine that has its weights."""
 
@@ -42,8 +69,8 @@ class Samples(Protocol):
 
 
 def sample_own(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-    """A group per prompt; this rank samples every ``world_size``-th one."""
-    own = split_between_ranks(range(len(prompts)))
+    """A group per prompt; this rank samples its share (``shares``)."""
+    own = shares([estimated_tokens(prompt, sampling) for prompt in prompts], world_size())[rank()]
     groups = [Group(prompt, ()) for prompt in prompts]
     with relay_errors():
         if own:
