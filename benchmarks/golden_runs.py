@@ -33,7 +33,7 @@ SHORT = (
     "data.prompts_per_step={generate: 4, understand: 8, edit: 2, reason: 4}",
     "rollout.group_size=4",
     "rollout.num_steps=6",
-    "guard={every: 2, prompts: {generate: 4, understand: 8}}",
+    "validation={every: 2, prompts: {generate: 4, understand: 8}}",
     "reference_eval_every=2",
     "checkpoint_every=2",
 )

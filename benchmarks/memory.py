@@ -36,7 +36,7 @@ COMMON = [
     "optimizer.kind=adamw",
     "reference_eval_every=2",
     "rewards=[{name: 'spread:Spread'}]",
-    "guard={every: 2, prompts: {understand: 4}}",
+    "validation={every: 2, prompts: {understand: 4}}",
 ]
 TASKS = "data.prompts_per_step={generate: 2, understand: 4}"
 DRAWINGS = "data.prompts_per_step={generate: 4}"

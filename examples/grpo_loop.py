@@ -2,7 +2,7 @@
 
     python examples/grpo_loop.py [STEPS]
 
-Everything that `lvrpo train` does to the weights is on this page; what it adds around them (run directory, guard,
+Everything that `lvrpo train` does to the weights is on this page; what it adds around them (run directory, validation,
 checkpoints, report) is not. With the same configuration and seed the numbers are the library's own, bit for bit, and a
 test holds the two together.
 

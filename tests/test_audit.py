@@ -43,7 +43,7 @@ SMALL = (
     "device=cpu",
     "data.prompts_per_step={generate: 4, understand: 4, edit: 0, reason: 0}",
     "rollout={group_size: 4, num_steps: 3}",
-    "guard={every: 2, prompts: {generate: 2, understand: 4}}",
+    "validation={every: 2, prompts: {generate: 2, understand: 4}}",
     "reference_eval_every=2",
 )
 
@@ -132,7 +132,7 @@ def test_the_page_of_a_run_shows_its_audit(trained: Any, capfd: Output) -> None:
 
 def test_a_run_that_goes_on_is_audited_too(trained: Any, capfd: Output) -> None:
     run = trained([BINARY, CONTINUOUS], "run", "advantages.std_floor=0.0001")
-    for name in ("step_000003", "step_000002", "control_000003", "guard_000003"):
+    for name in ("step_000003", "step_000002", "control_000003", "validation_000003"):
         (run / "scores" / f"{name}.npz").unlink()
     found, printed = audit(run, capfd)
     assert found["steps"] == {"first": 1, "last": 1}

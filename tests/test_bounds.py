@@ -26,7 +26,7 @@ TOO_MUCH = [
     ("rollout.image_size=[99999, 32]", "rollout.image_size.0=99999: must be <= 8192"),
     ("rollout.image_size=[0, 32]", "rollout.image_size.0=0: must be >= 1"),
     ("data.prompts_per_step={generate: 9999999999}", "data.prompts_per_step.generate=9999999999: must be <= 100000"),
-    ("guard.prompts={generate: 9999999999}", "guard.prompts.generate=9999999999: must be <= 100000"),
+    ("validation.prompts={generate: 9999999999}", "validation.prompts.generate=9999999999: must be <= 100000"),
     ("steps=9999999999999999999999", "steps=9999999999999999999999: must be <= 10000000"),
     ("steps=999999999", "steps=999999999: must be <= 10000000"),
     ("adapter={rank: 1000000}", "adapter.rank=1000000: must be <= 4096"),

@@ -330,7 +330,7 @@ def rows(steps: int) -> list[dict[str, Any]]:
         for s in range(1, steps + 1)
     ]
     found[0]["control/generate/facts"] = 0.125
-    found[1]["guard/action"] = "rolled back to step 0: edit fell"
+    found[1]["validation/action"] = "rolled back to step 0: edit fell"
     return found
 
 
@@ -344,7 +344,7 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     assert lines == [
         "0:00  align",
         "step 1/4, 0:06 left: generate facts 0.250",
-        "step 2: guard rolled back to step 0: edit fell",
+        "step 2: validation rolled back to step 0: edit fell",
         "step 4/4, 0:00 left: generate facts 0.625",
     ]
 
@@ -355,7 +355,7 @@ def test_progress_on_a_terminal_shows_rewards_base_curve_and_seconds_left() -> N
         for row in rows(4):
             progress.step(row)
     last = out.getvalue()[-1500:]
-    for words in ("step 4/4", "0:00 left", "generate facts", "0.625", "0.125", "▁▃▆█", "guard rolled back"):
+    for words in ("step 4/4", "0:00 left", "generate facts", "0.625", "0.125", "▁▃▆█", "validation rolled back"):
         assert words in last
 
 

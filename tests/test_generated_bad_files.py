@@ -29,7 +29,7 @@ from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.evaluation.reproduce.recipes import RecipeRecord
 from lvrpo.pictures import FORMATS
 from lvrpo.training.run_directory import Manifest, MetricsRow
-from lvrpo.training.state import GuardRecord, StateRecord
+from lvrpo.training.state import StateRecord, ValidationRecord
 from lvrpo.typed_json import Record
 
 QUESTION = "what color is the circle ?"
@@ -39,7 +39,7 @@ SMALL_RUN = (
     "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 2}",
     "rollout={group_size: 4, num_steps: 3}",
     "rewards=[{name: own_vqa}, {name: exact_answer}]",
-    "guard.prompts={generate: 2, understand: 4, reason: 2}",
+    "validation.prompts={generate: 2, understand: 4, reason: 2}",
     *("--benchmark", "rows.jsonl", "--out", "run"),
 )
 FILES: Mapping[str, tuple[str, ...]] = {
@@ -168,7 +168,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "eval/before.json": EvaluationRecord,
 }
 """What a resumed run reads of itself, by file."""
-READ_OTHERWISE = {StateRecord, GuardRecord, CostRecord, RecipeRecord}
+READ_OTHERWISE = {StateRecord, ValidationRecord, CostRecord, RecipeRecord}
 """In sealed files, of which another byte is refused; of a baseline; of the evidence (evaluation/test_reproduce.py)."""
 
 

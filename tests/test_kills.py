@@ -36,7 +36,7 @@ TRAIN = (
     "data.prompts_per_step={generate: 2, understand: 4, edit: 1, reason: 2}",
     "rollout={group_size: 4, num_steps: 3}",
     "rewards=[{name: own_vqa}, {name: exact_answer}]",
-    "guard={every: 6, prompts: {generate: 2, understand: 4, reason: 2}}",
+    "validation={every: 6, prompts: {generate: 2, understand: 4, reason: 2}}",
     *(f"checkpoint_every={CHECKPOINT_EVERY}", "reference_eval_every=3", "samples_every=4"),
     *("--benchmark", "rows.jsonl", "--out"),
 )

@@ -64,7 +64,7 @@ SMALL = (
     "device=cpu",
     "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 0}",
     "rollout={group_size: 4, num_steps: 3}",
-    "guard={every: 2, prompts: {generate: 2, understand: 4}}",
+    "validation={every: 2, prompts: {generate: 2, understand: 4}}",
     "reference_eval_every=100",
 )
 
@@ -147,16 +147,16 @@ def test_what_may_fail_is_masked_and_the_run_is_not_well_all_the_same(
 def test_not_well_is_code_3_a_line_a_record_and_the_first_lines_of_the_report(
     train: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lvrpo.training import guard
+    from lvrpo.training import validation
 
-    monkeypatch.setattr(guard, "fell", lambda now, before: True)
-    assert train("Level", "guard.action=rollback") == 3
+    monkeypatch.setattr(validation, "fell", lambda now, before: True)
+    assert train("Level", "validation.action=rollback") == 3
     line = error(capfd)
-    assert line.startswith("not well: run: the guard, step 2: rolled back to step 0: ")
+    assert line.startswith("not well: run: validation, step 2: rolled back to step 0: ")
     summary = json.loads(Path("run/summary.json").read_text())
-    assert [finding["kind"] for finding in summary["health"]["findings"]] == ["guard", "guard"]
+    assert [finding["kind"] for finding in summary["health"]["findings"]] == ["validation", "validation"]
     page = Path("run/report.html").read_text()
-    assert page.index("Not well: the guard, step 2: rolled back") < page.index("<main>")
+    assert page.index("Not well: validation, step 2: rolled back") < page.index("<main>")
     assert main(["report", "run"]) == 0
     assert main(["audit", "run"]) == 0
 
@@ -282,9 +282,9 @@ SHAPES: dict[str, tuple[Callable[[Path], object], str]] = {
         "eval/before.json: scores.edit: its lists differ in length",
     ),
     "state: no step": (lambda r: spoil_state(r, lambda t: t.pop("step")), "state.json: step="),
-    "state: a list for a guard": (
-        lambda r: spoil_state(r, lambda t: t.update(guard=[1])),
-        "state.json: guard=[1]: input should be",
+    "state: a list for validation": (
+        lambda r: spoil_state(r, lambda t: t.update(validation=[1])),
+        "state.json: validation=[1]: input should be",
     ),
     "state: no weights": (
         lambda r: spoil_tensors(r, without_policy),
@@ -343,7 +343,7 @@ def test_a_checkpoint_that_a_kill_left_is_pruned_on_resumption(unfinished: Path)
     assert main(["train", "--resume", "run", "--no-evaluate"]) in (0, 3)
     kept = {path.name for path in checkpoints.iterdir()}
     best = json.loads((run / "policy.json").read_text())["checkpoint"].split("/")[-1]
-    assert kept == {"step_000001", "step_000002", "step_000003x", best}  # the last two, and the guard's best
+    assert kept == {"step_000001", "step_000002", "step_000003x", best}  # the last two, and validation's best
 
 
 def test_a_run_of_an_older_version_goes_on(unfinished: Path) -> None:

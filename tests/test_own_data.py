@@ -30,7 +30,7 @@ def blocks(page: str, language: str) -> list[str]:
 def test_every_command_of_the_page_works(root: Path, page: str, small_base: Path, capfd: Output) -> None:
     """On a smaller policy and fewer steps, which are appended to the commands."""
     shutil.copytree(root / "examples/own_data", ".", dirs_exist_ok=True)
-    small = [f"policy={small_base}", "rollout={num_steps: 3, group_size: 4}", "guard.every=1"]
+    small = [f"policy={small_base}", "rollout={num_steps: 3, group_size: 4}", "validation.every=1"]
     commands = [line for block in blocks(page, "bash") for line in block.splitlines() if line]
     assert len(commands) == 10
     for command in commands:
@@ -38,8 +38,8 @@ def test_every_command_of_the_page_works(root: Path, page: str, small_base: Path
         if words[:2] in (["check", "own.yaml"], ["train", "own.yaml"]):
             words += [*small, f"steps={3 if '--resume' in words else 2}"]
         code, said = main(words), capfd.readouterr().err
-        # the guard may roll so small a policy back, and the run then says that it is not well
-        assert (code, said) == (0, "") or (code == 3 and words[0] == "train" and "the guard, step" in said), command
+        # validation may roll so small a policy back, and the run then says that it is not well
+        assert (code, said) == (0, "") or (code == 3 and words[0] == "train" and "validation, step" in said), command
     check_run(Path("runs/own"))
     assert all("output" in json.loads(line) for line in Path("answers.jsonl").read_text().splitlines())
     assert len(list(Path("drawings").glob("*.png"))) == 2
@@ -54,9 +54,9 @@ def check_run(run: Path) -> None:
     assert summary["steps"] == 3
     record = load_run(run)
     assert record.finished
-    looks = [row for row in record.metrics.rows if "guard/generate" in row]
+    looks = [row for row in record.metrics.rows if "validation/generate" in row]
     assert [row["step"] for row in looks] == [0, 1, 2, 3]
-    assert all("guard/understand" in row and "guard/edit" in row for row in looks)
+    assert all("validation/understand" in row and "validation/edit" in row for row in looks)
     kept = json.loads((run / "eval/after.json").read_text())["prompts"]
     assert sum(case["reward"] is not None for case in kept) == 3
     page = (run / "report.html").read_text()

@@ -50,7 +50,7 @@ class Trained:
         return self.run / "report.html"
 
     def policy(self, device: str = "cpu") -> Policy:
-        """The weights that the guard found best."""
+        """The weights that validation found best."""
         return load_policy(self.run, device)
 
 
@@ -73,10 +73,10 @@ def train(
 
         prompts = [lvrpo.Prompt(f"p{i}", "generate", (f"{n} red circles",), ("image",)) for i, n in enumerate("234")]
         done = lvrpo.train("quickstart", "steps=4", prompts=prompts, validation=prompts[:1], rewards=[brightness])
-        print(done.summary["guard"], done.report)
+        print(done.summary["validation"], done.report)
 
     ``config``: a configuration, a YAML file or a built-in name, changed by ``overrides`` (``section.key=value``).
-    ``prompts``: to train on, in place of its source; the guard watches ``validation``, and ``test`` is measured before
+    ``prompts``: to train on, in place of its source; validation watches ``validation``, and ``test`` is measured before
     and after. ``rewards``: in place of its rewards, each a name, a row, a function or a reward. ``out``: the run
     directory (default: runs/NAME, or the next free number). Raises InputError before anything is written.
     """
@@ -132,14 +132,14 @@ def _resolved(config: TrainConfig | Path | str, overrides: Sequence[str]) -> Tra
 def _listed_data(
     config: TrainConfig, prompts: Sequence[Prompt], validation: Sequence[Prompt], overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The sections ``data`` and ``guard`` of a run on listed prompts: of each task as many as there are, at most."""
+    """The sections ``data`` and ``validation`` of a run on listed prompts: at most as many as there are of each task."""
     counts = dict(config.data.prompts_per_step)
     if not any(override.startswith("data.prompts_per_step") for override in overrides):
         there: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
         counts = {task: min(counts.get(task, n), n) or n for task, n in there.items()}
     watched = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
-    guard = config.guard.model_dump() | ({"prompts": watched} if watched else {})
-    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "guard": guard}
+    watching = config.validation.model_dump() | ({"prompts": watched} if watched else {})
+    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "validation": watching}
 
 
 def _own_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None, dict[str, Reward]]:

@@ -80,7 +80,7 @@ CONFIGURATION: list[Case] = [
     (train("optimizer.betas=[.nan,0.5]"), 2, "must be a finite number"),
     (train("optimizer.adamw_lr=.inf"), 2, "must be a finite number"),
     (train("optimizer.expert_lr={generate: -1}"), 2, "optimizer.expert_lr.generate=-1: must be >= 0"),
-    (train("guard.prompts={generate: -3}"), 2, "guard.prompts.generate=-3: must be >= 0"),
+    (train("validation.prompts={generate: -3}"), 2, "validation.prompts.generate=-3: must be >= 0"),
     (train("rollout.image_size=[0,32]"), 2, "rollout.image_size.0=0: must be >= 1"),
     (train("rollout.guidance_interval=[0.9,0.1]"), 2, "must be [low, high] with 0 <= low < high <= 1"),
     (("pretrain", "pretrain", "policy.transformer.rope_theta=0"), 2, "rope_theta=0: must be > 0"),

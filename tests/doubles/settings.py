@@ -11,7 +11,7 @@ SMALL = (
     "rollout={group_size: 4, num_steps: 3}",
     "rewards=[{name: own_vqa}, {name: exact_answer}]",
     "advantages.std_floor=1e-6",
-    "guard.prompts={generate: 2, understand: 4, reason: 2}",
+    "validation.prompts={generate: 2, understand: 4, reason: 2}",
 )
 """Of a run that takes seconds."""
 FLOW_GRPO: dict[str, Any] = {

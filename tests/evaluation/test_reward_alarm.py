@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Looks, Recorded, Window, cut
-from lvrpo.evaluation.reward_alarm import ERROR, GUARD, Alarms, find_alarms
+from lvrpo.evaluation.reward_alarm import ERROR, VALIDATION, Alarms, find_alarms
 
 STEPS, P, G = 50, 6, 4
 
@@ -98,9 +98,9 @@ def test_the_guard_is_compared_prompt_by_prompt() -> None:
     after = before * (np.arange(60) >= 24)
     looks = [(0, {"generate": before}), (20, {"generate": before}), (50, {"generate": after})]
     (alarm,) = alarms(reward, looks=looks).found
-    assert (alarm.scorer, alarm.before, alarm.after) == (GUARD, Window(1, 10), Window(41, 50))
+    assert (alarm.scorer, alarm.before, alarm.after) == (VALIDATION, Window(1, 10), Window(41, 50))
     assert alarm.scorer_change.score == pytest.approx(-0.2)
-    assert "the guard's held-out score fell by 0.200" in alarm.words
+    assert "validation's held-out score fell by 0.200" in alarm.words
     shuffled = [*looks[:2], (50, {"generate": rng.permutation(after)})]
     assert not alarms(reward, looks=shuffled).found
     assert not alarms(reward, looks=[(step, {"edit": scores["generate"]}) for step, scores in looks]).comparisons

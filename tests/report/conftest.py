@@ -131,8 +131,8 @@ def metrics_row(step: int, steps: int, rng: random.Random) -> dict[str, Any]:
         row[name] = 1.5 - 0.6 * t + rng.gauss(0, 0.1)
     row |= {"signal/generate": 0.8 - 0.2 * t, "ratio/mean": 1 + rng.gauss(0, 0.002), "clip_fraction": 0.02 * t}
     if step % 10 == 0:
-        row |= {f"guard/{task}": AFTER[task] - 0.2 * (1 - t) + rng.gauss(0, 0.02) for task in CATEGORIES}
-        row["guard/action"] = "rolled back" if step == 40 else "kept best" if step in (20, 30, 60) else "no change"
+        row |= {f"validation/{task}": AFTER[task] - 0.2 * (1 - t) + rng.gauss(0, 0.02) for task in CATEGORIES}
+        row["validation/action"] = "rolled back" if step == 40 else "kept best" if step in (20, 30, 60) else "no change"
     return row
 
 
@@ -147,7 +147,7 @@ def summary(rng: random.Random) -> dict[str, Any]:
             "after": continued,
             "difference": {t: difference(before[t], continued[t]) for t in before},
         },
-        "guard": {"best_step": 60, "rolled_back": 1},
+        "validation": {"best_step": 60, "rolled_back": 1},
         "seconds": 492.4,
         "peak_memory_gib": 1.37,
         "seed": 0,

@@ -52,7 +52,7 @@ def estimates(node: Any) -> list[dict[str, Any]]:
 
 def test_full_run_has_every_section(tmp_path: Path, make_run: MakeRun) -> None:
     text = page_of(make_run(tmp_path / "example"))
-    for section in ("results", "pictures", "curves", "answers", "worst", "guard", "contract", "record"):
+    for section in ("results", "pictures", "curves", "answers", "worst", "validation", "contract", "record"):
         assert f'id="{section}"' in text
     assert (
         "Generation rose from .24 to .52 (+.28, 95\N{NO-BREAK SPACE}% interval .25 to .31), but reasoning fell." in text
@@ -110,7 +110,7 @@ def test_text_of_the_run_is_escaped(tmp_path: Path, make_run: MakeRun) -> None:
     write_json(run / "manifest.json", {"command": evil, evil: {evil: [evil]}})
     write_json(run / "contract.json", [{"check": evil, "value": evil, "ok": False, "detail": evil}])
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 61, f"reward/{evil}/x": 1.0, "guard/action": evil}) + "\n")
+        file.write(json.dumps({"step": 61, f"reward/{evil}/x": 1.0, "validation/action": evil}) + "\n")
     text = page_of(run)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -229,10 +229,10 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path, make_run: MakeRun) -> 
 def test_a_run_that_is_not_well_says_so_before_anything_else(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
-    findings = [{"kind": "guard", "words": "the guard, step 8: stopped: <b>edit</b> fell"}, {"kind": "odd"}, 3]
+    findings = [{"kind": "validation", "words": "validation, step 8: stopped: <b>edit</b> fell"}, {"kind": "odd"}, 3]
     write_json(run / "summary.json", {**summary, "health": {"well": False, "findings": findings}})
     page = page_of(run)
-    words = "Not well: the guard, step 8: stopped: &lt;b&gt;edit&lt;/b&gt; fell."
+    words = "Not well: validation, step 8: stopped: &lt;b&gt;edit&lt;/b&gt; fell."
     assert page.count("Not well: ") == 1
     assert page.index(words) < page.index("<main>")
     for odd in (None, [], "x", {"findings": 3}):

@@ -69,7 +69,7 @@ def small(name: str, folder: Path) -> list[str]:
         "rollout.image_size=[32, 32]",
         "rollout.max_new_tokens=4",
         "rollout.num_steps=3",
-        "guard={every: 2, prompts: {understand: 1, reason: 1}}",
+        "validation={every: 2, prompts: {understand: 1, reason: 1}}",
     ]
 
 

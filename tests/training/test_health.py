@@ -24,8 +24,8 @@ def kinds(health: Health) -> list[str]:
 
 
 def test_a_run_without_incident_is_well() -> None:
-    calm = {"reward/generate/facts": 0.5, "guard/action": "kept best", "grad_norm/understand": 1.0}
-    health = assess(rows({}, calm, {**calm, "guard/action": "none"}), LIMITS)
+    calm = {"reward/generate/facts": 0.5, "validation/action": "kept best", "grad_norm/understand": 1.0}
+    health = assess(rows({}, calm, {**calm, "validation/action": "none"}), LIMITS)
     assert health.well
     assert health.as_dict() == {"well": True, "findings": []}
 
@@ -53,10 +53,10 @@ def test_a_reward_says_for_itself_how_much_may_fail() -> None:
 
 
 @pytest.mark.parametrize("action", ["rolled back to step 3: edit fell", "stopped: edit fell", "warned: edit fell"])
-@pytest.mark.parametrize("name", ["guard", "turn"])
+@pytest.mark.parametrize("name", ["validation", "overoptimization"])
 def test_what_the_guard_did(name: str, action: str) -> None:
     (found,) = assess(rows({}, {f"{name}/action": action}, {}), LIMITS).findings
-    assert found == Finding("guard", f"the guard, step 1: {action}")
+    assert found == Finding("validation", f"validation, step 1: {action}")
 
 
 def test_answers_that_collapsed() -> None:

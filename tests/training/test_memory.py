@@ -33,8 +33,8 @@ FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "roll
 
 
 def needed(folder: Path, *more: str) -> MemoryEstimate:
-    guard = "guard={prompts: {understand: 2}}"
-    found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, guard, *more]))
+    watching = "validation={prompts: {understand: 2}}"
+    found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, watching, *more]))
     assert found is not None
     return found
 
@@ -238,7 +238,7 @@ def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None
 
 
 def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
-    settings = [*FEW[:1], *FEW[2:], ASKED, "guard={prompts: {understand: 2}}"]
+    settings = [*FEW[:1], *FEW[2:], ASKED, "validation={prompts: {understand: 2}}"]
     found = [
         memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
         for name in ("whole", "described")
@@ -280,7 +280,7 @@ def test_json_files_that_tell_nonsense_are_named(described: Path, file: str, con
 
 
 def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["check", "quickstart", f"policy={described}", *FEW[2:], ASKED, "guard={prompts: {understand: 2}}"]
+    command = ["check", "quickstart", f"policy={described}", *FEW[2:], ASKED, "validation={prompts: {understand: 2}}"]
     assert main([*command, "--card", "78"]) == 0
     out = capsys.readouterr().out
     assert "at most, in the" in out

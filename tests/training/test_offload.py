@@ -21,9 +21,9 @@ from lvrpo.cli import main
 from lvrpo.distributed import local
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import roll_back
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
+from lvrpo.training.validation import roll_back
 from lvrpo.types import Prompt
 
 OPTIONS = (*processes.OPTIONS, "text.lr_scale=0.5")

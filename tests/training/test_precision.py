@@ -155,10 +155,10 @@ def test_the_quickstart_computes_as_before(small_base: Path) -> None:
 def test_a_run_in_bfloat16_with_moments_in_8_bits_goes_on_bit_for_bit(small_base: Path) -> None:
     pytest.importorskip("bitsandbytes")
     few = "data.prompts_per_step={understand: 8, reason: 4}"
-    guard = "guard={every: 2, prompts: {understand: 2}}"
+    watching = "validation={every: 2, prompts: {understand: 2}}"
     dtype = ["precision={compute: bfloat16}", "optimizer={kind: adamw_8bit}", "rewards=[{name: exact_answer}]"]
     sizes = ["rollout={group_size: 4, num_steps: 3}", "steps=2", "checkpoint_every=1", "device=cpu"]
-    config = load_config(TrainConfig, None, [f"policy={small_base}", few, guard, *dtype, *sizes])
+    config = load_config(TrainConfig, None, [f"policy={small_base}", few, watching, *dtype, *sizes])
     whole, cut = Trainer.start(config, Path("whole")), Trainer.start(config, Path("cut"))
     with whole.run:
         whole.train()

@@ -36,13 +36,13 @@ SMALL = (
     "rollout={group_size: 4, num_steps: 4}",
     "rewards=[{name: exact_answer}, {name: own_vqa}]",
     "advantages.std_floor=1e-4",
-    "guard={every: 4, prompts: {generate: 3, understand: 8, edit: 2, reason: 3}}",
+    "validation={every: 4, prompts: {generate: 3, understand: 8, edit: 2, reason: 3}}",
     "checkpoint_every=2",
     "reference_eval_every=3",
     "samples_every=4",
     "device=cpu",
 )
-KINDS = ("step", "control", "guard")
+KINDS = ("step", "control", "validation")
 SMALL_CORPUS = (
     "steps=10",
     "batch={generate: 4, caption: 2, question: 8, edit: 2, reason: 3}",
@@ -95,7 +95,7 @@ def same_scores(one: Path, other: Path) -> None:
     kept = [{path.name: path.read_bytes() for path in (run / "scores").iterdir()} for run in (one, other)]
     assert kept[0] == kept[1]
     numbers = {kind: [int(name[-10:-4]) for name in sorted(kept[0]) if name.startswith(kind)] for kind in KINDS}
-    assert numbers == {"step": [*range(1, 11)], "control": [1, 4, 7, 10], "guard": [0, 4, 8, 10]}
+    assert numbers == {"step": [*range(1, 11)], "control": [1, 4, 7, 10], "validation": [0, 4, 8, 10]}
 
 
 def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[], bool]]:
@@ -122,7 +122,7 @@ def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
     rows = RunDirectory.read(halved).metrics()
     assert [row["step"] for row in rows] == list(range(11))
     assert any("reward/understand/exact_answer" in row for row in rows)
-    assert {"guard/understand", "guard/generate"} <= set(rows[4])
+    assert {"validation/understand", "validation/generate"} <= set(rows[4])
     assert "control/understand/exact_answer" in rows[1]
     assert "control/understand/exact_answer" not in rows[2]
 
@@ -134,7 +134,7 @@ def test_the_average_is_short_at_first(small_base: Path) -> None:
         "ema_decay=0.15",
         "data.prompts_per_step={generate: 2, understand: 0, edit: 0, reason: 0}",
         "rewards=[{name: own_vqa}]",
-        "guard={every: 3, prompts: {generate: 2}}",
+        "validation={every: 3, prompts: {generate: 2}}",
     )
     alignment = Trainer.start(load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed]), Path("run"))
     policies = alignment.state.policies
@@ -187,7 +187,7 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, .
         assert three.train()
     same_run(Path("straight"), Path("halved"))
     rows = RunDirectory.read(Path("halved")).metrics()
-    assert {"guard/generate", "guard/reason"} <= set(rows[4])
+    assert {"validation/generate", "validation/reason"} <= set(rows[4])
     assert policy_folder("halved").name == "step_000010"
 
 
@@ -315,7 +315,7 @@ def test_the_result_is_the_best_checkpoint_of_the_guard(config: TrainConfig) -> 
     alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
         alignment.train()
-        best = alignment.state.guard.best_step
+        best = alignment.state.validation.best_step
         assert run.read_json("policy.json") == {"checkpoint": f"checkpoints/step_{best:06d}", "step": best}
     assert policy_folder("run") == Path("run/checkpoints") / f"step_{best:06d}"
     loaded = load_policy("run", "cpu")
@@ -367,12 +367,12 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
             "advantages.std_floor=0",
         ],
     )
-    with pytest.warns(UserWarning, match="validation is not set: the guard has no held-out rows"):
+    with pytest.warns(UserWarning, match="validation is not set: validation has no held-out rows"):
         alignment = Trainer.start(own, Path("run"))
     with alignment.run as run:
         assert alignment.train()
         rows = run.metrics()
-    assert rows[-1]["guard/action"] == "no held-out rows: kept the last weights"
+    assert rows[-1]["validation/action"] == "no held-out rows: kept the last weights"
     assert "reward/generate/own_vqa" in rows[1]
     assert "reward/generate/success" not in rows[1]
     assert "reward/reason/success" in rows[1]

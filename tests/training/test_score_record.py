@@ -117,9 +117,9 @@ def test_large_pictures_are_measured_on_a_grid() -> None:
 
 def test_controls_and_looks(run: RunDirectory) -> None:
     score_record.write_control(run, 1, THREE, table(), RIGHT, 10)
-    score_record.write_look(run, 0, {"understand": [1.0, 0.0]}, 20)
-    score_record.write_look(run, 20, {"understand": [1.0, 1.0]}, 20)
-    score_record.write_look(run, 40, {}, 20)
+    score_record.write_validation(run, 0, {"understand": [1.0, 0.0]}, 20)
+    score_record.write_validation(run, 20, {"understand": [1.0, 1.0]}, 20)
+    score_record.write_validation(run, 40, {}, 20)
     (control,) = score_record.read_controls(run.path)
     assert np.isnan(control.advantages).all()
     assert [(step, look["understand"].tolist()) for step, look in score_record.read_looks(run.path)] == [
@@ -146,7 +146,7 @@ def write_all(run: RunDirectory, first: int, last: int) -> None:
         if (step - 1) % 3 == 0:
             score_record.write_control(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), 3)
         if step % 4 == 0 or step == 38:
-            score_record.write_look(run, step, {"generate": [float(step)]}, 4)
+            score_record.write_validation(run, step, {"generate": [float(step)]}, 4)
 
 
 def one_row() -> RewardTable:
@@ -155,13 +155,13 @@ def one_row() -> RewardTable:
 
 def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_record, "KEPT", 8)
-    score_record.write_look(run, 0, {"generate": [0.0]}, 4)
+    score_record.write_validation(run, 0, {"generate": [0.0]}, 4)
     write_all(run, 1, 38)
     assert kept(run) == {
         "step": [1, 9, 17, 25, 33],
         "control": [1, 7, 13, 19, 25, 31, 37],
-        "guard": [0, 8, 16, 24, 32],  # the last look, at 38, is number 10
-    } | {"guard": [0, 8, 16, 24, 32, 38]}
+        "validation": [0, 8, 16, 24, 32],  # the last look, at 38, is number 10
+    } | {"validation": [0, 8, 16, 24, 32, 38]}
 
 
 @pytest.mark.parametrize("stopped", [5, 8, 9, 16, 17, 30])
@@ -171,14 +171,14 @@ def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
     monkeypatch.setattr(score_record, "KEPT", 8)
     other = RunDirectory.create(tmp_path / "other", TrainConfig())
     for one in (run, other):
-        score_record.write_look(one, 0, {"generate": [0.0]}, 4)
+        score_record.write_validation(one, 0, {"generate": [0.0]}, 4)
     write_all(other, 1, 38)
     write_all(run, 1, stopped)
     score_record.truncate(run, stopped - 3)  # the last checkpoint
     assert all(step <= stopped - 3 for steps in kept(run).values() for step in steps)
     write_all(run, stopped - 2, 38)
     assert kept(run) == kept(other)
-    for name in ("step_000001.npz", "control_000019.npz", "guard_000016.npz"):
+    for name in ("step_000001.npz", "control_000019.npz", "validation_000016.npz"):
         assert (run.path / "scores" / name).read_bytes() == (other.path / "scores" / name).read_bytes()
 
 

@@ -17,8 +17,8 @@ SMALL = (
     "steps=2",
     "rollout.group_size=4",
     "data.prompts_per_step={generate: 4, understand: 4, edit: 3, reason: 6}",
-    "guard.prompts={generate: 7, edit: 5}",
-    "guard.every=1",
+    "validation.prompts={generate: 7, edit: 5}",
+    "validation.every=1",
     "reference_eval_every=1",
     "device=cpu",
 )
@@ -42,8 +42,8 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
         "edit": {"edit_consistency"},
         "reason": {"agreement"},
     }
-    assert {task: len(rows) for task, rows in parts.guard.prompts.items()} == {"generate": 84, "edit": 60}
-    watched = [p for rows in parts.guard.prompts.values() for p in rows]
+    assert {task: len(rows) for task, rows in parts.validator.prompts.items()} == {"generate": 84, "edit": 60}
+    watched = [p for rows in parts.validator.prompts.values() for p in rows]
     assert all((p.answer, p.facts, p.edited, p.content) == (None, (), None, "") for p in watched)
 
 
@@ -61,4 +61,4 @@ def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch)
         assert alignment.train()
         rows = run.metrics()
     assert rows[-1]["step"] == 2
-    assert {"guard/generate", "guard/edit", "reward/generate/own_vqa"} <= set(rows[-1])
+    assert {"validation/generate", "validation/edit", "reward/generate/own_vqa"} <= set(rows[-1])

@@ -47,7 +47,7 @@ def test_an_alignment_runs(name: str, small_base: Path, monkeypatch: pytest.Monk
             f"data.prompts_per_step={counts}",
             "rewards=[{name: 'spread:Spread'}]",
             "allow_code=[spread]",
-            "guard={every: 2, prompts: {generate: 2, understand: 2}}",
+            "validation={every: 2, prompts: {generate: 2, understand: 2}}",
             "reference_eval_every=2",
         ],
     )

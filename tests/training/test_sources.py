@@ -23,10 +23,10 @@ from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.held_out import HeldOutScorer
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import GuardState
+from lvrpo.training.state import ValidationState
 from lvrpo.training.trainer import Trainer
+from lvrpo.training.validation import Validator
 from lvrpo.types import Group, TextSegment, Trajectory
 
 DRAW = {"task": "generate", "prompt": "a red circle"}
@@ -75,11 +75,11 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
 
 
 def test_the_guard_follows_rewards_below_zero_and_leaves_failures_out() -> None:
-    guard, state = Guard({"understand": [group("a").prompt]}, TrainConfig()), GuardState()
+    validator, state = Validator({"understand": [group("a").prompt]}, TrainConfig()), ValidationState()
     for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "fallen")):
-        guard._sample = lambda policies: {}  # type: ignore[method-assign]
-        guard._scores = lambda outputs, policies, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
-        assert guard.look(sets_of(), state, 0).verdict == verdict  # type: ignore[arg-type]
+        validator._sample = lambda policies: {}  # type: ignore[method-assign]
+        validator._scores = lambda outputs, policies, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
+        assert validator.validate(sets_of(), state, 0).verdict == verdict  # type: ignore[arg-type]
     assert state.top == pytest.approx(-0.4)
 
 
@@ -122,7 +122,7 @@ def settings(base: Path, *more: str) -> list[str]:
         "steps=2",
         "device=cpu",
         "rollout={group_size: 4, num_steps: 3}",
-        "guard={every: 1, prompts: {generate: 2}}",
+        "validation={every: 1, prompts: {generate: 2}}",
     ]
     return [f"policy={base}", rewards, data, *small, *more]
 

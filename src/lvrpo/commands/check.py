@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     require(trial.checks)
     print("\nestimate, from one small step")
     print(
-        f"  time    {clock(trial.seconds)} for {config.steps} steps with the guard, {trial.step_seconds:.1f} s a step"
+        f"  time    {clock(trial.seconds)} for {config.steps} steps with validation, {trial.step_seconds:.1f} s a step"
     )
     foretold = "" if memory is None else f"{memory.peak / 2**30:.1f} GiB foretold; "
     print(f"  memory  {foretold}{trial.peak_memory_gib:.1f} GiB at most in this trial")

@@ -69,11 +69,11 @@ class Progress:
         """Shows a row of metrics."""
         self.row = row
         for name, value in row.items():
-            if isinstance(value, int | float) and name.startswith(("reward/", "control/", "loss/", "guard/")):
+            if isinstance(value, int | float) and name.startswith(("reward/", "control/", "loss/", "validation/")):
                 self.history.setdefault(name, []).append(float(value))
-        action = row.get("guard/action")
+        action = row.get("validation/action")
         if action and action not in ("none", "kept best"):
-            self.notes.append(f"step {row['step']}: guard {action}")
+            self.notes.append(f"step {row['step']}: validation {action}")
         if not self.console.is_terminal:
             self._plain(row)
         elif self._live is None:
@@ -126,7 +126,7 @@ class Progress:
 
     def _shown(self) -> list[str]:
         if not self._rewarded():
-            return [name for name in self.history if name.startswith(("loss/", "guard/"))]
+            return [name for name in self.history if name.startswith(("loss/", "validation/"))]
         return [name for name in self.history if name.startswith("reward/") and not name.endswith("/success")]
 
     def _now(self, name: str) -> str:
@@ -134,11 +134,11 @@ class Progress:
         return "-" if name.startswith("reward/") and name not in self.row else f"{self._recent(name):.3f}"
 
     def _recent(self, name: str) -> float:
-        last = self.history[name][-RECENT if not name.startswith("guard/") else -1 :]  # a look is a mean already
+        last = self.history[name][-RECENT if not name.startswith("validation/") else -1 :]  # a look is a mean already
         return sum(last) / len(last)
 
 
 def label(name: str) -> str:
     """reward/generate/all_facts -> "generate all facts"."""
     kind, _, rest = name.partition("/")
-    return f"{'held-out ' if kind == 'guard' else ''}{rest.replace('/', ' ').replace('_', ' ')}"
+    return f"{'held-out ' if kind == 'validation' else ''}{rest.replace('/', ' ').replace('_', ' ')}"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 QUICK = (
     "data.prompts_per_step={generate: 4, understand: 8, edit: 2, reason: 4}",
-    "guard.prompts={generate: 7, understand: 12, edit: 5, reason: 6}",
-    "guard.every=2",
+    "validation.prompts={generate: 7, understand: 12, edit: 5, reason: 6}",
+    "validation.every=2",
     "samples_every=2",
     "reference_eval_every=2",
     "checkpoint_every=2",

@@ -67,8 +67,8 @@ def train(options: Options) -> None:
 
 def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
     """Which step the result is of, and why."""
-    step = summary["guard"]["best_step"]
-    return f"step {step} was the guard's best" if trainer.guard.prompts else f"step {step}, the last one"
+    step = summary["validation"]["best_step"]
+    return f"step {step} was best on validation" if trainer.validator.prompts else f"step {step}, the last one"
 
 
 def require_well(run: Path, summary: Mapping[str, Any]) -> None:

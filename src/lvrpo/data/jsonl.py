@@ -27,7 +27,7 @@ class JsonlConfig(Config):
 
     train: Path | None = None
     validation: Path | None = None
-    """Held-out rows that the guard scores."""
+    """Held-out rows that validation scores."""
     test: Path | None = None
     """Held-out rows that are scored before and after."""
     root: Path | None = None

@@ -248,7 +248,7 @@ def summarize(
         "after": after.results(),
         "difference": before.difference(after),
         "health": assess(trainer.run.metrics(), config.max_failed).as_dict(),
-        "guard": {"best_step": state.guard.best_step, "rolled_back": state.guard.rollbacks},
+        "validation": {"best_step": state.validation.best_step, "rolled_back": state.validation.rollbacks},
         "seconds": state.seconds,
         "evaluation_seconds": before.seconds + after.seconds,
         "peak_memory_gib": peak_memory_gib(),
@@ -307,5 +307,5 @@ def warn_without_test(config: TrainConfig) -> None:
         return
     stand_in = "nothing is measured before and after"
     if rows.validation is not None:
-        stand_in = f"before and after are measured on {rows.validation}, on which the guard also chooses the weights"
+        stand_in = f"before and after are measured on {rows.validation}, on which validation also chooses the weights"
     warnings.warn(f"data.jsonl.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)

@@ -11,8 +11,8 @@ import numpy as np
 from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
 from lvrpo.statistics import Interval, comparable, parted
 
-GUARD = "guard"
-"""The held-out prompts of the guard, as a scorer."""
+VALIDATION = "validation"
+"""The held-out prompts of validation, as a scorer."""
 Labels = Sequence[str]
 
 ERROR = 0.05
@@ -73,7 +73,7 @@ class Pair:
     rewards: Sequence[Array]
     """Means of groups."""
     scores: Sequence[Array]
-    """Means of groups, or scores of the guard's prompts in one order."""
+    """Means of groups, or scores of validation's prompts in one order."""
     paired: bool
     """Whether the scores of two parts are of the same prompts."""
     strata: tuple[Sequence[Labels], Sequence[Labels]]
@@ -88,7 +88,7 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
     """Compares every earlier part of the run with the last, for every trained reward and held-out scorer of a task.
 
     An alarm: the reward's change lies above 0 and the scorer's below 0, each with its whole interval. The intervals
-    (Welch's t over group means, within categories of prompts; Student's t over the guard's prompts, paired) have
+    (Welch's t over group means, within categories of prompts; Student's t over validation's prompts, paired) have
     confidence 1 - .05 / comparisons (Bonferroni). Both must be clear of 0, so chance sounds an alarm more rarely than
     that.
     """
@@ -139,7 +139,7 @@ def _pairs(
     scorers = groups.scorers()
     trained = groups.trained()[0]
     held_out = {name: values for name, values in scorers.items() if name not in trained}
-    guard = _guard_scores(looks, task, windows)
+    validation = _validation_scores(looks, task, windows)
     for reward in trained:
         rewards, of_rewards = _parts(groups, scorers[reward], windows)
         for name, values in held_out.items():
@@ -148,8 +148,8 @@ def _pairs(
             else:
                 scores, of_scores = _parts(groups, values, windows)
                 yield Pair(task, reward, name, rewards, scores, False, (of_rewards, of_scores))
-        if guard is not None:
-            yield Pair(task, reward, GUARD, rewards, guard, True, (of_rewards, ()))
+        if validation is not None:
+            yield Pair(task, reward, VALIDATION, rewards, validation, True, (of_rewards, ()))
 
 
 def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
@@ -162,7 +162,7 @@ def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[li
     ]
 
 
-def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Array] | None:
+def _validation_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Array] | None:
     """The last look of each part of the run, empty where there was none; looks before and after are of the ends."""
     kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in looks if task in by_task]
     if not kept:
@@ -176,7 +176,7 @@ def _guard_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Ar
 
 
 def _words(pair: Pair, before: Window, after: Window, reward: Interval, scorer: Interval) -> str:
-    held_out = "the guard's held-out score" if pair.scorer == GUARD else pair.scorer
+    held_out = "validation's held-out score" if pair.scorer == VALIDATION else pair.scorer
     return (
         f"{pair.task}: {pair.reward} rose by {_moved(reward)} while {held_out} fell by {_moved(scorer)}, from steps "
         f"{before.first} to {before.last} to steps {after.first} to {after.last}"

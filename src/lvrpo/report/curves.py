@@ -49,7 +49,7 @@ class Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     marks: tuple[tuple[float, str], ...]
-    """(x, words): what the guard did."""
+    """(x, words): what validation did."""
     window: int
 
 
@@ -73,14 +73,14 @@ def reward_charts(metrics: Metrics) -> list[Chart]:
     for (task, points, control), names in titles.items():
         named = " = ".join(names)
         title = f"{TASK_NAMES.get(task) or label(task)}: {named}" if task else named
-        charts.append(_chart(title.replace("_", " "), list(points), list(control), _guard_marks(metrics), 0.1))
+        charts.append(_chart(title.replace("_", " "), list(points), list(control), _validation_marks(metrics), 0.1))
     return charts
 
 
 def strip_of_charts(metrics: Metrics) -> list[Chart]:
-    """The first curve of each task, for the head of the page: what the guard sees, else the first reward."""
-    held_out = guard_charts(metrics)
-    if any(len(metrics.series(key)) > 1 for key in metrics.numeric_keys() if key.startswith("guard/")):
+    """The first curve of each task, for the head of the page: what validation sees, else the first reward."""
+    held_out = validation_charts(metrics)
+    if any(len(metrics.series(key)) > 1 for key in metrics.numeric_keys() if key.startswith("validation/")):
         return [replace(chart, title=f"Held out: {chart.title}") for chart in held_out[:4]]
     first: dict[str, Chart] = {}
     for chart in reward_charts(metrics):
@@ -88,11 +88,13 @@ def strip_of_charts(metrics: Metrics) -> list[Chart]:
     return list(first.values())[:4]
 
 
-def guard_charts(metrics: Metrics) -> list[Chart]:
-    """``guard/...`` on the steps where the guard ran."""
-    keys = [key for key in metrics.numeric_keys() if key.startswith("guard/")]
+def validation_charts(metrics: Metrics) -> list[Chart]:
+    """``validation/...`` on the steps where validation ran."""
+    keys = [key for key in metrics.numeric_keys() if key.startswith("validation/")]
     return [
-        _chart(label(key.removeprefix("guard/")), metrics.series(key), [], _guard_marks(metrics), least_span=0.1)
+        _chart(
+            label(key.removeprefix("validation/")), metrics.series(key), [], _validation_marks(metrics), least_span=0.1
+        )
         for key in keys
     ]
 
@@ -102,7 +104,7 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
     groups: dict[str, list[Chart]] = defaultdict(list)
     for key in metrics.numeric_keys():
         word, _, rest = key.partition("/")
-        if key in NOT_PLOTTED or word in ("reward", "guard", "gradient"):
+        if key in NOT_PLOTTED or word in ("reward", "validation", "gradient"):
             continue
         if word == "control" and metrics.series("reward/" + rest):
             continue
@@ -227,9 +229,9 @@ def _thin(points: Points) -> Points:
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
 
 
-def _guard_marks(metrics: Metrics) -> Marks:
-    """Where the guard stepped in."""
-    acted = [(float(row["step"]), str(row.get("guard/action") or "")) for row in metrics.rows]
+def _validation_marks(metrics: Metrics) -> Marks:
+    """Where validation stepped in."""
+    acted = [(float(row["step"]), str(row.get("validation/action") or "")) for row in metrics.rows]
     return [(step, action) for step, action in acted if "roll" in action.lower() or "stop" in action.lower()]
 
 

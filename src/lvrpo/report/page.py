@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
 from lvrpo.report.cases import case_sections, task_label
-from lvrpo.report.curves import guard_charts, other_charts, ratio_note, reward_charts, strip_of_charts
+from lvrpo.report.curves import other_charts, ratio_note, reward_charts, strip_of_charts, validation_charts
 from lvrpo.report.gradients import gradient_audit
 from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.pictures import Picture, PictureStore
@@ -29,8 +29,8 @@ GRID_SIDE = 1400
 
 
 @dataclass(frozen=True)
-class GuardRow:
-    """One step on which the guard ran."""
+class ValidationRow:
+    """One step on which validation ran."""
 
     step: int
     scores: tuple[float | None, ...]
@@ -55,7 +55,7 @@ def build_report(run: Path) -> Path:
 def render(run: RunRecord) -> str:
     """The page as a string."""
     store = PictureStore(run.path)
-    guard_keys = [key for key in run.metrics.numeric_keys() if key.startswith("guard/")]
+    validation_keys = [key for key in run.metrics.numeric_keys() if key.startswith("validation/")]
     raw = run.summary.raw if run.summary else {}
     problems = list(run.problems)
     audit = read_audit(run.path / "audit.json", problems)
@@ -74,10 +74,10 @@ def render(run: RunRecord) -> str:
         "others": other_charts(run.metrics),
         "ratio_note": ratio_note(run.metrics),
         "gradients": gradient_audit(run.metrics),
-        "guard_charts": guard_charts(run.metrics),
-        "guard_names": [label(key.removeprefix("guard/")) for key in guard_keys],
-        "guard_rows": guard_history(run, guard_keys),
-        "guard_summary": raw.get("guard"),
+        "validation_charts": validation_charts(run.metrics),
+        "validation_names": [label(key.removeprefix("validation/")) for key in validation_keys],
+        "validation_rows": validation_history(run, validation_keys),
+        "validation_summary": raw.get("validation"),
         "judge": raw.get("judge"),
         "audit": audit,
         "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
@@ -94,10 +94,12 @@ def not_well(health: object) -> list[str]:
     return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
-def guard_history(run: RunRecord, keys: list[str]) -> list[GuardRow]:
-    ran = [row for row in run.metrics.rows if any(k.startswith("guard/") for k in row)]
+def validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
+    ran = [row for row in run.metrics.rows if any(k.startswith("validation/") for k in row)]
     return [
-        GuardRow(int(row["step"]), tuple(number(row.get(k)) for k in keys), str(row.get("guard/action") or ""))
+        ValidationRow(
+            int(row["step"]), tuple(number(row.get(k)) for k in keys), str(row.get("validation/action") or "")
+        )
         for row in ran
     ]
 

@@ -21,7 +21,7 @@ Metric = Literal["success", "reward"]
 
 @dataclass(frozen=True)
 class HeldOutScorer:
-    """Scores outputs of held-out prompts, for the guard and for every evaluation."""
+    """Scores outputs of held-out prompts, for validation and for every evaluation."""
 
     rewards: tuple[RewardSource, ...] = ()
     """Those of the run; the ones that are only watched are not used, nor those that compare members of a group."""

@@ -1,4 +1,4 @@
-"""Whether an output is right as a whole: what the benchmarks and the guard count."""
+"""Whether an output is right as a whole: what the benchmarks and validation count."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import GRPOConfig
 from lvrpo.training.losses.nft import NFTConfig
 from lvrpo.training.optimizer import OptimizerConfig
+from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.rollout_engine import CAP
-from lvrpo.training.turn import SUCCESS, TurnConfig
 from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
 
 Count = Annotated[int, Field(le=100_000)]
@@ -50,9 +50,10 @@ class DataConfig(Config):
     )
 
 
-class GuardConfig(Config):
-    """The held-out watch: keeps the best weights and acts when a task falls."""
+class ValidationConfig(Config):
+    """Held-out prompts of every task: keeps the best weights and acts when a task falls."""
 
+    hints: ClassVar[Mapping[str, str]] = {"turn": "is called {section}.overoptimization"}
     every: int = Field(default=20, ge=1)
     prompts: dict[Task, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
@@ -63,7 +64,7 @@ class GuardConfig(Config):
     max_rollbacks: int = Field(default=3, ge=0)
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
     """Every rollback multiplies the learning rates by this."""
-    turn: TurnConfig | None = None
+    overoptimization: OveroptimizationConfig | None = None
     """Stops (or rolls back) where a trained reward rises while a held-out scorer falls; null: nobody looks."""
 
 
@@ -98,6 +99,7 @@ class TrainConfig(Config):
     hints: ClassVar[Mapping[str, str]] = {
         "average_decay": "is called ema_decay",
         "mini_updates": "is called num_minibatches",
+        "guard": "is called validation",
         "control_every": "is called reference_eval_every",
         "control_group_size": "is called reference_eval_group_size",
     }
@@ -149,7 +151,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
     """The weights that are evaluated and saved are a moving average with this decay."""
-    guard: GuardConfig = GuardConfig()
+    validation: ValidationConfig = ValidationConfig()
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
     reference_eval_every: int = Field(default=10, ge=1)
@@ -232,7 +234,7 @@ class TrainConfig(Config):
             self._check_offload,
             self._check_data,
             self._check_weights,
-            self._check_turn,
+            self._check_overoptimization,
             self._check_rollout,
             self._check_drawn_tokens,
         ):
@@ -347,16 +349,19 @@ class TrainConfig(Config):
                         "trained: keep one of them above 0"
                     )
 
-    def _check_turn(self) -> None:
-        turn, rows = self.guard.turn, {r.title: r for r in self.rewards}
-        if turn is None:
+    def _check_overoptimization(self) -> None:
+        watched, rows = self.validation.overoptimization, {r.title: r for r in self.rewards}
+        if watched is None:
             return
         names = ", ".join(rows)
-        if turn.reward not in rows or not rows[turn.reward].weight:
-            raise ValueError(f"guard.turn.reward={turn.reward}: is no trained reward: there are {names}")
-        if turn.watch != SUCCESS and (turn.watch not in rows or rows[turn.watch].weight):
+        if watched.reward not in rows or not rows[watched.reward].weight:
             raise ValueError(
-                f"guard.turn.watch={turn.watch}: is no reward of weight 0: add one to rewards, or say {SUCCESS}"
+                f"validation.overoptimization.reward={watched.reward}: is no trained reward: there are {names}"
+            )
+        if watched.watch != SUCCESS and (watched.watch not in rows or rows[watched.watch].weight):
+            raise ValueError(
+                f"validation.overoptimization.watch={watched.watch}: is no reward of weight 0: add one to rewards, or "
+                f"say {SUCCESS}"
             )
 
     def _check_adapter(self) -> None:

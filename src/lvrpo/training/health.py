@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 """``metrics.jsonl``. Any: what JSON holds."""
 
 ENTROPY = "answer_entropy/"
-"""Of the answers to one form of questions, among the held-out prompts of the guard, in bits."""
+"""Of the answers to one form of questions, among the held-out prompts of validation, in bits."""
 VARIED, COLLAPSED = 0.5, 0.1
 """Answers have collapsed where their entropy was above the first before the run and is below the second at its end."""
 FEWEST = 4
@@ -36,7 +36,7 @@ class Finding:
     """One reason why a run is not well."""
 
     kind: str
-    """failed scores, guard, answers or gradients."""
+    """failed scores, validation, answers or gradients."""
     words: str
 
 
@@ -108,10 +108,10 @@ def _failed(rows: Rows, max_failed: Mapping[str, float]) -> Iterator[Finding]:
 
 def _guard(rows: Rows) -> Iterator[Finding]:
     for row in rows:
-        for name in ("guard", "turn"):
+        for name in ("validation", "overoptimization"):
             action = str(row.get(f"{name}/action") or "")
             if action.startswith(("rolled back", "stopped", "warned")):
-                yield Finding("guard", f"the guard, step {row['step']}: {action}")
+                yield Finding("validation", f"validation, step {row['step']}: {action}")
 
 
 def _collapsed(rows: Rows) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ class JudgeConfig(Config):
     reference stays what it is, and a slow average judges while it moves, unguarded."""
     drift_every: int | None = Field(default=None, ge=0)
     """Every so many steps the policy scores the outputs of the step too, for the rewards that ask the judge, and
-    what it says otherwise is logged. None: at every look of the guard; 0: never."""
+    what it says otherwise is logged. None: at every validation; 0: never."""
 
     @model_validator(mode="after")
     def _decay_is_used(self) -> Self:
@@ -44,10 +44,10 @@ class JudgeConfig(Config):
             raise ValueError(f"decay={self.decay}: is of the slow average: set kind to average, or leave it out")
         return self
 
-    def drift_due(self, step: int, guard_looks: bool) -> bool:
+    def drift_due(self, step: int, validation_looks: bool) -> bool:
         """Whether drift is measured in a step (counted from 1)."""
         if self.drift_every is None:
-            return guard_looks
+            return validation_looks
         return self.drift_every > 0 and step % self.drift_every == 0
 
     @property
@@ -233,7 +233,7 @@ def refresh_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt
     if config.refresh_every is not None and len(found) < MIN_QUESTIONS:
         raise InputError(
             f"judge.refresh_every={config.refresh_every}: only {len(found)} held-out questions with answers decide on "
-            f"a new judge: give at least {MIN_QUESTIONS} in guard.prompts (and validation rows), or leave it out"
+            f"a new judge: give at least {MIN_QUESTIONS} in validation.prompts (and validation rows), or leave it out"
         )
     return found
 

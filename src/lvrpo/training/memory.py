@@ -94,7 +94,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: TrainConfig,
     prompts: Sequence[Prompt],
-    guard: Sequence[Prompt] = (),
+    validation: Sequence[Prompt] = (),
     device: torch.device | None = None,
     check: Callable[[Policy], object] = lambda policy: None,
 ) -> MemoryEstimate | None:
@@ -102,7 +102,7 @@ def estimate_memory(
 
     ``check``: refuses a policy, without its weights, that cannot read the rows.
 
-    ``prompts`` are those of a step, ``guard`` the held-out ones. Texts are taken to be as long as they may be. The
+    ``prompts`` are those of a step, ``validation`` the held-out ones. Texts are taken to be as long as they may be. The
     operations are those of the CPU, also for a card, where some texts go through attention in other parts. ``device``
     stands for the configuration's; it need not be there.
     None for a policy of another kind than the Mixture-of-Transformers. Raises InputError for an adapter.
@@ -119,7 +119,7 @@ def estimate_memory(
             device = device or pick_device(config.device)
             policy = kind.skeleton(folder, device, DTYPES.get(weights_dtype(config, folder) or ""))
         check(policy)
-        return estimate_policy(policy, config, prompts, guard, device)
+        return estimate_policy(policy, config, prompts, validation, device)
     finally:
         forget_packings()
 
@@ -128,7 +128,7 @@ def estimate_policy(
     policy: MoTPolicy,
     config: TrainConfig,
     prompts: Sequence[Prompt],
-    guard: Sequence[Prompt] = (),
+    validation: Sequence[Prompt] = (),
     device: torch.device | None = None,
 ) -> MemoryEstimate:
     """As ``estimate_memory``, of a policy on the meta device, which is changed."""
@@ -139,13 +139,18 @@ def estimate_policy(
     forget_packings()
     try:
         kind = (device or pick_device(config.device)).type
-        return _estimate_without_memory(policy, config, whole, prompts, guard, kind)
+        return _estimate_without_memory(policy, config, whole, prompts, validation, kind)
     finally:
         forget_packings()
 
 
 def _estimate_without_memory(
-    policy: MoTPolicy, config: TrainConfig, whole: int, prompts: Sequence[Prompt], guard: Sequence[Prompt], device: str
+    policy: MoTPolicy,
+    config: TrainConfig,
+    whole: int,
+    prompts: Sequence[Prompt],
+    validation: Sequence[Prompt],
+    device: str,
 ) -> MemoryEstimate:
     with FakeTensorMode(allow_non_fake_inputs=True):  # pictures of the prompts come as they are
         for module in policy.modules():
@@ -154,7 +159,7 @@ def _estimate_without_memory(
                 setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
-        return _Estimator(policy, config, whole, device).estimate(prompts, guard)
+        return _Estimator(policy, config, whole, device).estimate(prompts, validation)
 
 
 def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
@@ -223,7 +228,7 @@ class _Estimator:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter)
 
-    def estimate(self, prompts: Sequence[Prompt], guard: Sequence[Prompt]) -> MemoryEstimate:
+    def estimate(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> MemoryEstimate:
         config, group_size = self.config, self.config.rollout.group_size
         gradients = _bytes(self.trained)
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
@@ -239,7 +244,7 @@ class _Estimator:
         passes: dict[str, int] = {}
         if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
-        for name, asked, size in (("rollout", prompts, group_size), ("guard", guard, 1)):
+        for name, asked, size in (("rollout", prompts, group_size), ("validation", validation, 1)):
             for members in self._sampled_at_once(asked, size):
                 self._note(passes, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
         groups = [self._group(prompt) for prompt in prompts]

@@ -355,4 +355,4 @@ def score_held_out(policy: Policy, prompts: Sequence[Prompt], seed: int) -> dict
     right: dict[str, list[float]] = {}
     for group, row in zip(groups, successes(groups), strict=True):
         right.setdefault(group.prompt.task, []).append(row[0])
-    return {f"guard/{task}": sum(rows) / len(rows) for task, rows in right.items()}
+    return {f"validation/{task}": sum(rows) / len(rows) for task, rows in right.items()}

@@ -1,7 +1,7 @@
 """What every output of a run scored, kept for the audit: folder ``scores/`` of the run directory.
 
 ``step_000001.npz`` holds the groups of a training step, ``control_000001.npz`` the reference's on the same prompts,
-``guard_000020.npz`` the held-out prompts of one look of the guard. At most ``KEPT`` files of each kind stay, whatever
+``validation_000020.npz`` the held-out prompts of one validation. At most ``KEPT`` files of each kind stay, whatever
 the length of the run: when they would become more, every other one goes, and from then on only every other one is
 written. What is kept is a function of the step, so a resumed run holds the same files as one that was never stopped.
 """
@@ -33,12 +33,12 @@ from lvrpo.types import Group, RewardTable, Task, TextSegment
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-Kind = Literal["step", "control", "guard"]
+Kind = Literal["step", "control", "validation"]
 
 KEPT = 1024
 """Files of one kind at most."""
 
-FIRST: Mapping[Kind, int] = {"step": 1, "control": 1, "guard": 0}
+FIRST: Mapping[Kind, int] = {"step": 1, "control": 1, "validation": 0}
 """The step of the first record of a kind."""
 
 TRAITS = ("tokens", "cut_off", "red", "green", "blue", "contrast")
@@ -134,10 +134,10 @@ def write_control(
     _write(run, "control", step, every, lambda: _arrays(groups, table, right, nothing, None))
 
 
-def write_look(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
+def write_validation(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
     """Keeps the score of every held-out prompt by task; ``every``: steps from one look to the next."""
     if scores:
-        _write(run, "guard", step, every, lambda: {str(task): _floats(row) for task, row in scores.items()})
+        _write(run, "validation", step, every, lambda: {str(task): _floats(row) for task, row in scores.items()})
 
 
 def truncate(run: RunDirectory, step: int) -> None:
@@ -166,7 +166,7 @@ def read_controls(run: Path) -> Iterator[ScoreRecord]:
 
 def read_looks(run: Path) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
     """(step, scores of the held-out prompts by task) in order; raises InputError on a broken file."""
-    for step, path in _files(run, "guard"):
+    for step, path in _files(run, "validation"):
         yield step, _load(path)
 
 
@@ -198,7 +198,7 @@ def _delete(paths: Sequence[Path]) -> None:
 
 
 def _number(kind: Kind, step: int, every: int) -> int:
-    """0, 1, 2, ... for the records of a kind; the last look of the guard may come early."""
+    """0, 1, 2, ... for the records of a kind; the last validation may come early."""
     return -(-(step - FIRST[kind]) // every)
 
 

@@ -80,7 +80,7 @@ def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = N
     ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
     """
     require_extras(config)
-    held_out = [prompt for prompts in parts.guard.prompts.values() for prompt in prompts]
+    held_out = [prompt for prompts in parts.validator.prompts.values() for prompt in prompts]
     prompts = prompts_of_step(parts.source, config, 0)
     return estimate_memory(config, prompts, held_out, device, parts.require_readable)
 

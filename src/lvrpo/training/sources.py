@@ -19,8 +19,8 @@ from lvrpo.rewards.base import Reward
 from lvrpo.rewards.held_out import HeldOutScorer
 from lvrpo.rewards.table import IN_PYTHON, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
+from lvrpo.training.validation import Validator
 from lvrpo.types import Example, Prompt, Task
 
 Split = Literal["train", "validation", "test"]
@@ -53,11 +53,11 @@ class Parts:
 
     source: PromptSource
     rewards: Sequence[RewardSource]
-    guard: Guard
+    validator: Validator
     judge_rows: HeldOut
     """What decides on a new judge."""
     scorer: HeldOutScorer
-    """Scores held-out rows, for the guard and for every evaluation."""
+    """Scores held-out rows, for validation and for every evaluation."""
     validation: PromptSource | None
     test: PromptSource | None
 
@@ -85,10 +85,10 @@ def open_parts(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Parts:
     rewards = scoring_rewards(config, source, given)
     scorer = HeldOutScorer(tuple(rewards))
     validation, test = (held_out_source(config, split, given) for split in ("validation", "test"))
-    watcher = HeldOutScorer(tuple(build_rewards(config.guard.rewards))) if config.guard.rewards else scorer
-    guard = Guard(guard_prompts(config, validation, watcher), config, watcher)
-    rows = held_out_rows(config.judge, rewards, guard.prompts, lambda: held_out_drawings(validation))
-    return Parts(source, rewards, guard, rows, scorer, validation, test)
+    watcher = HeldOutScorer(tuple(build_rewards(config.validation.rewards))) if config.validation.rewards else scorer
+    validator = Validator(validation_prompts(config, validation, watcher), config, watcher)
+    rows = held_out_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
+    return Parts(source, rewards, validator, rows, scorer, validation, test)
 
 
 def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOTHING_GIVEN) -> PromptSource:
@@ -147,7 +147,7 @@ def scoring_rewards(config: TrainConfig, source: PromptSource, given: Given = NO
     return rewards
 
 
-def guard_prompts(
+def validation_prompts(
     config: TrainConfig, source: PromptSource | None, scorer: HeldOutScorer | None
 ) -> dict[Task, list[Prompt]]:
     """Validation prompts of every trained task that can be scored; warns where a task has none.
@@ -155,29 +155,29 @@ def guard_prompts(
     ``scorer``: what scores them (None: whatever there is counts, and nobody is warned).
     """
     counts = config.data.prompts_per_step
-    trained: list[Task] = [task for task, count in config.guard.prompts.items() if count and counts.get(task)]
+    trained: list[Task] = [task for task, count in config.validation.prompts.items() if count and counts.get(task)]
     found: dict[Task, list[Prompt]] = {}
     for task in trained:
         there = source is not None and task in source.tasks
-        rows = source.prompts(task, config.guard.prompts[task]) if source is not None and there else []
+        rows = source.prompts(task, config.validation.prompts[task]) if source is not None and there else []
         different = {p.id: p for p in rows if scorer is None or scorer.metric(p) is not None}
         if different:
             found[task] = list(different.values())
     if scorer is not None and len(found) < len(trained):
-        warnings.warn(blind_guard(config, source, [task for task in trained if task not in found]), stacklevel=3)
+        warnings.warn(blind_validation(config, source, [task for task in trained if task not in found]), stacklevel=3)
     return found
 
 
-def blind_guard(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
-    """Why the guard sees nothing of these tasks, and what would help."""
+def blind_validation(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
+    """Why validation sees nothing of these tasks, and what would help."""
     named = ", ".join(tasks)
     if source is None:
         where = "data.jsonl.validation is not set" if config.data.source == "jsonl" else "there are no validation rows"
-        return f"{where}: the guard has no held-out rows and keeps the last weights: give it a file of rows"
+        return f"{where}: validation has no held-out rows and keeps the last weights: give it a file of rows"
     if not set(tasks) & set(source.tasks):
-        return f"validation has no rows of {named}: the guard does not watch it: add some"
+        return f"validation has no rows of {named}: it is not watched: add some"
     return (
-        f"no validation row of {named} can be scored, so the guard does not watch it: give the rows an answer, or add "
+        f"no validation row of {named} can be scored, so it is not watched: give the rows an answer, or add "
         "a reward that scores single outputs"
     )
 

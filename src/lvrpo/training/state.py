@@ -27,16 +27,16 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
 from lvrpo.training.losses import asks_for_old
 from lvrpo.training.optimizer import Optimizers
+from lvrpo.training.overoptimization import Overoptimization
 from lvrpo.training.policies import Policies, SetName, shard_dtype
-from lvrpo.training.turn import Turn
 from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
 
 ANOTHER = "use another checkpoint"
 
 
-class GuardRecord(Record):
-    """Of a saved state: what the guard remembers."""
+class ValidationRecord(Record):
+    """Of a saved state: what validation remembers."""
 
     best_step: int
     best_scores: dict[str, list[float]]
@@ -51,12 +51,12 @@ class StateRecord(Record):
     step: int
     seconds: float
     bad_gradients: int
-    guard: GuardRecord
+    validation: ValidationRecord
 
 
 @dataclass
-class GuardState:
-    """What the guard remembers."""
+class ValidationState:
+    """What validation remembers."""
 
     best_step: int = 0
     best_scores: dict[Task, list[float]] = field(default_factory=dict)
@@ -76,15 +76,15 @@ class TrainState:
     """One per phase of an update (``TrainConfig.phases``)."""
     step: int = 0
     """Steps done."""
-    guard: GuardState = field(default_factory=GuardState)
+    validation: ValidationState = field(default_factory=ValidationState)
     bad_gradients: int = 0
     """Steps in a row, up to now, whose gradient was not finite."""
     seconds: float = 0.0
     """Training seconds so far, over all resumptions."""
     judge: Judge | None = None
     """None: the reference judges."""
-    turn: Turn | None = None
-    """None: nobody looks for the turn."""
+    overoptimization: Overoptimization | None = None
+    """None: nobody watches."""
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
@@ -95,13 +95,18 @@ class TrainState:
             sets += judge.sets
         policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
-        turn = None if config.guard.turn is None else Turn(config.guard.turn)
-        return cls(policies, optimizers, judge=judge, turn=turn)
+        watched = (
+            None if config.validation.overoptimization is None else Overoptimization(config.validation.overoptimization)
+        )
+        return cls(policies, optimizers, judge=judge, overoptimization=watched)
 
     @property
     def best_steps(self) -> set[int]:
         """The steps whose checkpoints are kept, whatever comes after them."""
-        return {self.guard.best_step, *([] if self.turn is None else [self.turn.best_step])}
+        return {
+            self.validation.best_step,
+            *([] if self.overoptimization is None else [self.overoptimization.best_step]),
+        }
 
     def write(self, folder: Path) -> Saving:
         """Writes the state and the averaged policy in Hub layout beside it; arrays go on being written.
@@ -138,11 +143,11 @@ class TrainState:
         self.step = tree["step"]
         self.seconds = tree["seconds"]
         self.bad_gradients = tree["bad_gradients"]
-        self.guard = GuardState(**tree["guard"])
+        self.validation = ValidationState(**tree["validation"])
         if self.judge is not None:
             self.judge.load(tree["judge"])
-        if self.turn is not None:
-            self.turn.load(tree["turn"])
+        if self.overoptimization is not None:
+            self.overoptimization.load(tree["overoptimization"])
 
     def load_average(self, checkpoint: Path) -> None:
         """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
@@ -197,12 +202,12 @@ class TrainState:
             "step": self.step,
             "seconds": self.seconds,
             "bad_gradients": self.bad_gradients,
-            "guard": vars(self.guard),
+            "validation": vars(self.validation),
         }
         if self.judge is not None:
             tree["judge"] = self.judge.state()
-        if self.turn is not None:
-            tree["turn"] = self.turn.state()
+        if self.overoptimization is not None:
+            tree["overoptimization"] = self.overoptimization.state()
         return tree
 
 

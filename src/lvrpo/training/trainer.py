@@ -28,7 +28,6 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import check_before_first_step, check_first_update
 from lvrpo.training.data_parallel import right_outputs, sample_own, score_own
 from lvrpo.training.gradients import TaskGradients
-from lvrpo.training.guard import Guard, guarded, turned
 from lvrpo.training.judge import judge_drift
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Advantages, Metrics, Objective
@@ -53,6 +52,7 @@ from lvrpo.training.setup import (
 from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
 from lvrpo.training.splits import require_apart
 from lvrpo.training.state import TrainState
+from lvrpo.training.validation import Validator, apply_validation, check_overoptimization
 from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
 
 MAX_BAD_GRADIENTS = 3
@@ -68,7 +68,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     run: RunDirectory
     state: TrainState
     parts: Parts
-    """Prompts, rewards, the guard."""
+    """Prompts, rewards, validation."""
     base: str | None = None
     """The MODEL below the run's adapter, where it is not the one that its files name."""
     objectives: Sequence[Objective] = field(init=False)
@@ -143,9 +143,9 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         return trainer
 
     @property
-    def guard(self) -> Guard:
+    def validator(self) -> Validator:
         """What watches held-out rows."""
-        return self.parts.guard
+        return self.parts.validator
 
     @property
     def source(self) -> PromptSource:
@@ -160,9 +160,9 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     # --- training ---
 
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Steps until ``config.steps``, an interruption (a checkpoint is then written) or the guard's stop.
+        """Steps until ``config.steps``, an interruption (a checkpoint is then written) or validation's stop.
 
-        Returns whether it came to its end, and names the guard's best checkpoint if so.
+        Returns whether it came to its end, and names validation's best checkpoint if so.
         """
         if self.finished:
             return True
@@ -173,7 +173,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             rollouts, stopped = Rollouts(policies, config, engine), False
             while (step := state.step) < config.steps and not stopped:
                 with self.logged_step(observe) as row:
-                    looks = (step + 1) % config.guard.every == 0 or step + 1 == config.steps
+                    looks = (step + 1) % config.validation.every == 0 or step + 1 == config.steps
                     with self.saved_if_it_fails():  # nothing has changed yet since the last step
                         with relay_errors():
                             prompts = prompts_of_step(self.source, config, step)
@@ -188,7 +188,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                             trained, scores, counts = refill(*args)
                             row |= counts
                     advantages = segment_advantages(scores, trained, config.advantages)
-                    lr_scale = state.guard.lr_scale
+                    lr_scale = state.validation.lr_scale
                     row |= train_step(
                         policies, self.objectives, state.optimizers, trained, advantages, config, step, lr_scale
                     ).means()
@@ -212,19 +212,19 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                         row |= self._control(prompts, step)
                     if state.step % config.samples_every == 0 or state.step == config.steps:
                         samples.write(run, state.step, groups, table, right)
-                    if state.turn is not None:
-                        state.turn.add(state.step, groups, table, right)
+                    if state.overoptimization is not None:
+                        state.overoptimization.add(state.step, groups, table, right)
                     if looks:
                         self.wait_for_checkpoint()  # it may be rolled back to
-                        report = self.guard.look(policies, state.guard, state.step)
-                        stopped = guarded(config, run, state, report, row) or turned(
-                            config, run, state, self.guard, row
+                        report = self.validator.validate(policies, state.validation, state.step)
+                        stopped = apply_validation(config, run, state, report, row) or check_overoptimization(
+                            config, run, state, self.validator, row
                         )
                 stop = self.asked_to_stop(interrupted)
                 self.save_if_due(last=stopped or stop or state.step == config.steps)
                 if stop and state.step < config.steps:
                     return False
-        self.finish(state.guard.best_step)
+        self.finish(state.validation.best_step)
         return True
 
     def _record(
@@ -236,11 +236,11 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         score_record.write_step(self.run, self.state.step, groups, table, right, whole, judged)
 
     def _before_first_step(self, engine: Sampler | None) -> None:
-        """The checks of step 0, and what the guard sees before anything is trained."""
+        """The checks of step 0, and what validation sees before anything is trained."""
         state, policies = self.state, self.state.policies
         check_before_first_step(self.run, self.config, policies, self.source, self.rewards, engine)
-        report = self.guard.look(policies, state.guard, 0)
-        score_record.write_look(self.run, 0, report.scores, self.config.guard.every)
+        report = self.validator.validate(policies, state.validation, 0)
+        score_record.write_validation(self.run, 0, report.scores, self.config.validation.every)
         self.run.append_metrics({"step": 0, **report.row()})
         self.save()
 
@@ -263,12 +263,12 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         return reward_means("control", table, right)
 
     def result(self) -> Policy:
-        """The weights that the guard found best, read from their checkpoint."""
+        """The weights that validation found best, read from their checkpoint."""
         return loaded_policy(self.run.path, self.config, self.base)
 
     def load_result(self) -> None:
-        """The averaged weights become those that the guard found best."""
-        self.state.load_average(self.run.checkpoint_dir(self.state.guard.best_step))
+        """The averaged weights become those that validation found best."""
+        self.state.load_average(self.run.checkpoint_dir(self.state.validation.best_step))
 
 
 def train_step(

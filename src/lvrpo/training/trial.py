@@ -18,7 +18,6 @@ from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check, contract_checks
-from lvrpo.training.guard import Guard
 from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.losses import objectives_of
@@ -26,9 +25,10 @@ from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.setup import memory_of, open_policy
-from lvrpo.training.sources import Parts, guard_prompts, held_out_source, open_parts, training_source
+from lvrpo.training.sources import Parts, held_out_source, open_parts, training_source, validation_prompts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
+from lvrpo.training.validation import Validator
 
 SHARE = 4
 """The small step has one prompt in so many of each task."""
@@ -41,7 +41,7 @@ class Trial:
     checks: Sequence[Check]
     step_seconds: float
     seconds: float
-    """Of the whole run, with the guard."""
+    """Of the whole run, with validation."""
     peak_memory_gib: float
     """What the trial itself took, at its most."""
     disk_mib: float
@@ -54,8 +54,8 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
     """
     source = training_source(config)
     validation, test = (held_out_source(config, split) for split in ("validation", "test"))
-    guard = Guard(guard_prompts(config, validation, None), config)
-    return memory_of(config, Parts(source, (), guard, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
+    validator = Validator(validation_prompts(config, validation, None), config)
+    return memory_of(config, Parts(source, (), validator, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
 
 
 def try_out(config: TrainConfig) -> Trial:
@@ -83,7 +83,7 @@ def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[Sampler
 
 
 def _trial(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler | None) -> Trial:
-    source, rewards, guard, policy = parts.source, parts.rewards, parts.guard, state.policies.policy
+    source, rewards, validator, policy = parts.source, parts.rewards, parts.validator, state.policies.policy
     checks = contract_checks(config, state.policies, source, rewards, engine)
     if not all(check.ok for check in checks):
         return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
@@ -101,9 +101,11 @@ def _trial(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 
     started = time.perf_counter()
-    guard.score(state.policies)
-    guard_seconds = time.perf_counter() - started
-    looks = config.steps // config.guard.every + 2
+    validator.score(state.policies)
+    validation_seconds = time.perf_counter() - started
+    looks = config.steps // config.validation.every + 2
     weights = sum(tensor.numel() * 4 for tensor in state.policies.weights[POLICY].values())
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
-    return Trial(checks, step_seconds, config.steps * step_seconds + looks * guard_seconds, peak_memory_gib(), disk)
+    return Trial(
+        checks, step_seconds, config.steps * step_seconds + looks * validation_seconds, peak_memory_gib(), disk
+    )

@@ -29,7 +29,7 @@ class RunCost:
     start: Compute = NO_COMPUTE
     """What only the beginning has: the checks before the first step."""
     look: Compute = NO_COMPUTE
-    """A look of the guard."""
+    """A validation."""
     control: Compute = NO_COMPUTE
     """The reference's outputs that are drawn beside the curve."""
     look_every: int = 1
@@ -84,22 +84,22 @@ def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
 
 
 def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
-    last = PLAIN + 2  # the guard looks at the last step, so that it is no plain one
-    guard = config.guard.model_copy(update={"every": last, "action": "warn", "turn": None})
-    rare = {"guard": guard, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
+    last = PLAIN + 2  # validation looks at the last step, so that it is no plain one
+    validation = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
+    rare = {"validation": validation, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
     marks: list[Compute] = []
     trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
     with trainer.run, ComputeCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
         before = counter.now
-        trainer.guard.score(trainer.state.policies)
+        trainer.validator.score(trainer.state.policies)
         look = counter.now - before
         prompts = prompts_of_step(trainer.source, config, 0)
         control_rollout(trainer.state.policies, prompts, config, 0)
         control = counter.now - before - look
     step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
     start = marks[0] - step - look - control
-    cost = RunCost(step, start, look, control, config.guard.every, config.reference_eval_every)
+    cost = RunCost(step, start, look, control, config.validation.every, config.reference_eval_every)
     return cost if start.flops >= 0 else replace(cost, start=NO_COMPUTE)
 
 

@@ -1,4 +1,4 @@
-"""The turn of a self-judged run: a trained reward goes on rising while a held-out scorer of the same outputs falls."""
+"""Reward over-optimization: a trained reward goes on rising while a held-out scorer of the same outputs falls."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ SUCCESS = "success"
 """Whether an output is right as a whole, where somebody can tell."""
 
 
-class TurnConfig(Config):
-    """What is watched for a turn, and what follows one."""
+class OveroptimizationConfig(Config):
+    """What is watched for over-optimization, and what follows."""
 
     reward: str
     """Label of a trained reward."""
     watch: str
     """Label of a reward of weight 0, which may have a judge of its own; or success: right as a whole."""
     window: int = Field(default=10, ge=1)
-    """Steps that are compared with as many earlier ones, at every look of the guard."""
+    """Steps that are compared with as many earlier ones, at every validation."""
     error: float = Field(default=0.05, gt=0, lt=1)
-    """Chance that a run in which nothing turns is stopped at all, at most."""
+    """Chance that a run in which the two stay together is stopped at all, at most."""
     action: Literal["stop", "rollback", "warn"] = "stop"
-    """rollback: to the best checkpoint, as the guard does (``guard.max_rollbacks``, ``guard.rollback_lr``)."""
+    """rollback: to the best checkpoint, by ``validation.max_rollbacks`` and ``validation.rollback_lr``."""
 
 
 @dataclass
-class Turn:
+class Overoptimization:
     """Means of the groups of every step so far; a mutable part of the state of a run."""
 
-    config: TurnConfig
+    config: OveroptimizationConfig
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     """By task, (N, 4): steps done, trained reward, watched scorer and category of each group that has both."""
     categories: list[str] = field(default_factory=list)
@@ -67,8 +67,8 @@ class Turn:
             new = torch.stack([torch.full_like(reward, step), reward, watched, category], dim=1)[rows]
             self.means[task] = torch.cat([self.means.get(task, new[:0]), new])
 
-    def look(self, step: int, looks: int, every: int) -> tuple[Task | str, Parted] | None:
-        """The worst parting of the last window from an earlier one, over all tasks; None where nothing turned.
+    def validate(self, step: int, looks: int, every: int) -> tuple[Task | str, Parted] | None:
+        """The worst parting of the last window from an earlier one, over all tasks; None where none parted.
 
         Parts are compared within categories of prompts, which differ more than a policy changes.
         ``looks``: how many there will be in the run, ``every`` so many steps. Intervals have confidence 1 - error / all
@@ -116,7 +116,9 @@ class Turn:
     def load(self, tree: Mapping[str, Any]) -> None:
         """Puts back what ``state`` gave; raises InputError for the state of a version without categories."""
         if "categories" not in tree:
-            raise InputError("guard.turn: the run was begun by a version that compared without categories: start anew")
+            raise InputError(
+                "validation.overoptimization: the run began with a version that compared without categories: start anew"
+            )
         self.means, self.categories = dict(tree["means"]), list(tree["categories"])
         self.best_step, self.best_watched = tree["best_step"], tree["best_watched"]
 

@@ -11,9 +11,9 @@ from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.statistics import parted
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, watched_level
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
-from lvrpo.training.turn import Turn, TurnConfig, watched_level
 from lvrpo.types import Group, Prompt, RewardTable
 
 
@@ -23,13 +23,18 @@ def table(reward: float, watched: float, rng: np.random.Generator, P: int = 8) -
     return RewardTable(("own", "truth"), torch.tensor([1.0, 0.0]), scores, scores > -9, {}, ("generate",) * P)
 
 
-def run_through(course: list[tuple[float, float]], seed: int = 0, **options: Any) -> tuple[Turn, int | None]:
+def run_through(
+    course: list[tuple[float, float]], seed: int = 0, **options: Any
+) -> tuple[Overoptimization, int | None]:
     """The step at which a course of (reward, watched) turned, looked at every 5 steps."""
-    turn, rng = Turn(TurnConfig(reward="own", watch="truth", window=5, **options)), np.random.default_rng(seed)
+    turn, rng = (
+        Overoptimization(OveroptimizationConfig(reward="own", watch="truth", window=5, **options)),
+        np.random.default_rng(seed),
+    )
     for step, (reward, watched) in enumerate(course, start=1):
         turn.add(step, GROUPS, table(reward, watched, rng), {})
         if step % 5 == 0:
-            found = turn.look(step, looks=len(course) // 5, every=5)
+            found = turn.validate(step, looks=len(course) // 5, every=5)
             if found is not None:
                 assert turn.words(step, *found).startswith("generate: own rose by ")
                 return turn, step
@@ -70,7 +75,10 @@ LEVELS = {"easy": 0.9, "hard": 0.1}
 
 def of_categories(seed: int, fall: float) -> int | None:
     """When a run turned whose prompts are easy or hard by chance; the watched scorer falls after step 20."""
-    turn, rng = Turn(TurnConfig(reward="own", watch="truth", window=5)), np.random.default_rng(seed)
+    turn, rng = (
+        Overoptimization(OveroptimizationConfig(reward="own", watch="truth", window=5)),
+        np.random.default_rng(seed),
+    )
     for step in range(1, 41):
         names = rng.choice(list(LEVELS), 8).tolist()
         groups = [Group(Prompt(str(i), "generate", ("x",), ("image",), category=c), ()) for i, c in enumerate(names)]
@@ -79,7 +87,7 @@ def of_categories(seed: int, fall: float) -> int | None:
         made.scores[..., 0] += 0.01 * step
         made.scores[..., 1] -= fall * (step > 20)
         turn.add(step, groups, made, {})
-        if step % 5 == 0 and turn.look(step, looks=8, every=5) is not None:
+        if step % 5 == 0 and turn.validate(step, looks=8, every=5) is not None:
             return step
     return None
 
@@ -103,7 +111,7 @@ def test_the_best_window_is_not_the_one_with_easy_prompts() -> None:
 
 def test_what_is_remembered_comes_back() -> None:
     turn, _ = run_through(HACKED[:12])
-    other = Turn(turn.config)
+    other = Overoptimization(turn.config)
     other.load(turn.state())
     assert other.categories == turn.categories == [""]
     assert torch.equal(other.means["generate"], turn.means["generate"])
@@ -114,7 +122,10 @@ def test_what_is_remembered_comes_back() -> None:
 
 
 def test_groups_without_either_score_do_not_count() -> None:
-    turn, made = Turn(TurnConfig(reward="own", watch="truth")), table(0, 0, np.random.default_rng(0))
+    turn, made = (
+        Overoptimization(OveroptimizationConfig(reward="own", watch="truth")),
+        table(0, 0, np.random.default_rng(0)),
+    )
     made.mask[0, :, 0] = False
     made.mask[1, :, 1] = False
     made.mask[2, :2, 1] = False
@@ -141,13 +152,17 @@ def test_parted_takes_the_worst_part() -> None:
     [
         ("{reward: own_vqa, watch: exact_answer}", "is no reward of weight 0"),
         ("{reward: own_vga, watch: success}", "is no trained reward: there are exact_answer, own_vqa"),
-        ("{reward: own_vqa, watch: success, window: 0}", "guard.turn.window"),
-        ("{reward: own_vqa}", "guard.turn.watch"),
+        ("{reward: own_vqa, watch: success, window: 0}", "validation.overoptimization.window"),
+        ("{reward: own_vqa}", "validation.overoptimization.watch"),
     ],
 )
 def test_what_does_not_fit_is_one_line(turn: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_config(TrainConfig, None, ["rewards=[{name: exact_answer}, {name: own_vqa}]", f"guard.turn={turn}"])
+        load_config(
+            TrainConfig,
+            None,
+            ["rewards=[{name: exact_answer}, {name: own_vqa}]", f"validation.overoptimization={turn}"],
+        )
 
 
 SMALL = (
@@ -176,20 +191,22 @@ def falling(trajectory):
 """
 
 
-@pytest.mark.parametrize(("action", "guarded"), [("stop", 0), ("rollback", 0), ("warn", 0), ("stop", 7)])
+@pytest.mark.parametrize(("action", "held_out"), [("stop", 0), ("rollback", 0), ("warn", 0), ("stop", 7)])
 def test_a_run_acts_on_the_turn(
-    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, guarded: int
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, held_out: int
 ) -> None:
     (tmp_path / "tests_turn.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     watch = f"{{reward: tests_turn:rising, watch: tests_turn:falling, window: 2, action: {action}}}"
-    guard = f"guard={{every: 2, prompts: {{generate: {guarded}}}, max_rollbacks: 1, turn: {watch}}}"
-    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, guard])
+    watching = (
+        f"validation={{every: 2, prompts: {{generate: {held_out}}}, max_rollbacks: 1, overoptimization: {watch}}}"
+    )
+    config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, watching])
     alignment = Trainer.start(config, Path("run"))
     with alignment.run:
         assert alignment.train()
     rows = RunDirectory.read(Path("run")).metrics()
-    actions = {row["step"]: row["turn/action"] for row in rows if "turn/action" in row}
+    actions = {row["step"]: row["overoptimization/action"] for row in rows if "overoptimization/action" in row}
     assert min(actions) == 4
     assert "tests_turn:rising rose by" in actions[4]
     if action == "stop":
@@ -197,10 +214,10 @@ def test_a_run_acts_on_the_turn(
         assert actions[4].startswith("stopped")
     elif action == "rollback":
         assert actions[4].startswith("rolled back to step 2")
-        assert alignment.state.guard.rollbacks == 1
-        assert rows[-1]["step"] == 8 or rows[-1]["turn/action"].startswith("stopped")
+        assert alignment.state.validation.rollbacks == 1
+        assert rows[-1]["step"] == 8 or rows[-1]["overoptimization/action"].startswith("stopped")
     else:
         assert rows[-1]["step"] == 8
         assert all(words.startswith("warned") for words in actions.values())
-    if action != "warn" or not guarded:
-        assert alignment.state.guard.best_step == 2  # before the watched score fell further
+    if action != "warn" or not held_out:
+        assert alignment.state.validation.best_step == 2  # before the watched score fell further

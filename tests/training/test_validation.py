@@ -10,8 +10,8 @@ from weight_sets import sets_of
 from lvrpo.policies.base import Sampling
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.guard import Guard, fell
-from lvrpo.training.state import GuardState
+from lvrpo.training.state import ValidationState
+from lvrpo.training.validation import Validator, fell
 from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
 
 
@@ -46,57 +46,59 @@ def right(understand: int, reason: int, start: int = 0) -> Any:
 
 
 @pytest.fixture
-def guard() -> Guard:
-    return Guard(PROMPTS, TrainConfig(seed=3))
+def validator() -> Validator:
+    return Validator(PROMPTS, TrainConfig(seed=3))
 
 
-def test_the_first_look_is_the_best(guard: Guard) -> None:
-    state = GuardState()
-    report = guard.look(right(10, 5), state, 0)
+def test_the_first_look_is_the_best(validator: Validator) -> None:
+    state = ValidationState()
+    report = validator.validate(right(10, 5), state, 0)
     assert (report.verdict, report.fallen) == ("best", ())
     assert report.means == {"understand": 0.5, "reason": 0.5}
     assert state.best_scores["reason"] == [1.0] * 5 + [0.0] * 5
 
 
-def test_verdicts_of_later_looks(guard: Guard) -> None:
-    state = GuardState()
-    guard.look(right(10, 5), state, 0)
-    assert guard.look(right(12, 5), state, 20).verdict == "best"
+def test_verdicts_of_later_looks(validator: Validator) -> None:
+    state = ValidationState()
+    validator.validate(right(10, 5), state, 0)
+    assert validator.validate(right(12, 5), state, 20).verdict == "best"
     assert state.best_step == 20
-    assert guard.look(right(8, 5), state, 40).verdict == "kept"
+    assert validator.validate(right(8, 5), state, 40).verdict == "kept"
     assert state.best_step == 20
-    assert guard.look(right(12, 5), state, 60).verdict == "best"
+    assert validator.validate(right(12, 5), state, 60).verdict == "best"
     assert state.best_step == 60
 
 
-def test_of_looks_within_the_noise_the_later_is_best_but_the_top_stays(guard: Guard) -> None:
+def test_of_looks_within_the_noise_the_later_is_best_but_the_top_stays(validator: Validator) -> None:
     """The standard error of the mean of tasks is about .096 here; the top is (12/20 + 5/10) / 2 = .55."""
-    state = GuardState()
-    guard.look(right(12, 5), state, 0)
-    assert guard.look(right(11, 5), state, 20).verdict == "best"
-    assert guard.look(right(10, 5), state, 40).verdict == "best"
+    state = ValidationState()
+    validator.validate(right(12, 5), state, 0)
+    assert validator.validate(right(11, 5), state, 20).verdict == "best"
+    assert validator.validate(right(10, 5), state, 40).verdict == "best"
     assert (state.best_step, state.top) == (40, pytest.approx(0.55))
-    assert guard.look(right(8, 5), state, 60).verdict == "kept"  # .45 is near .5, the last best, but far from the top
+    assert (
+        validator.validate(right(8, 5), state, 60).verdict == "kept"
+    )  # .45 is near .5, the last best, but far from the top
     assert state.best_step == 40
 
 
-def test_a_task_that_falls_is_named_though_the_mean_rises(guard: Guard) -> None:
-    state = GuardState()
-    guard.look(right(12, 0), state, 0)
+def test_a_task_that_falls_is_named_though_the_mean_rises(validator: Validator) -> None:
+    state = ValidationState()
+    validator.validate(right(12, 0), state, 0)
     scores = dict(state.best_scores)
-    report = guard.look(right(4, 10), state, 20)
+    report = validator.validate(right(4, 10), state, 20)
     assert sum(report.means.values()) > 0.6
     assert (report.verdict, report.fallen) == ("fallen", ("understand",))
     assert (state.best_step, state.best_scores) == (0, scores)
 
 
-def test_scores_are_paired_prompt_by_prompt(guard: Guard) -> None:
+def test_scores_are_paired_prompt_by_prompt(validator: Validator) -> None:
     """The same means fall or not by whether the same prompts stay right."""
-    nested, state = GuardState(), GuardState()
-    guard.look(right(12, 5), nested, 0)
-    assert guard.look(right(5, 5), nested, 20).verdict == "fallen"
-    guard.look(right(12, 5), state, 0)
-    assert guard.look(right(5, 5, start=9), state, 20).verdict == "kept"
+    nested, state = ValidationState(), ValidationState()
+    validator.validate(right(12, 5), nested, 0)
+    assert validator.validate(right(5, 5), nested, 20).verdict == "fallen"
+    validator.validate(right(12, 5), state, 0)
+    assert validator.validate(right(5, 5, start=9), state, 20).verdict == "kept"
 
 
 @pytest.mark.parametrize(
@@ -116,10 +118,10 @@ def test_fell(now: list[float], before: list[float], verdict: bool) -> None:
     assert fell(now, before) is verdict
 
 
-def test_every_look_uses_the_same_noise_and_greedy_text(guard: Guard) -> None:
+def test_every_look_uses_the_same_noise_and_greedy_text(validator: Validator) -> None:
     policy = Answerer({"understand0", "reason0"})
-    guard.score(sets_of(ema=policy))
-    guard.score(sets_of(ema=policy))
+    validator.score(sets_of(ema=policy))
+    validator.score(sets_of(ema=policy))
     assert policy.calls[:2] == policy.calls[2:]
     sampling, seeds = policy.calls[0]
     assert (sampling.group_size, sampling.temperature, sampling.sampler) == (1, 0.0, "ode")
@@ -127,7 +129,7 @@ def test_every_look_uses_the_same_noise_and_greedy_text(guard: Guard) -> None:
 
 
 def test_a_guard_without_prompts_always_keeps_the_last() -> None:
-    guard, state = Guard({"generate": []}, TrainConfig()), GuardState()
+    validator, state = Validator({"generate": []}, TrainConfig()), ValidationState()
     for step in (0, 20, 40):
-        report = guard.look(right(0, 0), state, step)
+        report = validator.validate(right(0, 0), state, step)
         assert (report.verdict, dict(report.means), state.best_step) == ("blind", {}, step)

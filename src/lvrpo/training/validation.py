@@ -1,4 +1,4 @@
-"""The guard: a held-out set of every task, scored every few steps; keeps the best weights and acts on a fall."""
+"""Validation: a held-out set of every task, scored every few steps; keeps the best weights and acts on a fall."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lvrpo.training.data_parallel import merged, own_rows, sample_own
 from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.state import GuardState, TrainState
+from lvrpo.training.state import TrainState, ValidationState
 from lvrpo.types import Group, Prompt, Task
 
 Verdict = Literal["best", "kept", "fallen", "blind"]
@@ -40,8 +40,8 @@ ACTIONS: Mapping[Verdict, str] = {
 
 
 @dataclass(frozen=True)
-class GuardReport:
-    """One look of the guard."""
+class ValidationReport:
+    """One validation."""
 
     means: Mapping[Task, float]
     verdict: Verdict
@@ -54,11 +54,11 @@ class GuardReport:
 
     def row(self) -> dict[str, float]:
         """For the metrics."""
-        means = {f"guard/{task}": mean for task, mean in self.means.items()}
+        means = {f"validation/{task}": mean for task, mean in self.means.items()}
         return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 
 
-class Guard:
+class Validator:
     """Scores the held-out prompts and compares with the best so far, prompt by prompt."""
 
     def __init__(
@@ -109,7 +109,7 @@ class Guard:
                 out[task] = sample_own(policy, rows, self.sampling, seeds)
         return out
 
-    def look(self, policies: Policies, state: GuardState, step: int) -> GuardReport:
+    def validate(self, policies: Policies, state: ValidationState, step: int) -> ValidationReport:
         """Scores the averaged weights and remembers them when they are the best so far, up to noise, and no task has
         fallen."""
         outputs = self._sample(policies)
@@ -118,23 +118,23 @@ class Guard:
         texts = merged({p: groups[p].trajectories[0].text for p in own_rows(groups)})
         return replace(report, entropies=answer_entropies([group.prompt for group in groups], list(texts.values())))
 
-    def _compare(self, scores: dict[Task, list[float]], state: GuardState, step: int) -> GuardReport:
+    def _compare(self, scores: dict[Task, list[float]], state: ValidationState, step: int) -> ValidationReport:
         means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}
         if not self.prompts:
             state.best_step = step
-            return GuardReport(means, "blind", ())
+            return ValidationReport(means, "blind", ())
         if not state.best_scores:
             state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
-            return GuardReport(means, "best", (), scores)
+            return ValidationReport(means, "best", (), scores)
         fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
         if fallen:
-            return GuardReport(means, "fallen", fallen, scores)
+            return ValidationReport(means, "fallen", fallen, scores)
         top = max(state.top, float(np.mean([_mean(state.best_scores[task]) for task in self.prompts])))
         mean = float(np.mean(list(means.values())))
         if mean >= top - self._noise(scores):
             state.best_step, state.best_scores, state.top = step, scores, max(top, mean)
-            return GuardReport(means, "best", (), scores)
-        return GuardReport(means, "kept", (), scores)
+            return ValidationReport(means, "best", (), scores)
+        return ValidationReport(means, "kept", (), scores)
 
     def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
         """Standard error of the mean of tasks: of two looks that differ by less, the later one counts as the best."""
@@ -165,58 +165,60 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
 # --- what follows a look ---
 
 
-def guarded(
-    config: TrainConfig, run: RunDirectory, state: TrainState, report: GuardReport, row: dict[str, Any]
+def apply_validation(
+    config: TrainConfig, run: RunDirectory, state: TrainState, report: ValidationReport, row: dict[str, Any]
 ) -> bool:
-    """What follows from a look of the guard; returns whether the run stops."""
-    score_record.write_look(run, state.step, report.scores, config.guard.every)
+    """What follows from a validation; returns whether the run stops."""
+    score_record.write_validation(run, state.step, report.scores, config.validation.every)
     row |= report.row()
     if report.verdict != "fallen":
-        row["guard/action"] = ACTIONS[report.verdict]
+        row["validation/action"] = ACTIONS[report.verdict]
         return False
     fallen = ", ".join(report.fallen)
-    if config.guard.action == "warn":
-        row["guard/action"] = f"warned: {fallen} fell"
+    if config.validation.action == "warn":
+        row["validation/action"] = f"warned: {fallen} fell"
         return False
-    if config.guard.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
-        row["guard/action"] = f"stopped: {fallen} fell"
+    if config.validation.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
+        row["validation/action"] = f"stopped: {fallen} fell"
         return True
-    roll_back(config, run, state, state.guard.best_step)
-    row["guard/action"] = f"rolled back to step {state.guard.best_step}: {fallen} fell"
+    roll_back(config, run, state, state.validation.best_step)
+    row["validation/action"] = f"rolled back to step {state.validation.best_step}: {fallen} fell"
     return False
 
 
 def roll_back(config: TrainConfig, run: RunDirectory, state: TrainState, step: int) -> None:
     """The weights of a checkpoint, at lower learning rates; steps and seconds go on."""
-    at, rollbacks, scale, seconds = state.step, state.guard.rollbacks + 1, state.guard.lr_scale, state.seconds
+    at, rollbacks, scale, seconds = state.step, state.validation.rollbacks + 1, state.validation.lr_scale, state.seconds
     state.load(run.checkpoint_dir(step))
     state.step, state.seconds = at, seconds
-    state.guard.rollbacks, state.guard.lr_scale = rollbacks, scale * config.guard.rollback_lr
+    state.validation.rollbacks, state.validation.lr_scale = rollbacks, scale * config.validation.rollback_lr
 
 
-def turned(config: TrainConfig, run: RunDirectory, state: TrainState, guard: Guard, row: dict[str, Any]) -> bool:
-    """Whether the run stops because a trained reward and its held-out scorer went apart (``guard.turn``).
+def check_overoptimization(
+    config: TrainConfig, run: RunDirectory, state: TrainState, validator: Validator, row: dict[str, Any]
+) -> bool:
+    """Whether the run stops because a trained reward and its held-out scorer went apart (``Overoptimization``).
 
     If so the weights to keep are those of the step at which the watched scorer was highest.
     """
-    turn = state.turn
-    if turn is None:
+    watched = state.overoptimization
+    if watched is None:
         return False
-    found = turn.look(state.step, -(-config.steps // config.guard.every), config.guard.every)
+    found = watched.validate(state.step, -(-config.steps // config.validation.every), config.validation.every)
     if found is None:
-        turn.remember(state.step)
-    if not guard.prompts:  # nothing else tells which weights are best
-        state.guard.best_step = turn.best_step
+        watched.remember(state.step)
+    if not validator.prompts:  # nothing else tells which weights are best
+        state.validation.best_step = watched.best_step
     if found is None:
         return False
-    words, best = turn.words(state.step, *found), turn.best_step
-    if turn.config.action == "warn":
-        row["turn/action"] = f"warned: {words}"
+    words, best = watched.words(state.step, *found), watched.best_step
+    if watched.config.action == "warn":
+        row["overoptimization/action"] = f"warned: {words}"
         return False
-    state.guard.best_step = best  # the guard's prompts are too few to tell: it kept weights beyond the turn
-    if turn.config.action == "stop" or state.guard.rollbacks >= config.guard.max_rollbacks:
-        row["turn/action"] = f"stopped, step {best} is kept: {words}"
+    state.validation.best_step = best  # validation's prompts are too few to tell: it kept later weights
+    if watched.config.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
+        row["overoptimization/action"] = f"stopped, step {best} is kept: {words}"
         return True
     roll_back(config, run, state, best)
-    row["turn/action"] = f"rolled back to step {best}: {words}"
+    row["overoptimization/action"] = f"rolled back to step {best}: {words}"
     return False
