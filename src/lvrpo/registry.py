@@ -44,6 +44,11 @@ def allow_code(packages: Iterable[str]) -> None:
         _allowed.add(package)
 
 
+def allowed_code() -> frozenset[str]:
+    """What is allowed, for ``allow_code`` of another process of the same user."""
+    return frozenset(_allowed)
+
+
 @contextmanager
 def own_consent() -> Iterator[None]:
     """Inside, nothing is allowed but what is allowed there; afterwards, what was allowed before."""
