@@ -128,7 +128,7 @@ class Desk:
         self.lines += lines
         if code is not None:
             self.attempts[attempt].append(code)
-        return self.attempts[attempt], self.stopping
+        return list(self.attempts[attempt]), self.stopping
 
     def stop(self) -> None:
         """Lets every process finish its step and write a checkpoint."""
@@ -137,7 +137,7 @@ class Desk:
     def read(self) -> tuple[list[Line], list[list[int]]]:
         """The lines since the last call, and all attempts."""
         lines, self.lines = self.lines, []
-        return lines, self.attempts
+        return lines, [list(codes) for codes in self.attempts]
 
 
 # --- in a worker ---
