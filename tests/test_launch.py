@@ -20,15 +20,17 @@ from lvrpo.commands.options import Parser
 from lvrpo.commands.ray_train import (
     FINAL_CODES,
     Desk,
+    Ended,
     Job,
     Meeting,
     command,
+    end,
     environment,
     has_start,
     outcome,
     require_room,
 )
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.registry import ANY
 
 Output = pytest.CaptureFixture[str]
@@ -88,6 +90,29 @@ def test_the_desk_keeps_attempts_apart() -> None:
     assert desk.tell(1, [("err", "b")], 0) == ([0], True)
     assert desk.read() == ([("out", "a"), ("err", "b")], [[-9], [0]])
     assert desk.read()[0] == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind", "line"),
+    [
+        (Ended(2, "error: x: unknown"), InputError, "x: unknown"),
+        (Ended(3, "not well: r: y"), NotWellError, "r: y"),
+        (
+            Ended(130, "go on with: lvrpo train --resume /r"),
+            KeyboardInterrupt,
+            "go on with: lvrpo launch ray --workers N",
+        ),
+        (Ended(-15, "", None, stopped=True), KeyboardInterrupt, "interrupted"),
+        (Ended(-9, "", ValueError("of Ray")), ContractError, "a process ended with code -9: no restart is left: go on"),
+        (Ended(1, "error: z", ValueError("of Ray")), ContractError, "z: no restart is left"),
+        (Ended(None, "", ValueError("no\n room")), ContractError, "no room: no restart is left"),
+    ],
+)
+def test_the_command_ends_as_its_processes(ended: Ended, kind: type[BaseException], line: str) -> None:
+    with pytest.raises(kind) as error:
+        end(ended, "/r")
+    assert str(error.value).startswith(line)
+    end(Ended(0), "/r")
 
 
 def test_more_workers_than_the_cluster_has_room_for() -> None:
@@ -186,10 +211,12 @@ def test_interruptions_and_failures_end_as_those_of_train(small_base: Path) -> N
     assert "error: --workers 64: each takes 1 CPU" in finish(process, succeeds=False)
     assert not Path("no").exists()
 
-    process = launched(*options, "--workers", 1, "--out", "failed", "--max-failures", 0)
-    wait_for(process, lambda: (Path("failed/start/checkpoint.json")).exists())
-    process_of(Path("failed"), 0).send_signal(signal.SIGKILL)
+    run = Path("failed").absolute()
+    process = launched(*options, "--workers", 1, "--out", run, "--max-failures", 0)
+    wait_for(process, lambda: has_start(run))
+    process_of(run, 0).send_signal(signal.SIGKILL)
     output = finish(process, succeeds=False)
     assert process.returncode == 1
-    assert "no restart is left: go on with lvrpo launch ray --resume" in output
+    again = f"no restart is left: go on with lvrpo launch ray --workers N --resume {run}"
+    assert output.splitlines()[-1] == f"error: a process ended with code -9: {again}"
     assert "Traceback" not in output

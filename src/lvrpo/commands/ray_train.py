@@ -27,6 +27,10 @@ FINAL_CODES = (0, 2, 3, 130)
 POLL_S = 0.5
 GRACE_S = 30.0
 """Seconds that a process has to end once another has failed."""
+STARTS = 10
+"""Minutes, about, that a cluster may take to find room for all workers again."""
+ENDS = ("error: ", "not well: ", "interrupted")
+"""How the line begins in which a process says why it ends."""
 DIES_WITH_PARENT = (
     "import ctypes, os, sys; getattr(ctypes.CDLL(None), 'prctl', lambda *_: 0)(1, 9); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -165,11 +169,13 @@ def work(config: dict[str, Any]) -> None:
     )
     said: SimpleQueue[Line] = SimpleQueue()
     streams = {"out": process.stdout, "err": process.stderr}
-    readers = [threading.Thread(target=_read, args=(n, stream, said)) for n, stream in streams.items() if stream]
+    readers = [
+        threading.Thread(target=_read, args=(n, stream, said), daemon=True) for n, stream in streams.items() if stream
+    ]
     for reader in readers:
         reader.start()
     codes: list[int] = []
-    code, asked, deadline = None, False, None
+    code, asked, stopping, deadline = None, False, False, None
     while code is None:
         time.sleep(POLL_S)
         code = process.poll()
@@ -185,7 +191,7 @@ def work(config: dict[str, Any]) -> None:
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             process.kill()
-    if outcome(codes) not in FINAL_CODES:
+    if outcome(codes) not in FINAL_CODES and not stopping:
         raise RuntimeError(f"lvrpo train ended with {outcome(codes)}")
 
 
@@ -237,68 +243,75 @@ def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None
                 use_gpu=bool(cards),
                 resources_per_worker={"CPU": 1} | ({"GPU": 1} if cards else {}),
             ),
-            run_config=RunConfig(storage_path=notes, failure_config=FailureConfig(max_failures=max_failures)),
+            run_config=RunConfig(
+                storage_path=notes,
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
+            ),
         )
-        attempts, last, error = _followed(ray, desk, trainer, max_failures)
-    _end(outcome(attempts[-1]) if attempts else 1, last, error, job.run)
+        ended = _followed(ray, desk, trainer, max_failures)
+    end(ended, job.run)
 
 
-def _followed(ray: Any, desk: Any, trainer: Any, max_failures: int) -> tuple[list[list[int]], str, Exception | None]:
-    """Prints what the processes print until all is over. Any: of Ray.
+@dataclass
+class Ended:
+    """How a launch came to its end."""
 
-    Returns the codes of all attempts, the last line of standard error, which is held back, and what Ray raised.
-    """
-    raised: list[Exception] = []
+    code: int | None = None
+    """Of the first process of the last attempt that failed; None: no attempt began."""
+    said: str = ""
+    """Why, by the process itself; held back until it is known whether there is another attempt."""
+    error: Exception | None = None
+    """What Ray raised."""
+    stopped: bool = False
+    """Whether somebody asked for it."""
+
+
+def _followed(ray: Any, desk: Any, trainer: Any, max_failures: int) -> Ended:
+    """Prints what the processes print until all is over. Any: of Ray."""
+    ended, over, attempts = Ended(), False, 1
 
     def fit() -> None:
         try:
             trainer.fit()
         except Exception as error:  # anything that Ray may raise
-            raised.append(error)
+            ended.error = error
 
     thread = threading.Thread(target=fit, daemon=True)  # elsewhere than in the main thread it leaves Ctrl-C alone
     thread.start()
-    last, seen, stopping, over = "", 1, False, False
-    attempts: list[list[int]] = []
     while not over:
         try:
             over = not thread.is_alive()
-            lines, attempts = ray.get(desk.read.remote())
-            if len(attempts) > seen:
-                seen = len(attempts)
-                print(
-                    f"restart {seen - 1} of {max_failures} from the last checkpoint: {last or 'a worker died'}",
-                    flush=True,
-                )
-                last = ""
+            lines, codes = ray.get(desk.read.remote())
             for stream, line in lines:
-                if stream == "out":
-                    print(line, flush=True)
-                    continue
-                if last:
-                    print(last, file=sys.stderr, flush=True)
-                last = line
+                if stream == "err" and line.startswith(ENDS):
+                    ended.said = line
+                else:
+                    print(line, file=sys.stdout if stream == "out" else sys.stderr, flush=True)
+            if len(codes) > attempts:
+                attempts = len(codes)
+                why = ended.said or "a worker died"
+                print(f"restart {attempts - 1} of {max_failures} from the last checkpoint: {why}", flush=True)
+                ended.said = ""
+            if codes:
+                ended.code = outcome(codes[-1])
             if not over:
                 time.sleep(POLL_S)  # join, interrupted, takes a thread of Python 3.11 for one that has ended
         except KeyboardInterrupt:
-            if stopping:
+            if ended.stopped:
                 raise
-            stopping = True
+            ended.stopped = True
             desk.stop.remote()
-    return attempts, last, raised[0] if raised else None
+    return ended
 
 
-def _end(code: int, last: str, error: Exception | None, run: str) -> None:
-    """Raises what makes the command end as its processes did; ``last`` is the line in which they said why."""
-    said = last.partition(": ")[2] if last.startswith(("error: ", "not well: ")) else last
-    if error is not None:
-        why = said or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ContractError(f"{why}: no restart is left: go on with lvrpo launch ray --resume {run} --workers N")
-    if last and code == 0:
-        print(last, file=sys.stderr)
-    if code == 2:
-        raise InputError(said)
-    if code == 3:
-        raise NotWellError(said)
-    if code == 130:
-        raise KeyboardInterrupt(said.replace("lvrpo train --resume", "lvrpo launch ray --workers N --resume"))
+def end(ended: Ended, run: str) -> None:
+    """Raises what makes the command end as its processes did."""
+    code, again = ended.code, f"lvrpo launch ray --workers N --resume {run}"
+    said = ended.said.removeprefix("error: ").removeprefix("not well: ")
+    if code == 130 or (ended.stopped and code not in FINAL_CODES):
+        raise KeyboardInterrupt(said.replace(f"lvrpo train --resume {run}", again) or "interrupted")
+    if code not in FINAL_CODES or ended.error is not None:
+        what = f"a process ended with code {code}" if code else " ".join(str(ended.error).split())[:200]
+        raise ContractError(f"{said or what}: no restart is left: go on with {again}")
+    if code:
+        raise InputError(said) if code == 2 else NotWellError(said)

@@ -77,13 +77,6 @@ class Traits:
 # --- in the actor ---
 
 
-class NoJudge:
-    """Stands for the run's judge where there is none."""
-
-    def __getattr__(self, name: str) -> Any:  # Any: of every name
-        raise AttributeError(f"the run's judge is not here ({name}): a reward that asks it says so by its sides")
-
-
 class RewardActor:
     """Makes a reward when it is first asked about it, again after each restart, and scores one group at a time."""
 
@@ -116,7 +109,7 @@ class RewardActor:
         yield None
         try:
             source = self._made()
-            found: Found | LvrpoError = checked_scores(source, [group], source.judge or NoJudge())  # pyright: ignore[reportArgumentType]
+            found: Found | LvrpoError = checked_scores(source, [group], source.judge)  # pyright: ignore[reportArgumentType]
         except LvrpoError as error:
             found = error
         yield found
