@@ -47,7 +47,8 @@ def ray_cluster(what: str) -> ModuleType:
         raise ContractError(f"{what}: Ray did not start: {type(error).__name__}: {first_line(error)}") from error
     finally:
         for number, handler in handlers.items():  # ray.init takes SIGTERM
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
     return ray
 
 

@@ -10,9 +10,9 @@ import os
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -34,6 +34,7 @@ ROOM_S = 120.0
 """Seconds that the cluster may take to start an actor."""
 DEATHS = 2
 """Of its actor, after which a group has no scores."""
+T = TypeVar("T")
 Failures = Mapping[tuple[int, int], str]
 Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
 """What a group scored: (1, G) values, why some are missing, and the noise in them."""
@@ -73,6 +74,10 @@ class Traits:
     judged_by: str
     relative: bool
 
+    @classmethod
+    def of(cls, source: RewardSource) -> Self:
+        return cls(source.judges, source.sides, source.judged_by, source.relative)
+
 
 # --- in the actor ---
 
@@ -89,30 +94,19 @@ class RewardActor:
 
     def make(self) -> Traits | LvrpoError:
         """Makes the reward; what it is like, or why it cannot be made."""
-        try:
-            source = self._made()
-            return Traits(source.judges, source.sides, source.judged_by, source.relative)
-        except LvrpoError as error:
-            return error
+        return _or_error(lambda: Traits.of(self._made()))
 
     def applies(self, prompts: Sequence[Prompt]) -> list[bool] | LvrpoError:
         """Whether each can be scored."""
-        try:
-            return [self._made().scores(prompt) for prompt in prompts]
-        except LvrpoError as error:
-            return error
+        return _or_error(lambda: [self._made().scores(prompt) for prompt in prompts])
 
     def score(self, group: Group) -> Iterator[Found | LvrpoError | None]:
         """None when it begins, then what was found: who waits knows whose call an actor died of."""
         from lvrpo.rewards.table import checked_scores
 
         yield None
-        try:
-            source = self._made()
-            found: Found | LvrpoError = checked_scores(source, [group], source.judge)  # pyright: ignore[reportArgumentType]
-        except LvrpoError as error:
-            found = error
-        yield found
+        nobody: Any = None
+        yield _or_error(lambda: checked_scores(self._made(), [group], self._made().judge or nobody))
 
     def _made(self) -> RewardSource:
         from lvrpo.rewards.table import build_rewards
@@ -128,6 +122,14 @@ class RewardActor:
             allow_code(self.allowed)
             [self._source] = build_rewards([self.config], device=str(device()))
         return self._source
+
+
+def _or_error(function: Callable[[], T]) -> T | LvrpoError:
+    """Errors of lvrpo go back as they are; those that Ray raises are of kinds of its own."""
+    try:
+        return function()
+    except LvrpoError as error:
+        return error
 
 
 # --- in the processes that train ---
@@ -241,17 +243,17 @@ class RemoteReward:
         """As ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
         found = _Scoring(self, groups).found()
         values = torch.full((len(groups), len(groups[0])), math.nan)
-        noise, failures = values.clone(), {}
-        for p, of in found.items():
+        noise, noisy, failures = values.clone(), False, {}
+        for p in range(len(groups)):
+            of = found[p]
             if isinstance(of, str):
                 failures |= {(p, g): of for g in range(len(groups[0]))}
                 continue
-            own_values, own_failures, own_noise = of
-            values[p] = own_values[0]
-            failures |= {(p, g): why for (_, g), why in own_failures.items()}
-            if own_noise is not None:
-                noise[p] = own_noise[0]
-        return Scores(values, dict(sorted(failures.items())), None if noise.isnan().all() else noise)
+            values[p] = of[0][0]
+            failures |= {(p, g): why for (_, g), why in of[1].items()}
+            if of[2] is not None:
+                noise[p], noisy = of[2][0], True
+        return Scores(values, failures, noise if noisy else None)
 
     @property
     def longest_wait(self) -> float:
