@@ -132,7 +132,7 @@ def _resolved(config: TrainConfig | Path | str, overrides: Sequence[str]) -> Tra
 def _listed_data(
     config: TrainConfig, prompts: Sequence[Prompt], validation: Sequence[Prompt], overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The sections ``data`` and ``validation`` of a run on listed prompts: at most as many as there are of each task."""
+    """The sections ``data`` and ``validation`` of a run on listed prompts: of each task no more than there are."""
     counts = dict(config.data.prompts_per_step)
     if not any(override.startswith("data.prompts_per_step") for override in overrides):
         there: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = {
     "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
     "train": "lvrpo.commands.train:TRAIN",
     "pretrain": "lvrpo.commands.train:PRETRAIN",
+    "launch ray": "lvrpo.commands.launch:RAY",
     "init": "lvrpo.commands.init:INIT",
     "check": "lvrpo.commands.check:CHECK",
     "generate": "lvrpo.commands.use:GENERATE",

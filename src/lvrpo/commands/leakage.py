@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 VALIDATION = 480
-"""Prompts of each task of the built-in world's validation split that are compared, those that a run is validated on among them."""
+"""Prompts of each task of the built-in world's validation split that are compared; a run is validated on some."""
 WORDS = {
     "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
     "content": "asks what {other} asks in other words",

@@ -24,6 +24,7 @@ from lvrpo.rewards.foreign import described, settings_kept
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.rewards.options import option_names, require_options
+from lvrpo.rewards.remote import RemoteReward, WhereConfig, remote_reward
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
 NOT_APPLICABLE = "not applicable"
@@ -93,6 +94,8 @@ class RewardConfig(Config):
     """Factors of ``weight`` by step, such as {kind: linear, points: [[0, 1], [100, 0]]}."""
     judge: str | None = None
     """Another frozen model (a folder, a run, a built-in name) that judges for this row; null: the run's own judge."""
+    where: WhereConfig | None = None
+    """In actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in the processes that train."""
 
     @field_validator("options")
     @classmethod
@@ -142,8 +145,8 @@ class RewardSource:
 
     @property
     def foreign(self) -> bool:
-        """Whether it is not one of lvrpo's own, which leave what they are given as it is."""
-        return self.config.name not in REWARDS
+        """Whether it is not one of lvrpo's own, which leave what they are given as it is; in an actor it has a copy."""
+        return self.config.name not in REWARDS and self.config.where is None
 
     @property
     def judged_by(self) -> str:
@@ -186,16 +189,24 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
         )
 
 
-def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None) -> list[RewardSource]:
+def build_rewards(
+    configs: Sequence[RewardConfig], given: Mapping[str, Reward] | None = None, device: str = "cpu"
+) -> list[RewardSource]:
     """Resolves the reward section; raises InputError on an unknown name, wrong options, equal labels, or no weight.
 
-    ``given``: rewards by title that a caller in Python hands over; their names are not resolved.
+    ``given``: rewards by title that a caller in Python hands over; their names are not resolved. ``device``: of the
+    models that judge for single rows.
     """
     sources = []
     for i, config in enumerate(configs):
         if config.title in [c.title for c in configs[:i]]:
             raise InputError(f"rewards: two entries are called {config.title!r}: give one a label of its own")
         if given is not None and config.title in given:
+            if config.where is not None:
+                raise InputError(
+                    f"rewards.{config.title}.where: was handed over in Python and is in this process: name a file, "
+                    "./my_rewards.py:NAME, or leave where out"
+                )
             sources.append(RewardSource(config, given[config.title]))
             continue
         if config.name.startswith(f"{IN_PYTHON}:"):
@@ -203,28 +214,36 @@ def build_rewards(configs: Sequence[RewardConfig], given: Mapping[str, Reward] |
                 f"rewards.{config.title}: was handed over in Python, and only its name is on record: name a file, "
                 "./my_rewards.py:NAME, or call lvrpo.train again"
             )
-        cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
-        if config.name in REWARDS:
-            require_options(cls, config.options, f"rewards.{config.title}.options")
-        try:
-            reward = cls(**config.options)
-        except TypeError as error:
-            # names alone: what stands in a wrong place may be a key
-            named = ", ".join(config.options) or "none"
-            known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
-            raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
-        except LvrpoError:
-            raise
-        except (Exception, SystemExit) as error:  # anybody's class may raise anything
-            raise InputError(
-                f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
-                "the class"
-            ) from error
-        own = None if config.judge is None else load_policy(config.judge).frozen()
+        if config.where is not None:
+            sources.append(RewardSource(config, remote_reward(config)))
+            continue
+        reward = _made(config)
+        own = None if config.judge is None else load_policy(config.judge, device).frozen()
         sources.append(RewardSource(config, reward, own))
     if configs and not any(config.weight for config in configs):
         raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
+
+
+def _made(config: RewardConfig) -> Reward:
+    """The object of a row."""
+    cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
+    if config.name in REWARDS:
+        require_options(cls, config.options, f"rewards.{config.title}.options")
+    try:
+        return cls(**config.options)
+    except TypeError as error:
+        # names alone: what stands in a wrong place may be a key
+        named = ", ".join(config.options) or "none"
+        known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
+        raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's class may raise anything
+        raise InputError(
+            f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
+            "the class"
+        ) from error
 
 
 def score_groups(
@@ -253,10 +272,12 @@ def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Poli
     noise: dict[str, torch.Tensor] = {}
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
+        if isinstance(source.reward, RemoteReward):  # one call for all
+            source.reward.look_at([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             of = [groups[p] for p in chosen]
-            result, failures, own_noise = _checked(source, of, source.judge or judge)
+            result, failures, own_noise = checked_scores(source, of, source.judge or judge)
             if source.config.clip is not None:
                 low, high = source.config.clip
                 clipped = result.clamp(low, high)
@@ -308,7 +329,7 @@ def require_scored(sources: Sequence[RewardSource], table: RewardTable, most_fai
             )
 
 
-def _checked(
+def checked_scores(
     source: RewardSource, groups: Sequence[Group], judge: Policy
 ) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""

@@ -258,7 +258,9 @@ class _Estimator:
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
         if drawn and any(
             s.judge is not None or "read" in s.sides
-            for s in build_rewards([row for row in config.rewards if not row.name.startswith(f"{IN_PYTHON}:")])
+            for s in build_rewards(
+                [r for r in config.rewards if r.where is None and not r.name.startswith(f"{IN_PYTHON}:")]
+            )
         ):
             self._note(passes, "judge", lambda: self._judge(drawn))
         if self.divided:  # a reduce-scatter of float32, layer by layer

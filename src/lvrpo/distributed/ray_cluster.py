@@ -1,0 +1,58 @@
+"""The Ray cluster that a program is part of; ``import lvrpo.distributed`` does not load it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import ModuleType
+
+from lvrpo.distributed.collectives import world_size
+from lvrpo.distributed.peers import first_line
+from lvrpo.errors import ContractError, InputError
+
+STORE_BYTES = 1 << 30
+"""Of the object store of a cluster that is started here; what does not fit goes to the disk."""
+
+
+def ray_cluster(what: str) -> ModuleType:
+    """The package ``ray``, connected: to RAY_ADDRESS, else to the cluster of ``ray start``, else to one of its own.
+
+    A cluster that is started here ends with this process; one of several processes starts none. ``what`` begins the
+    line of an error. Raises InputError without the package, or where there is no cluster to connect to.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise InputError(f"{what}: needs ray: pip install 'lvrpo[ray]'") from None
+    if ray.is_initialized():
+        return ray
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if world_size() > 1:
+            ray.init(os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+        else:
+            try:
+                ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+            except ValueError:  # a cluster is there, for which these are settled
+                ray.init(**quiet)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS")
+        remedy = f"see whether RAY_ADDRESS={address} runs" if address else "start one first: ray start --head"
+        raise InputError(f"{what}: there is no Ray cluster to connect to: {remedy}") from error
+    except Exception as error:  # of many kinds
+        raise ContractError(f"{what}: Ray did not start: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        for number, handler in handlers.items():  # ray.init takes SIGTERM
+            if handler is not None:
+                signal.signal(number, handler)
+    return ray
+
+
+def resources(ray: ModuleType) -> dict[str, float]:
+    """CPUs and GPUs of the whole cluster."""
+    found = ray.cluster_resources()
+    return {kind: found.get(kind, 0.0) for kind in ("CPU", "GPU")}

@@ -1,0 +1,392 @@
+"""Rewards whose objects live in Ray actors: other processes, with cards of their own, on any node of a cluster.
+
+An actor that dies, or does not answer in time, spoils the scores of the group that it was asked about and no other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from pydantic import Field, model_validator
+
+from lvrpo.config import Config, config_sha256
+from lvrpo.distributed import device, world_size
+from lvrpo.distributed.ray_cluster import ray_cluster, resources
+from lvrpo.errors import ContractError, InputError, LvrpoError
+from lvrpo.policies.base import Policy
+from lvrpo.registry import allow_code, allowed_code
+from lvrpo.rewards.base import Scores, Side
+from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
+
+if TYPE_CHECKING:
+    from lvrpo.rewards.table import RewardConfig, RewardSource
+
+ROOM_S = 120.0
+"""Seconds that the cluster may take to start an actor."""
+DEATHS = 2
+"""Of its actor, after which a group has no scores."""
+T = TypeVar("T")
+Failures = Mapping[tuple[int, int], str]
+Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
+"""What a group scored: (1, G) values, why some are missing, and the noise in them."""
+
+
+class RayConfig(Config):
+    """Actors of a reward in a Ray cluster."""
+
+    num_gpus: float = Field(default=0.0, ge=0)
+    """Cards of each replica; a fraction shares one."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """Cores of each replica, as Ray counts them."""
+    replicas: int = Field(default=1, ge=1)
+    """Actors that score groups side by side; all processes of a run share them."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds for one group; then its actor is ended and made anew, and the group has no scores of this reward."""
+
+    @model_validator(mode="after")
+    def _whole_cards(self) -> Self:
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus={self.num_gpus}: must be a whole number above 1: only one card can be shared")
+        return self
+
+
+class WhereConfig(Config):
+    """Where a reward is made and asked, if not in the processes that train."""
+
+    ray: RayConfig
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The optional attributes of a reward, as its source tells them."""
+
+    judges: tuple[OutputKind, ...]
+    sides: tuple[Side, ...]
+    judged_by: str
+    relative: bool
+
+    @classmethod
+    def of(cls, source: RewardSource) -> Self:
+        return cls(source.judges, source.sides, source.judged_by, source.relative)
+
+
+# --- in the actor ---
+
+
+class RewardActor:
+    """Makes a reward when it is first asked about it, again after each restart, and scores one group at a time."""
+
+    def __init__(self, config: RewardConfig, folder: str, allowed: Sequence[str]) -> None:
+        self.config, self.folder, self.allowed = config, folder, allowed
+        self._source: RewardSource | None = None
+
+    def there(self) -> None:
+        """Returns once the actor runs."""
+
+    def make(self) -> Traits | LvrpoError:
+        """Makes the reward; what it is like, or why it cannot be made."""
+        return _or_error(lambda: Traits.of(self._made()))
+
+    def applies(self, prompts: Sequence[Prompt]) -> list[bool] | LvrpoError:
+        """Whether each can be scored."""
+        return _or_error(lambda: [self._made().scores(prompt) for prompt in prompts])
+
+    def score(self, group: Group) -> Iterator[Found | LvrpoError | None]:
+        """None when it begins, then what was found: who waits knows whose call an actor died of."""
+        from lvrpo.rewards.table import checked_scores
+
+        yield None
+        nobody: Any = None
+        yield _or_error(lambda: checked_scores(self._made(), [group], self._made().judge or nobody))
+
+    def _made(self) -> RewardSource:
+        from lvrpo.rewards.table import build_rewards
+
+        if self._source is None:
+            try:
+                os.chdir(self.folder)  # paths are relative to it
+            except OSError as error:
+                raise InputError(
+                    f"rewards.{self.config.title}.where: its node does not see {self.folder} ({error.strerror}): start "
+                    "the run in a folder that all nodes share"
+                ) from None
+            allow_code(self.allowed)
+            [self._source] = build_rewards([self.config], device=str(device()))
+        return self._source
+
+
+def _or_error(function: Callable[[], T]) -> T | LvrpoError:
+    """Errors of lvrpo go back as they are; those that Ray raises are of kinds of its own."""
+    try:
+        return function()
+    except LvrpoError as error:
+        return error
+
+
+# --- in the processes that train ---
+
+
+def remote_reward(config: RewardConfig) -> RemoteReward:
+    """The reward of a row that says ``where``; rows that differ in what is done with scores alone share its actors.
+
+    Raises InputError where ray or room in the cluster is missing, where the reward cannot be made, and for one that
+    asks the run's judge.
+    """
+    alone = {"where": None, "weight": 1.0, "on_failure": "mask"}
+    alone |= dict.fromkeys(("max_failed", "clip", "normalize", "schedule"))
+    key = config_sha256(config.model_copy(update={**alone, "where": config.where}))
+    found = _rewards.get(key)
+    if found is None:
+        found = RemoteReward(config.model_copy(update=alone), config.where.ray, key)  # pyright: ignore[reportOptionalMemberAccess]
+        _rewards[key] = found
+    return found
+
+
+def shared_namespace() -> str:
+    """Of Ray's names: one for all processes of a run, and for no other run."""
+    if world_size() == 1:
+        return _own_namespace
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return "lvrpo " + " ".join(os.environ.get(name, "") for name in names)
+
+
+def portable(group: Group) -> Group:
+    """What a reward reads of a group, in memory of its own: without the states of drawings, which are megabytes."""
+
+    def own(value: Any) -> Any:  # Any: whatever a field holds
+        return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+    def segment(of: Any) -> Any:  # Any: of any kind
+        if isinstance(of, FlowSegment):
+            states = {name: getattr(of, name) for name in ("states", "next_states")}
+            of = replace(of, means=None, **{name: t.new_zeros(0, *t.shape[1:]) for name, t in states.items()})
+        return replace(of, **{field.name: own(getattr(of, field.name)) for field in fields(of)})
+
+    prompt = portable_prompt(group.prompt)
+    members = [replace(t, prompt=prompt, segments=tuple(map(segment, t.segments))) for t in group.trajectories]
+    return Group(prompt, tuple(members))
+
+
+def portable_prompt(prompt: Prompt) -> Prompt:
+    """Its pictures in memory of their own."""
+    parts = tuple(part if isinstance(part, str) else part.detach().cpu().clone() for part in prompt.parts)
+    return replace(prompt, parts=parts, edited=None if prompt.edited is None else prompt.edited.cpu().clone())
+
+
+@dataclass
+class _Replica:
+    """One actor. Any: a handle of Ray, and what it gives for a call."""
+
+    name: str
+    actor: Any
+    coming: Any
+    """The call that returns once it runs; None: it does."""
+    since: float
+    """When ``coming`` was sent."""
+
+
+@dataclass
+class _Call:
+    row: int
+    replica: _Replica
+    since: float
+    began: bool = False
+
+
+class RemoteReward:
+    """A reward in actors, as the table of rewards sees it."""
+
+    def __init__(self, config: RewardConfig, where: RayConfig, key: str) -> None:
+        self.config, self.where, self.title = config, where, config.title
+        self.ray: Any = ray_cluster(f"rewards.{self.title}.where")  # a package that need not be there
+        self._looked_at: dict[int, tuple[Prompt, bool]] = {}
+        now = time.monotonic()
+        self.replicas = [
+            _Replica(name, *self._begun(name), now) for name in (f"{key} {i}" for i in range(where.replicas))
+        ]
+        while any(replica.coming is not None for replica in self.replicas):
+            if time.monotonic() - now > ROOM_S:
+                raise InputError(self._no_room())
+            self.look_after(0.5)
+        for replica in self.replicas[1:]:  # all load at once
+            replica.actor.make.remote()
+        traits: Traits = self._asked("make")
+        if traits.sides:
+            raise InputError(
+                f"rewards.{self.title}.where: asks the run's judge, which stays where the run trains: give the row "
+                "judge: FOLDER, say sides = () in a class that asks nobody, or leave where out"
+            )
+        self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
+
+    def applies(self, prompt: Prompt) -> bool:
+        """As ``Reward.applies``; no actor is asked about what ``look_at`` was told last."""
+        known = self._looked_at.get(id(prompt))
+        if known is None or known[0] is not prompt:
+            self.look_at([prompt])
+        return self._looked_at[id(prompt)][1]
+
+    def look_at(self, prompts: Sequence[Prompt]) -> None:
+        """Asks about all prompts of a step at once, for a call waits behind those of other processes."""
+        said = self._asked("applies", [portable_prompt(prompt) for prompt in prompts])
+        self._looked_at = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        """As ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
+        found = _Scoring(self, groups).found()
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        noise, noisy, failures = values.clone(), False, {}
+        for p in range(len(groups)):
+            of = found[p]
+            if isinstance(of, str):
+                failures |= {(p, g): of for g in range(len(groups[0]))}
+                continue
+            values[p] = of[0][0]
+            failures |= {(p, g): why for (_, g), why in of[1].items()}
+            if of[2] is not None:
+                noise[p], noisy = of[2][0], True
+        return Scores(values, failures, noise if noisy else None)
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds in which a call is answered that waits behind one of every process."""
+        return ROOM_S + self.where.timeout_s * world_size()
+
+    def look_after(self, wait_s: float) -> None:
+        """Waits a moment for actors that are on their way; one that is gone for good is made anew."""
+        coming = {replica.coming: replica for replica in self.replicas if replica.coming is not None}
+        for call in self.ray.wait(list(coming), timeout=wait_s)[0] if coming else ():
+            replica = coming[call]
+            try:
+                self.ray.get(call)
+                replica.coming = None
+            except self.ray.exceptions.ActorUnavailableError:
+                time.sleep(0.2)
+                replica.coming = replica.actor.there.remote()
+            except self.ray.exceptions.RayActorError:  # its name may be that of one that still ends
+                time.sleep(0.2)
+                replica.actor, replica.coming = self._begun(replica.name)
+
+    def gone(self, replica: _Replica) -> None:
+        """Ray makes a new process for it."""
+        replica.coming, replica.since = replica.actor.there.remote(), time.monotonic()
+
+    def _begun(self, name: str) -> tuple[Any, Any]:
+        """An actor, which other processes may have made, and a call that returns once it runs."""
+        takes = {"num_cpus": self.where.num_cpus, "num_gpus": self.where.num_gpus, "max_restarts": -1}
+        named = {"name": name, "namespace": shared_namespace(), "get_if_exists": True}
+        cls = self.ray.remote(RewardActor).options(**takes, **named)
+        actor = cls.remote(self.config, os.getcwd(), sorted(allowed_code()))
+        return actor, actor.there.remote()
+
+    def _asked(self, method: str, *args: Any) -> Any:
+        """What an actor says; raises what the reward raises, and ContractError where no actor says anything."""
+        lost = ""
+        for _ in range(DEATHS * world_size()):
+            since = time.monotonic()
+            while all(replica.coming is not None for replica in self.replicas) and time.monotonic() - since < ROOM_S:
+                self.look_after(0.5)
+            replica = next((r for r in self.replicas if r.coming is None), self.replicas[0])
+            try:
+                said = self.ray.get(getattr(replica.actor, method).remote(*args), timeout=self.longest_wait)
+            except self.ray.exceptions.RayActorError:
+                self.gone(replica)
+                lost = "its actor dies of it"
+            except self.ray.exceptions.RayError as error:
+                lost = type(error).__name__
+                break
+            else:
+                if isinstance(said, LvrpoError):
+                    raise said
+                return said
+        raise ContractError(f"reward {self.title!r}: {method} failed: {lost}: correct {self.config.name}")
+
+    def _no_room(self) -> str:
+        where, has, free = self.where, resources(self.ray), self.ray.available_resources()
+        there = " and ".join(f"{has[kind]:g} {kind}s ({free.get(kind, 0):g} free)" for kind in has)
+        return (
+            f"rewards.{self.title}.where: no room within {ROOM_S:g} s for {where.replicas} x ({where.num_cpus:g} CPUs "
+            f"and {where.num_gpus:g} GPUs): the Ray cluster has {there}: ask for less, or add nodes"
+        )
+
+
+class _Scoring:
+    """One call of ``RemoteReward.score``: each group goes to an actor that has none of this process."""
+
+    def __init__(self, reward: RemoteReward, groups: Sequence[Group]) -> None:
+        self.reward, self.groups, self.ray = reward, groups, reward.ray
+        self.todo = deque(range(len(groups)))
+        self.done: dict[int, Found | str] = {}
+        self.calls: dict[Any, _Call] = {}  # by what Ray gives for a call
+        self.deaths, self.own_deaths = Counter[int](), Counter[int]()
+
+    def found(self) -> dict[int, Found | str]:
+        """Of every group its scores, or why it has none; raises the LvrpoErrors of the reward."""
+        while len(self.done) < len(self.groups):
+            self.reward.look_after(0)
+            self._hand_out()
+            coming = [r.coming for r in self.reward.replicas if r.coming is not None]
+            for asked in self.ray.wait([*self.calls, *coming], timeout=0.5)[0]:
+                if asked in self.calls:
+                    self._hear(asked, self.calls[asked])
+            self._end_overdue()
+        return self.done
+
+    def _hand_out(self) -> None:
+        busy = [call.replica for call in self.calls.values()]
+        for replica in self.reward.replicas:
+            if self.todo and replica.coming is None and replica not in busy:
+                row = self.todo.popleft()
+                call = replica.actor.score.options(num_returns="streaming")
+                self.calls[call.remote(portable(self.groups[row]))] = _Call(row, replica, time.monotonic())
+
+    def _hear(self, asked: Any, call: _Call) -> None:
+        """What an actor said of a group. Any: of Ray."""
+        try:
+            said: Found | LvrpoError | None = self.ray.get(next(asked))
+        except self.ray.exceptions.RayActorError:
+            del self.calls[asked]
+            self.reward.gone(call.replica)
+            self.deaths[call.row] += 1
+            self.own_deaths[call.row] += call.began
+            # one that had not begun waited behind the call of another process
+            if self.own_deaths[call.row] < DEATHS and self.deaths[call.row] < DEATHS * world_size():
+                self.todo.append(call.row)
+            else:
+                self.done[call.row] = f"its actor died ({self.deaths[call.row]} times)"
+            return
+        except self.ray.exceptions.RayError as error:
+            said = None
+            self.done[call.row] = type(error).__name__
+        if isinstance(said, LvrpoError):
+            raise said
+        if said is not None:
+            self.done[call.row] = said
+        if call.row in self.done:
+            del self.calls[asked]
+        else:
+            call.began, call.since = True, time.monotonic()
+
+    def _end_overdue(self) -> None:
+        now, where = time.monotonic(), self.reward.where
+        for asked, call in list(self.calls.items()):
+            limit = where.timeout_s if call.began else self.reward.longest_wait
+            if now - call.since > limit:
+                del self.calls[asked]
+                self.ray.kill(call.replica.actor, no_restart=False)
+                self.reward.gone(call.replica)
+                self.done[call.row] = f"no answer within timeout_s={where.timeout_s:g}"
+        if not self.calls and all(r.coming is not None and now - r.since > ROOM_S for r in self.reward.replicas):
+            self.done |= dict.fromkeys(self.todo, f"no actor came back within {ROOM_S:g} s")
+
+
+_rewards: WeakValueDictionary[str, RemoteReward] = WeakValueDictionary()
+_own_namespace = f"lvrpo {uuid.uuid4().hex}"
