@@ -11,7 +11,7 @@ import torch
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.mot import batching
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.sampling import derive_seed, normal_noise
+from lvrpo.sampling import SOLVERS, PastStep, derive_seed, normal_noise
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment, Trajectory
 
 SAMPLING = Sampling(group_size=4, max_new_tokens=5, num_steps=3, sampler="flow_sde", window=(0, 1))
@@ -166,3 +166,37 @@ def test_text_ends_with_the_end_token_or_at_the_limit(policy: TinyPolicy, prompt
         assert segment.text == policy.words.decode(tokens) == trajectory.text
     assert any(ended)
     assert not all(ended)
+
+
+@pytest.mark.parametrize("solver", ["adams_bashforth", "dpm_solver"])
+@torch.no_grad()
+def test_a_stochastic_step_begins_the_multistep_solver_anew(
+    solver: str, policy: TinyPolicy, prompts: list[Prompt]
+) -> None:
+    """The velocity before the step belongs to another path: the next step is one of first order."""
+    sampling = replace(SAMPLING, num_steps=5, window=(1,), solver=solver)  # type: ignore[arg-type]  # parametrized
+    drawn = next(i for i, prompt in enumerate(prompts) if prompt.output == ("image",))
+    (group,) = policy.sample(prompts[drawn : drawn + 1], sampling, [3])
+    trajectory = group.trajectories[0]
+    segment = trajectory.segments[0]
+    assert isinstance(segment, FlowSegment)
+
+    def steps(start: torch.Tensor, first: int, last: int, past: PastStep | None) -> torch.Tensor:
+        x_t = start
+        for i in range(first, last):
+            t = segment.timesteps[i]
+            v = policy.velocity([trajectory], x_t, t[None])
+            x_t, past = SOLVERS[solver](x_t, v, t, segment.timesteps[i + 1], past)
+        return x_t
+
+    torch.testing.assert_close(steps(segment.next_states[:1], 2, 5, None)[0], segment.latent, rtol=1e-5, atol=1e-5)
+    before = segment.timesteps[1]
+    kept = SOLVERS[solver](
+        segment.states[:1],
+        policy.velocity([trajectory], segment.states[:1], before[None]),
+        before,
+        segment.timesteps[2],
+        None,
+    )[1]
+    other = steps(segment.next_states[:1], 2, 5, kept)[0]
+    assert float((other - segment.latent).abs().max()) > 1e-3

@@ -1,4 +1,4 @@
-"""How the trainer is built: few calls deep, no function too long to read."""
+"""How the trainer is built, few calls deep with no function too long to read; the average that it keeps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from settings import SMALL
 
 from lvrpo.cli import main
+from lvrpo.config import load_config
+from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses.grpo import GRPO
+from lvrpo.training.trainer import Trainer
 
 LONGEST = 80
 """Lines of a function."""
@@ -46,3 +50,25 @@ def test_no_function_is_too_long_to_read(root: Path) -> None:
         for function in functions(path)
     }
     assert [name for name, lines in lengths.items() if lines > LONGEST] == []
+
+
+def test_the_average_follows_the_policy_more_slowly_as_it_grows_older(small_base: Path, tmp_path: Path) -> None:
+    """Its decay is min(ema_decay, step / (step + 10)): the first update is taken whole."""
+    settings = [*SMALL, f"policy={small_base}", "steps=4", "ema_decay=0.15", "optimizer.warmup_steps=0"]
+    trainer = Trainer.start(load_config(TrainConfig, None, settings), tmp_path / "run")
+    weights = trainer.state.policies.weights
+    policies: list[dict[str, torch.Tensor]] = []
+    averages: list[dict[str, torch.Tensor]] = []
+
+    def observe(row: dict[str, Any]) -> None:
+        for name, kept in (("policy", policies), ("ema", averages)):
+            kept.append({key: tensor.detach().clone() for key, tensor in weights[name].items()})
+
+    with trainer.run:
+        assert trainer.train(observe)
+    expected = policies[0]
+    for step, decay in enumerate((0.0, 1 / 11, 0.15, 0.15)):
+        expected = {key: decay * expected[key] + (1 - decay) * fast for key, fast in policies[step].items()}
+        for key, tensor in averages[step].items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(policies[0][key], policies[1][key]) for key in expected)
