@@ -16,7 +16,7 @@ from lvrpo.config import Config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, inject_adapter
-from lvrpo.rewards.text_cache import TextCache
+from lvrpo.rewards.questions import TextCache
 from lvrpo.storing import write_tensors, write_whole
 from lvrpo.training.checkpoint import checkpoint_writer, save_state
 from lvrpo.training.run_directory import RunDirectory

@@ -19,3 +19,9 @@ class NotWellError(LvrpoError):
 
 class LostProcessError(ContractError):
     """Another process of the run cannot be spoken to any more."""
+
+
+def described(error: BaseException) -> str:
+    """An error of anybody's code in one line: its kind and what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

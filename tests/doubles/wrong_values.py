@@ -218,8 +218,9 @@ def fine(kind: Kind, metadata: Sequence[object] = ()) -> Value:
 
 
 def minimal(model: Model) -> dict[str, Value]:
-    """The required fields of a model."""
-    return {name: fine(f.annotation, f.metadata) for name, f in model.model_fields.items() if f.is_required()}
+    """The required fields of a model, and the kind that tells it from others."""
+    needed = {name: f for name, f in model.model_fields.items() if f.is_required() or name == "kind"}
+    return {name: fine(f.annotation, f.metadata) for name, f in needed.items()}
 
 
 # --- what is outside ---

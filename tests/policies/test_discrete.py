@@ -35,7 +35,7 @@ WAYS = {
     "monte carlo, guided": ("masked", replace(BASE, guidance_scale=2.0, masked=MONTE_CARLO)),
     "monte carlo, unguided log-probs": (
         "masked",
-        replace(BASE, guidance_scale=2.0, masked=replace(MONTE_CARLO, guided_logprobs="none", schedule="uniform")),
+        replace(BASE, guidance_scale=2.0, guided_logprobs="none", masked=replace(MONTE_CARLO, schedule="uniform")),
     ),
 }
 
@@ -148,9 +148,9 @@ def test_guided_samples_have_the_log_probs_of_the_guided_distribution() -> None:
 )
 def test_which_branch_has_a_gradient(mode: str, moved: tuple[bool, bool]) -> None:
     """Words of the prompt are seen by the branch with it; the branch without starts from one token alone."""
-    scoring = replace(MONTE_CARLO, guided_logprobs=mode)
+    guided = replace(BASE, guidance_scale=3.0, guided_logprobs=mode, masked=MONTE_CARLO)  # type: ignore[arg-type]
     policy = DiscretePolicy(("masked",))
-    trajectories = members(rollout(policy, replace(BASE, guidance_scale=3.0, masked=scoring), PROMPTS[1:2]))
+    trajectories = members(rollout(policy, guided, PROMPTS[1:2]))
     seen: list[torch.Tensor] = []
     policy.head.register_forward_hook(lambda module, args, out: (out.retain_grad(), seen.append(out))[1])
     torch.stack([row.logprobs for rows in policy.logprobs(trajectories) for row in rows]).sum().backward()

@@ -12,8 +12,8 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement
+from lvrpo.rewards.answers import ExactAnswer
 from lvrpo.rewards.caption_back import CaptionBack
-from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups

@@ -12,14 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
-from lvrpo.rewards.boxed import Boxed, last_boxed, same_formula
+from lvrpo.rewards.answers import (
+    Boxed,
+    MultipleChoice,
+    Numeric,
+    TextFormat,
+    TextLength,
+    chosen,
+    last_boxed,
+    last_number,
+    last_text,
+    options_of,
+    same_formula,
+)
 from lvrpo.rewards.given import given_group
-from lvrpo.rewards.multiple_choice import MultipleChoice, chosen, options_of
-from lvrpo.rewards.numeric import Numeric, last_number
 from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
-from lvrpo.rewards.text_format import TextFormat
-from lvrpo.rewards.text_length import TextLength
-from lvrpo.rewards.written import last_text
 from lvrpo.types import Group, Prompt, TextSegment
 
 NUMBER = Prompt("n", "reason", ("how many ?",), ("text",), answer="12")

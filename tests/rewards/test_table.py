@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from lvrpo.config import parse_section
 from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
+from lvrpo.rewards.answers import ExactAnswer
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.exact_answer import ExactAnswer
 from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, WeightSchedule, build_rewards, score_groups
 from lvrpo.types import Group, Prompt
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.errors import InputError
-from lvrpo.rewards.text_cache import TextCache, cache_folder
+from lvrpo.rewards.questions import TextCache, cache_folder
 
 
 def files(folder: Path) -> list[Path]:

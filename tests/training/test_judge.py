@@ -14,7 +14,7 @@ from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.report.curves import other_charts
 from lvrpo.report.records import Metrics
-from lvrpo.rewards.exact_answer import ExactAnswer
+from lvrpo.rewards.answers import ExactAnswer
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.training.config import TrainConfig

@@ -24,8 +24,8 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.memory import PROGRAM, MemoryEstimate, require_memory
+from lvrpo.training.memory_use import LiveBytes
 from lvrpo.training.trainer import Trainer
 from lvrpo.training.trial import memory_needed
 

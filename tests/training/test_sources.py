@@ -20,7 +20,7 @@ from lvrpo.policies.loading import model_type, picture_side
 from lvrpo.registry import allow_code, own_consent, resolve
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.decorated import as_reward
-from lvrpo.rewards.held_out import HeldOutScorer
+from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lvrpo.policies.base import Policy
-    from lvrpo.rewards.held_out import HeldOutScorer
+    from lvrpo.rewards.success import HeldOutScorer
 
 
 def evaluate_options(parser: Parser) -> None:
@@ -131,7 +131,7 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
     """
     from lvrpo.commands.settings import read_config
     from lvrpo.policies.loading import START
-    from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
+    from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
     from lvrpo.rewards.table import build_rewards
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run_directory import CONFIG, RunDirectory

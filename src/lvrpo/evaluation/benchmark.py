@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from lvrpo.errors import ContractError
 from lvrpo.evaluation.measures import Row, compare, measure
 from lvrpo.metrics import ReadBack
-from lvrpo.rewards.held_out import Metric
+from lvrpo.rewards.success import Metric
 from lvrpo.statistics import (
     Interval,
     detectable_difference,

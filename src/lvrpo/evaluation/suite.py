@@ -22,9 +22,9 @@ from lvrpo.evaluation.tuned import Tuned
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, check_text
 from lvrpo.registry import resolve
-from lvrpo.rewards.exact_answer import normalize_answer
-from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer, Metric
+from lvrpo.rewards.answers import normalize_answer
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.types import Group, Prompt, Task
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)

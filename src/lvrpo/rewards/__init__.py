@@ -15,12 +15,12 @@ REWARDS: Mapping[str, str] = {
     # a chat model behind an address judges
     "vlm_endpoint": "lvrpo.rewards.vlm_endpoint:VLMEndpoint",
     # rules
-    "exact_answer": "lvrpo.rewards.exact_answer:ExactAnswer",
-    "numeric": "lvrpo.rewards.numeric:Numeric",
-    "multiple_choice": "lvrpo.rewards.multiple_choice:MultipleChoice",
-    "boxed": "lvrpo.rewards.boxed:Boxed",
-    "text_format": "lvrpo.rewards.text_format:TextFormat",
-    "text_length": "lvrpo.rewards.text_length:TextLength",
+    "exact_answer": "lvrpo.rewards.answers:ExactAnswer",
+    "numeric": "lvrpo.rewards.answers:Numeric",
+    "multiple_choice": "lvrpo.rewards.answers:MultipleChoice",
+    "boxed": "lvrpo.rewards.answers:Boxed",
+    "text_format": "lvrpo.rewards.answers:TextFormat",
+    "text_length": "lvrpo.rewards.answers:TextLength",
     "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
     # the verifier of the prompt's world

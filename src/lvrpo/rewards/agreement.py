@@ -12,11 +12,9 @@ from pydantic import Field
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.exact_answer import normalize_answer
-from lvrpo.rewards.logprobs import no_logprob
+from lvrpo.rewards.answers import EMPTY, normalize_answer, text_problem
+from lvrpo.rewards.base import Scores, no_logprob
 from lvrpo.rewards.options import Share
-from lvrpo.rewards.written import EMPTY, text_problem
 from lvrpo.types import Group, Prompt
 
 Tally = dict[str, float]

@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from lvrpo.rewards.answers import normalize_answer
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.questions import MOST_WORDS
 
 LONGEST = 4 * MOST_WORDS

@@ -1,19 +1,22 @@
-"""What a reward is."""
+"""What a reward is, and what rewards of drawings and of judges share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
 
 from lvrpo.policies.base import Policy
-from lvrpo.types import Group, Prompt
+from lvrpo.types import Group, Prompt, Trajectory
 
 Side = Literal["read", "draw"]
 """read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
 SIDES: tuple[Side, ...] = get_args(Side)
+ROUNDING = 1e-3
+"""What a log-prob may lie above 0."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,36 @@ class Reward(Protocol):
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         """Scores every member; ``judge`` is a frozen policy, never the one that is trained."""
         ...
+
+
+# --- whether there is something to judge, and whether what a judge said is a log-prob ---
+
+
+def problem_of(trajectory: Trajectory, judge: object = None) -> str | None:
+    """Why the last picture of a trajectory cannot be judged; None where it can.
+
+    ``judge``: who will read it; a policy may read pictures of one size only.
+    """
+    image = trajectory.image
+    if image is None:
+        return "nothing was drawn"
+    side = getattr(judge, "image_size", None)  # a judge that is no policy reads any size
+    if side is not None and tuple(image.shape[1:]) != (side, side):
+        return f"a picture of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}"
+    return None if image.isfinite().all() else "the picture holds values that are no numbers"
+
+
+def no_logprob(value: float) -> str | None:
+    """Why what a judge said is no log-prob of a text; None where it is one."""
+    return None if math.isfinite(value) and value <= ROUNDING else f"the judge gave {value:g} for a log-prob"
+
+
+def first_problem(logprobs: Iterable[float]) -> str | None:
+    """``no_logprob`` of the first one that is none."""
+    return next((problem for value in logprobs if (problem := no_logprob(value))), None)
+
+
+def probabilities(logprobs: torch.Tensor) -> torch.Tensor:
+    """exp(log-prob), in [0, 1]; nan where ``no_logprob``: neither -inf nor + 3 is a sure judge, but a broken one."""
+    known = logprobs.isfinite() & (logprobs <= ROUNDING)
+    return torch.where(known, logprobs.clamp(max=0).exp(), math.nan)

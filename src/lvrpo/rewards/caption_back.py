@@ -11,10 +11,9 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.answers import WAS_CUT, text_problem
+from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.rewards.options import Count
-from lvrpo.rewards.written import WAS_CUT, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 

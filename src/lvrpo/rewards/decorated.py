@@ -9,10 +9,9 @@ from typing import Any, overload
 
 import torch
 
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import InputError, LvrpoError, described
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.foreign import described
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
 
 Function = Callable[..., float | None]

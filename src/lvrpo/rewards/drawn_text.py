@@ -13,8 +13,7 @@ import torch
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import resolve
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Image, Prompt
 

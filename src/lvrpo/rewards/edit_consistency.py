@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores, Side
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.base import Scores, Side, problem_of
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.options import Below1, Count, Size
 from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA

@@ -14,14 +14,13 @@ from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import matches_whole
 from lvrpo.policies.base import Policy
+from lvrpo.rewards.answers import FORMS, CutOff, check_cut_off, score_texts
 from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.options import Below1
 from lvrpo.rewards.own_vqa import Failures, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
-from lvrpo.rewards.text_format import FORMS
-from lvrpo.rewards.written import CutOff, check_cut_off, score_texts
 from lvrpo.types import Fact, Group, Prompt
 
 By = Literal["vqa", "verifier"]

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores, Side
+from lvrpo.rewards.answers import text_problem
+from lvrpo.rewards.base import Scores, Side, no_logprob, probabilities
 from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.logprobs import no_logprob, probabilities
 from lvrpo.rewards.own_vqa import Failures, OwnVQA, Reader
-from lvrpo.rewards.written import text_problem
 from lvrpo.types import Group, Parts, Prompt
 
 

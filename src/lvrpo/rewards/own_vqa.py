@@ -11,11 +11,9 @@ import torch
 from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.base import Scores, first_problem, probabilities, problem_of
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.logprobs import first_problem, probabilities
 from lvrpo.rewards.options import Amount, Count
 from lvrpo.rewards.questions import UNTOLD, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt

@@ -11,8 +11,7 @@ import torch
 from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.types import Fact, Group, Prompt, Trajectory
 
 Mode = Literal["fraction", "gated", "all", "mixed"]

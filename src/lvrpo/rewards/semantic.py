@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores, Side
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.base import Scores, Side, problem_of
 from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
 from lvrpo.rewards.options import Count, Natural
 from lvrpo.rewards.questions import words_of

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from lvrpo.config import Config
-from lvrpo.errors import ContractError, InputError, LvrpoError
+from lvrpo.errors import ContractError, InputError, LvrpoError, described
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.base import SIDES, Reward, Scores, Side
 from lvrpo.rewards.decorated import as_reward
-from lvrpo.rewards.foreign import described, settings_kept
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
 from lvrpo.rewards.options import option_names, require_options
@@ -354,3 +356,23 @@ def checked_scores(
         (p, g), reason = next(iter(failures.items()))
         raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
     return values, failures, noise
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Puts back what code can change for the whole process: generators, gradients on or off, dtype, threads."""
+    python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(generator)
+        if cards:
+            torch.cuda.set_rng_state_all(cards)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -12,13 +12,11 @@ from lvrpo.config import parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.answer_reading import rating, same_answer, yes_or_no
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.drawn import problem_of
+from lvrpo.rewards.answers import normalize_answer, text_problem
+from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
-from lvrpo.rewards.exact_answer import normalize_answer
 from lvrpo.rewards.identity import judged_by
 from lvrpo.rewards.questions import Splitter, words_of
-from lvrpo.rewards.written import text_problem
 from lvrpo.types import Fact, Group, Image, OutputKind, Parts, Prompt, Trajectory
 
 Ask = Literal["questions", "yes_no", "rating"]

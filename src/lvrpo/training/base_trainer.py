@@ -26,8 +26,8 @@ from lvrpo.training.checkpoint import (
     seal_checkpoint,
     verify_checkpoint,
 )
-from lvrpo.training.host_memory import return_freed_memory
 from lvrpo.training.interrupt import Interrupted
+from lvrpo.training.memory_use import return_freed_memory
 from lvrpo.training.run_directory import RunDirectory
 
 Observer = Callable[[Mapping[str, Any]], None]

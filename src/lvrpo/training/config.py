@@ -23,7 +23,7 @@ from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.losses import FLOW_LOSSES, TOKEN_LOSSES, FlowLoss, TokenLoss
 from lvrpo.training.losses.flow import ContrastConfig, FlowLossConfig, FreshNoiseConfig
 from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
-from lvrpo.training.losses.grpo import GRPOConfig
+from lvrpo.training.losses.grpo import GRPOConfig, PolicyGradientConfig
 from lvrpo.training.losses.nft import NFTConfig
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
@@ -174,7 +174,12 @@ class TrainConfig(Config):
             "tokens": self.tokens,
             "masked": self.masked,
         }
-        return {kind: s for kind in SEGMENT_KINDS if kind in writes and (s := found[kind]) is not None}
+        another = None if self.rollout.engine.kind == "policy" else CAP
+        return {
+            kind: s.capped(another) if isinstance(s, PolicyGradientConfig) else s
+            for kind in SEGMENT_KINDS
+            if kind in writes and (s := found[kind]) is not None
+        }
 
     def phases(self, writes: Sequence[SegmentKind]) -> list[tuple[tuple[SegmentKind, ...], float]]:
         """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
@@ -209,22 +214,6 @@ class TrainConfig(Config):
             self._check_kinds(writes)
         except ValueError as error:
             raise InputError(str(error)) from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _another_program_is_corrected(cls, given: Any) -> Any:
-        """Any: whatever a YAML file may hold."""
-        rollout = given.get("rollout") if isinstance(given, Mapping) else None
-        engine = rollout.get("engine") if isinstance(rollout, Mapping) else None
-        kind = engine.get("kind", "policy") if isinstance(engine, Mapping) else "policy"
-        if kind == "policy":
-            return given
-        capped = dict(given)
-        for name in ("text", "tokens", "masked"):
-            section = given.get(name, {} if name == "text" else None)
-            if isinstance(section, Mapping) and section.get("kind") not in ("dpo", "best_of"):
-                capped[name] = {"importance_cap": CAP, **section}
-        return capped
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

@@ -35,13 +35,13 @@ from lvrpo.policies.mot.transformer import Cache
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.live_bytes import LiveBytes
 from lvrpo.training.losses import asks_for_old, objectives_of
 from lvrpo.training.losses.base import GroupAdvantages, Member, Objective, flow_segment
 from lvrpo.training.losses.dpo import FlowDPOConfig, TextDPOConfig
 from lvrpo.training.losses.flow import FreshNoiseConfig, NoisingConfig
 from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
+from lvrpo.training.memory_use import LiveBytes
 from lvrpo.training.microbatches import split
 from lvrpo.training.policies import shard_dtype, weights_dtype
 from lvrpo.training.rollout_engine import ProcessEngineConfig

@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 
 from lvrpo.config import Config, default_kind
 from lvrpo.distributed import device, relay_errors
-from lvrpo.errors import ContractError, InputError, LvrpoError
+from lvrpo.errors import ContractError, InputError, LvrpoError, described
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allowed_code, resolve
-from lvrpo.rewards.foreign import described
 from lvrpo.training.policies import policy_module, weights_dtype
 from lvrpo.types import Group, Prompt
 

@@ -16,7 +16,7 @@ from lvrpo.policies.base import Policy, check_text
 from lvrpo.policies.loading import picture_side
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
-from lvrpo.rewards.held_out import HeldOutScorer
+from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import IN_PYTHON, RewardSource, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked

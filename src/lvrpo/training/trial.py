@@ -13,15 +13,15 @@ import torch
 
 from lvrpo.distributed import POLICY
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.held_out import SUCCESS_ONLY
+from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.contract import Check, contract_checks
-from lvrpo.training.host_memory import peak_memory_gib
 from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.memory_use import peak_memory_gib
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.setup import memory_of, open_policy

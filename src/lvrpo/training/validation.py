@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import Sampling
-from lvrpo.rewards.held_out import SUCCESS_ONLY, HeldOutScorer
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import score_record
 from lvrpo.training.config import TrainConfig

@@ -23,7 +23,7 @@ from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy
 from lvrpo.reading import is_there
 from lvrpo.report.evidence import Outcome, PromptSet, prompts_file
-from lvrpo.rewards.exact_answer import normalize_answer
+from lvrpo.rewards.answers import normalize_answer
 from lvrpo.storing import write_whole
 from lvrpo.types import Prompt
 

@@ -7,7 +7,7 @@ GRPO (arXiv:2402.03300), DAPO (arXiv:2503.14476), Dr.GRPO (arXiv:2503.20783), GS
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field
@@ -36,9 +36,10 @@ class PolicyGradientConfig(TokenLossConfig):
 
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
-    importance_cap: float | None = Field(default=None, gt=0)
+    importance_cap: float | None = Field(default=None, ge=0)
     """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the policy
-    gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: they are one."""
+    gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: 2 with another
+    program (``rollout.engine``), else they are one; 0: they are taken for one."""
     kl_coef: float = Field(default=0.05, ge=0)
     """Of the divergence from the reference."""
     kl: Literal["k2", "k3"] = "k3"
@@ -49,6 +50,11 @@ class PolicyGradientConfig(TokenLossConfig):
     """token: one denominator for all tokens of a task (DAPO, which has one); trajectory: every text of a task counts
     alike (GRPO); constant: sums over tokens divided by rollout.max_new_tokens (Dr.GRPO), or by the tokens of a drawing,
     all of which count."""
+
+    def capped(self, another: float | None) -> Self:
+        """With the ``importance_cap`` that is meant; ``another``: that of another program, where one samples."""
+        cap = another if self.importance_cap is None else self.importance_cap or None
+        return self.model_copy(update={"importance_cap": cap})
 
 
 class GRPOConfig(PolicyGradientConfig):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lvrpo.training import host_memory
-from lvrpo.training.host_memory import peak_memory_gib, return_freed_memory
+from lvrpo.training import memory_use
+from lvrpo.training.memory_use import peak_memory_gib, return_freed_memory
 
 
 def resident_mib() -> float:
@@ -32,8 +32,8 @@ def test_elsewhere_nothing_happens(library: type[Exception], monkeypatch: pytest
     def missing(_: object) -> object:
         raise library
 
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", missing)
-    find: Callable[..., object] = host_memory._libc.__wrapped__
+    monkeypatch.setattr(memory_use.ctypes, "CDLL", missing)
+    find: Callable[..., object] = memory_use._libc.__wrapped__
     assert find() is None
-    monkeypatch.setattr(host_memory, "_libc", find)
+    monkeypatch.setattr(memory_use, "_libc", find)
     return_freed_memory()

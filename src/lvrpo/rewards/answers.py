@@ -1,0 +1,451 @@
+"""Verifiable rewards of texts: the right answer, number, choice or formula, the form, the length; what they share."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.patterns import compile_pattern, matches_whole
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores
+from lvrpo.rewards.options import Amount, Below1, Count, Natural
+from lvrpo.types import Group, Prompt, TextSegment, Trajectory
+
+CutOff = Literal["mask", "score"]
+"""Of a text that met the length limit: no score, or that of what there is."""
+
+WAS_CUT = "the text was cut off at the length limit"
+EMPTY = "the answer is empty"
+
+
+def check_cut_off(name: str, cut_off: CutOff) -> CutOff:
+    """``cut_off`` itself; raises InputError for anything else."""
+    if cut_off not in get_args(CutOff):
+        raise InputError(f"{name}.cut_off={cut_off!r}: unknown: use {', '.join(get_args(CutOff))}")
+    return cut_off
+
+
+def last_text(trajectory: Trajectory) -> TextSegment | None:
+    """The last text of a trajectory."""
+    return next((s for s in reversed(trajectory.segments) if isinstance(s, TextSegment)), None)
+
+
+def was_cut(trajectory: Trajectory) -> bool:
+    """Whether the last text of a trajectory met the length limit."""
+    segment = last_text(trajectory)
+    return segment is not None and not segment.ended
+
+
+def text_problem(trajectory: Trajectory, empty: str = EMPTY) -> str | None:
+    """Why the last text of a trajectory cannot be judged: it is empty, or was cut off; None where it can."""
+    segment = last_text(trajectory)
+    if segment is None or not segment.text.strip():
+        return empty
+    return None if segment.ended else WAS_CUT
+
+
+def score_texts(groups: Sequence[Group], cut_off: CutOff, rule: Callable[[str, Prompt], float]) -> Scores:
+    """A rule applied to the last text of every trajectory."""
+    values = torch.full((len(groups), len(groups[0])), math.nan)
+    failures: dict[tuple[int, int], str] = {}
+    for p, group in enumerate(groups):
+        for g, trajectory in enumerate(group.trajectories):
+            segment = last_text(trajectory)
+            if segment is None:
+                failures[p, g] = "nothing was written"
+            elif cut_off == "mask" and not segment.ended:
+                failures[p, g] = WAS_CUT
+            else:
+                try:
+                    values[p, g] = rule(segment.text, group.prompt)
+                except TimeoutError as error:  # of a rule that comes from data
+                    failures[p, g] = str(error)
+                except (ValueError, ArithmeticError, RecursionError) as error:  # such as a number of 5,000 digits
+                    failures[p, g] = f"the rule failed: {error}"
+    return Scores(values, failures)
+
+
+# --- exact_answer ---
+
+
+_SMALL = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBER_WORDS = {word: str(value) for value, word in enumerate(_SMALL)}
+"""zero to twelve, in digits."""
+
+
+class ExactAnswer:
+    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}.
+
+    ``thoughts``: whether a text that a drawing follows is scored too. ``cut_off``: what did not end within the length
+    limit is not the answer: score gives it 0, whatever its words (masked, an answer that never ends would be free);
+    mask gives it no score.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, thoughts: bool = True, cut_off: CutOff = "score") -> None:
+        self.thoughts = thoughts
+        self.cut_off: CutOff = check_cut_off("exact_answer", cut_off)
+
+    def applies(self, prompt: Prompt) -> bool:
+        scored = "text" in prompt.output if self.thoughts else prompt.output == ("text",)
+        return prompt.answer is not None and scored
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.tensor([[float(answers_rightly(t)) for t in group.trajectories] for group in groups])
+        failures: dict[tuple[int, int], str] = {}
+        for p, group in enumerate(groups if self.cut_off == "mask" else ()):
+            for g, trajectory in enumerate(group.trajectories):
+                if was_cut(trajectory):
+                    values[p, g], failures[p, g] = math.nan, WAS_CUT
+        return Scores(values, failures)
+
+
+def answers_rightly(trajectory: Trajectory) -> bool:
+    """Whether the text is the prompt's answer, and ended."""
+    return not was_cut(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
+
+
+def answers_match(given: str, right: str) -> bool:
+    """Whether two answers are the same after normalisation."""
+    return normalize_answer(given) == normalize_answer(right)
+
+
+@lru_cache(maxsize=8192)  # the same short answers come in every step
+def normalize_answer(text: str) -> str:
+    """Case, width, articles, surrounding punctuation and number words do not matter: "The  Three." is "3".
+
+    An article that stands alone is the answer itself: choice "A" is not the empty text.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"[^\w\s.+\-/%]", " ", text)
+    words = [word for word in (word.rstrip(".") for word in text.split()) if word]
+    words = [word for word in words if word not in ("a", "an", "the")] or words
+    return " ".join(_plain_number(NUMBER_WORDS.get(word, word)) for word in words)
+
+
+def _plain_number(word: str) -> str:
+    """07 is 7 and 3.50 is 3.5; anything else is itself."""
+    if not re.fullmatch(r"[+-]?\d+(\.\d+)?", word):
+        return word
+    sign = "-" if word.startswith("-") else ""
+    whole, _, fraction = word.lstrip("+-").partition(".")
+    fraction = fraction.rstrip("0")
+    plain = (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
+    return plain if plain == "0" else sign + plain
+
+
+# --- numeric ---
+
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w.)])[-−+])?(?<![\w.])(?:(?P<top>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}}))?)"
+    rf"(?:\s*/\s*(?P<bottom>\d+))?(?P<percent>\s*%)?(?!\w)",
+    re.IGNORECASE,
+)
+
+
+class Numeric:
+    """1 where the last number of the text is the answer's within the tolerance, else 0. Range {0, 1}.
+
+    |given - right| <= max(absolute, relative |right|). Numbers are exact: 1,234.5, 3/4, 12 %, 2e3, -7, and the words
+    zero to twelve; "12 %" is 0.12, and equals a right answer of 12 where that one is written without a percent sign. A
+    text without a number is wrong, not masked. It applies where the right answer is a number.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, relative: Below1 = 0.0, absolute: Amount = 0.0, cut_off: CutOff = "mask") -> None:
+        if not (0 <= relative < 1 and 0 <= absolute < float("inf")):
+            raise InputError(f"numeric.relative={relative}, absolute={absolute}: need 0 <= relative < 1, absolute >= 0")
+        self.relative, self.absolute = Fraction(str(relative)), Fraction(str(absolute))
+        self.cut_off: CutOff = check_cut_off("numeric", cut_off)
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output and prompt.answer is not None and last_number(prompt.answer) is not None
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        return score_texts(groups, self.cut_off, lambda text, prompt: float(self.matches(text, prompt.answer or "")))
+
+    def matches(self, given: str, right: str) -> bool:
+        """Whether the last numbers of two texts agree."""
+        one, two = last_number(given), last_number(right)
+        if one is None or two is None:
+            return False
+        if "%" in given and "%" not in right:
+            return self._close(one, two) or self._close(one * 100, two)
+        return self._close(one, two)
+
+    def _close(self, given: Fraction, right: Fraction) -> bool:
+        return abs(given - right) <= max(self.absolute, self.relative * abs(right))
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, exactly; None without one. A division by zero is no number."""
+    found: tuple[int, Fraction] | None = None
+    for match in _NUMBER.finditer(text):
+        value = Fraction(match["top"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
+        if match["bottom"] is not None:
+            if int(match["bottom"]) == 0:
+                continue
+            value /= int(match["bottom"])
+        if match["percent"]:
+            value /= 100
+        if match["sign"] in ("-", "−"):
+            value = -value
+        found = match.start(), value
+    for match in re.finditer(r"[a-z]+", text.lower()):
+        if match[0] in NUMBER_WORDS and (found is None or match.start() > found[0]):
+            found = match.start(), Fraction(NUMBER_WORDS[match[0]])
+    return None if found is None else found[1]
+
+
+# --- multiple_choice ---
+
+
+_OPTION = re.compile(r"(?:^|\s)\(?([A-J])[.):]\s+(.+?)(?=\s+\(?[A-J][.):]\s|\s*$)", re.MULTILINE)
+_SAID = (
+    re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}"),
+    re.compile(r"(?:answer|choice|option)\W{0,3}(?:is|:|=)?\s*\**\(?([A-Ja-j])\b(?!['’]|\s+\w)\)?", re.IGNORECASE),
+    re.compile(r"\(([A-J])\)"),
+    re.compile(r"(?:^|\n)\s*\**([A-J])\**[.):]"),
+    re.compile(r"^\W*([A-Ja-j])\W*$"),
+    re.compile(r"(?<![\w'’])([B-HJ])(?![\w'’])"),
+)
+"""Ways to name an option, the plainest first; a bare "A" or "I" inside a sentence is a word."""
+
+
+class MultipleChoice:
+    """1 where the text chooses the option that the prompt's answer names, else 0. Range {0, 1}.
+
+    The answer is a letter from A to J. A text names an option by ``\\boxed{B}``, "answer: B", "(B)", "B." or the letter
+    alone, the last one counting, or by repeating what one option of the prompt says. A text that names none, or that in
+    the plainest way it uses names nothing final, is wrong.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, cut_off: CutOff = "mask") -> None:
+        self.cut_off: CutOff = check_cut_off("multiple_choice", cut_off)
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output and prompt.answer is not None and _letter(prompt.answer) is not None
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        options = {group.prompt.id: options_of(group.prompt) for group in groups}
+
+        def rule(text: str, prompt: Prompt) -> float:
+            return float(chosen(text, options[prompt.id]) == _letter(prompt.answer or ""))
+
+        return score_texts(groups, self.cut_off, rule)
+
+
+def options_of(prompt: Prompt) -> dict[str, str]:
+    """The options that the prompt lists, by letter; empty where it lists none."""
+    words = "\n".join(part for part in prompt.parts if isinstance(part, str))
+    return {letter: normalize_answer(text) for letter, text in _OPTION.findall(words)}
+
+
+def chosen(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter that a text chooses, or None."""
+    said = normalize_answer(text)
+    same = [letter for letter, option in options.items() if option == said]
+    if len(same) == 1:
+        return same[0]
+    for pattern in _SAID:
+        found = pattern.findall(text)
+        if found:
+            return found[-1].upper()
+    return None
+
+
+def _letter(answer: str) -> str | None:
+    found = re.fullmatch(r"\W*([A-Ja-j])\W*", answer)
+    return found[1].upper() if found else None
+
+
+# --- boxed ---
+
+
+Compare = Literal["plain", "math_verify"]
+
+_PLAIN = (
+    (r"\\(?:left|right|,|;|!|displaystyle)(?![a-zA-Z])|\$|\\\$|~", ""),
+    (r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}", r"\1"),
+    (r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)"),
+    (r"\\[dt]?frac(\d)(\d)", r"(\1)/(\2)"),
+    (r"\\%", "%"),
+    (r"\\(?:cdot|times)(?![a-zA-Z])", "*"),
+    (r"\s+", ""),
+    (r"(?<![\w)])\((-?[\d.]+)\)", r"\1"),
+    (r"/\((-?[\d.]+)\)", r"/\1"),
+    (r"\.$", ""),
+)
+
+
+class Boxed:
+    r"""1 where the content of the last ``\boxed{}`` is the prompt's answer, else 0. Range {0, 1}.
+
+    plain: equal as exact numbers (1/2, \frac{1}{2} and 0.5 are the same) or as formulas without spacing.
+    math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``.
+    A text without a box is wrong, not masked: the box was asked for. The answer may be boxed or not.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, compare: Compare = "plain", cut_off: CutOff = "mask") -> None:
+        if compare not in get_args(Compare):
+            raise InputError(f"boxed.compare={compare!r}: unknown: use {', '.join(get_args(Compare))}")
+        self.cut_off: CutOff = check_cut_off("boxed", cut_off)
+        self.same = same_formula if compare == "plain" else _math_verify()
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output and prompt.answer is not None
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        def rule(text: str, prompt: Prompt) -> float:
+            given = last_boxed(text)
+            right = last_boxed(prompt.answer or "") or prompt.answer or ""
+            return float(given is not None and self.same(given, right))
+
+        return score_texts(groups, self.cut_off, rule)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}`` with its braces balanced; None without a whole one."""
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for at in range(match.end(), len(text)):
+            depth += (text[at] == "{") - (text[at] == "}")
+            if not depth:
+                return text[match.end() : at]
+    return None
+
+
+def same_formula(given: str, right: str) -> bool:
+    """Whether two formulas are the same number, or the same but for spacing."""
+    one, two = plain_formula(given), plain_formula(right)
+    if one == two:
+        return bool(one)
+    numbers = [_number(formula) for formula in (one, two)]
+    return numbers[0] is not None and numbers[0] == numbers[1]
+
+
+def plain_formula(formula: str) -> str:
+    """Without spacing, sizes and text marks; fractions with a slash."""
+    for pattern, plain in _PLAIN:
+        formula = re.sub(pattern, plain, formula)
+    return formula
+
+
+def _number(formula: str) -> Fraction | None:
+    whole = re.fullmatch(r"[-+−]?[\d.,]+(?:e[-+]?\d+)?(?:/\d+)?%?", formula, re.IGNORECASE)
+    return last_number(formula) if whole else None
+
+
+def _math_verify() -> Any:
+    """(given, right) -> bool. Any: the package is optional."""
+    try:
+        from math_verify import parse, verify  # type: ignore[reportMissingImports]  # an extra
+    except ImportError:
+        raise InputError("boxed.compare=math_verify: needs the package: pip install 'lvrpo[math]'") from None
+
+    def same(given: str, right: str) -> bool:
+        one, two = (parse(f"\\boxed{{{formula}}}") for formula in (right, given))
+        return same_formula(given, right) or bool(verify(one, two))
+
+    return same
+
+
+# --- text_format ---
+
+
+FORMS = {
+    "think_answer": r"\s*<think>(?:(?!</?think>|</?answer>).)+</think>\s*"
+    r"<answer>(?:(?!</?think>|</?answer>).)+</answer>\s*",
+    "boxed": r"(?:(?!\\boxed).)*\\boxed\{(?:(?!\\boxed).)+\}(?:(?!\\boxed).)*",
+    "one_line": r"[^\n]*\S[^\n]*",
+}
+"""Forms by name; anything else is a regular expression."""
+
+
+class TextFormat:
+    """1 where the whole text matches the form, else 0. Range {0, 1}.
+
+    ``form``: think_answer (<think>...</think> <answer>...</answer>, each once), boxed (exactly one), one_line, or a
+    regular expression, in which a dot also matches the end of a line. By itself it is satisfied by empty talk: give
+    it a small weight beside a reward of the answer.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, form: str = "think_answer", cut_off: CutOff = "score") -> None:
+        self.cut_off: CutOff = check_cut_off("text_format", cut_off)
+        self.pattern = FORMS.get(form, form)
+        try:
+            compile_pattern(self.pattern)
+        except InputError as error:
+            raise InputError(f"text_format.form={form!r}: {error}: use one, or {', '.join(FORMS)}") from None
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        return score_texts(groups, self.cut_off, lambda text, prompt: float(matches_whole(self.pattern, text)))
+
+
+# --- text_length ---
+
+
+class TextLength:
+    """Minus how far a text enters the last ``buffer`` tokens before ``limit`` (DAPO, arXiv:2503.14476, eq. 13).
+
+    r = 0 for n <= limit - buffer;  (limit - buffer - n) / buffer up to limit;  -1 beyond.  Range [-1, 0].
+    Differs from the paper: a text of fewer than ``least`` tokens gets -1 too. The end token counts.
+    """
+
+    judges = ("text",)
+    sides = ()
+
+    def __init__(self, limit: Count, buffer: Natural = 0, least: Natural = 0) -> None:
+        if not (limit >= 1 and 0 <= buffer <= limit and 0 <= least <= limit):
+            raise InputError(
+                f"text_length: limit={limit}, buffer={buffer}, least={least}: need limit >= 1, the others from 0 to it"
+            )
+        self.limit, self.buffer, self.least = limit, buffer, least
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "text" in prompt.output
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: dict[tuple[int, int], str] = {}
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                segment = last_text(trajectory)
+                if segment is None:
+                    failures[p, g] = "nothing was written"
+                else:
+                    values[p, g] = self.of(segment.tokens.numel())
+        return Scores(values, failures)
+
+    def of(self, tokens: int) -> float:
+        """The score of a text of so many tokens."""
+        if tokens > self.limit or tokens < self.least:
+            return -1.0
+        over = tokens - (self.limit - self.buffer)
+        return -over / self.buffer if over > 0 else 0.0
