@@ -19,10 +19,10 @@ from lvrpo.commands import launch
 from lvrpo.commands.options import Parser
 from lvrpo.commands.ray_train import (
     FINAL_CODES,
-    Desk,
+    Coordinator,
     Ended,
     Job,
-    Meeting,
+    Rendezvous,
     command,
     end,
     environment,
@@ -65,7 +65,7 @@ def test_consent_is_passed_on() -> None:
 
 
 def test_a_process_finds_the_others() -> None:
-    found = environment(Meeting(2, "10.0.0.1", 4000, False), 3, 8, 1)
+    found = environment(Rendezvous(2, "10.0.0.1", 4000, False), 3, 8, 1)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     assert [found[name] for name in names] == ["3", "8", "1", "10.0.0.1", "4000", "2"]
     assert found["TORCHELASTIC_RUN_ID"]
@@ -83,13 +83,17 @@ def test_the_first_code_decides_whether_it_is_tried_again(codes: Sequence[int], 
 
 
 def test_the_desk_keeps_attempts_apart() -> None:
-    desk = Desk()
-    assert (desk.begin(), desk.tell(0, [("out", "a")], None), desk.tell(0, [], -9)) == (0, ([], False), ([-9], False))
-    assert desk.begin() == 1
-    desk.stop()
-    assert desk.tell(1, [("err", "b")], 0) == ([0], True)
-    assert desk.read() == ([("out", "a"), ("err", "b")], [[-9], [0]])
-    assert desk.read()[0] == []
+    coordinator = Coordinator()
+    assert (coordinator.begin(), coordinator.report(0, [("out", "a")], None), coordinator.report(0, [], -9)) == (
+        0,
+        ([], False),
+        ([-9], False),
+    )
+    assert coordinator.begin() == 1
+    coordinator.stop()
+    assert coordinator.report(1, [("err", "b")], 0) == ([0], True)
+    assert coordinator.read() == ([("out", "a"), ("err", "b")], [[-9], [0]])
+    assert coordinator.read()[0] == []
 
 
 @pytest.mark.parametrize(
@@ -194,13 +198,13 @@ def test_interruptions_and_failures_end_as_those_of_train(small_base: Path) -> N
     pytest.importorskip("ray")
     options = ("quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
     run = Path("stopped")
-    process = launched(*options, "--workers", 2, "--out", run)
+    process = launched(*options, "steps=200", "--workers", 2, "--out", run)
     wait_for(process, lambda: (run / "metrics.jsonl").exists() and len(rows(run)) > 1)
     process.send_signal(signal.SIGINT)
     output = finish(process, succeeds=False)
     assert process.returncode == 130
     assert f"go on with: lvrpo launch ray --workers N --resume {run.absolute()}" in output
-    assert 1 <= rows(run)[-1]["step"] < 6
+    assert 1 <= rows(run)[-1]["step"] < 200
 
     process = launched(*options, "--workers", 2, "--out", "no", "--benchmark", "nobody")
     output = finish(process, succeeds=False)

@@ -55,7 +55,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """What rank 0 tells the others of an attempt."""
 
     attempt: int
@@ -74,7 +74,7 @@ def command(job: Job, resumes: bool) -> list[str]:
     return [sys.executable, "-m", "lvrpo", "train", *job.arguments, "--resume" if resumes else "--out", job.run]
 
 
-def environment(meeting: Meeting, rank: int, size: int, local_rank: int) -> dict[str, str]:
+def environment(rendezvous: Rendezvous, rank: int, size: int, local_rank: int) -> dict[str, str]:
     """What ``torchrun`` would set, rank 0 serving the store of each attempt.
 
     ``local_rank``: which of the cards that it sees is its own.
@@ -83,10 +83,10 @@ def environment(meeting: Meeting, rank: int, size: int, local_rank: int) -> dict
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(local_rank),
-        "MASTER_ADDR": meeting.host,
-        "MASTER_PORT": str(meeting.port),
+        "MASTER_ADDR": rendezvous.host,
+        "MASTER_PORT": str(rendezvous.port),
         "TORCHELASTIC_RUN_ID": "ray",
-        "TORCHELASTIC_RESTART_COUNT": str(meeting.attempt),
+        "TORCHELASTIC_RESTART_COUNT": str(rendezvous.attempt),
         "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # stacks for each broken connection
     }
@@ -113,7 +113,7 @@ def outcome(codes: Sequence[int]) -> int:
 # --- between the workers and the terminal ---
 
 
-class Desk:
+class Coordinator:
     """Where workers say what their processes print and how they end, and hear that they are to stop."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Desk:
         self.attempts.append([])
         return len(self.attempts) - 1
 
-    def tell(self, attempt: int, lines: Sequence[Line], code: int | None) -> tuple[list[int], bool]:
+    def report(self, attempt: int, lines: Sequence[Line], code: int | None) -> tuple[list[int], bool]:
         """Notes both; the codes of the attempt, and whether the run is to stop."""
         self.lines += lines
         if code is not None:
@@ -153,13 +153,13 @@ def work(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.collective import broadcast_from_rank_zero
 
-    job, desk, context = config["job"], config["desk"], train.get_context()
+    job, coordinator, context = config["job"], config["coordinator"], train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    meeting = broadcast_from_rank_zero(_meeting(job, ray.get(desk.begin.remote())) if rank == 0 else None)
-    assert meeting is not None  # rank 0 sent one
-    own = environment(meeting, rank, size, 0 if config["cards"] else context.get_local_rank())
+    rendezvous = broadcast_from_rank_zero(_rendezvous(job, ray.get(coordinator.begin.remote())) if rank == 0 else None)
+    assert rendezvous is not None  # rank 0 sent one
+    own = environment(rendezvous, rank, size, 0 if config["cards"] else context.get_local_rank())
     process = subprocess.Popen(
-        [sys.executable, "-c", DIES_WITH_PARENT, *command(job, meeting.resumes)[1:]],
+        [sys.executable, "-c", DIES_WITH_PARENT, *command(job, rendezvous.resumes)[1:]],
         cwd=job.folder,
         env=os.environ | config["environment"] | own | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -182,7 +182,7 @@ def work(config: dict[str, Any]) -> None:
         for reader in readers if code is not None else ():
             reader.join(GRACE_S)
         lines = [said.get() for _ in range(said.qsize())]
-        codes, stopping = ray.get(desk.tell.remote(meeting.attempt, lines, code))
+        codes, stopping = ray.get(coordinator.report.remote(rendezvous.attempt, lines, code))
         # all stop after the same step; where one has failed the others wait for it in vain
         if (stopping or outcome(codes)) and not asked and code is None:
             process.send_signal(signal.SIGTERM)
@@ -195,13 +195,13 @@ def work(config: dict[str, Any]) -> None:
         raise RuntimeError(f"lvrpo train ended with {outcome(codes)}")
 
 
-def _meeting(job: Job, attempt: int) -> Meeting:
+def _rendezvous(job: Job, attempt: int) -> Rendezvous:
     from ray.util import get_node_ip_address
 
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    return Meeting(attempt, get_node_ip_address(), port, job.resumes or has_start(Path(job.run)))
+    return Rendezvous(attempt, get_node_ip_address(), port, job.resumes or has_start(Path(job.run)))
 
 
 def _read(name: str, stream: IO[str], said: SimpleQueue[Line]) -> None:
@@ -231,13 +231,13 @@ def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None
     except ImportError as error:
         raise InputError(f"lvrpo launch ray: needs Ray Train ({error}): pip install 'lvrpo[ray]'") from None
 
-    desk = ray.remote(num_cpus=0)(Desk).remote()
+    coordinator = ray.remote(num_cpus=0)(Coordinator).remote()
     shared = next(folder for folder in Path(job.run).parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True) as notes:
         passed = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         trainer = DataParallelTrainer(
             work,
-            train_loop_config={"job": job, "desk": desk, "cards": cards, "environment": passed},
+            train_loop_config={"job": job, "coordinator": coordinator, "cards": cards, "environment": passed},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=bool(cards),
@@ -248,7 +248,7 @@ def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
             ),
         )
-        ended = _followed(ray, desk, trainer, max_failures)
+        ended = _followed(ray, coordinator, trainer, max_failures)
     end(ended, job.run)
 
 
@@ -266,7 +266,7 @@ class Ended:
     """Whether somebody asked for it."""
 
 
-def _followed(ray: Any, desk: Any, trainer: Any, max_failures: int) -> Ended:
+def _followed(ray: Any, coordinator: Any, trainer: Any, max_failures: int) -> Ended:
     """Prints what the processes print until all is over. Any: of Ray."""
     ended, over, attempts = Ended(), False, 1
 
@@ -281,7 +281,7 @@ def _followed(ray: Any, desk: Any, trainer: Any, max_failures: int) -> Ended:
     while not over:
         try:
             over = not thread.is_alive()
-            lines, codes = ray.get(desk.read.remote())
+            lines, codes = ray.get(coordinator.read.remote())
             for stream, line in lines:
                 if stream == "err" and line.startswith(ENDS):
                     ended.said = line
@@ -300,7 +300,7 @@ def _followed(ray: Any, desk: Any, trainer: Any, max_failures: int) -> Ended:
             if ended.stopped:
                 raise
             ended.stopped = True
-            desk.stop.remote()
+            coordinator.stop.remote()
     return ended
 
 

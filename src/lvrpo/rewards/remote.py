@@ -208,7 +208,7 @@ class RemoteReward:
     def __init__(self, config: RewardConfig, where: RayConfig, key: str) -> None:
         self.config, self.where, self.title = config, where, config.title
         self.ray: Any = ray_cluster(f"rewards.{self.title}.where")  # a package that need not be there
-        self._looked_at: dict[int, tuple[Prompt, bool]] = {}
+        self._applies_to: dict[int, tuple[Prompt, bool]] = {}
         now = time.monotonic()
         self.replicas = [
             _Replica(name, *self._begun(name), now) for name in (f"{key} {i}" for i in range(where.replicas))
@@ -216,7 +216,7 @@ class RemoteReward:
         while any(replica.coming is not None for replica in self.replicas):
             if time.monotonic() - now > ROOM_S:
                 raise InputError(self._no_room())
-            self.look_after(0.5)
+            self.poll_actors(0.5)
         for replica in self.replicas[1:]:  # all load at once
             replica.actor.make.remote()
         traits: Traits = self._asked("make")
@@ -228,16 +228,16 @@ class RemoteReward:
         self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
 
     def applies(self, prompt: Prompt) -> bool:
-        """As ``Reward.applies``; no actor is asked about what ``look_at`` was told last."""
-        known = self._looked_at.get(id(prompt))
+        """As ``Reward.applies``; no actor is asked about what ``ask_about`` was told last."""
+        known = self._applies_to.get(id(prompt))
         if known is None or known[0] is not prompt:
-            self.look_at([prompt])
-        return self._looked_at[id(prompt)][1]
+            self.ask_about([prompt])
+        return self._applies_to[id(prompt)][1]
 
-    def look_at(self, prompts: Sequence[Prompt]) -> None:
+    def ask_about(self, prompts: Sequence[Prompt]) -> None:
         """Asks about all prompts of a step at once, for a call waits behind those of other processes."""
         said = self._asked("applies", [portable_prompt(prompt) for prompt in prompts])
-        self._looked_at = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
+        self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         """As ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
@@ -260,7 +260,7 @@ class RemoteReward:
         """Seconds in which a call is answered that waits behind one of every process."""
         return ROOM_S + self.where.timeout_s * world_size()
 
-    def look_after(self, wait_s: float) -> None:
+    def poll_actors(self, wait_s: float) -> None:
         """Waits a moment for actors that are on their way; one that is gone for good is made anew."""
         coming = {replica.coming: replica for replica in self.replicas if replica.coming is not None}
         for call in self.ray.wait(list(coming), timeout=wait_s)[0] if coming else ():
@@ -275,7 +275,7 @@ class RemoteReward:
                 time.sleep(0.2)
                 replica.actor, replica.coming = self._begun(replica.name)
 
-    def gone(self, replica: _Replica) -> None:
+    def restarting(self, replica: _Replica) -> None:
         """Ray makes a new process for it."""
         replica.coming, replica.since = replica.actor.there.remote(), time.monotonic()
 
@@ -293,12 +293,12 @@ class RemoteReward:
         for _ in range(DEATHS * world_size()):
             since = time.monotonic()
             while all(replica.coming is not None for replica in self.replicas) and time.monotonic() - since < ROOM_S:
-                self.look_after(0.5)
+                self.poll_actors(0.5)
             replica = next((r for r in self.replicas if r.coming is None), self.replicas[0])
             try:
                 said = self.ray.get(getattr(replica.actor, method).remote(*args), timeout=self.longest_wait)
             except self.ray.exceptions.RayActorError:
-                self.gone(replica)
+                self.restarting(replica)
                 lost = "its actor dies of it"
             except self.ray.exceptions.RayError as error:
                 lost = type(error).__name__
@@ -331,16 +331,16 @@ class _Scoring:
     def found(self) -> dict[int, Found | str]:
         """Of every group its scores, or why it has none; raises the LvrpoErrors of the reward."""
         while len(self.done) < len(self.groups):
-            self.reward.look_after(0)
-            self._hand_out()
+            self.reward.poll_actors(0)
+            self._submit()
             coming = [r.coming for r in self.reward.replicas if r.coming is not None]
             for asked in self.ray.wait([*self.calls, *coming], timeout=0.5)[0]:
                 if asked in self.calls:
-                    self._hear(asked, self.calls[asked])
+                    self._collect(asked, self.calls[asked])
             self._end_overdue()
         return self.done
 
-    def _hand_out(self) -> None:
+    def _submit(self) -> None:
         busy = [call.replica for call in self.calls.values()]
         for replica in self.reward.replicas:
             if self.todo and replica.coming is None and replica not in busy:
@@ -348,13 +348,13 @@ class _Scoring:
                 call = replica.actor.score.options(num_returns="streaming")
                 self.calls[call.remote(portable(self.groups[row]))] = _Call(row, replica, time.monotonic())
 
-    def _hear(self, asked: Any, call: _Call) -> None:
+    def _collect(self, asked: Any, call: _Call) -> None:
         """What an actor said of a group. Any: of Ray."""
         try:
             said: Found | LvrpoError | None = self.ray.get(next(asked))
         except self.ray.exceptions.RayActorError:
             del self.calls[asked]
-            self.reward.gone(call.replica)
+            self.reward.restarting(call.replica)
             self.deaths[call.row] += 1
             self.own_deaths[call.row] += call.began
             # one that had not begun waited behind the call of another process
@@ -382,7 +382,7 @@ class _Scoring:
             if now - call.since > limit:
                 del self.calls[asked]
                 self.ray.kill(call.replica.actor, no_restart=False)
-                self.reward.gone(call.replica)
+                self.reward.restarting(call.replica)
                 self.done[call.row] = f"no answer within timeout_s={where.timeout_s:g}"
         if not self.calls and all(r.coming is not None and now - r.since > ROOM_S for r in self.reward.replicas):
             self.done |= dict.fromkeys(self.todo, f"no actor came back within {ROOM_S:g} s")

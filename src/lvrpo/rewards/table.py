@@ -275,7 +275,7 @@ def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Poli
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         if isinstance(source.reward, RemoteReward):  # one call for all
-            source.reward.look_at([group.prompt for group in groups])
+            source.reward.ask_about([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             of = [groups[p] for p in chosen]
