@@ -193,7 +193,7 @@ def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
     assert whole.training.stages == Late(steps=1)
     later = load_config(Root, file, ["training.stages.kind=late", "training.stages={share: 0.1}"])
     assert later.training.stages == Early(share=0.1)  # in the order of the command line
-    asked = "training.stages.only_early: is of training.stages.kind=early, not of late: leave it out"
+    asked = "training.stages.only_early: is of training.stages.kind=early, not of late: set that, or leave it out"
     assert error_of(Root, file, "training.stages.only_early=1", "training.stages.kind=late") == asked
     file.write_text(dump_config(late))
     assert load_config(Root, file) == late
@@ -202,8 +202,14 @@ def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{kind: late, only_early: 3}", ".only_early: is of training.stages.kind=early, not of late: leave it out"),
-        ("{only_late: true}", ".only_late: is of training.stages.kind=late or latest, not of early: leave it out"),
+        (
+            "{kind: late, only_early: 3}",
+            ".only_early: is of training.stages.kind=early, not of late: set that, or leave it out",
+        ),
+        (
+            "{only_late: true}",
+            ".only_late: is of training.stages.kind=late or latest, not of early: set one of them, or leave it out",
+        ),
         ("{kind: latr}", ".kind=latr: must be 'early', 'late' or 'latest': did you mean late?"),
         ("{kind: last}", ".kind=last: is called late"),
         ("{kind: [late]}", ".kind=[\"late\"]: must be 'early', 'late' or 'latest'"),

@@ -370,7 +370,9 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
         of_kinds = _kinds_with(cls, location)
         if of_kinds:
             section = ".".join(str(key) for key in location[:-1])
-            return f"{dotted}: is of {section}.kind={' or '.join(of_kinds)}, not of {error['loc'][-2]}: leave it out"
+            which = "that" if len(of_kinds) == 1 else "one of them"
+            kinds = " or ".join(of_kinds)
+            return f"{dotted}: is of {section}.kind={kinds}, not of {error['loc'][-2]}: set {which}, or leave it out"
         return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
         return f"{dotted}={_show(value)}: must have more entries"

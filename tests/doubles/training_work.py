@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from distributed_work import full
 from gradients_only import differentiate
+from settings import SMALL
 from torch import nn
 
 from lvrpo import distributed as d
+from lvrpo.config import load_config
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.evaluation.data_parallel import evaluated
 from lvrpo.policies.base import Policy, Sampling
@@ -27,7 +30,7 @@ from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.training.policies import Policies
 from lvrpo.training.state import TrainState
-from lvrpo.training.trainer import train_step
+from lvrpo.training.trainer import Trainer, train_step
 from lvrpo.types import Group, Prompt
 
 ROLLOUT = {"group_size": 4, "num_steps": 3, "max_new_tokens": 4}
@@ -214,3 +217,29 @@ def communicated(folder: Path, prompts: Sequence[Prompt]) -> dict[str, float]:
     train_step(state.policies, objectives, state.optimizers, groups, advantages_of(groups), config, 0)
     whole = 4 * sum(p.numel() for p in state.policies.weights.parameters.values())
     return {name: size / whole for name, size in sent.items()}
+
+
+def train_on_a_disk_that_fills(base: Path, run: Path) -> str:
+    """Rank 1 cannot write its part of the checkpoint of step 2; what the run ends with."""
+    import torch.distributed.checkpoint.filesystem as files
+
+    create = files.FileSystem.create_stream
+
+    def failing(self: Any, path: Any, mode: str) -> Any:
+        if "w" in mode and "step_000002" in str(path) and d.rank() == 1:
+            raise OSError(28, os.strerror(28), str(path))
+        return create(self, path, mode)
+
+    cast(Any, files.FileSystem).create_stream = failing
+    trainer = Trainer.start(load_config(TrainConfig, None, full_disk_settings(base)), run)
+    try:
+        with trainer.run:
+            trainer.train()
+    except InputError as error:
+        assert d.gather(d.rank()) == list(range(d.world_size()))
+        return str(error)
+    return ""
+
+
+def full_disk_settings(base: Path) -> list[str]:
+    return [*SMALL, f"policy={base}", "steps=4", "checkpoint_every=1"]

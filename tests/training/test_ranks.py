@@ -24,10 +24,12 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.identity import judge_identity
+from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, GroupAdvantages, Metrics, Microbatch
 from lvrpo.training.microbatches import microbatches
+from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt
 
 
@@ -227,3 +229,18 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
     for batch in batches:
         ids = [member.trajectory.prompt.id for member in batch.members]
         assert ids[:: objective.unit] == ids[objective.unit - 1 :: objective.unit]
+
+
+def test_a_disk_that_fills_during_a_save_leaves_the_last_checkpoint(small_base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for line in in_processes(tmp_path / "ranks", 2, work.train_on_a_disk_that_fills, small_base, run):
+        assert line.startswith(f"process 1 of 2: {run}/checkpoints/")
+        assert "cannot be written: No space left on device" in line
+    last = latest_checkpoint(run)
+    assert last is not None
+    assert last.name == "step_000001"
+    assert not [path for path in (run / "checkpoints").iterdir() if path != last and path.name != "step_000000"]
+    trainer = Trainer.resume(run)
+    assert trainer.state.step == 1
+    with trainer.run:
+        assert trainer.train()
