@@ -330,6 +330,23 @@ def test_the_manifest_says_with_what_and_where_and_a_resume_adds_to_it(path: Pat
     assert [entry["seeds"] for entry in second["resumed"]] == [{"run": 7}]
 
 
+def test_a_configuration_of_another_version_is_told_from_a_mistake(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(Root):
+        rate: float = 0.5
+
+    monkeypatch.setattr(run_directory, "git_commit", lambda: "0123456789abcdef")
+    with RunDirectory.create(path, Older()) as run:
+        run.write_manifest(Older(), {"run": 0}, {}, {})
+    assert refusal(RunDirectory.read(path).config, Root).startswith(f"{path}/config.yaml: rate: unknown key: did you")
+    monkeypatch.setattr(run_directory, "git_commit", lambda: None)
+    line = refusal(RunDirectory.read(path).config, Root, ["seed=3"])
+    assert line.startswith(f"{path}/config.yaml: was written by lvrpo ")
+    assert line.endswith(" at commit 0123456789, and has rate, which this version lacks: use that one, or start anew")
+    assert RunDirectory.read(path).config(Older, ["seed=3"]) == Older(seed=3)
+    (path / "config.yaml").write_text("rat: 1\n", encoding="utf-8")  # which no version wrote
+    assert refusal(RunDirectory.read(path).config, Root).startswith(f"{path}/config.yaml: rat: unknown key")
+
+
 def test_the_command_does_not_hold_the_path_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/.venv/bin/lvrpo", "train", "a b.yaml"])
     assert environment()["command"] == "lvrpo train 'a b.yaml'"

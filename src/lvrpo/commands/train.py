@@ -126,15 +126,13 @@ def asked_plan(options: Options, config: TrainConfig) -> Plan:
 def config_of_resumed(options: Options) -> TrainConfig | None:
     """What a resumed run is asked for: CONFIG, or its own with changes, or None."""
     from lvrpo.commands.settings import read_config
-    from lvrpo.config import load_config
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.run_directory import CONFIG, RunDirectory
+    from lvrpo.training.run_directory import RunDirectory
 
     if options.config is None:
         return None
     if "=" in options.config and not Path(options.config).is_file():
-        run = RunDirectory.read(options.resume)
-        return load_config(TrainConfig, run.path / CONFIG, [options.config, *options.overrides], own_file=False)
+        return RunDirectory.read(options.resume).config(TrainConfig, [options.config, *options.overrides])
     return read_config(TrainConfig, options.config, options.overrides)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +58,8 @@ class Manifest(Record):
     """``manifest.json``."""
 
     config_sha256: str
+    versions: dict[str, str] = Field(default={})
+    commit: str | None = None
     resumed: list[dict[str, Any]] = Field(default=[])
 
 
@@ -146,9 +148,36 @@ class RunDirectory:
 
     # --- configuration ---
 
-    def config(self, cls: type[C]) -> C:
-        """The resolved configuration of the run, which may be anybody's: it allows no code."""
-        return load_config(cls, self.path / CONFIG, own_file=False)
+    def config(self, cls: type[C], overrides: Sequence[str] = ()) -> C:
+        """The resolved configuration of the run, which may be anybody's: it allows no code.
+
+        Raises InputError; where another version of lvrpo wrote keys that this one does not know, it names that.
+        """
+        if self._is_of_another_version():
+            try:
+                load_config(cls, self.path / CONFIG, own_file=False)
+            except InputError as error:
+                manifest = self.read_json(MANIFEST, Manifest)
+                version, commit = manifest.get("versions", {}).get("lvrpo"), manifest.get("commit")
+                wrote = f"lvrpo {version}" + (f" at commit {commit[:10]}" if commit else "")
+                key = str(error).removeprefix(f"{self.path / CONFIG}: ").partition(": ")[0]
+                raise InputError(
+                    f"{self.path / CONFIG}: was written by {wrote}, and has {key}, which this version lacks: use that "
+                    "one, or start anew"
+                ) from None
+        return load_config(cls, self.path / CONFIG, overrides, own_file=False)
+
+    def _is_of_another_version(self) -> bool:
+        """Whether ``config.yaml`` is as a version of lvrpo wrote it that is not this one."""
+        if not is_there(self.path / MANIFEST):
+            return False
+        manifest = self.read_json(MANIFEST, Manifest)
+        another = (manifest.get("versions", {}).get("lvrpo"), manifest.get("commit")) != (__version__, git_commit())
+        return another and tree_sha256(read_yaml(self.path / CONFIG)) in self._known_configs(manifest)
+
+    @staticmethod
+    def _known_configs(manifest: dict[str, Any]) -> list[str | None]:
+        return [manifest["config_sha256"], *(start.get("config_sha256") for start in manifest.get("resumed", []))]
 
     def require_config(self, config: Config, allow: Collection[str] = ()) -> None:
         """Raises InputError if the run was started with another configuration; keys in ``allow`` may differ."""
@@ -164,8 +193,7 @@ class RunDirectory:
         if not is_there(self.path / MANIFEST):
             return
         manifest = self.read_json(MANIFEST, Manifest)
-        known = [manifest["config_sha256"], *(start.get("config_sha256") for start in manifest.get("resumed", []))]
-        if tree_sha256(read_yaml(self.path / CONFIG)) not in known:
+        if tree_sha256(read_yaml(self.path / CONFIG)) not in self._known_configs(manifest):
             raise InputError(
                 f"{self.path / CONFIG}: was changed since the run began ({MANIFEST} holds its hash): undo the change, "
                 "or start another run with it"
