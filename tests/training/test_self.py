@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lvrpo.config import load_config, shipped_configs
-from lvrpo.rewards import exact_answer, scene_facts, success
+from lvrpo.rewards import answers, scene_facts, success
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.sources import open_parts
 from lvrpo.training.trainer import Trainer
@@ -52,7 +52,7 @@ def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch)
         (scene_facts, "fact_table"),
         (success, "fact_table"),
         (success, "answers_rightly"),
-        (exact_answer, "answers_rightly"),
+        (answers, "answers_rightly"),
     ):
         monkeypatch.setattr(module, name, refuse)
     config = load_config(TrainConfig, shipped_configs()["self"], [*SMALL])
