@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
+import grimp
 import pytest
 
 import lvrpo
@@ -66,3 +68,10 @@ def test_continuous_integration_runs_make_test(root: Path) -> None:
 def test_make_prepares_the_environment_first(root: Path, target: str) -> None:
     makefile = (root / "Makefile").read_text()
     assert re.search(rf"^{target}: \$\(STAMP\)$", makefile, re.MULTILINE)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions count; those for types alone do not."""
+    graph = grimp.build_graph("lvrpo", exclude_type_checking_imports=True)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle

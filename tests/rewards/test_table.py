@@ -16,7 +16,8 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards.answers import ExactAnswer
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, WeightSchedule, build_rewards, score_groups
+from lvrpo.rewards.source import WeightSchedule
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.types import Group, Prompt
 
 TEXT = Prompt("text", "understand", ("x",), ("text",), answer="red")

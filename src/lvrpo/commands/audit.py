@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.commands import judge, leakage
+from lvrpo.commands.audit_tables import FEW, plain_table, share, signed_share, trait_name
 from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
 from lvrpo.errors import InputError
 
@@ -15,16 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lvrpo.evaluation.reward_audit import Change, Correlation, RewardAudit
-
-FEW = 10
-"""A correlation over fewer groups is not shown."""
-TRAITS = {
-    "tokens": "tokens written",
-    "cut_off": "texts cut off",
-    "text_diversity": "texts of a group that differ",
-    "picture_diversity": "difference of a group's pictures",
-}
-"""Names where the plain one is not clear."""
 
 
 def options(parser: Parser) -> None:
@@ -137,16 +128,6 @@ def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
         yield f"no alarm: no trained reward rose while a held-out score fell ({compared} comparisons)", "green"
 
 
-def plain_table(title: str, names: list[str], left: int) -> Table:
-    """A table without a frame; all but the first ``left`` columns to the right."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < left else "right")
-    return table
-
-
 def change_cells(change: Change, up: str, down: str) -> list[str]:
     """first, last, change with its interval in the style of its direction, base."""
     from lvrpo.report.numbers import compact
@@ -168,27 +149,6 @@ def signed(value: float) -> str:
     from lvrpo.report.numbers import score
 
     return score(value, 3 if abs(value) < 1 else 1, signed=True)
-
-
-def share(value: float | None) -> str:
-    """.52; a dash for none."""
-    from lvrpo.report.numbers import score
-
-    return "–" if value is None or value != value else score(value, 2)
-
-
-def signed_share(value: float) -> str:
-    """+.52"""
-    from lvrpo.report.numbers import score
-
-    return score(value, 2, signed=True)
-
-
-def trait_name(name: str) -> str:
-    """A scorer or trait in words, for a cell."""
-    from rich.markup import escape
-
-    return escape(TRAITS.get(name, name))
 
 
 AUDIT = Command(

@@ -161,7 +161,7 @@ def world_wordings() -> tuple[str, ...]:
 
 def overlap_table(title: str, index: Index, overlaps: Sequence[Overlap]) -> Table:
     """Leaks as counts, what texts and pictures have in common as shares."""
-    from lvrpo.commands.audit import plain_table
+    from lvrpo.commands.audit_tables import plain_table
 
     names = ["task", "prompts", "same prompt", "same content", "looks alike", "picture", "text", "normalized"]
     names += ["one 5-gram", "all 5-grams"]
@@ -175,6 +175,6 @@ def overlap_table(title: str, index: Index, overlaps: Sequence[Overlap]) -> Tabl
 
 def cells(counts: Sequence[int], of: int) -> Iterator[str]:
     """Shares."""
-    from lvrpo.commands.audit import share
+    from lvrpo.commands.audit_tables import share
 
     return (share(count / of) for count in counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.audit import FEW, plain_table, share, signed_share, trait_name
+from lvrpo.commands.audit_tables import FEW, plain_table, share, signed_share, trait_name
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,23 +12,20 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
-from pydantic import Field, model_validator
 
-from lvrpo.config import Config, config_sha256
+from lvrpo.config import config_sha256
 from lvrpo.distributed import device, world_size
 from lvrpo.distributed.ray_cluster import ray_cluster, resources
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards.base import Scores, Side
+from lvrpo.rewards.source import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
-
-if TYPE_CHECKING:
-    from lvrpo.rewards.table import RewardConfig, RewardSource
 
 ROOM_S = 120.0
 """Seconds that the cluster may take to start an actor."""
@@ -38,31 +35,6 @@ T = TypeVar("T")
 Failures = Mapping[tuple[int, int], str]
 Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
 """What a group scored: (1, G) values, why some are missing, and the noise in them."""
-
-
-class RayConfig(Config):
-    """Actors of a reward in a Ray cluster."""
-
-    num_gpus: float = Field(default=0.0, ge=0)
-    """Cards of each replica; a fraction shares one."""
-    num_cpus: float = Field(default=1.0, ge=0)
-    """Cores of each replica, as Ray counts them."""
-    replicas: int = Field(default=1, ge=1)
-    """Actors that score groups side by side; all processes of a run share them."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds for one group; then its actor is ended and made anew, and the group has no scores of this reward."""
-
-    @model_validator(mode="after")
-    def _whole_cards(self) -> Self:
-        if self.num_gpus > 1 and self.num_gpus % 1:
-            raise ValueError(f"num_gpus={self.num_gpus}: must be a whole number above 1: only one card can be shared")
-        return self
-
-
-class WhereConfig(Config):
-    """Where a reward is made and asked, if not in the processes that train."""
-
-    ray: RayConfig
 
 
 @dataclass(frozen=True)
@@ -102,15 +74,11 @@ class RewardActor:
 
     def score(self, group: Group) -> Iterator[Found | LvrpoError | None]:
         """None when it begins, then what was found: who waits knows whose call an actor died of."""
-        from lvrpo.rewards.table import checked_scores
-
         yield None
         nobody: Any = None
         yield _or_error(lambda: checked_scores(self._made(), [group], self._made().judge or nobody))
 
     def _made(self) -> RewardSource:
-        from lvrpo.rewards.table import build_rewards
-
         if self._source is None:
             try:
                 os.chdir(self.folder)  # paths are relative to it
@@ -120,7 +88,7 @@ class RewardActor:
                     "the run in a folder that all nodes share"
                 ) from None
             allow_code(self.allowed)
-            [self._source] = build_rewards([self.config], device=str(device()))
+            self._source = local_source(self.config, str(device()))
         return self._source
 
 

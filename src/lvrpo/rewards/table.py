@@ -2,193 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
 
-from lvrpo.config import Config
-from lvrpo.errors import ContractError, InputError, LvrpoError, described
+from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import load_policy
-from lvrpo.registry import is_file, resolve
-from lvrpo.rewards import REWARDS
-from lvrpo.rewards.base import SIDES, Reward, Scores, Side
-from lvrpo.rewards.decorated import as_reward
-from lvrpo.rewards.identity import judge_identity, judged_by
-from lvrpo.rewards.keys import holds_key, names_key
-from lvrpo.rewards.options import option_names, require_options
-from lvrpo.rewards.remote import RemoteReward, WhereConfig, remote_reward
-from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
+from lvrpo.rewards.base import Reward
+from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.remote import RemoteReward, remote_reward
+from lvrpo.rewards.source import RewardConfig, RewardSource, checked_scores, local_source
+from lvrpo.types import Group, RewardTable
 
 NOT_APPLICABLE = "not applicable"
 MOST_FAILED = 0.5
 """Share of a reward's scores of a training step that may fail where it does not say (``max_failed``)."""
 IN_PYTHON = "python"
 """Stands for what a caller in Python handed over, where a configuration needs a name."""
-METHODS = ("applies", "score")
-"""What anybody's class of a reward must have."""
-
-
-class WeightSchedule(Config):
-    """How a reward's weight changes with the steps done: a list of [step, factor] points."""
-
-    kind: Literal["constant", "linear", "step"] = "linear"
-    """linear: straight between the points; step: the last point that was reached; both level outside. constant: one."""
-    points: tuple[tuple[int, float], ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _points_fit(self) -> Self:
-        steps = [step for step, _ in self.points]
-        if any(step < 0 for step in steps) or steps != sorted(set(steps)):
-            raise ValueError(f"points={[list(p) for p in self.points]}: steps must rise from 0 or later")
-        if any(not 0 <= factor < math.inf for _, factor in self.points):
-            raise ValueError(f"points={[list(p) for p in self.points]}: factors must be numbers >= 0")
-        if self.kind == "constant" and len(self.points) > 1:
-            raise ValueError("kind=constant: has one point: use linear or step for more")
-        return self
-
-    def factor(self, step: int) -> float:
-        """Of the weight, at the step after ``step`` steps."""
-        before = [point for point in self.points if point[0] <= step]
-        after = [point for point in self.points if point[0] > step]
-        if not before or not after or self.kind != "linear":
-            return before[-1][1] if before else after[0][1]
-        (x0, y0), (x1, y1) = before[-1], after[0]
-        return y0 + (y1 - y0) * (step - x0) / (x1 - x0)
-
-
-class RewardConfig(Config):
-    """One row of the reward section."""
-
-    name: str
-    """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
-    weight: float = Field(default=1.0, ge=0)
-    """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
-    tasks: tuple[Task, ...] | None = None
-    """Only these tasks; None: every task whose prompts it applies to."""
-    label: str | None = None
-    """Its name in tables and curves; the name where None."""
-    options: dict[str, Any] = Field(default={})
-    """Arguments of the reward's class. Any: each class has its own."""
-    segments: tuple[OutputKind, ...] | None = Field(default=None, min_length=1)
-    """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
-    on_failure: Literal["mask", "stop"] = "mask"
-    """Of a score that failed: it is masked with its reason, or stops the run."""
-    max_failed: float | None = Field(default=None, ge=0, le=1)
-    """Share of the reward's scores that are expected to fail: the step-0 contract allows as many, and a step in which
-    more failed stops the run. None: the contract allows none, half of a step's scores stop the run, and one in which
-    more than ``health.max_failed`` failed altogether is not well."""
-    clip: tuple[float | None, float | None] | None = None
-    """[low, high], either may be null: what lies beyond counts as the end itself, and how often is recorded."""
-    normalize: Literal["group", "batch", "none"] | None = None
-    """Its scale before rewards are summed; null: as ``advantages.kind`` says. group: in units of the group's std;
-    batch: of the std of all groups of the task; none: of the score itself."""
-    schedule: WeightSchedule | None = None
-    """Factors of ``weight`` by step, such as {kind: linear, points: [[0, 1], [100, 0]]}."""
-    judge: str | None = None
-    """Another frozen model (a folder, a run, a built-in name) that judges for this row; null: the run's own judge."""
-    where: WhereConfig | None = None
-    """In actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in the processes that train."""
-
-    @field_validator("options")
-    @classmethod
-    def _without_keys(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options are written into run directories."""
-        _refuse_secrets(options)
-        return options
-
-    @field_validator("clip")
-    @classmethod
-    def _ends_fit(cls, clip: tuple[float | None, float | None] | None) -> tuple[float | None, float | None] | None:
-        if clip is not None:
-            low, high = (end for end in clip)
-            if (low is None and high is None) or (low is not None and high is not None and not low < high):
-                raise ValueError("give [low, high] with low < high; one of them may be null")
-        return clip
-
-    @property
-    def title(self) -> str:
-        return self.label or (self.name.rpartition(":")[2] if is_file(self.name) else self.name)
-
-    def weight_at(self, step: int) -> float:
-        """The weight of the step after ``step`` steps."""
-        return self.weight if self.schedule is None else self.weight * self.schedule.factor(step)
-
-
-@dataclass(frozen=True)
-class RewardSource:
-    """A reward with its configuration."""
-
-    config: RewardConfig
-    reward: Reward
-    judge: Policy | None = None
-    """Who judges instead of the run's judge."""
-
-    def scores(self, prompt: Prompt) -> bool:
-        """Whether it has a say in the outputs of a prompt."""
-        tasks = self.config.tasks
-        try:
-            return (tasks is None or prompt.task in tasks) and bool(self.reward.applies(prompt))
-        except LvrpoError:
-            raise
-        except (Exception, SystemExit) as error:  # anybody's reward may raise anything
-            raise ContractError(
-                f"reward {self.config.title!r}: applies failed on prompt {prompt.id!r}: {described(error)}"
-            ) from error
-
-    @property
-    def foreign(self) -> bool:
-        """Whether it is not one of lvrpo's own, which leave what they are given as it is; in an actor it has a copy."""
-        return self.config.name not in REWARDS and self.config.where is None
-
-    @property
-    def judged_by(self) -> str:
-        """Who judges beside the run's judge or instead of it; "" where nobody does."""
-        return judged_by("" if self.judge is None else judge_identity(self.judge), self.reward)
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """Which sides of the run's judge score for it; none where another model judges in its place."""
-        return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
-
-    @property
-    def relative(self) -> bool:
-        """Whether a score says only how an output compares with the others of its group."""
-        return bool(getattr(self.reward, "relative", False))  # optional in anybody's class
-
-    @property
-    def judges(self) -> tuple[OutputKind, ...]:
-        """The kinds of segments that it judges where a trajectory has several."""
-        own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
-        return self.config.segments or own
-
-
-def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
-    """Raises ValueError, which does not show it, where a key stands among options. Any: whatever YAML may hold.
-
-    ``secret``: whether they stand under a name of keys, where any text is one.
-    """
-    if isinstance(options, Mapping):
-        for key, value in options.items():
-            _refuse_secrets(str(key), "the name of an option")
-            _refuse_secrets(value, str(key), secret or names_key(str(key)))
-    elif isinstance(options, list | tuple):
-        for value in options:
-            _refuse_secrets(value, name, secret)
-    elif isinstance(options, str) and (secret or holds_key(options)):
-        raise ValueError(
-            f"{name}: looks like a key, and options are written to run directories: put it into an environment "
-            "variable and name that in key_env"
-        )
 
 
 def build_rewards(
@@ -219,33 +51,10 @@ def build_rewards(
         if config.where is not None:
             sources.append(RewardSource(config, remote_reward(config)))
             continue
-        reward = _made(config)
-        own = None if config.judge is None else load_policy(config.judge, device).frozen()
-        sources.append(RewardSource(config, reward, own))
+        sources.append(local_source(config, device))
     if configs and not any(config.weight for config in configs):
         raise InputError("rewards: every weight is 0, so nothing is trained: give one of them a weight above 0")
     return sources
-
-
-def _made(config: RewardConfig) -> Reward:
-    """The object of a row."""
-    cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
-    if config.name in REWARDS:
-        require_options(cls, config.options, f"rewards.{config.title}.options")
-    try:
-        return cls(**config.options)
-    except TypeError as error:
-        # names alone: what stands in a wrong place may be a key
-        named = ", ".join(config.options) or "none"
-        known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
-        raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
-    except LvrpoError:
-        raise
-    except (Exception, SystemExit) as error:  # anybody's class may raise anything
-        raise InputError(
-            f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
-            "the class"
-        ) from error
 
 
 def score_groups(
@@ -329,50 +138,3 @@ def require_scored(sources: Sequence[RewardSource], table: RewardTable, most_fai
                 f"reward {source.config.title!r} failed on {len(failed)} of {tried} outputs, max_failed={limit}: most "
                 f"often ({times}): {' '.join(reason.split())}: mend the reward, or raise its max_failed"
             )
-
-
-def checked_scores(
-    source: RewardSource, groups: Sequence[Group], judge: Policy
-) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
-    """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
-    P, G, title = len(groups), len(groups[0]), source.config.title
-    try:
-        with settings_kept():
-            result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
-        values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
-        failures, noise = dict(result.failures), result.noise
-    except LvrpoError:
-        raise
-    except (Exception, SystemExit) as error:  # anybody's reward may raise anything: masked or a stop, as configured
-        result = Scores(torch.full((P, G), math.nan))
-        noise, values, failures = None, result.values, {(p, g): described(error) for p in range(P) for g in range(G)}
-    if values.shape != (P, G):
-        raise ContractError(
-            f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"
-        )
-    for p, g in (~values.isfinite()).nonzero().tolist():
-        failures.setdefault((p, g), f"the score is {float(values[p, g])}")
-    if failures and source.config.on_failure == "stop":
-        (p, g), reason = next(iter(failures.items()))
-        raise ContractError(f"reward {title!r} failed on prompt {groups[p].prompt.id!r}, member {g}: {reason}")
-    return values, failures, noise
-
-
-@contextmanager
-def settings_kept() -> Iterator[None]:
-    """Puts back what code can change for the whole process: generators, gradients on or off, dtype, threads."""
-    python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(generator)
-        if cards:
-            torch.cuda.set_rng_state_all(cards)
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
