@@ -39,10 +39,21 @@ def test_a_token_is_four_characters_or_a_patch_of_16_pixels() -> None:
     picture = torch.zeros(3, 64, 32)
     sampling = Sampling(2, max_new_tokens=10, num_steps=5)
     asked = Prompt("a", "understand", (picture, "x" * 8), ("text",))
-    assert estimated_tokens(asked, sampling) == 8 + 2 + 10
+    assert estimated_tokens([asked], sampling) == [8 + 2 + 10]
     edited = Prompt("a", "edit", (picture, "x" * 8), ("image",))
-    assert estimated_tokens(edited, sampling) == 8 + 2 + 5 * 8
-    assert estimated_tokens(edited, Sampling(2, num_steps=5, guidance_scale=2.0)) == 8 + 2 + 2 * 5 * 8
+    assert estimated_tokens([edited], sampling) == [8 + 2 + 5 * 8]
+    assert estimated_tokens([edited], Sampling(2, num_steps=5, guidance_scale=2.0)) == [8 + 2 + 2 * 5 * 8]
     drawn = Prompt("a", "reason", ("x" * 8,), ("text", "image"))
-    assert estimated_tokens(drawn, Sampling(2, max_new_tokens=10, num_steps=5, image_size=(32, 32))) == 2 + 10 + 5 * 4
-    assert estimated_tokens(drawn, sampling) == 2 + 10 + 5 * 1024
+    assert estimated_tokens([drawn], sampling) == [2 + 10 + 5 * 1024]
+    small = Sampling(2, max_new_tokens=10, num_steps=5, image_size=(32, 32))
+    assert estimated_tokens([drawn, edited], small) == [2 + 10 + 5 * 4, 8 + 2 + 5 * 8]
+    assert estimated_tokens([], sampling) == []
+
+
+def test_drawings_with_and_without_a_source_are_dealt_alike() -> None:
+    """Of a policy whose pictures are small, whatever the number of drawings."""
+    picture = torch.zeros(3, 32, 32)
+    drawn = [Prompt(f"g{i}", "generate", ("two red circles",), ("image",)) for i in range(33)]
+    edited = [Prompt(f"e{i}", "edit", (picture, "remove it"), ("image",)) for i in range(12)]
+    dealt = shares(estimated_tokens([*drawn, *edited], Sampling(8, num_steps=8)), 2)
+    assert sorted(map(len, dealt)) == [22, 23]

@@ -20,8 +20,8 @@ from lvrpo.rewards.table import RewardSource, require_scored, scored
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
-DRAWN = 512
-"""Pixels of a side, assumed of drawings whose size nothing tells."""
+SIDE = 512
+"""In pixels, assumed of drawings whose size nothing tells."""
 
 
 def own_rows(groups: Sequence[Group]) -> list[int]:
@@ -35,19 +35,25 @@ def merged(own: dict[int, T]) -> dict[int, T]:
     return dict(sorted(found.items()))
 
 
-def estimated_tokens(prompt: Prompt, sampling: Sampling) -> float:
-    """About how many tokens go through a policy to sample one output: 4 characters or 16 x 16 pixels make one."""
+def estimated_tokens(prompts: Sequence[Prompt], sampling: Sampling) -> list[float]:
+    """About how many tokens go through a policy to sample one output of each: 4 characters or 16 x 16 pixels make one.
 
-    def pixels(height: int, width: int) -> float:
+    A drawing without a source is as large as the largest picture of the prompts, where ``sampling`` does not say.
+    """
+
+    def patches(height: int, width: int) -> float:
         return height * width / 256
 
-    pictures = [part for part in prompt.parts if not isinstance(part, str)]
-    given = sum(len(part) / 4 for part in prompt.parts if isinstance(part, str))
-    given += sum(pixels(*picture.shape[-2:]) for picture in pictures)
-    drawn = sampling.image_size or (pictures[0].shape[-2:] if pictures else (DRAWN, DRAWN))
-    branches = 1 + (sampling.guidance_scale != 1)
-    made = {"text": sampling.max_new_tokens, "image": sampling.num_steps * branches * pixels(*drawn)}
-    return given + sum(made[kind] for kind in prompt.output)
+    pictures = [[patches(*part.shape[-2:]) for part in p.parts if not isinstance(part, str)] for p in prompts]
+    size = sampling.image_size or (SIDE, SIDE)
+    alone = max([] if sampling.image_size else map(max, filter(None, pictures)), default=patches(*size))
+    passes = sampling.num_steps * (1 + (sampling.guidance_scale != 1))
+    costs = []
+    for prompt, own in zip(prompts, pictures, strict=True):
+        made = {"text": sampling.max_new_tokens, "image": passes * (own[0] if own else alone)}
+        words = sum(len(part) / 4 for part in prompt.parts if isinstance(part, str))
+        costs.append(words + sum(own) + sum(made[kind] for kind in prompt.output))
+    return costs
 
 
 def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -70,7 +76,7 @@ class Samples(Protocol):
 
 def sample_own(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
     """A group per prompt; this rank samples its share (``shares``)."""
-    own = shares([estimated_tokens(prompt, sampling) for prompt in prompts], world_size())[rank()]
+    own = shares(estimated_tokens(prompts, sampling), world_size())[rank()]
     groups = [Group(prompt, ()) for prompt in prompts]
     with relay_errors():
         if own:

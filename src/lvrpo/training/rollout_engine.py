@@ -193,7 +193,7 @@ def _named_errors(what: str) -> Iterator[None]:
         yield
     except LvrpoError:
         raise
-    except Exception as error:
+    except Exception as error:  # anybody's engine may raise anything
         raise ContractError(f"rollout engine: {what} failed: {described(error)}: mend it") from error
 
 

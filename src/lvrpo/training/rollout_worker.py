@@ -35,7 +35,7 @@ def main() -> None:
             policy = loaded(*settings) if policy is None else policy
             what, arguments = unpacked(message)
             answer, error = {"load": load_weights, "sample": sample}[what](policy, *arguments), None
-        except Exception as raised:
+        except Exception as raised:  # whatever it is, the trainer raises it
             answer, error = None, described_error(raised)
         connection.send_bytes(packed((error, answer)))
 
