@@ -151,9 +151,9 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
 
     from lvrpo.config import load_config
     from lvrpo.training.config import TrainConfig
+    from lvrpo.training.dry_run import memory_needed
     from lvrpo.training.setup import require_extras
     from lvrpo.training.trainer import Trainer
-    from lvrpo.training.trial import memory_needed
 
     sys.path.insert(0, ".")
     config = load_config(TrainConfig, None, settings)

@@ -21,7 +21,7 @@ from ranks import Ranks
 from lvrpo import distributed
 from lvrpo.distributed import peers
 from lvrpo.errors import InputError
-from lvrpo.training.muon import Muon
+from lvrpo.training.optimizer import Muon
 
 TINY = Path(work.__file__).resolve().parents[2] / "src" / "lvrpo" / "assets" / "tiny-base"
 ALL = ("t0", "t1", "t2", "d0", "d1", "d2")

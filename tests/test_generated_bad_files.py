@@ -21,16 +21,16 @@ from PIL import Image
 from refusals import complaint, require_none
 from wrong_values import bounded, damages, placed, sections, subclasses, thinned, wrong_fields
 
-from lvrpo import storing
+from lvrpo import atomic_io
 from lvrpo.cli import main
 from lvrpo.evaluation.baseline import CostRecord
 from lvrpo.evaluation.cases import EvaluationRecord
 from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.evaluation.reproduce.recipes import RecipeRecord
 from lvrpo.pictures import FORMATS
+from lvrpo.reading import Record
 from lvrpo.training.run_directory import Manifest, MetricsRow
 from lvrpo.training.state import StateRecord, ValidationRecord
-from lvrpo.typed_json import Record
 
 QUESTION = "what color is the circle ?"
 ROW = {"task": "understand", "prompt": QUESTION, "images": ["red.png"], "answer": "red"}
@@ -221,13 +221,13 @@ class Opened:
 
     @contextmanager
     def looking(self, below: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        safe_open = storing.safe_open
+        safe_open = atomic_io.safe_open
 
         def noted(name: str, *more: Any, **options: Any) -> Any:  # it opens files without Python
             self.note(name)
             return safe_open(name, *more, **options)
 
-        monkeypatch.setattr(storing, "safe_open", noted)
+        monkeypatch.setattr(atomic_io, "safe_open", noted)
         self.below, self.found = Path(os.path.realpath(below)), {}
         try:
             yield

@@ -22,7 +22,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.training.muon import orthogonalize
+from lvrpo.training.optimizer import orthogonalize
 from lvrpo.types import Example, Prompt
 
 Batches = Sequence[str]

@@ -10,7 +10,7 @@ from lvrpo.evaluation.compute import Compute, ComputeCounter
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.training.muon import Muon
+from lvrpo.training.optimizer import Muon
 from lvrpo.types import Prompt
 
 

@@ -26,8 +26,8 @@ from lvrpo.evaluation.reward_audit import (
 )
 from lvrpo.report.audit import read_audit
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.rollout_log import RolloutRecord
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.score_record import ScoreRecord
 
 NAN = math.nan
 GDPO = AdvantageSettings("gdpo", std_floor=1e-4)
@@ -44,7 +44,7 @@ def record(
     settings: AdvantageSettings = GDPO,
     success: Any = None,
     **rest: Any,
-) -> ScoreRecord:
+) -> RolloutRecord:
     """Groups of one task with the advantages that their scores (P, G, K) make; a nan is a score that failed."""
     table = torch.tensor(scores, dtype=torch.float32)
     P, G, K = table.shape
@@ -66,13 +66,13 @@ def record(
         "picture_diversity": np.full(P, NAN, dtype=np.float32),
         "advantages": A.numpy(),
     }
-    return ScoreRecord(step, tuple(names), weight.numpy(), (task,) * P, scores=table.numpy(), **(made | rest))
+    return RolloutRecord(step, tuple(names), weight.numpy(), (task,) * P, scores=table.numpy(), **(made | rest))
 
 
 def audited(
-    *records: ScoreRecord,
+    *records: RolloutRecord,
     settings: AdvantageSettings = GDPO,
-    controls: Sequence[ScoreRecord] = (),
+    controls: Sequence[RolloutRecord] = (),
     verifiers: tuple[str, ...] = (),
 ) -> RewardAudit:
     groups = Groups.join(records)
@@ -315,7 +315,7 @@ def test_a_run_without_scores_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def kept(run: RunDirectory, *records: ScoreRecord) -> None:
+def kept(run: RunDirectory, *records: RolloutRecord) -> None:
     for row in records:
         arrays = {name: np.array(value) for name, value in vars(row).items() if name != "step"}
         with (run.path / "scores" / f"step_{row.step:06d}.npz").open("wb") as file:
@@ -363,7 +363,7 @@ def test_validity_by_hand_per_category_and_along_the_run() -> None:
     graded, success = [0.0, 0.5, 0.5, 1.0], [0, 0, 0, 1]
     rising, falling = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
 
-    def step(number: int) -> ScoreRecord:
+    def step(number: int) -> RolloutRecord:
         digits = falling if number == 5 else rising
         scores = [[[r, g] for r, g in zip(row, graded, strict=True)] for row in (rising, digits)]
         options: dict[str, Any] = {"names": ["judge", "facts"], "weights": [1, 0], "success": [success] * 2}

@@ -11,7 +11,7 @@ from discrete_policy import DiscretePolicy, N, decoded, encoded
 
 from lvrpo.policies.base import MaskedScoring, Policy, Sampling
 from lvrpo.sampling import masked_counts
-from lvrpo.training.contract import step_zero_contract
+from lvrpo.training.preflight import step_zero_contract
 from lvrpo.types import Group, ImageTokenSegment, MaskedSegment, Prompt, RewardTable, TextSegment, Trajectory
 
 PICTURE = decoded(torch.arange(N) % 6)

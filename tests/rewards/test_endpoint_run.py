@@ -14,7 +14,7 @@ from lvrpo.config import load_config
 from lvrpo.errors import ContractError
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.training import score_record
+from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.trainer import Trainer
 
@@ -73,7 +73,7 @@ def test_an_endpoint_judges_a_run_and_its_key_is_nowhere(config: TrainConfig, se
     assert samples
     who = f"{judge}; questions by {judge}"
     assert all(row["judged_by"] == {"vlm_endpoint": who} for row in samples)
-    (record,) = score_record.read_steps(alignment.run.path)
+    (record,) = rollout_log.read_steps(alignment.run.path)
     assert record.judged_by == (who,)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10

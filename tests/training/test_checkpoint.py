@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lvrpo import storing
+from lvrpo import atomic_io
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training import checkpoint as ckpt
 
@@ -377,9 +377,9 @@ def test_safetensors_on_a_full_disk_gets_one_line(tmp_path: Path) -> None:
 
 def test_the_system_error_inside_a_safetensors_error_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise storing.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise atomic_io.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(storing, "save_file", full)
+    monkeypatch.setattr(atomic_io, "save_file", full)
     with pytest.raises(InputError, match=r"state\.safetensors: cannot be written: the disk is full"):
         ckpt.save_state(tmp_path, {"a": torch.ones(1)})
 

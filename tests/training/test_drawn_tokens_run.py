@@ -16,8 +16,8 @@ from lvrpo.evaluation.recorded_groups import read_record
 from lvrpo.evaluation.reward_audit import audit_rewards
 from lvrpo.registry import allow_code
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.rollout_log import TRAITS, read_steps
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import (

@@ -17,7 +17,7 @@ from lvrpo.report.records import read_metrics
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
-from lvrpo.training import samples
+from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import right_outputs
 from lvrpo.training.reward_metrics import reward_means, shown
@@ -77,7 +77,7 @@ def test_a_reason_is_one_line_that_a_file_can_hold() -> None:
 def test_samples_say_why_a_score_is_missing() -> None:
     run = RunDirectory.create(Path("run"), TrainConfig())
     groups, table = scored(FAILURES)
-    samples.write(run, 1, groups, table, right_outputs(groups))
+    rollout_log.write_samples(run, 1, groups, table, right_outputs(groups))
     (path,) = Path("run").rglob("groups.jsonl")
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
     found = {name: [(m["rewards"], m["masked"]) for m in row["members"]] for name, row in rows.items()}

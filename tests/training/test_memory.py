@@ -24,10 +24,10 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.dry_run import memory_needed
 from lvrpo.training.memory import PROGRAM, MemoryEstimate, require_memory
 from lvrpo.training.memory_use import LiveBytes
 from lvrpo.training.trainer import Trainer
-from lvrpo.training.trial import memory_needed
 
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvrpo.training.muon import Muon, orthogonalize
+from lvrpo.training.optimizer import Muon, orthogonalize
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

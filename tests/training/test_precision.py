@@ -21,8 +21,8 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.checkpoint import load_state, save_state
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.contract import TOLERANCE, _replay_checks, step_zero_contract
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers
+from lvrpo.training.preflight import TOLERANCE, _replay_checks, step_zero_contract
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Example, FlowSegment, Prompt, RewardTable, Trajectory

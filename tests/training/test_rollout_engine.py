@@ -22,8 +22,8 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.registry import allow_code, own_consent
 from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.contract import engine_checks
 from lvrpo.training.policies import policy_module
+from lvrpo.training.preflight import engine_checks
 from lvrpo.training.rollout_engine import ProcessEngine, Sampler, open_engine, weights_checksum
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt, TextSegment

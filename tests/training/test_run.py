@@ -25,8 +25,8 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.rollout_log import TRAITS, read_steps
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.score_record import TRAITS, read_steps
 from lvrpo.training.sources import training_source
 from lvrpo.training.trainer import Trainer
 

@@ -18,7 +18,7 @@ def options(parser: Parser) -> None:
         "--card",
         type=gibibytes,
         metavar="GIB",
-        help="foretell the memory on a CUDA card with so many GiB free, and stop there; the card need not be there, "
+        help="estimate the memory on a CUDA card with so many GiB free, and stop there; the card need not be there, "
         "and of a BAGEL its json and tokenizer files are enough",
     )
 
@@ -29,9 +29,9 @@ def run(options: Options) -> None:
     from lvrpo.config import dump_config
     from lvrpo.policies.loading import pick_device
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.contract import require
+    from lvrpo.training.dry_run import dry_run, memory_needed
     from lvrpo.training.memory import require_memory
-    from lvrpo.training.trial import memory_needed, try_out
+    from lvrpo.training.preflight import require
 
     config = read_config(TrainConfig, options.config, options.overrides)
     if options.card is not None:
@@ -42,18 +42,18 @@ def run(options: Options) -> None:
     if memory is not None:
         print_memory(memory)
     require_memory(memory, pick_device(config.device), f"policy={config.policy}")
-    trial = try_out(config)
+    found = dry_run(config)
     print("\nstep-0 contract")
-    for check in trial.checks:
+    for check in found.checks:
         print(f"  {'ok    ' if check.ok else 'BROKEN'}  {check.check}: {check.value:.3g} (limit {check.limit:.3g})")
-    require(trial.checks)
+    require(found.checks)
     print("\nestimate, from one small step")
     print(
-        f"  time    {clock(trial.seconds)} for {config.steps} steps with validation, {trial.step_seconds:.1f} s a step"
+        f"  time    {clock(found.seconds)} for {config.steps} steps with validation, {found.step_seconds:.1f} s a step"
     )
-    foretold = "" if memory is None else f"{memory.peak / 2**30:.1f} GiB foretold; "
-    print(f"  memory  {foretold}{trial.peak_memory_gib:.1f} GiB at most in this trial")
-    print(f"  disk    {trial.disk_mib:.0f} MiB of checkpoints")
+    estimated = "" if memory is None else f"{memory.peak / 2**30:.1f} GiB estimated; "
+    print(f"  memory  {estimated}{found.peak_memory_gib:.1f} GiB at most in this dry run")
+    print(f"  disk    {found.disk_mib:.0f} MiB of checkpoints")
 
 
 def print_memory(memory: MemoryEstimate) -> None:
@@ -68,14 +68,14 @@ def fit_card(config: TrainConfig, gib: float) -> None:
     """The memory of a run on a card that need not be there; raises InputError where it does not fit."""
     import torch
 
+    from lvrpo.training.dry_run import memory_needed
     from lvrpo.training.memory import require_fit
-    from lvrpo.training.trial import memory_needed
 
     if config.device == "cpu":
         raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
     memory = memory_needed(config, torch.device("cuda"))
     if memory is None:
-        raise InputError(f"--card {gib:g}: the memory of policy={config.policy} cannot be foretold: leave --card out")
+        raise InputError(f"--card {gib:g}: the memory of policy={config.policy} cannot be estimated: leave --card out")
     print_memory(memory)
     require_fit(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")

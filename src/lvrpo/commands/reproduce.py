@@ -85,9 +85,9 @@ def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
 
 def write_page(experiment: Experiment, summaries: Path) -> None:
     """The page beside the summaries, made of nothing else."""
+    from lvrpo.atomic_io import write_whole
     from lvrpo.report.evidence import Evidence
     from lvrpo.report.evidence_page import evidence_page
-    from lvrpo.storing import write_whole
 
     page = summaries.with_suffix(".md")
     text = evidence_page(experiment.table(), Evidence.read(summaries))

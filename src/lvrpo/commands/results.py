@@ -202,7 +202,7 @@ def report_options(parser: Parser) -> None:
 def report(options: Options) -> None:
     from lvrpo.evaluation.reward_audit import write_audit
     from lvrpo.report import build_report
-    from lvrpo.training.score_record import has_records
+    from lvrpo.training.rollout_log import has_records
 
     if has_records(options.run):
         write_audit(options.run)

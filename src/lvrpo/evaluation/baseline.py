@@ -16,12 +16,11 @@ from lvrpo.evaluation.cases import read_evaluation
 from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy
-from lvrpo.reading import is_there
+from lvrpo.reading import Record, is_there, typed
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.memory_use import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.typed_json import Record, typed
 
 RESULT = "eval/after.json"
 

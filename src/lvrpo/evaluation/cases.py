@@ -12,10 +12,10 @@ from pydantic import Field
 
 from lvrpo.errors import InputError
 from lvrpo.evaluation.suite import Evaluation
+from lvrpo.reading import Record
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.typed_json import Record
 from lvrpo.types import Group, Image, Prompt
 
 PER_CATEGORY = 3

@@ -26,7 +26,7 @@ from lvrpo.evaluation.suite import (
     own_benchmarks,
 )
 from lvrpo.policies.loading import picture_side
-from lvrpo.reading import is_there
+from lvrpo.reading import Record, is_there
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
@@ -35,7 +35,6 @@ from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
-from lvrpo.typed_json import Record
 from lvrpo.types import Prompt
 
 PLAN = "plan.json"

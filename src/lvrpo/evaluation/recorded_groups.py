@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import read_yaml
 from lvrpo.errors import InputError
+from lvrpo.reading import shaped
+from lvrpo.training.rollout_log import TRAITS, RolloutRecord, has_records, read_controls, read_steps, read_validations
 from lvrpo.training.run_directory import CONFIG, RunDirectory
-from lvrpo.training.score_record import TRAITS, ScoreRecord, has_records, read_controls, read_looks, read_steps
-from lvrpo.typed_json import shaped
 
 SUCCESS = "success"
 """Whether an output is right as a whole, scored wherever anybody can tell; nothing is trained on it as such."""
@@ -86,7 +86,7 @@ class Groups:
     """K choices of ``rewards.normalize``, "" where ``advantages.kind`` decides; empty: that for all."""
 
     @classmethod
-    def join(cls, records: Iterable[ScoreRecord]) -> Groups | None:
+    def join(cls, records: Iterable[RolloutRecord]) -> Groups | None:
         """All groups of some records; None if there is no record. Raises InputError if their rewards differ."""
         rows = list(records)
         if not rows:
@@ -183,7 +183,7 @@ def read_record(run: Path) -> Recorded:
     assert groups is not None
     graded = [(title, row.get("weight") != 0) for title, row in rewards if row.get("name") == VERIFIER]
     titles = tuple(title for title, _ in sorted(graded, key=lambda pair: pair[1]))
-    controls, looks = Groups.join(read_controls(run)), list(read_looks(run))
+    controls, looks = Groups.join(read_controls(run)), list(read_validations(run))
     return Recorded(groups, controls, looks, AdvantageSettings(**known), titles, shares)
 
 

@@ -11,6 +11,7 @@ import jinja2
 import markupsafe
 import yaml
 
+from lvrpo.atomic_io import write_whole
 from lvrpo.errors import InputError
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
@@ -22,7 +23,6 @@ from lvrpo.report.pictures import Picture, PictureStore
 from lvrpo.report.records import RunRecord, load_run, number
 from lvrpo.report.scores import score_table
 from lvrpo.report.verdict import label, verdict
-from lvrpo.storing import write_whole
 
 HERE = Path(__file__).parent
 GRID_SIDE = 1400

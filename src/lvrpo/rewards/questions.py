@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lvrpo.atomic_io import write_whole
 from lvrpo.config import Config, parse_section
 from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
@@ -21,7 +22,6 @@ from lvrpo.reading import read_json_object
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.sampling import derive_seed
-from lvrpo.storing import write_whole
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 TEMPLATE = """\

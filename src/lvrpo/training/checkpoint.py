@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvrpo.atomic_io import read_tensors, require_finite, sync, write_tensors
 from lvrpo.errors import ContractError, InputError
 from lvrpo.reading import MIB, is_there, read_json
-from lvrpo.storing import read_tensors, require_finite, sync, write_tensors
 
 STATE_BYTES = 1024 * MIB
 """Of state.json."""

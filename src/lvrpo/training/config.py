@@ -19,12 +19,12 @@ from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.health import HealthConfig
 from lvrpo.training.judge import JudgeConfig
-from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.losses import FLOW_LOSSES, TOKEN_LOSSES, FlowLoss, TokenLoss
 from lvrpo.training.losses.flow import ContrastConfig, FlowLossConfig, FreshNoiseConfig
 from lvrpo.training.losses.flow_grpo import RecordedStepsConfig
 from lvrpo.training.losses.grpo import GRPOConfig, PolicyGradientConfig
 from lvrpo.training.losses.nft import NFTConfig
+from lvrpo.training.microbatches import LimitsConfig
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig

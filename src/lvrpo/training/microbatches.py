@@ -1,18 +1,19 @@
-"""Which members of the groups an update replays together: as many at a time as a gradient is kept for."""
+"""What goes through a policy at once, so that a run fits into its memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 
+from lvrpo.config import Config
 from lvrpo.distributed import gather
 from lvrpo.policies.base import Policy
 from lvrpo.policies.mot.batching import cut
-from lvrpo.training.limits import LimitsConfig
 from lvrpo.training.losses.base import (
     FROZEN,
     KINDS,
@@ -28,6 +29,41 @@ from lvrpo.types import TASKS, Group, SegmentKind, Task
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
+
+
+class LimitsConfig(Config):
+    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once.
+
+    They move results by rounding alone.
+    """
+
+    hints: ClassVar[Mapping[str, str]] = {"backward_members": "is called {section}.microbatch_size"}
+
+    forward_tokens: int | None = Field(default=None, ge=1)
+    """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768). The tiny
+    policy goes by rows, 512 at once, whatever is set here."""
+    backward_tokens: int | None = Field(default=None, ge=1)
+    """At once where a gradient is kept, every trained step and every branch of guidance counted."""
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """The same, in drawings, each at ``flow.timesteps_per_sample`` times; texts: eight times as many. None, and no
+    ``backward_tokens``: 192, which suits small policies."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward pass instead of being remembered: a third more time, a fraction of the
+    memory. So are recorded steps of drawings, twice the time: one of them is remembered at once."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.backward_tokens is not None and self.microbatch_size is not None:
+            raise ValueError(
+                f"limits.backward_tokens={self.backward_tokens} and limits.microbatch_size={self.microbatch_size}: "
+                "two limits of one thing: give one of them"
+            )
+        return self
+
+    def apply(self, policy: Policy) -> None:
+        """Sets a policy up."""
+        policy.limit_tokens(self.forward_tokens)
+        policy.checkpoint_gradients(self.gradient_checkpointing)
 
 
 def minibatches(

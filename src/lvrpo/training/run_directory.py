@@ -28,13 +28,12 @@ import torch
 from pydantic import Field
 
 from lvrpo import __version__
+from lvrpo.atomic_io import write_whole
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import is_there, read_bytes, read_json
-from lvrpo.storing import write_whole
+from lvrpo.reading import Kind, Record, is_there, parse_typed_json, read_bytes, read_json, typed
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
-from lvrpo.typed_json import Kind, Record, parse_json, typed
 
 C = TypeVar("C", bound=Config)
 Json = Any
@@ -322,7 +321,9 @@ class RunDirectory:
         with disk_errors(path, "read"):
             lines = read_bytes(path, "restore the file").split(b"\n") if is_there(path) else [b""]
         return [
-            parse_json(line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line", finite=False)
+            parse_typed_json(
+                line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line", finite=False
+            )
             for number, line in enumerate(lines[:-1], start=1)
         ]
 

@@ -75,7 +75,7 @@ def loaded_policy(model: Path, config: TrainConfig, base: str | None) -> Policy:
 
 
 def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
-    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be foretold.
+    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be estimated.
 
     ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
     """

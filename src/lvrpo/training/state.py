@@ -22,6 +22,7 @@ from lvrpo.distributed import (
 )
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import TENSORS
+from lvrpo.reading import Record, shaped, typed
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
@@ -29,7 +30,6 @@ from lvrpo.training.losses import asks_for_old
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.overoptimization import Overoptimization
 from lvrpo.training.policies import Policies, SetName, shard_dtype
-from lvrpo.typed_json import Record, shaped, typed
 from lvrpo.types import Task
 
 ANOTHER = "use another checkpoint"

@@ -20,12 +20,11 @@ from lvrpo.policies.loading import START
 from lvrpo.registry import allow_code
 from lvrpo.rewards.table import MOST_FAILED, RewardSource
 from lvrpo.sampling import derive_seed
-from lvrpo.training import samples, score_record
+from lvrpo.training import rollout_log
 from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
 from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.contract import check_before_first_step, check_first_update
 from lvrpo.training.data_parallel import right_outputs, sample_own, score_own
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.judge import judge_drift
@@ -37,6 +36,7 @@ from lvrpo.training.losses.tokens import anchored
 from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_frozen_terms
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
+from lvrpo.training.preflight import check_before_first_step, check_first_update
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
 from lvrpo.training.rollout_engine import Sampler, open_engine
@@ -135,7 +135,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 lengthen(run, config)
             trainer = cls(config, run, TrainState.start(policy, config), parts, base)
             trainer.restore()
-            score_record.truncate(run, trainer.state.step or -1)
+            rollout_log.truncate(run, trainer.state.step or -1)
             run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
         except BaseException:
             run.close()
@@ -211,7 +211,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     if step % config.reference_eval_every == 0:
                         row |= self._control(prompts, step)
                     if state.step % config.samples_every == 0 or state.step == config.steps:
-                        samples.write(run, state.step, groups, table, right)
+                        rollout_log.write_samples(run, state.step, groups, table, right)
                     if state.overoptimization is not None:
                         state.overoptimization.add(state.step, groups, table, right)
                     if looks:
@@ -233,14 +233,14 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         """Writes the scores and advantages of a step."""
         judged = judged_of_whole(table, groups, self.config.advantages)
         whole = of_whole(advantages, groups)
-        score_record.write_step(self.run, self.state.step, groups, table, right, whole, judged)
+        rollout_log.write_step(self.run, self.state.step, groups, table, right, whole, judged)
 
     def _before_first_step(self, engine: Sampler | None) -> None:
         """The checks of step 0, and what validation sees before anything is trained."""
         state, policies = self.state, self.state.policies
         check_before_first_step(self.run, self.config, policies, self.source, self.rewards, engine)
         report = self.validator.validate(policies, state.validation, 0)
-        score_record.write_validation(self.run, 0, report.scores, self.config.validation.every)
+        rollout_log.write_validation(self.run, 0, report.scores, self.config.validation.every)
         self.run.append_metrics({"step": 0, **report.row()})
         self.save()
 
@@ -259,7 +259,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with policies.use("judge") as judge:
             table = score_own(self.rewards, control, judge, step)
         right = right_outputs(control)
-        score_record.write_control(self.run, self.state.step, control, table, right, self.config.reference_eval_every)
+        rollout_log.write_control(self.run, self.state.step, control, table, right, self.config.reference_eval_every)
         return reward_means("control", table, right)
 
     def result(self) -> Policy:

@@ -14,7 +14,7 @@ from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
-from lvrpo.training import score_record
+from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import merged, own_rows, sample_own
 from lvrpo.training.health import ENTROPY, answer_entropies
@@ -169,7 +169,7 @@ def apply_validation(
     config: TrainConfig, run: RunDirectory, state: TrainState, report: ValidationReport, row: dict[str, Any]
 ) -> bool:
     """What follows from a validation; returns whether the run stops."""
-    score_record.write_validation(run, state.step, report.scores, config.validation.every)
+    rollout_log.write_validation(run, state.step, report.scores, config.validation.every)
     row |= report.row()
     if report.verdict != "fallen":
         row["validation/action"] = ACTIONS[report.verdict]

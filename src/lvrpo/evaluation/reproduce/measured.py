@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lvrpo.atomic_io import write_whole
 from lvrpo.errors import InputError
 from lvrpo.evaluation.measures import BEST_OF
 from lvrpo.evaluation.reproduce.plan import Experiment
@@ -24,7 +25,6 @@ from lvrpo.policies.base import Policy
 from lvrpo.reading import is_there
 from lvrpo.report.evidence import Outcome, PromptSet, prompts_file
 from lvrpo.rewards.answers import normalize_answer
-from lvrpo.storing import write_whole
 from lvrpo.types import Prompt
 
 PLAIN = "_plain"

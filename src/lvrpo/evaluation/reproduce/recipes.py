@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lvrpo.atomic_io import write_whole
 from lvrpo.config import config_differences, load_config, parse_section, read_tree, tree_sha256
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
@@ -15,13 +16,11 @@ from lvrpo.evaluation.compute import Compute
 from lvrpo.evaluation.reproduce.budget import AnyConfig, RunCost, count_cost
 from lvrpo.evaluation.reproduce.plan import Experiment, TestConfig
 from lvrpo.policies.loading import load_policy
-from lvrpo.reading import is_there, read_json_object
+from lvrpo.reading import Record, is_there, read_json_object, typed
 from lvrpo.rewards.identity import judge_identity
-from lvrpo.storing import write_whole
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
-from lvrpo.typed_json import Record, typed
 from lvrpo.types import Task
 
 CODE_FILES = ("*.py", "*.yaml")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvrpo.atomic_io import write_whole
 from lvrpo.config import config_sha256
 from lvrpo.evaluation.reproduce.budget import AnyConfig
 from lvrpo.evaluation.reproduce.measured import Say, chosen_member, tested, validated, validation_score
@@ -18,7 +19,6 @@ from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START, load_policy
 from lvrpo.reading import is_there, read_json_object
 from lvrpo.report.evidence import TUNING, Summary
-from lvrpo.storing import write_whole
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.health import assess
 from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping

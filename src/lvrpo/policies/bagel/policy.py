@@ -12,6 +12,7 @@ from typing import Self
 import psutil
 import torch
 
+from lvrpo.atomic_io import write_tensors, write_whole
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.config import (
     WHOLE,
@@ -36,7 +37,6 @@ from lvrpo.policies.mot.policy import MoTPolicy, computing
 from lvrpo.policies.mot.towers import Grid
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
-from lvrpo.storing import write_tensors, write_whole
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lvrpo.atomic_io import require_weights
 from lvrpo.errors import InputError
 from lvrpo.reading import open_regular, parse_json, read_json_object
-from lvrpo.storing import require_weights
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes of weights, by their names in a file."""

@@ -19,10 +19,10 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from lvrpo import distributed
+from lvrpo.atomic_io import read_weights, write_tensors
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.reading import read_json_object
-from lvrpo.storing import read_weights, write_tensors
 from lvrpo.types import SegmentKind
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Self
 
 import torch
 
+from lvrpo.atomic_io import read_weights, write_tensors, write_whole
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.reading import read_json_object
-from lvrpo.storing import read_weights, write_tensors, write_whole
 
 
 class FolderPolicy(MoTPolicy):

@@ -9,6 +9,7 @@ written. What is kept is a function of the step, so a resumed run holds the same
 from __future__ import annotations
 
 import io
+import json
 import re
 import zipfile
 from collections import Counter
@@ -24,14 +25,17 @@ from numpy.typing import ArrayLike, NDArray
 from lvrpo.distributed import is_main, relay_errors
 from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_bytes
+from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
-from lvrpo.training.data_parallel import merged, own_rows
+from lvrpo.training.data_parallel import merged, own_rows, whole_groups
+from lvrpo.training.reward_metrics import masked
 from lvrpo.training.run_directory import SCORES, RunDirectory
-from lvrpo.types import Group, RewardTable, Task, TextSegment
+from lvrpo.types import TASKS, Group, RewardTable, Task, TextSegment
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
 
 Kind = Literal["step", "control", "validation"]
 
@@ -53,7 +57,7 @@ SHAPES: Mapping[str, str] = {
     "traits": "PGT",
     **dict.fromkeys(("text_diversity", "picture_diversity"), "P"),
 }
-"""Of the arrays of a ``ScoreRecord``, by its letters and T for the traits."""
+"""Of the arrays of a ``RolloutRecord``, by its letters and T for the traits."""
 
 MOST_BYTES = 1024 * MIB
 """Of one record, unpacked."""
@@ -62,7 +66,7 @@ SIDE = 64
 
 
 @dataclass(frozen=True)
-class ScoreRecord:
+class RolloutRecord:
     """The groups of one step. Scores are nan where masked."""
 
     step: int
@@ -154,17 +158,17 @@ def stride(number: int) -> int:
 # --- reading ---
 
 
-def read_steps(run: Path) -> Iterator[ScoreRecord]:
+def read_steps(run: Path) -> Iterator[RolloutRecord]:
     """The kept training steps in order; raises InputError on a broken file."""
     return _read(run, "step")
 
 
-def read_controls(run: Path) -> Iterator[ScoreRecord]:
+def read_controls(run: Path) -> Iterator[RolloutRecord]:
     """The kept controls in order; raises InputError on a broken file."""
     return _read(run, "control")
 
 
-def read_looks(run: Path) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+def read_validations(run: Path) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
     """(step, scores of the held-out prompts by task) in order; raises InputError on a broken file."""
     for step, path in _files(run, "validation"):
         yield step, _load(path)
@@ -302,7 +306,7 @@ def _files(run: Path, kind: Kind) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
+def _read(run: Path, kind: Kind) -> Iterator[RolloutRecord]:
     for step, path in _files(run, kind):
         arrays = _load(path)
         try:
@@ -311,14 +315,14 @@ def _read(run: Path, kind: Kind) -> Iterator[ScoreRecord]:
             later = {n: tuple(map(str, arrays.pop(n, ()))) for n in ("normalize", "judged_by", "categories")}
             known = {"judge": judge, **later}
             values: Any = {**known, **arrays}  # Any: bool or float, by the field
-            record = ScoreRecord(step=step, names=names, tasks=tasks, **values)
+            record = RolloutRecord(step=step, names=names, tasks=tasks, **values)
             _require_shapes(record)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: lacks what a record of scores holds: delete it") from None
         yield record
 
 
-def _require_shapes(record: ScoreRecord) -> None:
+def _require_shapes(record: RolloutRecord) -> None:
     """Raises ValueError where arrays do not fit each other, or hold no numbers."""
     P, K = len(record.tasks), len(record.names)
     sizes = {"P": P, "K": K, "G": record.scores.shape[1], "T": len(TRAITS)} if record.scores.ndim == 3 else {}
@@ -339,3 +343,70 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile):
             raise InputError(f"{path}: is not a whole record of scores: delete it") from None
+
+
+GROUPS_PER_TASK = 4
+
+
+def write_samples(
+    run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, known: Mapping[int, Sequence[float]]
+) -> None:
+    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task.
+
+    ``known``: by row, which members are right (``right_outputs``).
+    """
+    chosen = [
+        p
+        for task in TASKS
+        for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
+    ]
+    shown = whole_groups(groups, chosen)
+    if not is_main():
+        return
+    right: list[Sequence[float | None]] = [
+        known.get(p, [None] * len(group)) for p, group in zip(chosen, shown, strict=True)
+    ]
+    rows = []
+    for group, success in zip(shown, right, strict=True):
+        if group.trajectories[0].image is None:
+            continue
+        pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
+        pictures += [
+            Tile(t.image, t.text or "", good=None if ok is None else bool(ok))
+            for t, ok in zip(group.trajectories, success, strict=True)
+        ]
+        rows.append((prompt_text(group), pictures))
+    folder = f"samples/{run.samples_dir(step).name}"
+    if rows:
+        buffer = io.BytesIO()
+        picture_grid(rows).save(buffer, format="PNG")
+        run.write_bytes(f"{folder}/grid.png", buffer.getvalue())
+    lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, right, strict=True)]
+    run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
+
+
+def prompt_text(group: Group) -> str:
+    """The words of the prompt."""
+    return " ".join(part for part in group.prompt.parts if isinstance(part, str))
+
+
+def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | None]) -> dict[str, Any]:
+    members = []
+    for g, trajectory in enumerate(group.trajectories):
+        scores = {
+            name: float(table.scores[p, g, k]) if bool(table.mask[p, g, k]) else None
+            for k, name in enumerate(table.names)
+        }
+        member = {"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores}
+        members.append(member | {"masked": masked(table, p, g)})
+    prompt = group.prompt
+    return {
+        "id": prompt.id,
+        "task": prompt.task,
+        "category": prompt.category,
+        "prompt": prompt_text(group),
+        "answer": prompt.answer,
+        "judge": table.judge,
+        "judged_by": dict(table.judged_by),
+        "members": members,
+    }

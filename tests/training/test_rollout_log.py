@@ -13,7 +13,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.table import NOT_APPLICABLE
-from lvrpo.training import score_record
+from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import right_outputs
 from lvrpo.training.run_directory import RunDirectory
@@ -72,8 +72,8 @@ ADVANTAGES = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0] * 4, [0.5, -0.5, 1.5, -1
 
 
 def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
-    (record,) = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
+    (record,) = rollout_log.read_steps(run.path)
     assert (record.step, record.names, record.tasks) == (1, ("exact", "facts"), ("understand", "generate", "reason"))
     assert record.weights.tolist() == [1.0, 0.5]
     nan = math.nan
@@ -87,14 +87,14 @@ def test_a_step_comes_back_as_it_was(run: RunDirectory) -> None:
 
 def test_rewards_of_another_segment_are_noted(run: RunDirectory) -> None:
     judged = torch.tensor([[True, True], [True, True], [False, True]])
-    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES, judged)
-    (record,) = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES, judged)
+    (record,) = rollout_log.read_steps(run.path)
     assert record.judged.tolist() == judged.tolist()
 
 
 def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
-    (record,) = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
+    (record,) = rollout_log.read_steps(run.path)
     nan = math.nan
     drawn, striped = [nan, nan, 1, 0, 0, 0], [nan, nan, 0.5, 0.5, 0.5, 0.5]
     np.testing.assert_array_equal(
@@ -110,43 +110,43 @@ def test_traits_and_diversity_by_hand(run: RunDirectory) -> None:
 def test_large_pictures_are_measured_on_a_grid() -> None:
     wide = torch.rand(3, 200, 130)
     for image, shape in ((wide, (50, 33)), (wide[:, :64, :64], (64, 64))):
-        pictures = score_record._pictures(group(DRAWING.prompt, [[picture(image)]] * 2))
+        pictures = rollout_log._pictures(group(DRAWING.prompt, [[picture(image)]] * 2))
         assert pictures is not None
         assert pictures.shape == (2, 3, shape[0] * shape[1])
 
 
 def test_controls_and_looks(run: RunDirectory) -> None:
-    score_record.write_control(run, 1, THREE, table(), RIGHT, 10)
-    score_record.write_validation(run, 0, {"understand": [1.0, 0.0]}, 20)
-    score_record.write_validation(run, 20, {"understand": [1.0, 1.0]}, 20)
-    score_record.write_validation(run, 40, {}, 20)
-    (control,) = score_record.read_controls(run.path)
+    rollout_log.write_control(run, 1, THREE, table(), RIGHT, 10)
+    rollout_log.write_validation(run, 0, {"understand": [1.0, 0.0]}, 20)
+    rollout_log.write_validation(run, 20, {"understand": [1.0, 1.0]}, 20)
+    rollout_log.write_validation(run, 40, {}, 20)
+    (control,) = rollout_log.read_controls(run.path)
     assert np.isnan(control.advantages).all()
-    assert [(step, look["understand"].tolist()) for step, look in score_record.read_looks(run.path)] == [
+    assert [(step, look["understand"].tolist()) for step, look in rollout_log.read_validations(run.path)] == [
         (0, [1.0, 0.0]),
         (20, [1.0, 1.0]),
     ]
-    assert not score_record.has_records(run.path)
+    assert not rollout_log.has_records(run.path)
 
 
 @pytest.mark.parametrize(("newest", "spacing"), [(0, 1), (1023, 1), (1024, 2), (2047, 2), (2048, 4), (99_999, 128)])
 def test_spacing_of_what_is_kept(newest: int, spacing: int) -> None:
-    assert score_record.stride(newest) == spacing
-    assert newest // spacing + 1 <= score_record.KEPT
+    assert rollout_log.stride(newest) == spacing
+    assert newest // spacing + 1 <= rollout_log.KEPT
 
 
 def kept(run: RunDirectory) -> dict[str, list[int]]:
-    return {kind: [step for step, _ in score_record._files(run.path, kind)] for kind in score_record.FIRST}
+    return {kind: [step for step, _ in rollout_log._files(run.path, kind)] for kind in rollout_log.FIRST}
 
 
 def write_all(run: RunDirectory, first: int, last: int) -> None:
     """What the loop writes from step ``first`` to ``last``: controls every 3 steps, looks every 4 and at the end."""
     for step in range(first, last + 1):
-        score_record.write_step(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+        rollout_log.write_step(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
         if (step - 1) % 3 == 0:
-            score_record.write_control(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), 3)
+            rollout_log.write_control(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), 3)
         if step % 4 == 0 or step == 38:
-            score_record.write_validation(run, step, {"generate": [float(step)]}, 4)
+            rollout_log.write_validation(run, step, {"generate": [float(step)]}, 4)
 
 
 def one_row() -> RewardTable:
@@ -154,8 +154,8 @@ def one_row() -> RewardTable:
 
 
 def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_record, "KEPT", 8)
-    score_record.write_validation(run, 0, {"generate": [0.0]}, 4)
+    monkeypatch.setattr(rollout_log, "KEPT", 8)
+    rollout_log.write_validation(run, 0, {"generate": [0.0]}, 4)
     write_all(run, 1, 38)
     assert kept(run) == {
         "step": [1, 9, 17, 25, 33],
@@ -168,13 +168,13 @@ def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: 
 def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
     run: RunDirectory, tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_record, "KEPT", 8)
+    monkeypatch.setattr(rollout_log, "KEPT", 8)
     other = RunDirectory.create(tmp_path / "other", TrainConfig())
     for one in (run, other):
-        score_record.write_validation(one, 0, {"generate": [0.0]}, 4)
+        rollout_log.write_validation(one, 0, {"generate": [0.0]}, 4)
     write_all(other, 1, 38)
     write_all(run, 1, stopped)
-    score_record.truncate(run, stopped - 3)  # the last checkpoint
+    rollout_log.truncate(run, stopped - 3)  # the last checkpoint
     assert all(step <= stopped - 3 for steps in kept(run).values() for step in steps)
     write_all(run, stopped - 2, 38)
     assert kept(run) == kept(other)
@@ -183,18 +183,18 @@ def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
 
 
 def test_broken_files_are_one_line(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+    rollout_log.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
     path = run.path / "scores" / "step_000001.npz"
     whole = path.read_bytes()
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole.replace(b"traits", b"traitz")):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"step_000001\.npz: .*: delete it") as caught:
-            list(score_record.read_steps(run.path))
+            list(rollout_log.read_steps(run.path))
         assert "\n" not in str(caught.value)
 
 
 def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+    rollout_log.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
     left = run.path / "scores" / ".step_000002.npz.tmp-0123"
     left.write_bytes(b"half")
     run.close()
@@ -205,32 +205,32 @@ def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
 
 def test_a_record_names_its_judges(run: RunDirectory) -> None:
     made = replace(table(), judge="TinyPolicy:0123", judged_by={"facts": "a model at an address"})
-    score_record.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
-    (record,) = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
+    (record,) = rollout_log.read_steps(run.path)
     assert record.judge == "TinyPolicy:0123"
     assert record.judged_by == tuple({"facts": "a model at an address"}.get(name, "") for name in record.names)
     assert any(record.judged_by)
 
 
 def test_categories_are_on_record_and_older_records_have_none(run: RunDirectory) -> None:
-    score_record.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
-    (record,) = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, table(), RIGHT, ADVANTAGES)
+    (record,) = rollout_log.read_steps(run.path)
     assert record.categories == ("", "colors", "")
     path = run.path / "scores" / "step_000001.npz"
     with np.load(path) as arrays:
         older = {name: value for name, value in arrays.items() if name != "categories"}
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **older)
-    (record,) = score_record.read_steps(run.path)
+    (record,) = rollout_log.read_steps(run.path)
     assert record.categories == ()
 
 
 def test_caps_and_scales_of_their_own_are_on_record(run: RunDirectory) -> None:
     cut = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4])
     made = replace(table(), normalize={"facts": "batch"}, cut={"exact": cut})
-    score_record.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
-    score_record.write_step(run, 2, THREE, table(), RIGHT, ADVANTAGES)
-    record, plain = score_record.read_steps(run.path)
+    rollout_log.write_step(run, 1, THREE, made, RIGHT, ADVANTAGES)
+    rollout_log.write_step(run, 2, THREE, table(), RIGHT, ADVANTAGES)
+    record, plain = rollout_log.read_steps(run.path)
     assert record.normalize == ("", "batch")
     nan = math.nan  # of the first group's three valid scores one was cut; the second group has none
     np.testing.assert_allclose(record.cut, [[1 / 3, nan], [nan, nan], [1, nan]], rtol=1e-6)

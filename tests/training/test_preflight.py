@@ -10,8 +10,8 @@ import torch
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.training.contract import Check, first_update_checks, require, step_zero_contract, weights_check
 from lvrpo.training.policies import Policies
+from lvrpo.training.preflight import Check, first_update_checks, require, step_zero_contract, weights_check
 from lvrpo.types import FlowSegment, Group, RewardTable, Segment, TextSegment, Trajectory
 
 SAMPLING = Sampling(group_size=4, max_new_tokens=4, num_steps=4, sampler="flow_sde", window=(0, 1), guidance_scale=2.0)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from pydantic import Field
 
-from lvrpo import storing
+from lvrpo import atomic_io
+from lvrpo.atomic_io import write_tensors, write_whole
 from lvrpo.commands.files import write_file
 from lvrpo.config import Config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.adapter import AdapterConfig, inject_adapter
 from lvrpo.rewards.questions import TextCache
-from lvrpo.storing import write_tensors, write_whole
 from lvrpo.training.checkpoint import checkpoint_writer, save_state
 from lvrpo.training.run_directory import RunDirectory
 
@@ -87,7 +87,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         Path(name).write_bytes(before[:10])
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(storing, "save_file", half)
+    monkeypatch.setattr(atomic_io, "save_file", half)
     with pytest.raises(OSError, match="went away"):
         write_tensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""The step-0 contract: what must hold before the first update, measured on a small batch (FORMULAS section 7)."""
+"""Preflight checks, the step-0 contract: what must hold before the first update, measured on a small batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trial before a run: its memory foretold, the contract on a few prompts, the cost of one small step."""
+"""A dry run: the memory estimate, the preflight checks on a few prompts, and the time of one small step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.contract import Check, contract_checks
 from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate
 from lvrpo.training.memory_use import peak_memory_gib
+from lvrpo.training.preflight import Check, contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.setup import memory_of, open_policy
@@ -35,20 +35,20 @@ SHARE = 4
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a trial found; times and sizes are estimates."""
+class DryRun:
+    """What a dry run measured; times and sizes of the run are estimates."""
 
     checks: Sequence[Check]
     step_seconds: float
     seconds: float
     """Of the whole run, with validation."""
     peak_memory_gib: float
-    """What the trial itself took, at its most."""
+    """The peak of the dry run itself."""
     disk_mib: float
 
 
 def memory_needed(config: TrainConfig, device: torch.device | None = None) -> MemoryEstimate | None:
-    """What a run will need; None for a kind of policy whose memory cannot be foretold.
+    """What a run will need; None for a kind of policy whose memory cannot be estimated.
 
     ``device`` stands for the configuration's; it need not be there.
     """
@@ -58,15 +58,15 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
     return memory_of(config, Parts(source, (), validator, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
 
 
-def try_out(config: TrainConfig) -> Trial:
-    """Loads everything that a run loads, measures the contract, times one small step."""
+def dry_run(config: TrainConfig) -> DryRun:
+    """Loads everything that a run loads, runs the preflight checks, times one small step."""
     torch.set_num_threads(config.threads)
     parts = open_parts(config)
     policy, base = open_policy(config)
     parts.require_readable(policy)
     state = TrainState.start(policy, config)
     with _engine(config, policy, base) as engine:
-        return _trial(config, parts, state, engine)
+        return _dry_run(config, parts, state, engine)
 
 
 @contextmanager
@@ -82,11 +82,11 @@ def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[Sampler
             yield engine
 
 
-def _trial(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler | None) -> Trial:
+def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler | None) -> DryRun:
     source, rewards, validator, policy = parts.source, parts.rewards, parts.validator, state.policies.policy
     checks = contract_checks(config, state.policies, source, rewards, engine)
     if not all(check.ok for check in checks):
-        return Trial(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
+        return DryRun(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
 
     counts = config.data.prompts_per_step
     few = {task: -(-count // SHARE) for task, count in counts.items()}
@@ -106,6 +106,6 @@ def _trial(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler
     looks = config.steps // config.validation.every + 2
     weights = sum(tensor.numel() * 4 for tensor in state.policies.weights[POLICY].values())
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
-    return Trial(
+    return DryRun(
         checks, step_seconds, config.steps * step_seconds + looks * validation_seconds, peak_memory_gib(), disk
     )
