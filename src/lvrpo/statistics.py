@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # scipy.stats takes half a second to import: only when a statistic is asked for
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from lvrpo.errors import ContractError
 
@@ -131,7 +131,7 @@ def welch_difference(
     if sum(errors) == 0:
         return Interval(score, score, score, n)
     freedom = sum(errors) ** 2 / sum(e**2 / f for e, f in zip(errors, freedoms, strict=True))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * sum(errors) ** 0.5
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * sum(errors) ** 0.5
     return Interval(score, score - half, score + half, n)
 
 
@@ -215,8 +215,8 @@ def over_seeds_and_prompts(values: ArrayLike, clusters: Sequence[Hashable] | Non
     if error <= TINY or spread == 0:
         return TwoWay(Interval(mean, mean, mean, s), unknown, unknown)
     freedom = (of_seeds + own) ** 2 / spread
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom))
     return TwoWay(Interval(mean, mean - half, mean + half, s), detectable_effect(error, freedom), p_value)
 
 
@@ -238,7 +238,7 @@ def detectable_effect(
 
     (Cohen 1988). ``freedom``: f, such as seeds - 1 where the error is that over seeds. nan for an unknown error.
     """
-    quantiles = stats.norm if np.isinf(freedom) else stats.t(freedom)
+    quantiles = scipy.stats.norm if np.isinf(freedom) else scipy.stats.t(freedom)
     return float(quantiles.ppf(1 - level / 2) + quantiles.ppf(power)) * error
 
 
@@ -267,7 +267,7 @@ def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hasha
         return 1.0
     if error <= TINY:
         return float(0.5 ** (sums.size - 1))
-    return float(2 * stats.t.sf(abs(mean) / error, sums.size - 1))
+    return float(2 * scipy.stats.t.sf(abs(mean) / error, sums.size - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -330,7 +330,7 @@ def _t_interval(values: Floats, confidence: float) -> Interval:
     if values.size == 1:
         return Interval(mean, float("nan"), float("nan"), 1)
     error = float(values.std(ddof=1)) / values.size**0.5
-    half = float(stats.t.ppf((1 + confidence) / 2, values.size - 1)) * error
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, values.size - 1)) * error
     return Interval(mean, mean - half, mean + half, int(values.size))
 
 
@@ -360,7 +360,7 @@ def _no_spread(score: float, n: int) -> tuple[float, float]:
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
-    interval = stats.binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    interval = scipy.stats.binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -372,8 +372,8 @@ def _bootstrap(sums: Floats, counts: Floats, seed: int) -> tuple[float, float]:
         return total.sum(axis=axis) / count.sum(axis=axis)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(
             (sums, counts),
             ratio,
             paired=True,

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from lvrpo.evaluation.recorded_groups import SUCCESS, Array, Window
 from lvrpo.statistics import Interval, mean_interval, seeds_interval, welch_difference
@@ -167,7 +167,7 @@ def _ranks(one: Array, other: Array) -> tuple[NDArray[np.float64], NDArray[np.fl
     both = scored(one, other)
     if not both.size:
         return np.full(one.shape, np.nan), np.full(other.shape, np.nan)
-    a, b = (rankdata(np.where(both, x, np.nan), axis=1, nan_policy="omit") for x in (one, other))
+    a, b = (scipy.stats.rankdata(np.where(both, x, np.nan), axis=1, nan_policy="omit") for x in (one, other))
     return a, b
 
 
