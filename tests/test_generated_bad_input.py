@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel
 from refusals import complaint, require_none
-from wrong_values import Wrong, accepts, finite, hints, placed, sections, subclasses, thinned, wrong_fields, yaml_text
+from wrong_values import Wrong, accepts, finite, placed, sections, subclasses, thinned, wrong_fields, yaml_text
 
 from lvrpo.config import Config
 from lvrpo.data.schema import Row
@@ -113,13 +113,6 @@ def folder(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reward_options(name: str) -> Model:
-    """The options of a reward as a model, from its signature."""
-    options = hints(resolve("reward", name, REWARDS))
-    fields: dict[str, Any] = {option: (kind, ... if required else None) for option, (kind, required) in options.items()}
-    return create_model(f"options of {name}", **fields)
-
-
 def require_refusals(cases: list[Wrong], refuses: Callable[[Wrong], str | None], model: Model) -> None:
     """Fails where a case is not refused, and where a field has none."""
     require_none({f"{'.'.join(case.path)}={case.value!r:.60}": refuses(case) for case in cases})
@@ -138,7 +131,8 @@ def test_every_field_of_a_file_refuses_what_is_outside_of_its_type(
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_option_of_a_reward_refuses_what_is_outside_of_its_type(name: str) -> None:
-    root = Root(reward_options(name), TRAIN, around=in_reward(name))
+    base = {"endpoint": {"base_url": "http://host/v1", "model": "m"}} if name == "vlm_endpoint" else {}
+    root = Root(resolve("reward", name, REWARDS), TRAIN, base=base, around=in_reward(name))
     require_refusals(thinned(wrong_fields(root.model), EVERY), root.refuses, root.model)
 
 
@@ -165,13 +159,11 @@ def becomes_text(case: Wrong) -> bool:
 def test_every_section_is_in_a_file_of_some_command() -> None:
     reached = {section for root in ROOTS.values() for section in sections(root.model)}
     reached |= {section for model, _ in BY_OVERRIDES.values() for section in sections(model)}
+    reached |= {section for name in REWARDS for section in sections(resolve("reward", name, REWARDS))}
     known = {
         cls
         for cls in subclasses(Config)
-        if cls.model_fields
-        and not cls.__subclasses__()
-        and cls.__module__.startswith("lvrpo.")
-        and not cls.__name__.endswith("Options")
+        if cls.model_fields and not cls.__subclasses__() and cls.__module__.startswith("lvrpo.")
     }
     assert known - reached == READ_OTHERWISE
     cases = sum(len(thinned(wrong_fields(root.model), EVERY)) for root in ROOTS.values())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -350,15 +350,6 @@ def placed(wrong: Wrong, root: Value = None) -> dict[str, Value]:
         if path == wrong.path or path[-1] not in node:
             node[path[-1]] = value
     return tree
-
-
-# --- options of callables ---
-
-
-def hints(made: Callable[..., object]) -> dict[str, tuple[Kind, bool]]:
-    """(annotation, whether it is required) of each parameter of a class."""
-    known = get_type_hints(made.__init__ if inspect.isclass(made) else made, include_extras=True)
-    return {p.name: (known[p.name], p.default is p.empty) for p in inspect.signature(made).parameters.values()}
 
 
 # --- texts and bytes ---

@@ -72,7 +72,7 @@ def test_a_text_that_was_cut_off_is_masked_alone(name: str, options: dict[str, A
 
 
 def test_texts_judged_by_an_endpoint(server: Any) -> None:
-    reward = VLMEndpoint(server.options(), ask="rating", template="{prompt} {answer}?")
+    reward = VLMEndpoint(endpoint=server.options(), ask="rating", template="{prompt} {answer}?")
     server.replies = ["9"]
     scores = reward.score([cut(given_group(ASK, [["cube"], ["cube and"]]), 1)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == pytest.approx(0.9)
@@ -87,8 +87,8 @@ def test_an_answer_that_never_ends_is_wrong() -> None:
     assert scores.values.tolist() == [[1, 0, 0]]
     assert not scores.failures
     assert successes([group]) == [[1, 0, 0]]
-    with pytest.raises(InputError, match=r"exact_answer\.cut_off='drop': unknown: use mask, score"):
-        ExactAnswer(cut_off="drop")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"options\.cut_off=drop: must be 'mask' or 'score'"):
+        build_rewards([RewardConfig(name="exact_answer", options={"cut_off": "drop"})])
 
 
 def test_agreement_of_texts_that_never_end_is_none() -> None:

@@ -17,6 +17,7 @@ from PIL import ImageDraw, ImageFont
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 from lvrpo.rewards.drawn_text import DrawnText, asked_text, edit_distance
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt
 
 SIGN = Prompt("s", "generate", ('a sign that says "Open late"',), ("image",))
@@ -48,7 +49,7 @@ def test_the_share_of_the_text_that_can_be_read(group: Callable[..., Group], fak
     groups = [group(SIGN, [[picture(level)] for level in (0.25, 0.5, 0.75, 0.0)])]
     scores = DrawnText(reader=fake).score(groups, judge({}))
     assert scores.values[0].tolist() == pytest.approx([1, 1 - 1 / 9, 9 / 18, 0])
-    assert DrawnText("exact", reader=fake).score(groups, judge({})).values.tolist() == [[1, 0, 0, 0]]
+    assert DrawnText(compare="exact", reader=fake).score(groups, judge({})).values.tolist() == [[1, 0, 0, 0]]
     with_case = DrawnText(case=True, reader=fake).score(groups, judge({})).values[0]
     assert with_case.tolist() == pytest.approx([1 - 7 / 9, 1 - 2 / 9, 1 - 10 / 18, 0])
 
@@ -108,8 +109,8 @@ def test_the_edit_distance_is_a_metric(one: str, two: str, three: str) -> None:
 
 
 def test_bad_options_are_refused(fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"drawn_text.compare='near': unknown: use distance, exact"):
-        DrawnText("near", reader=fake)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"options.compare=near: must be 'distance' or 'exact'"):
+        build_rewards([RewardConfig(name="drawn_text", options={"compare": "near"})])
     with pytest.raises(InputError, match="text reader 'rapidor': unknown: did you mean rapidocr"):
         DrawnText(reader="rapidor")
     monkeypatch.setitem(sys.modules, "rapidocr", None)

@@ -16,6 +16,7 @@ from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_identity
 from lvrpo.rewards.instruction import Instruction
 from lvrpo.rewards.knowledge import Knowledge
 from lvrpo.rewards.semantic import Semantic
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Fact, Group, Prompt
 
 transformers = pytest.importorskip("transformers")
@@ -278,10 +279,10 @@ def test_knowledge_and_instruction_ask_the_reader(group: Callable[..., Group], v
 
 def test_folders_that_hold_no_reader(vlm: Path, tower: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model_type='siglip2?': no model of transformers that reads") as caught:
-        Knowledge(source=str(tower))
+        build_rewards([RewardConfig(name="knowledge", options={"source": str(tower)})])
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="model_type='llava': use a folder of siglip or siglip2"):
-        Semantic(source=str(vlm))
+        build_rewards([RewardConfig(name="semantic", options={"source": str(vlm)})])
     for path in vlm.iterdir():
         if "template" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -291,7 +292,6 @@ def test_folders_that_hold_no_reader(vlm: Path, tower: Path, tmp_path: Path) -> 
         path.write_text(json.dumps(tree))
     with pytest.raises(InputError, match="has no chat template: use an instruction-tuned checkpoint"):
         ExternalVLM(str(tmp_path), "cpu")
-    with pytest.raises(InputError, match="no folder with a config"):
-        Knowledge(source="nowhere")
-    with pytest.raises(InputError, match="no folder with a config"):
-        Instruction(source="nowhere")
+    for name in ("knowledge", "instruction"):
+        with pytest.raises(InputError, match=r"options.source=nowhere: no folder with a config"):
+            build_rewards([RewardConfig(name=name, options={"source": "nowhere"})])

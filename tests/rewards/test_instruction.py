@@ -13,6 +13,7 @@ from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
 from lvrpo.rewards.instruction import Instruction, keeps_to, text_rules
 from lvrpo.rewards.knowledge import Knowledge
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 COUNT, COLOR = Fact("count", "how many ?", "3"), Fact("color", "color ?", "red")
@@ -140,21 +141,21 @@ def test_knowledge_is_the_confidence_of_the_reader(group: Callable[..., Group], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "eye"}, "instruction.by='eye': unknown: use vqa, verifier"),
+        ({"by": "eye"}, "options.by=eye: must be 'vqa' or 'verifier'"),
         ({"by": "verifier", "split": {}}, "asks no questions"),
-        ({"above": 1}, "must be at least 0 and below 1"),
-        ({"kinds": "count"}, "must be a list of kinds"),
-        ({"rules": {"words": 3}}, "instruction.rules.words: unknown rule: the rules are min_words, max_words, form"),
-        ({"rules": {"max_words": 0}}, "instruction.rules.max_words: Input should be greater"),
-        ({"rules": {"max_words": 1, "min_words": 2}}, "instruction.rules: min_words=2 is above max_words=1"),
+        ({"above": 1}, "options.above=1: must be < 1"),
+        ({"kinds": "count"}, "options.kinds=count: must be a list"),
+        ({"rules": {"words": 3}}, "options: rules.words: unknown rule: the rules are min_words, max_words, form"),
+        ({"rules": {"max_words": 0}}, "options: rules.max_words: Input should be greater"),
+        ({"rules": {"max_words": 1, "min_words": 2}}, "options: rules: min_words=2 is above max_words=1"),
         ({"rules": {"form": "("}}, "is no regular expression"),
         ({"rules": {"include": [" "]}}, "one is blank"),
-        ({"cut_off": "drop"}, "instruction.cut_off='drop'"),
+        ({"cut_off": "drop"}, "options.cut_off=drop: must be 'mask' or 'score'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        Instruction(**options)
+        build_rewards([RewardConfig(name="instruction", options=options)])
     assert "\n" not in str(caught.value)
 
 

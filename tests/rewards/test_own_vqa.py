@@ -14,7 +14,7 @@ from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 
@@ -111,7 +111,7 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        OwnVQA(**options)
+        build_rewards([RewardConfig(name="own_vqa", options=options)])
 
 
 def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
@@ -139,7 +139,7 @@ def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
 @pytest.mark.parametrize("wrong", [{"paraphrases": 0}, {"bound": 1.0}, {"paraphrases": 2, "bound": -1.0}])
 def test_paraphrases_that_make_no_sense_are_one_line(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="own_vqa"):
-        OwnVQA(**wrong)
+        build_rewards([RewardConfig(name="own_vqa", options=wrong)])
 
 
 BITS = 5

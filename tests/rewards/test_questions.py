@@ -14,7 +14,8 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.questions import Splitter, kind_of, parse_questions
+from lvrpo.rewards.questions import SplitConfig, Splitter, kind_of, parse_questions
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment, Trajectory
 
 CUBE = Prompt("cube", "generate", ("a red cube beside three birds",), ("image",))
@@ -42,7 +43,7 @@ class Writer:
 
 
 def split(tmp_path: Path, **options: Any) -> Splitter:
-    return Splitter.read({"cache": str(tmp_path / "cache")} | options, "own_vqa.split")
+    return Splitter(SplitConfig.model_validate({"cache": str(tmp_path / "cache")} | options))
 
 
 def picture(level: float) -> Image:
@@ -216,19 +217,22 @@ def test_the_tiny_policy_writes_what_no_questions_can_be_read_in(group: Callable
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"template": "split it"}, r"own_vqa.split: template: must hold \{prompt\}"),
+        ({"template": "split it"}, r"own_vqa.options.split: template: must hold \{prompt\}"),
         ({"edit_template": ""}, "edit_template: must hold"),
         ({"by": "endpoint"}, "belong together"),
         ({"endpoint": {"base_url": "http://x/v1", "model": "m"}}, "belong together"),
-        ({"by": "polcy"}, "own_vqa.split.by=.*did you mean policy"),
-        ({"by": "endpoint", "endpoint": {"base_url": "http://x/v1"}}, "own_vqa.split.endpoint.model: is missing"),
-        ({"tempalte": "x"}, "own_vqa.split.tempalte: unknown key: did you mean template"),
+        ({"by": "polcy"}, "own_vqa.options.split.by=.*did you mean policy"),
+        (
+            {"by": "endpoint", "endpoint": {"base_url": "http://x/v1"}},
+            "own_vqa.options.split.endpoint.model: is missing",
+        ),
+        ({"tempalte": "x"}, "own_vqa.options.split.tempalte: unknown key: did you mean split.template"),
         ("policy", "must be a section"),
     ],
 )
 def test_bad_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        OwnVQA(split=options)
+        build_rewards([RewardConfig(name="own_vqa", options={"split": options})])
     assert "\n" not in str(caught.value)
 
 

@@ -174,7 +174,7 @@ def test_boxed_scores() -> None:
 
 def test_boxed_as_mathematics() -> None:
     pytest.importorskip("math_verify")
-    reward = Boxed("math_verify")
+    reward = Boxed(compare="math_verify")
     assert scores(reward, replace(NUMBER, answer="x+1"), r"\boxed{1+x}", r"\boxed{x}") == [1, 0]
 
 
@@ -183,9 +183,9 @@ def test_form_scores() -> None:
     twice = "<think>a</think><think>b</think><answer>c</answer>"
     texts = (right, twice, "red", f"{right} !", "<think></think><answer></answer>")
     assert scores(TextFormat(), NUMBER, *texts) == [1, 0, 0, 0, 0]
-    assert scores(TextFormat("boxed"), NUMBER, r"so \boxed{1}", r"\boxed{1} \boxed{2}", "1") == [1, 0, 0]
-    assert scores(TextFormat("one_line"), NUMBER, "red", "red\nblue", "") == [1, 0, 0]
-    assert scores(TextFormat(r"(yes|no)"), NUMBER, "yes", "yes.") == [1, 0]
+    assert scores(TextFormat(form="boxed"), NUMBER, r"so \boxed{1}", r"\boxed{1} \boxed{2}", "1") == [1, 0, 0]
+    assert scores(TextFormat(form="one_line"), NUMBER, "red", "red\nblue", "") == [1, 0, 0]
+    assert scores(TextFormat(form=r"(yes|no)"), NUMBER, "yes", "yes.") == [1, 0]
 
 
 def test_length_by_hand() -> None:
@@ -225,7 +225,7 @@ def test_a_trajectory_without_text_is_masked() -> None:
         ("numeric", {"relative": 1}, "options.relative=1: must be < 1"),
         ("numeric", {"cut_off": "zero"}, "options.cut_off=zero: must be 'mask' or 'score'"),
         ("boxed", {"compare": "sympy"}, "options.compare=sympy: must be 'plain' or 'math_verify'"),
-        ("text_format", {"form": "("}, r"text_format.form='\(': no regular expression"),
+        ("text_format", {"form": "("}, r"text_format.options.form=\(: no regular expression"),
         ("text_length", {"limit": 0}, "options.limit=0: must be >= 1"),
         ("text_length", {}, "options.limit: is missing: set it"),
         ("multiple_choice", {"letters": 4}, "options.letters: unknown key: there are cut_off"),

@@ -11,6 +11,7 @@ from lvrpo.data.scenes import Scene, SceneObject, ScenePrompts, ScenesConfig, re
 from lvrpo.errors import InputError
 from lvrpo.rewards.scene_facts import SceneFacts, fact_table
 from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt
 
 RIGHT = Scene("white", (SceneObject("circle", "red", 0, 0), SceneObject("star", "blue", 2, 3)))
@@ -48,7 +49,7 @@ def test_facts_of_rendered_scenes(drawn: list[Group]) -> None:
     ],
 )
 def test_scores(mode: Any, values: list[list[float]], drawn: list[Group], judge: Callable[..., Any]) -> None:
-    scores = SceneFacts(mode).score(drawn, judge({}))
+    scores = SceneFacts(mode=mode).score(drawn, judge({}))
     assert scores.values.tolist() == values
     assert not scores.failures
 
@@ -58,15 +59,15 @@ def test_filling_the_picture_pays_in_no_mode_but_fraction(group: MakeGroup, judg
     facts = (FACTS[0], FACTS[1], Fact("total", "how many ?", "two", {"type": "total", "count": 2}))
     crowded = Scene("white", (*RIGHT.objects, SceneObject("square", "green", 3, 0)))
     groups = [group(replace(PROMPT, facts=facts), [[render(HALF)], [render(crowded)]])]
-    assert SceneFacts("fraction").score(groups, judge({})).values.tolist() == [[pytest.approx(2 / 3)] * 2]
-    assert SceneFacts("gated").score(groups, judge({})).values.tolist() == [
+    assert SceneFacts(mode="fraction").score(groups, judge({})).values.tolist() == [[pytest.approx(2 / 3)] * 2]
+    assert SceneFacts(mode="gated").score(groups, judge({})).values.tolist() == [
         [pytest.approx(2 / 3), pytest.approx(1 / 3)]
     ]
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(InputError, match="mode='most': unknown: use fraction, gated, all, mixed"):
-        SceneFacts("most")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"options.mode=most: must be 'fraction', 'gated', 'all' or 'mixed'"):
+        build_rewards([RewardConfig(name="scene_facts", options={"mode": "most"})])
 
 
 def test_where_it_applies() -> None:

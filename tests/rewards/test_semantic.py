@@ -13,6 +13,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.semantic import Semantic
+from lvrpo.rewards.table import RewardConfig, build_rewards
 from lvrpo.types import Group, Image, Prompt
 
 CUBE = Prompt("cube", "generate", ("draw red cube",), ("image",))
@@ -125,16 +126,16 @@ def test_the_tiny_policy_reads_texts_and_pictures_alone(group: Callable[..., Gro
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "sparse"}, "semantic.form='sparse': unknown: use dense, global"),
-        ({"top": 0}, "semantic.top=0: must be a whole number >= 1"),
-        ({"top": 1.5}, "semantic.top=1.5"),
-        ({"layer": -1}, "semantic.layer=-1"),
-        ({"source": "nowhere"}, "source='nowhere': no folder with a config.json: give a local folder, or own"),
+        ({"form": "sparse"}, "semantic.options.form=sparse: must be 'dense' or 'global'"),
+        ({"top": 0}, "semantic.options.top=0: must be >= 1"),
+        ({"top": 1.5}, "semantic.options.top=1.5: must be a whole number"),
+        ({"layer": -1}, "semantic.options.layer=-1: must be >= 0"),
+        ({"source": "nowhere"}, "options.source=nowhere: no folder with a config.json: give a local folder, or own"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Semantic(**options)
+        build_rewards([RewardConfig(name="semantic", options=options)])
 
 
 def test_a_folder_without_a_tower_is_refused(group: Callable[..., Group], tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_folder_without_a_tower_is_refused(group: Callable[..., Group], tmp_pa
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(InputError, match=message) as caught:
-            Semantic(source=str(tmp_path))
+            build_rewards([RewardConfig(name="semantic", options={"source": str(tmp_path)})])
         assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
     groups = [group(CUBE, [[torch.zeros(3, 4, 4)]])]

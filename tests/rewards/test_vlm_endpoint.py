@@ -35,7 +35,7 @@ def by_question(**answers: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 def test_the_share_of_questions_that_are_answered_rightly(group: Callable[..., Group], server: Any) -> None:
-    reward = VLMEndpoint(server.options(), template="{question}")
+    reward = VLMEndpoint(endpoint=server.options(), template="{question}")
     server.answer = by_question(a="Yes, there is.", how="**four**")
     outputs = [[picture(0.25)], [picture(0.75, size=16)]]
     scores = reward.score([group(CUBE, outputs)], None)  # type: ignore[arg-type]  # no policy judges
@@ -51,7 +51,7 @@ def test_one_question_without_an_answer_masks_its_output_alone(
 ) -> None:
     replies = iter(["yes", "3", "maybe", "3", "yes", (200, finished("th", "length"))])
     server.answer = lambda body: next(replies)
-    reward = VLMEndpoint(server.options(workers=1), template="{question}")
+    reward = VLMEndpoint(endpoint=server.options(workers=1), template="{question}")
     scores = reward.score([group(CUBE, [[picture()]] * 3)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == 1
     assert scores.values[0, 1:].isnan().all()
@@ -73,12 +73,12 @@ def test_one_question_without_an_answer_masks_its_output_alone(
     ],
 )
 def test_ratings_that_can_be_read(answer: str, value: float, server: Any) -> None:
-    assert VLMEndpoint(server.options(), ask="rating").read(answer) == pytest.approx(value)
+    assert VLMEndpoint(endpoint=server.options(), ask="rating").read(answer) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("answer", ["11", "-3", "good", "3 objects, so 7", "80%, say 1.2.3", "nan", "1e9"])
 def test_ratings_that_cannot(answer: str, server: Any) -> None:
-    found = VLMEndpoint(server.options(), ask="rating").read(answer)
+    found = VLMEndpoint(endpoint=server.options(), ask="rating").read(answer)
     assert isinstance(found, NoAnswer)
     assert found.reason.startswith("no number from 0 to 10 in ")
 
@@ -88,12 +88,12 @@ def test_ratings_that_cannot(answer: str, server: Any) -> None:
     [("Yes.", 1.0), ("no, not at all", 0.0), ("I think the answer is yes", 1.0)],
 )
 def test_yes_and_no(answer: str, value: float, server: Any) -> None:
-    assert VLMEndpoint(server.options(), ask="yes_no").read(answer) == value
+    assert VLMEndpoint(endpoint=server.options(), ask="yes_no").read(answer) == value
 
 
 @pytest.mark.parametrize("answer", ["perhaps", "noyes", "it is yes or no", "yes and no", "yesterday"])
 def test_neither_yes_nor_no(answer: str, server: Any) -> None:
-    assert isinstance(VLMEndpoint(server.options(), ask="yes_no").read(answer), NoAnswer)
+    assert isinstance(VLMEndpoint(endpoint=server.options(), ask="yes_no").read(answer), NoAnswer)
 
 
 def test_garbage_is_no_wrong_answer(group: Callable[..., Group], server: Any) -> None:
@@ -102,7 +102,7 @@ def test_garbage_is_no_wrong_answer(group: Callable[..., Group], server: Any) ->
     prompt = Prompt("three", "generate", ("three red cubes",), ("image",), facts=facts)
     replies = iter(["yes", "There are 3 cubes.", "blue", "yes", "3", "asdf", "no", "As an AI I cannot see it", "red"])
     server.answer = lambda body: next(replies)
-    reward = VLMEndpoint(server.options(workers=1), template="{question}")
+    reward = VLMEndpoint(endpoint=server.options(workers=1), template="{question}")
     scores = reward.score([group(prompt, [[picture()]] * 3)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == pytest.approx(2 / 3)
     assert scores.failures == {(0, 1): "no color in 'asdf'", (0, 2): "a refusal in 'As an AI I cannot see it'"}
@@ -110,7 +110,7 @@ def test_garbage_is_no_wrong_answer(group: Callable[..., Group], server: Any) ->
 
 def test_an_edit_is_shown_with_its_source(group: Callable[..., Group], server: Any) -> None:
     edit = Prompt("e", "edit", (picture(0.1), "make it red"), ("image",))
-    VLMEndpoint(server.options(), ask="yes_no").score([group(edit, [[picture(0.9)]])], None)  # type: ignore[arg-type]
+    VLMEndpoint(endpoint=server.options(), ask="yes_no").score([group(edit, [[picture(0.9)]])], None)  # type: ignore[arg-type]
     content = server.bodies[0]["messages"][0]["content"]
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
     assert content[0] != content[1]
@@ -118,7 +118,7 @@ def test_an_edit_is_shown_with_its_source(group: Callable[..., Group], server: A
 
 
 def test_a_template_with_an_answer_judges_texts(group: Callable[..., Group], server: Any) -> None:
-    reward = VLMEndpoint(server.options(), ask="rating", template="{prompt} A student says {answer}. 0 to 10?")
+    reward = VLMEndpoint(endpoint=server.options(), ask="rating", template="{prompt} A student says {answer}. 0 to 10?")
     assert reward.judges == ("text",)
     assert reward.applies(QUESTION)
     assert not reward.applies(CUBE)
@@ -130,8 +130,8 @@ def test_a_template_with_an_answer_judges_texts(group: Callable[..., Group], ser
 
 
 def test_where_it_applies(server: Any, tmp_path: Path) -> None:
-    questions, whole = VLMEndpoint(server.options()), VLMEndpoint(server.options(), ask="yes_no")
-    split = VLMEndpoint(server.options(), split={"cache": str(tmp_path)})
+    questions, whole = VLMEndpoint(endpoint=server.options()), VLMEndpoint(endpoint=server.options(), ask="yes_no")
+    split = VLMEndpoint(endpoint=server.options(), split={"cache": str(tmp_path)})
     assert [r.applies(CUBE) for r in (questions, whole, split)] == [True] * 3
     assert [r.applies(FREE) for r in (questions, whole, split)] == [False, True, True]
     assert not any(r.applies(QUESTION) for r in (questions, whole, split))
@@ -142,11 +142,11 @@ def test_free_text_is_split_by_the_endpoint_and_judged_by_it(
 ) -> None:
     server.answer = by_question(A="is there a cube? yes\nhow many cubes are there? 1", **{"is": "yes", "how": "two"})
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
-    reward = VLMEndpoint(server.options(), template="{question}", split=split)
+    reward = VLMEndpoint(endpoint=server.options(), template="{question}", split=split)
     scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
     assert scores.values.tolist() == [[0.5]]
     server.answer = lambda body: "no questions here"
-    reward = VLMEndpoint(server.options(), split=split | {"cache": str(tmp_path / "new")})
+    reward = VLMEndpoint(endpoint=server.options(), split=split | {"cache": str(tmp_path / "new")})
     scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
     assert scores.failures == {(0, 0): 'no questions: none can be read in "no questions here"'}
 
@@ -171,7 +171,7 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
 
     server.answer = answer
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
-    reward = VLMEndpoint(server.options(), template="{question}", split=split)
+    reward = VLMEndpoint(endpoint=server.options(), template="{question}", split=split)
     groups = [group(edit, [[picture(0.5)]])]
     assert reward.score(groups, None).values.item() == 1  # type: ignore[arg-type]  # the birds were miscounted: dropped
     said["is"] = "no"
@@ -181,7 +181,7 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
 
 
 def test_a_picture_of_nan_is_not_sent(group: Callable[..., Group], server: Any) -> None:
-    scores = VLMEndpoint(server.options(), ask="yes_no").score(
+    scores = VLMEndpoint(endpoint=server.options(), ask="yes_no").score(
         [group(FREE, [[picture(math.nan)], [picture()]])],
         None,  # type: ignore[arg-type]
     )
@@ -213,15 +213,16 @@ def test_more_failures_than_configured_stop_the_run(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ask": "stars"}, "ask='stars': unknown: use questions, yes_no, rating"),
+        ({"ask": "stars"}, "options.ask=stars: must be 'questions', 'yes_no' or 'rating'"),
         ({"ask": "rating", "template": "how well?"}, r"must hold \{prompt\} for ask=rating"),
         ({"template": "{prompt}"}, r"must hold \{question\} for ask=questions"),
         ({"template": "{question} {answer}"}, "goes with ask=yes_no or ask=rating"),
         ({"ask": "rating", "split": {}}, "split: has no effect with ask=rating"),
-        ({"endpoint": {"base_url": "x", "model": "m"}}, "vlm_endpoint.endpoint: base_url: must be"),
+        ({"endpoint": {"base_url": "x", "model": "m"}}, "vlm_endpoint.options.endpoint: base_url: must be"),
         ({"endpoint": {"base_url": "http://x", "modell": "m"}}, "endpoint.modell: unknown key: did you mean .*model"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    options = {"endpoint": {"base_url": "http://x/v1", "model": "m"}} | options
     with pytest.raises(InputError, match=message):
-        VLMEndpoint(**{"endpoint": {"base_url": "http://x/v1", "model": "m"}} | options)
+        build_rewards([RewardConfig(name="vlm_endpoint", options=options)])

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from lvrpo.errors import InputError
+from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.answers import EMPTY, normalize_answer, text_problem
 from lvrpo.rewards.base import Scores, no_logprob
-from lvrpo.rewards.options import Share
 from lvrpo.types import Group, Prompt
 
 Tally = dict[str, float]
 """Votes by answer, as ``normalize_answer`` leaves it."""
 
 
-class Agreement:
+class Agreement(Config):
     """1 where the text is the answer that has most votes, else 0.
 
     The frozen reading side weighs the different answers a_k that the group gave to question q about picture x; a_k has
@@ -42,23 +41,16 @@ class Agreement:
     Differs from the paper (TTRL, arXiv:2504.16084): the judge votes, not the members; both guards.
     """
 
-    judges = ("text",)
-    sides = ("read",)
-    relative = True
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ("read",)
+    relative: ClassVar = True
 
-    def __init__(
-        self,
-        least: Annotated[float, Field(gt=0, le=1)] = 0.5,
-        entropy_floor: Share = 0.3,
-        floor_groups: Annotated[int, Field(ge=2, le=100_000)] = 8,
-    ) -> None:
-        if not 0 < least <= 1:
-            raise InputError(f"agreement.least={least}: must be > 0 and <= 1")
-        if not 0 <= entropy_floor <= 1:
-            raise InputError(f"agreement.entropy_floor={entropy_floor}: must be between 0 and 1")
-        if floor_groups < 2:
-            raise InputError(f"agreement.floor_groups={floor_groups}: must be >= 2")
-        self.least, self.entropy_floor, self.floor_groups = least, entropy_floor, floor_groups
+    least: float = Field(default=0.5, gt=0, le=1)
+    """Share of a group's votes that a majority needs."""
+    entropy_floor: float = Field(default=0.3, ge=0, le=1)
+    """Least entropy of the majorities of a category, as a share of the most that its answers allow."""
+    floor_groups: int = Field(default=8, ge=2, le=100_000)
+    """Groups of a category from which on the entropy is checked."""
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output

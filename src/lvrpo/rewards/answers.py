@@ -8,15 +8,16 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, field_validator, model_validator
 
+from lvrpo.config import Config, Natural, NotNegative
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern, matches_whole
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.options import Amount, Below1, Count, Natural
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
 CutOff = Literal["mask", "score"]
@@ -24,13 +25,6 @@ CutOff = Literal["mask", "score"]
 
 WAS_CUT = "the text was cut off at the length limit"
 EMPTY = "the answer is empty"
-
-
-def check_cut_off(name: str, cut_off: CutOff) -> CutOff:
-    """``cut_off`` itself; raises InputError for anything else."""
-    if cut_off not in get_args(CutOff):
-        raise InputError(f"{name}.cut_off={cut_off!r}: unknown: use {', '.join(get_args(CutOff))}")
-    return cut_off
 
 
 def last_text(trajectory: Trajectory) -> TextSegment | None:
@@ -81,20 +75,17 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(_SMALL)}
 """zero to twelve, in digits."""
 
 
-class ExactAnswer:
-    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}.
+class ExactAnswer(Config):
+    """1 where the text equals the prompt's answer after ``normalize_answer``, else 0. Range {0, 1}."""
 
-    ``thoughts``: whether a text that a drawing follows is scored too. ``cut_off``: what did not end within the length
-    limit is not the answer: score gives it 0, whatever its words (masked, an answer that never ends would be free);
-    mask gives it no score.
-    """
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    judges = ("text",)
-    sides = ()
-
-    def __init__(self, thoughts: bool = True, cut_off: CutOff = "score") -> None:
-        self.thoughts = thoughts
-        self.cut_off: CutOff = check_cut_off("exact_answer", cut_off)
+    thoughts: bool = True
+    """Whether a text that is followed by a drawing is scored too."""
+    cut_off: CutOff = "score"
+    """score: a text that met the length limit is not the answer and gets 0, as an answer that never ends would
+    otherwise be free; mask: it has no score."""
 
     def applies(self, prompt: Prompt) -> bool:
         scored = "text" in prompt.output if self.thoughts else prompt.output == ("text",)
@@ -155,7 +146,7 @@ _NUMBER = re.compile(
 )
 
 
-class Numeric:
+class Numeric(Config):
     """1 where the last number of the text is the answer's within the tolerance, else 0. Range {0, 1}.
 
     |given - right| <= max(absolute, relative |right|). Numbers are exact: 1,234.5, 3/4, 12 %, 2e3, -7, and the words
@@ -163,14 +154,14 @@ class Numeric:
     text without a number is wrong, not masked. It applies where the right answer is a number.
     """
 
-    judges = ("text",)
-    sides = ()
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    def __init__(self, relative: Below1 = 0.0, absolute: Amount = 0.0, cut_off: CutOff = "mask") -> None:
-        if not (0 <= relative < 1 and 0 <= absolute < float("inf")):
-            raise InputError(f"numeric.relative={relative}, absolute={absolute}: need 0 <= relative < 1, absolute >= 0")
-        self.relative, self.absolute = Fraction(str(relative)), Fraction(str(absolute))
-        self.cut_off: CutOff = check_cut_off("numeric", cut_off)
+    relative: float = Field(default=0.0, ge=0, lt=1)
+    """Tolerance as a share of the right answer."""
+    absolute: NotNegative = 0.0
+    """Tolerance in units of the answer."""
+    cut_off: CutOff = "mask"
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and last_number(prompt.answer) is not None
@@ -188,7 +179,8 @@ class Numeric:
         return self._close(one, two)
 
     def _close(self, given: Fraction, right: Fraction) -> bool:
-        return abs(given - right) <= max(self.absolute, self.relative * abs(right))
+        relative, absolute = Fraction(str(self.relative)), Fraction(str(self.absolute))
+        return abs(given - right) <= max(absolute, relative * abs(right))
 
 
 def last_number(text: str) -> Fraction | None:
@@ -226,7 +218,7 @@ _SAID = (
 """Ways to name an option, the plainest first; a bare "A" or "I" inside a sentence is a word."""
 
 
-class MultipleChoice:
+class MultipleChoice(Config):
     """1 where the text chooses the option that the prompt's answer names, else 0. Range {0, 1}.
 
     The answer is a letter from A to J. A text names an option by ``\\boxed{B}``, "answer: B", "(B)", "B." or the letter
@@ -234,11 +226,10 @@ class MultipleChoice:
     the plainest way it uses names nothing final, is wrong.
     """
 
-    judges = ("text",)
-    sides = ()
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    def __init__(self, cut_off: CutOff = "mask") -> None:
-        self.cut_off: CutOff = check_cut_off("multiple_choice", cut_off)
+    cut_off: CutOff = "mask"
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and _letter(prompt.answer) is not None
@@ -279,8 +270,6 @@ def _letter(answer: str) -> str | None:
 # --- boxed ---
 
 
-Compare = Literal["plain", "math_verify"]
-
 _PLAIN = (
     (r"\\(?:left|right|,|;|!|displaystyle)(?![a-zA-Z])|\$|\\\$|~", ""),
     (r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}", r"\1"),
@@ -295,22 +284,23 @@ _PLAIN = (
 )
 
 
-class Boxed:
+class Boxed(Config):
     r"""1 where the content of the last ``\boxed{}`` is the prompt's answer, else 0. Range {0, 1}.
 
-    plain: equal as exact numbers (1/2, \frac{1}{2} and 0.5 are the same) or as formulas without spacing.
-    math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``.
     A text without a box is wrong, not masked: the box was asked for. The answer may be boxed or not.
     """
 
-    judges = ("text",)
-    sides = ()
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    def __init__(self, compare: Compare = "plain", cut_off: CutOff = "mask") -> None:
-        if compare not in get_args(Compare):
-            raise InputError(f"boxed.compare={compare!r}: unknown: use {', '.join(get_args(Compare))}")
-        self.cut_off: CutOff = check_cut_off("boxed", cut_off)
-        self.same = same_formula if compare == "plain" else _math_verify()
+    compare: Literal["plain", "math_verify"] = "plain"
+    r"""plain: equal as exact numbers (1/2, \frac{1}{2} and 0.5 are the same) or as formulas without spacing.
+    math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``."""
+    cut_off: CutOff = "mask"
+    _same: Callable[[str, str], bool]
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._same = same_formula if self.compare == "plain" else _math_verify()
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None
@@ -319,7 +309,7 @@ class Boxed:
         def rule(text: str, prompt: Prompt) -> float:
             given = last_boxed(text)
             right = last_boxed(prompt.answer or "") or prompt.answer or ""
-            return float(given is not None and self.same(given, right))
+            return float(given is not None and self._same(given, right))
 
         return score_texts(groups, self.cut_off, rule)
 
@@ -382,51 +372,62 @@ FORMS = {
 """Forms by name; anything else is a regular expression."""
 
 
-class TextFormat:
+class TextFormat(Config):
     """1 where the whole text matches the form, else 0. Range {0, 1}.
 
-    ``form``: think_answer (<think>...</think> <answer>...</answer>, each once), boxed (exactly one), one_line, or a
-    regular expression, in which a dot also matches the end of a line. By itself it is satisfied by empty talk: give
-    it a small weight beside a reward of the answer.
+    By itself it is satisfied by any text of that form: give it a small weight beside a reward of the answer.
     """
 
-    judges = ("text",)
-    sides = ()
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    def __init__(self, form: str = "think_answer", cut_off: CutOff = "score") -> None:
-        self.cut_off: CutOff = check_cut_off("text_format", cut_off)
-        self.pattern = FORMS.get(form, form)
+    form: str = "think_answer"
+    """think_answer (<think>...</think> <answer>...</answer>, each once), boxed (exactly one), one_line, or a regular
+    expression, in which a dot also matches the end of a line."""
+    cut_off: CutOff = "score"
+
+    @field_validator("form")
+    @classmethod
+    def _is_an_expression(cls, form: str) -> str:
         try:
-            compile_pattern(self.pattern)
+            compile_pattern(FORMS.get(form, form))
         except InputError as error:
-            raise InputError(f"text_format.form={form!r}: {error}: use one, or {', '.join(FORMS)}") from None
+            raise ValueError(f"{error}: use one, or {', '.join(FORMS)}") from None
+        return form
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        return score_texts(groups, self.cut_off, lambda text, prompt: float(matches_whole(self.pattern, text)))
+        pattern = FORMS.get(self.form, self.form)
+        return score_texts(groups, self.cut_off, lambda text, prompt: float(matches_whole(pattern, text)))
 
 
 # --- text_length ---
 
 
-class TextLength:
+class TextLength(Config):
     """Minus how far a text enters the last ``buffer`` tokens before ``limit`` (DAPO, arXiv:2503.14476, eq. 13).
 
     r = 0 for n <= limit - buffer;  (limit - buffer - n) / buffer up to limit;  -1 beyond.  Range [-1, 0].
     Differs from the paper: a text of fewer than ``least`` tokens gets -1 too. The end token counts.
     """
 
-    judges = ("text",)
-    sides = ()
+    judges: ClassVar = ("text",)
+    sides: ClassVar = ()
 
-    def __init__(self, limit: Count, buffer: Natural = 0, least: Natural = 0) -> None:
-        if not (limit >= 1 and 0 <= buffer <= limit and 0 <= least <= limit):
-            raise InputError(
-                f"text_length: limit={limit}, buffer={buffer}, least={least}: need limit >= 1, the others from 0 to it"
-            )
-        self.limit, self.buffer, self.least = limit, buffer, least
+    limit: int = Field(ge=1, le=100_000)
+    """Tokens from which on the score is -1."""
+    buffer: Natural = 0
+    """Tokens before the limit over which the score falls from 0."""
+    least: Natural = 0
+    """Tokens that a text must have."""
+
+    @model_validator(mode="after")
+    def _within_the_limit(self) -> Self:
+        if max(self.buffer, self.least) > self.limit:
+            raise ValueError(f"buffer={self.buffer}, least={self.least}: must not be above limit={self.limit}")
+        return self
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output

@@ -6,42 +6,38 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
-from lvrpo.errors import InputError
+from lvrpo.config import Config
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.answers import WAS_CUT, text_problem
 from lvrpo.rewards.base import Scores, problem_of
-from lvrpo.rewards.options import Count
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
 
-class CaptionBack:
+class CaptionBack(Config):
     """F1 of the words of the judge's description of the drawing with the words of the prompt.
 
     F1 = 2 |c n p| / (|c| + |p|) over multisets of words, the mean over ``samples`` descriptions; greedy with one
     sample. A description that is empty or was cut off at ``max_new_tokens`` does not count; an output with no other is
     masked. Range [0, 1].
     Words alone are compared: an order of words ("left of") counts only by the word itself, and another word of the same
-    meaning not at all. It needs only that the judge can describe. ``ignore``: words that say nothing.
+    meaning not at all. It needs only that the judge can describe.
     """
 
-    judges = ("image",)
-    sides = ("read",)
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ("read",)
 
-    def __init__(
-        self,
-        instruction: str = "describe the picture",
-        samples: Count = 1,
-        max_new_tokens: Count = 24,
-        ignore: Sequence[str] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are"),
-    ) -> None:
-        if samples < 1 or max_new_tokens < 1:
-            raise InputError(f"caption_back: samples={samples}, max_new_tokens={max_new_tokens}: must be >= 1")
-        self.instruction, self.samples, self.max_new_tokens = instruction, samples, max_new_tokens
-        self.ignore = frozenset(ignore)
+    instruction: str = "describe the picture"
+    samples: int = Field(default=1, ge=1, le=100_000)
+    """Descriptions per drawing."""
+    max_new_tokens: int = Field(default=24, ge=1, le=100_000)
+    ignore: tuple[str, ...] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are")
+    """Words that are not compared."""
 
     def applies(self, prompt: Prompt) -> bool:
         return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(_text(prompt)))

@@ -6,18 +6,17 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from lvrpo.config import Config
 from lvrpo.errors import InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Image, Prompt
-
-Compare = Literal["distance", "exact"]
 
 READERS: Mapping[str, str] = {"rapidocr": "lvrpo.rewards.drawn_text:RapidReader"}
 """Who reads, by name; one's own is named my_package.module:Class."""
@@ -33,28 +32,30 @@ class TextReader(Protocol):
         ...
 
 
-class DrawnText:
+class DrawnText(Config):
     """How much of the text asked for can be read in the drawing. Range [0, 1].
 
-    distance: 1 - d / max(len(asked), len(read)), d the Levenshtein distance in characters.  exact: 1 if both are the
-    same, else 0. Spacing does not matter, nor does case unless ``case``. What is drawn beyond the text asked for counts
-    as wrong; a picture without text gets 0, for it was read and has none.
+    Spacing does not matter. What is drawn beyond the text asked for counts as wrong; a picture without text gets 0, for
+    it was read and has none. A picture that the reader fails on is masked.
 
     The text asked for: the answers of the prompt's facts of the kind "text", where it has some; else what stands in
     quotation marks in the prompt, all of it, in order. Prompts with neither do not get this reward.
-
-    ``reader``: rapidocr (PP-OCR, which carries its models; ``pip install 'lvrpo[ocr]'``), or a class of one's own.
-    A picture that the reader fails on is masked.
     """
 
-    judges = ("image",)
-    sides = ()
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ()
 
-    def __init__(self, compare: Compare = "distance", case: bool = False, reader: str = "rapidocr") -> None:
-        if compare not in get_args(Compare):
-            raise InputError(f"drawn_text.compare={compare!r}: unknown: use {', '.join(get_args(Compare))}")
-        self.compare, self.case = compare, case
-        self.reader: TextReader = resolve("text reader", reader, READERS, ("__call__",))()
+    compare: Literal["distance", "exact"] = "distance"
+    """distance: 1 - d / max(len(asked), len(read)), d the Levenshtein distance in characters. exact: 1 if both are the
+    same, else 0."""
+    case: bool = False
+    """Whether case matters."""
+    reader: str = "rapidocr"
+    """rapidocr (PP-OCR, which carries its models; ``pip install 'lvrpo[ocr]'``), or a class of your own."""
+    _read: TextReader
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._read = resolve("text reader", self.reader, READERS, ("__call__",))()
 
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and asked_text(prompt) is not None
@@ -69,7 +70,7 @@ class DrawnText:
                     failures[p, g] = str(problem)
                     continue
                 try:
-                    read = self.reader(image)
+                    read = self._read(image)
                 except LvrpoError:
                     raise
                 except Exception as error:  # anybody's reader may raise anything

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch.nn import functional
 
-from lvrpo.errors import InputError
+from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side, problem_of
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.options import Below1, Count, Size
-from lvrpo.rewards.own_vqa import Confidences, Failures, OwnVQA
-from lvrpo.rewards.questions import STAYS, SURE, pictures_of, seen_in_sources, source_of, with_facts
+from lvrpo.rewards.own_vqa import Choices, Confidences, Failures, OwnVQA
+from lvrpo.rewards.questions import STAYS, SURE, SplitConfig, pictures_of, seen_in_sources, source_of, with_facts
 from lvrpo.types import Fact, Group, Image, Prompt
 
 GUESSED_SHARE = 0.25
 """Of the patches: what an edit may change where nothing is known."""
 
 
-class EditConsistency:
+class EditConsistency(Config):
     """What should change changed, and what should stay stayed. Range [0, 1].
 
         r = changed stayed,
@@ -36,48 +36,56 @@ class EditConsistency:
 
     R, where the edit may change the picture, is the prompt's ``edited`` (the built-in world knows it from its scenes,
     rows have a field ``edited``). Only where nothing is known it is guessed, as the share ``edited`` of the patches
-    that changed most (a quarter unless told, which is then said once): an edit of more than that share then loses, and
-    one that touches less may damage a little for free.
+    that changed most: an edit of more than that share then loses, and one that touches less may damage a little for
+    free.
 
-    What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay; with ``split``
-    (see ``own_vqa``), edits of free text get questions of both kinds. Questions about what should stay are asked of the
-    source too, and count only where the judge is ``sure`` of their answer there: what counts is then whether the result
-    agrees with the source. Where none of them is left, the output is masked with the reason. ``choices`` is that of
-    ``own_vqa``; ``ask: false`` leaves the pixels alone.
+    What is asked are the prompt's facts, those of the kind ``unchanged`` being about what should stay. Questions about
+    what should stay are asked of the source too, and count only where the judge is ``sure`` of their answer there: what
+    counts is then whether the result agrees with the source. Where none of them is left, the output is masked with the
+    reason.
 
     The source is the last picture of the prompt; a result of another size is masked, and so is what the judge gives no
-    number for. Raises InputError for options out of range, and for options about questions with ``ask: false``.
+    number for.
     """
 
-    judges = ("image",)
+    judges: ClassVar = ("image",)
 
-    def __init__(
-        self,
-        patch: Count = 8,
-        edited: Below1 | None = None,
-        scale: Size = 0.1,
-        moved: Size = 0.1,
-        ask: bool = True,
-        sure: Below1 | None = None,
-        choices: str | None = None,
-        split: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._told = edited is not None
-        edited = GUESSED_SHARE if edited is None else edited
-        if patch < 1 or not 0 <= edited < 1 or not scale > 0 or not moved > 0:
-            raise InputError(
-                f"edit_consistency: patch={patch}, edited={edited}, scale={scale}, moved={moved}: need patch >= 1, "
-                "0 <= edited < 1, scale > 0 and moved > 0"
-            )
-        if sure is not None and not 0 <= sure < 1:
-            raise InputError(f"edit_consistency.sure={sure!r}: must be at least 0 and below 1")
-        if not ask and not (sure is choices is split is None):
-            raise InputError("edit_consistency.ask=false: asks no questions: leave out sure, choices and split")
-        self.patch, self.edited, self.scale, self.moved = patch, edited, scale, moved
-        self.sure = SURE if sure is None else sure
-        self.vqa = OwnVQA(choices=choices, split=split) if ask else None
-        self.sides: tuple[Side, ...] = ("read",) if ask else ()
-        self.judged_by = "" if self.vqa is None else self.vqa.judged_by
+    patch: int = Field(default=8, ge=1, le=100_000)
+    """Side of a patch in pixels."""
+    edited: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the patches that an edit may change, where the prompt does not say which; None: a quarter, and one
+    warning says so."""
+    scale: float = Field(default=0.1, gt=0)
+    """Mean difference outside the region at which *stayed* is 1 / e."""
+    moved: float = Field(default=0.1, gt=0)
+    """Difference of a patch from which on it counts as changed in full."""
+    ask: bool = True
+    """false: only pixels are compared, and no judge is asked."""
+    sure: float | None = Field(default=None, ge=0, lt=1)
+    """Confidence that the judge must have in an answer about the source; None: .75."""
+    choices: Choices | None = None
+    """As that of ``own_vqa``."""
+    split: SplitConfig | None = None
+    """As that of ``own_vqa``: edits of free text get questions of both kinds."""
+    _vqa: OwnVQA | None
+    _warned: bool = False
+
+    @model_validator(mode="after")
+    def _questions_are_asked(self) -> Self:
+        if not self.ask and not (self.sure is self.choices is self.split is None):
+            raise ValueError("ask=false: asks no questions: leave out sure, choices and split")
+        return self
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._vqa = OwnVQA(choices=self.choices, split=self.split) if self.ask else None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.ask else ()
+
+    @property
+    def judged_by(self) -> str:
+        return "" if self._vqa is None else self._vqa.judged_by
 
     def applies(self, prompt: Prompt) -> bool:
         return prompt.task == "edit" and bool(pictures_of(prompt))
@@ -99,19 +107,23 @@ class EditConsistency:
                     failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
                 else:
                     values[p, g] = self.of(source, image, region)
-        if self.vqa is not None:
-            found, missing = self._asked(self.vqa, groups, judge)
+        if self._vqa is not None:
+            found, missing = self._asked(self._vqa, groups, judge)
             for cell, confidence in found.items():
                 values[cell] *= confidence
             failures = missing | failures
         return Scores(values, failures)
+
+    @property
+    def _guessed_share(self) -> float:
+        return GUESSED_SHARE if self.edited is None else self.edited
 
     def of(self, source: Image, result: Image, region: torch.Tensor | None = None) -> float:
         """The score of one edit by its pixels alone; ``region``: bool (height, width), where it may change."""
         squares = (result - source).square().mean(dim=0)
         if region is None:
             d, _ = self._patches(squares, torch.ones_like(squares, dtype=torch.bool))
-            kept = d.sort().values[: max(1, round(len(d) * (1 - self.edited)))]
+            kept = d.sort().values[: max(1, round(len(d) * (1 - self._guessed_share)))]
             return min(1.0, float(d.max()) / self.moved) * math.exp(-float(kept.mean()) / self.scale)
         inside, _ = self._patches(squares, region)
         outside, weights = self._patches(squares, ~region)
@@ -146,7 +158,9 @@ class EditConsistency:
         asked = list(groups)
         if vqa.splitter is not None:
             asked, reasons = vqa.splitter.with_questions(groups, judge, confirm)
-        for p, facts in zip(given, seen_in_sources(cases, confirm, self.sure), strict=True):
+        for p, facts in zip(
+            given, seen_in_sources(cases, confirm, SURE if self.sure is None else self.sure), strict=True
+        ):
             if isinstance(facts, NoAnswer):
                 reasons[p], facts = facts.reason, ()
             asked[p] = with_facts(asked[p], facts)
@@ -166,11 +180,11 @@ class EditConsistency:
 
     def _say_what_is_guessed(self, groups: Sequence[Group]) -> None:
         guessed = [group.prompt.id for group in groups if group.prompt.edited is None]
-        if guessed and not self._told:
-            self._told = True
+        if guessed and self.edited is None and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"edit_consistency: where the edit may change the source is not known of {len(guessed)} of "
-                f"{len(groups)} prompts (first {guessed[0]}): taken to be the {self.edited:.0%} of patches that "
+                f"{len(groups)} prompts (first {guessed[0]}): taken to be the {GUESSED_SHARE:.0%} of patches that "
                 "changed most; rows say it in the field 'edited'",
                 stacklevel=2,
             )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import AfterValidator
 
 from lvrpo.errors import InputError
 from lvrpo.reading import read_json
@@ -183,18 +184,6 @@ class ExternalVLM:
         return inputs, len(answer)
 
 
-def once(build: Callable[[], T]) -> Callable[[], T]:
-    """Loads at the first call: configurations are checked without reading weights."""
-    found: list[T] = []
-
-    def get() -> T:
-        if not found:
-            found.append(build())
-        return found[0]
-
-    return get
-
-
 def check_tower(folder: str) -> Path:
     """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
     path = _folder(folder)
@@ -220,8 +209,28 @@ def check_reader(folder: str) -> Path:
 def _folder(folder: str) -> Path:
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise InputError(f"source={folder!r}: no folder with a config.json: give a local folder, or {OWN}")
+        raise InputError(f"no folder with a config.json: give a local folder, or {OWN}")
     return path
+
+
+def _own_or(check: Callable[[str], Path]) -> AfterValidator:
+    """``OWN``, or a folder that passes the check; weights are not read."""
+
+    def valid(source: str) -> str:
+        if source != OWN:
+            try:
+                check(source)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return source
+
+    return AfterValidator(valid)
+
+
+TowerSource = Annotated[str, _own_or(check_tower)]
+"""``OWN``, or a local folder of a SigLIP."""
+ReaderSource = Annotated[str, _own_or(check_reader)]
+"""``OWN``, or a local folder of a model that reads pictures and writes."""
 
 
 def _transformers() -> Any:

@@ -5,80 +5,89 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from lvrpo.config import Config
 from lvrpo.data.schema import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import matches_whole
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.answers import FORMS, CutOff, check_cut_off, score_texts
+from lvrpo.rewards.answers import FORMS, CutOff, score_texts
 from lvrpo.rewards.base import Scores, Side
-from lvrpo.rewards.external import OWN, ExternalVLM, check_reader, folder_identity, once
+from lvrpo.rewards.external import OWN, ExternalVLM, ReaderSource, folder_identity
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.options import Below1
-from lvrpo.rewards.own_vqa import Failures, OwnVQA
+from lvrpo.rewards.own_vqa import Choices, Failures, OwnVQA, Reader
+from lvrpo.rewards.questions import SplitConfig
 from lvrpo.rewards.scene_facts import fact_table, unverifiable
 from lvrpo.types import Fact, Group, Prompt
 
-By = Literal["vqa", "verifier"]
 
-
-class Instruction:
+class Instruction(Config):
     """Binary satisfaction of constraints (LVRPO, arXiv:2603.27693, the term r_ins). Range {0, 1}.
 
-    Of a drawing, the constraints are the prompt's facts (of ``kinds``, such as [count, total, color]; all of them
-    without). by vqa: each is asked of the reader, and kept where the confidence in the right answer is above
-    ``above``; options as those of ``own_vqa``, ``source`` a local folder of a model of ``transformers`` that reads
-    pictures, or "own". by verifier: checked exactly, for pictures of the built-in world.
-
-    Of a text, they are rules (``lvrpo.data.schema.TextRules``: length, form, words that must occur or must not), those
-    of ``rules`` for every text and those of a prompt's own row over them. A text that was cut off at the length limit
-    is masked, or scored with ``cut_off: score``.
+    The constraints of a drawing are the prompt's facts. Those of a text are rules: ``rules`` for every text, and those
+    of a prompt's own row over them.
 
     Differs from the paper: no rule of the paper's is known to us beyond its kinds.
     """
 
-    judges = ("image",)
+    judges: ClassVar = ("image",)
 
-    def __init__(
-        self,
-        by: By = "vqa",
-        kinds: Sequence[str] | None = None,
-        above: Below1 = 0.5,
-        source: str = OWN,
-        choices: str | None = None,
-        split: Mapping[str, Any] | None = None,
-        rules: Mapping[str, Any] | None = None,
-        cut_off: CutOff = "mask",
-        device: str = "auto",
-    ) -> None:
-        if by not in get_args(By):
-            raise InputError(f"instruction.by={by!r}: unknown: use {', '.join(get_args(By))}")
-        if by == "verifier" and (source != OWN or choices or split is not None):
-            raise InputError("instruction.by=verifier: asks no questions: leave out source, choices and split")
-        if not 0 <= above < 1:
-            raise InputError(f"instruction.above={above}: must be at least 0 and below 1")
-        if kinds is not None and (isinstance(kinds, str) or not kinds):
-            raise InputError(f"instruction.kinds={kinds!r}: must be a list of kinds, such as [count, color]")
-        self.by, self.kinds, self.above = by, None if kinds is None else frozenset(kinds), above
-        self.vqa = OwnVQA(choices=choices, split=split, kinds=kinds)
-        self.sides: tuple[Side, ...] = ("read",) if by == "vqa" and source == OWN else ()
-        self.judged_by, self.reader = self.vqa.judged_by, None
-        if source != OWN:
-            self.judged_by = judged_by(folder_identity(check_reader(source)), self.vqa)
-            self.reader = once(lambda: ExternalVLM(source, device))
-        self.rules = dict(rules or {})
-        text_rules(self.rules, "instruction.rules")
-        self.cut_off: CutOff = check_cut_off("instruction", cut_off)
+    by: Literal["vqa", "verifier"] = "vqa"
+    """vqa: each fact is asked of the reader, and kept where the confidence in the right answer is above ``above``;
+    verifier: checked exactly, for pictures of a world that has a verifier."""
+    kinds: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Only facts of these kinds, such as [count, total, color]; None: all."""
+    above: float = Field(default=0.5, ge=0, lt=1)
+    source: ReaderSource = OWN
+    """Who reads: a local folder of a model of ``transformers`` that reads pictures, or "own"."""
+    choices: Choices | None = None
+    """As that of ``own_vqa``."""
+    split: SplitConfig | None = None
+    """As that of ``own_vqa``."""
+    rules: dict[str, Any] | None = None
+    """Of every text (``lvrpo.data.schema.TextRules``): length, form, words that must occur or must not."""
+    cut_off: CutOff = "mask"
+    device: str = "auto"
+    """Where the model of ``source`` runs."""
+    _vqa: OwnVQA
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.by == "verifier" and (self.source != OWN or self.choices or self.split is not None):
+            raise ValueError("by=verifier: asks no questions: leave out source, choices and split")
+        try:
+            text_rules(self.rules or {}, "rules")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._vqa = OwnVQA(choices=self.choices, split=self.split, kinds=self.kinds)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.by == "vqa" and self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return judged_by("" if self.source == OWN else folder_identity(Path(self.source)), self._vqa)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        """None: the judge reads. Loaded when it is first asked."""
+        return None if self.source == OWN else ExternalVLM(self.source, self.device)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
             return bool(self.rules or prompt.rules)
         if self.by == "vqa":
-            return self.vqa.applies(prompt)
+            return self._vqa.applies(prompt)
         return bool(self._facts(prompt)) and all(fact.check for fact in prompt.facts)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
@@ -96,7 +105,7 @@ class Instruction:
     def _drawings(self, groups: Sequence[Group], judge: Policy) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         if self.by == "vqa":
-            found, failures = self.vqa.confidences(groups, judge, judge if self.reader is None else self.reader())
+            found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
             for cell, confidences in found.items():
                 # nan is no answer, not a wrong one
                 values[cell] = float((confidences > self.above).all()) if confidences.isfinite().all() else math.nan
@@ -117,7 +126,9 @@ class Instruction:
 
     def _texts(self, groups: Sequence[Group], judge: Policy) -> Scores:
         def rule(text: str, prompt: Prompt) -> float:
-            return float(keeps_to(text, text_rules(self.rules | dict(prompt.rules), f"prompt {prompt.id!r}: rules")))
+            return float(
+                keeps_to(text, text_rules((self.rules or {}) | dict(prompt.rules), f"prompt {prompt.id!r}: rules"))
+            )
 
         return score_texts(groups, self.cut_off, rule)
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, field_validator
 
 from lvrpo.algorithms import normalize_rewards
 from lvrpo.algorithms.advantages import NormalizeChoice
-from lvrpo.errors import InputError
+from lvrpo.config import Config, NotNegative
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import SIDES, Scores, Side
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.options import Amount
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable
 
-Scale = Literal["group", "raw"]
 TAKEN = ("name", "label", "options", "clip", "judge")
 """What a member may say; weights, tasks and schedules belong to the row of the table."""
 
 
-class LowerBound:
+class LowerBound(Config):
     """Mean of an ensemble of rewards minus ``k`` times their standard deviation.
 
         r = mean_m s_m - k std_m s_m,
@@ -32,34 +30,52 @@ class LowerBound:
     the std over members (population). An output that one judge is fooled by, and the others are not, gains little: the
     ensemble's remedy against over-optimisation (arXiv:2310.02743, "worst case" and "uncertainty weighted").
 
-    ``members``: rows as in the table, with name, options, and ``judge`` for another model's weights. ``scale: group``:
-    each member is brought to deviation 1 in the group first, as rewards of different units must be; raw: members are
-    compared as they are, for one reward by several judges. Members that do not apply to a prompt are left out there; an
-    output that any of the others failed to score has no score.
+    Members that do not apply to a prompt are left out there; an output that any of the others failed to score has no
+    score.
 
     ``Scores.noise`` is that of the members to first order, var r = sum_m (dr / ds_m)^2 var s_m with dr / ds_m = 1 / M -
     k (s_m - mean) / (M std): their errors taken as independent, the scale of the group as exact.
 
-    Range: that of the members; about +- 2 for ``group``. Raises InputError for fewer than two members, a negative k,
-    and whatever the members raise.
+    Range: that of the members; about +- 2 for ``scale: group``.
     Differs from the paper: members are judges of different kinds, not reward models of different seeds.
     """
 
-    def __init__(self, members: Sequence[Mapping[str, Any]], k: Amount = 1.0, scale: Scale = "group") -> None:
-        if not isinstance(members, (list, tuple)) or len(members) < 2:
-            raise InputError(f"lower_bound.members: give at least two rows with a name, not {members!r}")
-        if not (isinstance(k, (int, float)) and 0 <= k < math.inf):
-            raise InputError(f"lower_bound.k={k!r}: must be a number >= 0")
-        if scale not in get_args(Scale):
-            raise InputError(f"lower_bound.scale={scale!r}: unknown: use {', '.join(get_args(Scale))}")
-        self.k, self.scale = float(k), scale
-        self.sources = build_rewards([_row(i, member) for i, member in enumerate(members)])
+    members: tuple[RewardConfig, ...] = Field(min_length=2)
+    """Rows as in the table, with name, options, and ``judge`` for another model's weights."""
+    k: NotNegative = 1.0
+    scale: Literal["group", "raw"] = "group"
+    """group: each member is brought to deviation 1 in the group first, as rewards of different units must be; raw:
+    members are compared as they are, for one reward by several judges."""
+
+    @field_validator("members")
+    @classmethod
+    def _without_weights(cls, members: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        for i, member in enumerate(members):
+            if other := sorted(member.model_fields_set - set(TAKEN)):
+                raise ValueError(f"{i}.{other[0]}: not here: a member has {', '.join(TAKEN)}")
+        return members
+
+    @cached_property
+    def sources(self) -> list[RewardSource]:
+        """The members; raises InputError, as ``build_rewards``, where one cannot be made."""
+        labels = [member.label or f"{i} {member.name}" for i, member in enumerate(self.members)]
+        rows = zip(self.members, labels, strict=True)
+        return build_rewards([member.model_copy(update={"label": label}) for member, label in rows])
+
+    @property
+    def judged_by(self) -> str:
         named = [(source.config.title, source.judged_by) for source in self.sources]
-        self.judged_by = judged_by(*(f"{title}: {who}" for title, who in named if who))
-        judged = {kind for source in self.sources for kind in source.judges}
+        return judged_by(*(f"{title}: {who}" for title, who in named if who))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
         asked = {side for source in self.sources for side in source.sides}
-        self.sides: tuple[Side, ...] = tuple(side for side in SIDES if side in asked)
-        self.judges: tuple[OutputKind, ...] = tuple(kind for kind in ("text", "image") if kind in judged)
+        return tuple(side for side in SIDES if side in asked)
+
+    @property
+    def judges(self) -> tuple[OutputKind, ...]:
+        judged = {kind for source in self.sources for kind in source.judges}
+        return tuple(kind for kind in ("text", "image") if kind in judged)
 
     def applies(self, prompt: Prompt) -> bool:
         return any(source.scores(prompt) for source in self.sources)
@@ -102,19 +118,3 @@ def _moments(values: torch.Tensor, mask: torch.Tensor, dim: int) -> tuple[torch.
     mean = torch.where(mask, values, 0.0).sum(dim=dim, keepdim=True) / count
     spread = torch.where(mask, (values - mean).square(), 0.0).sum(dim=dim, keepdim=True) / count
     return mean, spread.sqrt()
-
-
-def _row(number: int, member: Mapping[str, Any]) -> RewardConfig:
-    """Any: each reward has its own options."""
-    where = f"lower_bound.members.{number}"
-    if not isinstance(member, Mapping) or "name" not in member:
-        raise InputError(f"{where}={member!r}: give a row such as {{name: own_vqa}}")
-    other = [key for key in member if key not in TAKEN]
-    if other:
-        raise InputError(f"{where}.{other[0]}: not here: a member has {', '.join(TAKEN)}")
-    try:
-        return RewardConfig.model_validate({"label": f"{number} {member['name']}", **member})
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{where}.{name}: {problem['msg'][:1].lower()}{problem['msg'][1:]}") from None

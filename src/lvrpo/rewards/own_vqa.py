@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, ClassVar, Protocol, Self
 
 import torch
+from pydantic import AfterValidator, Field, model_validator
 
+from lvrpo.config import Config, NotNegative
 from lvrpo.data.worlds import world_of
-from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, first_problem, probabilities, problem_of
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.options import Amount, Count
-from lvrpo.rewards.questions import UNTOLD, Splitter
+from lvrpo.rewards.questions import UNTOLD, SplitConfig, Splitter
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 BOTH_ORDERS = "{question} Answer {first} or {second}."
@@ -35,63 +36,69 @@ class Reader(Protocol):
         ...
 
 
-class OwnVQA:
+def _with_both_answers(template: str) -> str:
+    names = ("question", "first", "second")
+    try:
+        template.format(**dict.fromkeys(names, ""))
+        fits = all(f"{{{name}}}" in template for name in names)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError("must hold {question}, {first} and {second} only")
+    return template
+
+
+Choices = Annotated[str, AfterValidator(_with_both_answers)]
+"""A template that offers both answers to a yes-no question, such as BOTH_ORDERS."""
+
+
+class OwnVQA(Config):
     """Mean over the prompt's facts of the judge's confidence in the right answer, given the picture alone.
 
     r = mean_k exp( mean-per-token log p_judge(answer_k | picture, question_k) ). Range [0, 1].
     No encoder is added: the judge is a frozen copy of the policy. It never sees the prompt, only its questions.
 
-    ``choices`` offers both answers to a yes-no question, in both orders: a template such as
-    "{question} Answer {first} or {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two
-    orders, so that a judge that prefers whatever is named first (or always says yes) gains nothing by it. Other
-    questions are asked as they are. ``paraphrases``: so many wordings of each fact's question are asked, where the
-    prompt's world has them, and the fact scores their mean minus ``bound`` times their standard deviation: an ensemble
-    that one odd reading does not sway.
-
-    ``split``: prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge
-    itself, by an endpoint, or by the grammar of its world; {} for its defaults); without it they do not get this
-    reward. Yes-no questions of the first two are asked in both orders (``choices`` or BOTH_ORDERS). Of an edit, what
-    should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so that
-    the result has to agree with the source. A prompt that could not be split is masked with the reason.
-    ``kinds``: only facts of these kinds are asked.
-
     A judge that says what is no log-prob (not finite, or above 0) of one answer masks the output.
     """
 
-    judges = ("image",)
-    sides = ("read",)
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ("read",)
 
-    def __init__(
-        self,
-        choices: str | None = None,
-        both: tuple[str, str] = ("yes", "no"),
-        split: Mapping[str, Any] | None = None,
-        kinds: Sequence[str] | None = None,
-        paraphrases: Count = 1,
-        bound: Amount = 0.0,
-    ):
-        if not isinstance(paraphrases, int) or paraphrases < 1:
-            raise InputError(f"own_vqa.paraphrases={paraphrases!r}: must be a whole number >= 1")
-        if not 0 <= bound < float("inf"):
-            raise InputError(f"own_vqa.bound={bound!r}: must be a number >= 0")
-        if bound and paraphrases == 1:
-            raise InputError(f"own_vqa.bound={bound}: one wording has no spread: set paraphrases to 2 or more")
-        self.paraphrases, self.bound = paraphrases, bound
-        self.splitter = None if split is None else Splitter.read(split, "own_vqa.split")
-        self.judged_by = judged_by(self.splitter)
-        if self.splitter is not None and self.splitter.config.by != "grammar" and choices is None:
-            choices = BOTH_ORDERS
-        if choices is not None:
-            try:
-                named = all(choices.format(question="q", first=f, second=s) for f, s in (both, both[::-1]))
-            except (KeyError, IndexError, ValueError):
-                named = False
-            if not named or not all("{" + name + "}" in choices for name in ("question", "first", "second")):
-                raise InputError(f"own_vqa.choices={choices!r}: must hold {{question}}, {{first}} and {{second}} only")
-        if len(both) != 2 or both[0] == both[1]:
-            raise InputError(f"own_vqa.both={both}: must be two different answers, such as [yes, no]")
-        self.choices, self.both = choices, (both[0], both[1])
-        self.kinds = None if kinds is None else frozenset(kinds)
+    choices: Choices | None = None
+    """Offers both answers to a yes-no question, in both orders: a template such as "{question} Answer {first} or
+    {second}." The score is then p(right) / (p(right) + p(wrong)), the mean of the two orders, so that a judge that
+    prefers whatever is named first (or always says yes) gains nothing by it. Other questions are asked as they are.
+    None: BOTH_ORDERS for questions that a model wrote, else the question alone."""
+    both: tuple[str, str] = ("yes", "no")
+    """The two answers of a yes-no question."""
+    split: SplitConfig | None = None
+    """Prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge itself,
+    by an endpoint, or by the grammar of its world; {} for its defaults); None: they do not get this reward. Of an edit,
+    what should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so
+    that the result has to agree with the source. A prompt that could not be split is masked with the reason."""
+    kinds: tuple[str, ...] | None = None
+    """Only facts of these kinds are asked; None: all."""
+    paraphrases: int = Field(default=1, ge=1, le=100_000)
+    """So many wordings of each fact's question are asked, where the prompt's world has them; a fact scores their
+    mean."""
+    bound: NotNegative = 0.0
+    """So many standard deviations of the wordings are taken off their mean."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.bound and self.paraphrases == 1:
+            raise ValueError(f"bound={self.bound}: one wording has no spread: set paraphrases to 2 or more")
+        if self.both[0] == self.both[1]:
+            raise ValueError(f"both={list(self.both)}: must be two different answers, such as [yes, no]")
+        return self
+
+    @cached_property
+    def splitter(self) -> Splitter | None:
+        return None if self.split is None else Splitter(self.split)
+
+    @property
+    def judged_by(self) -> str:
+        return judged_by(self.splitter)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
@@ -178,11 +185,14 @@ class OwnVQA:
 
     def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:
         """One row; or right and wrong answer in one order, then in the other."""
-        if self.choices is None or answer not in self.both:
+        choices = self.choices
+        if choices is None and self.split is not None and self.split.by != "grammar":
+            choices = BOTH_ORDERS
+        if choices is None or answer not in self.both:
             return [((image, question), answer)]
         wrong = self.both[1 - self.both.index(answer)]
         orders = (self.both, self.both[::-1])
-        asked = [self.choices.format(question=question, first=one, second=two) for one, two in orders]
+        asked = [choices.format(question=question, first=one, second=two) for one, two in orders]
         return [((image, words), each) for words in asked for each in (answer, wrong)]
 
 

@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from lvrpo.atomic_io import write_whole
-from lvrpo.config import Config, parse_section
+from lvrpo.config import Config
 from lvrpo.data.worlds import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
@@ -164,11 +164,6 @@ class Splitter:
     def judged_by(self) -> str:
         """Who writes the questions, where it is not the policy."""
         return "" if self.endpoint is None else f"questions by {self.endpoint.identity}"
-
-    @classmethod
-    def read(cls, options: Mapping[str, Any], where: str) -> Self:
-        """From the options of a reward; raises InputError that begins with ``where``."""
-        return cls(parse_section(SplitConfig, options, where))
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether there is something to split, and nothing that is split already."""

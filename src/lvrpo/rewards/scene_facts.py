@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
+from lvrpo.config import Config
 from lvrpo.data.worlds import world_of
-from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.types import Fact, Group, Prompt, Trajectory
 
-Mode = Literal["fraction", "gated", "all", "mixed"]
 
+class SceneFacts(Config):
+    """Facts of the prompt that the picture shows. Range [0, 1]."""
 
-class SceneFacts:
-    """Facts of the prompt that the picture shows. Range [0, 1].
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ()
 
-    fraction: the share that holds; trained alone it is hacked: a picture full of objects shows whatever is asked.
+    mode: Literal["fraction", "gated", "all", "mixed"] = "fraction"
+    """fraction: the share that holds; trained alone it is hacked: a picture full of objects shows whatever is asked.
     gated: the share that holds, halved where the number of objects is wrong, so that filling the picture never pays.
-    all: 1 if every one holds, else 0. mixed: the mean of fraction and all.
-    """
-
-    judges = ("image",)
-    sides = ()
-
-    def __init__(self, mode: Mode = "fraction") -> None:
-        if mode not in get_args(Mode):
-            raise InputError(f"scene_facts.mode={mode!r}: unknown: use {', '.join(get_args(Mode))}")
-        self.mode = mode
+    all: 1 if every one holds, else 0. mixed: the mean of fraction and all."""
 
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)

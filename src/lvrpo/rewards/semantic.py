@@ -5,33 +5,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, get_args
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch.nn import functional
 
-from lvrpo.errors import InputError
+from lvrpo.config import Config, Natural
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side, problem_of
-from lvrpo.rewards.external import OWN, Embedded, SiglipTower, check_tower, folder_identity, once
-from lvrpo.rewards.options import Count, Natural
+from lvrpo.rewards.external import OWN, Embedded, SiglipTower, TowerSource, folder_identity
 from lvrpo.rewards.questions import words_of
 from lvrpo.types import Group, Prompt
 
-Form = Literal["dense", "global"]
 
-
-class Semantic:
+class Semantic(Config):
     """Cosine of picture and text (LVRPO, arXiv:2603.27693, the term r_sem). Range [-1, 1].
 
         global:  r = cos(picture, text)
         dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
 
-    ``source``: "own", the frozen reading side of the policy, no encoder being added: states of picture and text, each
-    read alone, after ``layer`` layers (0: what goes into the transformer), their mean for the global form. Or a local
-    folder of a SigLIP or SigLIP 2 of ``transformers``, the published choice (``pip install 'lvrpo[external]'``).
-
-    ``top``: 1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them.
     A model that was never trained to match embeddings orders drawings only a little better than chance in this way
     (docs/rewards.md has the numbers): ``own_vqa`` asks the same reading side and hears much more.
 
@@ -42,36 +37,41 @@ class Semantic:
     common space (here: see ``rewards.external``).
     """
 
-    judges = ("image",)
+    judges: ClassVar = ("image",)
 
-    def __init__(
-        self,
-        form: Form = "dense",
-        top: Count = 4,
-        source: str = OWN,
-        layer: Natural = 1,
-        lead_ins: Sequence[str] = ("draw ", "a picture of "),
-        device: str = "auto",
-    ) -> None:
-        if form not in get_args(Form):
-            raise InputError(f"semantic.form={form!r}: unknown: use {', '.join(get_args(Form))}")
-        if not isinstance(top, int) or isinstance(top, bool) or top < 1:
-            raise InputError(f"semantic.top={top!r}: must be a whole number >= 1 (1: the maximum)")
-        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-            raise InputError(f"semantic.layer={layer!r}: must be a whole number >= 0")
-        self.form, self.top, self.layer, self.lead_ins = form, top, layer, tuple(lead_ins)
-        self.sides: tuple[Side, ...] = ("read",) if source == OWN else ()
-        self.judged_by, self.tower = "", None
-        if source != OWN:
-            self.judged_by = folder_identity(check_tower(source))
-            self.tower = once(lambda: SiglipTower(source, device))
-        self._told = False
+    form: Literal["dense", "global"] = "dense"
+    top: int = Field(default=4, ge=1, le=100_000)
+    """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
+    source: TowerSource = OWN
+    """"own": the frozen reading side of the policy, no encoder being added: states of picture and text, each read
+    alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
+    choice (``pip install 'lvrpo[external]'``)."""
+    layer: Natural = 1
+    """Layers of the policy after which its states are taken; 0: what goes into the transformer."""
+    lead_ins: tuple[str, ...] = ("draw ", "a picture of ")
+    """Beginnings that are no part of what a prompt describes."""
+    device: str = "auto"
+    """Where the model of ``source`` runs."""
+    _warned: bool = False
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return "" if self.source == OWN else folder_identity(Path(self.source))
+
+    @cached_property
+    def _tower(self) -> SiglipTower | None:
+        """None: the judge embeds. Loaded when it is first asked."""
+        return None if self.source == OWN else SiglipTower(self.source, self.device)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" in prompt.output:
             return prompt.task != "edit" and bool(words_of(prompt))
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"semantic: of texts (task {prompt.task}) it is one number for the whole group, and masked: set tasks",
                 stacklevel=2,
@@ -84,7 +84,7 @@ class Semantic:
         cells = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
-                problem = problem_of(trajectory, judge if self.tower is None else None)
+                problem = problem_of(trajectory, judge if self.source == OWN else None)
                 if problem:
                     failures[p, g] = problem
                 else:
@@ -93,11 +93,11 @@ class Semantic:
             return Scores(values, failures)
         texts = [self._text(group.prompt) for group in groups]
         pictures = [image for _, _, image in cells if image is not None]
-        if self.tower is None:
+        if self._tower is None:
             states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures], judge)]
             of_text, of_picture = states[: len(texts)], states[len(texts) :]
         else:
-            of_text, of_picture = self.tower().texts(texts), self.tower().images(pictures)
+            of_text, of_picture = self._tower.texts(texts), self._tower.images(pictures)
         for (p, g, _), picture in zip(cells, of_picture, strict=True):
             values[p, g] = self.of(of_text[p], picture)
         return Scores(values, failures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from lvrpo.config import Config
+from lvrpo.config import Config, parse_section
 from lvrpo.errors import ContractError, InputError, LvrpoError, described
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
@@ -24,7 +25,6 @@ from lvrpo.rewards.base import SIDES, Reward, Scores, Side
 from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.identity import judge_identity, judged_by
 from lvrpo.rewards.keys import holds_key, names_key
-from lvrpo.rewards.options import option_names, require_options
 from lvrpo.types import Group, OutputKind, Prompt, Task
 
 METHODS = ("applies", "score")
@@ -218,14 +218,18 @@ def local_source(config: RewardConfig, device: str = "cpu") -> RewardSource:
 def make_reward(config: RewardConfig) -> Reward:
     """The object of a row."""
     cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
-    if config.name in REWARDS:
-        require_options(cls, config.options, f"rewards.{config.title}.options")
+    if isinstance(cls, type) and issubclass(cls, Config):
+        reward: Any = parse_section(cls, config.options, f"rewards.{config.title}.options")
+        judged_by(reward)  # reads the property, which makes endpoints and members: their faults are reported here
+        return reward
     try:
         return cls(**config.options)
     except TypeError as error:
         # names alone: what stands in a wrong place may be a key
         named = ", ".join(config.options) or "none"
-        known = f"there are {', '.join(option_names(cls))}" if option_names(cls) else f"see {config.name}"
+        parameters = inspect.signature(cls).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        known = f"there are {', '.join(names)}" if names else f"see {config.name}"
         raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
     except LvrpoError:
         raise

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 
-from lvrpo.config import parse_section
-from lvrpo.errors import InputError
+from lvrpo.config import Config
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.answer_reading import rating, same_answer, yes_or_no
 from lvrpo.rewards.answers import normalize_answer, text_problem
 from lvrpo.rewards.base import Scores, problem_of
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.questions import Splitter, words_of
+from lvrpo.rewards.questions import SplitConfig, Splitter, words_of
 from lvrpo.types import Fact, Group, Image, OutputKind, Parts, Prompt, Trajectory
 
 Ask = Literal["questions", "yes_no", "rating"]
@@ -30,60 +31,77 @@ TEMPLATES: Mapping[Ask, str] = {
 FIELDS: Mapping[Ask, str] = {"questions": "question", "yes_no": "prompt", "rating": "prompt"}
 
 
-class VLMEndpoint:
+class VLMEndpoint(Config):
     """Answers of a model that is no part of the policy. Range [0, 1].
 
-    questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as an
-    answer: ``rewards.answer_reading``); ``split`` makes questions of free text (see ``own_vqa``; what should stay of an
-    edit is kept where this model says so of the source). yes_no: 1 for yes, 0
-    for no. rating: a number from 0 to 10, divided by 10.
-    ``template`` is what is asked after the picture: with {question}, or with {prompt}; one that also holds {answer}
-    makes it a judge of texts, shown the pictures of the prompt. An edit is shown with its source first (but for
-    questions, which are about the result).
+    An edit is shown with its source first (but for questions, which are about the result).
 
     What cannot be read as an answer, an answer that is empty or was cut off, and a request that failed after all its
     tries are masked with the reason (``rewards.endpoint``). One question without an answer masks the output.
     """
 
-    sides = ()
+    sides: ClassVar = ()
 
-    def __init__(
-        self,
-        endpoint: Mapping[str, Any],
-        ask: Ask = "questions",
-        template: str | None = None,
-        split: Mapping[str, Any] | None = None,
-    ) -> None:
-        if ask not in get_args(Ask):
-            raise InputError(f"vlm_endpoint.ask={ask!r}: unknown: use {', '.join(get_args(Ask))}")
-        self.ask: Ask = ask
-        self.template = TEMPLATES[ask] if template is None else template
-        field = FIELDS[ask]
-        if "{" + field + "}" not in self.template:
-            raise InputError(f"vlm_endpoint.template={self.template!r}: must hold {{{field}}} for ask={ask}")
-        if split is not None and ask != "questions":
-            raise InputError(f"vlm_endpoint.split: has no effect with ask={ask}: leave it out, or ask questions")
-        self.of_text = "{answer}" in self.template
-        if self.of_text and ask == "questions":
-            raise InputError("vlm_endpoint.template: {answer} goes with ask=yes_no or ask=rating")
-        self.judges: tuple[OutputKind, ...] = ("text",) if self.of_text else ("image",)
-        self.splitter = None if split is None else Splitter.read(split, "vlm_endpoint.split")
-        self.endpoint = ChatEndpoint(parse_section(EndpointConfig, endpoint, "vlm_endpoint.endpoint"))
-        self.judged_by = judged_by(self.endpoint.identity, self.splitter)
+    endpoint: EndpointConfig
+    ask: Ask = "questions"
+    """questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as
+    an answer: ``rewards.answer_reading``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
+    10."""
+    template: str | None = None
+    """What is asked after the picture: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
+    of texts, shown the pictures of the prompt. None: that of TEMPLATES."""
+    split: SplitConfig | None = None
+    """Makes questions of free text (see ``own_vqa``); what should stay of an edit is kept where this model says so of
+    the source."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        field = FIELDS[self.ask]
+        if f"{{{field}}}" not in self._template:
+            raise ValueError(f"template={self._template!r}: must hold {{{field}}} for ask={self.ask}")
+        if self.split is not None and self.ask != "questions":
+            raise ValueError(f"split: has no effect with ask={self.ask}: leave it out, or ask questions")
+        if self._of_text and self.ask == "questions":
+            raise ValueError("template: {answer} goes with ask=yes_no or ask=rating")
+        return self
+
+    @property
+    def judges(self) -> tuple[OutputKind, ...]:
+        return ("text",) if self._of_text else ("image",)
+
+    @cached_property
+    def judged_by(self) -> str:
+        return judged_by(self._client.identity, self._splitter)
+
+    @property
+    def _template(self) -> str:
+        return TEMPLATES[self.ask] if self.template is None else self.template
+
+    @property
+    def _of_text(self) -> bool:
+        return "{answer}" in self._template
+
+    @cached_property
+    def _client(self) -> ChatEndpoint:
+        return ChatEndpoint(self.endpoint)
+
+    @cached_property
+    def _splitter(self) -> Splitter | None:
+        return None if self.split is None else Splitter(self.split)
 
     def applies(self, prompt: Prompt) -> bool:
-        if self.of_text:
+        if self._of_text:
             return prompt.output == ("text",) and bool(words_of(prompt))
         if "image" not in prompt.output:
             return False
         if self.ask != "questions":
             return bool(words_of(prompt))
-        return bool(prompt.facts) or (self.splitter is not None and self.splitter.applies(prompt))
+        return bool(prompt.facts) or (self._splitter is not None and self._splitter.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         missing: dict[int, str] = {}
-        if self.splitter is not None:
-            groups, missing = self.splitter.with_questions(groups, judge, self._confirm)
+        if self._splitter is not None:
+            groups, missing = self._splitter.with_questions(groups, judge, self._confirm)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
         rows: list[Parts] = []
@@ -100,7 +118,7 @@ class VLMEndpoint:
                 right += [answer for _, answer in asked]
                 cells += [(p, g)] * len(asked)
         found: dict[tuple[int, int], list[float]] = {}
-        for cell, answer, wanted in zip(cells, self.endpoint.ask(rows), right, strict=True):
+        for cell, answer, wanted in zip(cells, self._client.ask(rows), right, strict=True):
             value = answer if isinstance(answer, NoAnswer) else self.read(answer, wanted)
             if isinstance(value, NoAnswer):
                 failures.setdefault(cell, value.reason)
@@ -121,25 +139,25 @@ class VLMEndpoint:
 
     def _confirm(self, pairs: Sequence[tuple[Image, Fact]]) -> list[float | NoAnswer]:
         """1 where its answer about a picture is that of the fact, 0 where it is another."""
-        answers = self.endpoint.ask([self._question(image, fact) for image, fact in pairs])
+        answers = self._client.ask([self._question(image, fact) for image, fact in pairs])
         rows = zip(pairs, answers, strict=True)
         return [a if isinstance(a, NoAnswer) else self.read(a, fact.answer) for (_, fact), a in rows]
 
     def _question(self, image: Image, fact: Fact) -> Parts:
-        return (image, self.template.replace("{question}", fact.question))
+        return (image, self._template.replace("{question}", fact.question))
 
     def _problem(self, trajectory: Trajectory) -> str | None:
-        if self.of_text:
+        if self._of_text:
             return text_problem(trajectory)
         return problem_of(trajectory)
 
     def _asked(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
         shown = [part for part in prompt.parts if not isinstance(part, str)]
-        if self.of_text:
-            words = self.template.replace("{prompt}", words_of(prompt)).replace("{answer}", trajectory.text or "")
+        if self._of_text:
+            words = self._template.replace("{prompt}", words_of(prompt)).replace("{answer}", trajectory.text or "")
             return [((*shown, words), "")]
         assert trajectory.image is not None
         if self.ask == "questions":
             return [(self._question(trajectory.image, fact), fact.answer) for fact in prompt.facts]
-        return [((*shown, trajectory.image, self.template.replace("{prompt}", words_of(prompt))), "")]
+        return [((*shown, trajectory.image, self._template.replace("{prompt}", words_of(prompt))), "")]
