@@ -22,14 +22,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel.checkpoint import VAE
 from lvrpo.policies.bagel.config import BagelConfig
 from lvrpo.policies.bagel.create import BagelSizes, bagel_config, learn_words, position_table
-from lvrpo.policies.bagel.names import VAE
+from lvrpo.policies.bagel.encoders import VitConfig
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
-from lvrpo.policies.bagel.vit import VitConfig
-from lvrpo.policies.bagel.words import BagelWords
+from lvrpo.policies.bagel.tokenizer import BagelWords
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import drawing
+from lvrpo.policies.mot import flow_sampler
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
@@ -230,7 +230,7 @@ def one_pass(policy: BagelPolicy, shape: Shape, report: Report, rate: float) -> 
     t = torch.full((8,), 0.5, device=shape.device)
 
     def run() -> torch.Tensor:
-        return drawing.velocity(contexts, cache.select(owner), x_t, t, grid)
+        return flow_sampler.velocity(contexts, cache.select(owner), x_t, t, grid)
 
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         run()

@@ -116,7 +116,6 @@ def anonymous() -> int:
 
 def never_end(eos: int) -> None:
     """Texts are written up to their limit from now on: the estimate is of these."""
-    from lvrpo.policies.mot import writing
 
     plain = writing.sample_tokens
 

@@ -24,8 +24,7 @@ from lvrpo.data.schema import Row
 from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
-from lvrpo.policies.bagel.images import ResizeRule
-from lvrpo.policies.bagel.vit import VitConfig
+from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
 from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS

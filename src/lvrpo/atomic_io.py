@@ -1,7 +1,7 @@
 """Files that are whole or not there, with the rights of any other new file: those that the umask leaves.
 
-Every safetensors file is read here, but for the pieces of ``policies.bagel.tensors``, which asks ``require_weights`` of
-each of them.
+Every safetensors file is read here, but for the pieces of ``policies.bagel.checkpoint``, which asks
+``require_weights`` of each of them.
 """
 
 from __future__ import annotations

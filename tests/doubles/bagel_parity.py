@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lvrpo.policies.bagel.images import patchify, position_ids, to_uint8, unpatchify
-from lvrpo.policies.bagel.names import official_name
-from lvrpo.policies.bagel.packed import (
+from lvrpo.policies.bagel.checkpoint import official_name
+from lvrpo.policies.bagel.encoders import patchify, position_ids, to_uint8, unpatchify
+from lvrpo.policies.bagel.policy import (
+    BagelPolicy,
     PackedLosses,
     TrainedPiece,
     TrainedRow,
@@ -26,11 +27,10 @@ from lvrpo.policies.bagel.packed import (
     noisy_piece,
     packed_losses,
 )
-from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import drawing, writing
-from lvrpo.policies.mot.context import Piece, Row
-from lvrpo.policies.mot.sequence import Span, pack, row_layout
+from lvrpo.policies.mot import flow_sampler, generate
+from lvrpo.policies.mot.attention import Span, pack, row_layout
+from lvrpo.policies.mot.model_runner import Piece, Row
 from lvrpo.policies.mot.transformer import Cache, Hidden
 from lvrpo.sampling import shift_time
 from lvrpo.types import Image
@@ -179,11 +179,11 @@ class Parity:
             x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=self.policy.device)
             for name, cache in (("cond", caches.full), ("no_text", caches.no_text), ("no_image", caches.no_image)):
                 assert cache is not None
-                v = drawing.velocity(contexts, cache, x_t, t[None], grid)[0]
+                v = flow_sampler.velocity(contexts, cache, x_t, t[None], grid)[0]
                 out[f"{tag}_v_{name}"] = error(v, ref[f"{tag}_v_{name}"])
             for name in (name for name in ref if name.startswith(f"{tag}_cfg_")):
                 guidance = guidance_named(name.removeprefix(f"{tag}_cfg_"))
-                v = drawing.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+                v = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
                 out[name] = error(v, ref[name])
         return out
 
@@ -193,7 +193,7 @@ class Parity:
         for name, about in self.meta["d_traj"].items():
             sampling, grid, caches = self.trajectory(name)
             assert sampling.num_steps == about["model_steps"] == len(ref[f"{name}_v"])
-            drawn = drawing.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
+            drawn = flow_sampler.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
             got = {
                 "timesteps": drawn.timesteps[:-1],
                 "final_tokens": drawn.latents[0],
@@ -203,10 +203,10 @@ class Parity:
             out |= self.errors({f"{name}_{key}": value for key, value in got.items()}, ref)
             image = self.policy.towers.decode_latents(drawn.latents, grid)[0]
             exact_pixels(torch.from_numpy(to_uint8(image)), ref[f"{name}_decoded_uint8"])
-            guidance = drawing.guidance_of(sampling)
+            guidance = flow_sampler.guidance_of(sampling)
             for i, t in enumerate(drawn.timesteps[:-1]):
                 x_t = ref[f"{name}_x"][i][None]
-                v = drawing.guided_velocity(contexts, caches, x_t, t, guidance, grid)
+                v = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)
                 x_next = x_t + (drawn.timesteps[i + 1] - t) * v
                 out[f"{name}_v[{i}]"] = error(v[0], ref[f"{name}_v"][i])
                 out[f"{name}_x[{i + 1}]"] = error(x_next[0], ref[f"{name}_x"][i + 1])
@@ -287,7 +287,7 @@ class Parity:
         return {"exact": 0.0}
 
     # ---------------------------------------------------------------- pieces of sections
-    def trajectory(self, name: str) -> tuple[Sampling, tuple[int, int], drawing.Branches]:
+    def trajectory(self, name: str) -> tuple[Sampling, tuple[int, int], flow_sampler.Branches]:
         """How a recorded trajectory was sampled."""
         about = self.meta["d_traj"][name]
         grid, caches = self.scenario(name)
@@ -321,11 +321,11 @@ class Parity:
             cache = hidden.cache
         got = torch.stack(logits)
         exact(got.argmax(dim=-1)[:-1], torch.tensor(fed[1:]))
-        (text,) = writing.write(contexts, start, [0], torch.zeros(1, len(fed) - 1, device=got.device), temperature=0.0)
+        (text,) = generate.write(contexts, start, [0], torch.zeros(1, len(fed) - 1, device=got.device), temperature=0.0)
         assert list(text.tokens) == fed[1:]
         return {f"{prefix}decode_logits": error(got, ref[f"{prefix}decode_logits"])}
 
-    def scenario(self, name: str) -> tuple[tuple[int, int], drawing.Branches]:
+    def scenario(self, name: str) -> tuple[tuple[int, int], flow_sampler.Branches]:
         """The grid that is drawn and the three contexts, checked against their recorded lengths."""
         about, contexts, towers = self.meta["c_flow"], self.policy.contexts, self.policy.towers
         texts, expected = about["prompts"], about["scenarios"][name]
@@ -338,8 +338,8 @@ class Parity:
         }[name]
         row = contexts.row(parts, draws=True)
         whole: Row = (*row, *contexts.row((texts["think_text"],), draws=True)) if name == "think" else row
-        guidance = drawing.Guidance(2.0, 2.0, "none")
-        caches = drawing.branches(contexts, contexts.prefill([whole]), [row], guidance)
+        guidance = flow_sampler.Guidance(2.0, 2.0, "none")
+        caches = flow_sampler.branches(contexts, contexts.prefill([whole]), [row], guidance)
         assert caches.no_text is not None
         assert caches.no_image is not None
         self.check_context(caches.full, expected["gen_ctx"])
@@ -444,14 +444,14 @@ def picture(pixels: torch.Tensor) -> Image:
     return pixels.cpu().permute(2, 0, 1).float() / 255
 
 
-def guidance_named(name: str) -> drawing.Guidance:
+def guidance_named(name: str) -> flow_sampler.Guidance:
     """Of a tensor such as text4_img2_global_min0.6."""
     if name == "img_only_is_ignored":
-        return drawing.Guidance(1.0, 2.0, "global")
+        return flow_sampler.Guidance(1.0, 2.0, "global")
     name, _, least = name.partition("_min")
     for prefix, image_scale in (("text_only_", 1.0), ("text4_img2_", 2.0)):
         if name.startswith(prefix):
-            return drawing.Guidance(4.0, image_scale, name.removeprefix(prefix), float(least or 0))  # type: ignore[arg-type]
+            return flow_sampler.Guidance(4.0, image_scale, name.removeprefix(prefix), float(least or 0))  # type: ignore[arg-type]
     raise AssertionError(name)
 
 

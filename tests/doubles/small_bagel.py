@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lvrpo.policies.bagel.create import BagelSizes
-from lvrpo.policies.bagel.vae import VaeConfig
+from lvrpo.policies.bagel.encoders import VaeConfig
 
 SMALL = BagelSizes(
     width=32,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lvrpo.policies.mot.sequence import Span, pack
+from lvrpo.policies.mot.attention import Span, pack
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.types import Image, Prompt

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from lvrpo.policies.mot import drawing, writing
-from lvrpo.policies.mot.context import Contexts, Row
-from lvrpo.policies.mot.decoding import Decoder
+from lvrpo.policies.mot import flow_sampler, generate
+from lvrpo.policies.mot.generate import Decoder, Written
+from lvrpo.policies.mot.model_runner import Contexts, Row
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.policies.mot.writing import Written
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.types import Image, Parts
 
@@ -33,7 +32,7 @@ def text(policy: TinyPolicy, words: str) -> Written:
 
 def text_logprobs(policy: TinyPolicy, cache: Cache, texts: Sequence[str]) -> list[torch.Tensor]:
     owner = range(len(texts))
-    return writing.score(policy.contexts, cache, owner, [text(policy, t) for t in texts], 1.0, closed=False).logprobs
+    return generate.score(policy.contexts, cache, owner, [text(policy, t) for t in texts], 1.0, closed=False).logprobs
 
 
 def by_hand_logprobs(policy: TinyPolicy, row: Any, words: str) -> torch.Tensor:
@@ -54,7 +53,7 @@ def test_cached_prefill_and_extension_equal_one_uncached_pass(
     cache = policy.contexts.prefill([policy.contexts.row(("draw a circle", source, "make it blue"), draws=True)])
 
     whole = whole_row(policy, [*context, ("noise", (x_t[0], float(t[0])))])
-    v = drawing.velocity(policy.contexts, cache, x_t, t)[0]
+    v = flow_sampler.velocity(policy.contexts, cache, x_t, t)[0]
     assert whole.velocity.abs().mean() > 0.1
     torch.testing.assert_close(v, whole.velocity, rtol=1e-5, atol=1e-5)
 
@@ -100,7 +99,7 @@ def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy
 
     def outputs(order: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
         cache = contexts.prefill([rows[i] for i in order])
-        v = drawing.velocity(contexts, cache, x_t[order], t[order])
+        v = flow_sampler.velocity(contexts, cache, x_t[order], t[order])
         return text_logprobs(policy, cache, [answers[i] for i in order]), v
 
     together, v_together = outputs(list(range(len(rows))))
@@ -120,9 +119,9 @@ def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, picture: An
     assert index == [0, 1, 0, 2, 1]
     assert len(cache.rope) == 3
     x_t, t = noise(policy, len(rows))
-    v = drawing.velocity(contexts, cache.select(index), x_t, t)
+    v = flow_sampler.velocity(contexts, cache.select(index), x_t, t)
     for i, row in enumerate(rows):
-        alone = drawing.velocity(contexts, contexts.prefill([row]), x_t[i : i + 1], t[i : i + 1])
+        alone = flow_sampler.velocity(contexts, contexts.prefill([row]), x_t[i : i + 1], t[i : i + 1])
         torch.testing.assert_close(v[i], alone[0], rtol=1e-6, atol=1e-5)
 
 
@@ -132,9 +131,9 @@ def test_flow_steps_leave_the_context_alone(policy: TinyPolicy, picture: Any) ->
     depth = range(policy.transformer.config.depth)
     before = [t.clone() for t in (*(t for i in depth for t in cache.layer(i)), cache.rope)]
     x_t, t = noise(policy, 1)
-    first = drawing.velocity(contexts, cache, x_t, t)
-    drawing.velocity(contexts, cache, 2 * x_t, t)
-    assert torch.equal(drawing.velocity(contexts, cache, x_t, t), first)
+    first = flow_sampler.velocity(contexts, cache, x_t, t)
+    flow_sampler.velocity(contexts, cache, 2 * x_t, t)
+    assert torch.equal(flow_sampler.velocity(contexts, cache, x_t, t), first)
     for old, now in zip(before, (*(t for i in depth for t in cache.layer(i)), cache.rope), strict=True):
         assert torch.equal(old, now)
 
@@ -144,7 +143,7 @@ def test_every_part_of_the_context_is_used(policy: TinyPolicy, picture: Any) -> 
     x_t, t = noise(policy, 1)
 
     def v(*parts: Any, draws: bool = True) -> torch.Tensor:
-        return drawing.velocity(contexts, contexts.prefill([contexts.row(parts, draws)]), x_t, t)
+        return flow_sampler.velocity(contexts, contexts.prefill([contexts.row(parts, draws)]), x_t, t)
 
     base = v(picture(1), "make it red")
     for other in (
@@ -179,8 +178,8 @@ def test_gradient_through_a_shared_prefill_is_the_sum_of_separate_ones(
     def loss(indices: list[int]) -> torch.Tensor:
         rows: list[Row] = [contexts.row(parts[i], draws=True) for i in indices]
         cache, owner = contexts.prefill_shared(rows)
-        scored = writing.score(contexts, cache, owner, [text(policy, answers[i]) for i in indices], 1.0, closed=True)
-        v = drawing.velocity(contexts, scored.cache, x_t[indices], t[indices])
+        scored = generate.score(contexts, cache, owner, [text(policy, answers[i]) for i in indices], 1.0, closed=True)
+        v = flow_sampler.velocity(contexts, scored.cache, x_t[indices], t[indices])
         return torch.cat(scored.logprobs).sum() + v.square().mean(dim=(1, 2)).sum()
 
     together = gradients(policy, loss([0, 1, 2]))

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvrpo.policies.mot import decoding, transformer, writing
-from lvrpo.policies.mot.attention import SpanAttention, attention, folded_attention
-from lvrpo.policies.mot.context import Piece, Row
-from lvrpo.policies.mot.decoding import Decoder
-from lvrpo.policies.mot.sequence import Span
+from lvrpo.policies.mot import generate, transformer
+from lvrpo.policies.mot.attention import Span, SpanAttention, attention, folded_attention
+from lvrpo.policies.mot.generate import Decoder
+from lvrpo.policies.mot.model_runner import Piece, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.tiny import TinyPolicy
 
@@ -71,11 +70,11 @@ def test_members_written_in_parts(policy: TinyPolicy, picture: Any, monkeypatch:
         cache = contexts_of(policy, picture, padded=True)
     owner = [0, 0, 2, 2, 1, 1, 1, 0]
     uniforms = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
-    whole = writing.write(policy.contexts, cache, owner, uniforms, 1.0)
-    room = decoding.at_once(policy.transformer, cache, 6)
-    monkeypatch.setattr(decoding, "BUFFER_BYTES", 3 * decoding.BUFFER_BYTES // room + 1)
-    assert decoding.at_once(policy.transformer, cache, 6) == 3
-    assert writing.write(policy.contexts, cache, owner, uniforms, 1.0) == whole
+    whole = generate.write(policy.contexts, cache, owner, uniforms, 1.0)
+    room = generate.at_once(policy.transformer, cache, 6)
+    monkeypatch.setattr(generate, "BUFFER_BYTES", 3 * generate.BUFFER_BYTES // room + 1)
+    assert generate.at_once(policy.transformer, cache, 6) == 3
+    assert generate.write(policy.contexts, cache, owner, uniforms, 1.0) == whole
     assert len(set(whole)) > 4
 
 
@@ -129,8 +128,8 @@ def test_spans_are_attended_as_under_a_mask(policy: TinyPolicy, picture: Any, mo
         rows = [policy.contexts.row((shared, end), draws=True) for end in ("is it red", "it", "is it blue", "two")]
         cache, owner = policy.contexts.prefill_shared([*rows, rows[0]])
         ids = policy.words.encode("a red circle")
-        texts = [writing.Written((*ids[: 1 + b % 3], policy.words.eos_id), True) for b in owner]
-        return writing.score(policy.contexts, cache, owner, texts, 1.0, closed=False).logprobs
+        texts = [generate.Written((*ids[: 1 + b % 3], policy.words.eos_id), True) for b in owner]
+        return generate.score(policy.contexts, cache, owner, texts, 1.0, closed=False).logprobs
 
     def spans(self: Any, packing: Any, cache: Cache) -> SpanAttention:
         used.append(SpanAttention)

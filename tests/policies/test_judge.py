@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.context import Contexts
-from lvrpo.policies.mot.judging import JUDGE_TIMES
-from lvrpo.policies.mot.sequence import forget_packings
+from lvrpo.policies.mot.attention import forget_packings
+from lvrpo.policies.mot.likelihood import JUDGE_TIMES
+from lvrpo.policies.mot.model_runner import Contexts
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Parts
@@ -88,7 +88,7 @@ def test_texts_after_one_context_do_not_see_each_other(
     cells: int, policy: TinyPolicy, picture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few are options of one row, many continue a context that is kept; both as if each were alone."""
-    monkeypatch.setattr("lvrpo.policies.mot.sequence.MASK_CELLS", cells)
+    monkeypatch.setattr("lvrpo.policies.mot.attention.MASK_CELLS", cells)
     forget_packings()
     few, many = (picture(1), "is it a red circle"), (picture(1), "it")
     texts = [(few, "red"), (many, "a red circle"), (few, "a"), (many, "it is a"), (few, "red"), (("it",), "a circle")]
@@ -151,7 +151,7 @@ def test_a_row_is_judged_alike_in_any_company(policy: TinyPolicy, picture: Any, 
     pictures = [picture(i) for i in range(5)]
     contexts, seeds = [("a red circle",), ("a",), ("a red circle",), (), ()], [1, 2, 1, 3, 3]
     together = policy.image_logprob(contexts, pictures, 2, seeds)
-    monkeypatch.setattr("lvrpo.policies.mot.batching.MAX_ROWS", 2)
+    monkeypatch.setattr("lvrpo.policies.mot.model_runner.MAX_ROWS", 2)
     torch.testing.assert_close(policy.image_logprob(contexts, pictures, 2, seeds), together, rtol=1e-5, atol=1e-4)
 
 

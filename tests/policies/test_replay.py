@@ -11,7 +11,7 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import batching
+from lvrpo.policies.mot import model_runner
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import PastStep, adams_bashforth_step, derive_seed, normal_noise, timestep_grid
 from lvrpo.types import FlowSegment, Prompt, TextSegment, Trajectory
@@ -76,7 +76,7 @@ def test_replay_of_prompts_that_say_the_same(policy: TinyPolicy, prompts: list[P
 
 def test_replay_across_batches(policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     trajectories = rollout(policy, prompts, DRAWINGS["flow_sde"])
-    monkeypatch.setattr(batching, "MAX_ROWS", 4)
+    monkeypatch.setattr(model_runner, "MAX_ROWS", 4)
     assert max(differences(policy, trajectories, TextSegment) + differences(policy, trajectories, FlowSegment)) <= 1e-6
 
 
@@ -128,7 +128,7 @@ def test_steps_that_are_computed_again_have_the_same_gradient(
 def test_replay_cuts_batches_where_sampling_did(
     group_size: int, max_rows: int, policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(model_runner, "MAX_ROWS", max_rows)
     sampled: list[int] = []
     replayed: list[int] = []
     sample, replay = TinyPolicy._sample_batch, TinyPolicy._replay_batch

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.mot import batching
+from lvrpo.policies.mot import model_runner
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import SOLVERS, PastStep, derive_seed, normal_noise
 from lvrpo.types import FlowSegment, Group, Prompt, TextSegment, Trajectory
@@ -41,7 +41,7 @@ def test_groups_do_not_depend_on_the_batch(
     order = [7, 2, 4, 0]
     part = policy.sample([prompts[i] for i in order], SAMPLING, [seeds[i] for i in order])
     smaller = policy.sample(prompts, replace(SAMPLING, group_size=2), seeds)
-    monkeypatch.setattr(batching, "MAX_ROWS", 1)
+    monkeypatch.setattr(model_runner, "MAX_ROWS", 1)
     split = policy.sample(prompts, SAMPLING, seeds)
     for i, group in enumerate(whole):
         for g, trajectory in enumerate(group.trajectories):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvrpo.policies.mot.sequence import Span, SpanKind, pack, row_layout
+from lvrpo.policies.mot.attention import Span, SpanKind, pack, row_layout
 
 IMAGE_KINDS: tuple[SpanKind, ...] = ("read", "clean", "noise")
 TEXT_KINDS: tuple[SpanKind, ...] = ("text", "option")

@@ -15,8 +15,8 @@ from stored import stored
 from lvrpo.cli import main
 from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
+from lvrpo.policies.bagel.checkpoint import official_name
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-from lvrpo.policies.bagel.names import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.mot.policy import MoTPolicy

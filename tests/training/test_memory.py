@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel.checkpoint import VAE
 from lvrpo.policies.bagel.config import described_config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel, learn_words
-from lvrpo.policies.bagel.names import VAE
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.loading import load_policy, policy_folder
+from lvrpo.policies.mot.attention import Span, pack
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.policies.mot.sequence import Span, pack
 from lvrpo.training import memory
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.dry_run import memory_needed

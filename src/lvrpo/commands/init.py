@@ -72,7 +72,7 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
     from lvrpo.commands.progress import Progress
     from lvrpo.data.scenes import ScenePrompts, ScenesConfig
     from lvrpo.data.scenes.verifier import read
-    from lvrpo.policies.bagel.autoencoder import train_autoencoder
+    from lvrpo.policies.bagel.create import train_autoencoder
 
     try:
         source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "train", 0)

@@ -6,6 +6,7 @@ BAGEL, so that what is learned about an algorithm here is learned on the same co
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -18,12 +19,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional
 
+from lvrpo.atomic_io import read_weights, write_tensors, write_whole
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
-from lvrpo.policies.mot.folder import FolderPolicy
-from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.mot.model_runner import Grid
+from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.transformer import Layer, MoT, MoTConfig
-from lvrpo.reading import JSON_BYTES, read_text
+from lvrpo.reading import JSON_BYTES, read_json_object, read_text
 from lvrpo.types import Image
 
 SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
@@ -202,7 +204,7 @@ class TinyTowers(nn.Module):
         return self.config.image_tokens, self.config.channels
 
 
-class TinyPolicy(FolderPolicy):
+class TinyPolicy(MoTPolicy):
     """The core with the tiny towers: a complete policy."""
 
     model_type = "lvrpo_tiny"
@@ -239,12 +241,49 @@ class TinyPolicy(FolderPolicy):
     def timestep_shift(self) -> float:
         return self.config.timestep_shift
 
-    def _config_dict(self) -> dict[str, object]:
-        return self.config.model_dump(mode="json")
+    def save_whole(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_tensors(folder / "model.safetensors", state, {"format": "pt"})
+        config = {"model_type": self.model_type, **self.config.model_dump(mode="json")}
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        self.words.save(folder)
 
     @classmethod
-    def _from_folder(cls, folder: Path, config: dict[str, object]) -> Self:
+    def picture_side(cls, folder: Path) -> int | None:
+        """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
+        try:
+            side = read_json_object(folder / "config.json").get("image_size")
+        except InputError:
+            return None  # loading says what is wrong
+        return side if type(side) is int else None
+
+    @classmethod
+    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.skeleton``; the dtype is float32."""
+        if dtype not in (None, torch.float32):
+            raise InputError(f"dtype={str(dtype).removeprefix('torch.')}: {folder} computes in float32: leave it out")
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder}: holds no {name}: give a folder that lvrpo saved")
+        config = read_json_object(folder / "config.json")
+        found = config.pop("model_type", None)
+        if found != cls.model_type:
+            raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
         return cls(parse_section(TinyConfig, config, folder / "config.json"), TinyWords.load(folder))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads what ``save`` wrote; the dtype is float32."""
+        policy = cls.skeleton(folder, device, dtype)
+        state, _ = read_weights(folder / "model.safetensors", "restore the file")
+        own = policy.state_dict()
+        wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})
+        if wrong:
+            raise InputError(f"{folder}: weights do not fit config.json at {wrong[0]}: use the two files of one model")
+        policy.load_state_dict(state)
+        return policy.to(device)
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -20,18 +20,16 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
-from lvrpo.policies.mot import drawing, writing
+from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
-from lvrpo.policies.mot.batching import runs
-from lvrpo.policies.mot.context import row_tokens
-from lvrpo.policies.mot.decoding import Decoder, at_once
-from lvrpo.policies.mot.folder import FolderPolicy
+from lvrpo.policies.mot.attention import forget_packings
+from lvrpo.policies.mot.generate import Decoder, at_once
+from lvrpo.policies.mot.model_runner import Grid, row_tokens, runs
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.policies.mot.recording import as_written
-from lvrpo.policies.mot.recording import flow_segment as flow_record
-from lvrpo.policies.mot.sequence import forget_packings
-from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.mot.trajectory import as_written
+from lvrpo.policies.mot.trajectory import flow_segment as flow_record
 from lvrpo.policies.mot.transformer import Cache
+from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
@@ -242,7 +240,7 @@ class _Estimator:
         if self.divided:
             copies = 0
         passes: dict[str, int] = {}
-        if isinstance(self.policy, FolderPolicy) and self.device == "cpu":
+        if isinstance(self.policy, TinyPolicy) and self.device == "cpu":
             passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
         for name, asked, size in (("rollout", prompts, group_size), ("validation", validation, 1)):
             for members in self._sampled_at_once(asked, size):
@@ -393,7 +391,7 @@ class _Estimator:
             timesteps = timestep_grid(sampling.num_steps, shift)
         states = torch.empty(1, len(window), height * width, policy.towers.channels)
         latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
-        drawn = drawing.Drawn(latents, timesteps, states, states, logprobs, states)
+        drawn = flow_sampler.Drawn(latents, timesteps, states, states, logprobs, states)
         return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
 
     # ---------------------------------------------------------------- parts of a step
@@ -409,15 +407,15 @@ class _Estimator:
                 self._write(cache, owner)
                 texts = [as_written(self._text(m)) for m in range(len(members))]
                 closed = len(output) > 1
-                scores = writing.score(contexts, cache, owner, texts, self.sampling.temperature, closed)
+                scores = generate.score(contexts, cache, owner, texts, self.sampling.temperature, closed)
                 if closed:
                     cache, owner = scores.cache, list(range(len(members)))
             if "image" in output:
                 grid, size = self._grid(members[0]), len(members)
                 branches = policy._branches(cache.select(owner), [rows[p] for p in of_prompt], self.sampling)
                 x_t = torch.empty(size, grid[0] * grid[1], policy.towers.channels)
-                guidance = drawing.guidance_of(self.sampling)
-                v = drawing.guided_velocity(
+                guidance = flow_sampler.guidance_of(self.sampling)
+                v = flow_sampler.guided_velocity(
                     contexts, branches, x_t, torch.empty(()), guidance, grid, guidance.interval[1]
                 )
                 policy.towers.decode_latents(x_t - v, grid)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lvrpo.config import Config
 from lvrpo.distributed import gather
 from lvrpo.policies.base import Policy
-from lvrpo.policies.mot.batching import cut
+from lvrpo.policies.mot.model_runner import cut
 from lvrpo.training.losses.base import (
     FROZEN,
     KINDS,

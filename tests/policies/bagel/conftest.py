@@ -14,7 +14,7 @@ from small_bagel import SMALL
 
 from lvrpo.policies.bagel.config import BagelSettings
 from lvrpo.policies.bagel.create import create_bagel
-from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.encoders import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel import checkpoint as checkpoint_module
 from lvrpo.policies.bagel import policy as policy_module
-from lvrpo.policies.bagel import tensors as tensors_module
-from lvrpo.policies.bagel.names import official_name
+from lvrpo.policies.bagel.checkpoint import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.words import FILES, BagelWords
+from lvrpo.policies.bagel.tokenizer import FILES, BagelWords
 from lvrpo.policies.loading import load_policy
 
 
@@ -65,7 +65,7 @@ def test_groups_of_parameters(small: BagelPolicy) -> None:
 
 
 def test_weights_arrive_in_pieces_of_any_size(saved: Path, small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_module, "CHUNK_BYTES", 1000)
     assert same(BagelPolicy.load(saved), small)
 
 
@@ -385,6 +385,6 @@ def test_too_little_memory_is_said_before_the_load(saved: Path, monkeypatch: pyt
         available = 100_000
 
     monkeypatch.setattr(policy_module.psutil, "virtual_memory", lambda: Memory)
-    monkeypatch.setattr(tensors_module.StoredTensor, "read", lambda *_: pytest.fail("read before the estimate"))
+    monkeypatch.setattr(checkpoint_module.StoredTensor, "read", lambda *_: pytest.fail("read before the estimate"))
     with pytest.raises(InputError, match=r"the weights need 0\.0 GiB on cpu, 0\.0 GiB are free: load in bfloat16"):
         BagelPolicy.load(saved)

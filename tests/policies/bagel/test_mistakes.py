@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel import towers as towers_module
+from lvrpo.policies.bagel import encoders as encoders_module
 from lvrpo.policies.bagel.create import position_table
-from lvrpo.policies.bagel.vae import Downsample
-from lvrpo.policies.mot import drawing, sequence
-from lvrpo.policies.mot.context import Contexts
-from lvrpo.policies.mot.sequence import RowLayout, Span
+from lvrpo.policies.bagel.encoders import Downsample
+from lvrpo.policies.mot import attention, flow_sampler
+from lvrpo.policies.mot.attention import RowLayout, Span
+from lvrpo.policies.mot.model_runner import Contexts
 from lvrpo.policies.mot.transformer import Layer
 from lvrpo.sampling import PastStep, euler_step, shift_time
 
@@ -32,8 +32,8 @@ def half_the_latent_side(parity: Any, patch: Patch) -> None:
 
 
 def image_width_as_stride(parity: Any, patch: Patch) -> None:
-    right = towers_module.position_ids
-    patch.setattr(towers_module, "position_ids", lambda rows, columns, side: right(rows, columns, columns))
+    right = encoders_module.position_ids
+    patch.setattr(encoders_module, "position_ids", lambda rows, columns, side: right(rows, columns, columns))
 
 
 def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other: str) -> None:
@@ -61,9 +61,9 @@ def clean_latents_read(parity: Any, patch: Patch) -> None:
 
 
 def other_layout(patch: Patch, change: Callable[[tuple[Span, ...], RowLayout], RowLayout]) -> None:
-    right = sequence.row_layout
-    sequence.forget_packings()
-    patch.setattr(sequence, "row_layout", lambda spans, mask=True: change(spans, right(spans, mask)))
+    right = attention.row_layout
+    attention.forget_packings()
+    patch.setattr(attention, "row_layout", lambda spans, mask=True: change(spans, right(spans, mask)))
 
 
 def one_rope_id_per_picture_token(parity: Any, patch: Patch) -> None:
@@ -93,7 +93,7 @@ def channel_first_patches(parity: Any, patch: Patch) -> None:
     def patchify(images: torch.Tensor, p: int) -> torch.Tensor:
         return functional.unfold(images, p, stride=p).transpose(1, 2)
 
-    patch.setattr(towers_module, "patchify", patchify)
+    patch.setattr(encoders_module, "patchify", patchify)
 
 
 def thousandfold_time(parity: Any, patch: Patch) -> None:
@@ -120,15 +120,17 @@ def wrong_sign(parity: Any, patch: Patch) -> None:
     def mistaken(x_t: torch.Tensor, v: torch.Tensor, t: Any, t_next: Any, past: Any) -> tuple[torch.Tensor, PastStep]:
         return euler_step(x_t, -v, t, t_next, past)
 
-    patch.setattr(drawing, "SOLVERS", {"euler": mistaken})
+    patch.setattr(flow_sampler, "SOLVERS", {"euler": mistaken})
 
 
 def one_step_more(parity: Any, patch: Patch) -> None:
-    patch.setattr(drawing, "timestep_grid", lambda n, shift: shift_time(torch.linspace(1, 0, n + 2), shift)[: n + 1])
+    patch.setattr(
+        flow_sampler, "timestep_grid", lambda n, shift: shift_time(torch.linspace(1, 0, n + 2), shift)[: n + 1]
+    )
 
 
 def guided_outside_the_interval(parity: Any, patch: Patch) -> None:
-    patch.setattr(drawing.Guidance, "active", lambda self, t: True)
+    patch.setattr(flow_sampler.Guidance, "active", lambda self, t: True)
 
 
 def padding_above_and_left(parity: Any, patch: Patch) -> None:
@@ -218,7 +220,7 @@ def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, 
         print(f"{mistake.__name__}, {section}: {max(errors.values()):.1e}")
         assert not all(value <= FAR for value in errors.values())  # nan is far
     finally:
-        sequence.forget_packings()
+        attention.forget_packings()
 
 
 def test_stored_tables_are_the_formula_rounded(parity: Any) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import sequence
-from lvrpo.policies.mot.batching import cut, runs
-from lvrpo.policies.mot.sequence import Span, forget_packings, pack
+from lvrpo.policies.mot import attention
+from lvrpo.policies.mot.attention import Span, forget_packings, pack
+from lvrpo.policies.mot.model_runner import cut, runs
 from lvrpo.types import FlowSegment, Image, Prompt, SegmentLogprobs, Trajectory
 
 GUIDED = Sampling(
@@ -116,7 +116,7 @@ def test_a_pass_without_a_mask_equals_one_with_it(own: BagelPolicy, monkeypatch:
     loss(own.logprobs(trajectories)).backward()
     masked = gradients(own)
     forget_packings()
-    monkeypatch.setattr(sequence, "MASK_CELLS", 0)
+    monkeypatch.setattr(attention, "MASK_CELLS", 0)
     replayed = own.logprobs(trajectories)
     assert distance(trajectories, replayed) <= FLOAT32
     loss(replayed).backward()
@@ -129,7 +129,7 @@ def test_a_pass_without_a_mask_equals_one_with_it(own: BagelPolicy, monkeypatch:
 @pytest.mark.parametrize("section", ["text", "understanding", "velocities", "training"])
 def test_parity_without_masks(section: str, parity: Any, report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_packings()
-    monkeypatch.setattr(sequence, "MASK_CELLS", 0)
+    monkeypatch.setattr(attention, "MASK_CELLS", 0)
     report(f"{section}, without masks", parity.training(1) if section == "training" else getattr(parity, section)())
     forget_packings()
 
@@ -226,18 +226,18 @@ def test_tokens_that_go_through_at_once_are_bounded(own: BagelPolicy, monkeypatc
 
 def test_packings_are_kept_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_packings()
-    monkeypatch.setattr(sequence, "KEPT_BYTES", 60_000)
+    monkeypatch.setattr(attention, "KEPT_BYTES", 60_000)
     device = torch.device("cpu")
     one = pack([(Span("text", 50),)], device)
     assert pack([(Span("text", 50),)], device) is one
     for n in range(51, 80):
         pack([(Span("text", n),)], device)
-        assert sum(p.bytes for p in sequence._kept.packings.values()) == sequence._kept.bytes <= 60_000
+        assert sum(p.bytes for p in attention._kept.packings.values()) == attention._kept.bytes <= 60_000
     assert pack([(Span("text", 50),)], device) is not one
-    assert 1 < len(sequence._kept.packings) < 20
+    assert 1 < len(attention._kept.packings) < 20
     large = [(Span("text", 400),)]
     assert pack(large, device) is not pack(large, device)
-    monkeypatch.setattr(sequence, "MASK_CELLS", 400**2 - 1)
+    monkeypatch.setattr(attention, "MASK_CELLS", 400**2 - 1)
     assert pack(large, device).visible is None
     forget_packings()
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lvrpo.policies.bagel.config import BagelSettings
-from lvrpo.policies.bagel.images import ResizeRule
+from lvrpo.policies.bagel.encoders import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.mot import drawing
+from lvrpo.policies.mot import flow_sampler
 
 EXCERPT = Path(__file__).parent / "vectors" / "excerpt.xz"
 RULES = {
@@ -59,16 +59,16 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
         scenario, time = tag.split("_t", 1)
         grid, caches = parity.scenario(scenario)
         x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=device)
-        v = drawing.velocity(contexts, caches.full, x_t, t[None], grid)[0]
+        v = flow_sampler.velocity(contexts, caches.full, x_t, t[None], grid)[0]
         assert v.dtype == torch.float32
         assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 2e-2
-        guidance = drawing.Guidance(4.0, 2.0, "text_channel")
-        guided = drawing.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+        guidance = flow_sampler.Guidance(4.0, 2.0, "text_channel")
+        guided = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
         assert distance(guided, ref[f"{tag}_cfg_text4_img2_text_channel"]) < 6e-2
     ref = parity.vectors("d_traj")
     for name in parity.meta["d_traj"]:
         sampling, grid, caches = parity.trajectory(name)
-        drawn = drawing.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
+        drawn = flow_sampler.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
         assert drawn.latents.dtype == torch.float32
         seen = parity.policy.towers.decode_latents(drawn.latents, grid)[0]
         reference = ref[f"{name}_decoded_uint8"].permute(2, 0, 1) / 255

@@ -11,11 +11,10 @@ from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.data.scenes import ScenePrompts, ScenesConfig, web_corpus
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel import autoencoder
-from lvrpo.policies.bagel.autoencoder import PICTURES, collages, stacked, train_autoencoder
-from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+from lvrpo.policies.bagel import create
+from lvrpo.policies.bagel.create import PICTURES, BagelSizes, collages, create_bagel, stacked, train_autoencoder
+from lvrpo.policies.bagel.encoders import VaeConfig
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.vae import VaeConfig
 from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
 from lvrpo.types import Image
 
@@ -59,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_autoencoder_learns_and_its_latents_have_deviation_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autoencoder, "WARMUP", 4)
+    monkeypatch.setattr(create, "WARMUP", 4)
     policy = create_bagel(SIZES)
     before = {n: p.clone() for n, p in policy.named_parameters() if "latent_vae" not in n}
     losses: list[float] = []

@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-from lvrpo.policies.bagel.words import MARKERS, PADDING, BagelWords
+from lvrpo.policies.bagel.tokenizer import MARKERS, PADDING, BagelWords
 
 
 @pytest.fixture(scope="module")

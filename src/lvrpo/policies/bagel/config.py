@@ -12,11 +12,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.images import ResizeRule
-from lvrpo.policies.bagel.names import EMBED_TOKENS, LM_HEAD
-from lvrpo.policies.bagel.tensors import StoredTensor
-from lvrpo.policies.bagel.vae import VaeConfig
-from lvrpo.policies.bagel.vit import VitConfig
+from lvrpo.policies.bagel.checkpoint import EMBED_TOKENS, LM_HEAD, StoredTensor
+from lvrpo.policies.bagel.encoders import ResizeRule, VaeConfig, VitConfig
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.reading import read_json
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
-from lvrpo.policies.mot import adapter, batching, drawing, judging, supervised, writing
-from lvrpo.policies.mot.context import Contexts, Row, row_tokens
-from lvrpo.policies.mot.judging import JUDGE_TIMES
-from lvrpo.policies.mot.recording import (
+from lvrpo.policies.mot import adapter, flow_sampler, generate, likelihood, model_runner
+from lvrpo.policies.mot.likelihood import JUDGE_TIMES
+from lvrpo.policies.mot.model_runner import Contexts, Grid, Row, Towers, Words, row_tokens
+from lvrpo.policies.mot.trajectory import (
     as_written,
     flow_segment,
     replay_drawings,
@@ -27,7 +27,6 @@ from lvrpo.policies.mot.recording import (
     temperature_of,
     text_segment,
 )
-from lvrpo.policies.mot.towers import Grid, Towers, Words
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.sampling import derive_seed, guide, uniform_noise
 from lvrpo.types import (
@@ -139,7 +138,7 @@ class MoTPolicy(nn.Module, ABC):
                  for m in range(g)]  # fmt: skip
         out: dict[int, Trajectory] = {}
         keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]
-        for same in batching.alike(keys, len(asked)):
+        for same in model_runner.alike(keys, len(asked)):
             for part in self._cut([asked[i].prompt for i in same], keys[same[0]][1]):
                 indices = [same[k] for k in part]
                 batch = self._sample_batch([asked[i] for i in indices], sampling)
@@ -157,7 +156,7 @@ class MoTPolicy(nn.Module, ABC):
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
         contexts = self.contexts
-        owner = batching.runs([(id(one.prompt), one.prompt_seed) for one in asked])
+        owner = model_runner.runs([(id(one.prompt), one.prompt_seed) for one in asked])
         prompts = [asked[owner.index(p)].prompt for p in range(owner[-1] + 1)]
         grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
@@ -168,16 +167,16 @@ class MoTPolicy(nn.Module, ABC):
         for kind in prompts[0].output:
             if kind == "text":
                 uniforms = uniform_noise([derive_seed(s, "text") for s in member_seeds], (sampling.max_new_tokens,))
-                texts = writing.write(contexts, cache, owner, uniforms.to(self.device), sampling.temperature)
+                texts = generate.write(contexts, cache, owner, uniforms.to(self.device), sampling.temperature)
                 closed = len(prompts[0].output) > 1
-                scores = writing.score(contexts, cache, owner, texts, sampling.temperature, closed)
+                scores = generate.score(contexts, cache, owner, texts, sampling.temperature, closed)
                 for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
                     segment_list.append(text_segment(contexts, text, logprobs, sampling.temperature))
                 if closed:
                     cache, owner = scores.cache, list(range(len(asked)))
             else:
                 noise_seeds = [one.prompt_seed for one in asked] if sampling.shared_noise else member_seeds
-                drawn = drawing.draw(
+                drawn = flow_sampler.draw(
                     contexts,
                     self._branches(cache.select(owner), [prompt_rows[p] for p in of_prompt], sampling),
                     sampling,
@@ -222,14 +221,14 @@ class MoTPolicy(nn.Module, ABC):
         The same for a rollout and its replay, so that both compute the same bits.
         """
         each = [1] * len(prompts)
-        return batching.cut([prompt.id for prompt in prompts], [0] * len(prompts), each, batching.MAX_ROWS)
+        return model_runner.cut([prompt.id for prompt in prompts], [0] * len(prompts), each, model_runner.MAX_ROWS)
 
     def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
         return [list(range(len(rows)))]
 
-    def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> drawing.Branches:
-        return drawing.branches(self.contexts, full, rows, drawing.guidance_of(sampling))
+    def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> flow_sampler.Branches:
+        return flow_sampler.branches(self.contexts, full, rows, flow_sampler.guidance_of(sampling))
 
     # ---------------------------------------------------------------- replay
     @computing
@@ -239,7 +238,7 @@ class MoTPolicy(nn.Module, ABC):
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
-        for same in batching.alike(settings, len(trajectories)):
+        for same in model_runner.alike(settings, len(trajectories)):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
             first = trajectories[same[0]]
             grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
@@ -261,7 +260,7 @@ class MoTPolicy(nn.Module, ABC):
             if segments[0].kind == "text":
                 texts = [as_written(segment) for segment in segments]
                 closed = s + 1 < len(trajectories[0].segments)
-                scores = writing.score(contexts, cache, owner, texts, temperature_of(segments[0]), closed)
+                scores = generate.score(contexts, cache, owner, texts, temperature_of(segments[0]), closed)
                 for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
                     row.append(SegmentLogprobs(logprobs, entropy))
                 if closed:
@@ -297,7 +296,7 @@ class MoTPolicy(nn.Module, ABC):
         contexts, out = self.contexts, []
         for part in self.within(rows, [contexts.noise(grid).span.length] * len(rows)):
             cache, owner = contexts.prefill_shared([rows[i] for i in part])
-            out.append(drawing.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
+            out.append(flow_sampler.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
         return torch.cat(out)
 
     def tokens(self, trajectory: Trajectory) -> Tokens:
@@ -324,7 +323,7 @@ class MoTPolicy(nn.Module, ABC):
     @computing
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Reading side as judge; see ``Policy.text_logprob``."""
-        return judging.text_logprob(self.contexts, self, contexts, texts)
+        return likelihood.text_logprob(self.contexts, self, contexts, texts)
 
     @torch.no_grad()
     @computing
@@ -336,32 +335,32 @@ class MoTPolicy(nn.Module, ABC):
         seeds: Sequence[int],
         times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
-        """Drawing side as judge; see ``Policy.image_logprob`` and ``judging.image_logprob``."""
-        return judging.image_logprob(self.contexts, self, contexts, images, draws, seeds, times)
+        """Drawing side as judge; see ``Policy.image_logprob`` and ``likelihood.image_logprob``."""
+        return likelihood.image_logprob(self.contexts, self, contexts, images, draws, seeds, times)
 
     @torch.no_grad()
     @computing
     def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
         """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
-        return judging.reading_features(self.contexts, images, layer)
+        return likelihood.reading_features(self.contexts, images, layer)
 
     @torch.no_grad()
     @computing
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
-        return judging.reading_states(self.contexts, parts, layer)
+        return likelihood.reading_states(self.contexts, parts, layer)
 
     @torch.no_grad()
     @computing
     def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
         """Mean final state of the reading expert over each context, float32 (B, D)."""
-        return judging.context_states(self.contexts, contexts)
+        return likelihood.context_states(self.contexts, contexts)
 
     @torch.no_grad()
     @computing
     def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
-        """Mean final state of the drawing expert over each noisy picture; see ``judging.drawing_states``."""
-        return judging.drawing_states(self.contexts, contexts, images, t, seed)
+        """Mean final state of the drawing expert over each noisy picture; see ``likelihood.drawing_states``."""
+        return likelihood.drawing_states(self.contexts, contexts, images, t, seed)
 
     # ---------------------------------------------------------------- supervised
     @computing
@@ -370,8 +369,8 @@ class MoTPolicy(nn.Module, ABC):
     ) -> Mapping[str, torch.Tensor]:
         """Pretraining losses; see ``Policy.supervised_losses``."""
         rows = [self._row(example.prompt) for example in examples]
-        times = supervised.FlowTimes(self.timestep_shift(), self.min_time())
-        return supervised.supervised_losses(self.contexts, rows, examples, generator, times, represent)
+        times = likelihood.FlowTimes(self.timestep_shift(), self.min_time())
+        return likelihood.supervised_losses(self.contexts, rows, examples, generator, times, represent)
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""

@@ -18,9 +18,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.config import Config
-from lvrpo.policies.mot import sequence
-from lvrpo.policies.mot.attention import Attend, MaskedAttention, SpanAttention
-from lvrpo.policies.mot.sequence import Packing
+from lvrpo.policies.mot import attention
+from lvrpo.policies.mot.attention import Attend, MaskedAttention, Packing, SpanAttention
 
 
 class MoTConfig(Config):
@@ -314,7 +313,7 @@ class MoT(nn.Module):
         """
         context = sum(part.keys[0].shape[1] for part in cache.parts)
         cells = packing.batch_size * packing.length * (context + packing.length)
-        large = packing.visible is None or cells > sequence.MASK_CELLS
+        large = packing.visible is None or cells > attention.MASK_CELLS
         if large or self.inv_freq.is_cuda:
             spans = SpanAttention(packing, cache)
             if large or len(spans.batches) <= FEW_BATCHES:

@@ -1,4 +1,4 @@
-"""safetensors files, read in pieces straight into their place: no mapping, no second copy."""
+"""BAGEL's checkpoint files: the published tensor names, and safetensors read in chunks straight to their device."""
 
 from __future__ import annotations
 
@@ -133,3 +133,48 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 def _opened(path: Path) -> Iterator[BufferedReader]:
     with open_regular(path, "copy it too", None) as file:
         yield file
+
+
+_LAYER: Mapping[str, str] = {
+    "input_norm": "input_layernorm{}",
+    "post_norm": "post_attention_layernorm{}",
+    "gate_proj": "mlp{}.gate_proj",
+    "up_proj": "mlp{}.up_proj",
+    "down_proj": "mlp{}.down_proj",
+    **{part: f"self_attn.{part}{{}}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+}
+"""Part of an expert -> module of an official layer; the braces take the suffix of the drawing expert."""
+_PREFIXES: Mapping[str, str] = {
+    "transformer.reading_norm.": "language_model.model.norm.",
+    "transformer.drawing_norm.": "language_model.model.norm_moe_gen.",
+    "towers.embed_tokens_table.": "language_model.model.embed_tokens.",
+    "towers.lm_head.": "language_model.lm_head.",
+    "towers.read_vit.": "vit_model.vision_model.",
+    "towers.read_connector_in.": "connector.fc1.",
+    "towers.read_connector_out.": "connector.fc2.",
+    "towers.read_position": "vit_pos_embed.pos_embed",
+    "towers.latent_in.": "vae2llm.",
+    "towers.latent_out.": "llm2vae.",
+    "towers.latent_position": "latent_pos_embed.pos_embed",
+    "towers.time_in.": "time_embedder.mlp.0.",
+    "towers.time_out.": "time_embedder.mlp.2.",
+}
+VAE = "towers.latent_vae."
+"""What lies in ae.safetensors begins so; the rest is the official name."""
+
+EMBED_TOKENS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+"""The table of words and the output layer over them."""
+
+
+def official_name(name: str) -> str:
+    """The official name of a tensor of the policy, such as language_model.model.layers.0.mlp_moe_gen.up_proj.weight."""
+    if name.startswith(VAE):
+        return name.removeprefix(VAE)
+    if name.startswith("transformer.layers."):
+        _, _, layer, expert, part, leaf = name.split(".")
+        module = _LAYER[part].format("_moe_gen" if expert == "drawing" else "")
+        return f"language_model.model.layers.{layer}.{module}.{leaf}"
+    for own, official in _PREFIXES.items():
+        if name.startswith(own):
+            return official + name.removeprefix(own)
+    raise KeyError(name)

@@ -1,21 +1,21 @@
-"""Judging with a Mixture-of-Transformers: how likely texts and pictures are in their contexts, and what each side makes
-of them. Nothing here has a gradient."""
+"""Likelihoods of texts and of images (a bound) under a Mixture-of-Transformers, supervised losses, hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.policies.mot import batching, drawing, writing
-from lvrpo.policies.mot.context import Contexts, Row, distinct_rows, leading_spans, row_tokens
-from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.base import FeatureLoss
+from lvrpo.policies.mot import flow_sampler, generate, model_runner
+from lvrpo.policies.mot.generate import Written
+from lvrpo.policies.mot.model_runner import Contexts, Grid, Row, alike, distinct_rows, leading_spans, row_tokens
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.policies.mot.writing import Written
-from lvrpo.sampling import derive_seed, normal_noise
-from lvrpo.types import Image, Part, Parts
+from lvrpo.sampling import derive_seed, flow_time, normal_noise
+from lvrpo.types import Example, Image, Part, Parts
 
 JUDGE_TIMES = (0.5, 0.85)
 """The drawing side judges between these times: the most telling at few draws."""
@@ -45,7 +45,7 @@ def text_logprob(contexts: Contexts, limits: Limits, given: Sequence[Parts], tex
     scores: dict[int, torch.Tensor] = {}
     for part in limits.within(rows, [len(text.tokens) for text in written]):
         # pictures are then never padded
-        for same in batching.alike([leading_spans(rows[i]) for i in part], batching.MAX_ROWS):
+        for same in model_runner.alike([leading_spans(rows[i]) for i in part], model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
             found = score_once(contexts, [rows[i] for i in indices], [written[i] for i in indices])
             scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
@@ -55,7 +55,7 @@ def text_logprob(contexts: Contexts, limits: Limits, given: Sequence[Parts], tex
 def score_once(contexts: Contexts, rows: Sequence[Row], texts: Sequence[Written]) -> list[torch.Tensor]:
     """Log-prob (L_b,) of every token of text b after the context ``rows[b]``, at temperature 1.
 
-    As ``writing.score``, cheaper: a context and its few short texts are one row of one pass, each text an option that
+    As ``generate.score``, cheaper: a context and its few short texts are one row of one pass, each text an option that
     no other one sees, so a context is neither kept nor copied for its texts. One that has more of them is read first,
     and each text continues it.
     """
@@ -71,7 +71,7 @@ def score_once(contexts: Contexts, rows: Sequence[Row], texts: Sequence[Written]
     apart = [b for b, u in enumerate(owner) if u not in set(together)]
     if apart:
         cache, index = contexts.prefill_shared([rows[b] for b in apart])
-        scores = writing.score(contexts, cache, index, [texts[b] for b in apart], 1.0, closed=False)
+        scores = generate.score(contexts, cache, index, [texts[b] for b in apart], 1.0, closed=False)
         for b, logprobs in zip(apart, scores.logprobs, strict=True):
             texts_of[owner[b]][texts[b]] = logprobs
     out = [texts_of[u][text] for u, text in zip(owner, texts, strict=True)]
@@ -104,7 +104,7 @@ def _score_options(
         whole.append((*row, *options))
     device = cache.rope.device
     hidden = contexts.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
-    logits = writing.allowed_logits(contexts, hidden.reading, contexts.words.forbidden().to(device))
+    logits = generate.allowed_logits(contexts, hidden.reading, contexts.words.forbidden().to(device))
     distribution = torch.log_softmax(logits.float(), dim=-1)
     return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
 
@@ -137,7 +137,7 @@ def image_logprob(
     for part in limits.within(rows, [height * width + 2 for height, width in grids]):
         # contexts without words, or without a picture, go by themselves: padding would be most of theirs
         keys = [(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part]
-        for same in batching.alike(keys, batching.MAX_ROWS):
+        for same in model_runner.alike(keys, model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
             cache, owner = contexts.prefill_shared([rows[i] for i in indices])
             own = cache.select(owner)
@@ -174,7 +174,7 @@ def _draw_logprob(
         at = low + (high - low) * (k + 0.5) / draws
         t = x_0.new_full((len(x_0),), at)
         x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-        error = (drawing.velocity(contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
+        error = (flow_sampler.velocity(contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
         columns.append(-(high - low) * (1 - at) / at * error)
     return torch.stack(columns, dim=1)
 
@@ -197,8 +197,8 @@ def reading_states(contexts: Contexts, parts: Sequence[Part], layer: int) -> lis
     if not 0 <= layer <= depth:
         raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
     states: list[torch.Tensor] = []
-    for start in range(0, len(parts), batching.MAX_ROWS):
-        rows = [contexts.row((part,), draws=False) for part in parts[start : start + batching.MAX_ROWS]]
+    for start in range(0, len(parts), model_runner.MAX_ROWS):
+        rows = [contexts.row((part,), draws=False) for part in parts[start : start + model_runner.MAX_ROWS]]
         split = _reading_layer(contexts, rows, layer).split([row_tokens(row) for row in rows])
         states += [row[1:-1] for row in split]  # without the two markers
     return states
@@ -234,5 +234,71 @@ def drawing_states(
     x_t = (1 - t) * x_0 + t * noise
     depth, grid = contexts.transformer.config.depth, contexts.towers.latent_grid(images[0])
     times = x_0.new_full((len(x_0),), t)
-    _, states = drawing.velocity_and_features(contexts, cache.select(owner), x_t, times, grid, depth)
+    _, states = flow_sampler.velocity_and_features(contexts, cache.select(owner), x_t, times, grid, depth)
     return states.float().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class FlowTimes:
+    """At which times the flow loss is taken, and what each counts."""
+
+    shift: float
+    min_time: float
+    """Below it the loss is damped."""
+
+
+def supervised_losses(
+    contexts: Contexts,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    generator: torch.Generator,
+    times: FlowTimes,
+    represent: FeatureLoss | None,
+) -> Mapping[str, torch.Tensor]:
+    """ "text": cross-entropy per token; "image": flow loss at logit-normal times, of examples after their contexts
+    ``rows``; with ``represent``, "representation": its loss. Means over what is there."""
+    text_losses: list[torch.Tensor] = []
+    image_losses: list[torch.Tensor] = []
+    feature_losses: list[torch.Tensor] = []
+    for indices in alike([example.prompt.output for example in examples], len(examples)):
+        batch = [examples[i] for i in indices]
+        cache, owner = contexts.prefill_shared([rows[i] for i in indices])
+        for s, kind in enumerate(batch[0].prompt.output):
+            outputs = [example.outputs[s] for example in batch]
+            if kind == "text":
+                texts = [Written((*contexts.words.encode(str(o)), contexts.words.eos_id), True) for o in outputs]
+                closed = s + 1 < len(batch[0].prompt.output)
+                scores = generate.score(contexts, cache, owner, texts, 1.0, closed)
+                text_losses += [-logprobs for logprobs in scores.logprobs]
+                if closed:
+                    cache, owner = scores.cache, list(range(len(batch)))
+            else:
+                images = [o for o in outputs if isinstance(o, torch.Tensor)]
+                loss, features = _flow_loss(contexts, cache.select(owner), images, generator, times, represent)
+                image_losses.append(loss)
+                if represent is not None and features is not None:
+                    feature_losses.append(represent(features, images))
+    losses = {"text": text_losses, "image": image_losses, "representation": feature_losses}
+    return {name: torch.cat(terms).mean() for name, terms in losses.items() if terms}
+
+
+def _flow_loss(
+    contexts: Contexts,
+    cache: Cache,
+    images: Sequence[Image],
+    generator: torch.Generator,
+    times: FlowTimes,
+    represent: FeatureLoss | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The flow loss (B,) of pictures, and the states (B, N, D) that ``represent`` wants."""
+    x_0 = contexts.towers.encode_latents(images)
+    noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+    t = flow_time(torch.randn(len(x_0), generator=generator), times.shift).to(x_0)
+    x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
+    features, grid = None, contexts.towers.latent_grid(images[0])
+    if represent is None:
+        v = flow_sampler.velocity(contexts, cache, x_t, t, grid)
+    else:
+        v, features = flow_sampler.velocity_and_features(contexts, cache, x_t, t, grid, represent.layer)
+    weight = (t / t.clamp(min=times.min_time)).square()
+    return weight * (v - (noise - x_0)).square().mean(dim=(1, 2)), features

@@ -10,8 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot.context import Contexts, Row
-from lvrpo.policies.mot.towers import Grid
+from lvrpo.policies.mot.model_runner import Contexts, Grid, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import (
     SOLVERS,

@@ -8,10 +8,10 @@ from typing import cast
 import torch
 
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import drawing
-from lvrpo.policies.mot.context import Contexts, Row
+from lvrpo.policies.mot import flow_sampler
+from lvrpo.policies.mot.generate import Written
+from lvrpo.policies.mot.model_runner import Contexts, Row
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.policies.mot.writing import Written
 from lvrpo.sampling.guidance import Renorm
 from lvrpo.types import FlowSegment, Image, Segment, TextSegment, Trajectory
 
@@ -39,7 +39,7 @@ def temperature_of(segment: Segment) -> float:
     return segment.temperature
 
 
-def flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
+def flow_segment(drawn: flow_sampler.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
     """The record of drawing b of a batch; its steps are kept in host memory: a card has better use for gigabytes."""
     stochastic = sampling.sampler != "ode"
     return FlowSegment(
@@ -64,21 +64,21 @@ def flow_segment(drawn: drawing.Drawn, b: int, image: Image, sampling: Sampling)
 
 def replay_drawings(
     contexts: Contexts, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
-) -> drawing.ReplayedDrawing:
+) -> flow_sampler.ReplayedDrawing:
     """Recorded drawings of equal ``replay_settings`` under the current weights, after their contexts (``cache``).
 
-    ``rows`` are the contexts without any thinking text, as ``drawing.branches`` takes them.
+    ``rows`` are the contexts without any thinking text, as ``flow_sampler.branches`` takes them.
     """
     flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
     first = flows[0]
     renorm = cast(Renorm, first.guidance_renorm)  # recorded from a Sampling
-    guidance = drawing.Guidance(
+    guidance = flow_sampler.Guidance(
         first.guidance_scale, first.image_guidance_scale, renorm, first.guidance_renorm_min, first.guidance_interval
     )
     device = cache.rope.device
-    return drawing.replay_steps(
+    return flow_sampler.replay_steps(
         contexts,
-        drawing.branches(contexts, cache, rows, guidance),
+        flow_sampler.branches(contexts, cache, rows, guidance),
         torch.stack([f.states for f in flows]).to(device),
         torch.stack([f.next_states for f in flows]).to(device),
         first.timesteps.to(device),

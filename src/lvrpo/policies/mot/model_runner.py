@@ -1,15 +1,15 @@
-"""From prompts to rows: the pieces of a context, embedded and prefilled once for all who share them."""
+"""Runs a Mixture-of-Transformers: embeds text and images, prefills shared contexts once, splits batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
-from lvrpo.policies.mot.sequence import Span, SpanKind, pack
-from lvrpo.policies.mot.towers import Grid, Towers, Words
+from lvrpo.policies.mot.attention import Span, SpanKind, pack
 from lvrpo.policies.mot.transformer import Cache, Hidden, MoT
 from lvrpo.types import Image, Parts
 
@@ -235,3 +235,132 @@ def _distinct(items: Sequence[T], key: Callable[[T], Hashable]) -> tuple[list[T]
             distinct.append(item)
         index.append(place)
     return distinct, index
+
+
+Grid = tuple[int, int]
+"""Rows and columns of the tokens of a picture."""
+
+
+class Words(Protocol):
+    """The tokenizer with its four markers."""
+
+    bos_id: int
+    eos_id: int
+    image_start_id: int
+    image_end_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without markers; raises InputError on text that the vocabulary cannot express."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, markers skipped."""
+        ...
+
+    def forbidden(self) -> torch.Tensor:
+        """bool (V,): tokens that are never written."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer files."""
+        ...
+
+
+class Towers(Protocol):
+    """Everything between pixels, words and the transformer's width. D width, N image tokens, C channels of one.
+
+    Pictures come in batches of one grid, so that none is ever padded.
+    """
+
+    channels: int
+    """C, the numbers of a latent token."""
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (n,) -> (n, D)."""
+        ...
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the reading expert (n, D) -> (n, V)."""
+        ...
+
+    def read_grid(self, image: Image) -> Grid:
+        """The tokens of a picture for the reading expert."""
+        ...
+
+    def latent_grid(self, image: Image) -> Grid:
+        """The tokens of a picture for the drawing expert, as a condition or as the source of what is drawn."""
+        ...
+
+    def drawn_grid(self, height: int, width: int) -> Grid:
+        """The tokens of a picture that was drawn at this size."""
+        ...
+
+    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+        """The tokens of a picture drawn without a source; raises InputError for a size that does not fit."""
+        ...
+
+    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
+        """Pictures of one ``read_grid`` -> (B, N, D) tokens of the reading expert."""
+        ...
+
+    def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
+        """Pictures of one ``latent_grid`` -> latents (B, N, C) in token layout."""
+        ...
+
+    def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Latents (B, N, C) -> pictures (B, 3, height, width) in [0, 1]."""
+        ...
+
+    def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Latents (B, N, C) at times (B,) -> (B, N, D) tokens of the drawing expert."""
+        ...
+
+    def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the drawing expert (B, N, D) at states (B, N, C), times (B,) -> velocity (B, N, C)."""
+        ...
+
+
+MAX_ROWS = 512
+"""Rows that go through the transformer at once when sampling, replaying or judging."""
+
+
+def runs(keys: Sequence[object]) -> list[int]:
+    """The number of the run of equal neighbors that each key lies in: a a b a -> 0 0 1 2."""
+    out: list[int] = []
+    for i, key in enumerate(keys):
+        out.append(out[-1] + (key != keys[i - 1]) if out else 0)
+    return out
+
+
+def alike(keys: Sequence[object], size: int) -> list[list[int]]:
+    """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
+    classes: dict[object, list[int]] = {}
+    for i, key in enumerate(keys):
+        classes.setdefault(key, []).append(i)
+    return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
+
+
+def cut(groups: Sequence[Hashable], contexts: Sequence[int], new: Sequence[int], limit: int) -> list[list[int]]:
+    """Parts of a sequence of members, as indices, in order; equal neighbors in ``groups`` share one context.
+
+    A part costs its contexts, each padded to the longest, and what its members add: at most ``limit``, unless one
+    member alone costs more. Groups stay whole as long as one fits; a group that does not is cut by itself.
+    """
+    members: list[list[int]] = [[] for _ in range(runs(groups)[-1] + 1)] if groups else []
+    for i, group in enumerate(runs(groups)):
+        members[group].append(i)
+    parts: list[list[int]] = []
+    longest = held = added = 0
+    for group in members:
+        context, own = contexts[group[0]], sum(new[i] for i in group)
+        if parts and max(longest, context) * (held + 1) + added + own <= limit:
+            parts[-1] += group
+            longest, held, added = max(longest, context), held + 1, added + own
+            continue
+        for k, i in enumerate(group):
+            if k == 0 or context + added + new[i] > limit:
+                parts.append([])
+                longest, held, added = context, 1, 0
+            parts[-1].append(i)
+            added += new[i]
+    return parts

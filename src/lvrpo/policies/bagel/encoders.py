@@ -1,0 +1,476 @@
+"""The encoders and decoders of BAGEL: SigLIP-2 vision encoder, FLUX.1 autoencoder, embeddings and output heads.
+
+Letters: B images, N tokens of one, D width of the transformer, Dv of the vision encoder, C channels of a latent token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Self
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.model_runner import Grid
+from lvrpo.sampling import derive_seed, normal_noise
+from lvrpo.types import Image
+
+if TYPE_CHECKING:
+    from lvrpo.policies.bagel.config import BagelConfig
+
+TIME_WIDTH = 256
+
+PosteriorNoise = Callable[[Image, tuple[int, int, int]], torch.Tensor]
+"""(picture at the size that is encoded, shape (z, h, w)) -> the standard normal draw of its posterior."""
+
+
+def picture_noise(image: Image, shape: tuple[int, int, int]) -> torch.Tensor:
+    """A draw that is a function of the picture alone, so that every policy and every replay sees one context."""
+    digest = hashlib.blake2b(to_uint8(image).tobytes(), digest_size=16).hexdigest()
+    return normal_noise([derive_seed("posterior", digest, *image.shape[1:])], shape)[0]
+
+
+class BagelTowers(nn.Module):
+    """SigLIP-2 and connector for reading, FLUX's autoencoder for drawing, sin-cos tables of places, Qwen's words."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        width = config.transformer.width
+        self.config = config
+        self.channels = config.channels
+        self.posterior_noise: PosteriorNoise = picture_noise
+        self.embed_tokens_table = nn.Embedding(config.vocabulary_size, width)
+        self.lm_head = nn.Linear(width, config.vocabulary_size, bias=False)
+        self.read_vit = Vit(config.vit)
+        self.read_connector_in = nn.Linear(config.vit.width, width)
+        self.read_connector_out = nn.Linear(width, width)
+        self.latent_vae = Vae(config.vae)
+        self.latent_in = nn.Linear(config.channels, width)
+        self.latent_out = nn.Linear(width, config.channels)
+        self.time_in = nn.Linear(TIME_WIDTH, width)
+        self.time_out = nn.Linear(width, width)
+        # stored tables, rounded to bfloat16: computed anew they would move outputs by 1e-3
+        self.register_buffer("read_position", torch.empty(config.vit.side**2, width))
+        self.register_buffer("latent_position", torch.empty(config.latent_side**2, width))
+        half = TIME_WIDTH // 2
+        exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
+        self.read_position: torch.Tensor
+        self.latent_position: torch.Tensor
+        self.frequencies: torch.Tensor
+
+    # ---------------------------------------------------------------- words
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens_table(ids)
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden)
+
+    # ---------------------------------------------------------------- sizes
+    def read_grid(self, image: Image) -> Grid:
+        height, width = image.shape[1:]
+        settings, patch = self.config.settings, self.config.vit.patch_size
+        width, height = settings.read_resize.size(*settings.latent_resize.size(width, height))
+        return self._fitting((height // patch, width // patch), self.config.vit.side, patch, "read")
+
+    def latent_grid(self, image: Image) -> Grid:
+        height, width = image.shape[1:]
+        width, height = self.config.settings.latent_resize.size(width, height)
+        return self.drawn_grid(height, width)
+
+    def drawn_grid(self, height: int, width: int) -> Grid:
+        pixels = self.config.token_pixels
+        return self._fitting((height // pixels, width // pixels), self.config.latent_side, pixels, "draw")
+
+    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+        height, width = image_size or self.config.settings.image_size
+        pixels = self.config.token_pixels
+        if height % pixels or width % pixels or min(height, width) < pixels:
+            nearest = " x ".join(str(max(1, round(side / pixels)) * pixels) for side in (width, height))
+            raise InputError(f"a picture of {width} x {height} pixels: use multiples of {pixels}, such as {nearest}")
+        return self.drawn_grid(height, width)
+
+    def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:
+        """The grid, of tokens of so many pixels along a side."""
+        if max(grid) > side:
+            height, width, most = grid[0] * pixels, grid[1] * pixels, side * pixels
+            raise InputError(
+                f"a picture of {width} x {height} pixels: this model can {does} up to {most} x {most}: shrink it"
+            )
+        return grid
+
+    # ---------------------------------------------------------------- reading
+    def read_pixels(self, image: Image) -> torch.Tensor:
+        """What the reading tower sees of a picture: (3, h, w) in [-1, 1]."""
+        settings = self.config.settings
+        return (settings.read_resize.apply(settings.latent_resize.apply(image)) - 0.5) / 0.5
+
+    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
+        return self.read_embed(torch.stack([self.read_pixels(image) for image in images]))
+
+    def read_embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, h, w) -> (B, N, D)."""
+        patch = self.config.vit.patch_size
+        weight = self.read_connector_in.weight
+        places = position_ids(pixels.shape[2] // patch, pixels.shape[3] // patch, self.config.vit.side)
+        places = places.to(weight.device)
+        features = self.read_vit(patchify(pixels, patch).to(weight), places)
+        hidden = functional.gelu(self.read_connector_in(features), approximate="tanh")
+        return self.read_connector_out(hidden) + self.read_position[places]
+
+    # ---------------------------------------------------------------- drawing
+    def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
+        resized = [self.config.settings.latent_resize.apply(image) for image in images]
+        height, width = resized[0].shape[1:]
+        f = self.config.vae.downsample
+        shape = (self.config.vae.channels, height // f, width // f)
+        noise = torch.stack([self.posterior_noise(image, shape) for image in resized])
+        return self.encode_pixels((torch.stack(resized) - 0.5) / 0.5, noise)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] and posterior draws (B, z, h, w) -> latent tokens (B, N, C), float32."""
+        device = self.latent_in.weight.device
+        with torch.autocast(device.type, enabled=False):
+            z = self.latent_vae.encode(pixels.to(device), noise.to(device))
+        return patchify(z, self.config.latent_patch)
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Latent tokens (B, N, C) -> pixels (B, 3, H, W), about [-1, 1]."""
+        z = unpatchify(latents.float(), self.config.latent_patch, *grid)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.latent_vae.decode(z)
+
+    def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Pictures in 8-bit steps, rounded down as published: what is judged is what a file would hold."""
+        pixels = (self.decode_pixels(latents, grid) * 0.5 + 0.5).clamp(0, 1) * 255
+        return pixels.floor() / 255
+
+    def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
+        weight = self.latent_in.weight
+        angles = t.float()[:, None] * self.frequencies
+        time = torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype)
+        time = self.time_out(functional.silu(self.time_in(time)))
+        places = position_ids(*grid, self.config.latent_side).to(weight.device)
+        return self.latent_in(latents.to(weight.dtype)) + time[:, None] + self.latent_position[places]
+
+    def velocity(self, hidden: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.latent_out(hidden).float()
+
+
+class VitConfig(Config):
+    """Sizes of the tower."""
+
+    width: int = Field(ge=1)
+    mlp_width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    """Layers that are used: one less than vit_config.json says."""
+    patch_size: int = Field(ge=1)
+    side: int = Field(ge=1)
+    """Rows and columns of the table of positions."""
+    norm_eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}, heads={self.heads}: the width must be a multiple of the heads")
+        return self
+
+
+class Vit(nn.Module):
+    """Patches in, features out; the last layer of the published tower is left out, its last norm is not."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict(
+            {
+                "patch_embedding": nn.Linear(3 * config.patch_size**2, config.width),
+                "position_embedding": nn.Embedding(config.side**2, config.width),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VitLayer(config) for _ in range(config.depth))})
+        self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Pictures of one grid: patches (B, N, 3 p^2) and their places (N,) in the table -> features (B, N, Dv)."""
+        x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](positions)
+        for layer in self.encoder["layers"].children():
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class VitLayer(nn.Module):
+    """One layer; every token of a picture sees all others of it."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(config.width, config.width) for name in names})
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(config.width, config.mlp_width), "fc2": nn.Linear(config.mlp_width, config.width)}
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer_norm1(x)
+        q, k, v = (
+            self.self_attn[name](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.self_attn["out_proj"](attended)
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](functional.gelu(h, approximate="tanh"))
+
+
+GROUPS, EPS = 32, 1e-6
+
+
+class VaeConfig(Config):
+    """Sizes; those of FLUX.1 by default."""
+
+    width: int = Field(default=128, ge=GROUPS, multiple_of=GROUPS)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 4), min_length=1)
+    """Width of each level, as a multiple of ``width``; between two levels the sides are halved."""
+    res_blocks: int = Field(default=2, ge=1)
+    """Per level of the encoder; the decoder has one more."""
+    channels: int = Field(default=16, ge=1)
+    """Of a latent."""
+    scale: float = Field(default=0.3611, gt=0)
+    shift: float = 0.1159
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent pixel along a side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Vae(nn.Module):
+    """``encode`` and ``decode``, in float32."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.requires_grad_(False)
+
+    def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, z, H / f, W / f) each."""
+        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
+        return mean, log_variance
+
+    def encode(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A draw from the posterior, scaled: scale (mean + exp(log-variance / 2) noise - shift)."""
+        mean, log_variance = self.moments(pixels)
+        return self.config.scale * (mean + torch.exp(0.5 * log_variance) * noise - self.config.shift)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents (B, z, h, w) -> pixels (B, 3, h f, w f), about [-1, 1]."""
+        return self.decoder(z / self.config.scale + self.config.shift)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = config.width
+        for i, level in enumerate(widths):
+            blocks = nn.ModuleList(ResBlock(width if j == 0 else level, level) for j in range(config.res_blocks))
+            last = i == len(widths) - 1
+            self.down.append(nn.ModuleDict({"block": blocks} | ({} if last else {"downsample": Downsample(level)})))
+            width = level
+        self.mid = _middle(width)
+        self.norm_out = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.conv_out = nn.Conv2d(width, 2 * config.channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for level in self.down.children():
+            x = _run_level(level, x)
+        return self.conv_out(functional.silu(self.norm_out(_run_middle(self.mid, x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(config.channels, width, 3, padding=1)
+        self.mid = _middle(width)
+        levels: list[nn.Module] = []
+        for i, level in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList(ResBlock(width if j == 0 else level, level) for j in range(config.res_blocks + 1))
+            levels.append(nn.ModuleDict({"block": blocks} | ({} if i == 0 else {"upsample": Upsample(level)})))
+            width = level
+        self.up = nn.ModuleList(reversed(levels))  # numbered from the full resolution down, run the other way
+        self.norm_out = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        x = _run_middle(self.mid, self.conv_in(z))
+        for level in reversed(list(self.up.children())):
+            x = _run_level(level, x)
+        return self.conv_out(functional.silu(self.norm_out(x)))
+
+
+class ResBlock(nn.Module):
+    """Norm, swish, convolution, twice; a 1 x 1 convolution where the width changes."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, width_in, eps=EPS)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if width_in != width:
+            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+        self.widens = width_in != width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv2(functional.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if self.widens else x) + h
+
+
+class Attention(nn.Module):
+    """One head over all pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
+        attended = functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves both sides; the padding is on the right and below alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: nearest neighbor, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(width: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"block_1": ResBlock(width, width), "attn_1": Attention(width), "block_2": ResBlock(width, width)}
+    )
+
+
+def _run_middle(middle: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    return middle["block_2"](middle["attn_1"](middle["block_1"](x)))
+
+
+def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The residual blocks of a level, then its change of resolution, if it has one."""
+    for name, part in level.named_children():
+        if name == "block":
+            for block in part.children():
+                x = block(x)
+        else:
+            x = part(x)
+    return x
+
+
+class ResizeRule(Config):
+    """How large a picture becomes; ``max_side`` wins over ``min_side``."""
+
+    max_side: int = Field(ge=1)
+    min_side: int = Field(ge=1)
+    stride: int = Field(ge=1)
+    """Sides are multiples of it."""
+    max_pixels: int = Field(default=1_806_336, ge=1)
+
+    def size(self, width: int, height: int, pictures: int = 1) -> tuple[int, int]:
+        """Width and height of a picture among ``pictures`` that share the pixels.
+
+        The longer side is brought down to ``max_side``, then the shorter one up to ``min_side``, both rounded (half to
+        even) to the stride. A picture of too many pixels is scaled again by the plain ratio of the pixels, not by its
+        root, and one whose longer side is above ``max_side`` once more.
+        """
+        scale = max(min(self.max_side / max(width, height), 1.0), self.min_side / min(width, height))
+        width, height = self._scaled(width, scale), self._scaled(height, scale)
+        budget = self.max_pixels / pictures
+        if width * height > budget:
+            scale = budget / (width * height)
+            width, height = self._scaled(width, scale), self._scaled(height, scale)
+        if max(width, height) > self.max_side:
+            scale = self.max_side / max(width, height)
+            width, height = self._scaled(width, scale), self._scaled(height, scale)
+        return width, height
+
+    def apply(self, image: Image) -> Image:
+        """The picture at its size, in 8-bit steps, by bicubic resampling."""
+        height, width = image.shape[1:]
+        return resized(image, *self.size(width, height))
+
+    def _scaled(self, side: int, scale: float) -> int:
+        return max(self.stride, int(round(round(side * scale) / self.stride) * self.stride))
+
+
+def to_uint8(image: Image) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> uint8 (H, W, 3), rounded."""
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def resized(image: Image, width: int, height: int) -> Image:
+    """The picture in 8-bit steps at another size."""
+    pixels = to_uint8(image)
+    if pixels.shape[:2] != (height, width):
+        picture = PilImage.fromarray(pixels).resize((width, height), PilImage.Resampling.BICUBIC)
+        pixels = np.asarray(picture)
+    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+
+
+def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, patch^2 * C): tokens row-major, inside a token row, column, channel."""
+    b, c, h, w = images.shape
+    p = patch
+    tokens = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)
+    return tokens.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(tokens: torch.Tensor, patch: int, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of ``patchify`` for a grid of rows and columns."""
+    p, c = patch, tokens.shape[2] // patch**2
+    images = tokens.reshape(len(tokens), rows, columns, p, p, c).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(len(tokens), c, rows * p, columns * p)
+
+
+def position_ids(rows: int, columns: int, side: int) -> torch.Tensor:
+    """int64 (rows * columns,): places in a table of side^2 entries, whatever the picture's width."""
+    return (torch.arange(rows)[:, None] * side + torch.arange(columns)).flatten()
