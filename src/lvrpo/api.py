@@ -28,7 +28,7 @@ from lvrpo.rewards.decorated import as_reward
 from lvrpo.rewards.table import IN_PYTHON, RewardConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption, say_stopping
-from lvrpo.training.sources import Given, ListedPrompts, Split
+from lvrpo.training.sources import CustomParts, ListedPrompts, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, Task
 
@@ -95,7 +95,7 @@ def train(
         asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
     plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    trainer = Trainer.start(asked, folder, given=Given(dict(sources), given), files=plan.files())
+    trainer = Trainer.start(asked, folder, given=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
         warn_without_test(asked)
     watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())

@@ -394,7 +394,7 @@ MIN_GROUPS = 10
 
 
 @dataclass(frozen=True)
-class Parted:
+class Divergence:
     """A reward rose and a scorer fell, each by more than chance explains."""
 
     part: int
@@ -411,13 +411,13 @@ def comparable(rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> lis
     return [i for i in range(len(sizes) - 1) if min(sizes[i], sizes[-1]) >= MIN_GROUPS]
 
 
-def parted(
+def divergence(
     rewards: Sequence[ArrayLike],
     scores: Sequence[ArrayLike],
     confidence: float,
     paired: bool = False,
     strata: tuple[Sequence[Sequence[Hashable]], Sequence[Sequence[Hashable]]] | None = None,
-) -> Parted | None:
+) -> Divergence | None:
     """Whether a reward rose while a scorer fell, from an earlier part of a run to its last: the worst fall, or None.
 
     ``rewards`` and ``scores`` hold one value per group for each part, in order, ``strata`` a label for each of these
@@ -435,5 +435,5 @@ def parted(
         reward = change(rewards, i, 0)
         scorer = paired_t_difference(scores[i], scores[-1], confidence) if paired else change(scores, i, 1)
         if reward.low > 0 and scorer.high < 0:
-            found.append(Parted(i, reward, scorer))
+            found.append(Divergence(i, reward, scorer))
     return min(found, key=lambda each: each.scorer.score, default=None)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvrpo.algorithms import best_of_mask, best_worst_mask, centered_advantages, preference_pairs, refill_plan
+from lvrpo.algorithms import best_of_mask, best_worst_mask, centered_advantages, preference_pairs, resample_plan
 from lvrpo.errors import ContractError, InputError
 
 NAN = float("nan")
@@ -144,32 +144,32 @@ def test_a_pair_is_valid_different_and_blind_to_the_masked(table, junk: float) -
     assert torch.equal(pairs.valid, dirty.valid)
 
 
-# refill_plan
+# resample_plan
 
 
 def test_refill_plan_by_hand() -> None:
     signal = torch.tensor([False, True, False, False, False, True, False])
     tasks = torch.tensor([1, 1, 1, 0, 1, 0, 2])
-    plan = refill_plan(signal, tasks, 9)
+    plan = resample_plan(signal, tasks, 9)
     assert (plan.redraw.tolist(), plan.budget_left) == ((~signal).tolist(), 4)
     assert not plan.given_up.any()
-    plan = refill_plan(signal, tasks, 4)  # groups 3, 0, 6 are the first of tasks 0, 1, 2; then the second of task 1
+    plan = resample_plan(signal, tasks, 4)  # groups 3, 0, 6 are the first of tasks 0, 1, 2; then the second of task 1
     assert plan.redraw.nonzero().flatten().tolist() == [0, 2, 3, 6]
     assert plan.given_up.nonzero().flatten().tolist() == [4]
     assert plan.budget_left == 0
-    plan = refill_plan(signal, tasks, 2)
+    plan = resample_plan(signal, tasks, 2)
     assert plan.redraw.nonzero().flatten().tolist() == [0, 3]
-    plan = refill_plan(signal, tasks, 0)
+    plan = resample_plan(signal, tasks, 0)
     assert plan.given_up.tolist() == (~signal).tolist()
-    with pytest.raises(InputError, match="refill budget=-1 groups: use 0 or more"):
-        refill_plan(signal, tasks, -1)
+    with pytest.raises(InputError, match="resample budget=-1 groups: use 0 or more"):
+        resample_plan(signal, tasks, -1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=12), st.integers(0, 12))
 def test_a_refill_spends_what_it_may_on_groups_without_signal(rows, budget: int) -> None:
     signal = torch.tensor([row[0] for row in rows])
     tasks = torch.tensor([row[1] for row in rows])
-    plan = refill_plan(signal, tasks, budget)
+    plan = resample_plan(signal, tasks, budget)
     assert torch.equal(plan.redraw | plan.given_up, ~signal)
     assert not (plan.redraw & plan.given_up).any()
     assert plan.redraw.sum() == min(budget, int((~signal).sum())) == budget - plan.budget_left

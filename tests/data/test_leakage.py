@@ -37,7 +37,7 @@ from lvrpo.data.scenes.objects import Scene, SceneObject
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.splits import require_apart, require_unseen, require_unseen_by
+from lvrpo.training.splits import require_disjoint_splits, require_unseen, require_unseen_by
 from lvrpo.types import TASKS
 
 Output = pytest.CaptureFixture[str]
@@ -316,9 +316,11 @@ def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) 
     with pytest.raises(
         InputError, match=r"^test.jsonl:1: the same text and pictures as train.jsonl:1 of data.jsonl.train"
     ):
-        require_apart(own(train=train, test=test))
+        require_disjoint_splits(own(train=train, test=test))
     with pytest.raises(InputError, match=r"^test.jsonl:1: .* as held.jsonl:1 of data.jsonl.validation"):
-        require_apart(own(train=save("other.jsonl", TRAIN[3:]), validation=save("held.jsonl", TRAIN[:1]), test=test))
+        require_disjoint_splits(
+            own(train=save("other.jsonl", TRAIN[3:]), validation=save("held.jsonl", TRAIN[:1]), test=test)
+        )
     sums, same = save("sums.jsonl", TRAIN[2:3]), save("same.jsonl", [{**TRAIN[2], "prompt": "What is 12 + 30"}])
     held = save("sums_held.jsonl", [{**TRAIN[2], "prompt": "what is 40 + 2?"}])
     files = f"{{train: {sums}, validation: {held}, test: {same}}}"
@@ -330,14 +332,14 @@ def test_a_run_refuses_a_test_row_that_it_trains_on(train: str, capsys: Output) 
 
 def test_the_manifest_says_what_was_compared(train: str) -> None:
     test = save("test.jsonl", [{"task": "generate", "prompt": "a blue dog"}])
-    found = require_apart(own(train=train, test=test))
+    found = require_disjoint_splits(own(train=train, test=test))
     assert found["rows"] == {"train": 4, "test": 1}
     assert found["shared"] == 0
     assert found["test_sha256"] == fingerprint_of([Asked("x", "generate", "The blue dog!")])
-    assert require_apart(own(train=train)) == {"compared": False}
-    world = require_apart(load_config(TrainConfig, None, []))
+    assert require_disjoint_splits(own(train=train)) == {"compared": False}
+    world = require_disjoint_splits(load_config(TrainConfig, None, []))
     assert (world["shared"], world["prompts"]) == (0, {"train": 256, "validation": 240, "test": 240})
-    other = require_apart(load_config(TrainConfig, None, ["seed=1"]))
+    other = require_disjoint_splits(load_config(TrainConfig, None, ["seed=1"]))
     assert other["test_sha256"] == world["test_sha256"]
 
 

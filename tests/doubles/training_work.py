@@ -25,7 +25,7 @@ from lvrpo.rewards.base import Scores
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.table import RewardConfig, RewardSource
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import sample_own, score_own
+from lvrpo.training.data_parallel import sample_local, score_local
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
 from lvrpo.training.policies import Policies
@@ -65,7 +65,7 @@ def advantages_of(groups: Sequence[Group]) -> Advantages:
 
 def sampled(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig) -> list[Group]:
     with policies.use("policy") as policy:
-        return sample_own(policy, prompts, config.sampling(0), list(range(len(prompts))))
+        return sample_local(policy, prompts, config.sampling(0), list(range(len(prompts))))
 
 
 def gradients(folder: Path, prompts: Sequence[Prompt], tree: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def fail(folder: Path, prompts: Sequence[Prompt], where: str, broken: int, error
         source = RewardSource(RewardConfig(name="fails", on_failure="stop"), reward)
         if where == "reward":
             with policies.use("judge") as judge:
-                score_own([source], groups, judge)
+                score_local([source], groups, judge)
         differentiate(policies, groups, advantages_of(groups), config)
     except LvrpoError as raised:
         return f"{type(raised).__name__}: {raised}"

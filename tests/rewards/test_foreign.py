@@ -17,7 +17,7 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import MOST_FAILED, RewardConfig, RewardSource, build_rewards
-from lvrpo.training.data_parallel import score_own
+from lvrpo.training.data_parallel import score_local
 from lvrpo.types import Group, Prompt
 
 DRAW = Prompt("d", "generate", (torch.full((3, 8, 8), 0.25), "x"), ("image",))
@@ -43,7 +43,7 @@ def drawn() -> list[Group]:
 
 def scored(groups: list[Group], act: Callable[[Sequence[Group]], object], **options: Any) -> Any:
     source = RewardSource(RewardConfig(name="mine:Does", **options), Does(act))
-    return score_own([source], groups, None, most_failed=MOST_FAILED)  # type: ignore[arg-type]  # nobody judges
+    return score_local([source], groups, None, most_failed=MOST_FAILED)  # type: ignore[arg-type]  # nobody judges
 
 
 def spoil(groups: Sequence[Group]) -> None:
@@ -124,10 +124,10 @@ def test_more_than_half_of_a_step_stops_where_the_step_is_asked_about() -> None:
     config = RewardConfig(name="mine:Half")
     one, both = (RewardSource(config, Half(lambda groups, n=n: n)) for n in (1, 2))
     groups = drawn()
-    assert score_own([one], groups, None, most_failed=0.5).mask.sum() == 1  # type: ignore[arg-type]
-    assert score_own([both], groups, None).mask.sum() == 0  # type: ignore[arg-type]
+    assert score_local([one], groups, None, most_failed=0.5).mask.sum() == 1  # type: ignore[arg-type]
+    assert score_local([both], groups, None).mask.sum() == 0  # type: ignore[arg-type]
     with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0.5: most often \(2\): away: mend"):
-        score_own([both], groups, None, most_failed=0.5)  # type: ignore[arg-type]
+        score_local([both], groups, None, most_failed=0.5)  # type: ignore[arg-type]
 
 
 METHODS = "    def applies(self, prompt): ...\n    def score(self, groups, judge): ...\n"

@@ -10,9 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from lvrpo.training.advantages import (
     AdvantageConfig,
     compute_advantages,
-    judged_of_whole,
-    of_whole,
     segment_advantages,
+    trajectory_advantages,
+    trajectory_rewards,
 )
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
 
@@ -160,9 +160,9 @@ def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
     up, alternating = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
     torch.testing.assert_close(A["text"].values, torch.tensor([up, up]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(A["image"].values, torch.tensor([alternating, [0.0] * 4]), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(of_whole(A, groups), torch.tensor([alternating, up]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(trajectory_advantages(A, groups), torch.tensor([alternating, up]), rtol=1e-3, atol=1e-3)
     assert A["image"].valid.tolist() == [[True] * 4, [False] * 4]
-    judged = judged_of_whole(table, groups, config)
+    judged = trajectory_rewards(table, groups, config)
     assert judged is not None
     assert judged.tolist() == [[False, True], [True, True]]
 
@@ -171,7 +171,7 @@ def test_a_shared_advantage_is_that_of_the_whole() -> None:
     table, groups = staged()
     A = segment_advantages(table, groups, make_config({"kind": "grpo", "std": "none"}))
     assert A["text"] is A["image"]
-    assert judged_of_whole(table, groups, make_config({})) is None
+    assert trajectory_rewards(table, groups, make_config({})) is None
     torch.testing.assert_close(A["text"].values[0], torch.tensor([1.0, 0.0, 0.0, -1.0]))
 
 

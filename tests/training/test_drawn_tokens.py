@@ -17,7 +17,7 @@ from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages, Member, Microbatch, recorded_passes
-from lvrpo.training.losses.tokens import anchored
+from lvrpo.training.losses.tokens import recompute_behavior_logprobs
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step
@@ -95,7 +95,7 @@ def loss_of(
     prompt = Prompt("p", "generate", ("draw",), ("image",))
     members = [Member(Trajectory(prompt, m, (s,), m), a) for m, (s, a) in enumerate(zip(segments, A, strict=True))]
     asked: Any = Microbatch("generate", kind, 0, members, 1.0)
-    frozen = {name: objective.frozen_terms(name, reference, asked) for name in objective.compared_with}  # type: ignore[arg-type]  # log-probs are all that is asked
+    frozen = {name: objective.reference_outputs(name, reference, asked) for name in objective.frozen_policies}  # type: ignore[arg-type]  # log-probs are all that is asked
     output = objective.loss(live, replace(asked, frozen=frozen))  # type: ignore[arg-type]
     return float(output.loss), {name: float(value) for name, value in output.metrics.items()}
 
@@ -181,7 +181,9 @@ def test_segments_of_one_kind_are_scored_anew_before_an_update() -> None:
     bench.move()
     with torch.no_grad():
         replayed = bench.live.logprobs(list(bench.groups[0].trajectories))
-    for trajectory, rows in zip(anchored(bench.live, bench.groups, ["masked"])[0].trajectories, replayed, strict=True):
+    for trajectory, rows in zip(
+        recompute_behavior_logprobs(bench.live, bench.groups, ["masked"])[0].trajectories, replayed, strict=True
+    ):
         text, tokens, masked = trajectory.segments
         assert isinstance(masked, MaskedSegment)
         assert masked.trainer_logprobs is not None

@@ -19,7 +19,7 @@ from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import right_outputs
+from lvrpo.training.data_parallel import group_successes
 from lvrpo.training.reward_metrics import reward_means, shown
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt, RewardTable
@@ -53,19 +53,19 @@ FAILURES = {(0, 0): "timed out", (0, 1): "cut\noff", (1, 1): "timed out"}
 
 def test_the_share_of_failed_scores_and_the_commonest_reason() -> None:
     groups, table = scored(FAILURES)
-    assert reward_means("reward", table, right_outputs(groups)) == {
+    assert reward_means("reward", table, group_successes(groups)) == {
         "reward/understand/fails": 1.0,
         "reward_failed/understand/fails": 0.75,
         "reward_failed_why/understand/fails": "timed out",
     }
     every = dict.fromkeys([(p, g) for p in range(2) for g in range(2)], "away")
     groups, table = scored(every)
-    assert reward_means("control", table, right_outputs(groups)) == {
+    assert reward_means("control", table, group_successes(groups)) == {
         "control_failed/understand/fails": 1.0,
         "control_failed_why/understand/fails": "away",
     }
     groups, table = scored({})
-    assert reward_means("reward", table, right_outputs(groups)) == {"reward/understand/fails": 1.0}
+    assert reward_means("reward", table, group_successes(groups)) == {"reward/understand/fails": 1.0}
 
 
 def test_a_reason_is_one_line_that_a_file_can_hold() -> None:
@@ -77,7 +77,7 @@ def test_a_reason_is_one_line_that_a_file_can_hold() -> None:
 def test_samples_say_why_a_score_is_missing() -> None:
     run = RunDirectory.create(Path("run"), TrainConfig())
     groups, table = scored(FAILURES)
-    rollout_log.write_samples(run, 1, groups, table, right_outputs(groups))
+    rollout_log.write_samples(run, 1, groups, table, group_successes(groups))
     (path,) = Path("run").rglob("groups.jsonl")
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
     found = {name: [(m["rewards"], m["masked"]) for m in row["members"]] for name, row in rows.items()}
@@ -98,7 +98,7 @@ def test_whoever_reads_the_metrics_reads_past_reasons() -> None:
         groups, table = scored(failures)
         row = {
             "step": step,
-            **reward_means("reward", table, right_outputs(groups)),
+            **reward_means("reward", table, group_successes(groups)),
             "seconds": 1.0,
             "seconds_left": 1.0,
         }

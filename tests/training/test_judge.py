@@ -314,7 +314,7 @@ def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, mo
     monkeypatch.setattr(rewards[0].reward, "score", None)
     drift = judge_drift(rewards, groups, table, sets_of(policy=shifted(policy, 0.05)))
     assert "judge_drift/generate/own_vqa" in drift
-    monkeypatch.setattr("lvrpo.training.judge.score_own", None)
+    monkeypatch.setattr("lvrpo.training.judge.score_local", None)
     assert judge_drift(rewards[:1], groups, table, sets_of(policy=policy)) == {}
 
 

@@ -203,7 +203,7 @@ def test_the_remedy_is_for_the_largest_part(stays: dict[str, int], passes: dict[
 
 
 def test_a_small_model_is_not_looked_at(small_base: Path) -> None:
-    assert not memory.worth_a_look(small_base, torch.device("cpu"))
+    assert not memory.is_large_model(small_base, torch.device("cpu"))
 
 
 # --- before the weights are there ---

@@ -21,7 +21,7 @@ from lvrpo.training.losses.base import KINDS, GroupAdvantages, Member, Metrics, 
 from lvrpo.training.losses.flow import FlowLossConfig, add_noise
 from lvrpo.training.losses.flow_grpo import FlowGRPOConfig, MixGRPOConfig, RecordedStepsConfig
 from lvrpo.training.losses.grpo import DAPOConfig, DrGRPOConfig
-from lvrpo.training.losses.tokens import TokenLossConfig, anchored
+from lvrpo.training.losses.tokens import TokenLossConfig, recompute_behavior_logprobs
 from lvrpo.training.microbatches import minibatches
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.trainer import train_step
@@ -99,9 +99,9 @@ def test_weights_for_another_sampler_are_capped_and_leave_the_ratio_at_1(bench: 
     honest = bench.sample(prompts[:2])
     plain = bench.gradient(honest, A2, bench.config())
     capped = bench.config(text={"importance_cap": 2.0})
-    assert apart(plain, bench.gradient(anchored(bench.live, honest), A2, capped)) < 1e-5
+    assert apart(plain, bench.gradient(recompute_behavior_logprobs(bench.live, honest), A2, capped)) < 1e-5
     for by, weight in ((-1.0, 2.0), (0.25, math.exp(-0.25))):
-        other = anchored(bench.live, changed(honest, TextSegment, likelier(by)))
+        other = recompute_behavior_logprobs(bench.live, changed(honest, TextSegment, likelier(by)))
         metrics = bench.update(other, A2, capped)
         assert metrics["importance/text"] == pytest.approx(weight, rel=1e-5)
         assert metrics["ratio/text"] == pytest.approx(1, abs=1e-6)
@@ -335,7 +335,7 @@ def test_a_masked_member_is_never_chosen(
     (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}), bench.live.writes)
     groups = bench.sample([prompts[0] if section == "text" else prompts[2]], 8)
     A, valid = torch.tensor([[*advantages, *[0.0] * 4]]), torch.tensor([[True] * 4 + [False] * 4])
-    chosen = objective.choose(groups, GroupAdvantages(A, valid))
+    chosen = objective.select_members(groups, GroupAdvantages(A, valid))
     assert sorted(member.trajectory.member for member in chosen) == members
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
-from lvrpo.statistics import parted
+from lvrpo.statistics import divergence
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, watched_level
 from lvrpo.training.run_directory import RunDirectory
@@ -36,7 +36,7 @@ def run_through(
         if step % 5 == 0:
             found = turn.validate(step, looks=len(course) // 5, every=5)
             if found is not None:
-                assert turn.words(step, *found).startswith("generate: own rose by ")
+                assert turn.message(step, *found).startswith("generate: own rose by ")
                 return turn, step
             turn.remember(step)
     return turn, None
@@ -139,12 +139,12 @@ def test_parted_takes_the_worst_part() -> None:
         [np.linspace(m, m + 0.1, 20) for m in (0, 0.2, 0.4)],
         [np.linspace(m, m + 0.1, 20) for m in (0.8, 0.9, 0.3)],
     )
-    found = parted(up, down, 0.95)
+    found = divergence(up, down, 0.95)
     assert found is not None
     assert found.part == 1
     assert found.scorer.score == pytest.approx(-0.6)
-    assert parted(up, up, 0.95) is None
-    assert parted([x[:9] for x in up], [x[:9] for x in down], 0.95) is None  # too few
+    assert divergence(up, up, 0.95) is None
+    assert divergence([x[:9] for x in up], [x[:9] for x in down], 0.95) is None  # too few
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
     groups = policy.sample(drawn, Sampling(group_size=4, num_steps=2), list(range(len(drawn))))
     objective = next(o for o in objectives_of(config, policy.writes) if o.kind == "flow")
     A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
-    chosen = objective.choose(groups, A)
+    chosen = objective.select_members(groups, A)
 
     def work(rank: int) -> list[Microbatch]:
         own = [group if p % count == rank else Group(group.prompt, ()) for p, group in enumerate(groups)]

@@ -13,7 +13,7 @@ from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
 from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies
-from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, refill
+from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, resample
 from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
 
 
@@ -85,7 +85,7 @@ def step_of(settings: TrainConfig, step: int = 0) -> tuple[list[Group], Any, dic
     rollouts = Rollouts(live, settings)
     groups = rollouts.groups(prompts_of_step(Source(), settings, step), step)
     table = score_groups(REWARDS, groups, JUDGE)
-    return refill(rollouts, Source(), REWARDS, groups, table, step)
+    return resample(rollouts, Source(), REWARDS, groups, table, step)
 
 
 def dead(table: Any) -> int:
@@ -140,7 +140,7 @@ def test_a_failed_score_keeps_its_reason_where_the_group_stays() -> None:
     settings, live = config(max_resamples=3), policies()
     rollouts = Rollouts(live, settings)
     groups = rollouts.groups(prompts_of_step(Source(), settings, 0), 0)
-    groups, table, _ = refill(rollouts, Source(), rewards, groups, score_groups(rewards, groups, JUDGE), 0)
+    groups, table, _ = resample(rollouts, Source(), rewards, groups, score_groups(rewards, groups, JUDGE), 0)
     assert {cell[0] for cell in table.reasons} == set(range(9))
     for (p, g, _), reason in table.reasons.items():
         assert g == 0

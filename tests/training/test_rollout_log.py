@@ -15,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import right_outputs
+from lvrpo.training.data_parallel import group_successes
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import FlowSegment, Group, Prompt, RewardTable, Segment, TextSegment, Trajectory
 
@@ -67,7 +67,7 @@ def table() -> RewardTable:
 
 
 THREE = [QUESTION, DRAWING, THOUGHT]
-RIGHT = right_outputs(THREE)
+RIGHT = group_successes(THREE)
 ADVANTAGES = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0] * 4, [0.5, -0.5, 1.5, -1.5]])
 
 
@@ -142,9 +142,9 @@ def kept(run: RunDirectory) -> dict[str, list[int]]:
 def write_all(run: RunDirectory, first: int, last: int) -> None:
     """What the loop writes from step ``first`` to ``last``: controls every 3 steps, looks every 4 and at the end."""
     for step in range(first, last + 1):
-        rollout_log.write_step(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+        rollout_log.write_step(run, step, [DRAWING], one_row(), group_successes([DRAWING]), torch.zeros(1, 4))
         if (step - 1) % 3 == 0:
-            rollout_log.write_control(run, step, [DRAWING], one_row(), right_outputs([DRAWING]), 3)
+            rollout_log.write_control(run, step, [DRAWING], one_row(), group_successes([DRAWING]), 3)
         if step % 4 == 0 or step == 38:
             rollout_log.write_validation(run, step, {"generate": [float(step)]}, 4)
 
@@ -183,7 +183,7 @@ def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
 
 
 def test_broken_files_are_one_line(run: RunDirectory) -> None:
-    rollout_log.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+    rollout_log.write_step(run, 1, [DRAWING], one_row(), group_successes([DRAWING]), torch.zeros(1, 4))
     path = run.path / "scores" / "step_000001.npz"
     whole = path.read_bytes()
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole.replace(b"traits", b"traitz")):
@@ -194,7 +194,7 @@ def test_broken_files_are_one_line(run: RunDirectory) -> None:
 
 
 def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
-    rollout_log.write_step(run, 1, [DRAWING], one_row(), right_outputs([DRAWING]), torch.zeros(1, 4))
+    rollout_log.write_step(run, 1, [DRAWING], one_row(), group_successes([DRAWING]), torch.zeros(1, 4))
     left = run.path / "scores" / ".step_000002.npz.tmp-0123"
     left.write_bytes(b"half")
     run.close()

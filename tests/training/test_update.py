@@ -312,7 +312,7 @@ def test_micro_batches_do_not_change_gradients(
     A = ALL * 2
     whole = gradients(policies, groups, A, config)
     reported = run_update(policies, groups, A, config, 0).means()
-    monkeypatch.setattr(base, "MEMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(base, "MICROBATCH_DRAWINGS", 1)
     assert distance(whole, gradients(policies, groups, A, config)) < 1e-4
     split = run_update(policies, groups, A, config, 0).means()
     assert split.keys() == reported.keys()

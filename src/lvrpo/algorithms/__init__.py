@@ -40,12 +40,12 @@ from lvrpo.algorithms.preferences import PreferenceLoss, dpo_loss, flow_dpo_loss
 from lvrpo.algorithms.representation import repa_loss
 from lvrpo.algorithms.selection import (
     PreferencePairs,
-    RefillPlan,
+    ResamplePlan,
     best_of_mask,
     best_worst_mask,
     centered_advantages,
     preference_pairs,
-    refill_plan,
+    resample_plan,
 )
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
     "NFTLoss",
     "PreferenceLoss",
     "PreferencePairs",
-    "RefillPlan",
+    "ResamplePlan",
     "SurrogateLoss",
     "TokenObjective",
     "VarianceShares",
@@ -92,8 +92,8 @@ __all__ = [
     "projection_weights",
     "reduce_tokens",
     "reduction_weights",
-    "refill_plan",
     "repa_loss",
+    "resample_plan",
     "reward_probability",
     "scaled_clip",
     "signal_mask",

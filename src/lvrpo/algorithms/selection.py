@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PreferencePairs",
-    "RefillPlan",
+    "ResamplePlan",
     "best_of_mask",
     "best_worst_mask",
     "centered_advantages",
     "preference_pairs",
-    "refill_plan",
+    "resample_plan",
 ]
 
 
@@ -41,7 +41,7 @@ class PreferencePairs:
 
 
 @dataclass(frozen=True)
-class RefillPlan:
+class ResamplePlan:
     """What dynamic sampling does with one round of groups."""
 
     redraw: Tensor
@@ -142,7 +142,7 @@ def preference_pairs(
     return PreferencePairs(winner=winner, loser=loser, valid=highest - lowest > min_gap)
 
 
-def refill_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: int) -> RefillPlan:
+def resample_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: int) -> ResamplePlan:
     """Which groups without signal are drawn again in this round (dynamic sampling of DAPO, arXiv:2503.14476).
 
     With n groups without signal: all are drawn again if n <= budget; else ``budget`` of them, one of each task in turn
@@ -157,7 +157,7 @@ def refill_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: in
     Differs from the paper: DAPO draws until the batch is full; here the budget is a number, and tasks share it.
     """
     if budget < 0:
-        raise InputError(f"refill budget={budget} groups: use 0 or more")
+        raise InputError(f"resample budget={budget} groups: use 0 or more")
     dead = ~signal
     turn = torch.zeros_like(tasks)  # the how-manieth dead group of its task
     for task in tasks.unique():
@@ -166,4 +166,4 @@ def refill_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: in
     order = sorted(dead.nonzero()[:, 0].tolist(), key=lambda p: (int(turn[p]), int(tasks[p])))
     redraw = torch.zeros_like(signal)
     redraw[order[:budget]] = True
-    return RefillPlan(redraw=redraw, given_up=dead & ~redraw, budget_left=budget - int(redraw.sum()))
+    return ResamplePlan(redraw=redraw, given_up=dead & ~redraw, budget_left=budget - int(redraw.sum()))

@@ -144,7 +144,7 @@ class Groups:
         mask = scores.isfinite() & torch.from_numpy(self.judged[:, None, kept]) & (weights > 0)[:, None]
         return [self.names[k] for k in kept], scores, mask, weights
 
-    def own_scales(self, names: Sequence[str]) -> list[NormalizeChoice | None]:
+    def reward_normalizations(self, names: Sequence[str]) -> list[NormalizeChoice | None]:
         """The choice of each reward that has a scale of its own."""
         choices = dict(zip(self.names, self.normalize or ("",) * len(self.names), strict=True))
         return [cast("NormalizeChoice | None", choices[name] or None) for name in names]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
-from lvrpo.statistics import Interval, comparable, parted
+from lvrpo.statistics import Interval, comparable, divergence
 
 VALIDATION = "validation"
 """The held-out prompts of validation, as a scorer."""
@@ -124,7 +124,7 @@ def _missing(record: Recorded, windows: Sequence[Window]) -> Iterator[Missing]:
 
 
 def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
-    found = parted(pair.rewards, pair.scores, confidence, pair.paired, pair.strata)
+    found = divergence(pair.rewards, pair.scores, confidence, pair.paired, pair.strata)
     if found is None:
         return None
     before, after, reward, scorer = windows[found.part], windows[-1], found.reward, found.scorer

@@ -222,7 +222,7 @@ def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float
         weights,
         normalization=normalization,
         std_floor=settings.std_floor,
-        normalize=groups.own_scales(names),
+        normalize=groups.reward_normalizations(names),
         batches=torch.from_numpy(groups.step),
     )
     found = variance_shares(parts, torch.from_numpy(groups.advantages), _members(mask, settings.per_reward))
@@ -251,7 +251,7 @@ def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
     """Shares of the trained rewards if advantages had been made by the other formula, from the very same scores."""
     names, scores, mask, weights = groups.trained()
     floor = settings.std_floor
-    scales, steps = groups.own_scales(names), torch.from_numpy(groups.step)
+    scales, steps = groups.reward_normalizations(names), torch.from_numpy(groups.step)
     if settings.per_reward:
         scaled = normalize_rewards(scores, mask, steps, scales, std_floor=floor)
         total = torch.where(mask, scaled * weights[:, None], 0.0).sum(dim=2)

@@ -96,24 +96,24 @@ def segment_advantages(table: RewardTable, groups: Sequence[Group], config: Adva
     """The advantages of a step for every kind of segment; 0 in groups without signal."""
     if config.stages == "shared":
         return dict.fromkeys(KINDS, compute_advantages(table, config))
-    return {kind: compute_advantages(judged_by_segment(table, groups, kind), config) for kind in KINDS}
+    return {kind: compute_advantages(segment_table(table, groups, kind), config) for kind in KINDS}
 
 
-def of_whole(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
+def trajectory_advantages(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
     """One advantage per trajectory for the record: that of its last segment."""
     return torch.where(_draws(groups)[:, None], advantages["image"].values, advantages["text"].values)
 
 
-def judged_of_whole(
+def trajectory_rewards(
     table: RewardTable, groups: Sequence[Group], config: AdvantageConfig
 ) -> Bool[torch.Tensor, "P K"] | None:
-    """Which rewards have a part in the advantages of ``of_whole``; None: all."""
+    """Which rewards have a part in the advantages of ``trajectory_advantages``; None: all."""
     if config.stages == "shared":
         return None
     return torch.where(_draws(groups)[:, None], judging(table, groups, "image"), judging(table, groups, "text"))
 
 
-def judged_by_segment(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
+def segment_table(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
     """The table as one kind of segment sees it: what does not judge it is masked."""
     return replace(table, mask=table.mask & judging(table, groups, kind)[:, None])
 
@@ -144,7 +144,7 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
             std=config.std,
             std_floor=floor,
             clamp=clamp,
-            normalize=own_scales(table),
+            normalize=reward_normalizations(table),
         )
         return GroupAdvantages(values, table.mask.any(dim=2))
     if config.kind == "win_rate":
@@ -152,9 +152,9 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
     scaled = table.scores
     if table.normalize:
         tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
-        scaled = normalize_rewards(table.scores, table.mask, tasks, own_scales(table), std_floor=floor)
+        scaled = normalize_rewards(table.scores, table.mask, tasks, reward_normalizations(table), std_floor=floor)
     scores = torch.where(table.mask, scaled * table.weights, 0.0).sum(dim=2)
-    mask = whole_scores(table)
+    mask = complete_members(table)
     if config.joint is not None:
         scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
     return GroupAdvantages(_of_sums(scores, mask, table.tasks, config, floor), mask)
@@ -184,12 +184,12 @@ def _of_sums(
     return advantages
 
 
-def own_scales(table: RewardTable) -> list[NormalizeChoice | None]:
+def reward_normalizations(table: RewardTable) -> list[NormalizeChoice | None]:
     """The choice of each reward that has one (``rewards.normalize``)."""
     return [cast("NormalizeChoice | None", table.normalize.get(name)) for name in table.names]
 
 
-def whole_scores(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
+def complete_members(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
     """Members with a score from every reward that applies to their group: a sum with a failed term is no number."""
     applies = table.mask.any(dim=1, keepdim=True)
     return (table.mask | ~applies).all(dim=2) & table.mask.any(dim=2)

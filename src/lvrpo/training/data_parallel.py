@@ -24,12 +24,12 @@ SIDE = 512
 """In pixels, assumed of drawings whose size nothing tells."""
 
 
-def own_rows(groups: Sequence[Group]) -> list[int]:
+def local_rows(groups: Sequence[Group]) -> list[int]:
     """Where this rank's groups are."""
     return [p for p, group in enumerate(groups) if group.trajectories]
 
 
-def merged(own: dict[int, T]) -> dict[int, T]:
+def merge_ranks(own: dict[int, T]) -> dict[int, T]:
     """The values of all ranks by row, in the order of rows; small ones, which are sent."""
     found = {row: value for part in gather(own) for row, value in part.items()}
     return dict(sorted(found.items()))
@@ -74,7 +74,7 @@ class Samples(Protocol):
         ...
 
 
-def sample_own(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+def sample_local(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
     """A group per prompt; this rank samples its share (``shares``)."""
     own = shares(estimated_tokens(prompts, sampling), world_size())[rank()]
     groups = [Group(prompt, ()) for prompt in prompts]
@@ -86,7 +86,7 @@ def sample_own(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, s
     return groups
 
 
-def score_own(
+def score_local(
     rewards: Sequence[RewardSource],
     groups: Sequence[Group],
     judge: Policy,
@@ -94,7 +94,7 @@ def score_own(
     most_failed: float | None = None,
 ) -> RewardTable:
     """``score_groups`` of all groups, each scored by the rank that has it."""
-    own, table = own_rows(groups), None
+    own, table = local_rows(groups), None
     with relay_errors():
         if own:
             table = scored(rewards, [groups[p] for p in own], judge, step)
@@ -139,17 +139,17 @@ def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> Re
     return replace(table, scores=scores, mask=mask, reasons=reasons, noise=columns["noise"], cut=columns["cut"])
 
 
-def right_outputs(groups: Sequence[Group]) -> dict[int, list[float]]:
+def group_successes(groups: Sequence[Group]) -> dict[int, list[float]]:
     """By row, for groups where right and wrong can be told, 1.0 or 0.0 per member; of all ranks."""
-    own = [p for p in own_rows(groups) if scorable(groups[p].prompt)]
+    own = [p for p in local_rows(groups) if scorable(groups[p].prompt)]
     found: list[list[float]] = []
     with relay_errors():
         if own:
             found = successes([groups[p] for p in own])
-    return merged(dict(zip(own, found, strict=True)))
+    return merge_ranks(dict(zip(own, found, strict=True)))
 
 
-def whole_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:
+def gather_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:
     """Groups of some rows with their trajectories, on every rank; ``members``: the first few of each."""
     cut = {p: Group(groups[p].prompt, groups[p].trajectories[:members]) for p in rows}
     own = {p: group for p, group in cut.items() if group.trajectories}

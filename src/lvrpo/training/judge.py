@@ -18,7 +18,7 @@ from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.questions import words_of
 from lvrpo.rewards.table import RewardSource
 from lvrpo.sampling import derive_seed
-from lvrpo.training.data_parallel import score_own
+from lvrpo.training.data_parallel import score_local
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
@@ -255,7 +255,7 @@ def judge_drift(
     if not asking:
         return {}
     with torch.no_grad(), standing_in(table.judge), policies.use("policy") as policy:
-        own = score_own(asking, groups, policy)
+        own = score_local(asking, groups, policy)
     out: dict[str, float] = {}
     for k, name in enumerate(own.names):
         known = table.names.index(name)

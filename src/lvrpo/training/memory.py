@@ -33,7 +33,7 @@ from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.losses import asks_for_old, objectives_of
+from lvrpo.training.losses import objectives_of, uses_old_policy
 from lvrpo.training.losses.base import GroupAdvantages, Member, Objective, flow_segment
 from lvrpo.training.losses.dpo import FlowDPOConfig, TextDPOConfig
 from lvrpo.training.losses.flow import FreshNoiseConfig, NoisingConfig
@@ -184,7 +184,7 @@ def require_fit(estimate: MemoryEstimate, free: int, where: str, what: str) -> N
         )
 
 
-def worth_a_look(folder: Path, device: torch.device) -> bool:
+def is_large_model(folder: Path, device: torch.device) -> bool:
     """Whether a model is so large that its memory should be estimated before it is loaded."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) * WORTH_A_LOOK > free
@@ -231,7 +231,7 @@ class _Estimator:
         gradients = _bytes(self.trained)
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
-        old = asks_for_old(config, self.policy.writes)
+        old = uses_old_policy(config, self.policy.writes)
         copies = (1 + old + (config.adapter is None)) * gradients
         by_task = gradients * (len(tasks) + 1) if mixed else 0
         kept, on_card = self._divided(old) + by_task if self.divided else 0, self.device != "cpu"
@@ -363,7 +363,7 @@ class _Estimator:
 
         with unset_fake_temporarily():  # a choice looks at advantages and times
             A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
-            chosen = objective.choose(longest, GroupAdvantages.of_all(A))
+            chosen = objective.select_members(longest, GroupAdvantages.of_all(A))
             cuts = list(split(chosen, objective, policy, self.config.limits))
             return [member.trajectory for member in max(cuts, key=size, default=[])]
 

@@ -106,7 +106,7 @@ def microbatches(
         own = [p for p in rows if groups[p].trajectories]
         A = {kind: advantages[kind].rows(own) for kind in KINDS}
         for objective in objectives:
-            members = objective.choose([groups[p] for p in own], A[objective.output]) if own else []
+            members = objective.select_members([groups[p] for p in own], A[objective.output]) if own else []
             chosen.append((task, objective, members))
     sizes = gather([objective.size(members) for _, objective, members in chosen])
     found: list[Microbatch] = []
@@ -167,7 +167,7 @@ def by_kind(objectives: Sequence[Objective]) -> dict[SegmentKind, Objective]:
 
 
 @torch.no_grad()
-def with_frozen_terms(
+def with_reference_outputs(
     policies: Policies, objectives: Sequence[Objective], batches: Sequence[Microbatch]
 ) -> list[Microbatch]:
     """The microbatches of this rank with what their losses compare the policy with; called by all ranks.
@@ -175,7 +175,7 @@ def with_frozen_terms(
     One set of weights after the other, for all microbatches: a device holds one at a time.
     """
     of = by_kind(objectives)
-    own = {name for batch in batches for name in of[batch.kind].compared_with}
+    own = {name for batch in batches for name in of[batch.kind].frozen_policies}
     asked = {name for part in gather(own) for name in part}
     found: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
     for name in FROZEN:
@@ -183,8 +183,8 @@ def with_frozen_terms(
             continue
         with policies.use(name) as policy:
             for batch, terms in zip(batches, found, strict=True):
-                if name in of[batch.kind].compared_with:
-                    terms[name] = of[batch.kind].frozen_terms(name, policy, batch)
+                if name in of[batch.kind].frozen_policies:
+                    terms[name] = of[batch.kind].reference_outputs(name, policy, batch)
     return [replace(batch, frozen=terms) for batch, terms in zip(batches, found, strict=True)]
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.statistics import Parted, parted
+from lvrpo.statistics import Divergence, divergence
 from lvrpo.types import Group, RewardTable, Task
 
 SUCCESS = "success"
@@ -49,7 +49,7 @@ class Overoptimization:
     def add(self, step: int, groups: Sequence[Group], table: RewardTable, right: Mapping[int, Sequence[float]]) -> None:
         """Takes in the groups of a step; ``step``: steps done, this one included.
 
-        ``right``: by row, which members are right as a whole (``right_outputs``).
+        ``right``: by row, which members are right as a whole (``group_successes``).
         """
         reward = _group_means(table, self.config.reward)
         if self.config.watch == SUCCESS:
@@ -67,8 +67,8 @@ class Overoptimization:
             new = torch.stack([torch.full_like(reward, step), reward, watched, category], dim=1)[rows]
             self.means[task] = torch.cat([self.means.get(task, new[:0]), new])
 
-    def validate(self, step: int, looks: int, every: int) -> tuple[Task | str, Parted] | None:
-        """The worst parting of the last window from an earlier one, over all tasks; None where none parted.
+    def validate(self, step: int, looks: int, every: int) -> tuple[Task | str, Divergence] | None:
+        """The worst divergence of the last window from an earlier one, over all tasks; None where there is none.
 
         Parts are compared within categories of prompts, which differ more than a policy changes.
         ``looks``: how many there will be in the run, ``every`` so many steps. Intervals have confidence 1 - error / all
@@ -77,11 +77,11 @@ class Overoptimization:
         size, tasks = self.config.window, len(self.means)
         comparisons = tasks * sum(max(0, look * every // size - 1) for look in range(1, looks + 1))
         confidence = 1 - self.config.error / max(1, comparisons)
-        found: list[tuple[str, Parted]] = []
+        found: list[tuple[str, Divergence]] = []
         for task, means in self.means.items():
             parts = [part.numpy() for part in self._parts(means, step)]
             labels = [part[:, 3].tolist() for part in parts]
-            worst = parted(
+            worst = divergence(
                 [part[:, 1] for part in parts], [part[:, 2] for part in parts], confidence, strata=(labels, labels)
             )
             if worst is not None:
@@ -103,7 +103,7 @@ class Overoptimization:
         ends = list(range(step, size - 1, -size))[::-1] or [step]
         return [means[(means[:, 0] > end - size) & (means[:, 0] <= end)] for end in ends]
 
-    def words(self, step: int, task: str, found: Parted) -> str:
+    def message(self, step: int, task: str, found: Divergence) -> str:
         """What was seen, in one sentence."""
         rose, fell = found.reward.score, -found.scorer.score
         return f"{task}: {self.config.reward} rose by {rose:.3f} while {self.config.watch} fell by {fell:.3f}"

@@ -16,7 +16,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.rewards.table import RewardSource, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import whole_groups
+from lvrpo.training.data_parallel import gather_groups
 from lvrpo.training.policies import Policies, policy_module
 from lvrpo.training.rollout_engine import Sampler
 from lvrpo.training.run_directory import RunDirectory
@@ -362,7 +362,7 @@ def check_first_update(
     run: RunDirectory, policies: Policies, groups: Sequence[Group], table: RewardTable, std_floor: float
 ) -> None:
     """Adds to contract.json what the first update has to have done; raises ContractError at the first breach."""
-    first = whole_groups(groups, range(len(groups)), members=1)
+    first = gather_groups(groups, range(len(groups)), members=1)
     checks = first_update_checks(policies, first, table, std_floor)
     if is_main():
         before = run.read_json("contract.json", list[dict[str, Any]])

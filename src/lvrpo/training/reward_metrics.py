@@ -16,7 +16,7 @@ LONGEST = 200
 def reward_means(prefix: str, table: RewardTable, right: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
     """Mean and failures of every reward per task, and the share of outputs that are right as a whole.
 
-    ``right``: by row of the table, which members are (``right_outputs``).
+    ``right``: by row of the table, which members are (``group_successes``).
     """
     out: dict[str, float | str] = {}
     for task in dict.fromkeys(table.tasks):

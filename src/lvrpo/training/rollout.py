@@ -1,4 +1,4 @@
-"""Prompts of a step, the groups sampled for them, and the refills of groups without signal."""
+"""Prompts of a step, the groups sampled for them, and dynamic sampling: groups without signal are drawn again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from lvrpo.algorithms import refill_plan, signal_mask
+from lvrpo.algorithms import resample_plan, signal_mask
 from lvrpo.config import Config, default_kind
 from lvrpo.data.sources import PromptSource
 from lvrpo.distributed import relay_errors
@@ -24,7 +24,7 @@ from lvrpo.sampling import (
     random_window,
     sliding_window,
 )
-from lvrpo.training.data_parallel import sample_own, score_own, with_rows
+from lvrpo.training.data_parallel import sample_local, score_local, with_rows
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.rollout_engine import Engine, OwnSamplerConfig, Sampler
 from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
 REFILLS = 2**40
-"""Indices of prompts from here on are those of refills: no run comes so far by its steps."""
+"""Indices of prompts from here on are those of resampled groups: no run reaches them by its steps."""
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
@@ -251,9 +251,9 @@ def rollout(
             with policies.use(sampler) as policy:
                 if engine is not None:
                     engine.push(policy)
-                drawn = [] if engine is not None else sample_own(policy, *args)
+                drawn = [] if engine is not None else sample_local(policy, *args)
             if engine is not None:
-                drawn = sample_own(engine, *args)
+                drawn = sample_local(engine, *args)
             groups.update(zip(indices, drawn, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
@@ -280,7 +280,7 @@ class Rollouts:
         return rollout(self.policies, prompts, self.config, step, self.engine)
 
 
-def refill(
+def resample(
     rollouts: Rollouts,
     source: PromptSource,
     rewards: Sequence[RewardSource],
@@ -299,7 +299,7 @@ def refill(
     while True:
         judged = table.trained()
         signal = signal_mask(judged.scores, judged.mask, config.advantages.std_floor)
-        plan = refill_plan(signal, tasks, budget)
+        plan = resample_plan(signal, tasks, budget)
         rows = plan.redraw.nonzero()[:, 0].tolist()
         if not rows:
             counts = {"refill/drawn": float(drawn.total()), "refill/given_up": float(plan.given_up.sum())}
@@ -312,7 +312,7 @@ def refill(
                 drawn[task] += 1
         fresh = rollouts.fresh(prompts, step)
         with rollouts.policies.use("judge") as judge:
-            scores = score_own(rewards, fresh, judge, step)
+            scores = score_local(rewards, fresh, judge, step)
         table = with_rows(table, rows, scores)
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group

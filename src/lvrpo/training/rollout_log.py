@@ -28,7 +28,7 @@ from lvrpo.reading import MIB, read_bytes
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
-from lvrpo.training.data_parallel import merged, own_rows, whole_groups
+from lvrpo.training.data_parallel import gather_groups, local_rows, merge_ranks
 from lvrpo.training.reward_metrics import masked
 from lvrpo.training.run_directory import SCORES, RunDirectory
 from lvrpo.types import TASKS, Group, RewardTable, Task, TextSegment
@@ -119,7 +119,7 @@ def write_step(
 ) -> None:
     """Keeps the groups of a training step.
 
-    ``right``: by row, which members are right (``right_outputs``); ``judged``: which rewards have a part in
+    ``right``: by row, which members are right (``group_successes``); ``judged``: which rewards have a part in
     ``advantages`` (None: all).
     """
     _write(run, "step", step, 1, lambda: _arrays(groups, table, right, advantages, judged))
@@ -215,10 +215,10 @@ def _arrays(
 ) -> Mapping[str, NDArray[Any]]:
     P, G, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
-    own = own_rows(groups)
+    own = local_rows(groups)
     with relay_errors():
         mine = {p: _measured(groups[p]) for p in own}
-    measured = list(merged(mine).values())
+    measured = list(merge_ranks(mine).values())
     some: dict[str, NDArray[Any]] = {}
     if table.normalize:
         some["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
@@ -353,14 +353,14 @@ def write_samples(
 ) -> None:
     """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task.
 
-    ``known``: by row, which members are right (``right_outputs``).
+    ``known``: by row, which members are right (``group_successes``).
     """
     chosen = [
         p
         for task in TASKS
         for p in [i for i, group in enumerate(groups) if group.prompt.task == task][:GROUPS_PER_TASK]
     ]
-    shown = whole_groups(groups, chosen)
+    shown = gather_groups(groups, chosen)
     if not is_main():
         return
     right: list[Sequence[float | None]] = [

@@ -20,7 +20,7 @@ from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.memory import MemoryEstimate, estimate_memory, require_memory, worth_a_look
+from lvrpo.training.memory import MemoryEstimate, estimate_memory, is_large_model, require_memory
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import prompts_of_step
@@ -88,7 +88,7 @@ def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = N
 def require_room(config: TrainConfig, parts: Parts) -> None:
     """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
     device = pick_device(config.device)
-    if worth_a_look(policy_folder(config.policy), device):
+    if is_large_model(policy_folder(config.policy), device):
         require_memory(memory_of(config, parts), device, f"policy={config.policy}")
 
 

@@ -36,7 +36,7 @@ TESTED = 256
 
 
 @dataclass(frozen=True)
-class Given:
+class CustomParts:
     """What a caller in Python hands over instead of naming it in a configuration."""
 
     sources: Mapping[Split, PromptSource] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Given:
     """By the title of their row of the configuration."""
 
 
-NOTHING_GIVEN = Given()
+NO_CUSTOM_PARTS = CustomParts()
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Parts:
         return list({prompt.id: prompt for prompt in found}.values())
 
 
-def open_parts(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Parts:
+def open_parts(config: TrainConfig, given: CustomParts = NO_CUSTOM_PARTS) -> Parts:
     """Opens and checks everything that the configuration names; raises InputError, and leaves no trace."""
     source = training_source(config, given)
     rewards = scoring_rewards(config, source, given)
@@ -91,7 +91,7 @@ def open_parts(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Parts:
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
 
-def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOTHING_GIVEN) -> PromptSource:
+def open_source(config: TrainConfig, split: Split, seed: int, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
     """One split of the source of prompts."""
     if split in given.sources:
         return given.sources[split]
@@ -107,7 +107,7 @@ def open_source(config: TrainConfig, split: Split, seed: int, given: Given = NOT
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
 
 
-def training_source(config: TrainConfig, given: Given = NOTHING_GIVEN) -> PromptSource:
+def training_source(config: TrainConfig, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
     """The prompts to align on; raises InputError if they lack a task that a step needs."""
     source = open_source(config, "train", config.seed, given)
     for task, count in config.data.prompts_per_step.items():
@@ -118,7 +118,7 @@ def training_source(config: TrainConfig, given: Given = NOTHING_GIVEN) -> Prompt
     return source
 
 
-def held_out_source(config: TrainConfig, split: Split, given: Given = NOTHING_GIVEN) -> PromptSource | None:
+def held_out_source(config: TrainConfig, split: Split, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource | None:
     """The validation or test split, None where there is none."""
     if given.sources and split not in given.sources:
         return None
@@ -133,7 +133,9 @@ def held_out_source(config: TrainConfig, split: Split, given: Given = NOTHING_GI
         return None
 
 
-def scoring_rewards(config: TrainConfig, source: PromptSource, given: Given = NOTHING_GIVEN) -> list[RewardSource]:
+def scoring_rewards(
+    config: TrainConfig, source: PromptSource, given: CustomParts = NO_CUSTOM_PARTS
+) -> list[RewardSource]:
     """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
     rewards = build_rewards(config.rewards, given.rewards)
     require_asked(config.judge, rewards)

@@ -38,7 +38,7 @@ def refuse_shared(index: Index, name: str, others: Iterable[Asked], remedy: str)
             raise InputError(f"{row.where}: the same text and pictures as {where} of {name}: {remedy}")
 
 
-def require_apart(config: TrainConfig) -> dict[str, Any]:
+def require_disjoint_splits(config: TrainConfig) -> dict[str, Any]:
     """Compares the splits of a run; what stands in its manifest. Any: JSON.
 
     Raises InputError where a test or validation row of the user's files is trained on, or a test row is chosen by.

@@ -26,7 +26,7 @@ from lvrpo.reading import Record, shaped, typed
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
-from lvrpo.training.losses import asks_for_old
+from lvrpo.training.losses import uses_old_policy
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.overoptimization import Overoptimization
 from lvrpo.training.policies import Policies, SetName, shard_dtype
@@ -89,7 +89,7 @@ class TrainState:
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
         """The state before the first step: all sets of weights are those of the given policy."""
-        sets: list[SetName] = ["old"] if asks_for_old(config, policy.writes) else []
+        sets: list[SetName] = ["old"] if uses_old_policy(config, policy.writes) else []
         judge = Judge(config.judge) if config.judge.moves else None
         if judge is not None:
             sets += judge.sets

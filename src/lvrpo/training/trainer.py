@@ -21,24 +21,24 @@ from lvrpo.registry import allow_code
 from lvrpo.rewards.table import MOST_FAILED, RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
-from lvrpo.training.advantages import judged_of_whole, of_whole, segment_advantages
+from lvrpo.training.advantages import segment_advantages, trajectory_advantages, trajectory_rewards
 from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import right_outputs, sample_own, score_own
+from lvrpo.training.data_parallel import group_successes, sample_local, score_local
 from lvrpo.training.gradients import TaskGradients
 from lvrpo.training.judge import judge_drift
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Advantages, Metrics, Objective
 from lvrpo.training.losses.flow import FreshNoiseConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
-from lvrpo.training.losses.tokens import anchored
-from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_frozen_terms
+from lvrpo.training.losses.tokens import recompute_behavior_logprobs
+from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_reference_outputs
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.preflight import check_before_first_step, check_first_update
 from lvrpo.training.reward_metrics import reward_means
-from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, refill
+from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, resample
 from lvrpo.training.rollout_engine import Sampler, open_engine
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import (
@@ -49,8 +49,8 @@ from lvrpo.training.setup import (
     open_policy,
     require_room,
 )
-from lvrpo.training.sources import NOTHING_GIVEN, Given, Parts, open_parts
-from lvrpo.training.splits import require_apart
+from lvrpo.training.sources import NO_CUSTOM_PARTS, CustomParts, Parts, open_parts
+from lvrpo.training.splits import require_disjoint_splits
 from lvrpo.training.state import TrainState
 from lvrpo.training.validation import Validator, apply_validation, check_overoptimization
 from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
@@ -84,7 +84,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         cls,
         config: TrainConfig,
         folder: Path,
-        given: Given = NOTHING_GIVEN,
+        given: CustomParts = NO_CUSTOM_PARTS,
         files: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
         """Resolves every part before it creates the run directory: wrong input leaves no trace.
@@ -96,7 +96,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         torch.set_num_threads(config.threads)
         with relay_errors():
             parts = open_parts(config, given)
-            splits = require_apart(config)
+            splits = require_disjoint_splits(config)
             require_room(config, parts)
             policy, base = open_policy(config)
             parts.require_readable(policy)
@@ -118,7 +118,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         folder: Path,
         config: TrainConfig | None = None,
         base: str | None = None,
-        given: Given = NOTHING_GIVEN,
+        given: CustomParts = NO_CUSTOM_PARTS,
     ) -> Self:
         """Goes on from the last whole checkpoint; ``config``, where given, is that of the run, or asks for more steps.
 
@@ -179,13 +179,13 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                             prompts = prompts_of_step(self.source, config, step)
                         groups = rollouts.groups(prompts, step)
                         with policies.use("judge") as judge:
-                            table = score_own(self.rewards, groups, judge, step, MOST_FAILED)
+                            table = score_local(self.rewards, groups, judge, step, MOST_FAILED)
                         if config.judge.drift_due(step + 1, looks):
                             row |= judge_drift(self.rewards, groups, table, policies)
                         trained, scores = groups, table
                         if config.rollout.max_resamples:
                             args = (rollouts, self.source, self.rewards, groups, table, step)
-                            trained, scores, counts = refill(*args)
+                            trained, scores, counts = resample(*args)
                             row |= counts
                     advantages = segment_advantages(scores, trained, config.advantages)
                     lr_scale = state.validation.lr_scale
@@ -201,11 +201,11 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     state.step += 1
                     if step == 0:
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
-                    right = right_outputs(groups)
+                    right = group_successes(groups)
                     row |= reward_means("reward", table, right)
                     if state.judge is not None:
                         row |= state.judge.after_step(state.step, policies, self.parts.judge_rows)
-                    of_trained = right if trained is groups else right_outputs(trained)
+                    of_trained = right if trained is groups else group_successes(trained)
                     self._record(trained, scores, of_trained, advantages)
                     row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
                     if step % config.reference_eval_every == 0:
@@ -231,8 +231,8 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         self, groups: Sequence[Group], table: RewardTable, right: Mapping[int, list[float]], advantages: Advantages
     ) -> None:
         """Writes the scores and advantages of a step."""
-        judged = judged_of_whole(table, groups, self.config.advantages)
-        whole = of_whole(advantages, groups)
+        judged = trajectory_rewards(table, groups, self.config.advantages)
+        whole = trajectory_advantages(advantages, groups)
         rollout_log.write_step(self.run, self.state.step, groups, table, right, whole, judged)
 
     def _before_first_step(self, engine: Sampler | None) -> None:
@@ -257,8 +257,8 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         policies = self.state.policies
         control = control_rollout(policies, prompts, self.config, step)
         with policies.use("judge") as judge:
-            table = score_own(self.rewards, control, judge, step)
-        right = right_outputs(control)
+            table = score_local(self.rewards, control, judge, step)
+        right = group_successes(control)
         rollout_log.write_control(self.run, self.state.step, control, table, right, self.config.reference_eval_every)
         return reward_means("control", table, right)
 
@@ -295,7 +295,7 @@ def train_step(
     ]
     if rescored:
         with policies.use("policy") as policy:
-            groups = anchored(policy, groups, rescored)
+            groups = recompute_behavior_logprobs(policy, groups, rescored)
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.num_minibatches):
@@ -304,7 +304,7 @@ def train_step(
         for (kinds, lr), optimizer in zip(config.phases(writes), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]
             batches = microbatches(policies.policy, trained, part, A, config, step, metrics)
-            batches = with_frozen_terms(policies, trained, batches)
+            batches = with_reference_outputs(policies, trained, batches)
             logged = metrics if world_size() == 1 else Metrics()
             with policies.use("policy") as policy:
                 for task, together in rounds(batches, each):
@@ -332,4 +332,4 @@ def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: Train
     sampling = replace(config.sampling(step), group_size=config.reference_eval_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     with policies.use("reference") as reference:
-        return sample_own(reference, prompts, sampling, seeds)
+        return sample_local(reference, prompts, sampling, seeds)

@@ -16,7 +16,7 @@ from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.data_parallel import merged, own_rows, sample_own
+from lvrpo.training.data_parallel import local_rows, merge_ranks, sample_local
 from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
@@ -92,12 +92,12 @@ class Validator:
         found: dict[Task, list[float]] = {}
         with policies.use("reference") if self.asks_judge else nullcontext() as judge:
             for task, groups in outputs.items():
-                own = own_rows(groups)
+                own = local_rows(groups)
                 rows: list[list[float]] = []
                 with relay_errors():
                     if own:
                         rows = self.scorer.scores([groups[p] for p in own], judge)
-                found[task] = [row[0] for row in merged(dict(zip(own, rows, strict=True))).values()]
+                found[task] = [row[0] for row in merge_ranks(dict(zip(own, rows, strict=True))).values()]
         return found
 
     def _sample(self, policies: Policies) -> dict[Task, list[Group]]:
@@ -106,7 +106,7 @@ class Validator:
         with policies.use("ema") as policy:
             for task, rows in self.prompts.items():
                 seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
-                out[task] = sample_own(policy, rows, self.sampling, seeds)
+                out[task] = sample_local(policy, rows, self.sampling, seeds)
         return out
 
     def validate(self, policies: Policies, state: ValidationState, step: int) -> ValidationReport:
@@ -115,7 +115,7 @@ class Validator:
         outputs = self._sample(policies)
         report = self._compare(self._scores(outputs, policies), state, step)
         groups = [group for row in outputs.values() for group in row]
-        texts = merged({p: groups[p].trajectories[0].text for p in own_rows(groups)})
+        texts = merge_ranks({p: groups[p].trajectories[0].text for p in local_rows(groups)})
         return replace(report, entropies=answer_entropies([group.prompt for group in groups], list(texts.values())))
 
     def _compare(self, scores: dict[Task, list[float]], state: ValidationState, step: int) -> ValidationReport:
@@ -211,7 +211,7 @@ def check_overoptimization(
         state.validation.best_step = watched.best_step
     if found is None:
         return False
-    words, best = watched.words(state.step, *found), watched.best_step
+    words, best = watched.message(state.step, *found), watched.best_step
     if watched.config.action == "warn":
         row["overoptimization/action"] = f"warned: {words}"
         return False

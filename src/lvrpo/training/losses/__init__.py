@@ -69,6 +69,6 @@ def objectives_of(config: TrainConfig, writes: Sequence[SegmentKind]) -> list[Ob
     return [objective for objective in objectives if objective.weight]
 
 
-def asks_for_old(config: TrainConfig, writes: Sequence[SegmentKind]) -> bool:
+def uses_old_policy(config: TrainConfig, writes: Sequence[SegmentKind]) -> bool:
     """Whether an objective samples with the short average of the weights."""
     return any(objective.samples_with == "old" for objective in objectives_of(config, writes))

@@ -1,6 +1,6 @@
-"""What every way of training promises: which members of the groups it takes, and its loss on them.
+"""The interface of a loss: the members of the groups that it trains on, and its value on a microbatch of them.
 
-One object per segment kind; ``update`` calls them in turn. A new method is one class with ``choose`` and ``loss``, and
+One objective per segment kind. A new method is one class with ``select_members`` and ``loss``, and
 one line in the table of its kind.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KINDS: tuple[OutputKind, ...] = ("text", "image")
 """The kinds of outputs, each with advantages of its own."""
 
-MEMBERS_AT_ONCE = 192
+MICROBATCH_DRAWINGS = 192
 """Drawings that are replayed together."""
 TEXTS_PER_DRAWING = 8
 """So many texts are replayed in the place of a drawing."""
@@ -118,7 +118,7 @@ class Microbatch:
     weight: float = 1.0
     """Of its loss in the sum of all: that of the task, of the objective, and the share."""
     frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)
-    """What the sets of ``Objective.compared_with`` say of it: ``Objective.frozen_terms``."""
+    """Outputs of ``Objective.frozen_policies`` on it, by ``Objective.reference_outputs``."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -158,12 +158,12 @@ class Objective(ABC):
         return "text" if self.kind == "text" else "image"
 
     def at_once(self, limit: int | None) -> int:
-        """Members that are replayed together; ``limit`` is in drawings, None: ``MEMBERS_AT_ONCE``."""
-        members = MEMBERS_AT_ONCE if limit is None else limit
+        """Members that are replayed together; ``limit`` is in drawings, None: ``MICROBATCH_DRAWINGS``."""
+        members = MICROBATCH_DRAWINGS if limit is None else limit
         return members * (TEXTS_PER_DRAWING if self.output == "text" else 1)
 
     @abstractmethod
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         """The members to train, all of them valid."""
 
     def size(self, members: Sequence[Member]) -> int:
@@ -175,16 +175,18 @@ class Objective(ABC):
         return recorded_passes(trajectory, [self.kind])
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
-        """The frozen policies that the loss asks, before the trained one is."""
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
+        """The frozen policies whose outputs the loss needs; they run before the trained one."""
         return ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
-        """What the loss compares the policy's numbers with, of the policy ``name`` of ``compared_with``.
+    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
+        """What the loss compares the policy with: outputs of the frozen policy ``name``.
 
         Called without grad.
         """
-        raise ContractError(f"{type(self).__name__} says compared_with={self.compared_with}, and not what it asks them")
+        raise ContractError(
+            f"{type(self).__name__} has frozen_policies={self.frozen_policies} and no reference_outputs"
+        )
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:

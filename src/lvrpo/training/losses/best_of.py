@@ -51,7 +51,7 @@ class BestText(TokenObjective):
 
     off_policy = True
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return best(groups, advantages, self.kind, 1)
 
     def size(self, members: Sequence[Member]) -> int:
@@ -72,17 +72,17 @@ class BestDrawing(FlowObjective):
         super().__init__(config)
         self.config = config
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return best(groups, advantages, "flow", self.config.top_k)
 
     def passes(self, trajectory: Trajectory) -> int:
         return self.config.timesteps_per_sample
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B N C"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B N C"]:
         return self._noised(policy, batch).velocity(policy)
 
     def _noised(self, policy: Policy, batch: Microbatch) -> Noised:

@@ -57,14 +57,14 @@ class TextDPO(TokenObjective):
         super().__init__(config, max_new_tokens, kind)
         self.config = config
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, self.kind)
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return whole_logprobs(policy, batch.trajectories, self.kind)
 
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
@@ -83,17 +83,17 @@ class FlowDPO(FlowObjective):
         super().__init__(config)
         self.config = config
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         return pairs(groups, advantages, "flow")
 
     def passes(self, trajectory: Trajectory) -> int:
         return self.config.timesteps_per_sample
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return self._losses(policy, batch)
 
     def _losses(self, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:

@@ -107,7 +107,7 @@ class ContrastObjective(FlowObjective):
         super().__init__(config)
         self.top_bottom_k = config.top_bottom_k
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         keep = best_worst_mask(advantages.values, self.top_bottom_k, advantages.valid)
         A = centered_advantages(advantages.values, keep)
         return [
@@ -130,14 +130,16 @@ class FreshNoiseObjective(ContrastObjective):
         self.config = config
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("old", "reference") if self.config.kl_coef or self.config.unguided_kl_coef else ("old",)
 
     def passes(self, trajectory: Trajectory) -> int:
         branches = 1 + (flow_segment(trajectory).guidance_scale != 1) + bool(self.config.unguided_kl_coef)
         return self.config.timesteps_per_sample * branches
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "K B N C"]:
+    def reference_outputs(
+        self, name: FrozenPolicy, policy: Policy, batch: Microbatch
+    ) -> Float[torch.Tensor, "K B N C"]:
         """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
         as they are used."""
         noised, config = self._noised(policy, batch), self.config

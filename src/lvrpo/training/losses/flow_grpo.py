@@ -73,10 +73,12 @@ class FlowGRPO(ContrastObjective):
         return recorded_passes(trajectory) + (steps if self.config.kl_coef and self.config.kl == "velocity" else 0)
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B W N C"]:
+    def reference_outputs(
+        self, name: FrozenPolicy, policy: Policy, batch: Microbatch
+    ) -> Float[torch.Tensor, "B W N C"]:
         """Velocities at the recorded states before the trained steps, or the means of these steps."""
         if self.config.kl == "gaussian":
             return replay(policy, batch.trajectories).means

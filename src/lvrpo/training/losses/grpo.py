@@ -90,7 +90,7 @@ class GRPO(TokenObjective):
         super().__init__(config, max_new_tokens, kind)
         self.config = config
 
-    def choose(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
+    def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         A, valid = advantages.values, advantages.valid
         return [
             Member(trajectory, float(A[p, g]))
@@ -107,10 +107,10 @@ class GRPO(TokenObjective):
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
     @property
-    def compared_with(self) -> tuple[FrozenPolicy, ...]:
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def frozen_terms(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B L"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B L"]:
         return token_grid(policy, batch.trajectories, self.kind).logprobs
 
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:

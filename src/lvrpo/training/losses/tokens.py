@@ -69,13 +69,15 @@ class TokenObjective(Objective):
         self.kind = kind
 
 
-def anchored(policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)) -> list[Group]:
+def recompute_behavior_logprobs(
+    policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)
+) -> list[Group]:
     """The groups with every segment of these kinds scored once more by ``policy``, which the coming updates start
     from."""
     trajectories = [t for group in groups for t in group.trajectories if any(s.kind in kinds for s in t.segments)]
     scored: dict[int, Trajectory] = {}
     with torch.no_grad():
-        size = base.MEMBERS_AT_ONCE * base.TEXTS_PER_DRAWING
+        size = base.MICROBATCH_DRAWINGS * base.TEXTS_PER_DRAWING
         for start in range(0, len(trajectories), size):
             part = trajectories[start : start + size]
             for trajectory, rows in zip(part, policy.logprobs(part, kinds), strict=True):
