@@ -14,7 +14,7 @@ help:
 	@echo "make test         run the tests (ARGS='-k name' or ARGS='-m slow' to choose)"
 	@echo "make check        formatting, lint, types, import order"
 	@echo "make format       format the code and mend what lint can mend"
-	@echo "make docs         write docs/equations.md from the docstrings"
+	@echo "make docs         write docs/reference/equations.md from the docstrings"
 	@echo "make clean        delete caches and build products; make distclean deletes $(VENV) too"
 
 $(STAMP): pyproject.toml constraints.txt

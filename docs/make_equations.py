@@ -1,4 +1,4 @@
-"""Writes docs/equations.md from the docstrings of lvrpo.algorithms and lvrpo.sampling.
+"""Writes docs/reference/equations.md from the docstrings of lvrpo.algorithms and lvrpo.sampling.
 
 python docs/make_equations.py
 """
@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "equations.md"
+PAGE = ROOT / "docs" / "reference" / "equations.md"
 WIDTH = 120
 
 CHAPTERS = {

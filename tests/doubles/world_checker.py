@@ -1,4 +1,4 @@
-"""A renderer and a checker of the built-in world, made from docs/world.md alone: nothing of lvrpo is imported here."""
+"""A renderer and a checker made from docs/concepts/world.md alone: nothing of lvrpo is imported here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "world.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "concepts" / "world.md").read_text()
 DIGIT = "0123456789"
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 

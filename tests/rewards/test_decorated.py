@@ -78,7 +78,7 @@ def test_an_unknown_output_or_task_is_refused(arguments: Any) -> None:
 
 
 def test_the_examples_of_the_guide_run(group: Callable[..., Group], root: Path) -> None:
-    guide = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    guide = (root / "docs" / "reference" / "rewards.md").read_text(encoding="utf-8")
     found: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
         names: dict[str, Any] = {}

@@ -156,6 +156,6 @@ AUDIT = Command(
     "train, validation and test are apart",
     options,
     run,
-    "docs/audit.md explains every number. The curves are in the report: lvrpo report RUN\n"
+    "docs/concepts/reward_audit.md explains every number. The curves are in the report: lvrpo report RUN\n"
     "example: lvrpo audit --data train.jsonl validation.jsonl test.jsonl",
 )

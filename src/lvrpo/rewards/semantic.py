@@ -28,7 +28,7 @@ class Semantic(Config):
         dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
 
     A model that was never trained to match embeddings orders drawings only a little better than chance in this way
-    (docs/rewards.md has the numbers): ``own_vqa`` asks the same reading side and hears much more.
+    (docs/reference/rewards.md has the numbers): ``own_vqa`` asks the same reading side and hears much more.
 
     Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so
     once. It does not apply to edits, whose instruction describes no picture.
