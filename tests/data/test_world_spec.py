@@ -1,4 +1,4 @@
-"""docs/concepts/world.md is enough, and true: a renderer and a checker made from the page alone agree with the library."""
+"""docs/concepts/world.md is complete and true: a renderer and a checker made from it agree with the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rewards of a run really did, from the scores that it kept; docs/concepts/reward_audit.md explains every number."""
+"""What the rewards of a run did, from the scores that it kept; docs/concepts/reward_audit.md explains each number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a reward ranks the outputs of a group as the truth does; docs/concepts/reward_audit.md explains every number."""
+"""Whether a reward ranks the outputs of a group as the truth does (docs/concepts/reward_audit.md)."""
 
 from __future__ import annotations
 
