@@ -35,7 +35,7 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import KINDS, GroupAdvantages
-from lvrpo.training.memory import estimate_policy
+from lvrpo.training.memory_estimate import estimate_policy
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.trainer import train_step

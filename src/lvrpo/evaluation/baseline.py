@@ -18,7 +18,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy
 from lvrpo.reading import Record, is_there, typed
 from lvrpo.training.checkpoint import SEAL
-from lvrpo.training.memory_use import peak_memory_gib
+from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 

@@ -30,7 +30,7 @@ from lvrpo.reading import Record, is_there
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
-from lvrpo.training.memory_use import peak_memory_gib
+from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import RunDirectory

@@ -8,7 +8,7 @@ from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.own_vqa import Confidences, OwnVQA
 from lvrpo.rewards.scene_facts import fact_table
-from lvrpo.training.memory_use import return_freed_memory
+from lvrpo.training.memory import return_freed_memory
 from lvrpo.types import Group
 
 CONFIRMED = 0.5

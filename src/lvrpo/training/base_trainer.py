@@ -27,7 +27,7 @@ from lvrpo.training.checkpoint import (
     verify_checkpoint,
 )
 from lvrpo.training.interrupt import Interrupted
-from lvrpo.training.memory_use import return_freed_memory
+from lvrpo.training.memory import return_freed_memory
 from lvrpo.training.run_directory import RunDirectory
 
 Observer = Callable[[Mapping[str, Any]], None]

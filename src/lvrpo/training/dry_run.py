@@ -19,8 +19,7 @@ from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import NOTHING_HELD_OUT
 from lvrpo.training.losses import objectives_of
-from lvrpo.training.memory import MemoryEstimate
-from lvrpo.training.memory_use import peak_memory_gib
+from lvrpo.training.memory import MemoryEstimate, peak_memory_gib
 from lvrpo.training.preflight import Check, contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import Sampler, open_engine

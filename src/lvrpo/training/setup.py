@@ -20,7 +20,8 @@ from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.memory import MemoryEstimate, estimate_memory, is_large_model, require_memory
+from lvrpo.training.memory import MemoryEstimate, is_large_model, require_memory
+from lvrpo.training.memory_estimate import estimate_memory
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import prompts_of_step
