@@ -5,13 +5,14 @@ The shapes written in the signatures of the equations are enforced while the tes
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import inspect
 import os
 import pkgutil
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -93,9 +94,22 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "batch={generate: 8, caption: 4, question: 32, edit: 4, reason: 8}"
     corpus = "corpus={scenes: 100, edits: 40, reasons: 40}"
     config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=150", "device=cpu"])
-    trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
-    for _ in range(config.steps):
-        trainer.train_step()
-    folder = tmp_path_factory.mktemp("policies") / "small"
-    trainer.average.save(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+        for _ in range(config.steps):
+            trainer.train_step()
+        trainer.average.save(folder)
+
+    return made_once(tmp_path_factory, "small", make)
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker of pytest-xdist to ask for it makes, and all read."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / name).exists():
+            make(place / name)
+    return place / name

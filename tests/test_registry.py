@@ -20,6 +20,12 @@ from lvrpo.registry import ANY, allow_code, own_consent, resolve
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
 
+FEW = (
+    "data.prompts_per_step={generate: 1}",
+    "rollout={group_size: 4, num_steps: 2}",
+    "validation.prompts={generate: 1}",
+)
+"""Of an estimate of memory that takes a moment."""
 MARK = object()
 TABLE = {"fraction": "fractions:Fraction", "mark": MARK, "gone": "lvrpo_no_such_package.part:Thing"}
 EVIL = """
@@ -204,8 +210,8 @@ def test_a_configuration_runs_no_shell(consent: list[str], capfd: pytest.Capture
 )
 def test_every_name_of_a_configuration_asks(tree: str, trace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("evil.yaml").write_text(tree)
-    assert "is code of evil, not of lvrpo" in refused(capfd, "train", "evil.yaml")
-    assert "is code of evil, not of lvrpo" in refused(capfd, "check", "evil.yaml")
+    for command in (["train", "evil.yaml"], ["check", "evil.yaml", *FEW]):
+        assert "is code of evil, not of lvrpo" in refused(capfd, *command)
     assert not trace.exists()
 
 

@@ -114,7 +114,13 @@ def test_what_is_finite_is_read_as_it_lies(tmp_path: Path) -> None:
         ("evaluate", "bad", "--n", "2", "--json", "new.json"),
         ("export", "bad", "new"),
         ("train", "quickstart", "policy=bad", "steps=1", "--out", "new"),
-        ("check", "quickstart", "policy=bad", "steps=1"),
+        (
+            "check",
+            "quickstart",
+            "policy=bad",
+            "data.prompts_per_step={generate: 1}",
+            "validation.prompts={generate: 1}",
+        ),
     ],
     ids=lambda command: command[0],
 )

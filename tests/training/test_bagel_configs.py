@@ -69,6 +69,8 @@ def small(name: str, folder: Path) -> list[str]:
         "rollout.image_size=[32, 32]",
         "rollout.max_new_tokens=4",
         "rollout.num_steps=3",
+        "rollout.group_size=4",
+        "flow.top_bottom_k=1",
         "validation={every: 2, prompts: {understand: 1, reason: 1}}",
     ]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +61,10 @@ def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path) -> 
         moved = sum(float((own[f"{name}/{n}"] - t).square().sum()) for n, t in begun.items()) ** 0.5
         assert apart < 0.05 * moved
 
-    halved = start(*options, "offload=true", "--out", "halved")
-    metrics = Path("halved/metrics.jsonl")
-    while halved.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
-        time.sleep(0.02)
-    os.kill(int(Path("halved/.lock").read_text()), signal.SIGINT)
-    assert "go on with: lvrpo train --resume halved" in finish(halved, succeeds=False)
+    shutil.copytree("both", "halved")  # what a kill before step 6 leaves; test_ranks.py interrupts
+    shutil.rmtree(Path("halved", LAST))
+    for file in ("summary.json", "policy.json"):
+        Path("halved", file).unlink()
     finish(start("train", "--resume", "halved", "--no-evaluate"))
     assert rows(Path("halved")) == shared
     again = stored(Path("halved", LAST))
