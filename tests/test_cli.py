@@ -24,7 +24,7 @@ from lvrpo.config import load_config
 from lvrpo.data.scenes import VOCABULARY
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.policies.loading import policy_folder
-from lvrpo.report.records import load_run
+from lvrpo.report.run import load_run
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.trainer import Trainer
@@ -71,9 +71,9 @@ def test_the_report_shows_the_same_prompts_before_during_and_after(quickstart: t
     record = load_run(quickstart[0])
     assert record.finished
     assert not record.problems
-    before = record.cases("before")
+    before = record.samples("before")
     assert before
-    assert list(record.cases("after")) == list(record.cases("step 1")) == list(before)
+    assert list(record.samples("after")) == list(record.samples("step 1")) == list(before)
     assert len({(case.task, case.category) for case in before.values()}) == 7 + 6 + 5 + 3
     drawn = [case for case in before.values() if case.image]
     assert drawn

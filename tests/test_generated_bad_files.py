@@ -23,8 +23,6 @@ from wrong_values import bounded, damages, placed, sections, subclasses, thinned
 
 from lvrpo import atomic_io
 from lvrpo.cli import main
-from lvrpo.evaluation.baseline import CostRecord
-from lvrpo.evaluation.cases import EvaluationRecord
 from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.evaluation.reproduce.recipes import RecipeRecord
 from lvrpo.pictures import FORMATS
@@ -165,11 +163,10 @@ RECORDS: Mapping[str, type[Record]] = {
     "manifest.json": Manifest,
     "plan.json": PlanRecord,
     "metrics.jsonl": MetricsRow,
-    "eval/before.json": EvaluationRecord,
 }
 """What a resumed run reads of itself, by file."""
-READ_OTHERWISE = {StateRecord, ValidationRecord, CostRecord, RecipeRecord}
-"""In sealed files, of which another byte is refused; of a baseline; of the evidence (evaluation/test_reproduce.py)."""
+READ_OTHERWISE = {StateRecord, ValidationRecord, RecipeRecord}
+"""In sealed files, of which another byte is refused; of the evidence (evaluation/test_reproduce.py)."""
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -12,7 +12,7 @@ import pytest
 
 from lvrpo.cli import main
 from lvrpo.commands.settings import read_config
-from lvrpo.report.records import load_run
+from lvrpo.report.run import load_run
 from lvrpo.training.config import TrainConfig
 
 Output = pytest.CaptureFixture[str]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from lvrpo.errors import ContractError
-from lvrpo.evaluation.measures import Row, compare, measure
-from lvrpo.evaluation.scored import Scored
+from lvrpo.evaluation.results import Row, benchmark_difference, benchmark_result, compare, measure
 from lvrpo.metrics import ReadBack
+from lvrpo.records import BenchmarkRecord, from_json
 from lvrpo.training.run_directory import json_text
 
 
@@ -107,8 +107,8 @@ def test_what_is_read_back_by_hand() -> None:
     assert (found["confirmed"]["n"], found["facts"]) == (2, 10)
 
 
-def record() -> Scored:
-    return Scored(
+def record() -> BenchmarkRecord:
+    return BenchmarkRecord(
         ("a", "b"),
         ("x", "y"),
         ("p", "q"),
@@ -125,28 +125,30 @@ def record() -> Scored:
 
 
 def test_a_record_survives_json_with_its_tables() -> None:
-    again = Scored.from_dict(json.loads(json_text(record().as_dict())))
+    again = from_json(BenchmarkRecord, json.loads(json_text(record().as_dict())), "file")
     assert again == record()
-    assert json_text(again.result()) == json_text(record().result())
-    assert json_text(again.difference(record())) == json_text(record().difference(again))
+    assert json_text(benchmark_result(again).as_dict()) == json_text(benchmark_result(record()).as_dict())
+    assert json_text(benchmark_difference(again, record()).as_dict()) == json_text(
+        benchmark_difference(record(), again).as_dict()
+    )
 
 
 def test_records_of_before_there_were_samples_are_readable() -> None:
     old = {"ids": ["a", "b"], "categories": ["x", "x"], "clusters": ["a", "b"], "scores": [1.0, 0.0]}
-    read = Scored.from_dict(old)
-    assert set(read.result()) == {"score", "low", "high", "n", "categories", "metric"}
-    assert read.difference(read)["score"] == 0.0
+    read = from_json(BenchmarkRecord, old, "file")
+    assert set(benchmark_result(read).as_dict()) == {"score", "low", "high", "n", "categories", "metric"}
+    assert benchmark_difference(read, read).score == 0.0
     newer = replace(record(), categories=("x", "x"))
-    assert "pass_at_k" not in read.difference(newer)
-    assert Scored.from_dict({**old, "of_a_later_version": 1}) == read
+    assert "pass_at_k" not in benchmark_difference(read, newer).measures
+    assert from_json(BenchmarkRecord, {**old, "of_a_later_version": 1}, "file") == read
 
 
 def test_a_difference_says_what_could_have_been_told() -> None:
     ids = tuple(f"p{i}" for i in range(40))
     categories = tuple("xy"[i % 2] for i in range(40))
-    before = Scored(ids, categories, ids, tuple(float(i % 4 == 0) for i in range(40)))
-    after = Scored(ids, categories, ids, tuple(float(i % 4 in (0, 2) and i < 30) for i in range(40)))
-    found = before.difference(after)
+    before = BenchmarkRecord(ids, categories, ids, tuple(float(i % 4 == 0) for i in range(40)))
+    after = BenchmarkRecord(ids, categories, ids, tuple(float(i % 4 in (0, 2) and i < 30) for i in range(40)))
+    found = benchmark_difference(before, after).as_dict()
     assert found["detectable"] > 0
     p = {name: row["p"] for name, row in found["categories"].items()}
     adjusted = {name: row["p_holm"] for name, row in found["categories"].items()}
@@ -154,4 +156,4 @@ def test_a_difference_says_what_could_have_been_told() -> None:
     assert adjusted[first] == pytest.approx(2 * p[first])
     assert adjusted[second] == pytest.approx(max(p[second], adjusted[first]))
     with pytest.raises(ContractError, match="different prompts"):
-        before.difference(replace(after, ids=ids[::-1]))
+        benchmark_difference(before, replace(after, ids=ids[::-1]))

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Looks, Recorded, Window, cut
-from lvrpo.evaluation.reward_alarm import ERROR, VALIDATION, Alarms, find_alarms
+from lvrpo.audit_records import Alarms, Window
+from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Looks, Recorded, cut
+from lvrpo.evaluation.reward_alarm import ERROR, VALIDATION, find_alarms
 
 STEPS, P, G = 50, 6, 4
 

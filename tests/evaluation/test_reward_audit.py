@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from lvrpo.algorithms import gdpo_advantages, group_relative_advantages, normalize_rewards
+from lvrpo.audit_records import RewardAudit, ScorerAudit, Window
 from lvrpo.errors import InputError
-from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Recorded, Window, cut, read_record
+from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Recorded, cut, read_record
 from lvrpo.evaluation.reward_audit import (
-    RewardAudit,
-    ScorerAudit,
     audit_rewards,
     by_step,
     win_rates,

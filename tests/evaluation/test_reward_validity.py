@@ -13,9 +13,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from lvrpo.audit_records import RewardRanking
 from lvrpo.evaluation import reward_validity
 from lvrpo.evaluation.recorded_groups import SUCCESS
-from lvrpo.evaluation.reward_validity import Validity, areas, audit_validity, rank_correlations
+from lvrpo.evaluation.reward_validity import areas, audit_validity, rank_correlations
 
 NAN = math.nan
 
@@ -43,7 +44,7 @@ def test_areas_by_hand() -> None:
     np.testing.assert_array_equal(areas(scores, success), [3.5 / 4, 1, 0.5, NAN])
 
 
-def validity(scores: Any, success: Any, grades: Any = None, **options: Any) -> Validity:
+def validity(scores: Any, success: Any, grades: Any = None, **options: Any) -> RewardRanking:
     scorers = {"judge": floats(scores), SUCCESS: floats(success)}
     if grades is not None:
         scorers["facts"] = floats(grades)

@@ -15,12 +15,14 @@ from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.cases import PER_CATEGORY, keep_cases, write_evaluation
+from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scenes import held_out_prompts
-from lvrpo.evaluation.suite import Evaluation, Scored, cluster_of, evaluate, find_benchmarks
+from lvrpo.evaluation.suite import Evaluation, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
+from lvrpo.records import BenchmarkRecord, EvaluationRecord, from_json
 from lvrpo.registry import allow_code
-from lvrpo.report.records import load_run
+from lvrpo.report.run import load_run
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory, json_text
 from lvrpo.types import FlowSegment, Group, Prompt, Segment, TextSegment, Trajectory
@@ -127,35 +129,37 @@ def test_questions_about_one_picture_are_one_cluster() -> None:
 def test_intervals_resample_clusters() -> None:
     scores = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     ids = tuple("abcdefgh")
-    alone = Scored(ids, ("x",) * 8, ids, scores).result()
-    together = Scored(ids, ("x",) * 8, ("p",) * 4 + ("q",) * 4, scores).result()
-    assert (together["low"], together["high"]) == (0.0, 1.0)
-    assert alone["high"] - alone["low"] < 1.0
+    alone = benchmark_result(BenchmarkRecord(ids, ("x",) * 8, ids, scores))
+    together = benchmark_result(BenchmarkRecord(ids, ("x",) * 8, ("p",) * 4 + ("q",) * 4, scores))
+    assert (together.low, together.high) == (0.0, 1.0)
+    assert alone.high - alone.low < 1.0
 
 
 def test_differences_resample_clusters_too() -> None:
     zeros, scores, ids = (0.0,) * 8, (1.0,) * 4 + (0.0,) * 4, tuple("abcdefgh")
     alone, together = (
-        Scored(ids, ("x",) * 8, clusters, zeros).difference(Scored(ids, ("x",) * 8, clusters, scores))
+        benchmark_difference(
+            BenchmarkRecord(ids, ("x",) * 8, clusters, zeros), BenchmarkRecord(ids, ("x",) * 8, clusters, scores)
+        )
         for clusters in (ids, ("p",) * 4 + ("q",) * 4)
     )
-    for found in (together, together["categories"]["x"]):
-        assert (found["low"], found["high"]) == (0.0, 1.0)
-    assert alone["high"] - alone["low"] < 1.0
-    assert together["p"] > alone["p"]
-    assert together["detectable"] > alone["detectable"]
+    for found in (together, together.categories["x"]):
+        assert (found.low, found.high) == (0.0, 1.0)
+    assert alone.high - alone.low < 1.0
+    assert together.p > alone.p
+    assert together.detectable > alone.detectable
 
 
 def test_only_the_same_prompts_are_paired() -> None:
-    one = Scored(("a",), ("x",), ("a",), (1.0,))
-    other = Scored(("b",), ("x",), ("b",), (1.0,))
+    one = BenchmarkRecord(("a",), ("x",), ("a",), (1.0,))
+    other = BenchmarkRecord(("b",), ("x",), ("b",), (1.0,))
     with pytest.raises(ContractError, match="different prompts"):
-        one.difference(other)
+        benchmark_difference(one, other)
 
 
 def test_an_evaluation_survives_json(policy: Policy) -> None:
     one = evaluate(policy, find_benchmarks(["understand"]), sizes={"understand": 12})
-    again = Evaluation.from_dict(json.loads(json.dumps(one.as_dict())))
+    again = Evaluation(from_json(EvaluationRecord, json.loads(json.dumps(one.as_dict())), "file").scores)
     assert again.scored == one.scored
     assert json.dumps(again.results()) == json.dumps(one.results())  # nan of a single cluster is nan again
 
@@ -164,7 +168,7 @@ def test_kept_cases_are_what_the_report_reads(policy: Policy) -> None:
     evaluation = evaluate(policy, find_benchmarks(["scenes"]), sizes=SIZES, keep=keep_cases)
     with RunDirectory.create(Path("run"), TrainConfig()) as run:
         write_evaluation(run, "before", evaluation)
-    cases = load_run(Path("run")).cases("before")
+    cases = load_run(Path("run")).samples("before")
     expected = {(t, c): min(PER_CATEGORY, 2) for t in ("generate", "edit") for c in CATEGORIES[t]}
     counts = {key: sum((c.task, c.category) == key for c in cases.values()) for key in expected}
     assert counts == expected
@@ -218,14 +222,14 @@ def test_a_row_that_cannot_be_scored_is_named() -> None:
 def test_scores_that_are_rewards_leave_failed_ones_out_of_every_mean() -> None:
     """Pairs count where both rewards are there; a file keeps null for the others."""
     names, kinds = ("a", "b", "c", "d"), ("x", "x", "y", "y")
-    before = Scored(names, kinds, names, (0.5, math.nan, 2.0, 4.0), metric="reward")
-    after = Scored(names, kinds, names, (1.0, 3.0, math.nan, 5.0), metric="reward")
-    assert before.result()["score"] == pytest.approx(6.5 / 3)
-    assert before.result()["n"] == 3
-    assert before.result()["categories"]["x"]["n"] == 1
-    difference = before.difference(after)
+    before = BenchmarkRecord(names, kinds, names, (0.5, math.nan, 2.0, 4.0), metric="reward")
+    after = BenchmarkRecord(names, kinds, names, (1.0, 3.0, math.nan, 5.0), metric="reward")
+    assert benchmark_result(before).as_dict()["score"] == pytest.approx(6.5 / 3)
+    assert benchmark_result(before).as_dict()["n"] == 3
+    assert benchmark_result(before).as_dict()["categories"]["x"]["n"] == 1
+    difference = benchmark_difference(before, after).as_dict()
     assert (difference["score"], difference["n"], difference["metric"]) == (0.75, 2, "reward")
-    assert "pass_at_k" not in before.result()
-    again = Scored.from_dict(json.loads(json_text(before.as_dict())))
+    assert "pass_at_k" not in benchmark_result(before).as_dict()
+    again = from_json(BenchmarkRecord, json.loads(json_text(before.as_dict())), "file")
     assert again.metric == "reward"
-    assert again.result()["categories"]["y"] == before.result()["categories"]["y"]
+    assert benchmark_result(again).as_dict()["categories"]["y"] == benchmark_result(before).as_dict()["categories"]["y"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from lvrpo.records import Metrics
 from lvrpo.report import build_report
 from lvrpo.report.gradients import gradient_audit
-from lvrpo.report.records import Metrics
 
 
 def row(step: int, cosine: float) -> dict[str, Any]:

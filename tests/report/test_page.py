@@ -189,7 +189,7 @@ def test_pictures_outside_of_the_run_or_broken_are_left_out(tmp_path: Path, make
     [
         ('{"before": ', "summary.json: not JSON at column 12"),
         ("[1, 2]", "holds list, not an object"),
-        ('{"before": 3}', "before is int, not a table of tasks"),
+        ('{"before": 3}', "before is int, not an object"),
         ('{"after": {"edit": 0.5}}', "after.edit is float, not an object"),
         ('{"after": {"edit": {"score": "high"}}}', "after.edit.score is 'high', not a number"),
         ('{"after": {"edit": {"score": 1, "categories": [1]}}}', "after.edit.categories is list"),

@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from lvrpo.errors import InputError
+from lvrpo.records import Estimate, Metrics
 from lvrpo.report import Tile, compare_runs, numbers, picture_grid
 from lvrpo.report.curves import nice_ticks, reward_charts
-from lvrpo.report.records import Estimate, Metrics, read_metrics
 from lvrpo.report.verdict import change
 
 MakeRun = Callable[..., Path]
@@ -82,7 +82,7 @@ def test_nice_ticks() -> None:
 def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "a": 1}\n{"step": 1, "a": 5}\n{"step": 2, "a": 3}\n{"step": 3, "a')
-    metrics = read_metrics(path)
+    metrics = Metrics.read(path)
     assert metrics.series("a") == [(1.0, 5.0), (2.0, 3.0)]
     assert metrics.broken_lines == (4,)
 

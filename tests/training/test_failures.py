@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from lvrpo.commands.progress import Progress
+from lvrpo.records import Metrics
 from lvrpo.report.curves import other_charts, reward_charts
-from lvrpo.report.records import read_metrics
 from lvrpo.rewards.base import Scores
 from lvrpo.rewards.given import given_group
 from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
@@ -104,7 +104,7 @@ def test_whoever_reads_the_metrics_reads_past_reasons() -> None:
         }
         run.append_metrics(row)
         progress.step(row)
-    metrics = read_metrics(Path("run") / "metrics.jsonl")
+    metrics = Metrics.read(Path("run") / "metrics.jsonl")
     assert not metrics.broken_lines
     assert metrics.series("reward_failed/understand/fails") == [(2, 0.75), (3, 1.0)]
     assert metrics.series("reward_failed_why/understand/fails") == []

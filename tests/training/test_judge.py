@@ -12,8 +12,8 @@ from weight_sets import sets_of
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.records import Metrics
 from lvrpo.report.curves import other_charts
-from lvrpo.report.records import Metrics
 from lvrpo.rewards.answers import ExactAnswer
 from lvrpo.rewards.identity import judge_identity, standing_in
 from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups

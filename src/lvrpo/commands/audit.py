@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from lvrpo.evaluation.reward_audit import Change, Correlation, RewardAudit
+    from lvrpo.audit_records import Change, Correlation, RewardAudit
 
 
 def options(parser: Parser) -> None:

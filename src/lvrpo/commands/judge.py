@@ -13,7 +13,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lvrpo.evaluation.judge_audit import JudgeAudit
+    from lvrpo.audit_records import JudgeAudit
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.table import RewardConfig, RewardSource
     from lvrpo.types import OutputKind

@@ -10,15 +10,13 @@ from lvrpo.commands.audit_tables import FEW, plain_table, share, signed_share, t
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lvrpo.evaluation.own_samples import SampleAudit
-    from lvrpo.evaluation.reward_audit import RewardAudit
-    from lvrpo.evaluation.reward_validity import Ranking, Validity
+    from lvrpo.audit_records import Ranking, RewardAudit, RewardRanking, SampleAudit
     from lvrpo.statistics import Interval
 
 TITLE = "validity inside groups: rank correlation with the truth; area under the curve, right against wrong outputs"
 RANKING = ["rank [95 %]", "groups", "silent", "alike", "AUC [95 %]", "groups"]
 
-Rewards = Sequence["Validity"]
+Rewards = Sequence["RewardRanking"]
 
 
 def run_tables(audit: RewardAudit) -> Iterator[Table]:
@@ -75,7 +73,7 @@ def _cells(ranking: Ranking) -> list[str]:
     return [_interval(ranking.rank, True), *counts, _interval(ranking.auc), str(ranking.auc.n)]
 
 
-def _course(reward: Validity) -> list[str]:
+def _course(reward: RewardRanking) -> list[str]:
     """AUC at the beginning, at the end, and the change."""
     along = reward.along
     if along is None:

@@ -7,29 +7,24 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from lvrpo.errors import ContractError, LvrpoError
+from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.evaluation.cases import read_evaluation
 from lvrpo.evaluation.suite import Evaluation, Measuring, evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy
-from lvrpo.reading import Record, is_there, typed
+from lvrpo.reading import is_there
+from lvrpo.records import Cost
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 
 RESULT = "eval/after.json"
-
-
-class CostRecord(Record):
-    """What a baseline took."""
-
-    seconds: float
-    peak_memory_gib: float
 
 
 class Baseline:
@@ -60,15 +55,17 @@ class Baseline:
             self.process = multiprocessing.get_context("spawn").Process(target=_work, args=self.arguments, daemon=True)
             self.process.start()
 
-    def wait(self) -> tuple[Evaluation, dict[str, Any]]:
-        """Its evaluation, and {"seconds", "peak_memory_gib"}; raises ContractError if it failed."""
+    def wait(self) -> tuple[Evaluation, Cost]:
+        """Its evaluation and what it took; raises ContractError if it failed."""
         if self.process is not None:
             self.process.join()
             if self.process.exitcode != 0:
                 why = _text(self.folder.with_suffix(".error")) or f"exit code {self.process.exitcode}"
                 raise ContractError(f"the baseline in {self.folder} failed: {why}: run again, or use --no-baseline")
-        evaluation, raw = read_evaluation(RunDirectory.read(self.folder), RESULT)
-        return evaluation, typed(raw.get("cost"), CostRecord, f"{self.folder / RESULT}: cost")
+        record = read_evaluation(RunDirectory.read(self.folder), RESULT)
+        if record.cost is None:
+            raise InputError(f"{self.folder / RESULT}: cost is missing: restore the file")
+        return Evaluation(record.scores, seconds=record.seconds), record.cost
 
     def stop(self) -> None:
         """Ends the process; what it has done up to its last checkpoint stays."""
@@ -122,8 +119,8 @@ def train_and_evaluate(
         measuring = Measuring(sampled_prompts, judge=judge)
         found = find_benchmarks(benchmarks)
         evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, measuring=measuring)
-        cost = {"seconds": trainer.state.seconds, "peak_memory_gib": peak_memory_gib()}
-        run.write_json(RESULT, {**evaluation.as_dict(), "cost": cost})
+        cost = Cost(trainer.state.seconds, peak_memory_gib())
+        run.write_json(RESULT, {**evaluation.as_dict(), "cost": asdict(cost)})
 
 
 def _text(path: Path) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 from PIL import Image as PilImage
-from pydantic import Field
 
-from lvrpo.errors import InputError
 from lvrpo.evaluation.suite import Evaluation
-from lvrpo.reading import Record
+from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
 from lvrpo.rewards.scene_facts import fact_table
 from lvrpo.rewards.success import scorable, successes
 from lvrpo.training.run_directory import RunDirectory
@@ -49,44 +47,17 @@ def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> N
         for prompt, score in zip(scored.ids, scored.scores, strict=True)
     }
     cases = write_cases(run, phase, groups, rewards)
-    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": cases})
+    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": [asdict(case) for case in cases]})
 
 
-class ScoredRecord(Record):
-    """One benchmark in a file of an evaluation."""
-
-    ids: list[str]
-    categories: list[str]
-    clusters: list[str]
-    scores: list[float | None]
-
-
-class CaseRecord(Record):
-    """One kept case."""
-
-    id: str
-
-
-class EvaluationRecord(Record):
-    """``eval/PHASE.json``."""
-
-    scores: dict[str, ScoredRecord]
-    seconds: float
-    prompts: list[CaseRecord] = Field(default=[])
-
-
-def read_evaluation(run: RunDirectory, relative: str) -> tuple[Evaluation, dict[str, Any]]:
-    """What ``write_evaluation`` wrote, and the whole file; raises InputError for another shape."""
-    raw = run.read_json(relative, EvaluationRecord)
-    for name, scored in raw["scores"].items():
-        if len({len(scored[part]) for part in ScoredRecord.model_fields}) > 1:
-            raise InputError(f"{run.path / relative}: scores.{name}: its lists differ in length: restore the file")
-    return Evaluation.from_dict(raw), raw
+def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
+    """What ``write_evaluation`` wrote; raises InputError for another shape."""
+    return from_json(EvaluationRecord, run.read_json(relative), str(run.path / relative), "restore it or delete it")
 
 
 def write_cases(
     run: RunDirectory, phase: str, groups: Sequence[Group], rewards: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     """One row per group, the first member of it; pictures are written beside.
 
     ``rewards``: scores by prompt of what cannot be told right from wrong.
@@ -110,19 +81,19 @@ def write_cases(
                 run.write_bytes(source, png(picture))
         facts = zip(prompt.facts, holds.get(prompt.id, [None] * len(prompt.facts)), strict=True)
         rows.append(
-            {
-                "id": prompt.id,
-                "task": prompt.task,
-                "category": prompt.category,
-                "text": prompt_text(prompt),
-                "answer": prompt.answer,
-                "output_text": output.text,
-                "score": scores.get(prompt.id),
-                "reward": (rewards or {}).get(prompt.id),
-                "image": image,
-                "source_image": source,
-                "facts": [{"question": f.question, "answer": f.answer, "holds": held} for f, held in facts],
-            }
+            Sample(
+                id=prompt.id,
+                task=prompt.task,
+                category=prompt.category,
+                text=prompt_text(prompt),
+                answer=prompt.answer,
+                output_text=output.text,
+                score=scores.get(prompt.id),
+                reward=(rewards or {}).get(prompt.id),
+                image=image,
+                source_image=source,
+                facts=tuple(FactCheck(fact.question, fact.answer, held) for fact, held in facts),
+            )
         )
     return rows
 

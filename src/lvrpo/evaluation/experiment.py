@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -27,6 +27,7 @@ from lvrpo.evaluation.suite import (
 )
 from lvrpo.policies.loading import picture_side
 from lvrpo.reading import Record, is_there
+from lvrpo.records import Cost
 from lvrpo.report import build_report
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import assess
@@ -148,7 +149,9 @@ class Experiment:
             policy = evaluated(self.trainer.state.policies, "ema")
             groups = sample_prompts(policy, self._shown, self.sampling, 0)
             name = f"step_{middle:06d}"
-            self.run.write_json(f"eval/{name}.json", {"prompts": write_cases(self.run, name, groups)})
+            self.run.write_json(
+                f"eval/{name}.json", {"prompts": list(map(asdict, write_cases(self.run, name, groups)))}
+            )
         self.watch.step(row)
 
     def after(self, before: Evaluation) -> dict[str, Any]:
@@ -176,7 +179,8 @@ class Experiment:
         run, plan, policies = self.run, self.plan, self.trainer.state.policies
         path = run.path / "eval" / f"{phase}.json"
         if on_main(lambda: is_there(path)):
-            return read_evaluation(run, f"eval/{phase}.json")[0]
+            record = read_evaluation(run, f"eval/{phase}.json")
+            return Evaluation(record.scores, seconds=record.seconds)
         if self.benchmarks:
             self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, self.benchmarks))}")
         if phase == "after":
@@ -203,8 +207,8 @@ class Experiment:
             if benchmark.name not in DOUBLES
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
         }
-        shown = read_evaluation(self.run, "eval/before.json")[1].get("prompts", [])
-        return [known[row["id"]] for row in shown if row["id"] in known]
+        shown = read_evaluation(self.run, "eval/before.json").prompts
+        return [known[sample.id] for sample in shown if sample.id in known]
 
 
 def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
@@ -237,7 +241,7 @@ def summarize(
     trainer: Trainer,
     before: Evaluation,
     after: Evaluation,
-    against: tuple[Evaluation, Mapping[str, Any]] | None,
+    against: tuple[Evaluation, Cost] | None,
     plan: Plan,
 ) -> dict[str, Any]:
     """``summary.json``."""
@@ -262,11 +266,11 @@ def summarize(
             "after": other.results(),
             "difference": before.difference(other),
             "steps": plan.baseline.steps,
-            **cost,
+            **asdict(cost),
         }
         summary["ours_minus_baseline"] = other.difference(after)
         if plan.parallel:
-            summary["peak_memory_gib"] += cost["peak_memory_gib"]
+            summary["peak_memory_gib"] += cost.peak_memory_gib
     return summary
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from lvrpo.audit_records import JudgeAudit, JudgeScore
 from lvrpo.evaluation.judge_cases import JudgeCase
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.identity import judge_identity
 from lvrpo.rewards.table import RewardConfig, RewardSource
-from lvrpo.statistics import Interval, mean_interval
+from lvrpo.statistics import mean_interval
 from lvrpo.types import OutputKind
 
 AT_ONCE = 64
@@ -30,36 +30,6 @@ REWARDS = (
 """What is tried unless told otherwise; ``knowledge``: how likely the judge finds a text about a picture."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One reward on one kind of error."""
-
-    reward: str
-    output: OutputKind
-    kind: str
-    error: str
-    """One way to err, or "" for all of the kind."""
-    auc: Interval
-    """Share of the pairs ranked right, a tie counting one half; scenes are resampled."""
-    failed: int
-    """Pairs without two scores."""
-
-
-@dataclass(frozen=True)
-class JudgeAudit:
-    """Every reward on every kind."""
-
-    judge: str
-    rows: tuple[Judged, ...]
-    milliseconds: Mapping[str, float]
-    """Per output scored, by reward."""
-
-    def find(self, reward: str, output: OutputKind, kind: str, error: str = "") -> Judged | None:
-        """The row, if there is one."""
-        rows = (r for r in self.rows if (r.reward, r.output, r.kind, r.error) == (reward, output, kind, error))
-        return next(rows, None)
-
-
 def audit_judge(
     judge: Policy,
     cases: Sequence[JudgeCase],
@@ -67,7 +37,7 @@ def audit_judge(
     progress: Callable[[str, int], None] = lambda reward, pairs: None,
 ) -> JudgeAudit:
     """Scores every pair with every reward that applies to it."""
-    rows: list[Judged] = []
+    rows: list[JudgeScore] = []
     milliseconds: dict[str, float] = {}
     for source in sources:
         name, tried = source.config.title, [case for case in cases if source.scores(case.group.prompt)]
@@ -95,7 +65,7 @@ def _ranked(judge: Policy, cases: Sequence[JudgeCase], reward: Reward) -> list[f
     return ranked
 
 
-def _rows(reward: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> list[Judged]:
+def _rows(reward: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> list[JudgeScore]:
     members: dict[tuple[OutputKind, str, str], list[int]] = {}
     for i, case in enumerate(cases):
         members.setdefault((case.output, case.kind, ""), []).append(i)
@@ -104,5 +74,5 @@ def _rows(reward: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> l
     for (output, kind, error), indices in members.items():
         known = [i for i in indices if not np.isnan(ranked[i])]
         auc = mean_interval([ranked[i] for i in known], [cases[i].cluster for i in known])
-        rows.append(Judged(reward, output, kind, error, auc, len(indices) - len(known)))
+        rows.append(JudgeScore(reward, output, kind, error, auc, len(indices) - len(known)))
     return rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from lvrpo.audit_records import SampleAudit, TaskSamples
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig, Split
 from lvrpo.evaluation.recorded_groups import SUCCESS, VERIFIER, Array
-from lvrpo.evaluation.reward_validity import Validity, audit_validity
+from lvrpo.evaluation.reward_validity import audit_validity
 from lvrpo.evaluation.suite import cluster_of
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.identity import judge_identity
@@ -32,28 +33,6 @@ REWARDS = (
 """Rewards that need nobody but the model; edit_consistency reads pixels too."""
 YARDSTICK = RewardConfig(name=VERIFIER, options={"mode": "gated"})
 """Who grades; ``SUCCESS`` where it does not apply."""
-
-
-@dataclass(frozen=True)
-class TaskSamples:
-    """One task."""
-
-    groups: int
-    right: float
-    """Share of the outputs that are right."""
-    missing: Mapping[str, float]
-    """By reward: share of the outputs it applies to that it gave no score."""
-    validity: tuple[Validity, ...]
-
-
-@dataclass(frozen=True)
-class SampleAudit:
-    """Rewards of one judge on the outputs of one model."""
-
-    judge: str
-    """``judge_identity``; so is ``model``."""
-    model: str
-    tasks: Mapping[Task, TaskSamples]
 
 
 def sample_groups(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lvrpo.algorithms.advantages import NormalizeChoice
+from lvrpo.audit_records import Window
 from lvrpo.config import read_yaml
 from lvrpo.errors import InputError
 from lvrpo.reading import shaped
@@ -28,14 +29,6 @@ WINDOWS = 5
 Array = NDArray[np.float32]
 Looks = Sequence[tuple[int, Mapping[str, Array]]]
 """(step, scores of the held-out prompts by task)."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of the run; both ends belong to it."""
-
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)

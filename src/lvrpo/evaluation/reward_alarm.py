@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, Window, in_window, per_group
+from lvrpo.audit_records import Alarms, MissingScores, Overoptimization, Window
+from lvrpo.evaluation.recorded_groups import Array, Groups, Looks, Recorded, in_window, per_group
 from lvrpo.statistics import Interval, comparable, divergence
 
 VALIDATION = "validation"
@@ -17,50 +18,6 @@ Labels = Sequence[str]
 
 ERROR = 0.05
 """Chance that a run in which nothing changes sounds any alarm at all, at most."""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Reward and scorer went apart, each by more than chance explains."""
-
-    task: str
-    reward: str
-    scorer: str
-    before: Window
-    after: Window
-    """Always the last part of the run."""
-    reward_change: Interval
-    """Above 0 with its whole interval, at the confidence of all alarms together."""
-    scorer_change: Interval
-    """Below 0 with its whole interval."""
-    words: str
-    """All of it in one sentence."""
-
-
-@dataclass(frozen=True)
-class Missing:
-    """More scores of a reward failed than may: over the whole run, or in its last part."""
-
-    task: str
-    reward: str
-    share: float
-    words: str
-
-
-@dataclass(frozen=True)
-class Alarms:
-    """What was found, and how much was looked at."""
-
-    found: tuple[Alarm, ...]
-    """One per pair of reward and scorer: where the scorer fell most."""
-    comparisons: int
-    """0: the run is too short to tell."""
-    confidence: float
-    """Of each interval, so that all comparisons together err in ``ERROR`` of all runs at most."""
-    same: tuple[tuple[str, str, str], ...]
-    """(task, reward, scorer) that score every output alike, so they cannot part and are not compared."""
-    missing: tuple[Missing, ...] = ()
-    """Rewards whose scores failed too often."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +61,7 @@ def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
     return Alarms(tuple(found), comparisons, confidence, tuple(same), tuple(_missing(record, windows)))
 
 
-def _missing(record: Recorded, windows: Sequence[Window]) -> Iterator[Missing]:
+def _missing(record: Recorded, windows: Sequence[Window]) -> Iterator[MissingScores]:
     groups = record.groups
     whole = Window(int(groups.step.min()), int(groups.step.max()))
     for task in dict.fromkeys(groups.task.tolist()):
@@ -119,17 +76,17 @@ def _missing(record: Recorded, windows: Sequence[Window]) -> Iterator[Missing]:
                         f"{task}: {share:.0%} of the scores of {name} failed in steps {window.first} to {window.last}, "
                         f"{limit:.0%} may"
                     )
-                    yield Missing(task, name, share, words)
+                    yield MissingScores(task, name, share, words)
                     break
 
 
-def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Alarm | None:
+def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Overoptimization | None:
     found = divergence(pair.rewards, pair.scores, confidence, pair.paired, pair.strata)
     if found is None:
         return None
     before, after, reward, scorer = windows[found.part], windows[-1], found.reward, found.scorer
     words = _words(pair, before, after, reward, scorer)
-    return Alarm(pair.task, pair.reward, pair.scorer, before, after, reward, scorer, words)
+    return Overoptimization(pair.task, pair.reward, pair.scorer, before, after, reward, scorer, words)
 
 
 def _pairs(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +21,20 @@ from lvrpo.algorithms import (
     variance_shares,
     win_rate,
 )
+from lvrpo.audit_records import Change, Correlation, RewardAudit, ScorerAudit, Series, TaskAudit, Window
 from lvrpo.evaluation.recorded_groups import (
     AdvantageSettings,
     Array,
     Groups,
     Recorded,
-    Window,
     cut,
     in_window,
     per_group,
     read_record,
 )
-from lvrpo.evaluation.reward_alarm import Alarms, find_alarms
-from lvrpo.evaluation.reward_validity import Validity, areas, audit_validity
-from lvrpo.statistics import Interval, welch_difference
+from lvrpo.evaluation.reward_alarm import find_alarms
+from lvrpo.evaluation.reward_validity import areas, audit_validity
+from lvrpo.statistics import welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
 
@@ -46,92 +46,6 @@ EDGE = 0.01
 """A constant group is all best (all worst) if it lies within this part of a scorer's range from its top (bottom)."""
 MOST_POINTS = 400
 """Of a curve."""
-
-Series = dict[str, list[tuple[float, float]]]
-"""(step, value) by name."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A mean at the beginning and at the end of the run."""
-
-    first: float
-    """Over the first of ``WINDOWS`` parts of the run."""
-    last: float
-    difference: Interval
-    """Welch's 95 % interval, groups as units."""
-    control: float
-    """Of the reference on the prompts of the last part; nan where none was drawn."""
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Inside groups, pooled."""
-
-    value: float
-    groups: int
-    """In which both spread."""
-
-
-@dataclass(frozen=True)
-class ScorerAudit:
-    """What one scorer did in one task."""
-
-    name: str
-    weight: float | None
-    """None for ``SUCCESS``; 0 for a reward that is only watched."""
-    mean: Change
-    share: float | None
-    """Of the variance of the advantages, that it caused; None for a scorer that is not trained."""
-    configured_share: float | None
-    """What its weight asks for: w^2 / sum w^2 over the trained rewards of the task."""
-    other_share: float | None
-    """What it would have caused under the other formula (``RewardAudit.other_formula``) on the same scores."""
-    missing: float
-    """Share of the outputs it applies to whose score failed."""
-    constant: float
-    """Share of the groups in which it spreads by no more than ``advantages.std_floor``."""
-    all_best: float
-    """Share of the groups that are constant at the top of its range: nothing left to gain."""
-    all_worst: float
-    """Share of the groups that are constant at the bottom."""
-    correlations: Mapping[str, Correlation]
-    """With the other scorers and with traits of the output."""
-
-
-@dataclass(frozen=True)
-class TaskAudit:
-    """One task."""
-
-    groups: int
-    with_signal: float
-    """Share of the groups whose advantages differ."""
-    rest: float
-    """Share of the variance of the advantages that no sum of these rewards explains: a clamp, or a reward joined from
-    another task."""
-    scorers: tuple[ScorerAudit, ...]
-    validity: tuple[Validity, ...]
-    """Of every reward but the verifier; empty where nobody knows what is right."""
-    drift: Mapping[str, Change]
-    """Of traits of the output."""
-    series: Series
-    control_series: Series
-
-
-@dataclass(frozen=True)
-class RewardAudit:
-    """The whole audit of a run."""
-
-    formula: str
-    """How the run made advantages: ``advantages.kind``."""
-    other_formula: str
-    """What ``other_share`` compares with."""
-    steps: Window
-    recorded: int
-    """Training steps on record; a long run keeps some of them, evenly spaced."""
-    windows: tuple[Window, ...]
-    tasks: Mapping[str, TaskAudit]
-    alarms: Alarms
 
 
 def audit_rewards(record: Recorded) -> RewardAudit:

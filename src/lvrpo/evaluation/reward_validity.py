@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from lvrpo.evaluation.recorded_groups import SUCCESS, Array, Window
+from lvrpo.audit_records import Ranking, RankingChange, RewardRanking, Window
+from lvrpo.evaluation.recorded_groups import SUCCESS, Array
 from lvrpo.statistics import Interval, mean_interval, seeds_interval, welch_difference
 
 MANY = 5000
 """Groups from which on Student's t stands in for the bootstrap, which then gives the same and costs more."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A reward against the truth, inside some groups."""
-
-    rank: Interval
-    """Mean over groups of Spearman's correlation with the verifier, where both tell members apart."""
-    auc: Interval
-    """Mean over groups of the chance that a right member scores above a wrong one, a tie counting one half, where
-    there are both."""
-    silent: int
-    """Groups in which the verifier tells members apart and the reward does not: left out of ``rank``."""
-    alike: int
-    """Groups in which the verifier finds all members alike: left out of ``rank`` too."""
-
-
-@dataclass(frozen=True)
-class Along:
-    """The same over the first and the last part of a run."""
-
-    first: Ranking
-    last: Ranking
-    rank_change: Interval
-    """Welch's 95 % interval, groups as units."""
-    auc_change: Interval
-
-
-@dataclass(frozen=True)
-class Validity:
-    """One reward in one task."""
-
-    name: str
-    verifier: str
-    """Who grades for ``Ranking.rank``."""
-    is_success: bool
-    """Whether it scores every output as ``SUCCESS`` does, so that nothing is to be learned of it here."""
-    whole: Ranking
-    categories: Mapping[str, Ranking]
-    """By category of prompts, for those that are known."""
-    along: Along | None
-    """None where there is no course, or only one part of it."""
 
 
 def audit_validity(
@@ -65,7 +23,7 @@ def audit_validity(
     step: NDArray[np.int64] | None = None,
     windows: Sequence[Window] = (),
     clusters: Sequence[Hashable] | None = None,
-) -> tuple[Validity, ...]:
+) -> tuple[RewardRanking, ...]:
     """Every reward of a task but the verifier; none where nobody knows what is right.
 
     ``scorers``: scores (N, G) by name, ``SUCCESS`` among them. ``verifiers``: those that grade by the truth, the first
@@ -97,7 +55,7 @@ def reward_validity(
     step: NDArray[np.int64] | None = None,
     windows: Sequence[Window] = (),
     clusters: Sequence[Hashable] | None = None,
-) -> Validity:
+) -> RewardRanking:
     """One reward; scores, success and grades (N, G), nan where there is none; category and step (N,).
 
     ``clusters``: what a group shares with others (its picture); whole clusters are resampled.
@@ -117,9 +75,9 @@ def reward_validity(
     along = None
     if step is not None and len(windows) > 1:
         first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
-        along = Along(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
+        along = RankingChange(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
     both = scored(scores, success)
-    return Validity(
+    return RewardRanking(
         name=name,
         verifier=verifier,
         is_success=bool(both.any() and np.array_equal(scores[both], success[both])),

@@ -1,4 +1,4 @@
-"""Scores of a policy on benchmarks, with intervals, in the shape of ``summary.json`` (DESIGN section 6)."""
+"""Scores of a policy on benchmarks, with intervals, in the shape of ``summary.json``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.benchmark import CHUNK, score_prompts
 from lvrpo.evaluation.own_reader import judge_scores, read_back
-from lvrpo.evaluation.scored import Scored
+from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.tuned import Tuned
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, check_text
+from lvrpo.records import BenchmarkRecord
 from lvrpo.registry import resolve
 from lvrpo.rewards.answers import normalize_answer
 from lvrpo.rewards.identity import judge_identity
@@ -87,32 +88,30 @@ class Measuring:
 class Evaluation:
     """A policy on several benchmarks."""
 
-    scored: Mapping[str, Scored]
+    scored: Mapping[str, BenchmarkRecord]
     groups: Mapping[str, Sequence[Group]] = field(default_factory=dict)
     """Sampled outputs that are kept to be shown."""
     seconds: float = 0.0
 
     def results(self) -> dict[str, Any]:
         """By benchmark: score, low, high, n, categories."""
-        return {name: scored.result() for name, scored in self.scored.items()}
+        return {name: benchmark_result(record).as_dict() for name, record in self.scored.items()}
 
     def difference(self, after: Evaluation) -> dict[str, Any]:
         """By benchmark that both have: ``after`` minus this, with intervals."""
-        return {name: s.difference(after.scored[name]) for name, s in self.scored.items() if name in after.scored}
+        return {
+            name: benchmark_difference(record, after.scored[name]).as_dict()
+            for name, record in self.scored.items()
+            if name in after.scored
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: results for readers, and the scores that they come from."""
         return {
             "results": self.results(),
             "seconds": self.seconds,
-            "scores": {name: scored.as_dict() for name, scored in self.scored.items()},
+            "scores": {name: record.as_dict() for name, record in self.scored.items()},
         }
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Evaluation:
-        """What ``as_dict`` gave, without the outputs."""
-        scored = {name: Scored.from_dict(value) for name, value in raw["scores"].items()}
-        return cls(scored, seconds=float(raw["seconds"]))
 
 
 def find_benchmarks(
@@ -207,7 +206,7 @@ def evaluate(
     for benchmark in benchmarks:
         benchmark.check(policy)
     started = time.perf_counter()
-    scored: dict[str, Scored] = {}
+    scored: dict[str, BenchmarkRecord] = {}
     kept: dict[str, Sequence[Group]] = {}
     asked = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
     if measuring.tuned is not None:
@@ -223,7 +222,7 @@ def evaluate(
 
 def record(
     policy: Policy, benchmark: Benchmark, prompts: Sequence[Prompt], seed: int, sampling: Sampling, measuring: Measuring
-) -> tuple[Scored, list[Group]]:
+) -> tuple[BenchmarkRecord, list[Group]]:
     """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt.
 
     Of rewards it holds the scores alone: what many samples and answers say is of right and wrong.
@@ -257,7 +256,7 @@ def record(
     means = tuple(sum(row[: benchmark.samples]) / benchmark.samples for row in rows)
     if not any(map(math.isfinite, means)):
         raise ContractError(f"{benchmark.name}: no output could be scored: see that the rewards work on these rows")
-    scored = Scored(
+    scored = BenchmarkRecord(
         tuple(p.id for p in prompts),
         tuple(p.category for p in prompts),
         tuple(cluster_of(p) for p in prompts),

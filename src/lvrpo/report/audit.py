@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lvrpo.audit_records import MIN_GROUPS, Change, RewardAudit, RewardRanking, ScorerAudit, Series, TaskAudit
 from lvrpo.errors import InputError
 from lvrpo.reading import is_there, read_json
+from lvrpo.records import Estimate, from_json, number
 from lvrpo.report.curves import TASK_NAMES, Chart, Points, line_chart
-from lvrpo.report.records import Estimate, number
 from lvrpo.report.verdict import label
+from lvrpo.statistics import Interval
 
-FEW = 10
-"""A correlation over fewer groups is not shown."""
 NAMES = {
     "tokens": "tokens written",
     "cut_off": "share of texts cut off",
@@ -118,105 +117,103 @@ def read_audit(path: Path, problems: list[str]) -> Audit | None:
     if not is_there(path):
         return None
     try:
-        return _audit(read_json(path, finite=False))
-    except (InputError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        problems.append(
-            f"{path.name} could not be read ({type(error).__name__}: {error}): lvrpo report writes it anew."
-        )
+        return _audit(from_json(RewardAudit, read_json(path, finite=False), str(path)))
+    except InputError as error:
+        problems.append(f"{path.name} could not be read ({error}): lvrpo report writes it anew.")
         return None
 
 
-def _audit(raw: Mapping[str, Any]) -> Audit:
-    first, last = (f"steps {window['first']} to {window['last']}" for window in (raw["windows"][0], raw["windows"][-1]))
-    steps, recorded = raw["steps"], raw["recorded"]
-    every = steps["last"] - steps["first"] + 1
+def _audit(audit: RewardAudit) -> Audit:
+    first, last = (f"steps {window.first} to {window.last}" for window in (audit.windows[0], audit.windows[-1]))
+    every = audit.steps.last - audit.steps.first + 1
+    complete = audit.recorded >= every
     return Audit(
-        formula=str(raw["formula"]),
-        other_formula=str(raw["other_formula"]),
-        steps=f"{recorded:,} of {every:,} steps are on record" if recorded < every else "All steps are on record",
+        formula=audit.formula,
+        other_formula=audit.other_formula,
+        steps="All steps are on record" if complete else f"{audit.recorded:,} of {every:,} steps are on record",
         first=first,
         last=last,
-        tasks=tuple(_task(str(task), found) for task, found in raw["tasks"].items()),
-        alarms=tuple(str(a["words"]) for a in (*raw["alarms"].get("missing", ()), *raw["alarms"]["found"])),
-        parted=bool(raw["alarms"]["found"]),
-        comparisons=int(raw["alarms"]["comparisons"]),
+        tasks=tuple(_task(task, found) for task, found in audit.tasks.items()),
+        alarms=tuple(alarm.words for alarm in (*audit.alarms.missing, *audit.alarms.found)),
+        parted=bool(audit.alarms.found),
+        comparisons=audit.alarms.comparisons,
     )
 
 
-def _task(task: str, raw: Mapping[str, Any]) -> Task:
-    scorers = tuple(_scorer(s) for s in raw["scorers"])
-    courses = [_course(s["name"], s["mean"], is_score=True) for s in raw["scorers"]]
-    courses += [_course(name, change, is_score=False) for name, change in raw["drift"].items()]
+def _task(task: str, audit: TaskAudit) -> Task:
+    scorers = tuple(_scorer(each) for each in audit.scorers)
+    courses = [_course(each.name, each.mean, is_score=True) for each in audit.scorers]
+    courses += [_course(name, change, is_score=False) for name, change in audit.drift.items()]
     name = TASK_NAMES.get(task) or label(task)
     return Task(
         label=name,
-        groups=int(raw["groups"]),
-        with_signal=number(raw["with_signal"]),
-        rest=number(raw["rest"]),
+        groups=audit.groups,
+        with_signal=number(audit.with_signal),
+        rest=number(audit.rest),
         scorers=scorers,
         courses=tuple(courses),
-        validity=tuple(row for found in raw.get("validity", ()) for row in _valid(found)),
-        verifier=next((str(found["verifier"]) for found in raw.get("validity", ())), ""),
-        correlations=_correlations(raw["scorers"]),
-        shares=_share_charts(name, scorers, raw["series"]),
-        others=_other_charts(raw["series"], raw["control_series"]),
+        validity=tuple(row for found in audit.validity for row in _valid(found)),
+        verifier=next((found.verifier for found in audit.validity), ""),
+        correlations=_correlations(audit.scorers),
+        shares=_share_charts(name, scorers, audit.series),
+        others=_other_charts(audit.series, audit.control_series),
     )
 
 
-def _scorer(raw: Mapping[str, Any]) -> Scorer:
-    caused = tuple(number(raw[key]) for key in ("share", "configured_share", "other_share"))
-    dead = tuple(number(raw[key]) for key in ("constant", "all_best", "all_worst", "missing"))
-    return Scorer(str(raw["name"]), number(raw["weight"]) or None, caused, dead)
+def _scorer(audit: ScorerAudit) -> Scorer:
+    caused = (audit.share, audit.configured_share, audit.other_share)
+    dead = tuple(map(number, (audit.constant, audit.all_best, audit.all_worst, audit.missing)))
+    return Scorer(audit.name, audit.weight or None, caused, dead)
 
 
-def _valid(raw: Mapping[str, Any]) -> list[Valid]:
+def _valid(found: RewardRanking) -> list[Valid]:
     """A reward and its categories; nothing of one that scores as success does."""
-    if raw["is_success"]:
+    if found.is_success:
         return []
-    along, whole, categories = raw["along"], raw["whole"], raw["categories"]
-    first, last = (None if along is None else _known(along[end]["auc"]) for end in ("first", "last"))
+    along, whole = found.along, found.whole
+    first, last = (None, None) if along is None else (_known(along.first.auc), _known(along.last.auc))
     row = Valid(
-        name=str(raw["name"]),
+        name=found.name,
         is_category=False,
-        rank=_known(whole["rank"]),
-        auc=_known(whole["auc"]),
+        rank=_known(whole.rank),
+        auc=_known(whole.auc),
         first=first and first.score,
         last=last and last.score,
-        change=None if along is None else _known(along["auc_change"]),
+        change=None if along is None else _known(along.auc_change),
     )
-    inner = categories.items() if len(categories) > 1 else ()
-    return [row, *(Valid(_words(c), True, _known(r["rank"]), _known(r["auc"]), None, None, None) for c, r in inner)]
+    inner = found.categories.items() if len(found.categories) > 1 else ()
+    return [row, *(Valid(_words(c), True, _known(r.rank), _known(r.auc), None, None, None) for c, r in inner)]
 
 
-def _known(raw: Mapping[str, Any]) -> Estimate | None:
+def _known(interval: Interval) -> Estimate | None:
     """An interval over enough groups."""
-    value = number(raw["score"])
-    return None if value is None or raw["n"] < FEW else Estimate(value, number(raw["low"]), number(raw["high"]))
+    return None if interval.n < MIN_GROUPS else _estimate(interval)
 
 
-def _course(name: str, raw: Mapping[str, Any], is_score: bool) -> Course:
-    moved = raw["difference"]
-    value = number(moved["score"])
-    difference = None if value is None else Estimate(value, number(moved["low"]), number(moved["high"]))
-    return Course(
-        NAMES.get(name, name), is_score, number(raw["first"]), number(raw["last"]), difference, number(raw["control"])
-    )
+def _estimate(interval: Interval) -> Estimate | None:
+    value = number(interval.score)
+    return None if value is None else Estimate(value, number(interval.low), number(interval.high))
 
 
-def _correlations(scorers: list[Mapping[str, Any]]) -> Correlations:
-    names = [str(scorer["name"]) for scorer in scorers]
-    columns = list(dict.fromkeys([*names, *(name for scorer in scorers for name in scorer["correlations"])]))
-    if not any(scorer["correlations"] for scorer in scorers):
+def _course(name: str, change: Change, is_score: bool) -> Course:
+    ends = number(change.first), number(change.last), _estimate(change.difference), number(change.control)
+    return Course(NAMES.get(name, name), is_score, *ends)
+
+
+def _correlations(scorers: Sequence[ScorerAudit]) -> Correlations:
+    names = [scorer.name for scorer in scorers]
+    columns = list(dict.fromkeys([*names, *(name for scorer in scorers for name in scorer.correlations)]))
+    if not any(scorer.correlations for scorer in scorers):
         return Correlations((), ())
     rows = []
     for scorer in scorers:
-        found = [scorer["correlations"].get(column) for column in columns]
-        values = tuple(number(c["value"]) if c is not None and c["groups"] >= FEW else None for c in found)
-        rows.append((str(scorer["name"]), values))
+        found = [scorer.correlations.get(column) for column in columns]
+        values = tuple(number(c.value) if c is not None and c.groups >= MIN_GROUPS else None for c in found)
+        rows.append((scorer.name, values))
     return Correlations(tuple(NAMES.get(column, column) for column in columns), tuple(rows))
 
 
-def _share_charts(task: str, scorers: tuple[Scorer, ...], series: Mapping[str, Any]) -> tuple[Chart, ...]:
+def _share_charts(task: str, scorers: tuple[Scorer, ...], series: Series) -> tuple[Chart, ...]:
     """One per trained reward where there is more than one."""
     trained = [scorer for scorer in scorers if scorer.caused[1] is not None]
     charts = []
@@ -229,7 +226,7 @@ def _share_charts(task: str, scorers: tuple[Scorer, ...], series: Mapping[str, A
     return tuple(charts)
 
 
-def _other_charts(series: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[Chart, ...]:
+def _other_charts(series: Series, control: Series) -> tuple[Chart, ...]:
     charts = []
     for key, raw in series.items():
         kind, _, name = key.partition("/")
@@ -246,7 +243,6 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _points(raw: Any) -> Points:
-    """Pairs of finite numbers. Any: what JSON holds."""
-    pairs = ((number(step), number(value)) for step, value in raw or [])
-    return [(step, value) for step, value in pairs if step is not None and value is not None]
+def _points(series: Points | None) -> Points:
+    """Those that are finite."""
+    return [(step, value) for step, value in series or [] if number(step) is not None and number(value) is not None]

@@ -1,12 +1,13 @@
-"""Kept evaluation cases, lined up over time: the same prompt before, during and after."""
+"""Samples of an evaluation, lined up over time: the same prompt before, during and after training."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
 
+from lvrpo.records import Sample
 from lvrpo.report.pictures import Picture, PictureStore
-from lvrpo.report.records import Case, RunRecord
+from lvrpo.report.run import RunRecord
 from lvrpo.report.verdict import label
 
 SHOWN_PICTURES = 12
@@ -21,27 +22,27 @@ class Frame:
     """What came out of a prompt at one time."""
 
     phase: str
-    case: Case | None
+    sample: Sample | None
     picture: Picture | None
 
     @property
     def right(self) -> bool | None:
-        return is_right(self.case)
+        return is_right(self.sample)
 
     @property
     def reward(self) -> float | None:
         """What it was scored, where nobody can tell right from wrong."""
-        return self.case.reward if self.case else None
+        return self.sample.reward if self.sample else None
 
     @property
     def fact_count(self) -> str:
         """``2 of 3 hold``; empty where nothing is known."""
-        holds = [f.holds for f in self.case.facts if f.holds is not None] if self.case else []
+        holds = [f.holds for f in self.sample.facts if f.holds is not None] if self.sample else []
         return f"{sum(holds)} of {len(holds)} hold" if holds else ""
 
 
 @dataclass(frozen=True)
-class CaseView:
+class SampleView:
     """One prompt over time."""
 
     id: str
@@ -56,36 +57,36 @@ class CaseView:
 
     @property
     def drawn(self) -> bool:
-        return any(f.case is not None and f.case.image for f in self.frames)
+        return any(f.sample is not None and f.sample.image for f in self.frames)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some cases to show, and the rest behind a fold."""
+    """Some samples to show, and the rest behind a fold."""
 
-    shown: tuple[CaseView, ...]
-    folded: tuple[CaseView, ...]
+    shown: tuple[SampleView, ...]
+    folded: tuple[SampleView, ...]
     total: int
 
 
 @dataclass(frozen=True)
-class CaseSections:
-    """All that the page shows of single cases."""
+class SampleSections:
+    """All that the page shows of single samples."""
 
     pictures: Selection
     answers: Selection
     fallen: Selection
     still_wrong: Selection
     judged: int
-    """How many cases have a score before and after."""
+    """How many prompts have a score before and after."""
 
 
-def is_right(case: Case | None) -> bool | None:
-    return None if case is None or case.score is None else case.score >= RIGHT
+def is_right(sample: Sample | None) -> bool | None:
+    return None if sample is None or sample.score is None else sample.score >= RIGHT
 
 
-def case_sections(run: RunRecord, store: PictureStore) -> CaseSections:
-    before, after = run.cases("before"), run.cases("after")
+def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
+    before, after = run.samples("before"), run.samples("after")
     ids = list(dict.fromkeys([*before, *after]))
     phases = _phases(run)
     views = {i: _view(i, phases, store) for i in ids}
@@ -98,7 +99,7 @@ def case_sections(run: RunRecord, store: PictureStore) -> CaseSections:
         (i for i in both if not is_right(before[i]) and not is_right(after[i])),
         key=lambda i: (_score(after[i]) or 0.0, (_score(after[i]) or 0.0) - (_score(before[i]) or 0.0)),
     )
-    return CaseSections(
+    return SampleSections(
         pictures=_select([v for v in even if v.drawn], SHOWN_PICTURES),
         answers=_select([v for v in even if not v.drawn], SHOWN_ANSWERS),
         fallen=_drawn_first(_select([views[i] for i in fallen], SHOWN_WORST)),
@@ -107,49 +108,50 @@ def case_sections(run: RunRecord, store: PictureStore) -> CaseSections:
     )
 
 
-def _phases(run: RunRecord) -> list[tuple[str, dict[str, Case]]]:
+def _phases(run: RunRecord) -> list[tuple[str, dict[str, Sample]]]:
     """Before and after always; in between at most one, from the middle of the run, that shares prompts with them."""
-    known = set(run.cases("before")) | set(run.cases("after"))
-    between = [(name, dict(cases)) for name, cases in run.phases if name not in ("before", "after")]
-    between = [(name, cases) for name, cases in between if known & set(cases)]
+    known = set(run.samples("before")) | set(run.samples("after"))
+    between = [(name, dict(samples)) for name, samples in run.phases if name not in ("before", "after")]
+    between = [(name, samples) for name, samples in between if known & set(samples)]
     middle = between[(len(between) - 1) // 2 : (len(between) - 1) // 2 + 1] if between else []
-    ends = [("before", dict(run.cases("before")))], [("after", dict(run.cases("after")))]
-    return [*ends[0], *middle, *(ends[1] if run.cases("after") else [])]
+    ends = [("before", dict(run.samples("before")))], [("after", dict(run.samples("after")))]
+    return [*ends[0], *middle, *(ends[1] if run.samples("after") else [])]
 
 
-def _view(case_id: str, phases: list[tuple[str, dict[str, Case]]], store: PictureStore) -> CaseView:
-    cases = [cases.get(case_id) for _, cases in phases]
-    known = [case for case in cases if case is not None]
+def _view(sample_id: str, phases: list[tuple[str, dict[str, Sample]]], store: PictureStore) -> SampleView:
+    samples = [found.get(sample_id) for _, found in phases]
+    known = [sample for sample in samples if sample is not None]
     first = known[0]
     frames = tuple(
-        Frame(name, case, store.picture(case.image) if case else None)
-        for (name, _), case in zip(phases, cases, strict=True)
+        Frame(name, sample, store.picture(sample.image) if sample else None)
+        for (name, _), sample in zip(phases, samples, strict=True)
     )
-    questions = dict.fromkeys((f.question, f.answer) for case in known for f in case.facts)
-    facts = tuple((q, a, tuple(_holds(case, q, a) for case in cases)) for q, a in questions)
-    source = next((case.source_image for case in known if case.source_image), None)
-    return CaseView(case_id, first.task, first.category, first.text, first.answer, store.picture(source), frames, facts)
+    questions = dict.fromkeys((f.question, f.answer) for sample in known for f in sample.facts)
+    facts = tuple((q, a, tuple(_holds(sample, q, a) for sample in samples)) for q, a in questions)
+    source = next((sample.source_image for sample in known if sample.source_image), None)
+    answer, given = first.answer or "", store.picture(source)
+    return SampleView(sample_id, first.task, first.category, first.text, answer, given, frames, facts)
 
 
-def _holds(case: Case | None, question: str, answer: str) -> bool | None:
-    facts = case.facts if case else ()
+def _holds(sample: Sample | None, question: str, answer: str) -> bool | None:
+    facts = sample.facts if sample else ()
     return next((f.holds for f in facts if (f.question, f.answer) == (question, answer)), None)
 
 
-def _score(case: Case | None) -> float | None:
-    return case.score if case else None
+def _score(sample: Sample | None) -> float | None:
+    return sample.score if sample else None
 
 
-def _in_turn(views: list[CaseView]) -> list[CaseView]:
+def _in_turn(views: list[SampleView]) -> list[SampleView]:
     """The first of each task and category, then the second of each, ...: nothing is chosen by how it came out."""
-    queues: dict[tuple[str, str], list[CaseView]] = defaultdict(list)
+    queues: dict[tuple[str, str], list[SampleView]] = defaultdict(list)
     for view in views:
         queues[view.task, view.category].append(view)
     longest = max((len(q) for q in queues.values()), default=0)
     return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
 
 
-def _select(views: list[CaseView], most: int) -> Selection:
+def _select(views: list[SampleView], most: int) -> Selection:
     return Selection(tuple(views[:most]), tuple(views[most : most * 5]), len(views))
 
 
@@ -159,7 +161,7 @@ def _drawn_first(selection: Selection) -> Selection:
     return Selection(shown, folded, selection.total)
 
 
-def task_label(view: CaseView) -> str:
+def task_label(view: SampleView) -> str:
     category = view.category.replace("_", " ")
     name = {"understand": "Question", "generate": "Drawing"}.get(view.task) or label(view.task)
     return f"{name} · {category}" if category else name

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lvrpo.errors import InputError
+from lvrpo.records import Estimate
 from lvrpo.report.numbers import score
-from lvrpo.report.records import Estimate, RunRecord, TaskScore, load_run
+from lvrpo.report.run import RunRecord, load_run
 from lvrpo.report.verdict import label, task_order
 
 COLORS = {"up": "green", "down": "red", "flat": "dim", "unsure": "dim"}
@@ -68,10 +69,7 @@ def compare_runs(runs: Sequence[Path]) -> Comparison:
         rows.append((name if record.finished else f"{name} (not finished)", _cells(record, tasks)))
         if record.summary and record.summary.baseline:
             base = record.summary.baseline
-            cells = tuple(
-                Cell(_all(record.summary.before.get(t)), _all(base.after.get(t)), _all(base.difference.get(t)))
-                for t in tasks
-            )
+            cells = tuple(Cell(record.summary.before.get(t), base.after.get(t), base.difference.get(t)) for t in tasks)
             rows.append((f"{name}: {base.name}", cells))
     return Comparison(tasks, tuple(rows))
 
@@ -81,11 +79,7 @@ def _cells(record: RunRecord, tasks: tuple[str, ...]) -> tuple[Cell, ...]:
     if summary is None:
         return tuple(Cell(None, None, None) for _ in tasks)
     tables = (summary.before, summary.after, summary.difference)
-    return tuple(Cell(*(_all(table.get(task)) for table in tables)) for task in tasks)
-
-
-def _all(entry: TaskScore | None) -> Estimate | None:
-    return entry.all if entry else None
+    return tuple(Cell(*(table.get(task) for table in tables)) for task in tasks)
 
 
 def _values(cell: Cell) -> str:

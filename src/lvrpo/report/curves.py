@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from lvrpo.records import Metrics
 from lvrpo.report.numbers import MINUS, compact, score
-from lvrpo.report.records import Metrics
 from lvrpo.report.verdict import label
 
 WIDTH, HEIGHT = 360.0, 196.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lvrpo.report.records import Metrics
+from lvrpo.records import Metrics
 from lvrpo.report.verdict import TASK_LABELS
 
 EXPERTS = ("all", "reading", "drawing", "shared")

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lvrpo.records import number
 from lvrpo.report.numbers import score
-from lvrpo.report.records import number
 from lvrpo.report.verdict import label
 
 Results = Mapping[str, Mapping[str, Any]]

@@ -13,14 +13,15 @@ import yaml
 
 from lvrpo.atomic_io import write_whole
 from lvrpo.errors import InputError
+from lvrpo.records import number
 from lvrpo.report import numbers
 from lvrpo.report.audit import read_audit
-from lvrpo.report.cases import case_sections, task_label
+from lvrpo.report.cases import sample_sections, task_label
 from lvrpo.report.curves import other_charts, ratio_note, reward_charts, strip_of_charts, validation_charts
 from lvrpo.report.gradients import gradient_audit
 from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.pictures import Picture, PictureStore
-from lvrpo.report.records import RunRecord, load_run, number
+from lvrpo.report.run import RunRecord, load_run
 from lvrpo.report.scores import score_table
 from lvrpo.report.verdict import label, verdict
 
@@ -81,7 +82,7 @@ def render(run: RunRecord) -> str:
         "judge": raw.get("judge"),
         "audit": audit,
         "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
-        "cases": case_sections(run, store),
+        "samples": sample_sections(run, store),
         "grids": _few_grids(run, store),
     }
     return _environment().get_template("page.html").render(context)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lvrpo.records import BenchmarkResult, Estimate, Summary
 from lvrpo.report.curves import nice_ticks
-from lvrpo.report.records import Estimate, Summary, TaskScore
 from lvrpo.report.verdict import label, task_order
 
 MARGIN = 3.0
@@ -67,9 +67,9 @@ def score_table(summary: Summary) -> ScoreTable:
     return ScoreTable(rows, ticks, base.name if base else None)
 
 
-def _range(tables: list[Mapping[str, TaskScore]]) -> tuple[float, float]:
+def _range(tables: list[Mapping[str, BenchmarkResult]]) -> tuple[float, float]:
     """0 to 1, wider where a score lies outside."""
-    every = [e for table in tables for entry in table.values() for e in (entry.all, *entry.categories.values())]
+    every = [e for table in tables for entry in table.values() for e in (entry, *entry.categories.values())]
     values = [v for e in every for v in (e.score, e.low, e.high) if v is not None]
     return min(0.0, *values, 0.0), max(1.0, *values, 1.0)
 
@@ -96,7 +96,7 @@ def _task_row(summary: Summary, task: str, low: float, high: float) -> ScoreRow:
         for name in names
     )
     metric = next((entry.metric for entry in entries if entry), "success")
-    row = _row(task, label(task), [entry.all if entry else None for entry in entries], low, high, categories)
+    row = _row(task, label(task), list(entries), low, high, categories)
     return replace(row, metric=metric)
 
 

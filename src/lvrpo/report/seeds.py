@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lvrpo.errors import InputError
-from lvrpo.reading import read_json_object
+from lvrpo.records import BenchmarkRecord, EvaluationRecord, read_record
 from lvrpo.report.measures import TextTable
 from lvrpo.report.numbers import score
 from lvrpo.report.verdict import label
 from lvrpo.statistics import MIN_SEEDS, Floats, TwoWay, holm, over_seeds_and_prompts
 
 LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Record:
-    """One benchmark of one evaluation, from the scores per prompt in its file."""
-
-    ids: tuple[str, ...]
-    categories: tuple[str, ...]
-    clusters: tuple[str, ...]
-    scores: tuple[float, ...]
-    """nan where a reward failed."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
     doubled = [str(run) for i, run in enumerate(runs) if places[i] in places[:i]]
     if doubled:
         raise InputError(f"{doubled[0]}: named twice, but one run is one seed: name each once")
-    phases = [{phase: read_records(Path(run), phase) for phase in ("before", "after")} for run in runs]
+    phases = [{phase: read_scores(Path(run), phase) for phase in ("before", "after")} for run in runs]
     names = [n for n in phases[0]["before"] if all(n in records for each in phases for records in each.values())]
     found = {}
     for name in names:
@@ -105,21 +94,10 @@ def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
     return TextTable(f"{seeds}, one per seed", heads, tuple(rows), note)
 
 
-def read_records(run: Path, phase: str) -> dict[str, Record]:
-    """eval/PHASE.json of a run, by benchmark; raises InputError where it is missing or unreadable."""
+def read_scores(run: Path, phase: str) -> Mapping[str, BenchmarkRecord]:
+    """Scores of eval/PHASE.json of a run, by benchmark; raises InputError where it is missing or unreadable."""
     path = run / "eval" / f"{phase}.json"
-    raw = read_json_object(path, "name runs that have been evaluated")
-    try:
-        found = {}
-        for name, each in raw["scores"].items():
-            ids, categories, clusters = (tuple(map(str, each[field])) for field in ("ids", "categories", "clusters"))
-            scores = tuple(math.nan if value is None else float(value) for value in each["scores"])
-            found[name] = Record(ids, categories, clusters, scores)
-            if {len(values) for values in vars(found[name]).values()} != {len(found[name].ids)}:
-                raise ValueError
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: holds no scores per prompt: evaluate the run again") from None
+    return read_record(EvaluationRecord, path, "name runs that have been evaluated").scores
 
 
 def _row(name: str, before: Floats, after: Floats, clusters: Sequence[str], kept: Sequence[bool]) -> SeedRow:
@@ -129,4 +107,4 @@ def _row(name: str, before: Floats, after: Floats, clusters: Sequence[str], kept
     return SeedRow(name, float(before[:, mask].mean()), float(after[:, mask].mean()), change, change.p)
 
 
-__all__ = ["Record", "SeedRow", "read_records", "seed_rows", "seeds_table"]
+__all__ = ["SeedRow", "read_scores", "seed_rows", "seeds_table"]

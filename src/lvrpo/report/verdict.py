@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lvrpo.records import Estimate, Summary
 from lvrpo.report.numbers import duration, enough_digits, score
-from lvrpo.report.records import Estimate, RunRecord, Summary
+from lvrpo.report.run import RunRecord
 
 TASK_LABELS = {
     "generate": "Generation",
@@ -74,14 +75,14 @@ def verdict(run: RunRecord) -> Verdict:
     known = [t for t in tasks if t in summary.difference]
     if not known:
         task = tasks[0]
-        value = score(summary.after[task].all.score, 2)
+        value = score(summary.after[task].score, 2)
         return Verdict(f"{_cap(in_sentence(task))} stands at {value}; there is no difference to a base.", "flat")
     lead, rest = known[0], known[1:]
-    fallen = [t for t in rest if summary.difference[t].all.direction == "down"]
+    fallen = [t for t in rest if summary.difference[t].direction == "down"]
     headline = _sentence(summary, lead)
     if fallen:
         named = _listed([in_sentence(t) for t in fallen])
-        headline += f", but {named} fell" if summary.difference[lead].all.direction == "up" else f"; {named} fell too"
+        headline += f", but {named} fell" if summary.difference[lead].direction == "up" else f"; {named} fell too"
     lines = [(_tone(summary, t), _sentence(summary, t) + ".") for t in rest]
     lines.sort(key=lambda line: ("down", "up", "flat").index(line[0]))
     note = _baseline_note(summary, lead)
@@ -89,18 +90,18 @@ def verdict(run: RunRecord) -> Verdict:
 
 
 def _sentence(summary: Summary, task: str) -> str:
-    difference = summary.difference[task].all
+    difference = summary.difference[task]
     before, after = summary.before.get(task), summary.after.get(task)
     if before is None or after is None:
         return f"{_cap(in_sentence(task))} changed by {change(difference)}"
     what = " (mean reward)" if after.metric == "reward" else ""
-    values = f"{score(before.all.score, 2)} to {score(after.all.score, 2)} ({change(difference)})"
+    values = f"{score(before.score, 2)} to {score(after.score, 2)} ({change(difference)})"
     joint = "" if difference.direction == "flat" else " from"
     return f"{_cap(in_sentence(task))}{what} {VERBS[difference.direction]}{joint} {values}"
 
 
 def _tone(summary: Summary, task: str) -> str:
-    direction = summary.difference[task].all.direction
+    direction = summary.difference[task].direction
     return "flat" if direction == "unsure" else direction
 
 
@@ -108,9 +109,9 @@ def _baseline_note(summary: Summary, lead: str) -> list[tuple[str, str]]:
     baseline = summary.baseline
     if baseline is None or lead not in baseline.after:
         return []
-    reached = f"{_cap(baseline.name)} from the same base reached {score(baseline.after[lead].all.score, 2)}"
+    reached = f"{_cap(baseline.name)} from the same base reached {score(baseline.after[lead].score, 2)}"
     if lead in baseline.difference:
-        reached += f" ({change(baseline.difference[lead].all)})"
+        reached += f" ({change(baseline.difference[lead])})"
     return [("note", f"{reached} in {in_sentence(lead)}.")]
 
 

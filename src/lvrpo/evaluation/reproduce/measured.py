@@ -14,15 +14,15 @@ import numpy as np
 
 from lvrpo.atomic_io import write_whole
 from lvrpo.errors import InputError
-from lvrpo.evaluation.measures import BEST_OF
 from lvrpo.evaluation.reproduce.plan import Experiment
-from lvrpo.evaluation.scored import Scored
+from lvrpo.evaluation.results import BEST_OF
 from lvrpo.evaluation.suite import SAMPLING, Benchmark, Measuring, cluster_of, evaluate, find_benchmarks, form_of
 from lvrpo.evaluation.tuned import Tuned, content_key
 from lvrpo.evaluation.tuning import tune
 from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy
 from lvrpo.reading import is_there
+from lvrpo.records import BenchmarkRecord
 from lvrpo.report.evidence import Outcome, PromptSet, prompts_file
 from lvrpo.rewards.answers import normalize_answer
 from lvrpo.types import Prompt
@@ -70,7 +70,7 @@ def tested(policy: Policy, experiment: Experiment, tuned: Tuned, folder: Path, s
     return found
 
 
-def _score(policy: Policy, benchmark: Benchmark, n: int, measuring: Measuring) -> Scored:
+def _score(policy: Policy, benchmark: Benchmark, n: int, measuring: Measuring) -> BenchmarkRecord:
     result = evaluate(policy, [benchmark], sizes={benchmark.name: n}, measuring=measuring)
     return result.scored[benchmark.name]
 
@@ -81,7 +81,7 @@ def _same(plain: Benchmark, prompt: Prompt, tuned: Tuned) -> bool:
     return tuned.applied(base, prompt.task) == base
 
 
-def packed(scored: Scored, fingerprint: str) -> Outcome:
+def packed(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
     """A record as a summary holds it: the first sample of every prompt, and what many of some gave."""
     sizes = [len(row) for row in scored.successes]
     most = max(sizes)

@@ -1,17 +1,18 @@
-"""What the samples of one benchmark say beside its mean score, alone and against another policy on the same prompts.
+"""Results of a benchmark from its record: means with intervals, pass@k, best of n, balanced accuracy and agreement.
 
-Everything is JSON as ``summary.json`` holds it. A measure that the record cannot give is left out, never 0.
+A measure that the record cannot give is left out, never 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
+from lvrpo.errors import ContractError
 from lvrpo.metrics import (
     ReadBack,
     agreement,
@@ -22,14 +23,19 @@ from lvrpo.metrics import (
     group_spread,
     pass_at_k,
 )
+from lvrpo.records import BenchmarkRecord, BenchmarkResult, Estimate
 from lvrpo.statistics import (
     Floats,
     Interval,
     bootstrap_statistic,
     detectable_difference,
+    holm,
     mean_interval,
     paired_difference,
+    paired_p_value,
 )
+
+T = TypeVar("T")
 
 PASS_AT = (1, 4, 16)
 BEST_OF = (2, 4, 8)
@@ -44,7 +50,7 @@ Measures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt of a record: see ``Scored``."""
+    """One prompt of a record: see ``BenchmarkRecord``."""
 
     cluster: str
     successes: tuple[float, ...]
@@ -53,6 +59,89 @@ class Row:
     form: str = ""
     right: str | None = None
     answers: tuple[str, ...] = ()
+
+
+def benchmark_result(record: BenchmarkRecord) -> BenchmarkResult:
+    """Means with intervals, over all prompts and by category, and what ``measure`` makes of the samples."""
+
+    def mean(rows: Sequence[int]) -> Estimate:
+        return _estimate(mean_interval(_at(record.scores, rows), _at(record.clusters, rows)))
+
+    measures = measure(record_rows(record), record.samples)
+    return _result(record, _counted(record), mean, measures)
+
+
+def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkResult:
+    """``after`` minus ``before``, paired by prompt.
+
+    Each estimate has its interval, p (of categories also ``p_holm``, adjusted for how many there are) and the smallest
+    effect that could have been found, ``detectable``. Raises ContractError for records of different prompts.
+    """
+    if before.ids != after.ids:
+        raise ContractError("the two evaluations hold different prompts: evaluate both with one command")
+
+    def paired(rows: Sequence[int]) -> Estimate:
+        sides = _at(before.scores, rows), _at(after.scores, rows), _at(before.clusters, rows)
+        found = _estimate(paired_difference(*sides))
+        return replace(found, detectable=detectable_difference(*sides), p=paired_p_value(*sides))
+
+    both = sorted({*_counted(before)} & {*_counted(after)})
+    measures = compare(record_rows(before), record_rows(after), min(before.samples, after.samples))
+    result = _result(before, both, paired, measures)
+    adjusted = holm([math.nan if each.p is None else each.p for each in result.categories.values()])
+    pairs = zip(result.categories.items(), adjusted, strict=True)
+    return replace(result, categories={name: replace(each, p_holm=p) for (name, each), p in pairs})
+
+
+def _result(
+    record: BenchmarkRecord, counted: Sequence[int], estimate: Callable[[Sequence[int]], Estimate], measures: Measures
+) -> BenchmarkResult:
+    """The counted prompts; each category; and where some show unseen combinations, those and the others."""
+    whole = vars(estimate(counted))
+    kinds = ["unseen" if new else "seen" for new in record.held_out] if any(record.held_out) else []
+    categories, compositions = (
+        {label: estimate(rows) for label, rows in _by_label(labels, counted).items()}
+        for labels in (record.categories, kinds)
+    )
+    return BenchmarkResult(
+        **whole, categories=categories, compositions=compositions, metric=record.metric, measures=measures
+    )
+
+
+def _estimate(found: Interval) -> Estimate:
+    return Estimate(found.score, found.low, found.high, found.n)
+
+
+def _by_label(labels: Sequence[str], counted: Sequence[int]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for i in counted if labels else ():
+        if labels[i]:
+            rows.setdefault(labels[i], []).append(i)
+    return rows
+
+
+def _counted(record: BenchmarkRecord) -> list[int]:
+    return [i for i, score in enumerate(record.scores) if math.isfinite(score)]
+
+
+def _at(values: Sequence[T], rows: Sequence[int]) -> list[T]:
+    return [values[i] for i in rows]
+
+
+def record_rows(record: BenchmarkRecord) -> list[Row]:
+    """Prompt by prompt, as the measures read them; none of a record that has no samples."""
+    return [
+        Row(
+            cluster=record.clusters[i],
+            successes=successes,
+            judged=record.judged[i] if record.judged else (),
+            read_back=record.read_back[i] if record.read_back else None,
+            form=record.forms[i] if record.forms else "",
+            right=record.right[i] if record.right else None,
+            answers=record.answers[i] if record.answers else (),
+        )
+        for i, successes in enumerate(record.successes)
+    ]
 
 
 def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
