@@ -14,7 +14,7 @@ help:
 	@echo "make test         run the tests (ARGS='-k name' or ARGS='-m slow' to choose)"
 	@echo "make check        formatting, lint, types, import order"
 	@echo "make format       format the code and mend what lint can mend"
-	@echo "make docs         write docs/reference/equations.md from the docstrings"
+	@echo "make docs         write the generated pages of docs/reference from the docstrings"
 	@echo "make clean        delete caches and build products; make distclean deletes $(VENV) too"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -46,6 +46,7 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_equations.py
+	$(BIN)/python docs/make_configuration.py
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

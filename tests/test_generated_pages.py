@@ -3,9 +3,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
 
-def test_the_page_of_equations_is_up_to_date(root: Path) -> None:
-    spec = importlib.util.spec_from_file_location("make_equations", root / "docs" / "make_equations.py")
+
+@pytest.mark.parametrize("name", ["make_equations", "make_configuration"])
+def test_a_generated_page_is_up_to_date(root: Path, name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, root / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
