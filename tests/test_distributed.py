@@ -166,8 +166,8 @@ def test_a_heartbeat_that_a_slow_store_holds_up_is_waited_for(monkeypatch: pytes
     store = SlowStore()
     heartbeat = peers._Heartbeat(cast(Any, store), 0, 2)
     time.sleep(0.1)  # it is in the store
-    heartbeat.end()
-    assert not heartbeat._speaking.is_alive()
+    heartbeat.stop()
+    assert not heartbeat._sender.is_alive()
     assert store.kept["beat/0"] == "left"
 
 
@@ -292,7 +292,7 @@ def test_a_rollout_needs_no_collectives_and_gives_the_same_bits(tmp_path: Path) 
     ("adapted", "loaded", "dtype"),
     [(False, None, None), (False, "bfloat16", torch.bfloat16), (True, "bfloat16", None)],
 )
-def test_one_set_at_a_time_is_in_place(
+def test_only_one_set_is_active_at_a_time(
     tmp_path: Path, bagel: Path, adapted: bool, loaded: str | None, dtype: torch.dtype | None
 ) -> None:
     model = work.policy(bagel, adapted, loaded)

@@ -99,9 +99,9 @@ def reported_here(error: object) -> bool:
     """Whether this process, which may be one of several, prints an error or a warning."""
     if not several_processes():
         return True
-    from lvrpo.distributed import reports
+    from lvrpo.distributed import should_print
 
-    return reports(error)
+    return should_print(error)
 
 
 def printable(line: str) -> str:

@@ -167,7 +167,7 @@ def weight_sets(folder: Path, adapted: bool, loaded: str | None, dtype: torch.dt
     sets = d.WeightSets(model)
     sets.add_reference("reference", dtypes)
     sets.add("ema")
-    unmoved = sets.moved_from("ema")
+    unmoved = sets.differs_from("ema")
     with torch.no_grad():
         for p in sets.parameters.values():
             d.local(p.detach()).add_(0.01)
@@ -194,13 +194,13 @@ def weight_sets(folder: Path, adapted: bool, loaded: str | None, dtype: torch.dt
         loss(model, "t0").backward()
     try:
         with sets.use("ema"):
-            raise InputError("while another set is in place")
+            raise InputError("while another set is active")
     except InputError:
         pass
     kept = {name: {key: t.dtype for key, t in kept.items()} for name, kept in sets.sets.items()}
     after = weights_of(model)
     held = sum(d.local(t).numel() * t.element_size() for kept in sets.sets.values() for t in kept.values())
-    moved = sets.moved_from("ema"), sets.moved_from("reference")
+    moved = sets.differs_from("ema"), sets.differs_from("reference")
     with torch.no_grad():
         sets.copy(d.POLICY, "ema")
     return {
@@ -209,7 +209,7 @@ def weight_sets(folder: Path, adapted: bool, loaded: str | None, dtype: torch.dt
         "policy": before,
         "dtypes": kept,
         "held": held,
-        "moved": (unmoved, *moved, sets.moved_from("ema")),
+        "moved": (unmoved, *moved, sets.differs_from("ema")),
     }
 
 
@@ -407,7 +407,7 @@ def fail(kind: str, ranks: Sequence[int], where: str) -> dict[str, Any]:
                 model.head.sum().backward()
                 work()
     except Exception as error:
-        found = {"raised": f"{type(error).__name__}: {error}", "reports": d.reports(cast(Any, error))}
+        found = {"raised": f"{type(error).__name__}: {error}", "reports": d.should_print(cast(Any, error))}
     found["left"] = [p.grad is None for p in model.parameters()]
     with d.whole_weights(model, reduce=True):
         (model.head.sum() * (1 + d.rank())).backward()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 
-from lvrpo.distributed import process_group, rank, reports
+from lvrpo.distributed import process_group, rank, should_print
 from lvrpo.errors import LvrpoError
 
 # the server takes its path from the environment alone
@@ -132,6 +132,6 @@ def _run(
         torch.save(result, folder / f"result_{own}.pt")
     except LvrpoError as error:
         (folder / f"error_{own}").write_text(f"{type(error).__name__}: {error}")
-        if reports(error):
+        if should_print(error):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

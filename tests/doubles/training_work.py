@@ -165,7 +165,7 @@ def bad_gradient(folder: Path) -> dict[str, Any]:
                 parameter.grad[0, 0] = torch.nan
     norms = state.optimizers[0].step(0)
     sizes = {expert: sum(p.numel() for p in own) for expert, own in state.policies.policy.parameter_groups().items()}
-    return {"norms": norms, "sizes": sizes, "moved": state.policies.weights.moved_from("reference")}
+    return {"norms": norms, "sizes": sizes, "moved": state.policies.weights.differs_from("reference")}
 
 
 def farther(folder: Path) -> dict[str, torch.Tensor]:

@@ -133,9 +133,9 @@ def test_an_adapter_is_no_setting_of_a_resumed_run(small_base: Path) -> None:
 def test_the_first_update_is_seen_in_the_adapter(small_base: Path) -> None:
     policy, _ = open_policy(config_of(small_base))
     state = TrainState.start(policy, config_of(small_base))
-    assert not state.policies.weights.moved_from("reference")
+    assert not state.policies.weights.differs_from("reference")
     assert isinstance(policy, MoTPolicy)
     factor: Any = policy.get_submodule("transformer.layers.0.reading.q_proj.lora_B.default")  # Any: a Linear
     with torch.no_grad():
         factor.weight[0, 0] = 1e-3
-    assert state.policies.weights.moved_from("reference")
+    assert state.policies.weights.differs_from("reference")

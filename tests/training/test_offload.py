@@ -117,10 +117,10 @@ def test_a_rollback_brings_back_the_weights_of_a_checkpoint(small_base: Path) ->
     trainer = Trainer.resume(Path("run"))
     with trainer.run as run:
         weights = trainer.state.policies.weights
-        assert weights.moved_from("reference")
+        assert weights.differs_from("reference")
         roll_back(trainer.config, run, trainer.state, 0)
         assert trainer.state.step == 2
-        assert not weights.moved_from("reference")
+        assert not weights.differs_from("reference")
         begun = load_file(small_base / "model.safetensors")
         assert all(torch.equal(local(tensor.detach()), begun[name]) for name, tensor in weights["policy"].items())
 

@@ -1,10 +1,10 @@
-"""Several processes on one run, below everything else: torchrun's processes, FSDP2, sharded weight sets, checkpoints.
+"""Multi-process training: torchrun's process group, FSDP2 sharding, sharded weight sets and checkpoints.
 
-It knows PyTorch modules and no policy, loss or configuration. Every process calls the same functions in the same order
-(SPMD); with one process each of them is free and changes no number.
+The package works on PyTorch modules and imports no policy, loss or configuration. Every process calls the same
+functions in the same order (SPMD); with one process they are no-ops and change no number.
 """
 
-from lvrpo.distributed.checkpoint import Saving, load_sharded, save_sharded, save_sharded_async, stored_tensors
+from lvrpo.distributed.checkpoint import AsyncSave, load_sharded, save_sharded, save_sharded_async, stored_tensors
 from lvrpo.distributed.collectives import (
     device,
     gather,
@@ -15,7 +15,7 @@ from lvrpo.distributed.collectives import (
     process_group,
     rank,
     relay_errors,
-    reports,
+    should_print,
     split_between_ranks,
     start,
     stop,
@@ -35,7 +35,7 @@ from lvrpo.distributed.weights import POLICY, WeightSets, without_adapter
 
 __all__ = [
     "POLICY",
-    "Saving",
+    "AsyncSave",
     "ShardedMuon",
     "WeightSets",
     "device",
@@ -52,10 +52,10 @@ __all__ = [
     "rank",
     "reduce_gradients",
     "relay_errors",
-    "reports",
     "save_sharded",
     "save_sharded_async",
     "shard",
+    "should_print",
     "split_between_ranks",
     "start",
     "stop",

@@ -1,8 +1,8 @@
-"""Sharded tensors as safetensors files that any number of ranks reads; no pickle.
+"""Sharded tensors in safetensors files that any number of ranks can read; no pickle.
 
-PyTorch's distributed checkpoint (DCP) with its Hugging Face storage: every rank writes its own rows into files of its
-own, whose headers say which rows they are, so another number of ranks reads what it needs. Folders that appear whole,
-and the seals of their files, are the caller's: DCP notices neither a file that is missing nor one that was changed.
+PyTorch's distributed checkpoint (DCP) with its Hugging Face storage: every rank writes its rows to its own files, whose
+headers hold the row ranges, so another number of ranks can read them. Atomic folders and file hashes are left to the
+caller: DCP detects neither a missing nor a modified file.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lvrpo.distributed.collectives import communicating, relay_errors, world_size
-from lvrpo.distributed.peers import first_line
+from lvrpo.distributed.collectives import communication_errors, relay_errors, world_size
+from lvrpo.distributed.peers import typed_first_line
 from lvrpo.distributed.sharding import local
 from lvrpo.errors import ContractError, InputError
 
 FILE_BYTES = 2**30
-"""About the size of a file: DCP builds each in memory before it writes it."""
+"""Approximate size of a file: DCP builds each in memory before it writes it."""
 
 
 def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors into a folder that exists: the rows of sharded ones by their ranks, whole ones once.
+    """Writes tensors into an existing folder: each rank its rows of sharded tensors, unsharded tensors once.
 
-    Called by all ranks with the same names, shapes and folder, which all see. Raises InputError on all where one
-    cannot write.
+    All ranks call it with the same names, shapes and (shared) folder. Raises InputError on all ranks if one cannot
+    write.
     """
     with _checkpoint_errors(folder, "written"):
         state_dict_saver.save(
@@ -42,38 +42,38 @@ def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-class Saving:
-    """A checkpoint that is being written while training goes on."""
+class AsyncSave:
+    """A checkpoint that is being written in the background."""
 
     def __init__(self, folder: Path, future: Future[Any]) -> None:
         self.folder, self.future = folder, future
 
     @property
     def done(self) -> bool:
-        """Whether this rank has written its part, or failed to."""
+        """Whether this rank has written its part, or failed."""
         return self.future.done()
 
     def wait(self) -> None:
-        """Until all ranks have written; called by all. Raises as ``save_sharded`` does."""
+        """Waits until all ranks have written; called by all ranks. Raises as ``save_sharded``."""
         with relay_errors(), _checkpoint_errors(self.folder, "written"):
             self.future.result()
 
 
 _background: dist.ProcessGroup | int | None = None
-"""What savings in the background communicate over, beside the collectives of training."""
+"""Process group of background saves, separate from the collectives of training."""
 
 
-def save_sharded_async(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Saving:
-    """``save_sharded`` from a thread of every rank, after a copy of the tensors in host memory; one at a time.
+def save_sharded_async(folder: Path, tensors: Mapping[str, torch.Tensor]) -> AsyncSave:
+    """``save_sharded`` in a thread of every rank, from a copy of the tensors in host memory; one save at a time.
 
-    Called by all ranks, as ``Saving.wait`` is before the folder is sealed. With one process it saves at once.
+    All ranks call it, and ``AsyncSave.wait`` before the folder is sealed. With one process it saves synchronously.
     """
     global _background
     if world_size() == 1:
         save_sharded(folder, tensors)
         done: Future[Any] = Future()
         done.set_result(None)
-        return Saving(folder, done)
+        return AsyncSave(folder, done)
     with _checkpoint_errors(folder, "written"):
         if _background is None:
             _background = dist.new_group(backend="gloo")
@@ -83,20 +83,20 @@ def save_sharded_async(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Sav
             process_group=_background,  # pyright: ignore[reportArgumentType]  # this rank is in it
         )
     assert isinstance(future, Future)
-    return Saving(folder, future)
+    return AsyncSave(folder, future)
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """What a folder holds, by name: ``.size`` (shape) and ``.properties.dtype``, from the headers of its files.
+    """The tensors of a folder by name, with ``.size`` (shape) and ``.properties.dtype``, from the file headers.
 
-    Raises InputError for a folder without tensors, or with rows missing.
+    Raises InputError for a folder without tensors, or with missing rows.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: holds no tensors: use another checkpoint")
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # safetensors, json and the file system each raise their own
-        raise InputError(f"{folder}: damaged ({_words(error)}): use another checkpoint") from None
+    except Exception as error:  # safetensors, json and the file system raise different types
+        raise InputError(f"{folder}: damaged ({typed_first_line(error)}): use another checkpoint") from None
     tensors = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
     if not tensors:
         raise InputError(f"{folder}: holds no tensors: use another checkpoint")
@@ -107,10 +107,10 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], finite: bool = False) -> None:
-    """Reads tensors in place, however many ranks wrote them; called by all ranks with the same names.
+    """Reads tensors in place, for any number of writing ranks; called by all ranks with the same names.
 
-    Others that the folder holds are left there. Raises InputError on all ranks where one finds a tensor missing, of
-    another shape or dtype, a file damaged, or with ``finite`` a number that is not.
+    Other tensors of the folder are ignored. Raises InputError on all ranks for a missing tensor, another shape or
+    dtype, a damaged file, or, with ``finite``, a value that is not finite.
     """
     with relay_errors():
         found = stored_tensors(folder)
@@ -133,7 +133,7 @@ def load_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], finite: bool
 
 
 def _detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without their gradients, which DCP's copies would take along."""
+    """Without gradients, which DCP's copies would include."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -142,7 +142,7 @@ def _writer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> HuggingFaceSto
     for name, tensor in tensors.items():
         taken += tensor.numel() * tensor.element_size() // world_size()
         numbers[name] = 1 + taken // FILE_BYTES
-    # its numbers have to follow each other
+    # the writer needs consecutive file numbers
     order = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
     mapping = {name: order[number] for name, number in numbers.items()}
     return HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=mapping, save_distributed=True)
@@ -150,10 +150,10 @@ def _writer(folder: Path, tensors: Mapping[str, torch.Tensor]) -> HuggingFaceSto
 
 @contextmanager
 def _checkpoint_errors(folder: Path, doing: str) -> Iterator[None]:
-    """DCP tells all ranks what went wrong on some, with tracebacks; here it is one line."""
+    """Turns DCP's CheckpointException, which holds the tracebacks of all ranks, into an error of one line."""
     try:
-        with communicating(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as was asked for
+        with communication_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected with one process
             yield
     except CheckpointException as error:
         number, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
@@ -162,8 +162,4 @@ def _checkpoint_errors(folder: Path, doing: str) -> Iterator[None]:
             raise InputError(
                 f"{who}{folder}: cannot be {doing}: {cause.strerror}: mend that, or choose another folder"
             ) from None
-        raise ContractError(f"{who}{folder}: cannot be {doing}: {_words(cause)}") from None
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+        raise ContractError(f"{who}{folder}: cannot be {doing}: {typed_first_line(cause)}") from None

@@ -1,7 +1,7 @@
-"""The process group of a run under ``torchrun``, the few collectives a run needs, and errors that cross ranks.
+"""The process group of a run under ``torchrun``, its collectives, and error propagation between ranks.
 
 Every process runs the same program (SPMD) and calls the same collectives in the same order. With one process nothing
-here communicates: each function returns what it was given, and exceptions pass through as they were raised.
+communicates: each function returns its argument, and exceptions pass through unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from lvrpo.distributed.peers import Peers, first_line, is_of_connections
+from lvrpo.distributed.peers import Peers, first_line, is_connection_error, typed_first_line
 from lvrpo.errors import ContractError, InputError, LostProcessError, LvrpoError
 
 T = TypeVar("T")
@@ -26,9 +26,9 @@ Failure = tuple[type[LvrpoError], str]
 
 
 _group: Peers | None = None
-"""The processes of the run, where there are several."""
-_left: Peers | None = None
-"""Those of the group that this process has left."""
+"""The processes of the run; None with one process."""
+_previous_group: Peers | None = None
+"""The group before ``stop``."""
 
 
 # --- start and end ---
@@ -50,19 +50,19 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """What this process computes on: its own card, else the CPU."""
+    """The device of this process: its own GPU, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def start(timeout_min: float = 30.0) -> None:
-    """Joins the processes that ``torchrun`` started; without ``torchrun``, or with one process, does nothing.
+    """Initializes the process group under ``torchrun``; without ``torchrun``, or with one process, does nothing.
 
-    Each process takes the card of its local rank (NCCL, with gloo beside it for objects); without cards they compute
-    on the CPU (gloo). ``timeout_min``: minutes that a collective waits for the other ranks, which may still sample or
-    write a checkpoint, and for all to arrive here. One that is gone or stands still is noticed by its heartbeat before.
+    Each process uses the GPU of its local rank (NCCL, with gloo for objects); without GPUs the CPU (gloo).
+    ``timeout_min``: minutes that a collective, and this initialization, wait for the other ranks, which may still
+    sample or write a checkpoint. A process that died or hangs is detected earlier, by its heartbeat.
 
-    Raises InputError where there are fewer cards than local processes, LostProcessError, which names the ranks, where
-    some do not arrive.
+    Raises InputError if there are fewer GPUs than local processes, LostProcessError, which names the ranks, if some
+    do not arrive.
     """
     global _group
     if _group is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -80,46 +80,46 @@ def start(timeout_min: float = 30.0) -> None:
             "cpu:gloo,cuda:nccl" if cards else "gloo", store=group.store, rank=own, world_size=size, timeout=timeout
         )
     except RuntimeError as error:
-        group.heartbeat.end()
+        group.heartbeat.stop()
         raise LostProcessError(f"the {size} processes could not connect: {first_line(error)}") from None
     _group = group
 
 
 def stop() -> None:
-    """Leaves the process group, after everybody's last collective; without one does nothing."""
-    global _group, _left
+    """Destroys the process group, after the last collective of all ranks; without one does nothing."""
+    global _group, _previous_group
     if _group is not None:
-        _group.heartbeat.end()
-        _group, _left = None, _group
+        _group.heartbeat.stop()
+        _group, _previous_group = None, _group
     if dist.is_available() and dist.is_initialized():
-        with suppress(RuntimeError):  # others may be gone
+        with suppress(RuntimeError):  # other ranks may have died
             dist.destroy_process_group()
 
 
 @contextmanager
 def process_group(timeout_min: float = 30.0) -> Iterator[None]:
-    """``start`` and ``stop`` around a program. All ranks leave together where it succeeds."""
+    """``start`` and ``stop`` around a program; on success all ranks leave together."""
     start(timeout_min)
     try:
         yield
-        gather(None)  # nobody takes the connections down while others still use them
+        gather(None)  # no rank closes its connections while others still use them
     finally:
         stop()
 
 
 def lost_process() -> LostProcessError | None:
-    """The error that names a rank that is known to be gone by now; at once, for a handler of signals."""
-    lost = None if _group is None else _group.look()
+    """The error for a rank that is known to be lost, else None; does not wait, so a signal handler can call it."""
+    lost = None if _group is None else _group.find_lost()
     return None if lost is None else LostProcessError(f"process {lost} of {world_size()} is gone: see what it printed")
 
 
-def reports(error: object) -> bool:
+def should_print(error: object) -> bool:
     """Whether this rank prints an error or a warning, also after ``stop``.
 
-    What all ranks raise the first one prints that is still there; what is a rank's own it prints itself.
+    An error that all ranks raise is printed by the lowest rank that is alive, an error of one rank by that rank.
     """
-    group = _group or _left
-    if group is None:  # they have not met yet
+    group = _group or _previous_group
+    if group is None:  # not initialized yet
         return os.environ.get("RANK", "0") == "0" or isinstance(error, LostProcessError)
     if isinstance(error, LvrpoError | KeyboardInterrupt | Warning | str):
         return group.rank == (1 if isinstance(error, LostProcessError) and group.lost == 0 else 0)
@@ -130,10 +130,10 @@ def reports(error: object) -> bool:
 
 
 @contextmanager
-def communicating() -> Iterator[None]:
-    """Around collectives: tells what goes wrong between ranks from what goes wrong in this one.
+def communication_errors() -> Iterator[None]:
+    """Around collectives: converts connection errors to LostProcessError, which names the lost rank.
 
-    Raises LostProcessError, which names the rank that is gone, for an error of a connection.
+    Other errors pass through.
     """
     group = _group
     if group is None:
@@ -145,9 +145,9 @@ def communicating() -> Iterator[None]:
     except LvrpoError:
         raise
     except RuntimeError as error:
-        if not is_of_connections(error):
+        if not is_connection_error(error):
             raise
-        lost = group.search()
+        lost = group.wait_for_lost()
         who = "another process" if lost is None else f"process {lost} of {group.size}"
         raise LostProcessError(f"{who} is gone: see what it printed ({first_line(error)})") from error
     finally:
@@ -155,17 +155,17 @@ def communicating() -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in order, on every rank; pickled, so for small objects without tensors of a card."""
+    """The values of all ranks, in rank order, on every rank; pickled, so for small objects without CUDA tensors."""
     if _group is None:
         return [value]
     boxes: list[T | None] = [None] * _group.size
-    with communicating():
+    with communication_errors():
         dist.all_gather_object(boxes, value)
     return boxes  # pyright: ignore[reportReturnType]  # all are filled
 
 
 def gather_with_tensors(value: T) -> list[T]:
-    """``gather`` of objects that hold tensors; those of a card arrive on this rank's."""
+    """``gather`` of objects that hold tensors; CUDA tensors arrive on this rank's GPU."""
     if _group is None:
         return [value]
     buffer = io.BytesIO()
@@ -178,15 +178,15 @@ def gather_with_tensors(value: T) -> list[T]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor of one shape over the ranks, in place and returned; the same bits on every rank."""
+    """All-reduce (sum) of a tensor of equal shape on all ranks, in place and returned; bitwise equal on every rank."""
     if _group is not None:
-        with communicating():
+        with communication_errors():
             dist.all_reduce(tensor)
     return tensor
 
 
 def split_between_ranks(items: Sequence[T]) -> list[T]:
-    """This rank's share of items that all ranks have: every ``world_size``-th one; none where there are too few."""
+    """This rank's share of items that all ranks have: every ``world_size``-th one, starting at its rank."""
     return list(items[rank() :: world_size()])
 
 
@@ -195,10 +195,10 @@ def split_between_ranks(items: Sequence[T]) -> list[T]:
 
 @contextmanager
 def relay_errors() -> Iterator[None]:
-    """Around work that a rank does without the others: an error of any rank is raised on all, with the same line.
+    """Around work without collectives: an error of any rank is raised on all ranks, with the same message.
 
-    Every rank enters and leaves. LvrpoErrors keep their type, other exceptions become ContractErrors; the first rank
-    that failed is named, unless it is rank 0. Raises LostProcessError where a rank is gone.
+    Every rank enters and leaves the context. LvrpoErrors keep their type, other exceptions become ContractErrors; the
+    message names the first rank that failed, unless it is rank 0. Raises LostProcessError if a rank is lost.
     """
     if _group is None:
         yield
@@ -214,7 +214,7 @@ def relay_errors() -> Iterator[None]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, on every rank; for files, and small results. Its error is raised on all."""
+    """Calls ``function`` on rank 0 and returns its small, pickled result on every rank; errors are raised on all."""
     if _group is None:
         return function()
     box: list[object] = [None, None]
@@ -226,7 +226,7 @@ def on_main(function: Callable[[], T]) -> T:
             raise
         except Exception as error:
             caught, box[1] = error, _failure(error)
-    with communicating():
+    with communication_errors():
         dist.broadcast_object_list(box, src=0)
     failure: Failure | None = box[1]  # pyright: ignore[reportAssignmentType]  # what rank 0 put there
     _raise_first([failure], caught)
@@ -236,11 +236,11 @@ def on_main(function: Callable[[], T]) -> T:
 def _failure(error: Exception) -> Failure:
     if isinstance(error, LvrpoError):
         return type(error), str(error)
-    return ContractError, f"{type(error).__name__}: {first_line(error)}"
+    return ContractError, typed_first_line(error)
 
 
 def _raise_first(failures: Sequence[Failure | None], caught: Exception | None) -> None:
     for number, failure in enumerate(failures):
         if failure is not None:
-            kind, words = failure
-            raise kind(words if number == 0 else f"process {number} of {world_size()}: {words}") from caught
+            kind, message = failure
+            raise kind(message if number == 0 else f"process {number} of {world_size()}: {message}") from caught

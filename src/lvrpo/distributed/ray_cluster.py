@@ -1,4 +1,4 @@
-"""The Ray cluster that a program is part of; ``import lvrpo.distributed`` does not load it."""
+"""The connection to a Ray cluster; ``import lvrpo.distributed`` does not load it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import threading
 from types import ModuleType
 
 from lvrpo.distributed.collectives import world_size
-from lvrpo.distributed.peers import first_line
+from lvrpo.distributed.peers import typed_first_line
 from lvrpo.errors import ContractError, InputError
 
 STORE_BYTES = 1 << 30
-"""Of the object store of a cluster that is started here; what does not fit goes to the disk."""
+"""Object store size of a cluster that this process starts; Ray spills the rest to disk."""
 
 
 def ray_cluster(what: str) -> ModuleType:
-    """The package ``ray``, connected: to RAY_ADDRESS, else to the cluster of ``ray start``, else to one of its own.
+    """The package ``ray``, connected to RAY_ADDRESS, else to the cluster of ``ray start``, else to a new local cluster.
 
-    A cluster that is started here ends with this process; one of several processes starts none. ``what`` begins the
-    line of an error. Raises InputError without the package, or where there is no cluster to connect to.
+    A new cluster ends with this process; with several processes none is started. ``what`` prefixes error messages.
+    Raises InputError if ray is not installed or there is no cluster to connect to, ContractError if Ray fails to start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -37,16 +37,16 @@ def ray_cluster(what: str) -> ModuleType:
         else:
             try:
                 ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
-            except ValueError:  # a cluster is there, for which these are settled
+            except ValueError:  # an existing cluster refuses these options
                 ray.init(**quiet)
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS")
         remedy = f"see whether RAY_ADDRESS={address} runs" if address else "start one first: ray start --head"
         raise InputError(f"{what}: there is no Ray cluster to connect to: {remedy}") from error
-    except Exception as error:  # of many kinds
-        raise ContractError(f"{what}: Ray did not start: {type(error).__name__}: {first_line(error)}") from error
+    except Exception as error:  # Ray raises many types
+        raise ContractError(f"{what}: Ray did not start: {typed_first_line(error)}") from error
     finally:
-        for number, handler in handlers.items():  # ray.init takes SIGTERM
+        for number, handler in handlers.items():  # ray.init replaces the SIGTERM handler
             if handler is not None:
                 signal.signal(number, handler)
     return ray

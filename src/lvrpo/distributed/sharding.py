@@ -1,12 +1,12 @@
-"""A policy's weights divided among the ranks (FSDP2), whole while a rank works by itself.
+"""FSDP2 sharding of a policy's weights, all-gathered before a phase without collectives.
 
-Trainable parameters are kept as float32 shards, one FSDP unit per transformer layer and one for the rest; frozen ones
-(a tower, the base below an adapter) stay whole on every rank in the dtype they were loaded in. Rollout and replay call
-a policy through methods of many names, as often as each rank likes, so nothing is gathered in a forward pass: weights
-are made whole once, ranks work without collectives, and one reduce-scatter per unit then sums the gradients.
+Trainable parameters are float32 shards, one FSDP unit per transformer layer and one for the rest; frozen parameters (an
+encoder, the base model of an adapter) stay unsharded on every rank in the dtype they were loaded in. Rollout and replay
+call a policy through many methods, a different number of times on each rank, so no forward pass communicates: weights
+are all-gathered once, ranks work without collectives, and one reduce-scatter per unit then sums the gradients.
 
-After ZeRO stage 3 (arXiv:1910.02054) and FSDP (arXiv:2304.11277). With one process and no offload a module is left as
-it is.
+After ZeRO stage 3 (arXiv:1910.02054) and FSDP (arXiv:2304.11277). With one process and no offload a module is
+unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from lvrpo.distributed.collectives import communicating, device, gather, rank, relay_errors, sum_over_ranks, world_size
+from lvrpo.distributed.collectives import (
+    communication_errors,
+    device,
+    gather,
+    rank,
+    relay_errors,
+    sum_over_ranks,
+    world_size,
+)
 
 # --- sharding ---
 
@@ -40,14 +48,14 @@ def shard(
     offload: bool = False,
     layers: Sequence[nn.Module] | None = None,
 ) -> dict[str, torch.dtype]:
-    """Divides the trainable parameters of a module among the ranks, in place; all ranks hold the same weights before.
+    """Shards the trainable parameters of a module over the ranks, in place; all ranks must hold the same weights.
 
-    ``compute_dtype``: of whole weights and their gradients (None: float32); gradients are summed in float32.
-    ``offload``: shards, gradients and optimizer states in host memory, also with one process. ``layers``: the FSDP
-    units beside the module itself (None: the entries of every outermost ``nn.ModuleList``).
+    ``compute_dtype``: dtype of gathered weights and their gradients (None: float32); gradients are summed in float32.
+    ``offload``: keep shards, gradients and optimizer states in host memory, also with one process. ``layers``: the FSDP
+    units besides the module itself (None: the entries of every outermost ``nn.ModuleList``).
 
-    Returns the dtype that each trainable parameter was loaded in. Parameters of before are no longer the module's:
-    optimizers are made afterwards.
+    Returns the original dtype of each trainable parameter. The parameters are replaced, so create optimizers
+    afterwards.
     """
     loaded = {name: p.dtype for name, p in module.named_parameters() if p.requires_grad}
     if world_size() == 1 and not offload:
@@ -65,7 +73,7 @@ def shard(
         for parameter in unit.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.float()
-        with _no_new_hooks(unit):
+        with _without_fsdp_hooks(unit):
             fully_shard(
                 unit,
                 mesh=mesh,
@@ -80,7 +88,7 @@ def shard(
     root = _root(module)
     root.set_reshard_after_backward(False)
     root.set_requires_gradient_sync(False)
-    # FSDP reduces at the end of a backward pass through its root: this method is a forward pass of no cost
+    # FSDP reduces at the end of a backward pass through its root: this method is a forward pass without compute
     module._pass_through = types.MethodType(_pass_through, module)  # pyright: ignore[reportArgumentType]  # no tensor
     register_fsdp_forward_method(module, "_pass_through")
     return loaded
@@ -94,20 +102,20 @@ def transformer_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` divided this module."""
+    """Whether ``shard`` sharded this module."""
     return isinstance(module, FSDPModule)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a sharded tensor, as a view; a tensor that is not sharded itself."""
+    """This rank's rows of a sharded tensor, as a view; an unsharded tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
-def _no_new_hooks(module: nn.Module) -> Iterator[None]:
-    """Takes the forward hooks off again that FSDP puts on: a layer that is called inside ``whole_weights`` is whole.
+def _without_fsdp_hooks(module: nn.Module) -> Iterator[None]:
+    """Removes the forward hooks that FSDP registers: layers only run inside ``whole_weights``, already gathered.
 
-    They would gather in ranks that call it, and move gradients aside in backward passes that are a rank's own.
+    The hooks would all-gather on the ranks that call a layer, and detach gradients in backward passes of one rank.
     """
     kinds = (module._forward_pre_hooks, module._forward_hooks)
     before = [set(hooks) for hooks in kinds]
@@ -118,7 +126,7 @@ def _no_new_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _mesh() -> DeviceMesh:
-    if not dist.is_initialized():  # FSDP wants a group also where offload is all that is asked of it
+    if not dist.is_initialized():  # FSDP needs a process group even for offload with one process
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -143,11 +151,10 @@ def _pass_through(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
-    """Inside, every rank has the whole weights and works by itself: other batches, another number of them, or none.
+    """Inside, every rank has the unsharded weights and runs without collectives, with any number of batches.
 
-    One all-gather per unit on entry; none inside. ``reduce``: on leaving, ``reduce_gradients``. An error of any rank
-    is raised on all (``relay_errors``); gradients that were not reduced are then dropped. Within another
-    ``whole_weights`` of the module nothing is gathered again.
+    One all-gather per unit on entry. ``reduce``: call ``reduce_gradients`` on exit. An error of any rank is raised on
+    all ranks (``relay_errors``); gradients that were not reduced are dropped. Nested calls gather nothing.
     """
     units = _units(module)
     if not units or _is_whole(module):
@@ -156,10 +163,10 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
         if reduce:
             reduce_gradients(module)
         return
-    with communicating():
+    with communication_errors():
         for unit in units:
             unit.unshard()
-    _keep_whole(module)
+    _disable_state_dict_resharding(module)
     try:
         with relay_errors():
             yield
@@ -168,15 +175,15 @@ def whole_weights(module: nn.Module, reduce: bool = False) -> Iterator[None]:
     finally:
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.grad = None  # of the whole weights; reduced ones are at the shards
+                parameter.grad = None  # of the gathered weights; the shards hold the reduced ones
         for unit in units:
             unit.reshard()
 
 
-def _keep_whole(module: nn.Module) -> None:
-    """Takes off the hooks of FSDP that divide the weights again when somebody asks for ``state_dict``."""
-    for each in module.modules():
-        hooks = each._state_dict_pre_hooks
+def _disable_state_dict_resharding(module: nn.Module) -> None:
+    """Removes the FSDP hooks that reshard the weights when ``state_dict`` is called."""
+    for submodule in module.modules():
+        hooks = submodule._state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == "to_sharded_hook"]:
             del hooks[key]
 
@@ -186,21 +193,20 @@ def _is_whole(module: nn.Module) -> bool:
 
 
 def reduce_gradients(module: nn.Module) -> None:
-    """Adds the ranks' sum of the gradients of the whole weights to the shards' gradients, in float32.
+    """Sums the gradients of the gathered weights over the ranks and adds them to the shards' gradients, in float32.
 
-    Called by all ranks inside ``whole_weights``, at its end or also in between: an own count of micro-batches needs
-    one call, calls in between keep sums of many micro-batches out of a 16-bit ``compute_dtype``. A rank without a
-    gradient of a parameter counts as zero; where no rank has one the parameter has none (AdamW leaves it alone, as one
-    process does). A module that is not sharded, of which every rank has a copy, has the sum on each.
+    All ranks call it inside ``whole_weights``, once at the end or after each microbatch; the latter avoids accumulating
+    in a 16-bit ``compute_dtype``. A missing gradient counts as zero; a parameter without a gradient on any rank gets
+    none, so AdamW skips it as with one process. In an unsharded (replicated) module every rank gets the sum.
     """
     if world_size() == 1 and not is_sharded(module):
         return
     assert _is_whole(module), "reduce_gradients outside whole_weights"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    known = [p.grad is not None for p in parameters]
-    for parameter, *anybody in zip(parameters, *gather(known), strict=True):
-        if any(anybody) and parameter.grad is None:
-            # without it reduce-scatter pairs the gradients of different parameters, silently
+    has_gradient = [p.grad is not None for p in parameters]
+    for parameter, *on_ranks in zip(parameters, *gather(has_gradient), strict=True):
+        if any(on_ranks) and parameter.grad is None:
+            # otherwise reduce-scatter silently adds the gradients of different parameters
             parameter.grad = torch.zeros_like(parameter)
     if not is_sharded(module):
         for parameter in parameters:
@@ -209,19 +215,16 @@ def reduce_gradients(module: nn.Module) -> None:
         return
     root = _root(module)
     root.set_requires_gradient_sync(True)
-    nothing = torch.zeros(1, device=device(), requires_grad=True)
+    zero = torch.zeros(1, device=device(), requires_grad=True)
     try:
-        with communicating():
-            module._pass_through(nothing).sum().backward()  # pyright: ignore[reportCallIssue]  # set by shard
+        with communication_errors():
+            module._pass_through(zero).sum().backward()  # pyright: ignore[reportCallIssue]  # set by shard
     finally:
         root.set_requires_gradient_sync(False)
 
 
 def gradient_norms(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, float]:
-    """The L2 norm of the gradients of each group of parameters, over all shards; groups without gradients are left out.
-
-    The same number on every rank. One process: ``nn.utils.get_total_norm``.
-    """
+    """The global L2 gradient norm of each parameter group that has gradients; equal on every rank."""
     norms = {
         name: float(nn.utils.get_total_norm([local(p.grad) for p in parameters if p.grad is not None]))
         for name, parameters in groups.items()
@@ -238,12 +241,11 @@ def gradient_norms(groups: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, fl
 
 @torch.no_grad()
 def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Sequence[torch.Tensor]) -> None:
-    """``matrix <- function(matrix)`` in place, each whole matrix computed by one rank.
+    """``matrix <- function(matrix)`` in place, each matrix computed by one rank.
 
-    ``function``: (M, N) -> (M, N). ``matrices``: sharded by rows as ``shard`` does it, or whole ones, which every rank
-    computes. As many matrices at a time as there are ranks, of like sizes, travel by one all-to-all there and one
-    back: a rank sends and receives what it has of them, and none computes what another does. Offloaded shards go
-    through the card.
+    ``function``: (M, N) -> (M, N). ``matrices``: sharded by rows as by ``shard``; every rank computes unsharded ones.
+    Batches of ``world_size`` matrices of similar size are exchanged by one all-to-all before and one after
+    ``function``. Offloaded shards pass through the GPU.
     """
     sharded: list[DTensor] = []
     for matrix in matrices:
@@ -257,31 +259,31 @@ def map_matrices_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Se
 
 
 def _map_batch_(function: Callable[[torch.Tensor], torch.Tensor], matrices: Sequence[DTensor]) -> None:
-    """Rank r computes matrix r of at most so many as there are ranks."""
-    own = [matrix.to_local() for matrix in matrices]
+    """Rank r computes matrix r; at most ``world_size`` matrices."""
+    shards = [matrix.to_local() for matrix in matrices]
     mine = matrices[rank()] if rank() < len(matrices) else None
-    sent = [*(part.numel() for part in own), *[0] * (world_size() - len(own))]
-    received = [0] * world_size() if mine is None else [rows * mine.shape[1] for rows in _rows(mine)]
-    outgoing = torch.cat([part.reshape(-1) for part in own]).to(device())
+    sent = [*(shard.numel() for shard in shards), *[0] * (world_size() - len(shards))]
+    received = [0] * world_size() if mine is None else [rows * mine.shape[1] for rows in _rows_per_rank(mine)]
+    outgoing = torch.cat([shard.reshape(-1) for shard in shards]).to(device())
     incoming = outgoing.new_empty(sum(received))
     _all_to_all(incoming, outgoing, received, sent)
     if mine is not None:
         incoming = function(incoming.view(mine.shape)).to(incoming.dtype).reshape(-1)
     _all_to_all(outgoing, incoming, sent, received)
-    for part, rows in zip(own, outgoing.split([part.numel() for part in own]), strict=True):
-        part.copy_(rows.view(part.shape))
+    for shard, rows in zip(shards, outgoing.split([shard.numel() for shard in shards]), strict=True):
+        shard.copy_(rows.view(shard.shape))
 
 
-def _all_to_all(output: torch.Tensor, given: torch.Tensor, received: list[int], sent: list[int]) -> None:
+def _all_to_all(output: torch.Tensor, inputs: torch.Tensor, received: list[int], sent: list[int]) -> None:
     if world_size() == 1:
-        output.copy_(given)
+        output.copy_(inputs)
         return
-    with communicating():
-        dist.all_to_all_single(output, given, received, sent)
+    with communication_errors():
+        dist.all_to_all_single(output, inputs, received, sent)
 
 
-def _rows(matrix: torch.Tensor) -> list[int]:
-    """How many rows of a matrix each rank has: FSDP cuts as ``torch.chunk`` does."""
+def _rows_per_rank(matrix: torch.Tensor) -> list[int]:
+    """Rows of a matrix on each rank: FSDP splits like ``torch.chunk``."""
     assert isinstance(matrix, DTensor)
     assert matrix.placements == (Shard(0),), matrix.placements
     each = -(-matrix.shape[0] // world_size())

@@ -1,7 +1,7 @@
-"""Several sets of weights of one module: the policy's own, and others that take their place for a while.
+"""Several sets of weights of one module: the policy's own, and others that temporarily replace them.
 
 Old policy, EMA and reference are tensors with the placement of the policy's parameters, so each rank holds its shard
-of each. There is one module; what computes with another set says so::
+of each. There is one module; to compute with another set::
 
     with weights.use("ema"), whole_weights(module):
         groups = module.sample(prompts, sampling, seeds)
@@ -24,80 +24,79 @@ POLICY = "policy"
 
 
 class WeightSets:
-    """The trainable weights of a module under several names. With an adapter these are the adapter's alone."""
+    """Named sets of the trainable weights of a module; with an adapter, of the adapter's weights only."""
 
     def __init__(self, module: nn.Module) -> None:
-        """``module``: already sharded, where it is to be."""
+        """``module``: after ``shard``."""
         self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.sets: dict[str, dict[str, torch.Tensor]] = {}
-        self.switched_off: set[str] = set()
-        """The sets that are the base without its adapter, and no tensors."""
-        self.here = POLICY
-        """Which set the module computes with."""
+        self.base_only_sets: set[str] = set()
+        """Sets without tensors: the base model with its adapter disabled."""
+        self.active = POLICY
+        """The set that the module computes with."""
 
     def add(self, name: str, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        """A copy of the policy's present weights, float32 or as they are; ``dtypes``: by parameter, what to keep."""
-        wanted = {} if dtypes is None else dtypes
-        self.sets[name] = {key: p.detach().clone().to(wanted.get(key, p.dtype)) for key, p in self.parameters.items()}
+        """Adds a copy of the policy's current weights; ``dtypes``: dtype by parameter (default: the policy's)."""
+        dtypes = dtypes or {}
+        self.sets[name] = {key: p.detach().clone().to(dtypes.get(key, p.dtype)) for key, p in self.parameters.items()}
 
     def add_reference(self, name: str, dtypes: Mapping[str, torch.dtype]) -> None:
-        """The weights that the run began with: the adapter switched off where there is one, else ``add``.
+        """Adds the initial weights: the base model with the adapter disabled if there is one, else a copy (``add``).
 
-        ``dtypes``: what ``shard`` returned, so that weights loaded in bfloat16 are kept in it, without a loss.
+        ``dtypes``: as returned by ``shard``, so that weights loaded in bfloat16 are kept in bfloat16 without loss.
         """
-        if _adapted(self.module):
-            self.switched_off.add(name)
+        if _base_layers(self.module):
+            self.base_only_sets.add(name)
         else:
             self.add(name, dtypes)
 
     def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
-        """The tensors of a set by parameter, sharded as the parameters are; not while another set is in place."""
-        assert self.here == POLICY, f"{self.here} is in place"
+        """The tensors of a set by parameter name, sharded like the parameters; only while the policy is active."""
+        assert self.active == POLICY, f"{self.active} is active"
         return self.parameters if name == POLICY else self.sets[name]
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Puts a set in the place of the policy's weights, and these back at the end; no collectives.
+        """Replaces the policy's weights by a set, and restores them on exit; no collectives.
 
-        Entered before the weights are whole. The set and the policy change places: nothing is copied with one process,
-        no memory is taken but where the set has another dtype (then a shard of the policy's). An optimizer does not
-        step inside.
+        Enter it before ``whole_weights``. Set and policy are swapped, without a copy with one process and without extra
+        memory unless the dtypes differ (then one shard of the policy). Do not step an optimizer inside.
         """
-        if name == self.here:
+        if name == self.active:
             yield
             return
-        assert self.here == POLICY, f"{self.here} is in place"
-        if name in self.switched_off:
-            with self._in_place(name), without_adapter(self.module):
+        assert self.active == POLICY, f"{self.active} is active"
+        if name in self.base_only_sets:
+            with self._activate(name), without_adapter(self.module):
                 yield
             return
-        kept = self.sets[name]
-        if any(kept[key].dtype != p.dtype for key, p in self.parameters.items()):
-            with self._copied(name, kept):
+        tensors = self.sets[name]
+        if any(tensors[key].dtype != p.dtype for key, p in self.parameters.items()):
+            with self._substitute(name, tensors):
                 yield
             return
-        with self._in_place(name):
-            _exchange(self.parameters, kept)
+        with self._activate(name):
+            _swap(self.parameters, tensors)
             try:
                 yield
             finally:
-                _exchange(self.parameters, kept)
+                _swap(self.parameters, tensors)
 
     @contextmanager
-    def use_extrapolated(self, start: str, by: float) -> Iterator[None]:
-        """``start + by * (policy - start)``, parameter by parameter in float32, in the place of the policy's weights.
+    def use_extrapolated(self, origin: str, factor: float) -> Iterator[None]:
+        """Replaces the policy's weights by ``origin + factor * (policy - origin)``, computed in float32.
 
-        ``by`` above 1: the policy farther from the start than it is, so that a step too small for a 16-bit
-        ``compute_dtype`` is seen. It takes the memory of a shard of the policy's while it lasts. With an adapter: its
-        own changes ``by`` times as large are not asked for, the policy itself is used.
+        A ``factor`` above 1 makes a step visible that is too small for a 16-bit ``compute_dtype``. Takes the memory of
+        one shard of the policy. If the origin is the base model of an adapter, the policy itself is used.
         """
-        if start in self.switched_off:
+        if origin in self.base_only_sets:
             yield
             return
+        start = self.sets[origin]
         with torch.no_grad():
-            far = {key: local(self.sets[start][key]).float().lerp(local(p), by) for key, p in self.parameters.items()}
-        with self._copied(f"{start} extrapolated", far):
+            tensors = {key: local(start[key]).float().lerp(local(p), factor) for key, p in self.parameters.items()}
+        with self._substitute(f"{origin} extrapolated", tensors):
             yield
 
     @torch.no_grad()
@@ -112,30 +111,31 @@ class WeightSets:
 
     @torch.no_grad()
     def copy(self, name: str, source: str) -> None:
-        """``set <- source``, in place: of the policy, optimizers keep their parameters."""
+        """``set <- source``, in place."""
         for key, tensor in self[name].items():
             local(tensor.detach()).copy_(local(self[source][key].detach()))
 
-    def moved_from(self, name: str) -> bool:
-        """Whether the policy's weights are others than a set's on any rank; of an adapter, whether it does anything."""
-        pairs = [] if name in self.switched_off else [(p, self[name][key]) for key, p in self.parameters.items()]
-        moved = any(not torch.equal(local(p.detach()), local(other).to(p.dtype)) for p, other in pairs)
-        if name in self.switched_off:  # a fresh adapter's second matrices are zero
-            moved = any(bool(local(p.detach()).any()) for key, p in self.parameters.items() if ".lora_B" in key)
-        return any(gather(moved))
+    def differs_from(self, name: str) -> bool:
+        """Whether the policy's weights differ from a set's on any rank; with an adapter, whether it is not zero."""
+        if name in self.base_only_sets:  # LoRA initializes its B matrices to zero
+            differs = any(bool(local(p.detach()).any()) for key, p in self.parameters.items() if ".lora_B" in key)
+        else:
+            pairs = [(p, self[name][key]) for key, p in self.parameters.items()]
+            differs = any(not torch.equal(local(p.detach()), local(other).to(p.dtype)) for p, other in pairs)
+        return any(gather(differs))
 
     @contextmanager
-    def _in_place(self, name: str) -> Iterator[None]:
-        self.here = name
+    def _activate(self, name: str) -> Iterator[None]:
+        self.active = name
         try:
             yield
         finally:
-            self.here = POLICY
+            self.active = POLICY
 
     @contextmanager
-    def _copied(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def _substitute(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         policy = {key: local(p.detach()).clone() for key, p in self.parameters.items()}
-        with self._in_place(name):
+        with self._activate(name):
             _copy(self.parameters, tensors)
             try:
                 yield
@@ -144,13 +144,13 @@ class WeightSets:
 
 
 @torch.no_grad()
-def _exchange(parameters: Mapping[str, nn.Parameter], others: dict[str, torch.Tensor]) -> None:
+def _swap(parameters: Mapping[str, nn.Parameter], others: dict[str, torch.Tensor]) -> None:
     for key, parameter in parameters.items():
-        if isinstance(parameter, DTensor):  # FSDP holds on to the memory of its shards
-            own, other = local(parameter.detach()), local(others[key])
-            before = own.clone()
-            own.copy_(other)
-            other.copy_(before)
+        if isinstance(parameter, DTensor):  # FSDP keeps references to the memory of its shards
+            shard, other = local(parameter.detach()), local(others[key])
+            previous = shard.clone()
+            shard.copy_(other)
+            other.copy_(previous)
         else:
             others[key], parameter.data = parameter.data, others[key]
 
@@ -161,17 +161,17 @@ def _copy(parameters: Mapping[str, nn.Parameter], others: Mapping[str, torch.Ten
         local(parameter.detach()).copy_(local(others[key]))
 
 
-def _adapted(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers below an adapter, by the name of the adapted one; peft calls them so."""
+def _base_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The base layers of an adapter by the name of the adapted layer (peft's attribute ``base_layer``)."""
     layers = {name: getattr(layer, "base_layer", None) for name, layer in module.named_modules()}
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
 
 
 @contextmanager
 def without_adapter(module: nn.Module) -> Iterator[None]:
-    """Inside, adapted layers are the plain ones below them: bit for bit the base model. No collectives."""
-    adapted = {name: module.get_submodule(name) for name in _adapted(module)}
-    for name, base in _adapted(module).items():
+    """Inside, the base layers replace the adapted ones: bitwise the base model. No collectives."""
+    adapted = {name: module.get_submodule(name) for name in _base_layers(module)}
+    for name, base in _base_layers(module).items():
         module.set_submodule(name, base)
     try:
         yield

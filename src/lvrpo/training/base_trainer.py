@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from lvrpo.distributed import Saving, gather, is_main, on_main, relay_errors, split_between_ranks, world_size
+from lvrpo.distributed import AsyncSave, gather, is_main, on_main, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START
@@ -47,7 +47,7 @@ class TrainerState(Protocol):
         """The steps whose checkpoints are kept, whatever comes after them."""
         ...
 
-    def write(self, folder: Path) -> Saving | None:
+    def write(self, folder: Path) -> AsyncSave | None:
         """Writes the policy to use in the folder, and everything else below it; what is still being written of it."""
         ...
 

@@ -90,7 +90,7 @@ class Policies:
 
     def has(self, name: SetName) -> bool:
         """Whether a set has weights of its own."""
-        return name == POLICY or name in self.weights.sets or name in self.weights.switched_off
+        return name == POLICY or name in self.weights.sets or name in self.weights.base_only_sets
 
     @contextmanager
     def use(self, name: SetName) -> Iterator[Policy]:

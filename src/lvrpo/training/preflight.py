@@ -240,7 +240,7 @@ def first_update_checks(
 
     ``table``: of the groups, to tell a divergence without gradient from groups that nothing could be learned from.
     """
-    changed = policies.weights.moved_from("reference")
+    changed = policies.weights.differs_from("reference")
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
     first = [group.trajectories[0] for group in groups]

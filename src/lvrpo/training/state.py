@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lvrpo.distributed import (
     POLICY,
-    Saving,
+    AsyncSave,
     load_sharded,
     on_main,
     relay_errors,
@@ -108,7 +108,7 @@ class TrainState:
             *([] if self.overoptimization is None else [self.overoptimization.best_step]),
         }
 
-    def write(self, folder: Path) -> Saving:
+    def write(self, folder: Path) -> AsyncSave:
         """Writes the state and the averaged policy in Hub layout beside it; arrays go on being written.
 
         Only weights that are divided among ranks and no adapter are not written once more: ``load_policy`` reads them
@@ -120,7 +120,7 @@ class TrainState:
         saving = save_sharded_async(state / TENSORS, tensors)
         on_main(lambda: save_state(state, {**self._tree(), "moments": moments}))
         policies = self.policies
-        if not policies.sharded or "reference" in policies.weights.switched_off:
+        if not policies.sharded or "reference" in policies.weights.base_only_sets:
             with policies.use("ema") as policy:
                 on_main(lambda: policy.save(folder))
         return saving
