@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import VAE
 from lvrpo.policies.bagel.config import BagelConfig
-from lvrpo.policies.bagel.create import BagelSizes, bagel_config, learn_words, position_table
+from lvrpo.policies.bagel.create import BagelSizes, bagel_config, position_table, train_tokenizer
 from lvrpo.policies.bagel.encoders import VitConfig
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
-from lvrpo.policies.bagel.tokenizer import BagelWords
+from lvrpo.policies.bagel.tokenizer import BagelTokenizer
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import flow_sampler
 from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
@@ -150,8 +150,8 @@ def small_shape() -> Shape:
 
 def empty_policy(shape: Shape) -> BagelPolicy:
     """On the meta device."""
-    small = learn_words([THINK_THEN_DRAW, THINK_THEN_ANSWER], 1024)
-    words = BagelWords(small.tokenizer, shape.config.vocabulary_size, small.files)
+    small = train_tokenizer([THINK_THEN_DRAW, THINK_THEN_ANSWER], 1024)
+    words = BagelTokenizer(small.tokenizer, shape.config.vocabulary_size, small.files)
     with torch.device("meta"):
         return BagelPolicy(shape.config, words)
 
@@ -224,13 +224,13 @@ def text(policy: BagelPolicy, shape: Shape, report: Report) -> str:
 
 def one_pass(policy: BagelPolicy, shape: Shape, report: Report, rate: float) -> str:
     """One model evaluation for a group of eight, as a share of what the card does in plain products."""
-    contexts, grid = policy.contexts, policy.towers.free_grid((shape.image_size, shape.image_size))
-    cache, owner = contexts.prefill_shared([contexts.row(("a picture",), draws=True)] * 8)
-    x_t = torch.randn(8, grid[0] * grid[1], policy.towers.channels, device=shape.device)
+    runner, grid = policy.runner, policy.encoders.default_grid((shape.image_size, shape.image_size))
+    cache, owner = runner.prefill_shared([runner.row(("a picture",), draws=True)] * 8)
+    x_t = torch.randn(8, grid[0] * grid[1], policy.encoders.channels, device=shape.device)
     t = torch.full((8,), 0.5, device=shape.device)
 
     def run() -> torch.Tensor:
-        return flow_sampler.velocity(contexts, cache.select(owner), x_t, t, grid)
+        return flow_sampler.velocity(runner, cache.select(owner), x_t, t, grid)
 
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         run()
@@ -311,7 +311,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     sampling_peak = report.peak()
     A = torch.linspace(-1.5, 1.5, 8).expand(len(groups), -1)
     advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(A))
-    objectives = objectives_of(config, policy.writes)
+    objectives = objectives_of(config, policy.segment_kinds)
     trained = report.timed(lambda: train_step(policies, objectives, [optimizer], groups, advantages, config, 0))
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     side = shape.step_image_size

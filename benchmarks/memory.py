@@ -171,7 +171,7 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     if not cuda:
         memory.start()
     alignment = Trainer.start(config, Path("run"))
-    never_end(alignment.state.policies.policy.words.eos_id)  # type: ignore[attr-defined]  # of all kinds here
+    never_end(alignment.state.policies.policy.tokenizer.eos_id)  # type: ignore[attr-defined]  # of all kinds here
     with alignment.run:
         alignment.train()
     return out | {"measured": torch.cuda.max_memory_allocated(config.device) if cuda else memory.result()}

@@ -44,7 +44,7 @@ def train(policy: TinyPolicy, config: TrainConfig) -> Iterator[dict[str, float]]
     text, flow = config.text, config.flow
     assert isinstance(text, GRPOConfig)
     assert isinstance(flow, NFTConfig)
-    old, reference = policy.frozen(), policy.frozen()
+    old, reference = policy.make_reference(), policy.make_reference()
     source = ScenePrompts(config.data.scenes, "train", config.seed)
     optimizers = Optimizers(policy, config.optimizer, config.steps)
     for step in range(config.steps):

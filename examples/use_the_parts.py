@@ -30,7 +30,7 @@ def main() -> None:
             RewardConfig(name="own_vqa"),
         ]
     )
-    table = score_groups(rewards, groups, judge=policy.frozen())
+    table = score_groups(rewards, groups, judge=policy.make_reference())
     tasks = torch.tensor([TASKS.index(task) for task in table.tasks])
     advantages = gdpo_advantages(table.scores, table.mask, table.weights, tasks, std_floor=0.01)
     signal = signal_mask(table.scores, table.mask, std_floor=0.01)

@@ -296,7 +296,7 @@ def test_only_one_set_is_active_at_a_time(
     tmp_path: Path, bagel: Path, adapted: bool, loaded: str | None, dtype: torch.dtype | None
 ) -> None:
     model = work.policy(bagel, adapted, loaded)
-    frozen = model.frozen()
+    frozen = model.make_reference()
     start = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
     moved = {name: tensor + 0.01 for name, tensor in start.items()}
     policy = {name: tensor * 1.5 for name, tensor in moved.items()}

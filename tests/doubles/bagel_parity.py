@@ -86,7 +86,7 @@ class Parity:
 
     # ---------------------------------------------------------------- sections
     def pictures(self) -> Errors:
-        ref, towers, out = self.vectors("preproc"), self.policy.towers, {}
+        ref, towers, out = self.vectors("preproc"), self.policy.encoders, {}
         settings = self.policy.config.settings
         for k in (1, 2):
             raw = picture(ref[f"image{k}_uint8"])
@@ -102,18 +102,18 @@ class Parity:
 
     @torch.no_grad()
     def text(self) -> Errors:
-        ref, about, contexts = self.vectors("a_text"), self.meta["a_text"], self.policy.contexts
-        row = contexts.row((about["prompt"],), draws=False)
+        ref, about, runner = self.vectors("a_text"), self.meta["a_text"], self.policy.runner
+        row = runner.row((about["prompt"],), draws=False)
         exact(torch.tensor(row[0].ids), ref["prompt_ids"])
         exact(torch.from_numpy(row_layout((row[0].span,)).rope_ids), ref["position_ids"])
-        hidden = contexts.run([row], contexts.transformer.empty_cache(1))
-        last = len(contexts.transformer.layers) - 1
+        hidden = runner.run([row], runner.transformer.empty_cache(1))
+        last = len(runner.transformer.layers) - 1
         self.check_context(hidden.cache, about["ctx"])
-        two = contexts.prefill([contexts.row((about["prompt"], about["second_text"]), draws=False)])
+        two = runner.prefill([runner.row((about["prompt"], about["second_text"]), draws=False)])
         self.check_context(two, about["ctx_two_turn"])
         got = {
             "prefill_hidden": hidden.reading,
-            "prefill_logits": self.policy.towers.text_logits(hidden.reading),
+            "prefill_logits": self.policy.encoders.text_logits(hidden.reading),
             **{f"k_cache_layer{i}": hidden.cache.layer(i)[0][0] for i in (0, last)},
             **{f"v_cache_layer{i}": hidden.cache.layer(i)[1][0] for i in (0, last)},
         }
@@ -123,25 +123,25 @@ class Parity:
 
     @torch.no_grad()
     def understanding(self) -> Errors:
-        ref, about, contexts = self.vectors("b_und"), self.meta["b_und"], self.policy.contexts
-        towers, config = self.policy.towers, self.policy.config
+        ref, about, runner = self.vectors("b_und"), self.meta["b_und"], self.policy.runner
+        towers, config = self.policy.encoders, self.policy.config
         last = config.transformer.depth - 1
         one, two = self.source(1), self.source(2)
         pixels = towers.read_pixels(one)[None].to(self.policy.device)
-        rows, columns = towers.read_grid(one)
+        rows, columns = towers.vision_grid(one)
         places = position_ids(rows, columns, config.vit.side)
         exact(places, ref["vit_position_ids"])
         features = towers.read_vit(patchify(pixels, config.vit.patch_size), places.to(pixels.device))[0]
         with_places = towers.read_embed(pixels)[0]
-        piece = contexts.picture(one, "read")
+        piece = runner.picture(one, "read")
         exact(torch.tensor([piece.ids[0], piece.ids[-1]]), ref["packed_text_ids"])
         exact(torch.from_numpy(row_layout((piece.span,)).rope_ids), ref["packed_position_ids"])
-        image = contexts.prefill([(piece,)])
+        image = runner.prefill([(piece,)])
         self.check_context(image, about["after_image"])
-        asked = contexts.prefill([contexts.row((one, about["question"]), draws=False)])
+        asked = runner.prefill([runner.row((one, about["question"]), draws=False)])
         self.check_context(asked, about["after_question"])
         system = self.meta["tokenizer"][4]["text"]
-        several = contexts.prefill([contexts.row((system, one, two, about["question"]), draws=False)])
+        several = runner.prefill([runner.row((system, one, two, about["question"]), draws=False)])
         self.check_context(several, about["think2img_ctx"])
         return {
             "vit_tokens": error(patchify(pixels, config.vit.patch_size)[0], ref["vit_tokens"]),
@@ -156,8 +156,8 @@ class Parity:
 
     @torch.no_grad()
     def velocities(self) -> Errors:
-        ref, contexts, out = self.vectors("c_flow"), self.policy.contexts, {}
-        towers, config = self.policy.towers, self.policy.config
+        ref, runner, out = self.vectors("c_flow"), self.policy.runner, {}
+        towers, config = self.policy.encoders, self.policy.config
         last = config.transformer.depth - 1
         source = self.source(1)
         latent = towers.encode_pixels(ref["edit_vae_pixels"], ref["edit_vae_eps"])
@@ -165,7 +165,7 @@ class Parity:
         out["edit_vae_latent"] = error(latent, reference)
         exact(position_ids(*towers.latent_grid(source), config.latent_side), ref["edit_vae_position_ids"])
         towers.posterior_noise = lambda image, shape: ref["edit_vae_eps"][0].reshape(shape)
-        alone = contexts.prefill([(contexts.picture(source, "clean"),)])
+        alone = runner.prefill([(runner.picture(source, "clean"),)])
         out["edit_vae_k_cache_layer0"] = error(alone.layer(0)[0][0], ref["edit_vae_k_cache_layer0"])
         out["edit_vae_v_cache_last"] = error(alone.layer(last)[1][0], ref["edit_vae_v_cache_last"])
         tags = sorted(name.removesuffix("_x_t") for name in ref if name.endswith("_x_t"))
@@ -173,40 +173,40 @@ class Parity:
         for tag in tags:
             scenario, time = tag.split("_t", 1)
             grid, caches = self.scenario(scenario)
-            noise = contexts.noise(grid)
+            noise = runner.noise(grid)
             exact(torch.tensor(noise.ids), ref[f"{scenario}_packed_text_ids"])
             exact(position_ids(*grid, config.latent_side), ref[f"{scenario}_latent_position_ids"])
             x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=self.policy.device)
             for name, cache in (("cond", caches.full), ("no_text", caches.no_text), ("no_image", caches.no_image)):
                 assert cache is not None
-                v = flow_sampler.velocity(contexts, cache, x_t, t[None], grid)[0]
+                v = flow_sampler.velocity(runner, cache, x_t, t[None], grid)[0]
                 out[f"{tag}_v_{name}"] = error(v, ref[f"{tag}_v_{name}"])
             for name in (name for name in ref if name.startswith(f"{tag}_cfg_")):
                 guidance = guidance_named(name.removeprefix(f"{tag}_cfg_"))
-                v = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+                v = flow_sampler.guided_velocity(runner, caches, x_t, t, guidance, grid)[0]
                 out[name] = error(v, ref[name])
         return out
 
     @torch.no_grad()
     def trajectories(self) -> Errors:
-        ref, contexts, out = self.vectors("d_traj"), self.policy.contexts, {}
+        ref, runner, out = self.vectors("d_traj"), self.policy.runner, {}
         for name, about in self.meta["d_traj"].items():
             sampling, grid, caches = self.trajectory(name)
             assert sampling.num_steps == about["model_steps"] == len(ref[f"{name}_v"])
-            drawn = flow_sampler.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
+            drawn = flow_sampler.integrate(runner, caches, sampling, ref[f"{name}_noise"][None], None, grid)
             got = {
                 "timesteps": drawn.timesteps[:-1],
                 "final_tokens": drawn.latents[0],
                 "final_latent_nchw": unpatchify(drawn.latents, self.policy.config.latent_patch, *grid),
-                "decoded_float": self.policy.towers.decode_pixels(drawn.latents, grid),
+                "decoded_float": self.policy.encoders.decode_pixels(drawn.latents, grid),
             }
             out |= self.errors({f"{name}_{key}": value for key, value in got.items()}, ref)
-            image = self.policy.towers.decode_latents(drawn.latents, grid)[0]
+            image = self.policy.encoders.decode_latents(drawn.latents, grid)[0]
             exact_pixels(torch.from_numpy(to_uint8(image)), ref[f"{name}_decoded_uint8"])
             guidance = flow_sampler.guidance_of(sampling)
             for i, t in enumerate(drawn.timesteps[:-1]):
                 x_t = ref[f"{name}_x"][i][None]
-                v = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)
+                v = flow_sampler.guided_velocity(runner, caches, x_t, t, guidance, grid)
                 x_next = x_t + (drawn.timesteps[i + 1] - t) * v
                 out[f"{name}_v[{i}]"] = error(v[0], ref[f"{name}_v"][i])
                 out[f"{name}_x[{i + 1}]"] = error(x_next[0], ref[f"{name}_x"][i + 1])
@@ -214,7 +214,7 @@ class Parity:
 
     @torch.no_grad()
     def autoencoder(self) -> Errors:
-        ref, towers = self.vectors("e_vae"), self.policy.towers
+        ref, towers = self.vectors("e_vae"), self.policy.encoders
         mean, log_variance = towers.latent_vae.moments(ref["pixels"])
         z = towers.latent_vae.encode(ref["pixels"], ref["eps"])
         got = {
@@ -234,17 +234,17 @@ class Parity:
         patch = policy.config.vit.patch_size
         out: Errors = {}
         if self.whole:
-            padded = policy.towers.latent_vae.encode(ref["padded_images"], ref["vae_eps"])
+            padded = policy.encoders.latent_vae.encode(ref["padded_images"], ref["vae_eps"])
             out["padded_latent"] = error(padded, ref["padded_latent"])
-        policy.towers.read_grid = lambda image: (image.shape[1] // patch, image.shape[2] // patch)
-        policy.towers.read_pixels = lambda image: (image - 0.5) / 0.5  # the vectors give pixels at their final sizes
+        policy.encoders.vision_grid = lambda image: (image.shape[1] // patch, image.shape[2] // patch)
+        policy.encoders.read_pixels = lambda image: (image - 0.5) / 0.5  # the vectors give pixels at their final sizes
         rows = self.training_rows(shift)
         self.check_packing(rows)
         spans = [tuple(trained.piece.span for trained in row) for row in rows]
         seen: list[Hidden] = []
         hook = policy.transformer.register_forward_hook(lambda module, given, hidden: seen.append(hidden))
         policy.zero_grad(set_to_none=True)
-        losses: PackedLosses = packed_losses(policy.contexts, rows)
+        losses: PackedLosses = packed_losses(policy.runner, rows)
         hook.remove()
         ce, mse = losses.cross_entropy.mean(), losses.squared_error.mean()
         (ce + mse).backward()
@@ -276,7 +276,7 @@ class Parity:
     @torch.no_grad()
     def dropped_conditions(self) -> Errors:
         patch = self.policy.config.vit.patch_size
-        self.policy.towers.read_grid = lambda image: (image.shape[1] // patch, image.shape[2] // patch)
+        self.policy.encoders.vision_grid = lambda image: (image.shape[1] // patch, image.shape[2] // patch)
         rows = self.training_rows(1, drop=True)
         expected = self.meta["f_train"]["all_conditions_dropped"]
         layouts = [row_layout(tuple(trained.piece.span for trained in row)) for row in rows]
@@ -287,7 +287,7 @@ class Parity:
         return {"exact": 0.0}
 
     # ---------------------------------------------------------------- pieces of sections
-    def trajectory(self, name: str) -> tuple[Sampling, tuple[int, int], flow_sampler.Branches]:
+    def trajectory(self, name: str) -> tuple[Sampling, tuple[int, int], flow_sampler.GuidanceCaches]:
         """How a recorded trajectory was sampled."""
         about = self.meta["d_traj"][name]
         grid, caches = self.scenario(name)
@@ -312,22 +312,24 @@ class Parity:
 
     def decode(self, cache: Cache, ref: Mapping[str, torch.Tensor], prefix: str) -> Errors:
         """Feeds the recorded tokens one by one; each but the first must be the most likely one before it."""
-        contexts, logits, start = self.policy.contexts, [], cache
+        runner, logits, start = self.policy.runner, [], cache
         fed = ref[f"{prefix}decode_input_tokens"].tolist()
-        assert fed[0] == contexts.words.bos_id
+        assert fed[0] == runner.tokenizer.bos_id
         for token in fed:
-            hidden = contexts.run([(Piece(Span("text", 1), (token,)),)], cache)
-            logits.append(self.policy.towers.text_logits(hidden.reading)[0])
+            hidden = runner.run([(Piece(Span("text", 1), (token,)),)], cache)
+            logits.append(self.policy.encoders.text_logits(hidden.reading)[0])
             cache = hidden.cache
         got = torch.stack(logits)
         exact(got.argmax(dim=-1)[:-1], torch.tensor(fed[1:]))
-        (text,) = generate.write(contexts, start, [0], torch.zeros(1, len(fed) - 1, device=got.device), temperature=0.0)
+        (text,) = generate.generate_text(
+            runner, start, [0], torch.zeros(1, len(fed) - 1, device=got.device), temperature=0.0
+        )
         assert list(text.tokens) == fed[1:]
         return {f"{prefix}decode_logits": error(got, ref[f"{prefix}decode_logits"])}
 
-    def scenario(self, name: str) -> tuple[tuple[int, int], flow_sampler.Branches]:
+    def scenario(self, name: str) -> tuple[tuple[int, int], flow_sampler.GuidanceCaches]:
         """The grid that is drawn and the three contexts, checked against their recorded lengths."""
-        about, contexts, towers = self.meta["c_flow"], self.policy.contexts, self.policy.towers
+        about, runner, towers = self.meta["c_flow"], self.policy.runner, self.policy.encoders
         texts, expected = about["prompts"], about["scenarios"][name]
         eps = self.vectors("c_flow")["edit_vae_eps"][0]
         towers.posterior_noise = lambda image, shape: eps.reshape(shape)
@@ -336,20 +338,20 @@ class Parity:
             "edit": (self.source(1), texts["edit"]),
             "think": (texts["think_system"], texts["t2i"]),
         }[name]
-        row = contexts.row(parts, draws=True)
-        whole: Row = (*row, *contexts.row((texts["think_text"],), draws=True)) if name == "think" else row
+        row = runner.row(parts, draws=True)
+        whole: Row = (*row, *runner.row((texts["think_text"],), draws=True)) if name == "think" else row
         guidance = flow_sampler.Guidance(2.0, 2.0, "none")
-        caches = flow_sampler.branches(contexts, contexts.prefill([whole]), [row], guidance)
+        caches = flow_sampler.prefill_guidance(runner, runner.prefill([whole]), [row], guidance)
         assert caches.no_text is not None
         assert caches.no_image is not None
         self.check_context(caches.full, expected["gen_ctx"])
         self.check_context(caches.no_text, expected["cfg_text_ctx"])
         self.check_context(caches.no_image, expected["cfg_img_ctx"])
-        return towers.free_grid(tuple(expected["image_hw"])), caches
+        return towers.default_grid(tuple(expected["image_hw"])), caches
 
     def training_rows(self, shift: int, drop: bool = False) -> list[TrainedRow]:
         """The packed batch of the vectors from its plans; with ``drop`` every droppable condition is left out."""
-        ref, contexts, config = self.vectors("f_train"), self.policy.contexts, self.policy.config
+        ref, runner, config = self.vectors("f_train"), self.policy.runner, self.policy.config
         logits = ref["packed_timesteps_logit"]
         rows: list[TrainedRow] = []
         latent = offset = patch = 0
@@ -357,7 +359,7 @@ class Parity:
             row: list[TrainedPiece] = []
             for part in plan:
                 if part["type"] == "text":
-                    piece = contexts.text(contexts.words.encode(part["text"]))
+                    piece = runner.text(runner.tokenizer.encode(part["text"]))
                     next_id = part["special_token_label"] if part["special_token_loss"] else None
                     trained = TrainedPiece(piece, bool(part["loss"]), next_id)
                 elif part["type"] == "vit_image":
@@ -367,7 +369,7 @@ class Parity:
                     tokens = ref["packed_vit_tokens"][patch : patch + n]
                     patch += n
                     image = unpatchify(tokens[None], p, size[0] // p, size[1] // p)[0] * 0.5 + 0.5
-                    trained = TrainedPiece(contexts.picture(image, "read"))
+                    trained = TrainedPiece(runner.picture(image, "read"))
                 else:
                     h, w = ref["latent_shapes"][latent].tolist()
                     z = ref["padded_latent"][
@@ -378,11 +380,11 @@ class Parity:
                     noise = ref["noise"][offset : offset + h * w]
                     latent, offset = latent + 1, offset + h * w
                     if part["loss"]:
-                        trained = noisy_piece(contexts.noise((h, w)), clean, noise, t)
+                        trained = noisy_piece(runner.noise((h, w)), clean, noise, t)
                     else:
                         assert float(t) == 0
                         span = Span("clean", h * w + 2)
-                        trained = TrainedPiece(Piece(span, contexts.noise((h, w)).ids, None, (h, w), (clean, t)))
+                        trained = TrainedPiece(Piece(span, runner.noise((h, w)).ids, None, (h, w), (clean, t)))
                 if drop and part["enable_cfg"]:
                     left = dropped(trained)
                     row += [] if left is None else [left]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
+from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
 from lvrpo.rewards.base import Scores
 from lvrpo.sampling import (
     choose_revealed,
@@ -104,7 +104,7 @@ class DiscretePolicy(nn.Module):
         self.may_write = (tokens == EOS) | ((tokens >= FIRST_WORD) & (tokens < FIRST_CODE))
 
     @property
-    def writes(self) -> tuple[SegmentKind, ...]:
+    def segment_kinds(self) -> tuple[SegmentKind, ...]:
         return ("text", *dict.fromkeys(self.draws))
 
     # --- sampling ---
@@ -308,12 +308,15 @@ class DiscretePolicy(nn.Module):
     def timestep_shift(self) -> float:
         raise InputError("this policy draws with tokens: it has no times")
 
-    def tokens(self, trajectory: Trajectory) -> Tokens:
+    def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         text = sum(len(s.tokens) for s in trajectory.segments if isinstance(s, TextSegment))
-        return Tokens(len(_row(trajectory.prompt.parts)), text, N if trajectory.image is not None else 0)
+        return TokenCounts(len(_row(trajectory.prompt.parts)), text, N if trajectory.image is not None else 0)
 
     def limit_tokens(self, limit: int | None) -> None:
         """Rows are short: all go at once."""
+
+    def check_text(self, text: str) -> None:
+        """Anything."""
 
     def checkpoint_gradients(self, on: bool) -> None:
         """There is nothing worth computing twice."""
@@ -358,10 +361,10 @@ class DiscretePolicy(nn.Module):
     ) -> Mapping[str, Tensor]:
         raise InputError("this policy is aligned from random weights: it is not pretrained")
 
-    def frozen(self) -> Self:
+    def make_reference(self) -> Self:
         return copy.deepcopy(self).requires_grad_(False)
 
-    twin = frozen
+    twin = make_reference
 
     @property
     def compute_dtype(self) -> torch.dtype:

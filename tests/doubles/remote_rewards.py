@@ -127,6 +127,6 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     Path("mine.py").write_text(MINE)
-    policy = load_policy("tiny").frozen()
+    policy = load_policy("tiny").make_reference()
     chosen = {"same_scores": same_scores, "refusals": refusals, "deaths": deaths, "no_room": no_room}[sys.argv[1]]
     chosen(policy, drawn(policy))

@@ -145,7 +145,7 @@ def steps(folder: Path, prompts: Sequence[Prompt], tree: dict[str, Any]) -> dict
     """Two steps of a run's state: metrics, and all of its weights and moments."""
     config = config_of(tree)
     state = TrainState.start(lively(folder), config)
-    objectives = objectives_of(config, state.policies.policy.writes)
+    objectives = objectives_of(config, state.policies.policy.segment_kinds)
     found = []
     for step in range(2):
         groups = sampled(state.policies, prompts, config)
@@ -213,7 +213,7 @@ def communicated(folder: Path, prompts: Sequence[Prompt]) -> dict[str, float]:
     state = TrainState.start(lively(folder), config)
     groups = sampled(state.policies, prompts, config)
     sent.clear()
-    objectives = objectives_of(config, state.policies.policy.writes)
+    objectives = objectives_of(config, state.policies.policy.segment_kinds)
     train_step(state.policies, objectives, state.optimizers, groups, advantages_of(groups), config, 0)
     whole = 4 * sum(p.numel() for p in state.policies.weights.parameters.values())
     return {name: size / whole for name, size in sent.items()}

@@ -66,8 +66,8 @@ def test_too_few_pairs_and_no_states_are_one_line() -> None:
 
 @pytest.mark.parametrize("direction", ["see_and_plan", "name_and_form"])
 def test_the_shipped_base_knows_more_than_a_random_one(direction: str) -> None:
-    base = load_policy("tiny").frozen()
-    lost = base.frozen()
+    base = load_policy("tiny").make_reference()
+    lost = base.make_reference()
     with torch.no_grad():
         for p in lost.parameters():  # type: ignore[attr-defined]  # a module
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)

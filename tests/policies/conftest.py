@@ -63,7 +63,7 @@ class WholeRow:
 @torch.no_grad()
 def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
     """One pass over one row from nothing, embedded by hand."""
-    towers, words = policy.towers, policy.words
+    towers, words = policy.encoders, policy.tokenizer
     start, end = (towers.embed_tokens(torch.tensor([i])) for i in (words.image_start_id, words.image_end_id))
     spans, reading, drawing, noisy = [], [], [], None
     for item in items:
@@ -76,7 +76,7 @@ def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
         n = towers.latent_shape()[0]
         spans.append(Span(kind, n + 2))  # type: ignore[arg-type]  # the kind is one of the three
         if kind == "read":
-            reading += [start, towers.read_pictures([content])[0], end]
+            reading += [start, towers.encode_images([content])[0], end]
             continue
         reading += [start, end]
         x_t, t = (towers.encode_latents([content])[0], 0.0) if kind == "clean" else content

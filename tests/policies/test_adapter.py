@@ -52,7 +52,7 @@ def test_a_fresh_adapter_changes_nothing_and_its_base_never_changes(
     before = scores(plain, prompts)
     add_adapter(policy, config, "base")
     assert torch.equal(scores(policy, prompts), before)
-    frozen, policies = policy.frozen(), Policies(policy)
+    frozen, policies = policy.make_reference(), Policies(policy)
     train(policy)
     trained = scores(policy, prompts)
     assert not torch.equal(trained, before)
@@ -71,7 +71,7 @@ def test_the_base_is_stored_once(config: AdapterConfig, new_policy: Callable[...
     places = {tensor.data_ptr() for tensor in policy.state_dict().values()}
     own = sum(tensor.numel() for tensor in policy.state_dict().values())
     add_adapter(policy, config, "base")
-    everyone = [policy, policy.frozen()]
+    everyone = [policy, policy.make_reference()]
     adapter = [p for p in policy.parameters() if p.requires_grad]
     assert all(len(kept) == len(adapter) for kept in Policies(policy).weights.sets.values())
     for other in everyone:
@@ -137,7 +137,7 @@ def test_saved_loaded_merged(
     loaded = load_policy("adapter")
     assert isinstance(loaded, MoTPolicy)
     assert torch.equal(scores(loaded, prompts), expected)
-    kept = loaded.frozen()
+    kept = loaded.make_reference()
     merge(loaded)
     assert not any(is_adapter(name) for name, _ in loaded.named_parameters())
     torch.testing.assert_close(scores(loaded, prompts), expected, rtol=1e-4, atol=1e-4)
@@ -148,7 +148,7 @@ def test_saved_loaded_merged(
     assert torch.equal(scores(whole, prompts), scores(loaded, prompts))
 
 
-def skeleton(names: dict[str, torch.Size]) -> nn.Module:
+def from_config(names: dict[str, torch.Size]) -> nn.Module:
     """A tree of linear layers under these names."""
     root = nn.Module()
     for name, (rows, columns) in names.items():
@@ -174,7 +174,7 @@ def test_peft_reads_it_by_the_published_names() -> None:
     layers = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
     published = {policy.stored_name(name): module.weight.shape for name, module in layers.items()}
     assert "language_model.model.layers.1.mlp_moe_gen.down_proj" in published
-    read = PeftModel.from_pretrained(skeleton(published), "adapter")
+    read = PeftModel.from_pretrained(from_config(published), "adapter")
     for name, module in layers.items():
         twin: Any = read.base_model.model.get_submodule(policy.stored_name(name))  # Any: a layer of peft
         own: Any = module

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lvrpo.policies.mot import flow_sampler, generate
-from lvrpo.policies.mot.generate import Decoder, Written
-from lvrpo.policies.mot.model_runner import Contexts, Row
+from lvrpo.policies.mot.generate import Decoder, TokenizedText
+from lvrpo.policies.mot.model_runner import ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.types import Image, Parts
@@ -22,23 +22,25 @@ VARIANTS: list[dict[str, Any]] = [
 
 def noise(policy: TinyPolicy, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x_t = torch.randn(count, *policy.towers.latent_shape(), generator=generator)
+    x_t = torch.randn(count, *policy.encoders.latent_shape(), generator=generator)
     return x_t, torch.rand(count, generator=generator) * 0.8 + 0.2
 
 
-def text(policy: TinyPolicy, words: str) -> Written:
-    return Written((*policy.words.encode(words), policy.words.eos_id), True)
+def text(policy: TinyPolicy, words: str) -> TokenizedText:
+    return TokenizedText((*policy.tokenizer.encode(words), policy.tokenizer.eos_id), True)
 
 
 def text_logprobs(policy: TinyPolicy, cache: Cache, texts: Sequence[str]) -> list[torch.Tensor]:
     owner = range(len(texts))
-    return generate.score(policy.contexts, cache, owner, [text(policy, t) for t in texts], 1.0, closed=False).logprobs
+    return generate.score_text(
+        policy.runner, cache, owner, [text(policy, t) for t in texts], 1.0, closed=False
+    ).logprobs
 
 
 def by_hand_logprobs(policy: TinyPolicy, row: Any, words: str) -> torch.Tensor:
     """Of a text that ends a row that was run at once; ``row`` ends with the fed end token, which predicts nothing."""
     ids = text(policy, words).tokens
-    logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.words.forbidden(), -torch.inf)
+    logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.tokenizer.suppressed_tokens(), -torch.inf)
     return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
@@ -50,10 +52,10 @@ def test_cached_prefill_and_extension_equal_one_uncached_pass(
     x_t, t = noise(policy, 1)
     source = picture(1)
     context = ["draw a circle", ("clean", source), ("read", source), "make it blue"]
-    cache = policy.contexts.prefill([policy.contexts.row(("draw a circle", source, "make it blue"), draws=True)])
+    cache = policy.runner.prefill([policy.runner.row(("draw a circle", source, "make it blue"), draws=True)])
 
     whole = whole_row(policy, [*context, ("noise", (x_t[0], float(t[0])))])
-    v = flow_sampler.velocity(policy.contexts, cache, x_t, t)[0]
+    v = flow_sampler.velocity(policy.runner, cache, x_t, t)[0]
     assert whole.velocity.abs().mean() > 0.1
     torch.testing.assert_close(v, whole.velocity, rtol=1e-5, atol=1e-5)
 
@@ -64,15 +66,15 @@ def test_cached_prefill_and_extension_equal_one_uncached_pass(
 
 
 def test_token_by_token_equals_one_pass(policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
-    start = contexts.prefill([contexts.row((picture(1), "what is it"), draws=False)])
+    runner = policy.runner
+    start = runner.prefill([runner.row((picture(1), "what is it"), draws=False)])
     (whole,) = text_logprobs(policy, start, ["a red circle"])
     tokens = text(policy, "a red circle").tokens
-    stepped, feed = [], policy.words.bos_id
+    stepped, feed = [], policy.tokenizer.bos_id
     decoder = Decoder(policy.transformer, start, len(tokens))
     for token in tokens:
-        states = decoder.step(policy.towers.embed_tokens(torch.tensor([feed])))
-        logits = policy.towers.text_logits(states).masked_fill(policy.words.forbidden(), -torch.inf)
+        states = decoder.step(policy.encoders.embed_tokens(torch.tensor([feed])))
+        logits = policy.encoders.text_logits(states).masked_fill(policy.tokenizer.suppressed_tokens(), -torch.inf)
         stepped.append(torch.log_softmax(logits, dim=-1)[0, token])
         feed = token
     torch.testing.assert_close(torch.stack(stepped), whole, rtol=1e-5, atol=1e-5)
@@ -92,14 +94,14 @@ def mixed_parts(picture: Callable[[int], Image]) -> list[Parts]:
 
 @pytest.mark.parametrize("draws", [True, False])
 def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
-    rows = [contexts.row(parts, draws) for parts in mixed_parts(picture)]
+    runner = policy.runner
+    rows = [runner.row(parts, draws) for parts in mixed_parts(picture)]
     x_t, t = noise(policy, len(rows))
     answers = ["red", "a blue circle", "it", "two", "one two three", "square"]
 
     def outputs(order: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        cache = contexts.prefill([rows[i] for i in order])
-        v = flow_sampler.velocity(contexts, cache, x_t[order], t[order])
+        cache = runner.prefill([rows[i] for i in order])
+        v = flow_sampler.velocity(runner, cache, x_t[order], t[order])
         return text_logprobs(policy, cache, [answers[i] for i in order]), v
 
     together, v_together = outputs(list(range(len(rows))))
@@ -111,39 +113,39 @@ def test_padding_order_and_company_do_not_matter(draws: bool, policy: TinyPolicy
 
 
 def test_prefill_shared_equals_separate_prefills(policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
+    runner = policy.runner
     shared = picture(1)
     parts: list[Parts] = [(shared, "is it red"), ("draw",), (shared, "is it red"), (shared, "is it blue"), ("draw",)]
-    rows = [contexts.row(p, draws=True) for p in parts]
-    cache, index = contexts.prefill_shared(rows)
+    rows = [runner.row(p, draws=True) for p in parts]
+    cache, index = runner.prefill_shared(rows)
     assert index == [0, 1, 0, 2, 1]
     assert len(cache.rope) == 3
     x_t, t = noise(policy, len(rows))
-    v = flow_sampler.velocity(contexts, cache.select(index), x_t, t)
+    v = flow_sampler.velocity(runner, cache.select(index), x_t, t)
     for i, row in enumerate(rows):
-        alone = flow_sampler.velocity(contexts, contexts.prefill([row]), x_t[i : i + 1], t[i : i + 1])
+        alone = flow_sampler.velocity(runner, runner.prefill([row]), x_t[i : i + 1], t[i : i + 1])
         torch.testing.assert_close(v[i], alone[0], rtol=1e-6, atol=1e-5)
 
 
 def test_flow_steps_leave_the_context_alone(policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
-    cache = contexts.prefill([contexts.row((picture(1), "make it red"), draws=True)])
+    runner = policy.runner
+    cache = runner.prefill([runner.row((picture(1), "make it red"), draws=True)])
     depth = range(policy.transformer.config.depth)
     before = [t.clone() for t in (*(t for i in depth for t in cache.layer(i)), cache.rope)]
     x_t, t = noise(policy, 1)
-    first = flow_sampler.velocity(contexts, cache, x_t, t)
-    flow_sampler.velocity(contexts, cache, 2 * x_t, t)
-    assert torch.equal(flow_sampler.velocity(contexts, cache, x_t, t), first)
+    first = flow_sampler.velocity(runner, cache, x_t, t)
+    flow_sampler.velocity(runner, cache, 2 * x_t, t)
+    assert torch.equal(flow_sampler.velocity(runner, cache, x_t, t), first)
     for old, now in zip(before, (*(t for i in depth for t in cache.layer(i)), cache.rope), strict=True):
         assert torch.equal(old, now)
 
 
 def test_every_part_of_the_context_is_used(policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
+    runner = policy.runner
     x_t, t = noise(policy, 1)
 
     def v(*parts: Any, draws: bool = True) -> torch.Tensor:
-        return flow_sampler.velocity(contexts, contexts.prefill([contexts.row(parts, draws)]), x_t, t)
+        return flow_sampler.velocity(runner, runner.prefill([runner.row(parts, draws)]), x_t, t)
 
     base = v(picture(1), "make it red")
     for other in (
@@ -169,17 +171,19 @@ def test_gradient_through_a_shared_prefill_is_the_sum_of_separate_ones(
     new_policy: Callable[..., TinyPolicy], picture: Any
 ) -> None:
     policy = new_policy()
-    contexts = policy.contexts
+    runner = policy.runner
     shared = picture(1)
     parts: list[Parts] = [(shared, "is it red"), (shared, "is it red"), (shared, "what is it")]
     answers = ["red", "a circle", "red"]
     x_t, t = noise(policy, len(parts))
 
     def loss(indices: list[int]) -> torch.Tensor:
-        rows: list[Row] = [contexts.row(parts[i], draws=True) for i in indices]
-        cache, owner = contexts.prefill_shared(rows)
-        scored = generate.score(contexts, cache, owner, [text(policy, answers[i]) for i in indices], 1.0, closed=True)
-        v = flow_sampler.velocity(contexts, scored.cache, x_t[indices], t[indices])
+        rows: list[Row] = [runner.row(parts[i], draws=True) for i in indices]
+        cache, owner = runner.prefill_shared(rows)
+        scored = generate.score_text(
+            runner, cache, owner, [text(policy, answers[i]) for i in indices], 1.0, closed=True
+        )
+        v = flow_sampler.velocity(runner, scored.cache, x_t[indices], t[indices])
         return torch.cat(scored.logprobs).sum() + v.square().mean(dim=(1, 2)).sum()
 
     together = gradients(policy, loss([0, 1, 2]))
@@ -205,23 +209,23 @@ def test_gradient_through_a_shared_prefill_is_the_sum_of_separate_ones(
 def test_contexts_of_guidance(
     parts: Sequence[str], no_text: Sequence[str], no_images: Sequence[str], policy: TinyPolicy, picture: Any
 ) -> None:
-    contexts = policy.contexts
+    runner = policy.runner
     content = {"T": "a red circle", "S": "draw", "I": picture(1)}
 
     def row(letters: Sequence[str]) -> Row:
-        return contexts.row([content[letter] for letter in letters], draws=True)
+        return runner.row([content[letter] for letter in letters], draws=True)
 
     def keys(r: Row) -> list[Any]:
         return [piece.key for piece in r]
 
-    assert keys(contexts.without_text(row(parts))) == keys(row(no_text))
-    assert keys(contexts.without_images(row(parts))) == keys(row(no_images))
+    assert keys(runner.without_text(row(parts))) == keys(row(no_text))
+    assert keys(runner.without_images(row(parts))) == keys(row(no_images))
 
 
 def test_a_picture_condition_comes_with_both_sides_drawing_side_first(policy: TinyPolicy, picture: Any) -> None:
-    contexts: Contexts = policy.contexts
-    assert [piece.span.kind for piece in contexts.row((picture(1), "it"), draws=True)] == ["clean", "read", "text"]
-    assert [piece.span.kind for piece in contexts.row((picture(1), "it"), draws=False)] == ["read", "text"]
-    cache = contexts.prefill([contexts.row((picture(1), "it"), draws=True), contexts.row(("it",), draws=True)])
+    runner: ModelRunner = policy.runner
+    assert [piece.span.kind for piece in runner.row((picture(1), "it"), draws=True)] == ["clean", "read", "text"]
+    assert [piece.span.kind for piece in runner.row((picture(1), "it"), draws=False)] == ["read", "text"]
+    cache = runner.prefill([runner.row((picture(1), "it"), draws=True), runner.row(("it",), draws=True)])
     assert cache.rope.tolist() == [2 + 3, 3]
     assert cache.lengths == [6 + 6 + 3, 3]

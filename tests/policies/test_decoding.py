@@ -25,8 +25,8 @@ def contexts_of(policy: TinyPolicy, picture: Any, padded: bool) -> Cache:
     """Three contexts in two parts, of different lengths where they are padded."""
     shared = picture(1)
     ends = ("what is it", "it", "is it a red circle") if padded else ("is it red", "is it blue", "it is two")
-    rows = [policy.contexts.row((shared, end), draws=False) for end in ends]
-    cache = policy.contexts.prefill(rows)
+    rows = [policy.runner.row((shared, end), draws=False) for end in ends]
+    cache = policy.runner.prefill(rows)
     assert len(cache.parts) == 2
     return cache
 
@@ -42,14 +42,14 @@ def test_steps_have_the_bits_of_the_general_pass(
     padded: bool, key_heads: int, dtype: torch.dtype, new_policy: Callable[..., TinyPolicy], picture: Any
 ) -> None:
     policy = new_policy(3, key_heads=key_heads)
-    policy.compute_in(dtype)
+    policy.set_compute_dtype(dtype)
     with torch.no_grad(), policy.autocast():
         cache = contexts_of(policy, picture, padded)
         decoder = Decoder(policy.transformer, cache, len(CHANGES))
         for step, rows in enumerate(CHANGES):
             ids = [(7 * step + 3 * r) % 14 + 4 for r in range(len(cache.rope))]
-            hidden = policy.contexts.run(single_tokens(ids), cache)
-            states = decoder.step(policy.towers.embed_tokens(torch.tensor(ids)))
+            hidden = policy.runner.run(single_tokens(ids), cache)
+            states = decoder.step(policy.encoders.embed_tokens(torch.tensor(ids)))
             assert torch.equal(states, hidden.reading)
             assert states.std() > 0.1
             cache = hidden.cache.select(rows)
@@ -60,8 +60,8 @@ def test_steps_after_nothing(policy: TinyPolicy) -> None:
     cache = policy.transformer.empty_cache(2)
     decoder = Decoder(policy.transformer, cache, 2)
     for ids in ([4, 5], [6, 7]):
-        hidden = policy.contexts.run(single_tokens(ids), cache)
-        assert torch.equal(decoder.step(policy.towers.embed_tokens(torch.tensor(ids))), hidden.reading)
+        hidden = policy.runner.run(single_tokens(ids), cache)
+        assert torch.equal(decoder.step(policy.encoders.embed_tokens(torch.tensor(ids))), hidden.reading)
         cache = hidden.cache
 
 
@@ -70,11 +70,11 @@ def test_members_written_in_parts(policy: TinyPolicy, picture: Any, monkeypatch:
         cache = contexts_of(policy, picture, padded=True)
     owner = [0, 0, 2, 2, 1, 1, 1, 0]
     uniforms = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
-    whole = generate.write(policy.contexts, cache, owner, uniforms, 1.0)
-    room = generate.at_once(policy.transformer, cache, 6)
+    whole = generate.generate_text(policy.runner, cache, owner, uniforms, 1.0)
+    room = generate.decode_batch_size(policy.transformer, cache, 6)
     monkeypatch.setattr(generate, "BUFFER_BYTES", 3 * generate.BUFFER_BYTES // room + 1)
-    assert generate.at_once(policy.transformer, cache, 6) == 3
-    assert generate.write(policy.contexts, cache, owner, uniforms, 1.0) == whole
+    assert generate.decode_batch_size(policy.transformer, cache, 6) == 3
+    assert generate.generate_text(policy.runner, cache, owner, uniforms, 1.0) == whole
     assert len(set(whole)) > 4
 
 
@@ -96,7 +96,7 @@ def test_a_step_makes_no_index_and_copies_no_context(new_policy: Callable[..., T
         policy = new_policy(depth=depth)
         with torch.no_grad():
             decoder = Decoder(policy.transformer, contexts_of(policy, picture, padded=True), 4)
-        x = policy.towers.embed_tokens(torch.tensor([4, 5, 6])).detach()
+        x = policy.encoders.embed_tokens(torch.tensor([4, 5, 6])).detach()
         decoder.step(x)
         with Counted() as counted:
             decoder.select([0, 1, 2])
@@ -125,11 +125,11 @@ def test_spans_are_attended_as_under_a_mask(policy: TinyPolicy, picture: Any, mo
 
     def logprobs() -> list[torch.Tensor]:
         shared = picture(1)
-        rows = [policy.contexts.row((shared, end), draws=True) for end in ("is it red", "it", "is it blue", "two")]
-        cache, owner = policy.contexts.prefill_shared([*rows, rows[0]])
-        ids = policy.words.encode("a red circle")
-        texts = [generate.Written((*ids[: 1 + b % 3], policy.words.eos_id), True) for b in owner]
-        return generate.score(policy.contexts, cache, owner, texts, 1.0, closed=False).logprobs
+        rows = [policy.runner.row((shared, end), draws=True) for end in ("is it red", "it", "is it blue", "two")]
+        cache, owner = policy.runner.prefill_shared([*rows, rows[0]])
+        ids = policy.tokenizer.encode("a red circle")
+        texts = [generate.TokenizedText((*ids[: 1 + b % 3], policy.tokenizer.eos_id), True) for b in owner]
+        return generate.score_text(policy.runner, cache, owner, texts, 1.0, closed=False).logprobs
 
     def spans(self: Any, packing: Any, cache: Cache) -> SpanAttention:
         used.append(SpanAttention)

@@ -14,11 +14,11 @@ from lvrpo.sampling import masked_counts
 from lvrpo.training.preflight import step_zero_contract
 from lvrpo.types import Group, ImageTokenSegment, MaskedSegment, Prompt, RewardTable, TextSegment, Trajectory
 
-PICTURE = decoded(torch.arange(N) % 6)
+IMAGE_TOKEN = decoded(torch.arange(N) % 6)
 PROMPTS = (
-    Prompt("u", "understand", (PICTURE, "say red"), ("text",)),
+    Prompt("u", "understand", (IMAGE_TOKEN, "say red"), ("text",)),
     Prompt("g", "generate", ("draw blue",), ("image",)),
-    Prompt("e", "edit", (PICTURE, "draw green"), ("image",)),
+    Prompt("e", "edit", (IMAGE_TOKEN, "draw green"), ("image",)),
     Prompt("r", "reason", ("think draw yes no",), ("text", "image")),
 )
 BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=5)
@@ -103,7 +103,7 @@ def test_the_step_0_contract_knows_the_segments(name: str) -> None:
 
 def test_a_drawing_is_found_whatever_it_was_drawn_with() -> None:
     policy = DiscretePolicy(("tokens", "masked"))
-    assert policy.writes == ("text", "tokens", "masked")
+    assert policy.segment_kinds == ("text", "tokens", "masked")
     prompt = Prompt("t", "reason", ("think draw",), ("text", "image", "image"))
     for trajectory in members(rollout(policy, BASE, [prompt])):
         text, tokens, masked = trajectory.segments
@@ -169,6 +169,8 @@ def test_the_drawing_side_judges() -> None:
     (found,) = policy.image_logprob([trajectory.prompt.parts], [segment.image], 1, [0])
     assert float(found) == pytest.approx(float(segment.behavior_logprobs.sum()), rel=1e-5)
     masked = DiscretePolicy(("masked",))
-    one, same, other = masked.image_logprob([("draw red",)] * 3, [PICTURE, PICTURE, PICTURE.flip(1)], 3, [1, 1, 1])
+    one, same, other = masked.image_logprob(
+        [("draw red",)] * 3, [IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN.flip(1)], 3, [1, 1, 1]
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

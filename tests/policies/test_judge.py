@@ -9,7 +9,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.attention import forget_packings
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES
-from lvrpo.policies.mot.model_runner import Contexts
+from lvrpo.policies.mot.model_runner import ModelRunner
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Parts
@@ -20,8 +20,8 @@ def test_text_logprob_is_the_mean_of_token_log_softmaxes(
 ) -> None:
     source, answer = picture(1), "a red circle"
     row = whole_row(policy, [("read", source), "what is it", answer])
-    ids = [*policy.words.encode(answer), policy.words.eos_id]
-    logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.words.forbidden(), -torch.inf)
+    ids = [*policy.tokenizer.encode(answer), policy.tokenizer.eos_id]
+    logits = row.logits[-len(ids) - 1 : -1].masked_fill(policy.tokenizer.suppressed_tokens(), -torch.inf)
     logprobs = torch.log_softmax(logits, dim=-1)
     expected = sum(logprobs[i, token] for i, token in enumerate(ids)) / len(ids)
     (scored,) = policy.text_logprob([(source, "what is it")], [answer])
@@ -50,13 +50,13 @@ def test_comparisons_share_the_picture_that_they_begin_with(
     contexts = [(a, b, "is it a circle") for a in pictures for b in pictures if a is not b]
     alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
     read: list[int] = []
-    run = Contexts.run
+    run = ModelRunner.run
 
-    def noted(self: Contexts, rows: Any, *rest: Any, **options: Any) -> Any:
+    def noted(self: ModelRunner, rows: Any, *rest: Any, **options: Any) -> Any:
         read.append(sum(piece.span.kind == "read" for row in rows for piece in row))
         return run(self, rows, *rest, **options)
 
-    monkeypatch.setattr(Contexts, "run", noted)
+    monkeypatch.setattr(ModelRunner, "run", noted)
     shared = policy.text_logprob(contexts, ["red"] * 6)
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
     assert [n for n in read if n] == [3, 6]
@@ -71,13 +71,13 @@ def test_edits_that_are_compared_share_their_source_and_the_first_result(
     contexts.append((results[0], results[1], "is it a circle"))
     alone = torch.stack([policy.text_logprob([context], ["red"])[0] for context in contexts])
     read: list[list[int]] = []
-    run = Contexts.run
+    run = ModelRunner.run
 
-    def noted(self: Contexts, rows: Any, *rest: Any, **options: Any) -> Any:
+    def noted(self: ModelRunner, rows: Any, *rest: Any, **options: Any) -> Any:
         read.append([sum(piece.span.kind == "read" for piece in row) for row in rows])
         return run(self, rows, *rest, **options)
 
-    monkeypatch.setattr(Contexts, "run", noted)
+    monkeypatch.setattr(ModelRunner, "run", noted)
     shared = policy.text_logprob(contexts, ["red"] * 5)
     torch.testing.assert_close(shared, alone, rtol=1e-6, atol=1e-6)
     assert read == [[2, 2], [1, 1, 1, 1], [2]]
@@ -99,10 +99,10 @@ def test_texts_after_one_context_do_not_see_each_other(
 
 
 def test_the_outputs_asked_for_are_those_of_all(policy: TinyPolicy, picture: Any) -> None:
-    contexts = policy.contexts
-    rows = [contexts.row((picture(1), "is it"), draws=False), contexts.row(("a red circle",), draws=False)]
-    whole = contexts.run(rows, policy.transformer.empty_cache(2))
-    some = contexts.run(rows, policy.transformer.empty_cache(2), outputs=torch.tensor([2, 5, 7]))
+    runner = policy.runner
+    rows = [runner.row((picture(1), "is it"), draws=False), runner.row(("a red circle",), draws=False)]
+    whole = runner.run(rows, policy.transformer.empty_cache(2))
+    some = runner.run(rows, policy.transformer.empty_cache(2), outputs=torch.tensor([2, 5, 7]))
     torch.testing.assert_close(some.reading, whole.reading[[2, 5, 7]], rtol=1e-6, atol=1e-6)
     assert torch.equal(some.cache.layer(1)[0], whole.cache.layer(1)[0])
 
@@ -115,7 +115,7 @@ def test_unknown_words_of_an_answer_are_named(policy: TinyPolicy, picture: Any) 
 def by_hand(
     policy: TinyPolicy, whole_row: Any, context: Sequence[Any], image: torch.Tensor, draws: int, seed: int
 ) -> list[float]:
-    x_0 = policy.towers.encode_latents([image])[0]
+    x_0 = policy.encoders.encode_latents([image])[0]
     low, high = JUDGE_TIMES
     out = []
     for k in range(draws):

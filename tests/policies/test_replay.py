@@ -92,7 +92,7 @@ def test_texts_are_replayed_without_the_drawings_that_follow(
     def never(*_: object) -> Any:
         raise AssertionError("a drawing was replayed")
 
-    monkeypatch.setattr("lvrpo.policies.mot.policy.replay_drawings", never)
+    monkeypatch.setattr("lvrpo.policies.mot.policy.replay_flows", never)
     texts = policy.logprobs(trajectories, ["text"])
     for trajectory, row, full in zip(trajectories, texts, whole, strict=True):
         assert len(row) == (trajectory.text is not None)
@@ -168,7 +168,7 @@ def test_texts_cut_off_at_the_limit_are_replayed_and_continued(policy: TinyPolic
     sampling = replace(DRAWINGS["flow_sde"], max_new_tokens=1, group_size=8)
     trajectories = rollout(policy, [prompts[0], prompts[6]], sampling)
     texts = [t.segments[0] for t in trajectories]
-    eos = policy.words.eos_id
+    eos = policy.tokenizer.eos_id
     for segment in texts:
         assert isinstance(segment, TextSegment)
         assert len(segment.tokens) == 1
@@ -186,7 +186,7 @@ def test_replay_sees_another_policy(new_policy: Callable[..., TinyPolicy], promp
 
 def test_entropy_and_logprobs_of_text(policy: TinyPolicy, prompts: list[Prompt]) -> None:
     trajectories = rollout(policy, prompts[:2], BASE)
-    allowed = int((~policy.words.forbidden()).sum())
+    allowed = int((~policy.tokenizer.suppressed_tokens()).sum())
     for row in policy.logprobs(trajectories):
         assert row[0].entropy is not None
         assert (row[0].logprobs < 0).all()
@@ -229,7 +229,7 @@ def test_a_drawing_is_recorded_whole(policy: TinyPolicy, prompts: list[Prompt]) 
         with torch.no_grad():
             v = policy.velocity([trajectory], last, torch.tensor([0.25]))
         torch.testing.assert_close(segment.latent, (last - 0.25 * v)[0], rtol=1e-4, atol=1e-4)
-        assert torch.equal(segment.image, policy.towers.decode_latents(segment.latent[None])[0])
+        assert torch.equal(segment.image, policy.encoders.decode_latents(segment.latent[None])[0])
         assert 0 <= segment.image.min() <= segment.image.max() <= 1
         assert trajectory.image is segment.image
 
@@ -264,7 +264,7 @@ def test_velocity_is_conditioned_on_the_thought(policy: TinyPolicy, prompts: lis
     x_t, t = torch.randn(1, 4, 192), torch.tensor([0.5])
     thought = trajectory.segments[0]
     assert isinstance(thought, TextSegment)
-    ids = torch.tensor([*policy.words.encode("two two"), policy.words.eos_id])
+    ids = torch.tensor([*policy.tokenizer.encode("two two"), policy.tokenizer.eos_id])
     other = replace(trajectory, segments=(replace(thought, tokens=ids, ended=True), trajectory.segments[1]))
     unthought = replace(trajectory, prompt=replace(prompts[6], output=("image",)), segments=trajectory.segments[1:])
     v, v_other, v_unthought = (policy.velocity([item], x_t, t) for item in (trajectory, other, unthought))

@@ -82,7 +82,7 @@ def test_shared_noise_is_shared_inside_a_group_only(policy: TinyPolicy, prompts:
 
 def next_token_probabilities(policy: TinyPolicy, prompt: Prompt, temperature: float) -> torch.Tensor:
     """Of the first token, by scoring each word as if it had been sampled."""
-    size = len(policy.words)
+    size = len(policy.tokenizer)
     base = policy.sample([prompt], Sampling(group_size=1, max_new_tokens=1, temperature=temperature), [0])[0]
     segment = base.trajectories[0].segments[0]
     assert isinstance(segment, TextSegment)
@@ -105,9 +105,9 @@ def test_first_tokens_are_as_frequent_as_probable(
     tokens = [int(t.segments[0].tokens[0]) for t in group.trajectories if isinstance(t.segments[0], TextSegment)]
     probabilities = next_token_probabilities(policy, prompts[0], temperature)
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
-    assert (probabilities[policy.words.forbidden()] == 0).all()
+    assert (probabilities[policy.tokenizer.suppressed_tokens()] == 0).all()
     counts = Counter(tokens)
-    assert not any(policy.words.forbidden()[token] for token in counts)
+    assert not any(policy.tokenizer.suppressed_tokens()[token] for token in counts)
     likely = [i for i in range(len(probabilities)) if probabilities[i] * members >= 5]
     observed = [counts[i] for i in likely]
     expected = [float(probabilities[i]) * members for i in likely]
@@ -124,10 +124,10 @@ def test_forbidden_tokens_are_never_written_however_likely(
     new_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
 ) -> None:
     policy = new_policy()
-    forbidden = policy.words.forbidden().nonzero()[:, 0].tolist()
+    forbidden = policy.tokenizer.suppressed_tokens().nonzero()[:, 0].tolist()
     assert forbidden == [0, 1, 3, 4, 5]
     with torch.no_grad():
-        policy.towers.lm_head.weight[forbidden] *= 100
+        policy.encoders.lm_head.weight[forbidden] *= 100
     for temperature in (0.0, 1.0, 3.0):
         sampling = Sampling(group_size=32, max_new_tokens=6, temperature=temperature)
         for group in policy.sample(prompts[:3], sampling, [1, 2, 3]):
@@ -159,11 +159,11 @@ def test_text_ends_with_the_end_token_or_at_the_limit(policy: TinyPolicy, prompt
         assert isinstance(segment, TextSegment)
         tokens = segment.tokens.tolist()
         ended.append(segment.ended)
-        assert policy.words.eos_id not in tokens[:-1]
-        assert (tokens[-1] == policy.words.eos_id) == segment.ended
+        assert policy.tokenizer.eos_id not in tokens[:-1]
+        assert (tokens[-1] == policy.tokenizer.eos_id) == segment.ended
         assert len(tokens) <= 4
         assert segment.ended or len(tokens) == 4
-        assert segment.text == policy.words.decode(tokens) == trajectory.text
+        assert segment.text == policy.tokenizer.decode(tokens) == trajectory.text
     assert any(ended)
     assert not all(ended)
 

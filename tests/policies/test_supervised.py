@@ -33,9 +33,9 @@ def test_text_loss_by_hand(policy: TinyPolicy, whole_row: Callable[..., Any], pi
     total = []
     for example in rows:
         question, answer = example.prompt.parts[1], str(example.outputs[0])
-        ids = [*policy.words.encode(answer), policy.words.eos_id]
+        ids = [*policy.tokenizer.encode(answer), policy.tokenizer.eos_id]
         logits = whole_row(policy, [("read", source), question, answer]).logits[-len(ids) - 1 : -1]
-        logits = logits.masked_fill(policy.words.forbidden(), -torch.inf)
+        logits = logits.masked_fill(policy.tokenizer.suppressed_tokens(), -torch.inf)
         total += [float(-torch.log_softmax(logits, dim=-1)[i, token]) for i, token in enumerate(ids)]
     losses = policy.supervised_losses(rows, generator())
     assert set(losses) == {"text"}
@@ -53,19 +53,19 @@ def test_image_loss_by_hand(which: str, policy: TinyPolicy, whole_row: Callable[
         "no condition": (batch[4], []),
     }[which]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    embed = policy.towers.embed_latents
+    embed = policy.encoders.embed_latents
 
     def spy(latents: torch.Tensor, t: torch.Tensor, *grid: Any) -> torch.Tensor:
         seen.append((latents, t))
         return embed(latents, t, *grid)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy.towers, "embed_latents", spy)
+        patch.setattr(policy.encoders, "embed_latents", spy)
         loss = policy.supervised_losses([example], generator())["image"]
     x_t, t = seen[-1][0][0], float(seen[-1][1])
     target = example.outputs[-1]
     assert isinstance(target, torch.Tensor)
-    x_0 = policy.towers.encode_latents([target])[0]
+    x_0 = policy.encoders.encode_latents([target])[0]
     noise = (x_t - (1 - t) * x_0) / t
     torch.testing.assert_close(noise, torch.randn(1, 4, 192, generator=generator())[0], rtol=1e-4, atol=1e-4)
     v = whole_row(policy, [*context, ("noise", (x_t, t))]).velocity
@@ -90,10 +90,15 @@ def test_gradient_reaches_every_parameter(new_policy: Callable[..., TinyPolicy],
     sum(policy.supervised_losses(examples(picture), generator()).values()).backward()  # type: ignore[union-attr]
     without = {name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()}
     assert without == set()
-    table = policy.towers.embed_tokens_table.weight.grad
-    used = {policy.words.bos_id, policy.words.eos_id, policy.words.image_start_id, policy.words.image_end_id}
+    table = policy.encoders.embed_tokens_table.weight.grad
+    used = {
+        policy.tokenizer.bos_id,
+        policy.tokenizer.eos_id,
+        policy.tokenizer.image_start_id,
+        policy.tokenizer.image_end_id,
+    }
     used |= {i for text in ("what color is it", "red", "a blue circle", "make it red", "draw one", "one")
-             for i in policy.words.encode(text)}  # fmt: skip
+             for i in policy.tokenizer.encode(text)}  # fmt: skip
     assert set(table.any(dim=1).nonzero()[:, 0].tolist()) == used
 
 

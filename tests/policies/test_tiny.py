@@ -13,7 +13,7 @@ from lvrpo.data.scenes import VOCABULARY
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
-from lvrpo.policies.tiny import TinyConfig, TinyPolicy, TinyWords, patchify, unpatchify
+from lvrpo.policies.tiny import TinyConfig, TinyPolicy, TinyTokenizer, patchify, unpatchify
 from lvrpo.types import Prompt
 
 
@@ -27,15 +27,15 @@ def test_patches_are_row_major_and_channel_last() -> None:
 
 def test_pictures_survive_the_latents(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> None:
     images = [picture(1), picture(2)]
-    latents = policy.towers.encode_latents(images)
-    assert latents.shape == (2, *policy.towers.latent_shape())
+    latents = policy.encoders.encode_latents(images)
+    assert latents.shape == (2, *policy.encoders.latent_shape())
     assert latents.min() >= -1
-    torch.testing.assert_close(policy.towers.decode_latents(latents), torch.stack(images))
-    assert policy.towers.decode_latents(latents * 9).max() == 1
+    torch.testing.assert_close(policy.encoders.decode_latents(latents), torch.stack(images))
+    assert policy.encoders.decode_latents(latents * 9).max() == 1
 
 
 def test_words() -> None:
-    words = TinyWords.from_vocabulary(["red", "circle", ",", "?"])
+    words = TinyTokenizer.from_vocabulary(["red", "circle", ",", "?"])
     assert words.encode("Red circle, red?") == [6, 7, 8, 6, 9]
     assert words.encode("") == []
     assert words.decode([1, 6, 7, 2]) == "red circle"
@@ -77,7 +77,7 @@ def test_a_seed_makes_one_policy_and_leaves_the_global_one_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     pairs = list(zip(one.parameters(), two.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(one.towers.read_in.weight, other.towers.read_in.weight)
+    assert not torch.equal(one.encoders.read_in.weight, other.encoders.read_in.weight)
 
 
 def outputs(policy: TinyPolicy, picture: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_saved_and_loaded_bit_for_bit(
     with pytest.raises(InputError, match=r"dtype=bfloat16: .* computes in float32: leave it out"):
         TinyPolicy.load(tmp_path / "model", dtype=torch.bfloat16)
     assert twin.config == policy.config
-    assert twin.words.vocabulary == policy.words.vocabulary
+    assert twin.tokenizer.vocabulary == policy.tokenizer.vocabulary
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), twin.parameters(), strict=True))
     assert torch.equal(outputs(policy, picture), outputs(twin, picture))
     twin.save(tmp_path / "again")
@@ -155,7 +155,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name": (lambda f: change_weights(f, rename=True), "do not fit config.json at towers.lm_head.bias"),
     "tokenizer truncated": (truncate("tokenizer.json", 100), "tokenizer.json: truncated or damaged"),
     "tokenizer of another model": (
-        lambda f: TinyWords.from_vocabulary(["one", "word"]).save(f),
+        lambda f: TinyTokenizer.from_vocabulary(["one", "word"]).save(f),
         "weights do not fit config.json at towers.embed_tokens_table.weight",
     ),
 }
@@ -181,7 +181,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 
 def test_frozen_shares_nothing(new_policy: Callable[..., TinyPolicy], picture: Callable[[int], torch.Tensor]) -> None:
     policy = new_policy()
-    twin = policy.frozen()
+    twin = policy.make_reference()
     assert type(twin) is type(policy)
     before = outputs(twin, picture)
     assert torch.equal(before, outputs(policy, picture))

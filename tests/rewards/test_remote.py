@@ -160,7 +160,7 @@ def test_an_actor_tells_that_its_reward_asks_the_judge() -> None:
 def tiny() -> Any:
     from lvrpo.policies.loading import load_policy
 
-    return load_policy("tiny").frozen()
+    return load_policy("tiny").make_reference()
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.live = make_policy()
-        self.policies, self.reference = Policies(self.live), self.live.frozen()
+        self.policies, self.reference = Policies(self.live), self.live.make_reference()
 
     def config(self, **tree: Any) -> TrainConfig:
         """Only the policy terms: the divergences have coefficient 0 unless given."""

@@ -219,7 +219,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.live = DiscretePolicy(("tokens", "masked"))
-        self.start = self.live.frozen()
+        self.start = self.live.make_reference()
         self.policies = Policies(self.live, ())
         prompts = [
             Prompt("r", "reason", ("think draw red",), ("text", "image", "image")),
@@ -363,11 +363,13 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
         optimizer = {"kind": "adamw", "warmup_steps": 0}
         tree["rollout"] = MONTE_CARLO | tree.get("rollout", {})
         config = make_config(optimizer=optimizer, **tree)
-        phases = config.phases(bench.live.writes)
+        phases = config.phases(bench.live.segment_kinds)
         assert [phase for phase in phases if "masked" in phase[0]] == [(("text", "masked"), 1.0)]
         assert (("tokens",), tree["tokens"]["lr_scale"]) in phases
         optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in phases]
-        train_step(bench.policies, objectives_of(config, bench.live.writes), optimizers, bench.groups, A, config, 0)
+        train_step(
+            bench.policies, objectives_of(config, bench.live.segment_kinds), optimizers, bench.groups, A, config, 0
+        )
         found = torch.cat([(p.detach() - start[name]).flatten() for name, p in bench.live.named_parameters()])
         bench.live.load_state_dict(start)
         return found

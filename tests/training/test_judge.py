@@ -42,7 +42,7 @@ QUESTIONS = [Prompt(f"q{i}", "understand", (PICTURE * (i + 1) / 4, "what is it")
 
 def shifted(policy: Any, size: float, seed: int = 0) -> Any:
     """A copy with every weight moved a little."""
-    twin, generator = policy.frozen(), torch.Generator().manual_seed(seed)
+    twin, generator = policy.make_reference(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in twin.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator))
@@ -51,7 +51,7 @@ def shifted(policy: Any, size: float, seed: int = 0) -> Any:
 
 def surer(policy: Any, sign: float) -> Any:
     """A copy that is more (less) sure of the answer "red"."""
-    twin = policy.frozen().requires_grad_(True)
+    twin = policy.make_reference().requires_grad_(True)
     loss = -twin.text_logprob.__wrapped__(twin, [q.parts for q in QUESTIONS], ["red"] * 4).mean()
     loss.backward()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, b
     prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
     groups = bench.sample([prompt])
     rewards = build_rewards([RewardConfig(name="own_vqa"), RewardConfig(name="text_length", options={"limit": 3})])
-    judge = policy.frozen()
+    judge = policy.make_reference()
     table = score_groups(rewards, groups, judge)
     assert judge_drift(rewards, groups, table, sets_of(policy=policy)) == {}
     live = shifted(policy, 0.05)
@@ -310,7 +310,7 @@ def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, mo
     prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
     groups = bench.sample([prompt])
     rewards = build_rewards([RewardConfig(name="text_length", options={"limit": 3}), RewardConfig(name="own_vqa")])
-    table = score_groups(rewards, groups, policy.frozen())
+    table = score_groups(rewards, groups, policy.make_reference())
     monkeypatch.setattr(rewards[0].reward, "score", None)
     drift = judge_drift(rewards, groups, table, sets_of(policy=shifted(policy, 0.05)))
     assert "judge_drift/generate/own_vqa" in drift

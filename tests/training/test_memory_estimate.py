@@ -16,8 +16,8 @@ from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import VAE
-from lvrpo.policies.bagel.config import described_config
-from lvrpo.policies.bagel.create import BagelSizes, create_bagel, learn_words
+from lvrpo.policies.bagel.config import config_from_json
+from lvrpo.policies.bagel.create import BagelSizes, create_bagel, train_tokenizer
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.policies.mot.attention import Span, pack
@@ -255,10 +255,10 @@ def test_published_json_files_tell_the_published_sizes(tmp_path: Path) -> None:
     (tmp_path / "llm_config.json").write_text(json.dumps(llm | {"max_position_embeddings": 32768}))
     (tmp_path / "vit_config.json").write_text(json.dumps(vit | {"patch_size": 14}))
     (tmp_path / "config.json").write_text("{'no': json}")
-    config = described_config(tmp_path)
+    config = config_from_json(tmp_path)
     assert (config.latent_side, config.vit.side, config.vit.depth, config.latent_patch) == (64, 70, 26, 2)
     with torch.device("meta"):
-        policy = BagelPolicy(config, learn_words(["a"], 512))
+        policy = BagelPolicy(config, train_tokenizer(["a"], 512))
     weights = sum(t.numel() for name, t in policy.state_dict().items() if not name.startswith(VAE))
     assert weights * 2 == pytest.approx(29.2e9, rel=1e-3)  # in bfloat16
 
@@ -276,7 +276,7 @@ def test_published_json_files_tell_the_published_sizes(tmp_path: Path) -> None:
 def test_json_files_that_tell_nonsense_are_named(described: Path, file: str, content: str, message: str) -> None:
     (described / file).write_text(content)
     with pytest.raises(InputError, match=message):
-        described_config(described)
+        config_from_json(described)
 
 
 def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, capsys: pytest.CaptureFixture[str]) -> None:

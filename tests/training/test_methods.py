@@ -332,7 +332,7 @@ def test_a_masked_member_is_never_chosen(
 ) -> None:
     """Half of the group has no score, hence advantage 0, which is neither the best nor the worst nor the middle."""
     other = "flow" if section == "text" else "text"
-    (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}), bench.live.writes)
+    (objective,) = objectives_of(bench.config(**{section: tree, other: {"weight": 0.0}}), bench.live.segment_kinds)
     groups = bench.sample([prompts[0] if section == "text" else prompts[2]], 8)
     A, valid = torch.tensor([[*advantages, *[0.0] * 4]]), torch.tensor([[True] * 4 + [False] * 4])
     chosen = objective.select_members(groups, GroupAdvantages(A, valid))
@@ -414,7 +414,7 @@ def test_what_a_masked_member_wrote_and_drew_never_matters(
 
 def one_step(bench: Any, config: Any, groups: Any, A: Any, lr_scale: float = 1.0) -> Metrics:
     """One training step with optimizers of its own."""
-    writes = bench.live.writes
+    writes = bench.live.segment_kinds
     optimizers = [Optimizers(bench.live, config.optimizer, 100) for _ in config.phases(writes)]
     return train_step(bench.policies, objectives_of(config, writes), optimizers, groups, A, config, 0, lr_scale)
 
@@ -429,7 +429,7 @@ def both(A: Any) -> Any:
 def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
     config = bench.config(text={"lr_scale": 0.5}, flow={"lr_scale": 2.0})
-    assert config.phases(bench.live.writes) == [(("text",), 0.5), (("flow",), 2.0)]
+    assert config.phases(bench.live.segment_kinds) == [(("text",), 0.5), (("flow",), 2.0)]
     start = {name: p.detach().clone() for name, p in bench.live.named_parameters()}
     one_step(bench, config, groups, both(ALL))
     moved = {name: (p.detach() - start[name]).norm() for name, p in bench.live.named_parameters()}
@@ -437,7 +437,7 @@ def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: 
     bench.live.load_state_dict({**bench.live.state_dict(), **start})
     alone = bench.config(flow={"weight": 0.0})
     one_step(bench, alone, groups, both(ALL), lr_scale=0.5)
-    head = bench.live.towers.lm_head.weight  # no drawing reaches it
+    head = bench.live.encoders.lm_head.weight  # no drawing reaches it
     assert float((head.detach() - start["towers.lm_head.weight"]).norm()) == pytest.approx(
         float(moved["towers.lm_head.weight"]), rel=1e-5
     )
@@ -470,7 +470,7 @@ def test_one_rate_for_both_is_one_step(bench: Any, prompts: list[Prompt]) -> Non
     moves = []
     for tree, scale in (({"text": {"lr_scale": 0.5}, "flow": {"lr_scale": 0.5}}, 1.0), ({}, 0.5)):
         config = bench.config(**tree)
-        assert len(config.phases(bench.live.writes)) == 1
+        assert len(config.phases(bench.live.segment_kinds)) == 1
         one_step(bench, config, groups, both(ALL), scale)
         moves.append(bench.weights() - start)
         bench.descend(moves[-1], float(moves[-1].norm()))

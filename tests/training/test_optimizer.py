@@ -182,5 +182,5 @@ def test_copied_weights_stay_the_optimizers_parameters() -> None:
     copy_weights(model, policy(seed=5).state_dict())
     assert before == {name: id(p) for name, p in model.named_parameters()}
     assert torch.equal(
-        model.towers.embed_tokens(torch.tensor([1])), policy(seed=5).towers.embed_tokens(torch.tensor([1]))
+        model.encoders.embed_tokens(torch.tensor([1])), policy(seed=5).encoders.embed_tokens(torch.tensor([1]))
     )

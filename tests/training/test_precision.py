@@ -48,8 +48,8 @@ def test_weights_and_latents_stay_float32(
 ) -> None:
     policy = lively_policy() if kind == "tiny" else lively_bagel()
     exact = policy.sample(prompts, SAMPLING, list(range(len(prompts))))
-    policy.compute_in(torch.bfloat16)
-    assert policy.compute_dtype == policy.frozen().compute_dtype == torch.bfloat16
+    policy.set_compute_dtype(torch.bfloat16)
+    assert policy.compute_dtype == policy.make_reference().compute_dtype == torch.bfloat16
     groups = policy.sample(prompts, SAMPLING, list(range(len(prompts))))
     trajectories = [t for group in groups for t in group.trajectories]
     drawings = [s for t in trajectories for s in t.segments if isinstance(s, FlowSegment)]
@@ -71,11 +71,11 @@ def test_weights_and_latents_stay_float32(
 
 def test_the_context_is_kept_in_the_computed_dtype(lively_policy: Callable[..., TinyPolicy]) -> None:
     policy = lively_policy()
-    row = policy.contexts.row(("red circle",), draws=False)
-    assert policy.contexts.prefill([row]).layer(0)[0].dtype == torch.float32
-    policy.compute_in(torch.bfloat16)
+    row = policy.runner.row(("red circle",), draws=False)
+    assert policy.runner.prefill([row]).layer(0)[0].dtype == torch.float32
+    policy.set_compute_dtype(torch.bfloat16)
     with policy.autocast():
-        cache = policy.contexts.prefill([row])
+        cache = policy.runner.prefill([row])
     assert {t.dtype for i in range(len(policy.transformer.layers)) for t in cache.layer(i)} == {torch.bfloat16}
 
 
@@ -83,12 +83,12 @@ def test_every_method_that_runs_the_model_computes_in_bfloat16(
     lively_policy: Callable[..., TinyPolicy], prompts: list[Prompt]
 ) -> None:
     policy = lively_policy()
-    policy.compute_in(torch.bfloat16)
+    policy.set_compute_dtype(torch.bfloat16)
     seen: list[bool] = []
     policy.transformer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     picture = torch.rand(3, policy.image_size, policy.image_size)
     group = policy.sample(prompts[:1], SAMPLING, [0])[0]
-    latent = torch.zeros(1, *policy.towers.latent_shape())  # type: ignore[operator]  # of the tiny towers
+    latent = torch.zeros(1, *policy.encoders.latent_shape())  # type: ignore[operator]  # of the tiny towers
     examples = [Example(Prompt("s", "generate", ("red circle",), ("image",)), (picture,))]
     calls: list[Callable[[], object]] = [
         lambda: policy.sample(prompts, SAMPLING, list(range(len(prompts)))),
@@ -123,7 +123,7 @@ def test_a_float32_adapter_on_a_bfloat16_base(dora: bool, prompts: list[Prompt])
     tree = ["policy=base", "device=cpu", "precision={weights: bfloat16}", f"adapter={{rank: 2, dora: {dora}}}".lower()]
     policy, _ = open_policy(load_config(TrainConfig, None, tree))
     assert isinstance(policy, MoTPolicy)
-    plain = policy.frozen()
+    plain = policy.make_reference()
     for name, parameter in policy.named_parameters():
         expected = torch.float32 if is_adapter(name) or "latent_vae" in name else torch.bfloat16
         assert parameter.dtype == expected, name
@@ -178,14 +178,14 @@ def test_moments_in_8_bits_step_like_those_in_32(lively_policy: Callable[..., Ti
 
     def stepped(kind: Any) -> tuple[torch.Tensor, Optimizers]:
         policy = lively_policy()
-        policy.towers.read_in = nn.Linear(192, 64)  # large enough for 8 bits
-        policy.towers.read_in.weight.data.zero_()
+        policy.encoders.read_in = nn.Linear(192, 64)  # large enough for 8 bits
+        policy.encoders.read_in.weight.data.zero_()
         optimizers = Optimizers(policy, OptimizerConfig(kind=kind, adamw_lr=0.1, warmup_steps=0), 100)
         for step in range(3):
             for parameter in policy.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
             optimizers.step(step)
-        return policy.towers.read_in.weight.detach().clone(), optimizers
+        return policy.encoders.read_in.weight.detach().clone(), optimizers
 
     (low, optimizers), (high, _) = stepped("adamw_8bit"), stepped("adamw")
     assert float(high.abs().mean()) > 0.05

@@ -129,7 +129,7 @@ def test_the_weights_of_the_losses(trainer: Callable[..., Supervised]) -> None:
 
 def test_the_average_is_short_at_first(trainer: Callable[..., Supervised]) -> None:
     supervised = trainer()
-    by_hand = supervised.average.frozen()
+    by_hand = supervised.average.make_reference()
     for step in range(4):
         supervised.train_step()
         average_into(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])

@@ -213,7 +213,7 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
     )
     drawn = [prompt for prompt in prompts if prompt.output == ("image",)]
     groups = policy.sample(drawn, Sampling(group_size=4, num_steps=2), list(range(len(drawn))))
-    objective = next(o for o in objectives_of(config, policy.writes) if o.kind == "flow")
+    objective = next(o for o in objectives_of(config, policy.segment_kinds) if o.kind == "flow")
     A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
     chosen = objective.select_members(groups, A)
 

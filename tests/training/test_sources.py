@@ -16,7 +16,7 @@ from lvrpo import InputError, Prompt, Sampling, reward
 from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.policies.loading import model_type, picture_side
+from lvrpo.policies.loading import model_type, stored_image_size
 from lvrpo.registry import allow_code, own_consent, resolve
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.decorated import as_reward
@@ -284,4 +284,4 @@ def test_another_family_is_named_with_the_nearest_and_the_page(file: str, conten
 
 
 def test_the_side_of_pictures_is_known_without_loading(small_base: Path) -> None:
-    assert picture_side(small_base) == 32
+    assert stored_image_size(small_base) == 32

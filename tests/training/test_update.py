@@ -123,7 +123,7 @@ def test_the_text_gradient_at_ratio_1_is_reinforce(reduction: str, policies: Pol
 def test_a_good_answer_becomes_likelier_and_a_bad_one_less(policies: Policies, prompts: list[Prompt]) -> None:
     groups = sample(policies, prompts[:1], temperature=2.0)
     for advantages, sign in (([1.0, 0, 0, 0], 1), ([-1.0, 0, 0, 0], -1)):
-        start = policies.policy.frozen()
+        start = policies.policy.make_reference()
         found = gradients(policies, groups, [advantages], make_config())
         descend(policies, found, 1e-3 / norm(found))
         segment = groups[0].trajectories[0].segments[0]

@@ -31,7 +31,7 @@ def run(options: Options) -> None:
     torch.set_num_threads(1)
     start = Path(options.model) / START
     models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
-    loaded = {when: load_policy(name, options.device, options.dtype).frozen() for when, name in models.items()}
+    loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
     directions: dict[Direction, str] = {
         "see_and_plan": "reading expert over a picture, drawing expert about to draw from its caption",
         "name_and_form": "reading expert over a caption, drawing expert over the noisy picture",

@@ -90,9 +90,13 @@ def evaluate(options: Options) -> None:
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
         tuned.require(judge_identity(policy))
-    judge = None if options.judge is None else load_policy(options.judge, options.device, options.dtype).frozen()
+    judge = (
+        None if options.judge is None else load_policy(options.judge, options.device, options.dtype).make_reference()
+    )
     rewarded = any(benchmark.metric == "reward" for benchmark in benchmarks)
-    reward_judge = load_policy(judged_by, options.device).frozen() if rewarded and judged_by is not None else None
+    reward_judge = (
+        load_policy(judged_by, options.device).make_reference() if rewarded and judged_by is not None else None
+    )
     console = wide_console()
     result = suite.evaluate(
         policy,
@@ -119,9 +123,9 @@ def evaluate(options: Options) -> None:
 
 def read_side(options: Options) -> int | None:
     """The side of the pictures that MODEL reads, where rows of a file are put to it."""
-    from lvrpo.policies.loading import picture_side
+    from lvrpo.policies.loading import stored_image_size
 
-    return picture_side(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
+    return stored_image_size(options.model) if any(name.endswith(".jsonl") for name in options.benchmark) else None
 
 
 def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:

@@ -144,7 +144,7 @@ def ask_options(parser: Parser) -> None:
 
 def ask(options: Options) -> None:
     from lvrpo.commands.files import fitting_image, write_file
-    from lvrpo.policies.loading import picture_side
+    from lvrpo.policies.loading import stored_image_size
 
     image, question, table = options.image, options.question, options.questions
     single = image is not None and question is not None
@@ -159,7 +159,7 @@ def ask(options: Options) -> None:
         prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
-        asked = question_rows(table, picture_side(options.model), options.root)
+        asked = question_rows(table, stored_image_size(options.model), options.root)
         policy = load(options)
         for row in asked:
             row.require_readable(policy)

@@ -115,7 +115,7 @@ def train_and_evaluate(
     trainer = Pretrainer.resume(folder, config) if begun else Pretrainer.start(config, folder)
     with trainer.run as run:
         trainer.train(end_with_parent)
-        judge = None if config.init is None else load_policy(config.init, config.device, "float32").frozen()
+        judge = None if config.init is None else load_policy(config.init, config.device, "float32").make_reference()
         measuring = Measuring(sampled_prompts, judge=judge)
         found = find_benchmarks(benchmarks)
         evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, measuring=measuring)

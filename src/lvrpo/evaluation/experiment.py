@@ -25,7 +25,7 @@ from lvrpo.evaluation.suite import (
     find_benchmarks,
     own_benchmarks,
 )
-from lvrpo.policies.loading import picture_side
+from lvrpo.policies.loading import stored_image_size
 from lvrpo.reading import Record, is_there
 from lvrpo.records import Cost
 from lvrpo.report import build_report
@@ -230,7 +230,7 @@ def planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     config, parts = trainer.config, trainer.parts
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
     files = any(name.endswith(".jsonl") for name in names)
-    side = picture_side(config.policy) if files else None
+    side = stored_image_size(config.policy) if files else None
     found = find_benchmarks(names, parts.scorer, side, config.data.jsonl.root)
     if TEST_ROWS in plan.benchmarks:
         found += own_benchmarks("test", parts.test_prompts(), parts.scorer)

@@ -1,4 +1,4 @@
-"""What a policy promises, whatever it draws with (DESIGN section 3)."""
+"""The contract of a policy, however it generates images, and the settings that it is sampled with."""
 
 from __future__ import annotations
 
@@ -98,15 +98,15 @@ SCALES = (
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What a trajectory counts when it is replayed."""
+class TokenCounts:
+    """How many tokens a replay of a trajectory has."""
 
     context: int
     """Of its prompt; members of a group that are replayed together hold it once."""
     text: int
-    """Of the texts it wrote."""
-    drawing: int
-    """Of one pass over its drawing."""
+    """Of its text segments."""
+    image: int
+    """Of one pass over the image that it generates."""
 
 
 class FeatureLoss(Protocol):
@@ -127,22 +127,34 @@ def check_text(policy: object, text: str) -> None:
         check(text)
 
 
+# --- the contract: a Policy samples and replays, judges, is saved; the rest has defaults in ``policies.defaults`` ---
+
+
 @runtime_checkable
-class Policy(Protocol):
-    """One model that reads pictures and draws them."""
+class RolloutPolicy(Protocol):
+    """What samples outputs and replays them with a gradient: all that a policy-gradient loss needs."""
 
     @property
-    def image_size(self) -> int | None:
-        """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
-        ...
-
-    @property
-    def writes(self) -> tuple[SegmentKind, ...]:
+    def segment_kinds(self) -> tuple[SegmentKind, ...]:
         """The kinds of segments that its outputs may be made of."""
         ...
 
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the square images that it takes and generates; None: images of any size."""
+        ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that log-probs are computed in: it tells how exact a replay is."""
+        ...
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """The sampling settings of a task unless others are given: guidance, steps, length."""
+        ...
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """Draws a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
+        """Samples a group for every prompt; ``seeds`` has one seed per prompt, members are derived from it."""
         ...
 
     def logprobs(
@@ -154,38 +166,25 @@ class Policy(Protocol):
         """
         ...
 
-    def velocity(
-        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
-    ) -> torch.Tensor:
-        """Velocity (B, N, C) of the drawn segment at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
-
-        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone. Called only for flows, as
-        is ``timestep_shift``.
-        """
-        ...
-
-    def tokens(self, trajectory: Trajectory) -> Tokens:
+    def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """How many tokens a replay of it has."""
         ...
 
-    def limit_tokens(self, limit: int | None) -> None:
-        """At most so many tokens go through the transformer at once (None: the policy's own limit)."""
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by expert: "understand", "generate", "shared"."""
         ...
 
-    def checkpoint_gradients(self, on: bool) -> None:
-        """Whether layers are computed again in the backward pass instead of being remembered."""
-        ...
 
-    def timestep_shift(self) -> float:
-        """The shift of times that the drawing side was trained with; sampling uses it unless told otherwise."""
-        ...
+@runtime_checkable
+class Judge(Protocol):
+    """What scores outputs of any policy, all that a reward needs; rewards ask it questions by ``sample``."""
 
-    def default_sampling(self, task: Task) -> Sampling:
-        """What the policy is sampled with at a task unless told otherwise: guidance, steps, length."""
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """As ``RolloutPolicy.sample``."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Reading side as judge: mean log-prob per token, end token included, of each text in its context, (batch,)."""
+        """Mean log-prob per token, end token included, of each text in its context, (batch,)."""
         ...
 
     def image_logprob(
@@ -196,41 +195,29 @@ class Policy(Protocol):
         seeds: Sequence[int],
         times: tuple[float, float] = ...,
     ) -> torch.Tensor:
-        """Drawing side as judge: estimates of the log-likelihood of each image after its context, (batch, draws).
+        """Estimates of the log-likelihood of each image after its context, (batch, draws).
 
-        In nats, up to a constant of the image. What a draw leaves to chance is a function of the row's seed alone: rows
-        that are compared share a seed. ``times``: the span in which a flow is judged, each policy having its own.
+        In nats, up to a constant of the image. The random numbers of a draw are a function of the row's seed alone:
+        rows that are compared share a seed. ``times``: the interval of flow times that is integrated over, each policy
+        having its own.
         """
         ...
 
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """What the reading side makes of texts and pictures, each read alone: (N, D), a row per word or patch.
+        """Hidden states of texts and images, each read alone: (N, D), a row per text token or image patch.
 
         After ``layer`` layers; 0: as they enter the transformer. Without gradient and without markers. Raises
-        InputError for a layer that there is not.
+        InputError for a layer that does not exist.
         """
         ...
 
-    def supervised_losses(
-        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
-    ) -> Mapping[str, torch.Tensor]:
-        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss).
 
-        With ``represent``, also "representation": its loss on the states of the pictures being drawn.
-        """
-        ...
+@runtime_checkable
+class SavedPolicy(Protocol):
+    """What is copied, saved and loaded."""
 
-    def frozen(self) -> Self:
+    def make_reference(self) -> Self:
         """A copy that no update reaches: the reference, and the judge; with an adapter, the base without it."""
-        ...
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What log-probs are computed in: it tells how exact a replay is."""
-        ...
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by expert: "understand", "generate", "shared"."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -246,10 +233,56 @@ class Policy(Protocol):
         ...
 
 
-MEMBERS = tuple(name for name in vars(Policy) if not name.startswith("_"))
+@runtime_checkable
+class OptionalMethods(Protocol):
+    """What a policy may do without: ``PolicyDefaults`` has a default of each, or an error that names who needs it."""
+
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """Velocity (B, N, C) of the generated image at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
+
+        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone. Called only for flows, as
+        is ``timestep_shift``.
+        """
+        ...
+
+    def timestep_shift(self) -> float:
+        """The shift of times that the flow was trained with; sampling uses it unless another is given."""
+        ...
+
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
+    ) -> Mapping[str, torch.Tensor]:
+        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss).
+
+        With ``represent``, also "representation": its loss on the states of the noisy images.
+        """
+        ...
+
+    def check_text(self, text: str) -> None:
+        """Raises InputError where the policy cannot tokenize a text."""
+        ...
+
+    def limit_tokens(self, limit: int | None) -> None:
+        """At most so many tokens go through the transformer at once (None: the policy's own limit)."""
+        ...
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether activations are recomputed in the backward pass (gradient checkpointing)."""
+        ...
+
+
+@runtime_checkable
+class Policy(RolloutPolicy, Judge, SavedPolicy, OptionalMethods, Protocol):
+    """One model that understands and generates text and images."""
+
+
+PARTS = (RolloutPolicy, Judge, SavedPolicy, OptionalMethods)
+MEMBERS = tuple(dict.fromkeys(name for part in PARTS for name in vars(part) if not name.startswith("_")))
 """All that a policy has."""
 
 
 def missing_members(policy: object) -> list[str]:
-    """What a policy of somebody's own lacks."""
+    """The members of ``Policy`` that somebody's own class lacks."""
     return [name for name in MEMBERS if not hasattr(policy, name)]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
+from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -29,18 +29,13 @@ from lvrpo.types import (
 
 
 class PolicyDefaults(nn.Module, ABC):
-    """A policy of which ``writes``, ``sample``, ``logprobs``, ``save`` and ``load`` are left to write.
+    """A policy of which ``segment_kinds``, ``sample``, ``logprobs``, ``save`` and ``load`` are left to write.
 
     What it cannot do by default (judge, draw by a flow, train on examples) raises InputError that names the method.
     """
 
-    image_size: int | None = None
-    """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
-
-    @property
-    @abstractmethod
-    def writes(self) -> tuple[SegmentKind, ...]:
-        """The kinds of segments that its outputs may be made of."""
+    segment_kinds: tuple[SegmentKind, ...]
+    """The kinds of segments that its outputs may be made of."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
@@ -63,7 +58,12 @@ class PolicyDefaults(nn.Module, ABC):
 
     # --- what has a default ---
 
-    def frozen(self) -> Self:
+    @property
+    def image_size(self) -> int | None:
+        """None: images of any size."""
+        return None
+
+    def make_reference(self) -> Self:
         """A copy that no update reaches."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
@@ -84,12 +84,12 @@ class PolicyDefaults(nn.Module, ABC):
         """1: no shift."""
         return 1.0
 
-    def tokens(self, trajectory: Trajectory) -> Tokens:
+    def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """A token per four letters and per 16 x 16 pixels."""
         texts = sum(len(part) for part in trajectory.prompt.parts if isinstance(part, str))
         pixels = sum(part[0].numel() for part in trajectory.prompt.parts if not isinstance(part, str))
         drawn = 0 if trajectory.image is None else trajectory.image[0].numel()
-        return Tokens(texts // 4 + pixels // 256 + 1, len(trajectory.text or "") // 4 + 1, drawn // 256)
+        return TokenCounts(texts // 4 + pixels // 256 + 1, len(trajectory.text or "") // 4 + 1, drawn // 256)
 
     def limit_tokens(self, limit: int | None) -> None:
         """Does nothing: a batch goes through at once."""
@@ -102,7 +102,9 @@ class PolicyDefaults(nn.Module, ABC):
 
     # --- what it cannot do unless written ---
 
-    def velocity(self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
         """Needed by policies that draw by a flow."""
         raise self._lacks("velocity", "draws by no flow")
 

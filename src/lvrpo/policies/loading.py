@@ -125,13 +125,13 @@ def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Pat
 
 def _load_completed(folder: Path, base: Path, device: torch.device, dtype: str | None) -> Policy:
     """A fine-tuned BAGEL with what its whole base has and it leaves out."""
-    from lvrpo.policies.bagel.policy import BagelPolicy, is_whole
+    from lvrpo.policies.bagel.policy import BagelPolicy, is_complete
 
     if has_adapter(base):
         raise InputError(f"base {base}: is an adapter itself: make one model of it with `lvrpo export`")
     if model_type(base) != "bagel":
         raise InputError(f"base {base}: is no BAGEL, and {folder} is no adapter: leave the base out")
-    if is_whole(folder):
+    if is_complete(folder):
         raise InputError(f"{folder}: is a whole model, which needs no base: leave the base out")
     return BagelPolicy.load(folder, device, DTYPES.get(dtype or ""), base=base)
 
@@ -172,12 +172,12 @@ def policy_folder(model: str | Path) -> Path:
     )
 
 
-def picture_side(model: str | Path) -> int | None:
+def stored_image_size(model: str | Path) -> int | None:
     """Side of the square pictures that MODEL reads, found without loading it; None: pictures of any size."""
     folder = policy_folder(model)
     if has_adapter(folder):
         return None
-    read = getattr(policy_class(folder), "picture_side", None)  # optional in a class
+    read = getattr(policy_class(folder), "stored_image_size", None)  # optional in a class
     return None if read is None else read(folder)
 
 

@@ -30,7 +30,7 @@ from lvrpo.types import Image
 
 SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
 
-UNSPOKEN = ".,;:!"
+IGNORED_PUNCTUATION = ".,;:!"
 """Punctuation that a person may write and the vocabulary leaves out."""
 
 
@@ -64,7 +64,7 @@ class TinyConfig(Config):
         return 3 * self.patch_size**2
 
 
-class TinyWords:
+class TinyTokenizer:
     """A closed vocabulary of whole words."""
 
     pad_id, bos_id, eos_id, image_start_id, image_end_id, unknown_id = range(len(SPECIAL_TOKENS))
@@ -93,7 +93,7 @@ class TinyWords:
             ids = []
             for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
                 word = text[start:stop]
-                if token == self.unknown_id and not word.strip(UNSPOKEN):
+                if token == self.unknown_id and not word.strip(IGNORED_PUNCTUATION):
                     continue
                 ids.append(token)
                 if token == self.unknown_id:
@@ -106,7 +106,7 @@ class TinyWords:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.tokenizer.id_to_token(int(i)) or "" for i in ids if i >= len(SPECIAL_TOKENS))
 
-    def forbidden(self) -> torch.Tensor:
+    def suppressed_tokens(self) -> torch.Tensor:
         mask = torch.zeros(len(self), dtype=torch.bool)
         mask[[self.pad_id, self.bos_id, self.image_start_id, self.image_end_id, self.unknown_id]] = True
         return mask
@@ -125,7 +125,7 @@ class TinyWords:
             raise InputError(f"{path}: truncated or damaged ({error}): restore the file") from error
 
 
-class TinyTowers(nn.Module):
+class TinyEncoders(nn.Module):
     """Pixel patches in, pixel patches out; the drawing side predicts the clean picture and turns it into a velocity."""
 
     def __init__(self, config: TinyConfig, vocabulary_size: int) -> None:
@@ -157,7 +157,7 @@ class TinyTowers(nn.Module):
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)
 
-    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
+    def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
         hidden = functional.relu(self.read_in(self.encode_latents(images))).square()
         return self.read_out(hidden) + self.read_position
 
@@ -171,16 +171,16 @@ class TinyTowers(nn.Module):
         pixels = torch.stack(list(images)).to(self.frequencies) * 2 - 1
         return patchify(pixels, self.config.patch_size)
 
-    def read_grid(self, image: Image) -> Grid:
-        return self.free_grid(None)
+    def vision_grid(self, image: Image) -> Grid:
+        return self.default_grid(None)
 
     def latent_grid(self, image: Image) -> Grid:
-        return self.free_grid(None)
+        return self.default_grid(None)
 
-    def drawn_grid(self, height: int, width: int) -> Grid:
-        return self.free_grid((height, width))
+    def output_grid(self, height: int, width: int) -> Grid:
+        return self.default_grid((height, width))
 
-    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+    def default_grid(self, image_size: tuple[int, int] | None) -> Grid:
         size = self.config.image_size
         if image_size not in (None, (size, size)):
             raise InputError(f"image_size={image_size}: this model draws {size} x {size}: leave the size out")
@@ -205,12 +205,12 @@ class TinyTowers(nn.Module):
 
 
 class TinyPolicy(MoTPolicy):
-    """The core with the tiny towers: a complete policy."""
+    """The Mixture-of-Transformers core with the tiny encoders."""
 
     model_type = "lvrpo_tiny"
 
-    def __init__(self, config: TinyConfig, words: TinyWords) -> None:
-        super().__init__(MoT(config.transformer), TinyTowers(config, len(words)), words)
+    def __init__(self, config: TinyConfig, tokenizer: TinyTokenizer) -> None:
+        super().__init__(MoT(config.transformer), TinyEncoders(config, len(tokenizer)), tokenizer)
         self.config = config
 
     @classmethod
@@ -218,7 +218,7 @@ class TinyPolicy(MoTPolicy):
         """A fresh random policy."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            policy = cls(config, TinyWords.from_vocabulary(vocabulary))
+            policy = cls(config, TinyTokenizer.from_vocabulary(vocabulary))
         for layer in policy.transformer.layers:
             assert isinstance(layer, Layer)
             # like attends to like: a token being drawn finds the source's token of the same place from the start
@@ -241,17 +241,17 @@ class TinyPolicy(MoTPolicy):
     def timestep_shift(self) -> float:
         return self.config.timestep_shift
 
-    def save_whole(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_tensors(folder / "model.safetensors", state, {"format": "pt"})
         config = {"model_type": self.model_type, **self.config.model_dump(mode="json")}
         write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        self.words.save(folder)
+        self.tokenizer.save(folder)
 
     @classmethod
-    def picture_side(cls, folder: Path) -> int | None:
+    def stored_image_size(cls, folder: Path) -> int | None:
         """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
         try:
             side = read_json_object(folder / "config.json").get("image_size")
@@ -260,8 +260,8 @@ class TinyPolicy(MoTPolicy):
         return side if type(side) is int else None
 
     @classmethod
-    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """As ``MoTPolicy.skeleton``; the dtype is float32."""
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.from_config``; the dtype is float32."""
         if dtype not in (None, torch.float32):
             raise InputError(f"dtype={str(dtype).removeprefix('torch.')}: {folder} computes in float32: leave it out")
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -271,12 +271,12 @@ class TinyPolicy(MoTPolicy):
         found = config.pop("model_type", None)
         if found != cls.model_type:
             raise InputError(f"{folder}: holds a model of type {found!r}, not {cls.model_type!r}: give another folder")
-        return cls(parse_section(TinyConfig, config, folder / "config.json"), TinyWords.load(folder))
+        return cls(parse_section(TinyConfig, config, folder / "config.json"), TinyTokenizer.load(folder))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Reads what ``save`` wrote; the dtype is float32."""
-        policy = cls.skeleton(folder, device, dtype)
+        policy = cls.from_config(folder, device, dtype)
         state, _ = read_weights(folder / "model.safetensors", "restore the file")
         own = policy.state_dict()
         wrong = sorted(set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape})

@@ -211,7 +211,7 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
 
 def local_source(config: RewardConfig, device: str = "cpu") -> RewardSource:
     """A row whose reward is made in this process; ``device``: of a judge of its own."""
-    judge = None if config.judge is None else load_policy(config.judge, device).frozen()
+    judge = None if config.judge is None else load_policy(config.judge, device).make_reference()
     return RewardSource(config, make_reward(config), judge)
 
 

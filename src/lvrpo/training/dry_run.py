@@ -95,7 +95,7 @@ def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampl
     with state.policies.use("judge") as judge:
         table = score_groups(rewards, groups, judge)
     advantages = segment_advantages(table, groups, config.advantages)
-    objectives = objectives_of(config, policy.writes)
+    objectives = objectives_of(config, policy.segment_kinds)
     train_step(state.policies, objectives, state.optimizers, groups, advantages, small, 0)
     step_seconds = (time.perf_counter() - started) * sum(counts.values()) / sum(few.values())
 

@@ -23,11 +23,11 @@ from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_fol
 from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
 from lvrpo.policies.mot.attention import forget_packings
-from lvrpo.policies.mot.generate import Decoder, at_once
-from lvrpo.policies.mot.model_runner import Grid, row_tokens, runs
+from lvrpo.policies.mot.generate import Decoder, decode_batch_size
+from lvrpo.policies.mot.model_runner import Grid, row_tokens, run_ids
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.policies.mot.trajectory import as_written
 from lvrpo.policies.mot.trajectory import flow_segment as flow_record
+from lvrpo.policies.mot.trajectory import tokenized_text
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
@@ -78,7 +78,7 @@ def estimate_memory(
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             device = device or pick_device(config.device)
-            policy = kind.skeleton(folder, device, DTYPES.get(weights_dtype(config, folder) or ""))
+            policy = kind.from_config(folder, device, DTYPES.get(weights_dtype(config, folder) or ""))
         check(policy)
         return estimate_policy(policy, config, prompts, validation, device)
     finally:
@@ -132,11 +132,11 @@ class _Estimator:
         self.device = device
         self.sampling = config.sampling(0)
         if config.precision.compute is not None:
-            policy.compute_in(DTYPES[config.precision.compute])
+            policy.set_compute_dtype(DTYPES[config.precision.compute])
         config.limits.apply(policy)
         if isinstance(policy, BagelPolicy):
             _skip_resizing(policy)
-        self.contexts = policy.contexts
+        self.runner = policy.runner
         self.trained = [p for p in policy.parameters() if p.requires_grad]
         self.divided = config.offload or world_size() > 1
         self.in_rounds = self.divided and shard_dtype(policy, config) is not None
@@ -149,7 +149,7 @@ class _Estimator:
         gradients = _bytes(self.trained)
         mixed = bool(config.gradient_audit.every) or config.gradient_mixing != "sum"
         tasks = {prompt.task for prompt in prompts}
-        old = uses_old_policy(config, self.policy.writes)
+        old = uses_old_policy(config, self.policy.segment_kinds)
         copies = (1 + old + (config.adapter is None)) * gradients
         by_task = gradients * (len(tasks) + 1) if mixed else 0
         kept, on_card = self._divided(old) + by_task if self.divided else 0, self.device != "cpu"
@@ -164,7 +164,7 @@ class _Estimator:
             for members in self._sampled_at_once(asked, size):
                 self._note(passes, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
         groups = [self._group(prompt) for prompt in prompts]
-        for objective in objectives_of(config, self.policy.writes):
+        for objective in objectives_of(config, self.policy.segment_kinds):
             for task in tasks:
                 replayed = self._replayed_at_once([g for g in groups if g.prompt.task == task], objective)
                 replay = self._replay_text if objective.output == "text" else self._replay_drawings
@@ -238,21 +238,21 @@ class _Estimator:
             if kind == "muon" and parameter.ndim == 2 and ".layers." in name and self.config.adapter is None:
                 each = 4
             total += each * parameter.numel()
-        return total * len(self.config.phases(self.policy.writes))
+        return total * len(self.config.phases(self.policy.segment_kinds))
 
     def _recorded(self, prompt: Prompt) -> int:
         """Of one trajectory, on the device."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
-        return height * width * (4 * self.policy.towers.channels + 12 * self.policy.pixels_per_token() ** 2)
+        return height * width * (4 * self.policy.encoders.channels + 12 * self.policy.pixels_per_token() ** 2)
 
     def _recorded_steps(self, prompt: Prompt) -> int:
         """Of one trajectory, in host memory: the states before and after, and the means."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
-        return 3 * len(self.sampling.window) * 4 * height * width * self.policy.towers.channels
+        return 3 * len(self.sampling.window) * 4 * height * width * self.policy.encoders.channels
 
     def _grid(self, prompt: Prompt) -> Grid:
         return self.policy._grid(prompt, self.sampling)
@@ -273,11 +273,11 @@ class _Estimator:
     def _replayed_at_once(self, groups: Sequence[Group], objective: Objective) -> list[Trajectory]:
         """The largest part of a task's members that is replayed together, every group being told apart."""
         policy = self.policy
-        longest = sorted(groups, key=lambda group: -policy.tokens(group.trajectories[0]).context)
+        longest = sorted(groups, key=lambda group: -policy.count_tokens(group.trajectories[0]).context)
 
         def size(members: Sequence[Member]) -> int:
-            found = [(policy.tokens(m.trajectory), objective.passes(m.trajectory)) for m in members]
-            return sum(tokens.context + tokens.text + tokens.drawing * passes for tokens, passes in found)
+            found = [(policy.count_tokens(m.trajectory), objective.passes(m.trajectory)) for m in members]
+            return sum(tokens.context + tokens.text + tokens.image * passes for tokens, passes in found)
 
         with unset_fake_temporarily():  # a choice looks at advantages and times
             A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
@@ -307,44 +307,44 @@ class _Estimator:
         pixels = policy.pixels_per_token()
         with unset_fake_temporarily():  # they are looked at: is a step guided
             timesteps = timestep_grid(sampling.num_steps, shift)
-        states = torch.empty(1, len(window), height * width, policy.towers.channels)
+        states = torch.empty(1, len(window), height * width, policy.encoders.channels)
         latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
-        drawn = flow_sampler.Drawn(latents, timesteps, states, states, logprobs, states)
+        drawn = flow_sampler.FlowSample(latents, timesteps, states, states, logprobs, states)
         return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
 
     # ---------------------------------------------------------------- parts of a step
     def _rollout(self, members: Sequence[Prompt]) -> None:
         """As ``sample``: the last token of the longest texts, their scores, one step of a drawing, and its pixels."""
-        policy, contexts = self.policy, self.contexts
-        owner = runs([prompt.id for prompt in members])
+        policy, runner = self.policy, self.runner
+        owner = run_ids([prompt.id for prompt in members])
         rows = [policy._row(members[owner.index(p)]) for p in range(owner[-1] + 1)]
         output, of_prompt = members[0].output, owner
         with policy.autocast():
-            cache = contexts.prefill(rows)
+            cache = runner.prefill(rows)
             if "text" in output:
                 self._write(cache, owner)
-                texts = [as_written(self._text(m)) for m in range(len(members))]
+                texts = [tokenized_text(self._text(m)) for m in range(len(members))]
                 closed = len(output) > 1
-                scores = generate.score(contexts, cache, owner, texts, self.sampling.temperature, closed)
+                scores = generate.score_text(runner, cache, owner, texts, self.sampling.temperature, closed)
                 if closed:
                     cache, owner = scores.cache, list(range(len(members)))
             if "image" in output:
                 grid, size = self._grid(members[0]), len(members)
                 branches = policy._branches(cache.select(owner), [rows[p] for p in of_prompt], self.sampling)
-                x_t = torch.empty(size, grid[0] * grid[1], policy.towers.channels)
+                x_t = torch.empty(size, grid[0] * grid[1], policy.encoders.channels)
                 guidance = flow_sampler.guidance_of(self.sampling)
                 v = flow_sampler.guided_velocity(
-                    contexts, branches, x_t, torch.empty(()), guidance, grid, guidance.interval[1]
+                    runner, branches, x_t, torch.empty(()), guidance, grid, guidance.interval[1]
                 )
-                policy.towers.decode_latents(x_t - v, grid)
+                policy.encoders.decode_latents(x_t - v, grid)
 
     def _write(self, cache: Cache, owner: Sequence[int]) -> None:
         """A token of texts of which no two are alike, in buffers for the longest, and rows that change after it."""
         transformer, steps = self.policy.transformer, self.config.rollout.max_new_tokens
-        rows = owner[: at_once(transformer, cache, steps)]
+        rows = owner[: decode_batch_size(transformer, cache, steps)]
         decoder = Decoder(transformer, cache.select(rows), steps)
-        tokens = torch.full((len(rows),), self.contexts.words.bos_id)
-        logits = self.policy.towers.text_logits(decoder.step(self.policy.towers.embed_tokens(tokens)))
+        tokens = torch.full((len(rows),), self.runner.tokenizer.bos_id)
+        logits = self.policy.encoders.text_logits(decoder.step(self.policy.encoders.embed_tokens(tokens)))
         torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
         decoder.select(range(len(rows))[::-1])
 
@@ -399,10 +399,10 @@ class _Estimator:
             for fact in trajectory.prompt.facts or (Fact("", "", ""),)
             if trajectory.image is not None
         ]
-        rows = [self.contexts.row(context, draws=False) for context, _ in asked]
-        new = [len(self.contexts.words.encode(answer)) + 1 for _, answer in asked]
+        rows = [self.runner.row(context, draws=False) for context, _ in asked]
+        new = [len(self.runner.tokenizer.encode(answer)) + 1 for _, answer in asked]
         tokens = [row_tokens(row) + more for row, more in zip(rows, new, strict=True)]
-        most = max(self.policy.within(rows, new), key=lambda part: sum(tokens[i] for i in part))
+        most = max(self.policy.split_rows(rows, new), key=lambda part: sum(tokens[i] for i in part))
         self.policy.text_logprob([asked[i][0] for i in most], [asked[i][1] for i in most])
 
 
@@ -415,10 +415,10 @@ def _kind(prompts: Sequence[Prompt]) -> str:
 
 def _skip_resizing(policy: BagelPolicy) -> None:
     """Pictures come at the size that the towers want: how they are resized needs their values."""
-    towers, config = policy.towers, policy.config
+    towers, config = policy.encoders, policy.config
 
     def read_pixels(image: Image) -> torch.Tensor:
-        height, width = towers.read_grid(image)
+        height, width = towers.vision_grid(image)
         return torch.empty(3, height * config.vit.patch_size, width * config.vit.patch_size)
 
     def encode_latents(images: Sequence[Image]) -> torch.Tensor:

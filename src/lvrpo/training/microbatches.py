@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lvrpo.config import Config
 from lvrpo.distributed import gather
 from lvrpo.policies.base import Policy
-from lvrpo.policies.mot.model_runner import cut
+from lvrpo.policies.mot.model_runner import split_by_tokens
 from lvrpo.training.losses.base import (
     FROZEN,
     KINDS,
@@ -149,16 +149,16 @@ def cut_by_tokens(
     units: Sequence[Sequence[Member]], objective: Objective, policy: Policy, limit: int
 ) -> list[list[int]]:
     """Indices of units that are replayed together."""
-    counted = [[policy.tokens(member.trajectory) for member in members] for members in units]
+    counted = [[policy.count_tokens(member.trajectory) for member in members] for members in units]
     new = [
         sum(
-            tokens.text + tokens.drawing * objective.passes(member.trajectory)
+            tokens.text + tokens.image * objective.passes(member.trajectory)
             for tokens, member in zip(counts, members, strict=True)
         )
         for counts, members in zip(counted, units, strict=True)
     ]
     prompts = [members[0].trajectory.prompt.id for members in units]
-    return cut(prompts, [counts[0].context for counts in counted], new, limit)
+    return split_by_tokens(prompts, [counts[0].context for counts in counted], new, limit)
 
 
 def by_kind(objectives: Sequence[Objective]) -> dict[SegmentKind, Objective]:

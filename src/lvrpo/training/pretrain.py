@@ -77,7 +77,7 @@ class Representation(nn.Module):
             )
         self.config = config
         self.layer = config.layer
-        self.teacher = policy.frozen()
+        self.teacher = policy.make_reference()
         width = policy.transformer.config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -208,7 +208,7 @@ class Supervised:
         self.config = config
         self.policy = policy
         require_size(policy, config)
-        self.average = policy.frozen()
+        self.average = policy.make_reference()
         self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
         self.optimizers = Optimizers(policy, config.optimizer, config.steps)
         self.step = 0
@@ -289,7 +289,7 @@ class Supervised:
             for j in range(step * count // run, (step + 1) * count // run):
                 unit = int(self._order(kind, j // units)[j % units])
                 out += rows[unit * run : (unit + 1) * run]
-        if self.policy.drops_conditions:
+        if self.policy.has_condition_dropout:
             return out
         return [self._with_dropout(e, rng) if e.prompt.output == ("image",) else e for e in out]
 
@@ -326,7 +326,7 @@ def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
 def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:
     """Raises InputError where a policy does not draw pictures of the corpus's size by itself."""
     size = config.corpus.size
-    height, width = (side * policy.pixels_per_token() for side in policy.towers.free_grid(None))
+    height, width = (side * policy.pixels_per_token() for side in policy.encoders.default_grid(None))
     if (height, width) != (size, size):
         raise InputError(f"corpus.size={size}: this policy draws {width} x {height}: set corpus.size to that")
 
@@ -340,7 +340,7 @@ def fresh_policy(config: PretrainConfig) -> MoTPolicy:
                 f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "
                 "name a policy of lvrpo, or BAGEL"
             )
-        if config.representation.weight and policy.drops_conditions:
+        if config.representation.weight and policy.has_condition_dropout:
             raise InputError("representation.weight with BAGEL: its packed pass keeps no states: set it to 0")
         return policy
     return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))

@@ -37,7 +37,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    declared = getattr(policy_class(base), "writes", None)
+    declared = getattr(policy_class(base), "segment_kinds", None)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
         config.require_fit(declared)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
@@ -46,16 +46,16 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             "leave one of them out"
         )
     policy = load_policy(base, config.device, weights_dtype(config, base))
-    config.require_fit(policy.writes)
+    config.require_fit(policy.segment_kinds)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
-        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.writes).items() if s.weight])
+        require_moved(policy, config.adapter, [k for k, s in config.sections(policy.segment_kinds).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
     if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
-        policy.towers.free_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
+        policy.encoders.default_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
     return as_configured(policy, config), base
 
 
@@ -64,7 +64,7 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     if config.precision.compute is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
-        policy.compute_in(DTYPES[config.precision.compute])
+        policy.set_compute_dtype(DTYPES[config.precision.compute])
     config.limits.apply(policy)
     return policy
 

@@ -13,7 +13,7 @@ from lvrpo.data.jsonl import JsonlPrompts
 from lvrpo.data.sources import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, check_text
-from lvrpo.policies.loading import picture_side
+from lvrpo.policies.loading import stored_image_size
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.success import HeldOutScorer
@@ -103,7 +103,7 @@ def open_source(config: TrainConfig, split: Split, seed: int, given: CustomParts
         )
     build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
     if data.source == "jsonl":
-        return build(data.jsonl, split, seed, picture_side(config.policy))
+        return build(data.jsonl, split, seed, stored_image_size(config.policy))
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
 
 

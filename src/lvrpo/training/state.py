@@ -89,12 +89,12 @@ class TrainState:
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
         """The state before the first step: all sets of weights are those of the given policy."""
-        sets: list[SetName] = ["old"] if uses_old_policy(config, policy.writes) else []
+        sets: list[SetName] = ["old"] if uses_old_policy(config, policy.segment_kinds) else []
         judge = Judge(config.judge) if config.judge.moves else None
         if judge is not None:
             sets += judge.sets
         policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)
-        optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.writes)]
+        optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.segment_kinds)]
         watched = (
             None if config.validation.overoptimization is None else Overoptimization(config.validation.overoptimization)
         )

@@ -75,7 +75,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     """What trains each kind of segment that the policy writes."""
 
     def __post_init__(self) -> None:
-        self.objectives = objectives_of(self.config, self.state.policies.policy.writes)
+        self.objectives = objectives_of(self.config, self.state.policies.policy.segment_kinds)
 
     # --- opening a run ---
 
@@ -287,7 +287,7 @@ def train_step(
     one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
     ``config.gradient_mixing`` may weigh against those of other tasks.
     """
-    metrics, writes = Metrics(), policies.policy.writes
+    metrics, writes = Metrics(), policies.policy.segment_kinds
     rescored: list[SegmentKind] = [
         kind
         for kind, section in config.sections(writes).items()

@@ -158,7 +158,7 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
     policy = BagelPolicy.load(folder)
     assert policy.default_sampling("understand").max_new_tokens == 32
     asked = Prompt("u", "understand", (picture(1), "what is it"), ("text",))
-    room = 64 - 2 - policy.tokens(Trajectory(asked, 0, (), 0, 0)).context
+    room = 64 - 2 - policy.count_tokens(Trajectory(asked, 0, (), 0, 0)).context
     policy.sample([asked], replace(BASE, max_new_tokens=room), [0])
     with pytest.raises(InputError, match=rf"prompt 'u': .* shorten it, or write less: max_new_tokens <= {room}$"):
         policy.sample([asked], replace(BASE, max_new_tokens=room + 1), [0])
@@ -181,7 +181,7 @@ def test_what_is_written_and_drawn_counts(saved: Path, tmp_path: Path, capsys: p
 
 
 def test_thinking_begins_with_the_published_instruction(small: BagelPolicy) -> None:
-    words = small.words
+    words = small.tokenizer
     draw, answer = (small._row(prompt) for prompt in prompts()[8:])
     assert words.decode(draw[0].ids) == THINK_THEN_DRAW
     assert words.decode(answer[0].ids) == THINK_THEN_ANSWER
@@ -191,9 +191,9 @@ def test_thinking_begins_with_the_published_instruction(small: BagelPolicy) -> N
 
 def test_condition_noise_is_a_function_of_the_picture(small: BagelPolicy) -> None:
     one, other = picture(1), picture(1)
-    assert torch.equal(small.towers.encode_latents([one]), small.towers.encode_latents([other]))
-    both = small.towers.encode_latents([picture(2), one])
-    assert float((both[1] - small.towers.encode_latents([one])[0]).abs().max()) < 1e-5
+    assert torch.equal(small.encoders.encode_latents([one]), small.encoders.encode_latents([other]))
+    both = small.encoders.encode_latents([picture(2), one])
+    assert float((both[1] - small.encoders.encode_latents([one])[0]).abs().max()) < 1e-5
 
 
 def test_judges(small: BagelPolicy) -> None:
@@ -258,7 +258,7 @@ def test_both_experts_learn(saved: Path) -> None:
 
 def test_frozen_stays_and_saved_is_the_same_policy(saved: Path, tmp_path: Path) -> None:
     policy = BagelPolicy.load(saved)
-    frozen = policy.frozen()
+    frozen = policy.make_reference()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.01
@@ -342,10 +342,10 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "bagel-tiny", str(folder), *sizes]) == 0
     policy = BagelPolicy.load(folder)
     assert policy.config.transformer.width == 32
-    assert policy.towers.free_grid(None) == (2, 2)
+    assert policy.encoders.default_grid(None) == (2, 2)
     for text in ("two red circles", "Ünïcode 猫 42\nnewline"):
-        assert policy.words.decode(policy.words.encode(text)) == text
-    assert len(policy.words.encode("two red circles")) <= 5
+        assert policy.tokenizer.decode(policy.tokenizer.encode(text)) == text
+    assert len(policy.tokenizer.encode("two red circles")) <= 5
     assert {path.name for path in folder.iterdir()} >= {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert main(["init", "bagel-tiny", str(folder)]) == 2
     assert main(["init", "bagel-tiny", str(tmp_path / "other"), "width=30"]) == 2
@@ -386,8 +386,8 @@ def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None
     parts = [picture(1), "a red circle", picture(2, 8, 16), "blue"]
     for layer in (0, 2):
         states = small.reading_states(parts, layer)
-        grids = [small.towers.read_grid(part) for part in parts if isinstance(part, torch.Tensor)]
-        words = [len(small.words.encode(part)) for part in parts if isinstance(part, str)]
+        grids = [small.encoders.vision_grid(part) for part in parts if isinstance(part, torch.Tensor)]
+        words = [len(small.tokenizer.encode(part)) for part in parts if isinstance(part, str)]
         assert [len(s) for s in states] == [grids[0][0] * grids[0][1], words[0], grids[1][0] * grids[1][1], words[1]]
         assert grids[0] != grids[1]
         for part, state in zip(parts, states, strict=True):

@@ -20,7 +20,7 @@ from lvrpo.policies.bagel import checkpoint as checkpoint_module
 from lvrpo.policies.bagel import policy as policy_module
 from lvrpo.policies.bagel.checkpoint import official_name
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.tokenizer import FILES, BagelWords
+from lvrpo.policies.bagel.tokenizer import FILES, BagelTokenizer
 from lvrpo.policies.loading import load_policy
 
 
@@ -48,7 +48,7 @@ def test_what_is_saved_is_loaded(small: BagelPolicy, saved: Path) -> None:
     assert isinstance(loaded, BagelPolicy)
     assert loaded.config == small.config
     assert same(loaded, small)
-    assert loaded.words.encode("two red circles") == small.words.encode("two red circles")
+    assert loaded.tokenizer.encode("two red circles") == small.tokenizer.encode("two red circles")
     assert not any(p.is_meta for p in (*loaded.parameters(), *loaded.buffers()))
     assert [n for n, p in loaded.named_parameters() if not p.requires_grad] == [
         n for n, _ in loaded.named_parameters() if "latent_vae" in n
@@ -176,7 +176,7 @@ def test_an_output_layer_that_is_tied_and_left_out_is_the_table_of_words(folder:
 def test_words_from_vocabulary_and_merges(parity: Any, tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(parity.folder / "checkpoint" / name, tmp_path)
-    words = BagelWords.load(tmp_path, parity.policy.config.vocabulary_size)
+    words = BagelTokenizer.load(tmp_path, parity.policy.config.vocabulary_size)
     for row in parity.meta["tokenizer"]:
         assert words.encode(row["text"]) == row["ids"]
         assert words.decode(row["ids"]) == row["text"]
@@ -208,7 +208,7 @@ def edit_json(folder: Path, name: str, **changes: object) -> None:
     (folder / name).write_text(json.dumps(found))
 
 
-def cut(path: Path, size: int) -> None:
+def split_by_tokens(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
@@ -227,9 +227,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "ema.safetensors").unlink(), r"holds no ema\.safetensors, the weights"),
     "no autoencoder": (lambda f: (f / "ae.safetensors").unlink(), r"holds no ae\.safetensors, the autoencoder that"),
     "nothing": (lambda f: [path.unlink() for path in f.iterdir()], r"is no model: .* or BAGEL's"),
-    "cut off": (lambda f: cut(f / "ema.safetensors", 200_000), r"truncated \(200000 of \d+ bytes\)"),
-    "cut in the header": (lambda f: cut(f / "ema.safetensors", 500), r"truncated \(500 bytes"),
-    "empty": (lambda f: cut(f / "ema.safetensors", 0), r"empty or no safetensors file"),
+    "cut off": (lambda f: split_by_tokens(f / "ema.safetensors", 200_000), r"truncated \(200000 of \d+ bytes\)"),
+    "cut in the header": (lambda f: split_by_tokens(f / "ema.safetensors", 500), r"truncated \(500 bytes"),
+    "empty": (lambda f: split_by_tokens(f / "ema.safetensors", 0), r"empty or no safetensors file"),
     "pointer": (
         lambda f: (f / "ema.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         r"git-lfs pointer",
@@ -292,7 +292,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "heads that do not fit": (lambda f: edit_json(f, "llm_config.json", num_attention_heads=5), r"heads=5"),
     "another activation": (lambda f: edit_json(f, "llm_config.json", hidden_act="relu"), r"hidden_act='relu'"),
     "no tokenizer": (lambda f: [(f / name).unlink() for name in FILES], r"holds no tokenizer\.json"),
-    "damaged tokenizer": (lambda f: cut(f / "tokenizer.json", 300), r"tokenizer\.json: truncated or damaged"),
+    "damaged tokenizer": (
+        lambda f: split_by_tokens(f / "tokenizer.json", 300),
+        r"tokenizer\.json: truncated or damaged",
+    ),
     "tokenizer without image tokens": (without_image_tokens, r"the tokenizer has no <\|vision_start\|>"),
     "settings that do not exist": (
         lambda f: edit_json(f, "config.json", lvrpo={"timestep_shift": -1}),
@@ -347,14 +350,14 @@ def test_files_have_the_rights_of_any_other(small: BagelPolicy, tmp_path: Path) 
 def test_a_folder_with_tokenizer_json_alone_keeps_its_ids(folder: Path, small: BagelPolicy) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).unlink()
-    words = BagelPolicy.load(folder).words
-    assert words.encode("two red circles, it's 2") == small.words.encode("two red circles, it's 2")
+    words = BagelPolicy.load(folder).tokenizer
+    assert words.encode("two red circles, it's 2") == small.tokenizer.encode("two red circles, it's 2")
     assert list(words.files) == ["tokenizer.json"]
 
 
 def test_transformers_reads_the_tokenizer_of_a_fresh_model(small: BagelPolicy, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    small.words.save(tmp_path)
+    small.tokenizer.save(tmp_path)
     texts = [
         "two red circles",
         "it's 2 + 40,  No?\n\n  x",
@@ -362,15 +365,15 @@ def test_transformers_reads_the_tokenizer_of_a_fresh_model(small: BagelPolicy, t
     ]
     for _ in range(2):
         theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
-        ours = BagelWords.load(tmp_path, small.config.vocabulary_size)
+        ours = BagelTokenizer.load(tmp_path, small.config.vocabulary_size)
         for text in texts:
-            ids = small.words.encode(text)
+            ids = small.tokenizer.encode(text)
             split = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
             assert split == ours.encode(text) == ids
         marker = theirs.encode("<|im_start|>", add_special_tokens=False)
         assert len(marker) == 1
         assert not set(marker) & set(ours.encode("<|im_start|>a"))  # in a text it is plain text
-        assert theirs.eos_token_id == small.words.eos_id
+        assert theirs.eos_token_id == small.tokenizer.eos_id
         (tmp_path / "tokenizer.json").unlink(missing_ok=True)  # once more from vocab.json and merges.txt alone
 
 

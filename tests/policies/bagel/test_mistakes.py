@@ -17,7 +17,7 @@ from lvrpo.policies.bagel.create import position_table
 from lvrpo.policies.bagel.encoders import Downsample
 from lvrpo.policies.mot import attention, flow_sampler
 from lvrpo.policies.mot.attention import RowLayout, Span
-from lvrpo.policies.mot.model_runner import Contexts
+from lvrpo.policies.mot.model_runner import ModelRunner
 from lvrpo.policies.mot.transformer import Layer
 from lvrpo.sampling import PastStep, euler_step, shift_time
 
@@ -28,7 +28,7 @@ Patch = pytest.MonkeyPatch
 
 def half_the_latent_side(parity: Any, patch: Patch) -> None:
     config = parity.policy.config
-    patch.setattr(parity.policy.towers, "config", config.model_copy(update={"latent_side": config.latent_side // 2}))
+    patch.setattr(parity.policy.encoders, "config", config.model_copy(update={"latent_side": config.latent_side // 2}))
 
 
 def image_width_as_stride(parity: Any, patch: Patch) -> None:
@@ -38,9 +38,9 @@ def image_width_as_stride(parity: Any, patch: Patch) -> None:
 
 def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other: str) -> None:
     """Tokens of expert ``one`` are computed by ``other``, in flow steps alone or in context passes alone."""
-    run = Contexts.run
+    run = ModelRunner.run
 
-    def mistaken(self: Contexts, rows: Any, cache: Any, noisy: Any = None, **how: Any) -> Any:
+    def mistaken(self: ModelRunner, rows: Any, cache: Any, noisy: Any = None, **how: Any) -> Any:
         layers = [layer for layer in self.transformer.layers if isinstance(layer, Layer)]
         kinds = {piece.span.kind for row in rows for piece in row}
         wrong = noisy is not None if noisy_only else kinds == {"clean"}
@@ -49,7 +49,7 @@ def swapped_experts(parity: Any, patch: Patch, noisy_only: bool, one: str, other
                 inner.setitem(layer._modules, one, layer._modules[other])
             return run(self, rows, cache, noisy, **how)
 
-    patch.setattr(Contexts, "run", mistaken)
+    patch.setattr(ModelRunner, "run", mistaken)
 
 
 def markers_of_a_noisy_picture_drawn(parity: Any, patch: Patch) -> None:
@@ -97,16 +97,16 @@ def channel_first_patches(parity: Any, patch: Patch) -> None:
 
 
 def thousandfold_time(parity: Any, patch: Patch) -> None:
-    parity.policy.towers.frequencies *= 1000
+    parity.policy.encoders.frequencies *= 1000
 
 
 def sine_before_cosine(parity: Any, patch: Patch) -> None:
-    weight = parity.policy.towers.time_in.weight
+    weight = parity.policy.encoders.time_in.weight
     weight.data = weight.data.roll(weight.shape[1] // 2, dims=1)
 
 
 def no_time_for_clean_latents(parity: Any, patch: Patch) -> None:
-    towers = parity.policy.towers
+    towers = parity.policy.encoders
     right = towers.embed_latents
 
     def mistaken(latents: torch.Tensor, t: torch.Tensor, grid: Any) -> torch.Tensor:
@@ -138,23 +138,23 @@ def padding_above_and_left(parity: Any, patch: Patch) -> None:
 
 
 def mean_instead_of_the_draw(parity: Any, patch: Patch) -> None:
-    vae = parity.policy.towers.latent_vae
+    vae = parity.policy.encoders.latent_vae
     right = vae.encode
     patch.setattr(vae, "encode", lambda pixels, noise: right(pixels, torch.zeros_like(noise)))
 
 
 def table_computed_anew(parity: Any, patch: Patch) -> None:
-    towers, config = parity.policy.towers, parity.policy.config
+    towers, config = parity.policy.encoders, parity.policy.config
     towers.latent_position = position_table(config.latent_side, config.transformer.width)
 
 
 def rows_before_columns(parity: Any, patch: Patch) -> None:
-    table = parity.policy.towers.latent_position
-    parity.policy.towers.latent_position = table.roll(table.shape[1] // 2, dims=1)
+    table = parity.policy.encoders.latent_position
+    parity.policy.encoders.latent_position = table.roll(table.shape[1] // 2, dims=1)
 
 
 def no_norm_after_the_reading_tower(parity: Any, patch: Patch) -> None:
-    parity.policy.towers.read_vit.post_layernorm = nn.Identity()
+    parity.policy.encoders.read_vit.post_layernorm = nn.Identity()
 
 
 def exact_gelu(parity: Any, patch: Patch) -> None:
@@ -226,7 +226,7 @@ def test_mistake_is_caught(mistake: Callable[[Any, Patch], None], section: str, 
 def test_stored_tables_are_the_formula_rounded(parity: Any) -> None:
     if not parity.whole:
         pytest.skip("the excerpt has the tables' first rows alone")
-    config, towers = parity.policy.config, parity.policy.towers
+    config, towers = parity.policy.config, parity.policy.encoders
     for table, side in ((towers.latent_position, config.latent_side), (towers.read_position, config.vit.side)):
         expected = position_table(side, config.transformer.width)
         assert float((table - expected.bfloat16().float()).abs().max()) < 1e-2

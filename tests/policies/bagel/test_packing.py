@@ -16,7 +16,7 @@ from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import attention
 from lvrpo.policies.mot.attention import Span, forget_packings, pack
-from lvrpo.policies.mot.model_runner import cut, runs
+from lvrpo.policies.mot.model_runner import run_ids, split_by_tokens
 from lvrpo.types import FlowSegment, Image, Prompt, SegmentLogprobs, Trajectory
 
 GUIDED = Sampling(
@@ -169,15 +169,15 @@ def test_checkpointing_remembers_less(own: BagelPolicy) -> None:
 
 
 def test_members_share_the_prompt(own: BagelPolicy) -> None:
-    contexts = own.contexts
+    runner = own.runner
     row = own._row(prompts()[2])
-    cache, owner = contexts.prefill_shared([row] * 8)
+    cache, owner = runner.prefill_shared([row] * 8)
     assert owner == [0] * 8
     shared = cache.select(owner)
     assert shared.nbytes == cache.nbytes
     assert len(shared.rope) == 8
     assert shared.parts[-1].keys[0].data_ptr() == cache.parts[-1].keys[0].data_ptr()
-    extended = contexts.run([(contexts.text([7, 8]),)] * 8, shared).cache
+    extended = runner.run([(runner.text([7, 8]),)] * 8, shared).cache
     config = own.config.transformer
     token = 2 * config.depth * config.key_heads * config.width // config.heads * 4
     assert extended.nbytes == cache.nbytes + 8 * 4 * token
@@ -211,7 +211,7 @@ def test_tokens_that_go_through_at_once_are_bounded(own: BagelPolicy, monkeypatc
     together = own.sample(prompts(), PLAIN, [ord(p.id) for p in prompts()])
     with torch.no_grad():
         own.logprobs(trajectories)
-        own.velocity(trajectories[3:6] * 4, torch.zeros(12, 16, own.towers.channels), torch.full((12,), 0.5))
+        own.velocity(trajectories[3:6] * 4, torch.zeros(12, 16, own.encoders.channels), torch.full((12,), 0.5))
         own.image_logprob([("a",)] * 20, [picture(1)] * 20, draws=1, seeds=[0] * 20)
         own.text_logprob([(picture(1), "a")] * 20, ["b c"] * 20)
     assert len(seen) > 20
@@ -247,7 +247,7 @@ def test_cuts_cost_at_most_the_limit(groups: list[tuple[int, int, int]], limit: 
     keys = [g for g, (_, members, _) in enumerate(groups) for _ in range(members)]
     contexts = [context for context, members, _ in groups for _ in range(members)]
     new = [own for _, members, own in groups for _ in range(members)]
-    parts = cut(keys, contexts, new, limit)
+    parts = split_by_tokens(keys, contexts, new, limit)
     assert [i for part in parts for i in part] == list(range(len(keys)))
     for part in parts:
         held = [contexts[i] for k, i in enumerate(part) if k == 0 or keys[i] != keys[part[k - 1]]]
@@ -260,8 +260,8 @@ def test_cuts_cost_at_most_the_limit(groups: list[tuple[int, int, int]], limit: 
 
 
 def test_runs() -> None:
-    assert runs(["a", "a", "b", "a"]) == [0, 0, 1, 2]
-    assert cut(["a", "a", "b"], [0, 0, 0], [1, 1, 1], 3) == [[0, 1, 2]]
-    assert cut(["a", "a", "b"], [4, 4, 2], [1, 1, 1], 6) == [[0, 1], [2]]
-    assert cut(["a", "a", "b"], [4, 4, 2], [1, 1, 1], 5) == [[0], [1], [2]]
-    assert cut([], [], [], 5) == []
+    assert run_ids(["a", "a", "b", "a"]) == [0, 0, 1, 2]
+    assert split_by_tokens(["a", "a", "b"], [0, 0, 0], [1, 1, 1], 3) == [[0, 1, 2]]
+    assert split_by_tokens(["a", "a", "b"], [4, 4, 2], [1, 1, 1], 6) == [[0, 1], [2]]
+    assert split_by_tokens(["a", "a", "b"], [4, 4, 2], [1, 1, 1], 5) == [[0], [1], [2]]
+    assert split_by_tokens([], [], [], 5) == []

@@ -45,11 +45,9 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
     """Relative L2 distance to the float32 reference: what the published precision measures, and not zero."""
     device = parity.policy.device
     parity.policy = BagelPolicy.load(vectors / "checkpoint", device, torch.bfloat16, settings=settings)
-    ref, contexts = parity.vectors("a_text"), parity.policy.contexts
-    hidden = contexts.run(
-        [contexts.row((parity.meta["a_text"]["prompt"],), False)], contexts.transformer.empty_cache(1)
-    )
-    logits = parity.policy.towers.text_logits(hidden.reading)
+    ref, runner = parity.vectors("a_text"), parity.policy.runner
+    hidden = runner.run([runner.row((parity.meta["a_text"]["prompt"],), False)], runner.transformer.empty_cache(1))
+    logits = parity.policy.encoders.text_logits(hidden.reading)
     assert logits.dtype == torch.bfloat16
     if "prefill_logits" in ref:
         assert 1e-4 < distance(logits, ref["prefill_logits"]) < 1e-2
@@ -59,18 +57,18 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
         scenario, time = tag.split("_t", 1)
         grid, caches = parity.scenario(scenario)
         x_t, t = ref[f"{tag}_x_t"][None], torch.tensor(float(time), device=device)
-        v = flow_sampler.velocity(contexts, caches.full, x_t, t[None], grid)[0]
+        v = flow_sampler.velocity(runner, caches.full, x_t, t[None], grid)[0]
         assert v.dtype == torch.float32
         assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 2e-2
         guidance = flow_sampler.Guidance(4.0, 2.0, "text_channel")
-        guided = flow_sampler.guided_velocity(contexts, caches, x_t, t, guidance, grid)[0]
+        guided = flow_sampler.guided_velocity(runner, caches, x_t, t, guidance, grid)[0]
         assert distance(guided, ref[f"{tag}_cfg_text4_img2_text_channel"]) < 6e-2
     ref = parity.vectors("d_traj")
     for name in parity.meta["d_traj"]:
         sampling, grid, caches = parity.trajectory(name)
-        drawn = flow_sampler.integrate(contexts, caches, sampling, ref[f"{name}_noise"][None], None, grid)
+        drawn = flow_sampler.integrate(runner, caches, sampling, ref[f"{name}_noise"][None], None, grid)
         assert drawn.latents.dtype == torch.float32
-        seen = parity.policy.towers.decode_latents(drawn.latents, grid)[0]
+        seen = parity.policy.encoders.decode_latents(drawn.latents, grid)[0]
         reference = ref[f"{name}_decoded_uint8"].permute(2, 0, 1) / 255
         assert 1e-4 < distance(seen, reference) < 3e-2
 
@@ -90,7 +88,7 @@ def test_rule_for_sizes(parity: Any) -> None:
 
 
 def test_tokens(parity: Any) -> None:
-    words, special = parity.policy.words, parity.meta["special_token_ids"]
+    words, special = parity.policy.tokenizer, parity.meta["special_token_ids"]
     for row in parity.meta["tokenizer"]:
         assert words.encode(row["text"]) == row["ids"]
         assert words.decode(row["ids"]) == row["text"]

@@ -68,13 +68,13 @@ def test_the_autoencoder_learns_and_its_latents_have_deviation_one(
     assert 2 < found.psnr < 40
     assert 0 < found.largest <= 1
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
-    assert not any(p.requires_grad for p in policy.towers.latent_vae.parameters())
+    assert not any(p.requires_grad for p in policy.encoders.latent_vae.parameters())
     pixels = stacked(policy, scenes(PICTURES, 64))
-    latents = policy.towers.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
+    latents = policy.encoders.latent_vae.encode(pixels, torch.zeros(64, 8, 8, 8))
     assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
     assert float(latents.std()) == pytest.approx(1, abs=1e-4)
     policy.save(tmp_path / "trained")
-    again = BagelPolicy.load(tmp_path / "trained").towers.latent_vae
+    again = BagelPolicy.load(tmp_path / "trained").encoders.latent_vae
     assert torch.equal(again.encode(pixels, torch.zeros(64, 8, 8, 8)), latents)
 
 
@@ -106,8 +106,8 @@ def test_latents_of_a_batch_are_encoded_once(folder: Path, monkeypatch: pytest.M
     policy = BagelPolicy.load(folder)
     corpus = web_corpus(load_config(PretrainConfig, None, SUPERVISED).corpus)
     seen: list[int] = []
-    encode = policy.towers.encode_latents
-    monkeypatch.setattr(policy.towers, "encode_latents", lambda images: seen.append(len(images)) or encode(images))
+    encode = policy.encoders.encode_latents
+    monkeypatch.setattr(policy.encoders, "encode_latents", lambda images: seen.append(len(images)) or encode(images))
     policy.supervised_losses([*corpus.generate[:5], *corpus.edit[:3], corpus.edit[0]], torch.Generator().manual_seed(0))
     assert seen == [5 + 2 * 3]
 
@@ -136,7 +136,7 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_pictures_are_as_loud_as_their_places() -> None:
-    towers = create_bagel(SIZES.model_copy(update={"vit_width": 64})).towers
+    towers = create_bagel(SIZES.model_copy(update={"vit_width": 64})).encoders
     pixels = torch.stack([towers.read_pixels(image) for image in scenes(0, 24)])
     with torch.no_grad():
         embedded = towers.read_embed(pixels)

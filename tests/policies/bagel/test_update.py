@@ -99,9 +99,9 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     first = chosen[0].trajectory
     assert recorded_passes(first) == 2 * 3  # steps, branches
     assert objective.passes(first) == 2 * 3 + 2  # and the divergence
-    count = live.tokens(first)
+    count = live.count_tokens(first)
     assert count.drawing == 4 * 4 + 2
-    assert count.context == 18 + 18 + len(live.words.encode("make it red")) + 2
+    assert count.context == 18 + 18 + len(live.tokenizer.encode("make it red")) + 2
     two = count.context + 2 * 8 * count.drawing
     assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two))] == [2, 2]
     assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two - 1))] == [

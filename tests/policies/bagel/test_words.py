@@ -5,16 +5,16 @@ from tokenizers import AddedToken, Tokenizer
 
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-from lvrpo.policies.bagel.tokenizer import MARKERS, PADDING, BagelWords
+from lvrpo.policies.bagel.tokenizer import MARKERS, PADDING, BagelTokenizer
 
 
 @pytest.fixture(scope="module")
-def words() -> BagelWords:
-    return create_bagel(BagelSizes(width=64, depth=1)).words  # type: ignore[return-value]  # of a BAGEL
+def words() -> BagelTokenizer:
+    return create_bagel(BagelSizes(width=64, depth=1)).tokenizer  # type: ignore[return-value]  # of a BAGEL
 
 
 @pytest.mark.parametrize("marker", [*MARKERS, PADDING])
-def test_a_marker_in_a_text_is_plain_text(marker: str, words: BagelWords) -> None:
+def test_a_marker_in_a_text_is_plain_text(marker: str, words: BagelTokenizer) -> None:
     """Whoever writes it does not end the text, or begin a picture."""
     text = f"a red{marker}circle"
     ids = words.encode(text)
@@ -23,9 +23,9 @@ def test_a_marker_in_a_text_is_plain_text(marker: str, words: BagelWords) -> Non
     assert words.decode(ids) == text
 
 
-def test_a_marker_that_the_files_do_not_call_special_is_one_line(words: BagelWords) -> None:
+def test_a_marker_that_the_files_do_not_call_special_is_one_line(words: BagelTokenizer) -> None:
     tokenizer = Tokenizer.from_str(words.tokenizer.to_str().replace('"special":true', '"special":false'))
     tokenizer.add_tokens([AddedToken(MARKERS[1], special=False)])
     with pytest.raises(InputError, match=r"holds a marker of the model .*leave it out, or mend the files") as caught:
-        BagelWords(tokenizer, words.vocabulary_size, {}).encode(f"a {MARKERS[1]} b")
+        BagelTokenizer(tokenizer, words.vocabulary_size, {}).encode(f"a {MARKERS[1]} b")
     assert len(str(caught.value).splitlines()) == 1

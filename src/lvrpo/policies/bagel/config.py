@@ -117,7 +117,7 @@ def with_tied_head(folder: Path, weights: Mapping[str, StoredTensor]) -> Mapping
     return {**weights, LM_HEAD: weights[EMBED_TOKENS]}
 
 
-def described_config(folder: Path) -> BagelConfig:
+def config_from_json(folder: Path) -> BagelConfig:
     """The configuration that the json files alone tell, for a folder whose weights are not there yet.
 
     What they do not tell is as published. Tables of positions, whose sides config.json is known to be wrong about, are

@@ -16,7 +16,7 @@ from lvrpo.config import Config
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings, first_problem
 from lvrpo.policies.bagel.encoders import ResizeRule, VaeConfig, VitConfig
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.policies.bagel.tokenizer import MARKERS, PADDING, BagelWords, cut_like_qwen, published_files
+from lvrpo.policies.bagel.tokenizer import MARKERS, PADDING, BagelTokenizer, published_files, use_qwen_pretokenizer
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.types import Image
 
@@ -79,16 +79,16 @@ class BagelSizes(Config):
 
 
 def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
-    """A fresh policy; its words are bytes and the merges that ``texts`` suggest.
+    """A fresh policy; its tokens are bytes and the merges that ``texts`` suggest.
 
     The two experts start alike, every layer as the identity, ``llm2vae`` at zero.
     """
-    words = learn_words(texts, sizes.vocabulary_size)
+    tokenizer = train_tokenizer(texts, sizes.vocabulary_size)
     config = bagel_config(sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
-        policy = BagelPolicy(config, words)
-    towers = policy.towers
+        policy = BagelPolicy(config, tokenizer)
+    towers = policy.encoders
     towers.latent_position = position_table(config.latent_side, sizes.width).bfloat16().float()
     towers.read_position = position_table(config.vit.side, sizes.width).bfloat16().float()
     with torch.no_grad():
@@ -96,17 +96,17 @@ def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
             layer.get_submodule("drawing").load_state_dict(layer.get_submodule("reading").state_dict())
         towers.latent_out.weight.zero_()
         towers.latent_out.bias.zero_()
-        _make_pictures_audible(policy, sizes)
+        _normalize_image_features(policy, sizes)
     return policy
 
 
-def _make_pictures_audible(policy: BagelPolicy, sizes: BagelSizes) -> None:
+def _normalize_image_features(policy: BagelPolicy, sizes: BagelSizes) -> None:
     """What a picture adds to a place of the reading tower gets deviation 1, the tower's own table of places 0.02.
 
     With torch's defaults a picture moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
     does not begin within thousands of steps.
     """
-    towers, side = policy.towers, sizes.image_size // sizes.patch_size * sizes.patch_size
+    towers, side = policy.encoders, sizes.image_size // sizes.patch_size * sizes.patch_size
     generator = torch.Generator().manual_seed(sizes.seed)
     places = towers.read_vit.embeddings["position_embedding"].weight
     assert isinstance(places, torch.Tensor)
@@ -154,10 +154,10 @@ def bagel_config(sizes: BagelSizes) -> BagelConfig:
     )
 
 
-def learn_words(texts: Sequence[str], vocabulary_size: int) -> BagelWords:
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> BagelTokenizer:
     """A byte-level tokenizer with BAGEL's markers that can write any text."""
     tokenizer = Tokenizer(models.BPE())
-    cut_like_qwen(tokenizer)
+    use_qwen_pretokenizer(tokenizer)
     special = [AddedToken(marker, special=True, normalized=False) for marker in (PADDING, *MARKERS)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(special),
@@ -166,7 +166,7 @@ def learn_words(texts: Sequence[str], vocabulary_size: int) -> BagelWords:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(special)
-    return BagelWords(tokenizer, vocabulary_size, published_files(tokenizer))
+    return BagelTokenizer(tokenizer, vocabulary_size, published_files(tokenizer))
 
 
 def position_table(side: int, width: int) -> torch.Tensor:
@@ -230,7 +230,7 @@ def train_autoencoder(
     their posterior is narrow. Nothing else of the policy changes. The pictures of training are the first ``PICTURES``,
     those measured come after them.
     """
-    vae = policy.towers.latent_vae
+    vae = policy.encoders.latent_vae
     vae.requires_grad_(True)
     set_log_variance(policy, LOG_VARIANCE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -277,7 +277,7 @@ def collages(pixels: torch.Tensor, tile: int, count: int, generator: torch.Gener
 @torch.no_grad()
 def set_log_variance(policy: BagelPolicy, value: float) -> None:
     """The same for every picture and every place."""
-    vae = policy.towers.latent_vae
+    vae = policy.encoders.latent_vae
     weight, bias = vae.encoder.conv_out.weight, vae.encoder.conv_out.bias
     assert bias is not None
     weight[vae.config.channels :] = 0
@@ -287,19 +287,19 @@ def set_log_variance(policy: BagelPolicy, value: float) -> None:
 @torch.no_grad()
 def scale_latents(policy: BagelPolicy, pixels: torch.Tensor) -> None:
     """Sets scale and shift so that the latents of these pictures have mean 0 and deviation 1."""
-    vae, config = policy.towers.latent_vae, policy.config
+    vae, config = policy.encoders.latent_vae, policy.config
     mean, _ = vae.moments(pixels)
     spread = float(mean.std())
     chosen = config.vae.model_copy(update={"scale": 1 / spread, "shift": float(mean.mean())})
     set_log_variance(policy, 2 * math.log(SPREAD * spread))
     vae.config = chosen
-    policy.config = policy.towers.config = config.model_copy(update={"vae": chosen})
+    policy.config = policy.encoders.config = config.model_copy(update={"vae": chosen})
 
 
 @torch.no_grad()
 def measure(policy: BagelPolicy, pixels: torch.Tensor) -> Reconstruction:
     """There and back, a draw from the posterior included."""
-    vae = policy.towers.latent_vae
+    vae = policy.encoders.latent_vae
     noise = torch.randn(vae.moments(pixels[:1])[0].shape[1:], generator=torch.Generator().manual_seed(0))
     back = vae.decode(vae.encode(pixels, noise.to(pixels).expand(len(pixels), -1, -1, -1))).clamp(-1, 1)
     error = (back - pixels) / 2

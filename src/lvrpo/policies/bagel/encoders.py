@@ -38,7 +38,7 @@ def picture_noise(image: Image, shape: tuple[int, int, int]) -> torch.Tensor:
     return normal_noise([derive_seed("posterior", digest, *image.shape[1:])], shape)[0]
 
 
-class BagelTowers(nn.Module):
+class BagelEncoders(nn.Module):
     """SigLIP-2 and connector for reading, FLUX's autoencoder for drawing, sin-cos tables of places, Qwen's words."""
 
     def __init__(self, config: BagelConfig) -> None:
@@ -75,7 +75,7 @@ class BagelTowers(nn.Module):
         return self.lm_head(hidden)
 
     # ---------------------------------------------------------------- sizes
-    def read_grid(self, image: Image) -> Grid:
+    def vision_grid(self, image: Image) -> Grid:
         height, width = image.shape[1:]
         settings, patch = self.config.settings, self.config.vit.patch_size
         width, height = settings.read_resize.size(*settings.latent_resize.size(width, height))
@@ -84,19 +84,19 @@ class BagelTowers(nn.Module):
     def latent_grid(self, image: Image) -> Grid:
         height, width = image.shape[1:]
         width, height = self.config.settings.latent_resize.size(width, height)
-        return self.drawn_grid(height, width)
+        return self.output_grid(height, width)
 
-    def drawn_grid(self, height: int, width: int) -> Grid:
+    def output_grid(self, height: int, width: int) -> Grid:
         pixels = self.config.token_pixels
         return self._fitting((height // pixels, width // pixels), self.config.latent_side, pixels, "draw")
 
-    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+    def default_grid(self, image_size: tuple[int, int] | None) -> Grid:
         height, width = image_size or self.config.settings.image_size
         pixels = self.config.token_pixels
         if height % pixels or width % pixels or min(height, width) < pixels:
             nearest = " x ".join(str(max(1, round(side / pixels)) * pixels) for side in (width, height))
             raise InputError(f"a picture of {width} x {height} pixels: use multiples of {pixels}, such as {nearest}")
-        return self.drawn_grid(height, width)
+        return self.output_grid(height, width)
 
     def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:
         """The grid, of tokens of so many pixels along a side."""
@@ -113,7 +113,7 @@ class BagelTowers(nn.Module):
         settings = self.config.settings
         return (settings.read_resize.apply(settings.latent_resize.apply(image)) - 0.5) / 0.5
 
-    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
+    def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
         return self.read_embed(torch.stack([self.read_pixels(image) for image in images]))
 
     def read_embed(self, pixels: torch.Tensor) -> torch.Tensor:

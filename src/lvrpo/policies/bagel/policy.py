@@ -21,18 +21,18 @@ from lvrpo.policies.bagel.config import (
     BagelConfig,
     BagelSettings,
     config_files,
-    described_config,
+    config_from_json,
     is_bagel,
     read_config,
     several,
     with_tied_head,
 )
-from lvrpo.policies.bagel.encoders import BagelTowers
-from lvrpo.policies.bagel.tokenizer import BagelWords
+from lvrpo.policies.bagel.encoders import BagelEncoders
+from lvrpo.policies.bagel.tokenizer import BagelTokenizer
 from lvrpo.policies.base import FeatureLoss, Sampling
 from lvrpo.policies.mot.attention import Span
-from lvrpo.policies.mot.model_runner import Contexts, Grid, Piece, Row, cut, row_tokens
-from lvrpo.policies.mot.policy import MoTPolicy, computing
+from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Piece, Row, row_tokens, split_by_tokens
+from lvrpo.policies.mot.policy import MoTPolicy, with_autocast
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
@@ -66,14 +66,18 @@ class BagelPolicy(MoTPolicy):
     """
 
     model_type = "bagel"
-    drops_conditions = True
-    towers: BagelTowers  # type: ignore[assignment]  # narrower than the core's protocol
+    has_condition_dropout = True
+    towers: BagelEncoders  # type: ignore[assignment]  # narrower than the core's protocol
 
-    def __init__(self, config: BagelConfig, words: BagelWords) -> None:
-        super().__init__(MoT(config.transformer), BagelTowers(config), words)
+    def __init__(self, config: BagelConfig, tokenizer: BagelTokenizer) -> None:
+        super().__init__(MoT(config.transformer), BagelEncoders(config), tokenizer)
         self.config = config
         self.max_tokens = MAX_TOKENS
         """Of contexts and of what is written and drawn after them, that go through the transformer at once."""
+
+    @property
+    def encoders(self) -> BagelEncoders:
+        return self.towers
 
     @property
     def image_size(self) -> None:
@@ -122,7 +126,7 @@ class BagelPolicy(MoTPolicy):
         parts: tuple[Part, ...] = prompt.parts
         if prompt.task == "reason":
             parts = (THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER, *parts)
-        row = self.contexts.row(parts, draws="image" in prompt.output)
+        row = self.runner.row(parts, draws="image" in prompt.output)
         self.check_length(f"prompt {prompt.id!r}", row, 1)
         return row
 
@@ -130,14 +134,14 @@ class BagelPolicy(MoTPolicy):
         """Raises InputError where a prompt and all that it may become are too long: text with its markers, drawing."""
         row, new, remedy = self._row(prompt), 0, ""
         if "image" in prompt.output:
-            new = self.contexts.noise(self._grid(prompt, sampling)).span.length
+            new = self.runner.noise(self._grid(prompt, sampling)).span.length
         if "text" in prompt.output:
             left = self.config.max_positions - row_tokens(row) - new - 2
             remedy = f", or write less: max_new_tokens <= {left}" if left > 0 else ""
             new += sampling.max_new_tokens + 2
         self.check_length(f"prompt {prompt.id!r}", row, new, remedy)
 
-    def most_tokens(self) -> int:
+    def max_row_tokens(self) -> int:
         """The positions that the model was trained on."""
         return self.config.max_positions
 
@@ -153,14 +157,14 @@ class BagelPolicy(MoTPolicy):
         drawn = grid[0] * grid[1] + 2
         new = [max(drawn, TEXT_TOKENS) if "text" in prompt.output else drawn for prompt in prompts]
         ids = [prompt.id for prompt in prompts]
-        return cut(ids, [contexts[name] for name in ids], new, self.max_tokens)
+        return split_by_tokens(ids, [contexts[name] for name in ids], new, self.max_tokens)
 
-    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def split_rows(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         keys = [tuple(piece.key for piece in row) for row in rows]
-        return cut(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
+        return split_by_tokens(keys, [row_tokens(row) for row in rows], new, self.max_tokens)
 
     # ---------------------------------------------------------------- supervised
-    @computing
+    @with_autocast
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
@@ -173,7 +177,7 @@ class BagelPolicy(MoTPolicy):
         rows = [self._trained_row(example) for example in examples]
         latents = self._encoded(rows)
         filled = [self._filled(row, latents, generator) for row in rows]
-        losses = packed_losses(self.contexts, filled)
+        losses = packed_losses(self.runner, filled)
         found = {"text": losses.cross_entropy, "image": losses.squared_error}
         return {name: values.mean() for name, values in found.items() if values.numel()}
 
@@ -182,9 +186,9 @@ class BagelPolicy(MoTPolicy):
         row = [TrainedPiece(piece) for piece in self._row(example.prompt)]
         for output in example.outputs:
             if isinstance(output, str):
-                row.append(TrainedPiece(self.contexts.text(self.words.encode(output)), loss=True))
+                row.append(TrainedPiece(self.runner.text(self.tokenizer.encode(output)), loss=True))
             else:
-                piece = replace(self.contexts.noise(self.towers.latent_grid(output)), image=output)
+                piece = replace(self.runner.noise(self.encoders.latent_grid(output)), image=output)
                 row.append(TrainedPiece(piece, loss=True))
         self.check_length(f"example {example.prompt.id!r}", tuple(trained.piece for trained in row), 0)
         return row
@@ -197,7 +201,7 @@ class BagelPolicy(MoTPolicy):
                 pictures.setdefault(piece.grid, {})[id(piece.image)] = piece.image
         latents: dict[int, torch.Tensor] = {}
         for same in pictures.values():
-            latents.update(zip(same, self.towers.encode_latents(list(same.values())), strict=True))
+            latents.update(zip(same, self.encoders.encode_latents(list(same.values())), strict=True))
         return latents
 
     def _filled(
@@ -236,7 +240,7 @@ class BagelPolicy(MoTPolicy):
     def stored_name(self, name: str) -> str:
         return official_name(f"{name}.weight").removesuffix(".weight")
 
-    def save_whole(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Writes the published layout: ema.safetensors, ae.safetensors, the json files, the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -244,21 +248,21 @@ class BagelPolicy(MoTPolicy):
         autoencoder = {official_name(name): tensor for name, tensor in state.items() if name.startswith(VAE)}
         write_tensors(folder / "ema.safetensors", whole, {"format": "pt"})
         write_tensors(folder / "ae.safetensors", autoencoder, {"format": "pt"})
-        for name, content in config_files(self.config, self.words.bos_id, self.words.eos_id).items():
+        for name, content in config_files(self.config, self.tokenizer.bos_id, self.tokenizer.eos_id).items():
             write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-        self.words.save(folder)
+        self.tokenizer.save(folder)
 
     @classmethod
-    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """As ``MoTPolicy.skeleton``; of a folder without weights, from what its json files say."""
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """As ``MoTPolicy.from_config``; of a folder without weights, from what its json files say."""
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
         if has_weights(folder):
             config = read_config(folder, find_tensors(folder, *WEIGHTS), find_tensors(folder, *AUTOENCODER))
         else:
-            config = described_config(folder)
-        policy = cls(config, BagelWords.load(folder, config.vocabulary_size))
+            config = config_from_json(folder)
+        policy = cls(config, BagelTokenizer.load(folder, config.vocabulary_size))
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         state = {n: t if n.startswith(VAE) else t.to(dtype) for n, t in policy.state_dict().items()}
         policy.load_state_dict(state, assign=True)
@@ -292,9 +296,9 @@ class BagelPolicy(MoTPolicy):
         stored = with_tied_head(home, stored)
         autoencoder = find_tensors(folder if (folder / "ae.safetensors").is_file() else home, *AUTOENCODER)
         config = read_config(home, stored, autoencoder, settings)
-        words = BagelWords.load(home, config.vocabulary_size)
+        tokenizer = BagelTokenizer.load(home, config.vocabulary_size)
         with torch.device("meta"):
-            policy = cls(config, words)
+            policy = cls(config, tokenizer)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         policy._fill(folder, stored, autoencoder, dtype, device)
         return policy
@@ -349,13 +353,13 @@ def has_weights(folder: Path) -> bool:
     return any(path.stem not in AUTOENCODER[0] for path in folder.glob("*.safetensors"))
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder holds everything that a BAGEL is made of, so that no base could add to it."""
     if not (is_bagel(folder) and has_weights(folder) and (folder / "ae.safetensors").is_file()):
         return False
     try:
         with torch.device("meta"):
-            wanted = BagelPolicy.skeleton(folder, dtype=torch.float32).state_dict()
+            wanted = BagelPolicy.from_config(folder, dtype=torch.float32).state_dict()
         stored = {**with_tied_head(folder, find_tensors(folder, *WEIGHTS)), **find_tensors(folder, *AUTOENCODER)}
     except InputError:  # a json file, a tokenizer or the tensors that sizes come from are left out
         return False
@@ -468,16 +472,16 @@ def find_targets(rows: Sequence[TrainedRow], channels: int, device: torch.device
     )
 
 
-def packed_losses(contexts: Contexts, rows: Sequence[TrainedRow]) -> PackedLosses:
+def packed_losses(runner: ModelRunner, rows: Sequence[TrainedRow]) -> PackedLosses:
     """One pass over whole rows, without a cache, and the losses of all their targets."""
     pieces = [tuple(trained.piece for trained in row) for row in rows]
-    hidden = contexts.run(pieces, contexts.transformer.empty_cache(len(rows)), extend=False)
-    towers = contexts.towers
-    targets = find_targets(rows, towers.channels, hidden.reading.device)
-    logits = towers.text_logits(hidden.reading.index_select(0, targets.label_rows)).float()
+    hidden = runner.run(pieces, runner.transformer.empty_cache(len(rows)), extend=False)
+    encoders = runner.encoders
+    targets = find_targets(rows, encoders.channels, hidden.reading.device)
+    logits = encoders.text_logits(hidden.reading.index_select(0, targets.label_rows)).float()
     drawn = hidden.drawing.index_select(0, targets.velocity_rows)
     still = targets.velocities.new_zeros(0)
-    velocity = towers.velocity(drawn, still, still)
+    velocity = encoders.velocity(drawn, still, still)
     return PackedLosses(
         cross_entropy=functional.cross_entropy(logits, targets.labels, reduction="none"),
         squared_error=(velocity - targets.velocities).square(),

@@ -23,7 +23,7 @@ _SPLIT = (
 """How Qwen2 cuts a text before it merges bytes."""
 
 
-class BagelWords:
+class BagelTokenizer:
     """A tokenizer that never adds markers by itself; never changed after it is made."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, files: Mapping[str, bytes]) -> None:
@@ -65,7 +65,7 @@ class BagelWords:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def forbidden(self) -> torch.Tensor:
+    def suppressed_tokens(self) -> torch.Tensor:
         """Nothing is: the published model writes whatever is likely."""
         return torch.zeros(self.vocabulary_size, dtype=torch.bool)
 
@@ -104,12 +104,12 @@ def _from_merges(folder: Path, files: Mapping[str, bytes]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]  # pairs, as it wants them
     except Exception as error:  # json, unicode, and whatever tokenizers raises
         raise InputError(f"{folder}: vocab.json and merges.txt do not fit ({error}): restore them") from error
-    cut_like_qwen(tokenizer)
+    use_qwen_pretokenizer(tokenizer)
     tokenizer.add_tokens([_added(entry) for _, entry in sorted(added.items(), key=lambda item: int(item[0]))])
     return tokenizer
 
 
-def cut_like_qwen(tokenizer: Tokenizer) -> None:
+def use_qwen_pretokenizer(tokenizer: Tokenizer) -> None:
     """How Qwen2 prepares a text, whatever the merges."""
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")

@@ -312,7 +312,7 @@ def _stored_name(policy: MoTPolicy, name: str) -> str:
 def _shell(policy: MoTPolicy) -> nn.Module:
     """The modules of a policy without the policy: peft asks a model for a ``config`` of its own kind."""
     shell = nn.Module()
-    shell.transformer, shell.towers = policy.transformer, policy.towers  # type: ignore[assignment]  # Towers is a Module
+    shell.transformer, shell.towers = policy.transformer, policy.towers  # type: ignore[assignment]  # a Module
     if policy.peft_config:
         shell.peft_config = policy.peft_config  # type: ignore[assignment]  # no tensor
     return shell

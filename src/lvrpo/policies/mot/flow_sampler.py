@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot.model_runner import Contexts, Grid, Row
+from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import (
     SOLVERS,
@@ -26,7 +26,7 @@ from lvrpo.sampling.guidance import Renorm
 
 
 @dataclass(frozen=True)
-class Branches:
+class GuidanceCaches:
     """The contexts of guidance, (B,) rows each; a branch that is not needed is absent."""
 
     full: Cache
@@ -50,7 +50,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FlowSample:
     """A batch of drawn latents and the record of its trained steps; W trained steps."""
 
     latents: torch.Tensor
@@ -68,7 +68,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class ReplayedDrawing:
+class ReplayedFlow:
     """Recorded steps of a batch under the current weights; W trained steps."""
 
     logprobs: torch.Tensor
@@ -90,42 +90,44 @@ def guidance_of(sampling: Sampling) -> Guidance:
     )
 
 
-def branches(contexts: Contexts, full: Cache, prompt_rows: Sequence[Row], guidance: Guidance) -> Branches:
+def prefill_guidance(
+    runner: ModelRunner, full: Cache, prompt_rows: Sequence[Row], guidance: Guidance
+) -> GuidanceCaches:
     """Prefills the unguided branches; ``prompt_rows`` are the contexts without any thinking text."""
     no_text = no_image = None
     if guidance.scale != 1.0:
-        cache, index = contexts.prefill_shared([contexts.without_text(row) for row in prompt_rows])
+        cache, index = runner.prefill_shared([runner.without_text(row) for row in prompt_rows])
         no_text = cache.select(index)
     if guidance.scale != 1.0 and guidance.image_scale != 1.0:
-        cache, index = contexts.prefill_shared([contexts.without_images(row) for row in prompt_rows])
+        cache, index = runner.prefill_shared([runner.without_images(row) for row in prompt_rows])
         no_image = cache.select(index)
-    return Branches(full, no_text, no_image)
+    return GuidanceCaches(full, no_text, no_image)
 
 
 def velocity(
-    contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid | None = None
+    runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid | None = None
 ) -> torch.Tensor:
     """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the context is left alone.
 
     Without a grid it is that of a picture drawn without a source.
     """
-    noise = contexts.noise(grid or contexts.towers.free_grid(None))
-    hidden = contexts.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False)
-    return contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+    noise = runner.noise(grid or runner.encoders.default_grid(None))
+    hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False)
+    return runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
 
 
 def velocity_and_features(
-    contexts: Contexts, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
+    runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``velocity``, and the drawing expert's states (B, N, D) after so many layers."""
-    hidden = contexts.run([(contexts.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True, extend=False)
-    v = contexts.towers.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
+    hidden = runner.run([(runner.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True, extend=False)
+    v = runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
     return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
 
 
 def guided_velocity(
-    contexts: Contexts,
-    caches: Branches,
+    runner: ModelRunner,
+    caches: GuidanceCaches,
     x_t: torch.Tensor,
     t: torch.Tensor,
     guidance: Guidance,
@@ -137,11 +139,11 @@ def guided_velocity(
     ``at`` is the same time as a number: reading it from a card would wait for the card.
     """
     times = t.expand(len(x_t))
-    v = velocity(contexts, caches.full, x_t, times, grid)
+    v = velocity(runner, caches.full, x_t, times, grid)
     if caches.no_text is None or not guidance.active(float(t) if at is None else at):
         return v
-    v_no_text = velocity(contexts, caches.no_text, x_t, times, grid)
-    v_no_image = velocity(contexts, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
+    v_no_text = velocity(runner, caches.no_text, x_t, times, grid)
+    v_no_image = velocity(runner, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
     return guide(
         v,
         v_no_text,
@@ -153,30 +155,30 @@ def guided_velocity(
     )
 
 
-def draw(
-    contexts: Contexts,
-    caches: Branches,
+def sample_flow(
+    runner: ModelRunner,
+    caches: GuidanceCaches,
     sampling: Sampling,
     noise_seeds: Sequence[int],
     step_seeds: Sequence[int],
     grid: Grid,
-) -> Drawn:
+) -> FlowSample:
     """Pictures of one grid, each from its own noise."""
-    shape = grid[0] * grid[1], contexts.towers.channels
+    shape = grid[0] * grid[1], runner.encoders.channels
     device = caches.full.rope.device
     window = sampling.window if sampling.sampler != "ode" else ()
     step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
-    return integrate(contexts, caches, sampling, normal_noise(noise_seeds, shape).to(device), step_noise, grid)
+    return integrate(runner, caches, sampling, normal_noise(noise_seeds, shape).to(device), step_noise, grid)
 
 
 def integrate(
-    contexts: Contexts,
-    caches: Branches,
+    runner: ModelRunner,
+    caches: GuidanceCaches,
     sampling: Sampling,
     x_t: torch.Tensor,
     step_noise: torch.Tensor | None,
     grid: Grid,
-) -> Drawn:
+) -> FlowSample:
     """From noise (B, N, C) to data; steps of ``sampling.window`` are stochastic, with noise ``step_noise``
     (B, W, N, C), and recorded, others solve the ODE."""
     shape = x_t.shape[1:]
@@ -192,7 +194,7 @@ def integrate(
     solve, past, times = SOLVERS[sampling.solver], None, timesteps.tolist()
     for i in range(len(timesteps) - 1):
         t, t_next = timesteps[i], timesteps[i + 1]
-        v = guided_velocity(contexts, caches, x_t, t, guidance, grid, times[i])
+        v = guided_velocity(runner, caches, x_t, t, guidance, grid, times[i])
         if i in window:
             assert step_noise is not None
             step = STEPS[sampling.sampler](x_t, v, t, t_next, sampling.noise_level)
@@ -205,7 +207,7 @@ def integrate(
         else:
             x_t, past = solve(x_t, v, t, t_next, past)
     batch = len(x_t)
-    return Drawn(
+    return FlowSample(
         latents=x_t,
         timesteps=timesteps,
         states=torch.stack(states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
@@ -216,8 +218,8 @@ def integrate(
 
 
 def replay_steps(
-    contexts: Contexts,
-    caches: Branches,
+    runner: ModelRunner,
+    caches: GuidanceCaches,
     states: torch.Tensor,
     next_states: torch.Tensor,
     timesteps: torch.Tensor,
@@ -227,19 +229,19 @@ def replay_steps(
     reduction: Literal["mean", "sum"],
     guidance: Guidance,
     grid: Grid,
-) -> ReplayedDrawing:
+) -> ReplayedFlow:
     """Recorded steps scored under the current weights, with the very calls that sampled them.
 
     Where layers are computed again in the backward pass, so are whole steps: one at a time is remembered then.
     """
     if not trained_steps:
-        return ReplayedDrawing(states.new_zeros(len(states), 0), states, states.new_zeros(0))
-    again = contexts.transformer.checkpointing and torch.is_grad_enabled() and len(trained_steps) > 1
+        return ReplayedFlow(states.new_zeros(len(states), 0), states, states.new_zeros(0))
+    again = runner.transformer.checkpointing and torch.is_grad_enabled() and len(trained_steps) > 1
     logprobs, means, stds, times = [], [], [], timesteps.tolist()
     for w, i in enumerate(trained_steps):
         t, t_next = timesteps[i], timesteps[i + 1]
         x_t = states[:, w]
-        inputs = contexts, caches, x_t, t, guidance, grid, times[i]
+        inputs = runner, caches, x_t, t, guidance, grid, times[i]
         if again:
             v = checkpoint(guided_velocity, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -248,4 +250,4 @@ def replay_steps(
         logprobs.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
         means.append(step.mean)
         stds.append(step.std.reshape(()))
-    return ReplayedDrawing(torch.stack(logprobs, dim=1), torch.stack(means, dim=1), torch.stack(stds))
+    return ReplayedFlow(torch.stack(logprobs, dim=1), torch.stack(means, dim=1), torch.stack(stds))

@@ -12,13 +12,13 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from lvrpo.policies.mot.attention import TEXT_KERNELS, attention
-from lvrpo.policies.mot.model_runner import Contexts, Row
+from lvrpo.policies.mot.model_runner import ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache, Layer, MoT, rotate
 from lvrpo.sampling import sample_tokens
 
 
 @dataclass(frozen=True)
-class Written:
+class TokenizedText:
     """A sampled text."""
 
     tokens: tuple[int, ...]
@@ -36,39 +36,39 @@ class TextScores:
     """The contexts, extended by the texts where these were closed."""
 
 
-def write(
-    contexts: Contexts, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
-) -> list[Written]:
+def generate_text(
+    runner: ModelRunner, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
+) -> list[TokenizedText]:
     """Samples one text per member: member m continues row ``owner[m]`` of the cache, with uniforms (B, max tokens).
 
     Members that have written the same so far share one row, so a step costs the number of distinct prefixes; of more
     members than fit into the buffers, one part after another.
     """
-    together = at_once(contexts.transformer, cache, uniforms.shape[1])
+    together = decode_batch_size(runner.transformer, cache, uniforms.shape[1])
     if len(owner) <= together:
-        return _write(contexts, cache, owner, uniforms, temperature)
+        return _generate_batch(runner, cache, owner, uniforms, temperature)
     out = []
     for start in range(0, len(owner), together):
         part = slice(start, start + together)
         rows = sorted(set(owner[part]))
         places = [rows.index(row) for row in owner[part]]
-        out += _write(contexts, cache.select(rows), places, uniforms[part], temperature)
+        out += _generate_batch(runner, cache.select(rows), places, uniforms[part], temperature)
     return out
 
 
 @torch.no_grad()
-def _write(
-    contexts: Contexts, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
-) -> list[Written]:
+def _generate_batch(
+    runner: ModelRunner, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
+) -> list[TokenizedText]:
     """Members that are written together. A step waits for the card once, for its tokens, as long as rows stay apart."""
-    eos = contexts.words.eos_id
-    forbidden = contexts.words.forbidden().to(uniforms.device)
-    decoder = Decoder(contexts.transformer, cache, uniforms.shape[1])
+    eos = runner.tokenizer.eos_id
+    forbidden = runner.tokenizer.suppressed_tokens().to(uniforms.device)
+    decoder = Decoder(runner.transformer, cache, uniforms.shape[1])
     written: list[list[int]] = [[] for _ in owner]
     active, row_of = list(range(len(owner))), list(owner)  # members that still write, and the row of each
-    feed = torch.full((len(cache.rope),), contexts.words.bos_id, device=uniforms.device)
+    feed = torch.full((len(cache.rope),), runner.tokenizer.bos_id, device=uniforms.device)
     for position in range(uniforms.shape[1]):
-        logits = allowed_logits(contexts, decoder.step(contexts.towers.embed_tokens(feed)), forbidden)
+        logits = text_logits(runner, decoder.step(runner.encoders.embed_tokens(feed)), forbidden)
         tokens = sample_tokens(_take(logits, row_of), uniforms[:, position], temperature)
         prefixes: dict[tuple[int, int], int] = {}
         still: list[int] = []  # places in ``active``
@@ -85,7 +85,7 @@ def _write(
         decoder.select([parent for parent, _ in prefixes])
         feed, uniforms = _take(tokens, first), _take(uniforms, still)
         active, row_of = [active[p] for p in still], [prefixes[row_of[p], fed[p]] for p in still]
-    return [Written(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
+    return [TokenizedText(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
 
 
 def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -95,8 +95,13 @@ def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
 
 
-def score(
-    contexts: Contexts, cache: Cache, owner: Sequence[int], texts: Sequence[Written], temperature: float, closed: bool
+def score_text(
+    runner: ModelRunner,
+    cache: Cache,
+    owner: Sequence[int],
+    texts: Sequence[TokenizedText],
+    temperature: float,
+    closed: bool,
 ) -> TextScores:
     """Log-prob of every token of text b after row ``owner[b]`` of the cache, differentiable.
 
@@ -112,16 +117,16 @@ def score(
     start = 0
     for _, text in places:
         ids = text.tokens[:-1] if text.ended else text.tokens
-        piece = contexts.text(ids) if closed else contexts.open_text(ids)
+        piece = runner.text(ids) if closed else runner.open_text(ids)
         rows.append((piece,))
         positions += range(start, start + len(text.tokens))
         targets += text.tokens
         counts.append(len(text.tokens))
         start += piece.span.length
-    hidden = contexts.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
+    hidden = runner.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
-    logits = allowed_logits(contexts, selected, contexts.words.forbidden().to(device))
+    logits = text_logits(runner, selected, runner.tokenizer.suppressed_tokens().to(device))
     # at temperature 0 the density is a point: the plain distribution is scored instead
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
@@ -132,16 +137,16 @@ def score(
     return TextScores([logprobs[i] for i in order], [entropies[i] for i in order], extended)
 
 
-def allowed_logits(contexts: Contexts, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+def text_logits(runner: ModelRunner, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
     """Logits over the vocabulary, those of tokens that are never written being -inf."""
-    return contexts.towers.text_logits(hidden).masked_fill(forbidden, -torch.inf)
+    return runner.encoders.text_logits(hidden).masked_fill(forbidden, -torch.inf)
 
 
 BUFFER_BYTES = 8 << 30
 """Keys and values of rows that are written together: more members than fit are written one part after another."""
 
 
-def at_once(transformer: MoT, cache: Cache, steps: int) -> int:
+def decode_batch_size(transformer: MoT, cache: Cache, steps: int) -> int:
     """How many rows are written together: at least one."""
     config = transformer.config
     element = cache.parts[0].keys[0].element_size() if cache.parts else transformer.inv_freq.element_size()

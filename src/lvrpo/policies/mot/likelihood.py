@@ -11,8 +11,16 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss
 from lvrpo.policies.mot import flow_sampler, generate, model_runner
-from lvrpo.policies.mot.generate import Written
-from lvrpo.policies.mot.model_runner import Contexts, Grid, Row, alike, distinct_rows, leading_spans, row_tokens
+from lvrpo.policies.mot.generate import TokenizedText
+from lvrpo.policies.mot.model_runner import (
+    Grid,
+    ModelRunner,
+    Row,
+    distinct_rows,
+    group_equal,
+    leading_spans,
+    row_tokens,
+)
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling import derive_seed, flow_time, normal_noise
 from lvrpo.types import Example, Image, Part, Parts
@@ -28,7 +36,7 @@ class Limits(Protocol):
         """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
         ...
 
-    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def split_rows(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
         ...
 
@@ -36,66 +44,66 @@ class Limits(Protocol):
 # --- the reading side ---
 
 
-def text_logprob(contexts: Contexts, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+def text_logprob(runner: ModelRunner, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
     """Mean log-prob per token, end token included, of each text after what is given, (B,)."""
-    rows = [contexts.row(parts, draws=False) for parts in given]
-    written = [Written((*contexts.words.encode(text), contexts.words.eos_id), True) for text in texts]
+    rows = [runner.row(parts, draws=False) for parts in given]
+    written = [TokenizedText((*runner.tokenizer.encode(text), runner.tokenizer.eos_id), True) for text in texts]
     for row, text in zip(rows, written, strict=True):
         limits.check_length("text to judge", row, len(text.tokens))  # fed are its begin and all but its end
     scores: dict[int, torch.Tensor] = {}
-    for part in limits.within(rows, [len(text.tokens) for text in written]):
+    for part in limits.split_rows(rows, [len(text.tokens) for text in written]):
         # pictures are then never padded
-        for same in model_runner.alike([leading_spans(rows[i]) for i in part], model_runner.MAX_ROWS):
+        for same in model_runner.group_equal([leading_spans(rows[i]) for i in part], model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
-            found = score_once(contexts, [rows[i] for i in indices], [written[i] for i in indices])
+            found = score_once(runner, [rows[i] for i in indices], [written[i] for i in indices])
             scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
     return torch.stack([scores[i] for i in range(len(rows))])
 
 
-def score_once(contexts: Contexts, rows: Sequence[Row], texts: Sequence[Written]) -> list[torch.Tensor]:
+def score_once(runner: ModelRunner, rows: Sequence[Row], texts: Sequence[TokenizedText]) -> list[torch.Tensor]:
     """Log-prob (L_b,) of every token of text b after the context ``rows[b]``, at temperature 1.
 
-    As ``generate.score``, cheaper: a context and its few short texts are one row of one pass, each text an option that
-    no other one sees, so a context is neither kept nor copied for its texts. One that has more of them is read first,
-    and each text continues it.
+    As ``generate.score_text``, cheaper: a context and its few short texts are one row of one pass, each text an option
+    that no other one attends to, so a context is neither cached nor copied for its texts. One that has more of them is
+    prefilled first, and each text continues it.
     """
     distinct, owner = distinct_rows(rows)
-    texts_of: list[dict[Written, torch.Tensor | None]] = [{} for _ in distinct]
+    texts_of: list[dict[TokenizedText, torch.Tensor | None]] = [{} for _ in distinct]
     for u, text in zip(owner, texts, strict=True):
         texts_of[u][text] = None
     together = [u for u, own in enumerate(texts_of) if _fit_together(distinct[u], list(own))]
     if together:
-        found = iter(_score_options(contexts, [distinct[u] for u in together], [list(texts_of[u]) for u in together]))
+        found = iter(_score_options(runner, [distinct[u] for u in together], [list(texts_of[u]) for u in together]))
         for u in together:
             texts_of[u] = {text: next(found) for text in texts_of[u]}
     apart = [b for b, u in enumerate(owner) if u not in set(together)]
     if apart:
-        cache, index = contexts.prefill_shared([rows[b] for b in apart])
-        scores = generate.score(contexts, cache, index, [texts[b] for b in apart], 1.0, closed=False)
+        cache, index = runner.prefill_shared([rows[b] for b in apart])
+        scores = generate.score_text(runner, cache, index, [texts[b] for b in apart], 1.0, closed=False)
         for b, logprobs in zip(apart, scores.logprobs, strict=True):
             texts_of[owner[b]][texts[b]] = logprobs
     out = [texts_of[u][text] for u, text in zip(owner, texts, strict=True)]
     return [logprobs for logprobs in out if logprobs is not None]
 
 
-def _fit_together(row: Row, texts: Sequence[Written]) -> bool:
+def _fit_together(row: Row, texts: Sequence[TokenizedText]) -> bool:
     """Whether a pass of the context with all its texts is at most twice one with none, pictures aside."""
-    words = row_tokens(tuple(piece for piece in row if piece.span.kind == "text"))
-    return len(texts) == 1 or sum(len(text.tokens) for text in texts) <= words
+    text_tokens = row_tokens(tuple(piece for piece in row if piece.span.kind == "text"))
+    return len(texts) == 1 or sum(len(text.tokens) for text in texts) <= text_tokens
 
 
 def _score_options(
-    contexts: Contexts, rows: Sequence[Row], texts: Sequence[Sequence[Written]]
+    runner: ModelRunner, rows: Sequence[Row], texts: Sequence[Sequence[TokenizedText]]
 ) -> Sequence[torch.Tensor]:
     """Log-probs of all texts, those of one context after those of the one before."""
-    cache, rest = contexts.begin(rows)
+    cache, rest = runner.begin(rows)
     positions: list[int] = []
     targets: list[int] = []
     counts: list[int] = []
     start, whole = 0, []
     for row, own in zip(rest, texts, strict=True):
         start += row_tokens(row)
-        options = [contexts.option(text.tokens[:-1] if text.ended else text.tokens) for text in own]
+        options = [runner.option(text.tokens[:-1] if text.ended else text.tokens) for text in own]
         for text, option in zip(own, options, strict=True):
             positions += range(start, start + len(text.tokens))
             targets += text.tokens
@@ -103,8 +111,8 @@ def _score_options(
             start += option.span.length
         whole.append((*row, *options))
     device = cache.rope.device
-    hidden = contexts.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
-    logits = generate.allowed_logits(contexts, hidden.reading, contexts.words.forbidden().to(device))
+    hidden = runner.run(whole, cache, extend=False, outputs=torch.tensor(positions, device=device))
+    logits = generate.text_logits(runner, hidden.reading, runner.tokenizer.suppressed_tokens().to(device))
     distribution = torch.log_softmax(logits.float(), dim=-1)
     return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
 
@@ -113,7 +121,7 @@ def _score_options(
 
 
 def image_logprob(
-    contexts: Contexts,
+    runner: ModelRunner,
     limits: Limits,
     given: Sequence[Parts],
     images: Sequence[Image],
@@ -129,34 +137,34 @@ def image_logprob(
 
     Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
     """
-    rows = [contexts.row(parts, draws=True) for parts in given]
-    grids = [contexts.towers.latent_grid(image) for image in images]
+    rows = [runner.row(parts, draws=True) for parts in given]
+    grids = [runner.encoders.latent_grid(image) for image in images]
     for row, grid in zip(rows, grids, strict=True):
-        limits.check_length("picture to judge", row, contexts.noise(grid).span.length)
+        limits.check_length("picture to judge", row, runner.noise(grid).span.length)
     scores: dict[int, torch.Tensor] = {}
-    for part in limits.within(rows, [height * width + 2 for height, width in grids]):
+    for part in limits.split_rows(rows, [height * width + 2 for height, width in grids]):
         # contexts without words, or without a picture, go by themselves: padding would be most of theirs
         keys = [(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part]
-        for same in model_runner.alike(keys, model_runner.MAX_ROWS):
+        for same in model_runner.group_equal(keys, model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
-            cache, owner = contexts.prefill_shared([rows[i] for i in indices])
+            cache, owner = runner.prefill_shared([rows[i] for i in indices])
             own = cache.select(owner)
-            x_0 = _latents(contexts, [images[i] for i in indices])
+            x_0 = _latents(runner, [images[i] for i in indices])
             of_rows = [seeds[i] for i in indices]
-            scored = _draw_logprob(contexts, own, x_0, grids[indices[0]], draws, of_rows, times)
+            scored = _draw_logprob(runner, own, x_0, grids[indices[0]], draws, of_rows, times)
             scores.update(zip(indices, scored, strict=True))
     return torch.stack([scores[i] for i in range(len(images))])
 
 
-def _latents(contexts: Contexts, images: Sequence[Image]) -> torch.Tensor:
+def _latents(runner: ModelRunner, images: Sequence[Image]) -> torch.Tensor:
     """Latents (B, N, C) of pictures of one grid, a picture that stands for several rows being encoded once."""
     distinct = {id(image): image for image in images}
     place = {key: i for i, key in enumerate(distinct)}
-    return contexts.towers.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
+    return runner.encoders.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
 
 
 def _draw_logprob(
-    contexts: Contexts,
+    runner: ModelRunner,
     cache: Cache,
     x_0: torch.Tensor,
     grid: Grid,
@@ -174,7 +182,7 @@ def _draw_logprob(
         at = low + (high - low) * (k + 0.5) / draws
         t = x_0.new_full((len(x_0),), at)
         x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-        error = (flow_sampler.velocity(contexts, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
+        error = (flow_sampler.velocity(runner, cache, x_t, t, grid) - (noise - x_0)).square().sum(dim=(1, 2))
         columns.append(-(high - low) * (1 - at) / at * error)
     return torch.stack(columns, dim=1)
 
@@ -182,64 +190,64 @@ def _draw_logprob(
 # --- states ---
 
 
-def reading_features(contexts: Contexts, images: Sequence[Image], layer: int) -> torch.Tensor:
+def reading_features(runner: ModelRunner, images: Sequence[Image], layer: int) -> torch.Tensor:
     """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
     if layer == 0:
-        return contexts.towers.read_pictures(images)
-    rows = [(contexts.picture(image, "read"),) for image in images]
-    states = _reading_layer(contexts, rows, layer)
+        return runner.encoders.encode_images(images)
+    rows = [(runner.picture(image, "read"),) for image in images]
+    states = _reading_layer(runner, rows, layer)
     return states.unflatten(0, (len(rows), -1))[:, 1:-1]  # without the two markers
 
 
-def reading_states(contexts: Contexts, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+def reading_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
     """States (N, D) of texts and pictures, each read alone, after so many layers; 0: as they enter the transformer."""
-    depth = contexts.transformer.config.depth
+    depth = runner.transformer.config.depth
     if not 0 <= layer <= depth:
         raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
     states: list[torch.Tensor] = []
     for start in range(0, len(parts), model_runner.MAX_ROWS):
-        rows = [contexts.row((part,), draws=False) for part in parts[start : start + model_runner.MAX_ROWS]]
-        split = _reading_layer(contexts, rows, layer).split([row_tokens(row) for row in rows])
+        rows = [runner.row((part,), draws=False) for part in parts[start : start + model_runner.MAX_ROWS]]
+        split = _reading_layer(runner, rows, layer).split([row_tokens(row) for row in rows])
         states += [row[1:-1] for row in split]  # without the two markers
     return states
 
 
-def _reading_layer(contexts: Contexts, rows: Sequence[Row], layer: int) -> torch.Tensor:
+def _reading_layer(runner: ModelRunner, rows: Sequence[Row], layer: int) -> torch.Tensor:
     """(Nr, D) of rows that the reading expert alone sees."""
     if layer == 0:
-        return contexts.embed_reading([piece for row in rows for piece in row])
-    cache = contexts.transformer.empty_cache(len(rows))
-    return contexts.run(rows, cache, keep_layers=True).layers[layer - 1][0]
+        return runner.embed_reading([piece for row in rows for piece in row])
+    cache = runner.transformer.empty_cache(len(rows))
+    return runner.run(rows, cache, keep_layers=True).layers[layer - 1][0]
 
 
-def context_states(contexts: Contexts, given: Sequence[Parts]) -> torch.Tensor:
+def context_states(runner: ModelRunner, given: Sequence[Parts]) -> torch.Tensor:
     """Mean final state of the reading expert over each context, float32 (B, D)."""
-    rows = [contexts.row(parts, draws=False) for parts in given]
-    hidden = contexts.run(rows, contexts.transformer.empty_cache(len(rows)))
+    rows = [runner.row(parts, draws=False) for parts in given]
+    hidden = runner.run(rows, runner.transformer.empty_cache(len(rows)))
     split = hidden.reading.float().split([row_tokens(row) for row in rows])
     return torch.stack([states.mean(dim=0) for states in split])
 
 
 def drawing_states(
-    contexts: Contexts, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
+    runner: ModelRunner, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
 ) -> torch.Tensor:
     """Mean final state of the drawing expert over each noisy picture after what is given, float32 (B, D).
 
     The noise is one for all rows. At t = 1 the picture is noise alone: what the expert is about to draw from the
     context; only the picture's size is then of use. Pictures are of one size.
     """
-    cache, owner = contexts.prefill_shared([contexts.row(parts, draws=True) for parts in given])
-    x_0 = _latents(contexts, images)
+    cache, owner = runner.prefill_shared([runner.row(parts, draws=True) for parts in given])
+    x_0 = _latents(runner, images)
     noise = normal_noise([derive_seed(seed, "states")], x_0.shape[1:]).to(x_0)
     x_t = (1 - t) * x_0 + t * noise
-    depth, grid = contexts.transformer.config.depth, contexts.towers.latent_grid(images[0])
+    depth, grid = runner.transformer.config.depth, runner.encoders.latent_grid(images[0])
     times = x_0.new_full((len(x_0),), t)
-    _, states = flow_sampler.velocity_and_features(contexts, cache.select(owner), x_t, times, grid, depth)
+    _, states = flow_sampler.velocity_and_features(runner, cache.select(owner), x_t, times, grid, depth)
     return states.float().mean(dim=1)
 
 
 @dataclass(frozen=True)
-class FlowTimes:
+class FlowLossTimes:
     """At which times the flow loss is taken, and what each counts."""
 
     shift: float
@@ -248,11 +256,11 @@ class FlowTimes:
 
 
 def supervised_losses(
-    contexts: Contexts,
+    runner: ModelRunner,
     rows: Sequence[Row],
     examples: Sequence[Example],
     generator: torch.Generator,
-    times: FlowTimes,
+    times: FlowLossTimes,
     represent: FeatureLoss | None,
 ) -> Mapping[str, torch.Tensor]:
     """ "text": cross-entropy per token; "image": flow loss at logit-normal times, of examples after their contexts
@@ -260,21 +268,23 @@ def supervised_losses(
     text_losses: list[torch.Tensor] = []
     image_losses: list[torch.Tensor] = []
     feature_losses: list[torch.Tensor] = []
-    for indices in alike([example.prompt.output for example in examples], len(examples)):
+    for indices in group_equal([example.prompt.output for example in examples], len(examples)):
         batch = [examples[i] for i in indices]
-        cache, owner = contexts.prefill_shared([rows[i] for i in indices])
+        cache, owner = runner.prefill_shared([rows[i] for i in indices])
         for s, kind in enumerate(batch[0].prompt.output):
             outputs = [example.outputs[s] for example in batch]
             if kind == "text":
-                texts = [Written((*contexts.words.encode(str(o)), contexts.words.eos_id), True) for o in outputs]
+                texts = [
+                    TokenizedText((*runner.tokenizer.encode(str(o)), runner.tokenizer.eos_id), True) for o in outputs
+                ]
                 closed = s + 1 < len(batch[0].prompt.output)
-                scores = generate.score(contexts, cache, owner, texts, 1.0, closed)
+                scores = generate.score_text(runner, cache, owner, texts, 1.0, closed)
                 text_losses += [-logprobs for logprobs in scores.logprobs]
                 if closed:
                     cache, owner = scores.cache, list(range(len(batch)))
             else:
                 images = [o for o in outputs if isinstance(o, torch.Tensor)]
-                loss, features = _flow_loss(contexts, cache.select(owner), images, generator, times, represent)
+                loss, features = _flow_loss(runner, cache.select(owner), images, generator, times, represent)
                 image_losses.append(loss)
                 if represent is not None and features is not None:
                     feature_losses.append(represent(features, images))
@@ -283,22 +293,22 @@ def supervised_losses(
 
 
 def _flow_loss(
-    contexts: Contexts,
+    runner: ModelRunner,
     cache: Cache,
     images: Sequence[Image],
     generator: torch.Generator,
-    times: FlowTimes,
+    times: FlowLossTimes,
     represent: FeatureLoss | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The flow loss (B,) of pictures, and the states (B, N, D) that ``represent`` wants."""
-    x_0 = contexts.towers.encode_latents(images)
+    x_0 = runner.encoders.encode_latents(images)
     noise = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = flow_time(torch.randn(len(x_0), generator=generator), times.shift).to(x_0)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
-    features, grid = None, contexts.towers.latent_grid(images[0])
+    features, grid = None, runner.encoders.latent_grid(images[0])
     if represent is None:
-        v = flow_sampler.velocity(contexts, cache, x_t, t, grid)
+        v = flow_sampler.velocity(runner, cache, x_t, t, grid)
     else:
-        v, features = flow_sampler.velocity_and_features(contexts, cache, x_t, t, grid, represent.layer)
+        v, features = flow_sampler.velocity_and_features(runner, cache, x_t, t, grid, represent.layer)
     weight = (t / t.clamp(min=times.min_time)).square()
     return weight * (v - (noise - x_0)).square().mean(dim=(1, 2)), features

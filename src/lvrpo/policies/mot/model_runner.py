@@ -13,7 +13,7 @@ from lvrpo.policies.mot.attention import Span, SpanKind, pack
 from lvrpo.policies.mot.transformer import Cache, Hidden, MoT
 from lvrpo.types import Image, Parts
 
-PICTURE = -1
+IMAGE_TOKEN = -1
 """Stands for a picture token in a list of token ids."""
 
 
@@ -23,7 +23,7 @@ class Piece:
 
     span: Span
     ids: tuple[int, ...]
-    """Ids of the span's reading-expert tokens, markers included; PICTURE where the reading tower's token goes."""
+    """Ids of the span's reading-expert tokens, markers included; IMAGE_TOKEN where the reading tower's token goes."""
     image: Image | None = None
     grid: Grid = (0, 0)
     """Of a picture: rows and columns of its tokens between the markers."""
@@ -45,45 +45,47 @@ def row_tokens(row: Row) -> int:
     return sum(piece.span.length for piece in row)
 
 
-class Contexts:
+class ModelRunner:
     """Builds rows from parts and runs them through the transformer."""
 
-    def __init__(self, transformer: MoT, towers: Towers, words: Words) -> None:
-        self.transformer, self.towers, self.words = transformer, towers, words
+    def __init__(self, transformer: MoT, encoders: Encoders, tokenizer: Tokenizer) -> None:
+        self.transformer, self.encoders, self.tokenizer = transformer, encoders, tokenizer
 
     def text(self, ids: Sequence[int]) -> Piece:
         """A finished text: [bos] ids [eos]."""
-        whole = (self.words.bos_id, *ids, self.words.eos_id)
+        whole = (self.tokenizer.bos_id, *ids, self.tokenizer.eos_id)
         return Piece(Span("text", len(whole)), whole)
 
     def open_text(self, ids: Sequence[int]) -> Piece:
         """A text being written or scored: [bos] ids."""
-        whole = (self.words.bos_id, *ids)
+        whole = (self.tokenizer.bos_id, *ids)
         return Piece(Span("text", len(whole)), whole)
 
     def option(self, ids: Sequence[int]) -> Piece:
         """A text that is scored beside others after the same context: [bos] ids."""
-        whole = (self.words.bos_id, *ids)
+        whole = (self.tokenizer.bos_id, *ids)
         return Piece(Span("option", len(whole)), whole)
 
     def picture(self, image: Image, kind: SpanKind) -> Piece:
         """A picture for the reading side ("read") or a clean latent for the drawing side ("clean")."""
-        grid = self.towers.read_grid(image) if kind == "read" else self.towers.latent_grid(image)
+        grid = self.encoders.vision_grid(image) if kind == "read" else self.encoders.latent_grid(image)
         n = grid[0] * grid[1]
-        inside = (PICTURE,) * n if kind == "read" else ()
-        return Piece(Span(kind, n + 2), (self.words.image_start_id, *inside, self.words.image_end_id), image, grid)
+        inside = (IMAGE_TOKEN,) * n if kind == "read" else ()
+        return Piece(
+            Span(kind, n + 2), (self.tokenizer.image_start_id, *inside, self.tokenizer.image_end_id), image, grid
+        )
 
     def noise(self, grid: Grid) -> Piece:
         """The place of a picture being drawn."""
         length = grid[0] * grid[1] + 2
-        return Piece(Span("noise", length), (self.words.image_start_id, self.words.image_end_id), grid=grid)
+        return Piece(Span("noise", length), (self.tokenizer.image_start_id, self.tokenizer.image_end_id), grid=grid)
 
     def row(self, parts: Parts, draws: bool) -> Row:
         """The pieces of a context; a context that will draw sees its pictures with both sides, drawing side first."""
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, str):
-                pieces.append(self.text(self.words.encode(part)))
+                pieces.append(self.text(self.tokenizer.encode(part)))
             else:
                 if draws:
                     pieces.append(self.picture(part, "clean"))
@@ -117,7 +119,7 @@ class Contexts:
         reading = self.embed_reading(pieces)
         drawn = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
         if noisy is not None:
-            drawing = self.towers.embed_latents(*noisy, drawn[0].grid).flatten(0, 1)
+            drawing = self.encoders.embed_latents(*noisy, drawn[0].grid).flatten(0, 1)
         elif drawn:
             drawing = _by_grid(drawn, self._embed_drawn)
         else:
@@ -129,11 +131,11 @@ class Contexts:
         device = self.transformer.inv_freq.device
         ids = [i for piece in pieces for i in piece.ids]
         known = torch.tensor([max(i, 0) for i in ids], dtype=torch.int64, device=device)
-        reading = self.towers.embed_tokens(known)
+        reading = self.encoders.embed_tokens(known)
         read = [piece for piece in pieces if piece.span.kind == "read"]
         if read:
             tokens = _by_grid(read, self._read)
-            places = torch.tensor([place for place, i in enumerate(ids) if i == PICTURE], device=device)
+            places = torch.tensor([place for place, i in enumerate(ids) if i == IMAGE_TOKEN], device=device)
             reading = reading.index_put((places,), tokens.to(reading.dtype))
         return reading
 
@@ -141,7 +143,7 @@ class Contexts:
         """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""
         images = [piece.image for piece in pieces if piece.image is not None]
         distinct, index = _distinct(images, id)
-        tokens = self.towers.read_pictures(distinct)
+        tokens = self.encoders.encode_images(distinct)
         if len(distinct) != len(images):
             tokens = tokens.index_select(0, torch.tensor(index, device=tokens.device))
         return tokens
@@ -152,9 +154,9 @@ class Contexts:
         if states:
             assert len(states) == len(pieces), "of one grid either every latent is given or none"
             x_t, t = torch.stack([x for x, _ in states]), torch.stack([time for _, time in states])
-            return self.towers.embed_latents(x_t, t, pieces[0].grid)
-        latents = self.towers.encode_latents([piece.image for piece in pieces if piece.image is not None])
-        return self.towers.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
+            return self.encoders.embed_latents(x_t, t, pieces[0].grid)
+        latents = self.encoders.encode_latents([piece.image for piece in pieces if piece.image is not None])
+        return self.encoders.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
         """The contexts of all rows; the pictures that several rows begin with are read once."""
@@ -241,7 +243,7 @@ Grid = tuple[int, int]
 """Rows and columns of the tokens of a picture."""
 
 
-class Words(Protocol):
+class Tokenizer(Protocol):
     """The tokenizer with its four markers."""
 
     bos_id: int
@@ -257,7 +259,7 @@ class Words(Protocol):
         """The text of ids, markers skipped."""
         ...
 
-    def forbidden(self) -> torch.Tensor:
+    def suppressed_tokens(self) -> torch.Tensor:
         """bool (V,): tokens that are never written."""
         ...
 
@@ -266,7 +268,7 @@ class Words(Protocol):
         ...
 
 
-class Towers(Protocol):
+class Encoders(Protocol):
     """Everything between pixels, words and the transformer's width. D width, N image tokens, C channels of one.
 
     Pictures come in batches of one grid, so that none is ever padded.
@@ -283,7 +285,7 @@ class Towers(Protocol):
         """Hidden states of the reading expert (n, D) -> (n, V)."""
         ...
 
-    def read_grid(self, image: Image) -> Grid:
+    def vision_grid(self, image: Image) -> Grid:
         """The tokens of a picture for the reading expert."""
         ...
 
@@ -291,16 +293,16 @@ class Towers(Protocol):
         """The tokens of a picture for the drawing expert, as a condition or as the source of what is drawn."""
         ...
 
-    def drawn_grid(self, height: int, width: int) -> Grid:
+    def output_grid(self, height: int, width: int) -> Grid:
         """The tokens of a picture that was drawn at this size."""
         ...
 
-    def free_grid(self, image_size: tuple[int, int] | None) -> Grid:
+    def default_grid(self, image_size: tuple[int, int] | None) -> Grid:
         """The tokens of a picture drawn without a source; raises InputError for a size that does not fit."""
         ...
 
-    def read_pictures(self, images: Sequence[Image]) -> torch.Tensor:
-        """Pictures of one ``read_grid`` -> (B, N, D) tokens of the reading expert."""
+    def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
+        """Pictures of one ``vision_grid`` -> (B, N, D) tokens of the reading expert."""
         ...
 
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
@@ -324,7 +326,7 @@ MAX_ROWS = 512
 """Rows that go through the transformer at once when sampling, replaying or judging."""
 
 
-def runs(keys: Sequence[object]) -> list[int]:
+def run_ids(keys: Sequence[object]) -> list[int]:
     """The number of the run of equal neighbors that each key lies in: a a b a -> 0 0 1 2."""
     out: list[int] = []
     for i, key in enumerate(keys):
@@ -332,7 +334,7 @@ def runs(keys: Sequence[object]) -> list[int]:
     return out
 
 
-def alike(keys: Sequence[object], size: int) -> list[list[int]]:
+def group_equal(keys: Sequence[object], size: int) -> list[list[int]]:
     """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
     classes: dict[object, list[int]] = {}
     for i, key in enumerate(keys):
@@ -340,14 +342,16 @@ def alike(keys: Sequence[object], size: int) -> list[list[int]]:
     return [indices[i : i + size] for indices in classes.values() for i in range(0, len(indices), size)]
 
 
-def cut(groups: Sequence[Hashable], contexts: Sequence[int], new: Sequence[int], limit: int) -> list[list[int]]:
+def split_by_tokens(
+    groups: Sequence[Hashable], contexts: Sequence[int], new: Sequence[int], limit: int
+) -> list[list[int]]:
     """Parts of a sequence of members, as indices, in order; equal neighbors in ``groups`` share one context.
 
     A part costs its contexts, each padded to the longest, and what its members add: at most ``limit``, unless one
     member alone costs more. Groups stay whole as long as one fits; a group that does not is cut by itself.
     """
-    members: list[list[int]] = [[] for _ in range(runs(groups)[-1] + 1)] if groups else []
-    for i, group in enumerate(runs(groups)):
+    members: list[list[int]] = [[] for _ in range(run_ids(groups)[-1] + 1)] if groups else []
+    for i, group in enumerate(run_ids(groups)):
         members[group].append(i)
     parts: list[list[int]] = []
     longest = held = added = 0

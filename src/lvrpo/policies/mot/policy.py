@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,17 +15,18 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling, Tokens
+from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
+from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.policies.mot import adapter, flow_sampler, generate, likelihood, model_runner
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES
-from lvrpo.policies.mot.model_runner import Contexts, Grid, Row, Towers, Words, row_tokens
+from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
 from lvrpo.policies.mot.trajectory import (
-    as_written,
     flow_segment,
-    replay_drawings,
+    replay_flows,
     replay_settings,
     temperature_of,
     text_segment,
+    tokenized_text,
 )
 from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.sampling import derive_seed, guide, uniform_noise
@@ -40,7 +41,6 @@ from lvrpo.types import (
     Segment,
     SegmentKind,
     SegmentLogprobs,
-    Task,
     TextSegment,
     Trajectory,
     segments_through,
@@ -51,10 +51,10 @@ Arguments = ParamSpec("Arguments")
 PolicyT = TypeVar("PolicyT", bound="MoTPolicy")
 
 
-def computing(
+def with_autocast(
     method: Callable[Concatenate[PolicyT, Arguments], T],
 ) -> Callable[Concatenate[PolicyT, Arguments], T]:
-    """A method of a policy that runs the model: at the precision that ``compute_in`` asked for."""
+    """A method of a policy that runs the model: at the precision that ``set_compute_dtype`` asked for."""
 
     @wraps(method)
     def run(policy: PolicyT, *args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
@@ -64,12 +64,12 @@ def computing(
     return run
 
 
-MOST_TOKENS = 4096
+MAX_ROW_TOKENS = 4096
 """Of a row of a policy that says nothing else: attention takes memory by the square of it."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Member:
     """One output to sample."""
 
     prompt: Prompt
@@ -78,30 +78,30 @@ class _Asked:
     member: int
 
 
-class MoTPolicy(nn.Module, ABC):
-    """One policy that reads and draws, whatever its towers."""
+class MoTPolicy(PolicyDefaults):
+    """One policy that understands and generates images, whatever its encoders."""
 
     model_type = "lvrpo_mot"
-    writes: tuple[SegmentKind, ...] = ("text", "flow")
-    drops_conditions = False
+    segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
+    has_condition_dropout = False
     """Whether ``supervised_losses`` leaves conditions out by itself."""
 
-    def __init__(self, transformer: MoT, towers: nn.Module, words: Words) -> None:
+    def __init__(self, transformer: MoT, towers: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.transformer = transformer
-        self.towers: Towers = towers  # type: ignore[assignment]  # a Module that keeps the Towers protocol
-        self.words = words
+        self.towers: Encoders = towers  # type: ignore[assignment]  # a Module that keeps the protocol
+        self.tokenizer = tokenizer
         self.version = 0
         self.adapter: adapter.Adapter | None = None
         self.peft_config: dict[str, Any] = {}  # Any: of an optional package
         self._autocast: torch.dtype | None = None
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
         self._autocast = None if dtype == self.transformer.reading_norm.weight.dtype else dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What ``compute_in`` asked for, while the model runs."""
+        """What ``set_compute_dtype`` asked for, while the model runs."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
@@ -112,17 +112,17 @@ class MoTPolicy(nn.Module, ABC):
         return self._autocast or self.transformer.reading_norm.weight.dtype
 
     @property
-    @abstractmethod
-    def image_size(self) -> int | None:
-        """Side in pixels of the square pictures that it reads and draws; None: pictures of any size."""
+    def encoders(self) -> Encoders:
+        """The module ``towers``, whose name is that of its tensors in saved files."""
+        return self.towers
 
     def check_text(self, text: str) -> None:
         """Raises InputError where a text holds words that the policy does not know."""
-        self.words.encode(text)
+        self.tokenizer.encode(text)
 
     @property
-    def contexts(self) -> Contexts:
-        return Contexts(self.transformer, self.towers, self.words)
+    def runner(self) -> ModelRunner:
+        return ModelRunner(self.transformer, self.encoders, self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -130,15 +130,15 @@ class MoTPolicy(nn.Module, ABC):
 
     # ---------------------------------------------------------------- rollout
     @torch.no_grad()
-    @computing
+    @with_autocast
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """Draws a group for every prompt; see ``Policy.sample``."""
         g = sampling.group_size
-        asked = [_Asked(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
+        asked = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
                  for m in range(g)]  # fmt: skip
         out: dict[int, Trajectory] = {}
         keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]
-        for same in model_runner.alike(keys, len(asked)):
+        for same in model_runner.group_equal(keys, len(asked)):
             for part in self._cut([asked[i].prompt for i in same], keys[same[0]][1]):
                 indices = [same[k] for k in part]
                 batch = self._sample_batch([asked[i] for i in indices], sampling)
@@ -146,45 +146,45 @@ class MoTPolicy(nn.Module, ABC):
         return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def sample_member(self, prompt: Prompt, sampling: Sampling, seed: int, member: int) -> Trajectory:
         """One member of the group that ``sample`` gives for the prompt and the seed, by itself."""
-        return self._sample_batch([_Asked(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
+        return self._sample_batch([_Member(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
 
-    def _sample_batch(self, asked: Sequence[_Asked], sampling: Sampling) -> list[Trajectory]:
+    def _sample_batch(self, asked: Sequence[_Member], sampling: Sampling) -> list[Trajectory]:
         """Members of prompts with the same output kinds and grid, those of a prompt in a row."""
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
-        contexts = self.contexts
-        owner = model_runner.runs([(id(one.prompt), one.prompt_seed) for one in asked])
+        runner = self.runner
+        owner = model_runner.run_ids([(id(one.prompt), one.prompt_seed) for one in asked])
         prompts = [asked[owner.index(p)].prompt for p in range(owner[-1] + 1)]
         grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
         of_prompt = owner
-        cache = contexts.prefill(prompt_rows)
+        cache = runner.prefill(prompt_rows)
         member_seeds = [one.seed for one in asked]
         segments: list[list[Segment]] = [[] for _ in asked]
         for kind in prompts[0].output:
             if kind == "text":
                 uniforms = uniform_noise([derive_seed(s, "text") for s in member_seeds], (sampling.max_new_tokens,))
-                texts = generate.write(contexts, cache, owner, uniforms.to(self.device), sampling.temperature)
+                texts = generate.generate_text(runner, cache, owner, uniforms.to(self.device), sampling.temperature)
                 closed = len(prompts[0].output) > 1
-                scores = generate.score(contexts, cache, owner, texts, sampling.temperature, closed)
+                scores = generate.score_text(runner, cache, owner, texts, sampling.temperature, closed)
                 for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
-                    segment_list.append(text_segment(contexts, text, logprobs, sampling.temperature))
+                    segment_list.append(text_segment(runner, text, logprobs, sampling.temperature))
                 if closed:
                     cache, owner = scores.cache, list(range(len(asked)))
             else:
                 noise_seeds = [one.prompt_seed for one in asked] if sampling.shared_noise else member_seeds
-                drawn = flow_sampler.draw(
-                    contexts,
+                drawn = flow_sampler.sample_flow(
+                    runner,
                     self._branches(cache.select(owner), [prompt_rows[p] for p in of_prompt], sampling),
                     sampling,
                     noise_seeds=[derive_seed(s, "noise") for s in noise_seeds],
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
                     grid=grid,
                 )
-                images = self.towers.decode_latents(drawn.latents, grid)
+                images = self.encoders.decode_latents(drawn.latents, grid)
                 for b, segment_list in enumerate(segments):
                     segment_list.append(flow_segment(drawn, b, images[b], sampling))
         return [
@@ -193,17 +193,17 @@ class MoTPolicy(nn.Module, ABC):
         ]
 
     def _row(self, prompt: Prompt) -> Row:
-        row = self.contexts.row(prompt.parts, draws="image" in prompt.output)
+        row = self.runner.row(prompt.parts, draws="image" in prompt.output)
         self.check_length(f"prompt {prompt.id!r}", row, 1)
         return row
 
-    def most_tokens(self) -> int:
+    def max_row_tokens(self) -> int:
         """The length of the longest row, context and output together."""
-        return MOST_TOKENS
+        return MAX_ROW_TOKENS
 
     def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
         """Raises InputError where a row and ``new`` tokens after it are too long."""
-        length, limit = row_tokens(row), self.most_tokens()
+        length, limit = row_tokens(row), self.max_row_tokens()
         if length + new > limit:
             after = f" and {new} after them" if new > 1 else ""
             raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
@@ -213,7 +213,7 @@ class MoTPolicy(nn.Module, ABC):
         if "image" not in prompt.output:
             return 0, 0
         sources = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
-        return self.towers.latent_grid(sources[-1]) if sources else self.towers.free_grid(sampling.image_size)
+        return self.encoders.latent_grid(sources[-1]) if sources else self.encoders.default_grid(sampling.image_size)
 
     def _cut(self, prompts: Sequence[Prompt], grid: Grid) -> list[list[int]]:
         """What goes through the transformer at once, as indices of members given by their prompts.
@@ -221,24 +221,26 @@ class MoTPolicy(nn.Module, ABC):
         The same for a rollout and its replay, so that both compute the same bits.
         """
         each = [1] * len(prompts)
-        return model_runner.cut([prompt.id for prompt in prompts], [0] * len(prompts), each, model_runner.MAX_ROWS)
+        return model_runner.split_by_tokens(
+            [prompt.id for prompt in prompts], [0] * len(prompts), each, model_runner.MAX_ROWS
+        )
 
-    def within(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
+    def split_rows(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
         """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
         return [list(range(len(rows)))]
 
-    def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> flow_sampler.Branches:
-        return flow_sampler.branches(self.contexts, full, rows, flow_sampler.guidance_of(sampling))
+    def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> flow_sampler.GuidanceCaches:
+        return flow_sampler.prefill_guidance(self.runner, full, rows, flow_sampler.guidance_of(sampling))
 
     # ---------------------------------------------------------------- replay
-    @computing
+    @with_autocast
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
         """Differentiable replay of every segment; see ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
-        for same in model_runner.alike(settings, len(trajectories)):
+        for same in model_runner.group_equal(settings, len(trajectories)):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
             first = trajectories[same[0]]
             grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
@@ -251,82 +253,79 @@ class MoTPolicy(nn.Module, ABC):
     def _replay_batch(
         self, trajectories: list[Trajectory], kinds: Collection[SegmentKind]
     ) -> list[list[SegmentLogprobs]]:
-        contexts = self.contexts
+        runner = self.runner
         prompt_rows = [self._row(t.prompt) for t in trajectories]
-        cache, owner = contexts.prefill_shared(prompt_rows)
+        cache, owner = runner.prefill_shared(prompt_rows)
         out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
         for s in range(len(segments_through(trajectories[0], kinds))):
             segments = [t.segments[s] for t in trajectories]
             if segments[0].kind == "text":
-                texts = [as_written(segment) for segment in segments]
+                texts = [tokenized_text(segment) for segment in segments]
                 closed = s + 1 < len(trajectories[0].segments)
-                scores = generate.score(contexts, cache, owner, texts, temperature_of(segments[0]), closed)
+                scores = generate.score_text(runner, cache, owner, texts, temperature_of(segments[0]), closed)
                 for row, logprobs, entropy in zip(out, scores.logprobs, scores.entropies, strict=True):
                     row.append(SegmentLogprobs(logprobs, entropy))
                 if closed:
                     cache, owner = scores.cache, list(range(len(trajectories)))
             else:
-                drawn = replay_drawings(contexts, cache.select(owner), prompt_rows, segments)
+                drawn = replay_flows(runner, cache.select(owner), prompt_rows, segments)
                 for row, logprobs, means in zip(out, drawn.logprobs, drawn.means, strict=True):
                     row.append(SegmentLogprobs(logprobs, means=means, stds=drawn.stds))
         return out
 
-    @computing
+    @with_autocast
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
         """Velocity of the drawn segment, given the prompt and any text thought before it; see ``Policy.velocity``."""
-        rows, contexts = [self._row(trajectory.prompt) for trajectory in trajectories], self.contexts
+        rows, runner = [self._row(trajectory.prompt) for trajectory in trajectories], self.runner
         grid = self._drawn_grid(trajectories[0])
         if guidance_scale == 0:
-            return self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+            return self._velocity([runner.without_text(row) for row in rows], x_t, t, grid)
         thought = [(*row, *self._thoughts(trajectory)) for row, trajectory in zip(rows, trajectories, strict=True)]
         v = self._velocity(thought, x_t, t, grid)
         if guidance_scale == 1:
             return v
-        v_no_text = self._velocity([contexts.without_text(row) for row in rows], x_t, t, grid)
+        v_no_text = self._velocity([runner.without_text(row) for row in rows], x_t, t, grid)
         return guide(v, v_no_text, None, guidance_scale)
 
     def _thoughts(self, trajectory: Trajectory) -> Row:
         """The texts that a trajectory wrote before it drew."""
-        thoughts = [as_written(s) for s in trajectory.segments if isinstance(s, TextSegment)]
-        return tuple(self.contexts.text(text.tokens[: -1 if text.ended else None]) for text in thoughts)
+        thoughts = [tokenized_text(s) for s in trajectory.segments if isinstance(s, TextSegment)]
+        return tuple(self.runner.text(text.tokens[: -1 if text.ended else None]) for text in thoughts)
 
     def _velocity(self, rows: Sequence[Row], x_t: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
-        contexts, out = self.contexts, []
-        for part in self.within(rows, [contexts.noise(grid).span.length] * len(rows)):
-            cache, owner = contexts.prefill_shared([rows[i] for i in part])
-            out.append(flow_sampler.velocity(contexts, cache.select(owner), x_t[part], t[part], grid))
+        runner, out = self.runner, []
+        for part in self.split_rows(rows, [runner.noise(grid).span.length] * len(rows)):
+            cache, owner = runner.prefill_shared([rows[i] for i in part])
+            out.append(flow_sampler.velocity(runner, cache.select(owner), x_t[part], t[part], grid))
         return torch.cat(out)
 
-    def tokens(self, trajectory: Trajectory) -> Tokens:
+    def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """Markers included."""
         texts = [len(s.tokens) + 2 for s in trajectory.segments if isinstance(s, TextSegment)]
-        drawing_tokens = 0
+        image_tokens = 0
         if trajectory.image is not None:
-            drawing_tokens = self.contexts.noise(self._drawn_grid(trajectory)).span.length
-        return Tokens(row_tokens(self._row(trajectory.prompt)), sum(texts), drawing_tokens)
+            image_tokens = self.runner.noise(self._drawn_grid(trajectory)).span.length
+        return TokenCounts(row_tokens(self._row(trajectory.prompt)), sum(texts), image_tokens)
 
     @abstractmethod
     def pixels_per_token(self) -> int:
         """Of a drawing, along a side."""
 
-    def limit_tokens(self, limit: int | None) -> None:
-        """This policy is small: it goes by rows."""
-
     def _drawn_grid(self, trajectory: Trajectory) -> Grid:
         assert trajectory.image is not None
-        return self.towers.drawn_grid(*trajectory.image.shape[1:])
+        return self.encoders.output_grid(*trajectory.image.shape[1:])
 
     # ---------------------------------------------------------------- judge
     @torch.no_grad()
-    @computing
+    @with_autocast
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Reading side as judge; see ``Policy.text_logprob``."""
-        return likelihood.text_logprob(self.contexts, self, contexts, texts)
+        return likelihood.text_logprob(self.runner, self, contexts, texts)
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def image_logprob(
         self,
         contexts: Sequence[Parts],
@@ -336,60 +335,52 @@ class MoTPolicy(nn.Module, ABC):
         times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
         """Drawing side as judge; see ``Policy.image_logprob`` and ``likelihood.image_logprob``."""
-        return likelihood.image_logprob(self.contexts, self, contexts, images, draws, seeds, times)
+        return likelihood.image_logprob(self.runner, self, contexts, images, draws, seeds, times)
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
         """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
-        return likelihood.reading_features(self.contexts, images, layer)
+        return likelihood.reading_features(self.runner, images, layer)
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
-        return likelihood.reading_states(self.contexts, parts, layer)
+        return likelihood.reading_states(self.runner, parts, layer)
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def context_states(self, contexts: Sequence[Parts]) -> torch.Tensor:
         """Mean final state of the reading expert over each context, float32 (B, D)."""
-        return likelihood.context_states(self.contexts, contexts)
+        return likelihood.context_states(self.runner, contexts)
 
     @torch.no_grad()
-    @computing
+    @with_autocast
     def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
         """Mean final state of the drawing expert over each noisy picture; see ``likelihood.drawing_states``."""
-        return likelihood.drawing_states(self.contexts, contexts, images, t, seed)
+        return likelihood.drawing_states(self.runner, contexts, images, t, seed)
 
     # ---------------------------------------------------------------- supervised
-    @computing
+    @with_autocast
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
         """Pretraining losses; see ``Policy.supervised_losses``."""
         rows = [self._row(example.prompt) for example in examples]
-        times = likelihood.FlowTimes(self.timestep_shift(), self.min_time())
-        return likelihood.supervised_losses(self.contexts, rows, examples, generator, times, represent)
+        times = likelihood.FlowLossTimes(self.timestep_shift(), self.min_time())
+        return likelihood.supervised_losses(self.runner, rows, examples, generator, times, represent)
 
     def min_time(self) -> float:
         """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
         return 0.0
-
-    def timestep_shift(self) -> float:
-        """Shift of the times that the flow loss is taken at."""
-        return 1.0
-
-    def default_sampling(self, task: Task) -> Sampling:
-        """Unguided, in 8 steps; short answers."""
-        return Sampling()
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Whether layers are computed again in the backward pass: a third more time, a fraction of the memory."""
         self.transformer.checkpointing = on
 
     # ---------------------------------------------------------------- weights
-    def frozen(self) -> Self:
+    def make_reference(self) -> Self:
         """A copy that no update reaches; with an adapter, the base itself: its tensors are shared, not copied."""
         plain = copy.deepcopy(self) if self.adapter is None else adapter.without_adapter(self)
         plain.requires_grad_(False)
@@ -411,23 +402,18 @@ class MoTPolicy(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes a folder that ``load_policy`` reads: the whole model, or the adapter alone where there is one."""
         if self.adapter is None:
-            self.save_whole(folder)
+            self.save_model(folder)
         else:
             adapter.save_adapter(self, folder)
 
     @abstractmethod
-    def save_whole(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Writes a folder that ``load`` reads."""
 
     @classmethod
     @abstractmethod
-    def skeleton(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """What ``load`` gives, with random weights, on the CPU; without memory in a mode that allocates none."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """Reads what ``save`` wrote, straight to a device."""
 
 
 def _expert_of(name: str) -> str:

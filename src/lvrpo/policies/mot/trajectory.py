@@ -9,28 +9,28 @@ import torch
 
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import flow_sampler
-from lvrpo.policies.mot.generate import Written
-from lvrpo.policies.mot.model_runner import Contexts, Row
+from lvrpo.policies.mot.generate import TokenizedText
+from lvrpo.policies.mot.model_runner import ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.sampling.guidance import Renorm
 from lvrpo.types import FlowSegment, Image, Segment, TextSegment, Trajectory
 
 
-def text_segment(contexts: Contexts, text: Written, logprobs: torch.Tensor, temperature: float) -> TextSegment:
+def text_segment(runner: ModelRunner, text: TokenizedText, logprobs: torch.Tensor, temperature: float) -> TextSegment:
     """The record of a text that was sampled with log-probs (L,)."""
     return TextSegment(
         tokens=torch.tensor(text.tokens, dtype=torch.int64),
         behavior_logprobs=logprobs.detach().cpu(),
         temperature=temperature,
-        text=contexts.words.decode(text.tokens),
+        text=runner.tokenizer.decode(text.tokens),
         ended=text.ended,
     )
 
 
-def as_written(segment: Segment) -> Written:
+def tokenized_text(segment: Segment) -> TokenizedText:
     """A recorded text."""
     assert isinstance(segment, TextSegment)
-    return Written(tuple(segment.tokens.tolist()), segment.ended)
+    return TokenizedText(tuple(segment.tokens.tolist()), segment.ended)
 
 
 def temperature_of(segment: Segment) -> float:
@@ -39,7 +39,7 @@ def temperature_of(segment: Segment) -> float:
     return segment.temperature
 
 
-def flow_segment(drawn: flow_sampler.Drawn, b: int, image: Image, sampling: Sampling) -> FlowSegment:
+def flow_segment(drawn: flow_sampler.FlowSample, b: int, image: Image, sampling: Sampling) -> FlowSegment:
     """The record of drawing b of a batch; its steps are kept in host memory: a card has better use for gigabytes."""
     stochastic = sampling.sampler != "ode"
     return FlowSegment(
@@ -62,12 +62,12 @@ def flow_segment(drawn: flow_sampler.Drawn, b: int, image: Image, sampling: Samp
     )
 
 
-def replay_drawings(
-    contexts: Contexts, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
-) -> flow_sampler.ReplayedDrawing:
+def replay_flows(
+    runner: ModelRunner, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
+) -> flow_sampler.ReplayedFlow:
     """Recorded drawings of equal ``replay_settings`` under the current weights, after their contexts (``cache``).
 
-    ``rows`` are the contexts without any thinking text, as ``flow_sampler.branches`` takes them.
+    ``rows`` are the contexts without any thinking text, as ``flow_sampler.prefill_guidance`` takes them.
     """
     flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
     first = flows[0]
@@ -77,8 +77,8 @@ def replay_drawings(
     )
     device = cache.rope.device
     return flow_sampler.replay_steps(
-        contexts,
-        flow_sampler.branches(contexts, cache, rows, guidance),
+        runner,
+        flow_sampler.prefill_guidance(runner, cache, rows, guidance),
         torch.stack([f.states for f in flows]).to(device),
         torch.stack([f.next_states for f in flows]).to(device),
         first.timesteps.to(device),
@@ -87,7 +87,7 @@ def replay_drawings(
         first.noise_level,
         first.logprob_reduction,
         guidance,
-        contexts.towers.drawn_grid(*first.image.shape[1:]),
+        runner.encoders.output_grid(*first.image.shape[1:]),
     )
 
 
