@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import textwrap
 import types
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
+from lvrpo.types import Task
 
 PAGE = Path(__file__).resolve().parent / "reference" / "configuration.md"
 
@@ -30,8 +32,9 @@ Every key of `lvrpo train` and `lvrpo pretrain`, with its default. This page is 
 `make docs`; a test holds the two together. A configuration is a YAML file that may extend another one (`extends`);
 `section.key=value` on the command line changes single keys. An unknown key is refused with the nearest one.
 
-A section with several kinds has the keys of the chosen `kind` only. [methods.md](../concepts/methods.md) says which
-kinds there are and how they combine, [rewards.md](rewards.md) what each reward scores.
+A *task* is `understand`, `generate`, `edit` or `reason`. A section with several kinds has the keys of the chosen
+`kind` only. [methods.md](../concepts/methods.md) says which kinds there are and how they combine,
+[rewards.md](rewards.md) what each reward scores.
 """
 
 NAMES = {str: "text", int: "int", float: "float", bool: "bool", Path: "path", Any: "any", type(None): "null"}
@@ -94,8 +97,9 @@ def field_texts(cls: type[Config]) -> dict[str, str]:
 
 
 def prose(text: str | None) -> str:
-    """One paragraph, in Markdown."""
-    return " ".join((text or "").split()).replace("``", "`")
+    """One paragraph in Markdown, in the terms of YAML, without what is said of Python's types."""
+    words = " ".join((text or "").split()).replace("``", "`")
+    return re.sub(r"\bNone\b", "null", re.sub(r" ?\bAny: [^.]*\.", "", words))
 
 
 def configs_in(annotation: Any) -> list[type[Config]]:
@@ -122,6 +126,8 @@ def type_text(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(parts[0], parts[1:])
+    if annotation == Task:
+        return "task"
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):
@@ -130,7 +136,7 @@ def type_text(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
         items = [part for part in parts if part is not Ellipsis]
         return f"list of {type_text(items[0])}" if Ellipsis in parts else f"[{', '.join(map(type_text, items))}]"
     if origin is dict:
-        return f"({type_text(parts[0])}): {type_text(parts[1])}"
+        return f"{type_text(parts[0])}: {type_text(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return "section"
     bounds = [
