@@ -175,6 +175,22 @@ def test_masked_entries_never_matter_and_order_changes_nothing(given: tuple[torc
         assert (one.rest >= 0).all()
 
 
+def test_a_single_member_that_counts_has_no_variance() -> None:
+    shares = variance_shares(torch.ones(1, 3, 2), torch.ones(1, 3), torch.tensor([[False, True, False]]))
+    assert [found.abs().sum().item() for found in (shares.by_reward, shares.rest, shares.total)] == [0, 0, 0]
+
+
+def test_parts_of_rewards_with_a_batch_std_follow_their_batches() -> None:
+    """Deviations of 1 and 3: each divided by its own std, or both by that of 0, 2, 0 and 6, the root of 6."""
+    scores = torch.tensor([[[0.0], [2.0]], [[0.0], [6.0]]])
+    of_all = [6**-0.5, 3 * 6**-0.5]
+    for batches, expected in ((torch.tensor([0, 1]), [1.0, 1.0]), (torch.tensor([7, 7]), of_all), (None, of_all)):
+        parts = advantage_parts(
+            scores, scores > -1, torch.ones(1), normalization="sum", eps=0.0, normalize=["batch"], batches=batches
+        )
+        close(parts[:, 1, 0], expected)
+
+
 def test_correlation_by_hand() -> None:
     """Sum of products 4, sums of squares 5 and 5 in the first group; 1, 1 and 1 in the second; the third is flat."""
     x = torch.tensor([[0.0, 1, 2, 3], [9.0, 8, 8.5, NAN], [1.0, 2, 3, 4]])

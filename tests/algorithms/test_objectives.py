@@ -362,6 +362,9 @@ def test_scaled_clip_by_hand() -> None:
     assert (low, high) == (pytest.approx(1 - 0.729), pytest.approx(0.728))
     assert scaled_clip(1.0, 0.0, 5, "sum") == (1.0, 0.0)
     assert scaled_clip(1e-4, 1e-4, 10_000, "sum").high == pytest.approx(math.e - 1, rel=1e-4)
+    assert scaled_clip(0.0, math.e - 1, 80, "sum").high == pytest.approx(math.expm1(80))
+    with pytest.raises(InputError, match=r"a ratio of e\^81 of the sum"):
+        scaled_clip(0.0, math.e - 1, 81, "sum")
 
 
 def test_scaled_clips_clip_the_same_samples() -> None:

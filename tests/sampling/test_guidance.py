@@ -14,6 +14,7 @@ NO_IMAGE = torch.ones(1, 2, 2)
 @pytest.mark.parametrize(
     ("renorm", "image_scale", "expected"),
     [
+        ("none", 0.5, [[6.0, 8.0], [0.0, 0.0]]),
         ("none", 1.0, [[6.0, 8.0], [0.0, 0.0]]),
         ("none", 2.0, [[11.0, 15.0], [-1.0, -1.0]]),
         ("global", 1.0, [[3.059412, 4.079216], [0.0, 0.0]]),  # times sqrt(26) / 10

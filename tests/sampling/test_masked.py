@@ -165,6 +165,11 @@ def test_monte_carlo_by_hand() -> None:
     torch.testing.assert_close(monte_carlo_logprob(logprobs, masks, "elbo"), torch.tensor([-8.25]))
 
 
+def test_a_draw_that_masks_nothing_adds_nothing() -> None:
+    masks = torch.tensor([[[True, False], [False, False]]])
+    assert monte_carlo_logprob(torch.full((1, 2, 2), -3.0), masks).tolist() == [-1.5]
+
+
 def test_with_exact_conditionals_the_elbo_is_the_log_prob() -> None:
     """All masks, each number of masked tokens alike: 3 of one token, 3 of two, and the full one three times."""
     masks = [set(chosen) for size in (1, 2) for chosen in combinations(range(3), size)] + [{0, 1, 2}] * 3

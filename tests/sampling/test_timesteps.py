@@ -143,6 +143,8 @@ def test_impossible_windows_are_refused() -> None:
         sliding_window(4, 0, 0)
     with pytest.raises(InputError, match="stride=0"):
         sliding_window(4, 1, 0, stride=0)
+    with pytest.raises(InputError, match="iterations_per_stride=0"):
+        sliding_window(4, 1, 0, iterations_per_stride=0)
     with pytest.raises(InputError, match="num_steps=0"):
         full_window(0)
     with pytest.raises(InputError, match="window size is 4"):

@@ -66,7 +66,7 @@ def test_token_logprobs_by_hand() -> None:
 
 def test_token_entropy_by_hand() -> None:
     torch.testing.assert_close(token_entropy(LOGITS[None]), torch.tensor([0.8018186]))
-    torch.testing.assert_close(token_entropy(torch.zeros(2, 8)), torch.full((2,), math.log(8)))
+    torch.testing.assert_close(token_entropy(torch.zeros(2, 3, 8)), torch.full((2, 3), math.log(8)))
     allowed = torch.tensor([True, True, False])
     torch.testing.assert_close(token_entropy(LOGITS[None], 1.0, allowed), torch.tensor([0.6365142]))
 
