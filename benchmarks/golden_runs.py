@@ -97,7 +97,7 @@ FAMILIES: Mapping[str, Family] = {
     "adapter": short("quickstart", "adapter={rank: 4}"),
     "pcgrad": short("quickstart", "gradient_mixing=pcgrad", "gradient_audit.every=2"),
     "offload": short("quickstart", "offload=true"),
-    "judge_refresh": short("quickstart", "rewards=[{name: own_vqa}, {name: exact_answer}]", "judge.refresh_every=2"),
+    "judge_refresh": short("quickstart", "rewards=[{name: self_vqa}, {name: exact_answer}]", "judge.refresh_every=2"),
     "several_steps": short(
         "quickstart", "num_minibatches=2", "rollout.max_resamples=4", "text.importance_cap=2.0", "text.lr_scale=0.5"
     ),

@@ -30,7 +30,7 @@ from lvrpo.algorithms import (
 from lvrpo.data.scenes import ScenePrompts, fact_results, read
 from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.rewards.answers import answers_match
+from lvrpo.rewards.verifiable_text import answers_match
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses.grpo import GRPOConfig

@@ -11,7 +11,8 @@ from lvrpo.algorithms import gdpo_advantages, signal_mask
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import TASKS
 
 
@@ -27,7 +28,7 @@ def main() -> None:
         [
             RewardConfig(name="exact_answer"),
             RewardConfig(name="scene_facts", label="facts", options={"mode": "gated"}),
-            RewardConfig(name="own_vqa"),
+            RewardConfig(name="self_vqa"),
         ]
     )
     table = score_groups(rewards, groups, judge=policy.make_reference())

@@ -363,7 +363,7 @@ def test_differences_name_both_values() -> None:
 def test_rows_of_the_reward_table_that_do_not_fit_are_one_line(row: str, message: str) -> None:
     from lvrpo.training.config import TrainConfig
 
-    overrides = [f"rewards=[{{name: own_vqa, {row}}}]", "data.prompts_per_step={generate: 4}"]
+    overrides = [f"rewards=[{{name: self_vqa, {row}}}]", "data.prompts_per_step={generate: 4}"]
     with pytest.raises(InputError, match=message):
         load_config(TrainConfig, None, overrides)
 

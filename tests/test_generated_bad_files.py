@@ -36,7 +36,7 @@ SMALL_RUN = (
     *("train", "quickstart", "policy=small", "steps=2", "device=cpu", "advantages.std_floor=1e-6"),
     "data.prompts_per_step={generate: 2, understand: 4, edit: 0, reason: 2}",
     "rollout={group_size: 4, num_steps: 3}",
-    "rewards=[{name: own_vqa}, {name: exact_answer}]",
+    "rewards=[{name: self_vqa}, {name: exact_answer}]",
     "validation.prompts={generate: 2, understand: 4, reason: 2}",
     *("--benchmark", "rows.jsonl", "--out", "run"),
 )

@@ -20,7 +20,7 @@ from refusals import complaint, require_none
 from wrong_values import Wrong, accepts, finite, placed, sections, subclasses, thinned, wrong_fields, yaml_text
 
 from lvrpo.config import Config
-from lvrpo.data.schema import Row
+from lvrpo.data.jsonl import Row
 from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
@@ -29,7 +29,7 @@ from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
 from lvrpo.rewards.endpoint import EndpointConfig
-from lvrpo.rewards.questions import SplitConfig
+from lvrpo.rewards.questions import QuestionConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 
@@ -75,7 +75,7 @@ ROOTS = {
     "train": Root(TrainConfig, TRAIN, base={"policy": "nowhere"}),
     "pretrain": Root(PretrainConfig, ("pretrain", "case.yaml", "--out", "new"), base={"init": "nowhere"}),
     "reproduce": Root(Experiment, ("reproduce", "case.yaml", "--list")),
-    "split": Root(SplitConfig, TRAIN, around=in_reward("own_vqa", "split")),
+    "split": Root(QuestionConfig, TRAIN, around=in_reward("self_vqa", "questions")),
     "endpoint": Root(EndpointConfig, TRAIN, around=in_reward("vlm_endpoint", "endpoint")),
     "rows": Root(Row, ("evaluate", "small", "--benchmark", "case.jsonl"), "case.jsonl", ASKED),
     "questions": Root(Row, ("ask", "small", "--questions", "case.jsonl"), "case.jsonl", ASKED),

@@ -35,7 +35,7 @@ TRAIN = (
     *("train", "quickstart", "policy=small", "steps=24", "device=cpu", "advantages.std_floor=1e-6"),
     "data.prompts_per_step={generate: 2, understand: 4, edit: 1, reason: 2}",
     "rollout={group_size: 4, num_steps: 3}",
-    "rewards=[{name: own_vqa}, {name: exact_answer}]",
+    "rewards=[{name: self_vqa}, {name: exact_answer}]",
     "validation={every: 6, prompts: {generate: 2, understand: 4, reason: 2}}",
     *(f"checkpoint_every={CHECKPOINT_EVERY}", "reference_eval_every=3", "samples_every=4"),
     *("--benchmark", "rows.jsonl", "--out"),

@@ -201,7 +201,7 @@ def test_the_clock_may_jump(train: Callable[..., int], monkeypatch: pytest.Monke
 def unfinished(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its last checkpoint at step 2 and no result yet, on lvrpo's own rewards."""
     folder = tmp_path_factory.mktemp("unfinished") / "run"
-    rewards = "rewards=[{name: own_vqa}, {name: exact_answer}]"
+    rewards = "rewards=[{name: self_vqa}, {name: exact_answer}]"
     changes = [*SMALL, "steps=2", "advantages.std_floor=1e-6", rewards]
     assert main(["train", "quickstart", f"policy={small_base}", *changes, "--out", str(folder), "--no-evaluate"]) == 0
     for name in ("summary.json", "policy.json"):

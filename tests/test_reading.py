@@ -167,7 +167,7 @@ def test_aliases_that_stand_for_too_much(kind: str) -> None:
 
 def test_aliases_under_the_options_of_a_reward(capfd: pytest.CaptureFixture[str]) -> None:
     inner = "\n".join("      " + line for line in bomb(9, "list").splitlines())
-    Path("bomb.yaml").write_text(f"rewards:\n  - name: own_vqa\n    options:\n{inner}\n")
+    Path("bomb.yaml").write_text(f"rewards:\n  - name: self_vqa\n    options:\n{inner}\n")
     assert main(["train", "bomb.yaml"]) == 2
     assert "its aliases stand for more than" in capfd.readouterr().err
 

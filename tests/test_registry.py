@@ -132,7 +132,7 @@ def test_a_plugin_that_misses_a_package_names_it(tmp_path: Path, monkeypatch: py
         ("def f(:\n  pass", r"SyntaxError: invalid syntax \(lvrpo_test_broken_1.py, line 1\)"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("\tx = 1\n  y = 2", "IndentationError: unexpected indent"),
-        ("from lvrpo.rewards.decorated import nothing", "ImportError: cannot import name 'nothing'"),
+        ("from lvrpo.rewards.function import nothing", "ImportError: cannot import name 'nothing'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
@@ -203,8 +203,8 @@ def test_a_configuration_runs_no_shell(consent: list[str], capfd: pytest.Capture
     "tree",
     [
         "rewards: [{name: 'evil:P'}]",
-        "rewards: [{name: drawn_text, options: {reader: 'evil:P'}}]",
-        "rewards: [{name: lower_bound, options: {members: [{name: 'evil:P'}, {name: own_vqa}]}}]",
+        "rewards: [{name: ocr, options: {reader: 'evil:P'}}]",
+        "rewards: [{name: conservative_ensemble, options: {members: [{name: 'evil:P'}, {name: self_vqa}]}}]",
         "data: {source: 'evil:P'}",
     ],
 )

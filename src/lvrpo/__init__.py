@@ -43,7 +43,7 @@ _EXPORTS = {
     "Trajectory": "lvrpo.types",
     "load_config": "lvrpo.config",
     "load_policy": "lvrpo.policies.loading",
-    "reward": "lvrpo.rewards.decorated",
+    "reward": "lvrpo.rewards.function",
     "train": "lvrpo.api",
 }
 
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from lvrpo.errors import ContractError, InputError, LvrpoError
     from lvrpo.policies.base import Policy, Sampling
     from lvrpo.policies.loading import load_policy
-    from lvrpo.rewards.decorated import reward
+    from lvrpo.rewards.function import reward
     from lvrpo.training.config import TrainConfig
     from lvrpo.types import (
         Example,

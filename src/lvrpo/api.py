@@ -24,8 +24,9 @@ from lvrpo.evaluation.experiment import (
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Reward
-from lvrpo.rewards.decorated import as_reward
-from lvrpo.rewards.table import IN_PYTHON, RewardConfig
+from lvrpo.rewards.function import as_reward
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import IN_PYTHON
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import Interruption, say_stopping
 from lvrpo.training.sources import CustomParts, ListedPrompts, Split

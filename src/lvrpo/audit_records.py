@@ -256,6 +256,6 @@ class SampleAudit:
     """Rewards of one judge on the outputs of one model."""
 
     judge: str
-    """``judge_identity``; so is ``model``."""
+    """``judge_fingerprint``; so is ``model``."""
     model: str
     tasks: Mapping[Task, TaskSamples]

@@ -162,7 +162,7 @@ def _require_consent(kind: str, name: str, from_model: bool) -> None:
 def _require_methods(kind: str, name: str, found: Any, methods: Sequence[str]) -> None:
     if not methods:
         return
-    made = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.decorated
+    made = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.function
     if not isinstance(made, type):
         raise InputError(f"{kind} {name!r}: is a {type(found).__name__}, not a class: name a class of a {kind}")
     for method in methods:

@@ -73,11 +73,14 @@ class Prompt:
     held_out: bool = False
     """Whether it shows a combination of things that training never shows."""
     rules: Mapping[str, Any] = field(default_factory=dict)
-    """What the text output must keep to: fields of ``lvrpo.data.schema.TextRules``, JSON values only."""
+    """What the text output must keep to: fields of ``lvrpo.data.jsonl.TextRules``, JSON values only."""
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last picture of ``parts``; None: not known."""
     world: str = "scenes"
-    """Who knows its words and checks its facts: an entry of ``lvrpo.data.worlds.WORLDS``, or my_package.module:Name."""
+    """Who knows its words and checks its facts: an entry of ``lvrpo.data.base.WORLDS``, or my_package.module:Name."""
+    form: str = ""
+    """The words of a question without what they name, the same for questions that differ in content alone; "": that is
+    not known."""
 
     def __post_init__(self) -> None:
         named = f"prompt {self.id!r}"

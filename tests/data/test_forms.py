@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lvrpo.data.scenes.forms import question_form
 from lvrpo.data.scenes.grammar import (
     ASK_DIGIT,
     EDGES,
@@ -20,6 +19,7 @@ from lvrpo.data.scenes.grammar import (
     ask_where,
 )
 from lvrpo.data.scenes.objects import COLORS, DIGITS, SHAPES
+from lvrpo.data.scenes.questions import question_form
 
 THINGS = [Mention(shape, color) for shape in (*SHAPES, *DIGITS, "object") for color in (None, *COLORS)]
 

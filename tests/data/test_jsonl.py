@@ -12,9 +12,9 @@ import torch
 from PIL import Image as PilImage
 from pydantic import ValidationError
 
+from lvrpo.data.base import PromptSource
 from lvrpo.data.images import load_image
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.data.sources import PromptSource
 from lvrpo.errors import InputError
 
 DRAW = {"task": "generate", "prompt": "a red circle"}

@@ -17,22 +17,22 @@ from PIL import Image as PilImage
 from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.data.leakage import (
-    LOOK_BITS,
-    Asked,
+    PHASH_BITS,
+    ComparedPrompt,
     Index,
     Overlap,
     differing_bits,
-    fingerprint_of,
     leaks,
-    look_of,
     ngrams,
     normalized,
     operands,
+    perceptual_hash,
     pixel_picture,
+    prompts_fingerprint,
     without_wording,
 )
 from lvrpo.data.scenes import CorpusConfig, ScenePrompts, ScenesConfig, render, web_corpus
-from lvrpo.data.scenes.asked import BEGINNINGS, asked, asked_of_examples, operands_of, said_of_picture
+from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, caption_key, compared_examples, compared_prompts, operands_key
 from lvrpo.data.scenes.objects import Scene, SceneObject
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
@@ -125,21 +125,21 @@ def test_equal_pixels_have_one_digest_and_others_another() -> None:
 
 def test_noise_looks_alike_and_another_color_does_not() -> None:
     def bits(image: torch.Tensor) -> int:
-        look = pixel_picture(picture()).look
-        return int(differing_bits(look, [pixel_picture(image).look])[0])
+        look = pixel_picture(picture()).phash
+        return int(differing_bits(look, [pixel_picture(image).phash])[0])
 
     noisy = picture() + 0.004 * torch.randn(3, 32, 32)
     assert bits(picture()) == 0
-    assert bits(noisy) <= LOOK_BITS
-    assert bits(picture("green")) > LOOK_BITS
-    assert bits(picture(row=1)) > LOOK_BITS
+    assert bits(noisy) <= PHASH_BITS
+    assert bits(picture("green")) > PHASH_BITS
+    assert bits(picture(row=1)) > PHASH_BITS
 
 
 def test_different_pictures_of_the_world_are_told_apart() -> None:
     prompts = ScenePrompts(ScenesConfig(), "train").prompts("understand", 1200)
-    images = {pixel_picture(p.parts[0], look=False).digest: p.parts[0] for p in prompts}  # type: ignore[arg-type]
-    looks = [look_of((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images.values()]  # type: ignore[union-attr]
-    alike = sum(int((differing_bits(look, looks[:i]) <= LOOK_BITS).sum()) for i, look in enumerate(looks) if i)
+    images = {pixel_picture(p.parts[0], phash=False).digest: p.parts[0] for p in prompts}  # type: ignore[arg-type]
+    looks = [perceptual_hash((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images.values()]  # type: ignore[union-attr]
+    alike = sum(int((differing_bits(look, looks[:i]) <= PHASH_BITS).sum()) for i, look in enumerate(looks) if i)
     assert len(looks) > 290
     assert alike / (len(looks) * (len(looks) - 1) / 2) < 5e-4
 
@@ -148,45 +148,46 @@ def test_different_pictures_of_the_world_are_told_apart() -> None:
 
 
 def test_a_caption_says_the_same_in_all_wordings_and_orders() -> None:
-    assert said_of_picture("draw a star left of a red circle") == said_of_picture("a red circle right of a star")
-    assert said_of_picture("there is the digit 7 at the top left") == said_of_picture("the digit 7 at the top left")
-    assert said_of_picture("a star and a circle on a black ground") == said_of_picture(
+    assert caption_key("draw a star left of a red circle") == caption_key("a red circle right of a star")
+    assert caption_key("there is the digit 7 at the top left") == caption_key("the digit 7 at the top left")
+    assert caption_key("a star and a circle on a black ground") == caption_key(
         "a picture with a circle and a star on a black ground"
     )
-    assert said_of_picture("a star left of a circle") != said_of_picture("a circle left of a star")
-    assert said_of_picture("a red star and a blue circle") != said_of_picture("a blue star and a red circle")
+    assert caption_key("a star left of a circle") != caption_key("a circle left of a star")
+    assert caption_key("a red star and a blue circle") != caption_key("a blue star and a red circle")
 
 
 def test_operands_are_those_of_the_question() -> None:
-    assert operands_of("draw 3 + 0 + 2", None) == "sum 0 2 3"
-    assert operands_of("draw the smaller of 5 and 3", None) == operands_of("draw the larger of 3 and 5", None)
+    assert operands_key("draw 3 + 0 + 2", None) == "sum 0 2 3"
+    assert operands_key("draw the smaller of 5 and 3", None) == operands_key("draw the larger of 3 and 5", None)
 
 
-def sample(task_counts: Sequence[int], split: Any) -> list[Asked]:
+def sample(task_counts: Sequence[int], split: Any) -> list[ComparedPrompt]:
     source = ScenePrompts(ScenesConfig(), split)
-    return asked([p for task, n in zip(TASKS, task_counts, strict=True) for p in source.prompts(task, n)], looks=False)
+    prompts = [p for task, n in zip(TASKS, task_counts, strict=True) for p in source.prompts(task, n)]
+    return compared_prompts(prompts, phash=False)
 
 
 def test_the_splits_of_the_world_are_apart() -> None:
     config = load_config(TrainConfig, None, [])
     source = ScenePrompts(config.data.scenes, "train", 0)
-    train = [a for step in range(20) for a in asked(prompts_of_step(source, config, step), looks=False)]
+    train = [a for step in range(20) for a in compared_prompts(prompts_of_step(source, config, step), phash=False)]
     corpus = web_corpus(CorpusConfig(scenes=1000, edits=300, reasons=900))
-    train += list(asked_of_examples(corpus.examples()))
+    train += list(compared_examples(corpus.examples()))
     splits = {"train": train, "validation": sample((200, 140, 50, 120), "validation")}
     test = sample((400, 280, 80, 180), "test")
     for others in splits.values():
-        found = Index(others, BEGINNINGS).overlaps(test)
+        found = Index(others, CAPTION_PREFIXES).overlaps(test)
         assert not leaks(found)
         assert not sum(each.picture for each in found)
         assert {each.task: each.normalized for each in found}["generate"] == 0
-    assert not leaks(Index(train, BEGINNINGS).overlaps(splits["validation"]))
+    assert not leaks(Index(train, CAPTION_PREFIXES).overlaps(splits["validation"]))
     assert all(each.content for each in (*train, *test) if each.task in ("generate", "reason"))
 
 
 def test_a_leak_of_the_world_is_seen() -> None:
     train = sample((40, 40, 10, 24), "train")
-    found = Index(train, BEGINNINGS).overlaps(train)
+    found = Index(train, CAPTION_PREFIXES).overlaps(train)
     assert {each.task: len(each.shared) for each in found} == {
         "understand": 40,
         "generate": 40,
@@ -194,16 +195,16 @@ def test_a_leak_of_the_world_is_seen() -> None:
         "reason": 24,
     }
     drawing = next(each for each in train if each.task == "generate")
-    spoken = Asked("t", "generate", f"Draw the picture of {drawing.text}!", (), "")
-    index = Index([drawing], [*BEGINNINGS, "draw the picture of"])
+    spoken = ComparedPrompt("t", "generate", f"Draw the picture of {drawing.text}!", (), "")
+    index = Index([drawing], [*CAPTION_PREFIXES, "draw the picture of"])
     assert index.same(spoken) == drawing.where
 
 
 def test_a_caption_of_the_corpus_is_a_drawing_seen() -> None:
     corpus = web_corpus(CorpusConfig(scenes=5, edits=0, reasons=0))
     (first, *_) = corpus.caption
-    index = Index(asked_of_examples(corpus.caption), BEGINNINGS)
-    assert index.same(Asked("t", "generate", f"draw {first.outputs[0]}")) == first.prompt.id
+    index = Index(compared_examples(corpus.caption), CAPTION_PREFIXES)
+    assert index.same(ComparedPrompt("t", "generate", f"draw {first.outputs[0]}")) == first.prompt.id
 
 
 # --- files ---
@@ -335,7 +336,7 @@ def test_the_manifest_says_what_was_compared(train: str) -> None:
     found = require_disjoint_splits(own(train=train, test=test))
     assert found["rows"] == {"train": 4, "test": 1}
     assert found["shared"] == 0
-    assert found["test_sha256"] == fingerprint_of([Asked("x", "generate", "The blue dog!")])
+    assert found["test_sha256"] == prompts_fingerprint([ComparedPrompt("x", "generate", "The blue dog!")])
     assert require_disjoint_splits(own(train=train)) == {"compared": False}
     world = require_disjoint_splits(load_config(TrainConfig, None, []))
     assert (world["shared"], world["prompts"]) == (0, {"train": 256, "validation": 240, "test": 240})
@@ -363,4 +364,4 @@ def test_a_benchmark_of_rows_that_a_run_was_tuned_on_is_refused(train: str) -> N
 
 
 def test_overlaps_start_at_nothing() -> None:
-    assert Index([]).overlaps([Asked("t", "generate", "a cat")]) == [Overlap("generate", 1)]
+    assert Index([]).overlaps([ComparedPrompt("t", "generate", "a cat")]) == [Overlap("generate", 1)]

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lvrpo.data.scenes import ScenePrompts, facts
+from lvrpo.data.scenes.facts import paraphrases
 from lvrpo.data.scenes.grammar import NUMBER_WORDS, OPPOSITE, PLURAL, VOCABULARY, Mention, clear_relation
-from lvrpo.data.scenes.paraphrases import paraphrases
 from lvrpo.data.scenes.verifier import read
 from lvrpo.types import Fact
 

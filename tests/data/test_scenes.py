@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lvrpo.data.base import DATASETS, PromptSource
 from lvrpo.data.scenes import (
     CATEGORIES,
     COLOR,
@@ -52,7 +53,6 @@ from lvrpo.data.scenes.grammar import (
 from lvrpo.data.scenes.layout import SEEN_PAIRS, Layout
 from lvrpo.data.scenes.objects import GROUNDS, digit_indices, digit_samples, shape_masks
 from lvrpo.data.scenes.preview import preview
-from lvrpo.data.sources import DATASETS, PromptSource
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Prompt, Task
 

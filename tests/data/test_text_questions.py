@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lvrpo.data.scenes import SPLITS, ScenePrompts, ScenesConfig, Split, read
+from lvrpo.data.scenes.facts import questions_of_text, read_caption, unchanged_questions_of_text
 from lvrpo.data.scenes.grammar import Caption, Mention
-from lvrpo.data.scenes.text_questions import questions_of_text, questions_of_the_rest, read_caption
 from lvrpo.data.scenes.verifier import holds
 
 
@@ -50,7 +50,7 @@ def test_captions_are_read(text: str, caption: Caption | None) -> None:
 
 
 def test_what_is_left_alone_is_asked_both_ways() -> None:
-    found = [(fact.question, fact.answer) for fact in questions_of_the_rest("replace the star with a circle")]
+    found = [(fact.question, fact.answer) for fact in unchanged_questions_of_text("replace the star with a circle")]
     assert len(found) == 8
     assert ("is there a cross ?", "yes") in found
     assert ("is there a cross ?", "no") in found

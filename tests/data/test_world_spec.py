@@ -49,8 +49,8 @@ from lvrpo.data.scenes import (
     verifier,
 )
 from lvrpo.data.scenes import HELD_OUT as OUR_HELD_OUT
+from lvrpo.data.scenes.facts import paraphrased
 from lvrpo.data.scenes.objects import digit_indices, shape_masks, text_split
-from lvrpo.data.scenes.paraphrases import paraphrased
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.registry import resolve
 from lvrpo.types import Example, Task

@@ -14,12 +14,13 @@ from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allow_code
 from lvrpo.rewards import remote
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group
 
 ROWS: tuple[dict[str, Any], ...] = (
     {"name": "scene_facts", "options": {"mode": "gated"}},
-    {"name": "own_vqa", "judge": "tiny"},
+    {"name": "self_vqa", "judge": "tiny"},
     {"name": "semantic", "judge": "tiny"},
     {"name": "caption_back", "judge": "tiny"},
     {"name": "edit_consistency", "options": {"ask": False}},
@@ -77,13 +78,13 @@ def same_scores(policy: Policy, groups: list[Group]) -> None:
 
 def refusals(policy: Policy, groups: list[Group]) -> None:
     """The same line as here, and one of its own for a reward that asks the run's judge."""
-    with pytest.raises(InputError, match=r"rewards\.own_vqa\.where: asks the run's judge, which stays where the run"):
-        build_rewards([there({"name": "own_vqa"}, replicas=1)])
+    with pytest.raises(InputError, match=r"rewards\.self_vqa\.where: asks the run's judge, which stays where the run"):
+        build_rewards([there({"name": "self_vqa"}, replicas=1)])
     for row in (
         {"name": "scene_facts", "options": {"mode": "x"}},
         {"name": "semantic", "options": {"source": "no"}},
         {"name": "./mine.py:brightness"},
-        {"name": "own_vqa", "judge": "nowhere"},
+        {"name": "self_vqa", "judge": "nowhere"},
     ):
         with pytest.raises(InputError) as here:
             build_rewards([RewardConfig.model_validate(row)])

@@ -21,9 +21,8 @@ from lvrpo.errors import InputError, LvrpoError
 from lvrpo.evaluation.data_parallel import evaluated
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.identity import judge_identity
-from lvrpo.rewards.table import RewardConfig, RewardSource
+from lvrpo.rewards.base import Scores, judge_fingerprint
+from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import sample_local, score_local
 from lvrpo.training.losses import objectives_of
@@ -126,7 +125,7 @@ def asked(answering: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
     assert all(group.prompt is prompt for group, prompt in zip(groups, prompts, strict=True))
     return {
         "size": answering.image_size,
-        "identity": judge_identity(answering),
+        "identity": judge_fingerprint(answering),
         "logprobs": logprobs,
         "groups": [[(t.member, t.seed, t.text, t.image) for t in group.trajectories] for group in groups],
     }

@@ -13,11 +13,11 @@ from lvrpo.cli import main
 from lvrpo.data.scenes.grammar import UNDERSTAND
 from lvrpo.evaluation.judge_audit import REWARDS, audit_judge
 from lvrpo.evaluation.judge_cases import JudgeCase, judge_cases
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.scene_facts import SceneFacts
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
+from lvrpo.rewards.base import Scores, offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.table import build_rewards
+from lvrpo.rewards.verifiable_image import SceneFacts
 from lvrpo.types import Group, Image, Prompt
 
 
@@ -50,7 +50,7 @@ def test_every_kind_is_tried(cases: list[JudgeCase]) -> None:
 def test_right_is_right_and_wrong_is_wrong(cases: list[JudgeCase]) -> None:
     facts = [c.group for c in cases if c.group.prompt.facts]
     assert successes(facts) == [[1.0, 0.0]] * len(facts)
-    answered = [c.group for c in cases if c.output == "text" and scorable(c.group.prompt)]
+    answered = [c.group for c in cases if c.output == "text" and has_success(c.group.prompt)]
     assert answered
     assert successes(answered) == [[1.0, 0.0]] * len(answered)
     for case in cases:
@@ -110,7 +110,7 @@ def test_a_judge_that_knows_the_right_texts_tells_them_all(cases: list[JudgeCase
 
 
 def test_given_groups_can_be_scored_only() -> None:
-    group = given_group(Prompt("r", "reason", ("x",), ("text", "image")), [["7", torch.zeros(3, 8, 8)]])
+    group = offline_group(Prompt("r", "reason", ("x",), ("text", "image")), [["7", torch.zeros(3, 8, 8)]])
     (member,) = group.trajectories
     assert member.text == "7"
     assert picture(member.image).shape == (3, 8, 8)
@@ -126,15 +126,15 @@ def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureF
         "--device",
         "cpu",
         "--also",
-        "[{name: own_vqa, label: plain}]",
+        "[{name: self_vqa, label: plain}]",
     ]
     assert main([*arguments, "--json", "all.json"]) == 0
     out = capfd.readouterr().out
     assert "pictures with one fact corrupted" in out
     rows = json.loads(Path("all.json").read_text())["rows"]
-    assert {row["reward"] for row in rows} == {"own_vqa", "edit_consistency", "caption_back", "knowledge", "plain"}
+    assert {row["reward"] for row in rows} == {"self_vqa", "edit_consistency", "caption_back", "knowledge", "plain"}
     assert {row["kind"] for row in rows if row["output"] == "text"} == {*UNDERSTAND, "caption"}
-    assert all(name in out for name in ("own_vqa", "knowledge", "plain"))
+    assert all(name in out for name in ("self_vqa", "knowledge", "plain"))
     assert main([*arguments, "--json", "all.json"]) == 2
     assert "all.json: exists already" in capfd.readouterr().err
 
@@ -145,7 +145,7 @@ def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureF
         ([], "RUN is missing: give a run directory, or --judge MODEL"),
         (["run", "--judge", "tiny"], "run: a run and --judge tiny: give one of the two"),
         (["run", "--n", "3"], "--n: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--also", "own_vqu"], "did you mean own_vqa?"),
+        (["--judge", "tiny", "--also", "own_vqu"], "did you mean self_vqa?"),
         (["--judge", "tinny"], "did you mean tiny?"),
     ],
 )

@@ -13,9 +13,9 @@ import torch
 from lvrpo.cli import main
 from lvrpo.evaluation.own_samples import REWARDS, YARDSTICK, audit_samples, sample_groups
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
+from lvrpo.rewards.base import Scores, offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Prompt
 
 Output = pytest.CaptureFixture[str]
@@ -34,7 +34,7 @@ class Length:
 
 def question(number: int, category: str, *texts: str) -> Group:
     prompt = Prompt(f"q{number}", "understand", (torch.zeros(3, 8, 8), "what ?"), ("text",), "red", (), category)
-    return given_group(prompt, [[text] for text in texts])
+    return offline_group(prompt, [[text] for text in texts])
 
 
 def test_scores_are_compared_with_the_truth() -> None:
@@ -70,9 +70,9 @@ def test_samples_are_a_function_of_policy_and_arguments(small_base: Path) -> Non
 
 
 def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Output) -> None:
-    bound = "{name: lower_bound, label: bound, options: {members: [{name: own_vqa}, {name: caption_back}]}}"
+    bound = "{name: conservative_ensemble, label: bound, options: {members: [{name: self_vqa}, {name: caption_back}]}}"
     arguments = ["audit", "--judge", str(small_base), "--samples", str(small_base), "--n", "1", "--device", "cpu"]
-    assert main([*arguments, "--also", f"[{bound}, own_vqa]", "--json", "samples.json"]) == 0
+    assert main([*arguments, "--also", f"[{bound}, self_vqa]", "--json", "samples.json"]) == 0
     out = capfd.readouterr().out
     assert "truth: scene_facts, success" in out
     found = json.loads(Path("samples.json").read_text())
@@ -91,15 +91,15 @@ def test_the_command_prints_and_writes_every_reward(small_base: Path, capfd: Out
     ("arguments", "message"),
     [
         (["run", "--samples", "tiny"], "--samples: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--also", "[{name: own_vqa"], "is not valid YAML: write NAME,NAME or '[{name: NAME"),
+        (["--judge", "tiny", "--also", "[{name: self_vqa"], "is not valid YAML: write NAME,NAME or '[{name: NAME"),
         (["--judge", "tiny", "--also", "[{label: x}]"], "--also[0].name: is missing"),
         (
-            ["--judge", "tiny", "--also", "[own_vqa, {name: semantic, weight: 0}]"],
+            ["--judge", "tiny", "--also", "[self_vqa, {name: semantic, weight: 0}]"],
             "--also[1].weight: belongs to training",
         ),
         (["--judge", "tiny", "--also", "[3]"], "--also[0]: must be a section of 'key: value' lines"),
-        (["--judge", "tiny", "--also", "[own_vqa, own_vqa]"], "two entries are called 'own_vqa'"),
-        (["--judge", "tiny", "--also", "[{name: lower_bound}]"], "lower_bound"),
+        (["--judge", "tiny", "--also", "[self_vqa, self_vqa]"], "two entries are called 'self_vqa'"),
+        (["--judge", "tiny", "--also", "[{name: conservative_ensemble}]"], "conservative_ensemble"),
     ],
 )
 def test_wrong_options_are_one_line(arguments: list[str], message: str, capfd: Output) -> None:

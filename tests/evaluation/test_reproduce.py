@@ -39,7 +39,7 @@ name: aligned
 steps: 3
 data: {prompts_per_step: {generate: 2, understand: 4, edit: 1, reason: 2}}
 rollout: {group_size: 4}
-rewards: [{name: own_vqa}, {name: exact_answer}]
+rewards: [{name: self_vqa}, {name: exact_answer}]
 advantages: {std_floor: 1.0e-4}
 validation: {every: 2, prompts: {generate: 2, understand: 2}}
 checkpoint_every: 1

@@ -16,9 +16,9 @@ from lvrpo.evaluation.tuned import GUIDANCE_SCALES, TEMPERATURES, Tuned, content
 from lvrpo.evaluation.tuning import as_validation, tune
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
-from lvrpo.rewards.identity import judge_identity
-from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.rewards.base import judge_fingerprint
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import json_text
 from lvrpo.types import Prompt
 
@@ -60,12 +60,12 @@ def test_some_prompts_are_sampled_often_and_the_score_stays(policy: Policy) -> N
 def test_the_judge_is_the_reward_and_may_be_another_model(policy: Policy, tmp_path: Path) -> None:
     prompts = held_out_prompts("generate", 3)
     groups = policy.sample(prompts, replace(SAMPLING, group_size=4), [1, 2, 3])
-    expected = OwnVQA().score(groups, policy).values
+    expected = SelfVQA().score(groups, policy).values
     assert judge_scores(groups, policy) == [tuple(pytest.approx(v, abs=1e-5) for v in row) for row in expected.tolist()]
     benchmarks = find_benchmarks(["generate"])
     other = load_policy("tiny")
     found = evaluate(policy, benchmarks, sizes={"generate": 2}, measuring=Measuring(2, MANY, judge=other))
-    assert found.scored["generate"].settings["judge"] == judge_identity(other)
+    assert found.scored["generate"].settings["judge"] == judge_fingerprint(other)
     own = evaluate(policy, benchmarks, sizes={"generate": 2}, measuring=Measuring(2, MANY))
     assert own.scored["generate"].judged != found.scored["generate"].judged
     assert own.scored["generate"].read_back == found.scored["generate"].read_back  # always by the model itself
@@ -75,7 +75,7 @@ def test_what_is_read_back_is_counted_per_fact(policy: Policy) -> None:
     prompts = [*held_out_prompts("generate", 4), *held_out_prompts("understand", 1)]
     groups = policy.sample(prompts, SAMPLING, list(range(5)))
     backs = read_back(groups, policy)
-    confidences = OwnVQA().confidences(groups[:4], policy, policy)[0]
+    confidences = SelfVQA().confidences(groups[:4], policy, policy)[0]
     for p, (prompt, held) in enumerate(zip(prompts[:4], fact_table(groups[:4]), strict=True)):
         back = backs[p]
         assert back is not None
@@ -88,7 +88,7 @@ def test_what_is_read_back_is_counted_per_fact(policy: Policy) -> None:
 def test_forms_of_questions_of_the_user_are_their_categories() -> None:
     question = held_out_prompts("understand", 1)[0]
     assert form_of(question).endswith("?")
-    row = replace(question, source="rows/test", category="colors of cars")
+    row = replace(question, form="", source="rows/test", category="colors of cars")
     assert form_of(row) == "colors of cars"
     assert form_of(replace(row, category="")) == "understand"
 
@@ -109,7 +109,7 @@ def test_each_task_takes_the_value_with_the_best_score(policy: Policy) -> None:
         (chosen,) = settings.values()
         assert scores[chosen] == max(scores.values())
         assert chosen == min(value for value, score in scores.items() if score == max(scores.values()))
-    assert tuned.model == judge_identity(policy)
+    assert tuned.model == judge_fingerprint(policy)
     Path("best.json").write_text(json_text(tuned.as_dict()))
     assert Tuned.read(Path("best.json")) == tuned
 

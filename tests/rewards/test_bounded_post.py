@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lvrpo.errors import InputError
-from lvrpo.rewards import bounded_post
+from lvrpo.rewards import endpoint
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 
 pytest.importorskip("tenacity")
@@ -116,7 +116,7 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_server_that_floods_is_given_up(name: str, raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_post.post, "__defaults__", (2**20,))
+    monkeypatch.setattr(endpoint.post, "__defaults__", (2**20,))
     tracemalloc.start()
     try:
         assert asked(raw(FLOODS[name]).url, timeout_s=20) == NoAnswer("an answer of more than 1 MiB (1 tries)")

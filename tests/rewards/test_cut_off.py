@@ -12,17 +12,18 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement
-from lvrpo.rewards.answers import ExactAnswer
+from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.caption_back import CaptionBack
-from lvrpo.rewards.given import given_group
+from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.success import successes
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
 from lvrpo.types import Group, Parts, Prompt, RewardTable, TextSegment
 
 ASK = Prompt("q", "understand", (torch.full((3, 8, 8), 0.25), "what is it ?"), ("text",), answer="cube")
 THINK = Prompt("r", "reason", ("1 + 2",), ("text", "image"), answer="3")
-WAS_CUT = "the text was cut off at the length limit"
+TRUNCATED = "the text was cut off at the length limit"
 BLANK = torch.zeros(3, 8, 8)
 
 
@@ -64,9 +65,9 @@ def scored(name: str, group: Group, **options: Any) -> RewardTable:
 def test_a_text_that_was_cut_off_is_masked_alone(name: str, options: dict[str, Any]) -> None:
     """The others score as if it had not been there."""
     outputs = [["cube"], ["a big red cube"], ["cube"], ["a big red cube"], ["a big red cube"]]
-    table = scored(name, cut(given_group(ASK, outputs), 1, 3), **options)
-    alone = scored(name, given_group(ASK, [outputs[g] for g in (0, 2, 4)]), **options)
-    assert table.reasons == {(0, g, 0): f"failed: {WAS_CUT}" for g in (1, 3)}
+    table = scored(name, cut(offline_group(ASK, outputs), 1, 3), **options)
+    alone = scored(name, offline_group(ASK, [outputs[g] for g in (0, 2, 4)]), **options)
+    assert table.reasons == {(0, g, 0): f"failed: {TRUNCATED}" for g in (1, 3)}
     assert alone.mask.all()
     torch.testing.assert_close(table.scores[0, [0, 2, 4], 0], alone.scores[0, :, 0])
 
@@ -74,15 +75,15 @@ def test_a_text_that_was_cut_off_is_masked_alone(name: str, options: dict[str, A
 def test_texts_judged_by_an_endpoint(server: Any) -> None:
     reward = VLMEndpoint(endpoint=server.options(), ask="rating", template="{prompt} {answer}?")
     server.replies = ["9"]
-    scores = reward.score([cut(given_group(ASK, [["cube"], ["cube and"]]), 1)], None)  # type: ignore[arg-type]
+    scores = reward.score([cut(offline_group(ASK, [["cube"], ["cube and"]]), 1)], None)  # type: ignore[arg-type]
     assert scores.values[0, 0] == pytest.approx(0.9)
-    assert scores.failures == {(0, 1): WAS_CUT}
+    assert scores.failures == {(0, 1): TRUNCATED}
     assert len(server.bodies) == 1
 
 
 def test_an_answer_that_never_ends_is_wrong() -> None:
     """Also where its words are right: masked it would cost nothing."""
-    group = cut(given_group(ASK, [["cube"], ["cube"], ["ball"]]), 1)
+    group = cut(offline_group(ASK, [["cube"], ["cube"], ["ball"]]), 1)
     scores = ExactAnswer().score([group], None)  # type: ignore[arg-type]
     assert scores.values.tolist() == [[1, 0, 0]]
     assert not scores.failures
@@ -92,8 +93,8 @@ def test_an_answer_that_never_ends_is_wrong() -> None:
 
 
 def test_agreement_of_texts_that_never_end_is_none() -> None:
-    group = cut(given_group(ASK, [["a b"], ["a b"], ["a b"]]), 0, 1, 2)
-    assert set(Agreement().score([group], None).failures.values()) == {WAS_CUT}  # type: ignore[arg-type]
+    group = cut(offline_group(ASK, [["a b"], ["a b"], ["a b"]]), 0, 1, 2)
+    assert set(Agreement().score([group], None).failures.values()) == {TRUNCATED}  # type: ignore[arg-type]
 
 
 def test_a_description_that_was_cut_off_does_not_count(group: Callable[..., Group]) -> None:
@@ -101,7 +102,7 @@ def test_a_description_that_was_cut_off_does_not_count(group: Callable[..., Grou
 
     class Describer:
         def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-            made = [given_group(prompt, [["red cat"], ["red dog and"]][: sampling.group_size]) for prompt in prompts]
+            made = [offline_group(prompt, [["red cat"], ["red dog and"]][: sampling.group_size]) for prompt in prompts]
             return [cut(one, *self.cut) for one in made]
 
         def __init__(self, *cut: int) -> None:

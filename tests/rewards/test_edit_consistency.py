@@ -14,11 +14,12 @@ import torch
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
+from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.questions import STAYS
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.questions import UNCHANGED
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Parts, Prompt, TextSegment, Trajectory
 
 SIDE = 16
@@ -26,8 +27,8 @@ SOURCE = torch.full((3, SIDE, SIDE), 0.5)
 REGION = torch.zeros(SIDE, SIDE, dtype=torch.bool)
 REGION[:8, :8] = True
 CHANGE = Fact("color", "what color is the star?", "red")
-STAY = Fact(STAYS, "is there a cube?", "yes")
-DOUBTFUL = Fact(STAYS, "is there a bird?", "yes")
+STAY = Fact(UNCHANGED, "is there a cube?", "yes")
+DOUBTFUL = Fact(UNCHANGED, "is there a bird?", "yes")
 BARE = Prompt("e", "edit", (SOURCE, "make the star red"), ("image",), edited=REGION)
 ASKED = replace(BARE, facts=(CHANGE, STAY, DOUBTFUL))
 
@@ -69,7 +70,7 @@ class Reader:
 
 
 def scores(reward: EditConsistency, prompt: Prompt, judge: Any, *results: torch.Tensor) -> Any:
-    return reward.score([given_group(prompt, [[result] for result in results])], judge)
+    return reward.score([offline_group(prompt, [[result] for result in results])], judge)
 
 
 # --- pixels ---
@@ -180,7 +181,7 @@ def test_a_judge_that_says_nothing_of_the_source_masks_the_group(said: float) ->
 
 
 def test_prompts_that_say_nothing_are_judged_by_pixels_beside_others() -> None:
-    groups = [given_group(prompt, [[edited(0, 0, 0.05)]]) for prompt in (BARE, ASKED)]
+    groups = [offline_group(prompt, [[edited(0, 0, 0.05)]]) for prompt in (BARE, ASKED)]
     judge = Reader(SEES | {(6, q): 1.0 for q in (CHANGE.question, STAY.question)})
     values = EditConsistency().score(groups, judge).values  # type: ignore[arg-type]  # a double
     assert values.flatten().tolist() == pytest.approx([0.5, 0.5])
@@ -197,7 +198,7 @@ SPLIT_SEES = {key: value for key, value in SEES.items() if key[1] != DOUBTFUL.qu
 
 def test_free_text_is_asked_what_should_be_and_what_should_stay(tmp_path: Path) -> None:
     judge = Reader(SPLIT_SEES, [ABOUT_CHANGE, ABOUT_REST])
-    reward = EditConsistency(split={"cache": str(tmp_path)})
+    reward = EditConsistency(questions={"cache": str(tmp_path)})
     found = scores(reward, BARE, judge, edited(0, 0, 0.4), edited(0, 0, 0.2))
     assert not found.failures
     assert found.values[0].tolist() == pytest.approx([0.8 * 0.7, 0.5 * 0.3])
@@ -213,12 +214,12 @@ def test_free_text_is_asked_what_should_be_and_what_should_stay(tmp_path: Path) 
     assert not judge.writes
 
 
-def test_own_vqa_asks_the_same_questions(tmp_path: Path) -> None:
-    group = given_group(BARE, [[edited(0, 0, 0.4)]])
+def test_self_vqa_asks_the_same_questions(tmp_path: Path) -> None:
+    group = offline_group(BARE, [[edited(0, 0, 0.4)]])
     judge = Reader(SPLIT_SEES, [ABOUT_CHANGE, ABOUT_REST])
-    values = OwnVQA(split={"cache": str(tmp_path)}).score([group], judge).values  # type: ignore[arg-type]
+    values = SelfVQA(questions={"cache": str(tmp_path)}).score([group], judge).values  # type: ignore[arg-type]
     assert values.item() == pytest.approx((0.8 + 0.7) / 2)
-    alone = OwnVQA(split={"cache": str(tmp_path), "stay_template": None})
+    alone = SelfVQA(questions={"cache": str(tmp_path), "stay_template": None})
     assert alone.score([group], judge).values.item() == pytest.approx(0.8)  # type: ignore[arg-type]
 
 
@@ -242,9 +243,9 @@ def test_own_vqa_asks_the_same_questions(tmp_path: Path) -> None:
 def test_an_edit_without_questions_about_the_rest_is_masked(
     rest: str, sees: dict[tuple[int, str], float], reason: str, tmp_path: Path
 ) -> None:
-    for reward in (EditConsistency(split={"cache": str(tmp_path)}), OwnVQA(split={"cache": str(tmp_path)})):
+    for reward in (EditConsistency(questions={"cache": str(tmp_path)}), SelfVQA(questions={"cache": str(tmp_path)})):
         judge = Reader(SPLIT_SEES | sees, [ABOUT_CHANGE, rest])
-        group = given_group(BARE, [[edited(0, 0, 0.4)], [edited(0, 0, 0.2)]])
+        group = offline_group(BARE, [[edited(0, 0, 0.4)], [edited(0, 0, 0.2)]])
         found = reward.score([group], judge)  # type: ignore[arg-type]  # a double
         assert dict(found.failures) == {(0, 0): reason, (0, 1): reason}
         for file in tmp_path.rglob("*.json"):
@@ -254,11 +255,11 @@ def test_an_edit_without_questions_about_the_rest_is_masked(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ask": False, "sure": 0.5}, "ask=false: asks no questions: leave out sure, choices and split"),
-        ({"ask": False, "split": {}}, "ask=false: asks no questions"),
+        ({"ask": False, "sure": 0.5}, "ask=false: asks no questions: leave out sure, choices and questions"),
+        ({"ask": False, "questions": {}}, "ask=false: asks no questions"),
         ({"sure": 1.0}, "edit_consistency.options.sure=1.0: must be < 1"),
-        ({"split": {"stay_template": "x"}}, r"stay_template: must hold \{prompt\}"),
-        ({"split": {"stay_template": None, "sure": 0.5}}, r"sure=0.5: is of questions about what should stay"),
+        ({"questions": {"stay_template": "x"}}, r"stay_template: must hold \{prompt\}"),
+        ({"questions": {"stay_template": None, "sure": 0.5}}, r"sure=0.5: is of questions about what should stay"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

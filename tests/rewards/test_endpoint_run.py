@@ -47,7 +47,7 @@ def config(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     server.answer = answer
     endpoint = server.options(key_env="JUDGE_KEY")
     split = {"by": "endpoint", "endpoint": endpoint, "cache": str(tmp_path / "cache")}
-    reward = {"name": "vlm_endpoint", "options": {"endpoint": endpoint, "split": split}, "max_failed": 0.5}
+    reward = {"name": "vlm_endpoint", "options": {"endpoint": endpoint, "questions": split}, "max_failed": 0.5}
     settings = (
         f"policy={tmp_path / 'policy'}",
         f"data={{source: jsonl, jsonl: {{train: {tmp_path / 'rows.jsonl'}}}, prompts_per_step: {{generate: 2}}}}",

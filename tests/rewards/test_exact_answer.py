@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lvrpo.rewards.answers import ExactAnswer, answers_match, normalize_answer
+from lvrpo.rewards.verifiable_text import ExactAnswer, answers_match, normalize_answer
 from lvrpo.types import Prompt
 
 QUESTION = Prompt("q", "understand", ("how many ?",), ("text",), answer="three")

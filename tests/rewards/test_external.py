@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_identity
-from lvrpo.rewards.instruction import Instruction
-from lvrpo.rewards.knowledge import Knowledge
-from lvrpo.rewards.semantic import Semantic
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.external import ExternalVLM, SiglipTower, folder_fingerprint
+from lvrpo.rewards.published import Instruction, Knowledge, Semantic
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Prompt
 
 transformers = pytest.importorskip("transformers")
@@ -246,18 +245,18 @@ def test_a_folder_is_told_by_its_weights(vlm: Path, tower: Path, tmp_path: Path)
     """Weights of the same sizes and another chat template are another judge."""
     for path in vlm.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    first = folder_identity(tmp_path)
-    assert first.partition(":")[2] == folder_identity(vlm).partition(":")[2]
+    first = folder_fingerprint(tmp_path)
+    assert first.partition(":")[2] == folder_fingerprint(vlm).partition(":")[2]
     weights = tmp_path / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + bytes(4))
-    assert folder_identity(tmp_path) != first
+    assert folder_fingerprint(tmp_path) != first
     weights.write_bytes(content)
     (tmp_path / "chat_template.jinja").write_text("another")
-    assert folder_identity(tmp_path) != first
+    assert folder_fingerprint(tmp_path) != first
     for reward in (Knowledge(source=str(vlm)), Instruction(source=str(vlm))):
-        assert reward.judged_by == folder_identity(vlm)
-    assert Semantic(source=str(tower)).judged_by == folder_identity(tower)
+        assert reward.judged_by == folder_fingerprint(vlm)
+    assert Semantic(source=str(tower)).judged_by == folder_fingerprint(tower)
     assert Knowledge().judged_by == Instruction().judged_by == Semantic().judged_by == ""
 
 

@@ -13,8 +13,9 @@ from lvrpo.data.scenes import facts as scene_facts
 from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group, Image, Parts, Prompt, RewardTable
 
 SIZE = 16
@@ -58,7 +59,7 @@ class Strict:
         self.asked.add("read")
         for prompt in prompts:
             self.of(prompt.parts, 1)
-        return [given_group(prompt, [["a circle"]]) for prompt in prompts]
+        return [offline_group(prompt, [["a circle"]]) for prompt in prompts]
 
     def of(self, context: Parts, more: int) -> float:
         if self.raises is not None:
@@ -74,8 +75,8 @@ class Strict:
 
 
 REWARDS: dict[str, dict[str, Any]] = {
-    "own_vqa": {},
-    "own_vqa, both orders": {"choices": "{question} {first} or {second}"},
+    "self_vqa": {},
+    "self_vqa, both orders": {"choices": "{question} {first} or {second}"},
     "caption_back": {},
     "semantic": {},
     "instruction": {},
@@ -84,7 +85,7 @@ REWARDS: dict[str, dict[str, Any]] = {
     "scene_facts": {},
     "edit_consistency": {},
     "edit_consistency, pixels": {"ask": False},
-    "lower_bound": {"members": [{"name": "own_vqa"}, {"name": "knowledge"}], "scale": "raw"},
+    "conservative_ensemble": {"members": [{"name": "self_vqa"}, {"name": "knowledge"}], "scale": "raw"},
 }
 BY_RULE = ("instruction, verifier", "scene_facts", "edit_consistency, pixels")
 """They ask no judge."""
@@ -99,7 +100,7 @@ def scored(name: str, judge: Strict, *drawn: Image, **config: Any) -> RewardTabl
     prompt = EDIT if name.startswith("edit_consistency") else DRAW
     made = source(name, **config)
     assert made.scores(prompt)
-    group = given_group(prompt, [[image] for image in drawn])
+    group = offline_group(prompt, [[image] for image in drawn])
     return score_groups([made], [group], judge)  # type: ignore[arg-type]  # a double
 
 
@@ -142,7 +143,7 @@ def test_the_verifier_does_not_read_half_a_cell() -> None:
 
 
 ASKED = [name for name in REWARDS if name not in (*BY_RULE, "caption_back")]
-READING = ("own_vqa", "instruction", "knowledge", "lower_bound", "edit_consistency")
+READING = ("self_vqa", "instruction", "knowledge", "conservative_ensemble", "edit_consistency")
 READ = [name for name in ASKED if name.split(",")[0] in READING]
 """They take log-probs of texts for what they are; the others compare numbers of any size."""
 NO_NUMBERS = [(name, said) for name in ASKED for said in (math.nan, math.inf, -math.inf)]
@@ -163,7 +164,7 @@ def test_a_judge_that_says_no_number_gives_no_score(name: str, said: float) -> N
 def test_a_judge_of_texts_that_says_no_log_prob_gives_no_score(name: str, said: float) -> None:
     ask = Prompt("q", "understand", (torch.full((3, SIZE, SIZE), 0.2), "what is it ?"), ("text",))
     sources = build_rewards([RewardConfig(name=name)])
-    group = given_group(ask, [["cube"], ["ball"], ["cube"]])
+    group = offline_group(ask, [["cube"], ["ball"], ["cube"]])
     table = score_groups(sources, [group], Strict(says=said))  # type: ignore[arg-type]  # a double
     assert not table.mask.any()
     assert set(table.reasons.values()) == {
@@ -175,7 +176,7 @@ def test_a_judge_of_texts_that_says_no_log_prob_gives_no_score(name: str, said: 
 
 def test_a_judge_sure_but_for_rounding_is_sure() -> None:
     pictures = [torch.full((3, SIZE, SIZE), level) for level in (0.3, 0.9)]
-    for name in ("own_vqa", "knowledge"):
+    for name in ("self_vqa", "knowledge"):
         table = scored(name, Strict(says=1e-4), *pictures)
         assert table.scores[..., 0].tolist() == [[1.0, 1.0]]
         assert table.mask.all()
@@ -194,12 +195,12 @@ def test_a_judge_that_breaks_gives_no_score(name: str) -> None:
         scored(name, broken, *pictures, on_failure="stop")
 
 
-@pytest.mark.parametrize("name", ["own_vqa", "instruction", "knowledge", "scene_facts"])
+@pytest.mark.parametrize("name", ["self_vqa", "instruction", "knowledge", "scene_facts"])
 def test_a_prompt_without_facts_gets_no_score(name: str) -> None:
     bare = Prompt("b", "generate", ("draw a circle",), ("image",))
     made = source(name)
     assert not made.scores(bare)
-    group = given_group(bare, [[torch.full((3, SIZE, SIZE), 0.5)]] * 2)
+    group = offline_group(bare, [[torch.full((3, SIZE, SIZE), 0.5)]] * 2)
     table = score_groups([made], [group], Strict())  # type: ignore[arg-type]
     assert not table.mask.any()
     assert set(table.reasons.values()) == {"not applicable"}

@@ -14,9 +14,9 @@ import torch
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import MOST_FAILED, RewardConfig, RewardSource, build_rewards
+from lvrpo.rewards.base import Scores, offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import MOST_FAILED, build_rewards
 from lvrpo.training.data_parallel import score_local
 from lvrpo.types import Group, Prompt
 
@@ -38,7 +38,7 @@ class Does:
 
 
 def drawn() -> list[Group]:
-    return [given_group(DRAW, [[torch.full((3, 8, 8), level)] for level in (0.25, 0.75)])]
+    return [offline_group(DRAW, [[torch.full((3, 8, 8), level)] for level in (0.25, 0.75)])]
 
 
 def scored(groups: list[Group], act: Callable[[Sequence[Group]], object], **options: Any) -> Any:
@@ -159,4 +159,4 @@ def test_applies_that_raises_names_reward_and_prompt() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(ValueError, match="max_failed"):
-        RewardConfig(name="own_vqa", max_failed=share)
+        RewardConfig(name="self_vqa", max_failed=share)

@@ -11,9 +11,9 @@ import torch
 
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
-from lvrpo.rewards.instruction import Instruction, keeps_to, text_rules
-from lvrpo.rewards.knowledge import Knowledge
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.published import Instruction, Knowledge, keeps_to, text_rules
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
 COUNT, COLOR = Fact("count", "how many ?", "3"), Fact("color", "color ?", "red")
@@ -142,7 +142,7 @@ def test_knowledge_is_the_confidence_of_the_reader(group: Callable[..., Group], 
     ("options", "message"),
     [
         ({"by": "eye"}, "options.by=eye: must be 'vqa' or 'verifier'"),
-        ({"by": "verifier", "split": {}}, "asks no questions"),
+        ({"by": "verifier", "questions": {}}, "asks no questions"),
         ({"above": 1}, "options.above=1: must be < 1"),
         ({"kinds": "count"}, "options.kinds=count: must be a list"),
         ({"rules": {"words": 3}}, "options: rules.words: unknown rule: the rules are min_words, max_words, form"),

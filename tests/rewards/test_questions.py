@@ -13,9 +13,10 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.questions import SplitConfig, Splitter, kind_of, parse_questions
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.questions import QuestionConfig, QuestionGenerator, kind_of, parse_questions
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment, Trajectory
 
 CUBE = Prompt("cube", "generate", ("a red cube beside three birds",), ("image",))
@@ -42,8 +43,8 @@ class Writer:
         return torch.tensor([self.table[context[-1], text] for context, text in rows]).log()
 
 
-def split(tmp_path: Path, **options: Any) -> Splitter:
-    return Splitter(SplitConfig.model_validate({"cache": str(tmp_path / "cache")} | options))
+def generator(tmp_path: Path, **options: Any) -> QuestionGenerator:
+    return QuestionGenerator(QuestionConfig.model_validate({"cache": str(tmp_path / "cache")} | options))
 
 
 def picture(level: float) -> Image:
@@ -93,17 +94,17 @@ def test_kinds_are_those_of_a_gate(question: str, kind: str) -> None:
 def test_the_policy_splits_a_prompt_once(tmp_path: Path) -> None:
     writer = Writer("<think>hm? yes</think>" + WRITTEN)
     expected = (Fact("exists", "is there a red cube?", "yes"), Fact("count", "how many birds are there?", "3"))
-    assert split(tmp_path, template="split {prompt} {x}").questions([CUBE, CUBE], writer) == [expected] * 2
+    assert generator(tmp_path, template="split {prompt} {x}").questions([CUBE, CUBE], writer) == [expected] * 2
     (asked,) = writer.asked
     assert asked.parts == ("split a red cube beside three birds {x}",)
     assert asked.output == ("text",)
     again = Writer("")
-    assert split(tmp_path, template="split {prompt} {x}").questions([CUBE], again) == [expected]
+    assert generator(tmp_path, template="split {prompt} {x}").questions([CUBE], again) == [expected]
     assert not again.asked
 
 
-def test_what_is_kept_belongs_to_prompt_template_and_splitter(tmp_path: Path) -> None:
-    split(tmp_path).questions([CUBE], Writer(WRITTEN))
+def test_what_is_kept_belongs_to_prompt_template_and_writer(tmp_path: Path) -> None:
+    generator(tmp_path).questions([CUBE], Writer(WRITTEN))
     other_weights, other_prompt = Writer(WRITTEN), Prompt("cube", "generate", ("a blue cube",), ("image",))
     other_weights.identity = "2"
     edit = Prompt("cube", "edit", (picture(0), *CUBE.parts), ("image",))
@@ -114,10 +115,10 @@ def test_what_is_kept_belongs_to_prompt_template_and_splitter(tmp_path: Path) ->
         ({"template": "{prompt}"}, Writer(WRITTEN), CUBE),
         ({"max_new_tokens": 9}, Writer(WRITTEN), CUBE),
     ):
-        split(tmp_path, **options).questions([prompt], writer)
+        generator(tmp_path, **options).questions([prompt], writer)
         assert len(writer.asked) == 1
     writer = Writer(WRITTEN)
-    assert split(tmp_path, limit=1).questions([CUBE], writer)[0] == (Fact("exists", "is there a red cube?", "yes"),)
+    assert generator(tmp_path, limit=1).questions([CUBE], writer)[0] == (Fact("exists", "is there a red cube?", "yes"),)
     assert not writer.asked
 
 
@@ -125,27 +126,27 @@ def test_what_is_kept_belongs_to_prompt_template_and_splitter(tmp_path: Path) ->
     ("says", "ended", "reason"),
     [
         (WRITTEN, False, "no questions: the questions were cut off at 512 tokens"),
-        (" ", True, "no questions: the splitter wrote nothing"),
+        (" ", True, "no questions: nothing was written"),
         ("red\nred red", True, 'no questions: none can be read in "red red red"'),
     ],
 )
 def test_a_split_that_failed_is_told_and_tried_again(says: str, ended: bool, reason: str, tmp_path: Path) -> None:
-    assert split(tmp_path).questions([CUBE], Writer(says, ended)) == [NoAnswer(reason)]
-    assert len(split(tmp_path).questions([CUBE], Writer(WRITTEN))[0]) == 2
+    assert generator(tmp_path).questions([CUBE], Writer(says, ended)) == [NoAnswer(reason)]
+    assert len(generator(tmp_path).questions([CUBE], Writer(WRITTEN))[0]) == 2
 
 
 def test_an_endpoint_splits_a_prompt_once(tmp_path: Path, server: Any) -> None:
     server.replies = [(503, ""), WRITTEN]
     options = {"by": "endpoint", "endpoint": server.options()}
     nobody = Writer("")
-    found = split(tmp_path, **options).questions([CUBE], nobody)
+    found = generator(tmp_path, **options).questions([CUBE], nobody)
     assert len(server.bodies) == 2
     assert "a red cube beside three birds" in server.bodies[0]["messages"][0]["content"][0]["text"]
-    assert split(tmp_path, **options).questions([CUBE], nobody) == found
+    assert generator(tmp_path, **options).questions([CUBE], nobody) == found
     assert len(server.bodies) == 2
     named = f"questions by judge-1 at {server.url}, temperature 0.0, 256 tokens"
-    assert OwnVQA(split=options).judged_by == named
-    split(tmp_path, by="endpoint", endpoint=server.options(model="judge-2")).questions([CUBE], nobody)
+    assert SelfVQA(questions=options).judged_by == named
+    generator(tmp_path, by="endpoint", endpoint=server.options(model="judge-2")).questions([CUBE], nobody)
     assert len(server.bodies) == 3
     assert not nobody.asked
 
@@ -154,14 +155,14 @@ def test_no_key_is_kept(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JUDGE_KEY", "hidden-word")
     server.replies = [WRITTEN]
     options = {"by": "endpoint", "endpoint": server.options(key_env="JUDGE_KEY")}
-    split(tmp_path, **options).questions([CUBE], Writer(""))
+    generator(tmp_path, **options).questions([CUBE], Writer(""))
     assert server.keys == ["Bearer hidden-word"]
     kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 1
     assert "hidden-word" not in kept[0]
 
 
-def test_own_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], tmp_path: Path) -> None:
+def test_self_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], tmp_path: Path) -> None:
     table = {
         ("is there a red cube? Answer yes or no.", "yes"): 0.6,
         ("is there a red cube? Answer yes or no.", "no"): 0.2,
@@ -170,14 +171,14 @@ def test_own_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], tm
         ("how many birds are there?", "3"): 0.8,
         ("dark?", "deep"): 0.25,
     }
-    reward = OwnVQA(split={"cache": str(tmp_path)})
+    reward = SelfVQA(questions={"cache": str(tmp_path)})
     known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
     assert reward.applies(CUBE)
     groups = [group(CUBE, [[picture(0.5)]]), group(known, [[picture(0.5)]])]
     scores = reward.score(groups, Writer(WRITTEN, table=table))
     assert not scores.failures
     assert scores.values.flatten().tolist() == pytest.approx([((0.75 + 0.25) / 2 + 0.8) / 2, 0.25])
-    assert not OwnVQA().applies(CUBE)
+    assert not SelfVQA().applies(CUBE)
     assert not reward.applies(Prompt("c", "understand", (picture(0), "what ?"), ("text",)))
     assert not reward.applies(Prompt("c", "generate", (" ",), ("image",)))
 
@@ -185,7 +186,7 @@ def test_own_vqa_judges_free_text_in_both_orders(group: Callable[..., Group], tm
 def test_a_prompt_without_questions_is_masked_alone(group: Callable[..., Group], tmp_path: Path) -> None:
     known = Prompt("b", "generate", ("x",), ("image",), facts=(Fact("question", "dark?", "deep"),))
     groups = [group(CUBE, [[picture(0.5)]] * 2), group(known, [[picture(0.5)]] * 2)]
-    scores = OwnVQA(split={"cache": str(tmp_path)}).score(groups, Writer("?", table={("dark?", "deep"): 0.25}))
+    scores = SelfVQA(questions={"cache": str(tmp_path)}).score(groups, Writer("?", table={("dark?", "deep"): 0.25}))
     assert scores.values[1].tolist() == [0.25, 0.25]
     assert scores.values[0].isnan().all()
     assert scores.failures == {(0, g): 'no questions: none can be read in "?"' for g in range(2)}
@@ -195,9 +196,9 @@ def test_only_questions_of_the_named_kinds_are_asked(group: Callable[..., Group]
     writer = Writer(WRITTEN, table={("how many birds are there?", "3"): 0.8})
     groups = [group(CUBE, [[picture(0.5)]])]
     options = {"cache": str(tmp_path / "cache")}
-    scores = OwnVQA(kinds=["count"], split=options).score(groups, writer)
+    scores = SelfVQA(kinds=["count"], questions=options).score(groups, writer)
     assert scores.values.item() == pytest.approx(0.8)
-    scores = OwnVQA(kinds=["digit"], split=options).score(groups, writer)
+    scores = SelfVQA(kinds=["digit"], questions=options).score(groups, writer)
     assert dict(scores.failures) == {(0, 0): "none of its questions is of a kind that is asked"}
 
 
@@ -208,35 +209,35 @@ def test_the_tiny_policy_writes_what_no_questions_can_be_read_in(group: Callable
     groups = [group(Prompt("p", "generate", ("draw a red circle",), ("image",)), [[torch.zeros(3, 16, 16)]])]
     for length in (6, 1):
         split = {"cache": str(tmp_path), "template": "{prompt}", "max_new_tokens": length}
-        scores = OwnVQA(split=split, choices="{question} {first} {second}").score(groups, policy)
+        scores = SelfVQA(questions=split, choices="{question} {first} {second}").score(groups, policy)
         assert scores.failures[0, 0].startswith("no questions: ")
     with pytest.raises(InputError, match="not among the"):
-        OwnVQA(split={"cache": str(tmp_path)}).score(groups, policy)
+        SelfVQA(questions={"cache": str(tmp_path)}).score(groups, policy)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"template": "split it"}, r"own_vqa.options.split: template: must hold \{prompt\}"),
+        ({"template": "split it"}, r"self_vqa.options.questions: template: must hold \{prompt\}"),
         ({"edit_template": ""}, "edit_template: must hold"),
         ({"by": "endpoint"}, "belong together"),
         ({"endpoint": {"base_url": "http://x/v1", "model": "m"}}, "belong together"),
-        ({"by": "polcy"}, "own_vqa.options.split.by=.*did you mean policy"),
+        ({"by": "polcy"}, "self_vqa.options.questions.by=.*did you mean policy"),
         (
             {"by": "endpoint", "endpoint": {"base_url": "http://x/v1"}},
-            "own_vqa.options.split.endpoint.model: is missing",
+            "self_vqa.options.questions.endpoint.model: is missing",
         ),
-        ({"tempalte": "x"}, "own_vqa.options.split.tempalte: unknown key: did you mean split.template"),
+        ({"tempalte": "x"}, "self_vqa.options.questions.tempalte: unknown key: did you mean questions.template"),
         ("policy", "must be a section"),
     ],
 )
 def test_bad_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        build_rewards([RewardConfig(name="own_vqa", options={"split": options})])
+        build_rewards([RewardConfig(name="self_vqa", options={"questions": options})])
     assert "\n" not in str(caught.value)
 
 
 def test_the_file_holds_what_was_written(tmp_path: Path) -> None:
-    split(tmp_path).questions([CUBE], Writer(WRITTEN))
+    generator(tmp_path).questions([CUBE], Writer(WRITTEN))
     (path,) = (p for p in tmp_path.rglob("*.json"))
     assert json.loads(path.read_text())["text"] == WRITTEN

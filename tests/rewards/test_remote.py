@@ -19,7 +19,8 @@ from lvrpo.errors import InputError
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards import remote
 from lvrpo.rewards.remote import RewardActor, portable
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.training.config import TrainConfig
 from lvrpo.types import FlowSegment, Group, Prompt
 
@@ -150,8 +151,8 @@ def test_an_actor_makes_what_is_made_here(tiny_groups: list[Group], tmp_path: Pa
 
 
 def test_an_actor_tells_that_its_reward_asks_the_judge() -> None:
-    assert RewardActor(config(name="own_vqa"), ".", ()).make().sides == ("read",)
-    own = RewardActor(config(name="own_vqa", judge="tiny"), ".", ()).make()
+    assert RewardActor(config(name="self_vqa"), ".", ()).make().sides == ("read",)
+    own = RewardActor(config(name="self_vqa", judge="tiny"), ".", ()).make()
     assert own.sides == ()
     assert own.judged_by.startswith("TinyPolicy:")
 

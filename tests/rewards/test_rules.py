@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
-from lvrpo.rewards.answers import (
+from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.rewards.verifiable_text import (
     Boxed,
     MultipleChoice,
     Numeric,
@@ -25,15 +28,13 @@ from lvrpo.rewards.answers import (
     options_of,
     same_formula,
 )
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
 from lvrpo.types import Group, Prompt, TextSegment
 
 NUMBER = Prompt("n", "reason", ("how many ?",), ("text",), answer="12")
 
 
 def scores(reward: Any, prompt: Prompt, *texts: str) -> list[float]:
-    result = reward.score([given_group(prompt, [[text] for text in texts])], None)
+    result = reward.score([offline_group(prompt, [[text] for text in texts])], None)
     assert not result.failures
     return result.values[0].tolist()
 
@@ -204,7 +205,7 @@ def cut(group: Group, member: int) -> Group:
 
 @pytest.mark.parametrize("name", ["numeric", "boxed"])
 def test_a_text_that_was_cut_off_is_masked_or_scored_as_configured(name: str) -> None:
-    group = cut(given_group(NUMBER, [[r"\boxed{12}"], [r"\boxed{12}"]]), 1)
+    group = cut(offline_group(NUMBER, [[r"\boxed{12}"], [r"\boxed{12}"]]), 1)
     masked = score_groups(build_rewards([RewardConfig(name=name)]), [group], None)  # type: ignore[arg-type]
     assert masked.mask[..., 0].tolist() == [[True, False]]
     assert masked.reasons == {(0, 1, 0): "failed: the text was cut off at the length limit"}
@@ -214,7 +215,7 @@ def test_a_text_that_was_cut_off_is_masked_or_scored_as_configured(name: str) ->
 
 
 def test_a_trajectory_without_text_is_masked() -> None:
-    drawn = given_group(replace(NUMBER, output=("image",)), [[torch.zeros(3, 8, 8)]])
+    drawn = offline_group(replace(NUMBER, output=("image",)), [[torch.zeros(3, 8, 8)]])
     for reward in (Numeric(), TextLength(limit=3)):
         assert reward.score([drawn], None).failures == {(0, 0): "nothing was written"}  # type: ignore[arg-type]
 

@@ -9,9 +9,10 @@ import torch
 
 from lvrpo.data.scenes import Scene, SceneObject, ScenePrompts, ScenesConfig, render
 from lvrpo.errors import InputError
-from lvrpo.rewards.scene_facts import SceneFacts, fact_table
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.table import build_rewards
+from lvrpo.rewards.verifiable_image import SceneFacts, fact_table
 from lvrpo.types import Fact, Group, Image, Prompt
 
 RIGHT = Scene("white", (SceneObject("circle", "red", 0, 0), SceneObject("star", "blue", 2, 3)))
@@ -74,9 +75,9 @@ def test_where_it_applies() -> None:
     unchecked = replace(PROMPT, facts=(*FACTS, Fact("question", "is it nice ?", "yes")))
     cases = (PROMPT, replace(PROMPT, output=("text",)), replace(PROMPT, facts=()), unchecked)
     assert [SceneFacts().applies(p) for p in cases] == [True, False, False, False]
-    assert [scorable(p) for p in cases] == [True, False, False, False]
-    assert scorable(Prompt("u", "understand", (), ("text",), answer="red"))
-    assert scorable(replace(PROMPT, output=("text", "image"), answer="7"))
+    assert [has_success(p) for p in cases] == [True, False, False, False]
+    assert has_success(Prompt("u", "understand", (), ("text",), answer="red"))
+    assert has_success(replace(PROMPT, output=("text", "image"), answer="7"))
 
 
 def test_the_world_judges_its_own_pictures_right(group: MakeGroup) -> None:
@@ -90,7 +91,7 @@ def test_the_world_judges_its_own_pictures_right(group: MakeGroup) -> None:
                 "nothing" if isinstance(o, str) else torch.zeros_like(o) for o in example.outputs
             ]
             worlds.append(group(example.prompt, [blank]))
-    assert all(scorable(g.prompt) for g in groups)
+    assert all(has_success(g.prompt) for g in groups)
     assert successes(groups) == [[1.0]] * len(groups)
     assert successes(worlds) == [[0.0]] * len(worlds)
 

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from lvrpo.config import parse_section
 from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code
-from lvrpo.rewards.answers import ExactAnswer
+from lvrpo.rewards import RENAMED, REWARDS
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.source import WeightSchedule
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig, RewardSource, WeightSchedule
+from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
+from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.types import Group, Prompt
 
 TEXT = Prompt("text", "understand", ("x",), ("text",), answer="red")
@@ -161,10 +162,10 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
             RewardConfig(name="exact_answer"),
             RewardConfig(name="somebodys_rewards:Fixed", options={"says": 0.5}, label="mine"),
             RewardConfig(name="scene_facts", options={"mode": "all"}, label="all"),
-            RewardConfig(name="own_vqa"),
+            RewardConfig(name="self_vqa"),
         ]
     )
-    assert [s.config.title for s in built] == ["exact_answer", "mine", "all", "own_vqa"]
+    assert [s.config.title for s in built] == ["exact_answer", "mine", "all", "self_vqa"]
     assert isinstance(built[1].reward, Fixed)
     with pytest.raises(InputError, match="has no method 'score'"):
         build_rewards([RewardConfig(name="somebodys_rewards:Silent")])
@@ -176,16 +177,16 @@ def test_rewards_are_found_by_name_or_import_path(monkeypatch: pytest.MonkeyPatc
         ([{"name": "exact_anser"}], "did you mean exact_answer"),
         ([{"name": "no_such_module:Reward"}], "is code of no_such_module, not of lvrpo"),
         (
-            [{"name": "own_vqa", "options": {"speed": 1}}],
-            r"own_vqa\.options\.speed: unknown key: there are .*both",
+            [{"name": "self_vqa", "options": {"speed": 1}}],
+            r"self_vqa\.options\.speed: unknown key: there are .*both",
         ),
         (
             [{"name": "scene_facts", "options": {"mode": "most"}}],
             "options.mode=most: must be 'fraction', 'gated', 'all' or",
         ),
         ([{"name": "scene_facts"}, {"name": "scene_facts"}], "two entries are called 'scene_facts'"),
-        ([{"name": "scene_facts", "label": "x"}, {"name": "own_vqa", "label": "x"}], "two entries are called 'x'"),
-        ([{"name": "own_vqa", "weight": 0}, {"name": "exact_answer", "weight": 0}], "every weight is 0"),
+        ([{"name": "scene_facts", "label": "x"}, {"name": "self_vqa", "label": "x"}], "two entries are called 'x'"),
+        ([{"name": "self_vqa", "weight": 0}, {"name": "exact_answer", "weight": 0}], "every weight is 0"),
     ],
 )
 def test_rewards_that_cannot_be_built(configs: list[dict[str, Any]], message: str) -> None:
@@ -202,7 +203,7 @@ def test_two_of_a_kind_with_labels() -> None:
 @pytest.mark.parametrize("change", [{"weight": -1}, {"tasks": ["draw"]}, {"on_failure": "ignore"}])
 def test_configurations_that_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        RewardConfig.model_validate({"name": "own_vqa"} | change)
+        RewardConfig.model_validate({"name": "self_vqa"} | change)
 
 
 def test_a_reward_of_weight_0_is_scored_and_not_trained(groups: list[Group], nobody: Any) -> None:
@@ -282,9 +283,9 @@ def test_the_table_says_who_else_judged(groups: list[Group], nobody: Any) -> Non
 )
 def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"looks like a key, .* name that in key_env") as caught:
-        parse_section(RewardConfig, {"name": "own_vqa", "options": options}, "rewards")
+        parse_section(RewardConfig, {"name": "self_vqa", "options": options}, "rewards")
     assert "SECRET" not in str(caught.value)
-    RewardConfig(name="own_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "split": {"limit": 3}})
+    RewardConfig(name="self_vqa", options={"endpoint": {"key_env": "SOME_KEY"}, "questions": {"limit": 3}})
 
 
 @pytest.mark.parametrize(
@@ -297,12 +298,19 @@ def test_keys_are_not_taken_as_options(options: dict[str, Any]) -> None:
     ],
 )
 def test_what_only_sounds_like_a_key_is_taken(options: dict[str, Any]) -> None:
-    assert RewardConfig(name="own_vqa", options=options).options == options
+    assert RewardConfig(name="self_vqa", options=options).options == options
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_name_of_an_earlier_version_is_refused_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(InputError, match=f"rewards.name={old}: is called {new} now"):
+        parse_section(RewardConfig, {"name": old}, "rewards")
+    assert new in REWARDS
 
 
 def test_wrong_options_are_told_by_their_names_alone() -> None:
-    with pytest.raises(InputError, match=r"rewards\.own_vqa\.options\.pass: unknown key") as caught:
-        build_rewards([RewardConfig(name="own_vqa", options={"bound": 0, "pass": "SECRET"})])
+    with pytest.raises(InputError, match=r"rewards\.self_vqa\.options\.pass: unknown key") as caught:
+        build_rewards([RewardConfig(name="self_vqa", options={"bound": 0, "pass": "SECRET"})])
     assert "SECRET" not in str(caught.value)
 
 
@@ -357,7 +365,7 @@ def test_weights_follow_their_schedule(groups: list[Group], nobody: Any) -> None
 )
 def test_caps_scales_and_schedules_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        RewardConfig(name="own_vqa", **wrong)
+        RewardConfig(name="self_vqa", **wrong)
 
 
 def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> None:
@@ -368,9 +376,9 @@ def test_a_row_may_have_a_judge_of_its_own(groups: list[Group], nobody: Any) -> 
             asked.append(judge)
             return super().score(groups, judge)
 
-    (built,) = build_rewards([RewardConfig(name="own_vqa", judge="tiny")])
+    (built,) = build_rewards([RewardConfig(name="self_vqa", judge="tiny")])
     assert built.judge is not None
     score_groups([RewardSource(built.config, Asks(), built.judge), source(Asks(), label="b")], groups, nobody)
     assert asked == [built.judge, nobody]
     with pytest.raises(InputError, match="no such folder"):
-        build_rewards([RewardConfig(name="own_vqa", judge="tinny")])
+        build_rewards([RewardConfig(name="self_vqa", judge="tinny")])

@@ -10,7 +10,8 @@ import torch
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.rewards.endpoint import NoAnswer, picture_url
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.vlm_endpoint import VLMEndpoint
 from lvrpo.types import Fact, Group, Image, Prompt
 
@@ -131,7 +132,7 @@ def test_a_template_with_an_answer_judges_texts(group: Callable[..., Group], ser
 
 def test_where_it_applies(server: Any, tmp_path: Path) -> None:
     questions, whole = VLMEndpoint(endpoint=server.options()), VLMEndpoint(endpoint=server.options(), ask="yes_no")
-    split = VLMEndpoint(endpoint=server.options(), split={"cache": str(tmp_path)})
+    split = VLMEndpoint(endpoint=server.options(), questions={"cache": str(tmp_path)})
     assert [r.applies(CUBE) for r in (questions, whole, split)] == [True] * 3
     assert [r.applies(FREE) for r in (questions, whole, split)] == [False, True, True]
     assert not any(r.applies(QUESTION) for r in (questions, whole, split))
@@ -142,11 +143,11 @@ def test_free_text_is_split_by_the_endpoint_and_judged_by_it(
 ) -> None:
     server.answer = by_question(A="is there a cube? yes\nhow many cubes are there? 1", **{"is": "yes", "how": "two"})
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
-    reward = VLMEndpoint(endpoint=server.options(), template="{question}", split=split)
+    reward = VLMEndpoint(endpoint=server.options(), template="{question}", questions=split)
     scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
     assert scores.values.tolist() == [[0.5]]
     server.answer = lambda body: "no questions here"
-    reward = VLMEndpoint(endpoint=server.options(), split=split | {"cache": str(tmp_path / "new")})
+    reward = VLMEndpoint(endpoint=server.options(), questions=split | {"cache": str(tmp_path / "new")})
     scores = reward.score([group(FREE, [[picture()]])], None)  # type: ignore[arg-type]
     assert scores.failures == {(0, 0): 'no questions: none can be read in "no questions here"'}
 
@@ -171,7 +172,7 @@ def test_an_edit_is_split_in_view_of_its_source_and_has_to_agree_with_it(
 
     server.answer = answer
     split = {"by": "endpoint", "endpoint": server.options(), "cache": str(tmp_path)}
-    reward = VLMEndpoint(endpoint=server.options(), template="{question}", split=split)
+    reward = VLMEndpoint(endpoint=server.options(), template="{question}", questions=split)
     groups = [group(edit, [[picture(0.5)]])]
     assert reward.score(groups, None).values.item() == 1  # type: ignore[arg-type]  # the birds were miscounted: dropped
     said["is"] = "no"
@@ -217,7 +218,7 @@ def test_more_failures_than_configured_stop_the_run(
         ({"ask": "rating", "template": "how well?"}, r"must hold \{prompt\} for ask=rating"),
         ({"template": "{prompt}"}, r"must hold \{question\} for ask=questions"),
         ({"template": "{question} {answer}"}, "goes with ask=yes_no or ask=rating"),
-        ({"ask": "rating", "split": {}}, "split: has no effect with ask=rating"),
+        ({"ask": "rating", "questions": {}}, "questions: has no effect with ask=rating"),
         ({"endpoint": {"base_url": "x", "model": "m"}}, "vlm_endpoint.options.endpoint: base_url: must be"),
         ({"endpoint": {"base_url": "http://x", "modell": "m"}}, "endpoint.modell: unknown key: did you mean .*model"),
     ],

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.agreement import Agreement, entropy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.caption_back import CaptionBack, word_f1
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Prompt
 
 ASK = Prompt("q", "understand", (torch.zeros(3, 4, 4), "what ?"), ("text",), category="color")
 
 
 def asked(name: str, *answers: str, category: str = "color") -> Group:
-    return given_group(replace(ASK, id=name, category=category), [[answer] for answer in answers])
+    return offline_group(replace(ASK, id=name, category=category), [[answer] for answer in answers])
 
 
 # --- agreement ---
@@ -148,7 +148,7 @@ class Describer:
         for prompt in prompts:
             image = prompt.parts[0]
             assert isinstance(image, torch.Tensor)
-            out.append(given_group(prompt, [[text] for text in self.words[round(float(image.mean()), 2)]]))
+            out.append(offline_group(prompt, [[text] for text in self.words[round(float(image.mean()), 2)]]))
         return out
 
 
@@ -156,12 +156,12 @@ def test_the_description_is_compared_with_the_prompt() -> None:
     prompt = Prompt("d", "generate", ("draw a red cat and a blue dog",), ("image",))
     outputs = [[torch.full((3, 4, 4), level)] for level in (0.1, 0.5, 0.9)]
     judge = Describer({0.1: ["a blue dog and a red cat"], 0.5: ["a red dog"], 0.9: [" "]})
-    scores = CaptionBack().score([given_group(prompt, outputs)], judge)  # type: ignore[arg-type]
+    scores = CaptionBack().score([offline_group(prompt, outputs)], judge)  # type: ignore[arg-type]
     assert scores.values[0, :2].tolist() == pytest.approx([1, 2 * 2 / (2 + 4)])
     assert scores.failures == {(0, 2): "the judge described nothing"}
     assert judge.temperatures == {0.0}
     two = Describer({0.1: ["red cat blue dog", "it is a"], 0.5: ["red cat blue dog", ""]})
-    scores = CaptionBack(samples=2).score([given_group(prompt, outputs[:2])], two)  # type: ignore[arg-type]
+    scores = CaptionBack(samples=2).score([offline_group(prompt, outputs[:2])], two)  # type: ignore[arg-type]
     assert scores.values.tolist() == [[pytest.approx((1 + 0) / 2), 1.0]]
     assert two.temperatures == {1.0}
     assert CaptionBack().applies(prompt)
@@ -196,7 +196,7 @@ def edited(*patches: tuple[int, int], by: float = 0.2) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:edit_consistency")
 def test_an_edit_keeps_the_rest_by_hand() -> None:
     outputs = [[SOURCE.clone()], [edited((0, 0))], [edited((0, 0), by=0.05)], [edited((0, 0), (1, 1))]]
-    scores = EditConsistency().score([given_group(EDIT, outputs)], None)  # type: ignore[arg-type]
+    scores = EditConsistency().score([offline_group(EDIT, outputs)], None)  # type: ignore[arg-type]
     assert scores.values[0].tolist() == pytest.approx([0, 1, 0.5, math.exp(-0.2 / 3 / 0.1)])
 
 
@@ -210,7 +210,7 @@ def test_more_damage_never_scores_higher(damage: float) -> None:
 
 @pytest.mark.filterwarnings("ignore:edit_consistency")
 def test_a_result_of_another_size_is_masked() -> None:
-    scores = EditConsistency().score([given_group(EDIT, [[torch.zeros(3, 8, 8)]])], None)  # type: ignore[arg-type]
+    scores = EditConsistency().score([offline_group(EDIT, [[torch.zeros(3, 8, 8)]])], None)  # type: ignore[arg-type]
     assert scores.failures == {(0, 0): "a picture of (3, 8, 8) for a source of (3, 16, 16)"}
     assert EditConsistency().applies(EDIT)
     assert not EditConsistency().applies(replace(EDIT, task="generate"))

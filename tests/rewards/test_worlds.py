@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from lvrpo.data.base import WORLD_METHODS, WORLDS, world_of
 from lvrpo.data.scenes import DESCRIBE, ScenePrompts
-from lvrpo.data.worlds import METHODS, WORLDS, world_of
 from lvrpo.errors import ContractError, InputError
 from lvrpo.registry import allow_code, own_consent, resolve
+from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.caption_back import CaptionBack
 from lvrpo.rewards.edit_consistency import EditConsistency
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.scene_facts import SceneFacts
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.rewards.verifiable_image import SceneFacts
 from lvrpo.types import Fact, Group, Parts, Prompt
 
 WORLD = '''
@@ -33,7 +34,7 @@ class Levels:
     def questions(self, text):
         return (Fact("level", "is it light", "yes"),) if text == "make it light" else ()
 
-    def questions_about_the_rest(self, instruction):
+    def unchanged_questions(self, instruction):
         return (Fact("unchanged", "is it square", "yes"),)
 
     def paraphrases(self, facts):
@@ -81,12 +82,12 @@ class Judge:
 
 
 def drawn(prompt: Prompt = DRAW) -> list[Group]:
-    return [given_group(prompt, [[picture] for picture in PICTURES])]
+    return [offline_group(prompt, [[picture] for picture in PICTURES])]
 
 
 def test_its_verifier_says_what_is_right() -> None:
-    tall = given_group(replace(DRAW, id="t"), [[torch.ones(3, 8, 6)], [torch.ones(3, 6, 6)]])
-    assert scorable(DRAW)
+    tall = offline_group(replace(DRAW, id="t"), [[torch.ones(3, 8, 6)], [torch.ones(3, 6, 6)]])
+    assert has_success(DRAW)
     assert successes([*drawn(), tall]) == [[0, 1], [0, 1]]
     scores = SceneFacts().score([*drawn(), tall], None)  # type: ignore[arg-type]  # nobody asks the judge
     assert scores.failures == {(1, 0): "a tall picture"}
@@ -97,24 +98,24 @@ def test_worlds_are_checked_each_by_its_own() -> None:
     example = ScenePrompts().example("generate", 0)
     (right,) = example.outputs
     assert isinstance(right, torch.Tensor)
-    scene = given_group(example.prompt, [[right], [torch.zeros_like(right)]])
+    scene = offline_group(example.prompt, [[right], [torch.zeros_like(right)]])
     assert successes([*drawn(), scene, *drawn()]) == [[0, 1], [1, 0], [0, 1]]
 
 
 def test_its_grammar_splits_and_rewords() -> None:
     free = drawn(replace(DRAW, facts=()))
-    split: dict[str, Any] = {"split": {"by": "grammar"}}
+    split: dict[str, Any] = {"questions": {"by": "grammar"}}
     judge: Any = Judge(is_it_light=0.8, is_it_dark=0.6)
-    assert OwnVQA(**split).score(free, judge).values.tolist() == [[pytest.approx(0.8)] * 2]
-    assert OwnVQA(paraphrases=2, **split).score(free, judge).values.tolist() == [[pytest.approx(0.7)] * 2]
-    other = OwnVQA(**split).score(drawn(replace(DRAW, facts=(), parts=("make it red",))), judge)
+    assert SelfVQA(**split).score(free, judge).values.tolist() == [[pytest.approx(0.8)] * 2]
+    assert SelfVQA(paraphrases=2, **split).score(free, judge).values.tolist() == [[pytest.approx(0.7)] * 2]
+    other = SelfVQA(**split).score(drawn(replace(DRAW, facts=(), parts=("make it red",))), judge)
     assert set(other.failures.values()) == {"the grammar does not know its words"}
 
 
 def test_of_an_edit_it_asks_what_should_stay() -> None:
     edit = Prompt("e", "edit", (PICTURES[0], "make it light"), ("image",), world=LEVELS)
     judge: Any = Judge(is_it_light=0.5, is_it_square=0.9)
-    scores = EditConsistency(split={"by": "grammar"}, edited=0.5).score(drawn(edit), judge)
+    scores = EditConsistency(questions={"by": "grammar"}, edited=0.5).score(drawn(edit), judge)
     assert set(judge.asked) == {"is it light", "is it square"}
     assert scores.values[0, 1].item() <= 0.45 + 1e-6
 
@@ -133,7 +134,7 @@ def test_a_world_that_fails_stops_where_success_is_counted_and_masks_a_reward() 
     ("name", "message"),
     [
         ("scene", "world 'scene': unknown: did you mean scenes?"),
-        ("levels.py:Mute", "has no method 'questions_about_the_rest': a world has 'questions' and"),
+        ("levels.py:Mute", "has no method 'unchanged_questions': a world has 'questions' and"),
         ("others.py:Levels", "if you trust it, add --allow-code"),
     ],
 )
@@ -146,7 +147,7 @@ def test_a_wrong_name_is_one_line(name: str, message: str) -> None:
 
 def test_every_world_of_the_table_has_the_methods() -> None:
     for name in WORLDS:
-        assert all(callable(getattr(resolve("world", name, WORLDS), method)) for method in METHODS)
+        assert all(callable(getattr(resolve("world", name, WORLDS), method)) for method in WORLD_METHODS)
         assert world_of(name) is world_of(name)
 
 

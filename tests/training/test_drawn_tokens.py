@@ -12,7 +12,8 @@ import torch
 from discrete_policy import DiscretePolicy, N, Says, ShareOfColor
 from gradients_only import differentiate
 
-from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of

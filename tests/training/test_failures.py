@@ -14,9 +14,9 @@ from rich.console import Console
 from lvrpo.commands.progress import Progress
 from lvrpo.records import Metrics
 from lvrpo.report.curves import other_charts, reward_charts
-from lvrpo.rewards.base import Scores
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.base import Scores, offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import score_groups
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
@@ -43,7 +43,7 @@ class Fails:
 
 
 def scored(failures: dict[tuple[int, int], str]) -> tuple[list[Group], RewardTable]:
-    groups = [given_group(DRAW, [[BLANK]] * 2), *(given_group(ask, [["a"], ["b"]]) for ask in ASK)]
+    groups = [offline_group(DRAW, [[BLANK]] * 2), *(offline_group(ask, [["a"], ["b"]]) for ask in ASK)]
     sources = [RewardSource(RewardConfig(name="fails"), Fails(failures))]
     return groups, score_groups(sources, groups, None)  # type: ignore[arg-type]  # nobody judges
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lvrpo.rewards.given import given_group
+from lvrpo.rewards.base import offline_group
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.health import Finding, Health, answer_entropies, assess, entropy
 from lvrpo.types import Group, Prompt
@@ -90,7 +90,7 @@ def asked(category: str, right: list[str], said: list[str]) -> list[Group]:
         Prompt(f"{category}{i}", "understand", ("x",), ("text",), answer=answer, category=category)
         for i, answer in enumerate(right)
     ]
-    return [given_group(prompt, [[text]]) for prompt, text in zip(prompts, said, strict=True)]
+    return [offline_group(prompt, [[text]]) for prompt, text in zip(prompts, said, strict=True)]
 
 
 def test_the_entropy_of_answers_by_form() -> None:

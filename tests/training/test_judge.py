@@ -14,9 +14,10 @@ from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.records import Metrics
 from lvrpo.report.curves import other_charts
-from lvrpo.rewards.answers import ExactAnswer
-from lvrpo.rewards.identity import judge_identity, standing_in
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.base import judge_fingerprint, override_fingerprint
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import build_rewards, score_groups
+from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import (
     DRAWS,
@@ -100,7 +101,7 @@ def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any)
     assert torch.equal(kept(policies, "judge"), weights(policy))
     put(policies, "ema", better)
     row = judge.after_step(4, policies, HeldOut(QUESTIONS))
-    assert row["judge/action"] == f"refreshed: {judge_identity(better)}"
+    assert row["judge/action"] == f"refreshed: {judge_fingerprint(better)}"
     assert row["judge/version"] == 1
     assert torch.equal(kept(policies, "judge"), weights(better))
     put(policies, "ema", worse)
@@ -162,17 +163,17 @@ def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, b
     policy = lively_policy()
     prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
     groups = bench.sample([prompt])
-    rewards = build_rewards([RewardConfig(name="own_vqa"), RewardConfig(name="text_length", options={"limit": 3})])
+    rewards = build_rewards([RewardConfig(name="self_vqa"), RewardConfig(name="text_length", options={"limit": 3})])
     judge = policy.make_reference()
     table = score_groups(rewards, groups, judge)
     assert judge_drift(rewards, groups, table, sets_of(policy=policy)) == {}
     live = shifted(policy, 0.05)
     drift = judge_drift(rewards, groups, table, sets_of(policy=live))
     own = score_groups(rewards, groups, live)
-    assert set(drift) == {"judge_drift/generate/own_vqa", "judge_agreement/generate/own_vqa"}
+    assert set(drift) == {"judge_drift/generate/self_vqa", "judge_agreement/generate/self_vqa"}
     expected = float((own.scores[..., 0] - table.scores[..., 0]).mean())
-    assert drift["judge_drift/generate/own_vqa"] == pytest.approx(expected, rel=1e-5)
-    assert -1 <= drift["judge_agreement/generate/own_vqa"] <= 1
+    assert drift["judge_drift/generate/self_vqa"] == pytest.approx(expected, rel=1e-5)
+    assert -1 <= drift["judge_agreement/generate/self_vqa"] <= 1
     charts = other_charts(Metrics(({"step": 20, **drift},)))  # the report shows both
     assert [group.title for group in charts] == ["judge drift", "judge agreement"]
 
@@ -275,7 +276,7 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
     def rows(*rewards: RewardSource) -> HeldOut:
         return held_out_rows(config, rewards, prompts, lambda: [drawing(i) for i in range(4)])
 
-    read, rule = (build_rewards([RewardConfig(name=name)])[0] for name in ("own_vqa", "exact_answer"))
+    read, rule = (build_rewards([RewardConfig(name=name)])[0] for name in ("self_vqa", "exact_answer"))
     both = rows(read, drawn)
     assert (len(both.questions), len(both.pictures)) == (4, 4)
     assert not rows(rule, read).pictures
@@ -296,7 +297,7 @@ def test_settings_of_a_judge_that_nobody_asks_are_refused() -> None:
         require_asked(JudgeConfig(drift_every=5), rules)
     with pytest.raises(InputError, match=r"judge\.refresh_every=5: no reward asks"):
         require_asked(JudgeConfig(refresh_every=5), rules)
-    require_asked(JudgeConfig(refresh_every=5), build_rewards([RewardConfig(name="own_vqa")]))
+    require_asked(JudgeConfig(refresh_every=5), build_rewards([RewardConfig(name="self_vqa")]))
 
 
 def test_drift_is_measured_at_looks_of_the_guard_unless_told_otherwise() -> None:
@@ -309,27 +310,27 @@ def test_rules_are_not_scored_again_for_drift(lively_policy: Any, bench: Any, mo
     policy = lively_policy()
     prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
     groups = bench.sample([prompt])
-    rewards = build_rewards([RewardConfig(name="text_length", options={"limit": 3}), RewardConfig(name="own_vqa")])
+    rewards = build_rewards([RewardConfig(name="text_length", options={"limit": 3}), RewardConfig(name="self_vqa")])
     table = score_groups(rewards, groups, policy.make_reference())
-    monkeypatch.setattr(rewards[0].reward, "score", None)
+    monkeypatch.setattr(type(rewards[0].reward), "score", None)
     drift = judge_drift(rewards, groups, table, sets_of(policy=shifted(policy, 0.05)))
-    assert "judge_drift/generate/own_vqa" in drift
+    assert "judge_drift/generate/self_vqa" in drift
     monkeypatch.setattr("lvrpo.training.judge.score_local", None)
     assert judge_drift(rewards[:1], groups, table, sets_of(policy=policy)) == {}
 
 
 def test_a_stand_in_passes_for_the_judge(lively_policy: Any) -> None:
     policy = lively_policy()
-    with standing_in("somebody"):
-        assert judge_identity(policy) == "somebody"
-    assert judge_identity(policy) != "somebody"
+    with override_fingerprint("somebody"):
+        assert judge_fingerprint(policy) == "somebody"
+    assert judge_fingerprint(policy) != "somebody"
 
 
 SMALL = (
     "steps=6",
     "data.prompts_per_step={generate: 2, understand: 4}",
     "rollout={group_size: 4, num_steps: 4}",
-    "rewards=[{name: exact_answer}, {name: own_vqa}]",
+    "rewards=[{name: exact_answer}, {name: self_vqa}]",
     "advantages.std_floor=1e-4",
     "validation={every: 6, prompts: {understand: 8}}",
     "checkpoint_every=1",

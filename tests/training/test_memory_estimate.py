@@ -301,7 +301,7 @@ def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, caps
 
 @pytest.mark.parametrize(
     ("reward", "judges"),
-    [("own_vqa", True), ("edit_consistency, options: {ask: false}", False), ("scene_facts", False)],
+    [("self_vqa", True), ("edit_consistency, options: {ask: false}", False), ("scene_facts", False)],
 )
 def test_the_judge_counts_where_a_reward_asks_it(small_base: Path, reward: str, judges: bool) -> None:
     estimate = needed(small_base, f"rewards=[{{name: exact_answer}}, {{name: {reward}}}]")

@@ -13,7 +13,8 @@ from settings import FLOW_GRPO
 from lvrpo.algorithms import gaussian_kl
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import score_groups
 from lvrpo.training import losses
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.losses import objectives_of

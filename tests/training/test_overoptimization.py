@@ -150,10 +150,10 @@ def test_parted_takes_the_worst_part() -> None:
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ("{reward: own_vqa, watch: exact_answer}", "is no reward of weight 0"),
-        ("{reward: own_vga, watch: success}", "is no trained reward: there are exact_answer, own_vqa"),
-        ("{reward: own_vqa, watch: success, window: 0}", "validation.overoptimization.window"),
-        ("{reward: own_vqa}", "validation.overoptimization.watch"),
+        ("{reward: self_vqa, watch: exact_answer}", "is no reward of weight 0"),
+        ("{reward: own_vga, watch: success}", "is no trained reward: there are exact_answer, self_vqa"),
+        ("{reward: self_vqa, watch: success, window: 0}", "validation.overoptimization.window"),
+        ("{reward: self_vqa}", "validation.overoptimization.watch"),
     ],
 )
 def test_what_does_not_fit_is_one_line(turn: str, message: str) -> None:
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_one_line(turn: str, message: str) -> None:
         load_config(
             TrainConfig,
             None,
-            ["rewards=[{name: exact_answer}, {name: own_vqa}]", f"validation.overoptimization={turn}"],
+            ["rewards=[{name: exact_answer}, {name: self_vqa}]", f"validation.overoptimization={turn}"],
         )
 
 
@@ -177,7 +177,7 @@ SMALL = (
     "device=cpu",
 )
 REWARDS = """
-from lvrpo.rewards.decorated import reward
+from lvrpo.rewards.function import reward
 CALLS = {"rising": 0, "falling": 0}
 def score(name, sign, trajectory):
     CALLS[name] += 1

@@ -23,7 +23,7 @@ from lvrpo.cli import main
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
@@ -184,7 +184,7 @@ def test_policies_of_an_evaluation_answer_in_the_order_of_the_question(
 ) -> None:
     (alone,) = in_processes(tmp_path, 1, work.evaluate, lively_base, prompts)
     assert alone[0]["identity"] == alone[2]["identity"] != alone[1]["identity"]
-    assert alone[1]["identity"] == judge_identity(work.lively(lively_base))
+    assert alone[1]["identity"] == judge_fingerprint(work.lively(lively_base))
     for answers in in_processes(tmp_path, size, work.evaluate, lively_base, prompts):
         for own, expected in zip(answers, alone, strict=True):
             assert (own["size"], own["identity"]) == (expected["size"], expected["identity"])

@@ -9,7 +9,8 @@ import torch
 from weight_sets import sets_of
 
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.table import RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies

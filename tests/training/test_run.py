@@ -34,7 +34,7 @@ SMALL = (
     "steps=10",
     "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
     "rollout={group_size: 4, num_steps: 4}",
-    "rewards=[{name: exact_answer}, {name: own_vqa}]",
+    "rewards=[{name: exact_answer}, {name: self_vqa}]",
     "advantages.std_floor=1e-4",
     "validation={every: 4, prompts: {generate: 3, understand: 8, edit: 2, reason: 3}}",
     "checkpoint_every=2",
@@ -133,7 +133,7 @@ def test_the_average_is_short_at_first(small_base: Path) -> None:
         "steps=3",
         "ema_decay=0.15",
         "data.prompts_per_step={generate: 2, understand: 0, edit: 0, reason: 0}",
-        "rewards=[{name: own_vqa}]",
+        "rewards=[{name: self_vqa}]",
         "validation={every: 3, prompts: {generate: 2}}",
     )
     alignment = Trainer.start(load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed]), Path("run"))
@@ -235,7 +235,7 @@ def test_the_record_says_which_rewards_judge_the_segment_of_its_advantages(confi
     with alignment.run:
         assert alignment.train()
     (record,) = read_steps(Path("run"))
-    assert record.names == ("exact_answer", "own_vqa")
+    assert record.names == ("exact_answer", "self_vqa")
     wrote, drew = (np.isfinite(record.traits[:, 0, TRAITS.index(trait)]) for trait in ("tokens", "red"))
     assert (wrote & drew).any()
     assert record.applies[wrote & drew].all()
@@ -363,7 +363,7 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
             "device=cpu",
             "rollout={group_size: 4, num_steps: 3}",
             "data={source: jsonl, jsonl: {train: rows.jsonl}, prompts_per_step: {reason: 4, generate: 3}}",
-            "rewards=[{name: own_vqa}, {name: exact_answer}]",
+            "rewards=[{name: self_vqa}, {name: exact_answer}]",
             "advantages.std_floor=0",
         ],
     )
@@ -373,7 +373,7 @@ def test_rows_of_the_user_are_trained_on(config: TrainConfig, small_base: Path) 
         assert alignment.train()
         rows = run.metrics()
     assert rows[-1]["validation/action"] == "no held-out rows: kept the last weights"
-    assert "reward/generate/own_vqa" in rows[1]
+    assert "reward/generate/self_vqa" in rows[1]
     assert "reward/generate/success" not in rows[1]
     assert "reward/reason/success" in rows[1]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lvrpo.config import load_config, shipped_configs
-from lvrpo.rewards import answers, scene_facts, success
+from lvrpo.rewards import success, verifiable_image, verifiable_text
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.sources import open_parts
 from lvrpo.training.trainer import Trainer
@@ -37,7 +37,7 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
             assert (prompt.answer, prompt.facts, prompt.edited, prompt.content) == (None, (), None, "")
             names.setdefault(task, set()).update(r.config.name for r in parts.rewards if r.scores(prompt))
     assert names == {
-        "generate": {"own_vqa"},
+        "generate": {"self_vqa"},
         "understand": {"agreement"},
         "edit": {"edit_consistency"},
         "reason": {"agreement"},
@@ -49,10 +49,10 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
 
 def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (scene_facts, "fact_table"),
+        (verifiable_image, "fact_table"),
         (success, "fact_table"),
-        (success, "answers_rightly"),
-        (answers, "answers_rightly"),
+        (success, "is_right_answer"),
+        (verifiable_text, "is_right_answer"),
     ):
         monkeypatch.setattr(module, name, refuse)
     config = load_config(TrainConfig, shipped_configs()["self"], [*SMALL])
@@ -61,4 +61,4 @@ def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch)
         assert alignment.train()
         rows = run.metrics()
     assert rows[-1]["step"] == 2
-    assert {"validation/generate", "validation/edit", "reward/generate/own_vqa"} <= set(rows[-1])
+    assert {"validation/generate", "validation/edit", "reward/generate/self_vqa"} <= set(rows[-1])

@@ -19,9 +19,10 @@ from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.policies.loading import model_type, stored_image_size
 from lvrpo.registry import allow_code, own_consent, resolve
 from lvrpo.rewards.agreement import Agreement
-from lvrpo.rewards.decorated import as_reward
+from lvrpo.rewards.function import as_reward
+from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import HeldOutScorer
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards
+from lvrpo.rewards.table import build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import ValidationState

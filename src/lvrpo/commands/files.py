@@ -9,7 +9,7 @@ from typing import Any
 from lvrpo.atomic_io import write_whole
 from lvrpo.commands.options import refuse_existing
 from lvrpo.data.images import load_image, middle_square
-from lvrpo.data.schema import Row, parse_row
+from lvrpo.data.jsonl import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, read_text
 from lvrpo.training.checkpoint import disk_errors

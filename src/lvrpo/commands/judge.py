@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lvrpo.audit_records import JudgeAudit
     from lvrpo.policies.base import Policy
-    from lvrpo.rewards.table import RewardConfig, RewardSource
+    from lvrpo.rewards.row import RewardConfig, RewardSource
     from lvrpo.types import OutputKind
 
 LARGE = 256
@@ -141,7 +141,7 @@ def chosen(usual: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]
 def configs(found: list[Any]) -> list[RewardConfig]:
     """What ``rows`` gave, as rows of a configuration. Any: what YAML may hold."""
     from lvrpo.config import parse_section
-    from lvrpo.rewards.table import RewardConfig
+    from lvrpo.rewards.row import RewardConfig
 
     made = []
     for i, row in enumerate(found):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from lvrpo.data.leakage import Asked, Index, Overlap, Shared
+    from lvrpo.data.leakage import ComparedPrompt, Index, Overlap, Shared
     from lvrpo.training.config import TrainConfig
 
 SPLITS = ("train", "validation", "test")
@@ -67,7 +67,7 @@ def run(options: Options) -> None:
         for other, held_out in list(sets.items())[i + 1 :]:
             title = f"{other} in {name}"
             found[title] = index.overlaps(held_out)
-            first = first or next(iter(leaks(found[title], looks=not world)), None)
+            first = first or next(iter(leaks(found[title], near_duplicates=not world)), None)
             console.print()
             console.print(overlap_table(title, index, found[title]))
     if options.json is not None:
@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
 
 
-def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[Asked]]]:
+def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
     """Whether they are those of the built-in world, and the prompts of each split."""
     files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
     if files:
@@ -113,50 +113,50 @@ def configured(given: Sequence[str]) -> TrainConfig:
     return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
 
 
-def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[Asked]]:
+def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
     """Every row, its pictures decoded; ``root``: another folder in which they may lie."""
     from lvrpo.data.images import load_image
     from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-    from lvrpo.data.leakage import pixel_picture, rows_of
+    from lvrpo.data.leakage import compared_rows, pixel_picture
 
-    def asked(path: Path) -> list[Asked]:
+    def asked(path: Path) -> list[ComparedPrompt]:
         source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
-        return list(rows_of(source.asked(), lambda picture: pixel_picture(load_image(picture))))
+        return list(compared_rows(source.rows(), lambda picture: pixel_picture(load_image(picture))))
 
     return {split: asked(path) for split, path in paths.items()}
 
 
-def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> dict[str, list[Asked]]:
+def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
     """Train: the prompts of so many steps and every row of the corpus of the base; validation; all benchmarks."""
     from lvrpo.data.scenes import ScenePrompts, web_corpus
-    from lvrpo.data.scenes.asked import asked, asked_of_examples
+    from lvrpo.data.scenes.leakage import compared_examples, compared_prompts
     from lvrpo.evaluation.suite import find_benchmarks
     from lvrpo.training.rollout import prompts_of_step
 
     source = ScenePrompts(config.data.scenes, "train", config.seed)
-    train = [found for step in range(steps) for found in asked(prompts_of_step(source, config, step))]
+    train = [found for step in range(steps) for found in compared_prompts(prompts_of_step(source, config, step))]
     say(f"train: {len(train)} prompts of {steps} steps")
     corpus = web_corpus()
     rows = [
         found
         for part in (corpus.generate, corpus.caption, corpus.question, corpus.edit, corpus.reason)
-        for found in asked_of_examples(part)
+        for found in compared_examples(part)
     ]
     say(f"train: {len(corpus)} rows of the corpus of the base")
     held_out = ScenePrompts(config.data.scenes, "validation", 0)
-    validation = asked([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
+    validation = compared_prompts([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
     benchmarks = find_benchmarks(["scenes"])
     prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)]
     test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of what it says
     say(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
-    return {"train": [*train, *rows], "validation": validation, "test": asked(list(test.values()))}
+    return {"train": [*train, *rows], "validation": validation, "test": compared_prompts(list(test.values()))}
 
 
 def world_wordings() -> tuple[str, ...]:
     """How a caption of the built-in world may begin as a prompt."""
-    from lvrpo.data.scenes.asked import BEGINNINGS
+    from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
 
-    return BEGINNINGS
+    return CAPTION_PREFIXES
 
 
 def overlap_table(title: str, index: Index, overlaps: Sequence[Overlap]) -> Table:

@@ -74,7 +74,7 @@ def evaluate(options: Options) -> None:
     from lvrpo.evaluation.tuned import Tuned
     from lvrpo.policies.loading import load_policy
     from lvrpo.report.measures import measure_tables
-    from lvrpo.rewards.identity import judge_identity
+    from lvrpo.rewards.base import judge_fingerprint
     from lvrpo.training.run_directory import json_text
     from lvrpo.training.splits import require_unseen_by
 
@@ -89,7 +89,7 @@ def evaluate(options: Options) -> None:
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
-        tuned.require(judge_identity(policy))
+        tuned.require(judge_fingerprint(policy))
     judge = (
         None if options.judge is None else load_policy(options.judge, options.device, options.dtype).make_reference()
     )

@@ -52,7 +52,7 @@ def load_image(path: Path) -> Image:
 
 
 def decode_image(content: bytes, name: str) -> Image:
-    """A picture from the bytes of a file, as ``load_image``; ``name`` stands in its errors for the path."""
+    """A picture from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
     with open_picture(content, name) as opened:
         return _pixels(opened, name)
 

@@ -1,8 +1,8 @@
 """Leaks between splits: which prompts of one set another set has too, found without the keys that made the splits.
 
 A prompt is compared by what it says and shows: its text after ``normalized``, the pixels of its pictures, their
-perceptual hashes, its word n-grams, and what it asks where a reader can tell that beyond the words (``Asked.content``).
-Everything here is linear in the number of prompts, but for looks, which are compared among prompts of one text.
+perceptual hashes, its word n-grams, and what it asks beyond the words, where that is known (``content``).
+Everything is linear in the number of prompts, but for perceptual hashes, compared among prompts of one text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NGRAM = 5
 """Words of an n-gram; a shorter text is one n-gram."""
 HASH_SIDE = 16
 """Side of the perceptual hash of a color channel."""
-LOOK_BITS = 16
+PHASH_BITS = 16
 """Pictures whose hashes differ in at most so many of 3 x 256 bits look alike: of pairs of different pictures of the
 built-in world 6 in 100,000 do."""
 
@@ -41,12 +41,12 @@ class Picture:
 
     digest: str
     """Of its pixels, or of its file."""
-    look: bytes = b""
-    """Perceptual hash; empty where looks are not compared."""
+    phash: bytes = b""
+    """Perceptual hash; empty where those are not compared."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ComparedPrompt:
     """What is compared of a prompt."""
 
     where: str
@@ -55,7 +55,7 @@ class Asked:
     text: str
     pictures: tuple[Picture, ...] = ()
     content: str = ""
-    """What it asks, the same in other words; empty where nobody can tell."""
+    """What it asks, the same for all wordings; empty where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Overlap:
     look: int = 0
     """The same text of pictures that look alike, the same ones included."""
     content: int = 0
-    """The same is asked, in whichever words."""
+    """The same content, in whichever words."""
     some_ngrams: int = 0
     """At least one n-gram of its text occurs there."""
     all_ngrams: int = 0
@@ -97,7 +97,7 @@ class Overlap:
 def normalized(text: str) -> str:
     """A text without what wordings may differ in: case, punctuation of sentences, articles, spaces, forms of letters.
 
-    Signs of arithmetic, brackets and numbers stay, for they change what is asked.
+    Signs of arithmetic, brackets and numbers stay, for they change the content.
 
     >>> normalized("What color is the Circle?")
     'what color is circle'
@@ -141,19 +141,19 @@ def file_picture(path: Path) -> Picture:
         return Picture(hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def pixel_picture(image: Image, look: bool = True) -> Picture:
-    """A picture by its pixels in 8 bits and, unless ``look`` is false, by its look."""
+def pixel_picture(image: Image, phash: bool = True) -> Picture:
+    """A picture by its pixels in 8 bits and, unless ``phash`` is false, by its perceptual hash."""
     pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
-    return Picture(digest, look_of(pixels) if look else b"")
+    return Picture(digest, perceptual_hash(pixels) if phash else b"")
 
 
-def look_of(pixels: np.ndarray) -> bytes:
+def perceptual_hash(pixels: np.ndarray) -> bytes:
     """The difference hash of each color channel, 3 x 256 bits, of pixels (height, width, 3) in uint8.
 
     Channels are cut to 8 levels first: noise on a plain ground does not count. Color decides, as in the built-in world.
     """
-    import imagehash  # takes a moment, and needed only where looks are compared
+    import imagehash  # takes a moment, and needed only where hashes are compared
     from PIL import Image as PilImage
     from PIL import ImageOps
 
@@ -162,16 +162,16 @@ def look_of(pixels: np.ndarray) -> bytes:
     return np.packbits(np.concatenate(bits)).tobytes()
 
 
-def differing_bits(look: bytes, others: Sequence[bytes]) -> np.ndarray:
+def differing_bits(phash: bytes, others: Sequence[bytes]) -> np.ndarray:
     """In how many bits a hash differs from each of the others: int (n,)."""
-    table = np.frombuffer(b"".join(others), dtype=np.uint8).reshape(len(others), len(look))
-    return np.unpackbits(table ^ np.frombuffer(look, dtype=np.uint8), axis=1).sum(1, dtype=np.int64)
+    table = np.frombuffer(b"".join(others), dtype=np.uint8).reshape(len(others), len(phash))
+    return np.unpackbits(table ^ np.frombuffer(phash, dtype=np.uint8), axis=1).sum(1, dtype=np.int64)
 
 
 class Index:
     """What a set of prompts says and shows, to look prompts of another set up in."""
 
-    def __init__(self, asked: Iterable[Asked], wordings: Sequence[str] = ()) -> None:
+    def __init__(self, prompts: Iterable[ComparedPrompt], wordings: Sequence[str] = ()) -> None:
         """``wordings``: beginnings of texts that do not count, such as "draw"."""
         self._wordings = [normalized(w) for w in wordings]
         self.size = 0
@@ -181,99 +181,99 @@ class Index:
         self._pictures: set[str] = set()
         self._prompts: dict[tuple[str, ...], str] = {}
         self._contents: dict[str, str] = {}
-        self._looks: dict[tuple[str, int], dict[bytes, str]] = {}
-        for each in asked:
+        self._phashes: dict[tuple[str, int], dict[bytes, str]] = {}
+        for each in prompts:
             self._add(each)
 
-    def said(self, asked: Asked) -> str:
+    def text_key(self, prompt: ComparedPrompt) -> str:
         """The text as it is compared."""
-        return without_wording(normalized(asked.text), self._wordings)
+        return without_wording(normalized(prompt.text), self._wordings)
 
-    def _add(self, asked: Asked) -> None:
-        said, digests = self.said(asked), [picture.digest for picture in asked.pictures]
+    def _add(self, prompt: ComparedPrompt) -> None:
+        said, digests = self.text_key(prompt), [picture.digest for picture in prompt.pictures]
         self.size += 1
-        self._texts.add(asked.text.strip())
+        self._texts.add(prompt.text.strip())
         self._pictures.update(digests)
         if said not in self._said:
             self._said.add(said)
             self._ngrams |= ngrams(said)
-        self._prompts.setdefault((said, *digests), asked.where)
-        if asked.content:
-            self._contents.setdefault(asked.content, asked.where)
-        look = b"".join(picture.look for picture in asked.pictures)
-        if look:
-            self._looks.setdefault((said, len(look)), {}).setdefault(look, asked.where)
+        self._prompts.setdefault((said, *digests), prompt.where)
+        if prompt.content:
+            self._contents.setdefault(prompt.content, prompt.where)
+        phash = b"".join(picture.phash for picture in prompt.pictures)
+        if phash:
+            self._phashes.setdefault((said, len(phash)), {}).setdefault(phash, prompt.where)
 
-    def same(self, asked: Asked) -> str | None:
+    def same(self, prompt: ComparedPrompt) -> str | None:
         """Where the same prompt stands: text and pictures."""
-        return self._prompts.get((self.said(asked), *(picture.digest for picture in asked.pictures)))
+        return self._prompts.get((self.text_key(prompt), *(picture.digest for picture in prompt.pictures)))
 
-    def content(self, asked: Asked) -> str | None:
-        """Where the same is asked."""
-        return self._contents.get(asked.content) if asked.content else None
+    def content(self, prompt: ComparedPrompt) -> str | None:
+        """Where the same content stands."""
+        return self._contents.get(prompt.content) if prompt.content else None
 
-    def look(self, asked: Asked) -> str | None:
+    def near_duplicate(self, prompt: ComparedPrompt) -> str | None:
         """Where the same text is asked of pictures that look alike."""
-        look = b"".join(picture.look for picture in asked.pictures)
-        others = self._looks.get((self.said(asked), len(look))) if look else None
+        phash = b"".join(picture.phash for picture in prompt.pictures)
+        others = self._phashes.get((self.text_key(prompt), len(phash))) if phash else None
         if not others:
             return None
-        if look in others:
-            return others[look]
-        differing = differing_bits(look, list(others))
+        if phash in others:
+            return others[phash]
+        differing = differing_bits(phash, list(others))
         nearest = int(differing.argmin())
-        return list(others.values())[nearest] if differing[nearest] <= LOOK_BITS * len(asked.pictures) else None
+        return list(others.values())[nearest] if differing[nearest] <= PHASH_BITS * len(prompt.pictures) else None
 
-    def overlaps(self, asked: Iterable[Asked]) -> list[Overlap]:
-        """How much of another set stands in this one, by task."""
+    def overlaps(self, prompts: Iterable[ComparedPrompt]) -> list[Overlap]:
+        """How much of another set is in this one, by task."""
         found: dict[str, Overlap] = {}
-        for each in asked:
+        for each in prompts:
             self._count(found.setdefault(each.task, Overlap(each.task)), each)
         return list(found.values())
 
-    def _count(self, overlap: Overlap, asked: Asked) -> None:
-        said, pictures = self.said(asked), asked.pictures
+    def _count(self, overlap: Overlap, prompt: ComparedPrompt) -> None:
+        said, pictures = self.text_key(prompt), prompt.pictures
         grams = ngrams(said)
         overlap.prompts += 1
-        overlap.verbatim += asked.text.strip() in self._texts
+        overlap.verbatim += prompt.text.strip() in self._texts
         overlap.normalized += said in self._said
         overlap.picture += bool(pictures) and all(picture.digest in self._pictures for picture in pictures)
         overlap.some_ngrams += not grams.isdisjoint(self._ngrams)
         overlap.all_ngrams += grams <= self._ngrams
-        looks: dict[Leak, str | None] = {
-            "prompt": self.same(asked),
-            "content": self.content(asked),
-            "look": self.look(asked),
+        shared: dict[Leak, str | None] = {
+            "prompt": self.same(prompt),
+            "content": self.content(prompt),
+            "look": self.near_duplicate(prompt),
         }
-        overlap.same += looks["prompt"] is not None
-        overlap.content += looks["content"] is not None
-        overlap.look += looks["look"] is not None
-        found: list[tuple[Leak, str]] = [(leak, other) for leak, other in looks.items() if other is not None]
+        overlap.same += shared["prompt"] is not None
+        overlap.content += shared["content"] is not None
+        overlap.look += shared["look"] is not None
+        found: list[tuple[Leak, str]] = [(leak, other) for leak, other in shared.items() if other is not None]
         if found:
-            overlap.shared.append(Shared(found[0][0], asked.where, found[0][1]))
+            overlap.shared.append(Shared(found[0][0], prompt.where, found[0][1]))
 
 
-def leaks(overlaps: Iterable[Overlap], looks: bool = True) -> list[Shared]:
-    """The shared prompts of all tasks; ``looks``: whether a look alone counts."""
-    return [shared for overlap in overlaps for shared in overlap.shared if looks or shared.leak != "look"]
+def leaks(overlaps: Iterable[Overlap], near_duplicates: bool = True) -> list[Shared]:
+    """The shared prompts of all tasks; ``near_duplicates``: whether pictures that only look alike count."""
+    return [shared for overlap in overlaps for shared in overlap.shared if near_duplicates or shared.leak != "look"]
 
 
-def rows_of(
-    asked: Iterable[tuple[str, str, str, tuple[Path, ...]]], picture: Callable[[Path], Picture]
-) -> Iterable[Asked]:
+def compared_rows(
+    rows: Iterable[tuple[str, str, str, tuple[Path, ...]]], picture: Callable[[Path], Picture]
+) -> Iterable[ComparedPrompt]:
     """(where, task, text, picture files) of rows as prompts to compare; each file is looked at once."""
     known: dict[Path, Picture] = {}
-    for where, task, text, paths in asked:
+    for where, task, text, paths in rows:
         for path in paths:
             if path not in known:
                 known[path] = picture(path)
         content = operands(text) if task == "reason" and not paths else ""
-        yield Asked(where, task, text, tuple(known[path] for path in paths), content)
+        yield ComparedPrompt(where, task, text, tuple(known[path] for path in paths), content)
 
 
-def fingerprint_of(asked: Iterable[Asked]) -> str:
+def prompts_fingerprint(prompts: Iterable[ComparedPrompt]) -> str:
     """A hash of a set of prompts, whatever their order, wordings aside: equal sets ask the same."""
-    keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.pictures]}" for each in asked)
+    keys = sorted(f"{each.task} {normalized(each.text)} {[p.digest for p in each.pictures]}" for each in prompts)
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 

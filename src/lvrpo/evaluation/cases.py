@@ -11,8 +11,8 @@ from PIL import Image as PilImage
 
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
-from lvrpo.rewards.scene_facts import fact_table
-from lvrpo.rewards.success import scorable, successes
+from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Image, Prompt
 
@@ -62,7 +62,7 @@ def write_cases(
 
     ``rewards``: scores by prompt of what cannot be told right from wrong.
     """
-    scored = [group for group in groups if scorable(group.prompt)]
+    scored = [group for group in groups if has_success(group.prompt)]
     scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
     drawn = [group for group in scored if "image" in group.prompt.output]
     first = [Group(group.prompt, group.trajectories[:1]) for group in drawn]

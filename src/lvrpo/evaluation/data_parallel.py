@@ -10,7 +10,7 @@ import torch
 
 from lvrpo.distributed import gather_with_tensors, rank, world_size
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Group, Image, Parts, Prompt
 
@@ -43,12 +43,12 @@ class EvaluatedPolicy:
 
         return method
 
-    def judge_identity(self) -> str:
-        """As ``lvrpo.rewards.identity.judge_identity`` of the policy; weights that do not change are told once."""
+    def judge_fingerprint(self) -> str:
+        """As ``lvrpo.rewards.base.judge_fingerprint`` of the policy; weights that do not change are told once."""
         if self._identity is not None:
             return self._identity
         with self._policies.use(self._name) as policy:
-            found = judge_identity(policy)
+            found = judge_fingerprint(policy)
         if self._name == "reference":
             self._identity = found
         return found

@@ -11,18 +11,17 @@ import torch
 from lvrpo.audit_records import JudgeAudit, JudgeScore
 from lvrpo.evaluation.judge_cases import JudgeCase
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Reward
-from lvrpo.rewards.identity import judge_identity
-from lvrpo.rewards.table import RewardConfig, RewardSource
+from lvrpo.rewards.base import Reward, judge_fingerprint
+from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.statistics import mean_interval
 from lvrpo.types import OutputKind
 
 AT_ONCE = 64
 """Pairs that a reward scores in one call."""
-FROM_WORDS = {"split": {"by": "grammar"}}
+FROM_WORDS = {"questions": {"by": "grammar"}}
 
 REWARDS = (
-    RewardConfig(name="own_vqa", options=FROM_WORDS),
+    RewardConfig(name="self_vqa", options=FROM_WORDS),
     RewardConfig(name="edit_consistency", options=FROM_WORDS),
     RewardConfig(name="caption_back"),
     RewardConfig(name="knowledge", tasks=("understand",)),
@@ -48,7 +47,7 @@ def audit_judge(
         ranked = _ranked(source.judge or judge, tried, source.reward)
         milliseconds[name] = 1000 * (time.perf_counter() - started) / (2 * len(tried))
         rows += _rows(name, tried, ranked)
-    return JudgeAudit(judge_identity(judge), tuple(rows), milliseconds)
+    return JudgeAudit(judge_fingerprint(judge), tuple(rows), milliseconds)
 
 
 def _ranked(judge: Policy, cases: Sequence[JudgeCase], reward: Reward) -> list[float]:

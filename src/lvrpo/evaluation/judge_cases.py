@@ -20,12 +20,13 @@ from lvrpo.data.scenes.objects import (
     Scene,
     SceneObject,
     Split,
+    cells_mask,
     digit_indices,
+    render,
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
-from lvrpo.data.scenes.render import cells_mask, render
 from lvrpo.data.scenes.verifier import fact_results, read
-from lvrpo.rewards.given import given_group
+from lvrpo.rewards.base import offline_group
 from lvrpo.types import Fact, Group, OutputKind, Part, Prompt
 
 
@@ -96,7 +97,7 @@ class _Cases:
             wrong = _with(r.drawing, o, _another_digit(o, layout))
             prompt = Prompt(cluster, "reason", (r.text,), ("text", "image"))
             pictures = [(r.answer, render(scene, self.size)) for scene in (r.drawing, wrong)]
-            yield JudgeCase("image", "thought", "digit", cluster, given_group(prompt, pictures))
+            yield JudgeCase("image", "thought", "digit", cluster, offline_group(prompt, pictures))
 
     def answers(self) -> Iterator[JudgeCase]:
         """Answers to questions: the right one and another of its kind."""
@@ -107,7 +108,7 @@ class _Cases:
             others = next(kind for kind in ANSWERS if right in kind)
             wrong = rng.choice([answer for answer in others if answer != right])
             error = "denial" if right == "yes" else "assertion" if right == "no" else "another answer"
-            group = given_group(prompt, [(right,), (wrong,)])
+            group = offline_group(prompt, [(right,), (wrong,)])
             yield JudgeCase("text", prompt.category, error, prompt.id, group)
 
     def captions(self) -> Iterator[JudgeCase]:
@@ -118,7 +119,7 @@ class _Cases:
             prompt = Prompt(cluster, "understand", (image, grammar.DESCRIBE), ("text",), None, (), "caption")
             right = d.caption.text()
             for error, wrong in _misdescribed(d, layout.rng).items():
-                yield JudgeCase("text", "caption", error, cluster, given_group(prompt, [(right,), (wrong,)]))
+                yield JudgeCase("text", "caption", error, cluster, offline_group(prompt, [(right,), (wrong,)]))
 
     def _pictures(
         self, prompt: Prompt, whole: str, said: Sequence[Fact], right: Scene, wrong: Mapping[str, Scene]
@@ -131,10 +132,10 @@ class _Cases:
             holds, broken = (fact_results(said, readings[which]) for which in ("", name))
             lost = [fact for fact, before, after in zip(said, holds, broken, strict=True) if before and not after]
             if lost:
-                yield JudgeCase("image", whole, name, prompt.id, given_group(prompt, pair))
+                yield JudgeCase("image", whole, name, prompt.id, offline_group(prompt, pair))
             for fact in lost:
                 asked = replace(prompt, facts=(fact,))
-                yield JudgeCase("image", fact.kind, name, prompt.id, given_group(asked, pair))
+                yield JudgeCase("image", fact.kind, name, prompt.id, offline_group(asked, pair))
 
 
 ANSWERS = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.own_vqa import Confidences, OwnVQA
-from lvrpo.rewards.scene_facts import fact_table
+from lvrpo.rewards.self_vqa import Confidences, SelfVQA
+from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.memory import return_freed_memory
 from lvrpo.types import Group
 
@@ -20,11 +20,11 @@ DIGITS = 6
 
 
 def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | None, ...]]:
-    """Per group and member the reward ``own_vqa`` of the judge: its mean confidence in the facts of the prompt.
+    """Per group and member the reward ``self_vqa`` of the judge: its mean confidence in the facts of the prompt.
 
     () for a prompt without drawing or without facts, None for a drawing that cannot be read.
     """
-    reward = OwnVQA()
+    reward = SelfVQA()
     found: list[tuple[float | None, ...]] = [()] * len(groups)
     for places in _chunks(groups, reward):
         confidences = _confidences([groups[p] for p in places], judge, reward)
@@ -37,7 +37,7 @@ def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | N
 def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
     """Of the first drawing of each group the stated facts that the reader finds, that the verifier finds, and on how
     many they agree; None without drawing, facts that a verifier can check, or a picture that can be read."""
-    reward = OwnVQA()
+    reward = SelfVQA()
     found: list[ReadBack | None] = [None] * len(groups)
     for places in _chunks(groups, reward):
         first = [Group(groups[p].prompt, groups[p].trajectories[:1]) for p in places]
@@ -52,7 +52,7 @@ def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
     return found
 
 
-def _chunks(groups: Sequence[Group], reward: OwnVQA) -> list[list[int]]:
+def _chunks(groups: Sequence[Group], reward: SelfVQA) -> list[list[int]]:
     """The groups with drawings that can be asked about, so many that ``AT_ONCE`` drawings are read together."""
     places = [p for p, group in enumerate(groups) if reward.applies(group.prompt)]
     chunks: list[list[int]] = []
@@ -66,7 +66,7 @@ def _chunks(groups: Sequence[Group], reward: OwnVQA) -> list[list[int]]:
     return chunks
 
 
-def _confidences(groups: Sequence[Group], reader: Policy, reward: OwnVQA) -> Confidences:
+def _confidences(groups: Sequence[Group], reader: Policy, reward: SelfVQA) -> Confidences:
     found = reward.confidences(groups, reader, reader)[0]
     return_freed_memory()
     return found

@@ -14,9 +14,10 @@ from lvrpo.evaluation.recorded_groups import SUCCESS, VERIFIER, Array
 from lvrpo.evaluation.reward_validity import audit_validity
 from lvrpo.evaluation.suite import cluster_of
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
+from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import successes
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, score_groups
+from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.types import TASKS, Group, Task
 
@@ -25,7 +26,7 @@ AT_ONCE = 64
 """Groups of a task that are sampled and scored together, as in a training step: agreement compares them."""
 
 REWARDS = (
-    RewardConfig(name="own_vqa"),
+    RewardConfig(name="self_vqa"),
     RewardConfig(name="agreement"),
     RewardConfig(name="caption_back"),
     RewardConfig(name="edit_consistency"),
@@ -88,7 +89,7 @@ def audit_samples(
         clusters = [cluster_of(group.prompt) for group in own]
         validity = audit_validity({**scorers, SUCCESS: success}, verifiers, category, clusters=clusters)
         tasks[task] = TaskSamples(len(own), float(success.mean()), missing, validity)
-    return SampleAudit(judge_identity(judge), judge_identity(model), tasks)
+    return SampleAudit(judge_fingerprint(judge), judge_fingerprint(model), tasks)
 
 
 def _scores(source: RewardSource, groups: Sequence[Group], judge: Policy) -> tuple[Array, np.ndarray]:

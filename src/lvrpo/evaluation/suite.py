@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.data.scenes.forms import question_form
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.benchmark import CHUNK, score_prompts
@@ -23,9 +22,9 @@ from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, check_text
 from lvrpo.records import BenchmarkRecord
 from lvrpo.registry import resolve
-from lvrpo.rewards.answers import normalize_answer
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
+from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import Group, Prompt, Task
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)
@@ -271,7 +270,7 @@ def record(
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
-            "judge": judge_identity(measuring.judge or policy) if any(judged) else None,
+            "judge": judge_fingerprint(measuring.judge or policy) if any(judged) else None,
         },
         metric=benchmark.metric,
     )
@@ -309,11 +308,8 @@ def questions(groups: Sequence[Group]) -> dict[str, tuple[Any, ...]]:
 
 
 def form_of(prompt: Prompt) -> str:
-    """What a question has in common with others: of the built-in world its words without their content, else its
-    category, or its task where it has none."""
-    if prompt.source.startswith("scenes/"):
-        return question_form(" ".join(part for part in prompt.parts if isinstance(part, str)))
-    return prompt.category or prompt.task
+    """What a question has in common with others: its form, else its category, or its task where it has none."""
+    return prompt.form or prompt.category or prompt.task
 
 
 def cluster_of(prompt: Prompt) -> str:

@@ -24,7 +24,7 @@ class Tuned:
     """What was chosen, for which model and on which prompts."""
 
     model: str
-    """``judge_identity`` of the model."""
+    """``judge_fingerprint`` of the model."""
     settings: Mapping[Task, Mapping[str, float]]
     """By task ``guidance_scale`` or ``temperature``."""
     prompts: frozenset[str]

@@ -10,7 +10,7 @@ from lvrpo.evaluation.benchmark import score_prompts
 from lvrpo.evaluation.suite import SAMPLING, Benchmark
 from lvrpo.evaluation.tuned import GUIDANCE_SCALES, TEMPERATURES, Tuned, content_key
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.types import Prompt, Task
 
 TEXT_SAMPLES = 4
@@ -56,7 +56,7 @@ def tune(
         settings[task] = {name: max(found, key=lambda value: found[value])}
         grid[task] = {f"{value:g}": score for value, score in found.items()}
     keys = frozenset(content_key(prompt) for rows in prompts.values() for prompt in rows)
-    return Tuned(judge_identity(policy), settings, keys, grid)
+    return Tuned(judge_fingerprint(policy), settings, keys, grid)
 
 
 def as_validation(benchmark: Benchmark) -> Benchmark:

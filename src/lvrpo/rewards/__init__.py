@@ -4,28 +4,35 @@ from collections.abc import Mapping
 
 REWARDS: Mapping[str, str] = {
     # the model judges itself
-    "own_vqa": "lvrpo.rewards.own_vqa:OwnVQA",
-    "lower_bound": "lvrpo.rewards.lower_bound:LowerBound",
+    "self_vqa": "lvrpo.rewards.self_vqa:SelfVQA",
+    "conservative_ensemble": "lvrpo.rewards.conservative_ensemble:ConservativeEnsemble",
     "caption_back": "lvrpo.rewards.caption_back:CaptionBack",
     "agreement": "lvrpo.rewards.agreement:Agreement",
     # the published reward's three terms
-    "semantic": "lvrpo.rewards.semantic:Semantic",
-    "instruction": "lvrpo.rewards.instruction:Instruction",
-    "knowledge": "lvrpo.rewards.knowledge:Knowledge",
+    "semantic": "lvrpo.rewards.published:Semantic",
+    "instruction": "lvrpo.rewards.published:Instruction",
+    "knowledge": "lvrpo.rewards.published:Knowledge",
     # a chat model behind an address judges
     "vlm_endpoint": "lvrpo.rewards.vlm_endpoint:VLMEndpoint",
     # rules
-    "exact_answer": "lvrpo.rewards.answers:ExactAnswer",
-    "numeric": "lvrpo.rewards.answers:Numeric",
-    "multiple_choice": "lvrpo.rewards.answers:MultipleChoice",
-    "boxed": "lvrpo.rewards.answers:Boxed",
-    "text_format": "lvrpo.rewards.answers:TextFormat",
-    "text_length": "lvrpo.rewards.answers:TextLength",
-    "drawn_text": "lvrpo.rewards.drawn_text:DrawnText",
+    "exact_answer": "lvrpo.rewards.verifiable_text:ExactAnswer",
+    "numeric": "lvrpo.rewards.verifiable_text:Numeric",
+    "multiple_choice": "lvrpo.rewards.verifiable_text:MultipleChoice",
+    "boxed": "lvrpo.rewards.verifiable_text:Boxed",
+    "text_format": "lvrpo.rewards.verifiable_text:TextFormat",
+    "text_length": "lvrpo.rewards.verifiable_text:TextLength",
+    "ocr": "lvrpo.rewards.verifiable_image:OCR",
     "edit_consistency": "lvrpo.rewards.edit_consistency:EditConsistency",
     # the verifier of the prompt's world
-    "scene_facts": "lvrpo.rewards.scene_facts:SceneFacts",
+    "scene_facts": "lvrpo.rewards.verifiable_image:SceneFacts",
 }
-"""Every reward by name; an own one is named ``my_package.module:Name`` (see ``decorated`` for the shortest way)."""
+"""Every reward by name; an own one is named ``my_package.module:Name`` (see ``function`` for the shortest way)."""
 
-__all__ = ["REWARDS"]
+RENAMED: Mapping[str, str] = {
+    "own_vqa": "self_vqa",
+    "lower_bound": "conservative_ensemble",
+    "drawn_text": "ocr",
+}
+"""Names of earlier versions, which are refused with the one that is used now."""
+
+__all__ = ["RENAMED", "REWARDS"]

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.answers import EMPTY, normalize_answer, text_problem
-from lvrpo.rewards.base import Scores, no_logprob
+from lvrpo.rewards.base import Scores, logprob_problem
+from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
 from lvrpo.types import Group, Prompt
 
 Tally = dict[str, float]
@@ -115,7 +115,7 @@ def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge:
         return tallies
     found = judge.text_logprob([groups[p].prompt.parts for p, _ in asked], [text for _, text in asked])
     for (p, text), logprob in zip(asked, found.tolist(), strict=True):
-        if no_logprob(logprob) is None:
+        if logprob_problem(logprob) is None:
             answer = normalize_answer(text)
             tallies[p][answer] = tallies[p].get(answer, 0.0) + math.exp(logprob)
     return tallies

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lvrpo.policies.base import Policy
-from lvrpo.types import Group, Prompt, Trajectory
+from lvrpo.sampling import derive_seed
+from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
 
 Side = Literal["read", "draw"]
 """read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
@@ -35,12 +41,16 @@ class Scores:
 class Reward(Protocol):
     """Scores outputs. The table calls it only with groups that it applies to.
 
-    An attribute ``judges``, ("text",), ("image",) or both, says which segments of a trajectory that thinks, then draws
-    it is about; without it, both. An attribute ``sides``, of "read" and "draw", says which sides of the judge score for
-    it: () for rules and for models that others run; without it, both. A run watches and renews its judge by it. An
-    attribute ``judged_by`` names whoever judges beside the frozen policy: a model behind an address, a folder; it
-    stands in every row of rewards and must hold no key. An attribute ``relative``, true, says that scores only compare
-    the members of a group: held-out outputs, which have no siblings, are not scored by it.
+    Optional attributes:
+
+    - ``judges``, ("text",), ("image",) or both: the segments that it scores where a trajectory has text and an image;
+      without it, both.
+    - ``sides``, of "read" and "draw": the sides of the judge that it calls, () for rules and for other models; without
+      it, both. Judge drift is measured, and the judge refreshed, for rewards that call the judge.
+    - ``judged_by``: the model that judges beside the frozen policy, such as an endpoint or a folder. It is written into
+      every row of rewards and must hold no key.
+    - ``relative``, true: scores only compare the members of a group, so that held-out outputs, of which there is one
+      per prompt, are not scored.
     """
 
     def applies(self, prompt: Prompt) -> bool:
@@ -52,13 +62,27 @@ class Reward(Protocol):
         ...
 
 
-# --- whether there is something to judge, and whether what a judge said is a log-prob ---
+def score_each(groups: Sequence[Group], score: Callable[[Trajectory], float | str]) -> Scores:
+    """Scores of a function of one trajectory, which returns a number, or the reason why there is none."""
+    values = torch.full((len(groups), len(groups[0])), math.nan)
+    failures: dict[tuple[int, int], str] = {}
+    for p, group in enumerate(groups):
+        for g, trajectory in enumerate(group.trajectories):
+            found = score(trajectory)
+            if isinstance(found, str):
+                failures[p, g] = found
+            else:
+                values[p, g] = found
+    return Scores(values, failures)
 
 
-def problem_of(trajectory: Trajectory, judge: object = None) -> str | None:
-    """Why the last picture of a trajectory cannot be judged; None where it can.
+# --- checks of outputs and of log-probs ---
 
-    ``judge``: who will read it; a policy may read pictures of one size only.
+
+def image_problem(trajectory: Trajectory, judge: object = None) -> str | None:
+    """Why the last image of a trajectory cannot be scored; None where it can.
+
+    ``judge``: the model that reads it; a policy may read images of one size only.
     """
     image = trajectory.image
     if image is None:
@@ -69,17 +93,110 @@ def problem_of(trajectory: Trajectory, judge: object = None) -> str | None:
     return None if image.isfinite().all() else "the picture holds values that are no numbers"
 
 
-def no_logprob(value: float) -> str | None:
-    """Why what a judge said is no log-prob of a text; None where it is one."""
+def logprob_problem(value: float) -> str | None:
+    """Why a value is no log-prob of a text; None where it is one."""
     return None if math.isfinite(value) and value <= ROUNDING else f"the judge gave {value:g} for a log-prob"
 
 
 def first_problem(logprobs: Iterable[float]) -> str | None:
-    """``no_logprob`` of the first one that is none."""
-    return next((problem for value in logprobs if (problem := no_logprob(value))), None)
+    """The first ``logprob_problem`` of several values; None where there is none."""
+    return next((problem for value in logprobs if (problem := logprob_problem(value))), None)
 
 
 def probabilities(logprobs: torch.Tensor) -> torch.Tensor:
-    """exp(log-prob), in [0, 1]; nan where ``no_logprob``: neither -inf nor + 3 is a sure judge, but a broken one."""
+    """exp(log-prob), in [0, 1]; nan where ``logprob_problem`` holds, as a judge that gives -inf or + 3 is broken."""
     known = logprobs.isfinite() & (logprobs <= ROUNDING)
     return torch.where(known, logprobs.clamp(max=0).exp(), math.nan)
+
+
+# --- names of judges ---
+
+
+SAMPLED = 4096
+"""Values taken of each tensor."""
+
+_stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def override_fingerprint(identity: str) -> Iterator[None]:
+    """Inside, every ``judge_fingerprint`` is ``identity``: the trained weights score in the place of that judge.
+
+    Cached questions of the judge (``rewards.questions``) are then used for the trained weights too.
+    """
+    token = _stand_in.set(identity)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+def join_judges(*sources: object) -> str:
+    """The models that judge for several rewards, each given as a name or as an object with ``judged_by``; "" for none
+    beside the policy."""
+    found = [source if isinstance(source, str) else getattr(source, "judged_by", "") for source in sources]
+    return "; ".join(dict.fromkeys(name for name in found if name))
+
+
+def judge_fingerprint(judge: object) -> str:
+    """``TinyPolicy:3f2a91c0d4e7``: the class and a hash of names, shapes and evenly spaced values of the weights.
+
+    Two judges of one name have the same weights: an update, an average or another checkpoint moves whole tensors. A
+    judge that is not a module (an endpoint, a double in a test) is named by its ``identity``, or by its class alone.
+    """
+    if (named := _stand_in.get()) is not None:
+        return named
+    if not isinstance(judge, nn.Module) and (of_weights := getattr(type(judge), "judge_fingerprint", None)) is not None:
+        return of_weights(judge)  # one of several sets of weights
+    # a class whose weights are divided among ranks is derived from its own
+    name = next(cls.__name__ for cls in type(judge).__mro__ if not issubclass(cls, FSDPModule))
+    if not isinstance(judge, nn.Module):
+        own = getattr(judge, "identity", None)  # optional in a judge of the user
+        return f"{name}:{own}" if own else name
+    digest = hashlib.blake2b(digest_size=6)
+    values = []
+    for key, tensor in judge.state_dict().items():
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        values.append(flat[:: max(1, flat.numel() // SAMPLED)].float())
+    if values:
+        digest.update(torch.cat(values).cpu().numpy().tobytes())
+    return f"{name}:{digest.hexdigest()}"
+
+
+# --- outputs that no policy sampled ---
+
+
+def offline_group(prompt: Prompt, outputs: Sequence[Sequence[Part]]) -> Group:
+    """One member per entry of ``outputs``, each a text or a picture for every entry of ``prompt.output``.
+
+    They can be scored, not replayed: their log-probs are empty. Seeds are a function of the prompt and the member.
+    """
+    members = []
+    for member, parts in enumerate(outputs):
+        segments = tuple(_text(part) if isinstance(part, str) else _drawn(part) for part in parts)
+        members.append(Trajectory(prompt, member, segments, derive_seed(prompt.id, "given", member)))
+    return Group(prompt, tuple(members))
+
+
+def _text(text: str) -> Segment:
+    return TextSegment(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 1.0, text, True)
+
+
+def _drawn(image: Image) -> Segment:
+    none = torch.zeros(0, 0, 0)
+    return FlowSegment(
+        latent=torch.zeros(0, 0),
+        timesteps=torch.zeros(0),
+        trained_steps=(),
+        states=none,
+        next_states=none,
+        behavior_logprobs=torch.zeros(0),
+        sampler="ode",
+        noise_level=0.0,
+        guidance_scale=1.0,
+        image_guidance_scale=1.0,
+        guidance_renorm="none",
+        logprob_reduction="mean",
+        image=image,
+    )

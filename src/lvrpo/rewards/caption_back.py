@@ -13,8 +13,8 @@ from pydantic import Field
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.answers import WAS_CUT, text_problem
-from lvrpo.rewards.base import Scores, problem_of
+from lvrpo.rewards.base import Scores, image_problem
+from lvrpo.rewards.verifiable_text import TRUNCATED, text_problem
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Group, Prompt
 
@@ -50,7 +50,7 @@ class CaptionBack(Config):
         cells: list[tuple[int, int]] = []
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group.trajectories):
-                image, problem = trajectory.image, problem_of(trajectory, judge)
+                image, problem = trajectory.image, image_problem(trajectory, judge)
                 if image is None or problem:
                     failures[p, g] = str(problem)
                     continue
@@ -66,7 +66,7 @@ class CaptionBack(Config):
             found = [self._words(t.text) for t, bad in zip(described.trajectories, problems, strict=True) if not bad]
             if found:
                 values[p, g] = sum(word_f1(words, wanted) for words in found) / len(found)
-            elif WAS_CUT in problems:
+            elif TRUNCATED in problems:
                 failures[p, g] = f"the judge's description was cut off at {self.max_new_tokens} tokens"
             else:
                 failures[p, g] = "the judge described nothing"

@@ -13,10 +13,19 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores, Side, problem_of
+from lvrpo.rewards.base import Scores, Side, image_problem
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.own_vqa import Choices, Confidences, Failures, OwnVQA
-from lvrpo.rewards.questions import STAYS, SURE, SplitConfig, pictures_of, seen_in_sources, source_of, with_facts
+from lvrpo.rewards.questions import (
+    MIN_CONFIDENCE,
+    RENAMED_OPTIONS,
+    UNCHANGED,
+    QuestionConfig,
+    images_of,
+    keep_confirmed,
+    source_image,
+    with_facts,
+)
+from lvrpo.rewards.self_vqa import Choices, Confidences, Failures, SelfVQA
 from lvrpo.types import Fact, Group, Image, Prompt
 
 GUESSED_SHARE = 0.25
@@ -49,6 +58,7 @@ class EditConsistency(Config):
     """
 
     judges: ClassVar = ("image",)
+    hints: ClassVar = RENAMED_OPTIONS
 
     patch: int = Field(default=8, ge=1, le=100_000)
     """Side of a patch in pixels."""
@@ -64,20 +74,20 @@ class EditConsistency(Config):
     sure: float | None = Field(default=None, ge=0, lt=1)
     """Confidence that the judge must have in an answer about the source; None: .75."""
     choices: Choices | None = None
-    """As that of ``own_vqa``."""
-    split: SplitConfig | None = None
-    """As that of ``own_vqa``: edits of free text get questions of both kinds."""
-    _vqa: OwnVQA | None
+    """As that of ``self_vqa``."""
+    questions: QuestionConfig | None = None
+    """As that of ``self_vqa``: edits of free text get questions of both kinds."""
+    _vqa: SelfVQA | None
     _warned: bool = False
 
     @model_validator(mode="after")
     def _questions_are_asked(self) -> Self:
-        if not self.ask and not (self.sure is self.choices is self.split is None):
-            raise ValueError("ask=false: asks no questions: leave out sure, choices and split")
+        if not self.ask and not (self.sure is self.choices is self.questions is None):
+            raise ValueError("ask=false: asks no questions: leave out sure, choices and questions")
         return self
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
-        self._vqa = OwnVQA(choices=self.choices, split=self.split) if self.ask else None
+        self._vqa = SelfVQA(choices=self.choices, questions=self.questions) if self.ask else None
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -88,17 +98,17 @@ class EditConsistency(Config):
         return "" if self._vqa is None else self._vqa.judged_by
 
     def applies(self, prompt: Prompt) -> bool:
-        return prompt.task == "edit" and bool(pictures_of(prompt))
+        return prompt.task == "edit" and bool(images_of(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: Failures = {}
         self._say_what_is_guessed(groups)
         for p, group in enumerate(groups):
-            source, region = source_of(group.prompt), group.prompt.edited
+            source, region = source_image(group.prompt), group.prompt.edited
             for g, trajectory in enumerate(group.trajectories):
                 image = trajectory.image
-                problem = problem_of(trajectory)
+                problem = image_problem(trajectory)
                 if image is None or problem:
                     failures[p, g] = str(problem)
                 elif image.shape != source.shape:
@@ -145,7 +155,7 @@ class EditConsistency(Config):
         return (summed[has] / share[has]).sqrt(), share[has]
 
     def _asked(
-        self, vqa: OwnVQA, groups: Sequence[Group], judge: Policy
+        self, vqa: SelfVQA, groups: Sequence[Group], judge: Policy
     ) -> tuple[dict[tuple[int, int], float], Failures]:
         """The product of the two means of confidences where something is asked, and why it has no answer."""
 
@@ -154,12 +164,12 @@ class EditConsistency(Config):
 
         reasons: dict[int, str] = {}
         given = [p for p, group in enumerate(groups) if group.prompt.facts]
-        cases = [(source_of(groups[p].prompt), tuple(vqa.known(groups[p].prompt))) for p in given]
+        cases = [(source_image(groups[p].prompt), tuple(vqa.known(groups[p].prompt))) for p in given]
         asked = list(groups)
-        if vqa.splitter is not None:
-            asked, reasons = vqa.splitter.with_questions(groups, judge, confirm)
+        if vqa.generator is not None:
+            asked, reasons = vqa.generator.with_questions(groups, judge, confirm)
         for p, facts in zip(
-            given, seen_in_sources(cases, confirm, SURE if self.sure is None else self.sure), strict=True
+            given, keep_confirmed(cases, confirm, MIN_CONFIDENCE if self.sure is None else self.sure), strict=True
         ):
             if isinstance(facts, NoAnswer):
                 reasons[p], facts = facts.reason, ()
@@ -173,7 +183,7 @@ class EditConsistency(Config):
         products = {}
         for (i, g), confidence in found.items():
             p = places[i]
-            stays = torch.tensor([fact.kind == STAYS for fact in vqa.known(asked[p].prompt)])
+            stays = torch.tensor([fact.kind == UNCHANGED for fact in vqa.known(asked[p].prompt)])
             parts = [part.mean() for part in (confidence[~stays], confidence[stays]) if len(part)]
             products[p, g] = float(torch.stack(parts).prod())
         return products, failures

@@ -1,6 +1,6 @@
 """A chat model behind an OpenAI-compatible address (vLLM, SGLang, a provider): texts and pictures in, a text out.
 
-The key comes from an environment variable that the configuration names; it stands in no configuration, file or message.
+The key comes from an environment variable that the configuration names; it is in no configuration, file or message.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ import base64
 import io
 import os
 import re
+import socket
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
@@ -21,8 +25,7 @@ from pydantic import Field, model_validator
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json
-from lvrpo.rewards.bounded_post import HEADERS, LateError, UnreadableError, post
-from lvrpo.rewards.keys import holds_key, names_variable
+from lvrpo.rewards.secrets import is_variable_name, looks_like_secret
 from lvrpo.types import Image, Parts
 
 LONGEST_WAIT = 60.0
@@ -57,7 +60,7 @@ class EndpointConfig(Config):
 
     @model_validator(mode="after")
     def _address_and_key(self) -> Self:
-        # messages show no value: what stands in a wrong place may be a key
+        # messages show no value: one in a wrong place may be a key
         try:
             url = urlsplit(self.base_url)
             plain = url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc
@@ -66,9 +69,9 @@ class EndpointConfig(Config):
         if not plain or url.query or url.fragment:
             raise ValueError("base_url: must be http(s)://HOST[:PORT]/PATH without user, query or key: see key_env")
         for name, value in (("base_url", self.base_url), ("model", self.model)):
-            if holds_key(value):
+            if looks_like_secret(value):
                 raise ValueError(f"{name}: looks like it holds a key: put it into an environment variable: see key_env")
-        if self.key_env is not None and not names_variable(self.key_env):
+        if self.key_env is not None and not is_variable_name(self.key_env):
             raise ValueError(
                 "key_env: must be the name of an environment variable, such as JUDGE_KEY, never the key itself"
             )
@@ -307,3 +310,109 @@ def _packages() -> tuple[Any, Any]:
 
 
 __all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "after_thought", "picture_url"]
+
+
+# --- one request with a limit of time and of bytes ---
+
+
+MOST_BYTES = 8 * 2**20
+"""Of an answer, unpacked; the longest that a chat model writes is a hundredth of it."""
+HEADERS = {"Accept-Encoding": "gzip, deflate"}
+"""What ``post`` can unpack with a bound."""
+
+
+class LateError(Exception):
+    """The answer was not whole in time."""
+
+
+class UnreadableError(Exception):
+    """The answer is too long, or packed in a way that cannot be undone; the message says which."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """Bytes that are no UTF-8 become a replacement character."""
+        return self.content.decode("utf-8", errors="replace")
+
+
+def post(client: Any, url: str, body: Any, seconds: float, most_bytes: int = MOST_BYTES) -> Reply:
+    """Sends JSON and returns the whole answer. Any: an optional package's client, and JSON.
+
+    The client must keep no connections. Raises LateError, UnreadableError, and what the client raises.
+    """
+    with _Deadline(seconds) as deadline:
+        try:
+            with client.stream("POST", url, json=body, extensions={"trace": deadline.watch}) as response:
+                content = _unpacked(response.iter_raw(), response.headers.get("content-encoding", ""), most_bytes)
+        except Exception:
+            if deadline.over:  # what it met is our own doing
+                raise LateError from None
+            raise
+        if deadline.over:
+            raise LateError
+    return Reply(response.status_code, response.headers, content)
+
+
+class _Deadline:
+    """Shuts a connection down when its time is over, which ends every wait for it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+
+    def watch(self, event: str, info: Mapping[str, Any]) -> None:
+        """The client calls it at every stage of a request; new connections are remembered. Any: its streams."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                self._socket = info["return_value"].get_extra_info("socket")
+            if self.over:
+                self._shut()
+
+    def _end(self) -> None:
+        self.over = True
+        self._shut()
+
+    def _shut(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                with suppress(OSError):  # closed already
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _unpacked(chunks: Iterable[bytes], encoding: str, most_bytes: int) -> bytes:
+    """The bytes of an answer, of which never more than the bound are in memory."""
+    plain = encoding.strip().lower() in ("", "identity")
+    if not plain and encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        raise UnreadableError("an answer that cannot be decoded")
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as its head says
+    content = bytearray()
+    try:
+        for chunk in chunks:
+            content += chunk if plain else unpack.decompress(chunk, most_bytes + 1 - len(content))
+            if len(content) > most_bytes:
+                raise UnreadableError(f"an answer of more than {most_bytes / 2**20:g} MiB")
+    except zlib.error:
+        raise UnreadableError("an answer that cannot be decoded") from None
+    if not plain and content and not unpack.eof:
+        raise UnreadableError("an answer that cannot be decoded")
+    return bytes(content)

@@ -61,7 +61,7 @@ class SiglipTower:
         self.model = _loaded(path, "AutoModel").to(self.device)
         self.processor = _loaded(path, "AutoProcessor")
         self.length = self.model.config.text_config.max_position_embeddings
-        self.identity = folder_identity(path)
+        self.identity = folder_fingerprint(path)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> list[Embedded]:
@@ -109,7 +109,7 @@ class ExternalVLM:
         self.processor = _loaded(path, "AutoProcessor")
         if not getattr(self.processor, "chat_template", None):  # old folders lack it
             raise InputError(f"{path}: has no chat template: use an instruction-tuned checkpoint")
-        self.identity = folder_identity(path)
+        self.identity = folder_fingerprint(path)
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._batches: bool | None = None  # unknown before a batch was compared with its rows
 
@@ -119,7 +119,7 @@ class ExternalVLM:
 
         Rows whose inputs are of one shape go through the model together, such as the drawings of a group with one
         question; nothing is padded, as padding moves the log-probs of some models. The first batch is compared with
-        its rows one by one, and a model that tells them apart gets every row alone.
+        its rows one by one, and a model whose batches differ gets every row alone.
         """
         rows = [self._inputs(parts, text) for parts, text in zip(contexts, texts, strict=True)]
         alike: dict[tuple[Any, ...], list[int]] = {}  # Any: names and shapes
@@ -242,10 +242,10 @@ def _transformers() -> Any:
     return transformers
 
 
-def folder_identity(path: Path) -> str:
+def folder_fingerprint(path: Path) -> str:
     """Name of the folder and a hash of its settings, and of the sizes and evenly spaced pieces of its weights.
 
-    Whoever trains on moves whole tensors, so that the pieces tell two checkpoints apart without reading gigabytes.
+    Training moves whole tensors, so that pieces of them identify a checkpoint without reading gigabytes.
     """
     digest = hashlib.blake2b(digest_size=6)
     for file in sorted(file for pattern in FINGERPRINT for file in path.glob(pattern) if file.is_file()):

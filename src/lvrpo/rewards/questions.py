@@ -1,4 +1,4 @@
-"""Free text to atomic questions with their right answers, asked of the policy itself or of a chat endpoint."""
+"""Atomic questions with their right answers from free text, written by the policy itself or by a chat endpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pydantic import Field, model_validator
 
 from lvrpo.atomic_io import write_whole
 from lvrpo.config import Config
-from lvrpo.data.worlds import world_of
+from lvrpo.data.base import world_of
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.reading import read_json_object
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
-from lvrpo.rewards.identity import judge_identity
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
@@ -55,20 +55,22 @@ is there a cube? yes
 what color is the cube? red
 how many birds are there? 3"""
 
-STAYS = "unchanged"
+UNCHANGED = "unchanged"
 """The kind of facts about what an edit must leave as it is in the source."""
 
 Questions = tuple[Fact, ...] | NoAnswer
-"""What a prompt is split into, or why there is nothing."""
+"""The questions of a prompt, or why there are none."""
 
 Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
 """How sure a reader is of the answer of each fact, given the picture beside it: in [0, 1], or why it says nothing."""
 
-SURE = 0.75
+MIN_CONFIDENCE = 0.75
 """How sure a reader has to be of what it sees in the source."""
 
-UNTOLD = "none of its questions is of a kind that is asked"
-"""Why a prompt that was split has no score."""
+NO_QUESTION = "none of its questions is of a kind that is asked"
+"""Why a prompt with questions has no score."""
+RENAMED_OPTIONS = {"split": "is called questions now"}
+"""Hints of the rewards that have questions written."""
 
 _LINE = re.compile(
     r"^\W*(?:\d+[.):]\s*)?(?:(?:question|q)\s*\d*\s*[.:]\s*)?(?P<question>[^?\n]{2,300}\?)"
@@ -88,20 +90,20 @@ _KINDS = (
 )
 
 
-class SplitConfig(Config):
-    """Who splits a prompt, and how it is asked."""
+class QuestionConfig(Config):
+    """Who writes questions for a prompt, and how it is asked."""
 
     by: Literal["policy", "endpoint", "grammar"] = "policy"
     """policy: the frozen judge writes the questions; endpoint: a chat model does; grammar: they follow from the words,
-    as the prompt's world has it (``lvrpo.data.worlds``)."""
+    as the prompt's world has it (``lvrpo.data.base``)."""
     endpoint: EndpointConfig | None = None
     template: str = TEMPLATE
     """What is asked, with ``{prompt}``; the answer is to be a line per question: "is there a cube? yes"."""
     edit_template: str = EDIT_TEMPLATE
     """The same for instructions to edit a picture: what should be in the result."""
     stay_template: str | None = STAY_TEMPLATE
-    """What is asked together with the source of an edit: what in it should stay; null: nobody asks."""
-    sure: float = Field(default=SURE, ge=0, lt=1)
+    """What is asked together with the source of an edit: what should stay as it is; null: nothing is asked."""
+    sure: float = Field(default=MIN_CONFIDENCE, ge=0, lt=1)
     """A question about what should stay is dropped where the reader is less sure of its answer, given the source."""
     limit: int = Field(default=12, ge=1, le=1000)
     """Questions of a prompt at most, and as many about what should stay; the first ones are kept."""
@@ -125,7 +127,7 @@ class SplitConfig(Config):
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked of the splitter."""
+    """One request for questions: the words, and the source image of an edit."""
 
     words: str
     shown: Image | None = None
@@ -144,18 +146,18 @@ class _Request:
         return (self.words,) if self.shown is None else (self.shown, self.words)
 
 
-class Splitter:
-    """Prompts without facts get some: questions whose answers tell whether a picture shows what was asked for.
+class QuestionGenerator:
+    """Gives facts to prompts without: questions whose answers say whether an image shows what the prompt describes.
 
     Of an edit there are two kinds: what should be, from the instruction; and what should stay (facts of the kind
     ``unchanged``), from the instruction and the source picture. The second are kept only where the reader is ``sure``
     of their answer given the source, so that what it is asked about the result is whether it agrees with the source.
 
-    The answer of the model is kept on the disk, by hash of prompt, picture, template and splitter (class and weights of
+    The answer of the model is kept on the disk, by hash of prompt, picture, template and author (class and weights of
     a policy; model, address and settings of an endpoint). What failed is not kept and is tried again next time.
     """
 
-    def __init__(self, config: SplitConfig) -> None:
+    def __init__(self, config: QuestionConfig) -> None:
         self.config = config
         self.endpoint = None if config.endpoint is None else ChatEndpoint(config.endpoint)
         self.cache = TextCache(config.cache or cache_folder() / "questions")
@@ -166,8 +168,8 @@ class Splitter:
         return "" if self.endpoint is None else f"questions by {self.endpoint.identity}"
 
     def applies(self, prompt: Prompt) -> bool:
-        """Whether there is something to split, and nothing that is split already."""
-        return not prompt.facts and bool(words_of(prompt))
+        """Whether there are words to write questions about, and no facts yet."""
+        return not prompt.facts and bool(text_of(prompt))
 
     def with_questions(
         self, groups: Sequence[Group], judge: Policy, confirm: Confirm
@@ -181,9 +183,11 @@ class Splitter:
             return list(groups), {}
         found = dict(zip(wanted, self.questions([groups[p].prompt for p in wanted], judge), strict=True))
         edits = [p for p in wanted if self._has_rest(groups[p].prompt) and not isinstance(found[p], NoAnswer)]
-        rest = self.questions_about_the_rest([groups[p].prompt for p in edits], judge)
-        cases = [(source_of(groups[p].prompt), _joined(found[p], stays)) for p, stays in zip(edits, rest, strict=True)]
-        found |= dict(zip(edits, seen_in_sources(cases, confirm, self.config.sure), strict=True))
+        rest = self.unchanged_questions([groups[p].prompt for p in edits], judge)
+        cases = [
+            (source_image(groups[p].prompt), _joined(found[p], stays)) for p, stays in zip(edits, rest, strict=True)
+        ]
+        found |= dict(zip(edits, keep_confirmed(cases, confirm, self.config.sure), strict=True))
         out, missing = [], {}
         for p, group in enumerate(groups):
             facts = found.get(p, group.prompt.facts)
@@ -195,35 +199,35 @@ class Splitter:
     def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every prompt about what should be, or why there are none."""
         if self.config.by == "grammar":
-            found = [world_of(prompt.world).questions(words_of(prompt)) for prompt in prompts]
+            found = [world_of(prompt.world).questions(text_of(prompt)) for prompt in prompts]
             return [facts or NoAnswer("the grammar does not know its words") for facts in found]
         answers = self._answers([self._request(prompt) for prompt in prompts], judge)
         return [self._facts(answer) for answer in answers]
 
-    def questions_about_the_rest(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
+    def unchanged_questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
         """The questions of every edit about what should stay, made in view of its source, or why there are none."""
         if self.config.by == "grammar":
-            return [world_of(prompt.world).questions_about_the_rest(words_of(prompt)) for prompt in prompts]
+            return [world_of(prompt.world).unchanged_questions(text_of(prompt)) for prompt in prompts]
         template = self.config.stay_template or ""
-        requests = [_Request(template.replace("{prompt}", words_of(p)), source_of(p)) for p in prompts]
+        requests = [_Request(template.replace("{prompt}", text_of(p)), source_image(p)) for p in prompts]
         found = []
         for answer in self._answers(requests, judge):
             facts = self._facts(answer, "questions about what should stay")
-            found.append(facts if isinstance(facts, NoAnswer) else tuple(replace(f, kind=STAYS) for f in facts))
+            found.append(facts if isinstance(facts, NoAnswer) else tuple(replace(f, kind=UNCHANGED) for f in facts))
         return found
 
     def _has_rest(self, prompt: Prompt) -> bool:
-        return self.config.stay_template is not None and prompt.task == "edit" and bool(pictures_of(prompt))
+        return self.config.stay_template is not None and prompt.task == "edit" and bool(images_of(prompt))
 
     def _request(self, prompt: Prompt) -> _Request:
         template = self.config.edit_template if prompt.task == "edit" else self.config.template
-        return _Request(template.replace("{prompt}", words_of(prompt)))
+        return _Request(template.replace("{prompt}", text_of(prompt)))
 
     def _answers(self, requests: Sequence[_Request], judge: Policy) -> list[Answer]:
-        """What the splitter wrote for each request, now or before."""
-        splitter = f"policy {judge_identity(judge)}, {self.config.max_new_tokens} tokens"
-        splitter = splitter if self.endpoint is None else self.endpoint.identity
-        keys = [(*request.key, splitter) for request in requests]
+        """What was written for each request, now or before."""
+        author = f"policy {judge_fingerprint(judge)}, {self.config.max_new_tokens} tokens"
+        author = author if self.endpoint is None else self.endpoint.identity
+        keys = [(*request.key, author) for request in requests]
         distinct = dict(zip(keys, requests, strict=True))
         answers: dict[tuple[str, ...], Answer] = {}
         for key in distinct:
@@ -254,7 +258,7 @@ class Splitter:
         assert isinstance(segment, TextSegment)
         if not segment.ended:
             return NoAnswer(f"the questions were cut off at {self.config.max_new_tokens} tokens")
-        return after_thought(segment.text) or NoAnswer("the splitter wrote nothing")
+        return after_thought(segment.text) or NoAnswer("nothing was written")
 
     def _facts(self, answer: Answer, what: str = "questions") -> Questions:
         if isinstance(answer, NoAnswer):
@@ -265,16 +269,16 @@ class Splitter:
         return tuple(Fact(kind_of(question), question, right) for question, right in pairs)
 
 
-def seen_in_sources(cases: Sequence[tuple[Image, Questions]], confirm: Confirm, sure: float) -> list[Questions]:
+def keep_confirmed(cases: Sequence[tuple[Image, Questions]], confirm: Confirm, sure: float) -> list[Questions]:
     """The facts of each edit without those about what should stay that the reader does not see in its source.
 
     A fact of the kind ``unchanged`` is seen where the reader is ``sure`` of its answer given the source. Where there
     were such facts and none is left, or the reader gave no number for one, the reason stands instead. All sources are
     asked about at once.
     """
-    asked = [(source, fact) for source, facts in cases for fact in staying(facts)]
+    asked = [(source, fact) for source, facts in cases for fact in unchanged_facts(facts)]
     answers = iter(confirm(asked) if asked else ())
-    return [_seen(facts, [next(answers) for _ in staying(facts)], sure) for _, facts in cases]
+    return [_seen(facts, [next(answers) for _ in unchanged_facts(facts)], sure) for _, facts in cases]
 
 
 def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Questions:
@@ -284,15 +288,15 @@ def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Q
     if problem is not None:
         return NoAnswer(f"of the source: {problem.reason}")
     seen = iter([isinstance(answer, float) and answer >= sure for answer in given])
-    kept = tuple(fact for fact in facts if fact.kind != STAYS or next(seen))
-    if given and not staying(kept):
+    kept = tuple(fact for fact in facts if fact.kind != UNCHANGED or next(seen))
+    if given and not unchanged_facts(kept):
         return NoAnswer(f"of {len(given)} questions about what should stay the judge is sure of none")
     return kept
 
 
-def staying(facts: Questions) -> list[Fact]:
+def unchanged_facts(facts: Questions) -> list[Fact]:
     """Those about what an edit must leave as it is."""
-    return [] if isinstance(facts, NoAnswer) else [fact for fact in facts if fact.kind == STAYS]
+    return [] if isinstance(facts, NoAnswer) else [fact for fact in facts if fact.kind == UNCHANGED]
 
 
 def parse_questions(text: str) -> list[tuple[str, str]]:
@@ -321,19 +325,19 @@ def kind_of(question: str) -> str:
     return next((kind for kind, pattern in _KINDS if re.search(pattern, question.lower())), "question")
 
 
-def words_of(prompt: Prompt) -> str:
+def text_of(prompt: Prompt) -> str:
     """The text of a prompt."""
     return " ".join(part for part in prompt.parts if isinstance(part, str)).strip()
 
 
-def pictures_of(prompt: Prompt) -> list[Image]:
+def images_of(prompt: Prompt) -> list[Image]:
     """The pictures of a prompt."""
     return [part for part in prompt.parts if not isinstance(part, str)]
 
 
-def source_of(prompt: Prompt) -> Image:
+def source_image(prompt: Prompt) -> Image:
     """The picture that an edit is made of: the last one of its prompt, which must have one."""
-    return pictures_of(prompt)[-1]
+    return images_of(prompt)[-1]
 
 
 def with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:
@@ -343,7 +347,7 @@ def with_facts(group: Group, facts: tuple[Fact, ...]) -> Group:
 
 
 def _joined(facts: Questions, stays: Questions) -> Questions:
-    """What should be and what should stay; a question that stands in both is about what changes."""
+    """Facts about the change and about the rest; a question in both is about the change."""
     if isinstance(facts, NoAnswer) or isinstance(stays, NoAnswer):
         return facts if isinstance(facts, NoAnswer) else stays
     asked = {_plain(fact.question) for fact in facts}

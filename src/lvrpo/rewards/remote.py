@@ -24,7 +24,7 @@ from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards.base import Scores, Side
-from lvrpo.rewards.source import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
+from lvrpo.rewards.row import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
 
 ROOM_S = 120.0
@@ -39,7 +39,7 @@ Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Traits:
-    """The optional attributes of a reward, as its source tells them."""
+    """The optional attributes of a reward, as its row has them."""
 
     judges: tuple[OutputKind, ...]
     sides: tuple[Side, ...]
@@ -196,7 +196,7 @@ class RemoteReward:
         self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
 
     def applies(self, prompt: Prompt) -> bool:
-        """As ``Reward.applies``; no actor is asked about what ``ask_about`` was told last."""
+        """As ``Reward.applies``; prompts of the last ``ask_about`` need no further call."""
         known = self._applies_to.get(id(prompt))
         if known is None or known[0] is not prompt:
             self.ask_about([prompt])

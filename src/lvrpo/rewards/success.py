@@ -1,4 +1,4 @@
-"""How well an output is done: right or wrong as a whole where that can be told, else what the rewards give it."""
+"""Success of an output: right or wrong where the prompt has an answer or facts, else the score of the rewards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 
 from lvrpo.errors import ContractError, LvrpoError, described
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.answers import answers_rightly
-from lvrpo.rewards.scene_facts import fact_table
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardSource, score_groups
+from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
+from lvrpo.rewards.verifiable_image import fact_table
+from lvrpo.rewards.verifiable_text import is_right_answer
 from lvrpo.types import Group, Prompt
 
 
-def scorable(prompt: Prompt) -> bool:
-    """Whether right and wrong can be told: a text with an answer, a drawing with facts that a verifier can check."""
+def has_success(prompt: Prompt) -> bool:
+    """Whether success is defined: a text with an answer, an image with facts that a verifier can check."""
     if "image" in prompt.output and not (prompt.facts and all(fact.check for fact in prompt.facts)):
         return False
     return "image" in prompt.output or prompt.answer is not None
@@ -27,8 +28,8 @@ def scorable(prompt: Prompt) -> bool:
 def successes(groups: Sequence[Group]) -> list[list[float]]:
     """Per group and member 1.0 or 0.0: the text is the answer, where there is one, and all facts hold of the picture.
 
-    A text that was cut off at the length limit is not the answer. Only for prompts that are ``scorable``. Raises
-    ContractError where a world of one's own fails.
+    A text that was cut off at the length limit is not the answer. Only for prompts that are ``has_success``. Raises
+    ContractError where a world of the user fails.
     """
     drawn = [group for group in groups if "image" in group.prompt.output]
     facts = iter(_fact_table(drawn))
@@ -38,7 +39,7 @@ def successes(groups: Sequence[Group]) -> list[list[float]]:
         for trajectory in group.trajectories:
             right = True
             if trajectory.prompt.answer is not None and "text" in trajectory.prompt.output:
-                right = answers_rightly(trajectory)
+                right = is_right_answer(trajectory)
             if "image" in group.prompt.output:
                 right = all(next(facts)) and right
             row.append(float(right))
@@ -51,7 +52,7 @@ def _fact_table(groups: Sequence[Group]) -> list[list[bool]]:
         return fact_table(groups) if groups else []
     except LvrpoError:
         raise
-    except (Exception, SystemExit) as error:  # anybody's world may raise anything
+    except (Exception, SystemExit) as error:  # code of the user may raise anything
         worlds = ", ".join(dict.fromkeys(group.prompt.world for group in groups))
         raise ContractError(f"world {worlds}: could not check a picture: {described(error)}: correct it") from error
 
@@ -69,7 +70,7 @@ class HeldOutScorer:
 
     def metric(self, prompt: Prompt) -> Metric | None:
         """How outputs of a prompt are scored; None: there is nothing to score them with."""
-        if scorable(prompt):
+        if has_success(prompt):
             return "success"
         return "reward" if self._trained(prompt) else None
 
@@ -80,7 +81,7 @@ class HeldOutScorer:
 
         A reward counts with its configured weight, w_k: sum_k w_k r_k / sum_k w_k over those that score the prompt.
         """
-        right = [p for p, group in enumerate(groups) if scorable(group.prompt)]
+        right = [p for p, group in enumerate(groups) if has_success(group.prompt)]
         found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
         rest = [p for p in range(len(groups)) if p not in found]
         if rest:

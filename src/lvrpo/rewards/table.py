@@ -1,4 +1,4 @@
-"""From rewards to one table of scores, in which a missing number is masked and never invented."""
+"""The table of scores of all rewards: a missing score is masked with its reason, never replaced by a number."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import torch
 
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Reward
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import Reward, judge_fingerprint
 from lvrpo.rewards.remote import RemoteReward, remote_reward
-from lvrpo.rewards.source import RewardConfig, RewardSource, checked_scores, local_source
+from lvrpo.rewards.row import RewardConfig, RewardSource, checked_scores, local_source
 from lvrpo.types import Group, RewardTable
 
 NOT_APPLICABLE = "not applicable"
 MOST_FAILED = 0.5
 """Share of a reward's scores of a training step that may fail where it does not say (``max_failed``)."""
 IN_PYTHON = "python"
-"""Stands for what a caller in Python handed over, where a configuration needs a name."""
+"""The name, in a recorded configuration, of prompts or rewards that were passed as Python objects."""
 
 
 def build_rewards(
@@ -69,13 +68,15 @@ def score_groups(
     ``step``: steps done, for the weights that follow a schedule. ``most_failed``: of a reward without ``max_failed``,
     the share of scores that may fail (None: any); more raise ContractError, as for one with it.
     """
-    table = scored(sources, groups, judge, step)
-    require_scored(sources, table, most_failed)
+    table = score_groups_unchecked(sources, groups, judge, step)
+    require_few_failures(sources, table, most_failed)
     return table
 
 
-def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0) -> RewardTable:
-    """``score_groups`` however many scores failed: of a part of the groups, say."""
+def score_groups_unchecked(
+    sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0
+) -> RewardTable:
+    """``score_groups`` without a limit on failed scores, as for a part of the groups."""
     P, G, K = len(groups), len(groups[0]), len(sources)
     scores = torch.zeros(P, G, K)
     mask = torch.zeros(P, G, K, dtype=torch.bool)
@@ -115,7 +116,7 @@ def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Poli
         reasons=reasons,
         tasks=tuple(group.prompt.task for group in groups),
         judges={source.config.title: source.judges for source in sources},
-        judge=judge_identity(judge),
+        judge=judge_fingerprint(judge),
         judged_by={source.config.title: name for source in sources if (name := source.judged_by)},
         noise=noise,
         normalize={s.config.title: s.config.normalize for s in sources if s.config.normalize is not None},
@@ -123,7 +124,7 @@ def scored(sources: Sequence[RewardSource], groups: Sequence[Group], judge: Poli
     )
 
 
-def require_scored(sources: Sequence[RewardSource], table: RewardTable, most_failed: float | None = None) -> None:
+def require_few_failures(sources: Sequence[RewardSource], table: RewardTable, most_failed: float | None = None) -> None:
     """Raises ContractError where more of a reward's scores failed than may (``max_failed``).
 
     ``most_failed``: the share that may fail of a reward that does not say it; None: any.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Literal, Self
 
@@ -12,12 +14,10 @@ from pydantic import model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.answer_reading import rating, same_answer, yes_or_no
-from lvrpo.rewards.answers import normalize_answer, text_problem
-from lvrpo.rewards.base import Scores, problem_of
+from lvrpo.rewards.base import Scores, image_problem, join_judges
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
-from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.questions import SplitConfig, Splitter, words_of
+from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator, text_of
+from lvrpo.rewards.verifiable_text import normalize_answer, text_problem
 from lvrpo.types import Fact, Group, Image, OutputKind, Parts, Prompt, Trajectory
 
 Ask = Literal["questions", "yes_no", "rating"]
@@ -41,17 +41,18 @@ class VLMEndpoint(Config):
     """
 
     sides: ClassVar = ()
+    hints: ClassVar = RENAMED_OPTIONS
 
     endpoint: EndpointConfig
     ask: Ask = "questions"
     """questions: share of the prompt's facts whose question it answers rightly from the drawing alone (what counts as
-    an answer: ``rewards.answer_reading``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
+    an answer: ``rewards.vlm_endpoint``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
     10."""
     template: str | None = None
     """What is asked after the picture: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
     of texts, shown the pictures of the prompt. None: that of TEMPLATES."""
-    split: SplitConfig | None = None
-    """Makes questions of free text (see ``own_vqa``); what should stay of an edit is kept where this model says so of
+    questions: QuestionConfig | None = None
+    """Makes questions of free text (see ``self_vqa``); what should stay of an edit is kept where this model says so of
     the source."""
 
     @model_validator(mode="after")
@@ -59,8 +60,8 @@ class VLMEndpoint(Config):
         field = FIELDS[self.ask]
         if f"{{{field}}}" not in self._template:
             raise ValueError(f"template={self._template!r}: must hold {{{field}}} for ask={self.ask}")
-        if self.split is not None and self.ask != "questions":
-            raise ValueError(f"split: has no effect with ask={self.ask}: leave it out, or ask questions")
+        if self.questions is not None and self.ask != "questions":
+            raise ValueError(f"questions: has no effect with ask={self.ask}: leave it out, or ask questions")
         if self._of_text and self.ask == "questions":
             raise ValueError("template: {answer} goes with ask=yes_no or ask=rating")
         return self
@@ -71,7 +72,7 @@ class VLMEndpoint(Config):
 
     @cached_property
     def judged_by(self) -> str:
-        return judged_by(self._client.identity, self._splitter)
+        return join_judges(self._client.identity, self._generator)
 
     @property
     def _template(self) -> str:
@@ -86,22 +87,22 @@ class VLMEndpoint(Config):
         return ChatEndpoint(self.endpoint)
 
     @cached_property
-    def _splitter(self) -> Splitter | None:
-        return None if self.split is None else Splitter(self.split)
+    def _generator(self) -> QuestionGenerator | None:
+        return None if self.questions is None else QuestionGenerator(self.questions)
 
     def applies(self, prompt: Prompt) -> bool:
         if self._of_text:
-            return prompt.output == ("text",) and bool(words_of(prompt))
+            return prompt.output == ("text",) and bool(text_of(prompt))
         if "image" not in prompt.output:
             return False
         if self.ask != "questions":
-            return bool(words_of(prompt))
-        return bool(prompt.facts) or (self._splitter is not None and self._splitter.applies(prompt))
+            return bool(text_of(prompt))
+        return bool(prompt.facts) or (self._generator is not None and self._generator.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         missing: dict[int, str] = {}
-        if self._splitter is not None:
-            groups, missing = self._splitter.with_questions(groups, judge, self._confirm)
+        if self._generator is not None:
+            groups, missing = self._generator.with_questions(groups, judge, self._confirm)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
         rows: list[Parts] = []
@@ -149,15 +150,168 @@ class VLMEndpoint(Config):
     def _problem(self, trajectory: Trajectory) -> str | None:
         if self._of_text:
             return text_problem(trajectory)
-        return problem_of(trajectory)
+        return image_problem(trajectory)
 
     def _asked(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
         shown = [part for part in prompt.parts if not isinstance(part, str)]
         if self._of_text:
-            words = self._template.replace("{prompt}", words_of(prompt)).replace("{answer}", trajectory.text or "")
+            words = self._template.replace("{prompt}", text_of(prompt)).replace("{answer}", trajectory.text or "")
             return [((*shown, words), "")]
         assert trajectory.image is not None
         if self.ask == "questions":
             return [(self._question(trajectory.image, fact), fact.answer) for fact in prompt.facts]
-        return [((*shown, trajectory.image, self._template.replace("{prompt}", words_of(prompt))), "")]
+        return [((*shown, trajectory.image, self._template.replace("{prompt}", text_of(prompt))), "")]
+
+
+# --- what an answer says ---
+
+
+LONGEST = 4 * MOST_WORDS
+"""Most words of a sentence with an answer in it."""
+
+_RATING = re.compile(r"(?<![\d.\-])(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10\b)?(?!\.?\d)")
+_REFUSAL = re.compile(
+    r"\b(?:as an ai|language model|sorry|apolog\w+|unable|unclear|unknown|unsure|not sure|n/a)\b"
+    r"|\b(?:hard|difficult|impossible) to\b"
+    r"|\b(?:can ?|ca |could |did |do )not (?:(?:be )?(?:tell|say|know|judge|determine\w*|answer\w*)\b"
+    r"|(?:\w+ ){0,2}?(?:to )?(?:an?|any|that|the|this|your)? ?(?:image|picture|photo)s?\b)"
+    r"|\bno (?:image|picture|photo)s?\b"
+)
+_GARBLED = re.compile(r"\b[b-df-hj-np-tv-xz]{4,}\b|(.)\1{3}|\b(?:qwer|wert|asdf|sdfg|dfgh|fghj|ghjk|hjkl|zxcv|xcvb)")
+_DENIALS = frozenset(("cannot", "neither", "never", "no", "nor", "not", "without"))
+_ARTICLES = frozenset(("a", "an", "the"))
+_COLOR = re.compile(
+    "beige|black|blue|brown|cyan|gold|gray|green|magenta|maroon|navy|orange|pink|purple|red|silver|teal|turquoise|"
+    "violet|white|yellow"
+)
+_PLACE = re.compile("above|behind|below|front|left|middle|right")
+_SAME = {"grey": "gray", "over": "above", "top": "above", "center": "middle", "centre": "middle"}
+_SAME |= dict.fromkeys(("beneath", "bottom", "under", "underneath"), "below")
+
+
+def yes_or_no(answer: str, wanted: str) -> float | NoAnswer:
+    """1 where an answer says yes as wanted, or no as wanted, and 0 where it says the other; it may say more.
+
+    No answer: both words or neither, a refusal, a yes that is denied, and a long sentence in which the word does not
+    stand by itself ("a table with no plates and ...").
+    """
+    plain = _plain(answer)
+    words = re.findall(r"[a-z]+", plain)
+    said = {"yes", "no"} & set(words)
+    if len(said) != 1:
+        return _none("both yes and no" if said else "neither yes nor no", answer)
+    if _REFUSAL.search(plain):
+        return _none("a refusal", answer)
+    (word,) = said
+    if not re.match(rf"\W*{word}\b", plain):
+        if word == "yes" and _DENIALS & set(words):
+            return _none("a denial", answer)
+        if len(words) > MOST_WORDS and not re.search(rf"\b{word}\s*(?:[^\w\s]|$)", plain):
+            return _none("neither yes nor no", answer)
+    return float(word == normalize_answer(wanted))
+
+
+def same_answer(answer: str, wanted: str) -> float | NoAnswer:
+    """1 where an answer is the wanted one, alone or in a sentence ("The cube is red."), and 0 where it is another.
+
+    Where a number, a color or a place is wanted, another one is another answer, and what names none or several is no
+    answer. Anything else that is short counts as another answer, as not all of them are known. No answer: what is long
+    and lacks the wanted one, holds a rival of it beside it, denies, refuses, or is no language.
+    """
+    words, want = _words(answer), _words(wanted)
+    if want and words == want:
+        return 1.0
+    if _REFUSAL.search(_plain(answer)):
+        return _none("a refusal", answer)
+    if not words or set(words) <= {"yes", "no"} or set(want) <= _ARTICLES:
+        return _none("no answer to compare", answer)
+    if len(words) > LONGEST:
+        return _none("too many words for an answer", answer)
+    rest = _without(words, want)
+    kind = next((name for name, named in _KINDS.items() if _all_of(named, want)), None)
+    if _DENIALS & set(words if rest is None else rest) - ({"no"} if kind == "number" else set()):
+        return _none("a denial", answer)
+    found = _one_of_a_kind(words, want, kind) if kind else _in_free_words(words, want, rest)
+    if found == 0 and len(words) > MOST_WORDS:
+        return _none("too many words for an answer", answer)
+    return _none(found, answer) if isinstance(found, str) else found
+
+
+def _one_of_a_kind(words: Sequence[str], want: Sequence[str], kind: str) -> float | str:
+    """Whether the numbers, colors or places that an answer names are the wanted ones; or why that is unknown."""
+    found, wanted = _named(_KINDS[kind], words), _named(_KINDS[kind], want)
+    if len(found) != len(wanted):
+        return f"more than one {kind}" if found else f"no {kind}"
+    return float(found == wanted)
+
+
+def _in_free_words(words: Sequence[str], want: Sequence[str], rest: Sequence[str] | None) -> float | str:
+    """Whether the wanted words occur, ``rest`` being the others; or why that is unknown."""
+    if rest is None:
+        return "no answer to compare" if _GARBLED.search(" ".join(words)) else 0.0
+    rivals = [name for name, named in _KINDS.items() if (own := _named(named, want)) and _named(named, rest) - own]
+    if rivals:
+        return f"more than one {rivals[0]}"
+    return "more than one answer" if {"and", "or"} & set(rest) else 1.0
+
+
+def rating(answer: str) -> float | NoAnswer:
+    """The one number from 0 to 10 in an answer, divided by 10."""
+    if _REFUSAL.search(_plain(answer)):
+        return _none("a refusal", answer)
+    numbers = {float(match[1]) for match in _RATING.finditer(answer)}
+    if len(numbers) != 1 or not 0 <= max(numbers) <= 10:
+        return _none("no number from 0 to 10", answer)
+    return numbers.pop() / 10
+
+
+def _number(word: str) -> str | None:
+    if word in ("no", "none", "nothing"):
+        return "0"
+    return word if re.fullmatch(r"[+-]?\d+(?:\.\d+)?", word) else None
+
+
+def _color(word: str) -> str | None:
+    word = _SAME.get(word, word)
+    return word if _COLOR.fullmatch(word) else None
+
+
+def _place(word: str) -> str | None:
+    word = _SAME.get(word, word)
+    return word if _PLACE.fullmatch(word) else None
+
+
+_KINDS: dict[str, Callable[[str], str | None]] = {"number": _number, "color": _color, "place": _place}
+
+
+def _named(named: Callable[[str], str | None], words: Iterable[str]) -> set[str]:
+    return {name for word in words if (name := named(word)) is not None}
+
+
+def _all_of(named: Callable[[str], str | None], words: Sequence[str]) -> bool:
+    """Whether words are of one kind and nothing else."""
+    return any(map(named, words)) and all(word == "and" or named(word) for word in words)
+
+
+def _words(text: str) -> list[str]:
+    return normalize_answer(_plain(text)).split()
+
+
+def _without(words: Sequence[str], part: Sequence[str]) -> list[str] | None:
+    """The words before and after a part; None where it does not occur."""
+    for start in range(len(words) - len(part) + 1):
+        if list(words[start : start + len(part)]) == list(part):
+            return [*words[:start], *words[start + len(part) :]]
+    return None
+
+
+def _plain(text: str) -> str:
+    """Lower case on one line, "n't" written out."""
+    text = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return re.sub(r"n['’]t\b", " not", text)
+
+
+def _none(what: str, answer: str) -> NoAnswer:
+    line = " ".join(answer.split())
+    return NoAnswer(f"{what} in {(line if len(line) <= 60 else f'{line[:57]}...')!r}")

@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from lvrpo.config import Config, Natural
+from lvrpo.data.base import DATASETS
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
-from lvrpo.data.sources import DATASETS
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.adapter import AdapterConfig
-from lvrpo.rewards.table import RewardConfig
+from lvrpo.rewards.row import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
 from lvrpo.training.health import HealthConfig

@@ -15,8 +15,9 @@ import torch
 from lvrpo.distributed import gather, gather_with_tensors, rank, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
-from lvrpo.rewards.success import scorable, successes
-from lvrpo.rewards.table import RewardSource, require_scored, scored
+from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.table import require_few_failures, score_groups_unchecked
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
@@ -97,12 +98,12 @@ def score_local(
     own, table = local_rows(groups), None
     with relay_errors():
         if own:
-            table = scored(rewards, [groups[p] for p in own], judge, step)
+            table = score_groups_unchecked(rewards, [groups[p] for p in own], judge, step)
     if world_size() > 1:
         table = join_tables(gather((own, table)), groups)
     if table is None:
         raise ContractError("no group has a trajectory to score: sample some")
-    require_scored(rewards, table, most_failed)
+    require_few_failures(rewards, table, most_failed)
     return table
 
 
@@ -141,7 +142,7 @@ def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> Re
 
 def group_successes(groups: Sequence[Group]) -> dict[int, list[float]]:
     """By row, for groups where right and wrong can be told, 1.0 or 0.0 per member; of all ranks."""
-    own = [p for p in local_rows(groups) if scorable(groups[p].prompt)]
+    own = [p for p in local_rows(groups) if has_success(groups[p].prompt)]
     found: list[list[float]] = []
     with relay_errors():
         if own:

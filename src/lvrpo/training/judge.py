@@ -13,10 +13,9 @@ from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Side
-from lvrpo.rewards.identity import judge_identity, standing_in
-from lvrpo.rewards.questions import words_of
-from lvrpo.rewards.table import RewardSource
+from lvrpo.rewards.base import Side, judge_fingerprint, override_fingerprint
+from lvrpo.rewards.questions import text_of
+from lvrpo.rewards.row import RewardSource
 from lvrpo.sampling import derive_seed
 from lvrpo.training.data_parallel import score_local
 from lvrpo.training.policies import Policies, SetName
@@ -130,7 +129,7 @@ class Judge:
         policies.weights.copy("judge", candidate)
         self.version += 1
         with policies.use("judge") as policy:
-            identity = judge_identity(policy)
+            identity = judge_fingerprint(policy)
         return {**row, "judge/action": f"refreshed: {identity}", "judge/refused": self.refused}
 
     def state(self) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def told_pictures(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
 
 def _others(pictures: Sequence[Example]) -> list[int]:
     """For each picture the place of the next one with another description, of its own category if there is one."""
-    said = [words_of(example.prompt) for example in pictures]
+    said = [text_of(example.prompt) for example in pictures]
     category = [example.prompt.category for example in pictures]
     n, found = len(pictures), []
     for i in range(n):
@@ -213,7 +212,7 @@ def held_out_rows(
     sides = sides_asked(rewards)
     questions = refresh_questions(config, prompts) if "read" in sides else []
     pictures = list(examples()) if "draw" in sides else []
-    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({words_of(e.prompt) for e in pictures}) < 2):
+    if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({text_of(e.prompt) for e in pictures}) < 2):
         raise InputError(
             f"judge.refresh_every={config.refresh_every}: a reward asks the drawing side of the judge, and only "
             f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "
@@ -254,7 +253,7 @@ def judge_drift(
     asking = [source for source in rewards if source.sides]
     if not asking:
         return {}
-    with torch.no_grad(), standing_in(table.judge), policies.use("policy") as policy:
+    with torch.no_grad(), override_fingerprint(table.judge), policies.use("policy") as policy:
         own = score_local(asking, groups, policy)
     out: dict[str, float] = {}
     for k, name in enumerate(own.names):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
-from lvrpo.data.sources import PromptSource
+from lvrpo.data.base import PromptSource
 from lvrpo.distributed import POLICY, is_main
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.table import RewardSource, score_groups
+from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import gather_groups

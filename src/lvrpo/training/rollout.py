@@ -11,10 +11,10 @@ from pydantic import Field
 
 from lvrpo.algorithms import resample_plan, signal_mask
 from lvrpo.config import Config, default_kind
-from lvrpo.data.sources import PromptSource
+from lvrpo.data.base import PromptSource
 from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import MaskedScoring, Sampling
-from lvrpo.rewards.table import RewardSource
+from lvrpo.rewards.row import RewardSource
 from lvrpo.sampling import (
     check_window,
     decaying_window,

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from lvrpo.data.base import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.data.jsonl import JsonlPrompts
-from lvrpo.data.sources import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy, check_text
 from lvrpo.policies.loading import stored_image_size
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
+from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.success import HeldOutScorer
-from lvrpo.rewards.table import IN_PYTHON, RewardSource, build_rewards
+from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
 from lvrpo.training.validation import Validator

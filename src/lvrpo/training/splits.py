@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.config import read_yaml
+from lvrpo.data.base import DATASETS, ComparableSource
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
-from lvrpo.data.leakage import Asked, Index, file_picture, fingerprint_of, leaks, rows_of
-from lvrpo.data.scenes import ScenePrompts, Split
-from lvrpo.data.scenes.asked import BEGINNINGS, asked
+from lvrpo.data.leakage import ComparedPrompt, Index, compared_rows, file_picture, leaks, prompts_fingerprint
 from lvrpo.errors import ContractError, InputError
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, RunDirectory
+from lvrpo.training.sources import Split, open_source
 from lvrpo.types import Prompt
 
 SAMPLED_STEPS = 2
@@ -24,13 +24,13 @@ SAMPLED_PROMPTS = 60
 """Held-out prompts of each task that they are compared with."""
 
 
-def rows(path: Path, config: JsonlConfig) -> list[Asked]:
+def rows(path: Path, config: JsonlConfig) -> list[ComparedPrompt]:
     """The rows of a file as they are compared when a run starts: pictures by the bytes of their files."""
     source = JsonlPrompts(config.model_copy(update={"test": path, "check": "headers"}), "test")
-    return list(rows_of(source.asked(), file_picture))
+    return list(compared_rows(source.rows(), file_picture))
 
 
-def refuse_shared(index: Index, name: str, others: Iterable[Asked], remedy: str) -> None:
+def refuse_shared(index: Index, name: str, others: Iterable[ComparedPrompt], remedy: str) -> None:
     """Raises InputError, with both rows, where a row of ``others`` stands in the file ``name`` with its pictures."""
     for row in others:
         where = index.same(row)
@@ -45,9 +45,8 @@ def require_disjoint_splits(config: TrainConfig) -> dict[str, Any]:
     """
     if config.data.source == "jsonl":
         return _files_apart(config.data.jsonl)
-    if config.data.source == "scenes":
-        return _world_apart(config)
-    return {"compared": False}
+    source = open_source(config, "train", config.seed) if config.data.source in DATASETS else None
+    return _source_apart(config, source) if isinstance(source, ComparableSource) else {"compared": False}
 
 
 def _files_apart(config: JsonlConfig) -> dict[str, Any]:
@@ -62,31 +61,30 @@ def _files_apart(config: JsonlConfig) -> dict[str, Any]:
         for other in splits[i + 1 :]:
             remedy = f"take it out of one of them (lvrpo audit --data {' '.join(map(str, paths.values()))} shows all)"
             refuse_shared(index, f"data.jsonl.{split}", found[other], remedy)
-    hashes = {split: fingerprint_of(asked) for split, asked in found.items()}
+    hashes = {split: prompts_fingerprint(asked) for split, asked in found.items()}
     return {"compared": True, "rows": {split: len(asked) for split, asked in found.items()}, "shared": 0, **_as(hashes)}
 
 
-def _world_apart(config: TrainConfig) -> dict[str, Any]:
-    source = ScenePrompts(config.data.scenes, "train", config.seed)
+def _source_apart(config: TrainConfig, source: ComparableSource) -> dict[str, Any]:
     steps = range(min(SAMPLED_STEPS, config.steps))
     trained = [prompt for step in steps for prompt in prompts_of_step(source, config, step)]
     held: tuple[Split, ...] = ("validation", "test")
-    held_out = {split: _first(config, split) for split in held}
-    index = Index(asked(trained, looks=False), BEGINNINGS)
+    held_out = {split: source.compared(_first(config, split)) for split in held}
+    index = Index(source.compared(trained), source.prefixes)
     for split, prompts in held_out.items():
-        for shared in leaks(index.overlaps(prompts), looks=False):
+        for shared in leaks(index.overlaps(prompts), near_duplicates=False):
             raise ContractError(f"{shared.where} of {split} asks what {shared.other} asks: splits are not apart")
     counts = {"train": len(trained), **{split: len(prompts) for split, prompts in held_out.items()}}
-    hashes = {split: fingerprint_of(prompts) for split, prompts in held_out.items()}
+    hashes = {split: prompts_fingerprint(prompts) for split, prompts in held_out.items()}
     return {"compared": True, "prompts": counts, "shared": 0, **_as(hashes)}
 
 
-def _first(config: TrainConfig, split: Split) -> list[Asked]:
-    source = ScenePrompts(config.data.scenes, split, 0)
+def _first(config: TrainConfig, split: Split) -> list[Prompt]:
+    source = open_source(config, split, 0)
     prompts: list[Prompt] = []
     for task, count in config.data.prompts_per_step.items():
         prompts += source.prompts(task, SAMPLED_PROMPTS) if count and task in source.tasks else []
-    return asked(prompts, looks=False)
+    return prompts
 
 
 def _as(hashes: Mapping[str, str]) -> dict[str, str]:

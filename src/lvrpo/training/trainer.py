@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lvrpo.algorithms import old_policy_decay
-from lvrpo.data.sources import PromptSource
+from lvrpo.data.base import PromptSource
 from lvrpo.distributed import gather, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import START
 from lvrpo.registry import allow_code
-from lvrpo.rewards.table import MOST_FAILED, RewardSource
+from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.table import MOST_FAILED
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
 from lvrpo.training.advantages import segment_advantages, trajectory_advantages, trajectory_rewards

@@ -1,7 +1,6 @@
 """The built-in world: small pictures of colored shapes and handwritten digits, with a grammar and a verifier."""
 
-from lvrpo.data.scenes.clean import CleanPrompts, CleanPromptsConfig
-from lvrpo.data.scenes.corpus import CorpusConfig, WebCorpus, web_corpus
+from lvrpo.data.scenes.corpus import CleanPrompts, CleanPromptsConfig, CorpusConfig, WebCorpus, web_corpus
 from lvrpo.data.scenes.grammar import DESCRIBE, VOCABULARY, normalize
 from lvrpo.data.scenes.objects import (
     COLOR,
@@ -15,9 +14,9 @@ from lvrpo.data.scenes.objects import (
     Scene,
     SceneObject,
     Split,
+    render,
 )
 from lvrpo.data.scenes.prompts import CATEGORIES, ScenePrompts, ScenesConfig
-from lvrpo.data.scenes.render import render
 from lvrpo.data.scenes.verifier import Reading, SeenObject, Verifier, fact_results, holds, read, verify
 
 __all__ = [

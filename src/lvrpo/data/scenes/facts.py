@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lvrpo.data.base import QuestionAnswer
 from lvrpo.data.scenes import grammar
-from lvrpo.data.scenes.grammar import NUMBER_WORDS, Caption, Mention
-from lvrpo.data.scenes.objects import Scene, SceneObject
+from lvrpo.data.scenes.grammar import (
+    NUMBER_WORDS,
+    OPPOSITE,
+    PLACES,
+    PLURAL,
+    RELATION_PHRASE,
+    SHAPES,
+    WORDINGS,
+    Caption,
+    Mention,
+)
+from lvrpo.data.scenes.objects import COLORS, GROUNDS, Scene, SceneObject
 from lvrpo.types import Fact
 
 
@@ -95,3 +111,200 @@ def of_caption(caption: Caption) -> tuple[Fact, ...]:
 def of_bystanders(source: Scene, changed: SceneObject | None) -> tuple[Fact, ...]:
     """One ``unchanged`` fact per object of the source but ``changed``."""
     return tuple(unchanged(o, source.ground) for o in source.objects if o is not changed)
+
+
+# --- the facts that a caption or an instruction implies, from its words alone ---
+
+
+_SINGULAR = {plural: single for single, plural in PLURAL.items()}
+_COLOR = f"(?P<color>{'|'.join(COLORS)})"
+_MENTION = re.compile(rf"(?:(?:an?|the digit|{'|'.join(NUMBER_WORDS[2:])}) )(?:{_COLOR} )?(?P<noun>\w+)")
+_CAPTION = re.compile(
+    rf"(?P<said>.+?)(?: at the (?P<place>{'|'.join(PLACES)}))?(?: on a (?P<ground>{'|'.join(GROUNDS)}) ground)?"
+)
+_PHRASES = {phrase: name for name, phrase in RELATION_PHRASE.items()}
+_JOINT = re.compile(rf" (and|{'|'.join(_PHRASES)}) ")
+
+
+def read_caption(text: str) -> Caption | None:
+    """The caption that a text is, in any of the trained wordings; None for another text.
+
+    >>> read_caption("draw two red circles on a black ground")
+    Caption(mentions=(Mention(shape='circle', color='red', count=2),), relation=None, place=None, ground='black')
+    """
+    for opening in (wording.removesuffix("{}") for wording in reversed(WORDINGS)):
+        if text.startswith(opening):
+            text = text.removeprefix(opening)
+            break
+    found = _CAPTION.fullmatch(text)
+    if found is None:
+        return None
+    said, *rest = _JOINT.split(found["said"])
+    mentions = [_mention(part) for part in (said, *rest[1::2])]
+    known = tuple(m for m in mentions if m is not None)
+    relations = {_PHRASES[joint] for joint in rest[::2] if joint in _PHRASES}
+    if len(known) < len(mentions) or len(relations) > 1:
+        return None
+    return Caption(known, relations.pop() if relations else None, found["place"], found["ground"])
+
+
+def _mention(words: str) -> Mention | None:
+    found = _MENTION.fullmatch(words)
+    if found is None:
+        return None
+    noun = _SINGULAR.get(found["noun"], found["noun"])
+    count = next((n for n, word in enumerate(NUMBER_WORDS) if words.startswith(f"{word} ")), 1)
+    return Mention(noun, found["color"], count) if noun in (*SHAPES, *grammar.DIGITS) else None
+
+
+_REFERENCE = rf"(?:{_COLOR} )?(?P<shape>{'|'.join(SHAPES)})"
+_RECOLOR = re.compile(rf"make the {_REFERENCE} (?P<new>{'|'.join(COLORS)})")
+_ADD = re.compile(rf"add an? {_REFERENCE}")
+_REMOVE = re.compile(rf"remove the {_REFERENCE}")
+_MOVE = re.compile(rf"move the {_REFERENCE} to the (?P<edge>{'|'.join(grammar.EDGES)})")
+_REPLACE = re.compile(rf"replace the {_REFERENCE} with an? (?P<new>{'|'.join(SHAPES)})")
+
+
+def questions_of_text(text: str) -> tuple[Fact, ...]:
+    """The facts that must hold of a picture drawn for a caption, or edited by an instruction; () for another text."""
+    caption = read_caption(text)
+    if caption is not None:
+        return of_caption(caption)
+    for pattern in (_RECOLOR, _ADD, _REMOVE, _MOVE, _REPLACE):
+        found = pattern.fullmatch(text)
+        if found is not None:
+            return _edited(pattern, Mention(found["shape"], found["color"]), found.groupdict())
+    return ()
+
+
+def _edited(pattern: re.Pattern[str], m: Mention, found: dict[str, str]) -> tuple[Fact, ...]:
+    if pattern is _RECOLOR:
+        new = replace(m, color=found["new"])
+        return (color(new) if m.color is None else exists(new, kind="color"),)
+    if pattern is _ADD:
+        return (exists(m),)
+    if pattern is _REMOVE:
+        return (exists(m, present=False),)
+    if pattern is _MOVE:
+        return (Fact("position", grammar.ask_edge(m, found["edge"]), "yes"),)
+    return (exists(replace(m, shape=found["new"]), kind="shape"), exists(m, present=False))
+
+
+def unchanged_questions_of_text(instruction: str) -> tuple[Fact, ...]:
+    """What an edit leaves as it is, asked both ways of every shape that the instruction does not name.
+
+    Whoever sees the source keeps the answers that hold of it.
+    """
+    named = set(instruction.split())
+    return tuple(
+        Fact("unchanged", grammar.ask_exists(Mention(shape)), answer)
+        for shape in SHAPES
+        if shape not in named
+        for answer in ("yes", "no")
+    )
+
+
+# --- other wordings of questions ---
+
+
+def paraphrases(facts: Sequence[Fact]) -> list[tuple[QuestionAnswer, ...]]:
+    """For every fact its own question first, then others with the answers that they must have if the facts hold.
+
+    Only what the facts say is used: a count of one, for example, follows from "there is a circle" only where the total
+    leaves room for no other. A fact of another world, or of which nothing else can be asked, has its question alone.
+
+    >>> from lvrpo.data.scenes import facts
+    >>> paraphrases([digit("7")])
+    [(('what digit is there ?', '7'), ('is there a 7 ?', 'yes'))]
+    """
+    closed = _is_closed(facts)
+    out = []
+    for fact in facts:
+        asked = [(fact.question, fact.answer), *_others(fact, facts, closed)]
+        out.append(tuple(dict.fromkeys(asked)))
+    return out
+
+
+_REWORDED = (
+    (r"what (color|shape) (is|are) (.+) \?", r"\3 \2 what \1 ?"),
+    (r"how many (.+) are there \?", r"there are how many \1 ?"),
+    (r"is there (.+) \?", r"\1 is there ?"),
+    (r"where is (.+) relative to (.+) \?", r"relative to \2 where is \1 ?"),
+    (r"where is (.+) \?", r"\1 is where ?"),
+    (r"is (.+?) ((?:left of|right of|above|below|at) .+) \?", r"\1 is \2 ?"),
+    (r"what digit is there \?", r"there is what digit ?"),
+)
+
+
+def paraphrased(question: str) -> str:
+    """A question about a picture in an order of words that no row of training has; KeyError for another question.
+
+    >>> paraphrased("what color is the circle ?")
+    'the circle is what color ?'
+    """
+    for pattern, reworded in _REWORDED:
+        if re.fullmatch(pattern, question):
+            return re.sub(pattern, reworded, question)
+    raise KeyError(question)
+
+
+def _others(fact: Fact, facts: Sequence[Fact], closed: bool) -> list[QuestionAnswer]:
+    check = fact.check
+    match check.get("type"):
+        case "relation":
+            return _relations(check)
+        case "color":
+            shape, color = str(check["shape"]), str(check["color"])
+            asked = [(grammar.ask_exists(Mention(shape, color)), "yes")] if shape != "digit" else []
+            return asked + (_counted(shape, color, 1) + _shaped(shape, color, facts) if closed and asked else [])
+        case "exists" if check.get("present") and closed and "row" not in check:
+            shape, color = str(check["shape"]), check.get("color")
+            return _counted(shape, color, 1) if shape not in grammar.DIGITS else []
+        case "count" if str(check["shape"]) in grammar.DIGITS:
+            return [(grammar.ask_exists(Mention(str(check["shape"]))), "yes")]
+        case "count":
+            return _several(check)
+    return []
+
+
+def _relations(check: Mapping[str, Any]) -> list[QuestionAnswer]:
+    """Any: the check of a fact, JSON values."""
+    a, b = (Mention(check[name]["shape"], check[name].get("color")) for name in ("a", "b"))
+    name, opposite = check["relation"], OPPOSITE[check["relation"]]
+    return [
+        (grammar.ask_relation(b, a, opposite), "yes"),
+        (grammar.ask_relative(a, b), name),
+        (grammar.ask_relation(a, b, opposite), "no"),
+    ]
+
+
+def _counted(shape: str, color: str | None, count: int) -> list[QuestionAnswer]:
+    return [(grammar.ask_count(shape, color), NUMBER_WORDS[count])]
+
+
+def _shaped(shape: str, color: str, facts: Sequence[Fact]) -> list[QuestionAnswer]:
+    """What the object of a color is, if only one thing has it."""
+    alike = [f for f in facts if f.check.get("color") == color and f.check.get("type") in ("color", "count", "exists")]
+    return [(grammar.ask_shape(color), shape)] if len(alike) == 1 else []
+
+
+def _several(check: Mapping[str, Any]) -> list[QuestionAnswer]:
+    """Any: the check of a fact, JSON values."""
+    shape, color, count = str(check["shape"]), check.get("color"), int(check["count"])
+    if color is None or count < 2 or shape == "object":
+        return []
+    return [(grammar.ask_exists(Mention(shape, color)), "yes")]
+
+
+def _is_closed(facts: Sequence[Fact]) -> bool:
+    """Whether the facts name every object, each of a shape of its own: then each is there as often as they say."""
+    totals = [int(f.check["count"]) for f in facts if f.check.get("type") == "total"]
+    named: list[tuple[str, int]] = []
+    for fact in facts:
+        check = fact.check
+        if check.get("type") == "exists" and check.get("present"):
+            named.append((str(check["shape"]), 1))
+        elif check.get("type") == "count":
+            named.append((str(check["shape"]), int(check["count"])))
+    shapes = [shape for shape, _ in named]
+    return bool(totals) and sum(n for _, n in named) == totals[0] and len(shapes) == len(set(shapes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -12,12 +12,13 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from lvrpo.config import Config
+from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.data.scenes import edits, facts, grammar, reasoning
+from lvrpo.data.scenes.facts import paraphrased
 from lvrpo.data.scenes.layout import Layout
-from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split
-from lvrpo.data.scenes.paraphrases import paraphrased
-from lvrpo.data.scenes.questions import Question, ask, balanced_choice
-from lvrpo.data.scenes.render import cells_mask, render
+from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, compared_prompts
+from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split, cells_mask, render
+from lvrpo.data.scenes.questions import Question, ask, balanced_choice, question_form
 from lvrpo.types import Example, Image, Part, Prompt, Task
 
 CATEGORIES: Mapping[Task, tuple[str, ...]] = {
@@ -134,6 +135,15 @@ class ScenePrompts:
         """``n`` prompts from ``start`` on."""
         return [self.prompt(task, index) for index in range(start, start + n)]
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """How a caption may begin as a prompt, which does not count when prompts are compared."""
+        return CAPTION_PREFIXES
+
+    def compared(self, prompts: Sequence[Prompt]) -> list[ComparedPrompt]:
+        """Its prompts as the audit of splits compares them; pictures without perceptual hashes."""
+        return compared_prompts(prompts, phash=False)
+
     def example(self, task: Task, index: int) -> Example:
         """The prompt at an index with its right outputs: the clean supervised oracle."""
         prompt, outputs = self._build(task, index)
@@ -163,9 +173,17 @@ class ScenePrompts:
             picture = self._picture(index // self.config.questions_per_picture)
             question = picture.questions[index % self.config.questions_per_picture]
             said = paraphrased(question.text) if self.config.wording == "paraphrased" else question.text
-            asked = {"content": f"{picture.scene.content} {question.text}", "held_out": picture.scene.held_out()}
             prompt = Prompt(
-                key, task, (picture.image, said), ("text",), question.answer, (), category, self.name, **asked
+                key,
+                task,
+                (picture.image, said),
+                ("text",),
+                question.answer,
+                category=category,
+                source=self.name,
+                content=f"{picture.scene.content} {question.text}",
+                held_out=picture.scene.held_out(),
+                form=question_form(said),
             )
             return prompt, (question.answer,)
         layout = self._layout(task, index, category)
@@ -191,7 +209,7 @@ class ScenePrompts:
         assert r.picture is not None
         parts = (render(r.picture, self.config.size), r.text)
         prompt = Prompt(key, task, parts, ("text",), r.answer, (), category, self.name, content=r.content)
-        return prompt, (r.answer,)
+        return replace(prompt, form=question_form(r.text)), (r.answer,)
 
     def _number(self, task: Task, index: int) -> int:
         """How many prompts of the same category come before an index."""

@@ -1,4 +1,4 @@
-"""Picture -> what it shows: an exact reader for the pictures of this world, whoever drew them.
+"""Picture -> what it shows: an exact reader for pictures of this world.
 
 Objects sit in cells, so a picture is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus
 g, an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvrpo.data.base import QuestionAnswer
+from lvrpo.data.scenes.facts import paraphrases, questions_of_text, unchanged_questions_of_text
 from lvrpo.data.scenes.grammar import place
 from lvrpo.data.scenes.objects import (
     CELL,
@@ -271,3 +273,28 @@ def fact_results(facts: Iterable[Fact], reading: Reading) -> list[bool]:
 def verify(facts: Iterable[Fact], reading: Reading) -> bool:
     """Whether a picture shows everything that the facts say."""
     return all(fact_results(facts, reading))
+
+
+# --- the world as rewards see it ---
+
+
+class SceneWorld:
+    """Grammar and verifier of the scenes; see ``lvrpo.data.base.World``."""
+
+    def questions(self, text: str) -> tuple[Fact, ...]:
+        return questions_of_text(text)
+
+    def unchanged_questions(self, instruction: str) -> tuple[Fact, ...]:
+        return unchanged_questions_of_text(instruction)
+
+    def paraphrases(self, facts: Sequence[Fact]) -> list[tuple[QuestionAnswer, ...]]:
+        return paraphrases(facts)
+
+    def unreadable(self, image: Image) -> str | None:
+        height, width = image.shape[1:]
+        if height % CELL or width % CELL:
+            return f"a picture of {width} x {height}: the verifier reads multiples of {CELL}"
+        return None
+
+    def holds(self, facts: Sequence[Sequence[Fact]], images: Sequence[Image]) -> list[list[bool]]:
+        return [fact_results(of, reading) for of, reading in zip(facts, read(images), strict=True)]

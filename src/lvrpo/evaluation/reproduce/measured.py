@@ -24,7 +24,7 @@ from lvrpo.policies.base import Policy
 from lvrpo.reading import is_there
 from lvrpo.records import BenchmarkRecord
 from lvrpo.report.evidence import Outcome, PromptSet, prompts_file
-from lvrpo.rewards.answers import normalize_answer
+from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import Prompt
 
 PLAIN = "_plain"

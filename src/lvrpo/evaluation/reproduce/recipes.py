@@ -17,7 +17,7 @@ from lvrpo.evaluation.reproduce.budget import AnyConfig, RunCost, count_cost
 from lvrpo.evaluation.reproduce.plan import Experiment, TestConfig
 from lvrpo.policies.loading import load_policy
 from lvrpo.reading import Record, is_there, read_json_object, typed
-from lvrpo.rewards.identity import judge_identity
+from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
@@ -69,7 +69,7 @@ class Recipes:
         if model is None:
             return self.base_config(name).model_copy(update={"device": "auto"}).model_dump(mode="json")
         if name not in self._identities:
-            self._identities[name] = judge_identity(load_policy(model))
+            self._identities[name] = judge_fingerprint(load_policy(model))
         return self._identities[name]
 
     # --- rows ---

@@ -9,8 +9,9 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import Scores
-from lvrpo.rewards.lower_bound import LowerBound
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.conservative_ensemble import ConservativeEnsemble
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Group, Prompt
 
 DRAW = Prompt("d", "generate", ("a red circle",), ("image",))
@@ -34,8 +35,10 @@ class Says:
         return Scores(torch.tensor([self.scores for _ in groups]), noise=noise)
 
 
-def bound(*scores: Sequence[float], **options: Any) -> LowerBound:
-    made = LowerBound(members=[{"name": "exact_answer", "label": str(i)} for i in range(len(scores))], **options)
+def bound(*scores: Sequence[float], **options: Any) -> ConservativeEnsemble:
+    made = ConservativeEnsemble(
+        members=[{"name": "exact_answer", "label": str(i)} for i in range(len(scores))], **options
+    )
     for source, values in zip(made.sources, scores, strict=True):
         object.__setattr__(source, "reward", Says(*values))
     return made
@@ -55,7 +58,7 @@ def test_disagreement_costs_by_hand(drawn: list[Group]) -> None:
 
 def test_who_judges_its_members_is_who_judges_it(server: Any) -> None:
     rows = [{"name": "vlm_endpoint", "options": {"endpoint": server.options()}}, {"name": "caption_back"}]
-    assert LowerBound(members=rows).judged_by == (
+    assert ConservativeEnsemble(members=rows).judged_by == (
         f"0 vlm_endpoint: judge-1 at {server.url}, temperature 0.0, 256 tokens"
     )
     assert bound((1, 2, 0), (3, 2, 4)).judged_by == ""
@@ -78,7 +81,7 @@ def test_one_failed_member_masks_the_output(drawn: list[Group]) -> None:
     assert "1: the score is nan" in scores.failures[0, 1]
 
 
-def with_noise(made: LowerBound, member: int, *noise: float) -> LowerBound:
+def with_noise(made: ConservativeEnsemble, member: int, *noise: float) -> ConservativeEnsemble:
     made.sources[member].reward.noise = noise  # type: ignore[attr-defined]  # Says
     return made
 
@@ -108,7 +111,7 @@ def test_noise_follows_the_scale_of_the_group(drawn: list[Group]) -> None:
 
 
 def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
-    made = LowerBound(members=[{"name": "own_vqa"}, {"name": "caption_back"}])
+    made = ConservativeEnsemble(members=[{"name": "self_vqa"}, {"name": "caption_back"}])
     assert made.applies(DRAW)
     assert not made.applies(ASK)
     assert made.judges == ("image",)
@@ -117,17 +120,20 @@ def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"members": [{"name": "own_vqa"}]}, "must have at least 2 entries"),
+        ({"members": [{"name": "self_vqa"}]}, "must have at least 2 entries"),
         (
-            {"members": [{"name": "own_vqa"}, {"name": "own_vqa", "weight": 2}]},
-            r"1.weight: not here: a member has name",
+            {"members": [{"name": "self_vqa"}, {"name": "self_vqa", "weight": 2}]},
+            r"1.weight: not here",
         ),
-        ({"members": [{"name": "own_vqa"}, {"nmae": "own_vqa"}]}, r"members.1.nmae: unknown key: did you mean .*name"),
-        ({"members": [{"name": "own_vqa"}, {"name": "own_vqe"}]}, "own_vqa"),
-        ({"members": [{"name": "own_vqa"}] * 2, "k": -1}, "options.k=-1: must be >= 0"),
-        ({"members": [{"name": "own_vqa"}] * 2, "scale": "rank"}, "options.scale=rank: must be 'group' or 'raw'"),
+        (
+            {"members": [{"name": "self_vqa"}, {"nmae": "self_vqa"}]},
+            r"1.nmae: unknown key: did you mean .*name",
+        ),
+        ({"members": [{"name": "self_vqa"}, {"name": "own_vqe"}]}, "self_vqa"),
+        ({"members": [{"name": "self_vqa"}] * 2, "k": -1}, "options.k=-1: must be >= 0"),
+        ({"members": [{"name": "self_vqa"}] * 2, "scale": "rank"}, "options.scale=rank: must be 'group' or 'raw'"),
     ],
 )
 def test_wrong_members_are_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_rewards([RewardConfig(name="lower_bound", options=options)])
+        build_rewards([RewardConfig(name="conservative_ensemble", options=options)])

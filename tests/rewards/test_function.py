@@ -12,15 +12,16 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
-from lvrpo.rewards.decorated import reward
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.table import RewardConfig, build_rewards, score_groups
+from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.function import reward
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Group, Prompt, Trajectory
 
 DRAW = Prompt("d", "generate", ("x",), ("image",))
 ASK = Prompt("q", "understand", ("x",), ("text",))
 SOURCE = """
-from lvrpo.rewards.decorated import reward
+from lvrpo.rewards.function import reward
 
 @reward(outputs=["image"])
 def brightness(trajectory, target=0.5):
@@ -42,7 +43,10 @@ def module() -> Iterator[str]:
 def test_a_function_is_a_reward_in_ten_lines(module: str) -> None:
     assert len(SOURCE.splitlines()) <= 10
     sources = build_rewards([RewardConfig(name=module, label="bright", options={"target": 0.75})])
-    groups = [given_group(DRAW, [[torch.full((3, 4, 4), v)] for v in (0.25, 0.75)]), given_group(ASK, [["a"], ["b"]])]
+    groups = [
+        offline_group(DRAW, [[torch.full((3, 4, 4), v)] for v in (0.25, 0.75)]),
+        offline_group(ASK, [["a"], ["b"]]),
+    ]
     table = score_groups(sources, groups, None)  # type: ignore[arg-type]
     assert table.names == ("bright",)
     assert table.scores[0, :, 0].tolist() == [-0.5, 0]
@@ -60,7 +64,7 @@ def test_none_and_exceptions_mask_one_output() -> None:
         return {"a": 0.5, "b": None, "c": float("nan")}[str(trajectory.text)]
 
     built = odd()
-    result = built.score([given_group(ASK, [["a"], ["b"], ["d"]])], None)  # type: ignore[arg-type]
+    result = built.score([offline_group(ASK, [["a"], ["b"], ["d"]])], None)  # type: ignore[arg-type]
     assert float(result.values[0, 0]) == 0.5
     assert result.failures == {(0, 1): "the function gave no score", (0, 2): "KeyError: 'd'"}
     assert built.applies(ASK)

@@ -1,23 +1,20 @@
-"""A reward of one's own from one function."""
+"""A reward of your own from one function."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-import torch
-
 from lvrpo.errors import InputError, LvrpoError, described
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
 
 Function = Callable[..., float | None]
-Builder = Callable[..., "DecoratedReward"]
+Builder = Callable[..., "FunctionReward"]
 
-HANDED: dict[str, Callable[[Trajectory], Any]] = {
+PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "trajectory": lambda trajectory: trajectory,
     "prompt": lambda trajectory: " ".join(part for part in trajectory.prompt.parts if isinstance(part, str)),
     "answer": lambda trajectory: trajectory.prompt.answer,
@@ -49,7 +46,7 @@ def reward(
             return -abs(float(image.mean()) - target)
 
     In the configuration: ``rewards: [{name: "./my_rewards.py:brightness", options: {target: 0.6}}]``. There the
-    decorator may be left out. Its parameters say what it is handed (``HANDED``); all others are options. One of
+    decorator may be left out. Its parameters say what it is handed (``PARAMETERS``); all others are options. One of
     ``image`` is about pictures, one of ``text`` about texts, and prompts that ask for no such output are not scored;
     ``outputs`` and ``tasks`` narrow it further.
 
@@ -61,44 +58,44 @@ def reward(
         raise InputError(f"reward(tasks={tasks!r}): must be of {', '.join(TASKS)}")
 
     def decorate(function: Function) -> Builder:
-        handed = handed_names(function)
+        handed = parameter_names(function)
         needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
         judges: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in (outputs or needs or OUTPUTS))
         signature = inspect.signature(function)
 
-        def build(**options: Any) -> DecoratedReward:  # Any: each function has its own options
+        def build(**options: Any) -> FunctionReward:  # Any: each function has its own options
             mine = dict.fromkeys(name for name in handed if name in signature.parameters)
             signature.bind(*([] if mine else [None]), **mine, **options)  # a TypeError here is a wrong option
-            return DecoratedReward(function, options, judges, tuple(tasks), needs)
+            return FunctionReward(function, options, judges, tuple(tasks), needs)
 
         build.__doc__, build.__name__ = function.__doc__, function.__name__
-        vars(build)["makes"] = DecoratedReward  # by which the registry knows that this function builds a reward
+        vars(build)["makes"] = FunctionReward  # by which the registry knows that this function builds a reward
         return build
 
     return decorate if function is None else decorate(function)
 
 
-def handed_names(function: Function) -> tuple[str, ...]:
+def parameter_names(function: Function) -> tuple[str, ...]:
     """What a function is handed; ("trajectory",) where its first parameter has a name of its own.
 
     Raises InputError for a function that takes nothing.
     """
     names = list(inspect.signature(function).parameters)
-    found = tuple(name for name in names if name in HANDED)
+    found = tuple(name for name in names if name in PARAMETERS)
     if not names:
         raise InputError(
             f"reward {function.__name__!r}: takes nothing: write def {function.__name__}(image), or another of "
-            f"{', '.join(HANDED)}"
+            f"{', '.join(PARAMETERS)}"
         )
     return found or ("trajectory",)
 
 
 def as_reward(found: Any) -> Any:
-    """A plain function as the builder of a reward; whatever else a name stands for as it is. Any: anybody's object."""
+    """A plain function as the builder of a reward; any other object as it is. Any: an object of the user."""
     return reward(found) if inspect.isfunction(found) and "makes" not in vars(found) else found
 
 
-class DecoratedReward:
+class FunctionReward:
     """Calls a function for every output."""
 
     sides = ()
@@ -113,32 +110,23 @@ class DecoratedReward:
     ) -> None:
         self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs
         parameters = inspect.signature(function).parameters
-        self.handed = [name for name in handed_names(function) if name in parameters]
+        self.handed = [name for name in parameter_names(function) if name in parameters]
 
     def applies(self, prompt: Prompt) -> bool:
         made = prompt.output
         return prompt.task in self.tasks and {*self.needs} <= {*made} and any(kind in made for kind in self.judges)
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                found = self._of(trajectory)
-                if isinstance(found, str):
-                    failures[p, g] = found
-                else:
-                    values[p, g] = found
-        return Scores(values, failures)
+        return score_each(groups, self._of)
 
     def _of(self, trajectory: Trajectory) -> float | str:
         """The score, or why there is none."""
-        own = {name: HANDED[name](trajectory) for name in self.handed}
+        own = {name: PARAMETERS[name](trajectory) for name in self.handed}
         first = () if own else (trajectory,)
         try:
             found = self.function(*first, **own, **self.options)
             return "the function gave no score" if found is None else float(found)
         except LvrpoError:
             raise
-        except (Exception, SystemExit) as error:  # anybody's function may raise anything
+        except (Exception, SystemExit) as error:  # code of the user may raise anything
             return described(error)

@@ -1,4 +1,4 @@
-"""Keys of servers: how they are told, as far as they can be, so that none is written or shown."""
+"""Detects API keys by name and by value, so that none is written to a run or shown in a message."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _VALUE = re.compile(
 )
 
 
-def names_key(name: str) -> bool:
+def is_secret_name(name: str) -> bool:
     """Whether what stands under this name is a key: api_key, hf-token, Authorization; max_new_tokens is none."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
     plain = re.sub(r"[^A-Za-z0-9]+", "_", words).lower()
     return bool(_NAME.fullmatch(plain)) and not _TOKENS.fullmatch(plain)
 
 
-def holds_key(text: str) -> bool:
+def looks_like_secret(text: str) -> bool:
     """Whether a text holds what looks like a key of a known make."""
     return bool(_VALUE.search(unquote(text)))
 
 
-def names_variable(text: str) -> bool:
+def is_variable_name(text: str) -> bool:
     """Whether a text is a likely name of an environment variable: short words of one case, few digits, no key."""
     words = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) and text.split("_")
-    if not words or holds_key(text) or (text != text.upper() and text != text.lower()):
+    if not words or looks_like_secret(text) or (text != text.upper() and text != text.lower()):
         return False
     return max(map(len, words)) <= 20 and sum(map(str.isdigit, text)) <= 4

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lvrpo.rewards.answer_reading import rating, same_answer, yes_or_no
 from lvrpo.rewards.endpoint import NoAnswer
+from lvrpo.rewards.vlm_endpoint import rating, same_answer, yes_or_no
 
 LONG = "The picture shows a wide and empty landscape under heavy clouds"
 

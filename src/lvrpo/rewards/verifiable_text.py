@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +9,21 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from lvrpo.config import Config, Natural, NotNegative
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern, matches_whole
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores
+from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
 CutOff = Literal["mask", "score"]
 """Of a text that met the length limit: no score, or that of what there is."""
 
-WAS_CUT = "the text was cut off at the length limit"
+TRUNCATED = "the text was cut off at the length limit"
 EMPTY = "the answer is empty"
+NO_TEXT = "nothing was written"
 
 
 def last_text(trajectory: Trajectory) -> TextSegment | None:
@@ -32,7 +31,7 @@ def last_text(trajectory: Trajectory) -> TextSegment | None:
     return next((s for s in reversed(trajectory.segments) if isinstance(s, TextSegment)), None)
 
 
-def was_cut(trajectory: Trajectory) -> bool:
+def is_truncated(trajectory: Trajectory) -> bool:
     """Whether the last text of a trajectory met the length limit."""
     segment = last_text(trajectory)
     return segment is not None and not segment.ended
@@ -43,28 +42,26 @@ def text_problem(trajectory: Trajectory, empty: str = EMPTY) -> str | None:
     segment = last_text(trajectory)
     if segment is None or not segment.text.strip():
         return empty
-    return None if segment.ended else WAS_CUT
+    return None if segment.ended else TRUNCATED
 
 
 def score_texts(groups: Sequence[Group], cut_off: CutOff, rule: Callable[[str, Prompt], float]) -> Scores:
     """A rule applied to the last text of every trajectory."""
-    values = torch.full((len(groups), len(groups[0])), math.nan)
-    failures: dict[tuple[int, int], str] = {}
-    for p, group in enumerate(groups):
-        for g, trajectory in enumerate(group.trajectories):
-            segment = last_text(trajectory)
-            if segment is None:
-                failures[p, g] = "nothing was written"
-            elif cut_off == "mask" and not segment.ended:
-                failures[p, g] = WAS_CUT
-            else:
-                try:
-                    values[p, g] = rule(segment.text, group.prompt)
-                except TimeoutError as error:  # of a rule that comes from data
-                    failures[p, g] = str(error)
-                except (ValueError, ArithmeticError, RecursionError) as error:  # such as a number of 5,000 digits
-                    failures[p, g] = f"the rule failed: {error}"
-    return Scores(values, failures)
+
+    def score(trajectory: Trajectory) -> float | str:
+        segment = last_text(trajectory)
+        if segment is None:
+            return NO_TEXT
+        if cut_off == "mask" and not segment.ended:
+            return TRUNCATED
+        try:
+            return rule(segment.text, trajectory.prompt)
+        except TimeoutError as error:  # of a rule that comes from data
+            return str(error)
+        except (ValueError, ArithmeticError, RecursionError) as error:  # such as a number of 5,000 digits
+            return f"the rule failed: {error}"
+
+    return score_each(groups, score)
 
 
 # --- exact_answer ---
@@ -92,18 +89,13 @@ class ExactAnswer(Config):
         return prompt.answer is not None and scored
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        values = torch.tensor([[float(answers_rightly(t)) for t in group.trajectories] for group in groups])
-        failures: dict[tuple[int, int], str] = {}
-        for p, group in enumerate(groups if self.cut_off == "mask" else ()):
-            for g, trajectory in enumerate(group.trajectories):
-                if was_cut(trajectory):
-                    values[p, g], failures[p, g] = math.nan, WAS_CUT
-        return Scores(values, failures)
+        masked = self.cut_off == "mask"
+        return score_each(groups, lambda t: TRUNCATED if masked and is_truncated(t) else float(is_right_answer(t)))
 
 
-def answers_rightly(trajectory: Trajectory) -> bool:
+def is_right_answer(trajectory: Trajectory) -> bool:
     """Whether the text is the prompt's answer, and ended."""
-    return not was_cut(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
+    return not is_truncated(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
 
 
 def answers_match(given: str, right: str) -> bool:
@@ -433,16 +425,7 @@ class TextLength(Config):
         return "text" in prompt.output
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
-        values = torch.full((len(groups), len(groups[0])), math.nan)
-        failures: dict[tuple[int, int], str] = {}
-        for p, group in enumerate(groups):
-            for g, trajectory in enumerate(group.trajectories):
-                segment = last_text(trajectory)
-                if segment is None:
-                    failures[p, g] = "nothing was written"
-                else:
-                    values[p, g] = self.of(segment.tokens.numel())
-        return Scores(values, failures)
+        return score_each(groups, lambda t: NO_TEXT if (s := last_text(t)) is None else self.of(s.tokens.numel()))
 
     def of(self, tokens: int) -> float:
         """The score of a text of so many tokens."""

@@ -16,8 +16,9 @@ from PIL import ImageDraw, ImageFont
 
 from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
-from lvrpo.rewards.drawn_text import DrawnText, asked_text, edit_distance
-from lvrpo.rewards.table import RewardConfig, build_rewards
+from lvrpo.rewards.row import RewardConfig
+from lvrpo.rewards.table import build_rewards
+from lvrpo.rewards.verifiable_image import OCR, asked_text, edit_distance
 from lvrpo.types import Fact, Group, Image, Prompt
 
 SIGN = Prompt("s", "generate", ('a sign that says "Open late"',), ("image",))
@@ -47,17 +48,15 @@ def picture(level: float) -> Image:
 
 def test_the_share_of_the_text_that_can_be_read(group: Callable[..., Group], fake: str, judge: Any) -> None:
     groups = [group(SIGN, [[picture(level)] for level in (0.25, 0.5, 0.75, 0.0)])]
-    scores = DrawnText(reader=fake).score(groups, judge({}))
+    scores = OCR(reader=fake).score(groups, judge({}))
     assert scores.values[0].tolist() == pytest.approx([1, 1 - 1 / 9, 9 / 18, 0])
-    assert DrawnText(compare="exact", reader=fake).score(groups, judge({})).values.tolist() == [[1, 0, 0, 0]]
-    with_case = DrawnText(case=True, reader=fake).score(groups, judge({})).values[0]
+    assert OCR(compare="exact", reader=fake).score(groups, judge({})).values.tolist() == [[1, 0, 0, 0]]
+    with_case = OCR(case=True, reader=fake).score(groups, judge({})).values[0]
     assert with_case.tolist() == pytest.approx([1 - 7 / 9, 1 - 2 / 9, 1 - 10 / 18, 0])
 
 
 def test_what_cannot_be_read_is_masked(group: Callable[..., Group], fake: str, judge: Any) -> None:
-    scores = DrawnText(reader=fake).score(
-        [group(SIGN, [[picture(0.9)], [picture(math.nan)], [picture(0.0)]])], judge({})
-    )
+    scores = OCR(reader=fake).score([group(SIGN, [[picture(0.9)], [picture(math.nan)], [picture(0.0)]])], judge({}))
     assert scores.values[0].isnan().tolist() == [True, True, False]
     assert scores.failures == {
         (0, 0): "the text reader failed: KeyError(0.9)",
@@ -80,13 +79,13 @@ def test_what_cannot_be_read_is_masked(group: Callable[..., Group], fake: str, j
 def test_the_text_asked_for_stands_in_quotation_marks(words: str, asked: str | None, fake: str) -> None:
     prompt = Prompt("p", "generate", (words,), ("image",))
     assert asked_text(prompt) == asked
-    assert DrawnText(reader=fake).applies(prompt) == (asked is not None)
+    assert OCR(reader=fake).applies(prompt) == (asked is not None)
 
 
 def test_facts_of_the_kind_text_come_first(fake: str) -> None:
     facts = (Fact("color", "color ?", "red"), Fact("text", "what does it say ?", "EXIT"))
     assert asked_text(Prompt("p", "generate", ('a "red" sign',), ("image",), facts=facts)) == "EXIT"
-    assert not DrawnText(reader=fake).applies(Prompt("q", "understand", (picture(0), 'is it "x" ?'), ("text",)))
+    assert not OCR(reader=fake).applies(Prompt("q", "understand", (picture(0), 'is it "x" ?'), ("text",)))
 
 
 def test_edit_distances_worked_by_hand() -> None:
@@ -110,12 +109,12 @@ def test_the_edit_distance_is_a_metric(one: str, two: str, three: str) -> None:
 
 def test_bad_options_are_refused(fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"options.compare=near: must be 'distance' or 'exact'"):
-        build_rewards([RewardConfig(name="drawn_text", options={"compare": "near"})])
+        build_rewards([RewardConfig(name="ocr", options={"compare": "near"})])
     with pytest.raises(InputError, match="text reader 'rapidor': unknown: did you mean rapidocr"):
-        DrawnText(reader="rapidor")
+        OCR(reader="rapidor")
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    with pytest.raises(InputError, match=r"drawn_text: needs the package rapidocr: pip install 'lvrpo\[ocr\]'"):
-        DrawnText()
+    with pytest.raises(InputError, match=r"ocr: needs the package rapidocr: pip install 'lvrpo\[ocr\]'"):
+        OCR()
 
 
 def test_drawn_words_are_read(group: Callable[..., Group], judge: Any) -> None:
@@ -128,7 +127,7 @@ def test_drawn_words_are_read(group: Callable[..., Group], judge: Any) -> None:
         return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1) / 255
 
     images = [drawn("OPEN LATE"), drawn("OPEN"), torch.ones(3, 32, 32)]
-    reward = DrawnText()
+    reward = OCR()
     scores = reward.score([group(SIGN, [[image] for image in images])], judge({}))
     assert not scores.failures
     assert scores.values[0].tolist() == pytest.approx([1, 4 / 9, 0])

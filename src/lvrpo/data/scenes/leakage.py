@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lvrpo.data.leakage import Asked, Picture, pixel_picture
+from lvrpo.data.leakage import ComparedPrompt, Picture, pixel_picture
 from lvrpo.data.scenes.grammar import DIGITS, OPPOSITE, PARAPHRASED_WORDINGS, RELATION_PHRASE, WORDINGS
 from lvrpo.data.scenes.verifier import Reading, read
 from lvrpo.types import Example, Image, Prompt
 
-BEGINNINGS = tuple(
+CAPTION_PREFIXES = tuple(
     sorted(
         {
             w.replace("{be}", be).partition("{}")[0].strip()
@@ -34,13 +34,13 @@ _ORDER = re.compile(r"which digit is (?:larger|smaller) \?|draw the (?:larger|sm
 _SUM = re.compile(r"what is the sum \?|draw \d(?: \+ \d)+")
 
 
-def said_of_picture(text: str) -> str:
+def caption_key(text: str) -> str:
     """What a caption says, the same for all wordings and orders, for "a left of b" and "b right of a".
 
-    >>> said_of_picture("draw a star left of a red circle") == said_of_picture("a red circle right of a star")
+    >>> caption_key("draw a star left of a red circle") == caption_key("a red circle right of a star")
     True
     """
-    for start in sorted(BEGINNINGS, key=len, reverse=True):
+    for start in sorted(CAPTION_PREFIXES, key=len, reverse=True):
         text = text.removeprefix(f"{start} ")
     ground, where = _GROUND.search(text), _PLACE.search(_GROUND.sub("", text))
     objects = _PLACE.sub("", _GROUND.sub("", text))
@@ -55,10 +55,10 @@ def said_of_picture(text: str) -> str:
     return " | ".join([*parts, *(str(each) for each in found)])
 
 
-def operands_of(text: str, reading: Reading | None) -> str:
+def operands_key(text: str, reading: Reading | None) -> str:
     """What is added or compared, in whichever words and order; nothing where it cannot be read.
 
-    >>> operands_of("draw the larger of 3 and 5", None)
+    >>> operands_key("draw the larger of 3 and 5", None)
     'order 3 5'
     """
     name = "sum" if _SUM.fullmatch(text) else "order" if _ORDER.fullmatch(text) else "more"
@@ -74,25 +74,25 @@ def operands_of(text: str, reading: Reading | None) -> str:
     return f"{name} {' '.join(sorted(values))}"
 
 
-def asked(prompts: Sequence[Prompt], looks: bool = True) -> list[Asked]:
-    """Prompts of the world as they are compared; ``looks``: pictures by their looks too, which takes time."""
+def compared_prompts(prompts: Sequence[Prompt], phash: bool = True) -> list[ComparedPrompt]:
+    """Prompts of the world as they are compared; ``phash``: pictures by perceptual hashes too, which is slow."""
     to_read = [i for i, prompt in enumerate(prompts) if prompt.task == "reason" and _images(prompt)]
     readings = dict(zip(to_read, read([_images(prompts[i])[0] for i in to_read]), strict=True))
     known: dict[int, Picture] = {}
-    found: list[Asked] = []
+    found: list[ComparedPrompt] = []
     for i, prompt in enumerate(prompts):
         text = " ".join(part for part in prompt.parts if isinstance(part, str))
         content = ""
         if prompt.task == "generate":
-            content = f"drawing {said_of_picture(text)}"
+            content = f"drawing {caption_key(text)}"
         elif prompt.task == "reason":
-            content = operands_of(text, readings.get(i))
-        pictures = tuple(_picture(image, known, looks) for image in _images(prompt))
-        found.append(Asked(prompt.id, prompt.task, text, pictures, content))
+            content = operands_key(text, readings.get(i))
+        pictures = tuple(_picture(image, known, phash) for image in _images(prompt))
+        found.append(ComparedPrompt(prompt.id, prompt.task, text, pictures, content))
     return found
 
 
-def asked_of_examples(examples: Iterable[Example], chunk: int = 512) -> Iterable[Asked]:
+def compared_examples(examples: Iterable[Example], chunk: int = 512) -> Iterable[ComparedPrompt]:
     """Rows to imitate as they are compared; a caption to write is a text that was seen, too."""
     rows: list[Example] = []
     for example in examples:
@@ -103,20 +103,20 @@ def asked_of_examples(examples: Iterable[Example], chunk: int = 512) -> Iterable
     yield from _of_rows(rows)
 
 
-def _of_rows(rows: Sequence[Example]) -> Iterable[Asked]:
-    yield from asked([row.prompt for row in rows])
+def _of_rows(rows: Sequence[Example]) -> Iterable[ComparedPrompt]:
+    yield from compared_prompts([row.prompt for row in rows])
     for row in rows:
         if row.prompt.category == "caption" and row.prompt.task == "understand":
             text = str(row.outputs[0])
-            yield Asked(row.prompt.id, "generate", text, (), f"drawing {said_of_picture(text)}")
+            yield ComparedPrompt(row.prompt.id, "generate", text, (), f"drawing {caption_key(text)}")
 
 
 def _images(prompt: Prompt) -> list[Image]:
     return [part for part in prompt.parts if not isinstance(part, str)]
 
 
-def _picture(image: Image, known: dict[int, Picture], looks: bool) -> Picture:
+def _picture(image: Image, known: dict[int, Picture], phash: bool) -> Picture:
     """Questions about one picture hold the same tensor: it is hashed once."""
     if id(image) not in known:
-        known[id(image)] = pixel_picture(image, looks)
+        known[id(image)] = pixel_picture(image, phash)
     return known[id(image)]

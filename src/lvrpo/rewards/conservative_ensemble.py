@@ -13,16 +13,16 @@ from lvrpo.algorithms import normalize_rewards
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import Config, NotNegative
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import SIDES, Scores, Side
-from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.table import NOT_APPLICABLE, RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.base import SIDES, Scores, Side, join_judges
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable
 
-TAKEN = ("name", "label", "options", "clip", "judge")
+MEMBER_FIELDS = ("name", "label", "options", "clip", "judge")
 """What a member may say; weights, tasks and schedules belong to the row of the table."""
 
 
-class LowerBound(Config):
+class ConservativeEnsemble(Config):
     """Mean of an ensemble of rewards minus ``k`` times their standard deviation.
 
         r = mean_m s_m - k std_m s_m,
@@ -51,8 +51,8 @@ class LowerBound(Config):
     @classmethod
     def _without_weights(cls, members: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
         for i, member in enumerate(members):
-            if other := sorted(member.model_fields_set - set(TAKEN)):
-                raise ValueError(f"{i}.{other[0]}: not here: a member has {', '.join(TAKEN)}")
+            if other := sorted(member.model_fields_set - set(MEMBER_FIELDS)):
+                raise ValueError(f"{i}.{other[0]}: not here: a member has {', '.join(MEMBER_FIELDS)}")
         return members
 
     @cached_property
@@ -65,7 +65,7 @@ class LowerBound(Config):
     @property
     def judged_by(self) -> str:
         named = [(source.config.title, source.judged_by) for source in self.sources]
-        return judged_by(*(f"{title}: {who}" for title, who in named if who))
+        return join_judges(*(f"{title}: {who}" for title, who in named if who))
 
     @property
     def sides(self) -> tuple[Side, ...]:

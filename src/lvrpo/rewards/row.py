@@ -20,15 +20,14 @@ from lvrpo.errors import ContractError, InputError, LvrpoError, described
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
-from lvrpo.rewards import REWARDS
-from lvrpo.rewards.base import SIDES, Reward, Scores, Side
-from lvrpo.rewards.decorated import as_reward
-from lvrpo.rewards.identity import judge_identity, judged_by
-from lvrpo.rewards.keys import holds_key, names_key
+from lvrpo.rewards import RENAMED, REWARDS
+from lvrpo.rewards.base import SIDES, Reward, Scores, Side, join_judges, judge_fingerprint
+from lvrpo.rewards.function import as_reward
+from lvrpo.rewards.secrets import is_secret_name, looks_like_secret
 from lvrpo.types import Group, OutputKind, Prompt, Task
 
 METHODS = ("applies", "score")
-"""What anybody's class of a reward must have."""
+"""Methods that the class of a reward must have."""
 
 
 class RayConfig(Config):
@@ -117,6 +116,13 @@ class RewardConfig(Config):
     where: WhereConfig | None = None
     """In actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in the processes that train."""
 
+    @field_validator("name")
+    @classmethod
+    def _by_its_name_of_today(cls, name: str) -> str:
+        if name in RENAMED:
+            raise ValueError(f"is called {RENAMED[name]} now")
+        return name
+
     @field_validator("options")
     @classmethod
     def _without_keys(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +164,7 @@ class RewardSource:
             return (tasks is None or prompt.task in tasks) and bool(self.reward.applies(prompt))
         except LvrpoError:
             raise
-        except (Exception, SystemExit) as error:  # anybody's reward may raise anything
+        except (Exception, SystemExit) as error:  # code of the user may raise anything
             raise ContractError(
                 f"reward {self.config.title!r}: applies failed on prompt {prompt.id!r}: {described(error)}"
             ) from error
@@ -170,23 +176,23 @@ class RewardSource:
 
     @property
     def judged_by(self) -> str:
-        """Who judges beside the run's judge or instead of it; "" where nobody does."""
-        return judged_by("" if self.judge is None else judge_identity(self.judge), self.reward)
+        """The model that judges beside the run's judge or instead of it; "" for none."""
+        return join_judges("" if self.judge is None else judge_fingerprint(self.judge), self.reward)
 
     @property
     def sides(self) -> tuple[Side, ...]:
         """Which sides of the run's judge score for it; none where another model judges in its place."""
-        return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in anybody's class
+        return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in a class of the user
 
     @property
     def relative(self) -> bool:
         """Whether a score says only how an output compares with the others of its group."""
-        return bool(getattr(self.reward, "relative", False))  # optional in anybody's class
+        return bool(getattr(self.reward, "relative", False))  # optional in a class of the user
 
     @property
     def judges(self) -> tuple[OutputKind, ...]:
         """The kinds of segments that it judges where a trajectory has several."""
-        own = getattr(self.reward, "judges", ("text", "image"))  # anybody's class: the attribute is optional
+        own = getattr(self.reward, "judges", ("text", "image"))  # optional in a class of the user
         return self.config.segments or own
 
 
@@ -198,11 +204,11 @@ def _refuse_secrets(options: Any, name: str = "", secret: bool = False) -> None:
     if isinstance(options, Mapping):
         for key, value in options.items():
             _refuse_secrets(str(key), "the name of an option")
-            _refuse_secrets(value, str(key), secret or names_key(str(key)))
+            _refuse_secrets(value, str(key), secret or is_secret_name(str(key)))
     elif isinstance(options, list | tuple):
         for value in options:
             _refuse_secrets(value, name, secret)
-    elif isinstance(options, str) and (secret or holds_key(options)):
+    elif isinstance(options, str) and (secret or looks_like_secret(options)):
         raise ValueError(
             f"{name}: looks like a key, and options are written to run directories: put it into an environment "
             "variable and name that in key_env"
@@ -220,12 +226,12 @@ def make_reward(config: RewardConfig) -> Reward:
     cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
     if isinstance(cls, type) and issubclass(cls, Config):
         reward: Any = parse_section(cls, config.options, f"rewards.{config.title}.options")
-        judged_by(reward)  # reads the property, which makes endpoints and members: their faults are reported here
+        join_judges(reward)  # reads the property, which makes endpoints and members: their faults are reported here
         return reward
     try:
         return cls(**config.options)
     except TypeError as error:
-        # names alone: what stands in a wrong place may be a key
+        # names alone: a value in a wrong place may be a key
         named = ", ".join(config.options) or "none"
         parameters = inspect.signature(cls).parameters.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -233,7 +239,7 @@ def make_reward(config: RewardConfig) -> Reward:
         raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
     except LvrpoError:
         raise
-    except (Exception, SystemExit) as error:  # anybody's class may raise anything
+    except (Exception, SystemExit) as error:  # code of the user may raise anything
         raise InputError(
             f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
             "the class"
@@ -246,13 +252,13 @@ def checked_scores(
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
-        with settings_kept():
+        with preserve_global_state():
             result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
         failures, noise = dict(result.failures), result.noise
     except LvrpoError:
         raise
-    except (Exception, SystemExit) as error:  # anybody's reward may raise anything: masked or a stop, as configured
+    except (Exception, SystemExit) as error:  # code of the user may raise anything: masked or a stop, as configured
         result = Scores(torch.full((P, G), math.nan))
         noise, values, failures = None, result.values, {(p, g): described(error) for p in range(P) for g in range(G)}
     if values.shape != (P, G):
@@ -268,7 +274,7 @@ def checked_scores(
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
+def preserve_global_state() -> Iterator[None]:
     """Puts back what code can change for the whole process: generators, gradients on or off, dtype, threads."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

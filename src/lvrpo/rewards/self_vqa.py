@@ -11,16 +11,15 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from lvrpo.config import Config, NotNegative
-from lvrpo.data.worlds import world_of
+from lvrpo.data.base import world_of
 from lvrpo.policies.base import Policy
-from lvrpo.rewards.base import Scores, first_problem, probabilities, problem_of
+from lvrpo.rewards.base import Scores, first_problem, image_problem, join_judges, probabilities
 from lvrpo.rewards.endpoint import NoAnswer
-from lvrpo.rewards.identity import judged_by
-from lvrpo.rewards.questions import UNTOLD, SplitConfig, Splitter
+from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 BOTH_ORDERS = "{question} Answer {first} or {second}."
-"""How yes-no questions of a split prompt are asked unless told otherwise."""
+"""How yes-no questions that a model wrote are asked where ``choices`` is None."""
 
 Confidences = dict[tuple[int, int], torch.Tensor]
 Failures = dict[tuple[int, int], str]
@@ -52,7 +51,7 @@ Choices = Annotated[str, AfterValidator(_with_both_answers)]
 """A template that offers both answers to a yes-no question, such as BOTH_ORDERS."""
 
 
-class OwnVQA(Config):
+class SelfVQA(Config):
     """Mean over the prompt's facts of the judge's confidence in the right answer, given the picture alone.
 
     r = mean_k exp( mean-per-token log p_judge(answer_k | picture, question_k) ). Range [0, 1].
@@ -63,6 +62,7 @@ class OwnVQA(Config):
 
     judges: ClassVar = ("image",)
     sides: ClassVar = ("read",)
+    hints: ClassVar = RENAMED_OPTIONS
 
     choices: Choices | None = None
     """Offers both answers to a yes-no question, in both orders: a template such as "{question} Answer {first} or
@@ -71,11 +71,11 @@ class OwnVQA(Config):
     None: BOTH_ORDERS for questions that a model wrote, else the question alone."""
     both: tuple[str, str] = ("yes", "no")
     """The two answers of a yes-no question."""
-    split: SplitConfig | None = None
-    """Prompts of free text, without facts, are split into questions first (``rewards.questions``: by the judge itself,
-    by an endpoint, or by the grammar of its world; {} for its defaults); None: they do not get this reward. Of an edit,
+    questions: QuestionConfig | None = None
+    """Who writes questions for prompts of free text, without facts (``rewards.questions``: the judge itself, an
+    endpoint, or the grammar of its world; {} for its defaults); None: they do not get this reward. Of an edit,
     what should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so
-    that the result has to agree with the source. A prompt that could not be split is masked with the reason."""
+    that the result has to agree with the source. A prompt for which none could be written is masked with the reason."""
     kinds: tuple[str, ...] | None = None
     """Only facts of these kinds are asked; None: all."""
     paraphrases: int = Field(default=1, ge=1, le=100_000)
@@ -93,17 +93,17 @@ class OwnVQA(Config):
         return self
 
     @cached_property
-    def splitter(self) -> Splitter | None:
-        return None if self.split is None else Splitter(self.split)
+    def generator(self) -> QuestionGenerator | None:
+        return None if self.questions is None else QuestionGenerator(self.questions)
 
     @property
     def judged_by(self) -> str:
-        return judged_by(self.splitter)
+        return join_judges(self.generator)
 
     def applies(self, prompt: Prompt) -> bool:
         if "image" not in prompt.output:
             return False
-        return bool(self.known(prompt)) or (self.splitter is not None and self.splitter.applies(prompt))
+        return bool(self.known(prompt)) or (self.generator is not None and self.generator.applies(prompt))
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         confidences, failures = self.confidences(groups, judge, judge)
@@ -118,17 +118,17 @@ class OwnVQA(Config):
         ``judge`` splits free text; ``reader`` sees the pictures.
         """
         missing: dict[int, str] = {}
-        if self.splitter is not None:
-            groups, missing = self.splitter.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
+        if self.generator is not None:
+            groups, missing = self.generator.with_questions(groups, judge, lambda pairs: self.confirm(pairs, reader))
         failures: Failures = {}
         asked: list[tuple[Image, Wordings]] = []
         facts_of: dict[tuple[int, int], slice] = {}
         for p, group in enumerate(groups):
             facts = self._questions(group.prompt)
             for g, trajectory in enumerate(group.trajectories):
-                image, problem = trajectory.image, problem_of(trajectory, reader)
+                image, problem = trajectory.image, image_problem(trajectory, reader)
                 if image is None or problem or not facts:
-                    failures[p, g] = problem or missing.get(p, UNTOLD)
+                    failures[p, g] = problem or missing.get(p, NO_QUESTION)
                     continue
                 facts_of[p, g] = slice(len(asked), len(asked) + len(facts))
                 asked += [(image, wordings) for wordings in facts]
@@ -186,7 +186,7 @@ class OwnVQA(Config):
     def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:
         """One row; or right and wrong answer in one order, then in the other."""
         choices = self.choices
-        if choices is None and self.split is not None and self.split.by != "grammar":
+        if choices is None and self.questions is not None and self.questions.by != "grammar":
             choices = BOTH_ORDERS
         if choices is None or answer not in self.both:
             return [((image, question), answer)]

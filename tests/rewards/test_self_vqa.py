@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from lvrpo.data.scenes import facts as scene_facts
 from lvrpo.data.scenes.grammar import Mention
 from lvrpo.errors import InputError
-from lvrpo.rewards.given import given_group
-from lvrpo.rewards.own_vqa import OwnVQA
-from lvrpo.rewards.table import RewardConfig, RewardSource, build_rewards, score_groups
+from lvrpo.rewards.base import offline_group
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.self_vqa import SelfVQA
+from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 
@@ -42,7 +43,7 @@ def test_the_score_is_the_mean_probability_of_the_right_answers(
         }
     )
     outputs = [[picture(0.25)], [picture(0.75)]]
-    scores = OwnVQA().score([group(two, outputs), group(one, outputs)], fake)
+    scores = SelfVQA().score([group(two, outputs), group(one, outputs)], fake)
     assert scores.values.flatten().tolist() == pytest.approx([0.3, 0.5, 0.2, 0.9])
     assert not scores.failures
     assert len(fake.asked) == 6
@@ -51,10 +52,10 @@ def test_the_score_is_the_mean_probability_of_the_right_answers(
 
 def test_where_it_applies() -> None:
     known = facts(("color ?", "red"))
-    assert OwnVQA().applies(Prompt("a", "generate", ("x",), ("image",), facts=known))
-    assert OwnVQA().applies(Prompt("a", "reason", ("x",), ("text", "image"), facts=known))
-    assert not OwnVQA().applies(Prompt("a", "generate", ("x",), ("image",)))
-    assert not OwnVQA().applies(Prompt("a", "understand", ("x",), ("text",), facts=known))
+    assert SelfVQA().applies(Prompt("a", "generate", ("x",), ("image",), facts=known))
+    assert SelfVQA().applies(Prompt("a", "reason", ("x",), ("text", "image"), facts=known))
+    assert not SelfVQA().applies(Prompt("a", "generate", ("x",), ("image",)))
+    assert not SelfVQA().applies(Prompt("a", "understand", ("x",), ("text",), facts=known))
 
 
 def test_both_orders_take_the_preference_for_a_place_out(
@@ -69,7 +70,7 @@ def test_both_orders_take_the_preference_for_a_place_out(
         (0.5, "is it ? no or yes", "no"): 0.6,
         (0.5, "color ?", "red"): 0.9,
     }
-    reward = OwnVQA(choices="{question} {first} or {second}")
+    reward = SelfVQA(choices="{question} {first} or {second}")
     scores = reward.score([group(prompt, [[picture(0.5)]])], judge(table))
     assert scores.values.tolist() == [[pytest.approx((0.5 + 0.9) / 2)]]
 
@@ -77,7 +78,7 @@ def test_both_orders_take_the_preference_for_a_place_out(
 def test_only_facts_of_the_named_kinds_are_asked(group: Callable[..., Group], judge: Callable[..., Any]) -> None:
     both = (Fact("seen", "color ?", "red"), Fact("unseen", "where ?", "left"))
     prompt = Prompt("a", "generate", ("x",), ("image",), facts=both)
-    reward = OwnVQA(kinds=["seen"])
+    reward = SelfVQA(kinds=["seen"])
     scores = reward.score([group(prompt, [[picture(0.5)]])], judge({(0.5, "color ?", "red"): 0.75}))
     assert scores.values.tolist() == [[0.75]]
     assert not reward.applies(Prompt("b", "generate", ("x",), ("image",), facts=both[1:]))
@@ -90,7 +91,7 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
     fake = judge({(0.25, "color ?", "red"): 0.5, (0.5, "color ?", "red"): math.nan})
     fake.image_size = 8
     outputs = [[picture(0.25)], [picture(0.5)], [picture(math.nan)], [torch.zeros(3, 16, 8)]]
-    source = RewardSource(RewardConfig(name="own_vqa"), OwnVQA())
+    source = RewardSource(RewardConfig(name="self_vqa"), SelfVQA())
     table = score_groups([source], [group(prompt, outputs)], fake)
     assert table.mask.flatten().tolist() == [True, False, False, False]
     assert table.reasons == {
@@ -107,11 +108,12 @@ def test_a_judge_that_says_nan_and_pictures_that_cannot_be_read_are_masked(
         ({"choices": "{question} {first} {second} {third}"}, "must hold {question}, {first} and {second} only"),
         ({"choices": "{question} {first} {second} {"}, "must hold {question}, {first} and {second} only"),
         ({"both": ["yes", "yes"]}, "must be two different answers"),
+        ({"split": {}}, "options.split={}: is called questions now"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_rewards([RewardConfig(name="own_vqa", options=options)])
+        build_rewards([RewardConfig(name="self_vqa", options=options)])
 
 
 def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
@@ -126,20 +128,20 @@ def test_paraphrases_are_averaged_and_bounded(group: Any, judge: Any) -> None:
         (0.5, "where is the circle relative to the star ?", "left"): 0.3,
     }
     asked = judge(sure)
-    score = OwnVQA(paraphrases=3).score([group(prompt, [[image]])], asked).values
+    score = SelfVQA(paraphrases=3).score([group(prompt, [[image]])], asked).values
     assert float(score) == pytest.approx(0.6)
     assert len(asked.asked) == 3
-    bounded = OwnVQA(paraphrases=3, bound=2).score([group(prompt, [[image]])], judge(sure)).values
+    bounded = SelfVQA(paraphrases=3, bound=2).score([group(prompt, [[image]])], judge(sure)).values
     assert float(bounded) == pytest.approx(0.6 - 2 * 0.06**0.5)
     digit = Prompt("d", "generate", ("x",), ("image",), facts=(fact,))
     table = {(0.5, "what digit is there ?", "7"): 0.5, (0.5, "is there a 7 ?", "yes"): 0.7}
-    assert float(OwnVQA(paraphrases=9).score([group(digit, [[image]])], judge(table)).values) == pytest.approx(0.6)
+    assert float(SelfVQA(paraphrases=9).score([group(digit, [[image]])], judge(table)).values) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("wrong", [{"paraphrases": 0}, {"bound": 1.0}, {"paraphrases": 2, "bound": -1.0}])
 def test_paraphrases_that_make_no_sense_are_one_line(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="own_vqa"):
-        build_rewards([RewardConfig(name="own_vqa", options=wrong)])
+    with pytest.raises(InputError, match="self_vqa"):
+        build_rewards([RewardConfig(name="self_vqa", options=wrong)])
 
 
 BITS = 5
@@ -174,12 +176,12 @@ def test_one_more_fact_never_scores_lower(held: list[bool], one: int, orders: bo
     """With a perfect judge the score is the share of facts that hold; nothing drawn is a guess of one half."""
     more = [*held]
     more[one] = True
-    reward = OwnVQA(choices="{question} {first} or {second}" if orders else None)
+    reward = SelfVQA(choices="{question} {first} or {second}" if orders else None)
     drawn = [[shown([float(b) for b in bits])] for bits in (held, more)] + [
         [shown([0.5] * BITS)],
         [shown([0.0] * BITS)],
     ]
-    values = reward.score([given_group(KNOWN, drawn)], Perfect()).values[0]  # type: ignore[arg-type]  # a double
+    values = reward.score([offline_group(KNOWN, drawn)], Perfect()).values[0]  # type: ignore[arg-type]  # a double
     assert values.tolist() == pytest.approx([sum(held) / BITS, sum(more) / BITS, 0.5, 0.0], abs=1e-6)
     assert values[1] >= values[0]
 
@@ -187,5 +189,5 @@ def test_one_more_fact_never_scores_lower(held: list[bool], one: int, orders: bo
 def test_a_judge_that_answers_fluently_whatever_is_drawn_tells_no_one_apart() -> None:
     """Questions that the picture does not answer give every member the same score: no advantage for anybody."""
     drawn = [[shown([float(b)] * BITS)] for b in (0, 1, 0.5)]
-    values = OwnVQA().score([given_group(KNOWN, drawn)], Perfect(by_picture=False)).values[0]  # type: ignore[arg-type]
+    values = SelfVQA().score([offline_group(KNOWN, drawn)], Perfect(by_picture=False)).values[0]  # type: ignore[arg-type]
     assert values.tolist() == pytest.approx([0.7] * 3)

@@ -1,0 +1,359 @@
+"""The three terms of the published reward (LVRPO, arXiv:2603.27693): semantic, instruction and knowledge."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch.nn import functional
+
+from lvrpo.config import Config, Natural
+from lvrpo.data.jsonl import TextRules
+from lvrpo.errors import InputError
+from lvrpo.patterns import matches_whole
+from lvrpo.policies.base import Policy
+from lvrpo.rewards.base import Scores, Side, image_problem, join_judges, logprob_problem, probabilities
+from lvrpo.rewards.external import (
+    OWN,
+    Embedded,
+    ExternalVLM,
+    ReaderSource,
+    SiglipTower,
+    TowerSource,
+    folder_fingerprint,
+)
+from lvrpo.rewards.questions import RENAMED_OPTIONS, QuestionConfig, text_of
+from lvrpo.rewards.self_vqa import Choices, Failures, Reader, SelfVQA
+from lvrpo.rewards.verifiable_image import fact_table, unverifiable
+from lvrpo.rewards.verifiable_text import FORMS, CutOff, score_texts, text_problem
+from lvrpo.types import Fact, Group, Parts, Prompt
+
+# --- semantic ---
+
+
+class Semantic(Config):
+    """Cosine of picture and text (LVRPO, arXiv:2603.27693, the term r_sem). Range [-1, 1].
+
+        global:  r = cos(picture, text)
+        dense:   r = mean over words w of the mean of the ``top`` largest cos(w, patch_n)
+
+    A model that was never trained to match embeddings orders drawings only a little better than chance in this way
+    (docs/reference/rewards.md has the numbers): ``self_vqa`` asks the same reading side and hears much more.
+
+    Of texts written about a picture this term is one number for the whole group: it does not apply to them and says so
+    once. It does not apply to edits, whose instruction describes no picture.
+
+    Differs from the paper: the own source; ``top`` above 1; the paper leaves open how patches and words enter the
+    common space (here: see ``rewards.external``).
+    """
+
+    judges: ClassVar = ("image",)
+
+    form: Literal["dense", "global"] = "dense"
+    top: int = Field(default=4, ge=1, le=100_000)
+    """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
+    source: TowerSource = OWN
+    """"own": the frozen reading side of the policy, no encoder being added: states of picture and text, each read
+    alone, their mean for the global form. Or a local folder of a SigLIP or SigLIP 2 of ``transformers``, the published
+    choice (``pip install 'lvrpo[external]'``)."""
+    layer: Natural = 1
+    """Layers of the policy after which its states are taken; 0: what goes into the transformer."""
+    lead_ins: tuple[str, ...] = ("draw ", "a picture of ")
+    """Beginnings that are no part of what a prompt describes."""
+    device: str = "auto"
+    """Where the model of ``source`` runs."""
+    _warned: bool = False
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return "" if self.source == OWN else folder_fingerprint(Path(self.source))
+
+    @cached_property
+    def _tower(self) -> SiglipTower | None:
+        """None: the judge embeds. Loaded when it is first asked."""
+        return None if self.source == OWN else SiglipTower(self.source, self.device)
+
+    def applies(self, prompt: Prompt) -> bool:
+        if "image" in prompt.output:
+            return prompt.task != "edit" and bool(text_of(prompt))
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"semantic: of texts (task {prompt.task}) it is one number for the whole group, and masked: set tasks",
+                stacklevel=2,
+            )
+        return False
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: dict[tuple[int, int], str] = {}
+        cells = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                problem = image_problem(trajectory, judge if self.source == OWN else None)
+                if problem:
+                    failures[p, g] = problem
+                else:
+                    cells.append((p, g, trajectory.image))
+        if not cells:
+            return Scores(values, failures)
+        texts = [self._text(group.prompt) for group in groups]
+        pictures = [image for _, _, image in cells if image is not None]
+        if self._tower is None:
+            states = [Embedded(s.mean(dim=0), s) for s in self._own([*texts, *pictures], judge)]
+            of_text, of_picture = states[: len(texts)], states[len(texts) :]
+        else:
+            of_text, of_picture = self._tower.texts(texts), self._tower.images(pictures)
+        for (p, g, _), picture in zip(cells, of_picture, strict=True):
+            values[p, g] = self.of(of_text[p], picture)
+        return Scores(values, failures)
+
+    def of(self, text: Embedded, picture: Embedded) -> float:
+        """The score of one picture."""
+        if self.form == "global":
+            return float(functional.cosine_similarity(text.whole, picture.whole, dim=0))
+        similar = functional.normalize(text.parts, dim=-1) @ functional.normalize(picture.parts, dim=-1).T
+        return float(similar.topk(min(self.top, similar.shape[1]), dim=1).values.mean())
+
+    def _own(self, parts: Sequence[str | torch.Tensor], judge: Policy) -> list[torch.Tensor]:
+        return [states.float().cpu() for states in judge.reading_states(parts, self.layer)]
+
+    def _text(self, prompt: Prompt) -> str:
+        words = text_of(prompt)
+        for lead_in in self.lead_ins:
+            words = words.removeprefix(lead_in)
+        return words
+
+
+# --- instruction ---
+
+
+class Instruction(Config):
+    """Binary satisfaction of constraints (LVRPO, arXiv:2603.27693, the term r_ins). Range {0, 1}.
+
+    The constraints of a drawing are the prompt's facts. Those of a text are rules: ``rules`` for every text, and those
+    of a prompt's own row over them.
+
+    Differs from the paper: no rule of the paper's is known to us beyond its kinds.
+    """
+
+    judges: ClassVar = ("image",)
+    hints: ClassVar = RENAMED_OPTIONS
+
+    by: Literal["vqa", "verifier"] = "vqa"
+    """vqa: each fact is asked of the reader, and kept where the confidence in the right answer is above ``above``;
+    verifier: checked exactly, for pictures of a world that has a verifier."""
+    kinds: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Only facts of these kinds, such as [count, total, color]; None: all."""
+    above: float = Field(default=0.5, ge=0, lt=1)
+    source: ReaderSource = OWN
+    """Who reads: a local folder of a model of ``transformers`` that reads pictures, or "own"."""
+    choices: Choices | None = None
+    """As that of ``self_vqa``."""
+    questions: QuestionConfig | None = None
+    """As that of ``self_vqa``."""
+    rules: dict[str, Any] | None = None
+    """Of every text (``lvrpo.data.jsonl.TextRules``): length, form, words that must occur or must not."""
+    cut_off: CutOff = "mask"
+    device: str = "auto"
+    """Where the model of ``source`` runs."""
+    _vqa: SelfVQA
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.by == "verifier" and (self.source != OWN or self.choices or self.questions is not None):
+            raise ValueError("by=verifier: asks no questions: leave out source, choices and questions")
+        try:
+            text_rules(self.rules or {}, "rules")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._vqa = SelfVQA(choices=self.choices, questions=self.questions, kinds=self.kinds)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.by == "vqa" and self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return join_judges("" if self.source == OWN else folder_fingerprint(Path(self.source)), self._vqa)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        """None: the judge reads. Loaded when it is first asked."""
+        return None if self.source == OWN else ExternalVLM(self.source, self.device)
+
+    def applies(self, prompt: Prompt) -> bool:
+        if "image" not in prompt.output:
+            return bool(self.rules or prompt.rules)
+        if self.by == "vqa":
+            return self._vqa.applies(prompt)
+        return bool(self._facts(prompt)) and all(fact.check for fact in prompt.facts)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: Failures = {}
+        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
+        written = [p for p in range(len(groups)) if p not in drawn]
+        for places, score in ((drawn, self._drawings), (written, self._texts)):
+            if places:
+                scores = score([groups[p] for p in places], judge)
+                values[places] = scores.values
+                failures |= {(places[i], g): reason for (i, g), reason in scores.failures.items()}
+        return Scores(values, failures)
+
+    def _drawings(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        if self.by == "vqa":
+            found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
+            for cell, confidences in found.items():
+                # nan is no answer, not a wrong one
+                values[cell] = float((confidences > self.above).all()) if confidences.isfinite().all() else math.nan
+            return Scores(values, failures)
+        failures, readable = {}, []
+        for p, group in enumerate(groups):
+            problems = [unverifiable(trajectory) for trajectory in group.trajectories]
+            failures |= {(p, g): problem for g, problem in enumerate(problems) if problem}
+            kept = (t for t, problem in zip(group.trajectories, problems, strict=True) if not problem)
+            readable.append(Group(group.prompt, tuple(kept)))
+        results = iter(fact_table(readable))
+        for p, group in enumerate(readable):
+            counted = [self._counts(fact) for fact in group.prompt.facts]
+            for trajectory in group.trajectories:
+                holds = [held for held, counts in zip(next(results), counted, strict=True) if counts]
+                values[p, trajectory.member] = float(all(holds))
+        return Scores(values, failures)
+
+    def _texts(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        def rule(text: str, prompt: Prompt) -> float:
+            return float(
+                keeps_to(text, text_rules((self.rules or {}) | dict(prompt.rules), f"prompt {prompt.id!r}: rules"))
+            )
+
+        return score_texts(groups, self.cut_off, rule)
+
+    def _counts(self, fact: Fact) -> bool:
+        return self.kinds is None or fact.kind in self.kinds
+
+    def _facts(self, prompt: Prompt) -> list[Fact]:
+        return [fact for fact in prompt.facts if self._counts(fact)]
+
+
+def text_rules(fields: Mapping[str, Any], where: str) -> TextRules:
+    """The rules; raises InputError, one line that begins with ``where``."""
+    try:
+        return TextRules.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        unknown = first["type"] == "extra_forbidden"
+        rule = "unknown rule" if unknown else first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"{where}{'.' if name else ''}{name}: {rule}: the rules are {', '.join(TextRules.model_fields)}"
+        ) from None
+
+
+def keeps_to(text: str, rules: TextRules) -> bool:
+    """Whether a text keeps to every rule."""
+    count = len(text.split())
+    if count < rules.min_words or (rules.max_words is not None and count > rules.max_words):
+        return False
+    if rules.form is not None and not matches_whole(FORMS.get(rules.form, rules.form), text):
+        return False
+    return all(_occurs(phrase, text) for phrase in rules.include) and not any(
+        _occurs(phrase, text) for phrase in rules.exclude
+    )
+
+
+def _occurs(phrase: str, text: str) -> bool:
+    """As whole words, in any case and spacing."""
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
+
+
+# --- knowledge ---
+
+
+class Knowledge(Config):
+    """Answers of a model of visual questions (LVRPO, arXiv:2603.27693, the term r_kn). Range [0, 1].
+
+    Of a drawing: its mean confidence in the right answers to the prompt's questions, as ``self_vqa`` has it. Of a text
+    about pictures: its confidence in that text as the answer, exp(mean log-prob per token).
+
+    With the own source, the confidence in texts rewards what the policy says anyway: where answers are known,
+    ``exact_answer`` is the better teacher. A text that is empty or was cut off is masked.
+    """
+
+    judges: ClassVar = ("image",)
+    hints: ClassVar = RENAMED_OPTIONS
+
+    source: ReaderSource = OWN
+    """Who reads: "own", the policy's frozen reading side; or a local folder of a model of ``transformers`` that reads
+    pictures, as in the paper (``pip install 'lvrpo[external]'``)."""
+    choices: Choices | None = None
+    """As that of ``self_vqa``."""
+    questions: QuestionConfig | None = None
+    """As that of ``self_vqa``."""
+    device: str = "auto"
+    """Where the model of ``source`` runs."""
+    _vqa: SelfVQA
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._vqa = SelfVQA(choices=self.choices, questions=self.questions)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("read",) if self.source == OWN else ()
+
+    @cached_property
+    def judged_by(self) -> str:
+        return join_judges("" if self.source == OWN else folder_fingerprint(Path(self.source)), self._vqa)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        """None: the judge reads. Loaded when it is first asked."""
+        return None if self.source == OWN else ExternalVLM(self.source, self.device)
+
+    def applies(self, prompt: Prompt) -> bool:
+        if "image" in prompt.output:
+            return self._vqa.applies(prompt)
+        return any(not isinstance(part, str) for part in prompt.parts)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        reader: Reader = self._reader or judge
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        failures: Failures = {}
+        drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
+        if drawn:
+            found, missing = self._vqa.confidences([groups[p] for p in drawn], judge, reader)
+            for (i, g), confidences in found.items():
+                values[drawn[i], g] = confidences.mean()
+            failures |= {(drawn[i], g): reason for (i, g), reason in missing.items()}
+        rows: list[tuple[int, int, Parts, str]] = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories if p not in drawn else ()):
+                if problem := text_problem(trajectory):
+                    failures[p, g] = problem
+                else:
+                    rows.append((p, g, group.prompt.parts, trajectory.text or ""))
+        if rows:
+            logprobs = reader.text_logprob([parts for _, _, parts, _ in rows], [text for *_, text in rows])
+            found = zip(rows, logprobs.tolist(), probabilities(logprobs).cpu(), strict=True)
+            for (p, g, _, _), logprob, probability in found:
+                values[p, g] = probability
+                if problem := logprob_problem(logprob):
+                    failures[p, g] = problem
+        return Scores(values, failures)

@@ -1,0 +1,212 @@
+"""Verifiable rewards of drawings: the text in them by optical character recognition, their facts by a verifier."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+
+from lvrpo.config import Config
+from lvrpo.data.base import world_of
+from lvrpo.errors import InputError, LvrpoError
+from lvrpo.policies.base import Policy
+from lvrpo.registry import resolve
+from lvrpo.rewards.base import Scores, image_problem, score_each
+from lvrpo.rewards.questions import text_of
+from lvrpo.types import Fact, Group, Image, Prompt, Trajectory
+
+# --- ocr ---
+
+
+READERS: Mapping[str, str] = {"rapidocr": "lvrpo.rewards.verifiable_image:RapidReader"}
+"""OCR readers by name; a class of your own is named my_package.module:Class."""
+
+_QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|(?<!\w)'([^']+)'(?!\w)|(?<!\w)‘([^’]+)’(?!\w)")
+
+
+class TextReader(Protocol):
+    """Made once, at the first picture."""
+
+    def __call__(self, image: Image) -> str:
+        """The text in a picture, lines in reading order with spaces between them; "" where there is none."""
+        ...
+
+
+class OCR(Config):
+    """How much of the text asked for can be read in the drawing. Range [0, 1].
+
+    Spacing does not matter. What is drawn beyond the text asked for counts as wrong; a picture without text gets 0, for
+    it was read and has none. A picture that the reader fails on is masked.
+
+    The text asked for: the answers of the prompt's facts of the kind "text", where it has some; else what is in
+    quotation marks in the prompt, all of it, in order. Prompts with neither do not get this reward.
+    """
+
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ()
+
+    compare: Literal["distance", "exact"] = "distance"
+    """distance: 1 - d / max(len(asked), len(read)), d the Levenshtein distance in characters. exact: 1 if both are the
+    same, else 0."""
+    case: bool = False
+    """Whether case matters."""
+    reader: str = "rapidocr"
+    """rapidocr (PP-OCR, which carries its models; ``pip install 'lvrpo[ocr]'``), or a class of your own."""
+    _read: TextReader
+
+    def model_post_init(self, context: Any) -> None:  # Any: pydantic's
+        self._read = resolve("text reader", self.reader, READERS, ("__call__",))()
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "image" in prompt.output and asked_text(prompt) is not None
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        return score_each(groups, self._score)
+
+    def _score(self, trajectory: Trajectory) -> float | str:
+        image, problem = trajectory.image, image_problem(trajectory)
+        if image is None or problem:
+            return str(problem)
+        try:
+            read = self._read(image)
+        except LvrpoError:
+            raise
+        except Exception as error:  # code of the user may raise anything
+            return f"the text reader failed: {error!r}"
+        return self.of(asked_text(trajectory.prompt) or "", read)
+
+    def of(self, asked: str, read: str) -> float:
+        """The score of a text that was read."""
+        one, two = (plain_text(text, self.case) for text in (asked, read))
+        if self.compare == "exact":
+            return float(one == two)
+        return 1 - edit_distance(one, two) / max(len(one), len(two), 1)
+
+
+class RapidReader:
+    """PP-OCR by the package rapidocr, on one thread."""
+
+    def __init__(self) -> None:
+        """Raises InputError without the package."""
+        try:
+            from rapidocr import RapidOCR  # type: ignore[reportMissingImports]  # an extra
+        except ImportError as error:
+            raise InputError(f"ocr: needs the package {error.name}: pip install 'lvrpo[ocr]'") from None
+        self._make: Any = RapidOCR  # Any: the package is optional
+        self._engine: Any = None
+
+    def __call__(self, image: Image) -> str:
+        if self._engine is None:
+            settings = {
+                "Global.log_level": "critical",
+                "Global.use_cls": False,
+                # by default small pictures are blown up to 736 pixels: ten times as slow, and no better
+                "Det.limit_type": "max",
+                "Det.limit_side_len": 960,
+                "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            }
+            self._engine = self._make(params=settings)
+        pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        found = self._engine(pixels[..., ::-1].copy())  # it wants blue first
+        return " ".join(found.txts or ())
+
+
+def asked_text(prompt: Prompt) -> str | None:
+    """The text that a picture is to show; None where the prompt asks for none."""
+    facts = [fact.answer for fact in prompt.facts if fact.kind == "text"]
+    quoted = facts or [next(filter(None, groups)) for groups in _QUOTED.findall(text_of(prompt))]
+    return plain_text(" ".join(quoted), case=True) or None
+
+
+def plain_text(text: str, case: bool) -> str:
+    """In one spacing and one width of letters, and in lower case unless ``case``."""
+    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    return text if case else text.casefold()
+
+
+def edit_distance(one: str, two: str) -> int:
+    """Levenshtein distance: the least number of characters put in, taken out or replaced."""
+    row = list(range(len(two) + 1))
+    for i, a in enumerate(one, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(two, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+# --- scene_facts ---
+
+
+class SceneFacts(Config):
+    """Facts of the prompt that the picture shows. Range [0, 1]."""
+
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ()
+
+    mode: Literal["fraction", "gated", "all", "mixed"] = "fraction"
+    """fraction: the share that holds; trained alone it is hacked: a picture full of objects shows whatever is asked.
+    gated: the share that holds, halved where the number of objects is wrong, so that a full picture gains nothing.
+    all: 1 if every one holds, else 0. mixed: the mean of fraction and all."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)
+
+    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+        results = iter(fact_table(groups))
+
+        def score(trajectory: Trajectory) -> float | str:
+            holds = next(results)
+            return unverifiable(trajectory) or self._value(trajectory.prompt.facts, holds)
+
+        return score_each(groups, score)
+
+    def _value(self, facts: Sequence[Fact], holds: Sequence[bool]) -> float:
+        fraction, everything = sum(holds) / len(holds), float(all(holds))
+        if self.mode == "fraction":
+            return fraction
+        if self.mode == "all":
+            return everything
+        if self.mode == "mixed":
+            return (fraction + everything) / 2
+        counted = all(held for fact, held in zip(facts, holds, strict=True) if fact.kind in ("total", "count"))
+        return fraction if counted else fraction / 2
+
+
+_last: tuple[list[Trajectory], list[list[bool]]] = ([], [])
+
+
+def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
+    """For every trajectory, in order, which facts of its prompt hold of its last picture; none of one that nobody can
+    read.
+
+    The last result is kept: several rewards and the metrics ask about the very same trajectories.
+    """
+    global _last
+    trajectories = [t for group in groups for t in group.trajectories]
+    known, results = _last
+    if len(known) == len(trajectories) and all(a is b for a, b in zip(known, trajectories, strict=True)):
+        return results
+    results = [[False] * len(t.prompt.facts) for t in trajectories]
+    alike: dict[tuple[str, torch.Size], list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        if trajectory.image is not None and unverifiable(trajectory) is None:
+            alike.setdefault((trajectory.prompt.world, trajectory.image.shape), []).append(i)
+    for (world, _), places in alike.items():
+        images = [image for i in places if (image := trajectories[i].image) is not None]
+        facts = [trajectories[i].prompt.facts for i in places]
+        for i, held in zip(places, world_of(world).holds(facts, images), strict=True):
+            results[i] = [bool(one) for _, one in zip(trajectories[i].prompt.facts, held, strict=True)]
+    _last = (trajectories, results)
+    return results
+
+
+def unverifiable(trajectory: Trajectory) -> str | None:
+    """Why the verifier cannot read the last picture of a trajectory; None where it can."""
+    image, problem = trajectory.image, image_problem(trajectory)
+    if image is None or problem:
+        return problem
+    return world_of(trajectory.prompt.world).unreadable(image)
