@@ -1,4 +1,4 @@
-"""Policies: one contract (``base``), the Mixture-of-Transformers core (``mot``), and models on top of it."""
+"""Policies: one contract (``base``), the Mixture-of-Transformers core (``mot``), and models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 POLICIES: Mapping[str, str] = {
     "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
     "bagel": "lvrpo.policies.bagel.policy:BagelPolicy",
+    "janus": "lvrpo.policies.janus.policy:JanusPolicy",
 }
 """Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there, and its
 package allowed by name (``--allow-code=my_package``)."""

@@ -210,8 +210,8 @@ def model_type(folder: Path) -> str:
 
 
 FAMILIES: Mapping[str, str] = {
-    "janus": "a Janus, which draws with image tokens",
-    "multi_modality": "a Janus, which draws with image tokens",
+    "multi_modality": "a Janus, which draws with image tokens, in the layout of its makers (that of transformers is "
+    "read, such as deepseek-community/Janus-Pro-1B)",
     "emu3": "an Emu3, which draws with image tokens",
     "showo": "a Show-o, which draws with masked image tokens or a flow",
     "show_o": "a Show-o, which draws with masked image tokens or a flow",

@@ -1,0 +1,207 @@
+"""A small Janus from random weights, with a tokenizer of its own, in the layout of transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from lvrpo.config import Config
+from lvrpo.policies.janus.checkpoint import transformers_library
+from lvrpo.policies.janus.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, JanusPolicy
+from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor, json_bytes
+
+MARKERS = {
+    "pad_token": "<|pad|>",
+    "bos_token": "<|begin_of_sentence|>",
+    "eos_token": "<|end_of_sentence|>",
+    **{name: token for name, token in TOKENS.items() if token is not None},
+}
+ROLES = ("<|User|>", "<|Assistant|>")
+VQ_CHANNELS = 32
+"""Of the autoencoder: the fewest that its group norms take."""
+
+
+class JanusSizes(Config):
+    """Sizes of a random Janus; the defaults are for tests and first runs on a CPU."""
+
+    width: int = Field(default=64, ge=4, multiple_of=4, le=65_536)
+    depth: int = Field(default=2, ge=1, le=1000)
+    heads: int = Field(default=4, ge=1, le=1000)
+    key_heads: int = Field(default=2, ge=1, le=1000)
+    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
+    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
+    positions: int = Field(default=512, ge=64, le=1_000_000)
+    vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
+    vision_depth: int = Field(default=2, ge=1, le=1000)
+    vision_heads: int = Field(default=2, ge=1, le=1000)
+    image_size: int = Field(default=32, ge=8, le=1024)
+    """Side of a picture that is read or drawn."""
+    patch_size: int = Field(default=8, ge=2, le=64)
+    """A power of two: pixels along a side of a patch that is read and of a token that is drawn."""
+    codes: int = Field(default=64, ge=2, le=1_000_000)
+    """Different image tokens."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
+        for name, width, heads in (
+            ("heads", self.width, self.heads),
+            ("vision_heads", self.vision_width, self.vision_heads),
+        ):
+            if width % heads or (name == "heads" and (width // heads) % 2):
+                raise ValueError(f"{name}={heads}: a width of {width} is not divided evenly: use another number")
+        if self.heads % self.key_heads:
+            raise ValueError(f"key_heads={self.key_heads}: heads={self.heads} must be a multiple of it")
+        return self
+
+
+def create_janus(sizes: JanusSizes, texts: Sequence[str] = ()) -> JanusPolicy:
+    """A fresh policy; its words are bytes and the merges that ``texts`` suggest."""
+    transformers = transformers_library()
+    tokenizer = learn_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
+    ids = {name: number for number, name in enumerate(MARKERS)}  # they come first
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        model = transformers.JanusForConditionalGeneration(janus_config(transformers, sizes, ids["image_token"]))
+    model.generation_config = transformers.GenerationConfig(**_generation(ids))
+    side = sizes.image_size // sizes.patch_size
+    files = processor_files(tokenizer, sizes, ids)
+    return JanusPolicy(
+        model, Processor.from_files(files, Path("janus-tiny"), side * side, sizes.image_size, sizes.vocabulary_size)
+    )
+
+
+def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
+    """The configuration of some sizes. Any: of an optional package."""
+    from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+
+    spread = sizes.width**-0.5  # weights that are seen in the logits: a prompt moves them, and so does a picture
+    tokens = (sizes.image_size // sizes.patch_size) ** 2
+    levels = round(math.log2(sizes.patch_size)) + 1
+    return transformers.JanusConfig(
+        text_config=transformers.LlamaConfig(
+            vocab_size=sizes.vocabulary_size,
+            hidden_size=sizes.width,
+            intermediate_size=sizes.mlp_width,
+            num_hidden_layers=sizes.depth,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.key_heads,
+            max_position_embeddings=sizes.positions,
+            initializer_range=spread,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=sizes.vision_width,
+            num_hidden_layers=sizes.vision_depth,
+            num_attention_heads=sizes.vision_heads,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            projection_dim=sizes.width,
+            num_image_tokens=tokens,
+            mlp_ratio=2.0,
+            initializer_range=sizes.vision_width**-0.5,
+        ),
+        vq_config=JanusVQVAEConfig(
+            num_embeddings=sizes.codes,
+            latent_channels=VQ_CHANNELS,
+            base_channels=VQ_CHANNELS,
+            channel_multiplier=[1] * levels,
+            num_res_blocks=1,
+            projection_dim=sizes.width,
+            image_token_embed_dim=sizes.width,
+            initializer_range=spread,
+        ),
+        image_token_id=image_token,
+        tie_word_embeddings=False,
+    )
+
+
+def learn_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
+    """A byte-level tokenizer with Janus's markers that can write any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (*MARKERS.values(), *ROLES)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f" {text}" for text in texts], trainer)
+    begin = MARKERS["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return tokenizer
+
+
+def processor_files(tokenizer: Tokenizer, sizes: JanusSizes, ids: dict[str, int]) -> dict[str, bytes]:
+    """The files of tokenizer, processor and sampling, as transformers reads them."""
+    side = sizes.image_size
+    drawn = {name: MARKERS[name] for name in ("image_token", "boi_token", "eoi_token")}
+    named = {
+        **MARKERS,
+        "added_tokens_decoder": {
+            str(number): {
+                "content": token.content,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
+        "add_bos_token": True,
+        "extra_special_tokens": drawn,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": sizes.positions,
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    pictures = {
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "JanusImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "min_size": 14,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": side, "width": side},
+    }
+    tokens = (side // sizes.patch_size) ** 2
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json_bytes(named),
+        "chat_template.jinja": TEMPLATE.encode(),
+        "preprocessor_config.json": json_bytes(pictures),
+        "processor_config.json": json_bytes({"num_image_tokens": tokens, "processor_class": "JanusProcessor"}),
+        "generation_config.json": json_bytes(_generation(ids)),
+    }
+
+
+def _generation(ids: dict[str, int]) -> dict[str, Any]:
+    """Any: what JSON may hold."""
+    return {
+        "bos_token_id": ids["bos_token"],
+        "eos_token_id": ids["eos_token"],
+        "pad_token_id": ids["pad_token"],
+        "guidance_scale": 5,
+        "generation_kwargs": {"boi_token_id": ids["boi_token"]},
+    }
