@@ -145,7 +145,7 @@ def test_the_command_tries_every_reward(small_base: Path, capfd: pytest.CaptureF
         ([], "RUN is missing: give a run directory, or --judge MODEL"),
         (["run", "--judge", "tiny"], "run: a run and --judge tiny: give one of the two"),
         (["run", "--n", "3"], "--n: belongs to --judge MODEL"),
-        (["--judge", "tiny", "--also", "own_vqu"], "did you mean self_vqa?"),
+        (["--judge", "tiny", "--also", "self_vqu"], "did you mean self_vqa?"),
         (["--judge", "tinny"], "did you mean tiny?"),
     ],
 )

@@ -129,7 +129,7 @@ def test_it_applies_where_a_member_does_and_judges_what_they_do() -> None:
             {"members": [{"name": "self_vqa"}, {"nmae": "self_vqa"}]},
             r"1.nmae: unknown key: did you mean .*name",
         ),
-        ({"members": [{"name": "self_vqa"}, {"name": "own_vqe"}]}, "self_vqa"),
+        ({"members": [{"name": "self_vqa"}, {"name": "self_vqe"}]}, "self_vqa"),
         ({"members": [{"name": "self_vqa"}] * 2, "k": -1}, "options.k=-1: must be >= 0"),
         ({"members": [{"name": "self_vqa"}] * 2, "scale": "rank"}, "options.scale=rank: must be 'group' or 'raw'"),
     ],
