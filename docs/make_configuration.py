@@ -58,8 +58,9 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def sections(cls: type[Config], place: str, shown: set[type[Config]]) -> Iterator[str]:
-    """The table of a section, then those below it; ``place``: "" or "rollout."; ``shown``: what has a table already."""
+def sections(cls: type[Config], place: str, shown: set[type[Config]], of_kinds: bool = False) -> Iterator[str]:
+    """The table of a section, then those below it; ``place``: "" or "rollout."; ``shown``: what has a table already;
+    ``of_kinds``: whether it is one of several kinds, which its heading names."""
     shown.add(cls)
     below: list[tuple[str, type[Config]]] = []
     rows = []
@@ -69,15 +70,23 @@ def sections(cls: type[Config], place: str, shown: set[type[Config]]) -> Iterato
         for each in inner:
             kinds = f", kind: {', '.join(get_args(each.model_fields['kind'].annotation))}" if len(inner) > 1 else ""
             below.append((f"{place}{name}{kinds}", each))
+        if name == "kind" and of_kinds:
+            continue  # the heading says it
         default = default_text(field, inner)
-        cells = [f"`{name}`", type_text(field.annotation, field.metadata), default, texts.get(name, "")]
+        text = texts.get(name) or (prose(inspect.getdoc(inner[0])) if len(inner) == 1 else "")
+        cells = [
+            f"`{name}`",
+            type_text(field.annotation, field.metadata),
+            default,
+            text or ("The kinds are below." if inner else ""),
+        ]
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     if rows:
         yield "\n".join(["| key | type | default | description |", "|---|---|---|---|", *rows, ""])
     for title, each in below:
         if each not in shown:
             yield f"### {title}\n\n{prose(inspect.getdoc(each))}\n"
-            yield from sections(each, f"{title.partition(',')[0]}.", shown)
+            yield from sections(each, f"{title.partition(',')[0]}.", shown, ", kind: " in title)
 
 
 def field_texts(cls: type[Config]) -> dict[str, str]:
