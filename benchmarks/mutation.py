@@ -74,7 +74,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/losses/grpo.py": LOSSES,
     "training/losses/nft.py": LOSSES,
     "training/losses/tokens.py": LOSSES,
-    "training/checkpoint.py": ("training/test_checkpoint.py",),
+    "training/checkpoint.py": ("test_weights.py", "training/test_checkpoint.py"),
     "distributed/checkpoint.py": ("test_distributed.py", "training/test_checkpoint.py"),
 }
 """The modules, and the test files that must notice an error in them."""

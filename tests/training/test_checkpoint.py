@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,6 +75,7 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 
 
 @given(state=states)
+@example(state={"nan": math.nan, "others": [math.inf, -math.inf, 0.5]})
 def test_any_state_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
     folder = tmp_path_factory.mktemp("state")
     ckpt.save_state(folder, state)
@@ -347,7 +348,7 @@ with ckpt.checkpoint_writer(Path({str(target)!r})) as folder:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"step_000001: cannot be written: the disk is full \(\d+ MiB free\): free some space"),
+        (errno.ENOSPC, r"step_000001: cannot be written: the disk is full \(3 MiB free\): free some space"),
         (errno.EDQUOT, "the disk is full"),
         (errno.EACCES, "step_000001: cannot be written: permission denied"),
         (errno.EROFS, "permission denied"),
@@ -362,6 +363,7 @@ def test_a_full_disk_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             ckpt.save_state(folder, {"a": torch.ones(3)})
 
     monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(ckpt, "_free_bytes", lambda path: 3 * 2**20)
     with pytest.raises(InputError, match=message) as caught:
         save()
     assert "\n" not in str(caught.value)

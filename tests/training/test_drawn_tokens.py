@@ -202,6 +202,7 @@ def test_what_a_replay_costs() -> None:
     tokens, masked = drawn_tokens([0.0] * 3), drawn_masked([[0.0] * 3] * 2, [[1, 1, 0], [0, 0, 1]])
     guided = {"guidance_scale": 2.0}
     assert [passes(tokens), passes(replace(tokens, **guided))] == [1, 2]
+    assert passes(replace(tokens, guidance_scale=0.5)) == 2
     assert passes(replace(tokens, guided_logprobs="detach_uncond", **guided)) == 1
     path = replace(masked, likelihood="path", reveal_steps=torch.tensor([0, 3, 1]))
     assert [passes(masked), passes(replace(masked, **guided)), passes(path), passes(replace(path, **guided))] == [

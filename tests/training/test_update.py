@@ -409,3 +409,10 @@ def test_metrics_are_weighted_means() -> None:
     metrics.add("a", torch.tensor(3.0, requires_grad=True), 0.75)
     metrics.add("b", 5.0, 0.0)
     assert metrics.means() == {"a": 2.5}
+
+
+def test_metrics_of_several_updates_are_one_mean() -> None:
+    one, other = Metrics({"a": 3.0}, {"a": 3.0}), Metrics({"a": 5.0, "b": 4.0}, {"a": 1.0, "b": 2.0})
+    one.include(other)
+    assert one.means() == {"a": 2.0, "b": 2.0}
+    assert one.counts == {"a": 4.0, "b": 2.0}
