@@ -116,7 +116,8 @@ def is_spared(node: parso.tree.NodeOrLeaf, operator: str) -> bool:
     Annotations and ``if TYPE_CHECKING``; an order between names, of which any two differ; ``assert``, ``strict=`` of a
     zip, ``frozen=`` of a dataclass and decorators of abstract methods.
     """
-    beside = [part.type for part in node.parent.children] if node.parent is not None else []
+    around = [node] if isinstance(node, parso.tree.BaseNode) else [node.parent] if node.parent is not None else []
+    beside = [part.type for whole in around for part in whole.children]
     if (
         "string" in beside
         and operator.startswith("ReplaceComparison")

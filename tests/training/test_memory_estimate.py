@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,9 @@ from lvrpo.training.trainer import Trainer
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
 
 
+@cache
 def needed(folder: Path, *more: str) -> MemoryEstimate:
+    """Never change it: several tests read the same one."""
     watching = "validation={prompts: {understand: 2}}"
     found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, watching, *more]))
     assert found is not None
@@ -171,7 +174,7 @@ def test_smaller_parts_take_less(small_base: Path) -> None:
 
 
 def test_nothing_without_memory_is_left_behind(small_base: Path) -> None:
-    needed(small_base)
+    needed.__wrapped__(small_base)
     assert type(pack([(Span("text", 3),)], torch.device("cpu")).rope_ids) is torch.Tensor
 
 
