@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lvrpo import atomic_io
 from lvrpo.atomic_io import write_tensors, write_whole
-from lvrpo.commands.files import write_file
+from lvrpo.commands.inputs import write_file
 from lvrpo.config import Config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.loading import load_policy

@@ -18,8 +18,8 @@ from rich.console import Console
 from settings import SMALL
 
 from lvrpo.cli import COMMANDS, main
+from lvrpo.commands.inputs import shipped_configs
 from lvrpo.commands.progress import Progress, clock, sparkline
-from lvrpo.commands.settings import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.data.scenes import VOCABULARY
 from lvrpo.evaluation import BENCHMARKS

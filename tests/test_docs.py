@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.cli import main, parsed
-from lvrpo.commands.settings import read_config
+from lvrpo.commands.inputs import read_config
 from lvrpo.training.config import TrainConfig
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -24,7 +24,7 @@ from wrong_values import bounded, damages, placed, sections, subclasses, thinned
 from lvrpo import atomic_io
 from lvrpo.cli import main
 from lvrpo.evaluation.experiment import PlanRecord
-from lvrpo.evaluation.reproduce.recipes import RecipeRecord
+from lvrpo.evaluation.reproduce.plan import RecipeRecord
 from lvrpo.pictures import FORMATS
 from lvrpo.reading import Record
 from lvrpo.training.run_directory import Manifest, MetricsRow

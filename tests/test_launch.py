@@ -16,8 +16,7 @@ from processes import OPTIONS, finish, rows, start
 
 from lvrpo.cli import main
 from lvrpo.commands import launch
-from lvrpo.commands.options import Parser
-from lvrpo.commands.ray_train import (
+from lvrpo.commands.launch import (
     FINAL_CODES,
     Coordinator,
     Ended,
@@ -30,6 +29,7 @@ from lvrpo.commands.ray_train import (
     outcome,
     require_room,
 )
+from lvrpo.commands.options import Parser
 from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.registry import ANY
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.cli import main
-from lvrpo.commands.settings import read_config
+from lvrpo.commands.inputs import read_config
 from lvrpo.report.run import load_run
 from lvrpo.training.config import TrainConfig
 

@@ -14,7 +14,7 @@ from lvrpo.data.images import check_image, decode_image, load_image, load_mask, 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
 from lvrpo.pictures import FORMATS
-from lvrpo.report.pictures import PictureStore
+from lvrpo.report.samples import PictureStore
 
 EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{ } loop\nshowpage\n",

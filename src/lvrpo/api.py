@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvrpo.commands.inputs import read_config
 from lvrpo.commands.progress import Progress
-from lvrpo.commands.settings import read_config
 from lvrpo.config import dump_config, load_config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.evaluation.experiment import (

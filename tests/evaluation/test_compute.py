@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lvrpo.evaluation.compute import Compute, ComputeCounter
+from lvrpo.evaluation.reproduce.compute import Compute, ComputeCounter
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy

@@ -11,8 +11,7 @@ import torch
 
 from lvrpo.cli import main
 from lvrpo.data.scenes.grammar import UNDERSTAND
-from lvrpo.evaluation.judge_audit import REWARDS, audit_judge
-from lvrpo.evaluation.judge_cases import JudgeCase, judge_cases
+from lvrpo.evaluation.judge_audit import REWARDS, JudgeCase, audit_judge, judge_cases
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import has_success, successes

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 
 from lvrpo.cli import main
+from lvrpo.commands.inputs import find_config
 from lvrpo.commands.reproduce import shipped_experiments, write_page
-from lvrpo.commands.settings import find_config
 from lvrpo.errors import InputError
-from lvrpo.evaluation.compute import Compute
-from lvrpo.evaluation.reproduce import measured, recipes, runner
-from lvrpo.evaluation.reproduce.budget import RunCost
-from lvrpo.evaluation.reproduce.plan import Experiment, Job, list_jobs, load_experiment
-from lvrpo.evaluation.reproduce.recipes import Recipes
+from lvrpo.evaluation.reproduce import plan, runner
+from lvrpo.evaluation.reproduce.compute import Compute, RunCost
+from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, list_jobs, load_experiment
 from lvrpo.evaluation.reproduce.runner import Runner
 from lvrpo.evaluation.scenes import GENERATE
 from lvrpo.policies.loading import load_policy
@@ -88,7 +86,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def cost(config: TrainConfig | PretrainConfig) -> RunCost:
         return RunCost(Compute(2.0 if isinstance(config, PretrainConfig) else 7.0))
 
-    monkeypatch.setattr(recipes, "count_cost", cost)
+    monkeypatch.setattr(plan, "count_cost", cost)
 
 
 def open_runner(small: Path, **changes: Any) -> Runner:
@@ -191,10 +189,10 @@ def test_prompts_that_something_was_chosen_on_are_no_test(
 ) -> None:
     policy, experiment = load_policy(small_base), load_experiment(small)
     leaking = replace(GENERATE, validation=GENERATE.prompts)
-    monkeypatch.setattr(measured, "find_benchmarks", lambda names: [leaking])
-    tuned = measured.validated(policy, experiment)
+    monkeypatch.setattr(runner, "find_benchmarks", lambda names: [leaking])
+    tuned = runner.validated(policy, experiment)
     with pytest.raises(InputError, match="choose on another split"):
-        measured.tested(policy, experiment, tuned, Path("summaries"), lambda line: None)
+        runner.tested(policy, experiment, tuned, Path("summaries"), lambda line: None)
 
 
 def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
@@ -202,10 +200,10 @@ def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
     jobs = list_jobs(experiment)
     assert [job.name for job in jobs if job.kind == "base"] == ["base-1", "base-2"]
     assert [job.name for job in jobs[:2]] == ["base-1", "base-2"]
-    for row, plan in experiment.rows.items():
+    for row, declared in experiment.rows.items():
         own = [job for job in jobs if job.row == row]
         assert sorted(own, key=lambda job: job.kind == "run") == own
-        assert sum(job.kind == "tune" for job in own) == len(plan.tune)
+        assert sum(job.kind == "tune" for job in own) == len(declared.tune)
     assert {job.base for job in list_jobs(experiment, ["lvrpo"], [1])} == {"tiny", "base-1"}
     assert [job.row for job in list_jobs(experiment, ["base_best_of_4"], [0])] == ["base"]
     with pytest.raises(InputError, match="is no row"):

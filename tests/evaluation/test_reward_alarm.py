@@ -10,7 +10,7 @@ import pytest
 
 from lvrpo.audit_records import Alarms, Window
 from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Looks, Recorded, cut
-from lvrpo.evaluation.reward_alarm import ERROR, VALIDATION, find_alarms
+from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, find_alarms
 
 STEPS, P, G = 50, 6, 4
 

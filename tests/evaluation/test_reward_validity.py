@@ -14,9 +14,9 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from lvrpo.audit_records import RewardRanking
-from lvrpo.evaluation import reward_validity
+from lvrpo.evaluation import reward_ranking
 from lvrpo.evaluation.recorded_groups import SUCCESS
-from lvrpo.evaluation.reward_validity import areas, audit_validity, rank_correlations
+from lvrpo.evaluation.reward_ranking import areas, audit_validity, rank_correlations
 
 NAN = math.nan
 
@@ -108,7 +108,7 @@ def test_many_groups_have_an_interval_as_wide(monkeypatch: pytest.MonkeyPatch) -
     success = (rng.random((1000, 4)) < 0.5).astype(np.float32)
     scores = success + rng.normal(size=success.shape)
     few = validity(scores, success).whole
-    monkeypatch.setattr(reward_validity, "MANY", 100)
+    monkeypatch.setattr(reward_ranking, "MANY", 100)
     many = validity(scores, success).whole
     for one, other in ((few.auc, many.auc), (few.rank, many.rank)):
         assert one.n == other.n

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from lvrpo.errors import InputError
-from lvrpo.evaluation.own_reader import judge_scores, read_back
 from lvrpo.evaluation.scenes import held_out_prompts
+from lvrpo.evaluation.scoring import judge_scores, read_back
 from lvrpo.evaluation.suite import SAMPLING, Benchmark, Measuring, evaluate, find_benchmarks, form_of
-from lvrpo.evaluation.tuned import GUIDANCE_SCALES, TEMPERATURES, Tuned, content_key
-from lvrpo.evaluation.tuning import as_validation, tune
+from lvrpo.evaluation.tuning import GUIDANCE_SCALES, TEMPERATURES, Tuned, as_validation, content_key, tune
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import judge_fingerprint

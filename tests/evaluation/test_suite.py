@@ -14,8 +14,8 @@ import torch
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
-from lvrpo.evaluation.cases import PER_CATEGORY, keep_cases, write_evaluation
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
+from lvrpo.evaluation.samples import PER_CATEGORY, keep_cases, write_evaluation
 from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.suite import Evaluation, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling

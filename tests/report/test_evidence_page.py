@@ -12,9 +12,21 @@ import pytest
 
 from lvrpo.errors import InputError
 from lvrpo.metrics import pass_at_k
-from lvrpo.report.evidence import Evidence, Outcome, PromptSet, RowPlan, Summary, TablePlan, prompts_file
+from lvrpo.report.evidence import (
+    MEASURES,
+    SEEN,
+    Evidence,
+    Outcome,
+    PromptSet,
+    RowPlan,
+    Summary,
+    TablePlan,
+    balanced_weights,
+    column,
+    difference,
+    prompts_file,
+)
 from lvrpo.report.evidence_page import evidence_page, strongest_rival
-from lvrpo.report.evidence_values import MEASURES, SEEN, balanced_weights, column, difference
 
 RUNS = (("one", 0), ("two", 1), ("three", 2), ("four", 3), ("five", 4))
 PLAN = TablePlan(

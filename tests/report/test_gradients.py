@@ -9,7 +9,7 @@ import pytest
 
 from lvrpo.records import Metrics
 from lvrpo.report import build_report
-from lvrpo.report.gradients import gradient_audit
+from lvrpo.report.charts import gradient_audit
 
 
 def row(step: int, cosine: float) -> dict[str, Any]:

@@ -12,10 +12,9 @@ import pytest
 
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate
-from lvrpo.report.measures import collapses, measure_tables, summary_phases
 from lvrpo.report.page import render
 from lvrpo.report.run import load_run
-from lvrpo.report.seeds import seed_rows, seeds_table
+from lvrpo.report.tables import collapses, measure_tables, seed_rows, seeds_table, summary_phases
 from lvrpo.statistics import over_seeds_and_prompts
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from lvrpo.errors import InputError
 from lvrpo.records import Estimate, Metrics
-from lvrpo.report import Tile, compare_runs, numbers, picture_grid
-from lvrpo.report.curves import nice_ticks, reward_charts
-from lvrpo.report.verdict import change
+from lvrpo.report import Tile, compare_runs, formatting, picture_grid
+from lvrpo.report.charts import nice_ticks, reward_charts
+from lvrpo.report.formatting import change
 
 MakeRun = Callable[..., Path]
 
@@ -33,7 +33,7 @@ MakeRun = Callable[..., Path]
     ],
 )
 def test_scores(value: float, signed: bool, text: str) -> None:
-    assert numbers.score(value, signed=signed) == text
+    assert formatting.score(value, signed=signed) == text
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_scores(value: float, signed: bool, text: str) -> None:
     ],
 )
 def test_compact(value: object, text: str) -> None:
-    assert numbers.compact(value) == text
+    assert formatting.compact(value) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (492.4, "8 min 12 s"), (11100, "3 h 05 min")])
 def test_duration(seconds: float, text: str) -> None:
-    assert numbers.duration(seconds) == text
+    assert formatting.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lvrpo.commands.progress import Progress
 from lvrpo.records import Metrics
-from lvrpo.report.curves import other_charts, reward_charts
+from lvrpo.report.charts import other_charts, reward_charts
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.table import score_groups

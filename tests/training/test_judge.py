@@ -13,7 +13,7 @@ from weight_sets import sets_of
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.records import Metrics
-from lvrpo.report.curves import other_charts
+from lvrpo.report.charts import other_charts
 from lvrpo.rewards.base import judge_fingerprint, override_fingerprint
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.table import build_rewards, score_groups

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lvrpo.commands.settings import shipped_configs
+from lvrpo.commands.inputs import shipped_configs
 from lvrpo.config import load_config
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig

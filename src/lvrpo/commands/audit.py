@@ -1,51 +1,66 @@
-"""``lvrpo audit``: what the rewards of a run really did, what a judge can tell, or whether splits are apart."""
+"""``lvrpo audit``: what the rewards of a run did, what a judge can tell, or whether splits are apart."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lvrpo.commands import judge, leakage
-from lvrpo.commands.audit_tables import FEW, plain_table, share, signed_share, trait_name
-from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
+from lvrpo.commands.data import audit_data, leakage_options, refuse_leakage_options
+from lvrpo.commands.options import (
+    Command,
+    Options,
+    Parser,
+    add_device,
+    add_force,
+    names,
+    positive,
+    refuse_existing,
+    whole,
+)
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.table import Table
-
-    from lvrpo.audit_records import Change, Correlation, RewardAudit
+    from lvrpo.policies.base import Policy
+    from lvrpo.rewards.row import RewardConfig, RewardSource
 
 
 def options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, finished or going on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, with the curves")
-    judge.add_options(parser)
-    leakage.add_options(parser)
+    judge_options(parser)
+    leakage_options(parser)
     add_force(parser)
 
 
 def run(options: Options) -> None:
     from dataclasses import asdict
 
-    from lvrpo.commands.files import write_file
+    from lvrpo.commands.audit_tables import (
+        alarm_lines,
+        correlation_tables,
+        course_table,
+        recorded,
+        reward_table,
+        run_tables,
+    )
+    from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.commands.validity import run_tables
     from lvrpo.evaluation.recorded_groups import read_record
     from lvrpo.evaluation.reward_audit import audit_rewards
     from lvrpo.training.run_directory import json_text
 
     if options.data is not None:
-        leakage.run(options)
+        audit_data(options)
         return
-    leakage.refuse_options(options)
+    refuse_leakage_options(options)
     if options.judge is not None:
-        judge.run(options)
+        audit_judge(options)
         return
     if options.run is None:
         raise InputError("RUN is missing: give a run directory, or --judge MODEL, or --data")
-    judge.refuse_options(options)
+    refuse_judge_options(options)
     if options.json is not None:
         refuse_existing([options.json], options.force)
     audit = audit_rewards(read_record(options.run))
@@ -61,94 +76,154 @@ def run(options: Options) -> None:
         write_file(options.json, json_text({"run": str(options.run), **asdict(audit)}).encode(), options.force)
 
 
-def recorded(audit: RewardAudit) -> str:
-    """How much of the run is on record."""
-    steps = f"steps {audit.steps.first} to {audit.steps.last}"
-    every = audit.steps.last - audit.steps.first + 1
-    return f"{steps}, {audit.recorded} of {every} on record" if audit.recorded < every else f"{steps}, all on record"
+LARGE = 256
+"""Side of the pictures for a model that reads any size."""
+JUDGE_OPTIONS = ("samples", "also", "n", "seed")
+ROW_KEYS = ("name", "label", "options", "judge")
+"""What a row of ``--also`` may say: the rest belongs to training."""
 
 
-def reward_table(audit: RewardAudit) -> Table:
-    """Who caused the advantages, and where nothing could be learned."""
-    names = ["task", "scorer", "weight", "share", "asked for", f"if {audit.other_formula}"]
-    names += ["constant", "all best", "all worst", "missing"]
-    table = plain_table("share of the variance of the advantages; shares of groups without a difference", names, 2)
-    for task, found in audit.tasks.items():
-        signal = f"{found.groups} groups, {share(found.with_signal)} with signal"
-        table.add_row(f"[bold]{task}[/bold]", f"[dim]{signal}[/dim]")
-        for scorer in found.scorers:
-            weight = "held out" if not scorer.weight else f"{scorer.weight:g}"
-            caused = [share(x) for x in (scorer.share, scorer.configured_share, scorer.other_share)]
-            groups = [share(x) for x in (scorer.constant, scorer.all_best, scorer.all_worst, scorer.missing)]
-            table.add_row("", trait_name(scorer.name), weight, *caused, *groups)
-        if found.rest >= 0.005:
-            table.add_row("", "[dim]from none of these[/dim]", "", share(found.rest))
-    return table
+def judge_options(parser: Parser) -> None:
+    """What belongs to a judge; None where not given."""
+    parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
+    parser.add_argument(
+        "--samples", metavar="MODEL", help="rank what this model (or run) draws and answers itself, by every reward"
+    )
+    parser.add_argument(
+        "--also",
+        type=reward_rows,
+        metavar="REWARDS",
+        help="further rewards: NAME,NAME or [{name: ..., options: {...}}, NAME]",
+    )
+    parser.add_argument("--n", type=positive, help="scenes, or prompts, per category (40)")
+    parser.add_argument("--seed", type=whole, help="of the scenes (0)")
+    add_device(parser)
 
 
-def course_table(audit: RewardAudit) -> Table:
-    """Means at the beginning and at the end."""
-    first, last = audit.windows[0], audit.windows[-1]
-    spans = [f"steps {w.first} to {w.last}" for w in (first, last)]
-    table = plain_table("over the run", ["task", "mean of", *spans, "change [95 %]", "base, there"], 2)
-    for task, found in audit.tasks.items():
-        table.add_row(f"[bold]{task}[/bold]")
-        for scorer in found.scorers:
-            table.add_row("", trait_name(scorer.name), *change_cells(scorer.mean, "green", "red"))
-        for name, change in found.drift.items():
-            table.add_row("", f"[dim]{trait_name(name)}[/dim]", *change_cells(change, "bold", "bold"))
-    return table
+def refuse_judge_options(options: Options) -> None:
+    """Raises InputError where an option of a judge stands without one."""
+    for name in JUDGE_OPTIONS:
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to --judge MODEL: leave it out, or name a model")
 
 
-def correlation_tables(audit: RewardAudit) -> Iterator[Table]:
-    """One per task whose scorers can be compared with anything."""
-    for task, found in audit.tasks.items():
-        names = [scorer.name for scorer in found.scorers]
-        columns = list(dict.fromkeys([*names, *(name for s in found.scorers for name in s.correlations)]))
-        if not any(scorer.correlations for scorer in found.scorers):
-            continue
-        table = plain_table(f"correlation inside groups: {task}", ["", *map(trait_name, columns)], 1)
-        for scorer in found.scorers:
-            table.add_row(trait_name(scorer.name), *(correlation(scorer.correlations.get(name)) for name in columns))
-        yield table
+def audit_judge(options: Options) -> None:
+    """Tries the judge, prints its tables."""
+    from dataclasses import asdict
+
+    import torch
+
+    from lvrpo.commands.audit_tables import TITLES, sensitivity_table
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, judge_cases
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.training.run_directory import json_text
+
+    if options.run is not None:
+        raise InputError(f"{options.run}: a run and --judge {options.judge}: give one of the two")
+    refuse_existing([path for path in (options.json,) if path is not None], options.force)
+    torch.set_num_threads(1)
+    if options.samples is not None:
+        rank_samples(options)
+        return
+    sources = chosen(REWARDS, options.also or [])
+    judge = load_policy(options.judge, options.device)
+    console = wide_console()
+    cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
+    audit = audit_judge(
+        judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
+    )
+    for output in TITLES:
+        console.print()
+        console.print(sensitivity_table(audit, output))
+    costs = (f"{name} {ms:.1f} ms" for name, ms in audit.milliseconds.items())
+    console.print(f"\nper output: {', '.join(costs)}", style="dim", highlight=False)
+    if options.json is not None:
+        write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
 
 
-def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
-    """(line, style): the alarms, or that there are none."""
-    for missing in audit.alarms.missing:
-        yield f"alarm: {missing.words}: metrics.jsonl says why (reward_failed_why)", "bold red"
-    for alarm in audit.alarms.found:
-        yield f"alarm: {alarm.words}: look at samples/ before you trust this reward", "bold red"
-    for task, reward, scorer in audit.alarms.same:
-        yield f"{task}: {reward} scores every output as {scorer} does, so that they cannot part", "dim"
-    compared = audit.alarms.comparisons
-    if not compared:
-        yield "alarm: no comparison: the run is too short, or nothing held out was scored", "dim"
-    elif not audit.alarms.found:
-        yield f"no alarm: no trained reward rose while a held-out score fell ({compared} comparisons)", "green"
+def rank_samples(options: Options) -> None:
+    """Samples a model, scores its outputs by every reward, prints how that agrees with the truth."""
+    from dataclasses import asdict
+
+    from lvrpo.commands.audit_tables import sample_tables
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.evaluation.reward_ranking import REWARDS, YARDSTICK, audit_samples, sample_groups
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.training.run_directory import json_text
+
+    sources = chosen((YARDSTICK, *REWARDS), options.also or [])
+    judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
+    size, n, seed = image_side(judge, model, options), options.n or 40, options.seed or 0
+    console = wide_console()
+    groups = sample_groups(
+        model,
+        n,
+        seed,
+        size=size,
+        progress=lambda task, prompts: console.print(f"{task}: {prompts} groups", style="dim"),
+    )
+    audit = audit_samples(judge, model, groups, sources)
+    console.print(f"\noutputs of {audit.model}, judged by {audit.judge}", highlight=False)
+    for table in sample_tables(audit):
+        console.print()
+        console.print(table)
+    if options.json is not None:
+        named = {"model": options.samples, "judge": options.judge, "n": n, "seed": seed}
+        found = {**named, "identities": {"model": audit.model, "judge": audit.judge}, "tasks": asdict(audit)["tasks"]}
+        write_file(options.json, json_text(found).encode(), options.force)
 
 
-def change_cells(change: Change, up: str, down: str) -> list[str]:
-    """first, last, change with its interval in the style of its direction, base."""
-    from lvrpo.report.numbers import compact
-
-    d = change.difference
-    cells = ["–" if x != x else compact(x) for x in (change.first, change.last)]
-    style = up if d.low > 0 else down if d.high < 0 else "dim"
-    moved = f"{signed(d.score)} \\[{signed(d.low)}, {signed(d.high)}]" if d.low == d.low else "–"
-    return [*cells, f"[{style}]{moved}[/{style}]", "–" if change.control != change.control else compact(change.control)]
-
-
-def correlation(found: Correlation | None) -> str:
-    """+.52; a dash where too few groups stand behind it."""
-    return "–" if found is None or found.groups < FEW else signed_share(found.value)
+def image_side(judge: Policy, model: Policy, options: Options) -> int:
+    """Of the pictures that both can read and draw; raises InputError where there is none."""
+    sizes = {size for size in (judge.image_size, model.image_size) if size is not None}
+    if len(sizes) > 1:
+        raise InputError(
+            f"--samples {options.samples}: draws {model.image_size} x {model.image_size}, which {options.judge} "
+            f"cannot read: name a judge of that size"
+        )
+    return next(iter(sizes), LARGE)
 
 
-def signed(value: float) -> str:
-    """+.052, or +12.3 where it is large."""
-    from lvrpo.report.numbers import score
+def chosen(usual: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
+    """The usual rewards and those of ``--also``, each of which replaces a usual one of its title."""
+    from lvrpo.rewards.table import build_rewards
 
-    return score(value, 3 if abs(value) < 1 else 1, signed=True)
+    own = configs(also)
+    return build_rewards([row for row in usual if row.title not in {other.title for other in own}] + own)
+
+
+def configs(found: list[Any]) -> list[RewardConfig]:
+    """What ``reward_rows`` gave, as rows of a configuration. Any: what YAML may hold."""
+    from lvrpo.config import parse_section
+    from lvrpo.rewards.row import RewardConfig
+
+    made = []
+    for i, row in enumerate(found):
+        tree = {"name": row} if isinstance(row, str) else row
+        config = parse_section(RewardConfig, tree, f"--also[{i}]")
+        other = sorted(set(tree) - set(ROW_KEYS))
+        if other:
+            raise InputError(f"--also[{i}].{other[0]}: belongs to training: a row here has {', '.join(ROW_KEYS)}")
+        made.append(config)
+    return made
+
+
+def reward_rows(text: str) -> list[Any]:
+    """NAME,NAME, or a list of names and rows in YAML; one row alone will do. Any: what YAML may hold."""
+    from lvrpo.strict_yaml import parse_yaml
+
+    if not text.lstrip().startswith(("[", "{")):
+        return list(names(text))
+    try:
+        found = parse_yaml(text, "--also")
+    except InputError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: is not valid YAML: write NAME,NAME or '[{{name: NAME, options: {{...}}}}, NAME]'"
+        ) from None
+    return found if isinstance(found, list) else [found]
 
 
 AUDIT = Command(

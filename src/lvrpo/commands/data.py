@@ -1,10 +1,18 @@
-"""``lvrpo data preview`` and ``lvrpo data vocabulary``."""
+"""``lvrpo data`` shows the built-in world; ``lvrpo audit --data``: whether train, validation and test are apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing, whole
+from lvrpo.commands.options import Command, Options, Parser, add_force, positive, refuse_existing, whole
+from lvrpo.errors import ContractError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lvrpo.data.leakage import ComparedPrompt, Overlap, Shared
+    from lvrpo.training.config import TrainConfig
 
 
 def preview_options(parser: Parser) -> None:
@@ -36,3 +44,147 @@ def vocabulary(options: Options) -> None:
 
 PREVIEW = Command("one picture with examples of every category of the built-in world", preview_options, preview)
 VOCABULARY = Command("the words of the built-in world, one a line", vocabulary_options, vocabulary)
+
+
+SPLITS = ("train", "validation", "test")
+VALIDATION = 480
+"""Prompts of each task of the built-in world's validation split that are compared; a run is validated on some."""
+WORDS = {
+    "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
+    "content": "asks what {other} asks in other words",
+    "look": "asks what {other} asks of pictures that look alike",
+}
+
+
+def leakage_options(parser: Parser) -> None:
+    """What belongs to the audit of data; None where not given."""
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        metavar="CONFIG|FILE",
+        help="instead of a run: are the splits apart? Of a configuration (default: quickstart, and the corpus of the "
+        "base), or of train.jsonl [validation.jsonl] test.jsonl",
+    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="training steps whose prompts count (the run's)")
+    parser.add_argument("--wording", action="append", metavar="TEXT", help="a beginning of texts that does not count")
+
+
+def refuse_leakage_options(options: Options) -> None:
+    """Raises InputError where an option of the audit of data stands without ``--data``."""
+    for name in ("steps", "wording"):
+        if getattr(options, name) is not None:  # the options are the parser's
+            raise InputError(f"--{name}: belongs to --data: leave it out, or add --data")
+
+
+def audit_data(options: Options) -> None:
+    """Prints one table per two splits; raises InputError, or ContractError for the built-in world, if one leaks."""
+    from lvrpo.commands.audit_tables import overlap_table
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.data.leakage import Index, as_rows, leaks
+    from lvrpo.training.run_directory import json_text
+
+    if options.run is not None or options.judge is not None:
+        raise InputError(f"--data and {options.run or '--judge'}: give one of the two")
+    if options.json is not None:
+        refuse_existing([options.json], options.force)
+    console = wide_console()
+    world, sets = splits_of(options, lambda text: console.print(text, style="dim", soft_wrap=True))
+    wordings = [*(options.wording or []), *(world_wordings() if world else ())]
+    found: dict[str, list[Overlap]] = {}
+    first: Shared | None = None
+    for i, (name, asked) in enumerate(sets.items()):
+        index = Index(asked, wordings)
+        for other, held_out in list(sets.items())[i + 1 :]:
+            title = f"{other} in {name}"
+            found[title] = index.overlaps(held_out)
+            first = first or next(iter(leaks(found[title], near_duplicates=not world)), None)
+            console.print()
+            console.print(overlap_table(title, index, found[title]))
+    if options.json is not None:
+        head = {"splits": list(sets), "rows": {name: len(asked) for name, asked in sets.items()}}
+        tables = {title: as_rows(overlaps) for title, overlaps in found.items()}
+        write_file(options.json, json_text({**head, "overlaps": tables}).encode(), options.force)
+    if first is not None:
+        line = f"{first.where} {WORDS[first.leak].format(other=first.other)}"
+        raise (ContractError if world else InputError)(f"{line}: take it out of one of them")
+    console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
+
+
+def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
+    """Whether they are those of the built-in world, and the prompts of each split."""
+    files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
+    if files:
+        if len(files) != len(options.data) or not 2 <= len(files) <= 3:
+            raise InputError(f"--data {' '.join(options.data)}: give two or three .jsonl files, or a CONFIG")
+        if options.steps is not None:
+            raise InputError(f"--steps {options.steps}: every row of a file counts: leave it out")
+        return False, files_asked(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
+    config = configured(options.data)
+    if config.data.source == "scenes":
+        return True, world_asked(config, options.steps or config.steps, say)
+    if config.data.source != "jsonl":
+        raise InputError(f"data.source={config.data.source}: only scenes and jsonl can be compared")
+    jsonl = config.data.jsonl
+    named = {"train": jsonl.train, "validation": jsonl.validation, "test": jsonl.test}
+    paths = {split: path for split, path in named.items() if path is not None}
+    if len(paths) < 2:
+        raise InputError(f"data.jsonl has {', '.join(paths)} alone: add data.jsonl.test, or name the files")
+    return False, files_asked(paths, jsonl.root)
+
+
+def configured(given: Sequence[str]) -> TrainConfig:
+    """CONFIG section.key=value ..., the quickstart by default."""
+    from lvrpo.commands.inputs import read_config
+    from lvrpo.training.config import TrainConfig
+
+    names = [word for word in given if "=" not in word]
+    if len(names) > 1:
+        raise InputError(f"--data {' '.join(given)}: give one CONFIG, or two or three .jsonl files")
+    return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
+
+
+def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
+    """Every row, its pictures decoded; ``root``: another folder in which they may lie."""
+    from lvrpo.data.images import load_image
+    from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+    from lvrpo.data.leakage import compared_rows, pixel_picture
+
+    def asked(path: Path) -> list[ComparedPrompt]:
+        source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
+        return list(compared_rows(source.rows(), lambda picture: pixel_picture(load_image(picture))))
+
+    return {split: asked(path) for split, path in paths.items()}
+
+
+def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
+    """Train: the prompts of so many steps and every row of the corpus of the base; validation; all benchmarks."""
+    from lvrpo.data.scenes import ScenePrompts, web_corpus
+    from lvrpo.data.scenes.leakage import compared_examples, compared_prompts
+    from lvrpo.evaluation.suite import find_benchmarks
+    from lvrpo.training.rollout import prompts_of_step
+
+    source = ScenePrompts(config.data.scenes, "train", config.seed)
+    train = [found for step in range(steps) for found in compared_prompts(prompts_of_step(source, config, step))]
+    say(f"train: {len(train)} prompts of {steps} steps")
+    corpus = web_corpus()
+    rows = [
+        found
+        for part in (corpus.generate, corpus.caption, corpus.question, corpus.edit, corpus.reason)
+        for found in compared_examples(part)
+    ]
+    say(f"train: {len(corpus)} rows of the corpus of the base")
+    held_out = ScenePrompts(config.data.scenes, "validation", 0)
+    validation = compared_prompts([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
+    benchmarks = find_benchmarks(["scenes"])
+    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)]
+    test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of what it says
+    say(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
+    return {"train": [*train, *rows], "validation": validation, "test": compared_prompts(list(test.values()))}
+
+
+def world_wordings() -> tuple[str, ...]:
+    """How a caption of the built-in world may begin as a prompt."""
+    from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
+
+    return CAPTION_PREFIXES

@@ -1,14 +1,323 @@
-"""``lvrpo launch ray``."""
+"""``lvrpo launch ray``: a run by the workers of Ray Train, each of which starts the program that ``torchrun`` would.
+
+A worker that fails makes Ray Train end all of them and start new ones, which go on from the last checkpoint. What the
+processes print, how they end, and that they are to stop goes through one small actor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
 
 from lvrpo.commands.options import Command, Options, Parser, positive, whole
 from lvrpo.commands.train import refuse_out, train_options
-from lvrpo.errors import InputError
+from lvrpo.errors import ContractError, InputError, NotWellError
 from lvrpo.registry import ANY, allowed_code
+
+FINAL_CODES = (0, 2, 3, 130)
+"""Of ``lvrpo train``, after which nothing is to be gained from a restart: done, wrong input, not well, interrupted."""
+POLL_S = 0.5
+GRACE_S = 30.0
+"""Seconds that a process has to end once another has failed."""
+STARTS = 10
+"""Minutes, about, that a cluster may take to find room for all workers again."""
+ENDS = ("error: ", "not well: ", "interrupted")
+"""How the line begins in which a process says why it ends."""
+DIES_WITH_PARENT = (
+    "import ctypes, os, sys; getattr(ctypes.CDLL(None), 'prctl', lambda *_: 0)(1, 9); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+"""Becomes the program of its arguments, which the kernel kills with the worker (PR_SET_PDEATHSIG; Linux alone)."""
+Line = tuple[str, str]
+"""Of which stream, "out" or "err", and its text."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers run."""
+
+    arguments: tuple[str, ...]
+    """Of ``lvrpo train``, without the run."""
+    run: str
+    """The run directory, which all nodes see."""
+    resumes: bool
+    """Whether it is there already."""
+    folder: str
+    """Where the program is started."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What rank 0 tells the others of an attempt."""
+
+    attempt: int
+    host: str
+    port: int
+    resumes: bool
+
+
+def has_start(run: Path) -> bool:
+    """Whether a run can be resumed, if only from its start."""
+    return (run / "start" / "checkpoint.json").exists()
+
+
+def command(job: Job, resumes: bool) -> list[str]:
+    """The command line of a process."""
+    return [sys.executable, "-m", "lvrpo", "train", *job.arguments, "--resume" if resumes else "--out", job.run]
+
+
+def environment(rendezvous: Rendezvous, rank: int, size: int, local_rank: int) -> dict[str, str]:
+    """What ``torchrun`` would set, rank 0 serving the store of each attempt.
+
+    ``local_rank``: which of the cards that it sees is its own.
+    """
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": rendezvous.host,
+        "MASTER_PORT": str(rendezvous.port),
+        "TORCHELASTIC_RUN_ID": "ray",
+        "TORCHELASTIC_RESTART_COUNT": str(rendezvous.attempt),
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # stacks for each broken connection
+    }
+
+
+def require_room(has: Mapping[str, float], workers: int, cards: int) -> None:
+    """Raises InputError where a cluster has fewer CPUs or GPUs than the workers take."""
+    most = min(int(has["CPU"]), int(has["GPU"] // cards) if cards else workers)
+    if workers > most:
+        takes = "1 CPU and 1 GPU" if cards else "1 CPU"
+        raise InputError(
+            f"--workers {workers}: each takes {takes}, and the Ray cluster has {has['CPU']:g} CPUs and {has['GPU']:g} "
+            f"GPUs: give {most}, or add nodes"
+            if most
+            else f"--workers {workers}: the Ray cluster has {has['CPU']:g} CPUs and {has['GPU']:g} GPUs: add nodes"
+        )
+
+
+def outcome(codes: Sequence[int]) -> int:
+    """How an attempt ended, by the codes of its processes as they came: the first that failed tells why."""
+    return next((code for code in codes if code), 0)
+
+
+# --- between the workers and the terminal ---
+
+
+class Coordinator:
+    """Where workers say what their processes print and how they end, and hear that they are to stop."""
+
+    def __init__(self) -> None:
+        self.attempts: list[list[int]] = []
+        """Of each, the codes of the processes that ended, in that order."""
+        self.lines: list[Line] = []
+        self.stopping = False
+
+    def begin(self) -> int:
+        """The number of an attempt that starts."""
+        self.attempts.append([])
+        return len(self.attempts) - 1
+
+    def report(self, attempt: int, lines: Sequence[Line], code: int | None) -> tuple[list[int], bool]:
+        """Notes both; the codes of the attempt, and whether the run is to stop."""
+        self.lines += lines
+        if code is not None:
+            self.attempts[attempt].append(code)
+        return list(self.attempts[attempt]), self.stopping
+
+    def stop(self) -> None:
+        """Lets every process finish its step and write a checkpoint."""
+        self.stopping = True
+
+    def read(self) -> tuple[list[Line], list[list[int]]]:
+        """The lines since the last call, and all attempts."""
+        lines, self.lines = self.lines, []
+        return lines, [list(codes) for codes in self.attempts]
+
+
+# --- in a worker ---
+
+
+def work(config: dict[str, Any]) -> None:
+    """Runs one process of the run until it ends; raises RuntimeError where a restart may help. Any: Ray's handles."""
+    import ray
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    job, coordinator, context = config["job"], config["coordinator"], train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    rendezvous = broadcast_from_rank_zero(_rendezvous(job, ray.get(coordinator.begin.remote())) if rank == 0 else None)
+    assert rendezvous is not None  # rank 0 sent one
+    own = environment(rendezvous, rank, size, 0 if config["cards"] else context.get_local_rank())
+    process = subprocess.Popen(
+        [sys.executable, "-c", DIES_WITH_PARENT, *command(job, rendezvous.resumes)[1:]],
+        cwd=job.folder,
+        env=os.environ | config["environment"] | own | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    said: SimpleQueue[Line] = SimpleQueue()
+    streams = {"out": process.stdout, "err": process.stderr}
+    readers = [
+        threading.Thread(target=_read, args=(n, stream, said), daemon=True) for n, stream in streams.items() if stream
+    ]
+    for reader in readers:
+        reader.start()
+    codes: list[int] = []
+    code, asked, stopping, deadline = None, False, False, None
+    while code is None:
+        time.sleep(POLL_S)
+        code = process.poll()
+        for reader in readers if code is not None else ():
+            reader.join(GRACE_S)
+        lines = [said.get() for _ in range(said.qsize())]
+        codes, stopping = ray.get(coordinator.report.remote(rendezvous.attempt, lines, code))
+        # all stop after the same step; where one has failed the others wait for it in vain
+        if (stopping or outcome(codes)) and not asked and code is None:
+            process.send_signal(signal.SIGTERM)
+            asked = True
+        if outcome(codes) and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            process.kill()
+    if outcome(codes) not in FINAL_CODES and not stopping:
+        raise RuntimeError(f"lvrpo train ended with {outcome(codes)}")
+
+
+def _rendezvous(job: Job, attempt: int) -> Rendezvous:
+    from ray.util import get_node_ip_address
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return Rendezvous(attempt, get_node_ip_address(), port, job.resumes or has_start(Path(job.run)))
+
+
+def _read(name: str, stream: IO[str], said: SimpleQueue[Line]) -> None:
+    for line in stream:
+        said.put((name, line.rstrip("\n")))
+
+
+# --- at the terminal ---
+
+
+def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None:
+    """Runs the job to its end.
+
+    ``cards``: of each worker, 0 or 1; None: 1 where the cluster has some. Raises what ends ``lvrpo train`` with the
+    code that the processes ended with, ContractError where they failed more than ``max_failures`` times.
+    """
+    from lvrpo.distributed.ray_cluster import ray_cluster, resources
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    ray: Any = ray_cluster("lvrpo launch ray")  # a package that need not be there
+    has = resources(ray)
+    cards = int(has["GPU"] > 0) if cards is None else cards
+    require_room(has, workers, cards)
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    except ImportError as error:
+        raise InputError(f"lvrpo launch ray: needs Ray Train ({error}): pip install 'lvrpo[ray]'") from None
+
+    coordinator = ray.remote(num_cpus=0)(Coordinator).remote()
+    shared = next(folder for folder in Path(job.run).parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True) as notes:
+        passed = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        trainer = DataParallelTrainer(
+            work,
+            train_loop_config={"job": job, "coordinator": coordinator, "cards": cards, "environment": passed},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=bool(cards),
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if cards else {}),
+            ),
+            run_config=RunConfig(
+                storage_path=notes,
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
+            ),
+        )
+        ended = _followed(ray, coordinator, trainer, max_failures)
+    end(ended, job.run)
+
+
+@dataclass
+class Ended:
+    """How a launch came to its end."""
+
+    code: int | None = None
+    """Of the first process of the last attempt that failed; None: no attempt began."""
+    said: str = ""
+    """Why, by the process itself; held back until it is known whether there is another attempt."""
+    error: Exception | None = None
+    """What Ray raised."""
+    stopped: bool = False
+    """Whether somebody asked for it."""
+
+
+def _followed(ray: Any, coordinator: Any, trainer: Any, max_failures: int) -> Ended:
+    """Prints what the processes print until all is over. Any: of Ray."""
+    ended, over, attempts = Ended(), False, 1
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # anything that Ray may raise
+            ended.error = error
+
+    thread = threading.Thread(target=fit, daemon=True)  # elsewhere than in the main thread it leaves Ctrl-C alone
+    thread.start()
+    while not over:
+        try:
+            over = not thread.is_alive()
+            lines, codes = ray.get(coordinator.read.remote())
+            for stream, line in lines:
+                if stream == "err" and line.startswith(ENDS):
+                    ended.said = line
+                else:
+                    print(line, file=sys.stdout if stream == "out" else sys.stderr, flush=True)
+            if len(codes) > attempts:
+                attempts = len(codes)
+                why = ended.said or "a worker died"
+                print(f"restart {attempts - 1} of {max_failures} from the last checkpoint: {why}", flush=True)
+                ended.said = ""
+            if codes:
+                ended.code = outcome(codes[-1])
+            if not over:
+                time.sleep(POLL_S)  # join, interrupted, takes a thread of Python 3.11 for one that has ended
+        except KeyboardInterrupt:
+            if ended.stopped:
+                raise
+            ended.stopped = True
+            coordinator.stop.remote()
+    return ended
+
+
+def end(ended: Ended, run: str) -> None:
+    """Raises what makes the command end as its processes did."""
+    code, again = ended.code, f"lvrpo launch ray --workers N --resume {run}"
+    said = ended.said.removeprefix("error: ").removeprefix("not well: ")
+    if code == 130 or (ended.stopped and code not in FINAL_CODES):
+        raise KeyboardInterrupt(said.replace(f"lvrpo train --resume {run}", again) or "interrupted")
+    if code not in FINAL_CODES or ended.error is not None:
+        what = f"a process ended with code {code}" if code else " ".join(str(ended.error).split())[:200]
+        raise ContractError(f"{said or what}: no restart is left: go on with {again}")
+    if code:
+        raise InputError(said) if code == 2 else NotWellError(said)
 
 
 def options(parser: Parser) -> None:
@@ -26,8 +335,7 @@ def options(parser: Parser) -> None:
 
 
 def run(options: Options) -> None:
-    from lvrpo.commands.ray_train import Job, has_start, launch
-    from lvrpo.commands.settings import read_config
+    from lvrpo.commands.inputs import read_config
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run_directory import RunDirectory
 

@@ -67,8 +67,8 @@ def options(parser: Parser) -> None:
 
 
 def run(options: Options) -> None:
+    from lvrpo.commands.inputs import read_config
     from lvrpo.commands.progress import Progress
-    from lvrpo.commands.settings import read_config
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.commands.train import require_well
     from lvrpo.evaluation.experiment import Experiment, free_folder
@@ -120,7 +120,7 @@ def train_overrides(options: Options) -> list[str]:
 
 def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
     """What is measured, and the baseline: from the same base, with the run's seed."""
-    from lvrpo.commands.settings import read_config
+    from lvrpo.commands.inputs import read_config
     from lvrpo.evaluation.experiment import Plan
     from lvrpo.policies.loading import START
     from lvrpo.training.config import TrainConfig

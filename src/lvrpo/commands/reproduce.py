@@ -39,9 +39,8 @@ def options(parser: Parser) -> None:
 
 
 def run(options: Options) -> None:
-    from lvrpo.commands.settings import find_config
-    from lvrpo.evaluation.reproduce.plan import load_experiment
-    from lvrpo.evaluation.reproduce.recipes import Recipes
+    from lvrpo.commands.inputs import find_config
+    from lvrpo.evaluation.reproduce.plan import Recipes, load_experiment
     from lvrpo.evaluation.reproduce.runner import Runner
 
     experiment = load_experiment(find_experiment(options.experiment, options.quick))

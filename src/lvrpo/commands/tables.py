@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lvrpo.report.measures import TextTable, measure_tables, summary_phases
+from lvrpo.report.tables import TextTable, measure_tables, summary_phases
 
 LEVEL = 0.05
 

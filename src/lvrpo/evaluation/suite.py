@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
-from lvrpo.evaluation.benchmark import CHUNK, score_prompts
-from lvrpo.evaluation.own_reader import judge_scores, read_back
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
-from lvrpo.evaluation.tuned import Tuned
+from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, score_prompts
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, check_text
 from lvrpo.records import BenchmarkRecord
@@ -26,6 +24,9 @@ from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import Group, Prompt, Task
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.tuning import Tuned
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)
 """What every benchmark starts from; temperature and guidance are the benchmark's own."""

@@ -1,17 +1,89 @@
-"""Choosing guidance and temperature of a model on the validation split, by a grid."""
+"""Guidance and temperature of a model, chosen on the validation split by a grid: no table is made of those prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
 
 from lvrpo.errors import InputError
-from lvrpo.evaluation.benchmark import score_prompts
+from lvrpo.evaluation.scoring import score_prompts
 from lvrpo.evaluation.suite import SAMPLING, Benchmark
-from lvrpo.evaluation.tuned import GUIDANCE_SCALES, TEMPERATURES, Tuned, content_key
 from lvrpo.policies.base import Policy, Sampling
+from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.types import Prompt, Task
+
+GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
+"""Of texts; 0 is greedy."""
+SETTINGS = ("guidance_scale", "temperature")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen, for which model and on which prompts."""
+
+    model: str
+    """``judge_fingerprint`` of the model."""
+    settings: Mapping[Task, Mapping[str, float]]
+    """By task ``guidance_scale`` or ``temperature``."""
+    prompts: frozenset[str]
+    """``content_key`` of every prompt that it was chosen on."""
+    grid: Mapping[Task, Mapping[str, float]] = field(default_factory=dict)
+    """By task the score at each value tried."""
+
+    def applied(self, sampling: Sampling, task: Task) -> Sampling:
+        """``sampling`` with what was chosen for the task; as it is for a task that nothing was chosen for."""
+        return replace(sampling, **self.settings.get(task, {}))
+
+    def refuse(self, benchmark: str, prompts: Sequence[Prompt]) -> None:
+        """Raises InputError where a prompt of the benchmark is among those that the settings were chosen on."""
+        seen = [prompt for prompt in prompts if content_key(prompt) in self.prompts]
+        if seen:
+            raise InputError(
+                f"benchmark {benchmark}: {len(seen)} of {len(prompts)} prompts, {seen[0].id!r} first, are those that "
+                "its guidance or temperature was chosen on: choose on another split"
+            )
+
+    def require(self, model: str) -> None:
+        """Raises InputError for another model than the one that was tuned."""
+        if model != self.model:
+            raise InputError(f"settings chosen for {self.model}, but this is {model}: tune each model for itself")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "prompts": sorted(self.prompts)}
+
+    @classmethod
+    def read(cls, path: Path) -> Tuned:
+        """What ``lvrpo evaluate MODEL --tune FILE`` wrote; raises InputError for anything else."""
+        remedy = "give a file that lvrpo evaluate --tune wrote"
+        raw = read_json_object(path, remedy)
+        try:
+            settings = {task: dict(values) for task, values in raw["settings"].items()}
+            wrong = [task for task in settings if task not in get_args(Task)]
+            wrong += [name for values in settings.values() for name in values if name not in SETTINGS]
+            numbers = [value for values in settings.values() for value in values.values()]
+            if wrong or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
+                raise ValueError
+            return cls(str(raw["model"]), settings, frozenset(raw["prompts"]), raw.get("grid", {}))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path}: holds no settings of a model: {remedy}") from None
+
+
+def content_key(prompt: Prompt) -> str:
+    """Of what a policy sees: task, texts and pictures; the same for two rows that say the same under other ids."""
+    digest = hashlib.blake2b(prompt.task.encode(), digest_size=8)
+    for part in prompt.parts:
+        if isinstance(part, str):
+            digest.update(b"text" + " ".join(part.lower().split()).encode())
+        else:
+            digest.update(b"picture" + part.numpy().tobytes())
+    return digest.hexdigest()
+
 
 TEXT_SAMPLES = 4
 """Answers per question at a temperature above 0: one alone would say little of it."""
@@ -65,4 +137,7 @@ def as_validation(benchmark: Benchmark) -> Benchmark:
     return replace(benchmark, validation=benchmark.prompts) if rows else benchmark
 
 
-__all__ = ["as_validation", "tune"]
+__all__ = [
+    "as_validation",
+    "tune",
+]

@@ -1,7 +1,7 @@
 """Reads a run directory; writes one page, tables and pictures. Imports nothing of training."""
 
-from lvrpo.report.compare import Comparison, compare_runs
 from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.report.page import build_report
+from lvrpo.report.tables import Comparison, compare_runs
 
 __all__ = ["Comparison", "Tile", "build_report", "compare_runs", "picture_grid"]

@@ -10,8 +10,8 @@ from lvrpo.audit_records import MIN_GROUPS, Change, RewardAudit, RewardRanking, 
 from lvrpo.errors import InputError
 from lvrpo.reading import is_there, read_json
 from lvrpo.records import Estimate, from_json, number
-from lvrpo.report.curves import TASK_NAMES, Chart, Points, line_chart
-from lvrpo.report.verdict import label
+from lvrpo.report.charts import TASK_NAMES, Chart, Points, line_chart
+from lvrpo.report.formatting import label
 from lvrpo.statistics import Interval
 
 NAMES = {

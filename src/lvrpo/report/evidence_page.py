@@ -11,10 +11,20 @@ import numpy as np
 
 from lvrpo.errors import InputError
 from lvrpo.metrics import collapsed_forms
-from lvrpo.report.evidence import Evidence, RowPlan, Summary, TablePlan
-from lvrpo.report.evidence_values import MEASURES, SEEN, Column, Measure, column, difference
-from lvrpo.report.measures import TextTable
-from lvrpo.report.numbers import duration, score
+from lvrpo.report.evidence import (
+    MEASURES,
+    SEEN,
+    Column,
+    Evidence,
+    Measure,
+    RowPlan,
+    Summary,
+    TablePlan,
+    column,
+    difference,
+)
+from lvrpo.report.formatting import duration, score
+from lvrpo.report.tables import TextTable
 from lvrpo.statistics import MIN_SEEDS, TwoWay, holm
 
 LEVEL = 0.05

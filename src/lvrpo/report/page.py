@@ -14,16 +14,21 @@ import yaml
 from lvrpo.atomic_io import write_whole
 from lvrpo.errors import InputError
 from lvrpo.records import number
-from lvrpo.report import numbers
+from lvrpo.report import formatting
 from lvrpo.report.audit import read_audit
-from lvrpo.report.cases import sample_sections, task_label
-from lvrpo.report.curves import other_charts, ratio_note, reward_charts, strip_of_charts, validation_charts
-from lvrpo.report.gradients import gradient_audit
-from lvrpo.report.measures import collapses, measure_tables, summary_phases
-from lvrpo.report.pictures import Picture, PictureStore
+from lvrpo.report.charts import (
+    gradient_audit,
+    other_charts,
+    ratio_note,
+    reward_charts,
+    strip_of_charts,
+    validation_charts,
+)
+from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord, load_run
-from lvrpo.report.scores import score_table
-from lvrpo.report.verdict import label, verdict
+from lvrpo.report.samples import Picture, PictureStore, sample_sections, task_label
+from lvrpo.report.scores import score_table, verdict
+from lvrpo.report.tables import collapses, measure_tables, summary_phases
 
 HERE = Path(__file__).parent
 GRID_SIDE = 1400
@@ -117,12 +122,12 @@ def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
         ("Policy", policy if isinstance(policy, str) else ""),
         ("Seed", _flat(raw.get("seed", _find(run.manifest, ("seed", "seeds"))))),
         ("Steps", f"{run.metrics.last_step:,}" if run.metrics.last_step else ""),
-        ("Time", numbers.duration(seconds) if seconds is not None else ""),
+        ("Time", formatting.duration(seconds) if seconds is not None else ""),
         ("Peak memory", f"{memory:.2f} GiB" if memory is not None else ""),
         ("Hardware", _flat(_find(run.manifest, ("hardware", "device")))),
     ]
     if seconds is None and so_far is not None:
-        facts[3] = ("Time so far", numbers.duration(so_far))
+        facts[3] = ("Time so far", formatting.duration(so_far))
     return [(term, value) for term, value in facts if value]
 
 
@@ -189,8 +194,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        score=numbers.score,
-        compact=numbers.compact,
+        score=formatting.score,
+        compact=formatting.compact,
         words=lambda text: str(text).replace("_", " "),
     )
     environment.globals.update(task_label=task_label)

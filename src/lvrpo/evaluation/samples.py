@@ -1,4 +1,4 @@
-"""Kept cases of an evaluation: a few outputs per category with their pictures, as the report reads them."""
+"""Samples of an evaluation: a few outputs per category with their pictures, as the report reads them."""
 
 from __future__ import annotations
 

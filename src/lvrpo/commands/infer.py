@@ -1,4 +1,4 @@
-"""``lvrpo generate``, ``lvrpo ask`` and ``lvrpo edit``: a policy at work."""
+"""``lvrpo generate``, ``lvrpo ask`` and ``lvrpo edit``: inference with a policy."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.types import Group, Part, Prompt
+
 
 MOST_CHARACTERS = 1_000_000
 """Of a text; what a model takes is less, and counted in its tokens."""
@@ -80,8 +81,8 @@ def generate_options(parser: Parser) -> None:
 
 
 def generate(options: Options) -> None:
-    from lvrpo.commands.files import read_lines, write_file
-    from lvrpo.evaluation.cases import png
+    from lvrpo.commands.inputs import read_lines, write_file
+    from lvrpo.evaluation.samples import png
 
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
@@ -111,7 +112,7 @@ def generate(options: Options) -> None:
 
 def drawn_rows(table: Path) -> list[str]:
     """The texts of a file in the one format of rows."""
-    from lvrpo.commands.files import checked_row, read_rows
+    from lvrpo.commands.inputs import checked_row, read_rows
 
     texts = []
     for where, found in read_rows(table):
@@ -143,7 +144,7 @@ def ask_options(parser: Parser) -> None:
 
 
 def ask(options: Options) -> None:
-    from lvrpo.commands.files import fitting_image, write_file
+    from lvrpo.commands.inputs import fitting_image, write_file
     from lvrpo.policies.loading import stored_image_size
 
     image, question, table = options.image, options.question, options.questions
@@ -207,7 +208,7 @@ def question_rows(table: Path, side: int | None, root: Path | None) -> list[Ques
 
     Rows with 'image' and 'question', as they once were, are read too; one line says what is written now.
     """
-    from lvrpo.commands.files import checked_row, read_rows
+    from lvrpo.commands.inputs import checked_row, read_rows
     from lvrpo.data.images import load_image, middle_square
     from lvrpo.data.jsonl import picture_path
 
@@ -244,8 +245,8 @@ def edit_options(parser: Parser) -> None:
 
 
 def edit(options: Options) -> None:
-    from lvrpo.commands.files import fitting_image, write_file
-    from lvrpo.evaluation.cases import png
+    from lvrpo.commands.inputs import fitting_image, write_file
+    from lvrpo.evaluation.samples import png
 
     if options.out.suffix.lower() != ".png":
         raise InputError(f"--out {options.out}: pictures are written as PNG: end the name in .png")

@@ -1,4 +1,4 @@
-"""``lvrpo evaluate``, ``lvrpo report`` and ``lvrpo compare``."""
+"""``lvrpo evaluate``, ``lvrpo report``, ``lvrpo compare`` and ``lvrpo information``."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def evaluate(options: Options) -> None:
 
     import torch
 
-    from lvrpo.commands.files import write_file
+    from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import scores_table, text_table, wide_console
     from lvrpo.evaluation import suite
-    from lvrpo.evaluation.tuned import Tuned
+    from lvrpo.evaluation.tuning import Tuned
     from lvrpo.policies.loading import load_policy
-    from lvrpo.report.measures import measure_tables
+    from lvrpo.report.tables import measure_tables
     from lvrpo.rewards.base import judge_fingerprint
     from lvrpo.training.run_directory import json_text
     from lvrpo.training.splits import require_unseen_by
@@ -133,7 +133,7 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
 
     A run is scored as it scored itself: by its rewards, judged by the weights that it began with.
     """
-    from lvrpo.commands.settings import read_config
+    from lvrpo.commands.inputs import read_config
     from lvrpo.policies.loading import START
     from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
     from lvrpo.rewards.table import build_rewards
@@ -159,7 +159,7 @@ def tune(options: Options) -> None:
 
     import torch
 
-    from lvrpo.commands.files import write_file
+    from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import number, wide_console
     from lvrpo.evaluation import suite, tuning
     from lvrpo.policies.loading import load_policy
@@ -222,7 +222,7 @@ def compare_options(parser: Parser) -> None:
 def compare(options: Options) -> None:
     from lvrpo.commands.tables import text_table, wide_console
     from lvrpo.report import compare_runs
-    from lvrpo.report.seeds import seeds_table
+    from lvrpo.report.tables import seeds_table
 
     if options.over_seeds:
         table = seeds_table(options.runs)
@@ -251,3 +251,70 @@ EVALUATE = Command(
 )
 REPORT = Command("write the HTML report of a run", report_options, report)
 COMPARE = Command("several runs in one table", compare_options, compare)
+
+
+def information_options(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument("--pairs", type=positive, default=1024, help="held-out captions with pictures (1024)")
+    parser.add_argument("--negatives", type=positive, default=128, metavar="N", help="of a batch; ceiling log N (128)")
+    parser.add_argument("--seed", type=whole, default=0, help="of scenes, noise and critic (0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    add_force(parser)
+
+
+def print_information(options: Options) -> None:
+    """Prints the bounds of a model, or of a run's start and result with the difference."""
+    import torch
+
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.evaluation.mutual_information import Direction, Information, measure_information
+    from lvrpo.policies.loading import START, load_policy
+    from lvrpo.training.run_directory import json_text
+
+    if options.json is not None:
+        refuse_existing([options.json], options.force)
+    torch.set_num_threads(1)
+    start = Path(options.model) / START
+    models = {"before": str(start), "after": options.model} if start.is_dir() else {"now": options.model}
+    loaded = {when: load_policy(name, options.device, options.dtype).make_reference() for when, name in models.items()}
+    directions: dict[Direction, str] = {
+        "see_and_plan": "reading expert over a picture, drawing expert about to draw from its caption",
+        "name_and_form": "reading expert over a caption, drawing expert over the noisy picture",
+    }
+    console = wide_console()
+    out: dict[str, dict[str, object]] = {}
+    for direction, words in directions.items():
+        found: dict[str, Information] = {}
+        console.print(f"{words}:", highlight=False, soft_wrap=True)
+        for when, policy in loaded.items():
+            found[when] = measure_information(policy, direction, options.pairs, options.negatives, options.seed)
+            bound, ceiling = found[when].bound, found[when].ceiling
+            console.print(
+                f"  {when}: at least {bound.score:.3f} [{bound.low:.3f}, {bound.high:.3f}] nats; no more than log "
+                f"{options.negatives} = {ceiling:.3f} can be shown",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        rows: dict[str, object] = {
+            when: {**info.bound.as_dict(), "ceiling": info.ceiling} for when, info in found.items()
+        }
+        if "before" in found:
+            gain = found["before"].gain(found["after"])
+            rows["difference"] = gain.as_dict()
+            console.print(
+                f"  difference: {gain.score:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", markup=False, highlight=False
+            )
+        out[direction] = rows
+    if options.json is not None:
+        content = {"model": options.model, "pairs": options.pairs, "negatives": options.negatives, "seed": options.seed}
+        write_file(options.json, json_text({**content, "information": out}).encode(), options.force)
+
+
+INFORMATION = Command(
+    "a lower bound of what reading and drawing expert know of each other (InfoNCE), before and after a run",
+    information_options,
+    print_information,
+    "example: lvrpo information runs/quickstart --json information.json",
+)

@@ -1,17 +1,24 @@
-"""CONFIG -> a validated configuration: a YAML file, or the name of one that lvrpo ships."""
+"""CONFIG, and files of the user: read with one-line errors, written whole or not at all, never over something else."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from lvrpo.atomic_io import write_whole
+from lvrpo.commands.options import refuse_existing
 from lvrpo.config import CONSENT, Config, load_config, read_tree, shipped_configs
+from lvrpo.data.images import load_image, middle_square
+from lvrpo.data.jsonl import Row, parse_row
 from lvrpo.errors import InputError
-from lvrpo.reading import is_there
+from lvrpo.reading import is_there, parse_json, read_text
 from lvrpo.registry import allow_code
+from lvrpo.training.checkpoint import disk_errors
+from lvrpo.types import Image, Task
 
 C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
@@ -67,3 +74,57 @@ def refuse_other_kind(cls: type[Config], name: str, path: Path) -> None:
                 f"config {name!r}: is {words} configuration (it has a section {foreign[0]!r}): start it with "
                 f"lvrpo {command} {name}"
             )
+
+
+def write_file(path: Path, content: bytes, force: bool) -> None:
+    """Writes a file whole or not at all; refuses to replace one unless ``force``."""
+    refuse_existing([path], force)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise InputError(f"{path.parent}: is a file: choose another folder")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are not blank."""
+    text = read_text(path, "give a text file")
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: is empty: write one line each")
+    return lines
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of JSON lines. Any: what JSON holds."""
+    rows = []
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        row = parse_json(line, where, "one object per line")
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
+        rows.append((where, row))
+    return rows
+
+
+def checked_row(row: dict[str, Any], task: Task, where: str) -> Row:
+    """A row in the one format of rows, of this task where it names none; raises InputError. Any: what JSON holds."""
+    try:
+        return parse_row(row, task)
+    except ValueError as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def fitting_image(path: Path, side: int | None) -> Image:
+    """The picture as the model reads it; another size is cropped to its middle square and resized, with a warning.
+
+    A model of any size (None) gets it whole.
+    """
+    image = load_image(path)
+    height, width = image.shape[1:]
+    if side is None or (height, width) == (side, side):
+        return image
+    print(
+        f"warning: {path}: {width} x {height} pixels: the middle square is resized to {side} x {side}", file=sys.stderr
+    )
+    return middle_square(image, side)

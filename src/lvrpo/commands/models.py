@@ -1,4 +1,4 @@
-"""``lvrpo init``: a fresh random model to pretrain."""
+"""``lvrpo init`` makes a random model to pretrain; ``lvrpo export`` writes a whole model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
     from lvrpo.data.scenes.verifier import Reading
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.types import Image
+
 
 KINDS = ("bagel-tiny",)
 KEPT_BYTES = 256 << 20
@@ -120,3 +121,36 @@ INIT = Command(
     init,
     "example: lvrpo init bagel-tiny models/bagel width=256 depth=6 image_size=64 --train-autoencoder 400",
 )
+
+
+def export_options(parser: Parser) -> None:
+    add_model(parser)
+    add_base(parser)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
+
+
+def export(options: Options) -> None:
+    from lvrpo.policies.loading import load_policy
+    from lvrpo.policies.mot.adapter import merge
+    from lvrpo.policies.mot.policy import MoTPolicy
+    from lvrpo.training.checkpoint import disk_errors
+
+    folder: Path = options.folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already: choose another name")
+    policy = load_policy(options.model, options.device, options.dtype, options.base)
+    merged = isinstance(policy, MoTPolicy) and policy.adapter is not None
+    if isinstance(policy, MoTPolicy):
+        merge(policy)
+    with disk_errors(folder):
+        policy.save(folder)
+    print(f"{folder}: {options.model}{', its adapter merged' if merged else ''}")
+
+
+EXPORT = Command(
+    "write a whole model, an adapter merged into its base",
+    export_options,
+    export,
+    "example: lvrpo export runs/bagel_lvrpo_lora models/aligned --dtype bfloat16",
+)
+"""``lvrpo export``."""

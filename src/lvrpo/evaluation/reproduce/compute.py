@@ -1,0 +1,238 @@
+"""Equal compute: operations of the models, what a step of a row costs, and the steps that a budget buys.
+
+Counted is what models do, forward and backward: the trained one, its averages, judge and reference. What an optimizer
+does with gradients is left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from lvrpo.errors import InputError
+from lvrpo.policies.mot.transformer import Cache, MoT
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
+from lvrpo.training.rollout import prompts_of_step
+from lvrpo.training.trainer import Trainer, control_rollout
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What was done."""
+
+    flops: float = 0.0
+    """Floating-point operations in matrix products, convolutions and attention; a multiply-add is two."""
+    passes: float = 0.0
+    """Sequences taken through the transformer; a token that is written after a kept context costs FLOPs alone."""
+
+    def __add__(self, other: Compute) -> Compute:
+        return Compute(self.flops + other.flops, self.passes + other.passes)
+
+    def __sub__(self, other: Compute) -> Compute:
+        return Compute(self.flops - other.flops, self.passes - other.passes)
+
+    def __mul__(self, times: float) -> Compute:
+        return Compute(self.flops * times, self.passes * times)
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"flops": self.flops, "passes": self.passes}
+
+
+NO_COMPUTE = Compute()
+
+
+def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    """Of attention over queries (B, H, L, E), keys (B, K, S, E) and values (B, K, S, F): 2 B H L S (E + F).
+
+    Shapes, as ``FlopCounterMode`` gives them; masked scores count, as they are computed.
+    """
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    """Of its backward pass: scores again, and the gradients of scores, values, queries and keys.
+
+    2 B H L S (3 E + 2 F): five products where the forward pass has two.
+    """
+    return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+_ATEN = torch.ops.aten
+ATTENTION = {
+    **dict.fromkeys(
+        (
+            _ATEN._scaled_dot_product_flash_attention_for_cpu,
+            _ATEN._scaled_dot_product_flash_attention,
+            _ATEN._scaled_dot_product_efficient_attention,
+            _ATEN._scaled_dot_product_cudnn_attention,
+        ),
+        attention_flops,
+    ),
+    **dict.fromkeys(
+        (
+            _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+            _ATEN._scaled_dot_product_flash_attention_backward,
+            _ATEN._scaled_dot_product_efficient_attention_backward,
+            _ATEN._scaled_dot_product_cudnn_attention_backward,
+        ),
+        attention_backward_flops,
+    ),
+}
+"""torch counts neither the CPU's kernel nor heads that share keys."""
+
+
+class ComputeCounter:
+    """While the context lasts, whatever models do is counted; ``now`` says how much it is."""
+
+    def __init__(self) -> None:
+        self._flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        self._passes = 0
+        self._left_out = 0
+        self._before_step = 0
+        self._hooks: list[Any] = []  # handles of torch, of several private classes
+
+    @property
+    def now(self) -> Compute:
+        """Since the context was entered."""
+        return Compute(self._flops.get_total_flops() - self._left_out, self._passes)
+
+    def __enter__(self) -> Self:
+        self._hooks = [
+            register_module_forward_pre_hook(self._count_pass),
+            register_optimizer_step_pre_hook(self._begin_step),
+            register_optimizer_step_post_hook(self._end_step),
+        ]
+        self._flops.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flops.__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count_pass(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, MoT):
+            cache = next(each for each in arguments if isinstance(each, Cache))
+            self._passes += len(cache.rope)
+
+    def _begin_step(self, *_: object) -> None:
+        self._before_step = self._flops.get_total_flops()
+
+    def _end_step(self, *_: object) -> None:
+        self._left_out += self._flops.get_total_flops() - self._before_step
+
+
+AnyConfig = TrainConfig | PretrainConfig
+
+PLAIN = 2
+"""Steps whose mean is that of a plain one; the first, which does more, is left out."""
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """The compute of a run as a function of its steps."""
+
+    step: Compute
+    """A plain step: rollout, judge, reference, old policy and update."""
+    start: Compute = NO_COMPUTE
+    """What only the beginning has: the checks before the first step."""
+    look: Compute = NO_COMPUTE
+    """A validation."""
+    control: Compute = NO_COMPUTE
+    """The reference's outputs that are drawn beside the curve."""
+    look_every: int = 1
+    reference_eval_every: int = 1
+
+    def total(self, steps: int) -> Compute:
+        """Of a run of so many steps: looks at the start, every so often and at the end."""
+        looks = 1 + -(-steps // self.look_every)
+        controls = -(-steps // self.reference_eval_every)
+        return self.start + self.step * steps + self.look * looks + self.control * controls
+
+    def steps_within(self, budget: Compute, added_to: Compute = NO_COMPUTE) -> int:
+        """The most steps whose FLOPs do not exceed the budget; raises InputError if none does."""
+        limit = (budget + added_to).flops
+        low, high = 0, 1
+        while self.total(high).flops <= limit:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.total(middle).flops <= limit else (low, middle)
+        if not low:
+            raise InputError(
+                f"budget of {limit:.3g} FLOPs: one step takes {self.total(1).flops:.3g}: give budget.steps more"
+            )
+        return low
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> RunCost:
+        """What ``as_dict`` gave."""
+        parts = {name: Compute(**raw[name]) for name in ("step", "start", "look", "control")}
+        return cls(**parts, look_every=raw["look_every"], reference_eval_every=raw["reference_eval_every"])
+
+
+def count_cost(config: AnyConfig) -> RunCost:
+    """Takes the first steps of a run in a folder that is thrown away, and counts them."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(config, PretrainConfig):
+            return _count_supervised(config, Path(folder) / "probe")
+        return _count_alignment(config, Path(folder) / "probe")
+
+
+def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
+    marks: list[Compute] = []
+    trainer = Pretrainer.start(config.model_copy(update={"steps": PLAIN + 1, "held_out_every": 0}), folder)
+    with trainer.run, ComputeCounter() as counter:
+        trainer.train(lambda row: marks.append(counter.now))
+    return RunCost((marks[-1] - marks[0]) * (1 / PLAIN))
+
+
+def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
+    last = PLAIN + 2  # validation looks at the last step, so that it is no plain one
+    validation = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
+    rare = {"validation": validation, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
+    marks: list[Compute] = []
+    trainer = Trainer.start(config.model_copy(update={**rare, "steps": last}), folder)
+    with trainer.run, ComputeCounter() as counter:
+        trainer.train(lambda row: marks.append(counter.now))
+        before = counter.now
+        trainer.validator.score(trainer.state.policies)
+        look = counter.now - before
+        prompts = prompts_of_step(trainer.source, config, 0)
+        control_rollout(trainer.state.policies, prompts, config, 0)
+        control = counter.now - before - look
+    step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
+    start = marks[0] - step - look - control
+    cost = RunCost(step, start, look, control, config.validation.every, config.reference_eval_every)
+    return cost if start.flops >= 0 else replace(cost, start=NO_COMPUTE)
+
+
+__all__ = [
+    "ATTENTION",
+    "NO_COMPUTE",
+    "AnyConfig",
+    "Compute",
+    "ComputeCounter",
+    "RunCost",
+    "attention_backward_flops",
+    "attention_flops",
+    "count_cost",
+]
