@@ -135,8 +135,10 @@ def test_guided_samples_have_the_log_probs_of_the_guided_distribution() -> None:
     assert isinstance(segment, ImageTokenSegment)
     tokens = segment.tokens[None]
     with torch.no_grad():
-        given = policy._drawn_logits([policy._context(trajectory.prompt, [])], tokens[:, :-1], False, 1.0)[0]
-        free = policy._drawn_logits([[0]], tokens[:, :-1], False, 1.0)[0]
+        given = policy.image_logits([policy.context_ids(trajectory.prompt.parts)], tokens[:, :-1], False, 1.0, "joint")[
+            0
+        ]
+        free = policy.image_logits([[0]], tokens[:, :-1], False, 1.0, "joint")[0]
     guided = torch.log_softmax(free + 3 * (given - free), dim=-1)[torch.arange(N), segment.tokens]
     assert torch.allclose(guided, segment.behavior_logprobs, atol=1e-5)
     plain = torch.log_softmax(given, dim=-1)[torch.arange(N), segment.tokens]

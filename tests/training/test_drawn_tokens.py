@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from discrete_policy import DiscretePolicy, N, Says, ShareOfColor
+from color_task import Says, ShareOfColor
+from discrete_policy import DiscretePolicy, N
 from gradients_only import differentiate
 
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -330,7 +331,7 @@ def test_which_part_of_the_guided_logits_is_trained(kind: SegmentKind) -> None:
 @pytest.mark.parametrize("kind", ["tokens", "masked"])
 def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKind, stages: str) -> None:
     bench = Bench()
-    bench.live.draws = (kind,)
+    bench.live.segment_kinds = ("text", kind)
     prompts = [
         Prompt(f"r{i}", "reason", (f"think draw {color}",), ("text", "image"))
         for i, color in enumerate(("red", "blue"))

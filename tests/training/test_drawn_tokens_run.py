@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from discrete_policy import Colors, DiscretePolicy
+from color_task import Colors
+from discrete_policy import DiscretePolicy
 from stored import stored
 
 from lvrpo.config import dump_config, load_config
@@ -26,9 +27,9 @@ from lvrpo.types import (
 
 RUN = (
     "device=cpu",
-    "allow_code=[discrete_policy]",
-    "data.source='discrete_policy:Colors'",
-    "rewards=[{name: 'discrete_policy:ShareOfColor', label: share}, {name: 'discrete_policy:Says', label: says}]",
+    "allow_code=[color_task, discrete_policy]",
+    "data.source='color_task:Colors'",
+    "rewards=[{name: 'color_task:ShareOfColor', label: share}, {name: 'color_task:Says', label: says}]",
     "validation.every=100",
     "checkpoint_every=100",
     "samples_every=100",
@@ -183,7 +184,7 @@ def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
 
 
 def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
-    allow_code(["discrete_policy"])
+    allow_code(["color_task", "discrete_policy"])
     DiscretePolicy(("masked",)).save(Path("policy"))
     config = load_config(TrainConfig, None, ["policy=policy", "device=cpu", "tokens={}"])
     with pytest.raises(InputError, match="tokens: policy=policy writes no such segments, only text, masked"):

@@ -1,30 +1,52 @@
-"""A base class for policies of one's own: everything that has a sensible default, so that little is left to write."""
+"""Base classes for your own policy: ``PolicyDefaults`` for any model, ``TokenPolicy`` for one of discrete tokens."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
+from lvrpo.sampling import (
+    choose_revealed,
+    derive_seed,
+    mask_draws,
+    masked_counts,
+    masked_input,
+    monte_carlo_logprob,
+    path_logprobs,
+    sample_tokens,
+    token_entropy,
+    token_logprobs,
+    uniform_noise,
+)
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
     Group,
     Image,
+    ImageTokenSegment,
+    LogitGuidance,
+    MaskedSegment,
+    OutputKind,
     Part,
     Parts,
     Prompt,
+    Segment,
     SegmentKind,
     SegmentLogprobs,
     Task,
+    TextSegment,
     Trajectory,
+    segments_through,
 )
 
 
@@ -135,3 +157,247 @@ class PolicyDefaults(nn.Module, ABC):
 
     def _lacks(self, method: str, words: str) -> InputError:
         return InputError(f"{type(self).__name__}: {words}, or write its method {method!r}")
+
+
+class TokenPolicy(PolicyDefaults):
+    """A policy whose text and images are discrete tokens: text, image tokens in order, or masked image tokens.
+
+    Sampling, replay and judging follow from the logits of the network. Left to write: the abstract members,
+    ``segment_kinds``, ``save`` and ``load``. Images of several kinds are generated in turn, in the order of
+    ``segment_kinds``. Nothing is cached: every token takes a pass over its whole row.
+
+    Letters: B rows, L tokens of a row, V vocabulary of text, N tokens of an image, K codes of an image token.
+    """
+
+    end_id: int
+    """The token that ends a text."""
+    image_tokens: int
+    """N."""
+    text_tokens: torch.Tensor
+    """bool (V,): the tokens that a text may be made of."""
+
+    @abstractmethod
+    def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
+        """Input ids of a prompt and the segments after it."""
+
+    @abstractmethod
+    def next_logits(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Logits (L, V) after every token of each row of input ids."""
+
+    @abstractmethod
+    def image_logits(
+        self, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, masked: bool, scale: float, mode: LogitGuidance
+    ) -> torch.Tensor:
+        """Guided logits of image tokens ``tokens`` (B, n), -1 where masked, after their contexts.
+
+        Of the token after each of the n, (B, n + 1, K); where ``masked``, of those in their places, (B, n, K).
+        """
+
+    @abstractmethod
+    def encode_text(self, text: str) -> list[int]:
+        """Ids without the end token."""
+
+    @abstractmethod
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of ids, the end token skipped."""
+
+    @abstractmethod
+    def encode_image(self, image: Image) -> torch.Tensor:
+        """Codes, int64 (N,)."""
+
+    @abstractmethod
+    def decode_image(self, codes: torch.Tensor) -> Image:
+        """The image of codes (N,)."""
+
+    # --- sampling ---
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """As ``Policy.sample``; behavior log-probs are those of a replay in the same batch."""
+        rows = [
+            (prompt, member, derive_seed(seed, "member", member))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for member in range(sampling.group_size)
+        ]
+        made: list[list[Segment]] = [[] for _ in rows]
+        for k in range(max(len(prompt.output) for prompt in prompts)):
+            waiting: dict[SegmentKind, list[int]] = defaultdict(list)
+            for i, (prompt, _, _) in enumerate(rows):
+                if k < len(prompt.output):
+                    waiting[self._kind(prompt.output, k)].append(i)
+            for kind, chosen in waiting.items():
+                make = {"text": self._sample_text, "tokens": self._sample_image, "masked": self._sample_masked}[kind]
+                contexts = [self.context_ids(rows[i][0].parts, made[i]) for i in chosen]
+                own = [derive_seed(rows[i][2], k) for i in chosen]
+                for i, segment in zip(chosen, make(contexts, own, sampling), strict=True):
+                    made[i].append(segment)
+        trajectories = [Trajectory(p, m, tuple(made[i]), seed) for i, (p, m, seed) in enumerate(rows)]
+        size, scored = sampling.group_size, []
+        for trajectory, own in zip(trajectories, self.logprobs(trajectories), strict=True):
+            pairs = zip(trajectory.segments, own, strict=True)
+            segments = tuple(replace(segment, behavior_logprobs=row.logprobs) for segment, row in pairs)
+            scored.append(replace(trajectory, segments=segments))
+        return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
+
+    def _kind(self, output: Sequence[OutputKind], k: int) -> SegmentKind:
+        if output[k] == "text":
+            return "text"
+        kinds: list[SegmentKind] = [kind for kind in self.segment_kinds if kind != "text"]
+        return kinds[sum(kind == "image" for kind in output[:k]) % len(kinds)]
+
+    def _sample_text(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
+        u = uniform_noise([derive_seed(seed, "write") for seed in seeds], (sampling.max_new_tokens,))
+        rows = [list(context) for context in contexts]
+        for i in range(sampling.max_new_tokens):
+            last = torch.stack([logits[-1] for logits in self.next_logits(rows)])
+            tokens = sample_tokens(last, u[:, i], sampling.temperature, self.text_tokens)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                row.append(token)
+        for row, context in zip(rows, contexts, strict=True):
+            sampled = row[len(context) :]
+            ended = self.end_id in sampled
+            ids = sampled[: sampled.index(self.end_id) + 1] if ended else sampled
+            yield TextSegment(
+                torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, self.decode_text(ids), ended
+            )
+
+    def _sample_image(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
+        u = uniform_noise([derive_seed(seed, "draw") for seed in seeds], (self.image_tokens,))
+        tokens, scale = torch.zeros(len(contexts), 0, dtype=torch.int64), sampling.guidance_scale
+        for i in range(self.image_tokens):
+            logits = self.image_logits(contexts, tokens, False, scale, "joint")[:, -1]
+            drawn = sample_tokens(logits, u[:, i], sampling.image_temperature)
+            tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+        for row in tokens:
+            image, none = self.decode_image(row), torch.zeros(len(row))
+            yield ImageTokenSegment(row, none, sampling.image_temperature, scale, image, sampling.guided_logprobs)
+
+    def _sample_masked(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
+        B, N, temperature, scale = len(contexts), self.image_tokens, sampling.image_temperature, sampling.guidance_scale
+        scoring = sampling.masked
+        tokens, steps = torch.zeros(B, N, dtype=torch.int64), torch.full((B, N), sampling.num_steps)
+        for s, left in enumerate(masked_counts(N, sampling.num_steps)):
+            u = uniform_noise([derive_seed(seed, "reveal", s) for seed in seeds], (2, N))
+            logits = self.image_logits(contexts, masked_input(tokens, steps, s, -1), True, scale, "joint")
+            drawn = sample_tokens(logits.flatten(0, 1), u[:, 0].flatten(), temperature).view(B, N)
+            logprobs = token_logprobs(logits, drawn, temperature)
+            fixed = choose_revealed(logprobs, steps == sampling.num_steps, left, u[:, 1], sampling.choice_temperature)
+            tokens, steps = torch.where(fixed, drawn, tokens), torch.where(fixed, s, steps)
+        masks = torch.ones(B, 1, N, dtype=torch.bool)
+        if scoring.likelihood == "monte_carlo":
+            masks = mask_draws([derive_seed(seed, "masks") for seed in seeds], N, scoring.draws, scoring.schedule)
+        for b in range(B):
+            yield MaskedSegment(
+                tokens[b],
+                steps[b],
+                masks[b],
+                torch.zeros(masks[b].shape),
+                scoring.likelihood,
+                temperature,
+                scale,
+                self.decode_image(tokens[b]),
+                sampling.guided_logprobs,
+            )
+
+    # --- replay ---
+
+    def logprobs(
+        self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
+    ) -> list[list[SegmentLogprobs]]:
+        """As ``Policy.logprobs``; segments of equal settings are replayed together."""
+        found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
+        lengths = [len(segments_through(t, kinds)) for t in trajectories]
+        for k in range(max(lengths, default=0)):
+            equal: dict[Hashable, list[int]] = defaultdict(list)
+            for i, t in enumerate(trajectories):
+                if k < lengths[i]:
+                    equal[_settings(t.segments[k])].append(i)
+            for chosen in equal.values():
+                before = [trajectories[i] for i in chosen]
+                contexts = [self.context_ids(t.prompt.parts, t.segments[:k]) for t in before]
+                scored = self._score(contexts, [t.segments[k] for t in before])
+                for i, row in zip(chosen, scored, strict=True):
+                    found[i].append(row)
+        return found
+
+    def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
+        """Segments of one kind and setting. Any: the kind is told apart here."""
+        tokens, first = [segment.tokens for segment in segments], segments[0]
+        if first.kind == "text":
+            rows = [[*context, *row.tolist()[:-1]] for context, row in zip(contexts, tokens, strict=True)]
+            for context, row, logits in zip(contexts, tokens, self.next_logits(rows), strict=True):
+                own, among = logits[len(context) - 1 :], (first.temperature, self.text_tokens)
+                yield SegmentLogprobs(token_logprobs(own, row, *among), token_entropy(own, *among))
+            return
+        guidance, temperature, drawn = (
+            (first.guidance_scale, first.guided_logprobs),
+            first.temperature,
+            torch.stack(tokens),
+        )
+        if first.kind == "tokens":
+            logits = self.image_logits(contexts, drawn[:, :-1], False, *guidance)
+            scored = token_logprobs(logits, drawn, temperature), token_entropy(logits, temperature)
+            yield from map(SegmentLogprobs, *scored)
+            return
+        path = first.likelihood == "path"
+        steps = torch.stack([segment.reveal_steps for segment in segments])
+        scored = torch.stack([segment.scored for segment in segments])  # (B, R, N)
+        rounds = int(steps.max()) + 1 if path else scored.shape[1]
+        seen = [
+            masked_input(drawn, steps, r, -1) if path else drawn.masked_fill(scored[:, r], -1) for r in range(rounds)
+        ]
+        every = [self.image_logits(contexts, inputs, True, *guidance) for inputs in seen]
+        entropy = [token_entropy(logits, temperature) for logits in every]
+        if path:
+            zero = torch.zeros((), device=drawn.device)
+            logprobs = sum((path_logprobs(x, drawn, steps, r, temperature) for r, x in enumerate(every)), zero)
+            spread = sum((torch.where(steps == r, H, 0.0) for r, H in enumerate(entropy)), zero)
+            yield from (SegmentLogprobs(row[None], H[None]) for row, H in zip(logprobs, spread, strict=True))
+            return
+        logprobs = torch.stack([token_logprobs(logits, drawn, temperature) for logits in every], dim=1)
+        yield from map(SegmentLogprobs, logprobs * scored, torch.stack(entropy, dim=1) * scored)
+
+    def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
+        """As ``Policy.count_tokens``."""
+        text = sum(len(s.tokens) for s in trajectory.segments if isinstance(s, TextSegment))
+        image = self.image_tokens if trajectory.image is not None else 0
+        return TokenCounts(len(self.context_ids(trajectory.prompt.parts)), text, image)
+
+    # --- judging ---
+
+    @torch.no_grad()
+    def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
+        """As ``Judge.text_logprob``."""
+        tokens = [torch.tensor([*self.encode_text(text), self.end_id]) for text in texts]
+        segments = [TextSegment(row, torch.zeros(len(row)), 1.0, "", True) for row in tokens]
+        rows = self._score([self.context_ids(parts) for parts in contexts], segments)
+        return torch.stack([row.logprobs.mean() for row in rows])
+
+    @torch.no_grad()
+    def image_logprob(
+        self,
+        contexts: Sequence[Parts],
+        images: Sequence[Image],
+        draws: int,
+        seeds: Sequence[int],
+        times: tuple[float, float] = (0.0, 1.0),
+    ) -> torch.Tensor:
+        """As ``Judge.image_logprob``: exact for image tokens in order, a bound by random masks for masked ones."""
+        rows = [self.context_ids(parts) for parts in contexts]
+        codes = torch.stack([self.encode_image(image) for image in images])
+        if self._kind(("image",), 0) == "tokens":
+            logits = self.image_logits(rows, codes[:, :-1], False, 1.0, "joint")
+            return token_logprobs(logits, codes).sum(dim=1, keepdim=True).expand(-1, draws)
+        masks = mask_draws(list(seeds), self.image_tokens, draws, "uniform")
+        seen = [codes.masked_fill(masks[:, k], -1) for k in range(draws)]
+        logprobs = [token_logprobs(self.image_logits(rows, inputs, True, 1.0, "joint"), codes) for inputs in seen]
+        each = [monte_carlo_logprob(row[:, None], masks[:, k, None], "elbo") for k, row in enumerate(logprobs)]
+        return torch.stack(each, dim=1)
+
+
+def _settings(segment: Any) -> Hashable:
+    """What has to agree for segments to be replayed together. Any: a segment of any kind."""
+    if segment.kind == "text":
+        return "text", segment.temperature
+    shared = (segment.kind, segment.temperature, segment.guidance_scale, segment.guided_logprobs)
+    return (*shared, segment.likelihood, len(segment.scored)) if segment.kind == "masked" else shared
