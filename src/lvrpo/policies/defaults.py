@@ -96,7 +96,7 @@ class PolicyDefaults(nn.Module, ABC):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trainable parameters under "shared"."""
-        return {"shared": [p for p in self.parameters() if p.requires_grad]}
+        return {"understand": [], "generate": [], "shared": [p for p in self.parameters() if p.requires_grad]}
 
     def default_sampling(self, task: Task) -> Sampling:
         """``Sampling()``."""
