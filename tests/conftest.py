@@ -11,14 +11,11 @@ import inspect
 import os
 import pkgutil
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["MPLBACKEND"] = "agg"
-os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"lvrpo-matplotlib-{os.getuid()}"))
 
 import jaxtyping
 import numpy as np

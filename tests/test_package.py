@@ -17,7 +17,7 @@ import pytest
 
 import lvrpo
 
-HEAVY = ("torch", "numpy", "scipy", "sklearn", "matplotlib", "pydantic", "transformers", "diffusers", "tokenizers")
+HEAVY = ("torch", "numpy", "scipy", "sklearn", "pydantic", "transformers", "diffusers", "tokenizers")
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -32,7 +32,7 @@ def test_import_loads_no_library() -> None:
 
 @pytest.mark.parametrize("name", ["Prompt", "Policy", "load_config"])
 def test_names_load_no_model_library(name: str) -> None:
-    foreign = {"transformers", "diffusers", "sklearn", "matplotlib", "scipy"}
+    foreign = {"transformers", "diffusers", "sklearn", "scipy"}
     assert not loaded_after(f"from lvrpo import {name}") & foreign
 
 

@@ -128,6 +128,4 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> 
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # takes a moment, and needed only where a picture is made
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.truetype(Path(__file__).parents[1] / "assets" / "fonts" / "DejaVuSans.ttf", size)
