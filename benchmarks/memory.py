@@ -116,14 +116,15 @@ def anonymous() -> int:
 
 def never_end(eos: int) -> None:
     """Texts are written up to their limit from now on: the estimate is of these."""
+    from lvrpo.policies.mot import generate
 
-    plain = writing.sample_tokens
+    plain = generate.sample_tokens
 
     def sample(logits: Any, *rest: Any) -> Any:  # Any: as in torch
         logits[:, eos] = -float("inf")
         return plain(logits, *rest)
 
-    writing.sample_tokens = sample
+    generate.sample_tokens = sample
 
 
 def prepare(sizes: dict[str, Any] | None, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The run directory (DESIGN section 6): everything a run writes, each file atomically, by one process at a time.
+"""The run directory: everything a run writes, each file atomically, by one process at a time.
 
 Every rank has the same run directory; rank 0 writes it, and what the others write goes nowhere.
 """
@@ -339,7 +339,7 @@ class RunDirectory:
     # --- summary and manifest ---
 
     def write_summary(self, summary: Mapping[str, Json]) -> Path:
-        """``summary.json``, in the one shape of DESIGN section 6."""
+        """``summary.json``, as ``lvrpo.records.Summary`` reads it."""
         return self.write_json(SUMMARY, summary)
 
     def read_summary(self) -> dict[str, Json] | None:
