@@ -10,12 +10,14 @@ from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from lvrpo.data.scenes.verifier import Reading
     from lvrpo.policies.bagel.policy import BagelPolicy
+    from lvrpo.policies.janus.policy import JanusPolicy
     from lvrpo.types import Image
 
-
-KINDS = ("bagel-tiny",)
+KINDS = ("bagel-tiny", "janus-tiny")
 KEPT_BYTES = 256 << 20
 """Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
 
@@ -38,10 +40,6 @@ def init_options(parser: Parser) -> None:
 
 
 def init(options: Options) -> None:
-    from lvrpo.config import load_config
-    from lvrpo.data.scenes import VOCABULARY
-    from lvrpo.policies.bagel.create import BagelSizes, create_bagel
-    from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
     from lvrpo.policies.loading import pick_device
     from lvrpo.training.checkpoint import disk_errors
 
@@ -55,15 +53,40 @@ def init(options: Options) -> None:
     folder: Path = options.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
+    if options.kind == "janus-tiny":
+        policy, name = fresh_janus(options), "Janus"
+    else:
+        policy, name = fresh_bagel(options, device), "BAGEL"
+    with disk_errors(folder):
+        policy.save(folder)
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    print(f"{folder}: a random {name} of {count / 1e6:.1f} million parameters")
+
+
+def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
+    """Its autoencoder trained, if the options say so."""
+    from lvrpo.config import load_config
+    from lvrpo.data.scenes import VOCABULARY
+    from lvrpo.policies.bagel.create import BagelSizes, create_bagel
+    from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
+
     sizes = load_config(BagelSizes, None, options.overrides)
     policy = create_bagel(sizes, [" ".join(VOCABULARY), THINK_THEN_DRAW, THINK_THEN_ANSWER])
     if options.train_autoencoder:
         policy.to(device)
         train_on_scenes(policy, sizes.image_size, options.train_autoencoder, options.autoencoder_batch)
-    with disk_errors(folder):
-        policy.save(folder)
-    count = sum(parameter.numel() for parameter in policy.parameters())
-    print(f"{folder}: a random BAGEL of {count / 1e6:.1f} million parameters")
+    return policy
+
+
+def fresh_janus(options: Options) -> JanusPolicy:
+    """Its autoencoder is random."""
+    from lvrpo.config import load_config
+    from lvrpo.data.scenes import VOCABULARY
+    from lvrpo.policies.janus.create import JanusSizes, create_janus
+
+    if options.train_autoencoder:
+        raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
+    return create_janus(load_config(JanusSizes, None, options.overrides), [" ".join(VOCABULARY)])
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:

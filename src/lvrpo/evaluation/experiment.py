@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, Self
 from lvrpo.config import config_sha256, parse_section
 from lvrpo.distributed import on_main
 from lvrpo.errors import ContractError, InputError, LvrpoError
+from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.data_parallel import evaluated
 from lvrpo.evaluation.reward_audit import write_audit
 from lvrpo.evaluation.samples import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
@@ -30,7 +31,7 @@ from lvrpo.evaluation.suite import (
     own_benchmarks,
 )
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.loading import START, load_policy, stored_image_size
+from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
 from lvrpo.reading import Record, is_there
 from lvrpo.records import Cost
 from lvrpo.report import build_report
@@ -400,7 +401,9 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     if benchmarks:
         return Plan(tuple(benchmarks))
     if config.data.source == "scenes":
-        return Plan()
+        tasks = possible_tasks(config.policy)
+        able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
+        return Plan() if len(able) == len(BENCHMARKS) else Plan(able)
     if config.data.source != "jsonl":
         return Plan((TEST_ROWS,))
     rows = config.data.jsonl

@@ -23,7 +23,7 @@ from lvrpo.registry import resolve
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.verifiable_text import normalize_answer
-from lvrpo.types import Group, Prompt, Task
+from lvrpo.types import TASKS, Group, Prompt, Task
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.tuning import Tuned
@@ -201,7 +201,7 @@ def evaluate(
 
     ``sizes`` overrides how many prompts a benchmark takes; ``keep`` chooses the outputs to hold on to. The first sample
     of a prompt is the same however many there are. Raises InputError for a benchmark that ``measuring.tuned`` was
-    chosen on.
+    chosen on, and for one of a task that the policy cannot do.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
@@ -209,6 +209,12 @@ def evaluate(
     scored: dict[str, BenchmarkRecord] = {}
     kept: dict[str, Sequence[Group]] = {}
     asked = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
+    tasks = getattr(policy, "tasks", TASKS)  # optional in anybody's class
+    for name, prompts in asked.items():
+        if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
+            raise InputError(
+                f"benchmark {name}: task {wrong!r}: this model does {', '.join(tasks)} alone: leave it out"
+            )
     if measuring.tuned is not None:
         for name, prompts in asked.items():
             measuring.tuned.refuse(name, prompts)

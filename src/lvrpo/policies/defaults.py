@@ -30,6 +30,7 @@ from lvrpo.sampling import (
 )
 from lvrpo.types import (
     SEGMENT_KINDS,
+    TASKS,
     Example,
     Group,
     Image,
@@ -58,6 +59,8 @@ class PolicyDefaults(nn.Module, ABC):
 
     segment_kinds: tuple[SegmentKind, ...]
     """The kinds of segments that its outputs may be made of."""
+    tasks: tuple[Task, ...] = TASKS
+    """What it can be asked; a run that asks for more is refused before it starts."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:

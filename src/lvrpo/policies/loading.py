@@ -21,6 +21,7 @@ from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.reading import is_there, read_json_object
 from lvrpo.registry import resolve
+from lvrpo.types import TASKS, Task
 
 FINAL = "policy.json"
 """In a run directory: which checkpoint is the run's result."""
@@ -179,6 +180,12 @@ def stored_image_size(model: str | Path) -> int | None:
         return None
     read = getattr(policy_class(folder), "stored_image_size", None)  # optional in a class
     return None if read is None else read(folder)
+
+
+def possible_tasks(model: str | Path) -> tuple[Task, ...]:
+    """The tasks that MODEL can be asked, found without loading it."""
+    folder = policy_folder(model)
+    return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class
 
 
 def model_type(folder: Path) -> str:

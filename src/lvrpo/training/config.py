@@ -29,7 +29,7 @@ from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.rollout_engine import CAP
-from lvrpo.types import SEGMENT_KINDS, SegmentKind, Task
+from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, Task
 
 Count = Annotated[int, Field(le=100_000)]
 """Of prompts or rows of a kind."""
@@ -191,9 +191,18 @@ class TrainConfig(Config):
         """How the groups of a step are sampled, and scored for its update."""
         return self.rollout.sampling(self.seed, step)
 
-    def require_fit(self, writes: Sequence[SegmentKind]) -> None:
-        """Raises InputError where the sections are not those of a policy that writes these kinds of segments."""
+    def require_fit(self, writes: Sequence[SegmentKind], tasks: Sequence[Task] = TASKS) -> None:
+        """Raises InputError where the sections are not those of a policy that writes these kinds of segments.
+
+        Also where a step has prompts of a task that is not among ``tasks``, those that the policy can do.
+        """
         kinds = ", ".join(writes)
+        for task, count in self.data.prompts_per_step.items():
+            if count and task not in tasks:
+                raise InputError(
+                    f"data.prompts_per_step.{task}={count}: policy={self.policy} does {', '.join(tasks)} alone: set it "
+                    "to 0"
+                )
         for kind, default in (("text", GRPOConfig()), ("flow", NFTConfig()), ("tokens", None), ("masked", None)):
             if kind not in writes and getattr(self, kind) != default:  # its sections, by name
                 raise InputError(f"{kind}: policy={self.policy} writes no such segments, only {kinds}: leave it out")

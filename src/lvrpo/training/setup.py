@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,7 +13,16 @@ from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
-from lvrpo.policies.loading import DTYPES, FINAL, load_policy, model_type, pick_device, policy_class, policy_folder
+from lvrpo.policies.loading import (
+    DTYPES,
+    FINAL,
+    load_policy,
+    model_type,
+    pick_device,
+    policy_class,
+    policy_folder,
+    possible_tasks,
+)
 from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import allow_code
@@ -29,6 +38,15 @@ from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
 from lvrpo.training.sources import Parts
 
 
+@runtime_checkable
+class HasComputeDtype(Protocol):
+    """A policy whose matrices may be multiplied in another dtype than that of its weights."""
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Multiplies in this dtype from now on."""
+        ...
+
+
 def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
     """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
     require_extras(config)
@@ -37,16 +55,16 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         raise InputError(
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
-    declared = getattr(policy_class(base), "segment_kinds", None)
+    declared, tasks = getattr(policy_class(base), "segment_kinds", None), possible_tasks(base)
     if isinstance(declared, tuple):  # by the class, so known before anything is loaded
-        config.require_fit(declared)
+        config.require_fit(declared, tasks)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
         raise InputError(
             f"precision.compute=bfloat16 with offload=true: policy={config.policy} is loaded in float32 alone: "
             "leave one of them out"
         )
     policy = load_policy(base, config.device, weights_dtype(config, base))
-    config.require_fit(policy.segment_kinds)
+    config.require_fit(policy.segment_kinds, tasks)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
@@ -62,7 +80,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
 def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     """The policy, told in which dtype to multiply and how much goes through it at once."""
     if config.precision.compute is not None:
-        if not isinstance(policy, MoTPolicy):
+        if not isinstance(policy, HasComputeDtype):
             raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
         policy.set_compute_dtype(DTYPES[config.precision.compute])
     config.limits.apply(policy)
