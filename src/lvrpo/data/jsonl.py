@@ -193,6 +193,7 @@ class JsonlConfig(Config):
     """Which files hold the rows (docs/guides/your_data.md); pictures lie beside their file, or in ``root``."""
 
     train: Path | None = None
+    """File of the rows to train on."""
     validation: Path | None = None
     """Held-out rows that validation scores."""
     test: Path | None = None

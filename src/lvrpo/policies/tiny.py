@@ -38,9 +38,12 @@ class TinyConfig(Config):
     """Sizes of the tiny policy."""
 
     image_size: int = Field(default=32, ge=8, le=1024, multiple_of=8)
+    """Side of the square images in pixels."""
     patch_size: int = Field(default=8, ge=2, le=1024)
+    """Side of a patch in pixels."""
     transformer: MoTConfig = MoTConfig()
     tower_width: int = Field(default=256, ge=8, le=65_536)
+    """Hidden width of the patch embeddings."""
     min_time: float = Field(default=0.1, gt=0, lt=1)
     """The flow loss of the predicted picture is weighted by 1 / max(t, min_time)^2."""
     timestep_shift: float = Field(default=3.0, gt=0)

@@ -33,9 +33,11 @@ class CaptionBack(Config):
     sides: ClassVar = ("read",)
 
     instruction: str = "describe the picture"
+    """What the judge is asked for."""
     samples: int = Field(default=1, ge=1, le=100_000)
     """Descriptions per drawing."""
     max_new_tokens: int = Field(default=24, ge=1, le=100_000)
+    """Longest caption, in tokens."""
     ignore: tuple[str, ...] = ("a", "an", "the", "draw", "picture", "of", "and", "there", "is", "are")
     """Words that are not compared."""
 

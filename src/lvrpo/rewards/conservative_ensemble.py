@@ -43,6 +43,7 @@ class ConservativeEnsemble(Config):
     members: tuple[RewardConfig, ...] = Field(min_length=2)
     """Rows as in the table, with name, options, and ``judge`` for another model's weights."""
     k: NotNegative = 1.0
+    """Standard deviations that are subtracted from the mean."""
     scale: Literal["group", "raw"] = "group"
     """group: each member is brought to deviation 1 in the group first, as rewards of different units must be; raw:
     members are compared as they are, for one reward by several judges."""

@@ -44,6 +44,7 @@ class EndpointConfig(Config):
     base_url: str = Field(min_length=1)
     """Up to the version, such as http://localhost:8000/v1; /chat/completions is added."""
     model: str = Field(min_length=1)
+    """Name of the model at the endpoint."""
     key_env: str | None = None
     """The environment variable that holds the key; None: the server wants none."""
     timeout_s: float = Field(default=60.0, gt=0, le=3600)
@@ -57,6 +58,7 @@ class EndpointConfig(Config):
     max_tokens: int = Field(default=256, ge=1, le=1_000_000)
     """Of an answer; one that is cut off is not used."""
     temperature: float = Field(default=0.0, ge=0, le=100)
+    """Of its answers."""
 
     @model_validator(mode="after")
     def _address_and_key(self) -> Self:

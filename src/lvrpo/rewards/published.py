@@ -57,6 +57,7 @@ class Semantic(Config):
     judges: ClassVar = ("image",)
 
     form: Literal["dense", "global"] = "dense"
+    """dense: of each word with its most similar patches; global: of the mean states of text and picture."""
     top: int = Field(default=4, ge=1, le=100_000)
     """1 is the published maximum, which one patch can satisfy; a number above that of patches is all of them."""
     source: TowerSource = OWN
@@ -157,6 +158,7 @@ class Instruction(Config):
     kinds: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Only facts of these kinds, such as [count, total, color]; None: all."""
     above: float = Field(default=0.5, ge=0, lt=1)
+    """vqa: a fact holds where the confidence in its answer exceeds this."""
     source: ReaderSource = OWN
     """Who reads: a local folder of a model of ``transformers`` that reads pictures, or "own"."""
     choices: Choices | None = None
@@ -166,6 +168,7 @@ class Instruction(Config):
     rules: dict[str, Any] | None = None
     """Of every text (``lvrpo.data.jsonl.TextRules``): length, form, words that must occur or must not."""
     cut_off: CutOff = "mask"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     device: str = "auto"
     """Where the model of ``source`` runs."""
     _vqa: SelfVQA

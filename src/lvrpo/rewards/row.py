@@ -61,6 +61,7 @@ class WeightSchedule(Config):
     kind: Literal["constant", "linear", "step"] = "linear"
     """linear: straight between the points; step: the last point that was reached; both level outside. constant: one."""
     points: tuple[tuple[int, float], ...] = Field(min_length=1)
+    """[step, factor] pairs, steps rising; the factor multiplies the weight of the row."""
 
     @model_validator(mode="after")
     def _points_fit(self) -> Self:

@@ -154,6 +154,7 @@ class Numeric(Config):
     absolute: NotNegative = 0.0
     """Tolerance in units of the answer."""
     cut_off: CutOff = "mask"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and last_number(prompt.answer) is not None
@@ -222,6 +223,7 @@ class MultipleChoice(Config):
     sides: ClassVar = ()
 
     cut_off: CutOff = "mask"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
 
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and _letter(prompt.answer) is not None
@@ -289,6 +291,7 @@ class Boxed(Config):
     r"""plain: equal as exact numbers (1/2, \frac{1}{2} and 0.5 are the same) or as formulas without spacing.
     math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``."""
     cut_off: CutOff = "mask"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     _same: Callable[[str, str], bool]
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
@@ -377,6 +380,7 @@ class TextFormat(Config):
     """think_answer (<think>...</think> <answer>...</answer>, each once), boxed (exactly one), one_line, or a regular
     expression, in which a dot also matches the end of a line."""
     cut_off: CutOff = "score"
+    """mask: a text that met the length limit has no score; score: it is scored as it stands."""
 
     @field_validator("form")
     @classmethod

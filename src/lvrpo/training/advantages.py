@@ -38,6 +38,7 @@ class AdvantagesConfig(Config):
     std_floor: float = Field(default=0.01, ge=0)
     """Groups whose reward spreads less than this carry no signal."""
     clamp: float = Field(default=5.0, gt=0)
+    """Advantages lie within [-clamp, clamp]."""
     stages: Literal["shared", "per_segment"] = "shared"
     """Where a trajectory thinks, then draws: shared: both segments have the advantage of the whole; per_segment: each
     has that of the rewards that judge it (``rewards.segments``)."""
@@ -48,6 +49,7 @@ class GDPOConfig(AdvantagesConfig):
 
     kind: Literal["gdpo"] = "gdpo"
     std: Literal["population", "sample"] = "population"
+    """Divisor of the standard deviations: population (n) or sample (n - 1)."""
 
 
 class SummedConfig(AdvantagesConfig):

@@ -48,6 +48,7 @@ class DataConfig(Config):
     prompts_per_step: dict[Task, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
+    """Prompts per step of each task; each is sampled ``rollout.group_size`` times."""
 
 
 class ValidationConfig(Config):
@@ -55,13 +56,18 @@ class ValidationConfig(Config):
 
     hints: ClassVar[Mapping[str, str]] = {"turn": "is called {section}.overoptimization"}
     every: int = Field(default=20, ge=1)
+    """Steps between validations; one more is run before the first step and after the last."""
     prompts: dict[Task, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
+    """Held-out prompts of each task."""
     rewards: tuple[RewardConfig, ...] = ()
     """What scores held-out prompts that cannot be told right from wrong; none: the rewards that are trained on."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
+    """When a task's score falls: rollback restores the best checkpoint and lowers the learning rate, stop ends the run,
+    warn only reports."""
     max_rollbacks: int = Field(default=3, ge=0)
+    """The run stops when one more would follow."""
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
     """Every rollback multiplies the learning rates by this."""
     overoptimization: OveroptimizationConfig | None = None
@@ -108,10 +114,13 @@ class TrainConfig(Config):
     """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
     allows itself any."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run; its default folder is runs/NAME."""
     seed: int = Field(default=0, ge=0)
+    """Of sampling, prompts and initial adapter weights."""
     policy: str = "tiny"
     """A folder, a run, or a built-in name."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda."""
     precision: PrecisionConfig = PrecisionConfig()
     adapter: AdapterConfig | None = None
     """Train this adapter instead of the weights; None: the weights themselves."""
@@ -120,7 +129,9 @@ class TrainConfig(Config):
     moments, averages and the reference are in host memory, divided among the processes of the run
     (arXiv:2101.06840)."""
     threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of PyTorch in each process."""
     steps: int = Field(default=140, ge=1, le=10_000_000)
+    """Rollouts; each is followed by ``num_minibatches`` optimizer steps."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: tuple[RewardConfig, ...] = Field(
@@ -157,9 +168,13 @@ class TrainConfig(Config):
     reference_eval_every: int = Field(default=10, ge=1)
     """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
     reference_eval_group_size: int = Field(default=2, ge=1, le=1024)
+    """Outputs per prompt that the reference samples then."""
     checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept, beside the best."""
     samples_every: int = Field(default=20, ge=1)
+    """Steps between sample grids in samples/."""
 
     @property
     def max_failed(self) -> dict[str, float]:

@@ -77,14 +77,19 @@ class OptimizerConfig(Config):
     on everything; adamw_8bit: the same with moments in 8 bits (bitsandbytes, arXiv:2110.02861), which saves 6 bytes a
     trained number."""
     adamw_lr: float = Field(default=5e-4, gt=0)
+    """Learning rate of parameters that AdamW steps; with kind muon, those that are no matrices of layers."""
     muon_lr: float = Field(default=5e-3, gt=0)
+    """Learning rate of matrices of layers with kind muon."""
     expert_lr: dict[Literal["understand", "generate", "shared"], NotNegative] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
     warmup_steps: int = Field(default=5, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
     decay_start: float = Field(default=0.4, ge=0, le=1)
     """From this share of the run on the rates fall linearly ..."""
     final_lr: float = Field(default=0.05, ge=0, le=1)

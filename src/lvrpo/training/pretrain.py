@@ -121,10 +121,15 @@ class PretrainOptimizerConfig(OptimizerConfig):
     """The same with the rates of training from nothing: a key that is set leaves the others what they are."""
 
     adamw_lr: float = Field(default=2e-3, gt=0)
+    """Learning rate of parameters that are no matrices of layers."""
     muon_lr: float = Field(default=0.02, gt=0)
+    """Learning rate of matrices of layers."""
     warmup_steps: int = Field(default=50, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
     decay_start: float = Field(default=0.5, ge=0, le=1)
+    """Share of the run after which the learning rate decays linearly."""
     final_lr: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the full one."""
 
 
 class PretrainConfig(Config):
@@ -133,10 +138,13 @@ class PretrainConfig(Config):
     hints: ClassVar[Mapping[str, str]] = {"average_decay": "is called ema_decay"}
 
     name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run; its default folder is runs/NAME."""
     seed: int = Field(default=0, ge=0)
+    """Of initial weights, batches and noise."""
     init: str | None = None
     """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda."""
     policy: TinyConfig = TinyConfig()
     rows: Literal["corpus", "prompts"] = "corpus"
     """prompts: those of the train split with their right outputs, which nothing but an oracle has."""
@@ -144,6 +152,7 @@ class PretrainConfig(Config):
     prompts: CleanPromptsConfig = CleanPromptsConfig()
     """The rows of ``rows: prompts``; picture size and questions per picture are those of ``corpus``."""
     steps: int = Field(default=6000, ge=1, le=10_000_000)
+    """Optimizer steps."""
     batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
     )
@@ -154,17 +163,23 @@ class PretrainConfig(Config):
     picture_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of edits whose picture is withheld instead, so that image guidance has a branch without it."""
     text_weight: float = Field(default=0.5, ge=0)
+    """Of the cross-entropy of text in the loss."""
     image_weight: float = Field(default=5.0, ge=0)
+    """Of the flow-matching loss of images in the loss."""
     representation: RepresentationConfig = RepresentationConfig()
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
     """The saved weights are a moving average with this decay (shorter at the start)."""
     threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of PyTorch in each process."""
     held_out_every: int = Field(default=500, ge=0)
     """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
     held_out: dict[Task, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    """Held-out prompts of each task, on which the result is measured."""
     checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
 
     @model_validator(mode="after")
     def _rows_to_draw_from(self) -> Self:

@@ -63,6 +63,7 @@ class RandomWindowConfig(WindowConfig):
 
     kind: Literal["fast", "random"] = "fast"
     size: int = Field(default=2, ge=1)
+    """Consecutive stochastic steps."""
 
     def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
         """Those of a step of the run; ``seed``: of its window."""
@@ -74,6 +75,7 @@ class SlidingWindowConfig(WindowConfig):
 
     kind: Literal["sliding"] = "sliding"
     size: int = Field(default=2, ge=1)
+    """Consecutive stochastic steps."""
     iterations_per_stride: int = Field(default=10, ge=1)
     """Steps of the run between two moves."""
 
@@ -87,6 +89,7 @@ class DecayingWindowConfig(WindowConfig):
 
     kind: Literal["decaying"] = "decaying"
     size: int = Field(default=2, ge=1)
+    """Consecutive stochastic steps."""
     iterations_per_stride: int = Field(default=10, ge=1)
     """Steps of the run between the first two moves."""
     decay: float = Field(default=0.1, ge=0)
@@ -151,24 +154,35 @@ class RolloutConfig(Config):
     group_size: int = Field(default=8, ge=2, le=4096)
     """At least 2: a member is compared with its siblings."""
     temperature: float = Field(default=1.0, gt=0, le=100)
+    """Of text."""
     max_new_tokens: int = Field(default=8, ge=1, le=100_000)
+    """Longest text, in tokens."""
     num_steps: int = Field(default=8, ge=2, le=1000)
+    """Model evaluations per image; for masked tokens the reveal steps."""
     timestep_shift: float | None = Field(default=None, gt=0, le=1000)
     """None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    """Of the steps in the window: ode adds no noise; flow_sde (arXiv:2505.05470), dance_sde (arXiv:2505.07818) and cps
+    (arXiv:2509.05952) do."""
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
     """Of the steps without noise; the first two are of second order at the same cost."""
     noise_level: float = Field(default=0.7, gt=0, le=100)
+    """Scale a of the noise of stochastic steps."""
     window: Window = RandomWindowConfig()
     guidance_scale: float = Field(default=1.0, ge=1, le=1000)
+    """Classifier-free guidance of the text; 1: none."""
     image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
+    """Classifier-free guidance of the source image in edits; 1: none."""
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    """What the norm of the guided velocity is limited by, as ``Sampling.guidance_renorm``."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guided are the steps with low < t <= high."""
     image_size: tuple[Side, Side] | None = None
     """Height and width of pictures drawn without a source; None: the policy's own."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
+    """Over latent dimensions of a stochastic step's log-prob."""
     shared_noise: bool = False
+    """Whether the members of a group start from the same noise."""
     image_temperature: float = Field(default=1.0, gt=0, le=100)
     """Of image tokens, masked ones among them."""
     choice_temperature: float = Field(default=0.0, ge=0, le=1000)

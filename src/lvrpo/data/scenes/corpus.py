@@ -42,14 +42,17 @@ class CorpusConfig(Config):
     """Sizes and rates of the web corpus; shares of scenes and of questions are relative weights."""
 
     seed: int = 0
+    """Of the corpus."""
     size: int = Field(default=DEFAULT_SIZE, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
     scenes: int = Field(default=20000, ge=1, le=10_000_000)
     """Captioned pictures, each with ``questions_per_scene`` questions."""
     edits: int = Field(default=10000, ge=0, le=10_000_000)
+    """Edit pairs."""
     reasons: int = Field(default=10000, ge=0, le=10_000_000)
     """Rows of sum, compare and draw_answer, in equal parts."""
     questions_per_scene: int = Field(default=4, ge=0, le=1000)
+    """Question-answer pairs per scene."""
     scene_shares: dict[str, float] = Field(
         default_factory=lambda: {"one": 0.32, "two": 0.30, "several": 0.12, "alike": 0.07, "digit": 0.19}
     )
@@ -81,6 +84,7 @@ class CorpusConfig(Config):
     wrong_edit: float = Field(default=0.15, ge=0, le=1)
     """Share of edits of which one half changes nothing and the other half changes something else too."""
     wrong_reason: float = Field(default=0.15, ge=0, le=1)
+    """Share of reasoning rows with a wrong result."""
 
     @field_validator("size")
     @classmethod
@@ -374,6 +378,7 @@ class CleanPromptsConfig(Config):
     """Which prompts: the first so many of each task, those that an alignment with this seed asks in so many steps."""
 
     seed: int = Field(default=0, ge=0)
+    """Of the prompts."""
     counts: dict[Task, int] = Field(default={"generate": 3920, "understand": 8960, "edit": 1680, "reason": 3360})
     """140 steps of quickstart.yaml."""
 

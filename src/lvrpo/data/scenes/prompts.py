@@ -52,6 +52,7 @@ class ScenesConfig(Config):
     """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
     categories that can show one, or only those. The train split never shows any."""
     held_out_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of the pictures that ``mixed`` fills with such a combination."""
     labels: bool = True
     """Whether training and validation prompts carry answers, facts and the region of an edit. Without them nothing but
     the model can score what is made of them; test prompts always have them."""

@@ -68,6 +68,7 @@ class AdapterConfig(Config):
     """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
 
     rank: int = Field(default=16, ge=1, le=4096)
+    """Of the factors."""
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
@@ -76,6 +77,7 @@ class AdapterConfig(Config):
     dropout: float = 0.0
     """0: a rollout could not be replayed otherwise."""
     experts: tuple[Expert, ...] = Field(default=("understand", "generate"), min_length=1)
+    """Experts that get an adapter."""
     modules: tuple[Modules, ...] = Field(default=("attention", "mlp"), min_length=1)
     """attention, mlp: of the transformer's layers; connector: into and out of the towers; time: the embedding of times;
     head: of words; tower: the reading tower's own layers (BAGEL)."""

@@ -26,14 +26,23 @@ class MoTConfig(Config):
     """Sizes and choices of the transformer; the two experts are alike."""
 
     width: int = Field(default=128, ge=1, le=65_536)
+    """Of the residual stream."""
     depth: int = Field(default=4, ge=1, le=1000)
+    """Number of layers."""
     heads: int = Field(default=4, ge=1, le=1000)
+    """Query heads."""
     key_heads: int = Field(default=4, ge=1, le=1000)
+    """Key and value heads."""
     mlp_width: int = Field(default=512, ge=1, le=1_000_000)
+    """Hidden width of the feed-forward blocks."""
     mlp: Literal["relu2", "swiglu"] = "relu2"
+    """Activation: squared ReLU, or SwiGLU."""
     attention_bias: bool = False
+    """Whether projections of queries, keys and values have a bias."""
     rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary position embedding."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Of RMSNorm."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

@@ -20,7 +20,9 @@ class AWMConfig(FreshNoiseConfig):
 
     kind: Literal["awm"] = "awm"
     clip_low: float = Field(default=1e-3, gt=0, lt=1)
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=1e-3, gt=0)
+    """The ratio is clipped above 1 + clip_high."""
 
 
 class AWM(FreshNoiseObjective):

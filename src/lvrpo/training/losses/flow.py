@@ -48,6 +48,7 @@ class FlowLossConfig(Config):
         "kind=grpo_guard": "is kind=flow_grpo with flow.ratio=guard",
     }
     weight: float = Field(default=1.0, ge=0)
+    """Of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
     """Multiplier of the learning rates for the gradient of flows; see ``text.lr_scale``."""
 
@@ -65,6 +66,7 @@ class NoisingConfig(FlowLossConfig):
     timesteps_per_sample: int = Field(default=2, ge=1, le=1000)
     """Times per picture, one in each equal part of the sampler's grid."""
     t_min: float = Field(default=0.1, gt=0, lt=1)
+    """Smallest time at which clean latents are noised."""
 
 
 class FreshNoiseConfig(ContrastConfig, NoisingConfig):
@@ -82,7 +84,9 @@ class FreshNoiseConfig(ContrastConfig, NoisingConfig):
     advantage_max: float = Field(default=2.5, gt=0)
     """Larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
     old_decay_rate: float = Field(default=0.05, ge=0)
+    """The old policy's decay at step i is min(old_decay_rate i, old_decay_ceiling)."""
     old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
+    """Largest decay of the old policy."""
 
     @model_validator(mode="after")
     def _guidance_is_used(self) -> Self:

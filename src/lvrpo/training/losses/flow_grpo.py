@@ -37,6 +37,7 @@ class RecordedStepsConfig(ContrastConfig):
     """velocity: mean |v - v_ref|^2, unguided; gaussian: the exact divergence of the recorded steps, reduced as
     ``rollout.logprob_reduction``."""
     clip_low: float = Field(default=1e-4, gt=0, lt=1)
+    """The ratio of a step is clipped below 1 - clip_low."""
     clip_high: float = Field(default=1e-4, gt=0)
     """Bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
     ``rollout.logprob_reduction`` is sum."""

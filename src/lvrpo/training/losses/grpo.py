@@ -35,7 +35,9 @@ class PolicyGradientConfig(TokenLossConfig):
     """What GRPO and its relatives have in common."""
 
     clip_low: float = Field(default=0.2, gt=0)
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.28, gt=0)
+    """The ratio is clipped above 1 + clip_high."""
     importance_cap: float | None = Field(default=None, ge=0)
     """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the policy
     gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: 2 with another

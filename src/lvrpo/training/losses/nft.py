@@ -20,6 +20,7 @@ class NFTConfig(FreshNoiseConfig):
 
     kind: Literal["nft"] = "nft"
     beta: float = Field(default=0.5, gt=0)
+    """Weight of the policy in the implicit policies: v+ = beta v + (1 - beta) v_old."""
 
 
 class NFT(FreshNoiseObjective):

@@ -42,6 +42,7 @@ class TokenLossConfig(Config):
         **dict.fromkeys(("likelihood", "draws", "schedule"), LIKELIHOOD),
     }
     weight: float = Field(default=1.0, ge=0)
+    """Of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
     """Multiplier of the learning rates for the gradient of these segments. Where sections differ in it, their segments
     are stepped in turn, each rate with moments of its own."""
