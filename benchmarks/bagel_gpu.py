@@ -295,7 +295,7 @@ def predicted(shape: Shape) -> str:
     state = {n: t if n.startswith(VAE) else t.to(shape.dtype) for n, t in policy.state_dict().items()}
     policy.load_state_dict(state, assign=True)
     estimate = estimate_policy(policy, step_config(shape), step_prompts(shape))
-    return f"{estimate.peak / GIB:.1f} GiB, most in the {estimate.worst}"
+    return f"{estimate.peak / GIB:.1f} GiB, most in the {estimate.peak_phase}"
 
 
 def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
@@ -310,7 +310,7 @@ def joint_step(policy: BagelPolicy, shape: Shape, report: Report) -> str:
     sampled = report.timed(lambda: groups.extend(policy.sample(prompts, sampling, [0, 1, 2, 3])))
     sampling_peak = report.peak()
     A = torch.linspace(-1.5, 1.5, 8).expand(len(groups), -1)
-    advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(A))
+    advantages = dict.fromkeys(KINDS, GroupAdvantages.all_valid(A))
     objectives = objectives_of(config, policy.segment_kinds)
     trained = report.timed(lambda: train_step(policies, objectives, [optimizer], groups, advantages, config, 0))
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)

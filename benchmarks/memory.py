@@ -162,7 +162,7 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     if parts in ("estimate", "both"):
         found = memory_needed(config)
         assert found is not None
-        out = {"predicted": found.peak, "worst": found.worst}
+        out = {"predicted": found.peak, "worst": found.peak_phase}
     if parts == "estimate":
         return out
     cuda = config.device.startswith("cuda")

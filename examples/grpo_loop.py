@@ -35,7 +35,7 @@ from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses.grpo import GRPOConfig
 from lvrpo.training.losses.nft import NFTConfig
-from lvrpo.training.optimizer import Optimizers, average_into
+from lvrpo.training.optimizer import Optimizers, update_ema
 from lvrpo.types import TASKS, FlowSegment, Group, Prompt, TextSegment, Trajectory
 
 
@@ -73,7 +73,7 @@ def train(policy: TinyPolicy, config: TrainConfig) -> Iterator[dict[str, float]]
             drawing_loss(policy, old, reference, chosen, advantages[rows], flow, weight, step)
         optimizers.step(step)
         decay = old_policy_decay(step, rate=flow.old_decay_rate, ceiling=flow.old_decay_ceiling)
-        average_into(old, policy, decay)
+        update_ema(old, policy, decay)
         yield mean_rewards(groups, scores, mask)
 
 

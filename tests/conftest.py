@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 
 import lvrpo.algorithms
 import lvrpo.sampling
-from lvrpo.registry import own_consent
+from lvrpo.registry import isolated_permissions
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -70,7 +70,7 @@ def _known_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 @pytest.fixture(autouse=True)
 def _nothing_allowed() -> Iterator[None]:
     """What a test allows to run as code ends with it."""
-    with own_consent():
+    with isolated_permissions():
         yield
 
 
@@ -85,7 +85,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a policy of small sizes, trained for a moment: it answers something, and draws blurs."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import web_corpus
-    from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+    from lvrpo.training.pretrain import PretrainConfig, SupervisedState, initial_policy
 
     sizes = "policy={tower_width: 64, transformer: {width: 64, depth: 2, heads: 2, key_heads: 2, mlp_width: 128}}"
     rows = "batch={generate: 8, caption: 4, question: 32, edit: 4, reason: 8}"
@@ -93,7 +93,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(PretrainConfig, None, [sizes, rows, corpus, "steps=150", "device=cpu"])
 
     def make(folder: Path) -> None:
-        trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+        trainer = SupervisedState(config, initial_policy(config), web_corpus(config.corpus))
         for _ in range(config.steps):
             trainer.train_step()
         trainer.average.save(folder)

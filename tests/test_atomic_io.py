@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from lvrpo import atomic_io
-from lvrpo.atomic_io import write_tensors, write_whole
+from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.commands.inputs import write_file
 from lvrpo.config import Config
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
@@ -96,7 +96,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 def test_a_file_is_replaced_by_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
-    write_whole(path, b"old")
+    write_atomic(path, b"old")
     renamed: list[tuple[bytes, bytes]] = []
     replace = os.replace
 
@@ -105,6 +105,6 @@ def test_a_file_is_replaced_by_one_rename(tmp_path: Path, monkeypatch: pytest.Mo
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", seen)
-    write_whole(path, b"new")
+    write_atomic(path, b"new")
     assert renamed == [(b"new", b"old")]
     assert path.read_bytes() == b"new"

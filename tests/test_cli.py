@@ -365,7 +365,7 @@ def test_what_is_measured_is_known_before_a_run_can_be_resumed(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lvrpo.training.trainer.keep_start", killed)
+    monkeypatch.setattr("lvrpo.training.trainer.save_start", killed)
     options = (f"policy={small_base}", *SMALL, "--benchmark", "edit", "--out", "run")
     assert main(["train", "quickstart", *options]) == 130
     assert json.loads(Path("run/plan.json").read_text())["benchmarks"] == ["edit"]

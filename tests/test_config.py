@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from lvrpo.config import (
-    MOST,
+    MAX_NUMBER,
     Config,
     config_differences,
     config_sha256,
@@ -225,7 +225,7 @@ def test_what_is_not_of_a_kind_is_refused(given: str, message: str) -> None:
     assert error_of(Root, None, f"training.stages={given}") == f"training.stages{message}"
 
 
-def test_an_inherited_key_that_nobody_has_is_refused_with_any_kind(tmp_path: Path) -> None:
+def test_an_inherited_unknown_key_is_refused_with_any_kind(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("training: {stages: {shaer: 0.25}}\n")
     assert "stages.shaer: unknown key: did you mean" in error_of(Root, file, "training.stages.kind=late")
@@ -305,7 +305,7 @@ def test_extends_refuses_a_cycle_and_names_a_missing_parent(tmp_path: Path) -> N
 
 
 @given(
-    steps=st.integers(1, MOST),
+    steps=st.integers(1, MAX_NUMBER),
     lr=st.floats(1e-300, 1e18),
     name=st.text(st.characters(codec="utf-8")),
     window=st.lists(st.integers(-(10**6), 7)).map(tuple),

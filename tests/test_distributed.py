@@ -80,7 +80,7 @@ def test_collectives(tmp_path: Path, world: int) -> None:
         ("input", (0,), "relay_errors", "InputError: too long: shorten it"),
         ("input", (2,), "relay_errors", "InputError: process 2 of 3: too long: shorten it"),
         ("contract", (1, 2), "weights", "ContractError: process 1 of 3: a promise was broken"),
-        ("not_well", (0, 1, 2), "weights", "NotWellError: diverged"),
+        ("not_well", (0, 1, 2), "weights", "UnhealthyRunError: diverged"),
         ("other", (1,), "relay_errors", "ContractError: process 1 of 3: ValueError: a"),
         ("other", (0,), "main", "ContractError: ValueError: a"),
         ("input", (0,), "main", "InputError: too long: shorten it"),
@@ -236,7 +236,7 @@ def test_parameters_that_no_rank_used_have_no_gradient_and_stay(tmp_path: Path, 
         assert distance(found["weights"], expected["weights"]) < 1e-5
 
 
-def test_nobody_has_anything(tmp_path: Path, bagel: Path) -> None:
+def test_no_rank_has_anything(tmp_path: Path, bagel: Path) -> None:
     for found in run(tmp_path, 2, work.gradients, bagel, ((), ())):
         assert found["gradients"] == {}
         assert found["norms"] == {}
@@ -333,7 +333,7 @@ def test_only_one_set_is_active_at_a_time(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_muon_steps_whole_matrices_once(tmp_path: Path, world: int) -> None:
+def test_muon_orthogonalizes_each_matrix_once(tmp_path: Path, world: int) -> None:
     results = run(tmp_path, world, work.matrices, 2)
     model = work.Matrices()
     optimizer = Muon(list(model.parameters()), lr=0.1, weight_decay=0.01)

@@ -27,10 +27,10 @@ from lvrpo.commands.launch import (
     environment,
     has_start,
     outcome,
-    require_room,
+    require_enough_memory,
 )
 from lvrpo.commands.options import Parser
-from lvrpo.errors import ContractError, InputError, NotWellError
+from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY
 
 Output = pytest.CaptureFixture[str]
@@ -100,7 +100,7 @@ def test_the_desk_keeps_attempts_apart() -> None:
     ("ended", "kind", "line"),
     [
         (Ended(2, "error: x: unknown"), InputError, "x: unknown"),
-        (Ended(3, "not well: r: y"), NotWellError, "r: y"),
+        (Ended(3, "not well: r: y"), UnhealthyRunError, "r: y"),
         (
             Ended(130, "go on with: lvrpo train --resume /r"),
             KeyboardInterrupt,
@@ -120,11 +120,11 @@ def test_the_command_ends_as_its_processes(ended: Ended, kind: type[BaseExceptio
 
 
 def test_more_workers_than_the_cluster_has_room_for() -> None:
-    require_room({"CPU": 4, "GPU": 2}, 4, 0)
+    require_enough_memory({"CPU": 4, "GPU": 2}, 4, 0)
     with pytest.raises(InputError, match=r"--workers 3: each takes 1 CPU and 1 GPU, .* 4 CPUs and 2 GPUs: give 2"):
-        require_room({"CPU": 4, "GPU": 2}, 3, 1)
+        require_enough_memory({"CPU": 4, "GPU": 2}, 3, 1)
     with pytest.raises(InputError, match="--workers 1: the Ray cluster has 4 CPUs and 0 GPUs: add nodes"):
-        require_room({"CPU": 4, "GPU": 0}, 1, 1)
+        require_enough_memory({"CPU": 4, "GPU": 0}, 1, 1)
 
 
 def test_a_run_has_a_start_once_that_is_written(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_not_well_is_code_3_a_line_a_record_and_the_first_lines_of_the_report(
 ) -> None:
     from lvrpo.training import validation
 
-    monkeypatch.setattr(validation, "fell", lambda now, before: True)
+    monkeypatch.setattr(validation, "has_regressed", lambda now, before: True)
     assert train("Level", "validation.action=rollback") == 3
     line = error(capfd)
     assert line.startswith("not well: run: validation, step 2: rolled back to step 0: ")

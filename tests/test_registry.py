@@ -16,7 +16,7 @@ from lvrpo.cli import main
 from lvrpo.config import dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy
-from lvrpo.registry import ANY, allow_code, own_consent, resolve
+from lvrpo.registry import ANY, allow_code, isolated_permissions, resolve
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.run_directory import RunDirectory
 
@@ -62,12 +62,12 @@ def written() -> list[Path]:
     return [path for path in sorted(Path().rglob("*")) if not {"trace", "__pycache__", ".lock"} & set(path.parts)]
 
 
-def test_an_entry_is_imported_or_given_as_it_is() -> None:
+def test_an_entry_is_imported_or_returned_unchanged() -> None:
     assert resolve("reward", "fraction", TABLE) is Fraction
     assert resolve("reward", "mark", TABLE) is MARK
 
 
-def test_anybodys_class_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_class_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lvrpo_test_plugin.py").write_text("class Mine:\n    class Inner:\n        pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     allow_code(["lvrpo_test_plugin"])
@@ -182,7 +182,7 @@ def test_only_names_of_packages_can_be_allowed(package: str) -> None:
 
 def test_consent_ends_with_the_command() -> None:
     allow_code(["absent"])
-    with own_consent():
+    with isolated_permissions():
         with pytest.raises(InputError, match="is code of absent"):
             resolve("reward", "absent:P", {})
         allow_code(["other"])

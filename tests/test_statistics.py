@@ -18,10 +18,10 @@ from lvrpo.statistics import (
     detectable_effect,
     holm,
     mean_interval,
-    over_seeds_and_prompts,
     paired_difference,
     paired_p_value,
     paired_t_difference,
+    seeds_and_prompts_interval,
     seeds_interval,
     standard_error,
     welch_difference,
@@ -65,7 +65,7 @@ def test_values_without_spread(values: list[float], expected: tuple[float, float
     assert close(mean_interval(values), *expected, len(values))
 
 
-def test_whole_clusters_are_resampled() -> None:
+def test_clusters_are_resampled() -> None:
     rng = np.random.default_rng(0)
     prompts = (rng.random(200) < 0.5).astype(float)
     values = np.repeat(prompts, 8)
@@ -93,12 +93,12 @@ def test_pairs_tell_more_than_two_separate_intervals() -> None:
     paired = paired_difference(before, after)
     one, two = mean_interval(before), mean_interval(after)
     assert paired.score == pytest.approx(after.mean() - before.mean())
-    assert paired.clear_of_zero
+    assert paired.excludes_zero
     assert paired.high - paired.low < (one.high - one.low) / 1.5
     assert one.high > two.low
     same = paired_difference(after, before)
     assert same.score == -paired.score
-    assert same.clear_of_zero
+    assert same.excludes_zero
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_no_change_has_score_zero_inside(values: list[float]) -> None:
     interval = paired_difference(values, values)
     assert interval.score == 0
     assert interval.low <= 0 <= interval.high
-    assert not interval.clear_of_zero
+    assert not interval.excludes_zero
 
 
 def test_tensors_and_booleans_are_values_too() -> None:
@@ -312,7 +312,7 @@ def test_holm_raises_p_and_keeps_its_order(p: list[float]) -> None:
 
 def test_seeds_and_prompts_by_hand() -> None:
     # additive: seeds 0 and 1, prompts 0 and 2, no interaction
-    both = over_seeds_and_prompts([[0.0, 2.0], [1.0, 3.0]])
+    both = seeds_and_prompts_interval([[0.0, 2.0], [1.0, 3.0]])
     found = both.interval
     # V_seeds = .5 / 2, V_prompts = 2 / 2; f = 1.25^2 / (.25^2 + 1) = 1.470588
     half = stats.t.ppf(0.975, 1.470588235) * math.sqrt(1.25)
@@ -322,10 +322,10 @@ def test_seeds_and_prompts_by_hand() -> None:
         (stats.t.ppf(0.975, 1.470588235) + stats.t.ppf(0.8, 1.470588235)) * math.sqrt(1.25)
     )
     # interaction alone: residuals +-.5, V_both = 4 * .25 * 2 * 2 / 16 = .25 and no variance of means
-    assert close(over_seeds_and_prompts([[0.0, 1.0], [1.0, 0.0]]).interval, 0.5, 0.5, 0.5, 2)
-    assert close(over_seeds_and_prompts([[0.0, 1.0]]).interval, 0.5, math.nan, math.nan, 1)
+    assert close(seeds_and_prompts_interval([[0.0, 1.0], [1.0, 0.0]]).interval, 0.5, 0.5, 0.5, 2)
+    assert close(seeds_and_prompts_interval([[0.0, 1.0]]).interval, 0.5, math.nan, math.nan, 1)
     with pytest.raises(ContractError, match="a row per seed"):
-        over_seeds_and_prompts([0.0, 1.0])
+        seeds_and_prompts_interval([0.0, 1.0])
 
 
 @pytest.mark.parametrize(("of_seeds", "of_prompts"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.5), (0.1, 0.5)])
@@ -334,23 +334,23 @@ def test_seeds_and_prompts_cover_the_truth(of_seeds: float, of_prompts: float) -
     covered = []
     for _ in range(400):
         x = rng.normal(0, of_seeds, (4, 1)) + rng.normal(0, of_prompts, (1, 60)) + rng.normal(0, 0.4, (4, 60))
-        interval = over_seeds_and_prompts(x).interval
+        interval = seeds_and_prompts_interval(x).interval
         covered.append(interval.low <= 0 <= interval.high)
     assert np.mean(covered) > 0.92
 
 
 def test_two_seeds_are_too_few_to_tell() -> None:
     rng = np.random.default_rng(0)
-    assert over_seeds_and_prompts(rng.normal(size=(2, 9))).too_few
-    assert over_seeds_and_prompts(rng.normal(size=(4, 1))).too_few
-    assert not over_seeds_and_prompts(rng.normal(size=(3, 9))).too_few
+    assert seeds_and_prompts_interval(rng.normal(size=(2, 9))).too_few
+    assert seeds_and_prompts_interval(rng.normal(size=(4, 1))).too_few
+    assert not seeds_and_prompts_interval(rng.normal(size=(3, 9))).too_few
 
 
 def test_prompts_of_one_picture_are_one_cluster_across_seeds() -> None:
     rng = np.random.default_rng(0)
     pictures = np.repeat(rng.normal(size=(1, 10)), 4, axis=1) + rng.normal(scale=0.01, size=(3, 40))
-    alone = over_seeds_and_prompts(pictures).interval
-    together = over_seeds_and_prompts(pictures, np.repeat(np.arange(10), 4).tolist()).interval
+    alone = seeds_and_prompts_interval(pictures).interval
+    together = seeds_and_prompts_interval(pictures, np.repeat(np.arange(10), 4).tolist()).interval
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 

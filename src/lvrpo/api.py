@@ -28,8 +28,8 @@ from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import IN_PYTHON
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import Interruption, say_stopping
-from lvrpo.training.sources import CustomParts, ListedPrompts, Split
+from lvrpo.training.interrupt import InterruptHandler, print_stopping
+from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import TASKS, Prompt, Task
 
@@ -82,9 +82,7 @@ def train(
     directory (default: runs/NAME, or the next free number). Raises InputError before anything is written.
     """
     lists: dict[Split, Sequence[Prompt] | None] = {"train": prompts, "validation": validation, "test": test}
-    sources: dict[Split, ListedPrompts] = {
-        split: ListedPrompts(rows) for split, rows in lists.items() if rows is not None
-    }
+    sources: dict[Split, PromptList] = {split: PromptList(rows) for split, rows in lists.items() if rows is not None}
     if sources and prompts is None:
         raise InputError("prompts: validation and test are of a list of prompts to train on: give prompts too")
     own, given = _own_rewards(rewards)
@@ -96,13 +94,13 @@ def train(
         asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
     folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
     plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    trainer = Trainer.start(asked, folder, given=CustomParts(dict(sources), given), files=plan.files())
+    trainer = Trainer.start(asked, folder, custom=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
         warn_without_test(asked)
     watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())
     with trainer.run, watching as watch, Experiment(trainer, plan, watch) as experiment:
         before = experiment.before()
-        with Interruption(say_stopping) as interrupted:
+        with InterruptHandler(print_stopping) as interrupted:
             trainer.train(experiment.observe, interrupted)
             trainer.require_uninterrupted()
         summary = experiment.after(before)

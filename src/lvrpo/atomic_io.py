@@ -1,7 +1,6 @@
-"""Files that are whole or not there, with the rights of any other new file: those that the umask leaves.
+"""Atomic file writes (temporary name, fsync, rename) with the permissions of the umask, and safetensors files.
 
-Every safetensors file is read here, but for the pieces of ``policies.bagel.checkpoint``, which asks
-``require_weights`` of each of them.
+All safetensors files are read here, except by ``policies.bagel.checkpoint``, which calls ``require_weights`` itself.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from safetensors.torch import save_file
 from lvrpo.errors import InputError
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What weights are stored at."""
+"""Allowed dtypes of stored weights."""
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; what lies there is synced and renamed to ``path``, on failure removed.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; on exit it is synced and renamed to ``path``, on failure removed.
 
-    A file that is there already is replaced. The temporary name is one that ``checkpoint.clean_leftovers`` knows.
+    An existing file is replaced. ``checkpoint.clean_leftovers`` recognizes the temporary name.
     """
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.touch()
-        rights = temporary.stat().st_mode & 0o777
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
-        temporary.chmod(rights)  # safetensors gives what it writes to its owner only
+        temporary.chmod(mode)  # safetensors creates files with mode 0600
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -43,15 +42,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file of these bytes; raises OSError."""
-    with whole_file(path) as temporary:
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file atomically; raises OSError."""
+    with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file; raises OSError also where safetensors hides it in a text of its own."""
-    with whole_file(path) as temporary:
+    """Writes a safetensors file atomically; raises OSError, also for one that safetensors wraps in its own error."""
+    with atomic_file(path) as temporary:
         try:
             save_file(dict(tensors), str(temporary), None if metadata is None else dict(metadata))
         except SafetensorError as error:
@@ -62,10 +61,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path, remedy: str, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, whatever they hold.
-
-    Raises InputError, which ends in ``remedy``, for a damaged file.
-    """
+    """Tensors and metadata of a safetensors file; raises InputError, which ends in ``remedy``, for a damaged file."""
     try:
         with safe_open(str(path), "pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118  # no dict
@@ -74,7 +70,7 @@ def read_tensors(path: Path, remedy: str, device: str = "cpu") -> tuple[dict[str
 
 
 def read_weights(path: Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """As ``read_tensors``; raises InputError for a tensor that no weights could be."""
+    """``read_tensors`` with ``require_weights`` for each tensor."""
     tensors, metadata = read_tensors(path, remedy)
     for name, tensor in tensors.items():
         require_weights(path, name, tensor, remedy)
@@ -82,7 +78,7 @@ def read_weights(path: Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict
 
 
 def require_weights(path: Path, name: str, tensor: torch.Tensor, remedy: str) -> None:
-    """Raises InputError, which names file and tensor, for another dtype and for numbers that are not finite."""
+    """Raises InputError, which names file and tensor, for another dtype or values that are not finite."""
     if tensor.dtype not in WEIGHT_DTYPES:
         found, *known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *WEIGHT_DTYPES))
         raise InputError(f"{path}: tensor {name} has dtype {found}: weights are {' or '.join(known)}: {remedy}")
@@ -90,10 +86,9 @@ def require_weights(path: Path, name: str, tensor: torch.Tensor, remedy: str) ->
 
 
 def require_finite(path: Path, name: str, tensor: torch.Tensor, remedy: str) -> None:
-    """Raises InputError, which names file and tensor, for numbers that are not finite."""
-    if (
-        tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor))
-    ):  # a nan is both ends
+    """Raises InputError, which names file and tensor, for values that are not finite."""
+    # aminmax returns nan if any value is nan
+    if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor)):
         wrong = tensor[~tensor.isfinite()]
         raise InputError(
             f"{path}: tensor {name} holds {float(wrong[0])} ({len(wrong)} of {tensor.numel()} numbers are not finite): "

@@ -16,9 +16,9 @@ from typing import TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Options, Parser, nearest
-from lvrpo.errors import ContractError, InputError, NotWellError
-from lvrpo.reading import unreadable
-from lvrpo.registry import ANY, allow_code, own_consent, resolve
+from lvrpo.errors import ContractError, InputError, UnhealthyRunError
+from lvrpo.reading import read_error_message
+from lvrpo.registry import ANY, allow_code, isolated_permissions, resolve
 
 COMMANDS: Mapping[str, str] = {
     "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with terminated_like_interrupted(), warnings_in_one_line(), own_consent():
+        with terminated_like_interrupted(), warnings_in_one_line(), isolated_permissions():
             found = parsed(without_global_options(given))
             if found is not None:
                 command, options = found
@@ -131,12 +131,15 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, InputError):
         return WRONG_INPUT, f"error: {error}"
-    if isinstance(error, NotWellError):
+    if isinstance(error, UnhealthyRunError):
         return NOT_WELL, f"not well: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
     if isinstance(error, OSError) and error.errno in NO_PATH and error.filename is not None:
-        return WRONG_INPUT, f"error: {unreadable(Path(os.fsdecode(error.filename)), error, 'name another path')}"
+        return (
+            WRONG_INPUT,
+            f"error: {read_error_message(Path(os.fsdecode(error.filename)), error, 'name another path')}",
+        )
     return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
 
 

@@ -1,7 +1,7 @@
 """Strict typed configuration: every section is a frozen pydantic model that forbids unknown keys.
 
-A run is configured by one YAML file, which may extend another, and by ``section.key=value`` overrides. No value is
-converted in silence: text is not taken for a number, nor true for 1.
+A run is configured by one YAML file, which may extend another, and by ``section.key=value`` overrides. Values are not
+converted implicitly: neither text to a number nor true to 1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lvrpo.errors import InputError
 from lvrpo.reading import MIB, read_text
 from lvrpo.strict_yaml import dump_yaml, parse_yaml
 
-MOST = 2**63 - 1
-"""No number is larger, so that each fits float32 and int64; where less is sensible the field says so."""
+MAX_NUMBER = 2**63 - 1
+"""Limit of all numbers, so that each fits float32 and int64; fields may have lower limits."""
 
 
 class Config(BaseModel):
@@ -31,56 +31,53 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     hints: ClassVar[Mapping[str, str]] = {}
-    """What is said of a name that is looked for here, renamed or of another section: of ``key`` or ``key=value``, which
-    is refused. ``{section}`` stands for where it was written."""
+    """Error hints for refused keys, such as renamed ones: by ``key`` or ``key=value``; ``{section}`` is replaced by the
+    path of the section."""
 
     @field_validator("*")
     @classmethod
-    def _no_number_beyond(cls, value: Any) -> Any:
-        """Any: whatever a field holds."""
-        for place, number in _numbers_in(value):
-            if not abs(number) <= MOST:
+    def _limit_numbers(cls, value: Any) -> Any:
+        """Any: the value of any field."""
+        for place, number in _iter_numbers(value):
+            if not abs(number) <= MAX_NUMBER:
                 at = f"{place}={number}: " if place else ""
-                raise ValueError(f"{at}numbers must lie between -{MOST:.3g} and {MOST:.3g}")
+                raise ValueError(f"{at}numbers must lie between -{MAX_NUMBER:.3g} and {MAX_NUMBER:.3g}")
         return value
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """Of a section that is one of several classes, told apart by ``kind``: the one that is meant where it says none."""
+    """Default of the discriminator ``kind`` of a tagged union, so that a section without ``kind`` is valid."""
 
-    def with_kind(given: Any) -> Any:  # Any: whatever a YAML file may hold
-        return {"kind": kind, **given} if isinstance(given, Mapping) else given
+    def with_kind(value: Any) -> Any:  # Any: YAML
+        return {"kind": kind, **value} if isinstance(value, Mapping) else value
 
     return BeforeValidator(with_kind)
 
 
 Natural = Annotated[int, Field(ge=0, le=100_000)]
-"""A whole number that is none or more: an entry of a table or a pair."""
 Positive = Annotated[int, Field(ge=1)]
-"""A whole number above 0."""
-NotNegative = Annotated[float, Field(ge=0)]
-"""A number that is not below 0."""
+NonNegative = Annotated[float, Field(ge=0)]
 
 C = TypeVar("C", bound=Config)
-Tree = dict[str, Any]  # Any: whatever a YAML file may hold
+Tree = dict[str, Any]  # Any: YAML
 Location = tuple[str | int, ...]
 
 
 KIND = "kind"
-"""The key that says which class a section is of."""
-CONSENT = "allow_code"
-"""The key by which a user's own file allows code. It counts neither in a run nor in a file that is extended."""
+"""The discriminator of a section that is a tagged union."""
+ALLOW_CODE = "allow_code"
+"""The key by which the CONFIG file of a command allows code; ignored in a run and in extended files."""
 
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = (), own_file: bool = True) -> C:
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = (), allow_code: bool = True) -> C:
     """Reads ``path`` (defaults only where it is None), applies ``section.key=value`` overrides, validates.
 
-    ``own_file``: whether the user named the file herself; else its key ``allow_code`` is left out.
+    ``allow_code``: whether the key ``allow_code`` of the file counts; False for files that the user did not name.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
     tree = {} if path is None else read_tree(path, cls)
-    if not own_file:
-        tree.pop(CONSENT, None)
+    if not allow_code:
+        tree.pop(ALLOW_CODE, None)
     raw: dict[Location, str] = {}
     as_text: set[Location] = set()
     for override in overrides:
@@ -89,12 +86,12 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         section, (*sections, last) = _section(tree, keys, value), keys
         if last == KIND:
             depth = len(sections)
-            asked = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
-            _drop_other_kinds(section, value, _models_at(cls, sections), keep=asked)
+            overridden = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
+            _drop_other_kinds(section, value, _models_at(cls, sections), keep=overridden)
         section[last] = value
         raw[keys] = text
     while True:
-        config, first = _validated(cls, tree)
+        config, first = _validate(cls, tree)
         if config is not None:
             return config
         location = _real_location(tree, first["loc"])
@@ -107,19 +104,15 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             _section(tree, keys, text)[keys[-1]] = text
             continue
         message = _explain(cls, first, location)
-        overridden = any(keys[: len(location)] == location[: len(keys)] for keys in raw)
-        from_file = path is not None and not overridden
+        from_file = path is not None and not any(keys[: len(location)] == location[: len(keys)] for keys in raw)
         raise InputError(f"{path}: {message}" if from_file else message)
 
 
 def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C:
-    """A section that stands among free options, or is all of a file that is no YAML.
-
-    Raises InputError with one line that begins with ``where``.
-    """
+    """Validates a section that is not in a configuration file; raises InputError that begins with ``where``."""
     if not isinstance(tree, Mapping):
         raise InputError(f"{where}: must be a section of 'key: value' lines")
-    config, first = _validated(cls, dict(tree))
+    config, first = _validate(cls, dict(tree))
     if config is not None:
         return config
     location = _real_location(dict(tree), first["loc"])
@@ -128,7 +121,7 @@ def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, keys in the order of declaration; ``load_config`` reads it back equal."""
+    """The resolved configuration as YAML, keys in order of declaration; ``load_config`` restores an equal one."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -138,7 +131,7 @@ def config_sha256(config: Config) -> str:
 
 
 def tree_sha256(tree: Mapping[str, Any]) -> str:
-    """``config_sha256`` of what ``dump_config`` wrote, whatever keys this version has beside it."""
+    """``config_sha256`` of a parsed ``dump_config``, also one with keys of another version."""
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -168,45 +161,46 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
-def _numbers_in(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, int | float]]:
-    """Those of a field, with where; a section has its own. Free options may hold themselves, hence the depth."""
+def _iter_numbers(value: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, int | float]]:
+    """The numbers of a field with their paths, without nested sections, which validate their own; free options may be
+    self-referential, hence the depth limit."""
     if isinstance(value, int | float):
         yield place, value
     elif depth and isinstance(value, Mapping | list | tuple):
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _numbers_in(part, f"{place}.{key}" if place else str(key), depth - 1)
+            yield from _iter_numbers(part, f"{place}.{key}" if place else str(key), depth - 1)
 
 
 # --- files and overrides ---
 
 
 def read_tree(path: Path, cls: type[Config], chain: tuple[Path, ...] = ()) -> Tree:
-    """The file merged over the files that it extends; ``chain``: those that extend it. Raises InputError."""
-    here = Path(os.path.realpath(path))  # Path.resolve fails at links that lead to themselves
-    if here in chain:
-        cycle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
+    """The file merged over the files that it extends; ``chain``: the files that extend it. Raises InputError."""
+    resolved = Path(os.path.realpath(path))  # Path.resolve fails for links that refer to themselves
+    if resolved in chain:
+        cycle = " -> ".join(p.name for p in (*chain[chain.index(resolved) :], resolved))
         raise InputError(f"{path}: extends itself ({cycle}): remove one 'extends'")
-    tree = _beside(read_yaml(path), path.parent)
+    tree = _resolve_relative_paths(read_yaml(path), path.parent)
     if chain:
-        tree.pop(CONSENT, None)
+        tree.pop(ALLOW_CODE, None)
     if "extends" not in tree:
         return tree
     parent = tree.pop("extends")
     if not isinstance(parent, str) or not parent:
         raise InputError(f"{path}: extends={_show(parent)}: must be the path of a YAML file, or a built-in name")
-    return _merged(read_tree(_parent(path, parent), cls, (*chain, here)), tree, [cls])
+    return _merge(read_tree(_parent_file(path, parent), cls, (*chain, resolved)), tree, [cls])
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that lvrpo ships, by name."""
+    """The configurations shipped with lvrpo, by name."""
     folder = Path(__file__).parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _parent(path: Path, parent: str) -> Path:
-    """The file that ``path`` extends: one beside it, or one that lvrpo ships."""
+def _parent_file(path: Path, parent: str) -> Path:
+    """The file that ``path`` extends: relative to its folder, or a shipped configuration."""
     beside, shipped = path.parent / parent, shipped_configs()
-    if os.path.lexists(beside) and not os.path.isdir(beside):  # a pipe is refused when it is read
+    if os.path.lexists(beside) and not os.path.isdir(beside):  # reading refuses pipes and devices
         return beside
     if parent.removesuffix(".yaml") in shipped:
         return shipped[parent.removesuffix(".yaml")]
@@ -216,36 +210,36 @@ def _parent(path: Path, parent: str) -> Path:
     raise InputError(f"{path}: extends={_show(parent)}: no such file: {hint}")
 
 
-def _beside(tree: Any, folder: Path) -> Any:
-    """The tree, in which texts that begin with ./ or ../ become paths from the file's folder."""
-    seen: set[int] = set()  # what an alias repeats is gone through once
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
+def _resolve_relative_paths(tree: Any, folder: Path) -> Any:
+    """The tree with strings that begin with ./ or ../ resolved relative to the file's folder, in place."""
+    seen: set[int] = set()  # YAML aliases share nodes
+    stack = [tree]
+    while stack:
+        node = stack.pop()
         if id(node) in seen or not isinstance(node, dict | list):
             continue
         seen.add(id(node))
         for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
             if isinstance(inner, str) and inner.startswith(("./", "../")) and key != "extends":
                 node[key] = os.path.abspath(folder / inner)
-            waiting.append(inner)
+            stack.append(inner)
     return tree
 
 
-def _merged(base: Tree, over: Tree, models: Sequence[type[Config]]) -> Tree:
+def _merge(base: Tree, over: Tree, models: Sequence[type[Config]]) -> Tree:
     merged = dict(base)
     if KIND in over:
         _drop_other_kinds(merged, over[KIND], models)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merged(old, value, _models_at_key(models, key))
+            value = _merge(old, value, _models_at_key(models, key))
         merged[key] = value
     return merged
 
 
 def _drop_other_kinds(section: Tree, kind: Any, models: Sequence[type[Config]], keep: Collection[str] = ()) -> None:
-    """Takes out of a section, which is now of ``kind``, what only other kinds of it have and nobody asked for."""
+    """Deletes keys from a section that are not fields of ``kind`` but of other kinds, except those in ``keep``."""
     known = {name for model in models if kind in _kinds(model) for name in model.model_fields}
     others = {name for model in models for name in model.model_fields} - known - set(keep)
     for name in [name for name in section if known and name in others]:
@@ -272,7 +266,7 @@ def _parse_override(override: str, text: str) -> Any:
 
 
 def _section(tree: Tree, keys: Sequence[str], value: Any) -> Tree:
-    """Where the last key of an override stands; made if it is not there."""
+    """The section that holds the last key of an override; created if missing."""
     *sections, _ = keys
     for depth, key in enumerate(sections):
         if tree.get(key) is None:
@@ -286,26 +280,26 @@ def _section(tree: Tree, keys: Sequence[str], value: Any) -> Tree:
     return tree
 
 
-# --- what pydantic finds, and how it is said ---
+# --- validation and error messages ---
 
 
-def _validated(cls: type[C], tree: Tree) -> tuple[C | None, dict[str, Any]]:
-    """The configuration, or what is wrong with it first: an unknown key, else a type, else a rule of ours.
+def _validate(cls: type[C], tree: Tree) -> tuple[C | None, dict[str, Any]]:
+    """The configuration, or None and the error to report: an unknown key, else a wrong type, else a violated rule.
 
-    Any: as pydantic describes an error.
+    Any: pydantic's error dict.
     """
     try:
         config, errors = cls.model_validate(tree), []
     except ValidationError as error:
         config, errors = None, error.errors(include_url=False)
     if not errors or errors[0]["type"] == "value_error":
-        errors = [*_conversions(cls, tree), *errors]
+        errors = [*_silent_conversions(cls, tree), *errors]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0]) if errors else {}
-    return (None if errors else config), _of_its_kind(dict(first))
+    return (None if errors else config), _as_literal_error(dict(first))
 
 
-def _of_its_kind(error: dict[str, Any]) -> dict[str, Any]:
-    """An unknown kind of a section as pydantic describes an unknown choice."""
+def _as_literal_error(error: dict[str, Any]) -> dict[str, Any]:
+    """Rewrites pydantic's error for an unknown ``kind`` as a ``literal_error``; other errors are returned unchanged."""
     if error.get("type") != "union_tag_invalid":
         return error
     names = error["ctx"]["expected_tags"].split(", ")
@@ -315,8 +309,8 @@ def _of_its_kind(error: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conversions(cls: type[Config], tree: Tree) -> list[Any]:
-    """What pydantic would convert in silence: '3' or true to 3, 3.0 to 3, 1 to true. Any: its descriptions."""
+def _silent_conversions(cls: type[Config], tree: Tree) -> list[Any]:
+    """Errors for values that pydantic would convert: '3' or true to 3, 3.0 to 3, 1 to true. Any: its error dicts."""
     try:
         cls.model_validate_json(json.dumps(tree, skipkeys=True, default=str), strict=True)
     except ValidationError as error:
@@ -384,16 +378,16 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
         return at + message if dotted else message
     rule = _RULES.get(kind)
     limits = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
-    words = rule.format(**limits) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
+    message = rule.format(**limits) if rule else error["msg"][:1].lower() + " ".join(error["msg"][1:].split())
     if kind == "literal_error" and isinstance(value, str):
         near = _nearest(value, re.findall(r"'([^']*)'", context["expected"]))
-        words += f": did you mean {near}?" if near else ""
+        message += f": did you mean {near}?" if near else ""
     shown = repr(value) if kind in _SCALAR_TYPES and isinstance(value, str) else _show(value)
-    return f"{dotted}={shown}: {words}" if dotted else words
+    return f"{dotted}={shown}: {message}" if dotted else message
 
 
 def _real_location(tree: Any, location: Location) -> Location:
-    """The location without the names of union members that pydantic puts in."""
+    """The location without the union member names that pydantic inserts."""
     real: list[str | int] = []
     for number, key in enumerate(location):
         try:
@@ -428,7 +422,7 @@ def _hint(cls: type[Config], location: Location, value: object) -> str | None:
 
 
 def _kinds_with(cls: type[Config], location: Location) -> list[str]:
-    """The kinds of a section that have a key, where it has kinds."""
+    """The kinds of a tagged-union section that have the key."""
     *sections, last = (str(key) for key in location)
     return [str(kind) for m in _models_at(cls, sections) if last in m.model_fields for kind in _kinds(m)]
 
@@ -461,7 +455,7 @@ def _models_in(annotation: Any) -> list[type[Config]]:
 def _key_paths(cls: type[Config], prefix: str = "", depth: int = 0) -> Iterator[str]:
     for name, field in cls.model_fields.items():
         yield prefix + name
-        if depth < 6:  # a section may hold itself
+        if depth < 6:  # sections may be recursive
             for model in _models_in(field.annotation):
                 yield from _key_paths(model, f"{prefix}{name}.", depth + 1)
 

@@ -1,4 +1,4 @@
-"""The two kinds of failure that lvrpo tells apart."""
+"""The exceptions of lvrpo."""
 
 
 class LvrpoError(Exception):
@@ -10,18 +10,18 @@ class InputError(LvrpoError):
 
 
 class ContractError(LvrpoError):
-    """A promise between parts was broken (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""
+    """An invariant is violated (replay law, step-0 contract, a reward of the wrong shape). Exits with 1."""
 
 
-class NotWellError(LvrpoError):
-    """A run came to its end and is not well. The message is one line that says why. The command line exits with 3."""
+class UnhealthyRunError(LvrpoError):
+    """A run finished, but its health check failed. The message is one line with the reason. Exits with 3."""
 
 
 class LostProcessError(ContractError):
-    """Another process of the run cannot be spoken to any more."""
+    """Another process of the run has died or is unreachable."""
 
 
-def described(error: BaseException) -> str:
-    """An error of anybody's code in one line: its kind and what it says."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+def describe_error(error: BaseException) -> str:
+    """Type and message of an exception in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,6 +1,6 @@
-"""Estimators that tell alignment from sharpening: what many samples, a judge's choice and the mix of answers say.
+"""Evaluation metrics that distinguish alignment from sharpening: pass@k, best-of-n, answer collapse, consistency.
 
-Pure functions on the record of an evaluation, so that every table can be computed again without the model.
+Pure functions on recorded evaluations, so that tables can be recomputed without the model.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from lvrpo.errors import ContractError
 
 COLLAPSED_SHARE = 0.9
-"""A form has collapsed where one answer is given to at least this share of its questions: at most .47 bits between two
-answers. Balanced yes-no questions that are all answered rightly lie at .5."""
+"""A form has collapsed if one answer is given to at least this share of its questions (entropy of at most .47 bits for
+two answers). Balanced yes-no questions that are all answered correctly have a share of .5."""
 MIN_ANSWERS = 20
-"""Fewer answers to a form say nothing of its collapse: the share of one answer has then a standard error above .06."""
+"""Minimum answers per form: with fewer the share of one answer has a standard error above .06."""
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples is right, from the right ones among more samples.
+    """Probability that at least one of ``k`` samples is correct, estimated from n >= k samples.
 
         pass@k = 1 - C(n - c, k) / C(n, k),   n = ``num_samples`` >= k, c = ``num_right``
 
     (arXiv:2107.03374, eq. 1): unbiased, where 1 - (1 - c / n)^k is not. Range [0, 1].
     Raises ContractError unless 1 <= k <= n and 0 <= c <= n.
-    Differs from the paper: nothing; binomials of whole numbers are exact, so no running product is needed.
+    Differs from the paper: no; integer binomials are exact, so no running product is needed.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ContractError(f"pass@{k} of {num_right} right among {num_samples}: needs 1 <= k <= n and 0 <= c <= n")
@@ -37,13 +37,12 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def best_of_n_weights(scores: Sequence[float], n: int) -> list[float]:
-    """Probability of each sample to be the one a judge picks from a random subset of ``n``.
+    """Probability of each sample to have the highest score in a random subset of ``n``.
 
-        w_i = [C(L + m, n) - C(L, n)] / (m C(N, n)),   L samples scored lower than i, m scored as i is (i among them)
+        w_i = [C(L + m, n) - C(L, n)] / (m C(N, n)),   L samples with a lower score than i, m with an equal one (with i)
 
-    of N samples: the top score of a subset is that of i where none is higher and not all are lower; ties are broken
-    evenly. The weights sum to 1; n = 1 gives 1 / N each, n = N the top ones alone.
-    Raises ContractError unless 1 <= n <= N, and on a score that is not finite.
+    of N samples; ties are broken uniformly. The weights sum to 1; n = 1 gives 1 / N each, n = N the top scores only.
+    Raises ContractError unless 1 <= n <= N, and for a score that is not finite.
     """
     if not 1 <= n <= len(scores):
         raise ContractError(f"best of {n} among {len(scores)} samples: needs 1 <= n <= samples")
@@ -59,12 +58,12 @@ def best_of_n_weights(scores: Sequence[float], n: int) -> list[float]:
 
 
 def best_of_n(scores: Sequence[float], successes: Sequence[float], n: int) -> float:
-    """Expected success of the sample that a judge scores highest among ``n``, over all subsets of the samples.
+    """Expected success of the sample with the highest score among ``n``, over all subsets of the samples.
 
         best-of-n = sum_i w_i s_i,   w as in ``best_of_n_weights``
 
-    Without replacement, so unbiased for n fresh samples. Range [0, 1] for successes in it.
-    Raises ContractError as ``best_of_n_weights`` does, and without one success per score.
+    Without replacement, so unbiased for n fresh samples. Range [0, 1] for successes in [0, 1].
+    Raises ContractError as ``best_of_n_weights``, and unless there is one success per score.
     """
     if len(scores) != len(successes):
         raise ContractError(f"{len(scores)} scores of {len(successes)} samples: give one per sample")
@@ -72,7 +71,7 @@ def best_of_n(scores: Sequence[float], successes: Sequence[float], n: int) -> fl
 
 
 def recalls(right: Sequence[str], successes: Sequence[float]) -> dict[str, float]:
-    """Share of the questions with each right answer that are answered rightly, in order of first appearance."""
+    """Recall of each right answer: the share of its questions that are answered correctly, in order of appearance."""
     if len(right) != len(successes):
         raise ContractError(f"{len(right)} right answers and {len(successes)} successes: give one each")
     rows: dict[str, list[float]] = {}
@@ -82,21 +81,21 @@ def recalls(right: Sequence[str], successes: Sequence[float]) -> dict[str, float
 
 
 def balanced_accuracy(right: Sequence[str], successes: Sequence[float]) -> float:
-    """Mean over the right answers that occur of the share answered rightly.
+    """Mean of the ``recalls``.
 
         (1 / |A|) sum_{a in A} mean { s_i : right_i = a }
 
-    Whoever gives one and the same answer to every question has 1 / |A|, however unbalanced the questions are.
-    nan for no question. Raises ContractError without one success per right answer.
+    A constant answer scores 1 / |A|, however unbalanced the questions are.
+    nan for no question. Raises ContractError unless there is one success per right answer.
     """
     found = recalls(right, successes)
     return sum(found.values()) / len(found) if found else math.nan
 
 
 def answer_entropy(answers: Sequence[str]) -> float:
-    """Entropy of the answers given, in bits: - sum_a p_a log2 p_a with their shares p; 0 where all are one.
+    """Entropy of the answers in bits, - sum_a p_a log2 p_a; nan for no answer.
 
-    nan for no answer. The plug-in estimate, low by about (K - 1) / (2 n ln 2) for K answers of n: compare equal n.
+    The plug-in estimate, biased by about -(K - 1) / (2 n ln 2) for K distinct answers of n: compare at equal n.
     """
     if not answers:
         return math.nan
@@ -106,17 +105,16 @@ def answer_entropy(answers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Collapse:
-    """A form of question that nearly always gets the same answer, and did not before."""
+    """A form of question whose answers have collapsed to one."""
 
     form: str
     answer: str
-    """The answer."""
     share: float
-    """Of the questions that get it now."""
+    """Share of the questions that get this answer now."""
     before: float
-    """Share of them that got it before."""
+    """Share of the questions that got it before."""
     entropy: float
-    """Of the answers, bits, now."""
+    """Entropy of the answers now, in bits."""
     entropy_before: float
 
 
@@ -126,13 +124,13 @@ def collapsed_forms(
     right: Mapping[str, Sequence[str]] | None = None,
     share: float = COLLAPSED_SHARE,
 ) -> list[Collapse]:
-    """The forms whose answers have collapsed to one: ``share`` of the questions or more get it now, and did not before.
+    """The forms in which one answer has at least ``share`` of the questions in ``after`` but not in ``before``.
 
-    That answers flip from nearly always one to nearly always another is a collapse too.
+    A change from one dominant answer to another is a collapse too.
 
-    ``before``, ``after``: the answers given, by form of question; forms with fewer than ``MIN_ANSWERS`` now, or none
-    before, are left out. ``right``: the right answers by form; where they are themselves one answer at that share, to
-    give it is no collapse. Raises ContractError unless .5 < share <= 1.
+    ``before``, ``after``: the model's answers by form of question; forms with fewer than ``MIN_ANSWERS`` in ``after``,
+    or none in ``before``, are left out. ``right``: the right answers by form; a form whose right answers have that
+    share is not a collapse. Raises ContractError unless .5 < share <= 1.
     """
     if not 0.5 < share <= 1:
         raise ContractError(f"share={share}: needs .5 < share <= 1")
@@ -142,33 +140,34 @@ def collapsed_forms(
         if len(answers) < MIN_ANSWERS or not earlier:
             continue
         answer, count = Counter(answers).most_common(1)[0]
-        now, then = count / len(answers), share_of(answer, earlier)
-        deserved = share_of(answer, right[form]) if right is not None and form in right else 0.0
-        if now >= share > max(then, deserved):
-            found.append(Collapse(form, answer, now, then, answer_entropy(answers), answer_entropy(earlier)))
+        share_now, share_before = count / len(answers), share_of(answer, earlier)
+        share_right = share_of(answer, right[form]) if right is not None and form in right else 0.0
+        if share_now >= share > max(share_before, share_right):
+            entropies = answer_entropy(answers), answer_entropy(earlier)
+            found.append(Collapse(form, answer, share_now, share_before, *entropies))
     return found
 
 
 def share_of(answer: str, answers: Sequence[str]) -> float:
-    """How many of the answers are this one; nan for none."""
+    """Share of the answers that are this one; nan for no answer."""
     return sum(each == answer for each in answers) / len(answers) if answers else math.nan
 
 
 @dataclass(frozen=True)
 class GroupSpread:
-    """How the samples of one prompt differ."""
+    """Variation of the samples of one prompt."""
 
     std: float
     """Mean over groups of the standard deviation of success."""
     signal: float
-    """Share of the groups in which not all samples are equal: a group-relative advantage is 0 in the others."""
+    """Share of the groups with signal: not all samples are equal, so group-relative advantages are not 0."""
     groups: int
 
 
 def group_spread(groups: Sequence[Sequence[float]]) -> GroupSpread:
-    """Mean standard deviation (over the group, divided by G) inside the groups, and the share with any; nan for none.
+    """Mean population standard deviation inside the groups and the share of groups with signal; nan for no group.
 
-    Groups of one sample are left out: they have no spread.
+    Groups of one sample are left out.
     """
     stds = [float(np.std(group)) for group in groups if len(group) > 1]
     if not stds:
@@ -178,31 +177,30 @@ def group_spread(groups: Sequence[Sequence[float]]) -> GroupSpread:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Facts of one drawing as the model's own reader and as a verifier find them."""
+    """Counts of the facts of one drawing, checked by the model itself (reader) and by a verifier."""
 
     facts: int
-    """How many the prompt states."""
+    """Facts that the prompt states."""
     confirmed: int
-    """Of which the reader finds in the drawing."""
+    """Facts that the reader confirms."""
     hold: int
-    """Of which the verifier finds."""
+    """Facts that the verifier confirms."""
     agree: int
-    """On which the two say the same."""
+    """Facts on which reader and verifier agree."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The two directions of a model: what it reads in what it drew."""
+    """Self-consistency of a model: agreement of its reading with its own drawings and with a verifier."""
 
     confirmed: float
-    """Share of the stated facts that its reader finds in its drawing: agreement of the two directions."""
+    """Share of the stated facts that the reader confirms."""
     hold: float
-    """Share that the verifier finds."""
+    """Share of the stated facts that the verifier confirms."""
     agree: float
-    """Share on which reader and verifier say the same."""
+    """Share on which reader and verifier agree."""
     kappa: float
-    """Cohen's kappa of the two: 1 where they always agree, 0 where as often as two that know nothing of each other;
-    nan where either of them always says the same."""
+    """Cohen's kappa of reader and verifier: 1 for full agreement, 0 for chance agreement; nan if either is constant."""
     facts: int
 
 
@@ -211,7 +209,7 @@ def agreement(drawings: Sequence[ReadBack]) -> Agreement:
 
         kappa = (p_o - p_e) / (1 - p_e),   p_o = share agreed on,   p_e = r v + (1 - r)(1 - v),
 
-    r and v the shares that reader and verifier find (Cohen 1960). nan for no fact.
+    r and v the shares that reader and verifier confirm (Cohen 1960). nan for no fact.
     """
     facts = sum(d.facts for d in drawings)
     if not facts:

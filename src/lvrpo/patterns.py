@@ -1,4 +1,4 @@
-"""Regular expressions that come from data: matched with a limit of time, since some need longer than anybody waits."""
+"""Regular expressions from data, matched with a timeout because backtracking can take exponential time."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import regex
 
 from lvrpo.errors import InputError
 
-MOST_CHARACTERS = 1000
-"""Of an expression."""
+MAX_PATTERN_LENGTH = 1000
+"""Characters."""
 TIMEOUT_S = 1.0
-"""For one text. What matches in time at all does so in thousandths of it."""
+"""Per text; usual matches take about a millisecond."""
 
 
 @lru_cache(maxsize=1024)
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
-    """The expression, in which a dot also matches the end of a line; raises InputError with the rule and the remedy."""
-    if len(pattern) > MOST_CHARACTERS:
-        raise InputError(f"a regular expression of {len(pattern)} characters: {MOST_CHARACTERS} are allowed")
+    """Compiles an expression with DOTALL; raises InputError if it is too long or invalid."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise InputError(f"a regular expression of {len(pattern)} characters: {MAX_PATTERN_LENGTH} are allowed")
     try:
         return regex.compile(pattern, regex.DOTALL)
     except (regex.error, RecursionError, OverflowError, ValueError, IndexError, KeyError) as error:
         raise InputError(f"no regular expression ({error})") from None
 
 
-def matches_whole(pattern: str, text: str) -> bool:
-    """Whether the whole text has the form; raises TimeoutError, with the reason, where that takes too long to say."""
+def full_match(pattern: str, text: str) -> bool:
+    """Whether the pattern matches the whole text; raises TimeoutError after ``TIMEOUT_S``."""
     try:
         return compile_pattern(pattern).fullmatch(text, timeout=TIMEOUT_S) is not None
     except TimeoutError:

@@ -1,7 +1,7 @@
-"""The only place that opens pictures: formats that are data and nothing else, of a bounded size.
+"""Opens picture files: only safe formats, with bounded size; the only caller of ``PIL.Image.open``.
 
-Pillow knows formats that it hands to other programs (EPS and PostScript to Ghostscript); they are refused by their
-content, whatever their name is.
+Pillow passes some formats to other programs (EPS and PostScript to Ghostscript); they are refused by content, not by
+file name.
 """
 
 from __future__ import annotations
@@ -22,50 +22,45 @@ from lvrpo.errors import InputError
 from lvrpo.reading import MIB, open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is read; a phone's MPO is a JPEG."""
+"""Accepted formats; MPO, written by phones, is a JPEG."""
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded."""
 MAX_BYTES = 512 * MIB
 REMEDY = "save it as PNG or JPEG"
-DAMAGE = (
+DECODE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, AttributeError),
     *(ArithmeticError, NotImplementedError, struct.error),
 )
-"""What decoders raise at bytes that are not what they say."""
+"""What Pillow's decoders raise for invalid bytes."""
 
 
 @contextmanager
 def open_picture(source: Path | bytes, name: Path | str) -> Iterator[PilImage.Image]:
-    """A picture, open, its pixels not yet decoded; ``name`` stands in messages.
+    """An open picture, pixels not yet decoded; ``name`` is used in error messages.
 
-    Raises InputError, one line, for what is no regular file, no picture of ``FORMATS``, damaged, animated, or of more
-    than 64 megapixels.
+    Raises InputError if the source is not a regular file, is not a picture of ``FORMATS``, is damaged or animated, or
+    has more than 64 megapixels.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)  # what it warns of is looked for
-        warnings.filterwarnings("ignore", module="PIL")  # of metadata that nobody reads
+        warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)  # _open checks the size itself
+        warnings.filterwarnings("ignore", module="PIL")  # warnings about metadata
         if isinstance(source, bytes):
-            with _opened(io.BytesIO(source), name) as picture:
+            with _open(io.BytesIO(source), name) as picture:
                 yield picture
-        else:
-            with _open_file(source, name) as picture:
-                yield picture
+            return
+        if not os.path.lexists(source):
+            raise InputError(f"{name}: no such picture file: correct the path or add the file")
+        with open_regular(source, "give a picture file", MAX_BYTES) as file, _open(file, name) as picture:
+            yield picture
 
 
-@contextmanager
-def _open_file(source: Path, name: Path | str) -> Iterator[PilImage.Image]:
-    if not os.path.lexists(source):
-        raise InputError(f"{name}: no such picture file: correct the path or add the file")
-    with open_regular(source, "give a picture file", MAX_BYTES) as file, _opened(file, name) as picture:
-        yield picture
-
-
-def damaged(name: Path | str, error: BaseException) -> InputError:
+def damage_error(name: Path | str, error: BaseException) -> InputError:
     """The error for bytes that cannot be decoded."""
-    return InputError(f"{name}: damaged picture ({_line(error)}): save it again")
+    message = " ".join(str(error).split())[:100] or type(error).__name__
+    return InputError(f"{name}: damaged picture ({message}): save it again")
 
 
-def _opened(file: IO[bytes], name: Path | str) -> PilImage.Image:
+def _open(file: IO[bytes], name: Path | str) -> PilImage.Image:
     try:
         picture = PilImage.open(file, formats=FORMATS)
     except PilImage.DecompressionBombError:
@@ -73,8 +68,8 @@ def _opened(file: IO[bytes], name: Path | str) -> PilImage.Image:
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
         raise InputError(f"{name}: not a picture that can be read ({kinds}): use PNG or JPEG") from None
-    except DAMAGE as error:
-        raise damaged(name, error) from None
+    except DECODE_ERRORS as error:
+        raise damage_error(name, error) from None
     width, height = picture.size
     problem = None
     if width * height > MAX_PIXELS:
@@ -90,9 +85,5 @@ def _opened(file: IO[bytes], name: Path | str) -> PilImage.Image:
 def _animated(picture: PilImage.Image, name: Path | str) -> bool:
     try:
         return getattr(picture, "is_animated", False)  # formats without frames lack it
-    except DAMAGE as error:
-        raise damaged(name, error) from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
+    except DECODE_ERRORS as error:
+        raise damage_error(name, error) from None

@@ -1,6 +1,6 @@
-"""Files that a user names, read with bounds: only regular files, only so many bytes, every fault one line.
+"""Bounded reads of user-supplied files: regular files of limited size only; every error is one line.
 
-A pipe would be waited for, a device never ends, a folder is no file; all of them are refused before they are read.
+Pipes (reading blocks), devices (endless) and folders are refused before they are read. Also JSON validation.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, describe_error
 
 MIB = 2**20
 TEXT_BYTES = 1024 * MIB
-"""Of a file of rows or lines."""
+"""Size limit of a text file."""
 JSON_BYTES = 256 * MIB
-"""Of a JSON file of a model or a run."""
+"""Size limit of a JSON file of a model or a run."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -40,39 +40,39 @@ _ERRORS = {
 
 
 @contextmanager
-def open_regular(path: Path, remedy: str, most_bytes: int | None = TEXT_BYTES) -> Iterator[BufferedReader]:
-    """A regular file, open for reading, that is not larger than ``most_bytes``.
+def open_regular(path: Path, remedy: str, max_bytes: int | None = TEXT_BYTES) -> Iterator[BufferedReader]:
+    """Opens a regular file of at most ``max_bytes`` for reading; raises InputError for anything else.
 
-    ``remedy``: what to give instead, "give a text file". Raises InputError, one line, for anything else.
+    ``remedy``: end of the error message, such as "give a text file".
     """
     try:
-        require_regular(os.stat(path), path, remedy, most_bytes)
+        require_regular(os.stat(path), path, remedy, max_bytes)
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise InputError(unreadable(path, error, remedy)) from None
+        raise InputError(read_error_message(path, error, remedy)) from None
     with os.fdopen(handle, "rb") as file:
-        require_regular(os.fstat(handle), path, remedy, most_bytes)  # it may be another one by now
+        require_regular(os.fstat(handle), path, remedy, max_bytes)  # the file may have been replaced
         yield file
 
 
-def is_there(path: Path) -> bool:
-    """Whether anything has this name: a link that leads to itself or nowhere counts, so that its reader refuses it."""
+def path_exists(path: Path) -> bool:
+    """Whether a path exists; broken and self-referencing links count, so that reading them raises an error."""
     return os.path.lexists(path)
 
 
-def require_regular(found: os.stat_result, path: Path, remedy: str, most_bytes: int | None = None) -> None:
-    """Raises InputError where something is no regular file, or a larger one."""
+def require_regular(found: os.stat_result, path: Path, remedy: str, max_bytes: int | None = None) -> None:
+    """Raises InputError unless a path is a regular file of at most ``max_bytes``."""
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
         raise InputError(f"{path}: is {_KINDS.get(kind, 'something else')}, not a regular file: {remedy}")
-    if most_bytes is not None and found.st_size > most_bytes:
+    if max_bytes is not None and found.st_size > max_bytes:
         raise InputError(
-            f"{path}: has {found.st_size / MIB:.0f} MiB, more than {most_bytes / MIB:.0f} are read: {remedy}"
+            f"{path}: has {found.st_size / MIB:.0f} MiB, more than {max_bytes / MIB:.0f} are read: {remedy}"
         )
 
 
-def unreadable(path: Path, error: Exception, remedy: str) -> str:
-    """The line for a file that could not be opened or read."""
+def read_error_message(path: Path, error: Exception, remedy: str) -> str:
+    """The one-line message for a file that could not be opened or read."""
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file: {remedy}"
     if isinstance(error, OSError):
@@ -81,33 +81,33 @@ def unreadable(path: Path, error: Exception, remedy: str) -> str:
     return f"{path}: is no path ({error}): {remedy}"
 
 
-def read_bytes(path: Path, remedy: str, most_bytes: int = TEXT_BYTES) -> bytes:
+def read_bytes(path: Path, remedy: str, max_bytes: int = TEXT_BYTES) -> bytes:
     """The content of a regular file; raises InputError."""
-    with open_regular(path, remedy, most_bytes) as file:
+    with open_regular(path, remedy, max_bytes) as file:
         try:
-            content = file.read(most_bytes + 1)  # what says that it is empty, or grows, is bounded too
+            content = file.read(max_bytes + 1)  # bounded, as the size may be wrong (/proc) or grow
         except OSError as error:
-            raise InputError(unreadable(path, error, remedy)) from None
-    if len(content) > most_bytes:
-        raise InputError(f"{path}: has more than the {most_bytes / MIB:.0f} MiB that are read: {remedy}")
+            raise InputError(read_error_message(path, error, remedy)) from None
+    if len(content) > max_bytes:
+        raise InputError(f"{path}: has more than the {max_bytes / MIB:.0f} MiB that are read: {remedy}")
     return content
 
 
-def read_text(path: Path, remedy: str, most_bytes: int = TEXT_BYTES) -> str:
+def read_text(path: Path, remedy: str, max_bytes: int = TEXT_BYTES) -> str:
     """The UTF-8 text of a regular file, without a byte order mark; raises InputError."""
     try:
-        return read_bytes(path, remedy, most_bytes).decode("utf-8-sig")
+        return read_bytes(path, remedy, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
 
 
-def read_json(path: Path, remedy: str = "restore the file", most_bytes: int = JSON_BYTES, finite: bool = True) -> Any:
-    """What a JSON file holds. Any: whatever JSON may hold. Raises InputError."""
-    return parse_json(read_text(path, remedy, most_bytes), str(path), remedy, finite)
+def read_json(path: Path, remedy: str = "restore the file", max_bytes: int = JSON_BYTES, finite: bool = True) -> Any:
+    """The value of a JSON file. Any: JSON. Raises InputError."""
+    return parse_json(read_text(path, remedy, max_bytes), str(path), remedy, finite)
 
 
 def read_json_object(path: Path, remedy: str = "restore the file", finite: bool = True) -> dict[str, Any]:
-    """The object that a JSON file holds; raises InputError."""
+    """The object of a JSON file; raises InputError, also for another type."""
     found = read_json(path, remedy, finite=finite)
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds {type(found).__name__}, not an object: {remedy}")
@@ -115,13 +115,15 @@ def read_json_object(path: Path, remedy: str = "restore the file", finite: bool 
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "correct it", finite: bool = True) -> Any:
-    """What JSON text holds, its numbers of bounded length. Any: whatever JSON may hold.
+    """Parses JSON text. Any: JSON.
 
-    ``finite``: whether nan and infinities are refused; what shows a run takes them for missing numbers.
+    ``finite``: refuse nan and infinities; reports accept them as missing values.
     Raises InputError with one line that begins with ``where``.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite) if finite else json.loads(text)
+        return (
+            json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite) if finite else json.loads(text)
+        )
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): {remedy}") from None
     except UnicodeDecodeError as error:
@@ -133,11 +135,11 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", finite
         raise InputError(f"{where}: {reason}: {remedy}") from None
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if number - number != 0:
         raise ValueError(f"{text[:20]} is beyond every number")
@@ -145,38 +147,34 @@ def _finite(text: str) -> float:
 
 
 DAMAGED = "restore the file"
-SHOWN = 60
-"""Characters of a wrong value that are shown."""
+MAX_SHOWN = 60
+"""Characters of a wrong value in an error message."""
 
 
 class Record(BaseModel):
-    """What an object of a file must hold; further keys may stand beside them."""
+    """Base of the schemas of JSON objects; additional keys are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", arbitrary_types_allowed=True)
 
 
 Kind = Any
-"""Any: a type as pydantic takes it, such as ``list[SomeRecord]``; the value comes back as JSON holds it."""
+"""Any: a pydantic type, such as ``list[SomeRecord]``; it is only used for validation, values stay plain JSON."""
 
 
 def parse_typed_json(text: str | bytes, kind: Kind, where: str, remedy: str = DAMAGED, finite: bool = True) -> Any:
-    """What a JSON text holds, of a type; raises InputError that begins with ``where``.
-
-    ``finite``: whether nan and infinities are refused.
-    """
-    found = parse_json(text, where, remedy, finite)
-    return typed(found, kind, where, remedy)
+    """``parse_json`` and ``validate_type``."""
+    return validate_type(parse_json(text, where, remedy, finite), kind, where, remedy)
 
 
-def typed(value: Any, kind: Kind, where: str, remedy: str = DAMAGED) -> Any:
-    """The value, if it is of the type; else InputError that begins with ``where``. Any: what JSON holds."""
+def validate_type(value: Any, kind: Kind, where: str, remedy: str = DAMAGED) -> Any:
+    """Returns the value; raises InputError that begins with ``where`` if it is not of the type. Any: JSON."""
     try:
         TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"])
         shown = json.dumps(first["input"], default=str, ensure_ascii=False)
-        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
         at = f"{place.removeprefix('.')}={shown}" if place else shown
         rule = first["msg"][:1].lower() + first["msg"][1:]
         raise InputError(f"{where}: {at}: {rule}: {remedy}") from None
@@ -184,10 +182,9 @@ def typed(value: Any, kind: Kind, where: str, remedy: str = DAMAGED) -> Any:
 
 
 @contextmanager
-def shaped(where: str, remedy: str = DAMAGED) -> Iterator[None]:
-    """Within it, what does not find its way through a deep structure of another shape is an InputError."""
+def structure_errors(where: str, remedy: str = DAMAGED) -> Iterator[None]:
+    """Converts errors of accessing a malformed nested structure (KeyError, TypeError ...) to InputError."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{where}: is not as a run writes it ({said[:200]}): {remedy}") from error
+        raise InputError(f"{where}: is not as a run writes it ({describe_error(error)[:200]}): {remedy}") from error

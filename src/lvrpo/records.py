@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from lvrpo.errors import InputError
 from lvrpo.metrics import ReadBack
-from lvrpo.reading import is_there, parse_json, read_bytes, read_json_object
+from lvrpo.reading import parse_json, path_exists, read_bytes, read_json_object
 
 R = TypeVar("R")
 LEVEL = 0.05
@@ -285,7 +285,7 @@ class Summary:
     @classmethod
     def read(cls, path: Path) -> Summary | None:
         """None where there is no file yet; raises ``InputError``."""
-        if not is_there(path):
+        if not path_exists(path):
             return None
         remedy = "evaluate the run again or delete the file"
         raw = read_json_object(path, remedy, finite=False)
@@ -331,7 +331,7 @@ class Metrics:
         """Rows by step; a line that is cut off or is no JSON object with a step is counted, not used."""
         rows: dict[float, Mapping[str, Any]] = {}
         broken: list[int] = []
-        text = read_bytes(path, "delete it").decode("utf-8", errors="replace") if is_there(path) else ""
+        text = read_bytes(path, "delete it").decode("utf-8", errors="replace") if path_exists(path) else ""
         for place, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
                 continue

@@ -1,8 +1,8 @@
-"""Names to objects: one plain table per kind, one function that looks names up, and the consent that it asks for.
+"""Resolves names to objects: an entry of a plain table, or user code that has been allowed.
 
-A name outside a table, ``my_package.module:Name``, makes text of some file into code that runs. This module is the
-only place where that happens, and only for packages that the user has allowed: on the command line, in the CONFIG
-file that she names herself, or by ``allow_code`` from Python. What was downloaded (a run, a model) allows nothing.
+A name outside the table, ``my_package.module:Name``, imports and runs user code. This happens only here, and only for
+packages that the user has allowed: on the command line, in the CONFIG file of the command, or by ``allow_code`` from
+Python. Downloaded files (a run, a model) cannot allow code.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from lvrpo.errors import InputError, LvrpoError
+from lvrpo.errors import InputError, LvrpoError, describe_error
 
 ANY = "*"
-"""Allows every package for names of a configuration; what a model's folder names has to be allowed by its name."""
+"""Allows every package for names of a configuration; names in a model's folder need their package allowed by name."""
 
 _allowed: set[str] = set()
 
 
 def allow_code(packages: Iterable[str]) -> None:
-    """Allows modules of these packages to be imported for names outside the tables; ``ANY``: of all packages.
+    """Allows names of these packages, modules or ``.py`` files outside the tables; ``ANY``: all packages.
 
-    ``my_package`` allows ``my_package.module:Name``, ``my_package.module`` that module and what lies below it. Raises
-    InputError for what is no package name.
+    ``my_package`` allows its modules, ``my_package.module`` that module and its submodules. Raises InputError for an
+    invalid package name.
     """
     for package in packages:
         if package.endswith(".py"):
             _allowed.add(os.path.abspath(package))
             continue
-        if package != ANY and not _dotted(package):
+        if package != ANY and not _is_dotted_name(package):
             raise InputError(
                 f"allow_code={package!r}: must be the name of a package, such as my_package, or a file, such as "
                 "./my_rewards.py"
@@ -45,13 +45,13 @@ def allow_code(packages: Iterable[str]) -> None:
 
 
 def allowed_code() -> frozenset[str]:
-    """What is allowed, for ``allow_code`` of another process of the same user."""
+    """The allowed packages and files, to pass to ``allow_code`` in a subprocess."""
     return frozenset(_allowed)
 
 
 @contextmanager
-def own_consent() -> Iterator[None]:
-    """Inside, nothing is allowed but what is allowed there; afterwards, what was allowed before."""
+def isolated_permissions() -> Iterator[None]:
+    """Starts with nothing allowed and restores the previous permissions on exit."""
     before = set(_allowed)
     _allowed.clear()
     try:
@@ -71,25 +71,23 @@ def resolve(
 ) -> Any:
     """The object called ``name``: an entry of ``table``, or an allowed ``my_package.module:Name`` or ``FILE.py:Name``.
 
-    An entry is the object itself or a string ``package.module:Attribute`` that is imported only now. ``kind`` is the
-    word for messages ("reward", "policy"). A name outside the table must be that of a class with these ``methods``, or
-    of a function whose attribute ``makes`` is such a class; nothing of it is called here. ``from_model``: the name
-    stands in a model's folder, which may be anybody's: its package must be allowed by name.
-    ``adapt``: makes what was found into what has the methods.
-    Raises InputError on an unknown name, with the nearest one and the list, and where consent is missing. Any: what a
-    table holds is the table's affair.
+    A table entry is the object or a string ``package.module:Attribute``, imported lazily. ``kind``: the noun for error
+    messages ("reward", "policy"). An object outside the table must be a class with these ``methods``, or a function
+    whose attribute ``makes`` is such a class; it is not called here. ``from_model``: the name is from a model's folder,
+    so its package must be allowed by name. ``adapt``: converts the imported object before its methods are checked.
+    Raises InputError for an unknown name, with suggestions, and for code that is not allowed. Any: the table decides.
     """
     if name in table:
         entry = table[name]
-        return _imported(kind, entry) if isinstance(entry, str) else entry
+        return _import(kind, entry) if isinstance(entry, str) else entry
     if is_file(name) and not from_model:
-        _require_file_consent(kind, name)
-        found = adapt(_attribute(kind, name, _from_file(kind, name)))
+        _require_file_allowed(kind, name)
+        found = adapt(_attribute(kind, name, _load_file(kind, name)))
         _require_methods(kind, name, found, methods)
         return found
     if ":" in name:
-        _require_consent(kind, name, from_model)
-        found = adapt(_imported(kind, name))
+        _require_allowed(kind, name, from_model)
+        found = adapt(_import(kind, name))
         _require_methods(kind, name, found, methods)
         return found
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
@@ -105,7 +103,7 @@ def is_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
 
 
-def _require_file_consent(kind: str, name: str) -> None:
+def _require_file_allowed(kind: str, name: str) -> None:
     file = name.rpartition(":")[0]
     if not _allowed & {ANY, os.path.abspath(file)}:
         raise InputError(
@@ -115,8 +113,8 @@ def _require_file_consent(kind: str, name: str) -> None:
         )
 
 
-def _from_file(kind: str, name: str) -> ModuleType:
-    """The module that a file holds, run once."""
+def _load_file(kind: str, name: str) -> ModuleType:
+    """The module of a file, executed once per process."""
     path = os.path.abspath(name.rpartition(":")[0])
     title = f"lvrpo_file_{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
     if title in sys.modules:
@@ -137,9 +135,9 @@ def _from_file(kind: str, name: str) -> ModuleType:
     return module
 
 
-def _require_consent(kind: str, name: str, from_model: bool) -> None:
+def _require_allowed(kind: str, name: str, from_model: bool) -> None:
     module = name.partition(":")[0]
-    if not _dotted(module):
+    if not _is_dotted_name(module):
         raise InputError(f"{kind} {name!r}: write it as my_package.module:Name")
     parts = module.split(".")
     package = parts[0]
@@ -162,24 +160,24 @@ def _require_consent(kind: str, name: str, from_model: bool) -> None:
 def _require_methods(kind: str, name: str, found: Any, methods: Sequence[str]) -> None:
     if not methods:
         return
-    made = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.function
-    if not isinstance(made, type):
+    cls = found if isinstance(found, type) else getattr(found, "makes", None)  # set by lvrpo.rewards.function
+    if not isinstance(cls, type):
         raise InputError(f"{kind} {name!r}: is a {type(found).__name__}, not a class: name a class of a {kind}")
     for method in methods:
-        own = any(method in vars(base) for base in made.__mro__)  # not of the metaclass, as __call__ would be
-        if not own or not callable(getattr(made, method)):
+        defined = any(method in vars(base) for base in cls.__mro__)  # hasattr would find __call__ of the metaclass
+        if not defined or not callable(getattr(cls, method)):
             raise InputError(
                 f"{kind} {name!r}: has no method {method!r}: a {kind} has {' and '.join(map(repr, methods))}"
             )
 
 
-def _dotted(name: str) -> bool:
+def _is_dotted_name(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def _imported(kind: str, target: str) -> Any:
+def _import(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
-    if not (_dotted(module_name) and _dotted(attribute)):
+    if not (_is_dotted_name(module_name) and _is_dotted_name(attribute)):
         raise InputError(f"{kind} {target!r}: write it as my_package.module:Name")
     try:
         found: Any = importlib.import_module(module_name)
@@ -194,9 +192,9 @@ def _imported(kind: str, target: str) -> Any:
         ) from None
     except LvrpoError:
         raise
-    except (Exception, SystemExit) as error:  # anybody's module may do anything
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{kind} {target!r}: {module_name} cannot be imported: {said}: correct it") from error
+    except (Exception, SystemExit) as error:  # user code may raise anything
+        message = describe_error(error)
+        raise InputError(f"{kind} {target!r}: {module_name} cannot be imported: {message}: correct it") from error
     return _attribute(kind, target, found)
 
 
@@ -204,7 +202,7 @@ def _attribute(kind: str, target: str, found: Any) -> Any:
     module_name, _, attribute = target.rpartition(":")
     for part in attribute.split("."):
         try:
-            found = getattr(found, part)  # the attribute is the user's choice
+            found = getattr(found, part)  # user-specified attribute
         except AttributeError:
             near = difflib.get_close_matches(part, dir(found), n=1)
             hint = f"did you mean {near[0]}?" if near else f"name something that {module_name} defines"

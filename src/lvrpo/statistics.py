@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy  # scipy.stats takes half a second to import: only when a statistic is asked for
+import scipy  # scipy.stats is imported lazily: it takes half a second
 from numpy.typing import ArrayLike, NDArray
 
 from lvrpo.errors import ContractError
@@ -17,42 +17,41 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 POWER = 0.8
 TINY = 1e-12
-"""A standard error of no more than this is rounding."""
+"""A standard error up to this is a rounding error."""
 MIN_SEEDS = 3
-"""Seeds that a difference needs to be told from none; with fewer a table marks the cell."""
+"""Minimum number of seeds for a significance statement; tables mark cells with fewer."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval that covers the true one in 95 of 100 experiments."""
+    """A mean and its 95 % confidence interval."""
 
     score: float
     low: float
     high: float
     n: int
-    """How many values (prompts, or seeds) stand behind it."""
+    """Number of values (prompts or seeds)."""
 
     def as_dict(self) -> dict[str, float | int]:
-        """As ``summary.json`` holds it."""
+        """For ``summary.json``."""
         return {"score": self.score, "low": self.low, "high": self.high, "n": self.n}
 
     @property
-    def clear_of_zero(self) -> bool:
-        """Whether a difference is told from none."""
+    def excludes_zero(self) -> bool:
+        """Whether a difference is significant: 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def mean_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
     """Mean of per-prompt scores with a percentile bootstrap.
 
-    ``clusters`` names what each value belongs to (the prompt of several samples): whole clusters are then resampled.
-    Where all values are equal the bootstrap sees no spread: 0/1 scores get Wilson's interval, with the clusters as the
-    sample size; others get an interval of width 0. One cluster alone says nothing of its spread: nan, as for no value.
-    Raises ContractError on a value that is not finite.
+    ``clusters``: the cluster of each value (the prompt of several samples); whole clusters are resampled. If all values
+    are equal, 0/1 scores get Wilson's interval with the number of clusters as the sample size, others an interval of
+    width 0. Bounds are nan for one cluster and for no value. Raises ContractError for a value that is not finite.
     """
-    scores = _checked(values)
+    scores = _to_finite_array(values)
     if scores.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     sums, counts = _by_cluster(scores, clusters)
@@ -69,21 +68,18 @@ def paired_difference(
 ) -> Interval:
     """Mean of ``after - before`` over the same prompts, resampling prompts (or clusters) as pairs.
 
-    Where all differences of 0/1 scores are equal, Wilson's bound on how often another one could have turned up is put
-    on both sides; other equal differences get an interval of width 0.
+    If all differences of 0/1 scores are equal, the half width is Wilson's upper bound on the frequency of another
+    difference; other equal differences get an interval of width 0.
     Raises ContractError if the two have different lengths or a value is not finite.
     """
-    one, two = _checked(before), _checked(after)
-    if one.shape != two.shape:
-        raise ContractError(f"{one.size} scores before and {two.size} after: pair the same prompts")
-    differences = two - one
+    differences = _paired(before, after)
     if differences.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     sums, counts = _by_cluster(differences, clusters)
     score = float(differences.mean())
     if np.all(differences == differences[0]):
         low, high = _no_spread(score, sums.size)
-        if np.isin(one, (0.0, 1.0)).all() and np.isin(two, (0.0, 1.0)).all():
+        if all(np.isin(_to_finite_array(scores), (0.0, 1.0)).all() for scores in (before, after)):
             share = _wilson(0.0, sums.size)[1]
             low, high = max(-1.0, score - share), min(1.0, score + share)
     else:
@@ -99,17 +95,16 @@ def welch_difference(
 ) -> Interval:
     """Mean of ``after`` minus mean of ``before``, scores of different prompts, with Welch's t interval.
 
-    With ``strata``, a label per score of each side (a category of prompts), means are compared within each label,
+    With ``strata``, a label per score of each side (the category of its prompt), the difference is stratified,
 
         sum_s w_s (mean_s after - mean_s before),    w_s = share of s in both sides together,
 
-    and the variance is that within labels, pooled on each side: what labels differ by is no noise. Labels that one side
-    lacks are left out.
+    and the variance is that within strata, pooled on each side. Strata that one side lacks are left out.
 
-    Fewer than two scores on a side (than one more than labels) say nothing of their spread: bounds of nan. Where
-    neither side spreads, width 0. Raises ContractError on a value that is not finite, or without one label per score.
+    Bounds are nan if a side has no degree of freedom (at most as many scores as strata); width 0 if all scores of a
+    stratum are equal. Raises ContractError for a value that is not finite, or unless there is one label per score.
     """
-    one, two = _checked(before), _checked(after)
+    one, two = _to_finite_array(before), _to_finite_array(after)
     labels = strata or (np.zeros(one.size), np.zeros(two.size))
     if (len(labels[0]), len(labels[1])) != (one.size, two.size):
         raise ContractError(
@@ -136,10 +131,10 @@ def welch_difference(
 
 
 def _stratified(
-    values: Floats, codes: NDArray[np.int64], kept: NDArray[np.int64], weights: Floats
+    values: Floats, codes: NDArray[np.int64], strata: NDArray[np.int64], weights: Floats
 ) -> tuple[float, ...]:
-    """Weighted mean of one side's labels, its squared error, and the degrees of freedom of that."""
-    groups = [values[codes == s] for s in kept]
+    """Weighted mean over the strata of one side, its squared error, and its degrees of freedom."""
+    groups = [values[codes == s] for s in strata]
     means = np.array([group.mean() for group in groups])
     freedom = sum(group.size for group in groups) - len(groups)
     within = sum(float(((group - mean) ** 2).sum()) for group, mean in zip(groups, means, strict=True))
@@ -148,95 +143,95 @@ def _stratified(
 
 
 def paired_t_difference(before: ArrayLike, after: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """Mean of ``after - before`` over the same prompts, with Student's t interval: for any ``confidence``.
+    """Mean of ``after - before`` over the same prompts, with Student's t interval for any ``confidence``.
 
-    The bootstrap of ``paired_difference`` is for reports at 95 %; far in the tails its resamples are too few.
+    (``paired_difference`` has too few resamples for the tails far beyond 95 %.)
     Raises ContractError if the two have different lengths or a value is not finite.
     """
     return _t_interval(_paired(before, after), confidence)
 
 
 def seeds_interval(scores: ArrayLike) -> Interval:
-    """Mean over seeds with Student's t interval; one seed says nothing of its spread, so its bounds are nan.
+    """Mean over seeds with Student's t interval; bounds are nan for one seed.
 
-    Raises ContractError on a value that is not finite.
+    Raises ContractError for a value that is not finite.
     """
-    return _t_interval(_checked(scores), CONFIDENCE)
+    return _t_interval(_to_finite_array(scores), CONFIDENCE)
 
 
 @dataclass(frozen=True)
-class TwoWay:
-    """A mean over seeds and prompts, both random."""
+class TwoWayInterval:
+    """A mean over seeds and prompts, both as random effects."""
 
     interval: Interval
     """``n`` is the number of seeds."""
     detectable: float
-    """The smallest effect that these seeds and prompts tell (``detectable_effect``)."""
+    """The smallest effect that is detectable with these seeds and prompts (``detectable_effect``)."""
     p: float
-    """Of no difference, two-sided."""
+    """Two-sided p-value of no difference."""
 
     @property
     def too_few(self) -> bool:
-        """Whether there are fewer than ``MIN_SEEDS``, or nothing to tell the spread from."""
+        """Whether there are fewer than ``MIN_SEEDS`` seeds, or the interval is not finite."""
         return self.interval.n < MIN_SEEDS or not np.isfinite(self.interval.low)
 
 
-def over_seeds_and_prompts(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> TwoWay:
-    """Mean over seeds (S rows) and prompts (P columns, the same for every seed) with both as random.
+def seeds_and_prompts_interval(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> TwoWayInterval:
+    """Mean over seeds (S rows) and prompts (P columns, the same for every seed), both as random effects.
 
         V = V_seeds + max(0, V_prompts - V_both),   interval = mean +- t_f sqrt(max(V, V_prompts))
 
-    V_seeds: variance of the S seed means over S; V_prompts: that of the P prompt means, whole ``clusters`` of prompts
-    together; V_both: what a single (seed, cluster) contributes to each, so that it is counted once (two-way clustering,
-    Cameron, Gelbach and Miller 2011). f by Satterthwaite from S - 1 and C - 1 for the two terms of V: with three seeds
-    that differ, t is wide, where a bootstrap of three seeds would be too narrow.
+    V_seeds: variance of the S seed means over S; V_prompts: that of the P prompt means, clustered by ``clusters``;
+    V_both: the contribution of a single (seed, cluster), which both contain (two-way clustering, Cameron, Gelbach and
+    Miller 2011). f by Satterthwaite from S - 1 and C - 1 for the two terms of V. With few seeds t is wide, where a
+    bootstrap over seeds would be too narrow.
 
-    All but the mean is nan for one seed or one cluster; without any spread the interval has width 0 and the others are
-    nan. Raises ContractError unless values are finite and of shape (S, P).
+    All but the mean is nan for one seed or one cluster; if all values are equal the interval has width 0 and the others
+    are nan. Raises ContractError unless values are finite and of shape (S, P).
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ContractError(f"scores of shape {table.shape}: give a row per seed and a column per prompt")
-    _checked(table)
+    _to_finite_array(table)
     unknown = float("nan")
     (s, p), mean = table.shape, float(table.mean())
     by_prompt, by_seed = table.mean(axis=0), table.mean(axis=1)
     sums, counts = _by_cluster(by_prompt, clusters)
     c = sums.size
     if s < 2 or c < 2:
-        return TwoWay(Interval(mean, unknown, unknown, s), unknown, unknown)
+        return TwoWayInterval(Interval(mean, unknown, unknown, s), unknown, unknown)
     of_seeds = float(by_seed.var(ddof=1)) / s
-    of_prompts = _cluster_variance(sums, counts)
+    of_prompts = _clustered_variance(sums, counts)
     rest = table - by_prompt - by_seed[:, None] + mean
     both = sum(float((_by_cluster(row, clusters)[0] ** 2).sum()) for row in rest)
-    own = max(0.0, of_prompts - both * s / (s - 1) * c / (c - 1) / (s * p) ** 2)
-    spread = of_seeds**2 / (s - 1) + own**2 / (c - 1)
-    error = max(of_seeds + own, of_prompts) ** 0.5
+    prompts_only = max(0.0, of_prompts - both * s / (s - 1) * c / (c - 1) / (s * p) ** 2)
+    spread = of_seeds**2 / (s - 1) + prompts_only**2 / (c - 1)
+    error = max(of_seeds + prompts_only, of_prompts) ** 0.5
     if error <= TINY or spread == 0:
-        return TwoWay(Interval(mean, mean, mean, s), unknown, unknown)
-    freedom = (of_seeds + own) ** 2 / spread
+        return TwoWayInterval(Interval(mean, mean, mean, s), unknown, unknown)
+    freedom = (of_seeds + prompts_only) ** 2 / spread
     half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom))
-    return TwoWay(Interval(mean, mean - half, mean + half, s), detectable_effect(error, freedom), p_value)
+    return TwoWayInterval(Interval(mean, mean - half, mean + half, s), detectable_effect(error, freedom), p_value)
 
 
 def standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
-    """Of a mean over prompts, whole clusters being independent; nan for fewer than two of them.
+    """Clustered standard error of a mean over prompts; nan for fewer than two clusters.
 
-    sqrt( C / (C - 1) sum_c (sum_{i in c} (x_i - mean))^2 ) / n; without clusters the usual one.
+    sqrt( C / (C - 1) sum_c (sum_{i in c} (x_i - mean))^2 ) / n; without clusters every value is one.
     """
-    sums, counts = _by_cluster(_checked(values), clusters)
-    return _cluster_variance(sums, counts) ** 0.5 if sums.size > 1 else float("nan")
+    sums, counts = _by_cluster(_to_finite_array(values), clusters)
+    return _clustered_variance(sums, counts) ** 0.5 if sums.size > 1 else float("nan")
 
 
 def detectable_effect(
     error: float, freedom: float = float("inf"), level: float = 1 - CONFIDENCE, power: float = POWER
 ) -> float:
-    """The smallest true difference that a two-sided test at ``level`` finds with probability ``power``.
+    """The smallest true difference that a two-sided test at ``level`` detects with probability ``power``.
 
         (t_f(1 - level / 2) + t_f(power)) * standard error;   2.802 standard errors by default, f being infinite
 
-    (Cohen 1988). ``freedom``: f, such as seeds - 1 where the error is that over seeds. nan for an unknown error.
+    (Cohen 1988). ``freedom``: f, such as seeds - 1 for an error over seeds. nan for an error of nan.
     """
     quantiles = scipy.stats.norm if np.isinf(freedom) else scipy.stats.t(freedom)
     return float(quantiles.ppf(1 - level / 2) + quantiles.ppf(power)) * error
@@ -245,8 +240,7 @@ def detectable_effect(
 def detectable_difference(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
     """``detectable_effect`` of the paired difference of the same prompts, from its standard error.
 
-    nan where all differences are equal: nothing is then known of their spread. Raises ContractError if the two have
-    different lengths or a value is not finite.
+    nan if all differences are equal. Raises ContractError if the two have different lengths or a value is not finite.
     """
     error = standard_error(_paired(before, after), clusters)
     return detectable_effect(error if error > TINY else float("nan"))
@@ -255,14 +249,14 @@ def detectable_difference(before: ArrayLike, after: ArrayLike, clusters: Sequenc
 def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
     """Two-sided p of no mean difference over the same prompts: Student's t of the clustered error, C - 1 degrees.
 
-    Equal differences have no error: p is then that of C equal signs, 2^(1 - C), and 1 where they are all 0. nan for
-    fewer than two clusters. Raises ContractError if the two have different lengths or a value is not finite.
+    If all differences are equal, p is that of a sign test, 2^(1 - C), or 1 if they are 0. nan for fewer than two
+    clusters. Raises ContractError if the two have different lengths or a value is not finite.
     """
     differences = _paired(before, after)
     sums, counts = _by_cluster(differences, clusters)
     if sums.size < 2:
         return float("nan")
-    mean, error = float(differences.mean()), _cluster_variance(sums, counts) ** 0.5
+    mean, error = float(differences.mean()), _clustered_variance(sums, counts) ** 0.5
     if mean == 0:
         return 1.0
     if error <= TINY:
@@ -271,11 +265,11 @@ def paired_p_value(before: ArrayLike, after: ArrayLike, clusters: Sequence[Hasha
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for how many there are (Holm 1979): each below .05 is then told at a family-wise level of .05.
+    """Holm-adjusted p-values (Holm 1979), which control the family-wise error rate.
 
         adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),   p_(1) <= ... <= p_(m)
 
-    nan stays nan and is not counted. Raises ContractError for a p outside [0, 1].
+    nan stays nan and is not counted. Raises ContractError for a p-value outside [0, 1].
     """
     p = np.asarray(p_values, dtype=np.float64).reshape(-1)
     known = np.flatnonzero(~np.isnan(p))
@@ -291,10 +285,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_statistic(
     statistic: Callable[[Floats], Floats], num_clusters: int, n: int | None = None, seed: int = 0
 ) -> Interval:
-    """A statistic of weighted clusters with a percentile bootstrap over them.
+    """A statistic of weighted clusters with a percentile bootstrap over the clusters.
 
-    ``statistic`` maps how often each cluster is drawn, (R, C), to a value per resample, (R,); nan ones (a category that
-    was not drawn) are left out. ``n``: what the interval says stands behind it; the clusters by default.
+    ``statistic`` maps the count of each cluster in each resample, (R, C), to a value per resample, (R,); nan values (a
+    category that was not drawn) are left out. ``n``: reported sample size, the number of clusters by default.
     """
     score = float(statistic(np.ones((1, num_clusters)))[0])
     n = num_clusters if n is None else n
@@ -311,14 +305,14 @@ def bootstrap_statistic(
 
 
 def _paired(before: ArrayLike, after: ArrayLike) -> Floats:
-    one, two = _checked(before), _checked(after)
+    one, two = _to_finite_array(before), _to_finite_array(after)
     if one.shape != two.shape:
         raise ContractError(f"{one.size} scores before and {two.size} after: pair the same prompts")
     return two - one
 
 
-def _cluster_variance(sums: Floats, counts: Floats) -> float:
-    """Of the mean sum(sums) / sum(counts), clusters being independent."""
+def _clustered_variance(sums: Floats, counts: Floats) -> float:
+    """Variance of the mean sum(sums) / sum(counts) for independent clusters."""
     residuals = sums - counts * (sums.sum() / counts.sum())
     return float((residuals**2).sum()) * sums.size / (sums.size - 1) / float(counts.sum()) ** 2
 
@@ -334,7 +328,7 @@ def _t_interval(values: Floats, confidence: float) -> Interval:
     return Interval(mean, mean - half, mean + half, int(values.size))
 
 
-def _checked(values: ArrayLike) -> Floats:
+def _to_finite_array(values: ArrayLike) -> Floats:
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     if not np.isfinite(array).all():
         raise ContractError("a score is not finite: leave missing scores out, they are never numbers")
@@ -342,7 +336,7 @@ def _checked(values: ArrayLike) -> Floats:
 
 
 def _by_cluster(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
-    """Sum and count of each cluster; each value is its own where no clusters are given."""
+    """Sum and count of each cluster; without clusters every value is one."""
     if clusters is None:
         return values, np.ones_like(values)
     if len(clusters) != values.size:
@@ -387,26 +381,26 @@ def _bootstrap(sums: Floats, counts: Floats, seed: int) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-# --- a reward and a scorer that go apart ---
+# --- divergence of a reward and a held-out scorer ---
 
 MIN_GROUPS = 10
-"""Groups (or prompts) that a part of a run needs to be compared."""
+"""Minimum number of groups (or prompts) in each compared part of a run."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A reward rose and a scorer fell, each by more than chance explains."""
+    """A significant rise of a reward with a significant fall of a scorer."""
 
     part: int
-    """Which earlier part the last one was compared with."""
+    """Index of the earlier part that the last one was compared with."""
     reward: Interval
-    """Of the change, above 0 with its whole interval."""
+    """Change of the reward; its interval lies above 0."""
     scorer: Interval
-    """Below 0 with its whole interval."""
+    """Change of the scorer; its interval lies below 0."""
 
 
 def comparable(rewards: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> list[int]:
-    """The earlier parts that can be compared with the last: both sides have ``MIN_GROUPS`` of both."""
+    """Indices of the earlier parts that, like the last part, have ``MIN_GROUPS`` values of reward and scorer."""
     sizes = [min(np.size(one), np.size(other)) for one, other in zip(rewards, scores, strict=True)]
     return [i for i in range(len(sizes) - 1) if min(sizes[i], sizes[-1]) >= MIN_GROUPS]
 
@@ -418,12 +412,11 @@ def divergence(
     paired: bool = False,
     strata: tuple[Sequence[Sequence[Hashable]], Sequence[Sequence[Hashable]]] | None = None,
 ) -> Divergence | None:
-    """Whether a reward rose while a scorer fell, from an earlier part of a run to its last: the worst fall, or None.
+    """The largest significant fall of a scorer while a reward rose, from an earlier part of a run to its last; or None.
 
-    ``rewards`` and ``scores`` hold one value per group for each part, in order, ``strata`` a label for each of these
-    values. Changes have Welch's t interval, within strata, those of scores Student's where they are ``paired`` (of the
-    same prompts in one order). Both intervals must be clear of 0, so chance parts them more rarely than ``confidence``
-    says.
+    ``rewards`` and ``scores`` hold one value per group for each part, in order, ``strata`` a label for each value.
+    Changes have Welch's t interval, stratified, or Student's for scores that are ``paired`` (the same prompts in the
+    same order). Both intervals must exclude 0, so the error rate is below 1 - ``confidence``.
     """
 
     def change(parts: Sequence[ArrayLike], i: int, side: int) -> Interval:

@@ -1,6 +1,6 @@
-"""YAML as configurations have it: plain values of bounded number, no key twice, scalars of YAML 1.2.
+"""YAML for configurations: plain values, no duplicate keys, a limited number of nodes, scalars of YAML 1.2.
 
-``1e-4`` is a number and ``off`` is text, which PyYAML, a reader of YAML 1.1, has the other way round.
+``1e-4`` is a number and ``off`` is text; PyYAML, which implements YAML 1.1, parses both the other way round.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ for _tag, (_pattern, _starts) in _SCALARS.items():
         _RESOLVERS.setdefault(_start.strip("\0"), []).append((_tag, re.compile(rf"(?:{_pattern})\Z")))
 
 
-MOST_NODES = 100_000
-"""Keys and values of a file at most, an alias counted for all that it stands for."""
-_ODD_TAGS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
-"""What PyYAML raises at a tag such as !!timestamp before a value that is none."""
+MAX_NODES = 100_000
+"""Limit of keys and values in a file, with aliases expanded."""
+_TAG_ERRORS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
+"""What PyYAML raises for an invalid value after a tag such as !!timestamp."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """How many nodes a node stands for when its aliases are followed; raises ValueError where they are too many."""
+    """The number of nodes below a node with aliases expanded; raises ValueError above ``MAX_NODES``."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in above:
@@ -63,8 +63,8 @@ def _require_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> i
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         total = 1 + sum(_require_nodes(part, known, above | {id(node)}) for part in parts)
-        if total > MOST_NODES:
-            raise ValueError(f"its aliases stand for more than {MOST_NODES} values")
+        if total > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
         known[id(node)] = total
     return known[id(node)]
 
@@ -77,19 +77,19 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text holds, with duplicate keys refused; raises InputError with one line that begins with ``where``."""
+    """Parses YAML text, refusing duplicate keys; raises InputError with one line that begins with ``where``."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader with stricter scalars
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # only marked errors have one
+        mark = getattr(error, "problem_mark", None)  # only MarkedYAMLError has it
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{where}{line}: not valid YAML ({problem}): correct this line") from None
-    except _ODD_TAGS as error:
+    except _TAG_ERRORS as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{where}: not valid YAML ({reason}): correct the file") from None
 
 
 def dump_yaml(tree: Any) -> str:
-    """The text of a tree of plain values, keys in their order; ``parse_yaml`` reads it back equal. Any: as JSON."""
+    """YAML text of plain values, keys in order; ``parse_yaml`` restores an equal tree. Any: JSON values."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -113,7 +113,7 @@ def test_group_relative_sums_to_zero_and_ignores_a_constant(table, shift: int, s
 
 
 @given(tables(), st.sampled_from([NAN, float("inf"), -7.0]))
-def test_masked_entries_never_matter(table, junk: float) -> None:
+def test_masked_entries_are_ignored(table, junk: float) -> None:
     scores, mask, tasks = table
     K = scores.shape[2]
     dirty = torch.where(mask, scores, junk)

@@ -159,7 +159,7 @@ def test_every_normaliser_of_a_sum_is_read_off_the_advantages(given: tuple[torch
 
 
 @given(tables(), st.integers(0, 2**31))
-def test_masked_entries_never_matter_and_order_changes_nothing(given: tuple[torch.Tensor, ...], seed: int) -> None:
+def test_masked_entries_are_ignored_and_order_does_not_matter(given: tuple[torch.Tensor, ...], seed: int) -> None:
     scores, mask, weights = given
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(scores.shape[:2], generator=generator)

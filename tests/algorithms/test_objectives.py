@@ -200,7 +200,7 @@ def test_at_ratio_one_every_objective_is_reinforce(rows, name: str) -> None:
 
 
 @given(grids, st.sampled_from(list(TOKEN_OBJECTIVES)), st.sampled_from([NAN, math.inf, 7.0]))
-def test_masked_entries_never_matter(rows, name: str, junk: float) -> None:
+def test_masked_entries_are_ignored(rows, name: str, junk: float) -> None:
     logprobs, numbers, mask = split(rows)
     dirty = torch.where(mask, logprobs.detach(), junk).requires_grad_()
     behavior = torch.where(mask, 0.1, junk)
@@ -349,7 +349,7 @@ def test_reduction_weights_by_hand() -> None:
 
 
 @given(grids, st.sampled_from(["token", "trajectory", "constant"]), st.integers(1, 3))
-def test_parts_of_a_batch_add_up_to_the_whole(rows, how, size: int) -> None:
+def test_microbatch_losses_add_up_to_the_batch_loss(rows, how, size: int) -> None:
     terms, _, mask = split(rows)
     weights = reduction_weights(mask, how, constant=7.0)
     parts = sum((weights[i : i + size] * terms[i : i + size]).sum() for i in range(0, len(rows), size))

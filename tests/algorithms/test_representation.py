@@ -18,7 +18,7 @@ def test_repa_by_hand() -> None:
     torch.testing.assert_close(repa_loss(projected, features, mask), torch.tensor([-0.96, 0.0]))
 
 
-def test_masked_tokens_never_matter_and_the_features_get_no_gradient() -> None:
+def test_masked_tokens_are_ignored_and_features_get_no_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     projected = torch.randn(2, 3, 4, generator=generator).requires_grad_()
     features = torch.randn(2, 3, 4, generator=generator).requires_grad_()

@@ -130,7 +130,7 @@ def test_preference_pairs_by_hand() -> None:
 
 
 @given(groups(), st.sampled_from([NAN, 99.0]))
-def test_a_pair_is_valid_different_and_blind_to_the_masked(table, junk: float) -> None:
+def test_a_pair_is_valid_different_and_ignores_masked_members(table, junk: float) -> None:
     scores, mask = table
     pairs = preference_pairs(scores, mask)
     dirty = preference_pairs(torch.where(mask, scores, junk), mask)

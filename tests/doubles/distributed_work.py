@@ -16,7 +16,7 @@ from small_bagel import SMALL
 from torch import nn
 
 from lvrpo import distributed as d
-from lvrpo.errors import ContractError, InputError, NotWellError
+from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.policies.bagel.create import create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
@@ -381,7 +381,7 @@ def load_another(folder: Path) -> str:
 ERRORS: dict[str, Callable[[], Exception]] = {
     "input": lambda: InputError("too long: shorten it"),
     "contract": lambda: ContractError("a promise was broken"),
-    "not_well": lambda: NotWellError("diverged"),
+    "not_well": lambda: UnhealthyRunError("diverged"),
     "other": lambda: ValueError("a\nb"),
 }
 

@@ -32,7 +32,7 @@ def differentiate(
     step: int = 0,
 ) -> Metrics:
     """Adds the gradients of the step to those of the policy."""
-    writes = policies.policy.segment_kinds
-    still = [NoStep() for _ in config.phases(writes)]
+    segment_kinds = policies.policy.segment_kinds
+    still = [NoStep() for _ in config.phases(segment_kinds)]
     optimizers = cast(list[Optimizers], still)
-    return train_step(policies, objectives_of(config, writes), optimizers, groups, advantages, config, step)
+    return train_step(policies, objectives_of(config, segment_kinds), optimizers, groups, advantages, config, step)

@@ -59,7 +59,7 @@ def moved(policies: Policies) -> Policies:
 
 
 def advantages_of(groups: Sequence[Group]) -> Advantages:
-    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups))))
+    return dict.fromkeys(KINDS, GroupAdvantages.all_valid(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups))))
 
 
 def sampled(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig) -> list[Group]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lvrpo.config import MOST
+from lvrpo.config import MAX_NUMBER
 
 Kind = Any
 """Any: an annotation, of which Python has no common type."""
@@ -60,8 +60,8 @@ class Wrong:
 class Bounds:
     """What annotations say about a value beside its type."""
 
-    low: float = -MOST
-    high: float = MOST
+    low: float = -MAX_NUMBER
+    high: float = MAX_NUMBER
     above: float = -math.inf
     below: float = math.inf
     multiple: int | None = None
@@ -169,7 +169,9 @@ def accepts(kind: Kind, value: Value, metadata: Sequence[object] = ()) -> bool:
 
 def is_number(kind: Kind, value: Value) -> bool:
     numbers = int if kind is int else int | float
-    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= MOST
+    return (
+        isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= MAX_NUMBER
+    )
 
 
 def bounded(value: Value) -> bool:
@@ -322,7 +324,7 @@ def beyond(kind: Kind, bounds: Bounds) -> Iterator[float]:
     edge = [bounds.above, bounds.below, step(bounds.low, -1), step(bounds.high, 1)]
     if bounds.multiple is not None:
         edge.append(max(bounds.low, 0) + bounds.multiple + 1)
-    yield from (kind(number) for number in edge if abs(number) < MOST)
+    yield from (kind(number) for number in edge if abs(number) < MAX_NUMBER)
 
 
 def nearest_float(x: float, way: float) -> float:

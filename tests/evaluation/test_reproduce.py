@@ -134,14 +134,14 @@ def test_a_table_is_run_once_and_read_again(small: Path, capsys: pytest.CaptureF
 
 
 def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class AtOnce(runner.Interruption):
+    class AtOnce(runner.InterruptHandler):
         def __call__(self) -> bool:
             return True
 
     job, this = Job("run", "ours", "one", 0), open_runner(small)
     monkeypatch.setattr(Runner, "chosen", lambda self, row: ())
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "Interruption", AtOnce)
+        patch.setattr(runner, "InterruptHandler", AtOnce)
         with pytest.raises(Interrupted, match="the same command goes on"):
             this.do(job)
     run = RunDirectory.read(Path("out") / job.folder)

@@ -15,7 +15,7 @@ from lvrpo.records import Estimate
 from lvrpo.report.page import render
 from lvrpo.report.run import load_run
 from lvrpo.report.tables import collapses, measure_tables, seed_rows, seeds_table, summary_phases
-from lvrpo.statistics import over_seeds_and_prompts
+from lvrpo.statistics import seeds_and_prompts_interval
 
 
 def estimate(score: float, **more: float) -> dict[str, float]:
@@ -134,7 +134,7 @@ def test_the_table_over_seeds_is_that_of_the_statistics() -> None:
         [json.loads((run / "eval" / f"{phase}.json").read_text())["scores"]["generate"]["scores"] for run in runs]
         for phase in ("before", "after")
     ]
-    expected = over_seeds_and_prompts(np.array(records[1]) - np.array(records[0]), [f"p{i}" for i in range(60)])
+    expected = seeds_and_prompts_interval(np.array(records[1]) - np.array(records[0]), [f"p{i}" for i in range(60)])
     assert whole.change == expected
     assert whole.told == "up"
     assert [row.name for row in categories] == ["a", "b"]
@@ -178,7 +178,7 @@ def test_rewards_that_failed_are_left_out_over_seeds() -> None:
         ],
         dtype=float,
     )[:, :, 1:]
-    assert whole.change == over_seeds_and_prompts(scores[1] - scores[0], [f"p{i}" for i in range(1, 60)])
+    assert whole.change == seeds_and_prompts_interval(scores[1] - scores[0], [f"p{i}" for i in range(1, 60)])
     assert np.isfinite([first.before, first.after, second.before, second.after]).all()
     raw["scores"]["generate"]["scores"] = [None] * 60
     path.write_text(json.dumps(raw))

@@ -13,7 +13,7 @@ import torch
 from lvrpo.data.base import WORLD_METHODS, WORLDS, world_of
 from lvrpo.data.scenes import DESCRIBE, ScenePrompts
 from lvrpo.errors import ContractError, InputError
-from lvrpo.registry import allow_code, own_consent, resolve
+from lvrpo.registry import allow_code, isolated_permissions, resolve
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.caption_back import CaptionBack
 from lvrpo.rewards.edit_consistency import EditConsistency
@@ -65,7 +65,7 @@ PICTURES = [torch.full((3, 6, 6), level) for level in (0.2, 0.9)]
 @pytest.fixture(autouse=True)
 def consent() -> Iterator[None]:
     Path("levels.py").write_text(WORLD)
-    with own_consent():
+    with isolated_permissions():
         allow_code(["levels.py"])
         yield
 

@@ -123,7 +123,7 @@ class Bench:
 
 def both(A: Any) -> dict[OutputKind, GroupAdvantages]:
     """One advantage per trajectory, for whichever of its segments."""
-    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.as_tensor(A, dtype=torch.float32)))
+    return dict.fromkeys(KINDS, GroupAdvantages.all_valid(torch.as_tensor(A, dtype=torch.float32)))
 
 
 @pytest.fixture

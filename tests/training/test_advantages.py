@@ -167,7 +167,7 @@ def test_each_segment_has_the_advantage_of_what_judges_it() -> None:
     assert judged.tolist() == [[False, True], [True, True]]
 
 
-def test_a_shared_advantage_is_that_of_the_whole() -> None:
+def test_shared_stages_give_all_segments_the_trajectory_advantage() -> None:
     table, groups = staged()
     A = segment_advantages(table, groups, make_config({"kind": "grpo", "std": "none"}))
     assert A["text"] is A["image"]

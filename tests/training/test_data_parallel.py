@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvrpo.policies.base import Sampling
-from lvrpo.training.data_parallel import estimated_tokens, shares
+from lvrpo.training.data_parallel import assign_to_ranks, estimated_tokens
 from lvrpo.types import Prompt
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 9))
 def test_every_item_is_dealt_once_and_none_is_moved_for_less(costs: list[float], ranks: int) -> None:
-    dealt = shares(costs, ranks)
+    dealt = assign_to_ranks(costs, ranks)
     assert sorted(i for own in dealt for i in own) == list(range(len(costs)))
     assert all(own == sorted(own) for own in dealt)
     loads = [sum(costs[i] for i in own) for own in dealt]
@@ -32,7 +32,7 @@ def test_every_item_is_dealt_once_and_none_is_moved_for_less(costs: list[float],
     ],
 )
 def test_shares_by_hand(costs: list[float], ranks: int, dealt: list[list[int]]) -> None:
-    assert shares(costs, ranks) == dealt
+    assert assign_to_ranks(costs, ranks) == dealt
 
 
 def test_a_token_is_four_characters_or_a_patch_of_16_pixels() -> None:
@@ -55,5 +55,5 @@ def test_drawings_with_and_without_a_source_are_dealt_alike() -> None:
     picture = torch.zeros(3, 32, 32)
     drawn = [Prompt(f"g{i}", "generate", ("two red circles",), ("image",)) for i in range(33)]
     edited = [Prompt(f"e{i}", "edit", (picture, "remove it"), ("image",)) for i in range(12)]
-    dealt = shares(estimated_tokens([*drawn, *edited], Sampling(8, num_steps=8)), 2)
+    dealt = assign_to_ranks(estimated_tokens([*drawn, *edited], Sampling(8, num_steps=8)), 2)
     assert sorted(map(len, dealt)) == [22, 23]

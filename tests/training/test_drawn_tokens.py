@@ -143,7 +143,7 @@ def test_gspo_takes_every_draw_of_masks_for_a_sequence() -> None:
         assert loss_of(segments, now, [1.0], section)[0] == pytest.approx(value)
 
 
-def test_cispo_along_a_path_leaves_out_what_was_given() -> None:
+def test_cispo_on_a_path_ignores_input_tokens() -> None:
     segments = [drawn_masked([[math.log(0.5), 0.0, math.log(0.25)]], [[1, 0, 1]], given=[1])]
     now = [[[math.log(0.55), 7.0, math.log(0.5)]]]
     # weights 1.1, and 2 cut to 1.28
@@ -240,7 +240,7 @@ class Bench:
 
     def gradient(self, advantages: Advantages | None = None, **tree: Any) -> torch.Tensor:
         tree["rollout"] = MONTE_CARLO | tree.get("rollout", {})
-        A = dict.fromkeys(KINDS, GroupAdvantages.of_all(self.A)) if advantages is None else advantages
+        A = dict.fromkeys(KINDS, GroupAdvantages.all_valid(self.A)) if advantages is None else advantages
         differentiate(self.policies, self.groups, A, make_config(**tree), 0)
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.parameters()]
         self.live.zero_grad(set_to_none=True)
@@ -310,7 +310,7 @@ def test_the_likelihood_of_masked_drawings_is_a_choice(change: dict[str, Any]) -
 def test_which_part_of_the_guided_logits_is_trained(kind: SegmentKind) -> None:
     policy = DiscretePolicy((kind,))
     prompts = [Prompt("g", "generate", ("draw red",), ("image",))]
-    A = dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor([[1.0, -0.5, 0.25, -0.75]])))
+    A = dict.fromkeys(KINDS, GroupAdvantages.all_valid(torch.tensor([[1.0, -0.5, 0.25, -0.75]])))
     found, modes = [], ["joint", "detach_uncond", *(["none"] if kind == "masked" else [])]
     for mode in modes:
         rollout = {"guidance_scale": 3.0, "guided_logprobs": mode} | (MONTE_CARLO if kind == "masked" else {})
@@ -348,7 +348,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
     for output, values in expected.items():
         assert torch.allclose(advantages[output].values, values, atol=1e-6)
         assert values.any()
-    by_hand = {output: GroupAdvantages.of_all(values) for output, values in expected.items()}
+    by_hand = {output: GroupAdvantages.all_valid(values) for output, values in expected.items()}
     for trained in ("text", kind):
         swapped = {"text": by_hand["image"], "image": by_hand["text"]}
         own = bench.gradient(advantages, **alone(trained))
@@ -359,7 +359,7 @@ def test_a_thought_and_its_drawing_share_their_advantage_or_not(kind: SegmentKin
 
 def test_every_kind_has_a_rate_of_its_own() -> None:
     bench = Bench()
-    A = dict.fromkeys(KINDS, GroupAdvantages.of_all(bench.A))
+    A = dict.fromkeys(KINDS, GroupAdvantages.all_valid(bench.A))
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
 
     def moved(**tree: Any) -> torch.Tensor:
@@ -384,7 +384,7 @@ def test_every_kind_has_a_rate_of_its_own() -> None:
     assert apart(fast, 4 * half) < 1e-3  # AdamW's first step has the length of its rate
 
 
-def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+def test_microbatch_losses_add_up_to_the_batch_loss() -> None:
     bench = Bench()
     bench.move()
     for reduction in ("token", "trajectory", "constant"):

@@ -106,7 +106,7 @@ def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
 def configure(settings: Sequence[str], writes: Sequence[SegmentKind] | None) -> None:
     config = load_config(TrainConfig, None, settings)
     if writes is not None:
-        config.require_fit(writes)
+        config.require_policy_fit(writes)
 
 
 TOKENS: tuple[SegmentKind, ...] = ("text", "tokens")
@@ -183,7 +183,7 @@ def test_a_policy_whose_class_says_what_it_writes_is_not_loaded_in_vain(
         open_policy(config)
 
 
-def test_a_policy_is_asked_what_it_writes_before_a_run_starts() -> None:
+def test_segment_kinds_of_a_policy_are_checked_before_a_run_starts() -> None:
     allow_code(["color_task", "discrete_policy"])
     DiscretePolicy(("masked",)).save(Path("policy"))
     config = load_config(TrainConfig, None, ["policy=policy", "device=cpu", "tokens={}"])

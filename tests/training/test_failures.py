@@ -20,7 +20,7 @@ from lvrpo.rewards.table import score_groups
 from lvrpo.training import rollout_log
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
-from lvrpo.training.reward_metrics import reward_means, shown
+from lvrpo.training.reward_metrics import one_line, reward_means
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt, RewardTable
 
@@ -69,9 +69,9 @@ def test_the_share_of_failed_scores_and_the_commonest_reason() -> None:
 
 
 def test_a_reason_is_one_line_that_a_file_can_hold() -> None:
-    assert shown("two\n lines") == "two lines"
-    assert shown("half \ud800 a pair") == "half \\ud800 a pair"
-    assert len(shown("x" * 1000)) == 200
+    assert one_line("two\n lines") == "two lines"
+    assert one_line("half \ud800 a pair") == "half \\ud800 a pair"
+    assert len(one_line("x" * 1000)) == 200
 
 
 def test_samples_say_why_a_score_is_missing() -> None:

@@ -53,7 +53,7 @@ def two_tasks(
     for task, gradients in (("understand", one), ("generate", other)):
         for name, p in policy.named_parameters():
             p.grad = gradients[name].clone()
-        apart.take(task)  # type: ignore[arg-type]  # the two are tasks
+        apart.store(task)  # type: ignore[arg-type]  # the two are tasks
         assert all(p.grad is None for p in policy.parameters())
     return apart, one, other
 
@@ -67,7 +67,7 @@ def by_expert(apart: TaskGradients) -> dict[str, list[str]]:
 
 
 def given_back(apart: TaskGradients, policy: TinyPolicy, mixing: Any) -> dict[str, torch.Tensor]:
-    apart.give_back(mixing, 0)
+    apart.write_mixed(mixing, 0)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 

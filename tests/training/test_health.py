@@ -26,7 +26,7 @@ def kinds(health: Health) -> list[str]:
 def test_a_run_without_incident_is_well() -> None:
     calm = {"reward/generate/facts": 0.5, "validation/action": "kept best", "grad_norm/understand": 1.0}
     health = assess(rows({}, calm, {**calm, "validation/action": "none"}), LIMITS)
-    assert health.well
+    assert not health.findings
     assert health.as_dict() == {"well": True, "findings": []}
 
 
@@ -39,11 +39,11 @@ def test_failed_scores_are_counted_over_the_whole_run() -> None:
         "failed scores",
         "30% of the scores of facts (generate) failed, 10% may; most often: the server is away",
     )
-    assert assess(rows({}, *[good] * 9, dead), LIMITS).well  # .1 is not more than .1
-    assert assess(rows(*[{"reward_failed/understand/agreement": 0.6}] * 9), LIMITS).well
-    assert assess(rows(*[{"reward_failed/understand/unknown": 1.0}] * 9), LIMITS).well
+    assert not assess(rows({}, *[good] * 9, dead), LIMITS).findings  # .1 is not more than .1
+    assert not assess(rows(*[{"reward_failed/understand/agreement": 0.6}] * 9), LIMITS).findings
+    assert not assess(rows(*[{"reward_failed/understand/unknown": 1.0}] * 9), LIMITS).findings
     null = {"reward_failed/generate/facts": None, "reward/generate/facts": 0.1}
-    assert assess(rows(null), LIMITS).well
+    assert not assess(rows(null), LIMITS).findings
 
 
 def test_a_reward_says_for_itself_how_much_may_fail() -> None:
@@ -54,7 +54,7 @@ def test_a_reward_says_for_itself_how_much_may_fail() -> None:
 
 @pytest.mark.parametrize("action", ["rolled back to step 3: edit fell", "stopped: edit fell", "warned: edit fell"])
 @pytest.mark.parametrize("name", ["validation", "overoptimization"])
-def test_what_the_guard_did(name: str, action: str) -> None:
+def test_validation_actions_are_findings(name: str, action: str) -> None:
     (found,) = assess(rows({}, {f"{name}/action": action}, {}), LIMITS).findings
     assert found == Finding("validation", f"validation, step 1: {action}")
 
@@ -68,8 +68,8 @@ def test_answers_that_collapsed() -> None:
     )
     constant = [{"answer_entropy/understand/color": value} for value in (0.2, 1.0, 0.0)]
     back = [{"answer_entropy/understand/color": value} for value in (2.0, 0.0, 0.4)]
-    assert assess(rows(*constant), LIMITS).well
-    assert assess(rows(*back), LIMITS).well
+    assert not assess(rows(*constant), LIMITS).findings
+    assert not assess(rows(*back), LIMITS).findings
 
 
 def test_gradients_that_were_none() -> None:

@@ -20,16 +20,16 @@ from lvrpo.rewards.table import build_rewards, score_groups
 from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import (
-    DRAWS,
-    HeldOut,
+    NUM_DRAWS,
     Judge,
     JudgeConfig,
-    held_out_rows,
+    JudgeRows,
+    answer_probability,
+    build_judge_rows,
+    description_posterior,
     judge_drift,
-    known_answers,
-    refresh_questions,
-    require_asked,
-    told_pictures,
+    judge_questions,
+    require_judge_used,
 )
 from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
@@ -78,7 +78,7 @@ def kept(policies: Policies, name: str) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in policies.weights[name].values()])
 
 
-def test_the_reference_judges_unless_told_otherwise(lively_policy: Any) -> None:
+def test_the_reference_is_the_default_judge(lively_policy: Any) -> None:
     state = TrainState.start(lively_policy(), TrainConfig())
     assert state.judge is None
     assert not state.policies.has("judge")
@@ -93,14 +93,14 @@ def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any)
     judge, policies = Judge(JudgeConfig(refresh_every=2)), Policies(lively_policy(), ["judge"])
     better, worse = surer(policy, 1.0), surer(policy, -1.0)
     put(policies, "ema", better)
-    assert judge.after_step(1, policies, HeldOut(QUESTIONS)) == {"judge/version": 0}
+    assert judge.update(1, policies, JudgeRows(QUESTIONS)) == {"judge/version": 0}
     put(policies, "ema", worse)
-    row = judge.after_step(2, policies, HeldOut(QUESTIONS))
+    row = judge.update(2, policies, JudgeRows(QUESTIONS))
     assert (row["judge/action"], row["judge/version"], judge.refused) == ("refused", 0, 1)
     assert row["judge/candidate_held_out"] < row["judge/held_out"]
     assert torch.equal(kept(policies, "judge"), weights(policy))
     put(policies, "ema", better)
-    row = judge.after_step(4, policies, HeldOut(QUESTIONS))
+    row = judge.update(4, policies, JudgeRows(QUESTIONS))
     assert row["judge/action"] == f"refreshed: {judge_fingerprint(better)}"
     assert row["judge/version"] == 1
     assert torch.equal(kept(policies, "judge"), weights(better))
@@ -111,10 +111,10 @@ def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any)
 def test_a_candidate_without_numbers_is_refused(lively_policy: Any) -> None:
     policies = Policies(lively_policy(), ["judge"])
     next(iter(policies.weights.sets["ema"].values())).fill_(torch.nan)
-    assert Judge(JudgeConfig(refresh_every=1)).after_step(1, policies, HeldOut(QUESTIONS))["judge/action"] == "refused"
+    assert Judge(JudgeConfig(refresh_every=1)).update(1, policies, JudgeRows(QUESTIONS))["judge/action"] == "refused"
 
 
-def test_a_slow_average_follows_the_live_weights_and_waits_for_the_guard(lively_policy: Any) -> None:
+def test_a_slow_ema_follows_the_policy_and_is_refreshed_after_the_check(lively_policy: Any) -> None:
     policy = lively_policy()
     live = shifted(policy, 0.1)
     expected = 0.9 * weights(policy) + 0.1 * weights(live)
@@ -123,7 +123,7 @@ def test_a_slow_average_follows_the_live_weights_and_waits_for_the_guard(lively_
         judge = Judge(JudgeConfig(kind="average", decay=0.9, **guarded))
         policies = Policies(lively_policy(), judge.sets)
         put(policies, "policy", live)
-        judge.after_step(1, policies, HeldOut(QUESTIONS))
+        judge.update(1, policies, JudgeRows(QUESTIONS))
         return judge, policies
 
     judge, policies = followed()
@@ -135,15 +135,15 @@ def test_a_slow_average_follows_the_live_weights_and_waits_for_the_guard(lively_
 
 
 def test_known_answers_are_probabilities(lively_policy: Any) -> None:
-    found = known_answers(lively_policy(), QUESTIONS)
+    found = answer_probability(lively_policy(), QUESTIONS)
     assert found.shape == (4,)
     assert bool(((found > 0) & (found < 1)).all())
 
 
 def test_a_refresh_needs_questions_with_answers() -> None:
     with pytest.raises(InputError, match="only 1 held-out questions with answers decide"):
-        refresh_questions(JudgeConfig(refresh_every=3), {"understand": QUESTIONS[:1]})
-    assert refresh_questions(JudgeConfig(), {}) == []
+        judge_questions(JudgeConfig(refresh_every=3), {"understand": QUESTIONS[:1]})
+    assert judge_questions(JudgeConfig(), {}) == []
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_one_line(overrides: list[str], message: str) -> No
         load_config(TrainConfig, None, overrides)
 
 
-def test_drift_is_what_the_live_policy_would_say_otherwise(lively_policy: Any, bench: Any) -> None:
+def test_drift_is_the_difference_of_policy_and_judge_scores(lively_policy: Any, bench: Any) -> None:
     policy = lively_policy()
     prompt = Prompt("g", "generate", ("red circle",), ("image",), facts=(Fact("color", "is it red", "blue"),))
     groups = bench.sample([prompt])
@@ -218,13 +218,13 @@ class Drawer(torch.nn.Module):
 def test_the_share_of_the_right_description_by_hand() -> None:
     pictures = [drawing(i) for i in range(4)]
     drawer = Drawer(0.5, sure=2.0)
-    found = told_pictures(drawer, pictures)  # type: ignore[arg-type]  # a double
+    found = description_posterior(drawer, pictures)  # type: ignore[arg-type]  # a double
     assert found.tolist() == pytest.approx([1 / (1 + math.exp(-2.0))] * 4)
     assert drawer.seeds[:4] == drawer.seeds[4:]  # both texts meet the same noise
     assert len(set(drawer.seeds)) == 4
-    blind = told_pictures(Drawer(0.5, sure=0.0), pictures)  # type: ignore[arg-type]
+    blind = description_posterior(Drawer(0.5, sure=0.0), pictures)  # type: ignore[arg-type]
     assert blind.tolist() == pytest.approx([0.5] * 4)
-    assert DRAWS > 1
+    assert NUM_DRAWS > 1
 
 
 def test_the_other_description_is_of_the_same_category_where_there_is_one() -> None:
@@ -235,7 +235,7 @@ def test_the_other_description_is_of_the_same_category_where_there_is_one() -> N
             asked.append(tuple(str(context[0]) for context in contexts))
             return super().image_logprob(contexts, *rest, **more)
 
-    told_pictures(Listener(0.5, 1.0), [drawing(0, "x"), drawing(1, "y"), drawing(2, "x"), drawing(3, "x")])  # type: ignore[arg-type]
+    description_posterior(Listener(0.5, 1.0), [drawing(0, "x"), drawing(1, "y"), drawing(2, "x"), drawing(3, "x")])  # type: ignore[arg-type]
     assert asked[0][:4] == DRAWN
     # cat -> cow (dog is of another category, the other cat the same words); dog -> the next; cat -> cow; cow -> cat
     assert asked[0][4:] == ("a cow", "a cat", "a cow", "a cat")
@@ -252,9 +252,9 @@ def test_the_other_description_is_of_the_same_category_where_there_is_one() -> N
     ],
 )
 def test_a_candidate_must_be_no_worse_on_either_side(answers: float, sure: float, action: str) -> None:
-    held_out = HeldOut(QUESTIONS, [drawing(i) for i in range(4)])
+    held_out = JudgeRows(QUESTIONS, [drawing(i) for i in range(4)])
     judge = Judge(JudgeConfig(refresh_every=1))
-    row = judge.after_step(1, sets_of(judge=Drawer(0.5, 2.0), ema=Drawer(answers, sure)), held_out)
+    row = judge.update(1, sets_of(judge=Drawer(0.5, 2.0), ema=Drawer(answers, sure)), held_out)
     assert row["judge/action"].split(":")[0] == action
     present, proposed = (1 / (1 + math.exp(-x)) for x in (2.0, sure))
     assert (row["judge/held_out"], row["judge/candidate_held_out"]) == pytest.approx((0.5, answers))
@@ -273,34 +273,34 @@ def test_only_the_sides_that_rewards_ask_decide() -> None:
 
     drawn = RewardSource(RewardConfig(name="likely"), Likely())
 
-    def rows(*rewards: RewardSource) -> HeldOut:
-        return held_out_rows(config, rewards, prompts, lambda: [drawing(i) for i in range(4)])
+    def rows(*rewards: RewardSource) -> JudgeRows:
+        return build_judge_rows(config, rewards, prompts, lambda: [drawing(i) for i in range(4)])
 
     read, rule = (build_rewards([RewardConfig(name=name)])[0] for name in ("self_vqa", "exact_answer"))
     both = rows(read, drawn)
     assert (len(both.questions), len(both.pictures)) == (4, 4)
     assert not rows(rule, read).pictures
     assert not rows(drawn).questions
-    assert held_out_rows(JudgeConfig(), [drawn], {}, list) == HeldOut()
+    assert build_judge_rows(JudgeConfig(), [drawn], {}, list) == JudgeRows()
     with pytest.raises(InputError, match="only 0 held-out drawings with descriptions decide"):
-        held_out_rows(config, [drawn], prompts, list)
+        build_judge_rows(config, [drawn], prompts, list)
 
 
 # --- which rewards ask the judge ---
 
 
-def test_settings_of_a_judge_that_nobody_asks_are_refused() -> None:
+def test_settings_of_an_unused_judge_are_refused() -> None:
     rules = build_rewards([RewardConfig(name="exact_answer"), RewardConfig(name="scene_facts")])
-    require_asked(JudgeConfig(), rules)
-    require_asked(JudgeConfig(drift_every=0), rules)
+    require_judge_used(JudgeConfig(), rules)
+    require_judge_used(JudgeConfig(drift_every=0), rules)
     with pytest.raises(InputError, match=r"judge\.drift_every=5: no reward asks the run's judge"):
-        require_asked(JudgeConfig(drift_every=5), rules)
+        require_judge_used(JudgeConfig(drift_every=5), rules)
     with pytest.raises(InputError, match=r"judge\.refresh_every=5: no reward asks"):
-        require_asked(JudgeConfig(refresh_every=5), rules)
-    require_asked(JudgeConfig(refresh_every=5), build_rewards([RewardConfig(name="self_vqa")]))
+        require_judge_used(JudgeConfig(refresh_every=5), rules)
+    require_judge_used(JudgeConfig(refresh_every=5), build_rewards([RewardConfig(name="self_vqa")]))
 
 
-def test_drift_is_measured_at_looks_of_the_guard_unless_told_otherwise() -> None:
+def test_drift_is_measured_at_validations_by_default() -> None:
     assert [JudgeConfig().drift_due(step, looks) for step, looks in ((1, False), (20, True))] == [False, True]
     assert [JudgeConfig(drift_every=2).drift_due(step, False) for step in (1, 2, 3, 4)] == [False, True, False, True]
     assert not JudgeConfig(drift_every=0).drift_due(20, True)

@@ -15,7 +15,7 @@ def resident_mib() -> float:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc on Linux")
-def test_freed_blocks_between_living_ones_are_given_back() -> None:
+def test_freed_heap_memory_is_returned_to_the_system() -> None:
     blocks = [bytearray(64 * 1024) for _ in range(4000)]
     full = resident_mib()
     assert full > 250

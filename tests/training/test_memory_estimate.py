@@ -42,7 +42,7 @@ def needed(folder: Path, *more: str) -> MemoryEstimate:
     return found
 
 
-def test_what_is_alive_at_once_is_counted() -> None:
+def test_peak_of_live_bytes() -> None:
     with FakeTensorMode():
         weight = torch.nn.Parameter(torch.empty(100, 100))
         x = torch.empty(50, 100)
@@ -79,16 +79,16 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     weights = 4 * sum(tensor.numel() for tensor in policy.state_dict().values())
     trained = 4 * sum(p.numel() for p in policy.parameters())
     plain = needed(small_base, "optimizer.kind=adamw")
-    assert plain.stays["weights"] == weights
-    assert plain.stays["frozen and averaged weights"] == 3 * weights
-    assert plain.stays["moments"] == 2 * trained
+    assert plain.persistent["weights"] == weights
+    assert plain.persistent["frozen and averaged weights"] == 3 * weights
+    assert plain.persistent["moments"] == 2 * trained
     assert plain.gradients == trained
     matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
-    assert needed(small_base).stays["moments"] == 2 * trained - matrices
-    assert needed(small_base, "text.lr_scale=0.5").stays["moments"] == 2 * (2 * trained - matrices)
+    assert needed(small_base).persistent["moments"] == 2 * trained - matrices
+    assert needed(small_base, "text.lr_scale=0.5").persistent["moments"] == 2 * (2 * trained - matrices)
 
 
-def test_recorded_steps_are_remembered_one_at_a_time_if_asked(small_base: Path) -> None:
+def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> None:
     recorded = [
         "data.prompts_per_step={generate: 1}",
         "rollout={sampler: flow_sde, window: {kind: full}, num_steps: 9}",
@@ -97,36 +97,36 @@ def test_recorded_steps_are_remembered_one_at_a_time_if_asked(small_base: Path) 
 
     def replayed(again: bool) -> int:
         changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
-        return needed(small_base, *changes).passes["replay of drawings"]
+        return needed(small_base, *changes).transient["replay of drawings"]
 
     assert replayed(again=True) < replayed(again=False) / 3
 
 
-def test_an_average_that_nobody_samples_with_is_not_kept(small_base: Path) -> None:
-    weights = needed(small_base).stays["weights"]
+def test_an_unused_old_policy_takes_no_memory(small_base: Path) -> None:
+    weights = needed(small_base).persistent["weights"]
     clipped = needed(small_base, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}")
-    assert clipped.stays["frozen and averaged weights"] == 2 * weights
+    assert clipped.persistent["frozen and averaged weights"] == 2 * weights
 
 
-def test_a_judge_that_moves_has_weights_of_its_own(small_base: Path) -> None:
-    weights = needed(small_base).stays["weights"]
+def test_a_refreshed_judge_has_its_own_weights(small_base: Path) -> None:
+    weights = needed(small_base).persistent["weights"]
     for judge, copies in (
         ("{}", 0),
         ("{refresh_every: 2}", 1),
         ("{kind: average}", 1),
         ("{kind: average, refresh_every: 2}", 2),
     ):
-        assert needed(small_base, f"judge={judge}").stays["the judge's own weights"] == copies * weights
+        assert needed(small_base, f"judge={judge}").persistent["the judge's own weights"] == copies * weights
 
 
 def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     pytest.importorskip("peft")
     plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")
-    own = adapted.stays["weights"] - plain.stays["weights"]
+    own = adapted.persistent["weights"] - plain.persistent["weights"]
     assert own > 0
-    assert adapted.stays["frozen and averaged weights"] == 2 * own
+    assert adapted.persistent["frozen and averaged weights"] == 2 * own
     assert adapted.gradients == own
-    assert adapted.stays["moments"] == 2 * own
+    assert adapted.persistent["moments"] == 2 * own
 
 
 def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
@@ -140,18 +140,20 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
         needed(small_base, *options, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}"),
     )
     # live, its gradients, average, old, reference, two moments
-    assert here.stays["offloaded"] == 7 * trained
-    assert bare.stays["offloaded"] == 6 * trained
-    assert here.stays["weights"] == weights
-    assert here.stays["moments"] == here.stays["frozen and averaged weights"] == 0
+    assert here.persistent["offloaded"] == 7 * trained
+    assert bare.persistent["offloaded"] == 6 * trained
+    assert here.persistent["weights"] == weights
+    assert here.persistent["moments"] == here.persistent["frozen and averaged weights"] == 0
     assert here.gradients == trained  # all of a step's, before they are summed
-    assert 0 < here.passes["replay: summing gradients"] < trained
+    assert 0 < here.transient["replay: summing gradients"] < trained
     config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW[1:], "device=auto", *options])
     card = memory_needed(config, torch.device("cuda"))
     assert card is not None
-    assert card.stays["offloaded"] == 0
+    assert card.persistent["offloaded"] == 0
     assert card.host == 7 * trained
-    assert sum(here.stays.values()) - sum(card.stays.values()) == 7 * trained + PROGRAM["cpu"] - PROGRAM["cuda"]
+    assert (
+        sum(here.persistent.values()) - sum(card.persistent.values()) == 7 * trained + PROGRAM["cpu"] - PROGRAM["cuda"]
+    )
     assert any("in host memory" in line for line in card.lines())
 
 
@@ -168,9 +170,9 @@ def test_too_little_host_memory_is_refused(small_base: Path, monkeypatch: pytest
 
 def test_smaller_parts_take_less(small_base: Path) -> None:
     whole, parts = needed(small_base), needed(small_base, "limits.microbatch_size=1")
-    assert parts.passes["replay of drawings"] < whole.passes["replay of drawings"] / 3
-    assert parts.stays == whole.stays
-    assert whole.peak > sum(whole.stays.values())
+    assert parts.transient["replay of drawings"] < whole.transient["replay of drawings"] / 3
+    assert parts.persistent == whole.persistent
+    assert whole.peak > sum(whole.persistent.values())
 
 
 def test_nothing_without_memory_is_left_behind(small_base: Path) -> None:
@@ -192,7 +194,7 @@ def test_too_little_memory_is_refused_before_the_load(
 
 
 @pytest.mark.parametrize(
-    ("stays", "passes", "remedy"),
+    ("persistent", "transient", "remedy"),
     [
         ({"weights": 10, "frozen and averaged weights": 30, "moments": 20}, {"replay": 5}, "train an adapter"),
         ({"weights": 50, "moments": 1}, {"replay": 5}, "precision.weights=bfloat16"),
@@ -200,13 +202,15 @@ def test_too_little_memory_is_refused_before_the_load(
         ({"weights": 10}, {"rollout of drawings": 99, "replay of text": 1}, "rollout.group_size"),
     ],
 )
-def test_the_remedy_is_for_the_largest_part(stays: dict[str, int], passes: dict[str, int], remedy: str) -> None:
-    estimate = MemoryEstimate({k: v << 50 for k, v in stays.items()}, 0, {k: v << 50 for k, v in passes.items()})
+def test_the_remedy_is_for_the_largest_part(persistent: dict[str, int], transient: dict[str, int], remedy: str) -> None:
+    estimate = MemoryEstimate(
+        {k: v << 50 for k, v in persistent.items()}, 0, {k: v << 50 for k, v in transient.items()}
+    )
     with pytest.raises(InputError, match=remedy):
         require_memory(estimate, torch.device("cpu"), "policy=x")
 
 
-def test_a_small_model_is_not_looked_at(small_base: Path) -> None:
+def test_a_small_model_is_not_estimated(small_base: Path) -> None:
     assert not memory.is_large_model(small_base, torch.device("cpu"))
 
 
@@ -236,9 +240,9 @@ def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None
         described.with_name("whole"), ASKED, "offload=true", "optimizer.kind=adamw", "precision={compute: bfloat16}"
     )
     assert found.gradients == 0
-    assert found.passes["replay: summing gradients"] > 2 * numbers
+    assert found.transient["replay: summing gradients"] > 2 * numbers
     # live, its gradients, average, old, two moments; the reference as it was loaded
-    assert found.stays["offloaded"] == (6 * 4 + 2) * numbers
+    assert found.persistent["offloaded"] == (6 * 4 + 2) * numbers
 
 
 def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
@@ -308,4 +312,4 @@ def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, caps
 )
 def test_the_judge_counts_where_a_reward_asks_it(small_base: Path, reward: str, judges: bool) -> None:
     estimate = needed(small_base, f"rewards=[{{name: exact_answer}}, {{name: {reward}}}]")
-    assert ("judge" in estimate.passes) == judges
+    assert ("judge" in estimate.transient) == judges

@@ -380,9 +380,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ["gdpo", "grpo", "rloo", "trimmed", "win_rate"])
 @pytest.mark.parametrize("name", list(STEPS))
-def test_what_a_masked_member_wrote_and_drew_never_matters(
-    name: str, kind: str, bench: Any, prompts: list[Prompt]
-) -> None:
+def test_outputs_of_masked_members_are_ignored(name: str, kind: str, bench: Any, prompts: list[Prompt]) -> None:
     """Both scores of member 2 failed; of member 5 one did, which counts where each reward is normalised by itself."""
     tree = STEPS[name]
     tree = tree | {"advantages": tree.get("advantages", {}) | {"kind": kind}, "rollout": {"group_size": 6}}
@@ -424,10 +422,10 @@ ALL = [[1.0, -0.5, 0.25, -0.75], [0.5, -1.0, 1.5, -1.0], [2.0, 0.5, -1.0, -1.5]]
 
 
 def both(A: Any) -> Any:
-    return dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.tensor(A)))
+    return dict.fromkeys(KINDS, GroupAdvantages.all_valid(torch.tensor(A)))
 
 
-def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
+def test_kinds_with_different_lr_scales_get_separate_steps(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
     config = bench.config(text={"lr_scale": 0.5}, flow={"lr_scale": 2.0})
     assert config.phases(bench.live.segment_kinds) == [(("text",), 0.5), (("flow",), 2.0)]
@@ -444,7 +442,7 @@ def test_kinds_with_rates_of_their_own_are_stepped_in_turn(bench: Any, prompts: 
     )
 
 
-def test_the_audit_compares_tasks_that_are_stepped_in_turn(bench: Any, prompts: list[Prompt]) -> None:
+def test_the_gradient_audit_sums_over_phases(bench: Any, prompts: list[Prompt]) -> None:
     groups = bench.sample(prompts, sampler="ode")
     start = {name: tensor.clone() for name, tensor in bench.live.state_dict().items()}
     found, weights = [], []

@@ -9,7 +9,7 @@ from torch import nn
 
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into, copy_weights
+from lvrpo.training.optimizer import OptimizerConfig, Optimizers, copy_weights, update_ema
 
 
 def policy(seed: int = 0) -> TinyPolicy:
@@ -168,9 +168,9 @@ def test_average_into_is_literal() -> None:
         slow.bias.fill_(-2.0)
         fast.weight.fill_(3.0)
         fast.bias.fill_(2.0)
-    average_into(slow, fast, 0.75)
+    update_ema(slow, fast, 0.75)
     assert (slow.weight.item(), slow.bias.item()) == (1.5, -1.0)
-    average_into(slow, fast, 0.0)
+    update_ema(slow, fast, 0.0)
     assert (slow.weight.item(), slow.bias.item()) == (3.0, 2.0)
     assert (fast.weight.item(), fast.bias.item()) == (3.0, 2.0)
     assert slow.weight.grad is None

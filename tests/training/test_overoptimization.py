@@ -11,7 +11,7 @@ from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.statistics import divergence
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, watched_level
+from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, stratified_mean
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt, RewardTable
@@ -34,11 +34,11 @@ def run_through(
     for step, (reward, watched) in enumerate(course, start=1):
         turn.add(step, GROUPS, table(reward, watched, rng), {})
         if step % 5 == 0:
-            found = turn.validate(step, looks=len(course) // 5, every=5)
+            found = turn.detect(step, num_validations=len(course) // 5, every=5)
             if found is not None:
                 assert turn.message(step, *found).startswith("generate: own rose by ")
                 return turn, step
-            turn.remember(step)
+            turn.update_best(step)
     return turn, None
 
 
@@ -47,7 +47,7 @@ HACKED = [(0.02 * i, 0.5 + 0.02 * min(i, 15) - 0.03 * max(0, i - 15)) for i in r
 """Both rise for 15 steps, then the watched scorer falls."""
 
 
-def test_the_turn_is_found_soon_after_it() -> None:
+def test_overoptimization_is_detected_soon_after_it_begins() -> None:
     turn, step = run_through(HACKED)
     assert step in (25, 30)
     assert turn.best_step in (15, 20)
@@ -61,7 +61,7 @@ def test_the_turn_is_found_soon_after_it() -> None:
         [(0.02 * i, 0.5) for i in range(40)],  # the watched one stands
     ],
 )
-def test_no_turn_without_a_parting(course: list[tuple[float, float]]) -> None:
+def test_no_detection_without_divergence(course: list[tuple[float, float]]) -> None:
     assert run_through(course)[1] is None
 
 
@@ -87,7 +87,7 @@ def of_categories(seed: int, fall: float) -> int | None:
         made.scores[..., 0] += 0.01 * step
         made.scores[..., 1] -= fall * (step > 20)
         turn.add(step, groups, made, {})
-        if step % 5 == 0 and turn.validate(step, looks=8, every=5) is not None:
+        if step % 5 == 0 and turn.detect(step, num_validations=8, every=5) is not None:
             return step
     return None
 
@@ -103,10 +103,10 @@ def test_the_best_window_is_not_the_one_with_easy_prompts() -> None:
     means = torch.tensor(rows)
     easy, hard = means[means[:, 0] == 2], means[means[:, 0] == 3]
     overall = 2.9 / 6
-    assert watched_level(means, easy) == pytest.approx(0.8 - (2.5 / 3 - overall))
-    assert watched_level(means, hard) == pytest.approx(0.15 - (0.4 / 3 - overall))
-    assert watched_level(means, hard) > watched_level(means, easy)
-    assert watched_level(means, means) == pytest.approx(overall)
+    assert stratified_mean(means, easy) == pytest.approx(0.8 - (2.5 / 3 - overall))
+    assert stratified_mean(means, hard) == pytest.approx(0.15 - (0.4 / 3 - overall))
+    assert stratified_mean(means, hard) > stratified_mean(means, easy)
+    assert stratified_mean(means, means) == pytest.approx(overall)
 
 
 def test_what_is_remembered_comes_back() -> None:
@@ -134,7 +134,7 @@ def test_groups_without_either_score_do_not_count() -> None:
     assert float(turn.means["generate"][0, 2]) == pytest.approx(float(made.scores[2, 2:, 1].mean()), rel=1e-5)
 
 
-def test_parted_takes_the_worst_part() -> None:
+def test_divergence_returns_the_largest_fall() -> None:
     up, down = (
         [np.linspace(m, m + 0.1, 20) for m in (0, 0.2, 0.4)],
         [np.linspace(m, m + 0.1, 20) for m in (0.8, 0.9, 0.3)],
@@ -192,7 +192,7 @@ def falling(trajectory):
 
 
 @pytest.mark.parametrize(("action", "held_out"), [("stop", 0), ("rollback", 0), ("warn", 0), ("stop", 7)])
-def test_a_run_acts_on_the_turn(
+def test_a_run_acts_on_a_detection(
     small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, held_out: int
 ) -> None:
     (tmp_path / "tests_turn.py").write_text(REWARDS)

@@ -176,7 +176,7 @@ def test_groups_without_two_valid_scores_are_named(policy: TinyPolicy, groups: l
     )
 
 
-def test_a_divergence_without_gradient_is_told_from_groups_without_scores(
+def test_a_missing_kl_gradient_is_distinguished_from_groups_without_scores(
     lively_policy: Callable[..., TinyPolicy], groups: list[Group]
 ) -> None:
     policies = Policies(lively_policy())

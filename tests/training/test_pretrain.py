@@ -12,8 +12,8 @@ from lvrpo.data.scenes import CorpusConfig, WebCorpus, web_corpus
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.training.optimizer import average_into
-from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.training.optimizer import update_ema
+from lvrpo.training.pretrain import PretrainConfig, SupervisedState, initial_policy
 
 BATCH = {"generate": 6, "caption": 3, "question": 8, "edit": 3, "reason": 4}
 
@@ -30,15 +30,17 @@ def corpus() -> WebCorpus:
 
 
 @pytest.fixture
-def trainer(corpus: WebCorpus) -> Callable[..., Supervised]:
-    def build(**changes: Any) -> Supervised:
+def trainer(corpus: WebCorpus) -> Callable[..., SupervisedState]:
+    def build(**changes: Any) -> SupervisedState:
         config = make_config(**changes)
-        return Supervised(config, fresh_policy(config), corpus)
+        return SupervisedState(config, initial_policy(config), corpus)
 
     return build
 
 
-def test_every_row_comes_once_an_epoch_in_a_new_order(trainer: Callable[..., Supervised], corpus: WebCorpus) -> None:
+def test_every_row_comes_once_an_epoch_in_a_new_order(
+    trainer: Callable[..., SupervisedState], corpus: WebCorpus
+) -> None:
     supervised = trainer(batch={"generate": 4, "question": 6}, condition_dropout=0.0)
     walks = {"generate": len(corpus.generate), "question": len(corpus.question)}
     seen: dict[str, list[str]] = {kind: [] for kind in walks}
@@ -53,17 +55,17 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(trainer: Callable[..., Sup
         assert epochs[0] != epochs[1]
 
 
-def test_questions_come_in_runs_that_share_a_picture(trainer: Callable[..., Supervised]) -> None:
+def test_questions_come_in_runs_that_share_a_picture(trainer: Callable[..., SupervisedState]) -> None:
     rows = trainer(batch={"question": 12}).batch(3)
     pictures = [id(example.prompt.parts[0]) for example in rows]
     assert sorted(Counter(pictures).values()) == [4, 4, 4]
     assert all(len(set(pictures[i : i + 4])) == 1 for i in (0, 4, 8))
 
 
-def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., Supervised]) -> None:
+def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., SupervisedState]) -> None:
     one, other, seeded = trainer(), trainer(), trainer(seed=1)
 
-    def ids(supervised: Supervised, step: int) -> list[str]:
+    def ids(supervised: SupervisedState, step: int) -> list[str]:
         return [example.prompt.id for example in supervised.batch(step)]
 
     for step in (0, 1, 25, 2):
@@ -76,7 +78,7 @@ def test_a_batch_is_a_function_of_seed_and_step(trainer: Callable[..., Supervise
     assert len(one.batch(0)) == sum(BATCH.values())
 
 
-def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Callable[..., Supervised]) -> None:
+def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Callable[..., SupervisedState]) -> None:
     supervised = trainer(condition_dropout=0.5, picture_dropout=0.2)
     rows = [example for step in range(30) for example in supervised.batch(step)]
     drawings = [example for example in rows if example.prompt.output == ("image",)]
@@ -93,7 +95,7 @@ def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Ca
     assert all(e.prompt.parts for step in range(5) for e in whole.batch(step))
 
 
-def test_a_resumed_run_is_identical(trainer: Callable[..., Supervised]) -> None:
+def test_a_resumed_run_is_identical(trainer: Callable[..., SupervisedState]) -> None:
     whole, resumed = trainer(), trainer(seed=0)
     for _ in range(3):
         whole.train_step()
@@ -107,7 +109,7 @@ def test_a_resumed_run_is_identical(trainer: Callable[..., Supervised]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_both_losses_fall(trainer: Callable[..., Supervised]) -> None:
+def test_both_losses_fall(trainer: Callable[..., SupervisedState]) -> None:
     supervised = trainer(optimizer={"muon_lr": 0.02, "adamw_lr": 2e-3, "warmup_steps": 2})
     reports = [supervised.train_step() for _ in range(25)]
     assert set(reports[0].losses) == {"text", "image"}
@@ -117,7 +119,7 @@ def test_both_losses_fall(trainer: Callable[..., Supervised]) -> None:
         assert last < 0.9 * first
 
 
-def test_the_weights_of_the_losses(trainer: Callable[..., Supervised]) -> None:
+def test_the_weights_of_the_losses(trainer: Callable[..., SupervisedState]) -> None:
     def first_norms(**weights: float) -> dict[str, float]:
         return trainer(**weights).train_step().grad_norms
 
@@ -127,12 +129,12 @@ def test_the_weights_of_the_losses(trainer: Callable[..., Supervised]) -> None:
     assert first_norms(text_weight=0.0, image_weight=1.0)["generate"] == pytest.approx(plain["generate"], rel=1e-4)
 
 
-def test_the_average_is_short_at_first(trainer: Callable[..., Supervised]) -> None:
+def test_the_average_is_short_at_first(trainer: Callable[..., SupervisedState]) -> None:
     supervised = trainer()
     by_hand = supervised.average.make_reference()
     for step in range(4):
         supervised.train_step()
-        average_into(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])
+        update_ema(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])
     for mine, theirs in zip(by_hand.parameters(), supervised.average.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert not any(p.requires_grad for p in supervised.average.parameters())
@@ -140,15 +142,15 @@ def test_the_average_is_short_at_first(trainer: Callable[..., Supervised]) -> No
 
 def test_a_run_starts_from_random_weights_or_a_folder(tmp_path: Path) -> None:
     config = make_config(seed=4)
-    one, two = fresh_policy(config), fresh_policy(config)
+    one, two = initial_policy(config), initial_policy(config)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     one.save(tmp_path / "base")
-    again = fresh_policy(make_config(seed=5, init=str(tmp_path / "base")))
+    again = initial_policy(make_config(seed=5, init=str(tmp_path / "base")))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
     assert all(p.requires_grad for p in again.parameters())
     assert isinstance(again, TinyPolicy)
     with pytest.raises(InputError, match="nowhere"):
-        fresh_policy(make_config(init=str(tmp_path / "nowhere")))
+        initial_policy(make_config(init=str(tmp_path / "nowhere")))
 
 
 def test_a_rate_that_is_set_leaves_the_others_those_of_pretraining() -> None:

@@ -108,7 +108,7 @@ def test_processes_whose_agent_is_killed_save_and_end(small_base: Path) -> None:
     run.stdout.close()
 
 
-def test_bad_input_is_one_line_and_nobody_waits(small_base: Path) -> None:
+def test_bad_input_is_one_line_on_all_ranks(small_base: Path) -> None:
     output = finish(start("train", "quickstart", f"policy={small_base}", "stepz=3", "--out", "run"), succeeds=False)
     assert output.count("error: stepz") == 1
     assert not Path("run").exists()
@@ -214,7 +214,7 @@ def test_members_are_differentiated_once_and_pairs_stay_together(
     drawn = [prompt for prompt in prompts if prompt.output == ("image",)]
     groups = policy.sample(drawn, Sampling(group_size=4, num_steps=2), list(range(len(drawn))))
     objective = next(o for o in objectives_of(config, policy.segment_kinds) if o.kind == "flow")
-    A = GroupAdvantages.of_all(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
+    A = GroupAdvantages.all_valid(torch.tensor([[-1.5, -0.5, 0.5, 1.5]] * len(groups)))
     chosen = objective.select_members(groups, A)
 
     def work(rank: int) -> list[Microbatch]:

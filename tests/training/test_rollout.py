@@ -14,7 +14,7 @@ from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies
-from lvrpo.training.rollout import REFILLS, Rollouts, prompts_of_step, resample
+from lvrpo.training.rollout import RESAMPLE_OFFSET, Rollouts, prompts_of_step, resample
 from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
 
 
@@ -103,9 +103,11 @@ def test_groups_without_signal_are_drawn_again_until_all_have_it() -> None:
     assert counts["refill/given_up"] == 0
     # four of six and two of three had none; fresh prompts come in turn, one in three of them has signal
     fresh = sorted(
-        int(g.prompt.id.split("/")[1]) - REFILLS for g in groups if int(g.prompt.id.split("/")[1]) >= REFILLS
+        int(g.prompt.id.split("/")[1]) - RESAMPLE_OFFSET
+        for g in groups
+        if int(g.prompt.id.split("/")[1]) >= RESAMPLE_OFFSET
     )
-    assert all((REFILLS + i) % 3 == 0 for i in fresh)
+    assert all((RESAMPLE_OFFSET + i) % 3 == 0 for i in fresh)
     assert counts["refill/drawn"] >= 6
     for p, group in enumerate(groups):
         again = score_groups(REWARDS, [group], JUDGE)
@@ -125,7 +127,7 @@ def test_refills_are_a_function_of_the_step() -> None:
         return [group.prompt.id for group in step_of(config(max_resamples=20), step)[0]]
 
     assert ids(3) == ids(3)
-    drawn = [{i for i in ids(step) if int(i.split("/")[1]) >= REFILLS} for step in range(4)]
+    drawn = [{i for i in ids(step) if int(i.split("/")[1]) >= RESAMPLE_OFFSET} for step in range(4)]
     assert all(drawn)
     assert len(set.union(*drawn)) == sum(map(len, drawn))  # no two steps share a refill
 
@@ -167,7 +169,7 @@ def test_the_reference_samples_a_pool_once() -> None:
     assert [t.seed for g in again for t in g.trajectories] == [t.seed for g in seen[1] for t in g.trajectories]
 
 
-def test_a_live_pool_repeats_prompts_but_not_outputs() -> None:
+def test_a_pool_with_on_policy_sampling_repeats_prompts_but_not_outputs() -> None:
     settings = config(pool=2)
     rollouts = Rollouts(policies(), settings)
     one, other = (rollouts.groups(prompts_of_step(Source(), settings, step), step) for step in (0, 2))
@@ -233,7 +235,7 @@ def test_sections_that_do_not_fit(tree: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("tree", [{"flow": {"weight": 0.0}}, {"data": {"prompts_per_step": {"understand": 8}}}])
-def test_settings_of_drawings_are_not_asked_of_a_run_that_trains_none(tree: dict[str, Any]) -> None:
+def test_image_settings_are_not_checked_without_image_training(tree: dict[str, Any]) -> None:
     settings = tree | {"rollout": {"guidance_scale": 2.0, "sampler": "flow_sde"}}
     assert TrainConfig.model_validate(settings).flow.kind == "nft"
     with pytest.raises(ValueError, match=r"flow\.kind=nft"):

@@ -19,12 +19,12 @@ from lvrpo.config import load_config
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.registry import allow_code, own_consent
+from lvrpo.registry import allow_code, isolated_permissions
 from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import policy_module
 from lvrpo.training.preflight import engine_checks
-from lvrpo.training.rollout_engine import ProcessEngine, Sampler, open_engine, weights_checksum
+from lvrpo.training.rollout_engine import EngineSampler, ProcessEngine, open_engine, weights_checksum
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt, TextSegment
 
@@ -194,15 +194,15 @@ def test_the_process_ends_when_it_is_closed_or_its_trainer_is_gone(lively_base: 
 
 def test_weights_that_did_not_arrive_stop_the_run(lively_policy: Any) -> None:
     engine = Copied(lively_policy(1))
-    sampler = Sampler(engine)
+    sampler = EngineSampler(engine)
     with pytest.raises(ContractError, match=r"^rollout engine: holds weights with checksum \w+ after those with \w+ "):
-        sampler.push(lively_policy(0))
-    sampler.push(engine.policy)
-    sampler.push(engine.policy)
+        sampler.sync_weights(lively_policy(0))
+    sampler.sync_weights(engine.policy)
+    sampler.sync_weights(engine.policy)
     assert engine.pushed == 2  # what it holds is not sent again
     with torch.no_grad():
         next(engine.policy.parameters()).add_(1)
-    sampler.push(engine.policy)
+    sampler.sync_weights(engine.policy)
     assert engine.pushed == 3
 
 
@@ -230,22 +230,22 @@ def test_the_checksum_is_of_names_dtypes_shapes_and_values(change: str) -> None:
     assert (weights_checksum(weights) == weights_checksum(other)) == (change == "order")
 
 
-def test_groups_that_were_not_asked_for_are_refused(lively_policy: Any, prompts: list[Prompt]) -> None:
+def test_groups_of_wrong_size_are_refused(lively_policy: Any, prompts: list[Prompt]) -> None:
     class Short(Copied):
         def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
             return super().sample(prompts[1:], sampling, seeds[1:])
 
     sampling = Sampling(2, max_new_tokens=3, num_steps=3)
     with pytest.raises(ContractError, match=r"returned groups of \[2\] for 2 prompts: return one of 2 trajectories"):
-        Sampler(Short(lively_policy())).sample(prompts[:2], sampling, [0, 1])
+        EngineSampler(Short(lively_policy())).sample(prompts[:2], sampling, [0, 1])
 
     class Failing(Copied):
         def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
             raise RuntimeError("no\nanswer")
 
     with pytest.raises(ContractError, match=r"^rollout engine: sample failed: RuntimeError: no answer: mend it$"):
-        Sampler(Failing(lively_policy())).sample(prompts[:2], sampling, [0, 1])
-    groups = Sampler(Copied(lively_policy())).sample(prompts[:2], sampling, [0, 1])
+        EngineSampler(Failing(lively_policy())).sample(prompts[:2], sampling, [0, 1])
+    groups = EngineSampler(Copied(lively_policy())).sample(prompts[:2], sampling, [0, 1])
     assert all(t.prompt is prompt for prompt, group in zip(prompts, groups, strict=False) for t in group.trajectories)
 
 
@@ -273,14 +273,14 @@ def test_an_engine_of_ones_own_is_corrected_by_truncated_weights(small_base: Pat
 
 def test_an_engine_is_closed_whatever_happens(lively_base: Path) -> None:
     settings = config_of(lively_base, f"rollout.engine={{kind: custom, name: '{__file__}:Rounded'}}")
-    with own_consent():
+    with isolated_permissions():
         with (
             pytest.raises(InputError, match="is code of a file, not of lvrpo"),
             open_engine(settings, lively_base),
         ):
             pass
         allow_code([__file__])
-        opened: list[Sampler | None] = []
+        opened: list[EngineSampler | None] = []
         with pytest.raises(KeyError), open_engine(settings, lively_base) as sampler:  # noqa: PT012
             opened.append(sampler)
             raise KeyError

@@ -115,7 +115,7 @@ def test_large_pictures_are_measured_on_a_grid() -> None:
         assert pictures.shape == (2, 3, shape[0] * shape[1])
 
 
-def test_controls_and_looks(run: RunDirectory) -> None:
+def test_controls_and_validations_are_recorded(run: RunDirectory) -> None:
     rollout_log.write_control(run, 1, THREE, table(), RIGHT, 10)
     rollout_log.write_validation(run, 0, {"understand": [1.0, 0.0]}, 20)
     rollout_log.write_validation(run, 20, {"understand": [1.0, 1.0]}, 20)
@@ -132,11 +132,11 @@ def test_controls_and_looks(run: RunDirectory) -> None:
 @pytest.mark.parametrize(("newest", "spacing"), [(0, 1), (1023, 1), (1024, 2), (2047, 2), (2048, 4), (99_999, 128)])
 def test_spacing_of_what_is_kept(newest: int, spacing: int) -> None:
     assert rollout_log.stride(newest) == spacing
-    assert newest // spacing + 1 <= rollout_log.KEPT
+    assert newest // spacing + 1 <= rollout_log.MAX_RECORDS
 
 
 def kept(run: RunDirectory) -> dict[str, list[int]]:
-    return {kind: [step for step, _ in rollout_log._files(run.path, kind)] for kind in rollout_log.FIRST}
+    return {kind: [step for step, _ in rollout_log._files(run.path, kind)] for kind in rollout_log.FIRST_STEP}
 
 
 def write_all(run: RunDirectory, first: int, last: int) -> None:
@@ -154,7 +154,7 @@ def one_row() -> RewardTable:
 
 
 def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_log, "KEPT", 8)
+    monkeypatch.setattr(rollout_log, "MAX_RECORDS", 8)
     rollout_log.write_validation(run, 0, {"generate": [0.0]}, 4)
     write_all(run, 1, 38)
     assert kept(run) == {
@@ -168,7 +168,7 @@ def test_a_long_run_keeps_evenly_spaced_records(run: RunDirectory, monkeypatch: 
 def test_a_resumed_run_holds_what_an_uninterrupted_one_holds(
     run: RunDirectory, tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout_log, "KEPT", 8)
+    monkeypatch.setattr(rollout_log, "MAX_RECORDS", 8)
     other = RunDirectory.create(tmp_path / "other", TrainConfig())
     for one in (run, other):
         rollout_log.write_validation(one, 0, {"generate": [0.0]}, 4)

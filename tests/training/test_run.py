@@ -22,7 +22,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.loading import load_policy, policy_folder
 from lvrpo.training.checkpoint import load_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.interrupt import Interruption
+from lvrpo.training.interrupt import InterruptHandler
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout_log import TRAITS, read_steps
@@ -303,7 +303,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(config: TrainConfig,
 def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:
     found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
-    with Interruption() as interrupted:
+    with InterruptHandler() as interrupted:
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
@@ -311,7 +311,7 @@ def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_result_is_the_best_checkpoint_of_the_guard(config: TrainConfig) -> None:
+def test_the_result_is_the_best_checkpoint_of_validation(config: TrainConfig) -> None:
     alignment = Trainer.start(config, Path("run"))
     with alignment.run as run:
         alignment.train()

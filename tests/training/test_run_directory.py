@@ -330,7 +330,9 @@ def test_the_manifest_says_with_what_and_where_and_a_resume_adds_to_it(path: Pat
     assert [entry["seeds"] for entry in second["resumed"]] == [{"run": 7}]
 
 
-def test_a_configuration_of_another_version_is_told_from_a_mistake(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_of_another_version_is_distinguished_from_an_edit(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Older(Root):
         rate: float = 0.5
 

@@ -47,7 +47,7 @@ def test_prompts_carry_no_label_and_every_task_but_drawn_answers_has_a_reward() 
     assert all((p.answer, p.facts, p.edited, p.content) == (None, (), None, "") for p in watched)
 
 
-def test_nothing_in_training_looks_at_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_does_not_use_ground_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (verifiable_image, "fact_table"),
         (success, "fact_table"),

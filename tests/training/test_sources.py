@@ -17,7 +17,7 @@ from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.policies.loading import model_type, stored_image_size
-from lvrpo.registry import allow_code, own_consent, resolve
+from lvrpo.registry import allow_code, isolated_permissions, resolve
 from lvrpo.rewards.agreement import Agreement
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -60,7 +60,7 @@ def two(text: str) -> float:
     return 2.0
 
 
-def test_success_where_it_can_be_told_else_the_weighted_mean_of_the_trained_rewards() -> None:
+def test_verified_success_else_the_weighted_mean_of_the_trained_rewards() -> None:
     watched = source(fails, weight=0)
     scorer = HeldOutScorer((source(letters, 3.0), source(two, 1.0), watched))
     told, open_ended = group("red", "red"), group("green")
@@ -75,7 +75,7 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
     assert HeldOutScorer((relative,)).metric(group("red").prompt) is None
 
 
-def test_the_guard_follows_rewards_below_zero_and_leaves_failures_out() -> None:
+def test_validation_handles_negative_rewards_and_ignores_failures() -> None:
     validator, state = Validator({"understand": [group("a").prompt]}, TrainConfig()), ValidationState()
     for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "fallen")):
         validator._sample = lambda policies: {}  # type: ignore[method-assign]
@@ -159,7 +159,7 @@ def test_a_start_that_failed_leaves_nothing(small_base: Path, capfd: pytest.Capt
 
 def test_a_run_can_be_made_longer_as_if_it_had_been_so_from_the_start(small_base: Path) -> None:
     rows()
-    allow = own_consent()
+    allow = isolated_permissions()
     with allow:
         allow_code(["*"])
         slow = "optimizer={decay_start: 1.0, warmup_steps: 0}"
@@ -214,7 +214,7 @@ def test_code_in_a_file_needs_consent_and_its_mistakes_are_one_line() -> None:
     Path("mine.py").write_text("def warm(image, most=1.0):\n    return min(most, float(image[0].mean()))\n")
     Path("broken.py").write_text("def warm(\n")
     configs = [RewardConfig(name="./mine.py:warm", options={"most": 0.5})]
-    with own_consent():
+    with isolated_permissions():
         with pytest.raises(InputError, match="is code of a file, not of lvrpo"):
             build_rewards(configs)
         allow_code(["./mine.py", "broken.py"])

@@ -51,7 +51,7 @@ def sample(policies: Policies, prompts: list[Prompt], group_size: int = 4, **cha
 
 def run_update(policies: Policies, groups: list[Group], A: Any, config: TrainConfig, step: int = 0) -> Metrics:
     """One advantage per trajectory, for whichever of its segments."""
-    advantages = dict.fromkeys(KINDS, GroupAdvantages.of_all(torch.as_tensor(A, dtype=torch.float32)))
+    advantages = dict.fromkeys(KINDS, GroupAdvantages.all_valid(torch.as_tensor(A, dtype=torch.float32)))
     return differentiate(policies, groups, advantages, config, step)
 
 

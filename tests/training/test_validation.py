@@ -11,7 +11,7 @@ from lvrpo.policies.base import Sampling
 from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.state import ValidationState
-from lvrpo.training.validation import Validator, fell
+from lvrpo.training.validation import Validator, has_regressed
 from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
 
 
@@ -50,15 +50,15 @@ def validator() -> Validator:
     return Validator(PROMPTS, TrainConfig(seed=3))
 
 
-def test_the_first_look_is_the_best(validator: Validator) -> None:
+def test_the_first_validation_is_the_best(validator: Validator) -> None:
     state = ValidationState()
     report = validator.validate(right(10, 5), state, 0)
-    assert (report.verdict, report.fallen) == ("best", ())
+    assert (report.verdict, report.regressed) == ("best", ())
     assert report.means == {"understand": 0.5, "reason": 0.5}
     assert state.best_scores["reason"] == [1.0] * 5 + [0.0] * 5
 
 
-def test_verdicts_of_later_looks(validator: Validator) -> None:
+def test_verdicts_of_later_validations(validator: Validator) -> None:
     state = ValidationState()
     validator.validate(right(10, 5), state, 0)
     assert validator.validate(right(12, 5), state, 20).verdict == "best"
@@ -69,7 +69,7 @@ def test_verdicts_of_later_looks(validator: Validator) -> None:
     assert state.best_step == 60
 
 
-def test_of_looks_within_the_noise_the_later_is_best_but_the_top_stays(validator: Validator) -> None:
+def test_within_noise_the_later_validation_is_best_but_top_stays(validator: Validator) -> None:
     """The standard error of the mean of tasks is about .096 here; the top is (12/20 + 5/10) / 2 = .55."""
     state = ValidationState()
     validator.validate(right(12, 5), state, 0)
@@ -88,7 +88,7 @@ def test_a_task_that_falls_is_named_though_the_mean_rises(validator: Validator) 
     scores = dict(state.best_scores)
     report = validator.validate(right(4, 10), state, 20)
     assert sum(report.means.values()) > 0.6
-    assert (report.verdict, report.fallen) == ("fallen", ("understand",))
+    assert (report.verdict, report.regressed) == ("regressed", ("understand",))
     assert (state.best_step, state.best_scores) == (0, scores)
 
 
@@ -96,7 +96,7 @@ def test_scores_are_paired_prompt_by_prompt(validator: Validator) -> None:
     """The same means fall or not by whether the same prompts stay right."""
     nested, state = ValidationState(), ValidationState()
     validator.validate(right(12, 5), nested, 0)
-    assert validator.validate(right(5, 5), nested, 20).verdict == "fallen"
+    assert validator.validate(right(5, 5), nested, 20).verdict == "regressed"
     validator.validate(right(12, 5), state, 0)
     assert validator.validate(right(5, 5, start=9), state, 20).verdict == "kept"
 
@@ -115,10 +115,10 @@ def test_scores_are_paired_prompt_by_prompt(validator: Validator) -> None:
     ],
 )
 def test_fell(now: list[float], before: list[float], verdict: bool) -> None:
-    assert fell(now, before) is verdict
+    assert has_regressed(now, before) is verdict
 
 
-def test_every_look_uses_the_same_noise_and_greedy_text(validator: Validator) -> None:
+def test_every_validation_uses_the_same_seeds_and_greedy_text(validator: Validator) -> None:
     policy = Answerer({"understand0", "reason0"})
     validator.score(sets_of(ema=policy))
     validator.score(sets_of(ema=policy))
@@ -128,8 +128,8 @@ def test_every_look_uses_the_same_noise_and_greedy_text(validator: Validator) ->
     assert seeds == [derive_seed(3, "guard", prompt.id) for prompt in PROMPTS["understand"]]
 
 
-def test_a_guard_without_prompts_always_keeps_the_last() -> None:
+def test_validation_without_prompts_always_keeps_the_last_weights() -> None:
     validator, state = Validator({"generate": []}, TrainConfig()), ValidationState()
     for step in (0, 20, 40):
         report = validator.validate(right(0, 0), state, step)
-        assert (report.verdict, dict(report.means), state.best_step) == ("blind", {}, step)
+        assert (report.verdict, dict(report.means), state.best_step) == ("no_data", {}, step)

@@ -1,7 +1,7 @@
-"""Advantages: how much better a member of a group did than its siblings.
+"""Group-relative advantages.
 
-Every function takes scores and a mask. What stands in a masked cell never matters (it may be nan), a masked member
-gets 0, and a group whose scores do not differ gets 0: it carries no signal. Statistics run over valid members only.
+Every function takes scores and a mask. Masked scores are ignored (they may be nan); masked members get advantage 0, and
+so do groups without signal, whose scores do not differ. Statistics are over valid members only.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def group_relative_advantages(
     ``batch`` (population, of all valid scores of all groups: the global std of Flow-GRPO, arXiv:2505.05470) or ``none``
     (Dr.GRPO, arXiv:2503.20783: A = r - mean).
 
-    ``batch`` sees the spread between groups too, and has one scale for all that it is given: give it one task at a
-    time, else the task with the widest scores sets the scale of all.
+    ``batch`` includes the variance between groups; call it once per task, else the task with the largest variance sets
+    the scale of all.
 
-    Shapes: scores and mask (P, G) to (P, G). Range: at most sqrt(n - 1) in size for ``population``; the scores' own
-    units for ``none``; within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
+    Shapes: scores and mask (P, G) to (P, G). Range: |A| <= sqrt(n - 1) for ``population``; units of the scores for
+    ``none``; within [-clamp, clamp] if ``clamp`` is given (the sum over a group is then no longer 0).
     Raises: InputError for an unknown ``std``; ContractError for a valid score that is not finite.
-    Differs from the paper: a group whose population std is at most ``std_floor`` gets 0 under every choice of std,
-    since dividing by a tiny std invents an advantage; masked members are left out of mean and std.
+    Differs from the paper: a group whose population std is at most ``std_floor`` gets 0 for every choice of std, as
+    dividing by a tiny std amplifies noise; masked members are left out of mean and std.
     """
     centered, group_std = _group_moments(scores, mask)
     signal = group_std > std_floor  # (P,)
@@ -81,12 +81,12 @@ def trimmed_advantages(
     eps: float = 1e-4,
     clamp: float | None = None,
 ) -> Float[Tensor, "P G"]:
-    """Scores relative to the mean and std of the middle of their group, so that one wild score does not set the scale.
+    """Scores relative to the trimmed mean and std of their group, which are robust to outliers.
 
-    k = floor(trim n), n the number of valid members; mean_k and std_k (population) run over the n - 2k members that
-    are left without the k lowest and the k highest;  A_i = (r_i - mean_k) / (std_k + eps) for *all* valid members.
+    k = floor(trim n), n the number of valid members; mean_k and std_k (population) are over the n - 2k members without
+    the k lowest and the k highest;  A_i = (r_i - mean_k) / (std_k + eps) for *all* valid members.
 
-    Not for scores with few values: one right answer among eight is what is trimmed, and the group then has no signal.
+    Not for binary scores: a single right answer among eight is trimmed, and the group then has no signal.
 
     Shapes: scores and mask (P, G) to (P, G). Range: unbounded for the trimmed members, hence ``clamp``; the sum over a
     group is not 0. ``trim`` = 0 is ``group_relative_advantages``.
@@ -113,7 +113,7 @@ def leave_one_out_advantages(
 
     A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean_G), n the number of valid members.
 
-    Shapes: scores and mask (P, G) to (P, G). Range: the scores' own units.
+    Shapes: scores and mask (P, G) to (P, G). Range: units of the scores.
     Raises: ContractError for a valid score that is not finite.
     Differs from the paper: groups with std at most ``std_floor``, hence also those with one valid member, get 0.
     """
@@ -135,21 +135,20 @@ def gdpo_advantages(
     clamp: float | None = None,
     normalize: Sequence[NormalizeChoice | None] | None = None,
 ) -> Float[Tensor, "P G"]:
-    """Each reward is normalised in its group before the rewards are summed (GDPO, arXiv:2601.05242).
+    """Each reward is normalized in its group before the rewards are summed (GDPO, arXiv:2601.05242).
 
     z_k = (r_k - mean_G r_k) / (std_G r_k + eps);  s = sum_k w_k z_k;  A = (s - mean_task s) / (std_task s + eps).
-    mean_task s is 0 by construction, as every z_k sums to 0 over the valid members of its group, so it is not computed.
-    Both std are of the ``population`` (divisor n) or of the ``sample`` (n - 1). ``normalize``: per reward, another z_k
-    than the group's (see ``normalize_rewards``).
+    mean_task s is 0, as every z_k sums to 0 over the valid members of its group, so it is not computed. Both std are of
+    the ``population`` (divisor n) or of the ``sample`` (n - 1). ``normalize``: another z_k per reward (see
+    ``normalize_rewards``).
 
-    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) where they differ from group to group, tasks (P,) any
-    integers, to (P, G). Range: about unit std per task; within [-clamp, clamp] if ``clamp``
-    is given (the sum over a group is then no longer 0).
+    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) if they differ between groups, tasks (P,) any integers,
+    to (P, G). Range: about unit std per task; within [-clamp, clamp] if ``clamp`` is given (the sum over a group is
+    then no longer 0).
     Raises: ContractError for a valid score that is not finite.
-    Differs from the paper: the batch step runs per task, else the task with the widest scores sets the scale of all;
-    a reward whose group std is at most ``std_floor`` contributes 0 in that group; a masked score contributes 0;
-    std_task runs over members that have a valid score in a group with signal, so that dead groups do not inflate the
-    others.
+    Differs from the paper: the batch normalization is per task, else the task with the largest variance sets the scale
+    of all; a reward whose group std is at most ``std_floor`` contributes 0 in that group; a masked score contributes 0;
+    std_task is over valid members of groups with signal, so that groups without signal do not change the scale.
     """
     P, G, K = scores.shape
     cells = scores.transpose(1, 2).reshape(P * K, G)
@@ -184,7 +183,7 @@ def normalize_rewards(
     std_floor: float = 1e-6,
     eps: float = 1e-4,
 ) -> Float[Tensor, "P G K"]:
-    """Every reward on a scale of its own choice, before rewards are summed.
+    """Normalizes every reward by its own method, before rewards are summed.
 
     ``group``: (r - mean_G) / (std_G + eps); ``batch``: (r - mean_G) / (std_batch + eps), one std for all valid scores
     of the groups with one number in ``batches``; ``none``: r - mean_G; None: r itself. The first three are 0 in a group
@@ -217,14 +216,13 @@ def normalize_rewards(
 def signal_mask(
     scores: Float[Tensor, "P G *K"], mask: Bool[Tensor, "P G *K"], std_floor: float = 1e-6
 ) -> Bool[Tensor, " P"]:
-    """Which groups carry any signal: at least one reward whose valid scores have a population std above the floor.
+    """Groups with signal: at least one reward whose valid scores have a population std above the floor.
 
     signal_p = max_k std_G(r_pk) > std_floor.
 
     Shapes: scores and mask (P, G) or (P, G, K) to (P,).
     Raises: ContractError for a valid score that is not finite.
-    Differs from the paper: DAPO (arXiv:2503.14476) asks for more than one distinct total; this is per reward, with a
-    floor.
+    Differs from the paper: DAPO (arXiv:2503.14476) requires different total scores; this is per reward, with a floor.
     """
     P, G = scores.shape[:2]
     cells = scores.reshape(P, G, -1).transpose(1, 2)  # (P, K, G)
@@ -235,12 +233,12 @@ def signal_mask(
 
 
 def win_rate(wins: Float[Tensor, "P G G"], played: Bool[Tensor, "P G G"]) -> Float[Tensor, "P G"]:
-    """The share of its comparisons that a member wins, a tie counting one half (Pref-GRPO, arXiv:2508.20751).
+    """The win rate of every member, a tie counting one half (Pref-GRPO, arXiv:2508.20751).
 
     reward_i = sum_j wins_ij / sum_j played_ij, over the pairs played, j != i.
 
     Shapes: wins (P, G, G), in [0, 1]: row i against column j; played (P, G, G), its diagonal ignored; to (P, G).
-    Range: [0, 1]; nan for a member that played no one, to be masked.
+    Range: [0, 1]; nan for a member without comparisons, to be masked.
     Raises: nothing.
     Differs from the paper: any subset of the pairs may be played; with all of them the divisor is the paper's G - 1.
     """
@@ -249,7 +247,7 @@ def win_rate(wins: Float[Tensor, "P G G"], played: Bool[Tensor, "P G G"]) -> Flo
 
 
 def check_finite(scores: Tensor, mask: Tensor) -> None:
-    """Refuses a valid score that is no number: nan compares false with any floor, so it would pass as no signal."""
+    """Raises ContractError for a valid score that is not finite, as nan > floor would pass as no signal."""
     if not torch.where(mask, scores, 0.0).isfinite().all():
         raise ContractError("a score is nan or infinite but not masked: mask it, with its reason")
 
@@ -258,7 +256,7 @@ def _group_moments(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Centered scores (P, G), 0 where masked, and population std (P,), 0 where nothing is valid."""
     check_finite(scores, mask)
     lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
-    # above the group's lowest score: equal scores then have a std of exactly 0, without rounding
+    # relative to the group's lowest score, so that equal scores have a std of exactly 0
     above = torch.where(mask, scores - lowest, 0.0)
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
     centered = torch.where(mask, above - above.sum(dim=1, keepdim=True) / count, 0.0)
@@ -272,5 +270,5 @@ def _masked_std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bessel(count: Tensor) -> Tensor:
-    """What turns a population std of ``count`` values into that of the sample."""
+    """The factor from the population std of ``count`` values to the sample std."""
     return (count / (count - 1).clamp(min=1)).sqrt()

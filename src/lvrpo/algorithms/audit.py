@@ -1,4 +1,4 @@
-"""What the rewards did: the variance of the advantages split among them, and how they agree inside groups."""
+"""Attribution of the variance of advantages to rewards, and correlation of scores inside groups."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Normalization = Literal["reward", "sum"]
 
 @dataclass(frozen=True)
 class VarianceShares:
-    """How the variance of the advantages of each group splits; all in units of squared advantage."""
+    """Decomposition of the variance of the advantages of each group; all in units of squared advantage."""
 
     by_reward: Float[Tensor, "P K"]
-    """Covariance of each reward's contribution with the advantage; negative where a reward works against the total."""
+    """Covariance of each reward's contribution with the advantage; negative if a reward opposes the total."""
     rest: Float[Tensor, " P"]
-    """Variance that no sum of these rewards explains: a clamp, or something else that shaped the advantages; else 0."""
+    """Unexplained variance, such as that of a clamp; 0 for unclamped advantages."""
     total: Float[Tensor, " P"]
     """Variance of the advantages; 0 without signal."""
 
     def pooled(self) -> Float[Tensor, " K"]:
-        """Shares over all groups, each weighing as much as its advantages vary; nan where none does."""
+        """Shares over all groups, weighted by their variance; nan if all variances are 0."""
         return self.by_reward.sum(dim=0) / self.total.sum()
 
 
@@ -47,18 +47,17 @@ def advantage_parts(
     normalize: Sequence[NormalizeChoice | None] | None = None,
     batches: Int[Tensor, " P"] | None = None,
 ) -> Float[Tensor, "P G K"]:
-    """What each reward adds to the score that an advantage is proportional to within a group.
+    """The contribution of each reward to the score that the advantage is proportional to within a group.
 
-    ``reward`` (each normalised in its group, then summed: GDPO, arXiv:2601.05242): u_k = w_k (r_k - mean_G r_k) /
-    (std_G r_k + eps), 0 where std_G r_k <= ``std_floor``. ``sum`` (summed, then normalised by whatever scale: GRPO,
-    Dr.GRPO, leave-one-out, batch std): u_k = w_k (r_k - mean_G r_k). ``normalize`` and ``batches``: rewards with a
-    scale of their own, and the groups that share a batch std (see ``normalize_rewards``).
+    ``reward`` (each normalized in its group, then summed: GDPO, arXiv:2601.05242): u_k = w_k (r_k - mean_G r_k) /
+    (std_G r_k + eps), 0 where std_G r_k <= ``std_floor``. ``sum`` (summed, then normalized: GRPO, Dr.GRPO,
+    leave-one-out, batch std): u_k = w_k (r_k - mean_G r_k). ``normalize`` and ``batches``: as in ``normalize_rewards``.
 
-    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) where they differ from group to group, to (P, G, K);
-    every u_k sums to 0 over the members that count.
+    Shapes: scores and mask (P, G, K), weights (K,), or (P, K) if they differ between groups, to (P, G, K); every u_k
+    sums to 0 over the valid members.
     Raises: InputError for an unknown ``normalization``; ContractError for a valid score that is not finite.
-    Differs from the paper: no paper. A masked score adds 0; for ``sum`` a member counts only if it has a score from
-    every reward that applies to its group, as a sum with a missing term is no number.
+    Differs from the paper: no paper given. A masked score contributes 0; for ``sum`` a member is valid only with a
+    score from every reward that applies to its group.
     """
     if normalization == "reward":
         valid = mask
@@ -86,18 +85,17 @@ def advantage_parts(
 def variance_shares(
     parts: Float[Tensor, "P G K"], advantages: Float[Tensor, "P G"], mask: Bool[Tensor, "P G"]
 ) -> VarianceShares:
-    """Splits Var(A) among the rewards by the covariance of what each contributed.
+    """Attributes Var(A) to the rewards by the covariance of their contributions with A.
 
-    u = sum_k u_k;  lambda = Cov(u, A) / Var(u) per group, the scale between the summed parts and the advantage, read
-    off the advantages themselves;  c_k = lambda u_k.  Then Var(A) = sum_k Cov(c_k, A) + Var(A - lambda u): the share of
-    reward k is Cov(c_k, A) / Var(A), and shares and rest sum to 1. Where A is proportional to u, as in every advantage
-    without clamp or trimming, the rest is 0.
+    u = sum_k u_k;  lambda = Cov(u, A) / Var(u) per group, the regression coefficient of A on u;  c_k = lambda u_k.
+    Then Var(A) = sum_k Cov(c_k, A) + Var(A - lambda u): the share of reward k is Cov(c_k, A) / Var(A), and shares and
+    rest sum to 1. The rest is 0 if A is proportional to u, as for all advantages without clamp or trimming.
 
     Shapes: parts (P, G, K), advantages and mask (P, G), to (P, K), (P,), (P,). Range: the rest is never negative; a
     share may be, and another then exceeds 1.
     Raises: ContractError for a valid advantage that is not finite.
-    Differs from the paper: no paper; with independent rewards it is the share of variance, w_k^2 / sum_j w_j^2 for
-    GDPO, and a covariance between two rewards is split evenly among them.
+    Differs from the paper: no paper given. For independent rewards it is the share of variance, w_k^2 / sum_j w_j^2
+    for GDPO; a covariance between two rewards is split evenly.
     """
     if not torch.where(mask, advantages, 0.0).isfinite().all():
         raise ContractError("an advantage is nan or infinite but not masked: mask it, with its reason")
@@ -117,13 +115,12 @@ def variance_shares(
 def group_correlation(
     x: Float[Tensor, "P G"], y: Float[Tensor, "P G"], mask: Bool[Tensor, "P G"], *, std_floor: float = 1e-6
 ) -> tuple[float, int]:
-    """Pearson's correlation of two scores of the same outputs inside their groups, pooled, and the groups behind it.
+    """Pooled within-group Pearson correlation of two scores of the same outputs, and the number of groups.
 
-    rho = sum_p Cov_p(x, y) n_p / sqrt( sum_p Var_p(x) n_p * sum_p Var_p(y) n_p ), over the groups p in which both
-    spread by more than ``std_floor`` (population std), n_p members with both. What differs from prompt to prompt has no
-    part in it.
+    rho = sum_p Cov_p(x, y) n_p / sqrt( sum_p Var_p(x) n_p * sum_p Var_p(y) n_p ), over the groups p in which both have
+    a population std above ``std_floor``, with n_p members with both scores. Differences between prompts are excluded.
 
-    Shapes: x, y, mask (P, G). Range: [-1, 1]; nan where no group counts.
+    Shapes: x, y, mask (P, G). Range: [-1, 1]; nan without such a group.
     Raises: nothing.
     Differs from the paper: no paper given.
     """

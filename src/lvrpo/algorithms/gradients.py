@@ -1,8 +1,8 @@
-"""Gradients of several tasks: how they agree, and how to add them up where they do not.
+"""Gradients of several tasks: their agreement, and the combination of conflicting ones.
 
-K tasks give one list of tensors each, one tensor per parameter, in the same order. All that is decided here depends on
-their K x K inner products alone, and every way of adding them up is a weighted sum. Inner products add over parameters,
-so those of a layer or an expert are had from its tensors, and their sum is that of the model.
+Each of K tasks has a list of tensors, one per parameter, in the same order. All functions depend only on the K x K
+matrix of inner products, and all combinations are weighted sums. Inner products are additive over parameters, so the
+matrix of a model is the sum of those of its layers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor]]) -> Float[Tensor, "K K"]:
 
 
 def cosine_matrix(gram: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
-    """How far the tasks pull the same way.
+    """Cosine similarity of the tasks' gradients.
 
     cos_ij = gram_ij / sqrt(gram_ii gram_jj).
 
@@ -65,15 +65,15 @@ def cosine_matrix(gram: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
 
 
 def projection_weights(gram: Float[Tensor, "K K"], seed: int = 0) -> Float[Tensor, " K"]:
-    """How often each task's gradient enters the sum once conflicts are projected away (PCGrad, arXiv:2001.06782).
+    """The weight of each task's gradient after conflicts are projected out (PCGrad, arXiv:2001.06782).
 
     For every task i: h_i = g_i; for the other tasks j in random order: if <h_i, g_j> < 0,
     h_i = h_i - <h_i, g_j> / |g_j|^2 g_j. The update is sum_i h_i = sum_j weights_j g_j.
 
     Shapes: (K, K), as from ``gram_matrix``, to (K,). Range: >= 1; all 1 where no two tasks conflict.
-    Raises: nothing. A task without a gradient projects nothing.
-    Differs from the paper: no; the h_i are written in terms of the g_j, so that only inner products are needed. The
-    order depends on the seed alone.
+    Raises: nothing. A task without a gradient is not projected on.
+    Differs from the paper: no; the h_i are expressed in the g_j, so only inner products are needed. The order is a
+    function of the seed.
     """
     K = len(gram)
     inner = gram.tolist()
@@ -90,7 +90,7 @@ def projection_weights(gram: Float[Tensor, "K K"], seed: int = 0) -> Float[Tenso
 
 
 def balance_weights(gram: Float[Tensor, "K K"], shares: Float[Tensor, " K"] | None = None) -> Float[Tensor, " K"]:
-    """Weights that give every task's gradient one norm, or norms in the given proportion.
+    """Weights that scale all tasks' gradients to equal norms, or to norms proportional to ``shares``.
 
     weights_i = share_i m / |g_i|;  m = mean |g| over the tasks that have a gradient, and shares have a mean of 1 over
     them.
@@ -115,7 +115,7 @@ def combine_gradients(gradients: Sequence[Sequence[Tensor]], weights: Float[Tens
 
     g = sum_i weights_i g_i.
 
-    Shapes: K lists of tensors and weights (K,) to one list. A task with weight 0 may hold anything.
+    Shapes: K lists of tensors and weights (K,) to one list. Gradients of weight 0 are ignored and may be nan.
     Raises: InputError if the numbers of tasks and of weights differ.
     Differs from the paper: no paper given.
     """
@@ -133,7 +133,7 @@ def combine_gradients(gradients: Sequence[Sequence[Tensor]], weights: Float[Tens
 
 
 def project_conflicts(gradients: Sequence[Sequence[Tensor]], seed: int = 0) -> list[Tensor]:
-    """The tasks' gradients added up without their conflicts (PCGrad, arXiv:2001.06782).
+    """The sum of the tasks' gradients with conflicts projected out (PCGrad, arXiv:2001.06782).
 
     combine_gradients(gradients, projection_weights(gram_matrix(gradients), seed)).
 
@@ -145,7 +145,7 @@ def project_conflicts(gradients: Sequence[Sequence[Tensor]], seed: int = 0) -> l
 
 
 def balance_norms(gradients: Sequence[Sequence[Tensor]], shares: Float[Tensor, " K"] | None = None) -> list[Tensor]:
-    """The tasks' gradients added up with equal norms, or norms in the given proportion.
+    """The sum of the tasks' gradients, scaled to equal norms or to norms proportional to ``shares``.
 
     combine_gradients(gradients, balance_weights(gram_matrix(gradients), shares)).
 

@@ -1,6 +1,6 @@
-"""Distances to a reference policy. None of them detaches the current policy: each has a gradient to it.
+"""KL estimators and distances to a reference policy, all differentiable in the current policy.
 
-The estimators at sampled actions work entry by entry; give entries that are masked later any finite number.
+Estimators at sampled actions are elementwise; entries that are masked later must be finite.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ __all__ = ["corrected_k3", "gaussian_kl", "k1", "k2", "k3", "velocity_regularize
 
 
 def k1(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The plain estimator of KL(policy || reference) at sampled actions.
+    """The naive estimator of KL(policy || reference) at sampled actions.
 
     k1 = -d, d = ref_logprobs - logprobs.
 
-    Shapes: alike, to the same. Range: any sign; unbiased as a value, but its gradient has mean 0: for logging, not as
-    loss.
+    Shapes: equal, to the same. Range: any sign; unbiased, but its gradient has mean 0: for logging, not as a loss.
     Raises: nothing.
     Differs from the paper: no.
     """
@@ -33,11 +32,11 @@ def k1(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"])
 
 
 def k2(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Half the squared log-ratio at sampled actions: biased as a value, with the gradient of KL(policy || reference).
+    """Half the squared log-ratio at sampled actions: a biased estimate with the gradient of KL(policy || reference).
 
     k2 = d^2 / 2, d = ref_logprobs - logprobs.
 
-    Shapes: alike, to the same. Range: >= 0.
+    Shapes: equal, to the same. Range: >= 0.
     Raises: nothing.
     Differs from the paper: no.
     """
@@ -50,9 +49,9 @@ def k3(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"])
 
     k3 = exp(d) - d - 1, d = ref_logprobs - logprobs.
 
-    Unbiased as a value; its gradient, at samples of the policy, is that of the *forward* KL(reference || policy).
+    Unbiased; its gradient, at samples of the policy, is that of the *forward* KL(reference || policy).
 
-    Shapes: alike, to the same. Range: >= 0; exp(d) explodes where the policy has all but left the reference.
+    Shapes: equal, to the same. Range: >= 0; exp(d) is huge where the policy is far less likely than the reference.
     Raises: nothing.
     Differs from the paper: no.
     """
@@ -65,12 +64,12 @@ def corrected_k3(
     ref_logprobs: Float[Tensor, "*shape"],
     behavior_logprobs: Float[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape"]:
-    """k3 weighted by the importance ratio: value and gradient are those of KL(policy || reference), on and off policy
+    """k3 weighted by the importance ratio: an estimator of KL(policy || reference) and its gradient, on and off policy
     (DeepSeek-V3.2, arXiv:2512.02556).
 
     ratio k3, ratio = exp(logprobs - behavior_logprobs), with its gradient.
 
-    Shapes: alike, to the same. Range: >= 0.
+    Shapes: equal, to the same. Range: >= 0.
     Raises: nothing.
     Differs from the paper: no. The ratio is not clipped.
     """
@@ -84,15 +83,15 @@ def gaussian_kl(
     std: Float[Tensor, " ..."],
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Float[Tensor, " B"]:
-    """The exact KL between two flow steps that share their noise: N(mean, std^2) against N(mean_ref, std^2).
+    """The exact KL of two flow steps of equal variance, N(mean, std^2) and N(mean_ref, std^2).
 
-    KL per dimension = (mean - mean_ref)^2 / (2 std^2), std the step's full deviation, e.g. s sqrt(-dt) for Flow-SDE;
-    reduced over all but the first axis, by ``mean`` (1/D of the step's KL) or ``sum`` (the step's KL in nats).
+    KL per dimension = (mean - mean_ref)^2 / (2 std^2), std the step's standard deviation, e.g. s sqrt(-dt) for
+    Flow-SDE; reduced over all but the first axis by ``mean`` (1/D of the step's KL) or ``sum`` (the step's KL in nats).
 
     Shapes: mean and mean_ref (B, N, C), std broadcastable to them, to (B,). Range: >= 0; inf or nan for std = 0.
     Raises: InputError for an unknown reduction.
-    Differs from the paper: Flow-GRPO's code (arXiv:2505.05470) leaves -dt out of std^2, so that its coefficient does
-    not compare across numbers of steps.
+    Differs from the paper: Flow-GRPO's code (arXiv:2505.05470) omits the factor -dt of std^2, so its coefficient
+    depends on the number of steps.
     """
     kl = ((mean - mean_ref.detach()) ** 2 / (2 * std**2)).flatten(1)
     if reduction == "mean":
@@ -105,8 +104,7 @@ def gaussian_kl(
 def velocity_regularizer(v: Float[Tensor, " B *shape"], v_ref: Float[Tensor, " B *shape"]) -> Float[Tensor, " B"]:
     """The squared distance of two velocities (UniGRPO, arXiv:2603.23500).
 
-    mean |v - v_ref|^2 over all but the first axis; unlike the KL of the step it neither vanishes nor blows up with
-    the noise.
+    mean |v - v_ref|^2 over all but the first axis; unlike the KL of a step it does not depend on the noise level.
 
     Shapes: v and v_ref (B, N, C) to (B,). Range: >= 0, in squared units of the velocity.
     Raises: nothing.

@@ -1,4 +1,4 @@
-"""DiffusionNFT: aligning a flow on fresh noise, with no stored trajectory, any solver and no guidance."""
+"""DiffusionNFT: policy optimization of a flow on the forward process, without recorded trajectories or log-probs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NFTLoss:
     velocity_kl: Tensor
     """mean |v - v_ref|^2, without its coefficient."""
     distance_to_old: Tensor
-    """mean |v - v_old|^2, detached: watch it; a tenfold rise announces a decay."""
+    """mean |v - v_old|^2, detached; monitor it: a tenfold rise precedes a collapse."""
 
 
 def nft_loss(
@@ -45,18 +45,17 @@ def nft_loss(
     advantage_max: float = 1.0,
     weight_floor: float = 1e-5,
 ) -> NFTLoss:
-    """Pulls an implicit positive policy to good samples and an implicit negative one to bad ones (arXiv:2509.16117).
+    """Fits an implicit positive policy to good samples and an implicit negative one to bad samples (arXiv:2509.16117).
 
     v+ = beta v + (1 - beta) v_old;  v- = (1 + beta) v_old - beta v;  x0+- = x_t - t v+-;
     L = (A_max / beta) [ q mean|x0+ - x0|^2 / w+ + (1 - q) mean|x0- - x0|^2 / w- ] + kl_coef mean|v - v_ref|^2,
     with w+- = sg(mean|x0+- - x0|), at least ``weight_floor``, per sample.
 
     Shapes: v, v_old, v_ref, x_t, x0 (B, N, C), t and q (B,) to fields (B,). ``x_t`` = (1 - t) x0 + t noise with fresh
-    noise,
-    ``q`` in [0, 1] as from ``reward_probability``. v_old and v_ref get no gradient. At v = v_old the gradient is
-    proportional to 2 q - 1, so a member of advantage 0 pulls nowhere at first.
+    noise, ``q`` in [0, 1] as from ``reward_probability``. v_old and v_ref get no gradient. At v = v_old the gradient is
+    proportional to 2 q - 1, so 0 for advantage 0.
     Raises: InputError for beta <= 0, or for a kl_coef without v_ref.
-    Differs from the paper: nothing known; the result is kept per sample, to be averaged by the caller.
+    Differs from the paper: no; the result is per sample, to be averaged by the caller.
     """
     if beta <= 0:
         raise InputError(f"nft beta={beta}: use a positive number, e.g. 0.5")
@@ -99,7 +98,7 @@ def old_policy_decay(step: int, *, rate: float, ceiling: float) -> float:
 
     Range: [0, ceiling]; 0 at step 0, where old becomes a copy of current.
     Raises: InputError for a ceiling outside [0, 1).
-    Differs from the paper: the numbers are the caller's.
+    Differs from the paper: rate and ceiling are arguments.
     """
     if not 0 <= ceiling < 1:
         raise InputError(f"decay ceiling={ceiling}: use a number in [0, 1)")

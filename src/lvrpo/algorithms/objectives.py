@@ -1,8 +1,8 @@
-"""Policy objectives: importance ratios, clips, and how terms are reduced. Tokens and flow steps alike.
+"""Policy-gradient objectives on tokens and flow steps: importance ratios, clipping, and reductions.
 
-An objective takes log-probs, advantages and a mask, all (B, L), and returns terms to minimise, not yet reduced. Masked
-entries never matter (they may be nan). One definition of the denominator serves every term of a loss, the surrogate,
-the divergence and the entropy: ``reduce_tokens``, or ``reduction_weights`` where a batch is accumulated in parts.
+An objective takes log-probs, advantages and a mask, all (B, L), and returns unreduced terms to minimize. Masked entries
+are ignored (they may be nan). All terms of a loss (surrogate, KL, entropy) share one denominator: ``reduce_tokens``, or
+``reduction_weights`` with gradient accumulation.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ LossReduction = Literal["token", "trajectory", "constant"]
 
 @dataclass(frozen=True)
 class SurrogateLoss:
-    """The surrogate per action, not yet reduced."""
+    """The unreduced surrogate per action."""
 
     loss_terms: Tensor
-    """To minimise; 0 where masked."""
+    """To minimize; 0 where masked."""
     ratio: Tensor
-    """The importance ratio that is clipped, detached; 1 where masked."""
+    """The importance ratio before clipping, detached; 1 where masked."""
     clipped: Tensor
-    """bool: where the clip is active; there a term has no gradient (CISPO: a capped weight); False where masked."""
+    """bool: where the clip is active and the term has no gradient (CISPO: a clipped weight); False where masked."""
 
 
 class TokenObjective(Protocol):
-    """What every entry of ``TOKEN_OBJECTIVES`` is."""
+    """The signature of the entries of ``TOKEN_OBJECTIVES``."""
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ class TokenObjective(Protocol):
 
 
 class ClipBounds(NamedTuple):
-    """How far below and above 1 a ratio may go."""
+    """Bounds of the ratio: [1 - low, 1 + high]."""
 
     low: float
     high: float
@@ -82,14 +82,14 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> SurrogateLoss:
-    """The PPO clip, with a bound of its own on either side (GRPO, arXiv:2402.03300; DAPO, arXiv:2503.14476).
+    """The PPO clip with separate lower and upper bounds (GRPO, arXiv:2402.03300; DAPO, arXiv:2503.14476).
 
     ratio = exp(logprobs - behavior_logprobs);  loss = -min(ratio A, clamp(ratio, 1 - clip_low, 1 + clip_high) A).
 
     Shapes: logprobs, behavior_logprobs and mask share a shape, (B, L) tokens or (B, W) flow steps; advantages broadcast
-    to it, e.g. (B, 1). Units: the clip bounds the ratio of *one action's* density; where a flow step's log-density is a
-    mean over D latent dimensions, the same change of the policy moves it by 1/D of what it moves the sum, so the clip
-    has to be as much smaller (``scaled_clip``). Computed in float32.
+    to it, e.g. (B, 1). Units: the clip bounds the ratio of *one action's* density; the log-ratio of a flow step whose
+    log-density is a mean over D dimensions is 1/D of that of the sum, so its clip has to be smaller by that factor
+    (``scaled_clip``). Computed in float32.
     Raises: InputError for a negative bound.
     Differs from the paper: nothing in the term; reduction over actions is left to ``reduce_tokens``.
     """
@@ -112,9 +112,9 @@ def gspo_surrogate(
     ratio_t = sg(s) exp(logprobs_t - sg(logprobs_t)), equal to s in value;
     loss_t = -min(ratio_t A_t, clamp(ratio_t, 1 - clip_low, 1 + clip_high) A_t).
 
-    With one advantage per sequence the terms of a row are equal, and their mean has GSPO's value and gradient:
-    s A mean_t grad logprobs_t. So the ``trajectory`` reduction is the paper's objective, and other reductions weigh
-    sequences by their length. With an advantage per token this is GSPO-token.
+    With one advantage per sequence the terms of a row are equal, and their mean has GSPO's value and gradient,
+    s A mean_t grad logprobs_t. So the ``trajectory`` reduction is the paper's objective; other reductions weight
+    sequences by length. With an advantage per token this is GSPO-token.
 
     Shapes: logprobs, behavior_logprobs and mask (B, L); advantages broadcast to them. Units: the ratio is per token
     (a geometric mean), hence clips of 3e-4 and 4e-4.
@@ -136,14 +136,13 @@ def cispo_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> SurrogateLoss:
-    """The importance weight is clipped instead of the term, so that no token loses its gradient (CISPO,
-    arXiv:2506.13585).
+    """Clips the importance weight instead of the term, so that all tokens keep a gradient (CISPO, arXiv:2506.13585).
 
     ratio = exp(logprobs - behavior_logprobs);
     loss = -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A logprobs.
 
-    Shapes: as ``clipped_surrogate``. Range: the value of the loss means nothing (it contains logprobs), only its
-    gradient does. ``clip_low`` = 1 is no lower bound, as the authors train.
+    Shapes: as ``clipped_surrogate``. Range: the value contains logprobs and is not meaningful, only its gradient is.
+    ``clip_low`` = 1: no lower bound, as in the paper's experiments.
     Raises: InputError for a negative bound.
     Differs from the paper: no; the token reduction of the paper is ``reduce_tokens`` with ``token``.
     """
@@ -163,7 +162,7 @@ TOKEN_OBJECTIVES: Mapping[str, TokenObjective] = {
     "gspo": gspo_surrogate,
     "cispo": cispo_surrogate,
 }
-"""Every token objective by its name in a configuration; one signature."""
+"""The token objectives by their name in a configuration."""
 
 
 def guard_surrogate(
@@ -177,15 +176,15 @@ def guard_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> SurrogateLoss:
-    """The clip on a ratio of flow steps that is centered and has one scale at all steps (GRPO-Guard, arXiv:2510.22319).
+    """The clip on a centered ratio of flow steps with equal scale at all steps (GRPO-Guard, arXiv:2510.22319).
 
     log ratio = (logprobs - behavior_logprobs + b) std;  b = |mean - mean_behavior|^2 / (2 std^2);
     loss = -min(ratio A, clamp(ratio, 1 - clip_low, 1 + clip_high) A).
 
-    For x_next = mean_behavior + std eps the log ratio is eps . (mean - mean_behavior): no drift below 0 however far the
-    policy moved, and a spread that no longer grows as std falls. ``step_kl`` is b: ``gaussian_kl`` of the live step
-    against the behavior step, with the reduction of the log-probs and *with its gradient*, which completes that of the
-    ratio. ``std`` is the step's full deviation, e.g. s sqrt(-dt).
+    For x_next = mean_behavior + std eps the log ratio is eps . (mean - mean_behavior): its mean is 0, and its variance
+    does not grow as std falls. ``step_kl`` is b: ``gaussian_kl`` of the current step against the behavior step, with
+    the reduction of the log-probs and *with its gradient*, which is part of that of the ratio. ``std``: the step's
+    standard deviation, e.g. s sqrt(-dt).
 
     Shapes: logprobs, behavior_logprobs, step_kl and mask (B, W); std (W,) or (B, W); advantages (B, 1) or (B, W).
     Units: the log ratio is std times the plain one, so the clip is smaller by about that factor too.
@@ -205,13 +204,13 @@ def truncated_weights(
     cap: float,
     level: Literal["token", "sequence"] = "token",
 ) -> Float[Tensor, "B L"]:
-    """Weights for samples of a program whose probabilities are not the trainer's (truncated importance sampling).
+    """Truncated importance weights that correct for a rollout engine whose log-probs differ from the trainer's.
 
     token: w_t = min(exp(trainer_t - sampler_t), cap);  sequence: w = min(exp(sum_t (trainer_t - sampler_t)), cap), the
     same for all tokens of a row. Multiply the terms of any objective by them, then reduce.
 
-    ``trainer_logprobs`` are those of the weights that sampled, computed by the trainer: what is corrected is the
-    arithmetic (precision, kernels, a stale copy), not the policy's progress, which is the objective's own ratio.
+    ``trainer_logprobs``: under the behavior weights, computed by the trainer. The weights correct numerical differences
+    (precision, kernels, a stale copy), not the policy's update, which is the ratio of the objective.
 
     Shapes: all (B, L), to (B, L), detached; 0 where masked. Range: [0, cap].
     Raises: InputError for a cap that is not positive, or an unknown level.
@@ -235,7 +234,7 @@ def entropy_bonus(
     *,
     constant: float | None = None,
 ) -> Float[Tensor, ""]:
-    """What to add to a loss, times a coefficient, so that the policy keeps its spread.
+    """The entropy bonus, to be added to a loss with a coefficient.
 
     bonus = -reduce(H_t), with the same denominator as the policy's terms.
 
@@ -255,15 +254,15 @@ def reduce_tokens(
 ) -> Float[Tensor, ""]:
     """Reduces the terms of a batch of trajectories to one loss.
 
-    ``token``: sum_bl terms / sum_bl mask, one denominator for the batch (DAPO, arXiv:2503.14476): long answers weigh
-    more.
-    ``trajectory``: mean_b (sum_l terms / sum_l mask) (GRPO, arXiv:2402.03300): every answer weighs the same.
-    ``constant``: mean_b sum_l terms / constant (Dr.GRPO, arXiv:2503.20783): no weight depends on a length.
+    ``token``: sum_bl terms / sum_bl mask, one denominator for the batch (DAPO, arXiv:2503.14476): longer answers have
+    more weight.
+    ``trajectory``: mean_b (sum_l terms / sum_l mask) (GRPO, arXiv:2402.03300): all answers have equal weight.
+    ``constant``: mean_b sum_l terms / constant (Dr.GRPO, arXiv:2503.20783): weights are independent of length.
 
-    Shapes: terms and mask (B, L) to a scalar. A trajectory without a valid action is left out of numerator and
-    denominator; with nothing valid at all the result is 0, still attached to the graph.
+    Shapes: terms and mask (B, L) to a scalar. Trajectories without a valid action are left out; without any valid
+    action the result is 0, attached to the graph.
     Raises: InputError for an unknown ``how``, or for ``constant`` without a positive constant.
-    Differs from the paper: nothing, but for trajectories that are masked out.
+    Differs from the paper: only in masked trajectories.
     """
     terms = torch.where(mask, terms, 0.0)
     count = mask.sum(dim=1)  # (B,)
@@ -278,10 +277,10 @@ def reduce_tokens(
 def reduction_weights(
     mask: Bool[Tensor, "B L"], how: LossReduction = "token", *, constant: float | None = None
 ) -> Float[Tensor, "B L"]:
-    """What each term weighs in ``reduce_tokens``, for a batch whose gradient is accumulated in parts.
+    """The weight of each term in ``reduce_tokens``, for gradient accumulation over microbatches.
 
-    reduce_tokens(terms) = sum_bl weights terms; so the parts' sums, each with its rows of the whole batch's weights,
-    add up to the loss of the whole batch, in any split. The mean of the parts' own means does not.
+    reduce_tokens(terms) = sum_bl weights terms; so the weighted sums of the microbatches, with their rows of the
+    batch's weights, add up to the loss of the batch for any split. The mean of microbatch means does not.
 
     Shapes: mask (B, L) to (B, L), 0 where masked. Range: sums to 1 for ``token`` and ``trajectory``.
     Raises: InputError as ``reduce_tokens``.
@@ -300,13 +299,12 @@ def reduction_weights(
 def scaled_clip(
     clip_low: float, clip_high: float, num_dimensions: int, reduction: Literal["mean", "sum"] = "mean"
 ) -> ClipBounds:
-    """The clip of a flow step for a reduction of its log-density, given the clip for ``mean``.
+    """Converts the clip bounds of a flow step from the ``mean`` reduction of its log-density to another reduction.
 
-    mean: as given;  sum over D dimensions: low = 1 - (1 - clip_low)^D, high = (1 + clip_high)^D - 1.
+    mean: unchanged;  sum over D dimensions: low = 1 - (1 - clip_low)^D, high = (1 + clip_high)^D - 1.
 
-    A log-density summed over D dimensions moves D times as far as its mean, so its ratio is the other's D-th power:
-    with these bounds both clip the very same samples. Published clips (1e-6 .. 1e-4) are for the mean; with the sum
-    the gradient is D times as large.
+    The ratio for the sum is the D-th power of that for the mean, so with these bounds both clip the same samples.
+    Published clips (1e-6 .. 1e-4) are for the mean; with the sum the gradient is D times as large.
 
     Range: low in [0, 1], high >= 0.
     Raises: InputError for a negative bound, a clip_low above 1, num_dimensions below 1, an unknown reduction, or a
@@ -347,7 +345,7 @@ def _check_bounds(clip_low: float, clip_high: float) -> None:
 
 
 def _divisor(how: str, constant: float | None) -> float:
-    """The constant of the reduction that needs one; by now it is the only one left."""
+    """Validates and returns the divisor of the ``constant`` reduction; raises InputError for another one."""
     if how != "constant":
         raise InputError(f"loss_reduction={how!r} is unknown: use token, trajectory or constant")
     if constant is None or constant <= 0:

@@ -1,4 +1,4 @@
-"""Pairs of outputs: direct preference optimization for text and for flows."""
+"""Direct preference optimization for text and for flows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class PreferenceLoss:
     """A preference loss per pair, each (B,)."""
 
     loss: Tensor
-    """To minimise; log 2 where the policy is the reference."""
+    """To minimize; log 2 if the policy is the reference."""
     margin: Tensor
-    """z, detached: the implicit reward of the winner over the loser. Its sign is the accuracy."""
+    """z, detached: the implicit reward margin of the winner over the loser; > 0: correctly ranked."""
 
 
 def dpo_loss(
@@ -34,7 +34,7 @@ def dpo_loss(
     *,
     beta: float,
 ) -> PreferenceLoss:
-    """Makes the winner of a pair more likely than the loser, relative to the reference (DPO, arXiv:2305.18290).
+    """The DPO loss of preference pairs (arXiv:2305.18290).
 
     z = beta [(winner - ref_winner) - (loser - ref_loser)];  loss = -log sigmoid(z).
 
@@ -63,8 +63,8 @@ def flow_dpo_loss(
 
     z = -(beta / 2) [(winner_loss - ref_winner_loss) - (loser_loss - ref_loser_loss)];  loss = -log sigmoid(z).
 
-    All four losses of a pair are taken at *one time and with one noise*: what noise and time do to a loss is much
-    larger than what the policy does, and cancels only then.
+    All four losses of a pair must use the *same time and noise*, whose effect on a loss is much larger than that of the
+    policy and cancels only then.
 
     Shapes: all (B,), as from ``flow_matching_loss``, to (B,). Units: the losses are means over latent dimensions, as in
     the authors' code, hence betas of 100 .. 5000; for sums divide beta by the number of dimensions.

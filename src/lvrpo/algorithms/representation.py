@@ -1,4 +1,4 @@
-"""Representation alignment: hidden features of the drawing side are pulled toward those of a frozen tower."""
+"""Representation alignment (REPA): hidden states of the generation side are aligned to a frozen image encoder."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def repa_loss(
     features: Float[Tensor, "B N D"],
     mask: Bool[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """Aligns projected hidden states of a noisy picture with a frozen encoder's features of the clean one (REPA,
+    """Aligns projected hidden states of a noisy image with a frozen encoder's features of the clean image (REPA,
     arXiv:2410.06940).
 
-    loss = -mean_n cos(projected_n, features_n) over the (valid) tokens of a picture.
+    loss = -mean_n cos(projected_n, features_n) over the (valid) tokens of an image.
 
-    ``projected`` is h(hidden states) with a small trained head h, at the same N places as ``features``; the features
-    get no gradient. Added to the flow-matching loss with a weight of about 0.5. The head must not start at zero: the
-    direction of a vector of length 0 has no finite gradient.
+    ``projected`` is h(hidden states) with a small trained head h, at the same N positions as ``features``, which get no
+    gradient. Added to the flow-matching loss with a weight of about 0.5. The head must not be initialized to zero, as
+    the cosine with a zero vector has no finite gradient.
 
-    Shapes: projected and features (B, N, D), mask (B, N), to (B,), float32. Range: [-1, 1]; a token of length 0 counts
-    as 0, and so does a picture without a valid token.
+    Shapes: projected and features (B, N, D), mask (B, N), to (B,), float32. Range: [-1, 1]; 0 for zero vectors and for
+    an image without a valid token.
     Raises: nothing.
-    Differs from the paper: no. The encoder may be the model's own frozen reading tower, so that none is added.
+    Differs from the paper: no. The encoder may be the model's own frozen image encoder.
     """
     projected, features = projected.float(), features.detach().float()
     if mask is None:

@@ -1,6 +1,6 @@
-"""Which members and groups are trained on: by advantage, by score, as pairs, or drawn again.
+"""Selection of members and groups for training: top and bottom k, best of n, preference pairs, dynamic sampling.
 
-Members are picked from masks, so that a masked member is never chosen. Ties go to the lower member index.
+Masked members are never selected. Ties go to the lower member index.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class PreferencePairs:
     loser: Tensor
     """int64 (P,): the member with the lowest score."""
     valid: Tensor
-    """bool (P,): whether the group has such a pair; the indices mean nothing where it has not."""
+    """bool (P,): whether the group has a pair; if False the indices are undefined."""
 
 
 @dataclass(frozen=True)
 class ResamplePlan:
-    """What dynamic sampling does with one round of groups."""
+    """The groups to resample in one round of dynamic sampling."""
 
     redraw: Tensor
-    """bool (P,): groups without signal to be replaced by groups of fresh prompts of the same task."""
+    """bool (P,): groups without signal to be replaced by groups of new prompts of the same task."""
     given_up: Tensor
-    """bool (P,): groups without signal for which the budget does not suffice; to be counted, and left out."""
+    """bool (P,): groups without signal beyond the budget."""
     budget_left: int
-    """Groups that may still be drawn after this round."""
+    """Remaining budget in groups after this round."""
 
 
 def best_worst_mask(
@@ -57,12 +57,12 @@ def best_worst_mask(
 ) -> Bool[Tensor, "P G"]:
     """Selects the ``keep`` best and the ``keep`` worst valid members of each group with signal.
 
-    Members are ordered by falling advantage, ties by rising member index; the first and the last ``keep`` are taken, so
-    2 * keep different members where there are that many. A group without signal (all valid advantages equal) has none.
+    Members are sorted by descending advantage, ties by ascending index; the first and the last ``keep`` are selected,
+    2 * keep different members if there are that many. None in a group without signal (all valid advantages equal).
 
     Shapes: advantages and mask (P, G) to (P, G).
     Raises: InputError for ``keep`` below 1.
-    Differs from the paper: no paper; it halves the update of a group of 8 and keeps its contrast.
+    Differs from the paper: no paper given. With keep = 2 it halves the compute of a group of 8.
     """
     if keep < 1:
         raise InputError(f"keep={keep} members is no choice: use 1 or more")
@@ -77,12 +77,12 @@ def best_worst_mask(
 
 
 def centered_advantages(advantages: Float[Tensor, "P G"], keep: Bool[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """Advantages of the kept members of each group with their mean taken off.
+    """Advantages of the kept members of each group, centered again.
 
     A'_i = A_i - mean_{j kept} A_j for kept members, 0 for the others.
 
-    The best and the worst of a skewed group do not balance. What is left over trains a policy on its own samples,
-    whatever their reward; samples of a few solver steps are narrower than the policy, so pictures fade.
+    The advantages of the best and the worst members of a skewed group do not sum to 0. The remainder would train the
+    policy on its own samples independent of reward; few-step samples have less variance than it, so images fade.
 
     Shapes: advantages and keep (P, G) to (P, G). Range: sums to 0 over the kept members of every group.
     Raises: nothing.
@@ -101,13 +101,12 @@ def best_of_mask(
     min_score: float | None = None,
     min_gap: float = 1e-6,
 ) -> Bool[Tensor, "P G"]:
-    """Selects the ``keep`` best valid members of each group, to be imitated (RAFT, arXiv:2304.06767).
+    """Selects the ``keep`` best valid members of each group for supervised training (RAFT, arXiv:2304.06767).
 
-    chosen_i = rank of r_i among the valid members, from the top, below keep (and r_i >= min_score, if given).
+    chosen_i = (rank of r_i among the valid members, descending) < keep (and r_i >= min_score, if given).
 
-    A group whose best and worst score differ by at most ``min_gap`` has no best and gives nothing: to imitate any
-    member of it would train the policy on its own samples, whatever they are worth. A negative ``min_gap`` takes such
-    groups too: "every right answer" is keep = G, min_score = 1, min_gap = -1.
+    A group whose best and worst score differ by at most ``min_gap`` is skipped, as training on it would not depend on
+    reward. A negative ``min_gap`` includes such groups: "every right answer" is keep = G, min_score = 1, min_gap = -1.
 
     Shapes: scores and mask (P, G) to (P, G).
     Raises: InputError for ``keep`` below 1; ContractError for a valid score that is not finite.
@@ -126,13 +125,13 @@ def best_of_mask(
 def preference_pairs(
     scores: Float[Tensor, "P G"], mask: Bool[Tensor, "P G"], *, min_gap: float = 1e-6
 ) -> PreferencePairs:
-    """The best and the worst valid member of each group, as a pair to prefer between (online DPO, arXiv:2402.04792).
+    """The best and the worst valid member of each group as a preference pair (online DPO, arXiv:2402.04792).
 
     winner = argmax_i r_i;  loser = argmin_i r_i;  valid if r_winner - r_loser > min_gap.
 
     Shapes: scores and mask (P, G) to fields (P,).
     Raises: InputError for a negative ``min_gap``; ContractError for a valid score that is not finite.
-    Differs from the paper: it judges two samples; here two are picked from G by score.
+    Differs from the paper: it compares two samples; here a pair is selected from G by score.
     """
     if min_gap < 0:
         raise InputError(f"preference min_gap={min_gap}: use 0 or more")
@@ -143,27 +142,26 @@ def preference_pairs(
 
 
 def resample_plan(signal: Bool[Tensor, " P"], tasks: Int[Tensor, " P"], budget: int) -> ResamplePlan:
-    """Which groups without signal are drawn again in this round (dynamic sampling of DAPO, arXiv:2503.14476).
+    """The groups without signal to resample in this round (dynamic sampling of DAPO, arXiv:2503.14476).
 
-    With n groups without signal: all are drawn again if n <= budget; else ``budget`` of them, one of each task in turn
-    (rising task number, then rising group), so that a task that seldom has signal does not spend the budget of all.
+    With n groups without signal: all are resampled if n <= budget; else ``budget`` of them, round-robin over tasks
+    (ascending task number, then group), so that a task that rarely has signal does not use the whole budget.
 
-    Call it after every round with the signal of the groups as they then stand and the budget that was left; it is done
-    when ``redraw`` is empty. The share of groups that were given up belongs in the metrics: it says how much of the
-    sampling taught nothing.
+    Call it after every round with the current signal and remaining budget, until ``redraw`` is empty. Log the share of
+    given-up groups: it is the share of samples without a training signal.
 
     Shapes: signal, as from ``signal_mask``, and tasks (P,) any integers, to fields (P,).
     Raises: InputError for a negative budget.
-    Differs from the paper: DAPO draws until the batch is full; here the budget is a number, and tasks share it.
+    Differs from the paper: DAPO samples until the batch is full; here the budget is fixed and shared by tasks.
     """
     if budget < 0:
         raise InputError(f"resample budget={budget} groups: use 0 or more")
     dead = ~signal
-    turn = torch.zeros_like(tasks)  # the how-manieth dead group of its task
+    index = torch.zeros_like(tasks)  # of a dead group within its task
     for task in tasks.unique():
         rows = dead & (tasks == task)
-        turn[rows] = torch.arange(int(rows.sum()), device=tasks.device)
-    order = sorted(dead.nonzero()[:, 0].tolist(), key=lambda p: (int(turn[p]), int(tasks[p])))
+        index[rows] = torch.arange(int(rows.sum()), device=tasks.device)
+    order = sorted(dead.nonzero()[:, 0].tolist(), key=lambda p: (int(index[p]), int(tasks[p])))
     redraw = torch.zeros_like(signal)
     redraw[order[:budget]] = True
     return ResamplePlan(redraw=redraw, given_up=dead & ~redraw, budget_left=budget - int(redraw.sum()))

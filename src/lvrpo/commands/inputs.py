@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.commands.options import refuse_existing
-from lvrpo.config import CONSENT, Config, load_config, read_tree, shipped_configs
+from lvrpo.config import ALLOW_CODE, Config, load_config, read_tree, shipped_configs
 from lvrpo.data.images import load_image, middle_square
 from lvrpo.data.jsonl import Row, parse_row
 from lvrpo.errors import InputError
-from lvrpo.reading import is_there, parse_json, read_text
+from lvrpo.reading import parse_json, path_exists, read_text
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.types import Image, Task
@@ -49,8 +49,8 @@ def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
     path = find_config(name)
     refuse_other_kind(cls, name, path)
-    config = load_config(cls, path, overrides, own_file=not is_there(path.parent / MANIFEST))
-    allow_code(getattr(config, CONSENT, ()))  # only an alignment has it
+    config = load_config(cls, path, overrides, allow_code=not path_exists(path.parent / MANIFEST))
+    allow_code(getattr(config, ALLOW_CODE, ()))  # only an alignment has it
     return config
 
 
@@ -83,7 +83,7 @@ def write_file(path: Path, content: bytes, force: bool) -> None:
         raise InputError(f"{path.parent}: is a file: choose another folder")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_atomic(path, content)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from lvrpo.commands.options import Command, Options, Parser, positive, whole
 from lvrpo.commands.train import refuse_out, train_options
-from lvrpo.errors import ContractError, InputError, NotWellError
+from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
 FINAL_CODES = (0, 2, 3, 130)
@@ -95,7 +95,7 @@ def environment(rendezvous: Rendezvous, rank: int, size: int, local_rank: int) -
     }
 
 
-def require_room(has: Mapping[str, float], workers: int, cards: int) -> None:
+def require_enough_memory(has: Mapping[str, float], workers: int, cards: int) -> None:
     """Raises InputError where a cluster has fewer CPUs or GPUs than the workers take."""
     most = min(int(has["CPU"]), int(has["GPU"] // cards) if cards else workers)
     if workers > most:
@@ -227,7 +227,7 @@ def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None
     ray: Any = ray_cluster("lvrpo launch ray")  # a package that need not be there
     has = resources(ray)
     cards = int(has["GPU"] > 0) if cards is None else cards
-    require_room(has, workers, cards)
+    require_enough_memory(has, workers, cards)
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -317,7 +317,7 @@ def end(ended: Ended, run: str) -> None:
         what = f"a process ended with code {code}" if code else " ".join(str(ended.error).split())[:200]
         raise ContractError(f"{said or what}: no restart is left: go on with {again}")
     if code:
-        raise InputError(said) if code == 2 else NotWellError(said)
+        raise InputError(said) if code == 2 else UnhealthyRunError(said)
 
 
 def options(parser: Parser) -> None:

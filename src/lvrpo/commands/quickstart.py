@@ -73,7 +73,7 @@ def run(options: Options) -> None:
     from lvrpo.commands.train import require_well
     from lvrpo.evaluation.experiment import Experiment, free_folder
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
+    from lvrpo.training.interrupt import Interrupted, InterruptHandler, print_stopping
     from lvrpo.training.trainer import Trainer
 
     started = time.monotonic()
@@ -94,7 +94,7 @@ def run(options: Options) -> None:
         watch.phase(f"run {run.path}: {config.steps} steps from {config.policy}, seed {config.seed}")
         try:
             before = experiment.before()
-            with Interruption(say_stopping) as interrupted:
+            with InterruptHandler(print_stopping) as interrupted:
                 trainer.train(experiment.observe, interrupted)
                 trainer.require_uninterrupted("quickstart")
             summary = experiment.after(before)

@@ -84,14 +84,14 @@ def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
 
 def write_page(experiment: Experiment, summaries: Path) -> None:
     """The page beside the summaries, made of nothing else."""
-    from lvrpo.atomic_io import write_whole
+    from lvrpo.atomic_io import write_atomic
     from lvrpo.report.evidence import Evidence
     from lvrpo.report.evidence_page import evidence_page
 
     page = summaries.with_suffix(".md")
     text = evidence_page(experiment.table(), Evidence.read(summaries))
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, text.encode())
+    write_atomic(page, text.encode())
     print(page)
     if not experiment.evidence:
         print(f"\n{text}\n{experiment.name}: {NOT_EVIDENCE}")

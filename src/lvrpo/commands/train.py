@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, gibibytes, names, positive
-from lvrpo.errors import InputError, NotWellError
-from lvrpo.reading import is_there
+from lvrpo.errors import InputError, UnhealthyRunError
+from lvrpo.reading import path_exists
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.experiment import Plan
@@ -49,14 +49,14 @@ def train(options: Options) -> None:
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.distributed import is_main
     from lvrpo.evaluation.experiment import Experiment
-    from lvrpo.training.interrupt import Interruption, say_stopping
+    from lvrpo.training.interrupt import InterruptHandler, print_stopping
 
     trainer, plan = open_trainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
         watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
         before = experiment.before()
-        with Interruption(say_stopping) as interrupted:
+        with InterruptHandler(print_stopping) as interrupted:
             trainer.train(experiment.observe, interrupted)
             trainer.require_uninterrupted()
         summary = experiment.after(before)
@@ -73,10 +73,10 @@ def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
 
 
 def require_well(run: Path, summary: Mapping[str, Any]) -> None:
-    """Raises NotWellError with every reason why a run that is done is not well. Any: what JSON holds."""
+    """Raises UnhealthyRunError with every reason why a run that is done is not well. Any: what JSON holds."""
     health = summary["health"]
     if not health["well"]:
-        raise NotWellError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
+        raise UnhealthyRunError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
 def open_trainer(options: Options) -> tuple[Trainer, Plan]:
@@ -95,7 +95,7 @@ def resumed(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.training.trainer import Trainer
 
     refuse_out(options)
-    trainer = Trainer.resume(options.resume, config_of_resumed(options), options.base)
+    trainer = Trainer.resume(options.resume, resumed_config(options), options.base)
     return trainer, asked_plan(options, trainer.config)
 
 
@@ -124,7 +124,7 @@ def asked_plan(options: Options, config: TrainConfig) -> Plan:
     return Plan(()) if options.no_evaluate else held_out_plan(config, options.benchmark)
 
 
-def config_of_resumed(options: Options) -> TrainConfig | None:
+def resumed_config(options: Options) -> TrainConfig | None:
     """What a resumed run is asked for: CONFIG, or its own with changes, or None."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.training.config import TrainConfig
@@ -145,13 +145,13 @@ def refuse_out(options: Options) -> None:
 def pretrain(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.report import build_report
-    from lvrpo.training.interrupt import Interruption, say_stopping
+    from lvrpo.training.interrupt import InterruptHandler, print_stopping
 
     trainer = open_pretrainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps) as watch:
         watch.phase(f"run {run.path}: {config.steps} steps, from step {trainer.state.step}")
-        with Interruption(say_stopping) as interrupted:
+        with InterruptHandler(print_stopping) as interrupted:
             if not trainer.train(watch.step, interrupted):
                 trainer.require_uninterrupted()
         watch.phase(f"done; the policy: {run.path}; report: {build_report(run.path)}")
@@ -166,7 +166,7 @@ def open_pretrainer(options: Options) -> Pretrainer:
     if options.resume is not None:
         config = None if options.config is None else read_config(PretrainConfig, options.config, options.overrides)
         refuse_out(options)
-        if is_there(options.resume / FINAL):
+        if path_exists(options.resume / FINAL):
             raise InputError(f"{options.resume}: has finished: evaluate it with lvrpo evaluate {options.resume}")
         return Pretrainer.resume(options.resume, config)
     config = read_config(PretrainConfig, options.config, options.overrides)
@@ -237,7 +237,7 @@ def print_memory(memory: MemoryEstimate) -> None:
     print("\nmemory, GiB, before anything is loaded")
     for line in memory.lines():
         print(line)
-    print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.worst}")
+    print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.peak_phase}")
 
 
 def fit_card(config: TrainConfig, gib: float) -> None:
@@ -245,7 +245,7 @@ def fit_card(config: TrainConfig, gib: float) -> None:
     import torch
 
     from lvrpo.training.dry_run import memory_needed
-    from lvrpo.training.memory import require_fit
+    from lvrpo.training.memory import require_free_bytes
 
     if config.device == "cpu":
         raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
@@ -253,7 +253,7 @@ def fit_card(config: TrainConfig, gib: float) -> None:
     if memory is None:
         raise InputError(f"--card {gib:g}: the memory of policy={config.policy} cannot be estimated: leave --card out")
     print_memory(memory)
-    require_fit(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
+    require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")
 
 

@@ -11,7 +11,7 @@ from PIL import Image as PilImage
 from torch.nn import functional
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import DAMAGE, damaged, open_picture
+from lvrpo.pictures import DECODE_ERRORS, damage_error, open_picture
 from lvrpo.types import Image
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -30,8 +30,8 @@ def upright_size(path: Path) -> tuple[int, int]:
         width, height = picture.size
         try:
             sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-        except DAMAGE as error:
-            raise damaged(path, error) from None
+        except DECODE_ERRORS as error:
+            raise damage_error(path, error) from None
         return (width, height) if sideways else (height, width)
 
 
@@ -82,8 +82,8 @@ def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
             white = PilImage.new("RGBA", picture.size, "white")
             picture = PilImage.alpha_composite(white, picture)
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except DAMAGE as error:
-        raise damaged(name, error) from None
+    except DECODE_ERRORS as error:
+        raise damage_error(name, error) from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 

@@ -67,17 +67,21 @@ def start(timeout_min: float = 30.0) -> None:
     global _group
     if _group is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    own, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cards = torch.cuda.device_count()
-    if 0 < cards <= local:
-        raise InputError(f"--nproc-per-node: more processes than the {cards} cards of this machine: give {cards}")
-    if cards:
-        torch.cuda.set_device(local)
+    global_rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus <= local_rank:
+        raise InputError(f"--nproc-per-node: more processes than the {gpus} cards of this machine: give {gpus}")
+    if gpus:
+        torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=timeout_min)
-    group = Peers(own, size, timeout)
+    group = Peers(global_rank, size, timeout)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cards else "gloo", store=group.store, rank=own, world_size=size, timeout=timeout
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=group.store,
+            rank=global_rank,
+            world_size=size,
+            timeout=timeout,
         )
     except RuntimeError as error:
         group.heartbeat.stop()
@@ -170,9 +174,9 @@ def gather_with_tensors(value: T) -> list[T]:
         return [value]
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    here = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
+    gpu = {f"cuda:{i}": f"cuda:{torch.cuda.current_device()}" for i in range(64)} if torch.cuda.is_available() else {}
     return [
-        torch.load(io.BytesIO(sent), map_location=here, weights_only=False)  # from our own processes
+        torch.load(io.BytesIO(sent), map_location=gpu, weights_only=False)  # from our own processes
         for sent in gather(buffer.getvalue())
     ]
 

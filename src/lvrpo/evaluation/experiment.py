@@ -32,7 +32,7 @@ from lvrpo.evaluation.suite import (
 )
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
-from lvrpo.reading import Record, is_there
+from lvrpo.reading import Record, path_exists
 from lvrpo.records import Cost
 from lvrpo.report import build_report
 from lvrpo.training.checkpoint import SEAL
@@ -68,7 +68,7 @@ class Baseline:
     @property
     def finished(self) -> bool:
         """Whether its evaluation is written."""
-        return is_there(self.folder / RESULT)
+        return path_exists(self.folder / RESULT)
 
     def start(self) -> None:
         """Starts it, or lets it go on from its last checkpoint."""
@@ -186,7 +186,7 @@ class Plan:
 
     def kept(self, run: RunDirectory) -> Plan:
         """The plan that the run began with; else this one, which is then written into it."""
-        if not is_there(run.path / PLAN):
+        if not path_exists(run.path / PLAN):
             for name, content in self.files().items():
                 run.write_json(name, content)
             return self
@@ -288,7 +288,7 @@ class Experiment:
         """
         run, plan, policies = self.run, self.plan, self.trainer.state.policies
         path = run.path / "eval" / f"{phase}.json"
-        if on_main(lambda: is_there(path)):
+        if on_main(lambda: path_exists(path)):
             record = read_evaluation(run, f"eval/{phase}.json")
             return Evaluation(record.scores, seconds=record.seconds)
         if self.benchmarks:

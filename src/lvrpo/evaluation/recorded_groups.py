@@ -15,7 +15,7 @@ from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.audit_records import Window
 from lvrpo.config import read_yaml
 from lvrpo.errors import InputError
-from lvrpo.reading import shaped
+from lvrpo.reading import structure_errors
 from lvrpo.training.rollout_log import TRAITS, RolloutRecord, has_records, read_controls, read_steps, read_validations
 from lvrpo.training.run_directory import CONFIG, RunDirectory
 
@@ -166,7 +166,7 @@ def read_record(run: Path) -> Recorded:
             "pretraining and older runs have none"
         )
     config = read_yaml(run / CONFIG)
-    with shaped(str(run / CONFIG)):
+    with structure_errors(str(run / CONFIG)):
         section = config.get("advantages") or {}
         known = {f.name: section[f.name] for f in fields(AdvantageSettings) if section.get(f.name) is not None}
         rewards = [(row.get("label") or row["name"], row) for row in config.get("rewards") or ()]

@@ -19,7 +19,7 @@ from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, missing_members
 from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.reading import is_there, read_json_object
+from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task
 
@@ -253,7 +253,7 @@ def _built_in_folder(name: str) -> Path:
 def _run_result(run: Path) -> Path:
     """The checkpoint that a finished run chose, or the last whole one of an unfinished run."""
     whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
-    if is_there(run / FINAL):
+    if path_exists(run / FINAL):
         try:
             chosen = run / read_json_object(run / FINAL)["checkpoint"]
         except (InputError, KeyError, TypeError):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn import functional
 
-from lvrpo.atomic_io import read_weights, write_tensors, write_whole
+from lvrpo.atomic_io import read_weights, write_atomic, write_tensors
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import InputError
 from lvrpo.policies.mot.model_runner import Grid
@@ -250,7 +250,7 @@ class TinyPolicy(MoTPolicy):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_tensors(folder / "model.safetensors", state, {"format": "pt"})
         config = {"model_type": self.model_type, **self.config.model_dump(mode="json")}
-        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         self.tokenizer.save(folder)
 
     @classmethod

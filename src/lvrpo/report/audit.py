@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lvrpo.audit_records import MIN_GROUPS, Change, RewardAudit, RewardRanking, ScorerAudit, Series, TaskAudit
 from lvrpo.errors import InputError
-from lvrpo.reading import is_there, read_json
+from lvrpo.reading import path_exists, read_json
 from lvrpo.records import Estimate, from_json, number
 from lvrpo.report.charts import TASK_NAMES, Chart, Points, line_chart
 from lvrpo.report.formatting import label
@@ -114,7 +114,7 @@ class Audit:
 
 def read_audit(path: Path, problems: list[str]) -> Audit | None:
     """The audit, or None where the run has none; what cannot be read is noted in ``problems``."""
-    if not is_there(path):
+    if not path_exists(path):
         return None
     try:
         return _audit(from_json(RewardAudit, read_json(path, finite=False), str(path)))

@@ -16,7 +16,7 @@ import numpy as np
 from lvrpo.errors import InputError
 from lvrpo.metrics import pass_at_k
 from lvrpo.reading import read_json_object
-from lvrpo.statistics import Floats, TwoWay, over_seeds_and_prompts
+from lvrpo.statistics import Floats, TwoWayInterval, seeds_and_prompts_interval
 
 PROMPTS = "prompts"
 """Folder of the prompt sets, inside that of the summaries."""
@@ -303,7 +303,7 @@ def column(plan: TablePlan, row: str, measure: Measure, evidence: Evidence, many
     return Column(values, clusters)
 
 
-def difference(later: Column, earlier: Column, by_base: bool = False) -> TwoWay | None:
+def difference(later: Column, earlier: Column, by_base: bool = False) -> TwoWayInterval | None:
     """``later`` minus ``earlier`` over the runs that both have, and the prompts that all of these know.
 
     ``by_base``: a run is compared with that of the same base, whatever its seed. None where nothing can be compared.
@@ -321,7 +321,7 @@ def difference(later: Column, earlier: Column, by_base: bool = False) -> TwoWay 
     if not mask.any():
         return None
     own = [later.clusters[i] for i in np.flatnonzero(mask)]
-    return over_seeds_and_prompts(table[:, mask], own)
+    return seeds_and_prompts_interval(table[:, mask], own)
 
 
 def balanced_weights(prompts: PromptSet) -> Floats:

@@ -25,7 +25,7 @@ from lvrpo.report.evidence import (
 )
 from lvrpo.report.formatting import duration, score
 from lvrpo.report.tables import TextTable
-from lvrpo.statistics import MIN_SEEDS, TwoWay, holm
+from lvrpo.statistics import MIN_SEEDS, TwoWayInterval, holm
 
 LEVEL = 0.05
 FEW = "†"
@@ -162,13 +162,13 @@ def _cell(plan: TablePlan, name: str, measure: Measure, evidence: Evidence) -> s
     return text if change is None else f"{text} ({_interval(change)})"
 
 
-def _minus_base(plan: TablePlan, name: str, measure: Measure, evidence: Evidence) -> TwoWay | None:
+def _minus_base(plan: TablePlan, name: str, measure: Measure, evidence: Evidence) -> TwoWayInterval | None:
     if name == BASE or BASE not in plan.rows:
         return None
     return _minus(plan, name, BASE, measure, evidence)
 
 
-def _minus(plan: TablePlan, one: str, other: str, measure: Measure, evidence: Evidence) -> TwoWay | None:
+def _minus(plan: TablePlan, one: str, other: str, measure: Measure, evidence: Evidence) -> TwoWayInterval | None:
     """``one`` minus ``other``: by base where either is not trained, on many samples where either is a best of many."""
     rows = plan.rows[one], plan.rows[other]
     many = any(row.best_of is not None for row in rows)
@@ -177,20 +177,20 @@ def _minus(plan: TablePlan, one: str, other: str, measure: Measure, evidence: Ev
     return difference(sides[0], sides[1], by_base) if all(side.known for side in sides) else None
 
 
-def _interval(change: TwoWay) -> str:
+def _interval(change: TwoWayInterval) -> str:
     each = change.interval
     spread = f" [{score(each.low, 3, True)}, {score(each.high, 3, True)}]" if np.isfinite(each.low) else ""
     return score(each.score, 3, True) + spread + (FEW if change.too_few else "")
 
 
-def _detectable(change: TwoWay | None) -> str:
+def _detectable(change: TwoWayInterval | None) -> str:
     return NOTHING if change is None or not np.isfinite(change.detectable) else score(change.detectable)
 
 
-def _told(change: TwoWay | None, p: float) -> str:
+def _told(change: TwoWayInterval | None, p: float) -> str:
     if change is None or change.too_few:
         return NOTHING if change is None else "too few seeds to tell"
-    if not change.interval.clear_of_zero or (np.isfinite(p) and p >= LEVEL):
+    if not change.interval.excludes_zero or (np.isfinite(p) and p >= LEVEL):
         return "no"
     return "higher" if change.interval.score > 0 else "lower"
 
@@ -205,7 +205,7 @@ def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> St
 def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
     heads = ("measure", "strongest rival", "its score", f"{plan.ours}", "difference [95 %]", "could tell", "told")
     rows = []
-    changes: list[tuple[Strongest | None, TwoWay | None]] = []
+    changes: list[tuple[Strongest | None, TwoWayInterval | None]] = []
     for measure in MEASURES:
         rival = strongest_rival(plan, measure, evidence)
         changes.append((rival, None if rival is None else _minus(plan, plan.ours, rival.row, measure, evidence)))
@@ -254,7 +254,7 @@ def _generalization(plan: TablePlan, evidence: Evidence) -> str:
     gains = [_minus_base(plan, plan.ours, measure, evidence) for measure in (unseen, SEEN)]
     if gains[0] is None or gains[1] is None:
         return f"{plan.ours} on unseen compositions: no such prompts."
-    ratio = gains[0].interval.score / gains[1].interval.score if gains[1].interval.clear_of_zero else float("nan")
+    ratio = gains[0].interval.score / gains[1].interval.score if gains[1].interval.excludes_zero else float("nan")
     share = f"{ratio:.2f} of it" if np.isfinite(ratio) else "no share, as the latter is not told from 0"
     return (
         f"Drawings, {plan.ours} minus base: unseen compositions {_interval(gains[0])}, seen compositions in unseen "

@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 import yaml
 
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.errors import InputError
 from lvrpo.records import number
 from lvrpo.report import formatting
@@ -51,7 +51,7 @@ def build_report(run: Path) -> Path:
     """
     target = Path(run) / "report.html"
     try:
-        write_whole(target, render(load_run(Path(run))).encode())
+        write_atomic(target, render(load_run(Path(run))).encode())
     except OSError as error:
         why = f"{error.strerror or error} ({error.filename or target})"
         raise InputError(f"no report of {run}: {why}: free the disk or the permission and report again") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.errors import InputError
-from lvrpo.reading import is_there, read_bytes, read_json
+from lvrpo.reading import path_exists, read_bytes, read_json
 from lvrpo.records import Metrics, Sample, Summary, from_json
 
 MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json")
@@ -110,11 +110,11 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 def _text(path: Path) -> str:
     """The file's text; empty where there is none. Bytes that are no text become a replacement character."""
-    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if is_there(path) else ""
+    return read_bytes(path, "delete it").decode("utf-8", errors="replace") if path_exists(path) else ""
 
 
 def _tolerant_json(path: Path, problems: list[str]) -> Any:
-    if not is_there(path):
+    if not path_exists(path):
         return None
     try:
         return read_json(path, finite=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from lvrpo.errors import InputError
-from lvrpo.pictures import DAMAGE, open_picture
+from lvrpo.pictures import DECODE_ERRORS, open_picture
 from lvrpo.records import Sample
 from lvrpo.report.formatting import label
 from lvrpo.report.run import RunRecord
@@ -214,7 +214,7 @@ class PictureStore:
                 return None
             with open_picture(path, path) as opened:
                 image = opened.convert("RGB")
-        except (InputError, RuntimeError, *DAMAGE):  # RuntimeError: a link that leads to itself
+        except (InputError, RuntimeError, *DECODE_ERRORS):  # RuntimeError: a link that leads to itself
             return None
         if max(image.size) > most_side:
             image.thumbnail((most_side, most_side), Image.Resampling.LANCZOS)

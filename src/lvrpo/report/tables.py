@@ -20,7 +20,7 @@ from lvrpo.errors import InputError
 from lvrpo.records import BenchmarkRecord, Estimate, EvaluationRecord, number, read_record
 from lvrpo.report.formatting import label, score, task_order
 from lvrpo.report.run import RunRecord, load_run
-from lvrpo.statistics import MIN_SEEDS, Floats, TwoWay, holm, over_seeds_and_prompts
+from lvrpo.statistics import MIN_SEEDS, Floats, TwoWayInterval, holm, seeds_and_prompts_interval
 
 Results = Mapping[str, Mapping[str, Any]]
 """By benchmark. Any: JSON values."""
@@ -301,7 +301,7 @@ class SeedRow:
     name: str
     before: float
     after: float
-    change: TwoWay
+    change: TwoWayInterval
     p: float
     """Of no change; of a category adjusted for how many the benchmark has (Holm)."""
 
@@ -311,7 +311,7 @@ class SeedRow:
         if self.change.too_few:
             seeds = self.change.interval.n
             return f"too few seeds to tell ({seeds})" if seeds < MIN_SEEDS else "too few prompts to tell"
-        if not (self.change.interval.clear_of_zero and (not np.isfinite(self.p) or self.p < LEVEL)):
+        if not (self.change.interval.excludes_zero and (not np.isfinite(self.p) or self.p < LEVEL)):
             return ""
         return "up" if self.change.interval.score > 0 else "down"
 
@@ -378,7 +378,7 @@ def read_scores(run: Path, phase: str) -> Mapping[str, BenchmarkRecord]:
 def _row(name: str, before: Floats, after: Floats, clusters: Sequence[str], kept: Sequence[bool]) -> SeedRow:
     mask = np.array(kept)
     own = [cluster for cluster, keep in zip(clusters, kept, strict=True) if keep]
-    change = over_seeds_and_prompts((after - before)[:, mask], own)
+    change = seeds_and_prompts_interval((after - before)[:, mask], own)
     return SeedRow(name, float(before[:, mask].mean()), float(after[:, mask].mean()), change, change.p)
 
 

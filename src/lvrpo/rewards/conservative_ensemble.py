@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from lvrpo.algorithms import normalize_rewards
 from lvrpo.algorithms.advantages import NormalizeChoice
-from lvrpo.config import Config, NotNegative
+from lvrpo.config import Config, NonNegative
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import SIDES, Scores, Side, join_judges
 from lvrpo.rewards.row import RewardConfig, RewardSource
@@ -42,7 +42,7 @@ class ConservativeEnsemble(Config):
 
     members: tuple[RewardConfig, ...] = Field(min_length=2)
     """Rows as in the table, with name, options, and ``judge`` for another model's weights."""
-    k: NotNegative = 1.0
+    k: NonNegative = 1.0
     """Standard deviations that are subtracted from the mean."""
     scale: Literal["group", "raw"] = "group"
     """group: each member is brought to deviation 1 in the group first, as rewards of different units must be; raw:

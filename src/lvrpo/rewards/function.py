@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-from lvrpo.errors import InputError, LvrpoError, described
+from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
@@ -129,4 +129,4 @@ class FunctionReward:
         except LvrpoError:
             raise
         except (Exception, SystemExit) as error:  # code of the user may raise anything
-            return described(error)
+            return describe_error(error)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from lvrpo.config import Config, Natural
 from lvrpo.data.jsonl import TextRules
 from lvrpo.errors import InputError
-from lvrpo.patterns import matches_whole
+from lvrpo.patterns import full_match
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, Side, image_problem, join_judges, logprob_problem, probabilities
 from lvrpo.rewards.external import (
@@ -274,7 +274,7 @@ def keeps_to(text: str, rules: TextRules) -> bool:
     count = len(text.split())
     if count < rules.min_words or (rules.max_words is not None and count > rules.max_words):
         return False
-    if rules.form is not None and not matches_whole(FORMS.get(rules.form, rules.form), text):
+    if rules.form is not None and not full_match(FORMS.get(rules.form, rules.form), text):
         return False
     return all(_occurs(phrase, text) for phrase in rules.include) and not any(
         _occurs(phrase, text) for phrase in rules.exclude

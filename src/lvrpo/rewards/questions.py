@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
 from lvrpo.errors import InputError
@@ -391,7 +391,7 @@ class TextCache:
         content = json.dumps({"text": text, "sha256": _digest(text)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.encode())
+            write_atomic(path, content.encode())
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}): name another folder") from None
 

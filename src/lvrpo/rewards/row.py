@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from lvrpo.config import Config, parse_section
-from lvrpo.errors import ContractError, InputError, LvrpoError, described
+from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
@@ -167,7 +167,7 @@ class RewardSource:
             raise
         except (Exception, SystemExit) as error:  # code of the user may raise anything
             raise ContractError(
-                f"reward {self.config.title!r}: applies failed on prompt {prompt.id!r}: {described(error)}"
+                f"reward {self.config.title!r}: applies failed on prompt {prompt.id!r}: {describe_error(error)}"
             ) from error
 
     @property
@@ -242,7 +242,7 @@ def make_reward(config: RewardConfig) -> Reward:
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything
         raise InputError(
-            f"rewards.{config.title}: {config.name} cannot be made: {described(error)}: correct its options, or "
+            f"rewards.{config.title}: {config.name} cannot be made: {describe_error(error)}: correct its options, or "
             "the class"
         ) from error
 
@@ -261,7 +261,11 @@ def checked_scores(
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything: masked or a stop, as configured
         result = Scores(torch.full((P, G), math.nan))
-        noise, values, failures = None, result.values, {(p, g): described(error) for p in range(P) for g in range(G)}
+        noise, values, failures = (
+            None,
+            result.values,
+            {(p, g): describe_error(error) for p in range(P) for g in range(G)},
+        )
     if values.shape != (P, G):
         raise ContractError(
             f"reward {title!r} returned shape {tuple(values.shape)} for {P} groups of {G}: return float ({P}, {G})"

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Protocol, Self
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from lvrpo.config import Config, NotNegative
+from lvrpo.config import Config, NonNegative
 from lvrpo.data.base import world_of
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, first_problem, image_problem, join_judges, probabilities
@@ -81,7 +81,7 @@ class SelfVQA(Config):
     paraphrases: int = Field(default=1, ge=1, le=100_000)
     """So many wordings of each fact's question are asked, where the prompt's world has them; a fact scores their
     mean."""
-    bound: NotNegative = 0.0
+    bound: NonNegative = 0.0
     """So many standard deviations of the wordings are taken off their mean."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from lvrpo.errors import ContractError, LvrpoError, described
+from lvrpo.errors import ContractError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
@@ -54,7 +54,9 @@ def _fact_table(groups: Sequence[Group]) -> list[list[bool]]:
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything
         worlds = ", ".join(dict.fromkeys(group.prompt.world for group in groups))
-        raise ContractError(f"world {worlds}: could not check a picture: {described(error)}: correct it") from error
+        raise ContractError(
+            f"world {worlds}: could not check a picture: {describe_error(error)}: correct it"
+        ) from error
 
 
 Metric = Literal["success", "reward"]

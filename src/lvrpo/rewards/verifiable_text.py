@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lvrpo.config import Config, Natural, NotNegative
+from lvrpo.config import Config, Natural, NonNegative
 from lvrpo.errors import InputError
-from lvrpo.patterns import compile_pattern, matches_whole
+from lvrpo.patterns import compile_pattern, full_match
 from lvrpo.policies.base import Policy
 from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
@@ -151,7 +151,7 @@ class Numeric(Config):
 
     relative: float = Field(default=0.0, ge=0, lt=1)
     """Tolerance as a share of the right answer."""
-    absolute: NotNegative = 0.0
+    absolute: NonNegative = 0.0
     """Tolerance in units of the answer."""
     cut_off: CutOff = "mask"
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
@@ -396,7 +396,7 @@ class TextFormat(Config):
 
     def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
         pattern = FORMS.get(self.form, self.form)
-        return score_texts(groups, self.cut_off, lambda text, prompt: float(matches_whole(pattern, text)))
+        return score_texts(groups, self.cut_off, lambda text, prompt: float(full_match(pattern, text)))
 
 
 # --- text_length ---

@@ -1,4 +1,4 @@
-"""From a table of rewards to the advantages of a step."""
+"""Advantages of a step from its reward table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class AdvantagesConfig(Config):
-    """How a table of rewards becomes the advantages of its trajectories."""
+    """Options of all advantage estimators."""
 
     hints: ClassVar[Mapping[str, str]] = {
         "kind=group_relative": "is called grpo",
@@ -36,16 +36,16 @@ class AdvantagesConfig(Config):
         "kind=dr_grpo": "is kind=grpo with std=none",
     }
     std_floor: float = Field(default=0.01, ge=0)
-    """Groups whose reward spreads less than this carry no signal."""
+    """Minimum standard deviation of rewards in a group; groups below have no signal."""
     clamp: float = Field(default=5.0, gt=0)
     """Advantages lie within [-clamp, clamp]."""
     stages: Literal["shared", "per_segment"] = "shared"
-    """Where a trajectory thinks, then draws: shared: both segments have the advantage of the whole; per_segment: each
-    has that of the rewards that judge it (``rewards.segments``)."""
+    """For trajectories of text and image: shared: both segments have the same advantage; per_segment: each has that of
+    the rewards that score it (``rewards.segments``)."""
 
 
 class GDPOConfig(AdvantagesConfig):
-    """Each reward normalised in its group, then summed (arXiv:2601.05242)."""
+    """Each reward normalized in its group, then summed (arXiv:2601.05242)."""
 
     kind: Literal["gdpo"] = "gdpo"
     std: Literal["population", "sample"] = "population"
@@ -53,7 +53,7 @@ class GDPOConfig(AdvantagesConfig):
 
 
 class SummedConfig(AdvantagesConfig):
-    """Of advantages of the weighted sum of the rewards."""
+    """Options of advantages of the weighted sum of the rewards."""
 
     joint: tuple[Task, Task] | None = None
     """The k-th groups of these two tasks share one reward, the sum of both, member by member (CoRL,
@@ -67,26 +67,26 @@ class SummedConfig(AdvantagesConfig):
 
 
 class GRPOAdvantagesConfig(SummedConfig):
-    """grpo: summed, then normalised in the group (arXiv:2402.03300); win_rate: each reward replaced by the share of
-    siblings that the member beats, then as grpo."""
+    """grpo: summed, then normalized in the group (arXiv:2402.03300); win_rate: each reward replaced by the win rate
+    within the group, then as grpo."""
 
     kind: Literal["grpo", "win_rate"] = "grpo"
     std: Literal["population", "sample", "batch", "none"] = "population"
-    """What is divided by; batch: one for all groups of a task; none: nothing (Dr.GRPO)."""
+    """Standard deviation to divide by; batch: over all groups of a task; none: no division (Dr.GRPO)."""
 
 
 class RLOOConfig(SummedConfig):
-    """The sum against the mean of the others (arXiv:2402.14740)."""
+    """The sum minus the mean of the other members, leave-one-out (arXiv:2402.14740)."""
 
     kind: Literal["rloo"] = "rloo"
 
 
 class TrimmedConfig(SummedConfig):
-    """The sum against the middle of its group."""
+    """The sum normalized by the trimmed mean and std of its group."""
 
     kind: Literal["trimmed"] = "trimmed"
     trim: float = Field(default=0.125, ge=0, lt=0.5)
-    """The share of a group that is left out at either end."""
+    """Share of the group that is trimmed at either end."""
 
 
 AdvantageConfig = Annotated[
@@ -102,27 +102,28 @@ def segment_advantages(table: RewardTable, groups: Sequence[Group], config: Adva
 
 
 def trajectory_advantages(advantages: Advantages, groups: Sequence[Group]) -> Float[torch.Tensor, "P G"]:
-    """One advantage per trajectory for the record: that of its last segment."""
-    return torch.where(_draws(groups)[:, None], advantages["image"].values, advantages["text"].values)
+    """One advantage per trajectory for the rollout log: that of its last segment."""
+    return torch.where(_has_image(groups)[:, None], advantages["image"].values, advantages["text"].values)
 
 
 def trajectory_rewards(
     table: RewardTable, groups: Sequence[Group], config: AdvantageConfig
 ) -> Bool[torch.Tensor, "P K"] | None:
-    """Which rewards have a part in the advantages of ``trajectory_advantages``; None: all."""
+    """Which rewards contribute to ``trajectory_advantages``; None: all."""
     if config.stages == "shared":
         return None
-    return torch.where(_draws(groups)[:, None], judging(table, groups, "image"), judging(table, groups, "text"))
+    return torch.where(
+        _has_image(groups)[:, None], judging_rewards(table, groups, "image"), judging_rewards(table, groups, "text")
+    )
 
 
 def segment_table(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> RewardTable:
-    """The table as one kind of segment sees it: what does not judge it is masked."""
-    return replace(table, mask=table.mask & judging(table, groups, kind)[:, None])
+    """The table for one kind of segment, with the rewards that do not score it masked."""
+    return replace(table, mask=table.mask & judging_rewards(table, groups, kind)[:, None])
 
 
-def judging(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bool[torch.Tensor, "P K"]:
-    """Which rewards judge one kind of segment: none in groups without it, and where there are several not those about
-    another."""
+def judging_rewards(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bool[torch.Tensor, "P K"]:
+    """Which rewards score one kind of segment: none in groups without it; all in groups of a single kind."""
     has_kind = torch.tensor([kind in group.prompt.output for group in groups])
     several = torch.tensor([len(group.prompt.output) > 1 for group in groups])
     judges = torch.tensor([kind in table.judges.get(name, KINDS) for name in table.names])
@@ -130,10 +131,9 @@ def judging(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bo
 
 
 def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdvantages:
-    """One advantage per trajectory; 0 in groups without signal. Rewards of weight 0 have no part in them.
+    """One advantage per trajectory from the rewards of positive weight; 0 in groups without signal.
 
-    A member is valid with any score (gdpo, which adds up what there is), or with all that apply to its group (the other
-    kinds: a sum with a failed term is no number).
+    A member is valid with any valid score (gdpo), or with those of all rewards that apply to its group (other kinds).
     """
     table, floor, clamp = table.trained(), config.std_floor, config.clamp
     if config.kind == "gdpo":
@@ -159,10 +159,10 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
     mask = complete_members(table)
     if config.joint is not None:
         scores, mask = joint_scores(scores, mask, table.tasks, config.joint)
-    return GroupAdvantages(_of_sums(scores, mask, table.tasks, config, floor), mask)
+    return GroupAdvantages(_summed_advantages(scores, mask, table.tasks, config, floor), mask)
 
 
-def _of_sums(
+def _summed_advantages(
     scores: Float[torch.Tensor, "P G"],
     mask: Bool[torch.Tensor, "P G"],
     tasks: Sequence[Task],
@@ -187,20 +187,20 @@ def _of_sums(
 
 
 def reward_normalizations(table: RewardTable) -> list[NormalizeChoice | None]:
-    """The choice of each reward that has one (``rewards.normalize``)."""
+    """``rewards.normalize`` of each reward."""
     return [cast("NormalizeChoice | None", table.normalize.get(name)) for name in table.names]
 
 
 def complete_members(table: RewardTable) -> Bool[torch.Tensor, "P G"]:
-    """Members with a score from every reward that applies to their group: a sum with a failed term is no number."""
+    """Members with a valid score from every reward that applies to their group."""
     applies = table.mask.any(dim=1, keepdim=True)
     return (table.mask | ~applies).all(dim=2) & table.mask.any(dim=2)
 
 
 def win_rates(table: RewardTable, std_floor: float) -> RewardTable:
-    """Every score replaced by the share of valid siblings that it beats, a tie counting one half.
+    """Every score replaced by its win rate among the valid members, a tie counting one half.
 
-    A reward that spreads less than ``std_floor`` in a group ties everywhere: its order is noise.
+    A reward with a standard deviation below ``std_floor`` in a group ties everywhere.
     """
     scores, mask = torch.zeros_like(table.scores), table.mask.clone()
     for k in range(len(table.names)):
@@ -216,7 +216,7 @@ def win_rates(table: RewardTable, std_floor: float) -> RewardTable:
 def joint_scores(
     scores: Float[torch.Tensor, "P G"], mask: Bool[torch.Tensor, "P G"], tasks: Sequence[Task], joint: tuple[Task, Task]
 ) -> tuple[Float[torch.Tensor, "P G"], Bool[torch.Tensor, "P G"]]:
-    """Scores and mask with those of the k-th groups of two tasks added up, and given to both."""
+    """Scores and mask in which the k-th groups of two tasks share the sum of their scores."""
     one, other = ([p for p, task in enumerate(tasks) if task == name] for name in joint)
     scores, mask = scores.clone(), mask.clone()
     scores[one] = scores[other] = scores[one] + scores[other]
@@ -224,6 +224,6 @@ def joint_scores(
     return scores, mask
 
 
-def _draws(groups: Sequence[Group]) -> Bool[torch.Tensor, " P"]:
-    """Whether the last segment is a drawing."""
+def _has_image(groups: Sequence[Group]) -> Bool[torch.Tensor, " P"]:
+    """Whether the last segment is an image."""
     return torch.tensor(["image" in group.prompt.output for group in groups])

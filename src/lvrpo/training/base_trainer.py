@@ -1,4 +1,4 @@
-"""What alignment and pretraining share: steps with their metrics, checkpoints, the end of a run."""
+"""Base class of the alignment and pretraining trainers: metrics of a step, checkpoints, interruption, results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lvrpo.distributed import AsyncSave, gather, is_main, on_main, relay_errors,
 from lvrpo.errors import LostProcessError, LvrpoError
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START
-from lvrpo.reading import is_there
+from lvrpo.reading import path_exists
 from lvrpo.training.checkpoint import (
     atomic_folder,
     checkpoint_step,
@@ -35,29 +35,29 @@ Observer = Callable[[Mapping[str, Any]], None]
 
 
 class TrainerState(Protocol):
-    """What a checkpoint holds."""
+    """The state that a checkpoint saves."""
 
     step: int
     """Steps done."""
     seconds: float
-    """Training seconds so far, over all resumptions."""
+    """Training time so far, over all resumptions."""
 
     @property
     def best_steps(self) -> set[int]:
-        """The steps whose checkpoints are kept, whatever comes after them."""
+        """The steps whose checkpoints are never pruned."""
         ...
 
     def write(self, folder: Path) -> AsyncSave | None:
-        """Writes the policy to use in the folder, and everything else below it; what is still being written of it."""
+        """Writes the policy to the folder and the training state below it; returns a pending asynchronous save."""
         ...
 
     def load(self, checkpoint: Path) -> None:
-        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        """Restores a checkpoint; raises InputError if it is damaged."""
         ...
 
 
 class RunConfig(Protocol):
-    """The fields that every configuration of a run has."""
+    """The fields common to all run configurations."""
 
     @property
     def steps(self) -> int: ...
@@ -72,10 +72,10 @@ S = TypeVar("S", bound=TrainerState)
 
 
 class BaseTrainer(ABC, Generic[C, S]):
-    """A run on the disk that is trained step by step."""
+    """A training run with a run directory."""
 
     command: ClassVar[str]
-    """Of the command line, which resumes it."""
+    """The subcommand that resumes the run."""
     config: C
     run: RunDirectory
     state: S
@@ -84,27 +84,24 @@ class BaseTrainer(ABC, Generic[C, S]):
 
     @abstractmethod
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
+        """Trains until the end or an interruption, with checkpoints; returns whether the run is finished."""
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return is_there(self.run.path / FINAL)
+        """Whether the run has its result."""
+        return path_exists(self.run.path / FINAL)
 
     def restore(self) -> None:
-        """Goes on from the last whole checkpoint; metrics that came after it are dropped.
-
-        That of step 0 is made anew, with what is measured before the first step.
-        """
+        """Loads the last complete checkpoint and drops later metrics; step 0 is repeated with its measurements."""
         last = latest_checkpoint(self.run.path)
         if last is not None and checkpoint_step(last):
             self.state.load(last)
-        self._prune()  # what a kill left beside the last
+        self._prune()  # a killed process may have left old checkpoints
         self.run.truncate_metrics(self.state.step or -1)
 
     @contextmanager
     def logged_step(self, observe: Observer) -> Iterator[dict[str, Any]]:
-        """A step: what is put into the row goes into the metrics, with the time it took. Any: numbers and texts."""
+        """One step: yields its metrics row, and writes it with timings on exit. Any: numbers and strings."""
         started, state = time.perf_counter(), self.state
         row: dict[str, Any] = {"step": state.step + 1}
         yield row
@@ -115,10 +112,10 @@ class BaseTrainer(ABC, Generic[C, S]):
         return_freed_memory()
 
     @contextmanager
-    def saved_if_it_fails(self) -> Iterator[None]:
-        """What fails before a step has changed anything leaves a checkpoint of the steps that are done.
+    def checkpoint_on_error(self) -> Iterator[None]:
+        """Saves a checkpoint if the body, which must not change the state, raises; LvrpoErrors then mention it.
 
-        An error of lvrpo's own says so. Nothing is written where another process is lost, or the disk does not let it.
+        Nothing is saved if another process is lost or writing fails.
         """
         step, run = self.state.step, self.run
         try:
@@ -126,20 +123,20 @@ class BaseTrainer(ABC, Generic[C, S]):
         except LostProcessError:
             raise
         except Exception as error:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # the first error is the one to raise
                 self.wait_for_checkpoint()
                 if step and not run.checkpoint_dir(step).is_dir():
                     self.save()
                     self.wait_for_checkpoint()
             if step and isinstance(error, LvrpoError) and run.checkpoint_dir(step).is_dir():
-                went_on = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
-                raise type(error)(went_on) from error
+                message = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
+                raise type(error)(message) from error
             raise
 
     def save(self) -> Path:
-        """Writes checkpoints/step_NNNNNN: the state, and the policy to use in Hub layout.
+        """Writes checkpoints/step_NNNNNN: the training state, and the policy in Hub layout.
 
-        Of several processes it is there once ``wait_for_checkpoint`` was called.
+        With several processes the write is asynchronous; ``wait_for_checkpoint`` completes it.
         """
         self.wait_for_checkpoint()
         path = self.run.checkpoint_dir(self.state.step)
@@ -149,14 +146,14 @@ class BaseTrainer(ABC, Generic[C, S]):
         return path
 
     def wait_for_checkpoint(self) -> None:
-        """Waits for a checkpoint that is being written."""
+        """Completes a pending checkpoint."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.finish()
             self._prune()
 
     def save_if_due(self, last: bool) -> None:
-        """Saves where the configuration wants it, at the last step and at the best ones."""
+        """Saves every ``checkpoint_every`` steps, at the last step and at the best steps."""
         state = self.state
         if state.step % self.config.checkpoint_every == 0 or last or state.step in state.best_steps:
             self.save()
@@ -168,24 +165,24 @@ class BaseTrainer(ABC, Generic[C, S]):
         on_main(lambda: prune_checkpoints(self.run.path, self.config.keep_checkpoints, keep=keep))
 
     def finish(self, step: int) -> None:
-        """Says which step's weights are the result."""
+        """Records the checkpoint of a step as the result of the run."""
         self.wait_for_checkpoint()
-        found = {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step}
-        on_main(lambda: self.run.write_json(FINAL, found))
+        final = {"checkpoint": f"checkpoints/{self.run.checkpoint_dir(step).name}", "step": step}
+        on_main(lambda: self.run.write_json(FINAL, final))
 
-    def asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
-        """Whether any rank was asked to stop; the same on all. A checkpoint that all have written is finished."""
+    def stop_requested(self, interrupted: Callable[[], bool]) -> bool:
+        """Whether any rank was interrupted; equal on all ranks. Also completes a checkpoint that all have written."""
         written = self._pending is not None and self._pending.written
-        found = gather((bool(interrupted()), written))
-        if all(done for _, done in found):
+        by_rank = gather((bool(interrupted()), written))
+        if all(done for _, done in by_rank):
             self.wait_for_checkpoint()
-        self._interrupted = any(asked for asked, _ in found)
+        self._interrupted = any(stop for stop, _ in by_rank)
         return self._interrupted
 
     def require_uninterrupted(self, command: str | None = None) -> None:
-        """Raises Interrupted after a request to stop, which ``train`` obeyed with a checkpoint written.
+        """Raises Interrupted if ``train`` stopped because of an interruption.
 
-        ``command``: what resumes the run, where it is not the trainer's own.
+        ``command``: the subcommand that resumes the run, if not the trainer's own.
         """
         if self._interrupted:
             raise Interrupted(
@@ -195,15 +192,15 @@ class BaseTrainer(ABC, Generic[C, S]):
 
 
 class PendingCheckpoint:
-    """A checkpoint that all ranks write, also while they go on; called by all.
+    """A checkpoint that all ranks write in the background; all methods are collective.
 
-    Its folder has a temporary name until ``finish``, so what fails or is killed before leaves the last one the last.
+    Its folder has a temporary name until ``finish``, so an error or kill leaves the previous checkpoint the latest.
     """
 
     def __init__(self, path: Path, state: TrainerState) -> None:
         self._writer = atomic_folder(path, replace=True)
         self.folder = on_main(self._writer.__enter__)
-        with self._removed_if_it_fails():
+        with self._cleanup_on_error():
             self._saving = state.write(self.folder)
 
     @property
@@ -212,21 +209,18 @@ class PendingCheckpoint:
         return self._saving is None or self._saving.done
 
     def finish(self) -> None:
-        """Waits for all ranks, seals the folder and gives it its name.
-
-        Every rank hashes its share of the files: one alone would take minutes for those of a large model.
-        """
-        with self._removed_if_it_fails():
+        """Waits for all ranks, seals the folder and renames it. Each rank hashes its share of the files."""
+        with self._cleanup_on_error():
             if self._saving is not None:
                 self._saving.wait()
             with relay_errors():
-                own = file_seals(self.folder, split_between_ranks(files_to_seal(self.folder)))
-            seals = {name: seal for part in gather(own) for name, seal in part.items()}
+                local = file_seals(self.folder, split_between_ranks(files_to_seal(self.folder)))
+            seals = {name: seal for part in gather(local) for name, seal in part.items()}
             on_main(lambda: seal_checkpoint(self.folder, seals))
         on_main(lambda: self._writer.__exit__(None, None, None))
 
     @contextmanager
-    def _removed_if_it_fails(self) -> Iterator[None]:
+    def _cleanup_on_error(self) -> Iterator[None]:
         try:
             with relay_errors():
                 yield
@@ -236,8 +230,8 @@ class PendingCheckpoint:
             raise
 
 
-def keep_start(run: RunDirectory, policy: Policy) -> None:
-    """Writes the starting weights into the run, sealed."""
+def save_start(run: RunDirectory, policy: Policy) -> None:
+    """Saves the initial policy in the run directory, sealed."""
 
     def write() -> None:
         shutil.rmtree(run.path / START, ignore_errors=True)
@@ -249,6 +243,6 @@ def keep_start(run: RunDirectory, policy: Policy) -> None:
 
 
 def require_start(run: RunDirectory) -> Path:
-    """The folder of the starting weights; raises InputError where it is damaged."""
+    """The folder of the initial policy; raises InputError if it is damaged."""
     verify_checkpoint(run.path / START)
     return run.path / START

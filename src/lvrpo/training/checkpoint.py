@@ -1,8 +1,7 @@
-"""Checkpoints without pickle that no crash can halve: safetensors and JSON in a folder that appears by one rename.
+"""Atomic checkpoints without pickle: safetensors and JSON in a folder that is created by one rename.
 
-A folder is written under a temporary name beside its own, sealed with the size and hash of every file
-(``checkpoint.json``), synced, then renamed. What a crash leaves behind is a temporary folder, which is never taken
-for a checkpoint and is removed at the next save.
+A folder is written under a temporary name, sealed with the size and hash of every file (``checkpoint.json``), synced,
+then renamed. A crash leaves a temporary folder, which is not a checkpoint and is removed at the next save.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from torch import nn
 
 from lvrpo.atomic_io import read_tensors, require_finite, sync, write_tensors
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import MIB, is_there, read_json
+from lvrpo.reading import MIB, path_exists, read_json
 
 STATE_BYTES = 1024 * MIB
-"""Of state.json."""
+"""Size limit of state.json."""
 STATE = "state"
-"""Folder of a checkpoint that holds everything but the policy to use."""
+"""Folder of a checkpoint with the training state; the policy is beside it."""
 SEAL = "checkpoint.json"
-"""The file that makes a folder a checkpoint: size and sha256 of every other file."""
+"""The file with size and sha256 of every other file; a folder without it is not a checkpoint."""
 
 State = Any
 """Any: nested dicts (text keys) and lists of None, bool, int, float, str and tensors."""
@@ -43,9 +42,9 @@ State = Any
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Writes ``state.safetensors`` and ``state.json`` into an existing folder; ``load_state`` gives it back exactly.
+    """Writes ``state.safetensors`` and ``state.json`` into an existing folder; ``load_state`` restores it exactly.
 
-    Tuples come back as lists. Raises ContractError on any other type.
+    Tuples become lists. Raises ContractError for any other type.
     """
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -57,9 +56,9 @@ def save_state(folder: Path, state: State) -> None:
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu", finite: bool = False) -> State:
-    """What ``save_state`` wrote; raises InputError on a missing or truncated file.
+    """Restores the state of ``save_state``; raises InputError for a missing or truncated file.
 
-    ``finite``: also where a tensor holds a number that is not, as no weights and no moments may.
+    ``finite``: also for a tensor with values that are not finite.
     """
     for name in ("state.json", "state.safetensors"):
         if not (folder / name).is_file():
@@ -84,7 +83,7 @@ def _encode(value: State, path: tuple[str, ...], tensors: dict[str, torch.Tensor
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors)}:{'/'.join(path)}".encode("utf-8", "backslashreplace").decode()
-        tensors[name] = _alone(value.detach(), storages)
+        tensors[name] = _with_own_storage(value.detach(), storages)
         return {"$tensor": name}
     if isinstance(value, (list, tuple)):
         return [_encode(inner, (*path, str(i)), tensors, storages) for i, inner in enumerate(value)]
@@ -111,8 +110,8 @@ def _decode(tree: State, tensors: Mapping[str, torch.Tensor]) -> State:
     return tree
 
 
-def _alone(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """The tensor, copied only where it shares or does not fill its memory (safetensors refuses both)."""
+def _with_own_storage(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """The tensor, copied if it shares its storage or does not fill it (safetensors refuses both)."""
     storage = tensor.untyped_storage()
     whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
     if whole and tensor.numel() and storage.data_ptr() not in storages:
@@ -125,7 +124,7 @@ def _alone(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> State:
-    """The optimizer's state under the names of its parameters, for ``save_state``."""
+    """The optimizer's state by parameter name, for ``save_state``."""
     names = {id(parameter): name for name, parameter in named}
     groups = []
     for group in optimizer.param_groups:
@@ -147,9 +146,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str,
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], saved: State
 ) -> None:
-    """Puts back what ``optimizer_state`` gave, bit for bit, whatever the order of the parameters.
+    """Restores ``optimizer_state`` exactly, independent of the order of the parameters.
 
-    Raises InputError if the saved groups hold other parameters or shapes.
+    Raises InputError if the saved groups have other parameters or shapes.
     """
     parameters = dict(named)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -186,14 +185,14 @@ def _placed(value: State, device: torch.device) -> State:
     return value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
 
 
-# --- folders that appear whole ---
+# --- atomic folders ---
 
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder to fill; on success it is synced and renamed to ``path``, on failure removed.
+    """Yields a temporary folder; on success it is synced and renamed to ``path``, on failure removed.
 
-    Raises InputError if ``path`` exists (unless ``replace``) or the disk does not let it be written.
+    Raises InputError if ``path`` exists (unless ``replace``) or cannot be written.
     """
     path = Path(path)
     if path.exists() and not replace:
@@ -222,14 +221,14 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def checkpoint_writer(path: Path) -> Iterator[Path]:
-    """``atomic_folder`` that seals what was written, so that a later truncation is noticed; replaces its namesake."""
+    """``atomic_folder`` that replaces an existing folder and is sealed, so that later changes are detected."""
     with atomic_folder(path, replace=True) as folder:
         yield folder
         seal_checkpoint(folder)
 
 
 def clean_leftovers(parent: Path) -> None:
-    """Removes temporary folders of writers that are dead, and puts back a folder whose replacement never came."""
+    """Removes temporary folders of dead writers, and restores a folder whose replacement was not completed."""
     for leftover in sorted(parent.glob(".*.old-*")):
         path = leftover.with_name(leftover.name[1:].rpartition(".old-")[0])
         if path.exists():
@@ -250,7 +249,7 @@ def clean_leftovers(parent: Path) -> None:
 
 
 def _locked_temporary(path: Path) -> tuple[Path, int]:
-    """A new folder beside ``path``, locked for as long as its writer lives."""
+    """A new folder beside ``path``, locked until its writer exits."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir()
     lock = os.open(temporary, os.O_RDONLY)
@@ -288,7 +287,7 @@ def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
 
 
 def _final_name(path: Path) -> Path:
-    """What a path will be called once the temporary names in it are renamed."""
+    """The path with the temporary names in it replaced by the final ones."""
     return Path(*(re.sub(r"^\.(.+)\.tmp-[0-9a-f]{8}$", r"\1", part) for part in path.parts))
 
 
@@ -309,20 +308,20 @@ def files_to_seal(folder: Path) -> list[str]:
 
 
 def file_seals(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of files. Any: numbers and text."""
+    """Size and sha256 of files. Any: numbers and strings."""
     return {n: {"bytes": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
 
 
 def seal_checkpoint(folder: Path, seals: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Writes ``checkpoint.json``: size and sha256 of every file of the folder, or the given ones of all of them."""
+    """Writes ``checkpoint.json``: size and sha256 of every file; ``seals``: if they are already computed."""
     files = file_seals(folder, files_to_seal(folder)) if seals is None else dict(sorted(seals.items()))
     (folder / SEAL).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def verify_checkpoint(folder: Path, share: Callable[[list[str]], list[str]] = list) -> None:
-    """Raises InputError unless every file of the folder is as it was sealed.
+    """Raises InputError unless every file of the folder matches its seal.
 
-    ``share``: of the files, those to read; of the others it is enough that they are there.
+    ``share``: selects the files to hash on this rank; for the others only existence and size are checked.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint: give a folder that a training run saved")
@@ -346,37 +345,37 @@ def verify_checkpoint(folder: Path, share: Callable[[list[str]], list[str]] = li
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step of ``step_000050``; None if the folder is named otherwise."""
+    """The step of ``step_000050``; None for another name."""
     match = re.fullmatch(r"step_(\d{6,})", folder.name)
     return int(match[1]) if match else None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run directory, by rising step."""
+    """The complete checkpoints of a run directory, sorted by step."""
     found = [
         (step, folder)
         for folder in (run / "checkpoints").glob("step_*")
-        if (step := checkpoint_step(folder)) is not None and is_there(folder / SEAL)
+        if (step := checkpoint_step(folder)) is not None and path_exists(folder / SEAL)
     ]
     return [folder for _, folder in sorted(found)]
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint of the highest step, if there is one."""
+    """The complete checkpoint of the highest step, or None."""
     return next(reversed(list_checkpoints(run)), None)
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep: Collection[int] = ()) -> list[Path]:
-    """Deletes all checkpoints but the last ``keep_last`` and the steps in ``keep``; returns what it deleted."""
+    """Deletes all checkpoints but the last ``keep_last`` and the steps in ``keep``; returns the deleted ones."""
     folders = list_checkpoints(run)
     last = folders[max(0, len(folders) - max(1, keep_last)) :]
-    doomed = [folder for folder in folders if folder not in last and checkpoint_step(folder) not in keep]
+    pruned = [folder for folder in folders if folder not in last and checkpoint_step(folder) not in keep]
     with disk_errors(run):
-        for folder in doomed:
+        for folder in pruned:
             temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
-    return doomed
+    return pruned
 
 
 def file_sha256(path: Path) -> str:
@@ -386,7 +385,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, or of a folder's files taken together; for the manifest."""
+    """Size and sha256 of a file, or of all files of a folder together; for the manifest."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:

@@ -1,4 +1,4 @@
-"""The configuration of an alignment run: sections composed, and checked where they meet."""
+"""The configuration of an alignment run: its sections, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lvrpo.training.microbatches import LimitsConfig
 from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig
-from lvrpo.training.rollout_engine import CAP
+from lvrpo.training.rollout_engine import DEFAULT_IMPORTANCE_CAP
 from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, Task
 
 Count = Annotated[int, Field(le=100_000)]
@@ -41,7 +41,7 @@ class DataConfig(Config):
     source: str = "scenes"
     """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
     options: dict[str, Any] = Field(default={})
-    """Of a source of your own. Any: each class has its own."""
+    """Options of a custom source. Any: defined by the class."""
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
@@ -52,7 +52,7 @@ class DataConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Held-out prompts of every task: keeps the best weights and acts when a task falls."""
+    """Validation on held-out prompts: selects the best weights and acts if a task regresses."""
 
     hints: ClassVar[Mapping[str, str]] = {"turn": "is called {section}.overoptimization"}
     every: int = Field(default=20, ge=1)
@@ -62,28 +62,28 @@ class ValidationConfig(Config):
     )
     """Held-out prompts of each task."""
     rewards: tuple[RewardConfig, ...] = ()
-    """What scores held-out prompts that cannot be told right from wrong; none: the rewards that are trained on."""
+    """Rewards for held-out prompts without verifiable success; none: those of training."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
     """When a task's score falls: rollback restores the best checkpoint and lowers the learning rate, stop ends the run,
     warn only reports."""
     max_rollbacks: int = Field(default=3, ge=0)
     """The run stops when one more would follow."""
     rollback_lr: float = Field(default=0.5, gt=0, le=1)
-    """Every rollback multiplies the learning rates by this."""
+    """Factor on the learning rates after each rollback."""
     overoptimization: OveroptimizationConfig | None = None
-    """Stops (or rolls back) where a trained reward rises while a held-out scorer falls; null: nobody looks."""
+    """Detector of reward over-optimization; null: off."""
 
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 class PrecisionConfig(Config):
-    """At which dtypes the policy is kept and computed; an adapter's own weights, and latents, are always float32."""
+    """Dtypes of the policy; adapter weights and latents are always float32."""
 
     weights: Dtype | None = None
-    """None: under an adapter the policy's own choice for the device, else float32: what is trained has to be that."""
+    """None: float32; with an adapter the policy's default for the device."""
     compute: Dtype | None = None
-    """bfloat16: matrices are multiplied in it (autocast); None: in the dtype of the weights."""
+    """bfloat16: autocast; None: the dtype of the weights."""
 
 
 ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
@@ -96,7 +96,7 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
     "guided_logprobs": ("tokens", "masked"),
     **dict.fromkeys(("guidance_scale", "image_size"), ("flow", "tokens", "masked")),
 }
-"""Which kinds of segments a field of ``rollout`` is about."""
+"""The kinds of segments that a field of ``rollout`` affects."""
 
 
 class TrainConfig(Config):
@@ -111,8 +111,8 @@ class TrainConfig(Config):
     }
 
     allow_code: tuple[str, ...] = Field(default=(), exclude=True)
-    """Packages whose code names such as ``my_package.module:Class`` may run; never written into a run, so that no run
-    allows itself any."""
+    """Packages that names such as ``my_package.module:Class`` may import; not saved in a run, so that a downloaded run
+    cannot allow code."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Of the run; its default folder is runs/NAME."""
     seed: int = Field(default=0, ge=0)
@@ -123,11 +123,10 @@ class TrainConfig(Config):
     """auto (a GPU if there is one), cpu or cuda."""
     precision: PrecisionConfig = PrecisionConfig()
     adapter: AdapterConfig | None = None
-    """Train this adapter instead of the weights; None: the weights themselves."""
+    """LoRA adapter; None: full fine-tuning."""
     offload: bool = False
-    """A device holds whole weights only while it works, at the precision that it computes in. Weights in float32,
-    moments, averages and the reference are in host memory, divided among the processes of the run
-    (arXiv:2101.06840)."""
+    """Keep float32 weights, moments, EMA and reference in host memory, sharded over the processes; the device holds
+    gathered weights in the compute dtype during a phase (arXiv:2101.06840)."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of PyTorch in each process."""
     steps: int = Field(default=140, ge=1, le=10_000_000)
@@ -146,27 +145,26 @@ class TrainConfig(Config):
     text: TokenLoss = GRPOConfig()
     flow: FlowLoss = NFTConfig()
     tokens: TokenLoss | None = None
-    """Of pictures drawn as image tokens; a policy that draws so needs it, and no other takes it."""
+    """Loss of autoregressive image tokens; required for policies that generate them, refused for others."""
     masked: TokenLoss | None = None
-    """Of pictures drawn as masked image tokens; likewise."""
+    """Loss of masked image tokens; required for policies that generate them, refused for others."""
     task_weights: dict[Task, float] = Field(default_factory=dict)
-    """Weight of a task in the loss; 1 where absent."""
+    """Weight of a task in the loss (default 1)."""
     num_minibatches: int = Field(default=1, ge=1)
-    """Optimizer steps per rollout: the groups of every task are dealt into so many parts."""
+    """Optimizer steps per rollout; the groups of every task are split between them."""
     gradient_mixing: Mixing = "sum"
-    """How the tasks' gradients become one: sum; pcgrad: conflicting parts projected away (arXiv:2001.06782);
-    norm_balanced: scaled to one norm; the last two in each expert by itself, with one lr_scale for text and flow."""
+    """Combination of the tasks' gradients: sum; pcgrad: conflicting components are projected out (arXiv:2001.06782);
+    norm_balanced: scaled to equal norms. The last two per expert, and with one lr_scale for text and flow."""
     gradient_audit: GradientAuditConfig = GradientAuditConfig()
     limits: LimitsConfig = LimitsConfig()
-    """What goes through the policy at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
-    """The weights that are evaluated and saved are a moving average with this decay."""
+    """Decay of the EMA weights, which are evaluated and saved."""
     validation: ValidationConfig = ValidationConfig()
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
     reference_eval_every: int = Field(default=10, ge=1)
-    """Every so many steps the reference answers the same prompts, to be drawn beside the curve."""
+    """Steps between two evaluations of the reference on the training prompts, as a baseline of the reward curves."""
     reference_eval_group_size: int = Field(default=2, ge=1, le=1024)
     """Outputs per prompt that the reference samples then."""
     checkpoint_every: int = Field(default=20, ge=1)
@@ -178,40 +176,40 @@ class TrainConfig(Config):
 
     @property
     def max_failed(self) -> dict[str, float]:
-        """By reward, the share of its scores that may fail over a run that is well."""
+        """By reward, the maximum share of failed scores over a run."""
         return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
-    def sections(self, writes: Sequence[SegmentKind]) -> dict[SegmentKind, TokenLoss | FlowLoss]:
-        """How each kind of segment that a policy writes is trained, in the order of updates."""
+    def sections(self, segment_kinds: Sequence[SegmentKind]) -> dict[SegmentKind, TokenLoss | FlowLoss]:
+        """The loss sections of a policy's kinds of segments, in the order of updates."""
         found: Mapping[SegmentKind, TokenLoss | FlowLoss | None] = {
             "text": self.text,
             "flow": self.flow,
             "tokens": self.tokens,
             "masked": self.masked,
         }
-        another = None if self.rollout.engine.kind == "policy" else CAP
+        default_cap = None if self.rollout.engine.kind == "policy" else DEFAULT_IMPORTANCE_CAP
         return {
-            kind: s.capped(another) if isinstance(s, PolicyGradientConfig) else s
+            kind: s.with_importance_cap(default_cap) if isinstance(s, PolicyGradientConfig) else s
             for kind in SEGMENT_KINDS
-            if kind in writes and (s := found[kind]) is not None
+            if kind in segment_kinds and (s := found[kind]) is not None
         }
 
-    def phases(self, writes: Sequence[SegmentKind]) -> list[tuple[tuple[SegmentKind, ...], float]]:
-        """Kinds of segments that are stepped together, with their multiplier of the learning rates."""
-        sections = self.sections(writes)
+    def phases(self, segment_kinds: Sequence[SegmentKind]) -> list[tuple[tuple[SegmentKind, ...], float]]:
+        """The optimizer steps of an update: kinds of segments with a common ``lr_scale``, and that scale."""
+        sections = self.sections(segment_kinds)
         scales = dict.fromkeys(section.lr_scale for section in sections.values())
         return [(tuple(kind for kind, s in sections.items() if s.lr_scale == scale), scale) for scale in scales]
 
     def sampling(self, step: int) -> Sampling:
-        """How the groups of a step are sampled, and scored for its update."""
+        """The sampling parameters of a step."""
         return self.rollout.sampling(self.seed, step)
 
-    def require_fit(self, writes: Sequence[SegmentKind], tasks: Sequence[Task] = TASKS) -> None:
-        """Raises InputError where the sections are not those of a policy that writes these kinds of segments.
+    def require_policy_fit(self, segment_kinds: Sequence[SegmentKind], tasks: Sequence[Task] = TASKS) -> None:
+        """Raises InputError unless the sections are valid for a policy that generates these kinds of segments.
 
-        Also where a step has prompts of a task that is not among ``tasks``, those that the policy can do.
+        Also for prompts of a task that is not among ``tasks``, those that the policy supports.
         """
-        kinds = ", ".join(writes)
+        kinds = ", ".join(segment_kinds)
         for task, count in self.data.prompts_per_step.items():
             if count and task not in tasks:
                 raise InputError(
@@ -219,23 +217,23 @@ class TrainConfig(Config):
                     "to 0"
                 )
         for kind, default in (("text", GRPOConfig()), ("flow", NFTConfig()), ("tokens", None), ("masked", None)):
-            if kind not in writes and getattr(self, kind) != default:  # its sections, by name
+            if kind not in segment_kinds and getattr(self, kind) != default:  # a section
                 raise InputError(f"{kind}: policy={self.policy} writes no such segments, only {kinds}: leave it out")
-            if kind in writes and getattr(self, kind) is None:
+            if kind in segment_kinds and getattr(self, kind) is None:
                 raise InputError(
                     f"{kind}: policy={self.policy} draws such segments, and nothing says how they are trained: add the "
                     f"section ({kind}={{}} for its defaults)"
                 )
         for name, concerned in ROLLOUT_OF.items():
-            value = getattr(self.rollout, name)  # its fields, by name
-            if not set(concerned) & set(writes) and value != RolloutConfig.model_fields[name].default:
-                shown = getattr(value, "kind", value)  # of a section its kind
+            value = getattr(self.rollout, name)  # a field of RolloutConfig
+            if not set(concerned) & set(segment_kinds) and value != RolloutConfig.model_fields[name].default:
+                shown = getattr(value, "kind", value)  # for sections
                 raise InputError(
                     f"rollout.{name}={shown}: is of {' and '.join(concerned)}, and policy={self.policy} writes {kinds}:"
                     " leave it out"
                 )
         try:
-            self._check_kinds(writes)
+            self._check_kinds(segment_kinds)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -253,11 +251,11 @@ class TrainConfig(Config):
         ):
             check()
         if self.tokens is None and self.masked is None:
-            self._check_kinds(("text", "flow"))  # else the policy says what it writes: require_fit
+            self._check_kinds(("text", "flow"))  # otherwise require_policy_fit checks them with the policy
         return self
 
-    def _check_kinds(self, writes: Sequence[SegmentKind]) -> None:
-        sections = self.sections(writes)
+    def _check_kinds(self, segment_kinds: Sequence[SegmentKind]) -> None:
+        sections = self.sections(segment_kinds)
         trained = {kind: section for kind, section in sections.items() if section.weight}
         if not trained:
             weights = " and ".join(f"{kind}.weight=0" for kind in sections)

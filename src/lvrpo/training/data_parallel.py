@@ -1,7 +1,6 @@
-"""A step on several ranks: each samples and scores its share of the prompts, and all have the table of all scores.
+"""Data-parallel rollout and scoring: each rank samples and scores its share of the prompts; scores are gathered.
 
-The groups of a step are a list over all its prompts on every rank; those of other ranks have no trajectories. With one
-process every group is this one's, and nothing here changes a number.
+Every rank has a list of the groups of all prompts of a step; groups of other ranks have no trajectories.
 """
 
 from __future__ import annotations
@@ -21,68 +20,68 @@ from lvrpo.rewards.table import require_few_failures, score_groups_unchecked
 from lvrpo.types import Group, Prompt, RewardTable
 
 T = TypeVar("T")
-SIDE = 512
-"""In pixels, assumed of drawings whose size nothing tells."""
+DEFAULT_IMAGE_SIDE = 512
+"""Pixels, assumed for images of unknown size."""
 
 
 def local_rows(groups: Sequence[Group]) -> list[int]:
-    """Where this rank's groups are."""
+    """Indices of this rank's groups."""
     return [p for p, group in enumerate(groups) if group.trajectories]
 
 
-def merge_ranks(own: dict[int, T]) -> dict[int, T]:
-    """The values of all ranks by row, in the order of rows; small ones, which are sent."""
-    found = {row: value for part in gather(own) for row, value in part.items()}
+def merge_ranks(local: dict[int, T]) -> dict[int, T]:
+    """Gathers (small, pickled) values by row from all ranks, sorted by row."""
+    found = {row: value for part in gather(local) for row, value in part.items()}
     return dict(sorted(found.items()))
 
 
 def estimated_tokens(prompts: Sequence[Prompt], sampling: Sampling) -> list[float]:
-    """About how many tokens go through a policy to sample one output of each: 4 characters or 16 x 16 pixels make one.
+    """Approximate number of tokens to sample one output per prompt: 4 characters or 16 x 16 pixels are one token.
 
-    A drawing without a source is as large as the largest picture of the prompts, where ``sampling`` does not say.
+    Without ``sampling.image_size``, an image without a source image is as large as the largest image of the prompts.
     """
 
     def patches(height: int, width: int) -> float:
         return height * width / 256
 
-    pictures = [[patches(*part.shape[-2:]) for part in p.parts if not isinstance(part, str)] for p in prompts]
-    size = sampling.image_size or (SIDE, SIDE)
-    alone = max([] if sampling.image_size else map(max, filter(None, pictures)), default=patches(*size))
+    images = [[patches(*part.shape[-2:]) for part in p.parts if not isinstance(part, str)] for p in prompts]
+    size = sampling.image_size or (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
+    default = max([] if sampling.image_size else map(max, filter(None, images)), default=patches(*size))
     passes = sampling.num_steps * (1 + (sampling.guidance_scale != 1))
     costs = []
-    for prompt, own in zip(prompts, pictures, strict=True):
-        made = {"text": sampling.max_new_tokens, "image": passes * (own[0] if own else alone)}
-        words = sum(len(part) / 4 for part in prompt.parts if isinstance(part, str))
-        costs.append(words + sum(own) + sum(made[kind] for kind in prompt.output))
+    for prompt, sources in zip(prompts, images, strict=True):
+        output = {"text": sampling.max_new_tokens, "image": passes * (sources[0] if sources else default)}
+        text = sum(len(part) / 4 for part in prompt.parts if isinstance(part, str))
+        costs.append(text + sum(sources) + sum(output[kind] for kind in prompt.output))
     return costs
 
 
-def shares(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Which items each rank takes, in their order: the dearest first, each to the rank that has least so far."""
-    load, taken = [0.0] * ranks, [list[int]() for _ in range(ranks)]
+def assign_to_ranks(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Sorted item indices per rank: greedily, the most expensive item first, to the rank with the least load."""
+    load, assigned = [0.0] * ranks, [list[int]() for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        r = min(range(ranks), key=lambda r: (load[r], len(taken[r])))
+        r = min(range(ranks), key=lambda r: (load[r], len(assigned[r])))
         load[r] += costs[i]
-        taken[r].append(i)
-    return [sorted(own) for own in taken]
+        assigned[r].append(i)
+    return [sorted(items) for items in assigned]
 
 
-class Samples(Protocol):
-    """A policy, or an engine that has its weights."""
+class Sampler(Protocol):
+    """A policy or an ``EngineSampler``."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """As ``Policy.sample``."""
         ...
 
 
-def sample_local(policy: Samples, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-    """A group per prompt; this rank samples its share (``shares``)."""
-    own = shares(estimated_tokens(prompts, sampling), world_size())[rank()]
+def sample_local(sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+    """A group per prompt; this rank samples its share (``assign_to_ranks``)."""
+    local = assign_to_ranks(estimated_tokens(prompts, sampling), world_size())[rank()]
     groups = [Group(prompt, ()) for prompt in prompts]
     with relay_errors():
-        if own:
-            sampled = policy.sample([prompts[i] for i in own], sampling, [seeds[i] for i in own])
-            for i, group in zip(own, sampled, strict=True):
+        if local:
+            sampled = sampler.sample([prompts[i] for i in local], sampling, [seeds[i] for i in local])
+            for i, group in zip(local, sampled, strict=True):
                 groups[i] = group
     return groups
 
@@ -94,13 +93,13 @@ def score_local(
     step: int = 0,
     most_failed: float | None = None,
 ) -> RewardTable:
-    """``score_groups`` of all groups, each scored by the rank that has it."""
-    own, table = local_rows(groups), None
+    """``score_groups`` of all groups, each scored by the rank that sampled it."""
+    local, table = local_rows(groups), None
     with relay_errors():
-        if own:
-            table = score_groups_unchecked(rewards, [groups[p] for p in own], judge, step)
+        if local:
+            table = score_groups_unchecked(rewards, [groups[p] for p in local], judge, step)
     if world_size() > 1:
-        table = join_tables(gather((own, table)), groups)
+        table = join_tables(gather((local, table)), groups)
     if table is None:
         raise ContractError("no group has a trajectory to score: sample some")
     require_few_failures(rewards, table, most_failed)
@@ -108,10 +107,10 @@ def score_local(
 
 
 def join_tables(parts: Sequence[tuple[Sequence[int], RewardTable | None]], groups: Sequence[Group]) -> RewardTable:
-    """One table of all groups from those of the ranks; each part with the rows that it is of."""
-    known = [(rows, table) for rows, table in parts if table is not None]
-    first, P = known[0][1], len(groups)
-    empty = replace(
+    """The table of all groups from (rows, table) of each rank."""
+    tables = [(rows, table) for rows, table in parts if table is not None]
+    first, P = tables[0][1], len(groups)
+    joined = replace(
         first,
         scores=first.scores.new_zeros(P, *first.scores.shape[1:]),
         mask=first.mask.new_zeros(P, *first.mask.shape[1:]),
@@ -120,19 +119,19 @@ def join_tables(parts: Sequence[tuple[Sequence[int], RewardTable | None]], group
         noise={},
         cut={},
     )
-    for rows, table in known:
-        empty = with_rows(empty, rows, table)
-    return empty
+    for rows, table in tables:
+        joined = replace_rows(joined, rows, table)
+    return joined
 
 
-def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> RewardTable:
-    """The table with the groups of another one in the given rows."""
+def replace_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> RewardTable:
+    """The table with the given rows replaced by another table."""
     scores, mask = table.scores.clone(), table.mask.clone()
     scores[rows], mask[rows] = other.scores, other.mask
     reasons = {cell: reason for cell, reason in table.reasons.items() if cell[0] not in rows}
     reasons |= {(rows[p], g, k): reason for (p, g, k), reason in other.reasons.items()}
     columns: dict[str, dict[str, torch.Tensor]] = {}
-    for name in ("noise", "cut"):  # two mappings of (P, G) tensors
+    for name in ("noise", "cut"):  # mappings of (P, G) tensors
         columns[name] = {title: values.clone() for title, values in getattr(table, name).items()}
         for title, values in getattr(other, name).items():
             unknown = torch.nan if name == "noise" else False
@@ -141,19 +140,19 @@ def with_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) -> Re
 
 
 def group_successes(groups: Sequence[Group]) -> dict[int, list[float]]:
-    """By row, for groups where right and wrong can be told, 1.0 or 0.0 per member; of all ranks."""
-    own = [p for p in local_rows(groups) if has_success(groups[p].prompt)]
+    """Success (1.0 or 0.0) of every member by row, for groups whose success can be verified; of all ranks."""
+    local = [p for p in local_rows(groups) if has_success(groups[p].prompt)]
     found: list[list[float]] = []
     with relay_errors():
-        if own:
-            found = successes([groups[p] for p in own])
-    return merge_ranks(dict(zip(own, found, strict=True)))
+        if local:
+            found = successes([groups[p] for p in local])
+    return merge_ranks(dict(zip(local, found, strict=True)))
 
 
 def gather_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:
-    """Groups of some rows with their trajectories, on every rank; ``members``: the first few of each."""
-    cut = {p: Group(groups[p].prompt, groups[p].trajectories[:members]) for p in rows}
-    own = {p: group for p, group in cut.items() if group.trajectories}
-    for received in gather_with_tensors(own):
-        cut |= {p: group for p, group in received.items() if p not in own}
-    return [cut[p] for p in rows]
+    """Groups of some rows with their trajectories, on every rank; ``members``: only the first ones of each."""
+    selected = {p: Group(groups[p].prompt, groups[p].trajectories[:members]) for p in rows}
+    local = {p: group for p, group in selected.items() if group.trajectories}
+    for received in gather_with_tensors(local):
+        selected |= {p: group for p, group in received.items() if p not in local}
+    return [selected[p] for p in rows]

@@ -17,48 +17,48 @@ from lvrpo.rewards.success import SUCCESS_ONLY
 from lvrpo.rewards.table import score_groups
 from lvrpo.training.advantages import segment_advantages
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.judge import NOTHING_HELD_OUT
+from lvrpo.training.judge import NO_JUDGE_ROWS
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.memory import MemoryEstimate, peak_memory_gib
 from lvrpo.training.preflight import Check, contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
-from lvrpo.training.rollout_engine import Sampler, open_engine
-from lvrpo.training.setup import memory_of, open_policy
+from lvrpo.training.rollout_engine import EngineSampler, open_engine
+from lvrpo.training.setup import estimate_run_memory, open_policy
 from lvrpo.training.sources import Parts, held_out_source, open_parts, training_source, validation_prompts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
 from lvrpo.training.validation import Validator
 
-SHARE = 4
-"""The small step has one prompt in so many of each task."""
+STEP_DIVISOR = 4
+"""The timed step has 1 / ``STEP_DIVISOR`` of the prompts of each task."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run measured; times and sizes of the run are estimates."""
+    """Measurements of a dry run, and the estimates for the run."""
 
     checks: Sequence[Check]
     step_seconds: float
+    """Estimate for a full step."""
     seconds: float
-    """Of the whole run, with validation."""
+    """Estimate for the whole run, with validation."""
     peak_memory_gib: float
-    """The peak of the dry run itself."""
+    """Measured peak of the dry run itself."""
     disk_mib: float
 
 
 def memory_needed(config: TrainConfig, device: torch.device | None = None) -> MemoryEstimate | None:
-    """What a run will need; None for a kind of policy whose memory cannot be estimated.
-
-    ``device`` stands for the configuration's; it need not be there.
-    """
+    """``estimate_run_memory`` of a configuration."""
     source = training_source(config)
     validation, test = (held_out_source(config, split) for split in ("validation", "test"))
     validator = Validator(validation_prompts(config, validation, None), config)
-    return memory_of(config, Parts(source, (), validator, NOTHING_HELD_OUT, SUCCESS_ONLY, validation, test), device)
+    return estimate_run_memory(
+        config, Parts(source, (), validator, NO_JUDGE_ROWS, SUCCESS_ONLY, validation, test), device
+    )
 
 
 def dry_run(config: TrainConfig) -> DryRun:
-    """Loads everything that a run loads, runs the preflight checks, times one small step."""
+    """Loads all parts of a run, runs the preflight checks and times one small step and a validation."""
     torch.set_num_threads(config.threads)
     parts = open_parts(config)
     policy, base = open_policy(config)
@@ -69,8 +69,8 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 
 @contextmanager
-def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[Sampler | None]:
-    """As a run opens it, from the folder of its start."""
+def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[EngineSampler | None]:
+    """``open_engine`` without a run directory: a new adapter is saved to a temporary folder."""
     if config.adapter is None:
         with open_engine(config, base) as engine:
             yield engine
@@ -81,14 +81,14 @@ def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[Sampler
             yield engine
 
 
-def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampler | None) -> DryRun:
+def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: EngineSampler | None) -> DryRun:
     source, rewards, validator, policy = parts.source, parts.rewards, parts.validator, state.policies.policy
     checks = contract_checks(config, state.policies, source, rewards, engine)
     if not all(check.ok for check in checks):
         return DryRun(checks, 0.0, 0.0, peak_memory_gib(), 0.0)
 
     counts = config.data.prompts_per_step
-    few = {task: -(-count // SHARE) for task, count in counts.items()}
+    few = {task: -(-count // STEP_DIVISOR) for task, count in counts.items()}
     small = config.model_copy(update={"data": config.data.model_copy(update={"prompts_per_step": few})})
     started = time.perf_counter()
     groups = rollout(state.policies, prompts_of_step(source, small, 0), small, 0, engine)
@@ -102,9 +102,8 @@ def _dry_run(config: TrainConfig, parts: Parts, state: TrainState, engine: Sampl
     started = time.perf_counter()
     validator.score(state.policies)
     validation_seconds = time.perf_counter() - started
-    looks = config.steps // config.validation.every + 2
+    num_validations = config.steps // config.validation.every + 2
     weights = sum(tensor.numel() * 4 for tensor in state.policies.weights[POLICY].values())
     disk = weights * 7 * (config.keep_checkpoints + 1) / 2**20
-    return DryRun(
-        checks, step_seconds, config.steps * step_seconds + looks * validation_seconds, peak_memory_gib(), disk
-    )
+    seconds = config.steps * step_seconds + num_validations * validation_seconds
+    return DryRun(checks, step_seconds, seconds, peak_memory_gib(), disk)

@@ -1,7 +1,7 @@
-"""The gradient audit: how the tasks' gradients agree, per expert and layer; and what is done where they do not.
+"""Per-task gradients: audit of their norms and cosines per expert and layer, and mixing of conflicting gradients.
 
 Metrics: ``gradient/norm/TASK/PART`` and ``gradient/cosine/TASK+TASK/PART``, where PART is ``all``, an expert (reading,
-drawing, shared), or a layer of one (``reading/layer_2``).
+drawing, shared), or a layer of an expert (``reading/layer_2``).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from lvrpo.types import TASKS, Task
 Mixing = Literal["sum", "pcgrad", "norm_balanced"]
 
 EXPERTS: Mapping[str, str] = {"understand": "reading", "generate": "drawing"}
-"""The words for ``Policy.parameter_groups`` in the metrics."""
+"""Names of ``Policy.parameter_groups`` in the metrics."""
 
 
 class GradientAuditConfig(Config):
-    """When the tasks' gradients are compared."""
+    """The gradient audit."""
 
     every: int = Field(default=0, ge=0)
-    """Every so many steps, into the metrics under gradient/; 0: never. It changes no weight; it keeps one more gradient
-    per task in memory. Where texts and drawings are stepped in turn, a task's gradient is the sum over both."""
+    """Steps between two audits, logged under gradient/; 0: never. It does not change the update, and stores one more
+    gradient per task. With several phases (different lr_scale) a task's gradient is the sum over phases."""
 
 
 class TaskGradients:
-    """The gradients of one update, kept apart by task; of all phases, where kinds of segments are stepped in turn.
+    """The gradients of one update by task, over all phases (``TrainConfig.phases``).
 
-    On several ranks those of this rank's shards, summed over the ranks before they are taken.
+    With several ranks: this rank's shards of the reduced gradients.
     """
 
     def __init__(self, policy: Policy) -> None:
-        """``policy``: its weights not made whole, where they are divided."""
+        """``policy``: outside ``whole_weights`` if sharded."""
         assert isinstance(policy, nn.Module)
         expert_of = {
             id(p): EXPERTS.get(expert, expert) for expert, params in policy.parameter_groups().items() for p in params
@@ -53,34 +53,34 @@ class TaskGradients:
         self.expert_of = {name: expert_of[id(p)] for name, p in self.parameters.items()}
         self.tasks: dict[Task, dict[str, Tensor]] = {}
         self.total: dict[str, Tensor] = {}
-        """Of all tasks, since the last ``give_back``."""
+        """Sum over tasks since the last ``write_mixed``."""
 
-    def take(self, task: Task) -> None:
-        """Moves the gradient in the parameters to the task's account.
+    def store(self, task: Task) -> None:
+        """Moves the parameters' gradients to those of the task.
 
-        The total is added up in the order in which autograd would have, so it is the same to the last bit.
+        The total is summed in the order of autograd's accumulation, so it is bitwise equal.
         """
-        own = self.tasks.setdefault(task, {})
+        of_task = self.tasks.setdefault(task, {})
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            for account in (own, self.total):
-                if name in account:
-                    account[name].add_(parameter.grad)
+            for gradients in (of_task, self.total):
+                if name in gradients:
+                    gradients[name].add_(parameter.grad)
                 else:
-                    account[name] = parameter.grad.clone()
+                    gradients[name] = parameter.grad.clone()
             parameter.grad = None
 
-    def give_back(self, mixing: Mixing, seed: int) -> None:
-        """Leaves the mixed gradient in the parameters; conflicts and norms are those of each expert alone.
+    def write_mixed(self, mixing: Mixing, seed: int) -> None:
+        """Writes the mixed gradient to the parameters, mixed separately in each expert.
 
-        With ``sum`` that is what was taken since the last call; the others mix all that was ever taken.
+        ``sum``: the gradients stored since the last call; other methods mix all stored gradients.
         """
         for expert in dict.fromkeys(self.expert_of.values()) if mixing != "sum" else ():
             names = [name for name in self.total if self.expert_of[name] == expert]
             if not names:
                 continue
-            gradients = [self._dense(account, names) for account in self.tasks.values()]
+            gradients = [self._dense(of_task, names) for of_task in self.tasks.values()]
             gram = sum_over_ranks(gram_matrix(gradients))
             weights = projection_weights(gram, seed) if mixing == "pcgrad" else balance_weights(gram)
             for name, mixed in zip(names, combine_gradients(gradients, weights), strict=True):
@@ -90,16 +90,16 @@ class TaskGradients:
         self.total = {}
 
     def report(self, metrics: Metrics) -> None:
-        """Norms and cosines of every part that has a gradient."""
+        """Logs norms and cosines of every part that has a gradient."""
         tasks = sorted(self.tasks, key=TASKS.index)
-        accounts = [self.tasks[task] for task in tasks]
+        by_task = [self.tasks[task] for task in tasks]
         grams: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(tasks), len(tasks), dtype=torch.float64))
-        for name in dict.fromkeys(name for account in accounts for name in account):
-            gram = gram_matrix([self._dense(account, [name]) for account in accounts])
+        for name in dict.fromkeys(name for gradients in by_task for name in gradients):
+            gram = gram_matrix([self._dense(gradients, [name]) for gradients in by_task])
             for part in self._parts(name):
                 grams[part] += gram
-        for part, own in grams.items():
-            gram = sum_over_ranks(own)
+        for part, local_gram in grams.items():
+            gram = sum_over_ranks(local_gram)
             cosines = cosine_matrix(gram)
             for i, task in enumerate(tasks):
                 metrics.add(f"gradient/norm/{task}/{part}", float(gram[i, i].sqrt()))
@@ -112,9 +112,9 @@ class TaskGradients:
         layer = re.search(r"\.layers\.(\d+)\.", name)
         return ["all", expert, *([f"{expert}/layer_{layer[1]}"] if layer else [])]
 
-    def _dense(self, account: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
-        """Of this rank's shards."""
+    def _dense(self, gradients: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
+        """This rank's shards, with zeros for missing gradients."""
         return [
-            local(account[name]) if name in account else torch.zeros_like(local(self.parameters[name]))
+            local(gradients[name]) if name in gradients else torch.zeros_like(local(self.parameters[name]))
             for name in names
         ]

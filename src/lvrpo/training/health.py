@@ -1,4 +1,4 @@
-"""Whether a run that came to its end is well: what its metrics say, in words for the terminal, summary and report."""
+"""Health check of a finished run: failed scores, validation actions, answer collapse and non-finite gradients."""
 
 from __future__ import annotations
 
@@ -14,78 +14,73 @@ from lvrpo.config import Config
 from lvrpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
-"""``metrics.jsonl``. Any: what JSON holds."""
+"""``metrics.jsonl``. Any: JSON values."""
 
 ENTROPY = "answer_entropy/"
-"""Of the answers to one form of questions, among the held-out prompts of validation, in bits."""
-VARIED, COLLAPSED = 0.5, 0.1
-"""Answers have collapsed where their entropy was above the first before the run and is below the second at its end."""
-FEWEST = 4
-"""Held-out questions of a form, at least, for its entropy to mean anything."""
+"""Metric prefix: entropy in bits of the answers to one form of questions among the held-out prompts."""
+INITIAL_ENTROPY, COLLAPSED_ENTROPY = 0.5, 0.1
+"""Answers have collapsed if their entropy was above the first value before the run and is below the second after."""
+MIN_QUESTIONS = 4
+"""Minimum number of held-out questions of a form."""
 
 
 class HealthConfig(Config):
-    """When a run that came to its end is not well; its exit code is then 3."""
+    """The health check of a finished run; if it fails, the exit code is 3."""
 
     max_failed: float = Field(default=0.1, ge=0, le=1)
-    """Share of a reward's scores that may fail over a whole run, where the reward has no ``max_failed`` of its own."""
+    """Maximum share of failed scores of a reward over the run, unless the reward sets its own ``max_failed``."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason why a run is not well."""
+    """One failed check."""
 
     kind: str
     """failed scores, validation, answers or gradients."""
     words: str
+    """The message."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What was found."""
+    """The result of the health check."""
 
     findings: tuple[Finding, ...] = ()
 
-    @property
-    def well(self) -> bool:
-        """Whether nothing was."""
-        return not self.findings
-
     def as_dict(self) -> dict[str, Any]:
         """For ``summary.json``."""
-        return {"well": self.well, "findings": [asdict(finding) for finding in self.findings]}
+        return {"well": not self.findings, "findings": [asdict(finding) for finding in self.findings]}
 
 
 def assess(rows: Rows, max_failed: Mapping[str, float]) -> Health:
-    """The health of a run from its metrics; ``max_failed``: by reward, the share of its scores that may fail."""
-    findings = [*_failed(rows, max_failed), *_guard(rows), *_collapsed(rows), *_gradients(rows)]
+    """The health of a run from its metrics; ``max_failed``: by reward, the maximum share of failed scores."""
+    findings = [*_failed(rows, max_failed), *_actions(rows), *_collapsed(rows), *_gradients(rows)]
     return Health(tuple(findings))
 
 
-def answer_entropies(prompts: Sequence[Prompt], answers_to: Sequence[str | None]) -> dict[str, float]:
-    """By task/category, the entropy in bits of the answers to its questions, unless they have one right answer.
+def answer_entropies(prompts: Sequence[Prompt], texts: Sequence[str | None]) -> dict[str, float]:
+    """By task/category, the entropy in bits of the answers to its questions, if their right answers differ.
 
-    H = -sum p log2 p over the distinct answers, one per prompt (None: it has none), as written but for case and outer
-    blanks.
+    H = -sum p log2 p over the distinct answers, one per prompt (None: no answer), normalized by case and outer spaces.
     """
     answers: dict[str, list[str]] = {}
     right: dict[str, set[str]] = {}
-    for prompt, text in zip(prompts, answers_to, strict=True):
+    for prompt, text in zip(prompts, texts, strict=True):
         if text is not None and prompt.answer is not None:
             form = f"{prompt.task}/{prompt.category or 'all'}"
             answers.setdefault(form, []).append(text.strip().lower())
             right.setdefault(form, set()).add(prompt.answer)
-    return {form: entropy(said) for form, said in answers.items() if len(said) >= FEWEST and len(right[form]) > 1}
+    return {form: entropy(row) for form, row in answers.items() if len(row) >= MIN_QUESTIONS and len(right[form]) > 1}
 
 
 def entropy(values: Sequence[str]) -> float:
-    """In bits, of the shares of distinct values."""
+    """Entropy in bits of the distribution of the values."""
     shares = [count / len(values) for count in Counter(values).values()]
     return max(0.0, -sum(share * math.log2(share) for share in shares))
 
 
 def _failed(rows: Rows, max_failed: Mapping[str, float]) -> Iterator[Finding]:
-    """Rewards whose scores failed more often than they may, over all steps in which they applied."""
+    """Rewards with too many failed scores, over all steps in which they applied."""
     shares: dict[str, list[float]] = {}
     reasons: dict[str, Counter[str]] = {}
     for row in rows:
@@ -106,7 +101,8 @@ def _failed(rows: Rows, max_failed: Mapping[str, float]) -> Iterator[Finding]:
             )
 
 
-def _guard(rows: Rows) -> Iterator[Finding]:
+def _actions(rows: Rows) -> Iterator[Finding]:
+    """Rollbacks, early stops and warnings of validation."""
     for row in rows:
         for name in ("validation", "overoptimization"):
             action = str(row.get(f"{name}/action") or "")
@@ -115,11 +111,11 @@ def _guard(rows: Rows) -> Iterator[Finding]:
 
 
 def _collapsed(rows: Rows) -> Iterator[Finding]:
-    """Forms of questions whose held-out answers became one."""
+    """Forms of questions whose held-out answers collapsed to one."""
     forms = dict.fromkeys(key for row in rows for key in row if key.startswith(ENTROPY))
     for form in forms:
         values = [float(row[form]) for row in rows if row.get(form) is not None]
-        if values and values[0] > VARIED and values[-1] < COLLAPSED:
+        if values and values[0] > INITIAL_ENTROPY and values[-1] < COLLAPSED_ENTROPY:
             yield Finding(
                 "answers",
                 f"the answers to {form.removeprefix(ENTROPY)} collapsed to one: their entropy fell from "
@@ -128,7 +124,7 @@ def _collapsed(rows: Rows) -> Iterator[Finding]:
 
 
 def _gradients(rows: Rows) -> Iterator[Finding]:
-    """A norm that is no number is null in the file."""
+    """Steps with non-finite gradient norms, which are null in the file."""
     bad = [row["step"] for row in rows if any(k.startswith("grad_norm/") and v is None for k, v in row.items())]
     if bad:
         steps = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step finish and a checkpoint be written, the second ends at once."""
+"""Handling of Ctrl-C and SIGTERM: the first stops the run after the step with a checkpoint, the second immediately."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Self
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped on request, with a checkpoint written; the message says where and how to go on."""
+    """The run stopped on request after writing a checkpoint; the message says how to resume."""
 
 
-def say_stopping() -> None:
-    """Tells whoever looks at the terminal; unbuffered, for a handler may come in the middle of another print."""
+def print_stopping() -> None:
+    """Prints a notice, unbuffered because a signal handler may interrupt another print."""
     with suppress(OSError):
         os.write(1, b"\nstopping after this step; once more stops at once\n")
 
 
-class Interruption:
-    """While the context lasts, a signal is noted, and ``notify`` called; calling the object tells whether one came."""
+class InterruptHandler:
+    """Inside the context, the first signal is recorded and ``notify`` called; calling the object returns whether."""
 
     def __init__(self, notify: Callable[[], object] = lambda: None) -> None:
         self.requested = False
@@ -35,7 +35,7 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,7 +43,7 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
         self._handlers.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

@@ -1,4 +1,4 @@
-"""The judge of a run: frozen weights that score outputs, how they may be renewed, and how far the policy is."""
+"""The judge of a run: frozen weights that score outputs, its refresh, and the drift of the policy from it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lvrpo.types import Example, Group, Image, Prompt, RewardTable
 
 
 class JudgeConfig(Config):
-    """Who scores outputs: never the policy that is trained."""
+    """The weights of the judge, which are never those of the trained policy."""
 
     kind: Literal["reference", "average"] = "reference"
-    """reference: the weights that the run began with; average: a slow moving average of the trained weights."""
+    """reference: the initial weights; average: a slow EMA of the trained weights."""
     decay: float = Field(default=0.99, ge=0, lt=1)
-    """Of the slow average, per step."""
+    """Decay of the slow EMA per step."""
     refresh_every: int | None = Field(default=None, ge=1)
-    """Every so many steps the judge is replaced by a candidate, if that is no worse on held-out rows at what rewards
-    ask of it (``HeldOut``): by the evaluated average (kind reference) or by the slow average (kind average). None: a
-    reference stays what it is, and a slow average judges while it moves, unguarded."""
+    """Steps between two refreshes, which replace the judge by a candidate unless that is worse on held-out rows
+    (``JudgeRows``); the candidate is the evaluated EMA (kind reference) or the slow EMA (kind average). None: the
+    reference is fixed, and the slow EMA is the judge without this check."""
     drift_every: int | None = Field(default=None, ge=0)
-    """Every so many steps the policy scores the outputs of the step too, for the rewards that ask the judge, and
-    what it says otherwise is logged. None: at every validation; 0: never."""
+    """Steps between two measurements of judge drift: the policy scores the same outputs, and the difference is logged.
+    None: at every validation; 0: never."""
 
     @model_validator(mode="after")
     def _decay_is_used(self) -> Self:
@@ -43,65 +43,62 @@ class JudgeConfig(Config):
             raise ValueError(f"decay={self.decay}: is of the slow average: set kind to average, or leave it out")
         return self
 
-    def drift_due(self, step: int, validation_looks: bool) -> bool:
+    def drift_due(self, step: int, validates: bool) -> bool:
         """Whether drift is measured in a step (counted from 1)."""
         if self.drift_every is None:
-            return validation_looks
+            return validates
         return self.drift_every > 0 and step % self.drift_every == 0
 
     @property
     def moves(self) -> bool:
-        """Whether the judge can become another one than the reference."""
+        """Whether the judge can differ from the reference."""
         return self.kind == "average" or self.refresh_every is not None
 
 
-DRAWS = 4
-"""Noises under which the drawing side is asked about each held-out picture."""
+NUM_DRAWS = 4
+"""Noise samples per held-out image."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What decides on a new judge: rows that nothing is trained on, for each side that a reward asks."""
+class JudgeRows:
+    """Held-out rows on which candidates for the judge are evaluated, for each side that rewards use."""
 
     questions: Sequence[Prompt] = ()
-    """With known answers, for the reading side."""
+    """Questions with answers, for the understanding side."""
     pictures: Sequence[Example] = ()
-    """Drawings with their descriptions, for the drawing side."""
+    """Images with descriptions, for the generation side."""
 
     def measures(self) -> dict[str, Callable[[Policy], torch.Tensor]]:
-        """By name, how well a policy does on the rows: the higher the better, each (B,) in [0, 1]."""
+        """Evaluation functions by name; each returns scores (B,) in [0, 1], higher is better."""
         found: dict[str, Callable[[Policy], torch.Tensor]] = {}
         if self.questions:
-            found["held_out"] = lambda policy: known_answers(policy, self.questions)
+            found["held_out"] = lambda policy: answer_probability(policy, self.questions)
         if self.pictures:
-            found["held_out_drawing"] = lambda policy: told_pictures(policy, self.pictures)
+            found["held_out_drawing"] = lambda policy: description_posterior(policy, self.pictures)
         return found
 
 
-NOTHING_HELD_OUT = HeldOut()
+NO_JUDGE_ROWS = JudgeRows()
 
 
 @dataclass
 class Judge:
-    """A judge that is renewed; a mutable part of the state of a run. Its weights are sets of the run's policies."""
+    """A judge that is refreshed; a mutable part of the state of a run. Its weights are sets of ``Policies``."""
 
     config: JudgeConfig
     version: int = 0
-    """How often it was replaced or moved."""
+    """Number of replacements, or of EMA updates without refresh."""
     refused: int = 0
-    """Candidates that were turned down."""
+    """Number of refused candidates."""
 
     @property
     def sets(self) -> tuple[SetName, ...]:
-        """Its weights, and those of a slow average that waits to replace it; both begin as the policy's."""
-        waits = self.config.kind == "average" and self.config.refresh_every is not None
-        return ("judge", "judge_ema") if waits else ("judge",)
+        """Its weight set, and that of the slow EMA if it is a candidate."""
+        has_candidate = self.config.kind == "average" and self.config.refresh_every is not None
+        return ("judge", "judge_ema") if has_candidate else ("judge",)
 
-    def after_step(self, step: int, policies: Policies, held_out: HeldOut) -> dict[str, Any]:
-        """Follows the policy and, when it is time, tries a candidate; what there is to log.
-
-        ``step``: steps done. ``held_out``: what decides. Called by all ranks.
-        """
+    def update(self, step: int, policies: Policies, held_out: JudgeRows) -> dict[str, Any]:
+        """Updates the slow EMA and refreshes the judge if due; returns metrics. Collective. ``step``: steps done."""
         slow = self.sets[-1] if self.config.kind == "average" else None
         if slow is not None:
             policies.weights.lerp(slow, self.config.decay)
@@ -112,7 +109,7 @@ class Judge:
             row = self._refresh(policies, slow or "ema", held_out)
         return {"judge/version": self.version, **row}
 
-    def _refresh(self, policies: Policies, candidate: SetName, held_out: HeldOut) -> dict[str, Any]:
+    def _refresh(self, policies: Policies, candidate: SetName, held_out: JudgeRows) -> dict[str, Any]:
         row: dict[str, Any] = {}
         no_worse = []
         for name, measure in held_out.measures().items():
@@ -137,80 +134,78 @@ class Judge:
         return {"version": self.version, "refused": self.refused}
 
     def load(self, tree: Mapping[str, Any]) -> None:
-        """Puts back what ``state`` gave."""
+        """Restores ``state``."""
         self.version, self.refused = tree["version"], tree["refused"]
 
 
-def known_answers(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
-    """How sure the reading side is of the right answers: exp of the mean log-prob per token, (B,) in [0, 1]."""
+def answer_probability(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
+    """Probability of the right answers: exp of the mean log-prob per token, (B,) in [0, 1]."""
     answers = [str(prompt.answer) for prompt in questions]
     return policy.text_logprob([prompt.parts for prompt in questions], answers).exp().cpu()
 
 
-def told_pictures(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
-    """How sure the drawing side is which of two descriptions a picture has: its own, or that of the next one, (B,).
+def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
+    """Posterior probability of an image's own description against that of another image, (B,) in [0, 1].
 
         p_i = 1 / (1 + exp(-m_i)),  m_i = mean_k [ log p(x_i | c_i, noise_k) - log p(x_i | c_j, noise_k) ],
 
-    the posterior probability of the right one of two equally likely texts, in [0, 1]: a number as ``known_answers`` has
-    it, no picture of which can outweigh the others, as it could in a mean of nats, and that moves where the share of
-    pictures told rightly does not. Both texts, and all policies compared, meet the same noise, so that their
-    difference is one of weights. c_j: of the next picture of the same category with another description, the hardest
-    that is at hand without making one.
+    for two equally likely descriptions. It is bounded, so no image dominates the mean, and finer than an accuracy. Both
+    descriptions, and all compared policies, share the noise. c_j: a hard negative, the next image of the same category
+    with another description.
     """
-    own = [example.prompt.parts for example in pictures]
-    contexts = own + [pictures[j].prompt.parts for j in _others(pictures)]
-    images = [drawing_of(example) for example in pictures] * 2
+    positives = [example.prompt.parts for example in pictures]
+    contexts = positives + [pictures[j].prompt.parts for j in _hard_negatives(pictures)]
+    images = [target_image(example) for example in pictures] * 2
     seeds = [derive_seed("told pictures", example.prompt.id) for example in pictures] * 2
-    right, other = policy.image_logprob(contexts, images, DRAWS, seeds).mean(dim=1).cpu().chunk(2)
+    right, other = policy.image_logprob(contexts, images, NUM_DRAWS, seeds).mean(dim=1).cpu().chunk(2)
     return (right - other).sigmoid()
 
 
-def _others(pictures: Sequence[Example]) -> list[int]:
-    """For each picture the place of the next one with another description, of its own category if there is one."""
-    said = [text_of(example.prompt) for example in pictures]
+def _hard_negatives(pictures: Sequence[Example]) -> list[int]:
+    """For each image the index of the next one with another description, of the same category if there is one."""
+    texts = [text_of(example.prompt) for example in pictures]
     category = [example.prompt.category for example in pictures]
     n, found = len(pictures), []
     for i in range(n):
-        differ = [j % n for j in range(i + 1, i + n) if said[j % n] != said[i]]
+        differ = [j % n for j in range(i + 1, i + n) if texts[j % n] != texts[i]]
         found.append(next((j for j in differ if category[j] == category[i]), differ[0]))
     return found
 
 
-def drawing_of(example: Example) -> Image:
-    """The drawing among its outputs."""
+def target_image(example: Example) -> Image:
+    """The image among the target outputs."""
     return next(output for output in example.outputs if not isinstance(output, str))
 
 
-def sides_asked(rewards: Sequence[RewardSource]) -> set[Side]:
-    """The sides of the run's judge that its rewards ask."""
+def used_sides(rewards: Sequence[RewardSource]) -> set[Side]:
+    """The sides (read, draw) of the judge that rewards use."""
     return {side for source in rewards for side in source.sides}
 
 
-def require_asked(config: JudgeConfig, rewards: Sequence[RewardSource]) -> None:
-    """Raises InputError for settings of a judge that no reward asks."""
-    if sides_asked(rewards):
+def require_judge_used(config: JudgeConfig, rewards: Sequence[RewardSource]) -> None:
+    """Raises InputError for settings of a judge that no reward uses."""
+    if used_sides(rewards):
         return
     for name, value in (("refresh_every", config.refresh_every), ("drift_every", config.drift_every)):
         if value:
             raise InputError(f"judge.{name}={value}: no reward asks the run's judge, so it has no effect: leave it out")
 
 
-def held_out_rows(
+def build_judge_rows(
     config: JudgeConfig,
     rewards: Sequence[RewardSource],
     prompts: Mapping[Any, Sequence[Prompt]],
     examples: Callable[[], Sequence[Example]],
-) -> HeldOut:
-    """What decides on a new judge, for the sides that the rewards ask; nothing where none is tried.
+) -> JudgeRows:
+    """The rows on which candidates are evaluated, for the sides that rewards use; empty without refresh.
 
-    ``prompts``: held-out prompts by task; ``examples``: gives held-out drawings with descriptions. Raises InputError
-    where there are too few to decide.
+    ``prompts``: held-out prompts by task; ``examples``: returns held-out images with descriptions. Raises InputError
+    if there are too few.
     """
     if config.refresh_every is None:
-        return HeldOut()
-    sides = sides_asked(rewards)
-    questions = refresh_questions(config, prompts) if "read" in sides else []
+        return JudgeRows()
+    sides = used_sides(rewards)
+    questions = judge_questions(config, prompts) if "read" in sides else []
     pictures = list(examples()) if "draw" in sides else []
     if "draw" in sides and (len(pictures) < MIN_QUESTIONS or len({text_of(e.prompt) for e in pictures}) < 2):
         raise InputError(
@@ -218,11 +213,11 @@ def held_out_rows(
             f"{len(pictures)} held-out drawings with descriptions decide on a new one: give validation rows of task "
             f"'generate' a target, at least {MIN_QUESTIONS} of two descriptions, or leave it out"
         )
-    return HeldOut(questions, pictures)
+    return JudgeRows(questions, pictures)
 
 
-def refresh_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> list[Prompt]:
-    """The held-out prompts that decide on a new judge; raises InputError where there are too few to decide."""
+def judge_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> list[Prompt]:
+    """The held-out prompts with answers and text output; raises InputError if there are too few for a refresh."""
     found = [
         prompt
         for rows in prompts.values()
@@ -238,28 +233,27 @@ def refresh_questions(config: JudgeConfig, prompts: Mapping[Any, Sequence[Prompt
 
 
 MIN_QUESTIONS = 4
-"""Fewer would decide by chance alone."""
+"""Minimum number of held-out questions, or images, for a refresh."""
 
 
 def judge_drift(
     rewards: Sequence[RewardSource], groups: Sequence[Group], table: RewardTable, policies: Policies
 ) -> dict[str, float]:
-    """What the policy would have scored otherwise than the judge on the very same outputs.
+    """Difference of the scores of the policy from those of the judge on the same outputs.
 
     Per task and reward: ``judge_drift/TASK/REWARD``, the mean of policy minus judge, ``judge_agreement/TASK/REWARD``,
-    their correlation inside groups. Rewards that do not ask the judge are not scored again, and those that score alike
-    under both are left out.
+    their correlation inside groups. Rewards that do not use the judge, or have equal scores, are left out.
     """
-    asking = [source for source in rewards if source.sides]
-    if not asking:
+    judged = [source for source in rewards if source.sides]
+    if not judged:
         return {}
     with torch.no_grad(), override_fingerprint(table.judge), policies.use("policy") as policy:
-        own = score_local(asking, groups, policy)
+        by_policy = score_local(judged, groups, policy)
     out: dict[str, float] = {}
-    for k, name in enumerate(own.names):
-        known = table.names.index(name)
-        both = table.mask[..., known] & own.mask[..., k]
-        one, other = torch.where(both, table.scores[..., known], 0.0), torch.where(both, own.scores[..., k], 0.0)
+    for k, name in enumerate(by_policy.names):
+        column = table.names.index(name)
+        both = table.mask[..., column] & by_policy.mask[..., k]
+        one, other = torch.where(both, table.scores[..., column], 0.0), torch.where(both, by_policy.scores[..., k], 0.0)
         if torch.equal(one, other):
             continue
         for task in dict.fromkeys(table.tasks):
@@ -267,7 +261,7 @@ def judge_drift(
             if not both[rows].any():
                 continue
             out[f"judge_drift/{task}/{name}"] = float((other - one)[rows][both[rows]].mean())
-            agreement, groups_behind = group_correlation(one[rows], other[rows], both[rows])
-            if groups_behind:
+            agreement, num_groups = group_correlation(one[rows], other[rows], both[rows])
+            if num_groups:
                 out[f"judge_agreement/{task}/{name}"] = agreement
     return out

@@ -1,7 +1,7 @@
-"""How much memory a run will need, before anything is loaded.
+"""Memory estimate of a run before anything is loaded.
 
-What stays (weights, moments, copies) is counted. What comes and goes is found by running the parts of a step on tensors
-without memory, at the sizes of the run's own prompts, and adding up what would be alive at once.
+Persistent memory (weights, moments, copies) is computed from shapes. Transient memory is measured by running the phases
+of a step on fake tensors at the sizes of the run's prompts and tracking the live bytes.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from lvrpo.training.rollout_engine import ProcessEngineConfig
 from lvrpo.types import Fact, FlowSegment, Group, Image, Prompt, TextSegment, Trajectory
 
 SMALL_MOMENTS = 4096
-"""Parameters of fewer numbers keep moments of 32 bits in ``adamw_8bit``."""
+"""Parameters with fewer elements keep 32-bit moments in ``adamw_8bit``."""
 PROGRAM = {"cpu": 56 << 20, "cuda": 2 * (32 << 20)}
-"""What a run takes beside tensors. CPU: anonymous memory of a run of a policy of 4 MiB, measured, with the data of the
-built-in world. Card: two workspaces of cuBLAS, one of the thread that runs backward passes, as large as on an H100."""
+"""Memory besides tensors. CPU: measured anonymous memory of a run of a policy of 4 MiB, with the data of the built-in
+world. GPU: two cuBLAS workspaces (forward and backward thread), as large as on an H100."""
 
 
 def estimate_memory(
@@ -59,14 +59,13 @@ def estimate_memory(
     device: torch.device | None = None,
     check: Callable[[Policy], object] = lambda policy: None,
 ) -> MemoryEstimate | None:
-    """The memory of a run on its device, from the sizes in the policy's folder alone.
+    """The memory of a run on its device, from the shapes in the policy's folder.
 
-    ``check``: refuses a policy, without its weights, that cannot read the rows.
-
-    ``prompts`` are those of a step, ``validation`` the held-out ones. Texts are taken to be as long as they may be. The
-    operations are those of the CPU, also for a card, where some texts go through attention in other parts. ``device``
-    stands for the configuration's; it need not be there.
-    None for a policy of another kind than the Mixture-of-Transformers. Raises InputError for an adapter.
+    ``prompts``: those of a step; ``validation``: the held-out ones. Texts are assumed to have the maximum length. The
+    CPU implementation is measured, also for a GPU, whose attention may be batched differently. ``device`` overrides
+    that of the configuration; it need not exist. ``check``: called with the policy without weights, to refuse rows that
+    it cannot read.
+    Returns None for a policy that is not a Mixture-of-Transformers. Raises InputError for an adapter.
     """
     folder = policy_folder(config.policy)
     if has_adapter(folder):
@@ -92,7 +91,7 @@ def estimate_policy(
     validation: Sequence[Prompt] = (),
     device: torch.device | None = None,
 ) -> MemoryEstimate:
-    """As ``estimate_memory``, of a policy on the meta device, which is changed."""
+    """``estimate_memory`` of a policy on the meta device, which is modified."""
     whole = _bytes(policy.state_dict().values())
     with torch.device("meta"):
         if config.adapter is not None:
@@ -113,7 +112,7 @@ def _estimate_without_memory(
     validation: Sequence[Prompt],
     device: str,
 ) -> MemoryEstimate:
-    with FakeTensorMode(allow_non_fake_inputs=True):  # pictures of the prompts come as they are
+    with FakeTensorMode(allow_non_fake_inputs=True):  # images of the prompts are real tensors
         for module in policy.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
@@ -124,7 +123,7 @@ def _estimate_without_memory(
 
 
 class _Estimator:
-    """The parts of a step, run without memory; see ``estimate_memory``."""
+    """Runs the phases of a step on fake tensors; see ``estimate_memory``."""
 
     def __init__(self, policy: MoTPolicy, config: TrainConfig, whole: int, device: str) -> None:
         self.policy, self.config = policy, config
@@ -152,17 +151,17 @@ class _Estimator:
         old = uses_old_policy(config, self.policy.segment_kinds)
         copies = (1 + old + (config.adapter is None)) * gradients
         by_task = gradients * (len(tasks) + 1) if mixed else 0
-        kept, on_card = self._divided(old) + by_task if self.divided else 0, self.device != "cpu"
-        host = kept if config.offload else 0
-        steps = 2 * sum(self._recorded_steps(prompt) * group_size for prompt in prompts)
+        sharded, on_gpu = self._sharded_bytes(old) + by_task if self.divided else 0, self.device != "cpu"
+        host = sharded if config.offload else 0
+        steps = 2 * sum(self._recorded_step_bytes(prompt) * group_size for prompt in prompts)
         if self.divided:
             copies = 0
-        passes: dict[str, int] = {}
+        transient: dict[str, int] = {}
         if isinstance(self.policy, TinyPolicy) and self.device == "cpu":
-            passes["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
-        for name, asked, size in (("rollout", prompts, group_size), ("validation", validation, 1)):
-            for members in self._sampled_at_once(asked, size):
-                self._note(passes, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
+            transient["load"] = max(0, self.whole - copies)  # the file is read whole beside the policy
+        for name, sampled, size in (("rollout", prompts, group_size), ("validation", validation, 1)):
+            for members in self._sampled_at_once(sampled, size):
+                self._measure(transient, f"{name} of {_kind(members)}", lambda m=members: self._rollout(m))
         groups = [self._group(prompt) for prompt in prompts]
         for objective in objectives_of(config, self.policy.segment_kinds):
             for task in tasks:
@@ -170,7 +169,7 @@ class _Estimator:
                 replay = self._replay_text if objective.output == "text" else self._replay_drawings
                 name = "replay of " + _NAMES[objective.output]
                 if replayed:
-                    self._note(passes, name, lambda r=replay, t=replayed: r(t), gradient=True)
+                    self._measure(transient, name, lambda r=replay, t=replayed: r(t), gradient=True)
         drawn = [t for group in groups for t in group.trajectories if t.image is not None]
         if drawn and any(
             s.judge is not None or "read" in s.sides
@@ -178,52 +177,52 @@ class _Estimator:
                 [r for r in config.rewards if r.where is None and not r.name.startswith(f"{IN_PYTHON}:")]
             )
         ):
-            self._note(passes, "judge", lambda: self._judge(drawn))
+            self._measure(transient, "judge", lambda: self._judge(drawn))
         if self.divided:  # a reduce-scatter of float32, layer by layer
             layers = [
                 sum(p.numel() for p in layer.parameters() if p.requires_grad)
                 for layer in self.policy.transformer.layers
             ]
-            passes["replay: summing gradients"] = 8 * max(layers, default=0) + (gradients if self.in_rounds else 0)
-        stays = {
+            transient["replay: summing gradients"] = 8 * max(layers, default=0) + (gradients if self.in_rounds else 0)
+        persistent = {
             "weights": _bytes(self.policy.state_dict().values()),
             "frozen and averaged weights": copies,
-            "the judge's own weights": 0 if self.divided else gradients * self._judges(),
+            "the judge's own weights": 0 if self.divided else gradients * self._judge_copies(),
             "moments": 0 if self.divided else self._moments(),
-            "this process's share": 0 if config.offload else kept // world_size(),
+            "this process's share": 0 if config.offload else sharded // world_size(),
             "gradients by task": 0 if self.divided else by_task,
-            "outputs of a step": 2 * sum(self._recorded(prompt) * group_size for prompt in prompts)
-            + (0 if on_card else steps),
-            "offloaded": 0 if on_card else host,
+            "outputs of a step": 2 * sum(self._trajectory_bytes(prompt) * group_size for prompt in prompts)
+            + (0 if on_gpu else steps),
+            "offloaded": 0 if on_gpu else host,
             "program": PROGRAM[self.device],
         }
         engine = config.rollout.engine
         if isinstance(engine, ProcessEngineConfig) and engine.device is None:  # on this device as well
-            stays["rollout engine"] = stays["weights"] + stays["program"]
-        beside = host + steps if on_card and config.offload else 0
-        return MemoryEstimate(stays, 0 if self.in_rounds else gradients, passes, beside)
+            persistent["rollout engine"] = persistent["weights"] + persistent["program"]
+        host_only = host + steps if on_gpu and config.offload else 0
+        return MemoryEstimate(persistent, 0 if self.in_rounds else gradients, transient, host_only)
 
-    def _divided(self, old: bool) -> int:
-        """What the processes keep together: weights and averages in float32, the reference, moments, gradients."""
+    def _sharded_bytes(self, old: bool) -> int:
+        """Sharded bytes of all processes together: float32 weights and averages, reference, moments, gradients."""
         numbers = sum(parameter.numel() for parameter in self.trained)
         reference = 0 if self.config.adapter is not None else _bytes(self.trained)
-        return 4 * numbers * (3 + old + self._judges()) + reference + self._moments()
+        return 4 * numbers * (3 + old + self._judge_copies()) + reference + self._moments()
 
-    def _note(self, passes: dict[str, int], name: str, run: Callable[[], None], gradient: bool = False) -> None:
-        """Runs a part and remembers what it took at its worst."""
-        kept = [
+    def _measure(self, transient: dict[str, int], name: str, run: Callable[[], None], gradient: bool = False) -> None:
+        """Runs a phase and records its peak."""
+        excluded = [
             *self.policy.parameters(),
             *self.policy.buffers(),
             *(p.grad for p in self.trained if p.grad is not None),
         ]
-        with LiveBytes(kept, self.device) as live, torch.set_grad_enabled(gradient):
+        with LiveBytes(excluded, self.device) as live, torch.set_grad_enabled(gradient):
             run()
         if self.in_rounds:
             self.policy.zero_grad(set_to_none=True)
-        passes[name] = max(passes.get(name, 0), live.peak)
+        transient[name] = max(transient.get(name, 0), live.peak)
 
-    def _judges(self) -> int:
-        """How many copies a judge has that moves: itself, and a slow average that waits to replace it."""
+    def _judge_copies(self) -> int:
+        """Number of weight sets of the judge: its own, and that of a slow EMA candidate."""
         judge = self.config.judge
         return judge.moves * (1 + (judge.kind == "average" and judge.refresh_every is not None))
 
@@ -240,15 +239,15 @@ class _Estimator:
             total += each * parameter.numel()
         return total * len(self.config.phases(self.policy.segment_kinds))
 
-    def _recorded(self, prompt: Prompt) -> int:
-        """Of one trajectory, on the device."""
+    def _trajectory_bytes(self, prompt: Prompt) -> int:
+        """Device memory of one trajectory."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
         return height * width * (4 * self.policy.encoders.channels + 12 * self.policy.pixels_per_token() ** 2)
 
-    def _recorded_steps(self, prompt: Prompt) -> int:
-        """Of one trajectory, in host memory: the states before and after, and the means."""
+    def _recorded_step_bytes(self, prompt: Prompt) -> int:
+        """Host memory of one trajectory: states, next states and means of the recorded steps."""
         if "image" not in prompt.output:
             return 0
         height, width = self._grid(prompt)
@@ -257,21 +256,21 @@ class _Estimator:
     def _grid(self, prompt: Prompt) -> Grid:
         return self.policy._grid(prompt, self.sampling)
 
-    # ---------------------------------------------------------------- what goes through at once
+    # ---------------------------------------------------------------- batches
     def _sampled_at_once(self, prompts: Sequence[Prompt], group_size: int) -> list[list[Prompt]]:
-        """Of every kind of output and size, the first members that are sampled together, the longest contexts first."""
+        """For every output kind and image size the first sampling batch, with the longest contexts first."""
         classes: dict[object, list[Prompt]] = {}
         for prompt in prompts:
             classes.setdefault((prompt.output, self._grid(prompt)), []).append(prompt)
         out = []
-        for alike in classes.values():
-            longest = sorted(alike, key=lambda prompt: -row_tokens(self.policy._row(prompt)))
+        for same in classes.values():
+            longest = sorted(same, key=lambda prompt: -row_tokens(self.policy._row(prompt)))
             members = [prompt for prompt in longest for _ in range(group_size)]
             out.append([members[i] for i in self.policy._cut(members, self._grid(longest[0]))[0]])
         return out
 
     def _replayed_at_once(self, groups: Sequence[Group], objective: Objective) -> list[Trajectory]:
-        """The largest part of a task's members that is replayed together, every group being told apart."""
+        """The largest microbatch of a task, assuming that all groups have signal."""
         policy = self.policy
         longest = sorted(groups, key=lambda group: -policy.count_tokens(group.trajectories[0]).context)
 
@@ -279,9 +278,9 @@ class _Estimator:
             found = [(policy.count_tokens(m.trajectory), objective.passes(m.trajectory)) for m in members]
             return sum(tokens.context + tokens.text + tokens.image * passes for tokens, passes in found)
 
-        with unset_fake_temporarily():  # a choice looks at advantages and times
+        with unset_fake_temporarily():  # the selection needs values of advantages and times
             A = torch.linspace(-1, 1, self.config.rollout.group_size).expand(len(groups), -1)
-            chosen = objective.select_members(longest, GroupAdvantages.of_all(A))
+            chosen = objective.select_members(longest, GroupAdvantages.all_valid(A))
             cuts = list(split(chosen, objective, policy, self.config.limits))
             return [member.trajectory for member in max(cuts, key=size, default=[])]
 
@@ -289,13 +288,13 @@ class _Estimator:
         return Group(prompt, tuple(self._trajectory(prompt, m) for m in range(self.config.rollout.group_size)))
 
     def _trajectory(self, prompt: Prompt, member: int) -> Trajectory:
-        """An outcome as long as it may be; no two members write alike."""
+        """A trajectory of maximum length; the texts of all members differ."""
         segments = [self._text(member) if kind == "text" else self._drawing(prompt) for kind in prompt.output]
         return Trajectory(prompt, member, tuple(segments), member)
 
     def _text(self, member: int) -> TextSegment:
         length = self.config.rollout.max_new_tokens
-        with unset_fake_temporarily():  # its values are looked at
+        with unset_fake_temporarily():  # the replay needs its values
             tokens, logprobs = torch.arange(length) + member * length, torch.zeros(length)
         return TextSegment(tokens, logprobs, self.config.rollout.temperature, "", ended=False)
 
@@ -305,16 +304,16 @@ class _Estimator:
         shift = policy.timestep_shift() if sampling.timestep_shift is None else sampling.timestep_shift
         window = sampling.window if sampling.sampler != "ode" else ()
         pixels = policy.pixels_per_token()
-        with unset_fake_temporarily():  # they are looked at: is a step guided
+        with unset_fake_temporarily():  # guidance intervals need their values
             timesteps = timestep_grid(sampling.num_steps, shift)
         states = torch.empty(1, len(window), height * width, policy.encoders.channels)
         latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
         drawn = flow_sampler.FlowSample(latents, timesteps, states, states, logprobs, states)
         return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
 
-    # ---------------------------------------------------------------- parts of a step
+    # ---------------------------------------------------------------- phases of a step
     def _rollout(self, members: Sequence[Prompt]) -> None:
-        """As ``sample``: the last token of the longest texts, their scores, one step of a drawing, and its pixels."""
+        """As ``sample``: the last token of the longest texts, their scores, one step and the decoding of images."""
         policy, runner = self.policy, self.runner
         owner = run_ids([prompt.id for prompt in members])
         rows = [policy._row(members[owner.index(p)]) for p in range(owner[-1] + 1)]
@@ -339,7 +338,7 @@ class _Estimator:
                 policy.encoders.decode_latents(x_t - v, grid)
 
     def _write(self, cache: Cache, owner: Sequence[int]) -> None:
-        """A token of texts of which no two are alike, in buffers for the longest, and rows that change after it."""
+        """One decoding step of texts that all differ, with buffers of maximum length, and a reordering of rows."""
         transformer, steps = self.policy.transformer, self.config.rollout.max_new_tokens
         rows = owner[: decode_batch_size(transformer, cache, steps)]
         decoder = Decoder(transformer, cache.select(rows), steps)
@@ -361,7 +360,7 @@ class _Estimator:
         torch.cat(terms).sum().backward()
 
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
-        """As the losses of drawings: what frozen policies say, then recorded steps, or velocities at fresh times."""
+        """As the losses of images: outputs of frozen policies, then recorded steps, or velocities at fresh times."""
         flow, policy = self.config.flow, self.policy
         recorded, fresh = isinstance(flow, RecordedStepsConfig), isinstance(flow, FreshNoiseConfig)
         by_velocity = not isinstance(flow, RecordedStepsConfig) or flow.kl == "velocity"
@@ -392,7 +391,7 @@ class _Estimator:
         torch.stack([term.square().mean() for term in terms]).sum().backward()
 
     def _judge(self, drawn: Sequence[Trajectory]) -> None:
-        """A question for every fact of every drawing, as many as are asked at once."""
+        """The largest batch of questions, one for every fact of every image."""
         asked = [
             ((trajectory.image, fact.question), fact.answer)
             for trajectory in drawn
@@ -414,7 +413,7 @@ def _kind(prompts: Sequence[Prompt]) -> str:
 
 
 def _skip_resizing(policy: BagelPolicy) -> None:
-    """Pictures come at the size that the towers want: how they are resized needs their values."""
+    """Replaces the image preprocessing, which needs pixel values, by empty tensors of its output size."""
     towers, config = policy.encoders, policy.config
 
     def read_pixels(image: Image) -> torch.Tensor:
@@ -435,9 +434,9 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that are still alive; ``peak`` is the most so far.
+    """Tracks the bytes of live tensors created by operations; ``peak`` is the maximum so far.
 
-    Convolutions count with the copies that the kernels of a device (cpu, cuda) work on.
+    Convolutions include the workspace copies of their kernels on the device (cpu, cuda).
     """
 
     def __init__(self, not_counted: Iterable[torch.Tensor], device: str = "cpu") -> None:
@@ -447,7 +446,7 @@ class LiveBytes(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in not_counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Any: what torch passes to a mode."""
+        """Any: the arguments of torch's interface."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -457,9 +456,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _rearranged(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> int:
-        """A convolution wants the channels of a pixel together: it works on copies of what goes in and comes out.
+        """Size of the channels-last copies of input and output in a convolution.
 
-        oneDNN has one of them at a time, and none for 1 x 1 (both measured); cuDNN takes its workspace for both.
+        oneDNN allocates one at a time, and none for 1 x 1 kernels (both measured); cuDNN both.
         """
         if max(weight.shape[2:]) == 1:
             return 0

@@ -1,4 +1,4 @@
-"""What goes through a policy at once, so that a run fits into its memory."""
+"""Minibatches and microbatches: how the groups of a rollout are split for forward and backward passes."""
 
 from __future__ import annotations
 
@@ -32,24 +32,22 @@ if TYPE_CHECKING:
 
 
 class LimitsConfig(Config):
-    """Limits in tokens: of pictures, texts and prompts, a prompt that several members share counted once.
-
-    They move results by rounding alone.
-    """
+    """Batch limits, which change results by rounding only. Tokens are those of images, texts and prompts; a prompt that
+    several members share counts once."""
 
     hints: ClassVar[Mapping[str, str]] = {"backward_members": "is called {section}.microbatch_size"}
 
     forward_tokens: int | None = Field(default=None, ge=1)
-    """At once where no gradient is kept: sampling, judging. None: the policy's own limit (BAGEL: 32768). The tiny
-    policy goes by rows, 512 at once, whatever is set here."""
+    """Tokens per forward pass without gradient (sampling, judging). None: the policy's default (BAGEL: 32768). The tiny
+    policy always uses batches of 512 rows."""
     backward_tokens: int | None = Field(default=None, ge=1)
-    """At once where a gradient is kept, every trained step and every branch of guidance counted."""
+    """Tokens per forward pass with gradient, over all trained steps and guidance branches."""
     microbatch_size: int | None = Field(default=None, ge=1)
-    """The same, in drawings, each at ``flow.timesteps_per_sample`` times; texts: eight times as many. None, and no
-    ``backward_tokens``: 192, which suits small policies."""
+    """Images per forward pass with gradient, each at ``flow.timesteps_per_sample`` times; eight times as many texts.
+    None, and no ``backward_tokens``: 192, which suits small policies."""
     gradient_checkpointing: bool = False
-    """Layers are computed again in the backward pass instead of being remembered: a third more time, a fraction of the
-    memory. So are recorded steps of drawings, twice the time: one of them is remembered at once."""
+    """Recompute layers in the backward pass: a third more time, a fraction of the memory. Recorded sampling steps of
+    images are recomputed one at a time, for twice the time."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -61,7 +59,7 @@ class LimitsConfig(Config):
         return self
 
     def apply(self, policy: Policy) -> None:
-        """Sets a policy up."""
+        """Applies the limits to a policy."""
         policy.limit_tokens(self.forward_tokens)
         policy.checkpoint_gradients(self.gradient_checkpointing)
 
@@ -69,7 +67,7 @@ class LimitsConfig(Config):
 def minibatches(
     groups: Sequence[Group], advantages: Advantages, count: int
 ) -> Iterator[tuple[list[Group], Advantages]]:
-    """The groups of a rollout in ``count`` parts, an optimizer step each; those of every task are dealt in turn."""
+    """The groups of a rollout in ``count`` minibatches, with the groups of every task distributed round-robin."""
     if count == 1:
         yield list(groups), advantages
         return
@@ -92,9 +90,9 @@ def microbatches(
     step: int,
     metrics: Metrics,
 ) -> list[Microbatch]:
-    """What this rank differentiates: of each task and objective the members that it selects of its groups.
+    """The microbatches of this rank: the members that each objective selects, by task.
 
-    Logs under ``signal/TASK`` the share of all groups with an advantage that is not 0.
+    Logs the share of all groups with a non-zero advantage as ``signal/TASK``.
     """
     chosen: list[tuple[Task, Objective, list[Member]]] = []
     for task in TASKS:
@@ -103,10 +101,10 @@ def microbatches(
             continue
         signal = (advantages["text"].values[rows] != 0) | (advantages["image"].values[rows] != 0)
         metrics.add(f"signal/{task}", signal.any(dim=1).float().mean())
-        own = [p for p in rows if groups[p].trajectories]
-        A = {kind: advantages[kind].rows(own) for kind in KINDS}
+        local = [p for p in rows if groups[p].trajectories]
+        A = {kind: advantages[kind].rows(local) for kind in KINDS}
         for objective in objectives:
-            members = objective.select_members([groups[p] for p in own], A[objective.output]) if own else []
+            members = objective.select_members([groups[p] for p in local], A[objective.output]) if local else []
             chosen.append((task, objective, members))
     sizes = gather([objective.size(members) for _, objective, members in chosen])
     found: list[Microbatch] = []
@@ -118,37 +116,32 @@ def microbatches(
     return found
 
 
-def in_units(members: Sequence[Member], objective: Objective) -> list[Sequence[Member]]:
-    """Members that belong together, such as the two of a pair."""
-    return [members[start : start + objective.unit] for start in range(0, len(members), objective.unit)]
-
-
 def split(
     chosen: Sequence[Member], objective: Objective, policy: Policy, limits: LimitsConfig
 ) -> Iterator[Sequence[Member]]:
-    """The chosen members, as many at a time as are replayed at once; what belongs together stays so.
+    """The chosen members in microbatches within the limits; units of ``objective.unit`` members are not split.
 
-    Drawings of different sizes are replayed apart.
+    Images of different sizes are in different microbatches.
     """
-    sizes: dict[object, list[Sequence[Member]]] = {}
-    for members in in_units(chosen, objective):
-        image = members[0].trajectory.image if objective.output == "image" else None
-        size = None if image is None else image.shape
-        sizes.setdefault(size, []).append(members)
-    for same in sizes.values():
+    by_size: dict[object, list[Sequence[Member]]] = {}
+    for start in range(0, len(chosen), objective.unit):
+        unit = chosen[start : start + objective.unit]
+        image = unit[0].trajectory.image if objective.output == "image" else None
+        by_size.setdefault(None if image is None else image.shape, []).append(unit)
+    for units in by_size.values():
         if limits.backward_tokens is None:
-            at_once = max(1, objective.at_once(limits.microbatch_size) // objective.unit)
-            cuts = [list(range(i, min(i + at_once, len(same)))) for i in range(0, len(same), at_once)]
+            count = max(1, objective.max_members(limits.microbatch_size) // objective.unit)
+            cuts = [list(range(i, min(i + count, len(units)))) for i in range(0, len(units), count)]
         else:
-            cuts = cut_by_tokens(same, objective, policy, limits.backward_tokens)
+            cuts = cut_by_tokens(units, objective, policy, limits.backward_tokens)
         for indices in cuts:
-            yield [member for i in indices for member in same[i]]
+            yield [member for i in indices for member in units[i]]
 
 
 def cut_by_tokens(
     units: Sequence[Sequence[Member]], objective: Objective, policy: Policy, limit: int
 ) -> list[list[int]]:
-    """Indices of units that are replayed together."""
+    """Indices of the units of each microbatch of at most ``limit`` tokens."""
     counted = [[policy.count_tokens(member.trajectory) for member in members] for members in units]
     new = [
         sum(
@@ -170,34 +163,36 @@ def by_kind(objectives: Sequence[Objective]) -> dict[SegmentKind, Objective]:
 def with_reference_outputs(
     policies: Policies, objectives: Sequence[Objective], batches: Sequence[Microbatch]
 ) -> list[Microbatch]:
-    """The microbatches of this rank with what their losses compare the policy with; called by all ranks.
+    """The microbatches of this rank with the outputs of the frozen policies that their losses need; collective.
 
-    One set of weights after the other, for all microbatches: a device holds one at a time.
+    Loops over weight sets, then microbatches, as a device holds one set at a time.
     """
     of = by_kind(objectives)
-    own = {name for batch in batches for name in of[batch.kind].frozen_policies}
-    asked = {name for part in gather(own) for name in part}
-    found: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
+    local = {name for batch in batches for name in of[batch.kind].frozen_policies}
+    needed = {name for part in gather(local) for name in part}
+    outputs: list[dict[FrozenPolicy, torch.Tensor]] = [{} for _ in batches]
     for name in FROZEN:
-        if name not in asked:
+        if name not in needed:
             continue
         with policies.use(name) as policy:
-            for batch, terms in zip(batches, found, strict=True):
+            for batch, by_policy in zip(batches, outputs, strict=True):
                 if name in of[batch.kind].frozen_policies:
-                    terms[name] = of[batch.kind].reference_outputs(name, policy, batch)
-    return [replace(batch, frozen=terms) for batch, terms in zip(batches, found, strict=True)]
+                    by_policy[name] = of[batch.kind].reference_outputs(name, policy, batch)
+    return [replace(batch, frozen=by_policy) for batch, by_policy in zip(batches, outputs, strict=True)]
 
 
-def rounds(batches: Sequence[Microbatch], each: bool) -> Iterator[tuple[Task | None, Sequence[Microbatch]]]:
-    """What every rank differentiates before gradients are summed: all that it has.
+def reduction_rounds(
+    batches: Sequence[Microbatch], per_microbatch: bool
+) -> Iterator[tuple[Task | None, Sequence[Microbatch]]]:
+    """The microbatches of this rank between two gradient reductions: all of them, in one round.
 
-    ``each``: one microbatch at a time, of one task on all ranks, as often as the rank with most has one.
+    ``per_microbatch``: one microbatch per round, of the same task on all ranks; ranks with fewer get empty rounds.
     """
-    if not each:
+    if not per_microbatch:
         yield None, batches
         return
     counts = gather(Counter(batch.task for batch in batches))
     for task in TASKS:
-        own = [batch for batch in batches if batch.task == task]
+        local = [batch for batch in batches if batch.task == task]
         for i in range(max(count[task] for count in counts)):
-            yield task, own[i : i + 1]
+            yield task, local[i : i + 1]

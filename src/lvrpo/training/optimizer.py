@@ -1,4 +1,4 @@
-"""Muon with its iteration in float32 on CPUs, where bfloat16 is no faster."""
+"""Optimizers of a policy: AdamW and Muon with per-expert learning rates, gradient clipping and a schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from lvrpo.config import Config, NotNegative
+from lvrpo.config import Config, NonNegative
 from lvrpo.distributed import ShardedMuon, gradient_norms, local
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Policy
@@ -40,67 +40,63 @@ def orthogonalize(matrix: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
 
 
 class Muon(ShardedMuon):
-    """``torch.optim.Muon``, which iterates in bfloat16; on a CPU the same in float32.
+    """``torch.optim.Muon``, but with the Newton-Schulz iteration in float32 on a CPU.
 
-    A CPU without instructions for bfloat16 multiplies it some twenty times slower than float32 (decision 86). State,
-    rates and defaults are torch's.
+    CPUs without bfloat16 instructions multiply bfloat16 some twenty times slower than float32. State, learning rates
+    and defaults are torch's.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
-        """As ``torch.optim.Muon``. Any: what torch takes."""
+        """As ``torch.optim.Muon``. Any: torch's own types."""
         super().__init__(params, orthogonalize, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; parameters without a gradient stay. On a CPU it works in the memory of the gradients."""
+        """One step; parameters without a gradient are skipped. On a CPU the gradients are overwritten."""
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
             return torch.optim.Muon.step(self, closure)
         return super().step(closure)
 
 
 Norms = dict[str, float]
-"""Of gradients, by expert."""
-
-
+"""Gradient norms by expert."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
-"""Decay of a moving average of gradients."""
 
 
 class OptimizerConfig(Config):
-    """One learning rate per kind of parameter, one multiplier per expert."""
+    """One learning rate per optimizer, one multiplier per expert."""
 
     hints: ClassVar[Mapping[str, str]] = {
         "lr": "Muon has a rate and AdamW another: set {section}.muon_lr and {section}.adamw_lr",
     }
     kind: Literal["adamw", "muon", "adamw_8bit"] = "muon"
-    """muon: Muon on the transformer's matrices, AdamW on the rest, the two factors of an adapter among it; adamw: AdamW
-    on everything; adamw_8bit: the same with moments in 8 bits (bitsandbytes, arXiv:2110.02861), which saves 6 bytes a
-    trained number."""
+    """muon: Muon on the transformer's matrices, AdamW on the rest and on LoRA matrices; adamw: AdamW on everything;
+    adamw_8bit: AdamW with 8-bit moments (bitsandbytes, arXiv:2110.02861), which saves 6 bytes per trained parameter."""
     adamw_lr: float = Field(default=5e-4, gt=0)
     """Learning rate of parameters that AdamW steps; with kind muon, those that are no matrices of layers."""
     muon_lr: float = Field(default=5e-3, gt=0)
     """Learning rate of matrices of layers with kind muon."""
-    expert_lr: dict[Literal["understand", "generate", "shared"], NotNegative] = Field(default_factory=dict)
+    expert_lr: dict[Literal["understand", "generate", "shared"], NonNegative] = Field(default_factory=dict)
     """Multipliers of the learning rates per expert; 1 where absent."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(default=1.0, gt=0)
-    """Largest gradient norm, per expert: one expert's burst does not shrink the other's step."""
+    """Maximum gradient norm, clipped per expert, so that a spike of one does not shrink the step of the other."""
     warmup_steps: int = Field(default=5, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     decay_start: float = Field(default=0.4, ge=0, le=1)
-    """From this share of the run on the rates fall linearly ..."""
+    """Fraction of the run after which the learning rates decay linearly ..."""
     final_lr: float = Field(default=0.05, ge=0, le=1)
-    """... to this share of themselves at the end."""
+    """... to this fraction of the base rate at the end."""
 
 
 class Optimizers:
-    """Every trainable parameter of a policy, stepped together."""
+    """The optimizers of all trainable parameters of a policy, stepped together."""
 
     def __init__(self, policy: Policy, config: OptimizerConfig, total_steps: int) -> None:
-        """``policy``: its weights not made whole, where they are divided among ranks."""
+        """``policy``: outside ``whole_weights`` if sharded."""
         assert isinstance(policy, nn.Module)
         self.config = config
         self.total_steps = total_steps
@@ -139,7 +135,7 @@ class Optimizers:
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
 
     def rate(self, step: int) -> float:
-        """The schedule: share of the base rate at a step counted from 0."""
+        """The schedule: fraction of the base rate at a step, counted from 0."""
         config = self.config
         warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
         start = config.decay_start * self.total_steps
@@ -149,9 +145,9 @@ class Optimizers:
         return warm * (1 + fraction * (config.final_lr - 1))
 
     def step(self, step: int, scale: float = 1.0) -> Norms:
-        """Clips, steps and clears the gradients; returns the gradient norm per expert before clipping.
+        """Clips the gradients, steps and clears them; returns the gradient norm per expert before clipping. Collective.
 
-        A gradient that is not finite leaves the weights as they are; its norm then says so. Called by all ranks.
+        The step is skipped if a norm is not finite.
         """
         norms = gradient_norms(self.experts)
         for expert, norm in norms.items():
@@ -174,27 +170,27 @@ class Optimizers:
         return [optimizer_state(optimizer, self.named) for optimizer in self.optimizers]
 
     def load_state(self, state: list[Any]) -> None:
-        """Puts back what ``state`` gave."""
+        """Restores ``state``."""
         for optimizer, saved in zip(self.optimizers, state, strict=True):
             load_optimizer_state(optimizer, self.named, saved)
 
     def moments(self) -> dict[str, dict[str, Any]]:
-        """By name of the parameter, what its optimizer remembers: tensors sharded as the parameter is, and counts."""
+        """Optimizer state by parameter name: moments, sharded like the parameter, and step counts."""
         states = [optimizer.state for optimizer in self.optimizers]
         return {name: dict(state[p]) for name, p in self.named for state in states if p in state}
 
     def set_moments(self, moments: Mapping[str, Mapping[str, Any]]) -> None:
-        """What ``moments`` gave; parameters that are not in it begin anew.
+        """Restores ``moments``; the state of missing parameters is reset.
 
-        Raises InputError where a parameter is not this optimizer's. Any: tensors and counts.
+        Raises InputError for unknown parameters. Any: tensors and counts.
         """
         unknown = sorted(moments.keys() - {name for name, _ in self.named})
         if unknown:
             raise InputError(f"the checkpoint has moments of {unknown[0]}: resume with the configuration of the run")
         for optimizer in self.optimizers:
-            own = {p for group in optimizer.param_groups for p in group["params"]}
+            params = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state.clear()
-            optimizer.state.update({p: dict(moments[name]) for name, p in self.named if p in own and name in moments})
+            optimizer.state.update({p: dict(moments[n]) for n, p in self.named if p in params and n in moments})
 
 
 def eight_bit_library() -> Any:
@@ -206,9 +202,9 @@ def eight_bit_library() -> Any:
 
 
 @torch.no_grad()
-def average_into(average: nn.Module, policy: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * policy, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), policy.parameters(), strict=True):
+def update_ema(ema: nn.Module, policy: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * policy, parameter by parameter."""
+    for slow, fast in zip(ema.parameters(), policy.parameters(), strict=True):
         if decay == 0:
             slow.copy_(fast)
         else:
@@ -217,5 +213,5 @@ def average_into(average: nn.Module, policy: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def copy_weights(target: nn.Module, state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Loads weights in place, so that optimizers keep their parameters."""
+    """Loads weights in place, so that optimizers keep their references to the parameters."""
     target.load_state_dict(dict(state))

@@ -1,4 +1,4 @@
-"""The weights of a run: one policy, and the sets that take the place of its weights while something else is asked."""
+"""The weight sets of a run: one policy module, whose weights are swapped for those of old policy, reference or EMA."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 SetName = Literal["policy", "old", "reference", "ema", "judge", "judge_ema"]
 EXTRAPOLATION = 2.0**14
-"""A step of 1e-7 is then seen in bfloat16."""
+"""Makes a step of 1e-7 visible in bfloat16."""
 
 
 def policy_module(policy: object) -> nn.Module:
-    """A policy as the module that it is."""
+    """A policy typed as ``nn.Module``."""
     assert isinstance(policy, nn.Module)
     return policy
 
 
 def weights_dtype(config: TrainConfig, folder: Path) -> str | None:
-    """At which the policy in a folder is loaded: where its weights are divided among ranks, at what they compute in."""
-    divided = config.offload or world_size() > 1
+    """The dtype in which a policy is loaded; None: the policy's default. Sharded BAGEL weights: the compute dtype."""
+    sharded = config.offload or world_size() > 1
     if (
-        divided
+        sharded
         and config.adapter is None
         and config.precision.compute is not None
         and model_type(folder) == BagelPolicy.model_type
@@ -44,21 +44,19 @@ def weights_dtype(config: TrainConfig, folder: Path) -> str | None:
 
 
 def shard_dtype(policy: Policy, config: TrainConfig) -> torch.dtype | None:
-    """What weights that are divided among ranks compute in; None: float32, or what autocast makes of that."""
+    """The dtype of gathered weights (``lvrpo.distributed.shard``); None: float32, with autocast if configured."""
     low = config.precision.compute == "bfloat16" and config.adapter is None
     return torch.bfloat16 if low and isinstance(policy, BagelPolicy) else None
 
 
 class Policies:
-    """One policy and its sets of weights; on several ranks each keeps its share of every set.
+    """One policy and its (sharded) weight sets.
 
-    - ``policy``: trained; samples text.
-    - ``old``: a short moving average of it, which samples drawings and anchors DiffusionNFT; the policy itself where
-      nobody asks for it.
-    - ``reference``: where the run began: the anchor of every divergence, the control, and the judge unless that has a
-      set of its own.
-    - ``ema``: a longer moving average: evaluated and saved.
-    - ``judge``, ``judge_ema``: of a judge that is renewed.
+    - ``policy``: the trained weights; sample text.
+    - ``old``: a fast EMA, which samples images and is the old policy of DiffusionNFT; the policy itself if not used.
+    - ``reference``: the initial weights: reference of KL terms, baseline, and judge unless that has its own set.
+    - ``ema``: a slow EMA, which is evaluated and saved.
+    - ``judge``, ``judge_ema``: of a judge that is refreshed.
     """
 
     def __init__(
@@ -69,9 +67,9 @@ class Policies:
         compute_dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> None:
-        """All sets begin as the policy's weights. ``sets``: those beside policy, reference and ema.
+        """Shards the policy and initializes all sets with its weights. ``sets``: besides policy, reference and ema.
 
-        ``compute_dtype``, ``offload``: as ``lvrpo.distributed.shard`` takes them. Optimizers are made afterwards.
+        ``compute_dtype``, ``offload``: as in ``lvrpo.distributed.shard``. Create optimizers afterwards.
         """
         self.policy, self.module = policy, policy_module(policy)
         layers = list(policy.transformer.layers) if isinstance(policy, MoTPolicy) else None
@@ -81,38 +79,38 @@ class Policies:
         for name in ("ema", *sets):
             self.weights.add(name)
         self.reduces_per_microbatch = self.sharded and compute_dtype not in (None, torch.float32)
-        """Whether gradients are summed in 16 bits on a rank: then few of them are."""
+        """Whether gradients are reduced after every microbatch, as accumulation on a rank is in 16 bits."""
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are divided among the ranks, or wait in host memory."""
+        """Whether the weights are sharded over ranks or offloaded to host memory."""
         return is_sharded(self.module)
 
     def has(self, name: SetName) -> bool:
-        """Whether a set has weights of its own."""
+        """Whether a set has its own weights."""
         return name == POLICY or name in self.weights.sets or name in self.weights.base_only_sets
 
     @contextmanager
     def use(self, name: SetName) -> Iterator[Policy]:
-        """The policy with a set's weights, whole on every rank; one set at a time, entered and left by all ranks.
+        """The policy with a set's weights, gathered on every rank; one set at a time, entered and left by all ranks.
 
-        Inside, ranks work by themselves, and an error of one is raised on all.
+        Inside there are no collectives; an error of one rank is raised on all.
         """
-        with self.weights.use(self._kept(name)), whole_weights(self.module):
+        with self.weights.use(self._resolve_set(name)), whole_weights(self.module):
             yield self.policy
 
     @contextmanager
     def use_extrapolated(self) -> Iterator[Policy]:
-        """The policy, ``EXTRAPOLATION`` times as far from the reference: a step too small for 16 bits is seen."""
+        """The policy at ``EXTRAPOLATION`` times its distance from the reference (``WeightSets.use_extrapolated``)."""
         with self.weights.use_extrapolated("reference", EXTRAPOLATION), whole_weights(self.module):
             yield self.policy
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients of all ranks, inside ``use("policy")``; called by all."""
+        """Sums the gradients of all ranks; collective, inside ``use("policy")``."""
         reduce_gradients(self.module)
 
-    def _kept(self, name: SetName) -> str:
-        """The set that stands for another, where that has no weights of its own."""
+    def _resolve_set(self, name: SetName) -> str:
+        """The set that is used for ``name``, which may have no weights of its own."""
         if self.has(name):
             return name
         return {"old": POLICY, "judge": "reference"}[name]

@@ -1,4 +1,4 @@
-"""Preflight checks, the step-0 contract: what must hold before the first update, measured on a small batch."""
+"""Preflight checks (the step-0 contract): invariants that must hold before the first update, on a small batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import gather_groups
 from lvrpo.training.policies import Policies, policy_module
-from lvrpo.training.rollout_engine import Sampler
+from lvrpo.training.rollout_engine import EngineSampler
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -35,16 +35,14 @@ from lvrpo.types import (
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest difference of log-probs between rollout and a replay in another batch, by the dtype of the computation.
+"""Maximum difference of log-probs between rollout and a replay in another batch, by compute dtype.
 
-In bfloat16 the log-prob of an unlikely token alone and in company was measured to differ by 1.5e-2, those of
-drawings by 1e-4. The ratio of such a token is off by as much, which is small beside the clip range.
-
-In float32 the last bit of an unlikely token's log-prob is worth 1e-6 by itself; two distributions that really differ
-are apart by 1e-3 and more."""
+In bfloat16 the log-prob of an unlikely token was measured to vary by 1.5e-2 with the batch, those of images by 1e-4,
+which is small relative to the clip range. In float32 the last bit of an unlikely token's log-prob is about 1e-6;
+different distributions differ by 1e-3 and more."""
 
 ENGINE_DIVERGENCE = 0.05
-"""Largest mean divergence of a rollout engine from the policy, in nats per action (k3): truncated importance weights
+"""Maximum mean divergence of a rollout engine from the policy, in nats per action (k3); truncated importance weights
 correct small ones."""
 
 NAMES: dict[SegmentKind, str] = {
@@ -53,22 +51,22 @@ NAMES: dict[SegmentKind, str] = {
     "tokens": "image tokens",
     "masked": "masked image tokens",
 }
-"""Words for the kinds of segments."""
+"""Names of the kinds of segments in checks."""
 
 GROUPS: dict[SegmentKind, str] = {"text": "texts", "flow": "drawings", "tokens": "drawings", "masked": "drawings"}
-"""Words for their groups."""
+"""Names of their groups in messages."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, measured."""
+    """One measured invariant."""
 
     check: str
     value: float
     limit: float
     ok: bool
     detail: str
-    """What a breach means, and what to do."""
+    """Cause and remedy of a violation."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,9 +75,9 @@ class Check:
 def step_zero_contract(
     policy: Policy, groups: Sequence[Group], table: RewardTable, std_floor: float, may_fail: Collection[str] = ()
 ) -> list[Check]:
-    """Measures every promise on a rollout of ``policy`` that has not been updated since.
+    """All checks on a rollout of ``policy``, which has not been updated since.
 
-    ``may_fail``: rewards whose failures were held to their own ``max_failed``.
+    ``may_fail``: rewards with their own ``max_failed``, which has been checked.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     checks = _replay_checks(policy, trajectories) + _group_checks(groups)
@@ -100,22 +98,22 @@ def step_zero_contract(
             float(signal.float().mean()),
             0.0,
             bool(signal.any()),
-            without_signal(trained, std_floor),
+            no_signal_reason(trained, std_floor),
         )
     )
     return checks
 
 
 def weights_check(policies: Policies) -> Check:
-    """Weights are stepped in float32, whatever they compute in."""
+    """Trained weights must be float32, also with a 16-bit compute dtype."""
     low = [name for name, p in policies.weights[POLICY].items() if p.dtype != torch.float32]
     return Check(
         "trainable weights not in float32", len(low), 0, not low, f"cast {low[0]} to float32" if low else "none"
     )
 
 
-def without_signal(table: RewardTable, std_floor: float, rows: Sequence[int] | None = None, of: str = "") -> str:
-    """Why no group of a table, or of some rows of it, can be learned from, and the remedy; ``of``: which groups."""
+def no_signal_reason(table: RewardTable, std_floor: float, rows: Sequence[int] | None = None, of: str = "") -> str:
+    """The reason why no group of a table (or of some rows) has signal, and the remedy; ``of``: describes the rows."""
     mask = table.mask if rows is None else table.mask[list(rows)]
     counts = mask.sum(dim=1)  # (P, K)
     if not bool((counts >= 2).any()) and bool(counts.any()):
@@ -130,41 +128,40 @@ def without_signal(table: RewardTable, std_floor: float, rows: Sequence[int] | N
 
 
 def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
-    """The replay law per kind of segment, in the rollout's own batch and in another."""
+    """The replay law per kind of segment: replayed equal behavior log-probs, in the rollout's own and another batch."""
     dtype, device = policy.compute_dtype, next(policy_module(policy).parameters()).device
     limit = TOLERANCE[dtype]
-    odd = list(range(1, len(trajectories), 2))[::-1]
-    alone = _few_of_each_kind(trajectories) if dtype != torch.float32 else []
+    subset = list(range(1, len(trajectories), 2))[::-1]
+    singles = _few_of_each_kind(trajectories) if dtype != torch.float32 else []
     with torch.no_grad():
-        own = policy.logprobs(trajectories)
-        other = policy.logprobs([trajectories[i] for i in odd])
-        other += [policy.logprobs([trajectories[i]])[0] for i in alone]
-    odd += alone
+        replayed = policy.logprobs(trajectories)
+        other = policy.logprobs([trajectories[i] for i in subset])
+        other += [policy.logprobs([trajectories[i]])[0] for i in singles]
+    subset += singles
     at = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     checks = []
     for kind, name in NAMES.items():
-        own_ratio = _log_ratios(trajectories, own, kind)
-        if not len(own_ratio):
+        log_ratio = _log_ratios(trajectories, replayed, kind)
+        if not len(log_ratio):
             continue
-        other_ratio = _log_ratios([trajectories[i] for i in odd], other, kind)
-        same = float(own_ratio.abs().max())
-        # a card may sum in another order when the same rows come again
+        other_log_ratio = _log_ratios([trajectories[i] for i in subset], other, kind)
+        same = float(log_ratio.abs().max())
+        # a GPU may sum in another order in the same batch
         exact = 0.0 if dtype == torch.float32 and device.type == "cpu" else limit
         remedy = "sampling and training score different distributions: compare guidance, temperature, masks and dtype"
         checks.append(Check(f"replay, {name}, own batch: max |difference|{at}", same, exact, same <= exact, remedy))
-        if len(other_ratio):
-            apart = float(other_ratio.abs().max())
+        if len(other_log_ratio):
+            value = float(other_log_ratio.abs().max())
             checks.append(
-                Check(f"replay, {name}, other batch: max |difference|{at}", apart, limit, apart <= limit, remedy)
+                Check(f"replay, {name}, other batch: max |difference|{at}", value, limit, value <= limit, remedy)
             )
-        mean = float(own_ratio.exp().mean())
-        off = max(1e-4, limit / 10)
-        checks.append(Check(f"ratio, {name}: |mean - 1|", abs(mean - 1), off, abs(mean - 1) <= off, remedy))
+        value, ratio_limit = abs(float(log_ratio.exp().mean()) - 1), max(1e-4, limit / 10)
+        checks.append(Check(f"ratio, {name}: |mean - 1|", value, ratio_limit, value <= ratio_limit, remedy))
     return checks
 
 
 def engine_checks(policy: Policy, groups: Sequence[Group]) -> list[Check]:
-    """How far the log-probs that a rollout engine sampled by are from those of the policy with the same weights."""
+    """Divergence of a rollout engine's behavior log-probs from those of the policy with the same weights."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     with torch.no_grad():
         replayed = policy.logprobs(trajectories)
@@ -180,10 +177,10 @@ def engine_checks(policy: Policy, groups: Sequence[Group]) -> list[Check]:
 
 
 def _few_of_each_kind(trajectories: Sequence[Trajectory]) -> list[int]:
-    """Two trajectories with each kind of segment, if there are."""
-    kinds = [[segment.kind for segment in trajectory.segments] for trajectory in trajectories]
-    wanted = [[i for i, own in enumerate(kinds) if kind in own][:2] for kind in SEGMENT_KINDS]
-    return [i for chosen in wanted for i in chosen]
+    """Indices of up to two trajectories with each kind of segment."""
+    kinds = [{segment.kind for segment in trajectory.segments} for trajectory in trajectories]
+    chosen = [[i for i, found in enumerate(kinds) if kind in found][:2] for kind in SEGMENT_KINDS]
+    return [i for indices in chosen for i in indices]
 
 
 def _log_ratios(
@@ -199,13 +196,13 @@ def _log_ratios(
 
 
 def _actions(segment: Segment, values: torch.Tensor) -> torch.Tensor:
-    """Those of the values of a segment that are about its actions, (A,)."""
+    """The per-action values of a segment without those of unscored tokens, (A,)."""
     return values[segment.scored.to(values.device)] if isinstance(segment, MaskedSegment) else values
 
 
 def _group_checks(groups: Sequence[Group]) -> list[Check]:
-    """Members of a group share everything that their log-probs depend on."""
-    torn = 0
+    """Members of a group must share all settings that their log-probs depend on."""
+    mismatched = 0
     for group in groups:
         flows = [s for t in group.trajectories for s in t.segments if isinstance(s, FlowSegment)]
         settings = {
@@ -216,14 +213,14 @@ def _group_checks(groups: Sequence[Group]) -> list[Check]:
             for s in flows
         }
         texts = [s for t in group.trajectories for s in t.segments if isinstance(s, TextSegment)]
-        drawn = [t.segments for t in group.trajectories]
-        torn += len(settings) > 1 or len({s.temperature for s in texts}) > 1 or len(set(map(_discrete, drawn))) > 1
+        token_settings = {_token_settings(t.segments) for t in group.trajectories}
+        mismatched += len(settings) > 1 or len({s.temperature for s in texts}) > 1 or len(token_settings) > 1
     detail = "the members of a group must share window, grid, sampler, guidance, noise level and temperature"
-    return [Check("groups whose members differ in settings", torn, 0, torn == 0, detail)]
+    return [Check("groups whose members differ in settings", mismatched, 0, mismatched == 0, detail)]
 
 
-def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
-    """How the drawings in tokens of one trajectory were sampled and scored."""
+def _token_settings(segments: Sequence[Segment]) -> tuple[object, ...]:
+    """Settings of the image token segments of a trajectory."""
     return tuple(
         (
             *(s.kind, s.temperature, s.guidance_scale, s.guided_logprobs),
@@ -237,29 +234,29 @@ def _discrete(segments: Sequence[Segment]) -> tuple[object, ...]:
 def first_update_checks(
     policies: Policies, groups: Sequence[Group], table: RewardTable | None = None, std_floor: float = 0.0
 ) -> list[Check]:
-    """After the first update: the weights that sample have changed, and the divergences have a gradient.
+    """After the first update: the weights must have changed, and the KL terms must have a gradient.
 
-    ``table``: of the groups, to tell a divergence without gradient from groups that nothing could be learned from.
+    ``table``: of the groups; if they have no signal, that is the reason of a missing gradient.
     """
     changed = policies.weights.differs_from("reference")
     remedy = "check learning rates, task weights and whether any group had signal"
     checks = [Check("weights changed by the first update", float(changed), 1.0, changed, remedy)]
     first = [group.trajectories[0] for group in groups]
     groups_of = policies.policy.parameter_groups()
-    writes = bool(groups_of["understand"] or groups_of["shared"])
+    trains_text = bool(groups_of["understand"] or groups_of["shared"])
     for kind, name in NAMES.items():
         chosen = [t for t in first if any(s.kind == kind for s in t.segments)]
-        chosen = (_of_one_size(chosen) if kind == "flow" else chosen)[:8]
-        if not chosen or (kind == "text" and not writes):  # an adapter of the drawing expert moves no text
+        chosen = (_of_equal_size(chosen) if kind == "flow" else chosen)[:8]
+        if not chosen or (kind == "text" and not trains_text):  # an adapter of the generation expert only
             continue
         with policies.use("reference") as reference, torch.no_grad():
-            anchor = _terms(reference, chosen, kind)
+            anchor = _divergence_inputs(reference, chosen, kind)
         with policies.use("policy") as policy:
             norm, in_float32 = _gradient_norm(policy, anchor, chosen, kind), policy.compute_dtype == torch.float32
-        if not norm and not in_float32:  # a small first step may be none in the precision that is computed in
+        if not norm and not in_float32:  # a small first step may vanish in a 16-bit compute dtype
             with policies.use_extrapolated() as policy:
                 norm = _gradient_norm(policy, anchor, chosen, kind)
-        detail = "" if norm > 0 else _without_gradient(groups, kind, table, std_floor)
+        detail = "" if norm > 0 else _no_gradient_reason(groups, kind, table, std_floor)
         checks.append(Check(f"gradient of the {name} divergence", norm, 0.0, norm > 0, detail))
     return checks
 
@@ -267,8 +264,8 @@ def first_update_checks(
 def _gradient_norm(
     policy: Policy, anchor: torch.Tensor, trajectories: Sequence[Trajectory], kind: SegmentKind
 ) -> float:
-    """Of the divergence from what the reference said."""
-    terms, module = _terms(policy, trajectories, kind), policy_module(policy)
+    """Gradient norm of the divergence from the outputs of the reference."""
+    terms, module = _divergence_inputs(policy, trajectories, kind), policy_module(policy)
     (velocity_regularizer(terms, anchor) if kind == "flow" else k3(terms, anchor)).mean().backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0
@@ -276,27 +273,27 @@ def _gradient_norm(
     return norm
 
 
-def _without_gradient(groups: Sequence[Group], kind: SegmentKind, table: RewardTable | None, std_floor: float) -> str:
-    """Why the divergence of a kind of segments has no gradient: two policies that still draw alike have none."""
+def _no_gradient_reason(groups: Sequence[Group], kind: SegmentKind, table: RewardTable | None, std_floor: float) -> str:
+    """The reason why the divergence of a kind of segments has no gradient."""
     rows = [p for p, group in enumerate(groups) if any(s.kind == kind for s in group.trajectories[0].segments)]
     if table is not None:
         trained = table.trained()
         if not bool(signal_mask(trained.scores[rows], trained.mask[rows], std_floor).any()):
-            return without_signal(trained, std_floor, rows, f" of {GROUPS[kind]}")
+            return no_signal_reason(trained, std_floor, rows, f" of {GROUPS[kind]}")
     return (
         "what is trained does not move these outputs (does the way to them end in a layer of zeros that is not "
         "trained?), or the divergence is computed without gradient, or from the reference alone"
     )
 
 
-def _of_one_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Those that end in a drawing as large as that of the first one."""
+def _of_equal_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories whose image has the size of the first one."""
     drawn = [(t, s.latent.shape) for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)]
     return [trajectory for trajectory, shape in drawn if shape == drawn[0][1]]
 
 
-def _terms(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
-    """What the divergence of a kind of segments compares: velocities half-way, or log-probs of what was written."""
+def _divergence_inputs(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
+    """The outputs that the divergence of a kind of segments compares: velocities at t = 0.5, or log-probs."""
     if kind == "flow":
         x_t = torch.stack([s.latent for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)])
         return policy.velocity(trajectories, x_t, torch.full((len(x_t),), 0.5, device=x_t.device))
@@ -306,7 +303,7 @@ def _terms(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raises ContractError at the first breach, with its cause."""
+    """Raises ContractError for the first failed check."""
     for check in checks:
         if not check.ok:
             measured = f"{check.check} is {check.value:.3g}, limit {check.limit:.3g}"
@@ -318,11 +315,11 @@ def contract_checks(
     policies: Policies,
     source: PromptSource,
     rewards: Sequence[RewardSource],
-    engine: Sampler | None = None,
+    engine: EngineSampler | None = None,
 ) -> list[Check]:
-    """The step-0 contract on a few prompts of every task, with stochastic steps so that drawings have log-probs too.
+    """The step-0 contract on a few prompts of every task, with an SDE sampler so that images have log-probs.
 
-    ``engine``: what samples instead of the policy; its log-probs are compared with those of the trainer.
+    ``engine``: if given, its log-probs are compared with those of the policy.
     """
     prompts = [
         source.prompt(task, i) for task, count in config.data.prompts_per_step.items() for i in range(min(count, 8))
@@ -334,7 +331,7 @@ def contract_checks(
     with policies.use("policy") as policy:
         groups = policy.sample(prompts, sampling, seeds)
         if engine is not None:
-            engine.push(policy)
+            engine.sync_weights(policy)
     with policies.use("judge") as judge:
         table = score_groups(rewards, groups, judge)
     may_fail = [source.config.title for source in rewards if source.config.max_failed is not None]
@@ -351,9 +348,9 @@ def check_before_first_step(
     policies: Policies,
     source: PromptSource,
     rewards: Sequence[RewardSource],
-    engine: Sampler | None = None,
+    engine: EngineSampler | None = None,
 ) -> None:
-    """Writes contract.json; raises ContractError at the first breach."""
+    """Runs the step-0 contract and writes contract.json; raises ContractError for the first failed check."""
     checks = contract_checks(config, policies, source, rewards, engine)
     run.write_json("contract.json", [check.as_dict() for check in checks])
     require(checks)
@@ -362,7 +359,7 @@ def check_before_first_step(
 def check_first_update(
     run: RunDirectory, policies: Policies, groups: Sequence[Group], table: RewardTable, std_floor: float
 ) -> None:
-    """Adds to contract.json what the first update has to have done; raises ContractError at the first breach."""
+    """Adds the checks of the first update to contract.json; raises ContractError for the first failed check."""
     first = gather_groups(groups, range(len(groups)), members=1)
     checks = first_update_checks(policies, first, table, std_floor)
     if is_main():

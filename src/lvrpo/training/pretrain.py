@@ -1,7 +1,7 @@
-"""Representation alignment (REPA, arXiv:2410.06940) as a term of supervised training.
+"""Supervised pretraining on the built-in corpus, optionally with representation alignment (REPA, arXiv:2410.06940).
 
-States of the drawing expert over a noisy picture are pulled toward what the frozen reading side makes of the clean one.
-No encoder is added: the teacher is a frozen copy of the policy that training started from.
+REPA aligns hidden states of the generation expert on a noisy image with features of the clean image from the
+understanding side of a frozen copy of the initial policy; no external encoder is needed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy, pick_device, policy_folder
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
-from lvrpo.reading import shaped
+from lvrpo.reading import structure_errors
 from lvrpo.rewards.success import successes
 from lvrpo.sampling import derive_seed
-from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
+from lvrpo.training.base_trainer import BaseTrainer, Observer, require_start, save_start
 from lvrpo.training.checkpoint import (
     STATE,
     fingerprint,
@@ -46,26 +46,26 @@ from lvrpo.training.checkpoint import (
     save_state,
     verify_checkpoint,
 )
-from lvrpo.training.optimizer import OptimizerConfig, Optimizers, average_into, copy_weights
+from lvrpo.training.optimizer import OptimizerConfig, Optimizers, copy_weights, update_ema
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Example, Image, Prompt, Task
 
 
 class RepresentationConfig(Config):
-    """What is aligned, and how strongly."""
+    """Representation alignment."""
 
     weight: float = Field(default=0.0, ge=0)
-    """Of the loss in the sum; 0: none. About 0.5 in the paper."""
+    """Weight of the REPA loss; 0: off. About 0.5 in the paper."""
     layer: int = Field(default=2, ge=1)
-    """States of the drawing expert after so many layers ..."""
+    """Layer of the generation expert whose hidden states are aligned ..."""
     target_layer: int = Field(default=0, ge=0)
-    """... toward those of the frozen reading side after so many; 0: the output of its tower."""
+    """... to those of this layer of the frozen teacher; 0: the output of its image encoder."""
     head_width: int = Field(default=256, ge=1, le=65_536)
-    """Hidden width of the head between the two, which is trained along and thrown away."""
+    """Hidden width of the projection head, which is not saved with the policy."""
 
 
 class Representation(nn.Module):
-    """The head, its optimizer and the frozen teacher; called by ``MoTPolicy.supervised_losses``."""
+    """The REPA projection head, its optimizer and the frozen teacher; called by ``MoTPolicy.supervised_losses``."""
 
     def __init__(self, config: RepresentationConfig, policy: MoTPolicy, lr: float, seed: int) -> None:
         super().__init__()
@@ -89,23 +89,23 @@ class Representation(nn.Module):
         self.optimizer = torch.optim.AdamW([p for _, p in self.named], lr=lr, weight_decay=0.0)
 
     def forward(self, features: Tensor, images: Sequence[Image]) -> Tensor:
-        """features (B, N, D) of noisy pictures and the clean ones, to a loss per picture (B,)."""
+        """Hidden states (B, N, D) on noisy images, and the clean images, to a loss per image (B,)."""
         targets = self.teacher.reading_features(images, self.config.target_layer)
         return repa_loss(self.head(features), targets)
 
     def step(self, rate: float) -> None:
-        """Steps the head at a share of its learning rate."""
+        """Steps the head at ``rate`` times its learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; the teacher is the start of the run."""
+        """For a checkpoint; the teacher is the initial policy of the run."""
         return {"head": dict(self.head.state_dict()), "optimizer": optimizer_state(self.optimizer, self.named)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Puts back what ``state`` gave."""
+        """Restores ``state``."""
         self.head.load_state_dict(dict(state["head"]))
         load_optimizer_state(self.optimizer, self.named, state["optimizer"])
 
@@ -118,7 +118,7 @@ Count = Annotated[int, Field(le=100_000)]
 
 
 class PretrainOptimizerConfig(OptimizerConfig):
-    """The same with the rates of training from nothing: a key that is set leaves the others what they are."""
+    """``OptimizerConfig`` with defaults for training from scratch."""
 
     adamw_lr: float = Field(default=2e-3, gt=0)
     """Learning rate of parameters that are no matrices of layers."""
@@ -133,7 +133,7 @@ class PretrainOptimizerConfig(OptimizerConfig):
 
 
 class PretrainConfig(Config):
-    """A supervised run on the web corpus, or on clean prompts."""
+    """A supervised run."""
 
     hints: ClassVar[Mapping[str, str]] = {"average_decay": "is called ema_decay"}
 
@@ -142,26 +142,26 @@ class PretrainConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Of initial weights, batches and noise."""
     init: str | None = None
-    """Start from this policy (continued pretraining): a folder, a run or a built-in name; None: from random weights."""
+    """Initial policy (continued pretraining): a folder, a run or a built-in name; None: random weights."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu or cuda."""
     policy: TinyConfig = TinyConfig()
     rows: Literal["corpus", "prompts"] = "corpus"
-    """prompts: those of the train split with their right outputs, which nothing but an oracle has."""
+    """corpus: a noisy web-like corpus; prompts: training prompts with their correct outputs, from an oracle."""
     corpus: CorpusConfig = CorpusConfig()
     prompts: CleanPromptsConfig = CleanPromptsConfig()
-    """The rows of ``rows: prompts``; picture size and questions per picture are those of ``corpus``."""
+    """The rows of ``rows: prompts``; image size and questions per image are those of ``corpus``."""
     steps: int = Field(default=6000, ge=1, le=10_000_000)
     """Optimizer steps."""
     batch: dict[Kind, Count] = Field(
         default={"generate": 40, "caption": 12, "question": 64, "edit": 20, "reason": 16}, min_length=1
     )
-    """Rows of each kind in a step; questions come in runs that share a picture."""
+    """Rows of each kind per step; consecutive questions share an image."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of drawings whose text is withheld, so that guidance has an unconditional branch. BAGEL has rates of its
-    own, in its config.json, which take the place of this one and the next."""
+    """Probability of dropping the text of an image generation row, for classifier-free guidance. BAGEL uses the rates
+    in its config.json instead of this one and the next."""
     picture_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of edits whose picture is withheld instead, so that image guidance has a branch without it."""
+    """Probability of dropping the source image of an edit instead, for image guidance."""
     text_weight: float = Field(default=0.5, ge=0)
     """Of the cross-entropy of text in the loss."""
     image_weight: float = Field(default=5.0, ge=0)
@@ -169,11 +169,11 @@ class PretrainConfig(Config):
     representation: RepresentationConfig = RepresentationConfig()
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
-    """The saved weights are a moving average with this decay (shorter at the start)."""
+    """Decay of the EMA weights, which are saved (smaller at the start)."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of PyTorch in each process."""
     held_out_every: int = Field(default=500, ge=0)
-    """Every so many steps the averaged weights are scored on held-out prompts; 0: never."""
+    """Steps between two validations of the EMA weights on held-out prompts; 0: never."""
     held_out: dict[Task, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     """Held-out prompts of each task, on which the result is measured."""
     checkpoint_every: int = Field(default=200, ge=1)
@@ -210,14 +210,14 @@ class PretrainConfig(Config):
 
 @dataclass(frozen=True)
 class SupervisedStep:
-    """What one step reports."""
+    """Losses and gradient norms of a step."""
 
     losses: dict[str, float]
     grad_norms: dict[str, float]
 
 
-class Supervised:
-    """The supervised step, and what a checkpoint holds of it."""
+class SupervisedState:
+    """The supervised training step and its mutable state."""
 
     def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus | CleanPrompts) -> None:
         self.config = config
@@ -255,16 +255,16 @@ class Supervised:
         if self.representation is not None:
             self.representation.step(self.optimizers.rate(step))
         self.step += 1
-        average_into(self.average, self.policy, min(self.config.ema_decay, step / (step + 10)))
+        update_ema(self.average, self.policy, min(self.config.ema_decay, step / (step + 10)))
         return SupervisedStep(total, norms)
 
     @property
     def best_steps(self) -> set[int]:
-        """None: the last weights are the result."""
+        """Empty: the last weights are the result."""
         return set()
 
     def write(self, folder: Path) -> None:
-        """Writes the averaged policy in Hub layout, and the state beside it."""
+        """Writes the EMA policy in Hub layout, and the training state below it."""
         self.average.save(folder)
         (folder / STATE).mkdir()
         tree = {
@@ -279,10 +279,10 @@ class Supervised:
         save_state(folder / STATE, tree)
 
     def load(self, checkpoint: Path) -> None:
-        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        """Restores a checkpoint; raises InputError if it is damaged."""
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE, finite=True)
-        with shaped(str(checkpoint / STATE / "state.json"), "use another checkpoint"):
+        with structure_errors(str(checkpoint / STATE / "state.json"), "use another checkpoint"):
             copy_weights(self.policy, tree["policy"])
             copy_weights(self.average, tree["average"])
             self.optimizers.load_state(tree["optimizers"])
@@ -291,7 +291,7 @@ class Supervised:
             self.step, self.seconds = int(tree["step"]), float(tree["seconds"])
 
     def batch(self, step: int) -> list[Example]:
-        """The rows of a step: every kind is walked through in an order of its own, shuffled anew each epoch."""
+        """The rows of a step; each kind is shuffled separately in every epoch."""
         config = self.config
         rng = np.random.default_rng(derive_seed(config.seed, "condition dropout", step))
         out: list[Example] = []
@@ -332,24 +332,24 @@ class Supervised:
 
 
 def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
-    """What the run imitates."""
+    """The supervised rows of a run."""
     if config.rows == "corpus":
         return web_corpus(config.corpus)
     return CleanPrompts.of(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 
 
 def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:
-    """Raises InputError where a policy does not draw pictures of the corpus's size by itself."""
+    """Raises InputError unless the default image size of a policy is that of the corpus."""
     size = config.corpus.size
     height, width = (side * policy.pixels_per_token() for side in policy.encoders.default_grid(None))
     if (height, width) != (size, size):
         raise InputError(f"corpus.size={size}: this policy draws {width} x {height}: set corpus.size to that")
 
 
-def fresh_policy(config: PretrainConfig) -> MoTPolicy:
-    """The policy to start from."""
+def initial_policy(config: PretrainConfig) -> MoTPolicy:
+    """The policy that training starts from."""
     if config.init is not None:
-        policy = load_policy(config.init, config.device, "float32")  # BAGEL's own choice on a card is bfloat16
+        policy = load_policy(config.init, config.device, "float32")  # BAGEL's default on a GPU is bfloat16
         if not isinstance(policy, MoTPolicy):
             raise InputError(
                 f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "
@@ -362,35 +362,35 @@ def fresh_policy(config: PretrainConfig) -> MoTPolicy:
 
 
 @dataclass
-class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
-    """A supervised run, ready to start or to go on."""
+class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
+    """A supervised run."""
 
     command: ClassVar[str] = "pretrain"
     config: PretrainConfig
     run: RunDirectory
-    state: Supervised
+    state: SupervisedState
     held_out: Sequence[Prompt] = ()
-    """Prompts that the averaged weights are scored on."""
+    """Validation prompts of the EMA weights."""
 
     @classmethod
     def start(cls, config: PretrainConfig, folder: Path) -> Self:
-        """Resolves every part before it creates the run directory."""
+        """Starts a run; all parts are resolved before the run directory is created."""
         torch.set_num_threads(config.threads)
-        policy = fresh_policy(config)
-        state = Supervised(config, policy, supervised_rows(config))
+        policy = initial_policy(config)
+        state = SupervisedState(config, policy, supervised_rows(config))
         run = RunDirectory.create(folder, config)
         try:
-            keep_start(run, policy)
+            save_start(run, policy)
             origin = {config.init: fingerprint(policy_folder(config.init))} if config.init is not None else {}
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed}, checkpoints=origin)
             return cls(config, run, state, held_out_prompts(config))
         except BaseException as error:
-            run.leave(error)
+            run.close_on_exit(error)
             raise
 
     @classmethod
     def resume(cls, folder: Path, config: PretrainConfig | None = None) -> Self:
-        """Goes on from the last whole checkpoint; ``config``, where given, must be that of the run."""
+        """Resumes from the last complete checkpoint; ``config``, if given, must be that of the run."""
         run = RunDirectory.open(folder)
         try:
             if config is not None:
@@ -398,7 +398,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
             config = run.config(PretrainConfig)
             torch.set_num_threads(config.threads)
             policy = load_policy(require_start(run), config.device, "float32")
-            state = Supervised(config, policy, supervised_rows(config))  # type: ignore[arg-type]  # what start saved
+            state = SupervisedState(config, policy, supervised_rows(config))  # type: ignore[arg-type]  # what start saved
             trainer = cls(config, run, state, held_out_prompts(config))
             trainer.restore()
             run.write_manifest(config, {"run": config.seed, "corpus": config.corpus.seed})
@@ -408,7 +408,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
             raise
 
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Steps until the end or an interruption, with checkpoints; returns whether it came to its end."""
+        """Trains until the end or an interruption, with checkpoints; returns whether the run is finished."""
         config, state = self.config, self.state
         while state.step < config.steps:
             with self.logged_step(observe) as row:
@@ -417,7 +417,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, Supervised]):
                 row |= {f"grad_norm/{expert}": norm for expert, norm in report.grad_norms.items()}
                 if self.held_out and (state.step % config.held_out_every == 0 or state.step == config.steps):
                     row |= score_held_out(state.average, self.held_out, config.seed)
-            stop = self.asked_to_stop(interrupted)
+            stop = self.stop_requested(interrupted)
             self.save_if_due(last=stop or state.step == config.steps)
             if stop and state.step < config.steps:
                 return False
@@ -434,7 +434,7 @@ def held_out_prompts(config: PretrainConfig) -> list[Prompt]:
 
 
 def score_held_out(policy: Policy, prompts: Sequence[Prompt], seed: int) -> dict[str, float]:
-    """Share of right outputs per task, greedy text and unguided drawings."""
+    """Success rate per task, with greedy text and unguided images."""
     seeds = [derive_seed(seed, "held out", prompt.id) for prompt in prompts]
     groups = policy.sample(prompts, Sampling(group_size=1, temperature=0.0, max_new_tokens=8), seeds)
     right: dict[str, list[float]] = {}

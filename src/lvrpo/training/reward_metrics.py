@@ -1,4 +1,4 @@
-"""What the metrics of a step say of its rewards: means, success, noise, and scores that failed and why."""
+"""Reward metrics of a step: means, success rate, estimation noise, and failed scores with their reasons."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from lvrpo.types import RewardTable
 
-LONGEST = 200
-"""Characters of a reason that are kept."""
+MAX_REASON_LENGTH = 200
+"""Characters of a logged reason."""
 
 
-def reward_means(prefix: str, table: RewardTable, right: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
-    """Mean and failures of every reward per task, and the share of outputs that are right as a whole.
+def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequence[float]]) -> dict[str, float | str]:
+    """Mean, clipped share, noise share and failures of every reward per task, and the success rate.
 
-    ``right``: by row of the table, which members are (``group_successes``).
+    ``successes``: by row of the table (``group_successes``).
     """
     out: dict[str, float | str] = {}
     for task in dict.fromkeys(table.tasks):
         rows = [p for p, name in enumerate(table.tasks) if name == task]
-        known = [right[p] for p in rows if p in right]
+        known = [successes[p] for p in rows if p in successes]
         if known:
             out[f"{prefix}/{task}/success"] = float(torch.tensor(known).mean())
         for k, name in enumerate(table.names):
@@ -37,7 +37,7 @@ def reward_means(prefix: str, table: RewardTable, right: Mapping[int, Sequence[f
 
 
 def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None:
-    """The share of a reward's variance inside groups that its own estimate is responsible for; None where unknown."""
+    """The share of a reward's within-group variance that is estimation noise; None if unknown."""
     noise, mask = table.noise[table.names[k]][rows], table.mask[rows, :, k]
     whole = mask.all(dim=1) & noise.isfinite().all(dim=1)
     if not whole.any():
@@ -47,7 +47,7 @@ def noise_share(table: RewardTable, k: int, rows: Sequence[int]) -> float | None
 
 
 def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) -> dict[str, float | str]:
-    """Of one reward in rows of one task: the share of its scores that failed and the commonest reason; {} for none."""
+    """The share of failed scores of one reward in rows of one task and the most common reason; {} without failures."""
     G = table.mask.shape[1]
     failed = Counter(
         reason.removeprefix("failed: ")
@@ -59,19 +59,19 @@ def failed_scores(prefix: str, table: RewardTable, rows: Sequence[int], k: int) 
         return {}
     where = f"{table.tasks[rows[0]]}/{table.names[k]}"
     share = failed.total() / (failed.total() + int(table.mask[rows, :, k].sum()))
-    return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": shown(failed.most_common(1)[0][0])}
+    return {f"{prefix}_failed/{where}": share, f"{prefix}_failed_why/{where}": one_line(failed.most_common(1)[0][0])}
 
 
-def masked(table: RewardTable, p: int, g: int) -> dict[str, str]:
-    """Why a member has no score, by reward."""
+def mask_reasons(table: RewardTable, p: int, g: int) -> dict[str, str]:
+    """The reasons of a member's missing scores, by reward."""
     return {
-        name: shown(table.reasons.get((p, g, k), "unknown"))
+        name: one_line(table.reasons.get((p, g, k), "unknown"))
         for k, name in enumerate(table.names)
         if not bool(table.mask[p, g, k])
     }
 
 
-def shown(reason: str) -> str:
-    """One line of bounded length that any file can hold."""
+def one_line(reason: str) -> str:
+    """A reason as one line of valid UTF-8 and limited length."""
     line = " ".join(reason.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return line if len(line) <= MAX_REASON_LENGTH else f"{line[: MAX_REASON_LENGTH - 3]}..."

@@ -1,4 +1,4 @@
-"""Prompts of a step, the groups sampled for them, and dynamic sampling: groups without signal are drawn again."""
+"""Prompts of a step, their rollouts, and dynamic sampling, which replaces groups without signal."""
 
 from __future__ import annotations
 
@@ -24,28 +24,27 @@ from lvrpo.sampling import (
     random_window,
     sliding_window,
 )
-from lvrpo.training.data_parallel import sample_local, score_local, with_rows
+from lvrpo.training.data_parallel import replace_rows, sample_local, score_local
 from lvrpo.training.policies import Policies, SetName
-from lvrpo.training.rollout_engine import Engine, OwnSamplerConfig, Sampler
+from lvrpo.training.rollout_engine import Engine, EngineSampler, PolicyEngineConfig
 from lvrpo.types import TASKS, Group, LogitGuidance, Prompt, RewardTable
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
-REFILLS = 2**40
-"""Indices of prompts from here on are those of resampled groups: no run reaches them by its steps."""
+RESAMPLE_OFFSET = 2**40
+"""First prompt index of resampled groups, beyond those of regular steps."""
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
-"""In pixels."""
+"""Pixels."""
 
 
 class WindowConfig(Config):
-    """Which steps of a drawing are stochastic and trained (sampler other than ode)."""
+    """Which sampling steps of an image are stochastic and trained (sampler other than ode)."""
 
     steps_after: int | None = Field(default=None, ge=1)
-    """At most so many steps from the window's end to the picture (MixGRPO-Flash): a window near the end leaves fewer,
-    and keeps those of the grid, as None always does."""
+    """Maximum number of steps from the window's end to t = 0 (MixGRPO-Flash); None: those of the grid."""
 
 
 class FullWindowConfig(WindowConfig):
@@ -54,7 +53,7 @@ class FullWindowConfig(WindowConfig):
     kind: Literal["full"] = "full"
 
     def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
-        """Those of a step of the run; ``seed``: of its window."""
+        """The window of a training step."""
         return full_window(num_steps)
 
 
@@ -66,37 +65,37 @@ class RandomWindowConfig(WindowConfig):
     """Consecutive stochastic steps."""
 
     def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
-        """Those of a step of the run; ``seed``: of its window."""
+        """The window of a training step."""
         return (fast_window if self.kind == "fast" else random_window)(num_steps, self.size, seed)
 
 
 class SlidingWindowConfig(WindowConfig):
-    """MixGRPO's window, which moves to later steps as the run goes on."""
+    """MixGRPO's window, which moves to later sampling steps during training."""
 
     kind: Literal["sliding"] = "sliding"
     size: int = Field(default=2, ge=1)
     """Consecutive stochastic steps."""
     iterations_per_stride: int = Field(default=10, ge=1)
-    """Steps of the run between two moves."""
+    """Training steps between two moves."""
 
     def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
-        """Those of a step of the run."""
+        """The window of a training step."""
         return sliding_window(num_steps, self.size, step, iterations_per_stride=self.iterations_per_stride)
 
 
 class DecayingWindowConfig(WindowConfig):
-    """The same, sooner and sooner past the middle of the grid."""
+    """A sliding window that moves faster and faster past the middle of the grid."""
 
     kind: Literal["decaying"] = "decaying"
     size: int = Field(default=2, ge=1)
     """Consecutive stochastic steps."""
     iterations_per_stride: int = Field(default=10, ge=1)
-    """Steps of the run between the first two moves."""
+    """Training steps between the first two moves."""
     decay: float = Field(default=0.1, ge=0)
-    """How much sooner every next move comes."""
+    """Relative decrease of the interval with every move."""
 
     def steps(self, num_steps: int, seed: int, step: int) -> tuple[int, ...]:
-        """Those of a step of the run."""
+        """The window of a training step."""
         return decaying_window(
             num_steps,
             self.size,
@@ -108,30 +107,30 @@ class DecayingWindowConfig(WindowConfig):
 
 
 class PathLikelihood(Config):
-    """The exact log-probs of the steps as they were sampled."""
+    """The exact log-probs of the sampled decoding path."""
 
     kind: Literal["path"] = "path"
 
     @property
     def scoring(self) -> MaskedScoring:
-        """What a policy is told of it."""
+        """For ``Policy.sample``."""
         return MaskedScoring()
 
 
 class MonteCarloLikelihood(Config):
-    """Log-probs of random parts given the rest, the same parts for the trained weights and the reference (UniGRPO,
+    """Log-probs of randomly masked tokens given the others, with the same masks for policy and reference (UniGRPO,
     arXiv:2505.15809; MaskGRPO, arXiv:2510.02880)."""
 
     kind: Literal["monte_carlo"] = "monte_carlo"
     draws: int = Field(default=2, ge=1, le=1000)
-    """Masks per drawing, each a sequence of its own to ``masked.reduction`` and to masked.kind=gspo."""
+    """Masks per image; each counts as a sequence for ``masked.reduction`` and masked.kind=gspo."""
     schedule: Literal["cosine", "uniform"] = "cosine"
-    """Of the shares that are masked; cosine: those that the sampler meets; uniform: all alike, with which the estimate
-    bounds the log-prob."""
+    """Distribution of mask ratios; cosine: those of the sampler; uniform: the estimate is then a bound on the
+    log-prob."""
 
     @property
     def scoring(self) -> MaskedScoring:
-        """What a policy is told of it."""
+        """For ``Policy.sample``."""
         return MaskedScoring("monte_carlo", self.draws, self.schedule)
 
 
@@ -152,7 +151,7 @@ class RolloutConfig(Config):
     }
 
     group_size: int = Field(default=8, ge=2, le=4096)
-    """At least 2: a member is compared with its siblings."""
+    """Samples per prompt."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Of text."""
     max_new_tokens: int = Field(default=8, ge=1, le=100_000)
@@ -160,12 +159,12 @@ class RolloutConfig(Config):
     num_steps: int = Field(default=8, ge=2, le=1000)
     """Model evaluations per image; for masked tokens the reveal steps."""
     timestep_shift: float | None = Field(default=None, gt=0, le=1000)
-    """None: the policy's own."""
+    """None: that of the policy."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     """Of the steps in the window: ode adds no noise; flow_sde (arXiv:2505.05470), dance_sde (arXiv:2505.07818) and cps
     (arXiv:2509.05952) do."""
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
-    """Of the steps without noise; the first two are of second order at the same cost."""
+    """ODE solver of the deterministic steps; the first two are of second order at the same cost."""
     noise_level: float = Field(default=0.7, gt=0, le=100)
     """Scale a of the noise of stochastic steps."""
     window: Window = RandomWindowConfig()
@@ -176,38 +175,37 @@ class RolloutConfig(Config):
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
     """What the norm of the guided velocity is limited by, as ``Sampling.guidance_renorm``."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guided are the steps with low < t <= high."""
+    """Steps with low < t <= high are guided."""
     image_size: tuple[Side, Side] | None = None
-    """Height and width of pictures drawn without a source; None: the policy's own."""
+    """Height and width of images without a source image; None: those of the policy."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     """Over latent dimensions of a stochastic step's log-prob."""
     shared_noise: bool = False
     """Whether the members of a group start from the same noise."""
     image_temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of image tokens, masked ones among them."""
+    """Temperature of image tokens, masked ones included."""
     choice_temperature: float = Field(default=0.0, ge=0, le=1000)
-    """Of the noise in the choice of which masked tokens a step fixes; 0: the most confident ones (MaskGIT,
+    """Temperature of the choice of the masked tokens to decode in a step; 0: the most confident ones (MaskGIT,
     arXiv:2202.04200)."""
     guided_logprobs: LogitGuidance = "joint"
-    """Of the logits of image tokens that guidance mixes: joint: both branches have a gradient; detach_uncond: the one
-    with the prompt alone, for half the memory; none (masked_likelihood.kind=monte_carlo): the log-probs are
-    unguided."""
+    """Gradient of guided logits of image tokens: joint: through both branches; detach_uncond: through the conditional
+    branch only, for half the memory; none (masked_likelihood.kind=monte_carlo): the log-probs are unguided."""
     masked_likelihood: MaskedLikelihood = PathLikelihood()
-    """Of drawings of masked tokens."""
+    """Likelihood of images of masked tokens."""
     max_resamples: int = Field(default=0, ge=0, le=10_000)
-    """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of fresh prompts of the
-    same task, at most so many groups a step."""
+    """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of new prompts of the
+    same task, at most this many groups per step."""
     sample_from: Literal["policy", "reference"] = "policy"
-    """Who samples; reference: offline training, for objectives that learn from anybody's outputs (dpo, best_of)."""
-    engine: Engine = OwnSamplerConfig()
-    """The program that samples; where it is not the policy itself, ``importance_cap`` of token losses is 2 unless it
-    is given, and contract.json tells how far its log-probs are from the trainer's."""
+    """reference: offline training, for off-policy objectives (dpo, best_of)."""
+    engine: Engine = PolicyEngineConfig()
+    """The sampling program; if it is not the policy itself, ``importance_cap`` of token losses defaults to 2, and
+    contract.json holds the divergence of its log-probs from the trainer's."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
-    """Prompts of so many steps, over and over; 0: always new ones. With sample_from=reference their outputs are
+    """Repeats the prompts of this many steps; 0: always new prompts. With sample_from=reference their outputs are
     sampled once and kept in memory."""
 
     def sampling(self, seed: int, step: int) -> Sampling:
-        """The sampling of one step; its window is a function of (seed, step), so it needs no saving."""
+        """The sampling parameters of a training step; the window is a function of (seed, step)."""
         window: tuple[int, ...] = ()
         if self.sampler != "ode":
             window = self.window.steps(self.num_steps, derive_seed(seed, "window", step), step)
@@ -226,7 +224,7 @@ class RolloutConfig(Config):
 
 
 def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
-    """The prompts of a step: for each task the next ones of the source, so the cursor is the step itself."""
+    """The prompts of a step: for each task the next ones of the source, a function of the step."""
     step = config.rollout.data_step(step)
     prompts: list[Prompt] = []
     for task, count in config.data.prompts_per_step.items():
@@ -235,20 +233,20 @@ def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> lis
 
 
 def prompt_seeds(prompts: Sequence[Prompt], *purpose: int | str) -> list[int]:
-    """A seed per prompt, by its id; a prompt that a small file repeats within one step gets another one each time."""
+    """A seed per prompt, derived from its id; repetitions of a prompt within one step get different seeds."""
     counts: Counter[str] = Counter()
     seeds: list[int] = []
     for prompt in prompts:
-        again = counts[prompt.id]
-        seeds.append(derive_seed(*purpose, prompt.id, *([again] if again else [])))
+        repetition = counts[prompt.id]
+        seeds.append(derive_seed(*purpose, prompt.id, *([repetition] if repetition else [])))
         counts[prompt.id] += 1
     return seeds
 
 
 def rollout(
-    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int, engine: Sampler | None = None
+    policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int, engine: EngineSampler | None = None
 ) -> list[Group]:
-    """Groups for all prompts: text from the policy; drawings from the weights that their objective names.
+    """A group per prompt: text sampled from the policy, images from the old policy; both from the reference offline.
 
     ``engine``: samples instead of the policy, with the same weights.
     """
@@ -258,39 +256,39 @@ def rollout(
     sampling = config.sampling(step)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     groups: dict[int, Group] = {}
-    for sampler, wanted in zip(names, (False, True), strict=True):
-        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == wanted]
+    for name, has_image in zip(names, (False, True), strict=True):
+        indices = [i for i, prompt in enumerate(prompts) if ("image" in prompt.output) == has_image]
         if indices:
             args = [prompts[i] for i in indices], sampling, [seeds[i] for i in indices]
-            with policies.use(sampler) as policy:
+            with policies.use(name) as policy:
                 if engine is not None:
-                    engine.push(policy)
-                drawn = [] if engine is not None else sample_local(policy, *args)
+                    engine.sync_weights(policy)
+                sampled = [] if engine is not None else sample_local(policy, *args)
             if engine is not None:
-                drawn = sample_local(engine, *args)
-            groups.update(zip(indices, drawn, strict=True))
+                sampled = sample_local(engine, *args)
+            groups.update(zip(indices, sampled, strict=True))
     return [groups[i] for i in range(len(prompts))]
 
 
 class Rollouts:
-    """The groups of every step; those that the reference gives for a pool of prompts are sampled once."""
+    """The rollouts of a run; those of the reference for a prompt pool are cached."""
 
-    def __init__(self, policies: Policies, config: TrainConfig, engine: Sampler | None = None) -> None:
+    def __init__(self, policies: Policies, config: TrainConfig, engine: EngineSampler | None = None) -> None:
         self.policies, self.config, self.engine = policies, config, engine
-        self.kept: dict[int, list[Group]] = {}
+        self.cache: dict[int, list[Group]] = {}
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
-        """As ``rollout``. What is kept is a function of (seed, step of the pool), so a resumed run samples it again."""
+        """``rollout`` with the cache, which is a function of (seed, step of the pool), so resuming rebuilds it."""
         config = self.config.rollout
         if config.sample_from == "policy" or not config.pool:
-            return self.fresh(prompts, step)
+            return self.sample(prompts, step)
         step = config.data_step(step)
-        if step not in self.kept:
-            self.kept[step] = self.fresh(prompts, step)
-        return self.kept[step]
+        if step not in self.cache:
+            self.cache[step] = self.sample(prompts, step)
+        return self.cache[step]
 
-    def fresh(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
-        """As ``rollout``."""
+    def sample(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        """``rollout`` without the cache."""
         return rollout(self.policies, prompts, self.config, step, self.engine)
 
 
@@ -302,17 +300,17 @@ def resample(
     table: RewardTable,
     step: int,
 ) -> tuple[list[Group], RewardTable, dict[str, float]]:
-    """Replaces groups without signal while the budget lasts; also what that took, for the metrics.
+    """Dynamic sampling: replaces groups without signal within the budget; also returns counts for the metrics.
 
-    Which prompts come is a function of the step and of what had no signal, so a resumed run draws the same.
+    The new prompts are a function of the step and of the groups without signal, so a resumed run draws the same.
     """
     config = rollouts.config
     groups, budget = list(groups), config.rollout.max_resamples
     tasks = torch.tensor([TASKS.index(group.prompt.task) for group in groups])
     drawn: Counter[str] = Counter()
     while True:
-        judged = table.trained()
-        signal = signal_mask(judged.scores, judged.mask, config.advantages.std_floor)
+        trained = table.trained()
+        signal = signal_mask(trained.scores, trained.mask, config.advantages.std_floor)
         plan = resample_plan(signal, tasks, budget)
         rows = plan.redraw.nonzero()[:, 0].tolist()
         if not rows:
@@ -322,12 +320,12 @@ def resample(
         with relay_errors():
             for p in rows:
                 task = groups[p].prompt.task
-                prompts.append(source.prompt(task, REFILLS + step * config.rollout.max_resamples + drawn[task]))
+                prompts.append(source.prompt(task, RESAMPLE_OFFSET + step * config.rollout.max_resamples + drawn[task]))
                 drawn[task] += 1
-        fresh = rollouts.fresh(prompts, step)
+        fresh = rollouts.sample(prompts, step)
         with rollouts.policies.use("judge") as judge:
             scores = score_local(rewards, fresh, judge, step)
-        table = with_rows(table, rows, scores)
+        table = replace_rows(table, rows, scores)
         for p, group in zip(rows, fresh, strict=True):
             groups[p] = group
         budget = plan.budget_left

@@ -1,9 +1,9 @@
-"""What every output of a run scored, kept for the audit: folder ``scores/`` of the run directory.
+"""The rollout log: scores of all outputs of a run, for the audit, in the folder ``scores/`` of the run directory.
 
-``step_000001.npz`` holds the groups of a training step, ``control_000001.npz`` the reference's on the same prompts,
-``validation_000020.npz`` the held-out prompts of one validation. At most ``KEPT`` files of each kind stay, whatever
-the length of the run: when they would become more, every other one goes, and from then on only every other one is
-written. What is kept is a function of the step, so a resumed run holds the same files as one that was never stopped.
+``step_000001.npz`` holds the groups of a training step, ``control_000001.npz`` those of the reference on the same
+prompts, ``validation_000020.npz`` the held-out prompts of one validation. At most ``MAX_RECORDS`` files of each kind
+are kept: beyond that every other file is deleted, and from then on only every other one is written. The kept steps are
+a function of the current step, so a resumed run has the same files as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lvrpo.report.grids import Tile, picture_grid
 from lvrpo.rewards.table import NOT_APPLICABLE
 from lvrpo.training.checkpoint import disk_errors
 from lvrpo.training.data_parallel import gather_groups, local_rows, merge_ranks
-from lvrpo.training.reward_metrics import masked
+from lvrpo.training.reward_metrics import mask_reasons
 from lvrpo.training.run_directory import SCORES, RunDirectory
 from lvrpo.types import TASKS, Group, RewardTable, Task, TextSegment
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["step", "control", "validation"]
 
-KEPT = 1024
-"""Files of one kind at most."""
+MAX_RECORDS = 1024
+"""Maximum number of files of a kind."""
 
-FIRST: Mapping[Kind, int] = {"step": 1, "control": 1, "validation": 0}
+FIRST_STEP: Mapping[Kind, int] = {"step": 1, "control": 1, "validation": 0}
 """The step of the first record of a kind."""
 
 TRAITS = ("tokens", "cut_off", "red", "green", "blue", "contrast")
-"""What is measured of every output: written tokens, whether a text met the length limit, mean color and contrast (root
-mean square distance of the pixels from that color) of the picture, colors in [0, 1]."""
+"""Measurements of every output: number of text tokens, whether a text was truncated, mean color and contrast (root mean
+square distance of the pixels from the mean color) of the image, colors in [0, 1]."""
 
 SHAPES: Mapping[str, str] = {
     "weights": "K",
@@ -57,52 +57,52 @@ SHAPES: Mapping[str, str] = {
     "traits": "PGT",
     **dict.fromkeys(("text_diversity", "picture_diversity"), "P"),
 }
-"""Of the arrays of a ``RolloutRecord``, by its letters and T for the traits."""
+"""Shapes of the arrays of a ``RolloutRecord``; T is the number of traits."""
 
-MOST_BYTES = 1024 * MIB
-"""Of one record, unpacked."""
-SIDE = 64
-"""Pictures are measured on a grid of at most so many pixels a side."""
+MAX_RECORD_BYTES = 1024 * MIB
+"""Size limit of an unpacked record."""
+MAX_MEASURED_SIDE = 64
+"""Images are subsampled to at most this many pixels per side before they are measured."""
 
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """The groups of one step. Scores are nan where masked."""
+    """The groups of one step. Masked scores are nan."""
 
     step: int
     names: tuple[str, ...]
     """K rewards."""
     weights: NDArray[np.float32]
-    """(K,), those of this step; 0 for a reward that is only watched."""
+    """(K,), those of this step; 0 for a reward that is only logged."""
     tasks: tuple[str, ...]
     """P tasks, one per group."""
     scores: NDArray[np.float32]
     """(P, G, K)."""
     applies: NDArray[np.bool_]
-    """(P, K): whether the reward scores the group at all; a nan where it does is a score that failed."""
+    """(P, K): whether the reward applies to the group; nan scores are then failed ones."""
     judged: NDArray[np.bool_]
-    """(P, K): whether the reward has a part in ``advantages``; not if it judges another segment than theirs."""
+    """(P, K): whether the reward contributes to ``advantages``; False if it scores another segment."""
     success: NDArray[np.float32]
-    """(P, G): 1 where the output is right as a whole, nan where nobody can tell."""
+    """(P, G): 1 for success, 0 for failure, nan if it cannot be verified."""
     traits: NDArray[np.float32]
-    """(P, G, 6): ``TRAITS``, nan where the output has none."""
+    """(P, G, 6): ``TRAITS``, nan if not applicable."""
     text_diversity: NDArray[np.float32]
-    """(P,): share of the pairs of members whose texts differ."""
+    """(P,): share of the pairs of members with different texts."""
     picture_diversity: NDArray[np.float32]
-    """(P,): root mean square difference of two members' pictures over all pairs, colors in [0, 1]."""
+    """(P,): root mean square difference of two members' images over all pairs, colors in [0, 1]."""
     advantages: NDArray[np.float32]
-    """(P, G) as trained on, before ``flow.keep`` chooses; nan in a control."""
+    """(P, G), before members are selected (``flow.top_bottom_k``); nan in a control."""
     normalize: tuple[str, ...] = ()
-    """K choices of ``rewards.normalize``, "" where ``advantages.kind`` decides; empty: that for all."""
+    """K choices of ``rewards.normalize``, "" for the default of ``advantages.kind``; empty: the default for all."""
     cut: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
-    """(P, K): share of the scores that lay beyond ``rewards.clip``, nan for rewards without; empty where no reward has
-    one. ``scores`` are those after it."""
+    """(P, K): share of the scores clipped by ``rewards.clip``, nan for rewards without; empty if there are none.
+    ``scores`` are the clipped ones."""
     judge: str = ""
-    """Who judged: class and hash of the weights; "" in the records of older versions."""
+    """The judge policy: class and hash of the weights; "" in records of older versions."""
     judged_by: tuple[str, ...] = ()
-    """(K,): who else judged for each reward, or instead: an endpoint, a folder; "" for nobody. Empty in older ones."""
+    """(K,): external judge of each reward, an endpoint or a folder, or "". Empty in records of older versions."""
     categories: tuple[str, ...] = ()
-    """P categories of the prompts, "" for one without. Empty in older ones."""
+    """P prompt categories, or "". Empty in records of older versions."""
 
 
 # --- writing ---
@@ -113,16 +113,15 @@ def write_step(
     step: int,
     groups: Sequence[Group],
     table: RewardTable,
-    right: Mapping[int, Sequence[float]],
+    successes: Mapping[int, Sequence[float]],
     advantages: Float[torch.Tensor, "P G"],
     judged: Bool[torch.Tensor, "P K"] | None = None,
 ) -> None:
-    """Keeps the groups of a training step.
+    """Writes the groups of a training step.
 
-    ``right``: by row, which members are right (``group_successes``); ``judged``: which rewards have a part in
-    ``advantages`` (None: all).
+    ``successes``: ``group_successes``; ``judged``: which rewards contribute to ``advantages`` (None: all).
     """
-    _write(run, "step", step, 1, lambda: _arrays(groups, table, right, advantages, judged))
+    _write(run, "step", step, 1, lambda: _arrays(groups, table, successes, advantages, judged))
 
 
 def write_control(
@@ -130,65 +129,65 @@ def write_control(
     step: int,
     groups: Sequence[Group],
     table: RewardTable,
-    right: Mapping[int, Sequence[float]],
+    successes: Mapping[int, Sequence[float]],
     every: int,
 ) -> None:
-    """Keeps the reference's groups on the prompts of ``step``; ``every``: steps from one control to the next."""
-    nothing = torch.full(table.scores.shape[:2], torch.nan)
-    _write(run, "control", step, every, lambda: _arrays(groups, table, right, nothing, None))
+    """Writes the reference's groups on the prompts of ``step``; ``every``: steps between two controls."""
+    no_advantages = torch.full(table.scores.shape[:2], torch.nan)
+    _write(run, "control", step, every, lambda: _arrays(groups, table, successes, no_advantages, None))
 
 
 def write_validation(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
-    """Keeps the score of every held-out prompt by task; ``every``: steps from one look to the next."""
+    """Writes the score of every held-out prompt by task; ``every``: steps between two validations."""
     if scores:
         _write(run, "validation", step, every, lambda: {str(task): _floats(row) for task, row in scores.items()})
 
 
 def truncate(run: RunDirectory, step: int) -> None:
-    """Drops the records after ``step``, which a resumed run writes anew."""
-    for kind in FIRST if is_main() else ():
+    """Deletes the records after ``step``, which a resumed run writes again."""
+    for kind in FIRST_STEP if is_main() else ():
         _delete([path for at, path in _files(run.path, kind) if at > step])
 
 
 def stride(number: int) -> int:
-    """Of the records 0 ... ``number`` those divisible by this stay: the smallest power of 2 that leaves ``KEPT``."""
-    return 1 << (number // KEPT).bit_length()
+    """The spacing of the kept records 0 ... ``number``: the smallest power of 2 for at most ``MAX_RECORDS``."""
+    return 1 << (number // MAX_RECORDS).bit_length()
 
 
 # --- reading ---
 
 
 def read_steps(run: Path) -> Iterator[RolloutRecord]:
-    """The kept training steps in order; raises InputError on a broken file."""
+    """The recorded training steps in order; raises InputError for a broken file."""
     return _read(run, "step")
 
 
 def read_controls(run: Path) -> Iterator[RolloutRecord]:
-    """The kept controls in order; raises InputError on a broken file."""
+    """The recorded controls in order; raises InputError for a broken file."""
     return _read(run, "control")
 
 
 def read_validations(run: Path) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
-    """(step, scores of the held-out prompts by task) in order; raises InputError on a broken file."""
+    """(step, scores of the held-out prompts by task) in order; raises InputError for a broken file."""
     for step, path in _files(run, "validation"):
         yield step, _load(path)
 
 
 def has_records(run: Path) -> bool:
-    """Whether any training step is on record."""
+    """Whether any training step is recorded."""
     return bool(_files(run, "step"))
 
 
-# --- inside ---
+# --- implementation ---
 
 
 def _write(
     run: RunDirectory, kind: Kind, step: int, every: int, arrays: Callable[[], Mapping[str, NDArray[Any]]]
 ) -> None:
-    number = _number(kind, step, every)
+    number = _record_index(kind, step, every)
     spacing = stride(number)
     if is_main() and number and spacing != stride(number - 1):
-        _delete([path for at, path in _files(run.path, kind) if _number(kind, at, every) % spacing])
+        _delete([path for at, path in _files(run.path, kind) if _record_index(kind, at, every) % spacing])
     if number % spacing == 0:
         found, buffer = arrays(), io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **found)
@@ -201,32 +200,30 @@ def _delete(paths: Sequence[Path]) -> None:
             path.unlink()
 
 
-def _number(kind: Kind, step: int, every: int) -> int:
-    """0, 1, 2, ... for the records of a kind; the last validation may come early."""
-    return -(-(step - FIRST[kind]) // every)
+def _record_index(kind: Kind, step: int, every: int) -> int:
+    """0, 1, 2, ... for the records of a kind; rounded up, as the last validation may be early."""
+    return -(-(step - FIRST_STEP[kind]) // every)
 
 
 def _arrays(
     groups: Sequence[Group],
     table: RewardTable,
-    right: Mapping[int, Sequence[float]],
+    successes: Mapping[int, Sequence[float]],
     advantages: Float[torch.Tensor, "P G"],
     judged: Bool[torch.Tensor, "P K"] | None,
 ) -> Mapping[str, NDArray[Any]]:
     P, G, K = table.scores.shape
     applies = [[table.reasons.get((p, 0, k)) != NOT_APPLICABLE for k in range(K)] for p in range(P)]
-    own = local_rows(groups)
     with relay_errors():
-        mine = {p: _measured(groups[p]) for p in own}
-    measured = list(merge_ranks(mine).values())
-    some: dict[str, NDArray[Any]] = {}
+        local = {p: _measure(groups[p]) for p in local_rows(groups)}
+    measured = list(merge_ranks(local).values())
+    optional: dict[str, NDArray[Any]] = {}
     if table.normalize:
-        some["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
+        optional["normalize"] = np.array([table.normalize.get(name, "") for name in table.names], dtype=np.str_)
     if table.cut:
-        columns = [_cut(table, k) for k in range(K)]
-        some["cut"] = np.stack(columns, axis=1)
+        optional["cut"] = np.stack([_clipped_share(table, k) for k in range(K)], axis=1)
     return {
-        **some,
+        **optional,
         "names": np.array(table.names, dtype=np.str_),
         "weights": table.weights.float().cpu().numpy(),
         "tasks": np.array(table.tasks, dtype=np.str_),
@@ -236,7 +233,7 @@ def _arrays(
         "scores": torch.where(table.mask, table.scores, torch.nan).float().cpu().numpy(),
         "applies": np.array(applies, dtype=np.bool_).reshape(P, K),
         "judged": np.ones((P, K), dtype=np.bool_) if judged is None else judged.cpu().numpy(),
-        "success": _floats([right.get(p, [np.nan] * G) for p in range(P)]),
+        "success": _floats([successes.get(p, [np.nan] * G) for p in range(P)]),
         "traits": np.stack([traits for traits, _, _ in measured]),
         "text_diversity": _floats([texts for _, texts, _ in measured]),
         "picture_diversity": _floats([pictures for _, _, pictures in measured]),
@@ -244,8 +241,8 @@ def _arrays(
     }
 
 
-def _cut(table: RewardTable, k: int) -> NDArray[np.float32]:
-    """(P,): the share of a reward's valid scores that lay beyond its cap; nan without a cap, or without scores."""
+def _clipped_share(table: RewardTable, k: int) -> NDArray[np.float32]:
+    """(P,): the share of a reward's valid scores that were clipped; nan without a cap, or without scores."""
     name, mask = table.names[k], table.mask[..., k]
     if name not in table.cut:
         return np.full(len(mask), np.nan, dtype=np.float32)
@@ -258,8 +255,8 @@ def _floats(values: ArrayLike) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
-def _measured(group: Group) -> tuple[NDArray[np.float32], float, float]:
-    """The traits of its members, the diversity of its texts and of its pictures."""
+def _measure(group: Group) -> tuple[NDArray[np.float32], float, float]:
+    """Traits of the members, diversity of the texts, diversity of the images."""
     pictures = _pictures(group)
     return _traits(group, pictures), _text_diversity(group), _picture_diversity(pictures)
 
@@ -293,11 +290,11 @@ def _picture_diversity(pictures: NDArray[np.float32] | None) -> float:
 
 
 def _pictures(group: Group) -> NDArray[np.float32] | None:
-    """(G, 3, pixels) on the grid that is measured."""
+    """Subsampled images, (G, 3, pixels)."""
     images = [t.image for t in group.trajectories if t.image is not None]
     if not images:
         return None
-    every = -(-max(images[0].shape[1:]) // SIDE)
+    every = -(-max(images[0].shape[1:]) // MAX_MEASURED_SIDE)
     return torch.stack([image[:, ::every, ::every] for image in images]).flatten(2).float().cpu().numpy()
 
 
@@ -312,9 +309,8 @@ def _read(run: Path, kind: Kind) -> Iterator[RolloutRecord]:
         try:
             names, tasks = (tuple(map(str, arrays.pop(name))) for name in ("names", "tasks"))
             judge = str(arrays.pop("judge", ""))
-            later = {n: tuple(map(str, arrays.pop(n, ()))) for n in ("normalize", "judged_by", "categories")}
-            known = {"judge": judge, **later}
-            values: Any = {**known, **arrays}  # Any: bool or float, by the field
+            optional = {n: tuple(map(str, arrays.pop(n, ()))) for n in ("normalize", "judged_by", "categories")}
+            values: Any = {"judge": judge, **optional, **arrays}  # Any: bool or float, by the field
             record = RolloutRecord(step=step, names=names, tasks=tasks, **values)
             _require_shapes(record)
         except (KeyError, TypeError, ValueError):
@@ -323,11 +319,11 @@ def _read(run: Path, kind: Kind) -> Iterator[RolloutRecord]:
 
 
 def _require_shapes(record: RolloutRecord) -> None:
-    """Raises ValueError where arrays do not fit each other, or hold no numbers."""
+    """Raises ValueError for inconsistent shapes or arrays that are not numeric."""
     P, K = len(record.tasks), len(record.names)
     sizes = {"P": P, "K": K, "G": record.scores.shape[1], "T": len(TRAITS)} if record.scores.ndim == 3 else {}
     for name, letters in SHAPES.items():
-        array = getattr(record, name)  # a field of these
+        array = getattr(record, name)  # a field of RolloutRecord
         if array.dtype.kind not in "fb" or array.shape != tuple(sizes.get(letter, -1) for letter in letters):
             raise ValueError(name)
 
@@ -335,10 +331,10 @@ def _require_shapes(record: RolloutRecord) -> None:
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     with disk_errors(path, "read"):
         try:
-            content = io.BytesIO(read_bytes(path, "delete it", MOST_BYTES))
+            content = io.BytesIO(read_bytes(path, "delete it", MAX_RECORD_BYTES))
             with zipfile.ZipFile(content) as packed:
-                if sum(entry.file_size for entry in packed.infolist()) > MOST_BYTES:
-                    raise InputError(f"{path}: unpacks to more than {MOST_BYTES / MIB:.0f} MiB: delete it")
+                if sum(entry.file_size for entry in packed.infolist()) > MAX_RECORD_BYTES:
+                    raise InputError(f"{path}: unpacks to more than {MAX_RECORD_BYTES / MIB:.0f} MiB: delete it")
             with np.load(content, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile):
@@ -351,10 +347,7 @@ GROUPS_PER_TASK = 4
 def write_samples(
     run: RunDirectory, step: int, groups: Sequence[Group], table: RewardTable, known: Mapping[int, Sequence[float]]
 ) -> None:
-    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task.
-
-    ``known``: by row, which members are right (``group_successes``).
-    """
+    """Writes samples/step_NNNNNN/: grid.png and groups.jsonl, a few groups per task; ``known``: ``group_successes``."""
     chosen = [
         p
         for task in TASKS
@@ -363,11 +356,11 @@ def write_samples(
     shown = gather_groups(groups, chosen)
     if not is_main():
         return
-    right: list[Sequence[float | None]] = [
+    successes: list[Sequence[float | None]] = [
         known.get(p, [None] * len(group)) for p, group in zip(chosen, shown, strict=True)
     ]
     rows = []
-    for group, success in zip(shown, right, strict=True):
+    for group, success in zip(shown, successes, strict=True):
         if group.trajectories[0].image is None:
             continue
         pictures = [Tile(part, "source") for part in group.prompt.parts if not isinstance(part, str)]
@@ -381,12 +374,12 @@ def write_samples(
         buffer = io.BytesIO()
         picture_grid(rows).save(buffer, format="PNG")
         run.write_bytes(f"{folder}/grid.png", buffer.getvalue())
-    lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, right, strict=True)]
+    lines = [json.dumps(_row(*each)) for each in zip(shown, [table] * len(shown), chosen, successes, strict=True)]
     run.write_text(f"{folder}/groups.jsonl", "".join(line + "\n" for line in lines))
 
 
 def prompt_text(group: Group) -> str:
-    """The words of the prompt."""
+    """The text of the prompt."""
     return " ".join(part for part in group.prompt.parts if isinstance(part, str))
 
 
@@ -398,7 +391,7 @@ def _row(group: Group, table: RewardTable, p: int, success: Sequence[float | Non
             for k, name in enumerate(table.names)
         }
         member = {"text": trajectory.text, "seed": trajectory.seed, "success": success[g], "rewards": scores}
-        members.append(member | {"masked": masked(table, p, g)})
+        members.append(member | {"masked": mask_reasons(table, p, g)})
     prompt = group.prompt
     return {
         "id": prompt.id,

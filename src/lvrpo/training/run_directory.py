@@ -1,6 +1,6 @@
-"""The run directory: everything a run writes, each file atomically, by one process at a time.
+"""The run directory: all files of a run, each written atomically, by one process at a time.
 
-Every rank has the same run directory; rank 0 writes it, and what the others write goes nowhere.
+Every rank has a ``RunDirectory``; only rank 0 writes, on other ranks writes are no-ops.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import torch
 from pydantic import Field
 
 from lvrpo import __version__
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
 from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import ContractError, InputError
-from lvrpo.reading import Kind, Record, is_there, parse_typed_json, read_bytes, read_json, typed
+from lvrpo.reading import Kind, Record, parse_typed_json, path_exists, read_bytes, read_json, validate_type
 from lvrpo.training.checkpoint import clean_leftovers, disk_errors, latest_checkpoint
 
 C = TypeVar("C", bound=Config)
 Json = Any
-"""Any: whatever JSON can hold."""
+"""Any: JSON values."""
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -63,98 +63,99 @@ class Manifest(Record):
 
 
 class RunDirectory:
-    """One run on the disk. A context manager: leaving it gives the lock back."""
+    """A run on disk. A context manager, which releases the lock."""
 
     def __init__(self, path: Path) -> None:
-        """Only names the directory; use ``create``, ``open`` or ``read``."""
+        """Does not access the disk; use ``create``, ``open`` or ``read``."""
         self.path = Path(path)
         self._unlock: Callable[[], object] | None = None
-        self._made: list[Path] | None = None
-        """Of a run that this process began: the folders that were not there before, the innermost first."""
+        self._created: list[Path] | None = None
+        """Folders that ``create`` created for a new run, innermost first."""
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
-        """Starts a run in a new directory, or in one where the same run never reached its first step.
+        """Creates a run in a new directory, or in one where the same run never finished its first step.
 
-        Raises InputError if the directory holds another configuration, steps, foreign files, or a live writer.
+        Raises InputError if the directory holds another configuration, finished steps or other files, or is locked.
         """
         run = cls(path)
         on_main(lambda: run._create(config))
         return run
 
     def _create(self, config: Config) -> None:
-        self._refuse_foreign(config)
+        self._require_unused(config)
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self._made = None if (self.path / CONFIG).exists() else missing
+        self._created = None if (self.path / CONFIG).exists() else missing
         try:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-            self._refuse_foreign(config)
+            self._require_unused(config)
             self._recover()
             if not (self.path / CONFIG).exists():
                 self.write_text(CONFIG, dump_config(config))
         except BaseException as error:
-            self.leave(error)
+            self.close_on_exit(error)
             raise
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Takes an existing run to go on writing it (resume); raises InputError if it is none or another writes it."""
+        """Opens and locks an existing run to resume it; raises InputError if it is no run or is locked."""
         run = cls.read(path)
         run.require_unchanged()
-        on_main(run._take)
+        on_main(lambda: (run._lock(), run._recover()))
         return run
-
-    def _take(self) -> None:
-        self._lock()
-        self._recover()
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """An existing run without its lock, for readers."""
+        """Opens an existing run for reading, without a lock."""
         run = cls(path)
         if not (run.path / CONFIG).is_file():
             raise InputError(f"{run.path}: is not a run directory (no {CONFIG}): give the folder of a run")
         return run
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
 
-    def leave(self, error: BaseException | None) -> None:
-        """Gives the lock back; a run that this process began and that failed before its first checkpoint is removed."""
+    def close_on_exit(self, error: BaseException | None) -> None:
+        """Releases the lock; deletes a run that this process created if it failed before its first checkpoint."""
         if not is_main():
             return
         locked = self._unlock is not None
-        if locked and isinstance(error, Exception) and self._made is not None and latest_checkpoint(self.path) is None:
+        if (
+            locked
+            and isinstance(error, Exception)
+            and self._created is not None
+            and latest_checkpoint(self.path) is None
+        ):
             for entry in self.path.iterdir():
                 if entry.name != LOCK:
                     shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
             (self.path / LOCK).unlink(missing_ok=True)
         self.close()
-        with suppress(OSError):  # the first that is not empty ends it
-            for folder in (self._made or ()) if isinstance(error, Exception) else ():
+        with suppress(OSError):  # stops at the first folder that is not empty
+            for folder in (self._created or ()) if isinstance(error, Exception) else ():
                 folder.rmdir()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.leave(error)
+        self.close_on_exit(error)
 
     # --- configuration ---
 
     def config(self, cls: type[C], overrides: Sequence[str] = ()) -> C:
-        """The resolved configuration of the run, which may be anybody's: it allows no code.
+        """The resolved configuration of the run, without ``allow_code``, as a run may be downloaded.
 
-        Raises InputError; where another version of lvrpo wrote keys that this one does not know, it names that.
+        Raises InputError; for unknown keys of another version of lvrpo it names that version.
         """
         if self._is_of_another_version():
             try:
-                load_config(cls, self.path / CONFIG, own_file=False)
+                load_config(cls, self.path / CONFIG, allow_code=False)
             except InputError as error:
                 manifest = self.read_json(MANIFEST, Manifest)
                 version, commit = manifest.get("versions", {}).get("lvrpo"), manifest.get("commit")
@@ -164,11 +165,11 @@ class RunDirectory:
                     f"{self.path / CONFIG}: was written by {wrote}, and has {key}, which this version lacks: use that "
                     "one, or start anew"
                 ) from None
-        return load_config(cls, self.path / CONFIG, overrides, own_file=False)
+        return load_config(cls, self.path / CONFIG, overrides, allow_code=False)
 
     def _is_of_another_version(self) -> bool:
-        """Whether ``config.yaml`` is as a version of lvrpo wrote it that is not this one."""
-        if not is_there(self.path / MANIFEST):
+        """Whether another version of lvrpo wrote ``config.yaml``, unmodified since."""
+        if not path_exists(self.path / MANIFEST):
             return False
         manifest = self.read_json(MANIFEST, Manifest)
         another = (manifest.get("versions", {}).get("lvrpo"), manifest.get("commit")) != (__version__, git_commit())
@@ -188,8 +189,8 @@ class RunDirectory:
             )
 
     def require_unchanged(self) -> None:
-        """Raises InputError where ``config.yaml`` is not what the manifest says that the run was begun with."""
-        if not is_there(self.path / MANIFEST):
+        """Raises InputError if ``config.yaml`` does not match its hash in the manifest."""
+        if not path_exists(self.path / MANIFEST):
             return
         manifest = self.read_json(MANIFEST, Manifest)
         if tree_sha256(read_yaml(self.path / CONFIG)) not in self._known_configs(manifest):
@@ -202,7 +203,7 @@ class RunDirectory:
         held = read_yaml(self.path / CONFIG)
         return config_differences(held, config.model_dump(mode="json"))
 
-    def _refuse_foreign(self, config: Config) -> None:
+    def _require_unused(self, config: Config) -> None:
         with disk_errors(self.path, "read"):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path}: is a file: choose another name")
@@ -213,7 +214,7 @@ class RunDirectory:
                 raise InputError(f"{self.path}: is no run and holds {foreign[0]}: choose another name")
             return
         self.require_config(config)
-        if is_there(self.path / SUMMARY) or latest_checkpoint(self.path) is not None or self.metrics():
+        if path_exists(self.path / SUMMARY) or latest_checkpoint(self.path) is not None or self.metrics():
             raise InputError(f"{self.path}: holds this run already: continue it with --resume or choose another name")
 
     # --- lock and crash recovery ---
@@ -237,13 +238,13 @@ class RunDirectory:
                 raise
 
     def _recover(self) -> None:
-        """Clears what a killed writer left: temporary files and folders, half a line of metrics."""
+        """Removes the leftovers of a killed writer: temporary files and folders, an incomplete line of metrics."""
         with disk_errors(self.path):
             for folder in (self.path, *(self.path / name for name in ("checkpoints", "eval", SCORES))):
                 if folder.is_dir():
                     clean_leftovers(folder)
             metrics = self.path / METRICS
-            if is_there(metrics):
+            if path_exists(metrics):
                 content = read_bytes(metrics, "restore the file")
                 whole = content.rfind(b"\n") + 1
                 if whole < len(content):
@@ -252,12 +253,12 @@ class RunDirectory:
     # --- files ---
 
     def write_bytes(self, relative: str, content: bytes) -> Path:
-        """Writes one file whole or not at all (temporary name, fsync, rename)."""
+        """Writes one file atomically (temporary name, fsync, rename)."""
         path = self._inside(relative)
         if is_main():
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, content)
+                write_atomic(path, content)
         return path
 
     def write_text(self, relative: str, text: str) -> Path:
@@ -269,12 +270,12 @@ class RunDirectory:
         return self.write_text(relative, json_text(value))
 
     def read_json(self, relative: str, kind: Kind = Json) -> Json:
-        """A JSON file of the run, of a type; raises InputError if it is missing, broken, or of another shape."""
+        """Reads a JSON file of the run and validates its type; raises InputError if it is missing or invalid."""
         path = self._inside(relative)
-        if not is_there(path):
+        if not path_exists(path):
             raise InputError(f"{path}: no such file: the run has not written it")
         found = read_json(path, "restore it or delete it", finite=False)
-        return typed(found, kind, str(path), "restore it or delete it")
+        return validate_type(found, kind, str(path), "restore it or delete it")
 
     def samples_dir(self, step: int) -> Path:
         """``samples/step_000010``, created."""
@@ -284,7 +285,7 @@ class RunDirectory:
         return path
 
     def checkpoint_dir(self, step: int) -> Path:
-        """``checkpoints/step_000050``, not created: hand it to ``checkpoint_writer``."""
+        """``checkpoints/step_000050``, not created; for ``checkpoint_writer``."""
         return self.path / "checkpoints" / f"step_{step:06d}"
 
     def _inside(self, relative: str) -> Path:
@@ -295,7 +296,7 @@ class RunDirectory:
     # --- metrics ---
 
     def append_metrics(self, row: Mapping[str, Json], durable: bool = False) -> None:
-        """Adds one line, whole or not at all; ``durable`` also syncs it to the disk."""
+        """Appends one line atomically; ``durable``: with fsync."""
         if not is_main():
             return
         line = json.dumps(to_json(row), ensure_ascii=False) + "\n"
@@ -316,10 +317,10 @@ class RunDirectory:
                 os.close(handle)
 
     def metrics(self) -> list[dict[str, Json]]:
-        """Every line; a last one that a crash cut off is left out. Raises InputError on any other broken line."""
+        """All complete lines; raises InputError for a broken line."""
         path = self.path / METRICS
         with disk_errors(path, "read"):
-            lines = read_bytes(path, "restore the file").split(b"\n") if is_there(path) else [b""]
+            lines = read_bytes(path, "restore the file").split(b"\n") if path_exists(path) else [b""]
         return [
             parse_typed_json(
                 line.decode(errors="replace"), MetricsRow, f"{path}:{number}", "delete this line", finite=False
@@ -328,7 +329,7 @@ class RunDirectory:
         ]
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines after ``step``, which a resumed run writes anew."""
+        """Deletes the lines after ``step``, which a resumed run writes again."""
         if not is_main():
             return
         rows = self.metrics()
@@ -339,12 +340,12 @@ class RunDirectory:
     # --- summary and manifest ---
 
     def write_summary(self, summary: Mapping[str, Json]) -> Path:
-        """``summary.json``, as ``lvrpo.records.Summary`` reads it."""
+        """Writes ``summary.json``."""
         return self.write_json(SUMMARY, summary)
 
     def read_summary(self) -> dict[str, Json] | None:
         """``summary.json``, or None if the run has not finished."""
-        return self.read_json(SUMMARY, dict[str, Json]) if is_there(self.path / SUMMARY) else None
+        return self.read_json(SUMMARY, dict[str, Json]) if path_exists(self.path / SUMMARY) else None
 
     def write_manifest(
         self,
@@ -353,9 +354,9 @@ class RunDirectory:
         data: Mapping[str, Json] | None = None,
         checkpoints: Mapping[str, Json] | None = None,
     ) -> Path:
-        """``manifest.json``; a resumed run adds itself under "resumed" and leaves the first start as it was.
+        """Writes ``manifest.json``; a resumed run appends to its list "resumed".
 
-        ``data`` and ``checkpoints`` are fingerprints by name.
+        ``data`` and ``checkpoints``: fingerprints by name.
         """
         if not is_main():
             return self.path / MANIFEST
@@ -366,16 +367,16 @@ class RunDirectory:
             "data": dict(data or {}),
             "checkpoints": dict(checkpoints or {}),
         }
-        if not is_there(self.path / MANIFEST):
+        if not path_exists(self.path / MANIFEST):
             return self.write_json(MANIFEST, start)
         manifest = self.read_json(MANIFEST, Manifest)
         return self.write_json(MANIFEST, {**manifest, "resumed": [*manifest.get("resumed", []), start]})
 
 
 def environment() -> dict[str, Json]:
-    """Where and with what a run started: versions, commit, platform, hardware, command, time."""
+    """The environment of a run: versions, commit, platform, hardware, command, time."""
     others = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")}
-    versions = {"lvrpo": __version__, **others}  # a checkout on the path has no metadata
+    versions = {"lvrpo": __version__, **others}  # a checkout on PYTHONPATH has no metadata
     cuda = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -396,15 +397,15 @@ def environment() -> dict[str, Json]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that lvrpo runs from, with "-dirty" after it if files differ; None if installed."""
-    here = Path(__file__).resolve()
+    """The commit of the checkout that lvrpo runs from, with "-dirty" if files differ; None if it is installed."""
+    file = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        command = ["git", "-C", str(file.parent), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)
+        git("ls-files", "--error-unmatch", file.name)
         dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
         return git("rev-parse", "HEAD") + dirty
     except (OSError, subprocess.SubprocessError):
@@ -417,7 +418,7 @@ def json_text(value: Json) -> str:
 
 
 def to_json(value: Json) -> Json:
-    """The value as valid JSON: tuples to lists, scalars of torch and numpy to numbers, nan and infinities to null."""
+    """Converts a value to JSON types: arrays and tuples to lists, numeric types to numbers, non-finite ones to null."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

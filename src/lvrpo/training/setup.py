@@ -1,4 +1,4 @@
-"""What a run needs before it starts: the policy with its adapter and precision, room in memory, its configuration."""
+"""Setup of a run: the policy with its adapter and precision, the memory check, the configuration of a resumed run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HasComputeDtype(Protocol):
 
 
 def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
-    """The policy that a run starts from, with its adapter on it, and the folder of what it was made of."""
+    """The initial policy of a run, with a new adapter if configured, and the folder it was loaded from."""
     require_extras(config)
     base = policy_folder(config.policy)
     if has_adapter(base):
@@ -56,15 +56,15 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
             f"policy={config.policy}: is an adapter: make one model of it with `lvrpo export` and start there"
         )
     declared, tasks = getattr(policy_class(base), "segment_kinds", None), possible_tasks(base)
-    if isinstance(declared, tuple):  # by the class, so known before anything is loaded
-        config.require_fit(declared, tasks)
+    if isinstance(declared, tuple):  # declared by the class, so it can be checked before loading
+        config.require_policy_fit(declared, tasks)
     if config.offload and config.precision.compute == "bfloat16" and model_type(base) != BagelPolicy.model_type:
         raise InputError(
             f"precision.compute=bfloat16 with offload=true: policy={config.policy} is loaded in float32 alone: "
             "leave one of them out"
         )
     policy = load_policy(base, config.device, weights_dtype(config, base))
-    config.require_fit(policy.segment_kinds, tasks)
+    config.require_policy_fit(policy.segment_kinds, tasks)
     if config.adapter is not None:
         if not isinstance(policy, MoTPolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
@@ -73,12 +73,12 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         require_moved(policy, config.adapter, [k for k, s in config.sections(policy.segment_kinds).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
     if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
-        policy.encoders.default_grid(config.rollout.image_size)  # raises InputError for a size that it does not draw
-    return as_configured(policy, config), base
+        policy.encoders.default_grid(config.rollout.image_size)  # raises InputError for an unsupported size
+    return configure_policy(policy, config), base
 
 
-def as_configured(policy: Policy, config: TrainConfig) -> Policy:
-    """The policy, told in which dtype to multiply and how much goes through it at once."""
+def configure_policy(policy: Policy, config: TrainConfig) -> Policy:
+    """Sets the compute dtype and the batch limits of a policy; returns it."""
     if config.precision.compute is not None:
         if not isinstance(policy, HasComputeDtype):
             raise InputError("precision.compute: this policy computes in the dtype of its weights: leave it out")
@@ -87,16 +87,17 @@ def as_configured(policy: Policy, config: TrainConfig) -> Policy:
     return policy
 
 
-def loaded_policy(model: Path, config: TrainConfig, base: str | None) -> Policy:
-    """A policy that the run wrote, set up as configured; ``base``: as ``load_policy`` takes it."""
+def load_run_policy(model: Path, config: TrainConfig, base: str | None) -> Policy:
+    """Loads and configures a policy that the run wrote; ``base``: as in ``load_policy``."""
     folder = policy_folder(model)
-    return as_configured(load_policy(folder, config.device, weights_dtype(config, folder), base), config)
+    return configure_policy(load_policy(folder, config.device, weights_dtype(config, folder), base), config)
 
 
-def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
-    """What a run will need, at the sizes of its first step; nothing is loaded. None: it cannot be estimated.
+def estimate_run_memory(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
+    """Memory estimate at the sizes of the first step, without loading weights; None: not available for the policy.
 
-    ``device`` stands for the configuration's; it need not be there. Raises InputError for a row that cannot be read.
+    ``device`` overrides that of the configuration; it need not exist. Raises InputError for a row that the policy
+    cannot read.
     """
     require_extras(config)
     held_out = [prompt for prompts in parts.validator.prompts.values() for prompt in prompts]
@@ -104,15 +105,15 @@ def memory_of(config: TrainConfig, parts: Parts, device: torch.device | None = N
     return estimate_memory(config, prompts, held_out, device, parts.require_readable)
 
 
-def require_room(config: TrainConfig, parts: Parts) -> None:
-    """Raises InputError, with what to change, if a large model would not fit; small ones are not looked at."""
+def require_enough_memory(config: TrainConfig, parts: Parts) -> None:
+    """Raises InputError, with a remedy, if a large model would not fit into memory; small models are not checked."""
     device = pick_device(config.device)
     if is_large_model(policy_folder(config.policy), device):
-        require_memory(memory_of(config, parts), device, f"policy={config.policy}")
+        require_memory(estimate_run_memory(config, parts), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:
-    """Raises InputError, before anything is loaded, if a package that the configuration needs is not installed."""
+    """Raises InputError if a package that the configuration needs is not installed."""
     if config.adapter is not None:
         peft_library()
     if config.optimizer.kind == "adamw_8bit":
@@ -123,54 +124,52 @@ def require_extras(config: TrainConfig) -> None:
             )
 
 
-def config_of_resumed(run: RunDirectory, asked: TrainConfig | None) -> tuple[TrainConfig, bool]:
-    """The configuration that a run goes on with, and whether it is of more steps than before.
+def resumed_config(run: RunDirectory, requested: TrainConfig | None) -> tuple[TrainConfig, bool]:
+    """The configuration of a resumed run, and whether its number of steps has increased.
 
-    ``asked``: None, or that of the run but for ``steps``. Raises InputError where it is another, and where the run has
-    finished and no more steps are asked for.
+    ``requested``: None, or the configuration of the run, with more ``steps`` or not. Raises InputError if it differs
+    otherwise, or if the run has finished and no more steps are requested.
     """
-    held = on_main(lambda: _held_config(run, asked))
-    steps = held.steps if asked is None else asked.steps
-    allowed = () if asked is None else asked.allow_code
+    saved = on_main(lambda: _saved_config(run, requested))
+    steps = saved.steps if requested is None else requested.steps
+    allowed = () if requested is None else requested.allow_code
     allow_code(allowed)
-    torch.set_num_threads(held.threads)
-    return held.model_copy(update={"allow_code": allowed, "steps": steps}), steps != held.steps
+    torch.set_num_threads(saved.threads)
+    return saved.model_copy(update={"allow_code": allowed, "steps": steps}), steps != saved.steps
 
 
-def _held_config(run: RunDirectory, asked: TrainConfig | None) -> TrainConfig:
-    if asked is not None:
-        run.require_config(asked, allow=("steps",))
-    held = run.config(TrainConfig)
-    if asked is not None and asked.steps != held.steps:
-        require_longer(run, held.steps, asked.steps)
+def _saved_config(run: RunDirectory, requested: TrainConfig | None) -> TrainConfig:
+    if requested is not None:
+        run.require_config(requested, allow=("steps",))
+    saved = run.config(TrainConfig)
+    if requested is not None and requested.steps < saved.steps:
+        raise InputError(
+            f"steps={requested.steps}: {run.path} has {saved.steps}, and a run can only be made longer: give more"
+        )
+    if requested is not None and requested.steps > saved.steps:
+        if (run.path / "baseline").exists():
+            raise InputError(
+                f"steps={requested.steps}: {run.path} is compared with a baseline of as much compute: start another "
+                "run instead"
+            )
     elif run.read_summary() is not None:
         raise InputError(
             f"{run.path}: has finished: see lvrpo report {run.path}, start another run, or make it longer with "
-            f"lvrpo train --resume {run.path} steps={held.steps * 2}"
+            f"lvrpo train --resume {run.path} steps={saved.steps * 2}"
         )
-    return held
+    return saved
 
 
-def require_longer(run: RunDirectory, held: int, asked: int) -> None:
-    """Raises InputError where a run of ``held`` steps cannot go on to ``asked``."""
-    if asked < held:
-        raise InputError(f"steps={asked}: {run.path} has {held}, and a run can only be made longer: give more")
-    if (run.path / "baseline").exists():
-        raise InputError(
-            f"steps={asked}: {run.path} is compared with a baseline of as much compute: start another run instead"
-        )
-
-
-def lengthen(run: RunDirectory, config: TrainConfig) -> None:
-    """Writes the new number of steps into the run, and takes away what its old end left."""
+def extend_run(run: RunDirectory, config: TrainConfig) -> None:
+    """Writes the new number of steps into the run directory and deletes the results of the shorter run."""
     for name in (FINAL, SUMMARY, "eval/after.json") if is_main() else ():
         (run.path / name).unlink(missing_ok=True)
-    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first: it vouches for the next
+    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first, as it holds the config's hash
     run.write_text(CONFIG, dump_config(config))
 
 
 def data_fingerprints(config: TrainConfig) -> dict[str, Any]:
-    """The user's files; the built-in world is a function of its configuration."""
+    """Fingerprints of the data files by split; empty for other sources."""
     if config.data.source != "jsonl":
         return {}
     splits = {name: getattr(config.data.jsonl, name) for name in ("train", "validation", "test")}  # its three fields

@@ -1,4 +1,4 @@
-"""What a run trains on and what it is measured on: prompts, rewards, held-out rows, each checked before it starts."""
+"""The data and rewards of a run: training prompts, rewards, held-out prompts, each validated before the run starts."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.judge import HeldOut, held_out_rows, require_asked
+from lvrpo.training.judge import JudgeRows, build_judge_rows, require_judge_used
 from lvrpo.training.validation import Validator
 from lvrpo.types import Example, Prompt, Task
 
 Split = Literal["train", "validation", "test"]
 
-LOOKED_AT = 32
-"""Prompts of a task that are shown to the rewards before a run starts."""
+REWARD_CHECK_PROMPTS = 32
+"""Prompts per task on which the rewards are checked before a run starts."""
 
-DRAWINGS = 64
-"""Held-out drawings that decide on a new judge."""
+MAX_JUDGE_IMAGES = 64
+"""Maximum number of held-out images on which a new judge is evaluated."""
 
-TESTED = 256
-"""Test prompts of a task that are taken of a source whose length is not known."""
+TEST_PROMPTS_PER_TASK = 256
+"""Test prompts per task from a source of unknown length."""
 
 
 @dataclass(frozen=True)
 class CustomParts:
-    """What a caller in Python hands over instead of naming it in a configuration."""
+    """Objects that a Python caller passes instead of naming them in a configuration."""
 
     sources: Mapping[Split, PromptSource] = field(default_factory=dict)
     rewards: Mapping[str, Reward] = field(default_factory=dict)
-    """By the title of their row of the configuration."""
+    """By the title of their entry in the configuration."""
 
 
 NO_CUSTOM_PARTS = CustomParts()
@@ -50,52 +50,53 @@ NO_CUSTOM_PARTS = CustomParts()
 
 @dataclass(frozen=True)
 class Parts:
-    """All of an alignment run but its policy."""
+    """All parts of an alignment run except its policy."""
 
     source: PromptSource
     rewards: Sequence[RewardSource]
     validator: Validator
-    judge_rows: HeldOut
-    """What decides on a new judge."""
+    judge_rows: JudgeRows
+    """Held-out rows on which a new judge is evaluated."""
     scorer: HeldOutScorer
-    """Scores held-out rows, for validation and for every evaluation."""
+    """Scores held-out prompts in validation and evaluation."""
     validation: PromptSource | None
     test: PromptSource | None
 
     def require_readable(self, policy: Policy) -> None:
-        """Raises InputError, with file and line, where a row holds a text that the policy cannot read."""
-        asked = any(source.sides for source in self.rewards)
+        """Raises InputError, with file and line, for a row with text that the policy cannot tokenize."""
+        uses_judge = any(source.sides for source in self.rewards)
         for rows in (self.source, self.validation, self.test):
-            if isinstance(rows, JsonlPrompts | ListedPrompts):
-                rows.require_readable(partial(check_text, policy), everything=asked)
+            if isinstance(rows, JsonlPrompts | PromptList):
+                rows.require_readable(partial(check_text, policy), everything=uses_judge)
 
     def test_prompts(self) -> list[Prompt]:
-        """Every test row of a file or a list; of another source the first ``TESTED`` of each task."""
+        """All test rows of a file or list; the first ``TEST_PROMPTS_PER_TASK`` per task of another source."""
         rows = self.test
         if rows is None:
             return []
-        if isinstance(rows, JsonlPrompts | ListedPrompts):
+        if isinstance(rows, JsonlPrompts | PromptList):
             return rows.in_order()
-        found = [prompt for task in rows.tasks for prompt in rows.prompts(task, TESTED)]
+        found = [prompt for task in rows.tasks for prompt in rows.prompts(task, TEST_PROMPTS_PER_TASK)]
         return list({prompt.id: prompt for prompt in found}.values())
 
 
-def open_parts(config: TrainConfig, given: CustomParts = NO_CUSTOM_PARTS) -> Parts:
-    """Opens and checks everything that the configuration names; raises InputError, and leaves no trace."""
-    source = training_source(config, given)
-    rewards = scoring_rewards(config, source, given)
+def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Parts:
+    """Opens and validates all parts that the configuration names; raises InputError. Writes nothing."""
+    source = training_source(config, custom)
+    rewards = scoring_rewards(config, source, custom)
     scorer = HeldOutScorer(tuple(rewards))
-    validation, test = (held_out_source(config, split, given) for split in ("validation", "test"))
-    watcher = HeldOutScorer(tuple(build_rewards(config.validation.rewards))) if config.validation.rewards else scorer
-    validator = Validator(validation_prompts(config, validation, watcher), config, watcher)
-    rows = held_out_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
+    validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
+    own_rewards = config.validation.rewards
+    validation_scorer = HeldOutScorer(tuple(build_rewards(own_rewards))) if own_rewards else scorer
+    validator = Validator(validation_prompts(config, validation, validation_scorer), config, validation_scorer)
+    rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
 
-def open_source(config: TrainConfig, split: Split, seed: int, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
-    """One split of the source of prompts."""
-    if split in given.sources:
-        return given.sources[split]
+def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
+    """One split of the prompt source."""
+    if split in custom.sources:
+        return custom.sources[split]
     data = config.data
     if data.source == IN_PYTHON:
         raise InputError(
@@ -108,9 +109,9 @@ def open_source(config: TrainConfig, split: Split, seed: int, given: CustomParts
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
 
 
-def training_source(config: TrainConfig, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
-    """The prompts to align on; raises InputError if they lack a task that a step needs."""
-    source = open_source(config, "train", config.seed, given)
+def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
+    """The training prompts; raises InputError if a task of ``prompts_per_step`` is missing."""
+    source = open_source(config, "train", config.seed, custom)
     for task, count in config.data.prompts_per_step.items():
         if count and task not in source.tasks:
             raise InputError(
@@ -119,14 +120,14 @@ def training_source(config: TrainConfig, given: CustomParts = NO_CUSTOM_PARTS) -
     return source
 
 
-def held_out_source(config: TrainConfig, split: Split, given: CustomParts = NO_CUSTOM_PARTS) -> PromptSource | None:
-    """The validation or test split, None where there is none."""
-    if given.sources and split not in given.sources:
+def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource | None:
+    """The validation or test split; None if there is none."""
+    if custom.sources and split not in custom.sources:
         return None
-    if config.data.source == "jsonl" and not given.sources and getattr(config.data.jsonl, split) is None:
-        return None  # its fields, by name
+    if config.data.source == "jsonl" and not custom.sources and getattr(config.data.jsonl, split) is None:
+        return None  # the splits are fields of JsonlConfig
     try:
-        return open_source(config, split, 0, given)
+        return open_source(config, split, 0, custom)
     except InputError as error:
         if config.data.source in DATASETS:
             raise
@@ -135,13 +136,13 @@ def held_out_source(config: TrainConfig, split: Split, given: CustomParts = NO_C
 
 
 def scoring_rewards(
-    config: TrainConfig, source: PromptSource, given: CustomParts = NO_CUSTOM_PARTS
+    config: TrainConfig, source: PromptSource, custom: CustomParts = NO_CUSTOM_PARTS
 ) -> list[RewardSource]:
-    """The rewards; raises InputError if none that is trained on scores the prompts of a task that a step needs."""
-    rewards = build_rewards(config.rewards, given.rewards)
-    require_asked(config.judge, rewards)
+    """The rewards; raises InputError if no reward of positive weight scores the prompts of a task."""
+    rewards = build_rewards(config.rewards, custom.rewards)
+    require_judge_used(config.judge, rewards)
     for task, count in config.data.prompts_per_step.items():
-        prompts = source.prompts(task, min(count, LOOKED_AT)) if count else []
+        prompts = source.prompts(task, min(count, REWARD_CHECK_PROMPTS)) if count else []
         if prompts and not any(r.config.weight and r.scores(prompt) for r in rewards for prompt in prompts):
             raise InputError(
                 f"data.prompts_per_step.{task}={count}: no reward scores these prompts, all would be masked: add one "
@@ -153,26 +154,28 @@ def scoring_rewards(
 def validation_prompts(
     config: TrainConfig, source: PromptSource | None, scorer: HeldOutScorer | None
 ) -> dict[Task, list[Prompt]]:
-    """Validation prompts of every trained task that can be scored; warns where a task has none.
+    """The scorable validation prompts of every trained task; warns if a task has none.
 
-    ``scorer``: what scores them (None: whatever there is counts, and nobody is warned).
+    ``scorer``: scores them (None: all prompts count, without warnings).
     """
     counts = config.data.prompts_per_step
     trained: list[Task] = [task for task, count in config.validation.prompts.items() if count and counts.get(task)]
     found: dict[Task, list[Prompt]] = {}
     for task in trained:
-        there = source is not None and task in source.tasks
-        rows = source.prompts(task, config.validation.prompts[task]) if source is not None and there else []
-        different = {p.id: p for p in rows if scorer is None or scorer.metric(p) is not None}
-        if different:
-            found[task] = list(different.values())
+        available = source is not None and task in source.tasks
+        rows = source.prompts(task, config.validation.prompts[task]) if source is not None and available else []
+        by_id = {p.id: p for p in rows if scorer is None or scorer.metric(p) is not None}
+        if by_id:
+            found[task] = list(by_id.values())
     if scorer is not None and len(found) < len(trained):
-        warnings.warn(blind_validation(config, source, [task for task in trained if task not in found]), stacklevel=3)
+        warnings.warn(
+            missing_validation_message(config, source, [task for task in trained if task not in found]), stacklevel=3
+        )
     return found
 
 
-def blind_validation(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
-    """Why validation sees nothing of these tasks, and what would help."""
+def missing_validation_message(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
+    """The warning about tasks without validation prompts, with a remedy."""
     named = ", ".join(tasks)
     if source is None:
         where = "data.jsonl.validation is not set" if config.data.source == "jsonl" else "there are no validation rows"
@@ -186,20 +189,20 @@ def blind_validation(config: TrainConfig, source: PromptSource | None, tasks: Se
 
 
 def held_out_drawings(source: PromptSource | None) -> list[Example]:
-    """Up to ``DRAWINGS`` drawings with their descriptions that nothing is trained on; none without validation rows."""
+    """Up to ``MAX_JUDGE_IMAGES`` held-out images with their descriptions; none without validation rows."""
     found: dict[str, Example] = {}
-    for i in range(DRAWINGS if source is not None and "generate" in source.tasks else 0):
+    for i in range(MAX_JUDGE_IMAGES if source is not None and "generate" in source.tasks else 0):
         with suppress(InputError):  # a row without a target
             example = source.example("generate", i)  # type: ignore[union-attr]  # a range of 0 without a source
             found.setdefault(example.prompt.id, example)
     return list(found.values())
 
 
-class ListedPrompts:
-    """Prompts of a list in memory, in its order; each pass over it is the same."""
+class PromptList:
+    """A prompt source over a list in memory, in its order, without shuffling."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
-        """Raises InputError on an empty list and on two prompts of one id."""
+        """Raises InputError for an empty list and for duplicate ids."""
         if not prompts:
             raise InputError("prompts: the list is empty: give at least one lvrpo.Prompt")
         for i, prompt in enumerate(prompts):
@@ -216,7 +219,7 @@ class ListedPrompts:
         return tuple(dict.fromkeys(prompt.task for prompt in self._prompts))
 
     def prompt(self, task: Task, index: int) -> Prompt:
-        """The prompt at an index >= 0, from the start again after the last."""
+        """The prompt at an index >= 0, modulo the number of prompts of the task."""
         rows = [prompt for prompt in self._prompts if prompt.task == task]
         return rows[index % len(rows)]
 
@@ -229,11 +232,11 @@ class ListedPrompts:
         return list(self._prompts)
 
     def example(self, task: Task, index: int) -> Example:
-        """Raises InputError: a prompt holds nothing to imitate."""
+        """Raises InputError: prompts have no target outputs."""
         raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
-        """As that of ``JsonlPrompts``; the id stands for file and line."""
+        """As ``JsonlPrompts.require_readable``; errors name the id instead of file and line."""
         for prompt in self._prompts:
             texts = [part for part in prompt.parts if isinstance(part, str)]
             if everything:

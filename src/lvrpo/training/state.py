@@ -1,4 +1,4 @@
-"""The state of an alignment run: what a checkpoint holds, so that a resumed run goes on bit for bit."""
+"""The state of an alignment run, which a checkpoint saves so that a resumed run is bitwise equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lvrpo.distributed import (
 )
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import TENSORS
-from lvrpo.reading import Record, shaped, typed
+from lvrpo.reading import Record, structure_errors, validate_type
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import Judge
@@ -36,7 +36,7 @@ ANOTHER = "use another checkpoint"
 
 
 class ValidationRecord(Record):
-    """Of a saved state: what validation remembers."""
+    """Schema of a saved ``ValidationState``."""
 
     best_step: int
     best_scores: dict[str, list[float]]
@@ -46,7 +46,7 @@ class ValidationRecord(Record):
 
 
 class StateRecord(Record):
-    """The tree of a saved state, as far as every run has it."""
+    """Schema of a saved state: the fields that all runs have."""
 
     step: int
     seconds: float
@@ -56,20 +56,20 @@ class StateRecord(Record):
 
 @dataclass
 class ValidationState:
-    """What validation remembers."""
+    """The best validation result so far, and the rollbacks."""
 
     best_step: int = 0
     best_scores: dict[Task, list[float]] = field(default_factory=dict)
     """Per task, the score of every held-out prompt under the best weights."""
     top: float = 0.0
-    """The highest mean of tasks that any remembered weights had."""
+    """The highest mean over tasks of any best weights so far."""
     rollbacks: int = 0
     lr_scale: float = 1.0
 
 
 @dataclass
 class TrainState:
-    """Everything that changes while a run goes on."""
+    """The mutable state of a run."""
 
     policies: Policies
     optimizers: Sequence[Optimizers]
@@ -78,41 +78,37 @@ class TrainState:
     """Steps done."""
     validation: ValidationState = field(default_factory=ValidationState)
     bad_gradients: int = 0
-    """Steps in a row, up to now, whose gradient was not finite."""
+    """Number of most recent consecutive steps with a non-finite gradient."""
     seconds: float = 0.0
-    """Training seconds so far, over all resumptions."""
+    """Training time so far, over all resumptions."""
     judge: Judge | None = None
-    """None: the reference judges."""
+    """None: the reference is the judge."""
     overoptimization: Overoptimization | None = None
-    """None: nobody watches."""
+    """None: not configured."""
 
     @classmethod
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
-        """The state before the first step: all sets of weights are those of the given policy."""
+        """The state before the first step: all weight sets equal the policy."""
         sets: list[SetName] = ["old"] if uses_old_policy(config, policy.segment_kinds) else []
         judge = Judge(config.judge) if config.judge.moves else None
         if judge is not None:
             sets += judge.sets
         policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)
         optimizers = [Optimizers(policy, config.optimizer, config.steps) for _ in config.phases(policy.segment_kinds)]
-        watched = (
-            None if config.validation.overoptimization is None else Overoptimization(config.validation.overoptimization)
-        )
-        return cls(policies, optimizers, judge=judge, overoptimization=watched)
+        section = config.validation.overoptimization
+        detector = None if section is None else Overoptimization(section)
+        return cls(policies, optimizers, judge=judge, overoptimization=detector)
 
     @property
     def best_steps(self) -> set[int]:
-        """The steps whose checkpoints are kept, whatever comes after them."""
-        return {
-            self.validation.best_step,
-            *([] if self.overoptimization is None else [self.overoptimization.best_step]),
-        }
+        """The steps whose checkpoints are never pruned."""
+        detector = self.overoptimization
+        return {self.validation.best_step, *(() if detector is None else (detector.best_step,))}
 
     def write(self, folder: Path) -> AsyncSave:
-        """Writes the state and the averaged policy in Hub layout beside it; arrays go on being written.
+        """Writes the state and the EMA policy in Hub layout; tensors of the state are written asynchronously.
 
-        Only weights that are divided among ranks and no adapter are not written once more: ``load_policy`` reads them
-        from the state.
+        Sharded full weights are not written twice: ``load_policy`` reads the EMA policy from the state.
         """
         state = folder / STATE
         on_main(lambda: (state / TENSORS).mkdir(parents=True))
@@ -126,19 +122,19 @@ class TrainState:
         return saving
 
     def load(self, checkpoint: Path) -> None:
-        """Goes back to a checkpoint; raises InputError if it is damaged."""
+        """Restores a checkpoint; raises InputError if it is damaged."""
         where = str(checkpoint / STATE / "state.json")
         with relay_errors():
             verify_checkpoint(checkpoint, split_between_ranks)
             tree = load_state(checkpoint / STATE, finite=True)
-            typed(tree, StateRecord, where, ANOTHER)
-        with shaped(where, ANOTHER):
-            self._take(tree, checkpoint)
+            validate_type(tree, StateRecord, where, ANOTHER)
+        with structure_errors(where, ANOTHER):
+            self._restore(tree, checkpoint)
 
-    def _take(self, tree: dict[str, Any], checkpoint: Path) -> None:
+    def _restore(self, tree: dict[str, Any], checkpoint: Path) -> None:
         folder = checkpoint / STATE / TENSORS
         with relay_errors():
-            self._begin_moments(stored_tensors(folder), tree["moments"])
+            self._allocate_moments(stored_tensors(folder), tree["moments"])
         load_sharded(folder, self._tensors(), finite=True)
         self.step = tree["step"]
         self.seconds = tree["seconds"]
@@ -149,18 +145,18 @@ class TrainState:
         if self.overoptimization is not None:
             self.overoptimization.load(tree["overoptimization"])
 
-    def load_average(self, checkpoint: Path) -> None:
-        """The averaged weights of a checkpoint, and nothing else; raises InputError if it is damaged."""
+    def load_ema(self, checkpoint: Path) -> None:
+        """Restores only the EMA weights of a checkpoint; raises InputError if it is damaged."""
         with relay_errors():
             verify_checkpoint(checkpoint, split_between_ranks)
         load_sharded(checkpoint / STATE / TENSORS, self._weights("ema"), finite=True)
 
     def _weights(self, name: str) -> dict[str, torch.Tensor]:
-        """A set of weights under the names of a checkpoint."""
+        """A weight set under its names in a checkpoint."""
         return {f"{name}/{key}": tensor for key, tensor in self.policies.weights[name].items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint, each sharded as it is kept: sets of weights that move, and moments."""
+        """The (sharded) tensors of a checkpoint: weight sets except the reference, and optimizer moments."""
         found = self._weights(POLICY)
         for name in self.policies.weights.sets:
             if name != "reference":
@@ -172,29 +168,30 @@ class TrainState:
         return found
 
     def _other_moments(self) -> list[dict[str, dict[str, Any]]]:
-        """What optimizers remember beside them, by parameter: Adam's count of steps, scales of moments in 8 bits."""
+        """Optimizer state that has not the shape of its parameter: Adam's step count, scales of 8-bit moments."""
+        shapes = {name: p.shape for name, p in self.policies.weights.parameters.items()}
         return [
             {
-                name: {key: t for key, t in own.items() if _shape(t) != self.policies.weights.parameters[name].shape}
-                for name, own in optimizer.moments().items()
+                name: {key: value for key, value in moments.items() if _shape(value) != shapes[name]}
+                for name, moments in optimizer.moments().items()
             }
             for optimizer in self.optimizers
         ]
 
-    def _begin_moments(self, stored: Mapping[str, TensorStorageMetadata], others: Sequence[dict[str, Any]]) -> None:
-        """The other moments of a checkpoint, and room for its tensors, which are read in place."""
+    def _allocate_moments(self, stored: Mapping[str, TensorStorageMetadata], others: Sequence[dict[str, Any]]) -> None:
+        """Sets the other moments of a checkpoint and allocates its tensors, which ``load_sharded`` then fills."""
         parameters = self.policies.weights.parameters
-        for i, (optimizer, kept) in enumerate(zip(self.optimizers, others, strict=True)):
+        for i, (optimizer, saved) in enumerate(zip(self.optimizers, others, strict=True)):
             moments: dict[str, dict[str, Any]] = {}
-            for name, own in kept.items():
-                device = parameters[name].device  # Adam's count of steps stays on the host
-                moments[name] = {key: t.to(device) if len(_shape(t) or ()) else t for key, t in own.items()}
+            for name, values in saved.items():
+                device = parameters[name].device  # Adam's step count stays on the host
+                moments[name] = {key: t.to(device) if len(_shape(t) or ()) else t for key, t in values.items()}
             for path, entry in stored.items():
-                place, _, rest = path.partition("/")
+                prefix, _, rest = path.partition("/")
                 name, _, key = rest.rpartition("/")
-                if place == f"optimizer_{i}" and name in parameters:
-                    room = torch.zeros_like(parameters[name], dtype=entry.properties.dtype)
-                    moments.setdefault(name, {})[key] = room.detach()
+                if prefix == f"optimizer_{i}" and name in parameters:
+                    empty = torch.zeros_like(parameters[name], dtype=entry.properties.dtype)
+                    moments.setdefault(name, {})[key] = empty.detach()
             optimizer.set_moments(moments)
 
     def _tree(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lvrpo.rewards.table import MOST_FAILED
 from lvrpo.sampling import derive_seed
 from lvrpo.training import rollout_log
 from lvrpo.training.advantages import segment_advantages, trajectory_advantages, trajectory_rewards
-from lvrpo.training.base_trainer import BaseTrainer, Observer, keep_start, require_start
+from lvrpo.training.base_trainer import BaseTrainer, Observer, require_start, save_start
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes, sample_local, score_local
@@ -34,21 +34,21 @@ from lvrpo.training.losses.base import Advantages, Metrics, Objective
 from lvrpo.training.losses.flow import FreshNoiseConfig
 from lvrpo.training.losses.grpo import PolicyGradientConfig
 from lvrpo.training.losses.tokens import recompute_behavior_logprobs
-from lvrpo.training.microbatches import by_kind, microbatches, minibatches, rounds, with_reference_outputs
+from lvrpo.training.microbatches import by_kind, microbatches, minibatches, reduction_rounds, with_reference_outputs
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.policies import Policies
 from lvrpo.training.preflight import check_before_first_step, check_first_update
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.rollout import Rollouts, prompt_seeds, prompts_of_step, resample
-from lvrpo.training.rollout_engine import Sampler, open_engine
+from lvrpo.training.rollout_engine import EngineSampler, open_engine
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import (
-    config_of_resumed,
     data_fingerprints,
-    lengthen,
-    loaded_policy,
+    extend_run,
+    load_run_policy,
     open_policy,
-    require_room,
+    require_enough_memory,
+    resumed_config,
 )
 from lvrpo.training.sources import NO_CUSTOM_PARTS, CustomParts, Parts, open_parts
 from lvrpo.training.splits import require_disjoint_splits
@@ -57,12 +57,12 @@ from lvrpo.training.validation import Validator, apply_validation, check_overopt
 from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
 
 MAX_BAD_GRADIENTS = 3
-"""A step whose gradient is not finite leaves the weights alone; after so many in a row the run stops."""
+"""Steps with a non-finite gradient are skipped; after this many in a row the run stops."""
 
 
 @dataclass
 class Trainer(BaseTrainer[TrainConfig, TrainState]):
-    """An alignment run, ready to start or to go on."""
+    """An alignment run."""
 
     command: ClassVar[str] = "train"
     config: TrainConfig
@@ -71,9 +71,9 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
     parts: Parts
     """Prompts, rewards, validation."""
     base: str | None = None
-    """The MODEL below the run's adapter, where it is not the one that its files name."""
+    """The base MODEL of the run's adapter, to override the one that its files name."""
     objectives: Sequence[Objective] = field(init=False)
-    """What trains each kind of segment that the policy writes."""
+    """One per kind of segment that the policy generates."""
 
     def __post_init__(self) -> None:
         self.objectives = objectives_of(self.config, self.state.policies.policy.segment_kinds)
@@ -85,32 +85,32 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         cls,
         config: TrainConfig,
         folder: Path,
-        given: CustomParts = NO_CUSTOM_PARTS,
+        custom: CustomParts = NO_CUSTOM_PARTS,
         files: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
-        """Resolves every part before it creates the run directory: wrong input leaves no trace.
+        """Starts a run; input is validated before the run directory is created.
 
-        ``given``: parts that a caller in Python hands over. ``files``: what else a run is resumed by, JSON by name; it
-        is written before there is anything to resume. Any: JSON.
+        ``custom``: parts that a Python caller passes. ``files``: additional JSON files of the run directory, by name,
+        which resuming needs; written first. Any: JSON.
         """
         allow_code(config.allow_code)
         torch.set_num_threads(config.threads)
         with relay_errors():
-            parts = open_parts(config, given)
+            parts = open_parts(config, custom)
             splits = require_disjoint_splits(config)
-            require_room(config, parts)
+            require_enough_memory(config, parts)
             policy, base = open_policy(config)
             parts.require_readable(policy)
         run = RunDirectory.create(folder, config)
         try:
             for name, content in files.items():
                 run.write_json(name, content)
-            keep_start(run, policy)
+            save_start(run, policy)
             data = {**data_fingerprints(config), "splits": splits}
             run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
             return cls(config, run, TrainState.start(policy, config), parts)
         except BaseException as error:
-            run.leave(error)
+            run.close_on_exit(error)
             raise
 
     @classmethod
@@ -119,21 +119,21 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         folder: Path,
         config: TrainConfig | None = None,
         base: str | None = None,
-        given: CustomParts = NO_CUSTOM_PARTS,
+        custom: CustomParts = NO_CUSTOM_PARTS,
     ) -> Self:
-        """Goes on from the last whole checkpoint; ``config``, where given, is that of the run, or asks for more steps.
+        """Resumes from the last complete checkpoint; ``config`` may differ from that of the run by more ``steps`` only.
 
-        A run that is made longer follows the schedule of its new length from where it stands: the learning rates of
-        steps that are done stay. ``base``: where the base of the run's adapter lies now.
+        An extended run follows the learning rate schedule of its new length from its current step on. ``base``: new
+        location of the base model of the run's adapter.
         """
         run = RunDirectory.open(folder)
         try:
-            config, longer = config_of_resumed(run, config)
+            config, extended = resumed_config(run, config)
             with relay_errors():
-                parts = open_parts(config, given)
-                policy = loaded_policy(require_start(run), config, base)
-            if longer:
-                lengthen(run, config)
+                parts = open_parts(config, custom)
+                policy = load_run_policy(require_start(run), config, base)
+            if extended:
+                extend_run(run, config)
             trainer = cls(config, run, TrainState.start(policy, config), parts, base)
             trainer.restore()
             rollout_log.truncate(run, trainer.state.step or -1)
@@ -145,25 +145,25 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
 
     @property
     def validator(self) -> Validator:
-        """What watches held-out rows."""
+        """Scores held-out prompts."""
         return self.parts.validator
 
     @property
     def source(self) -> PromptSource:
-        """The prompts that are trained on."""
+        """The training prompts."""
         return self.parts.source
 
     @property
     def rewards(self) -> Sequence[RewardSource]:
-        """What scores them."""
+        """The rewards of the training prompts."""
         return self.parts.rewards
 
     # --- training ---
 
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Steps until ``config.steps``, an interruption (a checkpoint is then written) or validation's stop.
+        """Trains until ``config.steps``, early stopping by validation, or an interruption (after a checkpoint).
 
-        Returns whether it came to its end, and names validation's best checkpoint if so.
+        Returns whether the run is finished; the best checkpoint of validation is then its result.
         """
         if self.finished:
             return True
@@ -174,14 +174,14 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             rollouts, stopped = Rollouts(policies, config, engine), False
             while (step := state.step) < config.steps and not stopped:
                 with self.logged_step(observe) as row:
-                    looks = (step + 1) % config.validation.every == 0 or step + 1 == config.steps
-                    with self.saved_if_it_fails():  # nothing has changed yet since the last step
+                    validates = (step + 1) % config.validation.every == 0 or step + 1 == config.steps
+                    with self.checkpoint_on_error():  # the state is still that of the last step
                         with relay_errors():
                             prompts = prompts_of_step(self.source, config, step)
                         groups = rollouts.groups(prompts, step)
                         with policies.use("judge") as judge:
                             table = score_local(self.rewards, groups, judge, step, MOST_FAILED)
-                        if config.judge.drift_due(step + 1, looks):
+                        if config.judge.drift_due(step + 1, validates):
                             row |= judge_drift(self.rewards, groups, table, policies)
                         trained, scores = groups, table
                         if config.rollout.max_resamples:
@@ -202,26 +202,26 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     state.step += 1
                     if step == 0:
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
-                    right = group_successes(groups)
-                    row |= reward_means("reward", table, right)
+                    successes = group_successes(groups)
+                    row |= reward_means("reward", table, successes)
                     if state.judge is not None:
-                        row |= state.judge.after_step(state.step, policies, self.parts.judge_rows)
-                    of_trained = right if trained is groups else group_successes(trained)
-                    self._record(trained, scores, of_trained, advantages)
+                        row |= state.judge.update(state.step, policies, self.parts.judge_rows)
+                    trained_successes = successes if trained is groups else group_successes(trained)
+                    self._record(trained, scores, trained_successes, advantages)
                     row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
                     if step % config.reference_eval_every == 0:
-                        row |= self._control(prompts, step)
+                        row |= self._evaluate_reference(prompts, step)
                     if state.step % config.samples_every == 0 or state.step == config.steps:
-                        rollout_log.write_samples(run, state.step, groups, table, right)
+                        rollout_log.write_samples(run, state.step, groups, table, successes)
                     if state.overoptimization is not None:
-                        state.overoptimization.add(state.step, groups, table, right)
-                    if looks:
-                        self.wait_for_checkpoint()  # it may be rolled back to
+                        state.overoptimization.add(state.step, groups, table, successes)
+                    if validates:
+                        self.wait_for_checkpoint()  # a rollback may load it
                         report = self.validator.validate(policies, state.validation, state.step)
                         stopped = apply_validation(config, run, state, report, row) or check_overoptimization(
                             config, run, state, self.validator, row
                         )
-                stop = self.asked_to_stop(interrupted)
+                stop = self.stop_requested(interrupted)
                 self.save_if_due(last=stopped or stop or state.step == config.steps)
                 if stop and state.step < config.steps:
                     return False
@@ -229,15 +229,15 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         return True
 
     def _record(
-        self, groups: Sequence[Group], table: RewardTable, right: Mapping[int, list[float]], advantages: Advantages
+        self, groups: Sequence[Group], table: RewardTable, successes: Mapping[int, list[float]], advantages: Advantages
     ) -> None:
         """Writes the scores and advantages of a step."""
         judged = trajectory_rewards(table, groups, self.config.advantages)
-        whole = trajectory_advantages(advantages, groups)
-        rollout_log.write_step(self.run, self.state.step, groups, table, right, whole, judged)
+        by_trajectory = trajectory_advantages(advantages, groups)
+        rollout_log.write_step(self.run, self.state.step, groups, table, successes, by_trajectory, judged)
 
-    def _before_first_step(self, engine: Sampler | None) -> None:
-        """The checks of step 0, and what validation sees before anything is trained."""
+    def _before_first_step(self, engine: EngineSampler | None) -> None:
+        """Preflight checks, validation of the initial weights, and the checkpoint of step 0."""
         state, policies = self.state, self.state.policies
         check_before_first_step(self.run, self.config, policies, self.source, self.rewards, engine)
         report = self.validator.validate(policies, state.validation, 0)
@@ -254,22 +254,24 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                 "learning rates, or resume from an earlier checkpoint"
             )
 
-    def _control(self, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
+    def _evaluate_reference(self, prompts: Sequence[Prompt], step: int) -> dict[str, float | str]:
         policies = self.state.policies
-        control = control_rollout(policies, prompts, self.config, step)
+        control = reference_rollout(policies, prompts, self.config, step)
         with policies.use("judge") as judge:
             table = score_local(self.rewards, control, judge, step)
-        right = group_successes(control)
-        rollout_log.write_control(self.run, self.state.step, control, table, right, self.config.reference_eval_every)
-        return reward_means("control", table, right)
+        successes = group_successes(control)
+        rollout_log.write_control(
+            self.run, self.state.step, control, table, successes, self.config.reference_eval_every
+        )
+        return reward_means("control", table, successes)
 
     def result(self) -> Policy:
-        """The weights that validation found best, read from their checkpoint."""
-        return loaded_policy(self.run.path, self.config, self.base)
+        """The policy of the best checkpoint."""
+        return load_run_policy(self.run.path, self.config, self.base)
 
     def load_result(self) -> None:
-        """The averaged weights become those that validation found best."""
-        self.state.load_average(self.run.checkpoint_dir(self.state.validation.best_step))
+        """Loads the EMA weights of the best checkpoint."""
+        self.state.load_ema(self.run.checkpoint_dir(self.state.validation.best_step))
 
 
 def train_step(
@@ -282,16 +284,15 @@ def train_step(
     step: int,
     lr_scale: float = 1.0,
 ) -> Metrics:
-    """The optimizer steps of one rollout: one, unless ``num_minibatches`` or different ``lr_scale`` ask for more.
+    """The optimizer steps of one rollout: one per minibatch and phase (``TrainConfig.phases``).
 
-    ``groups``: those of all ranks, of which a rank differentiates its own, with their ``advantages``. ``optimizers``:
-    one per phase (``TrainConfig.phases``). Every task and kind of segment adds its gradient, which
-    ``config.gradient_mixing`` may weigh against those of other tasks.
+    ``groups``: those of all ranks, with their ``advantages``; each rank backpropagates its own. ``optimizers``: one per
+    phase. Gradients are summed over tasks and kinds of segments, or combined by ``config.gradient_mixing``.
     """
-    metrics, writes = Metrics(), policies.policy.segment_kinds
+    metrics, segment_kinds = Metrics(), policies.policy.segment_kinds
     rescored: list[SegmentKind] = [
         kind
-        for kind, section in config.sections(writes).items()
+        for kind, section in config.sections(segment_kinds).items()
         if isinstance(section, PolicyGradientConfig) and section.importance_cap is not None
     ]
     if rescored:
@@ -301,26 +302,26 @@ def train_step(
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.num_minibatches):
         by_task = TaskGradients(policies.policy) if audited or config.gradient_mixing != "sum" else None
-        each = by_task is not None or policies.reduces_per_microbatch
-        for (kinds, lr), optimizer in zip(config.phases(writes), optimizers, strict=True):
+        per_microbatch = by_task is not None or policies.reduces_per_microbatch
+        for (kinds, lr), optimizer in zip(config.phases(segment_kinds), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]
             batches = microbatches(policies.policy, trained, part, A, config, step, metrics)
             batches = with_reference_outputs(policies, trained, batches)
             logged = metrics if world_size() == 1 else Metrics()
             with policies.use("policy") as policy:
-                for task, together in rounds(batches, each):
+                for task, round_batches in reduction_rounds(batches, per_microbatch):
                     with relay_errors():
-                        for batch in together:
+                        for batch in round_batches:
                             output = objective_of[batch.kind].loss(policy, batch)
                             (batch.weight * output.loss).backward()
                             logged.add_all(output.metrics, batch.share)
                     policies.reduce_gradients()
                     if by_task is not None and task is not None:
-                        by_task.take(task)
+                        by_task.store(task)
             for other in gather(logged) if logged is not metrics else ():
                 metrics.include(other)
             if by_task is not None:
-                by_task.give_back(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
+                by_task.write_mixed(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))
             for expert, norm in optimizer.step(step, lr * lr_scale).items():
                 metrics.add(f"grad_norm/{expert}", norm)
         if by_task is not None and audited:
@@ -328,8 +329,8 @@ def train_step(
     return metrics
 
 
-def control_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
-    """The reference on the very same prompts, since prompts drift in difficulty."""
+def reference_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
+    """Groups of the reference on the same prompts, as a baseline for prompts of changing difficulty."""
     sampling = replace(config.sampling(step), group_size=config.reference_eval_group_size)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     with policies.use("reference") as reference:

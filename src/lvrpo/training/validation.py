@@ -1,4 +1,4 @@
-"""Validation: a held-out set of every task, scored every few steps; keeps the best weights and acts on a fall."""
+"""Validation on held-out prompts of every task: model selection, and the action if a task regresses."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import TrainState, ValidationState
 from lvrpo.types import Group, Prompt, Task
 
-Verdict = Literal["best", "kept", "fallen", "blind"]
-"""blind: there are no held-out rows, so the last weights are kept."""
+Verdict = Literal["best", "kept", "regressed", "no_data"]
+"""no_data: there are no held-out prompts, so the last weights are the best."""
 
 Z = 3.0
-"""Half width of the interval in standard errors. A run compares several tasks at every look with the best of the looks
-before, so 1.96 calls a policy that never changes fallen in two runs of three; 3 does in a few of a hundred."""
+"""Half width of the interval in standard errors. A run compares several tasks at every validation with the best so far,
+so with 1.96 two of three runs without any change would have a regression; with 3 a few percent do."""
 
 
 ACTIONS: Mapping[Verdict, str] = {
     "best": "kept best",
     "kept": "none",
-    "blind": "no held-out rows: kept the last weights",
+    "no_data": "no held-out rows: kept the last weights",
 }
-"""What a row of metrics says of a look after which nothing is done."""
+"""Metric ``validation/action`` for verdicts without an action."""
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One validation."""
+    """The result of one validation."""
 
     means: Mapping[Task, float]
     verdict: Verdict
-    fallen: tuple[Task, ...]
-    """Tasks whose paired difference to the best lies below 0 with its whole interval."""
+    regressed: tuple[Task, ...]
+    """Tasks whose paired difference to the best weights is significantly below 0."""
     scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
-    """Of every held-out prompt, in their order."""
+    """Of every held-out prompt, in order."""
     entropies: Mapping[str, float] = field(default_factory=dict)
-    """Of the answers to each form of questions."""
+    """Answer entropy by form of questions."""
 
     def row(self) -> dict[str, float]:
         """For the metrics."""
@@ -59,14 +59,14 @@ class ValidationReport:
 
 
 class Validator:
-    """Scores the held-out prompts and compares with the best so far, prompt by prompt."""
+    """Scores the held-out prompts and compares them, paired, with the best weights so far."""
 
     def __init__(
         self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig, scorer: HeldOutScorer = SUCCESS_ONLY
     ) -> None:
         self.scorer = scorer
         self.prompts: dict[Task, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
-        self.asks_judge = any(scorer.metric(p) == "reward" for rows in self.prompts.values() for p in rows)
+        self.uses_judge = any(scorer.metric(p) == "reward" for rows in self.prompts.values() for p in rows)
         self.config = config
         rollout = config.rollout
         self.sampling = Sampling(
@@ -82,22 +82,22 @@ class Validator:
         )
 
     def score(self, policies: Policies) -> dict[Task, list[float]]:
-        """The score of every held-out prompt under the averaged weights, nan where it failed; always the same noise.
+        """The score of every held-out prompt under the EMA weights, with fixed seeds; nan if it failed.
 
-        The reference scores for rewards, where right and wrong cannot be told.
+        Prompts without verifiable success are scored by rewards, with the reference as judge.
         """
         return self._scores(self._sample(policies), policies)
 
     def _scores(self, outputs: Mapping[Task, Sequence[Group]], policies: Policies) -> dict[Task, list[float]]:
         found: dict[Task, list[float]] = {}
-        with policies.use("reference") if self.asks_judge else nullcontext() as judge:
+        with policies.use("reference") if self.uses_judge else nullcontext() as judge:
             for task, groups in outputs.items():
-                own = local_rows(groups)
+                local = local_rows(groups)
                 rows: list[list[float]] = []
                 with relay_errors():
-                    if own:
-                        rows = self.scorer.scores([groups[p] for p in own], judge)
-                found[task] = [row[0] for row in merge_ranks(dict(zip(own, rows, strict=True))).values()]
+                    if local:
+                        rows = self.scorer.scores([groups[p] for p in local], judge)
+                found[task] = [row[0] for row in merge_ranks(dict(zip(local, rows, strict=True))).values()]
         return found
 
     def _sample(self, policies: Policies) -> dict[Task, list[Group]]:
@@ -110,8 +110,7 @@ class Validator:
         return out
 
     def validate(self, policies: Policies, state: ValidationState, step: int) -> ValidationReport:
-        """Scores the averaged weights and remembers them when they are the best so far, up to noise, and no task has
-        fallen."""
+        """Scores the EMA weights; updates the best step unless a task regressed or the mean is worse beyond noise."""
         outputs = self._sample(policies)
         report = self._compare(self._scores(outputs, policies), state, step)
         groups = [group for row in outputs.values() for group in row]
@@ -122,13 +121,15 @@ class Validator:
         means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}
         if not self.prompts:
             state.best_step = step
-            return ValidationReport(means, "blind", ())
+            return ValidationReport(means, "no_data", ())
         if not state.best_scores:
             state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
             return ValidationReport(means, "best", (), scores)
-        fallen: tuple[Task, ...] = tuple(task for task in self.prompts if fell(scores[task], state.best_scores[task]))
-        if fallen:
-            return ValidationReport(means, "fallen", fallen, scores)
+        regressed: tuple[Task, ...] = tuple(
+            task for task in self.prompts if has_regressed(scores[task], state.best_scores[task])
+        )
+        if regressed:
+            return ValidationReport(means, "regressed", regressed, scores)
         top = max(state.top, float(np.mean([_mean(state.best_scores[task]) for task in self.prompts])))
         mean = float(np.mean(list(means.values())))
         if mean >= top - self._noise(scores):
@@ -137,9 +138,9 @@ class Validator:
         return ValidationReport(means, "kept", (), scores)
 
     def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
-        """Standard error of the mean of tasks: of two looks that differ by less, the later one counts as the best."""
-        kept = [_finite(row) for row in scores.values()]
-        return sum(float(np.var(row)) / len(row) for row in kept if len(row)) ** 0.5 / len(scores)
+        """Standard error of the mean over tasks; of two validations that differ by less, the later counts as best."""
+        finite = [_finite(row) for row in scores.values()]
+        return sum(float(np.var(row)) / len(row) for row in finite if len(row)) ** 0.5 / len(scores)
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:
@@ -148,13 +149,13 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that did not fail; nan where all did."""
-    kept = _finite(values)
-    return float(np.mean(kept)) if len(kept) else float("nan")
+    """Mean of the finite values; nan if there are none."""
+    finite = _finite(values)
+    return float(np.mean(finite)) if len(finite) else float("nan")
 
 
-def fell(now: Sequence[float], before: Sequence[float]) -> bool:
-    """Whether the mean paired difference is below 0 with its whole interval of ``Z`` standard errors."""
+def has_regressed(now: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether the mean paired difference is more than ``Z`` standard errors below 0."""
     difference = _finite(np.asarray(now) - np.asarray(before))
     if len(difference) < 2:
         return False
@@ -162,63 +163,64 @@ def fell(now: Sequence[float], before: Sequence[float]) -> bool:
     return float(difference.mean()) + Z * error < 0
 
 
-# --- what follows a look ---
+# --- actions ---
 
 
 def apply_validation(
     config: TrainConfig, run: RunDirectory, state: TrainState, report: ValidationReport, row: dict[str, Any]
 ) -> bool:
-    """What follows from a validation; returns whether the run stops."""
+    """Logs a validation and takes the configured action if a task regressed; returns whether the run stops."""
     rollout_log.write_validation(run, state.step, report.scores, config.validation.every)
     row |= report.row()
-    if report.verdict != "fallen":
+    if report.verdict != "regressed":
         row["validation/action"] = ACTIONS[report.verdict]
         return False
-    fallen = ", ".join(report.fallen)
+    regressed = ", ".join(report.regressed)
     if config.validation.action == "warn":
-        row["validation/action"] = f"warned: {fallen} fell"
+        row["validation/action"] = f"warned: {regressed} fell"
         return False
     if config.validation.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
-        row["validation/action"] = f"stopped: {fallen} fell"
+        row["validation/action"] = f"stopped: {regressed} fell"
         return True
     roll_back(config, run, state, state.validation.best_step)
-    row["validation/action"] = f"rolled back to step {state.validation.best_step}: {fallen} fell"
+    row["validation/action"] = f"rolled back to step {state.validation.best_step}: {regressed} fell"
     return False
 
 
 def roll_back(config: TrainConfig, run: RunDirectory, state: TrainState, step: int) -> None:
-    """The weights of a checkpoint, at lower learning rates; steps and seconds go on."""
-    at, rollbacks, scale, seconds = state.step, state.validation.rollbacks + 1, state.validation.lr_scale, state.seconds
+    """Loads a checkpoint and lowers the learning rates; the step and time counters continue."""
+    rollbacks, scale = state.validation.rollbacks + 1, state.validation.lr_scale
+    current_step, seconds = state.step, state.seconds
     state.load(run.checkpoint_dir(step))
-    state.step, state.seconds = at, seconds
+    state.step, state.seconds = current_step, seconds
     state.validation.rollbacks, state.validation.lr_scale = rollbacks, scale * config.validation.rollback_lr
 
 
 def check_overoptimization(
     config: TrainConfig, run: RunDirectory, state: TrainState, validator: Validator, row: dict[str, Any]
 ) -> bool:
-    """Whether the run stops because a trained reward and its held-out scorer went apart (``Overoptimization``).
+    """Runs the over-optimization detector and takes its action; returns whether the run stops.
 
-    If so the weights to keep are those of the step at which the watched scorer was highest.
+    After a detection the best step is the one with the highest watched scorer.
     """
-    watched = state.overoptimization
-    if watched is None:
+    detector = state.overoptimization
+    if detector is None:
         return False
-    found = watched.validate(state.step, -(-config.steps // config.validation.every), config.validation.every)
+    found = detector.detect(state.step, -(-config.steps // config.validation.every), config.validation.every)
     if found is None:
-        watched.remember(state.step)
-    if not validator.prompts:  # nothing else tells which weights are best
-        state.validation.best_step = watched.best_step
+        detector.update_best(state.step)
+    if not validator.prompts:  # no other criterion
+        state.validation.best_step = detector.best_step
     if found is None:
         return False
-    words, best = watched.message(state.step, *found), watched.best_step
-    if watched.config.action == "warn":
-        row["overoptimization/action"] = f"warned: {words}"
+    message, best = detector.message(state.step, *found), detector.best_step
+    if detector.config.action == "warn":
+        row["overoptimization/action"] = f"warned: {message}"
         return False
-    state.validation.best_step = best  # validation's prompts are too few to tell: it kept later weights
-    if watched.config.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
-        row["overoptimization/action"] = f"stopped, step {best} is kept: {words}"
+    state.validation.best_step = best  # validation has too few prompts to detect it and chose later weights
+    if detector.config.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
+        row["overoptimization/action"] = f"stopped, step {best} is kept: {message}"
         return True
     roll_back(config, run, state, best)
-    row["overoptimization/action"] = f"rolled back to step {best}: {words}"
+    row["overoptimization/action"] = f"rolled back to step {best}: {message}"
     return False

@@ -15,7 +15,7 @@ from lvrpo.policies.bagel import create
 from lvrpo.policies.bagel.create import PICTURES, BagelSizes, collages, create_bagel, stacked, train_autoencoder
 from lvrpo.policies.bagel.encoders import VaeConfig
 from lvrpo.policies.bagel.policy import BagelPolicy
-from lvrpo.training.pretrain import PretrainConfig, Supervised, fresh_policy
+from lvrpo.training.pretrain import PretrainConfig, SupervisedState, initial_policy
 from lvrpo.types import Image
 
 SIZES = BagelSizes(
@@ -92,7 +92,7 @@ def test_collages_are_made_of_lively_tiles() -> None:
 def test_supervised_training_of_bagel(folder: Path) -> None:
     fast = "optimizer={muon_lr: 0.02, adamw_lr: 0.005, warmup_steps: 2}"
     config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "steps=40", fast])
-    trainer = Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+    trainer = SupervisedState(config, initial_policy(config), web_corpus(config.corpus))
     assert isinstance(trainer.policy, BagelPolicy)
     rows = trainer.batch(0)
     assert all(example.prompt.parts for example in rows)  # what is left out, BAGEL leaves out by itself
@@ -115,10 +115,10 @@ def test_latents_of_a_batch_are_encoded_once(folder: Path, monkeypatch: pytest.M
 def test_bad_input_of_supervised_training(folder: Path) -> None:
     config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "corpus.size=40"])
     with pytest.raises(InputError, match=r"corpus\.size=40: this policy draws 32 x 32: set"):
-        Supervised(config, fresh_policy(config), web_corpus(config.corpus))
+        SupervisedState(config, initial_policy(config), web_corpus(config.corpus))
     config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "representation.weight=0.5"])
     with pytest.raises(InputError, match="its packed pass keeps no states"):
-        fresh_policy(config)
+        initial_policy(config)
 
 
 def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def gradient(policies: Policies, groups: list[Group], config: TrainConfig) -> to
     assert isinstance(live, BagelPolicy)
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(len(groups), -1)
     config.limits.apply(live)
-    differentiate(policies, groups, dict.fromkeys(KINDS, GroupAdvantages.of_all(A)), config, 0)
+    differentiate(policies, groups, dict.fromkeys(KINDS, GroupAdvantages.all_valid(A)), config, 0)
     found = [p.grad.flatten() for p in live.parameters() if p.grad is not None]
     live.zero_grad(set_to_none=True)
     return torch.cat(found)
@@ -93,7 +93,7 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     groups = [group for group in sampled(live, config) if group.prompt.task == "edit"]
     (objective,) = objectives_of(config, ("text", "flow"))
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1)
-    chosen = objective.choose(groups, GroupAdvantages.of_all(A))
+    chosen = objective.choose(groups, GroupAdvantages.all_valid(A))
     assert len(chosen) == 8
     assert [len(part) for part in split(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory

@@ -24,7 +24,7 @@ from lvrpo.policies.mot.transformer import Cache, MoT
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.trainer import Trainer, control_rollout
+from lvrpo.training.trainer import Trainer, reference_rollout
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
         trainer.validator.score(trainer.state.policies)
         look = counter.now - before
         prompts = prompts_of_step(trainer.source, config, 0)
-        control_rollout(trainer.state.policies, prompts, config, 0)
+        reference_rollout(trainer.state.policies, prompts, config, 0)
         control = counter.now - before - look
     step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
     start = marks[0] - step - look - control

@@ -11,13 +11,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config, config_differences, load_config, parse_section, read_tree, tree_sha256
 from lvrpo.data.scenes import CleanPromptsConfig
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig, Compute, RunCost, count_cost
 from lvrpo.policies.loading import load_policy
-from lvrpo.reading import Record, is_there, read_json_object, typed
+from lvrpo.reading import Record, path_exists, read_json_object, validate_type
 from lvrpo.report.evidence import RowPlan, TablePlan
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.config import TrainConfig
@@ -365,7 +365,7 @@ class Recipes:
         default, which leaves everything as it was; a default that has changed since is a difference.
         """
         kinds = {"config": type(config) if config else PretrainConfig, "base": PretrainConfig, "test": TestConfig}
-        given, wanted = typed(found, RecipeRecord, f"{path}: recipe", ANOTHER), self.recipe(config, base)
+        given, wanted = validate_type(found, RecipeRecord, f"{path}: recipe", ANOTHER), self.recipe(config, base)
         for name, kind in kinds.items():
             had, has = given[name], wanted[name]
             if isinstance(had, dict) and isinstance(has, dict):
@@ -382,11 +382,11 @@ class Recipes:
         same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})  # rates cost nothing
         recipe = {**self.recipe(same_rates, base), "test": None}
         path = self.out / "costs" / f"{tree_sha256(recipe)[:16]}.json"
-        if not is_there(path):
+        if not path_exists(path):
             self.say(f"counting the operations of a step of {config.name}")
             found = count_cost(config)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json_text(found.as_dict()).encode())
+            write_atomic(path, json_text(found.as_dict()).encode())
         return RunCost.from_dict(read_json_object(path, "delete it to count again"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lvrpo.atomic_io import write_whole
+from lvrpo.atomic_io import write_atomic
 from lvrpo.config import config_sha256
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig
@@ -24,13 +24,13 @@ from lvrpo.evaluation.tuning import Tuned, content_key, tune
 from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START, load_policy
-from lvrpo.reading import is_there, read_json_object
+from lvrpo.reading import path_exists, read_json_object
 from lvrpo.records import BenchmarkRecord
 from lvrpo.report.evidence import TUNING, Outcome, PromptSet, Summary, prompts_file
 from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.training.checkpoint import SEAL
 from lvrpo.training.health import assess
-from lvrpo.training.interrupt import Interrupted, Interruption, say_stopping
+from lvrpo.training.interrupt import Interrupted, InterruptHandler, print_stopping
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import environment, json_text
 from lvrpo.training.trainer import Trainer
@@ -128,9 +128,9 @@ def keep_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
         digest.update(f"{content_key(prompt)} {prompt.answer}\n".encode())
     fingerprint = digest.hexdigest()
     path = prompts_file(folder, fingerprint)
-    if not is_there(path):
+    if not path_exists(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(prompt_set(prompts).as_dict(), separators=(",", ":")) + "\n").encode())
+        write_atomic(path, (json.dumps(prompt_set(prompts).as_dict(), separators=(",", ":")) + "\n").encode())
     return fingerprint
 
 
@@ -210,7 +210,7 @@ class Runner:
 
     def _summarized(self, job: Job) -> bool:
         path = self.summary_path(job)
-        if not is_there(path):
+        if not path_exists(path):
             return False
         raw = Summary.read(path).raw
         config = None
@@ -220,10 +220,10 @@ class Runner:
         return True
 
     def _tuned(self, job: Job) -> bool:
-        return is_there(self._grid_path(job.row)) or is_there(self._folder(job) / MEMBER)
+        return path_exists(self._grid_path(job.row)) or path_exists(self._folder(job) / MEMBER)
 
     def _based(self, job: Job) -> bool:
-        return is_there(self._folder(job) / FINAL)
+        return path_exists(self._folder(job) / FINAL)
 
     def _folder(self, job: Job) -> Path:
         return self.recipes.out / job.folder
@@ -251,7 +251,7 @@ class Runner:
             **cost.total(trained.steps).as_dict(),
             "seconds": trained.seconds,
         }
-        write_whole(folder / MEMBER, json_text(found).encode())
+        write_atomic(folder / MEMBER, json_text(found).encode())
 
     def chosen(self, row: str) -> tuple[str, ...]:
         """The member of a grid that validation chose; what all reached is written beside the summaries."""
@@ -259,7 +259,7 @@ class Runner:
         if not members:
             return next(iter(self.experiment.rows[row].tune), ())
         path = self._grid_path(row)
-        if not is_there(path):
+        if not path_exists(path):
             tuning = self.experiment.tuning
             jobs = [Job("tune", row, tuning.base, tuning.seed, i) for i in range(len(members))]
             found = [read_json_object(self._folder(job) / MEMBER, REMEDY) for job in jobs]
@@ -315,9 +315,9 @@ class Runner:
     def _settings(self, policy: Policy, folder: Path) -> Tuned:
         """Guidance and temperature chosen on validation, once for a run."""
         path = folder / TUNED
-        if not is_there(path):
+        if not path_exists(path):
             self.say("validation: guidance and temperature")
-            write_whole(path, json_text(validated(policy, self.experiment).as_dict()).encode())
+            write_atomic(path, json_text(validated(policy, self.experiment).as_dict()).encode())
         return Tuned.read(path)
 
     def _train(self, config: AnyConfig, folder: Path) -> Trained:
@@ -330,7 +330,7 @@ class Runner:
         with trainer.run:
             if not trainer.finished:
                 self.say(f"training: {config.steps} steps")
-            with Interruption(say_stopping) as interrupted:
+            with InterruptHandler(print_stopping) as interrupted:
                 done = trainer.train(interrupted=interrupted)
             if not done or interrupted():
                 raise Interrupted(f"{folder}: interrupted, a checkpoint is written; the same command goes on with it")
@@ -342,7 +342,7 @@ class Runner:
 
     def _write(self, path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json_text(content).encode())
+        write_atomic(path, json_text(content).encode())
 
 
 def hardware() -> str:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch.nn import functional
 
-from lvrpo.atomic_io import write_tensors, write_whole
+from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import VAE, StoredTensor, find_tensors, official_name
 from lvrpo.policies.bagel.config import (
@@ -249,7 +249,7 @@ class BagelPolicy(MoTPolicy):
         write_tensors(folder / "ema.safetensors", whole, {"format": "pt"})
         write_tensors(folder / "ae.safetensors", autoencoder, {"format": "pt"})
         for name, content in config_files(self.config, self.tokenizer.bos_id, self.tokenizer.eos_id).items():
-            write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+            write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
         self.tokenizer.save(folder)
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lvrpo.atomic_io import require_finite, write_tensors, write_whole
+from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
 from lvrpo.policies.janus.processor import json_bytes
@@ -80,7 +80,7 @@ def save_model(model: Any, folder: Path) -> None:
     config = model.config.to_diff_dict()
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    write_whole(folder / CONFIG, json_bytes(config))
+    write_atomic(folder / CONFIG, json_bytes(config))
 
 
 @contextmanager

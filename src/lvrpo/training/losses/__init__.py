@@ -10,7 +10,7 @@ from pydantic import Field
 from lvrpo.config import default_kind
 from lvrpo.training.losses.awm import AWM, AWMConfig
 from lvrpo.training.losses.base import Objective
-from lvrpo.training.losses.best_of import BestDrawing, BestText, FlowBestOfConfig, TextBestOfConfig
+from lvrpo.training.losses.best_of import FlowBestOf, FlowBestOfConfig, TextBestOf, TextBestOfConfig
 from lvrpo.training.losses.dpo import FlowDPO, FlowDPOConfig, TextDPO, TextDPOConfig
 from lvrpo.training.losses.flow import FlowLossConfig, FlowObjective
 from lvrpo.training.losses.flow_grpo import FlowGRPO, FlowGRPOConfig, MixGRPOConfig
@@ -27,13 +27,13 @@ TokenLoss = Annotated[
     Field(discriminator="kind"),
     default_kind("grpo"),
 ]
-"""How text, image tokens or masked ones are trained."""
+"""Losses of text, image tokens and masked image tokens."""
 FlowLoss = Annotated[
     NFTConfig | AWMConfig | FlowGRPOConfig | MixGRPOConfig | FlowDPOConfig | FlowBestOfConfig,
     Field(discriminator="kind"),
     default_kind("nft"),
 ]
-"""How flows are trained."""
+"""Losses of flows."""
 
 TOKEN_LOSSES: Mapping[str, type[TokenObjective]] = {
     "grpo": GRPO,
@@ -42,9 +42,9 @@ TOKEN_LOSSES: Mapping[str, type[TokenObjective]] = {
     "gspo": GRPO,
     "cispo": GRPO,
     "dpo": TextDPO,
-    "best_of": BestText,
+    "best_of": TextBestOf,
 }
-"""What trains text, image tokens and masked ones, by the ``kind`` of their sections."""
+"""Objectives of text, image tokens and masked image tokens, by the ``kind`` of their sections."""
 
 FLOW_LOSSES: Mapping[str, type[FlowObjective]] = {
     "nft": NFT,
@@ -53,22 +53,22 @@ FLOW_LOSSES: Mapping[str, type[FlowObjective]] = {
     "mix_grpo": FlowGRPO,
     "dance_grpo": FlowGRPO,
     "dpo": FlowDPO,
-    "best_of": BestDrawing,
+    "best_of": FlowBestOf,
 }
-"""What trains flows, by ``flow.kind``."""
+"""Objectives of flows, by ``flow.kind``."""
 
 
-def objectives_of(config: TrainConfig, writes: Sequence[SegmentKind]) -> list[Objective]:
-    """How each kind of segment that the policy writes is trained; a kind of weight 0 is not."""
+def objectives_of(config: TrainConfig, segment_kinds: Sequence[SegmentKind]) -> list[Objective]:
+    """The objective of each kind of segment that the policy generates and whose weight is positive."""
     objectives: list[Objective] = [
         FLOW_LOSSES[section.kind](section)
         if isinstance(section, FlowLossConfig)
         else TOKEN_LOSSES[section.kind](section, config.rollout.max_new_tokens, kind)
-        for kind, section in config.sections(writes).items()
+        for kind, section in config.sections(segment_kinds).items()
     ]
     return [objective for objective in objectives if objective.weight]
 
 
-def uses_old_policy(config: TrainConfig, writes: Sequence[SegmentKind]) -> bool:
-    """Whether an objective samples with the short average of the weights."""
-    return any(objective.samples_with == "old" for objective in objectives_of(config, writes))
+def uses_old_policy(config: TrainConfig, segment_kinds: Sequence[SegmentKind]) -> bool:
+    """Whether an objective samples with the old policy."""
+    return any(objective.samples_with == "old" for objective in objectives_of(config, segment_kinds))

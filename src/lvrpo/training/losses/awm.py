@@ -1,4 +1,4 @@
-"""Advantage-weighted matching (arXiv:2509.25050): the flow-matching loss in the place of a log-prob."""
+"""Advantage-weighted matching (AWM, arXiv:2509.25050): the negative flow-matching loss replaces the log-prob."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AWMConfig(FreshNoiseConfig):
 
 
 class AWM(FreshNoiseObjective):
-    """Advantage-weighted matching (arXiv:2509.25050): -|v - (noise - x_0)|^2 in the place of a log-prob, clipped."""
+    """The clipped surrogate with -|v - (noise - x_0)|^2 as log-prob."""
 
     purpose = "awm"
     config: AWMConfig

@@ -1,7 +1,7 @@
-"""The interface of a loss: the members of the groups that it trains on, and its value on a microbatch of them.
+"""The interface of a loss: which group members it trains on, and its value on a microbatch of them.
 
-One objective per segment kind. A new method is one class with ``select_members`` and ``loss``, and
-one line in the table of its kind.
+One objective per segment kind. A new method is a class with ``select_members`` and ``loss``, and a line in the table of
+its kind.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 KINDS: tuple[OutputKind, ...] = ("text", "image")
-"""The kinds of outputs, each with advantages of its own."""
+"""The kinds of outputs, each with its own advantages."""
 
 MICROBATCH_DRAWINGS = 192
-"""Drawings that are replayed together."""
+"""Default number of images per microbatch."""
 TEXTS_PER_DRAWING = 8
-"""So many texts are replayed in the place of a drawing."""
+"""Texts per microbatch, relative to images."""
 
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """What one kind of segment of the members of all groups is trained with."""
+    """The advantages of all groups for one kind of segment."""
 
     values: Float[torch.Tensor, "P G"]
     valid: Bool[torch.Tensor, "P G"]
-    """Which members have a score; the others have advantage 0 and no part in the loss."""
+    """Members with a valid score; the others have advantage 0 and are not trained on."""
 
     @classmethod
-    def of_all(cls, values: Float[torch.Tensor, "P G"]) -> GroupAdvantages:
-        """Where every member is valid."""
+    def all_valid(cls, values: Float[torch.Tensor, "P G"]) -> GroupAdvantages:
+        """Advantages with all members valid."""
         return cls(values, torch.ones_like(values, dtype=torch.bool))
 
     def rows(self, rows: Sequence[int]) -> GroupAdvantages:
-        """Those of some of the groups."""
+        """The advantages of some groups."""
         return GroupAdvantages(self.values[rows], self.valid[rows])
 
 
 Advantages = Mapping[OutputKind, GroupAdvantages]
-"""By the kind of segment that they train."""
+"""By kind of output."""
 
 
 @dataclass
 class Metrics:
-    """Sums and counts under names such as "loss/text"."""
+    """Weighted sums and counts by name, such as "loss/text"."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -94,31 +94,31 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Member:
-    """A trajectory that is trained, with its advantage."""
+    """A selected trajectory with its advantage."""
 
     trajectory: Trajectory
     advantage: float
 
 
 FrozenPolicy = Literal["old", "reference"]
-"""The sets of ``Policies`` that a loss may compare the policy with."""
+"""Weight sets of ``Policies`` whose outputs a loss may use."""
 FROZEN: tuple[FrozenPolicy, ...] = ("reference", "old")
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """As many chosen members of one task as go through the policy at once, for one kind of segment."""
+    """Selected members of one task for one kind of segment that are in one forward and backward pass."""
 
     task: Task
     kind: SegmentKind
     step: int
     members: Sequence[Member]
     share: float
-    """What these members count of all chosen ones of the task."""
+    """Its share of ``Objective.size`` of all selected members of the task."""
     weight: float = 1.0
-    """Of its loss in the sum of all: that of the task, of the objective, and the share."""
+    """Weight of its loss: task weight * objective weight * share."""
     frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)
-    """Outputs of ``Objective.frozen_policies`` on it, by ``Objective.reference_outputs``."""
+    """``Objective.reference_outputs`` of each of ``Objective.frozen_policies``."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -131,88 +131,85 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What an objective returns of a microbatch."""
+    """The loss of a microbatch."""
 
     loss: torch.Tensor
-    """The mean over its members, with a gradient to the policy."""
+    """Mean over its members, differentiable."""
     metrics: Mapping[str, torch.Tensor | float]
     """Means over its members, by name."""
 
 
 class Objective(ABC):
-    """How the segments of one kind are trained."""
+    """The training objective of one kind of segment."""
 
     kind: SegmentKind
     samples_with: ClassVar[Literal["policy", "old"]] = "policy"
-    """Which weights sample the segments that it trains."""
+    """The weight set that samples its segments."""
     off_policy: ClassVar[bool] = False
-    """Whether it learns from outputs of other weights as well."""
+    """Whether it also learns from outputs of other policies."""
     unit: ClassVar[int] = 1
-    """So many consecutive members belong together: 2 for pairs."""
+    """Number of consecutive members that are not split: 2 for pairs."""
     weight: float
-    """Of its loss in the sum."""
+    """Weight of its loss."""
 
     @property
     def output(self) -> OutputKind:
-        """Whose advantages train it."""
+        """The kind of output whose advantages it uses."""
         return "text" if self.kind == "text" else "image"
 
-    def at_once(self, limit: int | None) -> int:
-        """Members that are replayed together; ``limit`` is in drawings, None: ``MICROBATCH_DRAWINGS``."""
+    def max_members(self, limit: int | None) -> int:
+        """Members per microbatch; ``limit``: in images, None: ``MICROBATCH_DRAWINGS``."""
         members = MICROBATCH_DRAWINGS if limit is None else limit
         return members * (TEXTS_PER_DRAWING if self.output == "text" else 1)
 
     @abstractmethod
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        """The members to train, all of them valid."""
+        """The (valid) members to train on."""
 
     def size(self, members: Sequence[Member]) -> int:
-        """What these members count in the mean that ``loss`` takes."""
+        """The denominator of the mean that ``loss`` takes over these members."""
         return len(members)
 
     def passes(self, trajectory: Trajectory) -> int:
-        """How often the tokens of its drawing go through the policy with a gradient."""
+        """Number of forward passes of the image tokens with a gradient."""
         return recorded_passes(trajectory, [self.kind])
 
     @property
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
-        """The frozen policies whose outputs the loss needs; they run before the trained one."""
+        """The frozen policies whose outputs the loss needs."""
         return ()
 
     def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
-        """What the loss compares the policy with: outputs of the frozen policy ``name``.
-
-        Called without grad.
-        """
+        """Outputs of the frozen policy ``name`` that the loss needs; called without grad."""
         raise ContractError(
             f"{type(self).__name__} has frozen_policies={self.frozen_policies} and no reference_outputs"
         )
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
-        """The mean loss of a microbatch, with a gradient to the policy, and what there is to log."""
+        """The mean loss of a microbatch and its metrics."""
 
 
 def has_kind(group: Group, kind: SegmentKind) -> bool:
-    """Whether the members of a group have segments of a kind; all are made alike."""
+    """Whether the members of a group have segments of a kind."""
     return any(segment.kind == kind for segment in group.trajectories[0].segments)
 
 
 def flow_segment(trajectory: Trajectory) -> FlowSegment:
-    """The drawing of a trajectory: its last segment."""
+    """The image of a trajectory: its last segment."""
     segment = trajectory.segments[-1]
     assert isinstance(segment, FlowSegment)
     return segment
 
 
 def recorded_passes(trajectory: Trajectory, kinds: Collection[SegmentKind] = SEGMENT_KINDS) -> int:
-    """Of a replay of the recorded actions, as far as ``Policy.logprobs`` takes it for these kinds."""
+    """``segment_passes`` of the segments that ``Policy.logprobs`` replays for these kinds."""
     return sum(segment_passes(segment) for segment in segments_through(trajectory, kinds))
 
 
 def segment_passes(segment: Segment) -> int:
-    """How often a replay takes a drawing through the policy with a gradient: once per trained step of a flow, for all
-    image tokens, per step or draw of masked ones; and once more per branch of guidance where it was active."""
+    """Number of forward passes with gradient in the replay of an image: one per trained step of a flow, one for image
+    tokens, one per step or draw of masked tokens; and one more per active guidance branch. 0 for text."""
     if isinstance(segment, TextSegment):
         return 0
     if isinstance(segment, FlowSegment):

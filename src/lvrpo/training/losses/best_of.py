@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning: of every group the best members are imitated, text or drawing (arXiv:2304.06767)."""
+"""Rejection-sampling fine-tuning (RAFT, arXiv:2304.06767): supervised losses on the best members of every group."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 class TextBestOfConfig(TokenLossConfig):
-    """Imitates the best text of a group."""
+    """Supervised loss on the best text of a group."""
 
     kind: Literal["best_of"] = "best_of"
 
 
 class FlowBestOfConfig(NoisingConfig):
-    """Imitates the best drawings of a group."""
+    """Supervised loss on the best images of a group."""
 
     kind: Literal["best_of"] = "best_of"
     top_k: int = Field(default=2, ge=1)
-    """So many of each group."""
+    """Images per group."""
     kl_coef: float = Field(default=2.0, ge=0)
-    """Of the divergence from the reference, mean |v - v_ref|^2."""
+    """Weight of the divergence from the reference, mean |v - v_ref|^2."""
 
 
-def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
-    """The ``keep`` best valid members of the groups that have segments of this kind and a signal."""
+def best_members(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
+    """The ``keep`` best valid members of the groups with signal and segments of this kind."""
     chosen = best_of_mask(advantages.values, advantages.valid, keep=keep)
     return [
         Member(group.trajectories[g], float(advantages.values[p, g]))
@@ -46,13 +46,13 @@ def best(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind
     ]
 
 
-class BestText(TokenObjective):
-    """Cross-entropy of the best text, or drawing in tokens, of every group, per token."""
+class TextBestOf(TokenObjective):
+    """Cross-entropy per token of the best text, or image in tokens, of every group."""
 
     off_policy = True
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return best(groups, advantages, self.kind, 1)
+        return best_members(groups, advantages, self.kind, 1)
 
     def size(self, members: Sequence[Member]) -> int:
         return sum(token_count(member.trajectory, self.kind) for member in members)
@@ -63,8 +63,8 @@ class BestText(TokenObjective):
         return LossOutput(loss, {f"loss/{self.kind}/{batch.task}": loss})
 
 
-class BestDrawing(FlowObjective):
-    """The flow-matching loss of the best drawings of every group, at fresh noise."""
+class FlowBestOf(FlowObjective):
+    """The flow-matching loss of the best images of every group."""
 
     off_policy = True
 
@@ -73,7 +73,7 @@ class BestDrawing(FlowObjective):
         self.config = config
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return best(groups, advantages, "flow", self.config.top_k)
+        return best_members(groups, advantages, "flow", self.config.top_k)
 
     def passes(self, trajectory: Trajectory) -> int:
         return self.config.timesteps_per_sample

@@ -1,4 +1,4 @@
-"""Direct preference optimization: of every group the best member against the worst, text or drawing."""
+"""Direct preference optimization on the best and the worst member of every group, for text and images."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class TextDPOConfig(TokenLossConfig):
-    """The best against the worst text of a group (arXiv:2305.18290)."""
+    """DPO on the best and the worst text of a group (arXiv:2305.18290)."""
 
     kind: Literal["dpo"] = "dpo"
     dpo_beta: float = Field(default=0.1, gt=0)
-    """How far the reference may be left; smaller is further."""
+    """The larger, the closer the policy stays to the reference."""
 
 
 class FlowDPOConfig(NoisingConfig):
-    """The best against the worst drawing of a group (arXiv:2311.12908)."""
+    """Diffusion-DPO on the best and the worst image of a group (arXiv:2311.12908)."""
 
     kind: Literal["dpo"] = "dpo"
     dpo_beta: float = Field(default=100.0, gt=0)
-    """How far the reference may be left; smaller is further."""
+    """The larger, the closer the policy stays to the reference."""
 
 
-def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind) -> list[Member]:
-    """Winner, loser, winner, loser ... of the groups that have segments of this kind and a signal; both are valid."""
+def preference_members(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind) -> list[Member]:
+    """Winner, loser, winner, loser ... of the groups with signal and segments of this kind."""
     found = preference_pairs(advantages.values, advantages.valid)
     return [
         Member(group.trajectories[g], float(advantages.values[p, g]))
@@ -48,7 +48,7 @@ def pairs(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKin
 
 
 class TextDPO(TokenObjective):
-    """Log-probs of whole texts or drawings in tokens, summed over these (arXiv:2305.18290)."""
+    """DPO on log-probs of texts or images in tokens, summed over tokens (arXiv:2305.18290)."""
 
     unit = 2
     off_policy = True
@@ -58,7 +58,7 @@ class TextDPO(TokenObjective):
         self.config = config
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return pairs(groups, advantages, self.kind)
+        return preference_members(groups, advantages, self.kind)
 
     @property
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
@@ -70,11 +70,11 @@ class TextDPO(TokenObjective):
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
         logprobs, ref = whole_logprobs(policy, batch.trajectories, self.kind), batch.frozen["reference"]
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
-        return averaged(batch, self.kind, result)
+        return preference_output(batch, self.kind, result)
 
 
 class FlowDPO(FlowObjective):
-    """Flow-matching losses at noise and times that the two of a pair share (arXiv:2311.12908, arXiv:2501.13918)."""
+    """DPO on flow-matching losses at noise and times shared by each pair (arXiv:2311.12908, arXiv:2501.13918)."""
 
     unit = 2
     off_policy = True
@@ -84,7 +84,7 @@ class FlowDPO(FlowObjective):
         self.config = config
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        return pairs(groups, advantages, "flow")
+        return preference_members(groups, advantages, "flow")
 
     def passes(self, trajectory: Trajectory) -> int:
         return self.config.timesteps_per_sample
@@ -97,33 +97,33 @@ class FlowDPO(FlowObjective):
         return self._losses(policy, batch)
 
     def _losses(self, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
-        """At the noise and times of the batch."""
+        """Flow-matching losses; winner and loser share noise and times."""
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
         noised = add_noise(policy, batch, self.config, "dpo", seeds)
         return noised.flow_loss(noised.velocity(policy))
 
     def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
         losses, ref = self._by_pair(self._losses(policy, batch)), self._by_pair(batch.frozen["reference"])
-        return averaged(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
+        return preference_output(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
     def _by_pair(self, losses: Float[torch.Tensor, " B"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of winners and of losers, one per pair and draw."""
+        """Losses of winners and of losers, one per pair and time."""
         rows = losses.view(-1, 2, self.config.timesteps_per_sample)
         return rows[:, 0].flatten(), rows[:, 1].flatten()
 
 
 def whole_logprobs(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> Float[torch.Tensor, " B"]:
-    """The log-prob of all segments of a kind in each trajectory; by Monte Carlo its estimate, in nats."""
+    """The log-prob in nats of all segments of a kind in each trajectory; its estimate for likelihood=monte_carlo."""
     grid = token_grid(policy, trajectories, kind)
     masked = [[s for s in trajectory.segments if isinstance(s, MaskedSegment)] for trajectory in trajectories]
     if kind != "masked" or masked[0][0].likelihood == "path":
         return torch.where(grid.mask, grid.logprobs, 0.0).sum(dim=1)
-    drawn = torch.tensor([sum(int((s.reveal_steps >= 0).sum()) for s in own) for own in masked])  # given tokens are not
+    drawn = torch.tensor([sum(int((s.reveal_steps >= 0).sum()) for s in segments) for segments in masked])
     by_draw = (len(trajectories), -1, grid.mask.shape[1])
     return monte_carlo_logprob(grid.logprobs.view(by_draw), grid.mask.view(by_draw)) * drawn.to(grid.logprobs)
 
 
-def averaged(batch: Microbatch, name: str, result: PreferenceLoss) -> LossOutput:
-    """The mean loss, and the share of pairs that the policy orders rightly."""
+def preference_output(batch: Microbatch, name: str, result: PreferenceLoss) -> LossOutput:
+    """The mean loss, and the share of pairs that the policy ranks correctly."""
     loss, ordered = result.loss.mean(), (result.margin > 0).float().mean()
     return LossOutput(loss, {f"loss/{name}/{batch.task}": loss, f"preference/{name}/{batch.task}": ordered})

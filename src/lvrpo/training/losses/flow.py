@@ -1,4 +1,4 @@
-"""What losses on flows share: which drawings they take, and the fresh noise at which velocities are compared."""
+"""Common parts of the losses on flows: member selection, and losses at fresh noise (forward process)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from lvrpo.training.losses.base import (
     flow_segment,
     has_kind,
 )
-from lvrpo.training.losses.tokens import LR
+from lvrpo.training.losses.tokens import LR_HINT
 from lvrpo.types import Group, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-TEXT_ONLY = (
+TOKENS_ONLY_HINT = (
     "trains tokens, and a flow has none: set text.kind; tokens.kind or masked.kind for a policy that draws with tokens"
 )
 
 
 class FlowLossConfig(Config):
-    """How segments drawn by a flow are trained."""
+    """Options of all losses on flows."""
 
     hints: ClassVar[Mapping[str, str]] = {
-        "lr": LR,
-        **dict.fromkeys([f"kind={kind}" for kind in ("clip", "gspo", "cispo", "dapo", "dr_grpo")], TEXT_ONLY),
+        "lr": LR_HINT,
+        **dict.fromkeys([f"kind={kind}" for kind in ("clip", "gspo", "cispo", "dapo", "dr_grpo")], TOKENS_ONLY_HINT),
         "kind=grpo": "is called flow_grpo",
         "keep": "is called {section}.top_bottom_k, or top_k with kind=best_of",
         "noise_draws": "is called {section}.timesteps_per_sample",
@@ -50,39 +50,38 @@ class FlowLossConfig(Config):
     weight: float = Field(default=1.0, ge=0)
     """Of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
-    """Multiplier of the learning rates for the gradient of flows; see ``text.lr_scale``."""
+    """Multiplier of the learning rates for flows; see ``text.lr_scale``."""
 
 
 class ContrastConfig(FlowLossConfig):
-    """Of losses on the best and the worst drawings of a group."""
+    """Options of losses on the best and the worst images of a group."""
 
     top_bottom_k: int = Field(default=2, ge=1)
-    """So many of the best and so many of the worst of each group are trained."""
+    """Number of best and number of worst members per group."""
 
 
 class NoisingConfig(FlowLossConfig):
-    """Of losses at fresh noise."""
+    """Options of losses at fresh noise."""
 
     timesteps_per_sample: int = Field(default=2, ge=1, le=1000)
-    """Times per picture, one in each equal part of the sampler's grid."""
+    """Times per image, stratified over the sampler's grid."""
     t_min: float = Field(default=0.1, gt=0, lt=1)
     """Smallest time at which clean latents are noised."""
 
 
 class FreshNoiseConfig(ContrastConfig, NoisingConfig):
-    """Of DiffusionNFT and AWM."""
+    """Options of DiffusionNFT and AWM."""
 
     kl_coef: float = Field(default=2.0, ge=0)
-    """Of the divergence from the reference, mean |v - v_ref|^2. Without it nothing holds DiffusionNFT: the contrast of
-    good and bad drawings moves the prediction from pure noise without end, until every cell holds an object
-    (docs/log.md)."""
+    """Weight of the divergence from the reference, mean |v - v_ref|^2. DiffusionNFT is unstable without it: the
+    prediction from pure noise drifts until every cell holds an object (docs/log.md)."""
     reference_guidance: float = Field(default=1.0, ge=1)
-    """The reference is guided at this scale, so that one pass learns what guidance adds at sampling (CRD,
-    arXiv:2603.14128). On top of the guidance of the rollout, if that is guided itself."""
+    """Guidance scale of the reference, which distills guidance into a single pass (CRD, arXiv:2603.14128); multiplies
+    the guidance scale of the rollout."""
     unguided_kl_coef: float = Field(default=0.0, ge=0)
-    """Of mean |v - v_ref|^2 without the text, which holds the branch that guidance leads away from."""
+    """Weight of mean |v - v_ref|^2 without the text, which regularizes the unconditional branch of guidance."""
     advantage_max: float = Field(default=2.5, gt=0)
-    """Larger advantages count as this; clipping unbalances a group, so it is rarely reached."""
+    """Advantages are clipped to this magnitude."""
     old_decay_rate: float = Field(default=0.05, ge=0)
     """The old policy's decay at step i is min(old_decay_rate i, old_decay_ceiling)."""
     old_decay_ceiling: float = Field(default=0.9, ge=0, lt=1)
@@ -96,7 +95,7 @@ class FreshNoiseConfig(ContrastConfig, NoisingConfig):
 
 
 class FlowObjective(Objective):
-    """What all have in common: segments drawn by a flow."""
+    """Base of the objectives on flows."""
 
     kind: SegmentKind = "flow"
 
@@ -105,7 +104,7 @@ class FlowObjective(Objective):
 
 
 class ContrastObjective(FlowObjective):
-    """The best and the worst drawings of each group, with centered advantages."""
+    """Trains on the best and the worst members of each group, with centered advantages."""
 
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__(config)
@@ -123,11 +122,11 @@ class ContrastObjective(FlowObjective):
 
 
 class FreshNoiseObjective(ContrastObjective):
-    """Losses on fresh (x_t, t), compared with what the weights that sampled say there; guided as the rollout was."""
+    """Losses on fresh (x_t, t), relative to the old policy, with the guidance of the rollout."""
 
     samples_with = "old"
     purpose: ClassVar[str]
-    """Names the noise."""
+    """Part of the noise seed."""
 
     def __init__(self, config: FreshNoiseConfig) -> None:
         super().__init__(config)
@@ -144,8 +143,7 @@ class FreshNoiseObjective(ContrastObjective):
     def reference_outputs(
         self, name: FrozenPolicy, policy: Policy, batch: Microbatch
     ) -> Float[torch.Tensor, "K B N C"]:
-        """Of the old policy its velocity as sampled; of the reference the guided one and that without the text, as far
-        as they are used."""
+        """The velocity of the old policy; of the reference the guided and the unconditional one, if they are used."""
         noised, config = self._noised(policy, batch), self.config
         if name == "old":
             return noised.velocity(policy)[None]
@@ -176,12 +174,12 @@ class FreshNoiseObjective(ContrastObjective):
     def _policy_loss(
         self, noised: Noised, v: Float[torch.Tensor, "B N C"], v_old: Float[torch.Tensor, "B N C"], batch: Microbatch
     ) -> tuple[Float[torch.Tensor, " B"], dict[str, torch.Tensor]]:
-        """The term that the rewards drive, per drawing and time, and what there is to log of it."""
+        """The policy term per image and time, and its metrics."""
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Drawings at fresh times, every one ``timesteps_per_sample`` times in a row; B in all."""
+    """Noised images: B rows, ``timesteps_per_sample`` consecutive ones per image."""
 
     trajectories: Sequence[Trajectory]
     x_0: Float[torch.Tensor, "B N C"]
@@ -190,12 +188,12 @@ class Noised:
     x_t: Float[torch.Tensor, "B N C"]
 
     def velocity(self, policy: Policy, guidance: float = 1.0) -> Float[torch.Tensor, "B N C"]:
-        """What ``policy`` says there, guided as the drawings were, times ``guidance``."""
+        """The velocity with the guidance scale of the rollout times ``guidance``."""
         scale = flow_segment(self.trajectories[0]).guidance_scale * guidance
         return policy.velocity(self.trajectories, self.x_t, self.t, scale)
 
     def unguided(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
-        """The same without the text."""
+        """The velocity without the text."""
         return policy.velocity(self.trajectories, self.x_t, self.t, 0.0)
 
     def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
@@ -204,9 +202,9 @@ class Noised:
 
 
 def add_noise(policy: Policy, batch: Microbatch, config: NoisingConfig, purpose: str, seeds: Sequence[int]) -> Noised:
-    """x_t of the batch's drawings at one time in each equal part of the policy's grid.
+    """x_t of the batch's images at stratified random times.
 
-    Noise and times are functions of the drawing's seed, the purpose and the step; equal seeds share them.
+    Noise and times are functions of seed, purpose and step; equal seeds share them.
     """
     draws = config.timesteps_per_sample
     repeated = [trajectory for trajectory in batch.trajectories for _ in range(draws)]

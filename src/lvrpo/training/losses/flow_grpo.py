@@ -29,41 +29,40 @@ if TYPE_CHECKING:
 
 
 class RecordedStepsConfig(ContrastConfig):
-    """What the three have in common: the bounds and the equal weights of steps of the papers."""
+    """Options of Flow-GRPO, MixGRPO and DanceGRPO."""
 
     kl_coef: float = Field(default=0.0, ge=0)
-    """Of the divergence from the reference."""
+    """Weight of the divergence from the reference."""
     kl: Literal["velocity", "gaussian"] = "velocity"
-    """velocity: mean |v - v_ref|^2, unguided; gaussian: the exact divergence of the recorded steps, reduced as
+    """velocity: mean |v - v_ref|^2, unguided; gaussian: the exact KL of the recorded steps, reduced as by
     ``rollout.logprob_reduction``."""
     clip_low: float = Field(default=1e-4, gt=0, lt=1)
     """The ratio of a step is clipped below 1 - clip_low."""
     clip_high: float = Field(default=1e-4, gt=0)
-    """Bounds of the ratio of one step for log-probs that are means over the dimensions; widened to match where
-    ``rollout.logprob_reduction`` is sum."""
+    """Clip bounds of the ratio of one step for ``rollout.logprob_reduction``=mean; converted for sum."""
     ratio: Literal["plain", "guard"] = "plain"
-    """guard centers the log-ratio and levels its scale over the steps (GRPO-Guard, arXiv:2510.22319)."""
+    """guard: centered log-ratio with equal scale at all steps (GRPO-Guard, arXiv:2510.22319)."""
     step_weighting: Literal["level", "equal"] = "equal"
-    """level gives every step a gradient of one scale; with equal, the last drowns the first."""
+    """level: weights that give all steps the same gradient scale; equal: the last step dominates."""
 
 
 class FlowGRPOConfig(RecordedStepsConfig):
-    """Flow-GRPO, with the exact divergence of its steps."""
+    """Flow-GRPO, with the exact KL of its steps."""
 
     kind: Literal["flow_grpo"] = "flow_grpo"
     kl_coef: float = Field(default=0.004, ge=0)
-    """.04 in the paper's code, which leaves the step's -dt (about 1/10) out of the variance."""
+    """.04 in the paper's code, whose variance lacks the factor -dt (about 1/10)."""
     kl: Literal["velocity", "gaussian"] = "gaussian"
 
 
 class MixGRPOConfig(RecordedStepsConfig):
-    """MixGRPO or DanceGRPO: the same for their rollouts, without a divergence."""
+    """MixGRPO or DanceGRPO, which differ in their rollouts; without a KL term."""
 
     kind: Literal["mix_grpo", "dance_grpo"] = "mix_grpo"
 
 
 class FlowGRPO(ContrastObjective):
-    """The clipped objective on the recorded steps, weighted so that all pull alike, plus a divergence."""
+    """The clipped objective on the recorded stochastic steps, plus a KL term."""
 
     def __init__(self, config: RecordedStepsConfig) -> None:
         super().__init__(config)
@@ -80,7 +79,7 @@ class FlowGRPO(ContrastObjective):
     def reference_outputs(
         self, name: FrozenPolicy, policy: Policy, batch: Microbatch
     ) -> Float[torch.Tensor, "B W N C"]:
-        """Velocities at the recorded states before the trained steps, or the means of these steps."""
+        """Velocities at the recorded x_t of the trained steps (kl=velocity), or means of the steps (kl=gaussian)."""
         if self.config.kl == "gaussian":
             return replay(policy, batch.trajectories).means
         steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
@@ -135,7 +134,7 @@ class FlowGRPO(ContrastObjective):
 
 @dataclass(frozen=True)
 class ReplayedSteps:
-    """The recorded steps of a batch of drawings under some weights; W trained steps."""
+    """The W recorded steps of a batch of images, replayed."""
 
     logprobs: Float[torch.Tensor, "B W"]
     means: Float[torch.Tensor, "B W N C"]
@@ -143,7 +142,7 @@ class ReplayedSteps:
 
 
 def replay(policy: Policy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
-    """The last segment of every trajectory, with the guidance that sampled it."""
+    """Replays the last segment of every trajectory, with its guidance."""
     scored = [rows[-1] for rows in policy.logprobs(trajectories)]
     assert all(row.means is not None and row.stds is not None for row in scored)
     return ReplayedSteps(
@@ -166,7 +165,7 @@ def step_kl(
 
 
 def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
-    """What ``policy`` says, unguided, at the recorded states before trained step ``w``."""
+    """The unguided velocity at the recorded x_t of trained step ``w``."""
     segments = [flow_segment(trajectory) for trajectory in trajectories]
     x_t = torch.stack([segment.states[w] for segment in segments]).to(segments[0].latent.device)
     t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
@@ -174,9 +173,9 @@ def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int
 
 
 def level_weights(segment: FlowSegment, ratio: Literal["plain", "guard"] = "plain") -> Float[torch.Tensor, " W"]:
-    """``step_weights`` of the trained steps; they depend on the times and the noise level alone.
+    """``step_weights`` of the trained steps, a function of times and noise level.
 
-    GRPO-Guard's ratio is scaled by the step's deviation already.
+    GRPO-Guard's ratio already contains the step's standard deviation.
     """
     zero = torch.zeros(1, 1, 1)
     steps = [

@@ -32,49 +32,48 @@ KL = {"k2": k2, "k3": k3}
 
 
 class PolicyGradientConfig(TokenLossConfig):
-    """What GRPO and its relatives have in common."""
+    """Options of GRPO and its variants."""
 
     clip_low: float = Field(default=0.2, gt=0)
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.28, gt=0)
     """The ratio is clipped above 1 + clip_high."""
     importance_cap: float | None = Field(default=None, ge=0)
-    """Where the program that sampled is not the one that trains: the ratio is taken to log-probs that the policy
-    gives at the start of the step, and min(these / those of the sampler, cap) weighs each token. None: 2 with another
-    program (``rollout.engine``), else they are one; 0: they are taken for one."""
+    """Truncated importance sampling for a rollout engine: the ratio is relative to log-probs recomputed by the trainer
+    before the update, and each token is weighted by min(recomputed / behavior, cap). None: 2 with ``rollout.engine``,
+    otherwise off; 0: off."""
     kl_coef: float = Field(default=0.05, ge=0)
-    """Of the divergence from the reference."""
+    """Weight of the KL divergence from the reference."""
     kl: Literal["k2", "k3"] = "k3"
-    """Its estimator; k2 has the divergence's own gradient, k3 a lower variance near the reference."""
+    """KL estimator; k2 has the gradient of the KL divergence, k3 a lower variance near the reference."""
     entropy_coef: float = Field(default=0.0, ge=0)
-    """Of the mean entropy of the tokens, which is raised."""
+    """Weight of the entropy bonus."""
     reduction: Literal["token", "trajectory", "constant"] = "token"
-    """token: one denominator for all tokens of a task (DAPO, which has one); trajectory: every text of a task counts
-    alike (GRPO); constant: sums over tokens divided by rollout.max_new_tokens (Dr.GRPO), or by the tokens of a drawing,
-    all of which count."""
+    """token: mean over all tokens of a task (DAPO); trajectory: mean over trajectories of the mean over tokens (GRPO);
+    constant: sum over tokens divided by rollout.max_new_tokens (Dr.GRPO), or by the number of tokens of an image."""
 
-    def capped(self, another: float | None) -> Self:
-        """With the ``importance_cap`` that is meant; ``another``: that of another program, where one samples."""
-        cap = another if self.importance_cap is None else self.importance_cap or None
+    def with_importance_cap(self, default: float | None) -> Self:
+        """Resolves ``importance_cap``: ``default`` for None, None (off) for 0."""
+        cap = default if self.importance_cap is None else self.importance_cap or None
         return self.model_copy(update={"importance_cap": cap})
 
 
 class GRPOConfig(PolicyGradientConfig):
-    """The clipped ratio of each token (arXiv:2402.03300, there with clip_high=0.2, reduction=trajectory and
-    kl_coef=0.04); gspo: of the whole text (arXiv:2507.18071); cispo: capped weights (arXiv:2506.13585)."""
+    """grpo: clipped ratio per token (arXiv:2402.03300, there with clip_high=0.2, reduction=trajectory and
+    kl_coef=0.04); gspo: per sequence (arXiv:2507.18071); cispo: clipped weights (arXiv:2506.13585)."""
 
     kind: Literal["grpo", "gspo", "cispo"] = "grpo"
 
 
 class DAPOConfig(PolicyGradientConfig):
-    """As grpo, without a divergence (arXiv:2503.14476)."""
+    """grpo without a KL term (arXiv:2503.14476)."""
 
     kind: Literal["dapo"] = "dapo"
     kl_coef: float = Field(default=0.0, ge=0)
 
 
 class DrGRPOConfig(PolicyGradientConfig):
-    """As grpo, with its bounds and constant reduction and without a divergence (arXiv:2503.20783); beside
+    """grpo with symmetric clip bounds, constant reduction and no KL term (arXiv:2503.20783); use with
     advantages.std=none."""
 
     kind: Literal["dr_grpo"] = "dr_grpo"
@@ -103,7 +102,7 @@ class GRPO(TokenObjective):
         ]
 
     def size(self, members: Sequence[Member]) -> int:
-        """Tokens or trajectories, whichever the reduction counts."""
+        """Number of tokens for the token reduction, else of trajectories."""
         if self.config.reduction != "token":
             return len(members)
         return sum(token_count(member.trajectory, self.kind) for member in members)
@@ -148,5 +147,5 @@ class GRPO(TokenObjective):
         return reduce_tokens(terms, grid.mask, self.config.reduction, constant=self._constant(grid))
 
     def _constant(self, grid: TokenGrid) -> float:
-        """The most tokens that a text may have; the tokens of a drawing, whose batch is of one size."""
+        """Divisor of the constant reduction: ``max_new_tokens``, or the number of tokens of an image."""
         return float(self.max_new_tokens if self.kind == "text" else grid.mask.shape[1])

@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv:2509.16117): the contrast of good and bad drawings at fresh noise."""
+"""DiffusionNFT (arXiv:2509.16117): contrastive flow matching on good and bad samples at fresh noise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What all losses on tokens share: a replay of the tokens of a batch as one grid.
-
-Text, image tokens and masked image tokens alike.
-"""
+"""Common parts of the losses on tokens (text, image tokens, masked image tokens): config and padded replay."""
 
 from __future__ import annotations
 
@@ -21,48 +18,50 @@ from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Traject
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-LR = (
+LR_HINT = (
     "was a multiplier of the learning rates: set optimizer.muon_lr and optimizer.adamw_lr, or the multipliers "
     "optimizer.expert_lr (by expert) and {section}.lr_scale"
 )
-"""Of ``lr`` in the section of a kind of segment."""
-FLOW_ONLY = "trains a flow, and this section is for tokens: set flow.kind"
-SCORING = "is of all policies that draw with tokens: set rollout.guided_logprobs"
-LIKELIHOOD = "says how masked tokens are scored: set rollout.masked_likelihood"
+"""Hint for the former key ``lr``."""
+FLOW_ONLY_HINT = "trains a flow, and this section is for tokens: set flow.kind"
+GUIDED_LOGPROBS_HINT = "is of all policies that draw with tokens: set rollout.guided_logprobs"
+LIKELIHOOD_HINT = "says how masked tokens are scored: set rollout.masked_likelihood"
 
 
 class TokenLossConfig(Config):
-    """How segments of tokens are trained: text, image tokens, masked image tokens."""
+    """Options of all losses on tokens: text, image tokens, masked image tokens."""
 
     hints: ClassVar[Mapping[str, str]] = {
-        "lr": LR,
+        "lr": LR_HINT,
         "kind=clip": "is called grpo",
-        **dict.fromkeys([f"kind={kind}" for kind in ("nft", "awm", "flow_grpo", "mix_grpo", "dance_grpo")], FLOW_ONLY),
-        "guided_logprobs": SCORING,
-        **dict.fromkeys(("likelihood", "draws", "schedule"), LIKELIHOOD),
+        **dict.fromkeys(
+            [f"kind={kind}" for kind in ("nft", "awm", "flow_grpo", "mix_grpo", "dance_grpo")], FLOW_ONLY_HINT
+        ),
+        "guided_logprobs": GUIDED_LOGPROBS_HINT,
+        **dict.fromkeys(("likelihood", "draws", "schedule"), LIKELIHOOD_HINT),
     }
     weight: float = Field(default=1.0, ge=0)
     """Of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
-    """Multiplier of the learning rates for the gradient of these segments. Where sections differ in it, their segments
-    are stepped in turn, each rate with moments of its own."""
+    """Multiplier of the learning rates for these segments. Sections with different values get separate optimizer steps
+    with separate moments."""
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """All tokens of one kind of segment, padded to (B, L): a row per trajectory; of masked segments one per draw."""
+    """All tokens of one kind of segment, padded to (B, L): one row per trajectory, or per draw of masked segments."""
 
     logprobs: Float[torch.Tensor, "B L"]
     behavior: Float[torch.Tensor, "B L"]
-    """Under the weights that sampled, by the program that sampled."""
+    """Log-probs recorded by the sampling program."""
     anchor: Float[torch.Tensor, "B L"]
-    """What the ratio is taken to."""
+    """Old log-probs, the denominator of the ratio: ``trainer_logprobs`` if recomputed, else ``behavior``."""
     mask: Bool[torch.Tensor, "B L"]
     entropy: Float[torch.Tensor, "B L"]
 
 
 class TokenObjective(Objective):
-    """What they have in common: a kind of segment whose actions are tokens."""
+    """Base of the objectives on tokens."""
 
     def __init__(self, config: TokenLossConfig, max_new_tokens: int, kind: SegmentKind = "text") -> None:
         self.weight = config.weight
@@ -73,8 +72,7 @@ class TokenObjective(Objective):
 def recompute_behavior_logprobs(
     policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)
 ) -> list[Group]:
-    """The groups with every segment of these kinds scored once more by ``policy``, which the coming updates start
-    from."""
+    """The groups with ``trainer_logprobs`` of these kinds, computed by ``policy`` before its update."""
     trajectories = [t for group in groups for t in group.trajectories if any(s.kind in kinds for s in t.segments)]
     scored: dict[int, Trajectory] = {}
     with torch.no_grad():
@@ -96,12 +94,12 @@ def token_segments(trajectory: Trajectory, kind: SegmentKind) -> list[TokenSegme
 
 
 def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
-    """How many tokens of a kind are scored; one that several draws mask counts in each."""
+    """Number of scored tokens of a kind; over all draws of masked segments."""
     return sum(int(_scored(segment).sum()) for segment in token_segments(trajectory, kind))
 
 
 def token_grid(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
-    """Replays the segments of a kind, of which each of the trajectories has one or more."""
+    """Replays the segments of a kind; each trajectory must have at least one."""
     now, behavior, anchor, masks, entropies = [], [], [], [], []
     for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories, [kind]), strict=True):
         found = [
@@ -122,12 +120,12 @@ def token_grid(policy: Policy, trajectories: Sequence[Trajectory], kind: Segment
 
 
 def _scored(segment: TokenSegment) -> Bool[torch.Tensor, "R L"]:
-    """Which log-probs of a segment count, a row per draw: all of them, unless it says otherwise."""
+    """Which log-probs of a segment count, (R, L), a row per draw."""
     if isinstance(segment, MaskedSegment):
         return segment.scored
     return torch.ones_like(segment.behavior_logprobs, dtype=torch.bool)[None]
 
 
 def _rows(parts: Sequence[torch.Tensor], device: torch.device | None = None) -> list[torch.Tensor]:
-    """The segments of a trajectory, each (L,) or (R, L), one after another: R rows."""
+    """Concatenates the segments of a trajectory, each (L,) or (R, L), to R rows."""
     return list(torch.cat([torch.atleast_2d(part) for part in parts], dim=1).to(device))
