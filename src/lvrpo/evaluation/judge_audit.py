@@ -31,7 +31,7 @@ from lvrpo.data.scenes.objects import (
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
 from lvrpo.data.scenes.verifier import fact_results, read
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge, Policy
 from lvrpo.rewards.base import Reward, judge_fingerprint, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.statistics import mean_interval
@@ -258,7 +258,7 @@ REWARDS = (
 
 
 def audit_judge(
-    judge: Policy,
+    judge: Judge,
     cases: Sequence[JudgeCase],
     sources: Sequence[RewardSource],
     progress: Callable[[str, int], None] = lambda reward, pairs: None,
@@ -278,7 +278,7 @@ def audit_judge(
     return JudgeAudit(judge_fingerprint(judge), tuple(rows), milliseconds)
 
 
-def _ranked(judge: Policy, cases: Sequence[JudgeCase], reward: Reward) -> list[float]:
+def _ranked(judge: Judge, cases: Sequence[JudgeCase], reward: Reward) -> list[float]:
     """1 where the right output scores higher, .5 for a tie, 0 where lower, nan where one of the two failed."""
     ranked: list[float] = []
     for start in range(0, len(cases), AT_ONCE):

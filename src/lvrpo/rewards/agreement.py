@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, logprob_problem
 from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
 from lvrpo.types import Group, Prompt
@@ -55,7 +55,7 @@ class Agreement(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         problems = [[text_problem(t) for t in group.trajectories] for group in groups]
         texts = [
             ["" if problem else t.text or "" for t, problem in zip(group.trajectories, row, strict=True)]
@@ -104,7 +104,7 @@ class Agreement(Config):
         return found
 
 
-def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge: Policy) -> list[Tally]:
+def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge: Judge) -> list[Tally]:
     """The judge's votes for the different answers of each group: exp(mean log-prob per token), summed over spellings.
 
     An answer whose log-prob is none (not finite, or above 0) has no votes and is left out.

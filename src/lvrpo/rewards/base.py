@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.sampling import derive_seed
 from lvrpo.types import FlowSegment, Group, Image, Part, Prompt, Segment, TextSegment, Trajectory
 
@@ -57,7 +57,7 @@ class Reward(Protocol):
         """Whether outputs of this prompt can be scored."""
         ...
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """Scores every member; ``judge`` is a frozen policy, never the one that is trained."""
         ...
 

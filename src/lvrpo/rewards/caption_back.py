@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Judge, Sampling
 from lvrpo.rewards.base import Scores, image_problem
 from lvrpo.rewards.verifiable_text import TRUNCATED, text_problem
 from lvrpo.sampling import derive_seed
@@ -44,7 +44,7 @@ class CaptionBack(Config):
     def applies(self, prompt: Prompt) -> bool:
         return prompt.output == ("image",) and prompt.task == "generate" and bool(self._words(_text(prompt)))
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
         asked: list[Prompt] = []

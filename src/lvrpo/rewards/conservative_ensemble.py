@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from lvrpo.algorithms import normalize_rewards
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import Config, NonNegative
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import SIDES, Scores, Side, join_judges
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
@@ -81,7 +81,7 @@ class ConservativeEnsemble(Config):
     def applies(self, prompt: Prompt) -> bool:
         return any(source.scores(prompt) for source in self.sources)
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         table = score_groups(self.sources, groups, judge)
         scores, mask = table.scores, table.mask
         if self.scale == "group":

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch.nn import functional
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, Side, image_problem
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import (
@@ -100,7 +100,7 @@ class EditConsistency(Config):
     def applies(self, prompt: Prompt) -> bool:
         return prompt.task == "edit" and bool(images_of(prompt))
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: Failures = {}
         self._say_what_is_guessed(groups)
@@ -155,7 +155,7 @@ class EditConsistency(Config):
         return (summed[has] / share[has]).sqrt(), share[has]
 
     def _asked(
-        self, vqa: SelfVQA, groups: Sequence[Group], judge: Policy
+        self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge
     ) -> tuple[dict[tuple[int, int], float], Failures]:
         """The product of the two means of confidences where something is asked, and why it has no answer."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from lvrpo.errors import InputError, LvrpoError, describe_error
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
 
@@ -116,7 +116,7 @@ class FunctionReward:
         made = prompt.output
         return prompt.task in self.tasks and {*self.needs} <= {*made} and any(kind in made for kind in self.judges)
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         return score_each(groups, self._of)
 
     def _of(self, trajectory: Trajectory) -> float | str:

@@ -18,7 +18,7 @@ from lvrpo.config import Config, Natural
 from lvrpo.data.jsonl import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import full_match
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, Side, image_problem, join_judges, logprob_problem, probabilities
 from lvrpo.rewards.external import (
     OWN,
@@ -96,7 +96,7 @@ class Semantic(Config):
             )
         return False
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: dict[tuple[int, int], str] = {}
         cells = []
@@ -127,7 +127,7 @@ class Semantic(Config):
         similar = functional.normalize(text.parts, dim=-1) @ functional.normalize(picture.parts, dim=-1).T
         return float(similar.topk(min(self.top, similar.shape[1]), dim=1).values.mean())
 
-    def _own(self, parts: Sequence[str | torch.Tensor], judge: Policy) -> list[torch.Tensor]:
+    def _own(self, parts: Sequence[str | torch.Tensor], judge: Judge) -> list[torch.Tensor]:
         return [states.float().cpu() for states in judge.reading_states(parts, self.layer)]
 
     def _text(self, prompt: Prompt) -> str:
@@ -206,7 +206,7 @@ class Instruction(Config):
             return self._vqa.applies(prompt)
         return bool(self._facts(prompt)) and all(fact.check for fact in prompt.facts)
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: Failures = {}
         drawn = [p for p, group in enumerate(groups) if "image" in group.prompt.output]
@@ -218,7 +218,7 @@ class Instruction(Config):
                 failures |= {(places[i], g): reason for (i, g), reason in scores.failures.items()}
         return Scores(values, failures)
 
-    def _drawings(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def _drawings(self, groups: Sequence[Group], judge: Judge) -> Scores:
         values = torch.full((len(groups), len(groups[0])), math.nan)
         if self.by == "vqa":
             found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
@@ -240,7 +240,7 @@ class Instruction(Config):
                 values[p, trajectory.member] = float(all(holds))
         return Scores(values, failures)
 
-    def _texts(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
         def rule(text: str, prompt: Prompt) -> float:
             return float(
                 keeps_to(text, text_rules((self.rules or {}) | dict(prompt.rules), f"prompt {prompt.id!r}: rules"))
@@ -335,7 +335,7 @@ class Knowledge(Config):
             return self._vqa.applies(prompt)
         return any(not isinstance(part, str) for part in prompt.parts)
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         reader: Reader = self._reader or judge
         values = torch.full((len(groups), len(groups[0])), math.nan)
         failures: Failures = {}

@@ -17,7 +17,7 @@ from lvrpo.atomic_io import write_atomic
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
 from lvrpo.errors import InputError
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Judge, Sampling
 from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
@@ -172,7 +172,7 @@ class QuestionGenerator:
         return not prompt.facts and bool(text_of(prompt))
 
     def with_questions(
-        self, groups: Sequence[Group], judge: Policy, confirm: Confirm
+        self, groups: Sequence[Group], judge: Judge, confirm: Confirm
     ) -> tuple[list[Group], dict[int, str]]:
         """The groups, those without facts with questions for facts; and by place why one has none.
 
@@ -196,7 +196,7 @@ class QuestionGenerator:
             out.append(group if p not in found else with_facts(group, facts))
         return out, missing
 
-    def questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
+    def questions(self, prompts: Sequence[Prompt], judge: Judge) -> list[Questions]:
         """The questions of every prompt about what should be, or why there are none."""
         if self.config.by == "grammar":
             found = [world_of(prompt.world).questions(text_of(prompt)) for prompt in prompts]
@@ -204,7 +204,7 @@ class QuestionGenerator:
         answers = self._answers([self._request(prompt) for prompt in prompts], judge)
         return [self._facts(answer) for answer in answers]
 
-    def unchanged_questions(self, prompts: Sequence[Prompt], judge: Policy) -> list[Questions]:
+    def unchanged_questions(self, prompts: Sequence[Prompt], judge: Judge) -> list[Questions]:
         """The questions of every edit about what should stay, made in view of its source, or why there are none."""
         if self.config.by == "grammar":
             return [world_of(prompt.world).unchanged_questions(text_of(prompt)) for prompt in prompts]
@@ -223,7 +223,7 @@ class QuestionGenerator:
         template = self.config.edit_template if prompt.task == "edit" else self.config.template
         return _Request(template.replace("{prompt}", text_of(prompt)))
 
-    def _answers(self, requests: Sequence[_Request], judge: Policy) -> list[Answer]:
+    def _answers(self, requests: Sequence[_Request], judge: Judge) -> list[Answer]:
         """What was written for each request, now or before."""
         author = f"policy {judge_fingerprint(judge)}, {self.config.max_new_tokens} tokens"
         author = author if self.endpoint is None else self.endpoint.identity
@@ -241,7 +241,7 @@ class QuestionGenerator:
                 self.cache.put(answer, *key)
         return [answers[key] for key in keys]
 
-    def _ask(self, requests: Sequence[_Request], judge: Policy) -> list[Answer]:
+    def _ask(self, requests: Sequence[_Request], judge: Judge) -> list[Answer]:
         if not requests:
             return []
         if self.endpoint is not None:

@@ -21,7 +21,7 @@ from lvrpo.config import config_sha256
 from lvrpo.distributed import device, world_size
 from lvrpo.distributed.ray_cluster import ray_cluster, resources
 from lvrpo.errors import ContractError, InputError, LvrpoError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.registry import allow_code, allowed_code
 from lvrpo.rewards.base import Scores, Side
 from lvrpo.rewards.row import RayConfig, RewardConfig, RewardSource, checked_scores, local_source
@@ -207,7 +207,7 @@ class RemoteReward:
         said = self._asked("applies", [portable_prompt(prompt) for prompt in prompts])
         self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """As ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
         found = _Scoring(self, groups).found()
         values = torch.full((len(groups), len(groups[0])), math.nan)

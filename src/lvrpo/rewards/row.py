@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lvrpo.config import Config, parse_section
 from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.policies.loading import load_policy
 from lvrpo.registry import is_file, resolve
 from lvrpo.rewards import RENAMED, REWARDS
@@ -155,7 +155,7 @@ class RewardSource:
 
     config: RewardConfig
     reward: Reward
-    judge: Policy | None = None
+    judge: Judge | None = None
     """Who judges instead of the run's judge."""
 
     def scores(self, prompt: Prompt) -> bool:
@@ -248,7 +248,7 @@ def make_reward(config: RewardConfig) -> Reward:
 
 
 def checked_scores(
-    source: RewardSource, groups: Sequence[Group], judge: Policy
+    source: RewardSource, groups: Sequence[Group], judge: Judge
 ) -> tuple[torch.Tensor, Mapping[tuple[int, int], str], torch.Tensor | None]:
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title

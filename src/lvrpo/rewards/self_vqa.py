@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from lvrpo.config import Config, NonNegative
 from lvrpo.data.base import world_of
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, first_problem, image_problem, join_judges, probabilities
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
@@ -28,10 +28,10 @@ Wordings = Sequence[tuple[str, str]]
 
 
 class Reader(Protocol):
-    """Whoever can be asked about pictures: a policy, or a model that the user brings."""
+    """Answers questions about images: a policy, or another model."""
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Policy.text_logprob``."""
+        """As ``Judge.text_logprob``."""
         ...
 
 
@@ -105,14 +105,14 @@ class SelfVQA(Config):
             return False
         return bool(self.known(prompt)) or (self.generator is not None and self.generator.applies(prompt))
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         confidences, failures = self.confidences(groups, judge, judge)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         for cell, found in confidences.items():
             values[cell] = found.mean()
         return Scores(values, failures)
 
-    def confidences(self, groups: Sequence[Group], judge: Policy, reader: Reader) -> tuple[Confidences, Failures]:
+    def confidences(self, groups: Sequence[Group], judge: Judge, reader: Reader) -> tuple[Confidences, Failures]:
         """The reader's confidence in each right answer, by (group, member), and why some have none.
 
         ``judge`` splits free text; ``reader`` sees the pictures.

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from lvrpo.errors import ContractError, LvrpoError, describe_error
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.rewards.verifiable_image import fact_table
@@ -76,7 +76,7 @@ class HeldOutScorer:
             return "success"
         return "reward" if self._trained(prompt) else None
 
-    def scores(self, groups: Sequence[Group], judge: Policy | None = None) -> list[list[float]]:
+    def scores(self, groups: Sequence[Group], judge: Judge | None = None) -> list[list[float]]:
         """Per group and member its score, nan where a reward failed; ``judge``: a frozen policy, for the rewards.
 
         Raises ContractError, with the reason, where every score failed.
@@ -93,7 +93,7 @@ class HeldOutScorer:
     def _trained(self, prompt: Prompt) -> list[RewardSource]:
         return [r for r in self.rewards if r.config.weight and not r.relative and r.scores(prompt)]
 
-    def _rewarded(self, groups: Sequence[Group], judge: Policy | None) -> list[list[float]]:
+    def _rewarded(self, groups: Sequence[Group], judge: Judge | None) -> list[list[float]]:
         sources = [r for r in self.rewards if r.config.weight and not r.relative]
         if judge is None or not all(self._trained(group.prompt) for group in groups):
             raise ContractError("a held-out prompt without an answer: nothing scores its outputs")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lvrpo.errors import ContractError, InputError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Reward, judge_fingerprint
 from lvrpo.rewards.remote import RemoteReward, remote_reward
 from lvrpo.rewards.row import RewardConfig, RewardSource, checked_scores, local_source
@@ -59,7 +59,7 @@ def build_rewards(
 def score_groups(
     sources: Sequence[RewardSource],
     groups: Sequence[Group],
-    judge: Policy,
+    judge: Judge,
     step: int = 0,
     most_failed: float | None = None,
 ) -> RewardTable:
@@ -74,7 +74,7 @@ def score_groups(
 
 
 def score_groups_unchecked(
-    sources: Sequence[RewardSource], groups: Sequence[Group], judge: Policy, step: int = 0
+    sources: Sequence[RewardSource], groups: Sequence[Group], judge: Judge, step: int = 0
 ) -> RewardTable:
     """``score_groups`` without a limit on failed scores, as for a part of the groups."""
     P, G, K = len(groups), len(groups[0]), len(sources)

@@ -12,7 +12,7 @@ import torch
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
 from lvrpo.errors import InputError, LvrpoError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Scores, image_problem, score_each
 from lvrpo.rewards.questions import text_of
@@ -63,7 +63,7 @@ class OCR(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and asked_text(prompt) is not None
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         return score_each(groups, self._score)
 
     def _score(self, trajectory: Trajectory) -> float | str:
@@ -155,7 +155,7 @@ class SceneFacts(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and bool(prompt.facts) and all(fact.check for fact in prompt.facts)
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         results = iter(fact_table(groups))
 
         def score(trajectory: Trajectory) -> float | str:

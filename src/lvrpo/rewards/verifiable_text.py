@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from lvrpo.config import Config, Natural, NonNegative
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern, full_match
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
@@ -88,7 +88,7 @@ class ExactAnswer(Config):
         scored = "text" in prompt.output if self.thoughts else prompt.output == ("text",)
         return prompt.answer is not None and scored
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         masked = self.cut_off == "mask"
         return score_each(groups, lambda t: TRUNCATED if masked and is_truncated(t) else float(is_right_answer(t)))
 
@@ -159,7 +159,7 @@ class Numeric(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and last_number(prompt.answer) is not None
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         return score_texts(groups, self.cut_off, lambda text, prompt: float(self.matches(text, prompt.answer or "")))
 
     def matches(self, given: str, right: str) -> bool:
@@ -228,7 +228,7 @@ class MultipleChoice(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None and _letter(prompt.answer) is not None
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         options = {group.prompt.id: options_of(group.prompt) for group in groups}
 
         def rule(text: str, prompt: Prompt) -> float:
@@ -300,7 +300,7 @@ class Boxed(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output and prompt.answer is not None
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         def rule(text: str, prompt: Prompt) -> float:
             given = last_boxed(text)
             right = last_boxed(prompt.answer or "") or prompt.answer or ""
@@ -394,7 +394,7 @@ class TextFormat(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         pattern = FORMS.get(self.form, self.form)
         return score_texts(groups, self.cut_off, lambda text, prompt: float(full_match(pattern, text)))
 
@@ -428,7 +428,7 @@ class TextLength(Config):
     def applies(self, prompt: Prompt) -> bool:
         return "text" in prompt.output
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         return score_each(groups, lambda t: NO_TEXT if (s := last_text(t)) is None else self.of(s.tokens.numel()))
 
     def of(self, tokens: int) -> float:

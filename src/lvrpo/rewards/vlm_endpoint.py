@@ -13,7 +13,7 @@ import torch
 from pydantic import model_validator
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, image_problem, join_judges
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.questions import MOST_WORDS, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator, text_of
@@ -100,7 +100,7 @@ class VLMEndpoint(Config):
             return bool(text_of(prompt))
         return bool(prompt.facts) or (self._generator is not None and self._generator.applies(prompt))
 
-    def score(self, groups: Sequence[Group], judge: Policy) -> Scores:
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         missing: dict[int, str] = {}
         if self._generator is not None:
             groups, missing = self._generator.with_questions(groups, judge, self._confirm)
