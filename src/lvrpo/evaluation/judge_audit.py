@@ -31,7 +31,7 @@ from lvrpo.data.scenes.objects import (
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
 from lvrpo.data.scenes.verifier import fact_results, read
-from lvrpo.policies.base import Judge, Policy
+from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Reward, judge_fingerprint, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.statistics import mean_interval

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from lvrpo.errors import InputError
 from lvrpo.types import (
     SEGMENT_KINDS,
-    Example,
     Group,
     Image,
     LogitGuidance,
@@ -109,17 +108,6 @@ class TokenCounts:
     """Of one pass over the image that it generates."""
 
 
-class FeatureLoss(Protocol):
-    """A loss on inner states of the drawing side."""
-
-    layer: int
-    """After how many layers."""
-
-    def __call__(self, features: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
-        """States (B, N, D) over noisy pictures and the clean pictures, to a loss per picture (B,)."""
-        ...
-
-
 def check_text(policy: object, text: str) -> None:
     """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
     check = getattr(policy, "check_text", None)  # optional in anybody's class
@@ -127,7 +115,7 @@ def check_text(policy: object, text: str) -> None:
         check(text)
 
 
-# --- the contract: a Policy samples and replays, judges, is saved; the rest has defaults in ``policies.defaults`` ---
+# --- the interface: every policy has the members of RolloutPolicy and SavedPolicy; the others are optional ---
 
 
 @runtime_checkable
@@ -234,16 +222,15 @@ class SavedPolicy(Protocol):
 
 
 @runtime_checkable
-class OptionalMethods(Protocol):
-    """What a policy may do without: ``PolicyDefaults`` has a default of each, or an error that names who needs it."""
+class FlowPolicy(RolloutPolicy, Protocol):
+    """A policy that generates images by a flow and gives its velocity, which objectives of flows train."""
 
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
         """Velocity (B, N, C) of the generated image at states ``x_t`` (B, N, C), times ``t`` (B,), after its context.
 
-        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone. Called only for flows, as
-        is ``timestep_shift``.
+        ``guidance_scale`` s: v_no_text + s (v - v_no_text); 0: the branch without text alone.
         """
         ...
 
@@ -251,21 +238,17 @@ class OptionalMethods(Protocol):
         """The shift of times that the flow was trained with; sampling uses it unless another is given."""
         ...
 
-    def supervised_losses(
-        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
-    ) -> Mapping[str, torch.Tensor]:
-        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss).
 
-        With ``represent``, also "representation": its loss on the states of the noisy images.
-        """
-        ...
+@runtime_checkable
+class Policy(FlowPolicy, Judge, SavedPolicy, Protocol):
+    """One model that understands and generates text and images: all parts of the interface."""
 
     def check_text(self, text: str) -> None:
         """Raises InputError where the policy cannot tokenize a text."""
         ...
 
     def limit_tokens(self, limit: int | None) -> None:
-        """At most so many tokens go through the transformer at once (None: the policy's own limit)."""
+        """At most ``limit`` tokens go through the transformer at once (None: the policy's own limit)."""
         ...
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -273,16 +256,36 @@ class OptionalMethods(Protocol):
         ...
 
 
-@runtime_checkable
-class Policy(RolloutPolicy, Judge, SavedPolicy, OptionalMethods, Protocol):
-    """One model that understands and generates text and images."""
-
-
-PARTS = (RolloutPolicy, Judge, SavedPolicy, OptionalMethods)
-MEMBERS = tuple(dict.fromkeys(name for part in PARTS for name in vars(part) if not name.startswith("_")))
-"""All that a policy has."""
+USED_BY: Mapping[str, str] = {
+    "velocity": "objectives of flows",
+    "timestep_shift": "objectives of flows",
+    "text_logprob": "rewards of the judge's likelihoods (self_vqa, agreement, knowledge) and judge.refresh_every",
+    "image_logprob": "judge.refresh_every",
+    "reading_states": "the reward semantic",
+    "limit_tokens": "limits.forward_tokens",
+    "checkpoint_gradients": "limits.gradient_checkpointing",
+}
+"""Methods that a class may leave out, and what calls them."""
 
 
 def missing_members(policy: object) -> list[str]:
-    """The members of ``Policy`` that somebody's own class lacks."""
-    return [name for name in MEMBERS if not hasattr(policy, name)]
+    """The members of ``RolloutPolicy`` and ``SavedPolicy`` that a class lacks; every policy needs these."""
+    names = dict.fromkeys(name for part in (RolloutPolicy, SavedPolicy) for name in vars(part) if name[0] != "_")
+    return [name for name in names if not hasattr(policy, name)]
+
+
+def missing_method(policy: object, method: str) -> InputError:
+    """The error of a policy without an optional method."""
+    return InputError(
+        f"{type(policy).__name__}: has no method {method!r}: write it, or configure the run without {USED_BY[method]}"
+    )
+
+
+P = TypeVar("P")
+
+
+def require_method(policy: P, method: str) -> P:
+    """The policy itself; raises InputError where it lacks a method of ``USED_BY``."""
+    if not hasattr(policy, method):
+        raise missing_method(policy, method)
+    return policy

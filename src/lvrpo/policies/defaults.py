@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,8 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts, missing_method
 from lvrpo.sampling import (
     choose_revealed,
     derive_seed,
@@ -31,7 +30,6 @@ from lvrpo.sampling import (
 from lvrpo.types import (
     SEGMENT_KINDS,
     TASKS,
-    Example,
     Group,
     Image,
     ImageTokenSegment,
@@ -131,11 +129,11 @@ class PolicyDefaults(nn.Module, ABC):
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
         """Needed by policies that draw by a flow."""
-        raise self._lacks("velocity", "draws by no flow")
+        raise missing_method(self, "velocity")
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """Needed by rewards that ask the reading side."""
-        raise self._lacks("text_logprob", "cannot judge texts: use rewards that ask no judge")
+        raise missing_method(self, "text_logprob")
 
     def image_logprob(
         self,
@@ -146,20 +144,11 @@ class PolicyDefaults(nn.Module, ABC):
         times: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
         """Needed by rewards that ask the drawing side."""
-        raise self._lacks("image_logprob", "cannot judge pictures: use rewards that ask no judge")
+        raise missing_method(self, "image_logprob")
 
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """Needed by the reward ``semantic``."""
-        raise self._lacks("reading_states", "shows no inner states")
-
-    def supervised_losses(
-        self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
-    ) -> Mapping[str, torch.Tensor]:
-        """Needed by supervised training."""
-        raise self._lacks("supervised_losses", "cannot be trained on examples")
-
-    def _lacks(self, method: str, words: str) -> InputError:
-        return InputError(f"{type(self).__name__}: {words}, or write its method {method!r}")
+        raise missing_method(self, "reading_states")
 
 
 class TokenPolicy(PolicyDefaults):

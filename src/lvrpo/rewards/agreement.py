@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Judge
+from lvrpo.policies.base import Judge, require_method
 from lvrpo.rewards.base import Scores, logprob_problem
 from lvrpo.rewards.verifiable_text import EMPTY, normalize_answer, text_problem
 from lvrpo.types import Group, Prompt
@@ -113,7 +113,8 @@ def judged_votes(groups: Sequence[Group], texts: Sequence[Sequence[str]], judge:
     tallies: list[Tally] = [{} for _ in groups]
     if not asked:
         return tallies
-    found = judge.text_logprob([groups[p].prompt.parts for p, _ in asked], [text for _, text in asked])
+    contexts = [groups[p].prompt.parts for p, _ in asked]
+    found = require_method(judge, "text_logprob").text_logprob(contexts, [text for _, text in asked])
     for (p, text), logprob in zip(asked, found.tolist(), strict=True):
         if logprob_problem(logprob) is None:
             answer = normalize_answer(text)

@@ -18,7 +18,7 @@ from lvrpo.config import Config, Natural
 from lvrpo.data.jsonl import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import full_match
-from lvrpo.policies.base import Judge
+from lvrpo.policies.base import Judge, require_method
 from lvrpo.rewards.base import Scores, Side, image_problem, join_judges, logprob_problem, probabilities
 from lvrpo.rewards.external import (
     OWN,
@@ -128,7 +128,8 @@ class Semantic(Config):
         return float(similar.topk(min(self.top, similar.shape[1]), dim=1).values.mean())
 
     def _own(self, parts: Sequence[str | torch.Tensor], judge: Judge) -> list[torch.Tensor]:
-        return [states.float().cpu() for states in judge.reading_states(parts, self.layer)]
+        found = require_method(judge, "reading_states").reading_states(parts, self.layer)
+        return [states.float().cpu() for states in found]
 
     def _text(self, prompt: Prompt) -> str:
         words = text_of(prompt)
@@ -353,7 +354,8 @@ class Knowledge(Config):
                 else:
                     rows.append((p, g, group.prompt.parts, trajectory.text or ""))
         if rows:
-            logprobs = reader.text_logprob([parts for _, _, parts, _ in rows], [text for *_, text in rows])
+            contexts, texts = [parts for _, _, parts, _ in rows], [text for *_, text in rows]
+            logprobs = require_method(reader, "text_logprob").text_logprob(contexts, texts)
             found = zip(rows, logprobs.tolist(), probabilities(logprobs).cpu(), strict=True)
             for (p, g, _, _), logprob, probability in found:
                 values[p, g] = probability

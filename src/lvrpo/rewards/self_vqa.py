@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from lvrpo.config import Config, NonNegative
 from lvrpo.data.base import world_of
-from lvrpo.policies.base import Judge
+from lvrpo.policies.base import Judge, require_method
 from lvrpo.rewards.base import Scores, first_problem, image_problem, join_judges, probabilities
 from lvrpo.rewards.endpoint import NoAnswer
 from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig, QuestionGenerator
@@ -163,7 +163,7 @@ class SelfVQA(Config):
             rows_of.append(slice(start, len(contexts)))
         if not asked:
             return torch.zeros(0), []
-        logprobs = reader.text_logprob(contexts, answers)
+        logprobs = require_method(reader, "text_logprob").text_logprob(contexts, answers)
         confidence, said = probabilities(logprobs).cpu(), logprobs.tolist()
         by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
         if self.paraphrases > 1:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from lvrpo.algorithms import group_correlation
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, require_method
 from lvrpo.rewards.base import Side, judge_fingerprint, override_fingerprint
 from lvrpo.rewards.questions import text_of
 from lvrpo.rewards.row import RewardSource
@@ -141,7 +141,9 @@ class Judge:
 def answer_probability(policy: Policy, questions: Sequence[Prompt]) -> torch.Tensor:
     """Probability of the right answers: exp of the mean log-prob per token, (B,) in [0, 1]."""
     answers = [str(prompt.answer) for prompt in questions]
-    return policy.text_logprob([prompt.parts for prompt in questions], answers).exp().cpu()
+    return (
+        require_method(policy, "text_logprob").text_logprob([prompt.parts for prompt in questions], answers).exp().cpu()
+    )
 
 
 def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.Tensor:
@@ -157,7 +159,8 @@ def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.
     contexts = positives + [pictures[j].prompt.parts for j in _hard_negatives(pictures)]
     images = [target_image(example) for example in pictures] * 2
     seeds = [derive_seed("told pictures", example.prompt.id) for example in pictures] * 2
-    right, other = policy.image_logprob(contexts, images, NUM_DRAWS, seeds).mean(dim=1).cpu().chunk(2)
+    judged = require_method(policy, "image_logprob").image_logprob(contexts, images, NUM_DRAWS, seeds)
+    right, other = judged.mean(dim=1).cpu().chunk(2)
     return (right - other).sigmoid()
 
 

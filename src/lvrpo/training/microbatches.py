@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.distributed import gather
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import Policy, require_method
 from lvrpo.policies.mot.model_runner import split_by_tokens
 from lvrpo.training.losses.base import (
     FROZEN,
@@ -60,8 +60,10 @@ class LimitsConfig(Config):
 
     def apply(self, policy: Policy) -> None:
         """Applies the limits to a policy."""
-        policy.limit_tokens(self.forward_tokens)
-        policy.checkpoint_gradients(self.gradient_checkpointing)
+        if self.forward_tokens is not None or hasattr(policy, "limit_tokens"):  # optional
+            require_method(policy, "limit_tokens").limit_tokens(self.forward_tokens)
+        if self.gradient_checkpointing or hasattr(policy, "checkpoint_gradients"):
+            require_method(policy, "checkpoint_gradients").checkpoint_gradients(self.gradient_checkpointing)
 
 
 def minibatches(

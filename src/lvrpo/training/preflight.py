@@ -12,7 +12,7 @@ from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
 from lvrpo.data.base import PromptSource
 from lvrpo.distributed import POLICY, is_main
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy, RolloutPolicy, require_method
 from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.table import score_groups
 from lvrpo.sampling import derive_seed
@@ -73,7 +73,7 @@ class Check:
 
 
 def step_zero_contract(
-    policy: Policy, groups: Sequence[Group], table: RewardTable, std_floor: float, may_fail: Collection[str] = ()
+    policy: RolloutPolicy, groups: Sequence[Group], table: RewardTable, std_floor: float, may_fail: Collection[str] = ()
 ) -> list[Check]:
     """All checks on a rollout of ``policy``, which has not been updated since.
 
@@ -127,7 +127,7 @@ def no_signal_reason(table: RewardTable, std_floor: float, rows: Sequence[int] |
     )
 
 
-def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[Check]:
+def _replay_checks(policy: RolloutPolicy, trajectories: Sequence[Trajectory]) -> list[Check]:
     """The replay law per kind of segment: replayed equal behavior log-probs, in the rollout's own and another batch."""
     dtype, device = policy.compute_dtype, next(policy_module(policy).parameters()).device
     limit = TOLERANCE[dtype]
@@ -160,7 +160,7 @@ def _replay_checks(policy: Policy, trajectories: Sequence[Trajectory]) -> list[C
     return checks
 
 
-def engine_checks(policy: Policy, groups: Sequence[Group]) -> list[Check]:
+def engine_checks(policy: RolloutPolicy, groups: Sequence[Group]) -> list[Check]:
     """Divergence of a rollout engine's behavior log-probs from those of the policy with the same weights."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     with torch.no_grad():
@@ -262,7 +262,7 @@ def first_update_checks(
 
 
 def _gradient_norm(
-    policy: Policy, anchor: torch.Tensor, trajectories: Sequence[Trajectory], kind: SegmentKind
+    policy: FlowPolicy, anchor: torch.Tensor, trajectories: Sequence[Trajectory], kind: SegmentKind
 ) -> float:
     """Gradient norm of the divergence from the outputs of the reference."""
     terms, module = _divergence_inputs(policy, trajectories, kind), policy_module(policy)
@@ -292,11 +292,13 @@ def _of_equal_size(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return [trajectory for trajectory, shape in drawn if shape == drawn[0][1]]
 
 
-def _divergence_inputs(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
+def _divergence_inputs(policy: FlowPolicy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> torch.Tensor:
     """The outputs that the divergence of a kind of segments compares: velocities at t = 0.5, or log-probs."""
     if kind == "flow":
         x_t = torch.stack([s.latent for t in trajectories if isinstance(s := t.segments[-1], FlowSegment)])
-        return policy.velocity(trajectories, x_t, torch.full((len(x_t),), 0.5, device=x_t.device))
+        return require_method(policy, "velocity").velocity(
+            trajectories, x_t, torch.full((len(x_t),), 0.5, device=x_t.device)
+        )
     replayed = zip(trajectories, policy.logprobs(trajectories), strict=True)
     pairs = [pair for t, row in replayed for pair in zip(t.segments, row, strict=True)]
     return torch.cat([_actions(s, scored.logprobs) for s, scored in pairs if s.kind == kind])

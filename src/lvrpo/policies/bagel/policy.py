@@ -29,8 +29,9 @@ from lvrpo.policies.bagel.config import (
 )
 from lvrpo.policies.bagel.encoders import BagelEncoders
 from lvrpo.policies.bagel.tokenizer import BagelTokenizer
-from lvrpo.policies.base import FeatureLoss, Sampling
+from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot.attention import Span
+from lvrpo.policies.mot.likelihood import FeatureLoss
 from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Piece, Row, row_tokens, split_by_tokens
 from lvrpo.policies.mot.policy import MoTPolicy, with_autocast
 from lvrpo.policies.mot.transformer import MoT

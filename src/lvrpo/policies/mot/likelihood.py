@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss
 from lvrpo.policies.mot import flow_sampler, generate, model_runner
 from lvrpo.policies.mot.generate import TokenizedText
 from lvrpo.policies.mot.model_runner import (
@@ -244,6 +243,17 @@ def drawing_states(
     times = x_0.new_full((len(x_0),), t)
     _, states = flow_sampler.velocity_and_features(runner, cache.select(owner), x_t, times, grid, depth)
     return states.float().mean(dim=1)
+
+
+class FeatureLoss(Protocol):
+    """A loss on inner states of the drawing side."""
+
+    layer: int
+    """After how many layers."""
+
+    def __call__(self, features: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
+        """States (B, N, D) over noisy pictures and the clean pictures, to a loss per picture (B,)."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.base import FeatureLoss, Sampling, TokenCounts
+from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.policies.mot import adapter, flow_sampler, generate, likelihood, model_runner
-from lvrpo.policies.mot.likelihood import JUDGE_TIMES
+from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
 from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
 from lvrpo.policies.mot.trajectory import (
     flow_segment,
@@ -366,7 +366,10 @@ class MoTPolicy(PolicyDefaults):
     def supervised_losses(
         self, examples: Sequence[Example], generator: torch.Generator, represent: FeatureLoss | None = None
     ) -> Mapping[str, torch.Tensor]:
-        """Pretraining losses; see ``Policy.supervised_losses``."""
+        """The pretraining losses of a batch: "text" (cross-entropy per token) and "image" (flow loss).
+
+        With ``represent``, also "representation": its loss on the states of the noisy images.
+        """
         rows = [self._row(example.prompt) for example in examples]
         times = likelihood.FlowLossTimes(self.timestep_shift(), self.min_time())
         return likelihood.supervised_losses(self.runner, rows, examples, generator, times, represent)

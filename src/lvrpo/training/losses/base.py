@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from lvrpo.errors import ContractError
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy
 from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
@@ -179,14 +179,14 @@ class Objective(ABC):
         """The frozen policies whose outputs the loss needs."""
         return ()
 
-    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> torch.Tensor:
+    def reference_outputs(self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch) -> torch.Tensor:
         """Outputs of the frozen policy ``name`` that the loss needs; called without grad."""
         raise ContractError(
             f"{type(self).__name__} has frozen_policies={self.frozen_policies} and no reference_outputs"
         )
 
     @abstractmethod
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         """The mean loss of a microbatch and its metrics."""
 
 
@@ -203,7 +203,7 @@ def flow_segment(trajectory: Trajectory) -> FlowSegment:
 
 
 def recorded_passes(trajectory: Trajectory, kinds: Collection[SegmentKind] = SEGMENT_KINDS) -> int:
-    """``segment_passes`` of the segments that ``Policy.logprobs`` replays for these kinds."""
+    """``segment_passes`` of the segments that ``RolloutPolicy.logprobs`` replays for these kinds."""
     return sum(segment_passes(segment) for segment in segments_through(trajectory, kinds))
 
 

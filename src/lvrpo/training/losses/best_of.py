@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy
 from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
 from lvrpo.training.losses.flow import FlowObjective, Noised, NoisingConfig, add_noise
 from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_count, token_grid
@@ -57,7 +57,7 @@ class TextBestOf(TokenObjective):
     def size(self, members: Sequence[Member]) -> int:
         return sum(token_count(member.trajectory, self.kind) for member in members)
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         grid = token_grid(policy, batch.trajectories, self.kind)
         loss = reduce_tokens(-grid.logprobs, grid.mask)
         return LossOutput(loss, {f"loss/{self.kind}/{batch.task}": loss})
@@ -82,13 +82,15 @@ class FlowBestOf(FlowObjective):
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B N C"]:
+    def reference_outputs(
+        self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch
+    ) -> Float[torch.Tensor, "B N C"]:
         return self._noised(policy, batch).velocity(policy)
 
-    def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
+    def _noised(self, policy: FlowPolicy, batch: Microbatch) -> Noised:
         return add_noise(policy, batch, self.config, "best_of", [trajectory.seed for trajectory in batch.trajectories])
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         noised = self._noised(policy, batch)
         v = noised.velocity(policy)
         loss = noised.flow_loss(v).mean()

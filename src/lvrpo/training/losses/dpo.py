@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import PreferenceLoss, dpo_loss, flow_dpo_loss, preference_pairs
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
 from lvrpo.training.losses.flow import FlowObjective, NoisingConfig, add_noise
@@ -64,10 +64,10 @@ class TextDPO(TokenObjective):
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return whole_logprobs(policy, batch.trajectories, self.kind)
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         logprobs, ref = whole_logprobs(policy, batch.trajectories, self.kind), batch.frozen["reference"]
         result = dpo_loss(logprobs[::2], logprobs[1::2], ref[::2], ref[1::2], beta=self.config.dpo_beta)
         return preference_output(batch, self.kind, result)
@@ -93,16 +93,16 @@ class FlowDPO(FlowObjective):
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",)
 
-    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
+    def reference_outputs(self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         return self._losses(policy, batch)
 
-    def _losses(self, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
+    def _losses(self, policy: FlowPolicy, batch: Microbatch) -> Float[torch.Tensor, " B"]:
         """Flow-matching losses; winner and loser share noise and times."""
         seeds = [member.trajectory.seed for member in batch.members[::2] for _ in range(2)]
         noised = add_noise(policy, batch, self.config, "dpo", seeds)
         return noised.flow_loss(noised.velocity(policy))
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         losses, ref = self._by_pair(self._losses(policy, batch)), self._by_pair(batch.frozen["reference"])
         return preference_output(batch, "flow", flow_dpo_loss(*losses, *ref, beta=self.config.dpo_beta))
 
@@ -112,7 +112,9 @@ class FlowDPO(FlowObjective):
         return rows[:, 0].flatten(), rows[:, 1].flatten()
 
 
-def whole_logprobs(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind) -> Float[torch.Tensor, " B"]:
+def whole_logprobs(
+    policy: FlowPolicy, trajectories: Sequence[Trajectory], kind: SegmentKind
+) -> Float[torch.Tensor, " B"]:
     """The log-prob in nats of all segments of a kind in each trajectory; its estimate for likelihood=monte_carlo."""
     grid = token_grid(policy, trajectories, kind)
     masked = [[s for s in trajectory.segments if isinstance(s, MaskedSegment)] for trajectory in trajectories]

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.algorithms import best_worst_mask, centered_advantages, flow_matching_loss, velocity_regularizer
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy, require_method
 from lvrpo.sampling import derive_seed, normal_noise, shift_time, uniform_noise
 from lvrpo.training.losses.base import (
     FrozenPolicy,
@@ -141,7 +141,7 @@ class FreshNoiseObjective(ContrastObjective):
         return self.config.timesteps_per_sample * branches
 
     def reference_outputs(
-        self, name: FrozenPolicy, policy: Policy, batch: Microbatch
+        self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch
     ) -> Float[torch.Tensor, "K B N C"]:
         """The velocity of the old policy; of the reference the guided and the unconditional one, if they are used."""
         noised, config = self._noised(policy, batch), self.config
@@ -150,11 +150,11 @@ class FreshNoiseObjective(ContrastObjective):
         guided = [noised.velocity(policy, config.reference_guidance)] if config.kl_coef else []
         return torch.stack(guided + ([noised.unguided(policy)] if config.unguided_kl_coef else []))
 
-    def _noised(self, policy: Policy, batch: Microbatch) -> Noised:
+    def _noised(self, policy: FlowPolicy, batch: Microbatch) -> Noised:
         seeds = [trajectory.seed for trajectory in batch.trajectories]
         return add_noise(policy, batch, self.config, self.purpose, seeds)
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         config, noised = self.config, self._noised(policy, batch)
         v, v_old = noised.velocity(policy), batch.frozen["old"][0]
         loss, metrics = self._policy_loss(noised, v, v_old, batch)
@@ -187,21 +187,23 @@ class Noised:
     t: Float[torch.Tensor, " B"]
     x_t: Float[torch.Tensor, "B N C"]
 
-    def velocity(self, policy: Policy, guidance: float = 1.0) -> Float[torch.Tensor, "B N C"]:
+    def velocity(self, policy: FlowPolicy, guidance: float = 1.0) -> Float[torch.Tensor, "B N C"]:
         """The velocity with the guidance scale of the rollout times ``guidance``."""
         scale = flow_segment(self.trajectories[0]).guidance_scale * guidance
-        return policy.velocity(self.trajectories, self.x_t, self.t, scale)
+        return require_method(policy, "velocity").velocity(self.trajectories, self.x_t, self.t, scale)
 
-    def unguided(self, policy: Policy) -> Float[torch.Tensor, "B N C"]:
+    def unguided(self, policy: FlowPolicy) -> Float[torch.Tensor, "B N C"]:
         """The velocity without the text."""
-        return policy.velocity(self.trajectories, self.x_t, self.t, 0.0)
+        return require_method(policy, "velocity").velocity(self.trajectories, self.x_t, self.t, 0.0)
 
     def flow_loss(self, v: Float[torch.Tensor, "B N C"]) -> Float[torch.Tensor, " B"]:
         """The flow-matching loss of these velocities."""
         return flow_matching_loss(v, self.x_0, self.noise)
 
 
-def add_noise(policy: Policy, batch: Microbatch, config: NoisingConfig, purpose: str, seeds: Sequence[int]) -> Noised:
+def add_noise(
+    policy: FlowPolicy, batch: Microbatch, config: NoisingConfig, purpose: str, seeds: Sequence[int]
+) -> Noised:
     """x_t of the batch's images at stratified random times.
 
     Noise and times are functions of seed, purpose and step; equal seeds share them.
@@ -213,6 +215,6 @@ def add_noise(policy: Policy, batch: Microbatch, config: NoisingConfig, purpose:
     noise = normal_noise(each, x_0.shape[1:]).to(x_0)
     stratum = torch.arange(draws).repeat(len(seeds))
     u = (stratum + uniform_noise(each, (1,))[:, 0]) / draws
-    t = shift_time(u, policy.timestep_shift()).clamp(min=config.t_min).to(x_0)
+    t = shift_time(u, require_method(policy, "timestep_shift").timestep_shift()).clamp(min=config.t_min).to(x_0)
     x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise
     return Noised(repeated, x_0, noise, t, x_t)

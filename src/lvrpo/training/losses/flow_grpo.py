@@ -18,7 +18,7 @@ from lvrpo.algorithms import (
     scaled_clip,
     velocity_regularizer,
 )
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import FlowPolicy, require_method
 from lvrpo.sampling import STEPS, step_weights
 from lvrpo.training.losses.base import FrozenPolicy, LossOutput, Microbatch, flow_segment, recorded_passes
 from lvrpo.training.losses.flow import ContrastConfig, ContrastObjective
@@ -77,7 +77,7 @@ class FlowGRPO(ContrastObjective):
         return ("reference",) if self.config.kl_coef else ()
 
     def reference_outputs(
-        self, name: FrozenPolicy, policy: Policy, batch: Microbatch
+        self, name: FrozenPolicy, policy: FlowPolicy, batch: Microbatch
     ) -> Float[torch.Tensor, "B W N C"]:
         """Velocities at the recorded x_t of the trained steps (kl=velocity), or means of the steps (kl=gaussian)."""
         if self.config.kl == "gaussian":
@@ -85,7 +85,7 @@ class FlowGRPO(ContrastObjective):
         steps = range(len(flow_segment(batch.trajectories[0]).trained_steps))
         return torch.stack([recorded_velocity(policy, batch.trajectories, w) for w in steps], dim=1)
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: FlowPolicy, batch: Microbatch) -> LossOutput:
         config = self.config
         segments = [flow_segment(trajectory) for trajectory in batch.trajectories]
         replayed = replay(policy, batch.trajectories)
@@ -120,7 +120,7 @@ class FlowGRPO(ContrastObjective):
         drift = step_kl(replayed.means, behavior_means, replayed.stds, reduction)
         return guard_surrogate(logprobs, behavior, drift, replayed.stds, advantage, mask, **bounds)
 
-    def _divergence(self, policy: Policy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
+    def _divergence(self, policy: FlowPolicy, batch: Microbatch, replayed: ReplayedSteps) -> torch.Tensor:
         ref = batch.frozen["reference"]
         if self.config.kl == "gaussian":
             reduction = flow_segment(batch.trajectories[0]).logprob_reduction
@@ -141,7 +141,7 @@ class ReplayedSteps:
     stds: Float[torch.Tensor, " W"]
 
 
-def replay(policy: Policy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
+def replay(policy: FlowPolicy, trajectories: Sequence[Trajectory]) -> ReplayedSteps:
     """Replays the last segment of every trajectory, with its guidance."""
     scored = [rows[-1] for rows in policy.logprobs(trajectories)]
     assert all(row.means is not None and row.stds is not None for row in scored)
@@ -164,12 +164,12 @@ def step_kl(
     )
 
 
-def recorded_velocity(policy: Policy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
+def recorded_velocity(policy: FlowPolicy, trajectories: Sequence[Trajectory], w: int) -> Float[torch.Tensor, "B N C"]:
     """The unguided velocity at the recorded x_t of trained step ``w``."""
     segments = [flow_segment(trajectory) for trajectory in trajectories]
     x_t = torch.stack([segment.states[w] for segment in segments]).to(segments[0].latent.device)
     t = segments[0].timesteps[segments[0].trained_steps[w]].expand(len(x_t))
-    return policy.velocity(trajectories, x_t, t)
+    return require_method(policy, "velocity").velocity(trajectories, x_t, t)
 
 
 def level_weights(segment: FlowSegment, ratio: Literal["plain", "guard"] = "plain") -> Float[torch.Tensor, " W"]:

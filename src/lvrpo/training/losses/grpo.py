@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.algorithms import TOKEN_OBJECTIVES, entropy_bonus, k2, k3, reduce_tokens, truncated_weights
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import RolloutPolicy
 from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch
 from lvrpo.training.losses.tokens import (
     TokenGrid,
@@ -111,10 +111,12 @@ class GRPO(TokenObjective):
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         return ("reference",) if self.config.kl_coef else ()
 
-    def reference_outputs(self, name: FrozenPolicy, policy: Policy, batch: Microbatch) -> Float[torch.Tensor, "B L"]:
+    def reference_outputs(
+        self, name: FrozenPolicy, policy: RolloutPolicy, batch: Microbatch
+    ) -> Float[torch.Tensor, "B L"]:
         return token_grid(policy, batch.trajectories, self.kind).logprobs
 
-    def loss(self, policy: Policy, batch: Microbatch) -> LossOutput:
+    def loss(self, policy: RolloutPolicy, batch: Microbatch) -> LossOutput:
         config, kind = self.config, self.kind
         grid = token_grid(policy, batch.trajectories, kind)
         draws = len(grid.mask) // len(batch.members)

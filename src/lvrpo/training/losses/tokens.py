@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from lvrpo.config import Config
-from lvrpo.policies.base import Policy
+from lvrpo.policies.base import RolloutPolicy
 from lvrpo.training.losses import base
 from lvrpo.training.losses.base import Objective
 from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory, segments_through
@@ -70,7 +70,7 @@ class TokenObjective(Objective):
 
 
 def recompute_behavior_logprobs(
-    policy: Policy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)
+    policy: RolloutPolicy, groups: Sequence[Group], kinds: Sequence[SegmentKind] = ("text",)
 ) -> list[Group]:
     """The groups with ``trainer_logprobs`` of these kinds, computed by ``policy`` before its update."""
     trajectories = [t for group in groups for t in group.trajectories if any(s.kind in kinds for s in t.segments)]
@@ -98,7 +98,7 @@ def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
     return sum(int(_scored(segment).sum()) for segment in token_segments(trajectory, kind))
 
 
-def token_grid(policy: Policy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
+def token_grid(policy: RolloutPolicy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
     """Replays the segments of a kind; each trajectory must have at least one."""
     now, behavior, anchor, masks, entropies = [], [], [], [], []
     for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories, [kind]), strict=True):
