@@ -29,13 +29,13 @@ from lvrpo.types import (
 
 @dataclass(frozen=True)
 class MaskedScoring:
-    """How drawings of masked tokens are scored, at sampling and in every replay."""
+    """How images of masked tokens are scored, at sampling and in every replay."""
 
     likelihood: Literal["path", "monte_carlo"] = "path"
     draws: int = 1
-    """monte_carlo: random masks per drawing."""
+    """monte_carlo: random masks per image."""
     schedule: Literal["cosine", "uniform"] = "cosine"
-    """monte_carlo: of the shares that are masked."""
+    """monte_carlo: distribution of the share of masked tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Sampling:
 
     group_size: int = 8
     temperature: float = 1.0
-    """Of text; 0 is greedy (log-probs are then those of temperature 1)."""
+    """Of text tokens; 0 is greedy (log-probs are then those of temperature 1)."""
     max_new_tokens: int = 24
     num_steps: int = 8
-    """Model evaluations per picture; steps in which masked tokens are revealed. Image tokens take one each."""
+    """Model evaluations per image; steps in which masked tokens are revealed. Image tokens take one each."""
     timestep_shift: float | None = None
-    """Of the grid; None: the policy's own."""
+    """Time shift of the grid; None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
     noise_level: float = 0.7
     window: tuple[int, ...] = ()
@@ -57,25 +57,25 @@ class Sampling:
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
     """Of the steps that follow the ODE; the first two are of second order."""
     steps_after_window: int | None = None
-    """So many steps from the window's end to the picture, in equal parts of unshifted time; None: those of the grid."""
+    """Steps after the end of the window, equal in unshifted time; None: those of the grid."""
     guidance_scale: float = 1.0
     image_guidance_scale: float = 1.0
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
     guidance_renorm_min: float = 0.0
-    """The least factor that renorming may shrink by; 1 switches it off."""
+    """Lower bound of the renorm factor; 1 switches renorming off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guided are the steps with low < t <= high; the others run the full context alone."""
+    """(low, high): steps with low < t <= high are guided, the others run the conditional branch alone."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     shared_noise: bool = False
     """Whether the members of a group start from the same noise."""
     image_size: tuple[int, int] | None = None
-    """Height and width of a picture drawn without a source picture; None: the policy's own."""
+    """Height and width of an image generated without a source image; None: the policy's own."""
     image_temperature: float = 1.0
     """Of image tokens and masked image tokens; 0 is greedy."""
     choice_temperature: float = 0.0
-    """Of the noise in the choice of which masked tokens are fixed in a step; 0: the most confident ones."""
+    """Temperature of the Gumbel noise when a step chooses the tokens to unmask; 0: the most confident ones."""
     guided_logprobs: LogitGuidance = "joint"
-    """Of the logits of image tokens, masked or not, that guidance mixes; what of them has a gradient in a replay."""
+    """Of image tokens under guidance: which branches have a gradient in a replay (``sampling.guide_logits``)."""
     masked: MaskedScoring = MaskedScoring()
 
     def __post_init__(self) -> None:
@@ -109,8 +109,8 @@ class TokenCounts:
 
 
 def check_text(policy: object, text: str) -> None:
-    """Raises InputError where a policy cannot read a text; one that says nothing of it (``check_text``) reads all."""
-    check = getattr(policy, "check_text", None)  # optional in anybody's class
+    """Raises InputError where a policy cannot tokenize a text; a policy without ``check_text`` accepts all."""
+    check = getattr(policy, "check_text", None)  # optional
     if check is not None:
         check(text)
 
@@ -120,25 +120,25 @@ def check_text(policy: object, text: str) -> None:
 
 @runtime_checkable
 class RolloutPolicy(Protocol):
-    """What samples outputs and replays them with a gradient: all that a policy-gradient loss needs."""
+    """Samples outputs and replays them with a gradient: all that a policy-gradient loss needs."""
 
     @property
     def segment_kinds(self) -> tuple[SegmentKind, ...]:
-        """The kinds of segments that its outputs may be made of."""
+        """The kinds of segments in its outputs."""
         ...
 
     @property
     def image_size(self) -> int | None:
-        """Side in pixels of the square images that it takes and generates; None: images of any size."""
+        """Side in pixels of square input and output images; None: any size."""
         ...
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that log-probs are computed in: it tells how exact a replay is."""
+        """The dtype of the forward pass, which sets the tolerance of a replay."""
         ...
 
     def default_sampling(self, task: Task) -> Sampling:
-        """The sampling settings of a task unless others are given: guidance, steps, length."""
+        """The default sampling settings of a task: guidance, steps, length."""
         ...
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
@@ -165,7 +165,7 @@ class RolloutPolicy(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """What scores outputs of any policy, all that a reward needs; rewards ask it questions by ``sample``."""
+    """Scores outputs of any policy: all that a reward needs. Rewards ask it questions by ``sample``."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
         """As ``RolloutPolicy.sample``."""
@@ -185,27 +185,27 @@ class Judge(Protocol):
     ) -> torch.Tensor:
         """Estimates of the log-likelihood of each image after its context, (batch, draws).
 
-        In nats, up to a constant of the image. The random numbers of a draw are a function of the row's seed alone:
-        rows that are compared share a seed. ``times``: the interval of flow times that is integrated over, each policy
-        having its own.
+        In nats, up to a constant of the image. The random numbers of a draw depend on the row's seed alone: give rows
+        that are compared the same seed. ``times``: the interval of flow times to integrate over; the default is the
+        policy's own.
         """
         ...
 
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
         """Hidden states of texts and images, each read alone: (N, D), a row per text token or image patch.
 
-        After ``layer`` layers; 0: as they enter the transformer. Without gradient and without markers. Raises
-        InputError for a layer that does not exist.
+        After ``layer`` layers; 0: input embeddings. Without gradient and without special tokens. Raises InputError
+        for a layer that does not exist.
         """
         ...
 
 
 @runtime_checkable
 class SavedPolicy(Protocol):
-    """What is copied, saved and loaded."""
+    """Copies, saves and loads itself."""
 
     def make_reference(self) -> Self:
-        """A copy that no update reaches: the reference, and the judge; with an adapter, the base without it."""
+        """A frozen copy, for the reference and the judge; with an adapter, the base without it."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -50,13 +50,13 @@ from lvrpo.types import (
 
 
 class PolicyDefaults(nn.Module, ABC):
-    """A policy of which ``segment_kinds``, ``sample``, ``logprobs``, ``save`` and ``load`` are left to write.
+    """A base class: write ``segment_kinds``, ``sample``, ``logprobs``, ``save`` and ``load``.
 
-    What it cannot do by default (judge, draw by a flow, train on examples) raises InputError that names the method.
+    ``velocity`` and the methods of ``Judge`` raise InputError with their name until they are written.
     """
 
     segment_kinds: tuple[SegmentKind, ...]
-    """The kinds of segments that its outputs may be made of."""
+    """The kinds of segments in its outputs."""
     tasks: tuple[Task, ...] = TASKS
     """What it can be asked; a run that asks for more is refused before it starts."""
 
@@ -87,7 +87,7 @@ class PolicyDefaults(nn.Module, ABC):
         return None
 
     def make_reference(self) -> Self:
-        """A copy that no update reaches."""
+        """A frozen copy."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     @property
@@ -108,31 +108,31 @@ class PolicyDefaults(nn.Module, ABC):
         return 1.0
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """A token per four letters and per 16 x 16 pixels."""
+        """An estimate: a token per four characters and per 16 x 16 pixels."""
         texts = sum(len(part) for part in trajectory.prompt.parts if isinstance(part, str))
         pixels = sum(part[0].numel() for part in trajectory.prompt.parts if not isinstance(part, str))
-        drawn = 0 if trajectory.image is None else trajectory.image[0].numel()
-        return TokenCounts(texts // 4 + pixels // 256 + 1, len(trajectory.text or "") // 4 + 1, drawn // 256)
+        image = 0 if trajectory.image is None else trajectory.image[0].numel()
+        return TokenCounts(texts // 4 + pixels // 256 + 1, len(trajectory.text or "") // 4 + 1, image // 256)
 
     def limit_tokens(self, limit: int | None) -> None:
-        """Does nothing: a batch goes through at once."""
+        """Does nothing: a batch is one forward pass."""
 
     def checkpoint_gradients(self, on: bool) -> None:
-        """Does nothing: layers are remembered."""
+        """Does nothing: activations are kept."""
 
     def check_text(self, text: str) -> None:
         """Accepts every text."""
 
-    # --- what it cannot do unless written ---
+    # --- optional methods without a default ---
 
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """Needed by policies that draw by a flow."""
+        """As ``FlowPolicy.velocity``."""
         raise missing_method(self, "velocity")
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Needed by rewards that ask the reading side."""
+        """As ``Judge.text_logprob``."""
         raise missing_method(self, "text_logprob")
 
     def image_logprob(
@@ -143,11 +143,11 @@ class PolicyDefaults(nn.Module, ABC):
         seeds: Sequence[int],
         times: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
-        """Needed by rewards that ask the drawing side."""
+        """As ``Judge.image_logprob``."""
         raise missing_method(self, "image_logprob")
 
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """Needed by the reward ``semantic``."""
+        """As ``Judge.reading_states``."""
         raise missing_method(self, "reading_states")
 
 
@@ -258,8 +258,8 @@ class TokenPolicy(PolicyDefaults):
         tokens, scale = torch.zeros(len(contexts), 0, dtype=torch.int64), sampling.guidance_scale
         for i in range(self.image_tokens):
             logits = self.image_logits(contexts, tokens, False, scale, "joint")[:, -1]
-            drawn = sample_tokens(logits, u[:, i], sampling.image_temperature)
-            tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+            sampled = sample_tokens(logits, u[:, i], sampling.image_temperature)
+            tokens = torch.cat([tokens, sampled[:, None]], dim=1)
         for row in tokens:
             image, none = self.decode_image(row), torch.zeros(len(row))
             yield ImageTokenSegment(row, none, sampling.image_temperature, scale, image, sampling.guided_logprobs)
@@ -271,10 +271,10 @@ class TokenPolicy(PolicyDefaults):
         for s, left in enumerate(masked_counts(N, sampling.num_steps)):
             u = uniform_noise([derive_seed(seed, "reveal", s) for seed in seeds], (2, N))
             logits = self.image_logits(contexts, masked_input(tokens, steps, s, -1), True, scale, "joint")
-            drawn = sample_tokens(logits.flatten(0, 1), u[:, 0].flatten(), temperature).view(B, N)
-            logprobs = token_logprobs(logits, drawn, temperature)
+            sampled = sample_tokens(logits.flatten(0, 1), u[:, 0].flatten(), temperature).view(B, N)
+            logprobs = token_logprobs(logits, sampled, temperature)
             fixed = choose_revealed(logprobs, steps == sampling.num_steps, left, u[:, 1], sampling.choice_temperature)
-            tokens, steps = torch.where(fixed, drawn, tokens), torch.where(fixed, s, steps)
+            tokens, steps = torch.where(fixed, sampled, tokens), torch.where(fixed, s, steps)
         masks = torch.ones(B, 1, N, dtype=torch.bool)
         if scoring.likelihood == "monte_carlo":
             masks = mask_draws([derive_seed(seed, "masks") for seed in seeds], N, scoring.draws, scoring.schedule)
@@ -313,7 +313,7 @@ class TokenPolicy(PolicyDefaults):
         return found
 
     def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
-        """Segments of one kind and setting. Any: the kind is told apart here."""
+        """Segments of one kind and setting. Any: the kind is checked here."""
         tokens, first = [segment.tokens for segment in segments], segments[0]
         if first.kind == "text":
             rows = [[*context, *row.tolist()[:-1]] for context, row in zip(contexts, tokens, strict=True)]
@@ -321,14 +321,14 @@ class TokenPolicy(PolicyDefaults):
                 own, among = logits[len(context) - 1 :], (first.temperature, self.text_tokens)
                 yield SegmentLogprobs(token_logprobs(own, row, *among), token_entropy(own, *among))
             return
-        guidance, temperature, drawn = (
+        guidance, temperature, codes = (
             (first.guidance_scale, first.guided_logprobs),
             first.temperature,
             torch.stack(tokens),
         )
         if first.kind == "tokens":
-            logits = self.image_logits(contexts, drawn[:, :-1], False, *guidance)
-            scored = token_logprobs(logits, drawn, temperature), token_entropy(logits, temperature)
+            logits = self.image_logits(contexts, codes[:, :-1], False, *guidance)
+            scored = token_logprobs(logits, codes, temperature), token_entropy(logits, temperature)
             yield from map(SegmentLogprobs, *scored)
             return
         path = first.likelihood == "path"
@@ -336,17 +336,17 @@ class TokenPolicy(PolicyDefaults):
         scored = torch.stack([segment.scored for segment in segments])  # (B, R, N)
         rounds = int(steps.max()) + 1 if path else scored.shape[1]
         seen = [
-            masked_input(drawn, steps, r, -1) if path else drawn.masked_fill(scored[:, r], -1) for r in range(rounds)
+            masked_input(codes, steps, r, -1) if path else codes.masked_fill(scored[:, r], -1) for r in range(rounds)
         ]
         every = [self.image_logits(contexts, inputs, True, *guidance) for inputs in seen]
         entropy = [token_entropy(logits, temperature) for logits in every]
         if path:
-            zero = torch.zeros((), device=drawn.device)
-            logprobs = sum((path_logprobs(x, drawn, steps, r, temperature) for r, x in enumerate(every)), zero)
+            zero = torch.zeros((), device=codes.device)
+            logprobs = sum((path_logprobs(x, codes, steps, r, temperature) for r, x in enumerate(every)), zero)
             spread = sum((torch.where(steps == r, H, 0.0) for r, H in enumerate(entropy)), zero)
             yield from (SegmentLogprobs(row[None], H[None]) for row, H in zip(logprobs, spread, strict=True))
             return
-        logprobs = torch.stack([token_logprobs(logits, drawn, temperature) for logits in every], dim=1)
+        logprobs = torch.stack([token_logprobs(logits, codes, temperature) for logits in every], dim=1)
         yield from map(SegmentLogprobs, logprobs * scored, torch.stack(entropy, dim=1) * scored)
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
@@ -388,7 +388,7 @@ class TokenPolicy(PolicyDefaults):
 
 
 def _settings(segment: Any) -> Hashable:
-    """What has to agree for segments to be replayed together. Any: a segment of any kind."""
+    """Segments with equal settings are replayed in one batch. Any: a segment of any kind."""
     if segment.kind == "text":
         return "text", segment.temperature
     shared = (segment.kind, segment.temperature, segment.guidance_scale, segment.guided_logprobs)

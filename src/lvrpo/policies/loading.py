@@ -24,13 +24,13 @@ from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task
 
 FINAL = "policy.json"
-"""In a run directory: which checkpoint is the run's result."""
+"""In a run directory: names the checkpoint that is the run's result."""
 START = "start"
 """In a run directory: the policy that it started from, which stays the reference of a resumed run."""
 TENSORS = "tensors"
-"""In the state of a checkpoint: all sets of weights, as many ranks wrote them."""
+"""In the state of a checkpoint: the sharded tensors of all sets of weights."""
 METHODS = ("load", "sample", "logprobs", "save")
-"""Some of what anybody's class of a policy must have: by these it is told from other classes."""
+"""Methods that a class must have to be taken for a policy."""
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")
 
 
@@ -40,10 +40,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_policy(
     model: str | Path, device: str = "cpu", dtype: str | None = None, base: str | Path | None = None
 ) -> Policy:
-    """The policy that MODEL names, on a device, at float32, bfloat16 or its own choice; raises InputError, one line.
+    """The policy that MODEL names, at float32, bfloat16 or (None) its own dtype; raises InputError, one line.
 
-    ``base`` is the MODEL below one that is no whole model: below an adapter, in place of the base that its files name,
-    and below a fine-tuned BAGEL that leaves tensors out.
+    ``base`` is a MODEL too: of an adapter, instead of the base that its files name, or of a fine-tuned BAGEL folder
+    that does not store all tensors.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: not supported: use {' or '.join(DTYPES)}")
@@ -65,7 +65,7 @@ def load_policy(
 
 
 def _is_sharded(folder: Path) -> bool:
-    """Whether a folder is the checkpoint of a run whose weights were divided among processes."""
+    """Whether a folder is a checkpoint with sharded weights."""
     return (
         (folder / "state" / TENSORS).is_dir()
         and not os.path.lexists(folder / "config.json")
@@ -74,7 +74,7 @@ def _is_sharded(folder: Path) -> bool:
 
 
 def _load_sharded_policy(folder: Path, device: str, dtype: str | None, base: str | Path | None) -> Policy:
-    """The averaged weights of such a checkpoint, in the policy that the run began with."""
+    """The EMA weights of a sharded checkpoint, in the policy that the run started from."""
     start = folder.parent.parent / START
     if not start.is_dir():
         raise InputError(
@@ -97,15 +97,15 @@ def _load_sharded_policy(folder: Path, device: str, dtype: str | None, base: str
 
 
 def policy_class(folder: Path) -> Any:
-    """The class of the policy in a folder. A type outside the table needs its package allowed by name.
+    """The class of the policy in a folder. A type outside ``POLICIES`` needs its package allowed by name.
 
-    Any: anybody's class. Raises InputError.
+    Any: a class of the user. Raises InputError.
     """
     return resolve("model type", model_type(folder), POLICIES, METHODS, from_model=True)
 
 
 def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Path | None) -> Policy:
-    """A base, the given one or that of the files, with the adapter of a folder on it."""
+    """A base (``given``, or the one that the adapter's files name) with the adapter of a folder."""
     base = read_base(folder) if given is None else str(given)
     try:
         at = policy_folder(base)
@@ -125,7 +125,7 @@ def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Pat
 
 
 def _load_completed(folder: Path, base: Path, device: torch.device, dtype: str | None) -> Policy:
-    """A fine-tuned BAGEL with what its whole base has and it leaves out."""
+    """A fine-tuned BAGEL, with the tensors that it does not store taken from its base."""
     from lvrpo.policies.bagel.policy import BagelPolicy, is_complete
 
     if has_adapter(base):
@@ -138,7 +138,7 @@ def _load_completed(folder: Path, base: Path, device: torch.device, dtype: str |
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a CUDA card where there is one, else the CPU."""
+    """The device of a name; ``auto``: cuda where available, else cpu."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -174,7 +174,7 @@ def policy_folder(model: str | Path) -> Path:
 
 
 def stored_image_size(model: str | Path) -> int | None:
-    """Side of the square pictures that MODEL reads, found without loading it; None: pictures of any size."""
+    """Side of the square input images of MODEL, found without loading it; None: any size."""
     folder = policy_folder(model)
     if has_adapter(folder):
         return None
@@ -189,7 +189,7 @@ def possible_tasks(model: str | Path) -> tuple[Task, ...]:
 
 
 def model_type(folder: Path) -> str:
-    """The ``model_type`` of a folder's config.json; BAGEL's is not trusted, as one release of it was no JSON."""
+    """The ``model_type`` in a folder's config.json. BAGEL is told by its other files: one release's was invalid."""
     if _is_sharded(folder):
         return model_type(folder.parent.parent / START)
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
@@ -230,11 +230,11 @@ FAMILIES: Mapping[str, str] = {
     "sd3": "a Stable Diffusion 3, which draws and reads no pictures",
     "flux": "a FLUX, which draws and reads no pictures",
 }
-"""Models that people try, by a part of their type or class, which lvrpo has no adapter for."""
+"""Known model families without a policy, by a part of their model type or class name."""
 
 
 def foreign_model(folder: Path, family: str) -> str:
-    """What to say of another family's model."""
+    """The error message for a model of another family."""
     return (
         f"{folder}: holds {family}: not supported: lvrpo knows {', '.join(POLICIES)}; the nearest is bagel, which "
         "reads and draws (by a flow); docs/guides/your_model.md shows how to add one"
@@ -251,7 +251,7 @@ def _built_in_folder(name: str) -> Path:
 
 
 def _run_result(run: Path) -> Path:
-    """The checkpoint that a finished run chose, or the last whole one of an unfinished run."""
+    """The chosen checkpoint of a finished run, or the last complete one of an unfinished run."""
     whole = sorted(folder.parent for folder in run.glob("checkpoints/step_*/checkpoint.json"))
     if path_exists(run / FINAL):
         try:

@@ -1,7 +1,6 @@
 """The built-in tiny policy: the Mixture-of-Transformers core with pixel patches and a small vocabulary.
 
-About 1.8 million parameters: small enough to be trained on two CPU cores in minutes, and obeying the sequence rules of
-BAGEL, so that what is learned about an algorithm here is learned on the same code.
+About 1.8 million parameters: trains on two CPU cores in minutes, on the same code and sequence layout as BAGEL.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lvrpo.types import Image
 SPECIAL_TOKENS = ("[pad]", "[bos]", "[eos]", "[image]", "[/image]", "[unk]")
 
 IGNORED_PUNCTUATION = ".,;:!"
-"""Punctuation that a person may write and the vocabulary leaves out."""
+"""Punctuation that is dropped from texts."""
 
 
 class TinyConfig(Config):
@@ -45,7 +44,7 @@ class TinyConfig(Config):
     tower_width: int = Field(default=256, ge=8, le=65_536)
     """Hidden width of the patch embeddings."""
     min_time: float = Field(default=0.1, gt=0, lt=1)
-    """The flow loss of the predicted picture is weighted by 1 / max(t, min_time)^2."""
+    """The flow loss, on the predicted clean image, is weighted by 1 / max(t, min_time)^2."""
     timestep_shift: float = Field(default=3.0, gt=0)
     """Times of the flow loss are shifted toward noise: a token of 192 numbers is recognisable at t = .8 already, so
     what is where is decided above."""
@@ -68,7 +67,7 @@ class TinyConfig(Config):
 
 
 class TinyTokenizer:
-    """A closed vocabulary of whole words."""
+    """A word-level tokenizer with a closed vocabulary."""
 
     pad_id, bos_id, eos_id, image_start_id, image_end_id, unknown_id = range(len(SPECIAL_TOKENS))
 
@@ -90,7 +89,7 @@ class TinyTokenizer:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words; an unknown word raises InputError and names the nearest known one."""
+        """Token ids; an unknown word raises InputError, which names the nearest known one."""
         if text not in self._encoded:
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
             ids = []
@@ -129,7 +128,7 @@ class TinyTokenizer:
 
 
 class TinyEncoders(nn.Module):
-    """Pixel patches in, pixel patches out; the drawing side predicts the clean picture and turns it into a velocity."""
+    """Pixel patches as tokens; the output head predicts the clean image x_0, from which the velocity follows."""
 
     def __init__(self, config: TinyConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -143,7 +142,7 @@ class TinyEncoders(nn.Module):
         self.read_position = nn.Parameter(0.5 * _position_table(config.image_size // config.patch_size, width))
         self.latent_in = nn.Linear(config.channels, width)
         self.latent_out = nn.Linear(width, config.channels)
-        # places as loud as the noise of a picture at its start: copying from a source is learned in hundreds of steps
+        # position embeddings at the scale of the noise at t = 1: copying a source is learned in hundreds of steps
         self.latent_position = nn.Parameter(_position_table(config.image_size // config.patch_size, width))
         self.time_in = nn.Linear(width, width)
         self.time_out = nn.Linear(width, width)
@@ -224,7 +223,7 @@ class TinyPolicy(MoTPolicy):
             policy = cls(config, TinyTokenizer.from_vocabulary(vocabulary))
         for layer in policy.transformer.layers:
             assert isinstance(layer, Layer)
-            # like attends to like: a token being drawn finds the source's token of the same place from the start
+            # k_proj = q_proj: a noisy token attends to the source token at its own position from the start
             heads = layer.drawing.q_proj.weight.data.unflatten(0, (config.transformer.heads, -1))
             shared = config.transformer.heads // config.transformer.key_heads
             layer.drawing.k_proj.weight.data.copy_(heads[::shared].flatten(0, 1))
@@ -232,7 +231,7 @@ class TinyPolicy(MoTPolicy):
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures that it reads and draws."""
+        """Side in pixels of input and output images."""
         return self.config.image_size
 
     def pixels_per_token(self) -> int:
@@ -255,11 +254,11 @@ class TinyPolicy(MoTPolicy):
 
     @classmethod
     def stored_image_size(cls, folder: Path) -> int | None:
-        """Side of the square pictures that a saved policy reads, from its config.json; None where that says nothing."""
+        """``image_size`` of a saved policy's config.json; None where it is missing."""
         try:
             side = read_json_object(folder / "config.json").get("image_size")
         except InputError:
-            return None  # loading says what is wrong
+            return None  # load raises the error
         return side if type(side) is int else None
 
     @classmethod
@@ -299,7 +298,7 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """The inverse of ``patchify`` for square pictures."""
+    """The inverse of ``patchify`` for square images."""
     b, n, channels = tokens.shape
     p, side = patch_size, math.isqrt(n)
     return (

@@ -1,4 +1,4 @@
-"""How outputs are drawn: times, steps of a flow, guidance, tokens and seeds. Pure functions on tensors."""
+"""Sampling: timesteps, flow steps and solvers, guidance, tokens, seeds. Pure functions on tensors."""
 
 from lvrpo.sampling.flow_sde import (
     STEPS,

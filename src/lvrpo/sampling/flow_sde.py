@@ -65,8 +65,7 @@ def ode_step(
 
     mean = x_t + dt v;  std = 0;  d mean / d x0 = -dt / t.
 
-    Shapes: x_t and v (B, N, C), times () or (B,). ``noise_level`` is ignored: it is there so that all steps are
-    called alike.
+    Shapes: x_t and v (B, N, C), times () or (B,). ``noise_level`` is ignored: all steps have one signature.
     Raises: nothing.
     Differs from the paper: no paper given.
     """
@@ -121,14 +120,14 @@ def dance_sde_step(
 def cps_step(
     x_t: Float[Tensor, " B *shape"], v: Float[Tensor, " B *shape"], t: Time, t_next: Time, noise_level: float
 ) -> FlowStep:
-    """The coefficient-preserving step: noise of the next state is partly drawn anew (CPS, arXiv:2509.05952).
+    """The coefficient-preserving step: part of the noise of the next state is fresh (CPS, arXiv:2509.05952).
 
     s = t_next sin(noise_level pi / 2);  mean = (1 - t_next) x0 + sqrt(t_next^2 - s^2) x1;  std = s;
     d mean / d x0 = (1 - t_next) - sqrt(t_next^2 - s^2) (1 - t) / t.
 
     Shapes: x_t and v (B, N, C), times () or (B,) with 0 < t <= 1. Noise level in [0, 1]: 0 is the ODE; about 0.8.
     The last step (t_next = 0) has no noise and no log-density. The states carry the right amount of noise, but the
-    variance of the pictures shrinks at every number of steps (data of std .6: .426 / .465 / .482 at 10 / 40 / 400
+    variance of the images shrinks at every number of steps (data of std .6: .426 / .465 / .482 at 10 / 40 / 400
     steps).
     Raises: InputError for a noise level outside [0, 1].
     Differs from the paper: not in the step; its log-density here is that of the true Gaussian (see ``step_logprob``).
@@ -183,7 +182,7 @@ def step_logprob(
 def step_weights(std: Float[Tensor, "*B W"], mean_gain: Float[Tensor, "*B W"]) -> Float[Tensor, "*B W"]:
     """Weights of the steps of a trajectory that level the scale of their gradients.
 
-    The gradient of a step's log-density to the predicted picture has the size |d mean / d x0| / std (about 40 times
+    The gradient of a step's log-density to the predicted image has the size |d mean / d x0| / std (about 40 times
     larger in the last steps than in the first, while layout is decided in the first);
     weight_i = (std_i / |mean_gain_i|) / mean_j (std_j / |mean_gain_j|). For the ratio of ``guard_surrogate``, whose
     gradient has the size |d mean / d x0| alone, give ones for std.

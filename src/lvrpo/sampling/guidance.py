@@ -40,7 +40,7 @@ def guide(
     Shapes: all (B, N, C) to the same. Renorming only shrinks; renorm_min = 1 switches it off.
     Raises: InputError for an unknown renorm, or for a scale above 1 without its velocity.
     Differs from the paper: the original takes the global norm over the whole packed batch; here it is per sample, so
-    that a picture does not depend on its neighbors.
+    that an image does not depend on its neighbors.
     """
     if renorm not in ("none", "global", "channel", "text_channel"):
         raise InputError(f"guidance_renorm={renorm!r} is unknown: use none, global, channel or text_channel")
@@ -69,15 +69,15 @@ def guide_logits(
     guidance_scale: float,
     mode: LogitGuidance = "joint",
 ) -> Float[Tensor, "*B V"]:
-    """The logits that image tokens are drawn from under guidance (classifier-free guidance, arXiv:2207.12598).
+    """The logits that image tokens are sampled from under guidance (classifier-free guidance, arXiv:2207.12598).
 
     out = logits_no_text + guidance_scale (logits - logits_no_text). By mode: ``joint`` gives both branches a gradient,
     ``detach_uncond`` holds the unguided one fixed (half the memory, nearly the gradient of joint), ``none`` returns the
     conditional logits: another distribution, right only where nothing was guided.
 
     Sampling and replay call this with the same scale and hand the result to ``sample_tokens`` and ``token_logprobs``
-    with the same temperature and vocabulary mask. Scoring the conditional branch alone, or logits / guidance_scale,
-    after sampling with guidance trains a distribution that is never sampled from.
+    with the same temperature and vocabulary mask. After guided sampling, scoring the conditional branch alone, or
+    logits / guidance_scale, trains another distribution than the one sampled from.
 
     Shapes: logits (..., V) to float32 (..., V). A scale of exactly 1, or mode none, needs no unguided logits. Show-o
     and MMaDA write (1 + g) cond - g uncond: their g is guidance_scale - 1.

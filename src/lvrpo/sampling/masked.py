@@ -1,6 +1,6 @@
-"""Masked discrete pictures: tokens are revealed a few at a time, and scored along that path or at random masks.
+"""Masked discrete images: tokens are revealed a few at a time, and scored along that path or at random masks.
 
-A drawn picture is its tokens (B, N) and ``reveal_steps`` (B, N): the step at which each token was fixed, -1 for a token
+A sampled image is its tokens (B, N) and ``reveal_steps`` (B, N): the step at which each token was fixed, -1 for a token
 that was given. That rebuilds the input of every step, so nothing else is stored.
 """
 
@@ -102,7 +102,7 @@ def path_logprobs(
 
     Every token is fixed at one step, so the sum over steps is the log-prob of each token, (B, N), at its own place: the
     input of any token objective, with the mask reveal_steps >= 0, less the steps that are not replayed. With one token
-    a step this is the chain rule, the exact log-prob of the picture in the recorded order; with more, tokens of a step
+    a step this is the chain rule, the exact log-prob of the image in the recorded order; with more, tokens of a step
     are taken as independent, as they were sampled.
 
     Shapes: logits of the model at ``masked_input`` of this step (guided by ``guide_logits`` as at sampling) (B, N, V),
@@ -117,7 +117,7 @@ def path_logprobs(
 def mask_draws(
     seeds: Sequence[int], num_tokens: int, draws: int, schedule: Literal["cosine", "uniform"] = "cosine"
 ) -> Bool[Tensor, "B K N"]:
-    """Random masks of a picture, to estimate its log-prob (UniGRPO, arXiv:2505.15809; MaskGRPO, arXiv:2510.02880).
+    """Random masks of an image, to estimate its log-prob (UniGRPO, arXiv:2505.15809; MaskGRPO, arXiv:2510.02880).
 
     u_k = (k + u) / draws, one in each equal part; num_masked = ceil(num_tokens cos(pi u_k / 2)) (``cosine``: the
     generator's own ratios) or floor(num_tokens u_k) + 1 (``uniform``: 1 .. num_tokens alike); positions uniform.
@@ -145,7 +145,7 @@ def mask_draws(
 def monte_carlo_logprob(
     logprobs: Float[Tensor, "B K N"], masks: Bool[Tensor, "B K N"], how: Literal["mean", "elbo"] = "mean"
 ) -> Float[Tensor, " B"]:
-    """The estimated log-prob of a picture from its masked tokens under K random masks.
+    """The estimated log-prob of an image from its masked tokens under K random masks.
 
     m_k the number of masked tokens; mean_k (1 / m_k) sum_masked log p (``mean``, in nats per token; UniGRPO,
     arXiv:2505.15809), or mean_k (N / m_k) sum_masked log p (``elbo``, in nats; LLaDA, arXiv:2502.09992): with masks of

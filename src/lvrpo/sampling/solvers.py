@@ -1,11 +1,10 @@
-"""Steps of the probability flow without noise, for all steps that are not trained: one call of the model each.
+"""Deterministic steps of the probability flow, for the steps that are not trained: one model call each.
 
-A multistep rule is of second order at the price of a first-order one: it remembers the step before. The loop carries
-what it remembers:
+A multistep solver is of second order at one call per step, as it reuses the previous step, which the loop carries:
 
     x_t, past = step(x_t, v, t, t_next, past)
 
-``past`` is None at the first step and after every stochastic one, whose noise breaks the line that is extrapolated.
+``past`` is None at the first step and after every stochastic one, whose noise breaks the extrapolation.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ __all__ = ["SOLVERS", "PastStep", "Solver", "adams_bashforth_step", "dpm_solver_
 
 @dataclass(frozen=True)
 class PastStep:
-    """What a multistep rule remembers of the step before."""
+    """The previous step of a multistep solver."""
 
     t: Time
-    """When it began."""
+    """Its time."""
     x_t: Tensor
-    """float32 (B, N, C): where."""
+    """float32 (B, N, C): its state."""
     v: Tensor
-    """float32 (B, N, C): what the model said there."""
+    """float32 (B, N, C): its velocity."""
 
 
 class Solver(Protocol):
@@ -52,7 +51,7 @@ def euler_step(
 
     x_next = x_t + dt v,  dt = t_next - t.
 
-    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and what the next step may remember.
+    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and the ``past`` of the next step.
     Raises: nothing.
     Differs from the paper: no paper given.
     """
@@ -72,7 +71,7 @@ def adams_bashforth_step(
     falls back to the first: in 8 steps with a shift of 3, data N(1.5, .6^2) come out with a standard deviation of .43
     (Euler), .47 (``dpm_solver_step``) and .57 (this). For sharp modes in few steps it may overstep.
 
-    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and what the next step remembers.
+    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and the ``past`` of the next step.
     Raises: nothing.
     Differs from the paper: none given; the textbook's method for uneven steps.
     """
@@ -92,10 +91,10 @@ def dpm_solver_step(
     x_next = (t_next / t) x_t + [(1 - t_next) - (1 - t) t_next / t] D.
 
     With D = x0 this is Euler's step. So it is without a past, and wherever lambda is infinite: at t_past = 1 and at
-    t_next = 0, hence in the first two steps and the last of a grid from 1 to 0. Data of std .6 are drawn with .601 /
+    t_next = 0, hence in the first two steps and the last of a grid from 1 to 0. Data of std .6 come out with .601 /
     .602 at 10 / 40 steps (Euler .522 / .580), and sharp modes no worse than by Euler.
 
-    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and what the next step remembers.
+    Shapes: x_t and v (B, N, C), times () or (B,), to x_next (B, N, C) in float32 and the ``past`` of the next step.
     Raises: nothing; t = 0 gives nan.
     Differs from the paper: no.
     """
@@ -116,7 +115,7 @@ SOLVERS: Mapping[str, Solver] = {
     "adams_bashforth": adams_bashforth_step,
     "dpm_solver": dpm_solver_step,
 }
-"""Every rule by the name that ``Sampling.solver`` uses."""
+"""Every solver by the name that ``Sampling.solver`` uses."""
 
 
 def _lambda(t: Tensor) -> Tensor:

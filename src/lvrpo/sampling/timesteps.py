@@ -43,7 +43,7 @@ def shift_time(tau: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*sh
 
 
 def timestep_grid(num_steps: int, shift: float = 1.0) -> Float[Tensor, " T1"]:
-    """The times between which a picture is integrated.
+    """The times between which an image is integrated.
 
     t_i = shift_time(1 - i / num_steps), i = 0 .. num_steps.
 
@@ -88,7 +88,7 @@ def flow_time(logits: Float[Tensor, "*shape"], shift: float = 1.0) -> Float[Tens
 
     t = shift_time(sigmoid(logits)); logits ~ N(m, s^2) give the logit-normal times of flow matching.
 
-    Shapes: any, to the same. Range: (0, 1); logit -inf is a clean picture, t = 0.
+    Shapes: any, to the same. Range: (0, 1); logit -inf is a clean image, t = 0.
     Raises: InputError for a shift that is not positive.
     Differs from the paper: no paper given.
     """
@@ -96,11 +96,11 @@ def flow_time(logits: Float[Tensor, "*shape"], shift: float = 1.0) -> Float[Tens
 
 
 def full_window(num_steps: int) -> tuple[int, ...]:
-    """All steps but the last, which ends at t = 0: there Flow-SDE leaves its noise in the picture and CPS has none.
+    """All steps but the last, which ends at t = 0: there Flow-SDE leaves its noise in the image and CPS has none.
 
     Range: 0 .. num_steps - 2; empty for one step.
     Raises: InputError for num_steps below 1.
-    Differs from the paper: Flow-GRPO (arXiv:2505.05470) says nothing of the last step.
+    Differs from the paper: Flow-GRPO (arXiv:2505.05470) does not mention the last step.
     """
     if num_steps < 1:
         raise InputError(f"sampling.num_steps={num_steps}: use 1 or more")

@@ -46,7 +46,7 @@ def token_logprobs(
     temperature: float = 1.0,
     allowed: Bool[Tensor, "*#B V"] | None = None,
 ) -> Float[Tensor, "*B"]:
-    """The log-prob of given tokens under the distribution that ``sample_tokens`` draws from.
+    """The log-prob of given tokens under the distribution that ``sample_tokens`` samples from.
 
     log softmax(logits / temperature)[token], over the allowed tokens; temperature 0 counts as 1.
 

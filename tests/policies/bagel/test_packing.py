@@ -226,15 +226,15 @@ def test_tokens_that_go_through_at_once_are_bounded(own: BagelPolicy, monkeypatc
 
 def test_packings_are_kept_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_packings()
-    monkeypatch.setattr(attention, "KEPT_BYTES", 60_000)
+    monkeypatch.setattr(attention, "PACKING_CACHE_BYTES", 60_000)
     device = torch.device("cpu")
     one = pack([(Span("text", 50),)], device)
     assert pack([(Span("text", 50),)], device) is one
     for n in range(51, 80):
         pack([(Span("text", n),)], device)
-        assert sum(p.bytes for p in attention._kept.packings.values()) == attention._kept.bytes <= 60_000
+        assert sum(p.bytes for p in attention._packings.packings.values()) == attention._packings.bytes <= 60_000
     assert pack([(Span("text", 50),)], device) is not one
-    assert 1 < len(attention._kept.packings) < 20
+    assert 1 < len(attention._packings.packings) < 20
     large = [(Span("text", 400),)]
     assert pack(large, device) is not pack(large, device)
     monkeypatch.setattr(attention, "MASK_CELLS", 400**2 - 1)

@@ -163,7 +163,7 @@ VAE = "towers.latent_vae."
 """What lies in ae.safetensors begins so; the rest is the official name."""
 
 EMBED_TOKENS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-"""The table of words and the output layer over them."""
+"""The token embedding and the output layer over them."""
 
 
 def official_name(name: str) -> str:

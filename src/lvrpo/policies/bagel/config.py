@@ -18,21 +18,21 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.reading import read_json
 
 SECTION = "lvrpo"
-"""The key of config.json under which lvrpo keeps what the published files do not say."""
+"""The key of config.json with ``BagelSettings``, which the published files lack."""
 TEXT_LAYERS, READ_LAYERS = "language_model.model.layers.", "vit_model.vision_model.encoder.layers."
-"""What the names of a layer's tensors begin with, before its number: of the transformer, of the reading tower."""
+"""What the names of a layer's tensors begin with, before its number: of the transformer, of the vision encoder."""
 WHOLE = "fetch the weights again, or name the whole model below a fine-tuned part (--base MODEL)"
 """The remedy for tensors that are missing."""
 
 
 class BagelSettings(Config):
-    """What no published file says; the defaults are those of BAGEL-7B-MoT."""
+    """Settings that no published file has; the defaults are those of BAGEL-7B-MoT."""
 
     latent_resize: ResizeRule = ResizeRule(max_side=1024, min_side=512, stride=16)
-    """Of every picture that comes in: the drawing side sees the result, the reading side ``read_resize`` of it."""
+    """Of every image that comes in: the drawing side sees the result, the reading side ``read_resize`` of it."""
     read_resize: ResizeRule = ResizeRule(max_side=980, min_side=224, stride=14)
     image_size: tuple[int, int] = (1024, 1024)
-    """Height and width of a picture drawn without a source."""
+    """Height and width of an image generated without a source image."""
     timestep_shift: float = Field(default=3.0, gt=0)
     """Of the times of sampling."""
     training_shift: float = Field(default=4.0, gt=0)
@@ -40,9 +40,9 @@ class BagelSettings(Config):
     drop_text: float = Field(default=0.1, ge=0, le=1)
     """Share of the texts that supervised drawing leaves out, so that guidance has its branch."""
     drop_latent: float = Field(default=0.3, ge=0, le=1)
-    """The same of source pictures on the drawing side."""
+    """The same of source images on the drawing side."""
     drop_read: float = Field(default=0.3, ge=0, le=1)
-    """The same of source pictures on the reading side."""
+    """The same of source images on the reading side."""
 
 
 class BagelConfig(Config):
@@ -110,7 +110,7 @@ def read_config(
 
 
 def with_tied_head(folder: Path, weights: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The weights, with the table of words for an output layer that the folder ties to it and leaves out."""
+    """The weights, with the token embedding for an output layer that the folder ties to it and does not store."""
     llm = _section(folder, "llm_config", _tolerant_json(folder / "config.json"))
     if LM_HEAD in weights or EMBED_TOKENS not in weights or llm.get("tie_word_embeddings") is not True:
         return weights
@@ -121,7 +121,7 @@ def config_from_json(folder: Path) -> BagelConfig:
     """The configuration that the json files alone tell, for a folder whose weights are not there yet.
 
     What they do not tell is as published. Tables of positions, whose sides config.json is known to be wrong about, are
-    taken to be large enough for every picture that comes in. Raises InputError, one line.
+    taken to be large enough for every image that comes in. Raises InputError, one line.
     """
     whole = _tolerant_json(folder / "config.json")
     llm, vit = _section(folder, "llm_config", whole), _section(folder, "vit_config", whole)
@@ -260,27 +260,27 @@ def _transformer(folder: Path, llm: Mapping[str, Any], weights: Mapping[str, Sto
 
 
 def _vit(folder: Path, vit: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> VitConfig:
-    """One layer fewer than vit_config.json says: a last one that is stored all the same is never run."""
+    """One layer fewer than in vit_config.json: the last one is not run, even where it is stored."""
     layers = _stored_layers(weights, READ_LAYERS)
     if not layers:
         raise InputError(f"{folder}: holds no {READ_LAYERS}N: {WHOLE}")
-    said = _number(folder, "vit_config", vit, "num_hidden_layers")
-    missing = [f"{READ_LAYERS}{i}" for i in range(int(said) - 1) if i not in layers]
+    depth = _number(folder, "vit_config", vit, "num_hidden_layers")
+    missing = [f"{READ_LAYERS}{i}" for i in range(int(depth) - 1) if i not in layers]
     if missing:
         names = several(missing)
         raise InputError(
-            f"{folder}: holds no {names}, vit_config.num_hidden_layers={said} wants {said - 1} layers: {WHOLE}"
+            f"{folder}: holds no {names}, vit_config.num_hidden_layers={depth} wants {depth - 1} layers: {WHOLE}"
         )
-    if max(layers) >= said:
+    if max(layers) >= depth:
         raise InputError(
-            f"{folder}: holds {READ_LAYERS}{max(layers)}, vit_config.num_hidden_layers={said}: "
+            f"{folder}: holds {READ_LAYERS}{max(layers)}, vit_config.num_hidden_layers={depth}: "
             "use json files and weights of one model"
         )
     return VitConfig(
         width=_rows(folder, weights, "vit_model.vision_model.embeddings.patch_embedding.weight"),
         mlp_width=_rows(folder, weights, f"{READ_LAYERS}0.mlp.fc1.weight"),
         heads=_number(folder, "vit_config", vit, "num_attention_heads"),
-        depth=said - 1,
+        depth=depth - 1,
         patch_size=_number(folder, "vit_config", vit, "patch_size"),
         side=_side(folder, weights, "vit_pos_embed.pos_embed"),
         norm_eps=vit.get("layer_norm_eps", 1e-6),

@@ -21,7 +21,7 @@ from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.types import Image
 
 SMALL_VAE: dict[str, Any] = {"width": 32, "multipliers": (1, 1, 2, 1), "res_blocks": 1}
-"""What is not said of ``vae`` is from here, not from FLUX.1."""
+"""Defaults of ``vae``, instead of FLUX.1's."""
 
 
 class BagelSizes(Config):
@@ -42,7 +42,7 @@ class BagelSizes(Config):
     latent_side: int = Field(default=64, ge=1, le=1024)
     vae: VaeConfig = VaeConfig.model_validate(SMALL_VAE)
     image_size: int = Field(default=64, ge=16, le=8192)
-    """Side of a picture drawn without a source, and the longest side of any."""
+    """Side of an image generated without a source image, and the longest side of any."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("vae", mode="before")
@@ -101,9 +101,9 @@ def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
 
 
 def _normalize_image_features(policy: BagelPolicy, sizes: BagelSizes) -> None:
-    """What a picture adds to a place of the reading tower gets deviation 1, the tower's own table of places 0.02.
+    """What an image adds to a place of the vision encoder gets deviation 1, its position table 0.02.
 
-    With torch's defaults a picture moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
+    With torch's defaults an image moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
     does not begin within thousands of steps.
     """
     towers, side = policy.encoders, sizes.image_size // sizes.patch_size * sizes.patch_size
@@ -185,14 +185,14 @@ def position_table(side: int, width: int) -> torch.Tensor:
 Observer = Callable[[int, float], None]
 """Called with the number of steps done and the loss."""
 Pictures = Callable[[int, int], Sequence[Image]]
-"""(first, count) -> pictures at the size that is drawn."""
+"""(first, count) -> images at the size of generated ones."""
 
 BATCH = 8
 POOL = 32
-"""Pictures, at least, that a step takes its batch from: half of it as they are, half put together from their liveliest
+"""Images, at least, that a step takes its batch from: half of it as they are, half put together from their liveliest
 tiles."""
 PICTURES = 8192
-"""Different pictures that are trained on, over and over: making them costs more than a step on a card."""
+"""Different images that are trained on, over and over: making them costs more than a step on a GPU."""
 LEARNING_RATE = 2e-3
 WARMUP = 20
 LOG_VARIANCE = -8.0
@@ -200,19 +200,19 @@ LOG_VARIANCE = -8.0
 SPREAD = 0.02
 """Of the posterior in the end, and of the noise that the decoder is trained with, over the deviation of the latents."""
 MEASURED = 64
-"""Pictures that are kept aside to measure on."""
+"""Images that are kept aside to measure on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """How much of a picture survives the autoencoder."""
+    """How much of an image survives the autoencoder."""
 
     psnr: float
-    """In decibels, of pictures that were not trained on."""
+    """In decibels, of images that were not trained on."""
     largest: float
-    """Mean over pictures of the largest error of a pixel, in [0, 1]."""
+    """Mean over images of the largest error of a pixel, in [0, 1]."""
     before: torch.Tensor
-    """float32 (B, 3, H, W) in [0, 1], on the CPU: the pictures ..."""
+    """float32 (B, 3, H, W) in [0, 1], on the CPU: the images ..."""
     after: torch.Tensor
     """... and what came back."""
 
@@ -226,8 +226,8 @@ def train_autoencoder(
 ) -> Reconstruction:
     """Trains the autoencoder of a policy on reconstruction, mean |difference| plus mean square, and scales its latents.
 
-    Afterwards latents have mean 0 and deviation 1 over the measured pictures, which BAGEL's scale and shift say, and
-    their posterior is narrow. Nothing else of the policy changes. The pictures of training are the first ``PICTURES``,
+    Afterwards latents have mean 0 and deviation 1 over the measured images, which BAGEL's scale and shift say, and
+    their posterior is narrow. Nothing else of the policy changes. The images of training are the first ``PICTURES``,
     those measured come after them.
     """
     vae = policy.encoders.latent_vae
@@ -241,7 +241,7 @@ def train_autoencoder(
         generator = torch.Generator().manual_seed(step)
         pool = stacked(policy, pictures(step % (PICTURES // pool_size) * pool_size, pool_size))
         mixed = collages(pool, policy.pixels_per_token(), batch // 2, generator)
-        # the turn of a picture of the set to be shown whole comes in later passes over the set
+        # the turn of an image of the set to be shown whole comes in later passes over the set
         start = step // (PICTURES // pool_size) * (batch - len(mixed)) % pool_size
         pixels = torch.cat([pool.roll(-start, 0)[: batch - len(mixed)], mixed])
         mean, _ = vae.moments(pixels)
@@ -263,7 +263,7 @@ def train_autoencoder(
 
 
 def collages(pixels: torch.Tensor, tile: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Pictures (count, 3, H, W) of tiles drawn with the odds of their deviation: most of a scene is empty ground, which
+    """Images (count, 3, H, W) of tiles sampled by their standard deviation: most of a scene is empty ground, which
     is learned at once and then teaches nothing."""
     b, c, h, w = pixels.shape
     rows, columns = h // tile, w // tile
@@ -276,7 +276,7 @@ def collages(pixels: torch.Tensor, tile: int, count: int, generator: torch.Gener
 
 @torch.no_grad()
 def set_log_variance(policy: BagelPolicy, value: float) -> None:
-    """The same for every picture and every place."""
+    """The same for every image and every place."""
     vae = policy.encoders.latent_vae
     weight, bias = vae.encoder.conv_out.weight, vae.encoder.conv_out.bias
     assert bias is not None
@@ -286,7 +286,7 @@ def set_log_variance(policy: BagelPolicy, value: float) -> None:
 
 @torch.no_grad()
 def scale_latents(policy: BagelPolicy, pixels: torch.Tensor) -> None:
-    """Sets scale and shift so that the latents of these pictures have mean 0 and deviation 1."""
+    """Sets scale and shift so that the latents of these images have mean 0 and deviation 1."""
     vae, config = policy.encoders.latent_vae, policy.config
     mean, _ = vae.moments(pixels)
     spread = float(mean.std())
@@ -309,6 +309,6 @@ def measure(policy: BagelPolicy, pixels: torch.Tensor) -> Reconstruction:
 
 
 def stacked(policy: BagelPolicy, images: Sequence[Image]) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as the autoencoder sees them."""
+    """Images (B, 3, H, W) in [-1, 1] as the autoencoder sees them."""
     resized = [policy.config.settings.latent_resize.apply(image) for image in images]
     return ((torch.stack(resized) - 0.5) / 0.5).to(policy.device)

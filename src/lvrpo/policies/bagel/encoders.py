@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 TIME_WIDTH = 256
 
 PosteriorNoise = Callable[[Image, tuple[int, int, int]], torch.Tensor]
-"""(picture at the size that is encoded, shape (z, h, w)) -> the standard normal draw of its posterior."""
+"""(image at the size that is encoded, shape (z, h, w)) -> the standard normal draw of its posterior."""
 
 
 def picture_noise(image: Image, shape: tuple[int, int, int]) -> torch.Tensor:
-    """A draw that is a function of the picture alone, so that every policy and every replay sees one context."""
+    """A draw that is a function of the image alone, so that every policy and every replay sees one context."""
     digest = hashlib.blake2b(to_uint8(image).tobytes(), digest_size=16).hexdigest()
     return normal_noise([derive_seed("posterior", digest, *image.shape[1:])], shape)[0]
 
 
 class BagelEncoders(nn.Module):
-    """SigLIP-2 and connector for reading, FLUX's autoencoder for drawing, sin-cos tables of places, Qwen's words."""
+    """SigLIP-2 and its connector, FLUX's autoencoder, sin-cos position tables, Qwen's token embedding and lm_head."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class BagelEncoders(nn.Module):
         self.latent_position: torch.Tensor
         self.frequencies: torch.Tensor
 
-    # ---------------------------------------------------------------- words
+    # ---------------------------------------------------------------- text
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens_table(ids)
 
@@ -109,7 +109,7 @@ class BagelEncoders(nn.Module):
 
     # ---------------------------------------------------------------- reading
     def read_pixels(self, image: Image) -> torch.Tensor:
-        """What the reading tower sees of a picture: (3, h, w) in [-1, 1]."""
+        """Input of the vision encoder: (3, h, w) in [-1, 1]."""
         settings = self.config.settings
         return (settings.read_resize.apply(settings.latent_resize.apply(image)) - 0.5) / 0.5
 
@@ -151,7 +151,7 @@ class BagelEncoders(nn.Module):
             return self.latent_vae.decode(z)
 
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Pictures in 8-bit steps, rounded down as published: what is judged is what a file would hold."""
+        """Images in 8-bit steps, rounded down as published: what is judged is what a file would hold."""
         pixels = (self.decode_pixels(latents, grid) * 0.5 + 0.5).clamp(0, 1) * 255
         return pixels.floor() / 255
 
@@ -168,13 +168,13 @@ class BagelEncoders(nn.Module):
 
 
 class VitConfig(Config):
-    """Sizes of the tower."""
+    """Sizes of the vision encoder."""
 
     width: int = Field(ge=1)
     mlp_width: int = Field(ge=1)
     heads: int = Field(ge=1)
     depth: int = Field(ge=1)
-    """Layers that are used: one less than vit_config.json says."""
+    """Layers that are run: one fewer than in vit_config.json."""
     patch_size: int = Field(ge=1)
     side: int = Field(ge=1)
     """Rows and columns of the table of positions."""
@@ -188,7 +188,7 @@ class VitConfig(Config):
 
 
 class Vit(nn.Module):
-    """Patches in, features out; the last layer of the published tower is left out, its last norm is not."""
+    """Patches in, features out; without the last layer of the published SigLIP, but with its final norm."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Vit(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Pictures of one grid: patches (B, N, 3 p^2) and their places (N,) in the table -> features (B, N, Dv)."""
+        """Images of one grid: patches (B, N, 3 p^2) and their places (N,) in the table -> features (B, N, Dv)."""
         x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](positions)
         for layer in self.encoder["layers"].children():
             x = layer(x)
@@ -210,7 +210,7 @@ class Vit(nn.Module):
 
 
 class VitLayer(nn.Module):
-    """One layer; every token of a picture sees all others of it."""
+    """One layer; full attention within an image."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -406,7 +406,7 @@ def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class ResizeRule(Config):
-    """How large a picture becomes; ``max_side`` wins over ``min_side``."""
+    """How large an image becomes; ``max_side`` wins over ``min_side``."""
 
     max_side: int = Field(ge=1)
     min_side: int = Field(ge=1)
@@ -415,10 +415,10 @@ class ResizeRule(Config):
     max_pixels: int = Field(default=1_806_336, ge=1)
 
     def size(self, width: int, height: int, pictures: int = 1) -> tuple[int, int]:
-        """Width and height of a picture among ``pictures`` that share the pixels.
+        """Width and height of an image among ``pictures`` that share the pixels.
 
         The longer side is brought down to ``max_side``, then the shorter one up to ``min_side``, both rounded (half to
-        even) to the stride. A picture of too many pixels is scaled again by the plain ratio of the pixels, not by its
+        even) to the stride. An image of too many pixels is scaled again by the plain ratio of the pixels, not by its
         root, and one whose longer side is above ``max_side`` once more.
         """
         scale = max(min(self.max_side / max(width, height), 1.0), self.min_side / min(width, height))
@@ -433,7 +433,7 @@ class ResizeRule(Config):
         return width, height
 
     def apply(self, image: Image) -> Image:
-        """The picture at its size, in 8-bit steps, by bicubic resampling."""
+        """The image at its size, in 8-bit steps, by bicubic resampling."""
         height, width = image.shape[1:]
         return resized(image, *self.size(width, height))
 
@@ -448,7 +448,7 @@ def to_uint8(image: Image) -> np.ndarray:
 
 
 def resized(image: Image, width: int, height: int) -> Image:
-    """The picture in 8-bit steps at another size."""
+    """The image in 8-bit steps at another size."""
     pixels = to_uint8(image)
     if pixels.shape[:2] != (height, width):
         picture = PilImage.fromarray(pixels).resize((width, height), PilImage.Resampling.BICUBIC)
@@ -472,5 +472,5 @@ def unpatchify(tokens: torch.Tensor, patch: int, rows: int, columns: int) -> tor
 
 
 def position_ids(rows: int, columns: int, side: int) -> torch.Tensor:
-    """int64 (rows * columns,): places in a table of side^2 entries, whatever the picture's width."""
+    """int64 (rows * columns,): places in a table of side^2 entries, whatever the image's width."""
     return (torch.arange(rows)[:, None] * side + torch.arange(columns)).flatten()

@@ -42,11 +42,11 @@ WEIGHTS = ("ema", "model"), "the weights of BAGEL"
 """Stems of the files that hold the model, and what it is; the average of training is preferred."""
 AUTOENCODER = ("ae",), "the autoencoder that drawings go through"
 MAX_TOKENS = 32768
-"""Tokens that go through the transformer at once: eight pictures of 1024 x 1024."""
+"""Tokens that go through the transformer at once: eight images of 1024 x 1024."""
 THOUGHT_TOKENS = 1000
-"""What is written at most, unless told otherwise."""
+"""Default ``max_new_tokens``."""
 TEXT_TOKENS = 512
-"""What a text that is written counts, however long it becomes."""
+"""Tokens that a text to sample counts in ``split_by_tokens``, whatever its length."""
 THINK_THEN_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning process "
     "is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
@@ -62,7 +62,7 @@ class BagelPolicy(MoTPolicy):
     """BAGEL (arXiv:2505.14683) of any size.
 
     Prompts of the task ``reason`` begin with the published instruction to think.
-    Differs from the paper: the autoencoder's posterior of a condition is drawn once per picture, as a function of its
+    Differs from the paper: the autoencoder's posterior of a condition is sampled once per image, as a function of its
     pixels, so that old and new policies see the same context.
     """
 
@@ -74,7 +74,7 @@ class BagelPolicy(MoTPolicy):
         super().__init__(MoT(config.transformer), BagelEncoders(config), tokenizer)
         self.config = config
         self.max_tokens = MAX_TOKENS
-        """Of contexts and of what is written and drawn after them, that go through the transformer at once."""
+        """Most tokens of a forward pass, contexts and outputs together."""
 
     @property
     def encoders(self) -> BagelEncoders:
@@ -82,7 +82,7 @@ class BagelPolicy(MoTPolicy):
 
     @property
     def image_size(self) -> None:
-        """Pictures of any size are read and drawn."""
+        """None: images of any size."""
         return None
 
     def pixels_per_token(self) -> int:
@@ -92,7 +92,7 @@ class BagelPolicy(MoTPolicy):
         return self.config.settings.timestep_shift
 
     def default_sampling(self, task: Task) -> Sampling:
-        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the picture guided too.
+        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the image guided too.
 
         Texts of up to 1000 tokens, or of half the positions where a model has fewer than 2000.
         """
@@ -112,10 +112,7 @@ class BagelPolicy(MoTPolicy):
         )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """Draws a group for every prompt; raises InputError for a question or an edit without a picture.
-
-        Also for a prompt that leaves no room for what is asked for.
-        """
+        """As ``Policy.sample``; raises InputError for a question or an edit without an image, or a prompt too long."""
         for prompt in prompts:
             pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
             if prompt.task in ("understand", "edit") and not pictures:
@@ -155,8 +152,8 @@ class BagelPolicy(MoTPolicy):
         for prompt in prompts:
             if prompt.id not in contexts:
                 contexts[prompt.id] = row_tokens(self._row(prompt))
-        drawn = grid[0] * grid[1] + 2
-        new = [max(drawn, TEXT_TOKENS) if "text" in prompt.output else drawn for prompt in prompts]
+        image_tokens = grid[0] * grid[1] + 2
+        new = [max(image_tokens, TEXT_TOKENS) if "text" in prompt.output else image_tokens for prompt in prompts]
         ids = [prompt.id for prompt in prompts]
         return split_by_tokens(ids, [contexts[name] for name in ids], new, self.max_tokens)
 
@@ -171,7 +168,7 @@ class BagelPolicy(MoTPolicy):
     ) -> Mapping[str, torch.Tensor]:
         """ "text": cross-entropy per token; "image": flow loss at logit-normal times, in one packed pass.
 
-        Conditions of drawings are left out at random, as ``settings`` say, so that guidance has its branches.
+        Conditions of images are dropped at random (``settings``), for classifier-free guidance.
         """
         if represent is not None:
             raise InputError("representation with a BAGEL checkpoint: its packed pass keeps no states: leave it out")
@@ -183,7 +180,7 @@ class BagelPolicy(MoTPolicy):
         return {name: values.mean() for name, values in found.items() if values.numel()}
 
     def _trained_row(self, example: Example) -> list[TrainedPiece]:
-        """The conditions, then the outputs; pictures are not encoded yet."""
+        """The conditions, then the outputs; images are not encoded yet."""
         row = [TrainedPiece(piece) for piece in self._row(example.prompt)]
         for output in example.outputs:
             if isinstance(output, str):
@@ -195,7 +192,7 @@ class BagelPolicy(MoTPolicy):
         return row
 
     def _encoded(self, rows: Sequence[Sequence[TrainedPiece]]) -> dict[int, torch.Tensor]:
-        """The latent (N, C) of every clean or noisy picture, by its id; those of one grid are encoded together."""
+        """The latent (N, C) of every clean or noisy image, by its id; those of one grid are encoded together."""
         pictures: dict[Grid, dict[int, Image]] = {}
         for piece in (trained.piece for row in rows for trained in row):
             if piece.image is not None and piece.span.kind in ("clean", "noise"):
@@ -255,7 +252,7 @@ class BagelPolicy(MoTPolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """As ``MoTPolicy.from_config``; of a folder without weights, from what its json files say."""
+        """As ``MoTPolicy.from_config``; of a folder without weights, from its json files."""
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
@@ -387,13 +384,13 @@ class TrainedPiece:
 
     piece: Piece
     loss: bool = False
-    """Text: whether its ids and its end are predicted. A noisy picture: whether its velocity is."""
+    """Text: whether its ids and its end are predicted. A noisy image: whether its velocity is."""
     next_id: int | None = None
-    """What the closing token predicts, such as the begin of a picture; nothing by default."""
+    """What the closing token predicts, such as the begin of an image; nothing by default."""
     noise: torch.Tensor | None = None
-    """(N, C): the noise of a noisy picture."""
+    """(N, C): the noise of a noisy image."""
     clean: torch.Tensor | None = None
-    """(N, C): the latent of a noisy picture."""
+    """(N, C): the latent of a noisy image."""
 
 
 TrainedRow = Sequence[TrainedPiece]
@@ -401,7 +398,7 @@ TrainedRow = Sequence[TrainedPiece]
 
 @dataclass(frozen=True)
 class Targets:
-    """What a packed batch is asked, as rows of its two blocks."""
+    """Targets of a packed batch, as rows of its two blocks."""
 
     labels: torch.Tensor
     """int64 (n,): the tokens to predict."""
@@ -427,13 +424,13 @@ class PackedLosses:
 
 
 def noisy_piece(piece: Piece, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> TrainedPiece:
-    """A picture to be drawn at time t (): x_t = (1 - t) clean + t noise; clean and noise are (N, C)."""
+    """An image to generate at time t (): x_t = (1 - t) clean + t noise; clean and noise are (N, C)."""
     x_t = (1 - t) * clean + t * noise
     return TrainedPiece(replace(piece, state=(x_t, t)), loss=True, noise=noise, clean=clean)
 
 
 def dropped(trained: TrainedPiece) -> TrainedPiece | None:
-    """A condition left out: a picture keeps its rope id, a text leaves nothing."""
+    """A condition left out: an image keeps its rope id, a text leaves nothing."""
     if trained.piece.span.kind == "text":
         return None
     return TrainedPiece(Piece(Span("dropped", 0), ()))
@@ -480,9 +477,9 @@ def packed_losses(runner: ModelRunner, rows: Sequence[TrainedRow]) -> PackedLoss
     encoders = runner.encoders
     targets = find_targets(rows, encoders.channels, hidden.reading.device)
     logits = encoders.text_logits(hidden.reading.index_select(0, targets.label_rows)).float()
-    drawn = hidden.drawing.index_select(0, targets.velocity_rows)
+    selected = hidden.drawing.index_select(0, targets.velocity_rows)
     still = targets.velocities.new_zeros(0)
-    velocity = encoders.velocity(drawn, still, still)
+    velocity = encoders.velocity(selected, still, still)
     return PackedLosses(
         cross_entropy=functional.cross_entropy(logits, targets.labels, reduction="none"),
         squared_error=(velocity - targets.velocities).square(),

@@ -1,4 +1,4 @@
-"""Qwen2.5's byte-level words with BAGEL's four markers."""
+"""Qwen2.5's byte-level BPE with BAGEL's four special tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lvrpo.errors import InputError
 from lvrpo.reading import read_bytes
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-"""Begin and end of a text, begin and end of a picture."""
+"""Begin and end of a text, begin and end of an image."""
 PADDING = "<|endoftext|>"
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen2 cuts a text before it merges bytes."""
+"""The pre-tokenizer of Qwen2."""
 
 
 class BagelTokenizer:
@@ -66,7 +66,7 @@ class BagelTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def suppressed_tokens(self) -> torch.Tensor:
-        """Nothing is: the published model writes whatever is likely."""
+        """None: the published model suppresses no token."""
         return torch.zeros(self.vocabulary_size, dtype=torch.bool)
 
     def save(self, folder: Path) -> None:

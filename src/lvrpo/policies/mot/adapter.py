@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on a Mixture-of-Transformers, through ``peft``.
 
-The base is stored once. Its adapted twins (trained, old, average) and the plain reference are modules of their own
-around the very same weight tensors: only the small matrices of the adapter exist more than once, nothing is swapped.
+Policy, old policy, EMA and reference are separate modules that share the base's tensors; the adapter's matrices alone
+are copied.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ P = TypeVar("P", bound="MoTPolicy")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft names them."""
 NAME = "default"
-"""What peft calls the one adapter of a policy."""
+"""peft's name of the adapter."""
 SAMPLED = 4096
-"""Values that the fingerprint of a base takes of each tensor."""
+"""Values of each tensor in the fingerprint of a base."""
 
 Expert = Literal["understand", "generate"]
 Modules = Literal["attention", "mlp", "connector", "time", "head", "tower"]
@@ -48,12 +48,12 @@ PATTERNS: Mapping[Modules, str] = {
     "head": r"towers\.(?P<expert>lm)_head",
     "tower": r"towers\.(?P<expert>read)_vit\..+",
 }
-"""Linear layers by kind; the group says whose they are."""
+"""Regular expressions of linear layers by kind; the group names their expert."""
 OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
     "flow": ("towers.latent_out", "connector", "generate", "drawing"),
     "text": ("towers.lm_head", "head", "understand", "text"),
 }
-"""The layer that a kind of segments leaves the model by, its own kind and expert, and a word for the segments."""
+"""By kind of segments: the output layer, its kind of module and expert, and a name for messages."""
 EXPERTS: Mapping[str, Expert] = {
     "reading": "understand",
     "read": "understand",
@@ -65,7 +65,7 @@ EXPERTS: Mapping[str, Expert] = {
 
 
 class AdapterConfig(Config):
-    """What is trained instead of the weights: low-rank corrections of chosen linear layers."""
+    """Low-rank adapters of chosen linear layers, trained instead of the weights."""
 
     rank: int = Field(default=16, ge=1, le=4096)
     """Of the factors."""
@@ -79,8 +79,8 @@ class AdapterConfig(Config):
     experts: tuple[Expert, ...] = Field(default=("understand", "generate"), min_length=1)
     """Experts that get an adapter."""
     modules: tuple[Modules, ...] = Field(default=("attention", "mlp"), min_length=1)
-    """attention, mlp: of the transformer's layers; connector: into and out of the towers; time: the embedding of times;
-    head: of words; tower: the reading tower's own layers (BAGEL)."""
+    """attention, mlp: of the transformer's layers; connector: encoders to transformer; time: timestep embedding;
+    head: lm_head; tower: the vision encoder's own layers (BAGEL)."""
 
     @field_validator("dropout")
     @classmethod
@@ -109,19 +109,19 @@ class AdapterConfig(Config):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a policy knows of its adapter."""
+    """The adapter of a policy."""
 
     config: AdapterConfig
     base: str
     """MODEL of the base: a folder or a built-in name."""
     fingerprint: str
-    """Of the base's weights."""
+    """``base_fingerprint`` of the base."""
 
 
 def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int = 0) -> None:
-    """Puts a fresh adapter onto a policy, in place: it changes no output yet, and it alone is trainable.
+    """Adds a fresh adapter to a policy, in place: outputs do not change, and it alone is trainable.
 
-    Its first matrices are a function of the seed, its second ones zero; both are float32.
+    A matrices are a function of the seed, B matrices zero; both are float32.
     Raises InputError where peft is missing, a choice finds no layer, or the policy has an adapter already.
     """
     if policy.adapter is not None:
@@ -135,7 +135,7 @@ def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int =
 
 
 def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
-    """Raises InputError where DoRA would divide by the norm of a row of zeros."""
+    """Raises InputError where DoRA would divide by the zero norm of a row."""
     if config.dora:
         for name in config.targets(policy):
             if not bool(policy.get_submodule(name).weight.any(dim=1).all()):  # type: ignore[operator]  # a Linear
@@ -146,7 +146,7 @@ def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
 
 
 def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[SegmentKind]) -> None:
-    """Raises InputError where an output layer of zeros, as a fresh model has, hides all that the adapter changes."""
+    """Raises InputError where an output layer is all zeros, so that the adapter changes no output."""
     for kind in kinds:
         name, module, expert, word = OUTPUTS.get(kind, ("", "head", "understand", ""))
         layers = [layer for own, layer in policy.named_modules() if own == name and isinstance(layer, nn.Linear)]
@@ -160,7 +160,7 @@ def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[Se
 
 
 def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> None:
-    """The layers of a fresh adapter, float32 and the only ones that are trainable."""
+    """Injects a fresh adapter, float32; no other parameter stays trainable."""
     peft, targets = peft_library(), config.targets(policy)
     policy.requires_grad_(False)
     settings = peft.LoraConfig(
@@ -178,7 +178,7 @@ def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> N
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):
             parameter.data = parameter.data.float()
-    if config.dora:  # peft took the norms at the base's dtype, and takes them in float32 at every call
+    if config.dora:  # peft initializes the norms at the base's dtype, but computes them in float32 in forward
         for layer in _layers(policy).values():
             layer.lora_magnitude_vector[NAME].weight.data = torch.linalg.norm(layer.weight.float(), dim=1)
 
@@ -189,7 +189,7 @@ def is_adapter(name: str) -> bool:
 
 
 def without_adapter(policy: P) -> P:
-    """The base as a plain policy, its tensors shared with the adapted one."""
+    """The base as a policy without adapter; its tensors are shared."""
     shared: dict[int, Any] = {}  # Any: what copy.deepcopy takes as its memo
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if not is_adapter(name):
@@ -202,7 +202,7 @@ def without_adapter(policy: P) -> P:
 
 
 def merge(policy: MoTPolicy) -> None:
-    """Makes the adapter part of the weights, in place, computed in float32; weights that others share stay theirs."""
+    """Merges the adapter into copies of the weights, in float32; shared base tensors are not changed."""
     for name, layer in (_layers(policy) if policy.adapter is not None else {}).items():
         base = layer.base_layer
         dtype = base.weight.dtype
@@ -222,7 +222,7 @@ def has_adapter(folder: Path) -> bool:
 
 
 def save_adapter(policy: MoTPolicy, folder: Path) -> None:
-    """Writes the adapter alone, as peft does; the file of weights says of which base it is."""
+    """Writes the adapter in peft's format; metadata of the weights has the fingerprint of the base."""
     assert policy.adapter is not None
     peft, adapter = peft_library(), policy.adapter
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def save_adapter(policy: MoTPolicy, folder: Path) -> None:
 
 
 def read_base(folder: Path) -> str:
-    """The MODEL that an adapter belongs to; raises InputError."""
+    """The MODEL of an adapter's base; raises InputError."""
     path = folder / ADAPTER_CONFIG
     if not path.exists():
         raise InputError(f"{path}: no such file: an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
@@ -254,7 +254,7 @@ def read_base(folder: Path) -> str:
 
 
 def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
-    """Puts a saved adapter onto its base, in place.
+    """Loads a saved adapter into its base, in place.
 
     Raises InputError for a damaged file, one that lvrpo did not save, or the adapter of another base.
     """
@@ -290,10 +290,7 @@ def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
 
 
 def base_fingerprint(policy: nn.Module) -> str:
-    """A hash of names, shapes and evenly spaced values of the weights without an adapter, at bfloat16.
-
-    It is the same whatever dtype the weights were loaded at, and however many files they came in.
-    """
+    """A hash of names, shapes and evenly spaced values of the base's weights, at bfloat16, whatever their dtype."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in policy.state_dict().items():
         if is_adapter(name):
@@ -306,13 +303,13 @@ def base_fingerprint(policy: nn.Module) -> str:
 
 
 def _stored_name(policy: MoTPolicy, name: str) -> str:
-    """Of a tensor of the adapter, in its file: peft's prefix, the published name of the layer, peft's own ending."""
+    """Name of an adapter's tensor in its file: peft's prefix, the published layer name, peft's suffix."""
     layer, _, ending = name.partition(".lora_")
     return f"base_model.model.{policy.stored_name(layer)}.lora_{ending}"
 
 
 def _shell(policy: MoTPolicy) -> nn.Module:
-    """The modules of a policy without the policy: peft asks a model for a ``config`` of its own kind."""
+    """The modules of a policy in a plain module: peft expects a ``config`` of transformers."""
     shell = nn.Module()
     shell.transformer, shell.towers = policy.transformer, policy.towers  # type: ignore[assignment]  # a Module
     if policy.peft_config:

@@ -1,4 +1,4 @@
-"""Sequence layout and attention of a unified model: which token sees which, its expert and its rope id.
+"""Sequence layout and attention: the attention mask, the expert and the position id of every token.
 
 The rules are those of BAGEL (arXiv:2505.14683). A row of a batch is a list of spans. Inside one row, query i may attend
 to key j if j comes no later than i, or both are in the same image, unless j belongs to a noisy image, or an option,
@@ -6,7 +6,7 @@ that is not i's own. Text takes one rope id per token; all tokens of an image, i
 after an image the id advances by 1, after a noisy one or an option not at all. The drawing expert owns the latent
 tokens (noisy or clean); the reading expert owns everything else, markers included.
 
-Letters: B rows, R rows that go together, L tokens of the longest row, S tokens already in the cache, D width, H heads,
+Letters: B rows, R rows of one batch, L tokens of the longest row, S cached tokens, D width, H heads,
 K key heads, G heads that share a key head, E head width.
 """
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from lvrpo.policies.mot.transformer import Cache, CachePart
 
 TEXT_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of attention from texts, which come in all lengths: cuDNN's kernel is planned anew for each, at the cost of many
-tokens, and is therefore left out."""
+"""Kernels for text, which comes in all lengths. cuDNN's is left out: it compiles a plan for every new length."""
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -43,9 +42,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 def folded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``attention`` with the heads that share a key head as more queries of it, under a mask (..., L, S + L).
+    """``attention`` under a mask (..., L, S + L), with the G query heads of a key head folded into the query axis.
 
-    A card's kernel for masks has no shared key heads, and what stands in for it writes all scores to memory.
+    On CUDA the memory-efficient kernel takes masks but no grouped heads; the fallback would store all scores.
     """
     L, K = q.shape[1], k.shape[2]
     G = q.shape[2] // K
@@ -63,7 +62,7 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class MaskedAttention:
-    """All rows at once, under one mask."""
+    """All rows in one call, under a mask."""
 
     cache: Cache
     mask: torch.Tensor
@@ -77,10 +76,10 @@ class MaskedAttention:
 
 
 class SpanAttention:
-    """Span by span, over exactly the keys that the span sees: a picture needs no mask, a text a small one.
+    """Span by span, over the keys that the span attends to: images need no mask, texts a small one.
 
-    Rows of one layout and of contexts of equal lengths go together, so the group of a prompt is one call per span.
-    Indices are made here, once for all layers: each is a copy to the card, which waits for the card.
+    Rows with equal layouts and context lengths are batched, so the group of a prompt is one call per span. Indices are
+    made once for all layers, because a copy to the GPU synchronizes.
     """
 
     def __init__(self, packing: Packing, cache: Cache) -> None:
@@ -94,7 +93,7 @@ class SpanAttention:
         order = [b for rows in self.batches for b in rows]
         places = sorted(range(len(order)), key=order.__getitem__)
         self.places = self._index(places, len(order))
-        """Where the rows are once the batches stand one after another."""
+        """int64 (B,): the place of every row in the concatenated batches; None: in order."""
         self.contexts = [[self._context(part, rows) for part in cache.parts] for rows in self.batches]
 
     def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -119,7 +118,7 @@ class SpanAttention:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows of one layout after the keys and values of their contexts, (R, L, H, E); places of padding are zero."""
+        """Attention (R, L, H, E) of rows with one layout; zero at padding."""
         out, start = [], 0
         for span in self.packing.rows[rows[0]]:
             stop = start + span.length
@@ -148,21 +147,21 @@ class SpanAttention:
         return _Before(part, length, len(rows), None, self._index(entries, len(part.lengths)))
 
     def _index(self, places: Sequence[int], count: int) -> torch.Tensor | None:
-        """On the device; None for all of so many in order."""
+        """``places`` as a tensor on the device; None for 0 .. count - 1."""
         return None if list(places) == list(range(count)) else torch.tensor(places, device=self.device)
 
 
 @dataclass(frozen=True)
 class _Before:
-    """What rows of equal lengths have before them in one part of the cache."""
+    """The entries of one cache part before rows with contexts of equal lengths."""
 
     part: CachePart
     length: int
     rows: int
     entry: int | None
-    """The one that all rows share, which is no copy."""
+    """The entry that all rows share: a view, no copy."""
     index: torch.Tensor | None
-    """Of every row's own entry; None: as they stand."""
+    """int64 (R,): the entry of each row; None: in order."""
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values without padding, (R, length, K, E)."""
@@ -176,16 +175,16 @@ class _Before:
 
 
 SpanKind = Literal["text", "option", "read", "clean", "noise", "dropped"]
-"""text; a text that is scored beside others after the same context; a picture for the reading side; a clean latent
-picture for the drawing side; a picture being drawn; a picture left out in training, which has no tokens but keeps its
-rope id."""
+"""text; option: one of several texts scored after the same context; read: vision-encoder tokens of an image; clean:
+latent tokens of a condition image; noise: those of the image being generated; dropped: an image that training drops,
+without tokens but with its rope id."""
 UNSEEN: tuple[SpanKind, ...] = ("option", "noise")
-"""What comes after one of these neither sees it nor is moved by it."""
+"""Later spans do not attend to these, and their rope ids do not depend on them."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One segment of a row; for the picture kinds ``length`` counts the two markers too."""
+    """One segment of a row; for the image kinds ``length`` counts the two markers too."""
 
     kind: SpanKind
     length: int
@@ -193,20 +192,20 @@ class Span:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Everything that the rules say about one row; arrays over its tokens."""
+    """The layout of one row of l tokens."""
 
     drawing: np.ndarray
-    """bool (l,): tokens of the drawing expert."""
+    """bool (l,): whether the drawing expert processes the token."""
     rope_ids: np.ndarray
     """int64 (l,): rope ids relative to the row's start."""
     visible: np.ndarray
-    """bool (l, l): visible[i, j] if query i may look at key j; (0, 0) where it was not asked for."""
+    """bool (l, l): visible[i, j] if query i attends to key j; (0, 0) without ``mask``."""
     rope_advance: int
-    """What the row adds to the rope id of whatever follows."""
+    """Added to the rope id of the next row."""
 
 
 def row_layout(spans: tuple[Span, ...], mask: bool = True) -> RowLayout:
-    """Applies the sequence rules to one row; without ``mask``, all but who sees whom."""
+    """The layout of a row; ``visible`` is computed with ``mask`` alone."""
     length = sum(span.length for span in spans)
     drawing = np.zeros(length, dtype=bool)
     rope_ids = np.zeros(length, dtype=np.int64)
@@ -232,7 +231,7 @@ def row_layout(spans: tuple[Span, ...], mask: bool = True) -> RowLayout:
 
 @dataclass(frozen=True)
 class Packing:
-    """Index tensors of a batch of rows; tokens travel as two blocks, reading (Nr, D), drawing (Nd, D), in row order."""
+    """Index tensors of a batch of rows. Tokens are two blocks, reading (Nr, D) and drawing (Nd, D), in row order."""
 
     rows: tuple[tuple[Span, ...], ...]
     row_lengths: tuple[int, ...]
@@ -249,8 +248,8 @@ class Packing:
     rope_ids: torch.Tensor
     """int64 (B, L): relative to each row's start."""
     visible: torch.Tensor | None
-    """bool (B, L, L); a padding query sees itself alone. None where it would have more than ``MASK_CELLS`` cells: who
-    sees whom is then read from ``rows``."""
+    """bool (B, L, L): attention mask; a padding query attends to itself. None for more than ``MASK_CELLS`` cells:
+    ``SpanAttention`` then reads ``rows``."""
     rope_advance: torch.Tensor
     """int64 (B,)."""
 
@@ -266,14 +265,14 @@ class Packing:
 
 
 MASK_CELLS = 1 << 24
-"""A mask of more cells is never built: one row of 4096 tokens, or sixteen of 1024."""
-KEPT_BYTES = 64 << 20
-"""Layouts that come again are kept up to so many bytes, the last ones used."""
+"""Largest mask that is built: one row of 4096 tokens, or sixteen of 1024."""
+PACKING_CACHE_BYTES = 64 << 20
+"""Size of the cache of packings (least recently used are dropped)."""
 _Key = tuple[tuple[tuple[Span, ...], ...], torch.device]
 
 
-class _Kept:
-    """Packings by what they were made of."""
+class _PackingCache:
+    """An LRU cache of packings."""
 
     def __init__(self) -> None:
         self.packings: OrderedDict[_Key, Packing] = OrderedDict()
@@ -285,12 +284,12 @@ class _Kept:
         return self.packings.get(key)
 
     def put(self, key: _Key, packing: Packing) -> None:
-        """Keeps a packing of a quarter of the bytes at most, at the cost of those not used for longest."""
-        if packing.bytes > KEPT_BYTES // 4:
+        """Stores a packing of at most a quarter of the size, and drops the least recently used ones."""
+        if packing.bytes > PACKING_CACHE_BYTES // 4:
             return
         self.packings[key] = packing
         self.bytes += packing.bytes
-        while self.bytes > KEPT_BYTES:
+        while self.bytes > PACKING_CACHE_BYTES:
             self.bytes -= self.packings.popitem(last=False)[1].bytes
 
     def clear(self) -> None:
@@ -298,22 +297,22 @@ class _Kept:
         self.bytes = 0
 
 
-_kept = _Kept()
+_packings = _PackingCache()
 
 
 def pack(rows: Sequence[tuple[Span, ...]], device: torch.device) -> Packing:
-    """Lays a batch of rows out on a (B, L) grid, padding at the end of the shorter ones."""
+    """The packing of rows on a (B, L) grid, padded at the end; cached."""
     key = tuple(rows), device
-    packing = _kept.get(key)
+    packing = _packings.get(key)
     if packing is None:
         packing = _pack(*key)
-        _kept.put(key, packing)
+        _packings.put(key, packing)
     return packing
 
 
 def forget_packings() -> None:
-    """Empties what ``pack`` keeps."""
-    _kept.clear()
+    """Empties the cache of ``pack``."""
+    _packings.clear()
 
 
 def _pack(rows: tuple[tuple[Span, ...], ...], device: torch.device) -> Packing:

@@ -1,4 +1,4 @@
-"""Drawing with a Mixture-of-Transformers: guided velocity after a context, and the sampling loop of a flow."""
+"""Flow sampling with a Mixture-of-Transformers: the guided velocity and the sampling loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lvrpo.sampling.guidance import Renorm
 
 @dataclass(frozen=True)
 class GuidanceCaches:
-    """The contexts of guidance, (B,) rows each; a branch that is not needed is absent."""
+    """The caches of the guidance branches, B rows each; None for a branch that is not used."""
 
     full: Cache
     no_text: Cache | None
@@ -36,7 +36,7 @@ class GuidanceCaches:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the branches are combined."""
+    """Guidance settings, as in ``Sampling``."""
 
     scale: float
     image_scale: float
@@ -51,7 +51,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class FlowSample:
-    """A batch of drawn latents and the record of its trained steps; W trained steps."""
+    """A batch of sampled latents and its W trained steps."""
 
     latents: torch.Tensor
     """(B, N, C)."""
@@ -69,7 +69,7 @@ class FlowSample:
 
 @dataclass(frozen=True)
 class ReplayedFlow:
-    """Recorded steps of a batch under the current weights; W trained steps."""
+    """The W trained steps of a batch under the current weights."""
 
     logprobs: torch.Tensor
     """(B, W)."""
@@ -80,7 +80,7 @@ class ReplayedFlow:
 
 
 def guidance_of(sampling: Sampling) -> Guidance:
-    """The guidance that a sampling asks for."""
+    """The guidance settings of a sampling."""
     return Guidance(
         sampling.guidance_scale,
         sampling.image_guidance_scale,
@@ -93,7 +93,7 @@ def guidance_of(sampling: Sampling) -> Guidance:
 def prefill_guidance(
     runner: ModelRunner, full: Cache, prompt_rows: Sequence[Row], guidance: Guidance
 ) -> GuidanceCaches:
-    """Prefills the unguided branches; ``prompt_rows`` are the contexts without any thinking text."""
+    """Prefills the unguided branches; ``prompt_rows`` are the prompts, without sampled text."""
     no_text = no_image = None
     if guidance.scale != 1.0:
         cache, index = runner.prefill_shared([runner.without_text(row) for row in prompt_rows])
@@ -107,9 +107,9 @@ def prefill_guidance(
 def velocity(
     runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid | None = None
 ) -> torch.Tensor:
-    """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the context is left alone.
+    """The model's velocity (B, N, C) at states (B, N, C) and times (B,), unguided; the cache is unchanged.
 
-    Without a grid it is that of a picture drawn without a source.
+    ``grid`` None: the default grid.
     """
     noise = runner.noise(grid or runner.encoders.default_grid(None))
     hidden = runner.run([(noise,)] * len(x_t), cache, (x_t, t), extend=False)
@@ -119,7 +119,7 @@ def velocity(
 def velocity_and_features(
     runner: ModelRunner, cache: Cache, x_t: torch.Tensor, t: torch.Tensor, grid: Grid, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``velocity``, and the drawing expert's states (B, N, D) after so many layers."""
+    """``velocity``, and the drawing expert's states (B, N, D) after ``layer`` layers."""
     hidden = runner.run([(runner.noise(grid),)] * len(x_t), cache, (x_t, t), keep_layers=True, extend=False)
     v = runner.encoders.velocity(hidden.drawing.unflatten(0, x_t.shape[:2]), x_t, t)
     return v, hidden.layers[layer - 1][1].unflatten(0, x_t.shape[:2])
@@ -134,9 +134,9 @@ def guided_velocity(
     grid: Grid,
     at: float | None = None,
 ) -> torch.Tensor:
-    """Three-way classifier-free guidance at one time () for all rows; one pass per branch that is present.
+    """Three-way classifier-free guidance at one time () for all rows; one pass per branch.
 
-    ``at`` is the same time as a number: reading it from a card would wait for the card.
+    ``at`` is the same time as a number, which avoids a GPU synchronization.
     """
     times = t.expand(len(x_t))
     v = velocity(runner, caches.full, x_t, times, grid)
@@ -163,7 +163,7 @@ def sample_flow(
     step_seeds: Sequence[int],
     grid: Grid,
 ) -> FlowSample:
-    """Pictures of one grid, each from its own noise."""
+    """Images of one grid, each from its own noise."""
     shape = grid[0] * grid[1], runner.encoders.channels
     device = caches.full.rope.device
     window = sampling.window if sampling.sampler != "ode" else ()
@@ -230,9 +230,9 @@ def replay_steps(
     guidance: Guidance,
     grid: Grid,
 ) -> ReplayedFlow:
-    """Recorded steps scored under the current weights, with the very calls that sampled them.
+    """Scores recorded steps under the current weights, by the calls that sampled them.
 
-    Where layers are computed again in the backward pass, so are whole steps: one at a time is remembered then.
+    With gradient checkpointing, whole steps are recomputed too, so that activations of one step are kept.
     """
     if not trained_steps:
         return ReplayedFlow(states.new_zeros(len(states), 0), states, states.new_zeros(0))

@@ -1,6 +1,6 @@
 """Text generation, one token at a time from the KV cache, and the log-probs of given texts.
 
-Letters: R rows, S keys so far, D width, H heads, K key heads, E head width.
+Letters: R rows, S cached keys, D width, H heads, K key heads, E head width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TokenizedText:
     """A sampled text."""
 
     tokens: tuple[int, ...]
-    """The end token is included when the text ended by itself."""
+    """Ends with the end token where ``ended``."""
     ended: bool
 
 
@@ -33,7 +33,7 @@ class TextScores:
     logprobs: list[torch.Tensor]
     entropies: list[torch.Tensor]
     cache: Cache
-    """The contexts, extended by the texts where these were closed."""
+    """The cache, with the texts where ``closed``."""
 
 
 def generate_text(
@@ -41,8 +41,8 @@ def generate_text(
 ) -> list[TokenizedText]:
     """Samples one text per member: member m continues row ``owner[m]`` of the cache, with uniforms (B, max tokens).
 
-    Members that have written the same so far share one row, so a step costs the number of distinct prefixes; of more
-    members than fit into the buffers, one part after another.
+    Members with the same prefix share one row, so a step costs the number of distinct prefixes. Members that do not fit
+    into the buffers are sampled in parts.
     """
     together = decode_batch_size(runner.transformer, cache, uniforms.shape[1])
     if len(owner) <= together:
@@ -60,12 +60,12 @@ def generate_text(
 def _generate_batch(
     runner: ModelRunner, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
 ) -> list[TokenizedText]:
-    """Members that are written together. A step waits for the card once, for its tokens, as long as rows stay apart."""
+    """Samples members in one batch; a step synchronizes with the GPU once, for its tokens."""
     eos = runner.tokenizer.eos_id
     forbidden = runner.tokenizer.suppressed_tokens().to(uniforms.device)
     decoder = Decoder(runner.transformer, cache, uniforms.shape[1])
-    written: list[list[int]] = [[] for _ in owner]
-    active, row_of = list(range(len(owner))), list(owner)  # members that still write, and the row of each
+    sampled: list[list[int]] = [[] for _ in owner]
+    active, row_of = list(range(len(owner))), list(owner)  # members without an end token, and the row of each
     feed = torch.full((len(cache.rope),), runner.tokenizer.bos_id, device=uniforms.device)
     for position in range(uniforms.shape[1]):
         logits = text_logits(runner, decoder.step(runner.encoders.embed_tokens(feed)), forbidden)
@@ -75,7 +75,7 @@ def _generate_batch(
         first: list[int] = []  # the place of the first member of every prefix
         fed = tokens.tolist()
         for place, token in enumerate(fed):
-            written[active[place]].append(token)
+            sampled[active[place]].append(token)
             if token != eos:
                 if prefixes.setdefault((row_of[place], token), len(prefixes)) == len(first):
                     first.append(place)
@@ -85,11 +85,11 @@ def _generate_batch(
         decoder.select([parent for parent, _ in prefixes])
         feed, uniforms = _take(tokens, first), _take(uniforms, still)
         active, row_of = [active[p] for p in still], [prefixes[row_of[p], fed[p]] for p in still]
-    return [TokenizedText(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in written]
+    return [TokenizedText(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in sampled]
 
 
 def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Rows of x; all of them in order are no copy, and no index that travels to the card."""
+    """Rows of x; x itself for all rows in order."""
     if list(rows) == list(range(len(x))):
         return x
     return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
@@ -105,8 +105,8 @@ def score_text(
 ) -> TextScores:
     """Log-prob of every token of text b after row ``owner[b]`` of the cache, differentiable.
 
-    ``closed`` feeds the end token too, so that the returned contexts can be continued. Equal texts after the same
-    context are computed once.
+    ``closed`` feeds the end token too, so that the returned cache can be continued. Equal texts after the same context
+    are computed once.
     """
     keys = list(zip(owner, texts, strict=True))
     places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -127,7 +127,7 @@ def score_text(
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
     logits = text_logits(runner, selected, runner.tokenizer.suppressed_tokens().to(device))
-    # at temperature 0 the density is a point: the plain distribution is scored instead
+    # temperature 0 is scored at temperature 1
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
     entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0)).sum(-1)
@@ -138,16 +138,16 @@ def score_text(
 
 
 def text_logits(runner: ModelRunner, hidden: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
-    """Logits over the vocabulary, those of tokens that are never written being -inf."""
+    """Logits (n, V); -inf for suppressed tokens."""
     return runner.encoders.text_logits(hidden).masked_fill(forbidden, -torch.inf)
 
 
 BUFFER_BYTES = 8 << 30
-"""Keys and values of rows that are written together: more members than fit are written one part after another."""
+"""Largest KV buffer of a batch of texts; more members are sampled in parts."""
 
 
 def decode_batch_size(transformer: MoT, cache: Cache, steps: int) -> int:
-    """How many rows are written together: at least one."""
+    """The number of rows of a batch: at least one."""
     config = transformer.config
     element = cache.parts[0].keys[0].element_size() if cache.parts else transformer.inv_freq.element_size()
     width = config.key_heads * config.width // config.heads
@@ -156,11 +156,7 @@ def decode_batch_size(transformer: MoT, cache: Cache, steps: int) -> int:
 
 
 class Decoder:
-    """Rows that each grow by one text token per step; nothing of it has a gradient.
-
-    Every row has keys and values of its own, with room for all steps: a step writes one place of each and copies
-    nothing. What a step needs of indices and masks is made before its layers, and only where rows change.
-    """
+    """Decodes one text token per row and step from a preallocated KV cache, without gradient."""
 
     def __init__(self, transformer: MoT, cache: Cache, steps: int) -> None:
         self.transformer, self.cache = transformer, cache
@@ -173,7 +169,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, x: torch.Tensor) -> torch.Tensor:
-        """Embedded tokens (R, D), one per row -> their final states (R, D), normed."""
+        """Input embeddings (R, D), one token per row -> final states (R, D), normed."""
         transformer, config = self.transformer, self.transformer.config
         cos, sin = transformer.rotation(self.rope[:, None])  # (R, 1, 1, E)
         cos, sin = cos[:, 0], sin[:, 0]
@@ -193,7 +189,7 @@ class Decoder:
 
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:
-        """Repeats, drops or reorders the rows, which copies them; rows that stay as they are cost nothing."""
+        """Repeats, drops or reorders the rows by copying; all rows in order are not copied."""
         if list(rows) == list(range(len(self.rope))):
             return
         index = torch.tensor(rows, dtype=torch.int64, device=self.rope.device)
@@ -204,7 +200,7 @@ class Decoder:
         self.mask = None if self.mask is None else self.mask.index_select(0, index)
 
     def _append(self, i: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new token's keys and values (R, K, E) of layer i; those of all tokens so far, (R, S, K, E)."""
+        """Appends keys and values (R, K, E) of layer i; returns those of all tokens, (R, S, K, E)."""
         if i == len(self.keys):
             layers = [part.layer(i) for part in self.cache.parts]
             self.keys.append(self._buffer([keys for keys, _ in layers], k))
@@ -233,5 +229,5 @@ class Decoder:
 
 
 def _length(cache: Cache) -> int:
-    """Places of a context, padding included."""
+    """Length of the cache, padding included."""
     return sum(part.keys[0].shape[1] for part in cache.parts)

@@ -25,36 +25,36 @@ from lvrpo.sampling import derive_seed, flow_time, normal_noise
 from lvrpo.types import Example, Image, Part, Parts
 
 JUDGE_TIMES = (0.5, 0.85)
-"""The drawing side judges between these times: the most telling at few draws."""
+"""Default times of ``image_logprob``: few draws tell images apart best there."""
 
 
 class Limits(Protocol):
-    """What a policy lets through the transformer."""
+    """The limits of a policy on a forward pass."""
 
     def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
-        """Raises InputError where a context with so many new tokens after it is longer than the policy takes."""
+        """Raises InputError where a context and ``new`` tokens after it exceed the policy's length limit."""
         ...
 
     def split_rows(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
-        """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
+        """Splits rows, each followed by ``new`` tokens, into forward passes, as indices."""
         ...
 
 
-# --- the reading side ---
+# --- text ---
 
 
 def text_logprob(runner: ModelRunner, limits: Limits, given: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-    """Mean log-prob per token, end token included, of each text after what is given, (B,)."""
+    """Mean log-prob per token, end token included, of each text after its context ``given``, (B,)."""
     rows = [runner.row(parts, draws=False) for parts in given]
-    written = [TokenizedText((*runner.tokenizer.encode(text), runner.tokenizer.eos_id), True) for text in texts]
-    for row, text in zip(rows, written, strict=True):
+    tokenized = [TokenizedText((*runner.tokenizer.encode(text), runner.tokenizer.eos_id), True) for text in texts]
+    for row, text in zip(rows, tokenized, strict=True):
         limits.check_length("text to judge", row, len(text.tokens))  # fed are its begin and all but its end
     scores: dict[int, torch.Tensor] = {}
-    for part in limits.split_rows(rows, [len(text.tokens) for text in written]):
-        # pictures are then never padded
+    for part in limits.split_rows(rows, [len(text.tokens) for text in tokenized]):
+        # images are then never padded
         for same in model_runner.group_equal([leading_spans(rows[i]) for i in part], model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
-            found = score_once(runner, [rows[i] for i in indices], [written[i] for i in indices])
+            found = score_once(runner, [rows[i] for i in indices], [tokenized[i] for i in indices])
             scores.update((i, logprobs.mean()) for i, logprobs in zip(indices, found, strict=True))
     return torch.stack([scores[i] for i in range(len(rows))])
 
@@ -86,7 +86,7 @@ def score_once(runner: ModelRunner, rows: Sequence[Row], texts: Sequence[Tokeniz
 
 
 def _fit_together(row: Row, texts: Sequence[TokenizedText]) -> bool:
-    """Whether a pass of the context with all its texts is at most twice one with none, pictures aside."""
+    """Whether a pass of the context with all its texts is at most twice one with none, images aside."""
     text_tokens = row_tokens(tuple(piece for piece in row if piece.span.kind == "text"))
     return len(texts) == 1 or sum(len(text.tokens) for text in texts) <= text_tokens
 
@@ -116,7 +116,7 @@ def _score_options(
     return distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0].split(counts)
 
 
-# --- the drawing side ---
+# --- images ---
 
 
 def image_logprob(
@@ -128,13 +128,13 @@ def image_logprob(
     seeds: Sequence[int],
     times: tuple[float, float],
 ) -> torch.Tensor:
-    """The part of the likelihood bound of each picture between two times, one column per draw.
+    """The part of the likelihood bound of each image between two times, one column per draw.
 
     log p(x_0 | c) = const - E int (1 - t)/t |v - v_hat(x_t, c)|^2 dt, the flow loss weighted as the likelihood
     weighs it (information-theoretic diffusion, arXiv:2302.03792, for x_t = (1 - t) x_0 + t noise); the constant is
-    the picture's own. A draw is one noise at one time, the middle of its part of the span.
+    the image's own. A draw is one noise at one time, the middle of its part of the span.
 
-    Shapes: (B,) rows to float32 (B, draws), in nats summed over the picture; average over the draws.
+    Shapes: (B,) rows to float32 (B, draws), in nats summed over the image; average over the draws.
     """
     rows = [runner.row(parts, draws=True) for parts in given]
     grids = [runner.encoders.latent_grid(image) for image in images]
@@ -142,7 +142,7 @@ def image_logprob(
         limits.check_length("picture to judge", row, runner.noise(grid).span.length)
     scores: dict[int, torch.Tensor] = {}
     for part in limits.split_rows(rows, [height * width + 2 for height, width in grids]):
-        # contexts without words, or without a picture, go by themselves: padding would be most of theirs
+        # contexts of different kinds of spans go apart, else most of a row would be padding
         keys = [(grids[i], tuple(piece.span.kind for piece in rows[i])) for i in part]
         for same in model_runner.group_equal(keys, model_runner.MAX_ROWS):
             indices = [part[k] for k in same]
@@ -156,7 +156,7 @@ def image_logprob(
 
 
 def _latents(runner: ModelRunner, images: Sequence[Image]) -> torch.Tensor:
-    """Latents (B, N, C) of pictures of one grid, a picture that stands for several rows being encoded once."""
+    """Latents (B, N, C) of images of one grid, an image that stands for several rows being encoded once."""
     distinct = {id(image): image for image in images}
     place = {key: i for i, key in enumerate(distinct)}
     return runner.encoders.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]
@@ -190,7 +190,7 @@ def _draw_logprob(
 
 
 def reading_features(runner: ModelRunner, images: Sequence[Image], layer: int) -> torch.Tensor:
-    """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
+    """States (B, N, D) of images in the reading expert after ``layer`` layers; 0: output of the vision encoder."""
     if layer == 0:
         return runner.encoders.encode_images(images)
     rows = [(runner.picture(image, "read"),) for image in images]
@@ -199,7 +199,7 @@ def reading_features(runner: ModelRunner, images: Sequence[Image], layer: int) -
 
 
 def reading_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-    """States (N, D) of texts and pictures, each read alone, after so many layers; 0: as they enter the transformer."""
+    """States (N, D) of texts and images, each a row of its own, after ``layer`` layers; 0: input embeddings."""
     depth = runner.transformer.config.depth
     if not 0 <= layer <= depth:
         raise InputError(f"layer={layer}: the policy has {depth} layers: use 0 to {depth}")
@@ -212,7 +212,7 @@ def reading_states(runner: ModelRunner, parts: Sequence[Part], layer: int) -> li
 
 
 def _reading_layer(runner: ModelRunner, rows: Sequence[Row], layer: int) -> torch.Tensor:
-    """(Nr, D) of rows that the reading expert alone sees."""
+    """(Nr, D): states of rows without latent tokens."""
     if layer == 0:
         return runner.embed_reading([piece for row in rows for piece in row])
     cache = runner.transformer.empty_cache(len(rows))
@@ -230,10 +230,10 @@ def context_states(runner: ModelRunner, given: Sequence[Parts]) -> torch.Tensor:
 def drawing_states(
     runner: ModelRunner, given: Sequence[Parts], images: Sequence[Image], t: float, seed: int
 ) -> torch.Tensor:
-    """Mean final state of the drawing expert over each noisy picture after what is given, float32 (B, D).
+    """Mean final state of the drawing expert over each noisy image after its context ``given``, float32 (B, D).
 
-    The noise is one for all rows. At t = 1 the picture is noise alone: what the expert is about to draw from the
-    context; only the picture's size is then of use. Pictures are of one size.
+    All rows have the same noise; images are of one size. At t = 1 the input is noise alone, so that the states depend
+    on the context and the size.
     """
     cache, owner = runner.prefill_shared([runner.row(parts, draws=True) for parts in given])
     x_0 = _latents(runner, images)
@@ -246,23 +246,23 @@ def drawing_states(
 
 
 class FeatureLoss(Protocol):
-    """A loss on inner states of the drawing side."""
+    """A loss on hidden states of the drawing expert."""
 
     layer: int
-    """After how many layers."""
+    """The number of layers before the states."""
 
     def __call__(self, features: torch.Tensor, images: Sequence[Image]) -> torch.Tensor:
-        """States (B, N, D) over noisy pictures and the clean pictures, to a loss per picture (B,)."""
+        """States (B, N, D) over noisy images and the clean images, to a loss per image (B,)."""
         ...
 
 
 @dataclass(frozen=True)
 class FlowLossTimes:
-    """At which times the flow loss is taken, and what each counts."""
+    """Distribution and weight of the times of the flow loss."""
 
     shift: float
     min_time: float
-    """Below it the loss is damped."""
+    """The loss is multiplied by (t / min_time)^2 below it."""
 
 
 def supervised_losses(
@@ -310,7 +310,7 @@ def _flow_loss(
     times: FlowLossTimes,
     represent: FeatureLoss | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The flow loss (B,) of pictures, and the states (B, N, D) that ``represent`` wants."""
+    """The flow loss (B,) of images, and the states (B, N, D) for ``represent``."""
     x_0 = runner.encoders.encode_latents(images)
     noise = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = flow_time(torch.randn(len(x_0), generator=generator), times.shift).to(x_0)

@@ -14,7 +14,7 @@ from lvrpo.policies.mot.transformer import Cache, Hidden, MoT
 from lvrpo.types import Image, Parts
 
 IMAGE_TOKEN = -1
-"""Stands for a picture token in a list of token ids."""
+"""Placeholder for a vision-encoder token in a list of token ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +23,12 @@ class Piece:
 
     span: Span
     ids: tuple[int, ...]
-    """Ids of the span's reading-expert tokens, markers included; IMAGE_TOKEN where the reading tower's token goes."""
+    """Ids of the span's reading-expert tokens, markers included; IMAGE_TOKEN for vision-encoder tokens."""
     image: Image | None = None
     grid: Grid = (0, 0)
-    """Of a picture: rows and columns of its tokens between the markers."""
+    """Rows and columns of an image's tokens, markers excluded."""
     state: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Of a drawn picture whose latent is given: (x_t (N, C), t ())."""
+    """Of a "clean" or "noise" span whose latent is known: (x_t (N, C), t ())."""
 
     @property
     def key(self) -> Hashable:
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def row_tokens(row: Row) -> int:
-    """How many tokens the pieces have, markers included."""
+    """The number of tokens, markers included."""
     return sum(piece.span.length for piece in row)
 
 
@@ -52,22 +52,22 @@ class ModelRunner:
         self.transformer, self.encoders, self.tokenizer = transformer, encoders, tokenizer
 
     def text(self, ids: Sequence[int]) -> Piece:
-        """A finished text: [bos] ids [eos]."""
+        """A complete text: [bos] ids [eos]."""
         whole = (self.tokenizer.bos_id, *ids, self.tokenizer.eos_id)
         return Piece(Span("text", len(whole)), whole)
 
     def open_text(self, ids: Sequence[int]) -> Piece:
-        """A text being written or scored: [bos] ids."""
+        """A text to continue or to score: [bos] ids."""
         whole = (self.tokenizer.bos_id, *ids)
         return Piece(Span("text", len(whole)), whole)
 
     def option(self, ids: Sequence[int]) -> Piece:
-        """A text that is scored beside others after the same context: [bos] ids."""
+        """One of several texts scored after the same context: [bos] ids."""
         whole = (self.tokenizer.bos_id, *ids)
         return Piece(Span("option", len(whole)), whole)
 
     def picture(self, image: Image, kind: SpanKind) -> Piece:
-        """A picture for the reading side ("read") or a clean latent for the drawing side ("clean")."""
+        """An image as vision-encoder tokens ("read") or as clean latent tokens ("clean")."""
         grid = self.encoders.vision_grid(image) if kind == "read" else self.encoders.latent_grid(image)
         n = grid[0] * grid[1]
         inside = (IMAGE_TOKEN,) * n if kind == "read" else ()
@@ -76,12 +76,12 @@ class ModelRunner:
         )
 
     def noise(self, grid: Grid) -> Piece:
-        """The place of a picture being drawn."""
+        """The latent tokens of an image to generate."""
         length = grid[0] * grid[1] + 2
         return Piece(Span("noise", length), (self.tokenizer.image_start_id, self.tokenizer.image_end_id), grid=grid)
 
     def row(self, parts: Parts, draws: bool) -> Row:
-        """The pieces of a context; a context that will draw sees its pictures with both sides, drawing side first."""
+        """The pieces of a context; with ``draws``, images are both latent and vision-encoder tokens, in this order."""
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, str):
@@ -93,11 +93,11 @@ class ModelRunner:
         return tuple(pieces)
 
     def without_text(self, row: Row) -> Row:
-        """The context of the no-text branch of guidance: without the text that ends it, if one does."""
+        """The context of the no-text branch of guidance: without a text at its end."""
         return row[:-1] if row and row[-1].span.kind == "text" else row
 
     def without_images(self, row: Row) -> Row:
-        """The context of the no-image branch of guidance: all texts."""
+        """The context of the no-image branch of guidance: the texts alone."""
         return tuple(piece for piece in row if piece.span.kind == "text")
 
     def run(
@@ -111,23 +111,23 @@ class ModelRunner:
     ) -> Hidden:
         """Appends rows to their contexts; ``noisy`` is (x_t (B, N, C), t (B,)) where every row is one noise piece.
 
-        Without ``extend`` the contexts stay as they are. ``outputs``: the reading tokens whose states are wanted, of
-        all rows one after the other; None for all of both experts.
+        Without ``extend`` the cache is unchanged. ``outputs``: indices of the reading tokens to return states of; None:
+        all tokens of both experts.
         """
         packing = pack([tuple(piece.span for piece in row) for row in rows], self.transformer.inv_freq.device)
         pieces = [piece for row in rows for piece in row]
         reading = self.embed_reading(pieces)
-        drawn = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
+        latent_pieces = [piece for piece in pieces if piece.span.kind in ("clean", "noise")]
         if noisy is not None:
-            drawing = self.encoders.embed_latents(*noisy, drawn[0].grid).flatten(0, 1)
-        elif drawn:
-            drawing = _by_grid(drawn, self._embed_drawn)
+            drawing = self.encoders.embed_latents(*noisy, latent_pieces[0].grid).flatten(0, 1)
+        elif latent_pieces:
+            drawing = _by_grid(latent_pieces, self._embed_latent_pieces)
         else:
             drawing = reading.new_zeros(0, reading.shape[-1])
         return self.transformer(reading, drawing, packing, cache, keep_layers, extend, outputs)
 
     def embed_reading(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The reading expert's tokens (Nr, D) of pieces as they enter the transformer: words, markers, patches."""
+        """Input embeddings (Nr, D) of the reading expert: text, markers, vision-encoder tokens."""
         device = self.transformer.inv_freq.device
         ids = [i for piece in pieces for i in piece.ids]
         known = torch.tensor([max(i, 0) for i in ids], dtype=torch.int64, device=device)
@@ -140,7 +140,7 @@ class ModelRunner:
         return reading
 
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Tokens (B, N, D) of pictures of one grid; equal pictures are read once."""
+        """Vision-encoder tokens (B, N, D) of images of one grid; an image that repeats is encoded once."""
         images = [piece.image for piece in pieces if piece.image is not None]
         distinct, index = _distinct(images, id)
         tokens = self.encoders.encode_images(distinct)
@@ -148,8 +148,8 @@ class ModelRunner:
             tokens = tokens.index_select(0, torch.tensor(index, device=tokens.device))
         return tokens
 
-    def _embed_drawn(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Tokens (B, N, D) of latents of one grid: all given, or all encoded from clean pictures."""
+    def _embed_latent_pieces(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Latent tokens (B, N, D) of one grid: all from ``state``, or all encoded from clean images."""
         states = [piece.state for piece in pieces if piece.state is not None]
         if states:
             assert len(states) == len(pieces), "of one grid either every latent is given or none"
@@ -159,15 +159,14 @@ class ModelRunner:
         return self.encoders.embed_latents(latents, latents.new_zeros(len(latents)), pieces[0].grid)
 
     def prefill(self, rows: Sequence[Row]) -> Cache:
-        """The contexts of all rows; the pictures that several rows begin with are read once."""
+        """The cache of all rows; leading images that rows share are prefilled once."""
         cache, rest = self.begin(rows)
         return self._append(rest, cache)
 
     def begin(self, rows: Sequence[Row]) -> tuple[Cache, list[Row]]:
-        """The pictures that several rows begin with, each read once, and what every row has after those.
+        """The cache of shared leading images, and the rest of every row.
 
-        Read in as few passes as there are places where rows part: (source, one, two) and (source, one, three) part
-        twice, where another source begins another row.
+        One pass per depth at which the tree of shared prefixes branches.
         """
         heads = [_leading_pictures(row) for row in rows]
         parting = [
@@ -184,7 +183,7 @@ class ModelRunner:
         return cache.spread(place), [(*head[start:], *row[len(head) :]) for head, row in zip(heads, rows, strict=True)]
 
     def prefill_shared(self, rows: Sequence[Row]) -> tuple[Cache, list[int]]:
-        """The distinct contexts, and for every row the index of its own: (cache of U rows, (B,))."""
+        """The cache of the U distinct contexts, and the index of each row's context, (B,)."""
         distinct, index = distinct_rows(rows)
         return self.prefill(distinct), index
 
@@ -196,7 +195,7 @@ class ModelRunner:
 
 
 def leading_spans(row: Row) -> tuple[Span, ...]:
-    """Of the pictures that a row begins with."""
+    """The spans of the images at the start of a row."""
     return tuple(piece.span for piece in _leading_pictures(row))
 
 
@@ -206,7 +205,7 @@ def _leading_pictures(row: Row) -> Row:
 
 
 def _by_grid(pieces: Sequence[Piece], embed: Callable[[Sequence[Piece]], torch.Tensor]) -> torch.Tensor:
-    """Tokens (total, D) of pictures in their order, embedded in batches of one grid each."""
+    """Tokens (total, D) of images in order, embedded in one batch per grid."""
     grids, _ = _distinct([piece.grid for piece in pieces], lambda grid: grid)
     if len(grids) == 1:
         return embed(pieces).flatten(0, 1)
@@ -218,7 +217,7 @@ def _by_grid(pieces: Sequence[Piece], embed: Callable[[Sequence[Piece]], torch.T
 
 
 def distinct_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
-    """The rows without repetitions, and the place of each among them."""
+    """The distinct rows, and the index of each row among them."""
     return _distinct(rows, _row_key)
 
 
@@ -227,7 +226,7 @@ def _row_key(row: Row) -> Hashable:
 
 
 def _distinct(items: Sequence[T], key: Callable[[T], Hashable]) -> tuple[list[T], list[int]]:
-    """The items without repetitions, in order of first appearance, and each item's place among them."""
+    """The distinct items, in order of first appearance, and the index of each item among them."""
     places: dict[Hashable, int] = {}
     distinct: list[T] = []
     index = []
@@ -240,11 +239,11 @@ def _distinct(items: Sequence[T], key: Callable[[T], Hashable]) -> tuple[list[T]
 
 
 Grid = tuple[int, int]
-"""Rows and columns of the tokens of a picture."""
+"""Rows and columns of an image's tokens."""
 
 
 class Tokenizer(Protocol):
-    """The tokenizer with its four markers."""
+    """A tokenizer with begin and end tokens of text and images."""
 
     bos_id: int
     eos_id: int
@@ -252,7 +251,7 @@ class Tokenizer(Protocol):
     image_end_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids without markers; raises InputError on text that the vocabulary cannot express."""
+        """Ids without markers; raises InputError on text outside the vocabulary."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -260,7 +259,7 @@ class Tokenizer(Protocol):
         ...
 
     def suppressed_tokens(self) -> torch.Tensor:
-        """bool (V,): tokens that are never written."""
+        """bool (V,): tokens that are never sampled."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -269,13 +268,13 @@ class Tokenizer(Protocol):
 
 
 class Encoders(Protocol):
-    """Everything between pixels, words and the transformer's width. D width, N image tokens, C channels of one.
+    """Embeddings and output heads of text, vision encoder and latents. Images of a batch have one grid: no padding.
 
-    Pictures come in batches of one grid, so that none is ever padded.
+    Letters: D width, N image tokens, C channels of a latent token.
     """
 
     channels: int
-    """C, the numbers of a latent token."""
+    """C."""
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (n,) -> (n, D)."""
@@ -286,31 +285,31 @@ class Encoders(Protocol):
         ...
 
     def vision_grid(self, image: Image) -> Grid:
-        """The tokens of a picture for the reading expert."""
+        """The grid of vision-encoder tokens of an image."""
         ...
 
     def latent_grid(self, image: Image) -> Grid:
-        """The tokens of a picture for the drawing expert, as a condition or as the source of what is drawn."""
+        """The grid of latent tokens of an input image."""
         ...
 
     def output_grid(self, height: int, width: int) -> Grid:
-        """The tokens of a picture that was drawn at this size."""
+        """The grid of a generated image of this size in pixels."""
         ...
 
     def default_grid(self, image_size: tuple[int, int] | None) -> Grid:
-        """The tokens of a picture drawn without a source; raises InputError for a size that does not fit."""
+        """The grid of an image generated without a source image; raises InputError for a size that does not fit."""
         ...
 
     def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
-        """Pictures of one ``vision_grid`` -> (B, N, D) tokens of the reading expert."""
+        """Images of one ``vision_grid`` -> (B, N, D) tokens of the reading expert."""
         ...
 
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
-        """Pictures of one ``latent_grid`` -> latents (B, N, C) in token layout."""
+        """Images of one ``latent_grid`` -> latents (B, N, C) in token layout."""
         ...
 
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Latents (B, N, C) -> pictures (B, 3, height, width) in [0, 1]."""
+        """Latents (B, N, C) -> images (B, 3, height, width) in [0, 1]."""
         ...
 
     def embed_latents(self, latents: torch.Tensor, t: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -323,11 +322,11 @@ class Encoders(Protocol):
 
 
 MAX_ROWS = 512
-"""Rows that go through the transformer at once when sampling, replaying or judging."""
+"""Most rows of a forward pass."""
 
 
 def run_ids(keys: Sequence[object]) -> list[int]:
-    """The number of the run of equal neighbors that each key lies in: a a b a -> 0 0 1 2."""
+    """Numbers the runs of equal adjacent keys: a a b a -> 0 0 1 2."""
     out: list[int] = []
     for i, key in enumerate(keys):
         out.append(out[-1] + (key != keys[i - 1]) if out else 0)
@@ -335,7 +334,7 @@ def run_ids(keys: Sequence[object]) -> list[int]:
 
 
 def group_equal(keys: Sequence[object], size: int) -> list[list[int]]:
-    """Indices of equal keys together, in order of first appearance, at most ``size`` each."""
+    """Indices grouped by equal key, in order of first appearance, at most ``size`` per group."""
     classes: dict[object, list[int]] = {}
     for i, key in enumerate(keys):
         classes.setdefault(key, []).append(i)
@@ -345,10 +344,10 @@ def group_equal(keys: Sequence[object], size: int) -> list[list[int]]:
 def split_by_tokens(
     groups: Sequence[Hashable], contexts: Sequence[int], new: Sequence[int], limit: int
 ) -> list[list[int]]:
-    """Parts of a sequence of members, as indices, in order; equal neighbors in ``groups`` share one context.
+    """Splits members into consecutive parts of at most ``limit`` tokens; adjacent members of a group share a context.
 
-    A part costs its contexts, each padded to the longest, and what its members add: at most ``limit``, unless one
-    member alone costs more. Groups stay whole as long as one fits; a group that does not is cut by itself.
+    Tokens of a part: its contexts, each padded to the longest, and the new tokens of its members. A member that exceeds
+    the limit is a part of its own. A group is split only where it does not fit into one part.
     """
     members: list[list[int]] = [[] for _ in range(run_ids(groups)[-1] + 1)] if groups else []
     for i, group in enumerate(run_ids(groups)):

@@ -1,4 +1,4 @@
-"""The Policy contract on the Mixture-of-Transformers core (see ``lvrpo.policies.base``)."""
+"""The interface ``lvrpo.policies.base.Policy`` on the Mixture-of-Transformers core."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PolicyT = TypeVar("PolicyT", bound="MoTPolicy")
 def with_autocast(
     method: Callable[Concatenate[PolicyT, Arguments], T],
 ) -> Callable[Concatenate[PolicyT, Arguments], T]:
-    """A method of a policy that runs the model: at the precision that ``set_compute_dtype`` asked for."""
+    """Runs a method of a policy under ``policy.autocast()``."""
 
     @wraps(method)
     def run(policy: PolicyT, *args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
@@ -65,7 +65,7 @@ def with_autocast(
 
 
 MAX_ROW_TOKENS = 4096
-"""Of a row of a policy that says nothing else: attention takes memory by the square of it."""
+"""Default length limit of a row: the memory of attention grows with its square."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class _Member:
 
 
 class MoTPolicy(PolicyDefaults):
-    """One policy that understands and generates images, whatever its encoders."""
+    """A policy that understands and generates images with any ``Encoders``."""
 
     model_type = "lvrpo_mot"
     segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
     has_condition_dropout = False
-    """Whether ``supervised_losses`` leaves conditions out by itself."""
+    """Whether ``supervised_losses`` drops conditions at random (for classifier-free guidance)."""
 
     def __init__(self, transformer: MoT, towers: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -97,27 +97,27 @@ class MoTPolicy(PolicyDefaults):
         self._autocast: torch.dtype | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
+        """Turns autocast on at this dtype; off where it is the dtype of the weights."""
         self._autocast = None if dtype == self.transformer.reading_norm.weight.dtype else dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What ``set_compute_dtype`` asked for, while the model runs."""
+        """The autocast context of ``set_compute_dtype``."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What matrices are multiplied in."""
+        """The autocast dtype, else that of the weights."""
         return self._autocast or self.transformer.reading_norm.weight.dtype
 
     @property
     def encoders(self) -> Encoders:
-        """The module ``towers``, whose name is that of its tensors in saved files."""
+        """The module ``towers``; that name is a prefix of tensors in saved files."""
         return self.towers
 
     def check_text(self, text: str) -> None:
-        """Raises InputError where a text holds words that the policy does not know."""
+        """Raises InputError where the tokenizer cannot encode a text."""
         self.tokenizer.encode(text)
 
     @property
@@ -132,38 +132,38 @@ class MoTPolicy(PolicyDefaults):
     @torch.no_grad()
     @with_autocast
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """Draws a group for every prompt; see ``Policy.sample``."""
+        """As ``Policy.sample``."""
         g = sampling.group_size
-        asked = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
+        members = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
                  for m in range(g)]  # fmt: skip
         out: dict[int, Trajectory] = {}
         keys = [(prompt.output, self._grid(prompt, sampling)) for prompt in prompts for _ in range(g)]
-        for same in model_runner.group_equal(keys, len(asked)):
-            for part in self._cut([asked[i].prompt for i in same], keys[same[0]][1]):
+        for same in model_runner.group_equal(keys, len(members)):
+            for part in self._cut([members[i].prompt for i in same], keys[same[0]][1]):
                 indices = [same[k] for k in part]
-                batch = self._sample_batch([asked[i] for i in indices], sampling)
+                batch = self._sample_batch([members[i] for i in indices], sampling)
                 out.update(zip(indices, batch, strict=True))
         return [Group(prompt, tuple(out[p * g + m] for m in range(g))) for p, prompt in enumerate(prompts)]
 
     @torch.no_grad()
     @with_autocast
     def sample_member(self, prompt: Prompt, sampling: Sampling, seed: int, member: int) -> Trajectory:
-        """One member of the group that ``sample`` gives for the prompt and the seed, by itself."""
+        """One member of the group that ``sample`` returns for the prompt and the seed."""
         return self._sample_batch([_Member(prompt, derive_seed(seed, member), seed, member)], sampling)[0]
 
-    def _sample_batch(self, asked: Sequence[_Member], sampling: Sampling) -> list[Trajectory]:
-        """Members of prompts with the same output kinds and grid, those of a prompt in a row."""
+    def _sample_batch(self, members: Sequence[_Member], sampling: Sampling) -> list[Trajectory]:
+        """Members of prompts with the same output kinds and grid; members of a prompt are adjacent."""
         if sampling.timestep_shift is None:
             sampling = replace(sampling, timestep_shift=self.timestep_shift())
         runner = self.runner
-        owner = model_runner.run_ids([(id(one.prompt), one.prompt_seed) for one in asked])
-        prompts = [asked[owner.index(p)].prompt for p in range(owner[-1] + 1)]
+        owner = model_runner.run_ids([(id(one.prompt), one.prompt_seed) for one in members])
+        prompts = [members[owner.index(p)].prompt for p in range(owner[-1] + 1)]
         grid = self._grid(prompts[0], sampling)
         prompt_rows = [self._row(prompt) for prompt in prompts]
         of_prompt = owner
         cache = runner.prefill(prompt_rows)
-        member_seeds = [one.seed for one in asked]
-        segments: list[list[Segment]] = [[] for _ in asked]
+        member_seeds = [one.seed for one in members]
+        segments: list[list[Segment]] = [[] for _ in members]
         for kind in prompts[0].output:
             if kind == "text":
                 uniforms = uniform_noise([derive_seed(s, "text") for s in member_seeds], (sampling.max_new_tokens,))
@@ -173,10 +173,10 @@ class MoTPolicy(PolicyDefaults):
                 for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
                     segment_list.append(text_segment(runner, text, logprobs, sampling.temperature))
                 if closed:
-                    cache, owner = scores.cache, list(range(len(asked)))
+                    cache, owner = scores.cache, list(range(len(members)))
             else:
-                noise_seeds = [one.prompt_seed for one in asked] if sampling.shared_noise else member_seeds
-                drawn = flow_sampler.sample_flow(
+                noise_seeds = [one.prompt_seed for one in members] if sampling.shared_noise else member_seeds
+                flows = flow_sampler.sample_flow(
                     runner,
                     self._branches(cache.select(owner), [prompt_rows[p] for p in of_prompt], sampling),
                     sampling,
@@ -184,12 +184,12 @@ class MoTPolicy(PolicyDefaults):
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
                     grid=grid,
                 )
-                images = self.encoders.decode_latents(drawn.latents, grid)
+                images = self.encoders.decode_latents(flows.latents, grid)
                 for b, segment_list in enumerate(segments):
-                    segment_list.append(flow_segment(drawn, b, images[b], sampling))
+                    segment_list.append(flow_segment(flows, b, images[b], sampling))
         return [
             Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed, self.version)
-            for b, one in enumerate(asked)
+            for b, one in enumerate(members)
         ]
 
     def _row(self, prompt: Prompt) -> Row:
@@ -198,7 +198,7 @@ class MoTPolicy(PolicyDefaults):
         return row
 
     def max_row_tokens(self) -> int:
-        """The length of the longest row, context and output together."""
+        """Length limit of a row, context and output together."""
         return MAX_ROW_TOKENS
 
     def check_length(self, name: str, row: Row, new: int, remedy: str = "") -> None:
@@ -209,16 +209,16 @@ class MoTPolicy(PolicyDefaults):
             raise InputError(f"{name}: {length} tokens{after}, the limit is {limit}: shorten it{remedy}")
 
     def _grid(self, prompt: Prompt, sampling: Sampling) -> Grid:
-        """Of the picture that is drawn: that of the last source picture, else the sampling's or the policy's own."""
+        """Token grid of the generated image: that of the last source image, else of ``sampling.image_size``."""
         if "image" not in prompt.output:
             return 0, 0
         sources = [part for part in prompt.parts if isinstance(part, torch.Tensor)]
         return self.encoders.latent_grid(sources[-1]) if sources else self.encoders.default_grid(sampling.image_size)
 
     def _cut(self, prompts: Sequence[Prompt], grid: Grid) -> list[list[int]]:
-        """What goes through the transformer at once, as indices of members given by their prompts.
+        """Splits members into forward passes, as indices into ``prompts``, which has one entry per member.
 
-        The same for a rollout and its replay, so that both compute the same bits.
+        A rollout and its replay are split alike, so that both compute the same bits.
         """
         each = [1] * len(prompts)
         return model_runner.split_by_tokens(
@@ -226,7 +226,7 @@ class MoTPolicy(PolicyDefaults):
         )
 
     def split_rows(self, rows: Sequence[Row], new: Sequence[int]) -> list[list[int]]:
-        """What goes through the transformer at once, as indices of contexts that so many tokens are added to."""
+        """Splits rows, each followed by ``new`` tokens, into forward passes, as indices."""
         return [list(range(len(rows)))]
 
     def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> flow_sampler.GuidanceCaches:
@@ -237,13 +237,13 @@ class MoTPolicy(PolicyDefaults):
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """Differentiable replay of every segment; see ``Policy.logprobs``."""
+        """As ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
         for same in model_runner.group_equal(settings, len(trajectories)):
             # cut where sampling cut, or log-probs of a rollout's own batch would differ in the last bit
             first = trajectories[same[0]]
-            grid = self._drawn_grid(first) if "image" in first.prompt.output else (0, 0)
+            grid = self._output_grid(first) if "image" in first.prompt.output else (0, 0)
             for part in self._cut([trajectories[i].prompt for i in same], grid):
                 indices = [same[k] for k in part]
                 batch = self._replay_batch([trajectories[i] for i in indices], kinds)
@@ -268,18 +268,18 @@ class MoTPolicy(PolicyDefaults):
                 if closed:
                     cache, owner = scores.cache, list(range(len(trajectories)))
             else:
-                drawn = replay_flows(runner, cache.select(owner), prompt_rows, segments)
-                for row, logprobs, means in zip(out, drawn.logprobs, drawn.means, strict=True):
-                    row.append(SegmentLogprobs(logprobs, means=means, stds=drawn.stds))
+                flows = replay_flows(runner, cache.select(owner), prompt_rows, segments)
+                for row, logprobs, means in zip(out, flows.logprobs, flows.means, strict=True):
+                    row.append(SegmentLogprobs(logprobs, means=means, stds=flows.stds))
         return out
 
     @with_autocast
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """Velocity of the drawn segment, given the prompt and any text thought before it; see ``Policy.velocity``."""
+        """As ``Policy.velocity``; the context is the prompt and all text segments."""
         rows, runner = [self._row(trajectory.prompt) for trajectory in trajectories], self.runner
-        grid = self._drawn_grid(trajectories[0])
+        grid = self._output_grid(trajectories[0])
         if guidance_scale == 0:
             return self._velocity([runner.without_text(row) for row in rows], x_t, t, grid)
         thought = [(*row, *self._thoughts(trajectory)) for row, trajectory in zip(rows, trajectories, strict=True)]
@@ -290,7 +290,7 @@ class MoTPolicy(PolicyDefaults):
         return guide(v, v_no_text, None, guidance_scale)
 
     def _thoughts(self, trajectory: Trajectory) -> Row:
-        """The texts that a trajectory wrote before it drew."""
+        """The text segments before the image."""
         thoughts = [tokenized_text(s) for s in trajectory.segments if isinstance(s, TextSegment)]
         return tuple(self.runner.text(text.tokens[: -1 if text.ended else None]) for text in thoughts)
 
@@ -302,18 +302,18 @@ class MoTPolicy(PolicyDefaults):
         return torch.cat(out)
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """Markers included."""
+        """As ``Policy.count_tokens``; begin and end tokens are counted."""
         texts = [len(s.tokens) + 2 for s in trajectory.segments if isinstance(s, TextSegment)]
         image_tokens = 0
         if trajectory.image is not None:
-            image_tokens = self.runner.noise(self._drawn_grid(trajectory)).span.length
+            image_tokens = self.runner.noise(self._output_grid(trajectory)).span.length
         return TokenCounts(row_tokens(self._row(trajectory.prompt)), sum(texts), image_tokens)
 
     @abstractmethod
     def pixels_per_token(self) -> int:
-        """Of a drawing, along a side."""
+        """Pixels per latent token along a side."""
 
-    def _drawn_grid(self, trajectory: Trajectory) -> Grid:
+    def _output_grid(self, trajectory: Trajectory) -> Grid:
         assert trajectory.image is not None
         return self.encoders.output_grid(*trajectory.image.shape[1:])
 
@@ -321,7 +321,7 @@ class MoTPolicy(PolicyDefaults):
     @torch.no_grad()
     @with_autocast
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """Reading side as judge; see ``Policy.text_logprob``."""
+        """As ``Judge.text_logprob``."""
         return likelihood.text_logprob(self.runner, self, contexts, texts)
 
     @torch.no_grad()
@@ -334,19 +334,19 @@ class MoTPolicy(PolicyDefaults):
         seeds: Sequence[int],
         times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
-        """Drawing side as judge; see ``Policy.image_logprob`` and ``likelihood.image_logprob``."""
+        """As ``Judge.image_logprob``; the formula is at ``likelihood.image_logprob``."""
         return likelihood.image_logprob(self.runner, self, contexts, images, draws, seeds, times)
 
     @torch.no_grad()
     @with_autocast
     def reading_features(self, images: Sequence[Image], layer: int) -> torch.Tensor:
-        """What the reading side makes of pictures after so many layers, (B, N, D); 0: its tower alone."""
+        """States (B, N, D) of images in the reading expert after ``layer`` layers; 0: output of the vision encoder."""
         return likelihood.reading_features(self.runner, images, layer)
 
     @torch.no_grad()
     @with_autocast
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """States of texts and pictures, each read alone; see ``Policy.reading_states``."""
+        """As ``Judge.reading_states``."""
         return likelihood.reading_states(self.runner, parts, layer)
 
     @torch.no_grad()
@@ -358,7 +358,7 @@ class MoTPolicy(PolicyDefaults):
     @torch.no_grad()
     @with_autocast
     def drawing_states(self, contexts: Sequence[Parts], images: Sequence[Image], t: float, seed: int) -> torch.Tensor:
-        """Mean final state of the drawing expert over each noisy picture; see ``likelihood.drawing_states``."""
+        """Mean final state of the drawing expert over each noisy image; see ``likelihood.drawing_states``."""
         return likelihood.drawing_states(self.runner, contexts, images, t, seed)
 
     # ---------------------------------------------------------------- supervised
@@ -375,22 +375,22 @@ class MoTPolicy(PolicyDefaults):
         return likelihood.supervised_losses(self.runner, rows, examples, generator, times, represent)
 
     def min_time(self) -> float:
-        """Below this time the flow loss is damped, so that a prediction of the picture keeps a bounded weight."""
+        """The flow loss is multiplied by (t / min_time)^2 at times below this one."""
         return 0.0
 
     def checkpoint_gradients(self, on: bool) -> None:
-        """Whether layers are computed again in the backward pass: a third more time, a fraction of the memory."""
+        """Gradient checkpointing: about a third more time, a fraction of the memory."""
         self.transformer.checkpointing = on
 
     # ---------------------------------------------------------------- weights
     def make_reference(self) -> Self:
-        """A copy that no update reaches; with an adapter, the base itself: its tensors are shared, not copied."""
+        """A frozen copy; with an adapter, the base without it, whose tensors are shared, not copied."""
         plain = copy.deepcopy(self) if self.adapter is None else adapter.without_adapter(self)
         plain.requires_grad_(False)
         return plain.eval()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by expert; tokens and positions that both experts read are shared."""
+        """Parameters by expert; embeddings that both experts use are "shared"."""
         groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -416,7 +416,7 @@ class MoTPolicy(PolicyDefaults):
     @classmethod
     @abstractmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """What ``load`` gives, with random weights, on the CPU; without memory in a mode that allocates none."""
+        """The policy of ``load`` with random weights, on the CPU; under FakeTensorMode it allocates nothing."""
 
 
 def _expert_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Segments of a trajectory: what is recorded of a sampled text and a drawing, and how it is replayed."""
+"""Segments of a trajectory: records of sampled texts and images, and their replay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lvrpo.types import FlowSegment, Image, Segment, TextSegment, Trajectory
 
 
 def text_segment(runner: ModelRunner, text: TokenizedText, logprobs: torch.Tensor, temperature: float) -> TextSegment:
-    """The record of a text that was sampled with log-probs (L,)."""
+    """The segment of a sampled text with log-probs (L,)."""
     return TextSegment(
         tokens=torch.tensor(text.tokens, dtype=torch.int64),
         behavior_logprobs=logprobs.detach().cpu(),
@@ -28,27 +28,27 @@ def text_segment(runner: ModelRunner, text: TokenizedText, logprobs: torch.Tenso
 
 
 def tokenized_text(segment: Segment) -> TokenizedText:
-    """A recorded text."""
+    """The tokens of a text segment."""
     assert isinstance(segment, TextSegment)
     return TokenizedText(tuple(segment.tokens.tolist()), segment.ended)
 
 
 def temperature_of(segment: Segment) -> float:
-    """What a recorded text was sampled at."""
+    """The sampling temperature of a text segment."""
     assert isinstance(segment, TextSegment)
     return segment.temperature
 
 
-def flow_segment(drawn: flow_sampler.FlowSample, b: int, image: Image, sampling: Sampling) -> FlowSegment:
-    """The record of drawing b of a batch; its steps are kept in host memory: a card has better use for gigabytes."""
+def flow_segment(sample: flow_sampler.FlowSample, b: int, image: Image, sampling: Sampling) -> FlowSegment:
+    """The segment of image b of a batch; states and means, which are large, are kept in host memory."""
     stochastic = sampling.sampler != "ode"
     return FlowSegment(
-        latent=drawn.latents[b],
-        timesteps=drawn.timesteps,
+        latent=sample.latents[b],
+        timesteps=sample.timesteps,
         trained_steps=sampling.window if stochastic else (),
-        states=drawn.states[b].cpu(),
-        next_states=drawn.next_states[b].cpu(),
-        behavior_logprobs=drawn.logprobs[b],
+        states=sample.states[b].cpu(),
+        next_states=sample.next_states[b].cpu(),
+        behavior_logprobs=sample.logprobs[b],
         sampler=sampling.sampler,
         noise_level=sampling.noise_level,
         guidance_scale=sampling.guidance_scale,
@@ -58,16 +58,16 @@ def flow_segment(drawn: flow_sampler.FlowSample, b: int, image: Image, sampling:
         image=image,
         guidance_renorm_min=sampling.guidance_renorm_min,
         guidance_interval=sampling.guidance_interval,
-        means=drawn.means[b].cpu() if stochastic else None,
+        means=sample.means[b].cpu() if stochastic else None,
     )
 
 
 def replay_flows(
     runner: ModelRunner, cache: Cache, rows: Sequence[Row], segments: Sequence[Segment]
 ) -> flow_sampler.ReplayedFlow:
-    """Recorded drawings of equal ``replay_settings`` under the current weights, after their contexts (``cache``).
+    """Scores flow segments of equal ``replay_settings`` under the current weights, after the contexts in ``cache``.
 
-    ``rows`` are the contexts without any thinking text, as ``flow_sampler.prefill_guidance`` takes them.
+    ``rows``: the prompts, without sampled text, as ``flow_sampler.prefill_guidance`` takes them.
     """
     flows = [segment for segment in segments if isinstance(segment, FlowSegment)]
     first = flows[0]
@@ -92,7 +92,7 @@ def replay_flows(
 
 
 def replay_settings(trajectory: Trajectory) -> tuple[object, ...]:
-    """What must agree for two trajectories to be replayed in one batch."""
+    """Trajectories with equal settings are replayed in one batch."""
     out: list[object] = []
     for s in trajectory.segments:
         if isinstance(s, TextSegment):

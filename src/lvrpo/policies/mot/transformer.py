@@ -23,7 +23,7 @@ from lvrpo.policies.mot.attention import Attend, MaskedAttention, Packing, SpanA
 
 
 class MoTConfig(Config):
-    """Sizes and choices of the transformer; the two experts are alike."""
+    """Configuration of the transformer; the two experts have the same sizes."""
 
     width: int = Field(default=128, ge=1, le=65_536)
     """Of the residual stream."""
@@ -54,24 +54,24 @@ class MoTConfig(Config):
 
 
 SPREAD_BYTES = 64 << 20
-"""Up to so many bytes a context is copied once for the rows that continue it: faster than in every pass."""
+"""A shared context of at most this size is copied once per row, instead of in every pass."""
 
 
 FEW_BATCHES = 8
-"""Attention of so many groups of rows, one call each, is faster on a card than one call under a mask."""
+"""At most this many batches of rows take ``SpanAttention`` on a GPU, where it is faster than one masked call."""
 
 
 @dataclass(frozen=True)
 class CachePart:
-    """Keys and values of consecutive tokens, held once for all rows that share them; R entries."""
+    """Keys and values of consecutive tokens, stored once for all rows that share them; R entries."""
 
     keys: tuple[torch.Tensor, ...]
     """Per layer (R, S, K, E)."""
     values: tuple[torch.Tensor, ...]
     lengths: tuple[int, ...]
-    """Tokens of every entry; the rest of it is padding."""
+    """Tokens of every entry, padding excluded."""
     entries: tuple[int, ...]
-    """(B,): the entry that each row of the cache has before it."""
+    """(B,): the entry of each row."""
 
     @cached_property
     def index(self) -> torch.Tensor | None:
@@ -93,7 +93,7 @@ class CachePart:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of layer i, (B, S, K, E): a copy per row, for as long as the layer needs it."""
+        """Keys and values of layer i, (B, S, K, E), copied per row."""
         if self.index is None:
             return self.keys[i], self.values[i]
         return self.keys[i].index_select(0, self.index), self.values[i].index_select(0, self.index)
@@ -106,11 +106,11 @@ class CachePart:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of contexts, normed and roped, in parts; rows that continue one context share its part."""
+    """A KV cache in parts; rows with the same context share its part. Keys are normed and rotated."""
 
     parts: tuple[CachePart, ...]
     rope: torch.Tensor
-    """int64 (B,): the rope id of whatever comes next."""
+    """int64 (B,): the rope id of the next token."""
 
     def select(self, rows: Sequence[int]) -> Cache:
         """The cache with its rows repeated, dropped or reordered; keys and values are shared, not copied."""
@@ -121,7 +121,7 @@ class Cache:
         return Cache(parts, self.rope.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self.rope.device)))
 
     def spread(self, rows: Sequence[int]) -> Cache:
-        """``select`` for rows that go different ways from here: keys and values are copied where they are small."""
+        """``select`` for rows that diverge from here: small keys and values are copied."""
         chosen = self.select(rows)
         copies = sum(part.nbytes // len(part.lengths) * len(rows) for part in self.parts)
         if chosen is self or copies > SPREAD_BYTES:
@@ -135,7 +135,7 @@ class Cache:
         return Cache(tuple(parts), chosen.rope)
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of layer i, (B, S, K, E), padding included; at least one part."""
+        """Keys and values of layer i, (B, S, K, E), padding included; needs at least one part."""
         keys, values = zip(*(part.layer(i) for part in self.parts), strict=True)
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
@@ -146,26 +146,26 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Of all keys and values that are held."""
+        """Size of all keys and values."""
         return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Final hidden states of the two blocks, and the context that now includes these rows."""
+    """Output of the transformer."""
 
     reading: torch.Tensor
-    """(Nr, D), normed; or the outputs that were asked for, (n, D), and no drawing."""
+    """(Nr, D), normed; with ``outputs`` (n, D), and ``drawing`` is empty."""
     drawing: torch.Tensor
     """(Nd, D), normed."""
     cache: Cache
-    """The contexts, extended by these rows if that was asked for."""
+    """The cache, with these rows where ``extend`` is set."""
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    """The two blocks after every layer, not normed; empty unless asked for."""
+    """The two blocks after every layer, not normed; empty without ``keep_layers``."""
 
 
 class Expert(nn.Module):
-    """One expert's share of one layer: projections, norms, MLP. It never mixes tokens."""
+    """The weights of one expert in one layer: projections, norms, MLP."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Expert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two experts around one shared attention."""
+    """A reading expert (understanding) and a drawing expert (generation) with joint attention."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Layer(nn.Module):
 
 
 class MoT(nn.Module):
-    """The transformer: embedded rows in, hidden states and the longer context out."""
+    """The transformer: input embeddings to hidden states and the extended cache."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
@@ -225,16 +225,16 @@ class MoT(nn.Module):
         self.reading_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.drawing_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.checkpointing = False
-        """Whether layers are computed again in the backward pass instead of being remembered."""
+        """Gradient checkpointing."""
         head_width = config.width // config.heads
-        # on the CPU by name: a model that is built on the meta device still has its angles
+        # explicitly on the CPU: a model built on the meta device still has its frequencies
         steps = torch.arange(0, head_width, 2, dtype=torch.float32, device="cpu")
         inv_freq = config.rope_theta ** (-steps / head_width)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.inv_freq: torch.Tensor
 
     def empty_cache(self, batch_size: int) -> Cache:
-        """The context of ``batch_size`` rows that have seen nothing."""
+        """The cache of ``batch_size`` rows without tokens."""
         return Cache((), torch.zeros(batch_size, dtype=torch.int64, device=self.inv_freq.device))
 
     def forward(
@@ -250,9 +250,8 @@ class MoT(nn.Module):
         """Runs new rows after their contexts.
 
         reading (Nr, D) and drawing (Nd, D) are the embedded tokens in row order; row b continues row b of the cache.
-        Without ``extend`` the rows leave no keys and values behind: a step of a flow needs none. ``outputs``: the
-        reading tokens whose final states are wanted, int64 (n,), all of both blocks for None; the last layer does no
-        more than these and the context take.
+        Without ``extend`` the cache stays as it is, as in a step of a flow. ``outputs``: int64 (n,), the reading tokens
+        to return states of; the last layer computes no others. None: all tokens of both blocks.
         """
         attend = self._attention_of(packing, cache)
         cos, sin = self.rotation(cache.rope[:, None] + packing.rope_ids)
@@ -316,9 +315,9 @@ class MoT(nn.Module):
         return tuple(out)
 
     def _attention_of(self, packing: Packing, cache: Cache) -> Attend:
-        """Attention of the new rows over their contexts and themselves: under one mask where that is small.
+        """Attention of the new rows over their contexts and themselves: one call, or span by span for a large mask.
 
-        Else span by span, which needs none; on a card also where few calls do, as its fast kernel takes no mask.
+        On a GPU also span by span where that is few calls, since FlashAttention takes no mask.
         """
         context = sum(part.keys[0].shape[1] for part in cache.parts)
         cells = packing.batch_size * packing.length * (context + packing.length)
@@ -332,7 +331,7 @@ class MoT(nn.Module):
         return MaskedAttention(cache, torch.cat([*seen, packing.visible], dim=2)[:, None])
 
     def rotation(self, rope_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``rotate`` takes, for rope ids (B, L): cos and sin of the angles, (B, L, 1, E)."""
+        """cos and sin for ``rotate`` at rope ids (B, L), (B, L, 1, E) each."""
         angles = rope_ids[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
         first, second = angles.sin().chunk(2, dim=-1)
@@ -344,6 +343,6 @@ def _cells(grid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, rotate-half form, (..., heads, E); the sine of the first half comes negated."""
+    """Rotary embedding, rotate-half form, of x (..., heads, E); ``sin`` has its first half negated."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([second, first], dim=-1) * sin
