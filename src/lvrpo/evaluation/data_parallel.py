@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from lvrpo.distributed import gather_with_tensors, rank, world_size
-from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.base import Policy, Sampling, require_method
 from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Group, Image, Parts, Prompt
@@ -67,7 +67,8 @@ class EvaluatedPolicy:
         return [_of(prompt, found[i]) for i, prompt in enumerate(prompts)]
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Policy.text_logprob``."""
+        """As ``Judge.text_logprob``."""
+        require_method(self._policies.policy, "text_logprob")
         return self._by_rows(len(texts), lambda policy, own: policy.text_logprob(contexts[own], texts[own]))
 
     def image_logprob(
@@ -79,7 +80,8 @@ class EvaluatedPolicy:
         *times: tuple[float, float],
         **named: tuple[float, float],
     ) -> torch.Tensor:
-        """As ``Policy.image_logprob``."""
+        """As ``Judge.image_logprob``."""
+        require_method(self._policies.policy, "image_logprob")
         given = (*times, *named.values())
         return self._by_rows(
             len(images),
