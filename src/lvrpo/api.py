@@ -16,9 +16,9 @@ from lvrpo.evaluation.experiment import (
     TEST_ROWS,
     Experiment,
     Plan,
-    Watcher,
-    free_folder,
+    ProgressListener,
     held_out_plan,
+    unused_folder,
     warn_without_test,
 )
 from lvrpo.policies.base import Policy
@@ -92,12 +92,12 @@ def train(
         tree |= _listed_data(asked, prompts, validation or (), overrides)
     if tree:
         asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
-    folder = Path(out) if out is not None else free_folder(Path("runs") / asked.name)
+    folder = Path(out) if out is not None else unused_folder(Path("runs") / asked.name)
     plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
     trainer = Trainer.start(asked, folder, custom=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
         warn_without_test(asked)
-    watching: AbstractContextManager[Watcher] = Progress(asked.steps) if progress else nullcontext(_Silent())
+    watching: AbstractContextManager[ProgressListener] = Progress(asked.steps) if progress else nullcontext(_Silent())
     with trainer.run, watching as watch, Experiment(trainer, plan, watch) as experiment:
         before = experiment.before()
         with InterruptHandler(print_stopping) as interrupted:

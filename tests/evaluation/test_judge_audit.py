@@ -11,7 +11,7 @@ import torch
 
 from lvrpo.cli import main
 from lvrpo.data.scenes.grammar import UNDERSTAND
-from lvrpo.evaluation.judge_audit import REWARDS, JudgeCase, audit_judge, judge_cases
+from lvrpo.evaluation.judge_audit import REWARDS, MinimalPair, audit_judge, minimal_pairs
 from lvrpo.rewards.base import Scores, offline_group
 from lvrpo.rewards.row import RewardConfig, RewardSource
 from lvrpo.rewards.success import has_success, successes
@@ -21,22 +21,22 @@ from lvrpo.types import Group, Image, Prompt
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[JudgeCase]:
-    return judge_cases(4)
+def cases() -> list[MinimalPair]:
+    return minimal_pairs(4)
 
 
-def test_cases_are_a_function_of_their_arguments(cases: list[JudgeCase]) -> None:
-    again, other = judge_cases(4), judge_cases(4, seed=1)
+def test_cases_are_a_function_of_their_arguments(cases: list[MinimalPair]) -> None:
+    again, other = minimal_pairs(4), minimal_pairs(4, seed=1)
     assert [(c.kind, c.error, c.cluster) for c in again] == [(c.kind, c.error, c.cluster) for c in cases]
     assert [said(c) for c in again] == [said(c) for c in cases]
     assert [said(c) for c in other] != [said(c) for c in cases]
 
 
-def said(case: JudgeCase) -> tuple[str | None, ...]:
+def said(case: MinimalPair) -> tuple[str | None, ...]:
     return tuple(t.text for t in case.group.trajectories)
 
 
-def test_every_kind_is_tried(cases: list[JudgeCase]) -> None:
+def test_every_kind_is_tried(cases: list[MinimalPair]) -> None:
     kinds = {(case.output, case.kind) for case in cases}
     assert {kind for output, kind in kinds if output == "text"} == {*UNDERSTAND, "caption"}
     wanted = {"prompt", "instruction", "thought", "color", "exists", "total", "count", "position", "digit", "unchanged"}
@@ -46,7 +46,7 @@ def test_every_kind_is_tried(cases: list[JudgeCase]) -> None:
     }
 
 
-def test_right_is_right_and_wrong_is_wrong(cases: list[JudgeCase]) -> None:
+def test_right_is_right_and_wrong_is_wrong(cases: list[MinimalPair]) -> None:
     facts = [c.group for c in cases if c.group.prompt.facts]
     assert successes(facts) == [[1.0, 0.0]] * len(facts)
     answered = [c.group for c in cases if c.output == "text" and has_success(c.group.prompt)]
@@ -62,7 +62,7 @@ def picture(image: Image | None) -> Image:
     return image
 
 
-def test_the_verifier_as_a_judge_is_perfect_and_a_constant_is_at_chance(cases: list[JudgeCase]) -> None:
+def test_the_verifier_as_a_judge_is_perfect_and_a_constant_is_at_chance(cases: list[MinimalPair]) -> None:
     class Constant:
         def applies(self, prompt: Prompt) -> bool:
             return True
@@ -93,7 +93,7 @@ class Blind:
     pass
 
 
-def test_a_judge_that_knows_the_right_texts_tells_them_all(cases: list[JudgeCase]) -> None:
+def test_a_judge_that_knows_the_right_texts_tells_them_all(cases: list[MinimalPair]) -> None:
     """Answers and captions are tried by how likely the judge finds them."""
     right = {(id(c.group.prompt.parts[0]), c.group.trajectories[0].text) for c in cases if c.kind == "caption"}
 

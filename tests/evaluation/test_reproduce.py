@@ -143,17 +143,19 @@ def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(runner, "InterruptHandler", AtOnce)
         with pytest.raises(Interrupted, match="the same command goes on"):
-            this.do(job)
+            this.run_job(job)
     run = RunDirectory.read(Path("out") / job.folder)
     assert [row["step"] for row in run.metrics()] == [0, 1]
-    this.do(job)
-    assert [row["step"] for row in run.metrics()] == list(range(this.recipes.fitted("ours", (), "one", 0)[0].steps + 1))
+    this.run_job(job)
+    assert [row["step"] for row in run.metrics()] == list(
+        range(this.recipes.within_budget("ours", (), "one", 0)[0].steps + 1)
+    )
     assert this.summary_path(job).exists()
 
 
 def test_more_pretraining_is_the_budget_on_top_of_the_base(small: Path, counted: None) -> None:
     made = open_runner(small).recipes
-    config, cost = made.fitted("longer", (), "one", 5)
+    config, cost = made.within_budget("longer", (), "one", 5)
     own = made.base_config("one")
     assert isinstance(config, PretrainConfig)
     assert config.init is None
@@ -190,9 +192,9 @@ def test_prompts_that_something_was_chosen_on_are_no_test(
     policy, experiment = load_policy(small_base), load_experiment(small)
     leaking = replace(GENERATE, validation=GENERATE.prompts)
     monkeypatch.setattr(runner, "find_benchmarks", lambda names: [leaking])
-    tuned = runner.validated(policy, experiment)
+    tuned = runner.tune_on_validation(policy, experiment)
     with pytest.raises(InputError, match="choose on another split"):
-        runner.tested(policy, experiment, tuned, Path("summaries"), lambda line: None)
+        runner.evaluate_on_test(policy, experiment, tuned, Path("summaries"), lambda line: None)
 
 
 def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:

@@ -16,7 +16,7 @@ import torch
 from lvrpo.algorithms import gdpo_advantages, group_relative_advantages, normalize_rewards
 from lvrpo.audit_records import RewardAudit, ScorerAudit, Window
 from lvrpo.errors import InputError
-from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Recorded, cut, read_record
+from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, RecordedRun, read_recorded_run, split_windows
 from lvrpo.evaluation.reward_audit import (
     audit_rewards,
     by_step,
@@ -76,7 +76,7 @@ def audited(
 ) -> RewardAudit:
     groups = Groups.join(records)
     assert groups is not None
-    return audit_rewards(Recorded(groups, Groups.join(controls), [], settings, verifiers))
+    return audit_rewards(RecordedRun(groups, Groups.join(controls), [], settings, verifiers))
 
 
 def scorer(audit: RewardAudit, name: str, task: str = "generate") -> ScorerAudit:
@@ -278,7 +278,7 @@ def test_lengths_can_explain_a_reward() -> None:
     ],
 )
 def test_the_parts_of_a_run(steps: Sequence[int], expected: list[tuple[int, int]]) -> None:
-    assert cut(np.repeat(np.array(steps), 3)) == tuple(Window(*ends) for ends in expected)
+    assert split_windows(np.repeat(np.array(steps), 3)) == tuple(Window(*ends) for ends in expected)
 
 
 def test_one_step_has_no_course() -> None:
@@ -307,10 +307,10 @@ def test_records_of_other_rewards_are_refused() -> None:
 
 def test_a_run_without_scores_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run directory"):
-        read_record(tmp_path)
+        read_recorded_run(tmp_path)
     RunDirectory.create(tmp_path / "run", TrainConfig()).close()
     with pytest.raises(InputError, match="holds no scores of training steps") as caught:
-        read_record(tmp_path / "run")
+        read_recorded_run(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 

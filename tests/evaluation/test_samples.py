@@ -11,8 +11,8 @@ import pytest
 from lvrpo.errors import InputError
 from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.scoring import judge_scores, read_back
-from lvrpo.evaluation.suite import SAMPLING, Benchmark, Measuring, evaluate, find_benchmarks, form_of
-from lvrpo.evaluation.tuning import GUIDANCE_SCALES, TEMPERATURES, Tuned, as_validation, content_key, tune
+from lvrpo.evaluation.suite import SAMPLING, Benchmark, EvaluationOptions, evaluate, find_benchmarks, form_of
+from lvrpo.evaluation.tuning import GUIDANCE_SCALES, TEMPERATURES, TunedSampling, as_validation, content_key, tune
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import judge_fingerprint
@@ -21,7 +21,7 @@ from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import json_text
 from lvrpo.types import Prompt
 
-MANY = 5
+NUM_SAMPLES = 5
 
 
 @pytest.fixture
@@ -33,26 +33,26 @@ def test_some_prompts_are_sampled_often_and_the_score_stays(policy: Policy) -> N
     benchmarks = find_benchmarks(["generate", "generate_guided", "understand", "understand_sampled"])
     sizes = {benchmark.name: 6 for benchmark in benchmarks}
     plain = evaluate(policy, benchmarks, sizes=sizes)
-    many = evaluate(policy, benchmarks, sizes=sizes, measuring=Measuring(prompts=2, many=MANY))
+    many = evaluate(policy, benchmarks, sizes=sizes, options=EvaluationOptions(2, NUM_SAMPLES))
     counts = {name: [len(row) for row in scored.successes] for name, scored in many.scored.items()}
     assert counts == {
-        "generate": [MANY, MANY, 1, 1, 1, 1],
-        "generate_guided": [MANY, MANY, 1, 1, 1, 1],
+        "generate": [NUM_SAMPLES, NUM_SAMPLES, 1, 1, 1, 1],
+        "generate_guided": [NUM_SAMPLES, NUM_SAMPLES, 1, 1, 1, 1],
         "understand": [1] * 6,  # greedy answers do not differ
-        "understand_sampled": [MANY, MANY, 4, 4, 4, 4],
+        "understand_sampled": [NUM_SAMPLES, NUM_SAMPLES, 4, 4, 4, 4],
     }
     for name, scored in many.scored.items():
         assert scored.scores == plain.scored[name].scores
         assert scored.answers == plain.scored[name].answers
-    assert [len(row) for row in many.scored["generate"].judged] == [MANY, MANY, 0, 0, 0, 0]
+    assert [len(row) for row in many.scored["generate"].judged] == [NUM_SAMPLES, NUM_SAMPLES, 0, 0, 0, 0]
     found = many.results()
     assert set(found["generate"]["pass_at_k"]) == {"1", "4"}
     assert set(found["generate"]["best_of"]) == {"2", "4"}
     assert "pass_at_k" not in found["understand"]
     assert "best_of" not in found["understand_sampled"]
     assert set(plain.results()["generate"]) == {"score", "low", "high", "n", "categories", "metric"}
-    own = evaluate(policy, benchmarks, sizes=sizes, measuring=Measuring(prompts=1))
-    assert len(own.scored["generate"].successes[0]) == benchmarks[0].many
+    own = evaluate(policy, benchmarks, sizes=sizes, options=EvaluationOptions(1))
+    assert len(own.scored["generate"].successes[0]) == benchmarks[0].pass_at_k_samples
     assert len(own.scored["generate_guided"].successes[0]) == 1
 
 
@@ -63,9 +63,9 @@ def test_the_judge_is_the_reward_and_may_be_another_model(policy: Policy, tmp_pa
     assert judge_scores(groups, policy) == [tuple(pytest.approx(v, abs=1e-5) for v in row) for row in expected.tolist()]
     benchmarks = find_benchmarks(["generate"])
     other = load_policy("tiny")
-    found = evaluate(policy, benchmarks, sizes={"generate": 2}, measuring=Measuring(2, MANY, judge=other))
+    found = evaluate(policy, benchmarks, sizes={"generate": 2}, options=EvaluationOptions(2, NUM_SAMPLES, judge=other))
     assert found.scored["generate"].settings["judge"] == judge_fingerprint(other)
-    own = evaluate(policy, benchmarks, sizes={"generate": 2}, measuring=Measuring(2, MANY))
+    own = evaluate(policy, benchmarks, sizes={"generate": 2}, options=EvaluationOptions(2, NUM_SAMPLES))
     assert own.scored["generate"].judged != found.scored["generate"].judged
     assert own.scored["generate"].read_back == found.scored["generate"].read_back  # always by the model itself
 
@@ -110,15 +110,15 @@ def test_each_task_takes_the_value_with_the_best_score(policy: Policy) -> None:
         assert chosen == min(value for value, score in scores.items() if score == max(scores.values()))
     assert tuned.model == judge_fingerprint(policy)
     Path("best.json").write_text(json_text(tuned.as_dict()))
-    assert Tuned.read(Path("best.json")) == tuned
+    assert TunedSampling.read(Path("best.json")) == tuned
 
 
 def test_an_evaluation_takes_what_was_chosen_but_where_a_setting_is_the_point(policy: Policy) -> None:
     settings = {"generate": {"guidance_scale": 3.0}, "understand": {"temperature": 0.7}}
-    tuned = Tuned("model", settings, frozenset())  # type: ignore[arg-type]  # tasks are literals
+    tuned = TunedSampling("model", settings, frozenset())  # type: ignore[arg-type]  # tasks are literals
     benchmarks = find_benchmarks(["generate", "generate_guided", "understand", "understand_sampled", "edit"])
     sizes = {benchmark.name: 5 for benchmark in benchmarks}
-    found = evaluate(policy, benchmarks, sizes=sizes, measuring=Measuring(0, tuned=tuned))
+    found = evaluate(policy, benchmarks, sizes=sizes, options=EvaluationOptions(0, tuned=tuned))
     used = {name: next(iter(scored.settings["tasks"].values())) for name, scored in found.scored.items()}
     assert used == {
         "generate": {"temperature": 0.0, "guidance_scale": 3.0},
@@ -131,14 +131,14 @@ def test_an_evaluation_takes_what_was_chosen_but_where_a_setting_is_the_point(po
 
 def test_prompts_that_settings_were_chosen_on_are_refused_whatever_their_ids(policy: Policy) -> None:
     prompts = held_out_prompts("edit", 5)
-    tuned = Tuned("model", {}, frozenset(content_key(prompt) for prompt in prompts[:2]))
+    tuned = TunedSampling("model", {}, frozenset(content_key(prompt) for prompt in prompts[:2]))
 
     def renamed(n: int) -> list[Prompt]:
         return [replace(prompt, id=f"other:{i}") for i, prompt in enumerate(prompts[:n])]
 
     with pytest.raises(InputError, match="benchmark own: 2 of 5 prompts, 'other:0' first"):
-        evaluate(policy, [Benchmark("own", renamed, 5)], measuring=Measuring(0, tuned=tuned))
-    tuned.refuse("own", prompts[2:])
+        evaluate(policy, [Benchmark("own", renamed, 5)], options=EvaluationOptions(0, tuned=tuned))
+    tuned.require_unseen("own", prompts[2:])
 
 
 def test_rows_of_the_user_are_chosen_on_and_then_refused(policy: Policy) -> None:
@@ -151,14 +151,14 @@ def test_rows_of_the_user_are_chosen_on_and_then_refused(policy: Policy) -> None
     tuned = tune(policy, [as_validation(validation)])
     assert set(tuned.settings["reason"]) == {"temperature"}
     with pytest.raises(InputError, match="benchmark test: 1 of 4 prompts"):
-        evaluate(policy, find_benchmarks(["test.jsonl"]), measuring=Measuring(0, tuned=tuned))
+        evaluate(policy, find_benchmarks(["test.jsonl"]), options=EvaluationOptions(0, tuned=tuned))
     with pytest.raises(InputError, match="no validation prompts to choose on"):
         tune(policy, find_benchmarks(["generate_guided"]))
 
 
 def test_settings_of_another_model_or_another_file_are_refused() -> None:
     with pytest.raises(InputError, match="chosen for a, but this is b"):
-        Tuned("a", {}, frozenset()).require("b")
+        TunedSampling("a", {}, frozenset()).require_model("b")
     for text, message in (
         ("{", "not JSON"),
         ("[]", "holds list, not an object"),
@@ -169,6 +169,6 @@ def test_settings_of_another_model_or_another_file_are_refused() -> None:
     ):
         Path("file.json").write_text(text)
         with pytest.raises(InputError, match=message):
-            Tuned.read(Path("file.json"))
+            TunedSampling.read(Path("file.json"))
     with pytest.raises(InputError, match="no such file"):
-        Tuned.read(Path("missing.json"))
+        TunedSampling.read(Path("missing.json"))

@@ -15,7 +15,7 @@ from lvrpo.data.scenes import CATEGORIES, ScenePrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
-from lvrpo.evaluation.samples import PER_CATEGORY, keep_cases, write_evaluation
+from lvrpo.evaluation.samples import PER_CATEGORY, first_per_category, write_evaluation
 from lvrpo.evaluation.scenes import held_out_prompts
 from lvrpo.evaluation.suite import Evaluation, cluster_of, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
@@ -165,7 +165,7 @@ def test_an_evaluation_survives_json(policy: Policy) -> None:
 
 
 def test_kept_cases_are_what_the_report_reads(policy: Policy) -> None:
-    evaluation = evaluate(policy, find_benchmarks(["scenes"]), sizes=SIZES, keep=keep_cases)
+    evaluation = evaluate(policy, find_benchmarks(["scenes"]), sizes=SIZES, keep=first_per_category)
     with RunDirectory.create(Path("run"), TrainConfig()) as run:
         write_evaluation(run, "before", evaluation)
     cases = load_run(Path("run")).samples("before")

@@ -13,7 +13,7 @@ from stored import stored
 
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
-from lvrpo.evaluation.recorded_groups import read_record
+from lvrpo.evaluation.recorded_groups import read_recorded_run
 from lvrpo.evaluation.reward_audit import audit_rewards
 from lvrpo.registry import allow_code
 from lvrpo.training.config import TrainConfig
@@ -94,7 +94,7 @@ def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
     draws = [task != "understand" for task in record.tasks]
     assert torch.tensor(record.picture_diversity).isfinite().tolist() == draws
     assert torch.tensor(record.traits[:, 0, TRAITS.index("red")]).isfinite().tolist() == draws
-    audit = audit_rewards(read_record(Path("straight")))
+    audit = audit_rewards(read_recorded_run(Path("straight")))
     assert {scorer.name for scorer in audit.tasks["generate"].scorers} == {"share"}
     assert audit.tasks["generate"].drift["picture_diversity"].last is not None
     assert Path("straight/samples/step_000012/grid.png").is_file()

@@ -47,7 +47,7 @@ def run(options: Options) -> None:
     )
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.recorded_groups import read_record
+    from lvrpo.evaluation.recorded_groups import read_recorded_run
     from lvrpo.evaluation.reward_audit import audit_rewards
     from lvrpo.training.run_directory import json_text
 
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     refuse_judge_options(options)
     if options.json is not None:
         refuse_existing([options.json], options.force)
-    audit = audit_rewards(read_record(options.run))
+    audit = audit_rewards(read_recorded_run(options.run))
     console = wide_console()
     console.print(f"{options.run}: {recorded(audit)}; advantages: {audit.formula}", markup=False, soft_wrap=True)
     for table in (reward_table(audit), course_table(audit), *run_tables(audit), *correlation_tables(audit)):
@@ -116,7 +116,7 @@ def audit_judge(options: Options) -> None:
     from lvrpo.commands.audit_tables import TITLES, sensitivity_table
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, judge_cases
+    from lvrpo.evaluation.judge_audit import REWARDS, audit_judge, minimal_pairs
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
@@ -130,7 +130,7 @@ def audit_judge(options: Options) -> None:
     sources = chosen(REWARDS, options.also or [])
     judge = load_policy(options.judge, options.device)
     console = wide_console()
-    cases = judge_cases(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
+    cases = minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
     audit = audit_judge(
         judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
@@ -150,11 +150,11 @@ def rank_samples(options: Options) -> None:
     from lvrpo.commands.audit_tables import sample_tables
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
-    from lvrpo.evaluation.reward_ranking import REWARDS, YARDSTICK, audit_samples, sample_groups
+    from lvrpo.evaluation.reward_ranking import REWARDS, VERIFIER_REWARD, audit_samples, sample_groups
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
-    sources = chosen((YARDSTICK, *REWARDS), options.also or [])
+    sources = chosen((VERIFIER_REWARD, *REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
     size, n, seed = image_side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()

@@ -111,7 +111,7 @@ def audit_data(options: Options) -> None:
     console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
 
 
-def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
+def splits_of(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
     """Whether they are those of the built-in world, and the prompts of each split."""
     files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
     if files:
@@ -122,7 +122,7 @@ def splits_of(options: Options, say: Callable[[str], None]) -> tuple[bool, Mappi
         return False, files_asked(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
     config = configured(options.data)
     if config.data.source == "scenes":
-        return True, world_asked(config, options.steps or config.steps, say)
+        return True, world_asked(config, options.steps or config.steps, log)
     if config.data.source != "jsonl":
         raise InputError(f"data.source={config.data.source}: only scenes and jsonl can be compared")
     jsonl = config.data.jsonl
@@ -157,7 +157,7 @@ def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str
     return {split: asked(path) for split, path in paths.items()}
 
 
-def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
+def world_asked(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
     """Train: the prompts of so many steps and every row of the corpus of the base; validation; all benchmarks."""
     from lvrpo.data.scenes import ScenePrompts, web_corpus
     from lvrpo.data.scenes.leakage import compared_examples, compared_prompts
@@ -166,20 +166,20 @@ def world_asked(config: TrainConfig, steps: int, say: Callable[[str], None]) -> 
 
     source = ScenePrompts(config.data.scenes, "train", config.seed)
     train = [found for step in range(steps) for found in compared_prompts(prompts_of_step(source, config, step))]
-    say(f"train: {len(train)} prompts of {steps} steps")
+    log(f"train: {len(train)} prompts of {steps} steps")
     corpus = web_corpus()
     rows = [
         found
         for part in (corpus.generate, corpus.caption, corpus.question, corpus.edit, corpus.reason)
         for found in compared_examples(part)
     ]
-    say(f"train: {len(corpus)} rows of the corpus of the base")
+    log(f"train: {len(corpus)} rows of the corpus of the base")
     held_out = ScenePrompts(config.data.scenes, "validation", 0)
     validation = compared_prompts([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
     benchmarks = find_benchmarks(["scenes"])
     prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)]
     test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of what it says
-    say(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
+    log(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
     return {"train": [*train, *rows], "validation": validation, "test": compared_prompts(list(test.values()))}
 
 

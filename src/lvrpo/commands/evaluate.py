@@ -71,7 +71,7 @@ def evaluate(options: Options) -> None:
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import scores_table, text_table, wide_console
     from lvrpo.evaluation import suite
-    from lvrpo.evaluation.tuning import Tuned
+    from lvrpo.evaluation.tuning import TunedSampling
     from lvrpo.policies.loading import load_policy
     from lvrpo.report.tables import measure_tables
     from lvrpo.rewards.base import judge_fingerprint
@@ -85,7 +85,7 @@ def evaluate(options: Options) -> None:
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
     benchmarks = suite.find_benchmarks(options.benchmark, scorer, read_side(options), options.root)
-    tuned = None if options.tuned is None else Tuned.read(options.tuned)
+    tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
@@ -105,7 +105,7 @@ def evaluate(options: Options) -> None:
         {b.name: options.n for b in benchmarks} if options.n else {},
         replace(suite.SAMPLING, num_steps=options.num_steps),
         progress=lambda name, n: console.print(f"{name}: {n} prompts", style="dim"),
-        measuring=suite.Measuring(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
+        options=suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
     )
     results = result.results()
     console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))

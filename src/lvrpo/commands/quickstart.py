@@ -71,7 +71,7 @@ def run(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
     from lvrpo.commands.train import require_well
-    from lvrpo.evaluation.experiment import Experiment, free_folder
+    from lvrpo.evaluation.experiment import Experiment, unused_folder
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.interrupt import Interrupted, InterruptHandler, print_stopping
     from lvrpo.training.trainer import Trainer
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
         trainer = Trainer.resume(options.resume)
     else:
         config = read_config(TrainConfig, options.config, train_overrides(options))
-        folder = options.out or free_folder(Path("runs") / config.name)
+        folder = options.out or unused_folder(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
         trainer = Trainer.start(config, folder, files=plan(options, config, folder).files())

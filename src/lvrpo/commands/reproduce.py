@@ -49,8 +49,8 @@ def run(options: Options) -> None:
     if not experiment.evidence:
         print(f"{experiment.name}: {NOT_EVIDENCE}", flush=True)
     if not options.table:
-        recipes = Recipes(experiment, out, find_config, say, options.device)
-        runner = Runner(recipes, summaries, say)
+        recipes = Recipes(experiment, out, find_config, log, options.device)
+        runner = Runner(recipes, summaries, log)
         jobs = runner.pending(options.rows, options.seeds)
         if options.list:
             print("\n".join([*(f"{job.kind} {job.name}" for job in jobs), f"{len(jobs)} jobs left"]))
@@ -68,14 +68,14 @@ def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
     failed: dict[str, Job] = {}
     for number, job in enumerate(jobs, start=1):
         head = f"job {number} of {len(jobs)}: {job.kind} {job.name}"
-        cause = next((other for other in failed.values() if job.waits_for(other)), None)
+        cause = next((other for other in failed.values() if job.depends_on(other)), None)
         if cause is not None:
             print(f"{head}: left out, as {cause.name} failed", flush=True)
             failed[job.name] = job
             continue
         print(head, flush=True)
         try:
-            runner.do(job)
+            runner.run_job(job)
         except ContractError as error:
             print(f"  failed: {' '.join(str(error).split())}", flush=True)
             failed[job.name] = job
@@ -126,7 +126,7 @@ def default_summaries(experiment: Experiment, out: Path) -> Path:
     return Path("docs/results") / experiment.name if checkout and experiment.evidence else out / "summaries"
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(f"  {line}", flush=True)
 
 

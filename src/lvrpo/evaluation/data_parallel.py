@@ -1,4 +1,4 @@
-"""Evaluations of a run's policies: all ranks run the same one, and what is sampled or judged in it is split."""
+"""Evaluation of a run's policies on several ranks, which share sampling and judging."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lvrpo.training.policies import Policies, SetName
 from lvrpo.types import Group, Image, Parts, Prompt
 
 
-def evaluated(policies: Policies, name: SetName) -> Policy:
-    """One of a run's sets of weights as a policy to evaluate; what all ranks ask of it together each does a share of.
+def evaluation_policy(policies: Policies, name: SetName) -> Policy:
+    """One of a run's weight sets as a policy whose sampling and likelihoods are split between the ranks.
 
-    Its weights are in place while it is asked, so two of them may be asked in turn.
+    Collective: all ranks must make the same calls. Its weights are swapped in for each call, so calls of several such
+    policies may alternate.
     """
     return cast(Policy, EvaluatedPolicy(policies, name))
 
 
 class EvaluatedPolicy:
-    """See ``evaluated``."""
+    """See ``evaluation_policy``."""
 
     def __init__(self, policies: Policies, name: SetName) -> None:
         self._policies = policies
@@ -32,7 +33,7 @@ class EvaluatedPolicy:
         self._identity: str | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Any: what is not split between ranks is the policy's own; its methods run with these weights."""
+        """Any: other attributes are the policy's; its methods run with these weights."""
         found = getattr(self._policies.policy, name)
         if not callable(found):
             return found
@@ -44,7 +45,7 @@ class EvaluatedPolicy:
         return method
 
     def judge_fingerprint(self) -> str:
-        """As ``lvrpo.rewards.base.judge_fingerprint`` of the policy; weights that do not change are told once."""
+        """``lvrpo.rewards.base.judge_fingerprint`` of the policy; cached for the reference."""
         if self._identity is not None:
             return self._identity
         with self._policies.use(self._name) as policy:
@@ -63,8 +64,11 @@ class EvaluatedPolicy:
         found: dict[int, Group] = {}
         for part in gather_with_tensors(dict(zip(own, groups, strict=True))):
             found |= part
-        # a prompt comes back as a copy: groups keep the very object that was asked
-        return [_of(prompt, found[i]) for i, prompt in enumerate(prompts)]
+        # gathering copies a prompt: groups must hold the object that was passed in
+        return [
+            Group(prompt, tuple(replace(trajectory, prompt=prompt) for trajectory in found[i].trajectories))
+            for i, prompt in enumerate(prompts)
+        ]
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """As ``Judge.text_logprob``."""
@@ -88,16 +92,12 @@ class EvaluatedPolicy:
             lambda policy, own: policy.image_logprob(contexts[own], images[own], draws, seeds[own], *given),
         )
 
-    def _by_rows(self, rows: int, ask: Callable[[Policy, slice], torch.Tensor]) -> torch.Tensor:
-        """Rows that follow each other stay together, for they share contexts."""
+    def _by_rows(self, rows: int, call: Callable[[Policy, slice], torch.Tensor]) -> torch.Tensor:
+        """Splits rows into contiguous shards, as neighbors share contexts."""
         own = slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
         answer: torch.Tensor | None = None
         with self._policies.use(self._name) as policy:
             if own.start < own.stop or rows == 0:
-                answer = ask(policy, own)
+                answer = call(policy, own)
         parts = [part for part in gather_with_tensors(answer) if part is not None]
         return torch.cat([part.to(parts[0].device) for part in parts])
-
-
-def _of(prompt: Prompt, group: Group) -> Group:
-    return Group(prompt, tuple(replace(trajectory, prompt=prompt) for trajectory in group.trajectories))

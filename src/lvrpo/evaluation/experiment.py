@@ -1,4 +1,4 @@
-"""The whole experiment: evaluate the base, align it beside a supervised baseline, evaluate again, write the report."""
+"""An experiment: evaluate the base, align it and train a supervised baseline, evaluate again, write the report."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from lvrpo.config import config_sha256, parse_section
 from lvrpo.distributed import on_main
 from lvrpo.errors import ContractError, InputError, LvrpoError
 from lvrpo.evaluation import BENCHMARKS
-from lvrpo.evaluation.data_parallel import evaluated
+from lvrpo.evaluation.data_parallel import evaluation_policy
 from lvrpo.evaluation.reward_audit import write_audit
-from lvrpo.evaluation.samples import DOUBLES, keep_cases, read_evaluation, write_cases, write_evaluation
+from lvrpo.evaluation.samples import (
+    REPEATED_PROMPTS,
+    first_per_category,
+    read_evaluation,
+    write_evaluation,
+    write_samples,
+)
 from lvrpo.evaluation.scoring import sample_prompts
 from lvrpo.evaluation.suite import (
     SAMPLING,
     Benchmark,
     Evaluation,
-    Measuring,
+    EvaluationOptions,
     evaluate,
     find_benchmarks,
-    own_benchmarks,
+    prompt_benchmarks,
 )
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import START, load_policy, possible_tasks, stored_image_size
@@ -49,7 +55,7 @@ RESULT = "eval/after.json"
 
 
 class Baseline:
-    """A second process; ``wait`` gives its evaluation."""
+    """The supervised baseline, trained and evaluated in a second process."""
 
     def __init__(
         self,
@@ -71,13 +77,15 @@ class Baseline:
         return path_exists(self.folder / RESULT)
 
     def start(self) -> None:
-        """Starts it, or lets it go on from its last checkpoint."""
+        """Starts the process, which resumes from the last checkpoint if there is one."""
         if not self.finished:
-            self.process = multiprocessing.get_context("spawn").Process(target=_work, args=self.arguments, daemon=True)
+            self.process = multiprocessing.get_context("spawn").Process(
+                target=_run_process, args=self.arguments, daemon=True
+            )
             self.process.start()
 
     def wait(self) -> tuple[Evaluation, Cost]:
-        """Its evaluation and what it took; raises ContractError if it failed."""
+        """Waits for the process; returns its evaluation and cost. Raises ContractError if it failed."""
         if self.process is not None:
             self.process.join()
             if self.process.exitcode != 0:
@@ -89,13 +97,13 @@ class Baseline:
         return Evaluation(record.scores, seconds=record.seconds), record.cost
 
     def stop(self) -> None:
-        """Ends the process; what it has done up to its last checkpoint stays."""
+        """Terminates the process; its last checkpoint stays."""
         if self.process is not None and self.process.is_alive():
             self.process.terminate()
             self.process.join()
 
 
-def _work(
+def _run_process(
     config: PretrainConfig,
     folder: Path,
     benchmarks: Sequence[str],
@@ -103,7 +111,7 @@ def _work(
     sampling: Sampling,
     sampled_prompts: int,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the parent handles it
     error_file = folder.with_suffix(".error")
     try:
         error_file.unlink(missing_ok=True)
@@ -122,9 +130,9 @@ def train_and_evaluate(
     sampling: Sampling,
     sampled_prompts: int = 0,
 ) -> None:
-    """The whole baseline in this process, or what an interruption left of it; ends with eval/after.json.
+    """Trains (or resumes) and evaluates the baseline in this process; writes eval/after.json last.
 
-    Its best of n is chosen by the base that it started from, as that of the alignment is.
+    The base that it started from judges its best of n, as for the alignment.
     """
     parent = multiprocessing.parent_process()
 
@@ -137,9 +145,9 @@ def train_and_evaluate(
     with trainer.run as run:
         trainer.train(end_with_parent)
         judge = None if config.init is None else load_policy(config.init, config.device, "float32").make_reference()
-        measuring = Measuring(sampled_prompts, judge=judge)
+        options = EvaluationOptions(sampled_prompts, judge=judge)
         found = find_benchmarks(benchmarks)
-        evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, measuring=measuring)
+        evaluation = evaluate(trainer.state.average, found, sizes=sizes, sampling=sampling, options=options)
         cost = Cost(trainer.state.seconds, peak_memory_gib())
         run.write_json(RESULT, {**evaluation.as_dict(), "cost": asdict(cost)})
 
@@ -149,9 +157,8 @@ def _text(path: Path) -> str:
 
 
 PLAN = "plan.json"
-"""File of a run that holds its plan."""
 TEST_ROWS = "data.test"
-"""Benchmark of a plan: the test rows of the run's own source of prompts."""
+"""Benchmark name for the test rows of the run's own prompt source."""
 
 
 class PlanRecord(Record):
@@ -167,25 +174,25 @@ class PlanRecord(Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done beside the alignment itself."""
+    """The benchmarks and the baseline of an experiment; stored in ``plan.json`` of the run."""
 
     benchmarks: tuple[str, ...] = ("scenes",)
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Prompts per benchmark where not its default."""
+    """Prompts per benchmark, where it is not the default."""
     sampled_prompts: int = 70
-    """Prompts per benchmark that are sampled many times, for pass@k and best of n by the base's reading side."""
+    """Prompts per benchmark that are sampled repeatedly, for pass@k and best of n as judged by the base."""
     baseline: PretrainConfig | None = None
     baseline_name: str = "continued pretraining"
     parallel: bool = True
-    """Whether the baseline runs in a second process at the same time, or afterwards."""
+    """Whether the baseline trains at the same time as the alignment, or afterwards."""
 
     def files(self) -> dict[str, Any]:
-        """What ``Trainer.start`` writes, so that a run goes on with the plan that it began with. Any: JSON."""
+        """``plan.json`` for ``Trainer.start`` to write. Any: JSON."""
         baseline = None if self.baseline is None else self.baseline.model_dump(mode="json")
         return {PLAN: {**vars(self), "baseline": baseline}}
 
-    def kept(self, run: RunDirectory) -> Plan:
-        """The plan that the run began with; else this one, which is then written into it."""
+    def load_or_write(self, run: RunDirectory) -> Plan:
+        """The stored plan of the run; where there is none, writes and returns this one."""
         if not path_exists(run.path / PLAN):
             for name, content in self.files().items():
                 run.write_json(name, content)
@@ -197,8 +204,8 @@ class Plan:
         return Plan(**{**known, "benchmarks": tuple(raw["benchmarks"]), "baseline": baseline})
 
 
-class Watcher(Protocol):
-    """Who is told how things go."""
+class ProgressListener(Protocol):
+    """Receives the progress of an experiment."""
 
     def phase(self, text: str) -> None:
         """A new part of the experiment begins."""
@@ -210,16 +217,16 @@ class Watcher(Protocol):
 
 
 class Experiment:
-    """What surrounds an alignment: measurements before and after, a baseline, the report.
+    """The evaluations before and after an alignment, its baseline and its report.
 
-    Everything lands in the run directory, and what is there already is not done again. A context manager: leaving it
-    ends the baseline's process.
+    Results are files of the run directory; those that exist are not computed again. A context manager: leaving it
+    terminates the baseline's process.
     """
 
-    def __init__(self, trainer: Trainer, plan: Plan, watch: Watcher) -> None:
-        """``plan``: of a new run; one that goes on has its own."""
-        self.trainer, self.run, self.watch = trainer, trainer.run, watch
-        self.plan = plan = plan.kept(trainer.run)
+    def __init__(self, trainer: Trainer, plan: Plan, progress: ProgressListener) -> None:
+        """``plan``: of a new run; a resumed one has its own."""
+        self.trainer, self.run, self.progress = trainer, trainer.run, progress
+        self.plan = plan = plan.load_or_write(trainer.run)
         rollout = trainer.config.rollout
         self.sampling = replace(
             SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
@@ -230,7 +237,7 @@ class Experiment:
             folder = trainer.run.path / "baseline"
             sizes = (plan.benchmarks, plan.sizes)
             self.baseline = Baseline(plan.baseline, folder, *sizes, self.sampling, plan.sampled_prompts)
-        self._shown: list[Prompt] = []
+        self._report_prompts: list[Prompt] = []
 
     def __enter__(self) -> Self:
         return self
@@ -240,51 +247,51 @@ class Experiment:
             self.baseline.stop()
 
     def before(self) -> Evaluation:
-        """Starts the baseline, where it runs beside the alignment, and measures the policy that the run starts from."""
+        """Starts a parallel baseline and evaluates the initial policy."""
         plan, baseline, trainer = self.plan, self.baseline, self.trainer
         if plan.baseline is not None and baseline is not None and plan.parallel and not baseline.finished:
             steps = plan.baseline.steps
-            self.watch.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {steps} steps")
+            self.progress.phase(f"{plan.baseline_name}, the baseline, starts in a second process: {steps} steps")
             baseline.start()
         evaluation = self._measure("before", "reference")
         if not trainer.finished:
-            self.watch.phase(f"align: {trainer.config.steps} steps")
-            self._shown = self._prompts_shown()
+            self.progress.phase(f"align: {trainer.config.steps} steps")
+            self._report_prompts = self._find_report_prompts()
         return evaluation
 
     def observe(self, row: Mapping[str, Any]) -> None:
-        """Half-way the prompts that the report shows are drawn once more. Any: as metrics have them."""
+        """The callback of a step: halfway, samples the prompts of the report once more. Any: metrics."""
         middle = max(1, self.trainer.config.steps // 2)
-        if row["step"] == middle and self._shown:
-            policy = evaluated(self.trainer.state.policies, "ema")
-            groups = sample_prompts(policy, self._shown, self.sampling, 0)
+        if row["step"] == middle and self._report_prompts:
+            policy = evaluation_policy(self.trainer.state.policies, "ema")
+            groups = sample_prompts(policy, self._report_prompts, self.sampling, 0)
             name = f"step_{middle:06d}"
             self.run.write_json(
-                f"eval/{name}.json", {"prompts": list(map(asdict, write_cases(self.run, name, groups)))}
+                f"eval/{name}.json", {"prompts": list(map(asdict, write_samples(self.run, name, groups)))}
             )
-        self.watch.step(row)
+        self.progress.step(row)
 
     def after(self, before: Evaluation) -> dict[str, Any]:
-        """Measures the result, waits for the baseline, writes the report; the summary. Any: JSON."""
+        """Evaluates the result, waits for the baseline, writes summary and report; returns the summary. Any: JSON."""
         plan, run, baseline = self.plan, self.run, self.baseline
         after = self._measure("after", "ema")
         require_same_prompts(run, before, after)
-        against = None
+        baseline_result = None
         if baseline is not None:
-            self.watch.phase(f"{plan.baseline_name}: waiting for the baseline")
+            self.progress.phase(f"{plan.baseline_name}: waiting for the baseline")
             if not plan.parallel:
                 baseline.start()
-            against = baseline.wait()
-        summary = summarize(self.trainer, before, after, against, plan)
+            baseline_result = baseline.wait()
+        summary = summarize(self.trainer, before, after, baseline_result, plan)
         run.write_summary(summary)
         page = on_main(lambda: (write_audit(run.path), build_report(run.path))[1])
-        self.watch.phase(f"report: {page}")
+        self.progress.phase(f"report: {page}")
         return summary
 
     def _measure(self, phase: Literal["before", "after"], weights: SetName) -> Evaluation:
-        """Evaluates and writes eval/PHASE.json, or reads it if it is there already.
+        """Evaluates and writes eval/PHASE.json, or reads it where it exists.
 
-        The policy that the alignment began with chooses the best of n and judges for the run's own rewards.
+        The initial policy judges the best of n and for the run's own rewards.
         """
         run, plan, policies = self.run, self.plan, self.trainer.state.policies
         path = run.path / "eval" / f"{phase}.json"
@@ -292,29 +299,31 @@ class Experiment:
             record = read_evaluation(run, f"eval/{phase}.json")
             return Evaluation(record.scores, seconds=record.seconds)
         if self.benchmarks:
-            self.watch.phase(f"evaluate {phase}: {', '.join(map(in_words, self.benchmarks))}")
+            own = " (the run's own rewards)"
+            names = [b.name + (own if b.metric == "reward" else "") for b in self.benchmarks]
+            self.progress.phase(f"evaluate {phase}: {', '.join(names)}")
         if phase == "after":
             self.trainer.load_result()
-        base, scorer = evaluated(policies, "reference"), self.trainer.parts.scorer
-        measuring = Measuring(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
+        base, scorer = evaluation_policy(policies, "reference"), self.trainer.parts.scorer
+        options = EvaluationOptions(plan.sampled_prompts, judge=base, scorer=scorer, reward_judge=base)
         evaluation = evaluate(
-            evaluated(policies, weights),
+            evaluation_policy(policies, weights),
             self.benchmarks,
             sizes=plan.sizes,
             sampling=self.sampling,
-            keep=keep_cases,
-            measuring=measuring,
+            keep=first_per_category,
+            options=options,
         )
         on_main(lambda: write_evaluation(run, phase, evaluation))
         return evaluation
 
-    def _prompts_shown(self) -> list[Prompt]:
-        """The prompts of the cases that eval/before.json shows."""
+    def _find_report_prompts(self) -> list[Prompt]:
+        """The prompts of the samples in eval/before.json."""
         sizes = self.plan.sizes
         known = {
             prompt.id: prompt
             for benchmark in self.benchmarks
-            if benchmark.name not in DOUBLES
+            if benchmark.name not in REPEATED_PROMPTS
             for prompt in benchmark.prompts(sizes.get(benchmark.name, benchmark.n))
         }
         shown = read_evaluation(self.run, "eval/before.json").prompts
@@ -322,28 +331,23 @@ class Experiment:
 
 
 def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
-    """Raises InputError where two evaluations of a run, which may have been read back, are not of the same prompts."""
-    asked = [{name: list(scored.ids) for name, scored in each.scored.items()} for each in (before, after)]
-    if asked[0] != asked[1]:
+    """Raises InputError where the two evaluations of a run are of different prompts."""
+    ids = [{name: list(scored.ids) for name, scored in each.scored.items()} for each in (before, after)]
+    if ids[0] != ids[1]:
         raise InputError(
             f"{run.path / 'eval'}: before.json and after.json are not of the same prompts: delete both to measure again"
         )
 
 
-def in_words(benchmark: Benchmark) -> str:
-    """Its name, and what its scores are where that is not success."""
-    return benchmark.name if benchmark.metric == "success" else f"{benchmark.name} (the run's own rewards)"
-
-
 def planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
-    """Those of a plan, rows of the user scored as the run scores them."""
+    """The benchmarks of a plan; the user's rows are scored by the run's rewards."""
     config, parts = trainer.config, trainer.parts
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
     files = any(name.endswith(".jsonl") for name in names)
     side = stored_image_size(config.policy) if files else None
     found = find_benchmarks(names, parts.scorer, side, config.data.jsonl.root)
     if TEST_ROWS in plan.benchmarks:
-        found += own_benchmarks("test", parts.test_prompts(), parts.scorer)
+        found += prompt_benchmarks("test", parts.test_prompts(), parts.scorer)
     return found
 
 
@@ -351,7 +355,7 @@ def summarize(
     trainer: Trainer,
     before: Evaluation,
     after: Evaluation,
-    against: tuple[Evaluation, Cost] | None,
+    baseline_result: tuple[Evaluation, Cost] | None,
     plan: Plan,
 ) -> dict[str, Any]:
     """``summary.json``."""
@@ -369,8 +373,8 @@ def summarize(
         "seed": config.seed,
         "config_sha256": config_sha256(config),
     }
-    if against is not None and plan.baseline is not None:
-        other, cost = against
+    if baseline_result is not None and plan.baseline is not None:
+        other, cost = baseline_result
         summary["baseline"] = {
             "name": plan.baseline_name,
             "after": other.results(),
@@ -384,7 +388,7 @@ def summarize(
     return summary
 
 
-def free_folder(wanted: Path) -> Path:
+def unused_folder(wanted: Path) -> Path:
     """``wanted``, or the first of wanted-2, wanted-3 ... that does not exist."""
     return next(
         path
@@ -394,9 +398,9 @@ def free_folder(wanted: Path) -> Path:
 
 
 def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
-    """What ``lvrpo train`` evaluates by default: the built-in world, or the user's test rows.
+    """The default benchmarks of ``lvrpo train``: the built-in world, or the user's test rows.
 
-    Without test rows the validation rows stand in, and without those nothing is measured: ``warn_without_test``.
+    Without test rows it evaluates the validation rows, and without those nothing: see ``warn_without_test``.
     """
     if benchmarks:
         return Plan(tuple(benchmarks))
@@ -416,7 +420,7 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
 
 
 def warn_without_test(config: TrainConfig) -> None:
-    """Warns where ``held_out_plan`` finds no test rows; after the run has started, for wrong input is one line."""
+    """Warns where ``held_out_plan`` finds no test rows; called after the run has started."""
     rows = config.data.jsonl
     if config.data.source != "jsonl" or rows.test is not None:
         return

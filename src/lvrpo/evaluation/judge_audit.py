@@ -1,4 +1,4 @@
-"""What a judge can tell: AUC on minimal pairs, a right output and the same with a single fact corrupted."""
+"""Audit of a judge: AUC on minimal pairs, a right output and the same with one fact corrupted."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ from lvrpo.types import Fact, Group, OutputKind, Part, Prompt
 
 
 @dataclass(frozen=True)
-class JudgeCase:
-    """One right output, member 0, and one that errs."""
+class MinimalPair:
+    """A group of two: the right output (member 0) and a corrupted one."""
 
     output: OutputKind
-    """What is to be told apart: pictures, or texts."""
+    """The modality of the two outputs."""
     kind: str
     """A kind of fact, a category of questions, or prompt, instruction, thought, caption."""
     error: str
-    """What is wrong with member 1."""
+    """The error of member 1."""
     cluster: str
-    """The scene: cases of one scene are no independent evidence."""
+    """The scene, the unit of the bootstrap."""
     group: Group
 
 
-def judge_cases(
+def minimal_pairs(
     per_category: int, split: Split = "validation", seed: int = 0, size: int = DEFAULT_SIZE
-) -> list[JudgeCase]:
-    """All cases of ``per_category`` scenes for every category of prompts; a pure function of its arguments."""
-    world = _Cases(per_category, split, seed, size)
-    return [*world.drawings(), *world.edits(), *world.thoughts(), *world.answers(), *world.captions()]
+) -> list[MinimalPair]:
+    """The pairs of ``per_category`` scenes for every category of prompts; deterministic."""
+    builder = _PairBuilder(per_category, split, seed, size)
+    return [*builder.drawings(), *builder.edits(), *builder.thoughts(), *builder.answers(), *builder.captions()]
 
 
 @dataclass(frozen=True)
-class _Cases:
+class _PairBuilder:
     n: int
     split: Split
     seed: int
@@ -75,19 +75,19 @@ class _Cases:
                 rng = random.Random(f"{self.seed}/{self.split}/{cluster}")
                 yield cluster, category, Layout(rng, self.split, self.size // CELL)
 
-    def drawings(self) -> Iterator[JudgeCase]:
-        """Pictures for a caption: one object changed, and whatever facts that breaks."""
+    def drawings(self) -> Iterator[MinimalPair]:
+        """Pictures for a caption: one object changed, and the facts that this breaks."""
         for cluster, category, layout in self._layouts("drawing", grammar.GENERATE):
             d = layout.describe(category)
             prompt = Prompt(cluster, "generate", (d.caption.text(),), ("image",))
-            said = facts.of_caption(d.caption)
-            yield from self._pictures(prompt, "prompt", said, d.scene, _changed(d.scene, layout))
+            stated = facts.of_caption(d.caption)
+            yield from self._pictures(prompt, "prompt", stated, d.scene, _corrupted_scenes(d.scene, layout))
 
-    def edits(self) -> Iterator[JudgeCase]:
-        """Results of an edit: the source as it was, and the right result with something else changed."""
+    def edits(self) -> Iterator[MinimalPair]:
+        """Results of an edit: the unedited source, and the right result with a further change."""
         for cluster, category, layout in self._layouts("edit", grammar.EDIT):
             e = edits.edit(category, layout)
-            changed = _changed(e.target, layout)
+            changed = _corrupted_scenes(e.target, layout)
             wrong = {"left as it was": e.source}
             if changed:
                 name = layout.rng.choice(list(changed))
@@ -96,19 +96,19 @@ class _Cases:
             prompt = Prompt(cluster, "edit", parts, ("image",), edited=edited)
             yield from self._pictures(prompt, "instruction", e.facts, e.target, wrong)
 
-    def thoughts(self) -> Iterator[JudgeCase]:
-        """A drawn digit that is, or is not, the one written before."""
+    def thoughts(self) -> Iterator[MinimalPair]:
+        """A drawn digit that is, or is not, the one in the thought."""
         for cluster, category, layout in self._layouts("thought", ("draw_answer",)):
             r = reasoning.reason(category, layout)
             assert r.drawing is not None
             o = r.drawing.objects[0]
-            wrong = _with(r.drawing, o, _another_digit(o, layout))
+            wrong = _replace_object(r.drawing, o, _another_digit(o, layout))
             prompt = Prompt(cluster, "reason", (r.text,), ("text", "image"))
             pictures = [(r.answer, render(scene, self.size)) for scene in (r.drawing, wrong)]
-            yield JudgeCase("image", "thought", "digit", cluster, offline_group(prompt, pictures))
+            yield MinimalPair("image", "thought", "digit", cluster, offline_group(prompt, pictures))
 
-    def answers(self) -> Iterator[JudgeCase]:
-        """Answers to questions: the right one and another of its kind."""
+    def answers(self) -> Iterator[MinimalPair]:
+        """Answers to questions: the right one and a wrong one of the same kind."""
         source = ScenePrompts(ScenesConfig(size=self.size, questions_per_picture=1), self.split, self.seed)
         for i in range(self.n * len(grammar.UNDERSTAND)):
             prompt = source.prompt("understand", i)
@@ -117,33 +117,33 @@ class _Cases:
             wrong = rng.choice([answer for answer in others if answer != right])
             error = "denial" if right == "yes" else "assertion" if right == "no" else "another answer"
             group = offline_group(prompt, [(right,), (wrong,)])
-            yield JudgeCase("text", prompt.category, error, prompt.id, group)
+            yield MinimalPair("text", prompt.category, error, prompt.id, group)
 
-    def captions(self) -> Iterator[JudgeCase]:
+    def captions(self) -> Iterator[MinimalPair]:
         """Captions with one word, or one object, changed."""
         for cluster, category, layout in self._layouts("caption", grammar.GENERATE):
             d = layout.describe(category)
             image = render(d.scene, self.size)
             prompt = Prompt(cluster, "understand", (image, grammar.DESCRIBE), ("text",), None, (), "caption")
             right = d.caption.text()
-            for error, wrong in _misdescribed(d, layout.rng).items():
-                yield JudgeCase("text", "caption", error, cluster, offline_group(prompt, [(right,), (wrong,)]))
+            for error, wrong in _corrupted_captions(d, layout.rng).items():
+                yield MinimalPair("text", "caption", error, cluster, offline_group(prompt, [(right,), (wrong,)]))
 
     def _pictures(
-        self, prompt: Prompt, whole: str, said: Sequence[Fact], right: Scene, wrong: Mapping[str, Scene]
-    ) -> Iterator[JudgeCase]:
-        """The prompt as a whole, and by itself every fact that holds of the right picture only."""
+        self, prompt: Prompt, whole: str, stated: Sequence[Fact], right: Scene, wrong: Mapping[str, Scene]
+    ) -> Iterator[MinimalPair]:
+        """Pairs for the whole prompt, and for every single fact that only the right picture satisfies."""
         pictures = {name: render(scene, self.size) for name, scene in {"": right, **wrong}.items()}
         readings = dict(zip(pictures, read(list(pictures.values())), strict=True))
         for name in wrong:
             pair: list[tuple[Part, ...]] = [(pictures[""],), (pictures[name],)]
-            holds, broken = (fact_results(said, readings[which]) for which in ("", name))
-            lost = [fact for fact, before, after in zip(said, holds, broken, strict=True) if before and not after]
+            holds, broken = (fact_results(stated, readings[which]) for which in ("", name))
+            lost = [fact for fact, before, after in zip(stated, holds, broken, strict=True) if before and not after]
             if lost:
-                yield JudgeCase("image", whole, name, prompt.id, offline_group(prompt, pair))
+                yield MinimalPair("image", whole, name, prompt.id, offline_group(prompt, pair))
             for fact in lost:
-                asked = replace(prompt, facts=(fact,))
-                yield JudgeCase("image", fact.kind, name, prompt.id, offline_group(asked, pair))
+                single = replace(prompt, facts=(fact,))
+                yield MinimalPair("image", fact.kind, name, prompt.id, offline_group(single, pair))
 
 
 ANSWERS = (
@@ -156,13 +156,13 @@ ANSWERS = (
     grammar.PLACES,
     GROUNDS,
 )
-"""The answers of each kind."""
+"""The possible answers of each kind."""
 
 
 # --- scenes with one thing changed ---
 
 
-def _with(scene: Scene, old: SceneObject, new: SceneObject) -> Scene:
+def _replace_object(scene: Scene, old: SceneObject, new: SceneObject) -> Scene:
     return replace(scene, objects=tuple(new if o is old else o for o in scene.objects))
 
 
@@ -175,15 +175,15 @@ def _another_digit(o: SceneObject, layout: Layout) -> SceneObject:
     return replace(o, shape=str(value), sample=layout.rng.choice(digit_indices(layout.split)[value]))
 
 
-def _changed(scene: Scene, layout: Layout) -> dict[str, Scene]:
-    """Whatever can be changed about one or two objects, by name."""
+def _corrupted_scenes(scene: Scene, layout: Layout) -> dict[str, Scene]:
+    """The scene with one or two objects changed, by name of the error."""
     rng, objects = layout.rng, scene.objects
     o = rng.choice(objects)
-    changed = {"color": _with(scene, o, replace(o, color=_other(rng, COLORS, o.color)))}
+    changed = {"color": _replace_object(scene, o, replace(o, color=_other(rng, COLORS, o.color)))}
     if o.is_digit:
-        changed["digit"] = _with(scene, o, _another_digit(o, layout))
+        changed["digit"] = _replace_object(scene, o, _another_digit(o, layout))
     else:
-        changed["shape"] = _with(scene, o, replace(o, shape=_other(rng, SHAPES, o.shape)))
+        changed["shape"] = _replace_object(scene, o, replace(o, shape=_other(rng, SHAPES, o.shape)))
     several = len(objects) > 1
     if several:
         changed["missing"] = replace(scene, objects=tuple(p for p in objects if p is not o))
@@ -205,19 +205,19 @@ def _changed(scene: Scene, layout: Layout) -> dict[str, Scene]:
 # --- captions with one thing changed ---
 
 
-def _misdescribed(d: Description, rng: random.Random) -> dict[str, str]:
-    """Captions that err in one thing that the right one says, by name."""
+def _corrupted_captions(d: Description, rng: random.Random) -> dict[str, str]:
+    """Captions with one statement changed, by name of the error."""
     right = d.caption
     i = rng.randrange(len(right.mentions))
     m = right.mentions[i]
 
-    def said(*mentions: Mention) -> str:
+    def stated(*mentions: Mention) -> str:
         return replace(right, mentions=mentions).text()
 
     def instead(new: Mention) -> str:
-        return said(*(new if k == i else other for k, other in enumerate(right.mentions)))
+        return stated(*(new if k == i else other for k, other in enumerate(right.mentions)))
 
-    wrong = {"digit" if m.is_digit else "shape": instead(replace(m, shape=_another(d, m, rng)))}
+    wrong = {"digit" if m.is_digit else "shape": instead(replace(m, shape=_absent_shape(d, m, rng)))}
     if m.color is not None:
         wrong["color"] = instead(replace(m, color=_other(rng, COLORS, m.color)))
     if m.count > 1:
@@ -225,11 +225,11 @@ def _misdescribed(d: Description, rng: random.Random) -> dict[str, str]:
         wrong["count"] = instead(replace(m, count=rng.choice(near)))
     if len(right.mentions) == 2 and right.relation is None:
         first, second = right.mentions
-        wrong["missing"] = said(m)
+        wrong["missing"] = stated(m)
         if first.color and second.color:
-            wrong["binding"] = said(replace(first, color=second.color), replace(second, color=first.color))
+            wrong["binding"] = stated(replace(first, color=second.color), replace(second, color=first.color))
     if len(right.mentions) == 1 and m.count == 1 and not m.is_digit and right.place is None:
-        wrong["extra"] = said(m, Mention(_another(d, m, rng), rng.choice(COLORS)))
+        wrong["extra"] = stated(m, Mention(_absent_shape(d, m, rng), rng.choice(COLORS)))
     if right.relation is not None:
         wrong["position"] = replace(right, relation=OPPOSITE[right.relation]).text()
     if right.place is not None:
@@ -239,27 +239,27 @@ def _misdescribed(d: Description, rng: random.Random) -> dict[str, str]:
     return wrong
 
 
-def _another(d: Description, m: Mention, rng: random.Random) -> str:
+def _absent_shape(d: Description, m: Mention, rng: random.Random) -> str:
     there = {o.shape for o in d.scene.objects}
     return rng.choice([shape for shape in (DIGITS if m.is_digit else SHAPES) if shape not in there])
 
 
-AT_ONCE = 64
-"""Pairs that a reward scores in one call."""
-FROM_WORDS = {"questions": {"by": "grammar"}}
+BATCH_SIZE = 64
+"""Pairs per call of a reward."""
+GRAMMAR_QUESTIONS = {"questions": {"by": "grammar"}}
 
 REWARDS = (
-    RewardConfig(name="self_vqa", options=FROM_WORDS),
-    RewardConfig(name="edit_consistency", options=FROM_WORDS),
+    RewardConfig(name="self_vqa", options=GRAMMAR_QUESTIONS),
+    RewardConfig(name="edit_consistency", options=GRAMMAR_QUESTIONS),
     RewardConfig(name="caption_back"),
     RewardConfig(name="knowledge", tasks=("understand",)),
 )
-"""What is tried unless told otherwise; ``knowledge``: how likely the judge finds a text about a picture."""
+"""The default rewards; ``knowledge`` is the judge's likelihood of a text about a picture."""
 
 
 def audit_judge(
     judge: Judge,
-    cases: Sequence[JudgeCase],
+    pairs: Sequence[MinimalPair],
     sources: Sequence[RewardSource],
     progress: Callable[[str, int], None] = lambda reward, pairs: None,
 ) -> JudgeAudit:
@@ -267,22 +267,22 @@ def audit_judge(
     rows: list[JudgeScore] = []
     milliseconds: dict[str, float] = {}
     for source in sources:
-        name, tried = source.config.title, [case for case in cases if source.scores(case.group.prompt)]
-        if not tried:
+        name, scored_pairs = source.config.title, [pair for pair in pairs if source.scores(pair.group.prompt)]
+        if not scored_pairs:
             continue
-        progress(name, len(tried))
+        progress(name, len(scored_pairs))
         started = time.perf_counter()
-        ranked = _ranked(source.judge or judge, tried, source.reward)
-        milliseconds[name] = 1000 * (time.perf_counter() - started) / (2 * len(tried))
-        rows += _rows(name, tried, ranked)
+        ranked = _pair_ranks(source.judge or judge, scored_pairs, source.reward)
+        milliseconds[name] = 1000 * (time.perf_counter() - started) / (2 * len(scored_pairs))
+        rows += _rows(name, scored_pairs, ranked)
     return JudgeAudit(judge_fingerprint(judge), tuple(rows), milliseconds)
 
 
-def _ranked(judge: Judge, cases: Sequence[JudgeCase], reward: Reward) -> list[float]:
+def _pair_ranks(judge: Judge, pairs: Sequence[MinimalPair], reward: Reward) -> list[float]:
     """1 where the right output scores higher, .5 for a tie, 0 where lower, nan where one of the two failed."""
     ranked: list[float] = []
-    for start in range(0, len(cases), AT_ONCE):
-        scores = reward.score([case.group for case in cases[start : start + AT_ONCE]], judge)
+    for start in range(0, len(pairs), BATCH_SIZE):
+        scores = reward.score([pair.group for pair in pairs[start : start + BATCH_SIZE]], judge)
         values = torch.as_tensor(scores.values, dtype=torch.float64).clone()
         for p, g in scores.failures:
             values[p, g] = torch.nan
@@ -292,14 +292,14 @@ def _ranked(judge: Judge, cases: Sequence[JudgeCase], reward: Reward) -> list[fl
     return ranked
 
 
-def _rows(reward: str, cases: Sequence[JudgeCase], ranked: Sequence[float]) -> list[JudgeScore]:
+def _rows(reward: str, pairs: Sequence[MinimalPair], ranked: Sequence[float]) -> list[JudgeScore]:
     members: dict[tuple[OutputKind, str, str], list[int]] = {}
-    for i, case in enumerate(cases):
-        members.setdefault((case.output, case.kind, ""), []).append(i)
-        members.setdefault((case.output, case.kind, case.error), []).append(i)
+    for i, pair in enumerate(pairs):
+        members.setdefault((pair.output, pair.kind, ""), []).append(i)
+        members.setdefault((pair.output, pair.kind, pair.error), []).append(i)
     rows = []
     for (output, kind, error), indices in members.items():
         known = [i for i in indices if not np.isnan(ranked[i])]
-        auc = mean_interval([ranked[i] for i in known], [cases[i].cluster for i in known])
+        auc = mean_interval([ranked[i] for i in known], [pairs[i].cluster for i in known])
         rows.append(JudgeScore(reward, output, kind, error, auc, len(indices) - len(known)))
     return rows

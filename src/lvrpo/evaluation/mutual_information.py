@@ -1,4 +1,4 @@
-"""How much the two experts know of each other's side: an InfoNCE bound between their hidden states."""
+"""Mutual information between the hidden states of the two experts: an InfoNCE lower bound."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lvrpo.types import Image, Parts
 Direction = Literal["see_and_plan", "name_and_form"]
 """see_and_plan: the reading expert over the picture, the drawing expert about to draw from the text;
 name_and_form: the reading expert over the text, the drawing expert over the noisy picture."""
-AT_ONCE = 64
-NOISE = 0.3
-"""Time of the noisy picture that the drawing expert looks at."""
-LEAST = 4
-"""Batches of held-out pairs, at least: fewer say nothing of the spread."""
+BATCH_SIZE = 64
+NOISY_T = 0.3
+"""Flow time t of the noisy picture that the drawing expert reads."""
+MIN_BATCHES = 4
+"""Minimum number of batches of held-out pairs, for an estimate of the spread."""
 
 
 @runtime_checkable
 class HasStates(Protocol):
-    """A policy whose experts' hidden states can be had."""
+    """A policy that returns the hidden states of its experts."""
 
     def context_states(self, contexts: Sequence[Parts]) -> Tensor:
         """Mean final state of the reading expert over each context, float32 (B, D)."""
@@ -48,9 +48,9 @@ class Information:
     bound: Interval
     """Mean over held-out pairs, pairs resampled (their negatives stay as they are)."""
     ceiling: float
-    """log N: no bound of this estimator can be higher, whatever the truth."""
+    """log N, the largest value of this estimator."""
     values: tuple[float, ...]
-    """Per held-out pair, in their order: to compare two policies on the same pairs."""
+    """Per held-out pair, in order, to compare two policies on the same pairs."""
 
     def gain(self, after: Information) -> Interval:
         """``after`` minus this, pair by pair."""
@@ -64,10 +64,10 @@ def measure_information(
     negatives: int = 128,
     seed: int = 0,
 ) -> Information:
-    """The bound for captions and pictures of the built-in world: a critic from train scenes, measured on test scenes.
+    """The bound for captions and pictures of the built-in world; the critic is fitted on train, applied to test scenes.
 
-    In neither direction does an expert see what the other saw, so that what they share is what the model has learned
-    of text and picture together. ``pairs``: held out; twice as many train the critic. ``negatives``: N.
+    The two experts read different modalities, so shared information is what the model has learned about text and
+    picture together. ``pairs``: held out; twice as many fit the critic. ``negatives``: N.
 
     Raises InputError for a policy without states, and for too few pairs.
     """
@@ -75,8 +75,10 @@ def measure_information(
         raise InputError(f"direction={direction}: unknown: use {', '.join(get_args(Direction))}")
     if not isinstance(policy, HasStates):
         raise InputError(f"{type(policy).__name__} gives no hidden states of its experts: use another policy")
-    if negatives < 2 or pairs < LEAST * negatives:
-        raise InputError(f"pairs={pairs}, negatives={negatives}: needs 2 negatives, and {LEAST} times as many pairs")
+    if negatives < 2 or pairs < MIN_BATCHES * negatives:
+        raise InputError(
+            f"pairs={pairs}, negatives={negatives}: needs 2 negatives, and {MIN_BATCHES} times as many pairs"
+        )
     size = policy.image_size or DEFAULT_SIZE
     states = [
         _states(policy, *scene_pairs(split, count, size, seed), direction, seed)
@@ -110,16 +112,16 @@ def infonce(
     tighter one. It can never exceed log N.
 
     Shapes: (M, D) and (M, E) to fit, (n, D) and (n, E) to measure; the last n mod N pairs are left out.
-    Raises: ContractError where shapes do not fit; InputError for fewer than ``LEAST`` batches.
+    Raises: ContractError where shapes do not fit; InputError for fewer than ``MIN_BATCHES`` batches.
     Differs from the paper: the bound is taken in both directions, on held-out pairs.
     """
     if len(train_x) != len(train_y) or len(test_x) != len(test_y):
         raise ContractError(f"{len(train_x)} x and {len(train_y)} y to fit, {len(test_x)} and {len(test_y)} to measure")
     batches = len(test_x) // negatives
-    if batches < LEAST:
-        raise InputError(f"{len(test_x)} pairs are {batches} batches of {negatives}: give at least {LEAST}")
-    scale_x, scale_y = (_Scale.of(data) for data in (train_x, train_y))
-    critic = _fitted(scale_x(train_x), scale_y(train_y), negatives, seed)
+    if batches < MIN_BATCHES:
+        raise InputError(f"{len(test_x)} pairs are {batches} batches of {negatives}: give at least {MIN_BATCHES}")
+    scale_x, scale_y = (_Normalizer.of(data) for data in (train_x, train_y))
+    critic = _fit_critic(scale_x(train_x), scale_y(train_y), negatives, seed)
     with torch.no_grad():
         values = torch.cat(
             [
@@ -139,12 +141,12 @@ def infonce(
 
 
 @dataclass(frozen=True)
-class _Scale:
+class _Normalizer:
     mean: Tensor
     deviation: Tensor
 
     @classmethod
-    def of(cls, data: Tensor) -> _Scale:
+    def of(cls, data: Tensor) -> _Normalizer:
         deviation = data.std(dim=0)
         return cls(data.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0))
 
@@ -177,8 +179,8 @@ FIT_STEPS = 400
 CHECK_EVERY = 25
 
 
-def _fitted(x: Tensor, y: Tensor, negatives: int, seed: int) -> _Critic:
-    """The critic that does best on an eighth of the pairs, which it is not trained on."""
+def _fit_critic(x: Tensor, y: Tensor, negatives: int, seed: int) -> _Critic:
+    """The critic with the best bound on an eighth of the pairs, which is held out from fitting."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -207,14 +209,14 @@ def _states(
     policy: HasStates, texts: Sequence[str], images: Sequence[Image], direction: Direction, seed: int
 ) -> tuple[Tensor, Tensor]:
     read, drawn = [], []
-    for start in range(0, len(texts), AT_ONCE):
-        words, pictures = texts[start : start + AT_ONCE], images[start : start + AT_ONCE]
+    for start in range(0, len(texts), BATCH_SIZE):
+        captions, pictures = texts[start : start + BATCH_SIZE], images[start : start + BATCH_SIZE]
         if direction == "see_and_plan":
             read.append(policy.context_states([(picture,) for picture in pictures]))
-            drawn.append(policy.drawing_states([(text,) for text in words], pictures, 1.0, seed))
+            drawn.append(policy.drawing_states([(text,) for text in captions], pictures, 1.0, seed))
         else:
-            read.append(policy.context_states([(text,) for text in words]))
-            drawn.append(policy.drawing_states([() for _ in words], pictures, NOISE, seed))
+            read.append(policy.context_states([(text,) for text in captions]))
+            drawn.append(policy.drawing_states([() for _ in captions], pictures, NOISY_T, seed))
     return functional.normalize(torch.cat(read).float().cpu(), dim=1), functional.normalize(
         torch.cat(drawn).float().cpu(), dim=1
     )

@@ -1,4 +1,4 @@
-"""The scores that a run kept, joined: groups of many steps as arrays, and the parts that the run is cut into."""
+"""The recorded scores of a run: the groups of many steps as arrays, and the windows of steps to compare."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from lvrpo.training.rollout_log import TRAITS, RolloutRecord, has_records, read_
 from lvrpo.training.run_directory import CONFIG, RunDirectory
 
 SUCCESS = "success"
-"""Whether an output is right as a whole, scored wherever anybody can tell; nothing is trained on it as such."""
+"""Scorer: whether an output is right as a whole, where that is verifiable. Never a trained reward."""
 VERIFIER = "scene_facts"
-"""The reward that grades outputs by the truth, where a run scores it."""
+"""The reward that grades outputs by ground truth, where a run scores it."""
 WINDOWS = 5
-"""Parts of equal length that the run is cut into: the first and the last are compared."""
+"""Windows of equal length that a run is split into; the first and the last are compared."""
 
 Array = NDArray[np.float32]
-Looks = Sequence[tuple[int, Mapping[str, Array]]]
+Validations = Sequence[tuple[int, Mapping[str, Array]]]
 """(step, scores of the held-out prompts by task)."""
 
 
 @dataclass(frozen=True)
 class AdvantageSettings:
-    """How the run made advantages of rewards, as far as the audit needs it: the ``advantages`` section of its
-    configuration."""
+    """The keys of the configuration's ``advantages`` section that the audit needs."""
 
     kind: str = "gdpo"
     std_floor: float = 0.01
@@ -42,13 +41,13 @@ class AdvantageSettings:
 
     @property
     def per_reward(self) -> bool:
-        """Whether each reward is normalised before they are summed."""
+        """Whether each reward is normalized before they are summed."""
         return self.kind == "gdpo"
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of many steps, one after another: N of them, of G members, with K rewards."""
+    """The groups of many steps, concatenated: N groups of G members, with K rewards."""
 
     names: tuple[str, ...]
     weights: Array
@@ -80,7 +79,7 @@ class Groups:
 
     @classmethod
     def join(cls, records: Iterable[RolloutRecord]) -> Groups | None:
-        """All groups of some records; None if there is no record. Raises InputError if their rewards differ."""
+        """Concatenates records; None if there are none. Raises InputError if their rewards differ."""
         rows = list(records)
         if not rows:
             return None
@@ -101,10 +100,12 @@ class Groups:
         category = np.concatenate([np.array(row.categories or [""] * len(row.tasks), dtype=np.str_) for row in rows])
         return cls(rows[0].names, weights, step, task, category, **joined, normalize=rows[0].normalize)
 
-    def of(self, rows: NDArray[np.bool_]) -> Groups:
-        """Some of the groups."""
-        per_group = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "normalize")}
-        return replace(self, **per_group)
+    def select(self, rows: NDArray[np.bool_]) -> Groups:
+        """The groups where ``rows`` is True."""
+        group_means = {
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("names", "normalize")
+        }
+        return replace(self, **group_means)
 
     def scorers(self) -> dict[str, Array]:
         """(N, G) by name, nan where there is none: rewards that apply to any of the groups, and ``SUCCESS``."""
@@ -113,23 +114,22 @@ class Groups:
             found.setdefault(SUCCESS, self.success)
         return found
 
-    def outputs(self) -> dict[str, Array]:
-        """(N, G) by name: what an output may be rewarded for though nobody asked for it."""
+    def output_traits(self) -> dict[str, Array]:
+        """(N, G) by name: traits of an output that a reward may depend on spuriously."""
         traits = dict(zip(TRAITS, np.moveaxis(self.traits, 2, 0), strict=True))
         colors = np.mean([traits[name] for name in ("red", "green", "blue")], axis=0)
         found = {"tokens": traits["tokens"], "brightness": colors, "contrast": traits["contrast"]}
         return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
-    def drifting(self) -> dict[str, Array]:
-        """(N,) or (N, G) by name: traits and the diversity inside groups."""
+    def drift_traits(self) -> dict[str, Array]:
+        """(N,) or (N, G) by name: traits, and the diversity inside groups."""
         found = dict(zip(TRAITS, np.moveaxis(self.traits, 2, 0), strict=True))
         found |= {"text_diversity": self.text_diversity, "picture_diversity": self.picture_diversity}
         return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
-    def trained(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Names, scores (N, G, K'), mask and weights (N, K') of rewards that are trained in, and apply to, any group.
-
-        The mask is True where a score has a part in the advantages.
+    def trained_rewards(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Names, scores (N, G, K'), mask and weights (N, K') of the rewards that are trained in, and apply to, any
+        group. The mask is True where a score enters the advantages.
         """
         counts = self.applies & (self.weights > 0)
         kept = [k for k in range(len(self.names)) if counts[:, k].any()]
@@ -144,21 +144,21 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """All that a run has kept for its audit."""
+class RecordedRun:
+    """Everything that the audit of a run reads."""
 
     groups: Groups
     controls: Groups | None
-    looks: Looks
+    validations: Validations
     settings: AdvantageSettings
     verifiers: tuple[str, ...] = ()
-    """The rewards that grade outputs by the truth; held-out ones first."""
+    """The rewards that grade outputs by ground truth; held-out ones first."""
     max_failed: Mapping[str, float] = field(default_factory=dict)
     """By reward, the share of its scores that may fail; 1 where absent."""
 
 
-def read_record(run: Path) -> Recorded:
-    """Reads ``scores/`` and how advantages were made; raises InputError where there is nothing to audit."""
+def read_recorded_run(run: Path) -> RecordedRun:
+    """Reads ``scores/`` and the advantage settings; raises InputError where there are no scores."""
     RunDirectory.read(run)
     if not has_records(run):
         raise InputError(
@@ -176,18 +176,18 @@ def read_record(run: Path) -> Recorded:
     assert groups is not None
     graded = [(title, row.get("weight") != 0) for title, row in rewards if row.get("name") == VERIFIER]
     titles = tuple(title for title, _ in sorted(graded, key=lambda pair: pair[1]))
-    controls, looks = Groups.join(read_controls(run)), list(read_validations(run))
-    return Recorded(groups, controls, looks, AdvantageSettings(**known), titles, shares)
+    controls, validations = Groups.join(read_controls(run)), list(read_validations(run))
+    return RecordedRun(groups, controls, validations, AdvantageSettings(**known), titles, shares)
 
 
-def cut(step: NDArray[np.int64]) -> tuple[Window, ...]:
-    """The recorded steps in ``WINDOWS`` parts of nearly equal numbers of them; fewer where there are fewer steps."""
+def split_windows(step: NDArray[np.int64]) -> tuple[Window, ...]:
+    """Splits the recorded steps into ``WINDOWS`` windows of nearly equal size; fewer where there are fewer steps."""
     steps = np.unique(step)
     parts = np.array_split(steps, min(WINDOWS, len(steps)))
     return tuple(Window(int(part[0]), int(part[-1])) for part in parts)
 
 
-def per_group(values: Array) -> Array:
+def group_means(values: Array) -> Array:
     """(N, G) or (N,) to (N,): the mean of the members that have a value, nan where none has."""
     if values.ndim == 1:
         return values

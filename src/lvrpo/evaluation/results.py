@@ -39,10 +39,10 @@ T = TypeVar("T")
 
 PASS_AT = (1, 4, 16)
 BEST_OF = (2, 4, 8)
-RIVAL = 4
-"""Best of so many by the earlier policy's judge is what a single sample of the later one is compared with."""
+BASELINE_BEST_OF = 4
+"""A single sample of the later policy is compared with the best of so many of the earlier one."""
 FEW_ANSWERS = 20
-"""A form with more right answers than these has no balanced accuracy: each answer would stand for a question or two."""
+"""Forms of question with more distinct right answers have no balanced accuracy."""
 
 Measures = dict[str, Any]
 """Any: nested JSON values."""
@@ -62,13 +62,13 @@ class Row:
 
 
 def benchmark_result(record: BenchmarkRecord) -> BenchmarkResult:
-    """Means with intervals, over all prompts and by category, and what ``measure`` makes of the samples."""
+    """Means with intervals, over all prompts and by category, and the measures of ``measure``."""
 
     def mean(rows: Sequence[int]) -> Estimate:
-        return _estimate(mean_interval(_at(record.scores, rows), _at(record.clusters, rows)))
+        return _estimate(mean_interval(_take(record.scores, rows), _take(record.clusters, rows)))
 
     measures = measure(record_rows(record), record.samples)
-    return _result(record, _counted(record), mean, measures)
+    return _result(record, _scored_prompts(record), mean, measures)
 
 
 def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkResult:
@@ -81,11 +81,11 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
         raise ContractError("the two evaluations hold different prompts: evaluate both with one command")
 
     def paired(rows: Sequence[int]) -> Estimate:
-        sides = _at(before.scores, rows), _at(after.scores, rows), _at(before.clusters, rows)
+        sides = _take(before.scores, rows), _take(after.scores, rows), _take(before.clusters, rows)
         found = _estimate(paired_difference(*sides))
         return replace(found, detectable=detectable_difference(*sides), p=paired_p_value(*sides))
 
-    both = sorted({*_counted(before)} & {*_counted(after)})
+    both = sorted({*_scored_prompts(before)} & {*_scored_prompts(after)})
     measures = compare(record_rows(before), record_rows(after), min(before.samples, after.samples))
     result = _result(before, both, paired, measures)
     adjusted = holm([math.nan if each.p is None else each.p for each in result.categories.values()])
@@ -96,7 +96,7 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
 def _result(
     record: BenchmarkRecord, counted: Sequence[int], estimate: Callable[[Sequence[int]], Estimate], measures: Measures
 ) -> BenchmarkResult:
-    """The counted prompts; each category; and where some show unseen combinations, those and the others."""
+    """Estimates over the counted prompts, by category, and by seen or unseen compositions where some are unseen."""
     whole = vars(estimate(counted))
     kinds = ["unseen" if new else "seen" for new in record.held_out] if any(record.held_out) else []
     categories, compositions = (
@@ -120,16 +120,16 @@ def _by_label(labels: Sequence[str], counted: Sequence[int]) -> dict[str, list[i
     return rows
 
 
-def _counted(record: BenchmarkRecord) -> list[int]:
+def _scored_prompts(record: BenchmarkRecord) -> list[int]:
     return [i for i, score in enumerate(record.scores) if math.isfinite(score)]
 
 
-def _at(values: Sequence[T], rows: Sequence[int]) -> list[T]:
+def _take(values: Sequence[T], rows: Sequence[int]) -> list[T]:
     return [values[i] for i in rows]
 
 
 def record_rows(record: BenchmarkRecord) -> list[Row]:
-    """Prompt by prompt, as the measures read them; none of a record that has no samples."""
+    """The rows of a record, prompt by prompt; [] for a record without samples."""
     return [
         Row(
             cluster=record.clusters[i],
@@ -147,19 +147,19 @@ def record_rows(record: BenchmarkRecord) -> list[Row]:
 def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
     """pass_at_k, best_of, groups, agreement, balanced and forms, as far as the record holds them.
 
-    pass@k and best-of-n: over the prompts that were sampled most often, so that all of them are of the same prompts.
-    ``groups``: how these samples differ. ``balanced``: macro mean over forms of question of their balanced accuracy, of
-    the first ``samples`` answers; ``forms``: per form its balanced accuracy and the entropy of answers given and right.
+    pass@k, best of n and ``groups`` (spread of the samples) are over the prompts with the most samples. ``balanced``:
+    macro mean over forms of question of their balanced accuracy, of the first ``samples`` answers; ``forms``: per form
+    its balanced accuracy and the entropy of given and right answers.
     """
     found: Measures = {}
-    many = [row for row in rows if len(row.successes) == _most(rows)]
-    if _most(rows) > 1:
-        found["pass_at_k"] = {str(k): _mean(many, pass_values(many, k)) for k in PASS_AT if k <= _most(rows)}
+    many = [row for row in rows if len(row.successes) == _max_samples(rows)]
+    if _max_samples(rows) > 1:
+        found["pass_at_k"] = {str(k): _mean(many, pass_values(many, k)) for k in PASS_AT if k <= _max_samples(rows)}
         spread = group_spread([row.successes for row in many])
-        found["groups"] = {**asdict(spread), "samples": _most(rows)}
+        found["groups"] = {**asdict(spread), "samples": _max_samples(rows)}
     judged = [row for row in many if _has_judge(row)]
-    if judged and _most(rows) > 1:
-        sizes = [n for n in BEST_OF if n <= _most(rows)]
+    if judged and _max_samples(rows) > 1:
+        sizes = [n for n in BEST_OF if n <= _max_samples(rows)]
         found["best_of"] = {str(n): _mean(judged, best_values(judged, n)) for n in sizes}
     drawings = [row for row in rows if row.read_back is not None]
     if drawings:
@@ -171,10 +171,10 @@ def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Measures:
-    """``after`` minus ``before`` of the same prompts in one order: each with its interval and ``detectable`` effect.
+    """``after`` minus ``before``, paired by prompt: each with its interval and ``detectable`` effect.
 
-    ``against_best_of``: one sample of ``after`` minus the best of ``RIVAL`` of ``before`` by its judge, prompt by
-    prompt: what training gives above what choosing gives. ``collapsed``: forms that nearly always get one answer now.
+    ``against_best_of``: one sample of ``after`` minus the best of ``BASELINE_BEST_OF`` of ``before`` by its judge.
+    ``collapsed``: forms of question that nearly always get the same answer now.
     """
     found: Measures = {}
     if len(before) != len(after) or not before:
@@ -193,9 +193,11 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
         spreads = [group_spread([row.successes for row in side]) for side in (one, two)]
         found["groups"] = {"std": spreads[1].std - spreads[0].std, "signal": spreads[1].signal - spreads[0].signal}
     judged = [(b, a) for b, a in pairs if _has_judge(b)]
-    if judged and most >= RIVAL:
+    if judged and most >= BASELINE_BEST_OF:
         one, two = [b for b, _ in judged], [a for _, a in judged]
-        found["against_best_of"] = {str(RIVAL): _paired(one, best_values(one, RIVAL), pass_values(two, 1))}
+        found["against_best_of"] = {
+            str(BASELINE_BEST_OF): _paired(one, best_values(one, BASELINE_BEST_OF), pass_values(two, 1))
+        }
         if all(_has_judge(row) for row in two):
             sizes = [n for n in BEST_OF if n <= most]
             found["best_of"] = {str(n): _paired(one, best_values(one, n), best_values(two, n)) for n in sizes}
@@ -207,7 +209,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
         balanced = balanced_interval(sides[1], samples, minus=sides[0])
         if balanced is not None:
             found["balanced"] = balanced.as_dict()
-        given = [{name: _given(rows, samples) for name, rows in side.items()} for side in sides]
+        given = [{name: _given_answers(rows, samples) for name, rows in side.items()} for side in sides]
         right = {name: [str(row.right) for row in rows] for name, rows in sides[0].items()}
         found["collapsed"] = [asdict(each) for each in collapsed_forms(given[0], given[1], right)]
         found["forms"] = {
@@ -238,20 +240,20 @@ def form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def balanced_interval(
     forms: Mapping[str, Sequence[Row]], samples: int, minus: Mapping[str, Sequence[Row]] | None = None
 ) -> Interval | None:
-    """Mean over forms of the balanced accuracy, whole clusters resampled; ``minus``: less that of the same questions
-    answered by another. None where no form has 2 to ``FEW_ANSWERS`` right answers.
+    """Mean over forms of the balanced accuracy, clusters resampled; None where no form has 2 to ``FEW_ANSWERS`` right
+    answers. ``minus``: another policy's rows of the same questions, whose accuracy is subtracted.
 
         (1 / |F|) sum_f (1 / |A_f|) sum_{a in A_f} mean { s_i : form f, right answer a }
     """
     cells: list[tuple[int, list[Row], list[float]]] = []
-    used = [name for name, rows in forms.items() if _few(rows)]
+    used = [name for name, rows in forms.items() if _has_balanced_accuracy(rows)]
     for f, name in enumerate(used):
         earlier = minus[name] if minus is not None else [None] * len(forms[name])
         by_answer: dict[str, tuple[list[Row], list[float]]] = {}
         for row, other in zip(forms[name], earlier, strict=True):
             rows, values = by_answer.setdefault(str(row.right), ([], []))
             rows.append(row)
-            values.append(_mean_of(row, samples) - (0.0 if other is None else _mean_of(other, samples)))
+            values.append(_mean_success(row, samples) - (0.0 if other is None else _mean_success(other, samples)))
         cells += [(f, rows, values) for rows, values in by_answer.values()]
     if not cells:
         return None
@@ -287,11 +289,11 @@ def _answers(forms: Mapping[str, Sequence[Row]], samples: int) -> Measures:
     found["forms"] = {}
     for name, rows in forms.items():
         right = [str(row.right) for row in rows]
-        successes = [_mean_of(row, samples) for row in rows]
+        successes = [_mean_success(row, samples) for row in rows]
         found["forms"][name] = {
-            "balanced": balanced_accuracy(right, successes) if _few(rows) else None,
+            "balanced": balanced_accuracy(right, successes) if _has_balanced_accuracy(rows) else None,
             "accuracy": sum(successes) / len(successes),
-            "entropy": answer_entropy(_given(rows, samples)),
+            "entropy": answer_entropy(_given_answers(rows, samples)),
             "entropy_right": answer_entropy(right),
             "n": len(rows),
         }
@@ -322,27 +324,27 @@ def _agreement(drawings: Sequence[Row]) -> Measures:
     }
 
 
-def _most(rows: Sequence[Row]) -> int:
+def _max_samples(rows: Sequence[Row]) -> int:
     return max((len(row.successes) for row in rows), default=0)
 
 
 def _both(before: Sequence[Row], after: Sequence[Row]) -> tuple[int, int]:
-    return _most(before), _most(after)
+    return _max_samples(before), _max_samples(after)
 
 
 def _has_judge(row: Row) -> bool:
     return len(row.judged) == len(row.successes) > 0 and None not in row.judged
 
 
-def _few(rows: Sequence[Row]) -> bool:
+def _has_balanced_accuracy(rows: Sequence[Row]) -> bool:
     return 2 <= len({row.right for row in rows}) <= FEW_ANSWERS
 
 
-def _given(rows: Sequence[Row], samples: int) -> list[str]:
+def _given_answers(rows: Sequence[Row], samples: int) -> list[str]:
     return [answer for row in rows for answer in row.answers[:samples]]
 
 
-def _mean_of(row: Row, samples: int) -> float:
+def _mean_success(row: Row, samples: int) -> float:
     first = row.successes[:samples]
     return sum(first) / len(first)
 

@@ -1,4 +1,4 @@
-"""What the rewards of a run did: shares of the advantages, drift, over-optimization, missing scores."""
+"""The reward audit of a run: variance shares of the advantages, drift, over-optimization, missing scores."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from lvrpo.evaluation.recorded_groups import (
     AdvantageSettings,
     Array,
     Groups,
-    Looks,
-    Recorded,
-    cut,
+    RecordedRun,
+    Validations,
+    group_means,
     in_window,
-    per_group,
-    read_record,
+    read_recorded_run,
+    split_windows,
 )
-from lvrpo.evaluation.reward_ranking import areas, audit_validity
+from lvrpo.evaluation.reward_ranking import group_auc, rank_rewards
 from lvrpo.statistics import Interval, comparable, divergence, welch_difference
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import TASKS
@@ -55,19 +55,19 @@ if TYPE_CHECKING:
 
 AUDIT = "audit.json"
 EDGE = 0.01
-"""A constant group is all best (all worst) if it lies within this part of a scorer's range from its top (bottom)."""
-MOST_POINTS = 400
-"""Of a curve."""
+"""A constant group is all best (all worst) within this fraction of the scorer's range from its maximum (minimum)."""
+MAX_POINTS = 400
+"""Of a curve; longer ones are binned."""
 
 
-def audit_rewards(record: Recorded) -> RewardAudit:
-    """Every number of the audit."""
+def audit_rewards(record: RecordedRun) -> RewardAudit:
+    """The audit of every task, and the alarms."""
     groups, controls = record.groups, record.controls
-    windows = cut(groups.step)
+    windows = split_windows(groups.step)
     tasks: dict[str, TaskAudit] = {}
     for task in [*(t for t in TASKS if t in groups.task), *sorted(set(groups.task) - set(TASKS))]:
-        base = None if controls is None else controls.of(controls.task == task)
-        own = groups.of(groups.task == task)
+        base = None if controls is None else controls.select(controls.task == task)
+        own = groups.select(groups.task == task)
         tasks[str(task)] = audit_task(own, base, windows, record.settings, record.verifiers)
     steps = np.unique(groups.step)
     return RewardAudit(
@@ -77,7 +77,7 @@ def audit_rewards(record: Recorded) -> RewardAudit:
         recorded=len(steps),
         windows=windows,
         tasks=tasks,
-        alarms=find_alarms(record, windows),
+        alarms=detect_overoptimization(record, windows),
     )
 
 
@@ -88,19 +88,19 @@ def audit_task(
     settings: AdvantageSettings,
     verifiers: Sequence[str] = (),
 ) -> TaskAudit:
-    """One task; all groups are of it."""
-    names, *_, weights = groups.trained()
-    shares, rest, with_signal, share_series = caused(groups, settings)
-    others = dict(zip(names, other_shares(groups, settings), strict=True))
-    asked = (weights**2 / (weights**2).sum(dim=1, keepdim=True)).nanmean(dim=0)
-    configured = dict(zip(names, asked.tolist(), strict=True))
+    """The audit of one task, to which all groups belong."""
+    names, *_, weights = groups.trained_rewards()
+    shares, rest, with_signal, share_series = advantage_shares(groups, settings)
+    others = dict(zip(names, other_formula_shares(groups, settings), strict=True))
+    weight_shares = (weights**2 / (weights**2).sum(dim=1, keepdim=True)).nanmean(dim=0)
+    configured = dict(zip(names, weight_shares.tolist(), strict=True))
     scorers, base = groups.scorers(), {} if controls is None else controls.scorers()
     weight_of = dict(zip(groups.names, groups.weights.mean(axis=0).tolist(), strict=True))
     audits = [
         ScorerAudit(
             name=name,
             weight=weight_of.get(name),
-            mean=change(groups, values, windows, controls, base.get(name)),
+            mean=mean_change(groups, values, windows, controls, base.get(name)),
             share=shares.get(name),
             configured_share=configured.get(name),
             other_share=others.get(name),
@@ -110,35 +110,35 @@ def audit_task(
         )
         for name, values in scorers.items()
     ]
-    validity = audit_validity(scorers, verifiers, groups.category, groups.step, windows)
+    validity = rank_rewards(scorers, verifiers, groups.category, groups.step, windows)
     judged = [found.name for found in validity if not found.is_success]
-    drift, base_drift = groups.drifting(), {} if controls is None else controls.drifting()
+    drift, base_drift = groups.drift_traits(), {} if controls is None else controls.drift_traits()
     series = {f"share/{name}": points for name, points in share_series.items()}
     series |= {
         f"constant/{name}": by_step(groups.step, _constant(values, settings.std_floor)[1])
         for name, values in scorers.items()
         if name in shares
     }
-    series |= _areas(groups, judged)
-    series |= {name: by_step(groups.step, per_group(values)) for name, values in drift.items()}
-    control_series = {} if controls is None else _areas(controls, [name for name in judged if name in base])
+    series |= _auc_series(groups, judged)
+    series |= {name: by_step(groups.step, group_means(values)) for name, values in drift.items()}
+    control_series = {} if controls is None else _auc_series(controls, [name for name in judged if name in base])
     if controls is not None:
-        control_series |= {n: by_step(controls.step, per_group(v)) for n, v in base_drift.items()}
+        control_series |= {n: by_step(controls.step, group_means(v)) for n, v in base_drift.items()}
     return TaskAudit(
         groups=len(groups.step),
         with_signal=with_signal,
         rest=rest,
         scorers=tuple(audits),
         validity=validity,
-        drift={name: change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
+        drift={name: mean_change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
         series=series,
         control_series=control_series,
     )
 
 
-def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
-    """Share of the variance by reward, the rest, the share of groups with signal, and the shares by step."""
-    names, scores, mask, weights = groups.trained()
+def advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
+    """Variance shares of the advantages by reward, the remainder, the share of groups with signal, and curves."""
+    names, scores, mask, weights = groups.trained_rewards()
     if settings.kind == "win_rate":
         scores, mask = win_rates(scores, mask, settings.std_floor)
     normalization = "reward" if settings.per_reward else "sum"
@@ -163,7 +163,7 @@ def caused(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float
 def win_rates(
     scores: Float[torch.Tensor, "N G K"], mask: Bool[torch.Tensor, "N G K"], std_floor: float
 ) -> tuple[Float[torch.Tensor, "N G K"], Bool[torch.Tensor, "N G K"]]:
-    """Scores and mask with every score replaced by the share of siblings that it beats, as ``win_rate`` has it."""
+    """Scores and mask with every score replaced by its win rate inside the group (``win_rate``)."""
     rates = torch.empty_like(scores)
     for k in range(scores.shape[2]):
         score, valid = torch.where(mask[..., k], scores[..., k], 0.0), mask[..., k]
@@ -173,9 +173,9 @@ def win_rates(
     return rates, mask & rates.isfinite()
 
 
-def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
-    """Shares of the trained rewards if advantages had been made by the other formula, from the very same scores."""
-    names, scores, mask, weights = groups.trained()
+def other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
+    """Variance shares of the trained rewards under the other advantage formula, on the same scores."""
+    names, scores, mask, weights = groups.trained_rewards()
     floor = settings.std_floor
     scales, steps = groups.reward_normalizations(names), torch.from_numpy(groups.step)
     if settings.per_reward:
@@ -193,15 +193,15 @@ def other_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
     return variance_shares(parts, advantages, _members(mask, not settings.per_reward)).pooled().tolist()
 
 
-def change(
+def mean_change(
     groups: Groups, values: Array, windows: Sequence[Window], controls: Groups | None, base: Array | None
 ) -> Change:
-    """The mean of a scorer or trait in the first and in the last window, groups as units."""
-    means = per_group(values)
+    """Mean of a scorer or trait in the first and in the last window, with groups as units."""
+    means = group_means(values)
     first, last = (in_window(groups.step, means, window) for window in (windows[0], windows[-1]))
     control = float("nan")
     if controls is not None and base is not None:
-        control = _mean(in_window(controls.step, per_group(base), windows[-1]))
+        control = _mean(in_window(controls.step, group_means(base), windows[-1]))
     difference = welch_difference(first, last) if len(windows) > 1 else welch_difference([], [])
     return Change(_mean(first), _mean(last), difference, control)
 
@@ -209,10 +209,10 @@ def change(
 def by_step(
     step: NDArray[np.int64], values: NDArray[Any], weights: NDArray[Any] | None = None
 ) -> list[tuple[float, float]]:
-    """(step, sum of values / sum of weights); weights of 1 are a mean. Steps without are left out, many are binned."""
+    """(step, sum of values / sum of weights); weights: 1 by default. Steps without values are left out."""
     valid = np.isfinite(values)
     steps, place = np.unique(step[valid], return_inverse=True)
-    size = -(-len(steps) // MOST_POINTS) or 1
+    size = -(-len(steps) // MAX_POINTS) or 1
     bins = place // size
     sums = np.bincount(bins, values[valid])
     counts = np.bincount(bins, None if weights is None else weights[valid])
@@ -221,8 +221,8 @@ def by_step(
 
 
 def write_audit(run: Path) -> RewardAudit:
-    """Audits a run and leaves ``audit.json`` beside its other files, for the report."""
-    audit = audit_rewards(read_record(run))
+    """Audits a run and writes ``audit.json`` into its directory."""
+    audit = audit_rewards(read_recorded_run(run))
     RunDirectory(run).write_json(AUDIT, asdict(audit))
     return audit
 
@@ -231,16 +231,16 @@ def write_audit(run: Path) -> RewardAudit:
 
 
 def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
-    """Which members have an advantage: with any score, or with one from every reward that applies to their group."""
+    """Which members have an advantage: those with any score, or with all scores that apply to their group."""
     any_score = mask.any(dim=2)
     applies = mask.any(dim=1, keepdim=True)
     return any_score if per_reward else any_score & (mask | ~applies).all(dim=2)
 
 
-def _areas(groups: Groups, names: Sequence[str]) -> Series:
-    """Whether right members score above wrong ones, by step."""
+def _auc_series(groups: Groups, names: Sequence[str]) -> Series:
+    """AUC of right against wrong members, by step."""
     scorers = groups.scorers()
-    return {f"auc/{name}": by_step(groups.step, areas(scorers[name], groups.success)) for name in names}
+    return {f"auc/{name}": by_step(groups.step, group_auc(scorers[name], groups.success)) for name in names}
 
 
 def _missing(groups: Groups, name: str) -> float:
@@ -259,19 +259,19 @@ def _constant(values: Array, std_floor: float) -> tuple[dict[str, float], Array]
     constant = np.nanstd(above, axis=1) <= std_floor
     edge = EDGE * (high - low)
     mean = np.nanmean(rows, axis=1)
-    per_group = np.full(len(values), np.nan, dtype=np.float32)
-    per_group[scored] = constant
-    varied = high > low  # a scorer that never moved shows no range to be at the end of
+    group_means = np.full(len(values), np.nan, dtype=np.float32)
+    group_means[scored] = constant
+    varied = high > low  # a scorer that never varies has no range
     ends = {
         "all_best": constant & varied & (mean >= high - edge),
         "all_worst": constant & varied & (mean <= low + edge),
     }
-    return {name: float(x.mean()) for name, x in {"constant": constant, **ends}.items()}, per_group
+    return {name: float(x.mean()) for name, x in {"constant": constant, **ends}.items()}, group_means
 
 
 def _correlations(name: str, groups: Groups) -> dict[str, Correlation]:
     scorers = groups.scorers()
-    others = {**{n: v for n, v in scorers.items() if n != name}, **groups.outputs()}
+    others = {**{n: v for n, v in scorers.items() if n != name}, **groups.output_traits()}
     return {other: _correlation(scorers[name], values) for other, values in others.items()}
 
 
@@ -285,16 +285,16 @@ def _mean(values: Array) -> float:
 
 
 VALIDATION = "validation"
-"""The held-out prompts of validation, as a scorer."""
+"""Scorer name of the validation prompts."""
 Labels = Sequence[str]
 
 ERROR = 0.05
-"""Chance that a run in which nothing changes sounds any alarm at all, at most."""
+"""Upper bound of the family-wise error rate: the chance of any alarm in a run without change."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A trained reward and a held-out scorer, by part of the run."""
+class RewardScorerPair:
+    """A trained reward and a held-out scorer, by window of the run."""
 
     task: str
     reward: str
@@ -302,38 +302,37 @@ class Pair:
     rewards: Sequence[Array]
     """Means of groups."""
     scores: Sequence[Array]
-    """Means of groups, or scores of validation's prompts in one order."""
+    """Means of groups, or scores of the validation prompts in fixed order."""
     paired: bool
-    """Whether the scores of two parts are of the same prompts."""
+    """Whether the scores of two windows are of the same prompts."""
     strata: tuple[Sequence[Labels], Sequence[Labels]]
-    """Category of every value of ``rewards`` and of ``scores``; not used of scores that are paired."""
+    """Category of every value of ``rewards`` and of ``scores``; unused for paired scores."""
 
-    def testable(self) -> list[int]:
-        """The earlier parts that can be compared with the last."""
+    def comparable_windows(self) -> list[int]:
+        """The earlier windows that can be compared with the last."""
         return comparable(self.rewards, self.scores)
 
 
-def find_alarms(record: Recorded, windows: Sequence[Window]) -> Alarms:
-    """Compares every earlier part of the run with the last, for every trained reward and held-out scorer of a task.
+def detect_overoptimization(record: RecordedRun, windows: Sequence[Window]) -> Alarms:
+    """Compares every earlier window with the last, for every trained reward and held-out scorer of a task.
 
-    An alarm: the reward's change lies above 0 and the scorer's below 0, each with its whole interval. The intervals
-    (Welch's t over group means, within categories of prompts; Student's t over validation's prompts, paired) have
-    confidence 1 - .05 / comparisons (Bonferroni). Both must be clear of 0, so chance sounds an alarm more rarely than
-    that.
+    An alarm: the interval of the reward's change lies above 0 and that of the scorer's below 0. The intervals (Welch's
+    t over group means, within categories of prompts; Student's t over the paired validation prompts) have confidence
+    1 - .05 / comparisons (Bonferroni). Rewards with too many missing scores are reported as well.
     """
     groups = record.groups
-    pairs: list[Pair] = []
+    pairs: list[RewardScorerPair] = []
     same: list[tuple[str, str, str]] = []
     for task in dict.fromkeys(groups.task.tolist()):
-        for pair in _pairs(task, groups.of(groups.task == task), record.looks, windows, same):
+        for pair in _pairs(task, groups.select(groups.task == task), record.validations, windows, same):
             pairs.append(pair)
-    comparisons = sum(len(pair.testable()) for pair in pairs)
+    comparisons = sum(len(pair.comparable_windows()) for pair in pairs)
     confidence = 1 - ERROR / max(1, comparisons)
-    found = [alarm for pair in pairs if (alarm := _worst(pair, windows, confidence)) is not None]
+    found = [alarm for pair in pairs if (alarm := _largest_divergence(pair, windows, confidence)) is not None]
     return Alarms(tuple(found), comparisons, confidence, tuple(same), tuple(_missing_scores(record, windows)))
 
 
-def _missing_scores(record: Recorded, windows: Sequence[Window]) -> Iterator[MissingScores]:
+def _missing_scores(record: RecordedRun, windows: Sequence[Window]) -> Iterator[MissingScores]:
     groups = record.groups
     whole = Window(int(groups.step.min()), int(groups.step.max()))
     for task in dict.fromkeys(groups.task.tolist()):
@@ -352,38 +351,40 @@ def _missing_scores(record: Recorded, windows: Sequence[Window]) -> Iterator[Mis
                     break
 
 
-def _worst(pair: Pair, windows: Sequence[Window], confidence: float) -> Overoptimization | None:
+def _largest_divergence(
+    pair: RewardScorerPair, windows: Sequence[Window], confidence: float
+) -> Overoptimization | None:
     found = divergence(pair.rewards, pair.scores, confidence, pair.paired, pair.strata)
     if found is None:
         return None
     before, after, reward, scorer = windows[found.part], windows[-1], found.reward, found.scorer
-    words = _words(pair, before, after, reward, scorer)
+    words = _describe(pair, before, after, reward, scorer)
     return Overoptimization(pair.task, pair.reward, pair.scorer, before, after, reward, scorer, words)
 
 
 def _pairs(
-    task: str, groups: Groups, looks: Looks, windows: Sequence[Window], same: list[tuple[str, str, str]]
-) -> Iterator[Pair]:
-    """Pairs of one task; those that score every output alike are noted in ``same``."""
+    task: str, groups: Groups, validations: Validations, windows: Sequence[Window], same: list[tuple[str, str, str]]
+) -> Iterator[RewardScorerPair]:
+    """The pairs of one task; pairs with equal scores for every output are added to ``same``."""
     scorers = groups.scorers()
-    trained = groups.trained()[0]
+    trained = groups.trained_rewards()[0]
     held_out = {name: values for name, values in scorers.items() if name not in trained}
-    validation = _validation_scores(looks, task, windows)
+    validation = _validation_scores(validations, task, windows)
     for reward in trained:
-        rewards, of_rewards = _parts(groups, scorers[reward], windows)
+        rewards, of_rewards = _window_means(groups, scorers[reward], windows)
         for name, values in held_out.items():
             if np.array_equal(values, scorers[reward], equal_nan=True):
                 same.append((task, reward, name))
             else:
-                scores, of_scores = _parts(groups, values, windows)
-                yield Pair(task, reward, name, rewards, scores, False, (of_rewards, of_scores))
+                scores, of_scores = _window_means(groups, values, windows)
+                yield RewardScorerPair(task, reward, name, rewards, scores, False, (of_rewards, of_scores))
         if validation is not None:
-            yield Pair(task, reward, VALIDATION, rewards, validation, True, (of_rewards, ()))
+            yield RewardScorerPair(task, reward, VALIDATION, rewards, validation, True, (of_rewards, ()))
 
 
-def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
-    """Means of the groups of each part, and the categories of their prompts."""
-    means = per_group(values)
+def _window_means(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[list[Array], list[Labels]]:
+    """Group means of each window, and the categories of their prompts."""
+    means = group_means(values)
     finite = np.isfinite(means)
     return [in_window(groups.step, means, window) for window in windows], [
         groups.category[finite & (groups.step >= window.first) & (groups.step <= window.last)].tolist()
@@ -391,12 +392,13 @@ def _parts(groups: Groups, values: Array, windows: Sequence[Window]) -> tuple[li
     ]
 
 
-def _validation_scores(looks: Looks, task: str, windows: Sequence[Window]) -> list[Array] | None:
-    """The last look of each part of the run, empty where there was none; looks before and after are of the ends."""
-    kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in looks if task in by_task]
+def _validation_scores(validations: Validations, task: str, windows: Sequence[Window]) -> list[Array] | None:
+    """The last validation of each window, empty where there is none; the first and last window are open-ended."""
+    kept: list[tuple[int, Array]] = [(step, by_task[task]) for step, by_task in validations if task in by_task]
     if not kept:
         return None
-    scored = np.isfinite(np.stack([scores for _, scores in kept])).all(axis=0)  # looks are paired prompt by prompt
+    # paired prompt by prompt: only prompts that every validation scored
+    scored = np.isfinite(np.stack([scores for _, scores in kept])).all(axis=0)
     parts: list[Array] = [np.zeros(0, dtype=np.float32) for _ in windows]
     for step, scores in kept:
         place = next((i for i, window in enumerate(windows) if step <= window.last), len(windows) - 1)
@@ -404,14 +406,14 @@ def _validation_scores(looks: Looks, task: str, windows: Sequence[Window]) -> li
     return parts
 
 
-def _words(pair: Pair, before: Window, after: Window, reward: Interval, scorer: Interval) -> str:
+def _describe(pair: RewardScorerPair, before: Window, after: Window, reward: Interval, scorer: Interval) -> str:
     held_out = "validation's held-out score" if pair.scorer == VALIDATION else pair.scorer
     return (
-        f"{pair.task}: {pair.reward} rose by {_moved(reward)} while {held_out} fell by {_moved(scorer)}, from steps "
-        f"{before.first} to {before.last} to steps {after.first} to {after.last}"
+        f"{pair.task}: {pair.reward} rose by {_format_change(reward)} while {held_out} fell by "
+        f"{_format_change(scorer)}, from steps {before.first} to {before.last} to steps {after.first} to {after.last}"
     )
 
 
-def _moved(change: Interval) -> str:
+def _format_change(change: Interval) -> str:
     ends = sorted((abs(change.low), abs(change.high)))
     return f"{abs(change.score):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"

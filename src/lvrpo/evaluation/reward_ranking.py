@@ -1,4 +1,4 @@
-"""Whether a reward ranks the outputs of a group as the truth does, in a run or on a model's own samples."""
+"""How well rewards rank the outputs of a group by ground truth, in a run or on a model's own samples."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lvrpo.sampling import derive_seed
 from lvrpo.statistics import Interval, mean_interval, seeds_interval, welch_difference
 from lvrpo.types import TASKS, Group, Task
 
-MANY = 5000
-"""Groups from which on Student's t stands in for the bootstrap, which then gives the same and costs more."""
+BOOTSTRAP_LIMIT = 5000
+"""Above this number of groups, Student's t replaces the bootstrap."""
 
 
-def audit_validity(
+def rank_rewards(
     scorers: Mapping[str, Array],
     verifiers: Sequence[str],
     category: NDArray[np.str_],
@@ -35,10 +35,10 @@ def audit_validity(
     windows: Sequence[Window] = (),
     clusters: Sequence[Hashable] | None = None,
 ) -> tuple[RewardRanking, ...]:
-    """Every reward of a task but the verifier; none where nobody knows what is right.
+    """The ranking of every reward of a task except the verifier; () without ground truth.
 
-    ``scorers``: scores (N, G) by name, ``SUCCESS`` among them. ``verifiers``: those that grade by the truth, the first
-    that applies to any group is taken; where it does not apply, or there is none, ``SUCCESS`` grades.
+    ``scorers``: scores (N, G) by name, including ``SUCCESS``. ``verifiers``: rewards that grade by ground truth; the
+    first that was scored is used, and ``SUCCESS`` where it does not apply.
     """
     rewards = {name: scores for name, scores in scorers.items() if name != SUCCESS}
     if SUCCESS not in scorers:
@@ -51,12 +51,12 @@ def audit_validity(
             title, grades = name if applies.all() else f"{name}, {SUCCESS}", np.where(applies, own, grades)
             break
     return tuple(
-        reward_validity(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
+        rank_reward(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
         for name, scores in rewards.items()
     )
 
 
-def reward_validity(
+def rank_reward(
     name: str,
     scores: Array,
     success: Array,
@@ -67,27 +67,27 @@ def reward_validity(
     windows: Sequence[Window] = (),
     clusters: Sequence[Hashable] | None = None,
 ) -> RewardRanking:
-    """One reward; scores, success and grades (N, G), nan where there is none; category and step (N,).
+    """The ranking of one reward; scores, success and grades (N, G), nan where missing; category and step (N,).
 
-    ``clusters``: what a group shares with others (its picture); whole clusters are resampled.
+    ``clusters``: resampling units of the bootstrap, such as the picture of a prompt.
     """
-    rank, auc = rank_correlations(scores, grades), areas(scores, success)
+    rank, auc = rank_correlations(scores, grades), group_auc(scores, success)
     units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
 
     def ranking(rows: NDArray[np.bool_]) -> Ranking:
-        differ = spreads(scores[rows], grades[rows])
+        differ = varying_groups(scores[rows], grades[rows])
         return Ranking(
             _mean(rank[rows], units[rows], lowest=-1.0),
             _mean(auc[rows], units[rows], lowest=0.0),
             silent=int((~differ[0] & differ[1]).sum()),
-            alike=int((~differ[1] & scored(scores[rows], grades[rows]).any(axis=1)).sum()),
+            alike=int((~differ[1] & both_scored(scores[rows], grades[rows]).any(axis=1)).sum()),
         )
 
     along = None
     if step is not None and len(windows) > 1:
         first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
         along = RankingChange(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
-    both = scored(scores, success)
+    both = both_scored(scores, success)
     return RewardRanking(
         name=name,
         verifier=verifier,
@@ -106,10 +106,10 @@ def rank_correlations(one: Array, other: Array) -> NDArray[np.float64]:
     return np.where(spread > 0, (a * b).sum(axis=1) / np.sqrt(np.where(spread > 0, spread, 1.0)), np.nan)
 
 
-def areas(scores: Array, success: Array) -> NDArray[np.float64]:
+def group_auc(scores: Array, success: Array) -> NDArray[np.float64]:
     """(N, G) twice to (N,): the share of the pairs of a right and a wrong member in which the right one scores higher,
     a tie one half (the area under the curve, Mann and Whitney's U). nan where there is no such pair."""
-    both = scored(scores, success)
+    both = both_scored(scores, success)
     ranks = _ranks(scores, success)[0]
     right, wrong = both & (success > 0.5), both & (success <= 0.5)
     n, m = right.sum(axis=1), wrong.sum(axis=1)
@@ -117,13 +117,13 @@ def areas(scores: Array, success: Array) -> NDArray[np.float64]:
     return np.where(n * m > 0, above / np.maximum(n * m, 1), np.nan)
 
 
-def spreads(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def varying_groups(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(N,) for each: whether members that have both differ in it."""
     a, b = ((_centered(ranks) != 0).any(axis=1) for ranks in _ranks(one, other))
     return a, b
 
 
-def scored(one: Array, other: Array) -> NDArray[np.bool_]:
+def both_scored(one: Array, other: Array) -> NDArray[np.bool_]:
     """(N, G): which members have both."""
     return np.isfinite(one) & np.isfinite(other)
 
@@ -133,7 +133,7 @@ def scored(one: Array, other: Array) -> NDArray[np.bool_]:
 
 def _ranks(one: Array, other: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ranks from 1 inside each group over the members that have both, nan for the others."""
-    both = scored(one, other)
+    both = both_scored(one, other)
     if not both.size:
         return np.full(one.shape, np.nan), np.full(other.shape, np.nan)
     a, b = (scipy.stats.rankdata(np.where(both, x, np.nan), axis=1, nan_policy="omit") for x in (one, other))
@@ -141,7 +141,7 @@ def _ranks(one: Array, other: Array) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def _centered(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks about their mean, which ties do not move; 0 for members without."""
+    """Ranks minus their mean; 0 for members without one."""
     count = np.isfinite(ranks).sum(axis=1, keepdims=True)
     return np.where(np.isfinite(ranks), ranks - (count + 1) / 2, 0.0)
 
@@ -151,9 +151,9 @@ def _change(first: NDArray[np.float64], last: NDArray[np.float64]) -> Interval:
 
 
 def _mean(values: NDArray[np.float64], units: NDArray[np.int64], lowest: float) -> Interval:
-    """Mean over groups; ``lowest`` to 1 is the range, as groups that all agree get Wilson's bound."""
+    """Mean over groups of values in [``lowest``, 1]: identical values get Wilson's interval."""
     kept = np.isfinite(values)
-    if kept.sum() > MANY:
+    if kept.sum() > BOOTSTRAP_LIMIT:
         return seeds_interval(values[kept])
     found = mean_interval((values[kept] - lowest) / (1 - lowest), units[kept].tolist())
     score, low, high = (lowest + (1 - lowest) * x for x in (found.score, found.low, found.high))
@@ -161,8 +161,8 @@ def _mean(values: NDArray[np.float64], units: NDArray[np.int64], lowest: float) 
 
 
 GROUP_SIZE = 8
-AT_ONCE = 64
-"""Groups of a task that are sampled and scored together, as in a training step: agreement compares them."""
+BATCH_SIZE = 64
+"""Groups of a task sampled and scored together, as in a training step: the reward ``agreement`` compares them."""
 
 REWARDS = (
     RewardConfig(name="self_vqa"),
@@ -170,9 +170,9 @@ REWARDS = (
     RewardConfig(name="caption_back"),
     RewardConfig(name="edit_consistency"),
 )
-"""Rewards that need nobody but the model; edit_consistency reads pixels too."""
-YARDSTICK = RewardConfig(name=VERIFIER, options={"mode": "gated"})
-"""Who grades; ``SUCCESS`` where it does not apply."""
+"""Rewards that need no model but the policy; edit_consistency reads pixels too."""
+VERIFIER_REWARD = RewardConfig(name=VERIFIER, options={"mode": "gated"})
+"""Grades by ground truth; ``SUCCESS`` where it does not apply."""
 
 
 def sample_groups(
@@ -184,9 +184,9 @@ def sample_groups(
     split: Split = "validation",
     progress: Callable[[str, int], None] = lambda task, prompts: None,
 ) -> dict[Task, list[Group]]:
-    """Groups of ``GROUP_SIZE`` on so many prompts of every category, a function of policy and arguments.
+    """Samples groups of ``GROUP_SIZE`` on ``per_category`` prompts of every category; deterministic.
 
-    ``size``: side of the pictures asked about. Drawn and written as the policy does by default, text at temperature 1.
+    ``size``: side of the pictures in pixels. Sampling parameters are the policy's defaults, text at temperature 1.
     """
     source = ScenePrompts(ScenesConfig(size=size), split, seed)
     found: dict[Task, list[Group]] = {}
@@ -197,8 +197,8 @@ def sample_groups(
         if policy.image_size is None:
             sampling = replace(sampling, image_size=(size, size))
         found[task] = []
-        for start in range(0, len(prompts), AT_ONCE):
-            chunk = prompts[start : start + AT_ONCE]
+        for start in range(0, len(prompts), BATCH_SIZE):
+            chunk = prompts[start : start + BATCH_SIZE]
             seeds = [derive_seed(seed, "own samples", prompt.id) for prompt in chunk]
             found[task] += policy.sample(chunk, sampling, seeds)
     return found
@@ -226,7 +226,7 @@ def audit_samples(
                 scorers[name], missing[name] = scores, float(np.isnan(scores[applies]).mean())
         category = np.array([group.prompt.category for group in own], dtype=np.str_)
         clusters = [cluster_of(group.prompt) for group in own]
-        validity = audit_validity({**scorers, SUCCESS: success}, verifiers, category, clusters=clusters)
+        validity = rank_rewards({**scorers, SUCCESS: success}, verifiers, category, clusters=clusters)
         tasks[task] = TaskSamples(len(own), float(success.mean()), missing, validity)
     return SampleAudit(judge_fingerprint(judge), judge_fingerprint(model), tasks)
 
@@ -234,8 +234,8 @@ def audit_samples(
 def _scores(source: RewardSource, groups: Sequence[Group], judge: Policy) -> tuple[Array, np.ndarray]:
     """(N, G) scores, nan where there is none, and (N,) whether the reward applies."""
     scores, applies = [], []
-    for start in range(0, len(groups), AT_ONCE):
-        table = score_groups([source], groups[start : start + AT_ONCE], judge)
+    for start in range(0, len(groups), BATCH_SIZE):
+        table = score_groups([source], groups[start : start + BATCH_SIZE], judge)
         scores.append(torch.where(table.mask, table.scores, torch.nan)[..., 0].numpy())
         applies += [table.reasons.get((p, 0, 0)) != NOT_APPLICABLE for p in range(len(table.tasks))]
     return np.concatenate(scores), np.array(applies)

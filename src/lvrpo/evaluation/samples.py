@@ -18,14 +18,14 @@ from lvrpo.types import Group, Image, Prompt
 
 PER_CATEGORY = 3
 WITHOUT_CATEGORY = 12
-"""Groups that are kept of rows without a category."""
-DOUBLES = ("generate_guided", "understand_sampled", "generate_paraphrased", "understand_paraphrased")
-"""The benchmarks that no cases are kept of: they put the prompts of others, by whose ids cases are told apart."""
+"""Groups kept of rows without a category."""
+REPEATED_PROMPTS = ("generate_guided", "understand_sampled", "generate_paraphrased", "understand_paraphrased")
+"""Benchmarks that reuse the prompts of others: no samples are kept, as ids would collide."""
 
 
-def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
-    """The first few groups of every category: chosen by place, not by how they came out."""
-    if name in DOUBLES:
+def first_per_category(name: str, groups: Sequence[Group]) -> list[Group]:
+    """The first few groups of every category, whatever their scores."""
+    if name in REPEATED_PROMPTS:
         return []
     counts: dict[str, int] = {}
     kept = []
@@ -38,7 +38,7 @@ def keep_cases(name: str, groups: Sequence[Group]) -> list[Group]:
 
 
 def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
-    """Writes eval/PHASE.json, with the pictures of the kept cases in eval/PHASE/ and eval/sources/."""
+    """Writes eval/PHASE.json, with the pictures of the kept samples in eval/PHASE/ and eval/sources/."""
     groups = [group for kept in evaluation.groups.values() for group in kept]
     rewards = {
         prompt: score
@@ -46,8 +46,8 @@ def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> N
         if scored.metric == "reward"
         for prompt, score in zip(scored.ids, scored.scores, strict=True)
     }
-    cases = write_cases(run, phase, groups, rewards)
-    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": [asdict(case) for case in cases]})
+    samples = write_samples(run, phase, groups, rewards)
+    run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": [asdict(sample) for sample in samples]})
 
 
 def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
@@ -55,12 +55,12 @@ def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
     return from_json(EvaluationRecord, run.read_json(relative), str(run.path / relative), "restore it or delete it")
 
 
-def write_cases(
+def write_samples(
     run: RunDirectory, phase: str, groups: Sequence[Group], rewards: Mapping[str, float] | None = None
 ) -> list[Sample]:
-    """One row per group, the first member of it; pictures are written beside.
+    """One row per group, of its first member; writes the pictures.
 
-    ``rewards``: scores by prompt of what cannot be told right from wrong.
+    ``rewards``: scores by prompt id, for prompts without a verifiable answer.
     """
     scored = [group for group in groups if has_success(group.prompt)]
     scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
@@ -99,7 +99,7 @@ def write_cases(
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The words of a prompt."""
+    """The text parts of a prompt."""
     return " ".join(part for part in prompt.parts if isinstance(part, str))
 
 

@@ -23,14 +23,14 @@ def _validation(task: Task) -> Callable[[int], tuple[Prompt, ...]]:
     return partial(held_out_prompts, task, split="validation")
 
 
-MANY = 16
+PASS_AT_K_SAMPLES = 16
 """Samples per prompt for pass@k and best-of-n."""
 
 GENERATE = Benchmark(
     "generate",
     partial(held_out_prompts, "generate"),
     n=286 * len(CATEGORIES["generate"]),
-    many=MANY,
+    pass_at_k_samples=PASS_AT_K_SAMPLES,
     validation=_validation("generate"),
 )
 """Pictures that show all facts of the prompt, drawn without guidance."""
@@ -39,13 +39,13 @@ GENERATE_GUIDED = Benchmark(
     partial(held_out_prompts, "generate"),
     n=286 * len(CATEGORIES["generate"]),
     guidance_scale=1.5,
-    fixed=True,
+    fixed_sampling=True,
 )
 """The same prompts and noise with guidance 1.5."""
 GENERATE_PARAPHRASED = Benchmark(
     "generate_paraphrased", partial(held_out_prompts, "generate", wording="paraphrased"), n=490
 )
-"""The first of these prompts in other words."""
+"""The first of these prompts, paraphrased."""
 UNDERSTAND = Benchmark(
     "understand", partial(held_out_prompts, "understand"), n=2400, validation=_validation("understand")
 )
@@ -53,25 +53,25 @@ UNDERSTAND = Benchmark(
 UNDERSTAND_PARAPHRASED = Benchmark(
     "understand_paraphrased", partial(held_out_prompts, "understand", wording="paraphrased"), n=600
 )
-"""The first of these questions in other words."""
+"""The first of these questions, paraphrased."""
 UNDERSTAND_SAMPLED = Benchmark(
     "understand_sampled",
     partial(held_out_prompts, "understand"),
     n=1200,
     temperature=1.0,
     samples=4,
-    many=MANY,
-    fixed=True,
+    pass_at_k_samples=PASS_AT_K_SAMPLES,
+    fixed_sampling=True,
 )
 """The same questions sampled at temperature 1, four times each."""
 EDIT = Benchmark(
     "edit",
     partial(held_out_prompts, "edit"),
     n=200 * len(CATEGORIES["edit"]),
-    many=MANY,
+    pass_at_k_samples=PASS_AT_K_SAMPLES,
     validation=_validation("edit"),
 )
-"""Edits of which all facts hold, that nothing else changed among them."""
+"""Edits of which all facts hold, including that nothing else changed."""
 REASON = Benchmark(
     "reason", partial(held_out_prompts, "reason"), n=334 * len(CATEGORIES["reason"]), validation=_validation("reason")
 )

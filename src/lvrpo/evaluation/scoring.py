@@ -15,7 +15,7 @@ from lvrpo.training.memory import return_freed_memory
 from lvrpo.types import Group, Prompt
 
 CHUNK = 256
-"""Outputs sampled at once."""
+"""Outputs per sampling call."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TaskScores:
     groups: tuple[Group, ...]
     """The sampled outputs."""
     by_sample: tuple[tuple[float, ...], ...] = ()
-    """The score of every sample: 1 or 0 where right and wrong can be told."""
+    """The score of every sample: 1 or 0 where the answer is verifiable."""
 
     @property
     def mean(self) -> float:
@@ -64,18 +64,18 @@ def score_prompts(
     scorer: HeldOutScorer = SUCCESS_ONLY,
     judge: Policy | None = None,
 ) -> TaskScores:
-    """``sample_prompts``, each output scored; ``judge``: who judges for rewards, where the scorer has some."""
+    """``sample_prompts``, each output scored; ``judge``: of the scorer's rewards."""
     groups = sample_prompts(policy, prompts, sampling, seed, samples)
     rows = [tuple(row) for row in scorer.scores(groups, judge)]
     return TaskScores(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))
 
 
 CONFIRMED = 0.5
-"""A reader finds a fact where it gives the right answer more than this probability: no other can have as much."""
-AT_ONCE = 256
-"""Drawings read at once."""
+"""A reader confirms a fact where it gives the right answer more than this probability."""
+BATCH_SIZE = 256
+"""Drawings per call of the judge."""
 DIGITS = 6
-"""Decimals of a score that are kept."""
+"""Decimals of a recorded score."""
 
 
 def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | None, ...]]:
@@ -85,7 +85,7 @@ def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | N
     """
     reward = SelfVQA()
     found: list[tuple[float | None, ...]] = [()] * len(groups)
-    for places in _chunks(groups, reward):
+    for places in _batches(groups, reward):
         confidences = _confidences([groups[p] for p in places], judge, reward)
         for i, p in enumerate(places):
             cells = [confidences.get((i, g)) for g in range(len(groups[p]))]
@@ -98,7 +98,7 @@ def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
     many they agree; None without drawing, facts that a verifier can check, or a picture that can be read."""
     reward = SelfVQA()
     found: list[ReadBack | None] = [None] * len(groups)
-    for places in _chunks(groups, reward):
+    for places in _batches(groups, reward):
         first = [Group(groups[p].prompt, groups[p].trajectories[:1]) for p in places]
         confidences, held = _confidences(first, reader, reward), fact_table(first)
         for i, p in enumerate(places):
@@ -111,13 +111,13 @@ def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
     return found
 
 
-def _chunks(groups: Sequence[Group], reward: SelfVQA) -> list[list[int]]:
-    """The groups with drawings that can be asked about, so many that ``AT_ONCE`` drawings are read together."""
+def _batches(groups: Sequence[Group], reward: SelfVQA) -> list[list[int]]:
+    """Indices of the groups with drawings that the reward applies to, in batches of up to ``BATCH_SIZE`` drawings."""
     places = [p for p, group in enumerate(groups) if reward.applies(group.prompt)]
     chunks: list[list[int]] = []
-    size = AT_ONCE
+    size = BATCH_SIZE
     for p in places:
-        if size + len(groups[p]) > AT_ONCE:
+        if size + len(groups[p]) > BATCH_SIZE:
             chunks.append([])
             size = 0
         chunks[-1].append(p)
@@ -129,9 +129,3 @@ def _confidences(groups: Sequence[Group], reader: Policy, reward: SelfVQA) -> Co
     found = reward.confidences(groups, reader, reader)[0]
     return_freed_memory()
     return found
-
-
-__all__ = [
-    "judge_scores",
-    "read_back",
-]

@@ -26,71 +26,71 @@ from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import TASKS, Group, Prompt, Task
 
 if TYPE_CHECKING:
-    from lvrpo.evaluation.tuning import Tuned
+    from lvrpo.evaluation.tuning import TunedSampling
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)
-"""What every benchmark starts from; temperature and guidance are the benchmark's own."""
+"""Defaults of every benchmark, which sets its own temperature and guidance."""
 ANSWER_LENGTH = 80
-"""Letters of an answer that are kept in a record."""
+"""Characters of an answer that a record keeps."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Prompts, and how they are put to a policy."""
+    """Prompts and the sampling parameters to evaluate them with."""
 
     name: str
     prompts: Callable[[int], Sequence[Prompt]]
-    """The first so many prompts."""
+    """n to the first n prompts."""
     n: int
-    """How many by default."""
+    """Default number of prompts."""
     temperature: float = 0.0
     guidance_scale: float = 1.0
     samples: int = 1
     """Outputs per prompt; a prompt's score is their mean."""
-    many: int = 0
-    """Outputs of each of the first ``Measuring.prompts``, for pass@k and best-of-n; 0: no more than ``samples``."""
+    pass_at_k_samples: int = 0
+    """Outputs of each of the first ``EvaluationOptions.sampled_prompts``, for pass@k and best of n; 0: ``samples``."""
     validation: Callable[[int], Sequence[Prompt]] | None = None
-    """Prompts of the validation split, which temperature and guidance are chosen on; None: there are none."""
-    chosen_on: bool = False
-    """Whether its own prompts may be those to choose on: rows of the user, who names the file."""
-    fixed: bool = False
-    """Whether its temperature and guidance are its point, so that no chosen ones replace them."""
+    """Prompts of the validation split, for tuning temperature and guidance; None: there are none."""
+    tunable: bool = False
+    """Whether its own prompts may be used for tuning: rows of a file that the user names."""
+    fixed_sampling: bool = False
+    """Whether tuned temperature and guidance leave its own in place."""
     metric: Metric = "success"
-    """What the scores are."""
+    """The kind of score."""
     check: Callable[[Policy], object] = lambda policy: None
     """Raises InputError where a policy cannot read the prompts."""
 
-    def sampling(self, base: Sampling, task: Task | None = None, tuned: Tuned | None = None) -> Sampling:
-        """``base`` with the benchmark's temperature and guidance, or those chosen for the task."""
+    def sampling(self, base: Sampling, task: Task | None = None, tuned: TunedSampling | None = None) -> Sampling:
+        """``base`` with the benchmark's temperature and guidance, or those tuned for the task."""
         own = replace(base, temperature=self.temperature, guidance_scale=self.guidance_scale)
-        return own if tuned is None or task is None or self.fixed else tuned.applied(own, task)
+        return own if tuned is None or task is None or self.fixed_sampling else tuned.apply(own, task)
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """What is measured beside one score per prompt."""
+class EvaluationOptions:
+    """Samples for pass@k and best of n, tuned sampling parameters, and who judges."""
 
-    prompts: int = 280
-    """So many prompts of a benchmark, the first, are sampled ``many`` times; 0: none."""
-    many: int | None = None
-    """Samples of each; None: what the benchmark says."""
+    sampled_prompts: int = 280
+    """The first n prompts of a benchmark that are sampled ``num_samples`` times; 0: none."""
+    num_samples: int | None = None
+    """Samples of each; None: the benchmark's ``pass_at_k_samples``."""
     judge: Policy | None = None
-    """Whose frozen reading side chooses the best of n; None: the evaluated policy's own."""
-    tuned: Tuned | None = None
-    """Temperature and guidance chosen on other prompts; None: the benchmark's own."""
+    """Frozen policy that selects the best of n; None: the evaluated policy."""
+    tuned: TunedSampling | None = None
+    """Temperature and guidance tuned on validation prompts; None: the benchmark's own."""
     scorer: HeldOutScorer = SUCCESS_ONLY
     """Scores the outputs."""
     reward_judge: Policy | None = None
-    """The frozen policy with which the rewards of ``scorer`` score what cannot be told right from wrong."""
+    """Frozen policy that judges for the rewards of ``scorer``, for prompts without a verifiable answer."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy on several benchmarks."""
+    """The records of a policy on several benchmarks."""
 
     scored: Mapping[str, BenchmarkRecord]
     groups: Mapping[str, Sequence[Group]] = field(default_factory=dict)
-    """Sampled outputs that are kept to be shown."""
+    """Sampled outputs kept for the report."""
     seconds: float = 0.0
 
     def results(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Evaluation:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: results for readers, and the scores that they come from."""
+        """For JSON: results, and the scores of single prompts."""
         return {
             "results": self.results(),
             "seconds": self.seconds,
@@ -122,8 +122,8 @@ def find_benchmarks(
 ) -> list[Benchmark]:
     """Benchmarks by name; ``scenes`` is all of the built-in world, a name that ends in .jsonl is a file of rows.
 
-    Of files: ``scorer`` scores rows that cannot be told right from wrong, ``side`` is that of the pictures that the
-    model reads, ``root`` another folder of pictures.
+    For files: ``scorer`` scores rows without a verifiable answer, ``side`` is the side of the model's input pictures in
+    pixels, ``root`` another folder of pictures.
     """
     found: list[Benchmark] = []
     for name in names:
@@ -145,23 +145,23 @@ def find_benchmarks(
 def file_benchmarks(
     path: Path, scorer: HeldOutScorer = SUCCESS_ONLY, side: int | None = None, root: Path | None = None
 ) -> list[Benchmark]:
-    """The user's own rows, greedy: ``own_benchmarks`` of a file."""
+    """``prompt_benchmarks`` of the rows of a JSONL file, sampled greedily."""
     source = JsonlPrompts(JsonlConfig(test=path, root=root), "test", 0, side)
 
     def check(policy: Policy) -> None:
         source.require_readable(partial(check_text, policy))
 
-    return own_benchmarks(path.stem, source.in_order(), scorer, check, str(path))
+    return prompt_benchmarks(path.stem, source.in_order(), scorer, check, str(path))
 
 
-def own_benchmarks(
+def prompt_benchmarks(
     name: str,
     prompts: Sequence[Prompt],
     scorer: HeldOutScorer,
     check: Callable[[Policy], object] = lambda policy: None,
     where: str = "",
 ) -> list[Benchmark]:
-    """One benchmark of all prompts where right and wrong can be told; else one per task, for rewards have own units.
+    """One benchmark of all prompts where each has a verifiable answer; else one per task, as rewards differ in units.
 
     Raises InputError for a prompt that nothing scores.
     """
@@ -176,13 +176,13 @@ def own_benchmarks(
             )
         kinds.setdefault((prompt.task, metric), []).append(prompt)
     if all(metric == "success" for _, metric in kinds):
-        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), chosen_on=True, check=check)]
+        return [Benchmark(name, lambda n: prompts[:n], n=len(prompts), tunable=True, check=check)]
     doubled = len({task for task, _ in kinds}) < len(kinds)
     found = []
     for (task, metric), rows in kinds.items():
         title = name if len(kinds) == 1 else f"{name}/{task}{f'/{metric}' if doubled else ''}"
         found.append(
-            Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), chosen_on=True, metric=metric, check=check)
+            Benchmark(title, lambda n, rows=rows: rows[:n], n=len(rows), tunable=True, metric=metric, check=check)
         )
     return found
 
@@ -195,49 +195,54 @@ def evaluate(
     sampling: Sampling = SAMPLING,
     keep: Callable[[str, Sequence[Group]], Sequence[Group]] = lambda name, groups: (),
     progress: Callable[[str, int], None] = lambda name, prompts: None,
-    measuring: Measuring = Measuring(prompts=0),
+    options: EvaluationOptions = EvaluationOptions(sampled_prompts=0),
 ) -> Evaluation:
     """Scores ``policy``; prompts, seeds and noise are the same for every policy, so that differences are paired.
 
-    ``sizes`` overrides how many prompts a benchmark takes; ``keep`` chooses the outputs to hold on to. The first sample
-    of a prompt is the same however many there are. Raises InputError for a benchmark that ``measuring.tuned`` was
-    chosen on, and for one of a task that the policy cannot do.
+    ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects the outputs to return. The first sample
+    of a prompt does not depend on how many are drawn. Raises InputError where ``options.tuned`` was tuned on one of
+    the prompts, and for a benchmark of a task that the policy cannot do.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
     started = time.perf_counter()
     scored: dict[str, BenchmarkRecord] = {}
     kept: dict[str, Sequence[Group]] = {}
-    asked = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
+    prompts_of = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
     tasks = getattr(policy, "tasks", TASKS)  # optional in anybody's class
-    for name, prompts in asked.items():
+    for name, prompts in prompts_of.items():
         if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
             raise InputError(
                 f"benchmark {name}: task {wrong!r}: this model does {', '.join(tasks)} alone: leave it out"
             )
-    if measuring.tuned is not None:
-        for name, prompts in asked.items():
-            measuring.tuned.refuse(name, prompts)
+    if options.tuned is not None:
+        for name, prompts in prompts_of.items():
+            options.tuned.require_unseen(name, prompts)
     for benchmark in benchmarks:
-        prompts = asked[benchmark.name]
+        prompts = prompts_of[benchmark.name]
         progress(benchmark.name, len(prompts))
-        scored[benchmark.name], groups = record(policy, benchmark, prompts, seed, sampling, measuring)
+        scored[benchmark.name], groups = record(policy, benchmark, prompts, seed, sampling, options)
         kept[benchmark.name] = keep(benchmark.name, groups)
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
 def record(
-    policy: Policy, benchmark: Benchmark, prompts: Sequence[Prompt], seed: int, sampling: Sampling, measuring: Measuring
+    policy: Policy,
+    benchmark: Benchmark,
+    prompts: Sequence[Prompt],
+    seed: int,
+    sampling: Sampling,
+    options: EvaluationOptions,
 ) -> tuple[BenchmarkRecord, list[Group]]:
     """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt.
 
-    Of rewards it holds the scores alone: what many samples and answers say is of right and wrong.
+    A benchmark scored by rewards records the scores alone, without samples and answers.
     """
     succeeds = benchmark.metric == "success"
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
-    settings: dict[Task, Sampling] = {task: benchmark.sampling(sampling, task, measuring.tuned) for task in tasks}
-    counts = sample_counts(benchmark, prompts, settings, measuring)
-    # a few prompts at a time: of large pictures not all samples can be held
+    settings: dict[Task, Sampling] = {task: benchmark.sampling(sampling, task, options.tuned) for task in tasks}
+    counts = sample_counts(benchmark, prompts, settings, options)
+    # a few prompts at a time: all samples of large pictures do not fit into memory
     jobs: dict[tuple[Task, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
@@ -246,18 +251,18 @@ def record(
     backs: list[ReadBack | None] = [None] * len(prompts)
     groups: dict[int, Group] = {}
     for (task, count), places in jobs.items():
-        at_once = max(1, CHUNK // count)
-        for start in range(0, len(places), at_once):
-            part = places[start : start + at_once]
-            asked, how = [prompts[i] for i in part], settings[task]
-            result = score_prompts(policy, asked, how, seed, count, measuring.scorer, measuring.reward_judge)
-            reads = judge_scores(result.groups, measuring.judge or policy) if count > benchmark.samples else None
-            back = read_back(result.groups, policy) if measuring.prompts and succeeds else [None] * len(part)
-            for place, i in enumerate(part):
+        batch_size = max(1, CHUNK // count)
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            scorers = options.scorer, options.reward_judge
+            result = score_prompts(policy, [prompts[i] for i in batch], settings[task], seed, count, *scorers)
+            vqa_scores = judge_scores(result.groups, options.judge or policy) if count > benchmark.samples else None
+            back = read_back(result.groups, policy) if options.sampled_prompts and succeeds else [None] * len(batch)
+            for place, i in enumerate(batch):
                 group = result.groups[place]
                 groups[i] = Group(group.prompt, group.trajectories[: benchmark.samples])
                 rows[i], backs[i] = result.by_sample[place], back[place]
-                judged[i] = () if reads is None else reads[place]
+                judged[i] = () if vqa_scores is None else vqa_scores[place]
     ordered = [groups[i] for i in range(len(prompts))]
     means = tuple(sum(row[: benchmark.samples]) / benchmark.samples for row in rows)
     if not any(map(math.isfinite, means)):
@@ -277,7 +282,7 @@ def record(
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
-            "judge": judge_fingerprint(measuring.judge or policy) if any(judged) else None,
+            "judge": judge_fingerprint(options.judge or policy) if any(judged) else None,
         },
         metric=benchmark.metric,
     )
@@ -285,25 +290,25 @@ def record(
 
 
 def sample_counts(
-    benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[Task, Sampling], measuring: Measuring
+    benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[Task, Sampling], options: EvaluationOptions
 ) -> list[int]:
-    """How often each prompt is sampled: many times the first ones of which two samples can differ."""
-    many = benchmark.many if measuring.many is None else measuring.many
-    left, counts = measuring.prompts, []
+    """Samples per prompt: more for the first ``options.sampled_prompts`` whose sampling is random."""
+    many = benchmark.pass_at_k_samples if options.num_samples is None else options.num_samples
+    remaining, counts = options.sampled_prompts, []
     for prompt in prompts:
-        varies = "image" in prompt.output or settings[prompt.task].temperature > 0
-        often = varies and left > 0 and many > benchmark.samples and benchmark.metric == "success"
-        counts.append(many if often else benchmark.samples)
-        left -= often
+        is_random = "image" in prompt.output or settings[prompt.task].temperature > 0
+        is_resampled = is_random and remaining > 0 and many > benchmark.samples and benchmark.metric == "success"
+        counts.append(many if is_resampled else benchmark.samples)
+        remaining -= is_resampled
     return counts
 
 
 def questions(groups: Sequence[Group]) -> dict[str, tuple[Any, ...]]:
     """forms, right and answers of a record, for the prompts whose output is a text with a right answer; {} if none."""
-    asked = [group.prompt.output == ("text",) and group.prompt.answer is not None for group in groups]
-    if not any(asked):
+    has_answer = [group.prompt.output == ("text",) and group.prompt.answer is not None for group in groups]
+    if not any(has_answer):
         return {}
-    rows = list(zip(groups, asked, strict=True))
+    rows = list(zip(groups, has_answer, strict=True))
     return {
         "forms": tuple(form_of(group.prompt) if text else "" for group, text in rows),
         "right": tuple(normalize_answer(str(group.prompt.answer)) if text else None for group, text in rows),
@@ -315,12 +320,12 @@ def questions(groups: Sequence[Group]) -> dict[str, tuple[Any, ...]]:
 
 
 def form_of(prompt: Prompt) -> str:
-    """What a question has in common with others: its form, else its category, or its task where it has none."""
+    """The form of a question, else its category, else its task."""
     return prompt.form or prompt.category or prompt.task
 
 
 def cluster_of(prompt: Prompt) -> str:
-    """The fingerprint of the prompt's pictures; where it has none, what its text says, or its own id."""
+    """The unit of the bootstrap: a hash of the prompt's pictures, else its content, else its id."""
     digest = hashlib.blake2b(digest_size=8)
     pictures = [part for part in prompt.parts if not isinstance(part, str)]
     for picture in pictures:

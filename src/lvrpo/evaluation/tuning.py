@@ -1,4 +1,4 @@
-"""Guidance and temperature of a model, chosen on the validation split by a grid: no table is made of those prompts."""
+"""Grid search for a model's guidance and temperature on the validation split."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from lvrpo.types import Prompt, Task
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
-"""Of texts; 0 is greedy."""
+"""For text; 0 is greedy."""
 SETTINGS = ("guidance_scale", "temperature")
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What was chosen, for which model and on which prompts."""
+class TunedSampling:
+    """The tuned sampling parameters of a model, and the prompts that they were tuned on."""
 
     model: str
     """``judge_fingerprint`` of the model."""
     settings: Mapping[Task, Mapping[str, float]]
     """By task ``guidance_scale`` or ``temperature``."""
     prompts: frozenset[str]
-    """``content_key`` of every prompt that it was chosen on."""
+    """``content_key`` of every tuning prompt."""
     grid: Mapping[Task, Mapping[str, float]] = field(default_factory=dict)
-    """By task the score at each value tried."""
+    """By task, the score at each value of the grid."""
 
-    def applied(self, sampling: Sampling, task: Task) -> Sampling:
-        """``sampling`` with what was chosen for the task; as it is for a task that nothing was chosen for."""
+    def apply(self, sampling: Sampling, task: Task) -> Sampling:
+        """``sampling`` with the tuned parameters of the task; unchanged where the task was not tuned."""
         return replace(sampling, **self.settings.get(task, {}))
 
-    def refuse(self, benchmark: str, prompts: Sequence[Prompt]) -> None:
-        """Raises InputError where a prompt of the benchmark is among those that the settings were chosen on."""
+    def require_unseen(self, benchmark: str, prompts: Sequence[Prompt]) -> None:
+        """Raises InputError where a prompt of the benchmark is a tuning prompt."""
         seen = [prompt for prompt in prompts if content_key(prompt) in self.prompts]
         if seen:
             raise InputError(
@@ -48,8 +48,8 @@ class Tuned:
                 "its guidance or temperature was chosen on: choose on another split"
             )
 
-    def require(self, model: str) -> None:
-        """Raises InputError for another model than the one that was tuned."""
+    def require_model(self, model: str) -> None:
+        """Raises InputError for a model other than the tuned one."""
         if model != self.model:
             raise InputError(f"settings chosen for {self.model}, but this is {model}: tune each model for itself")
 
@@ -58,7 +58,7 @@ class Tuned:
         return {**vars(self), "prompts": sorted(self.prompts)}
 
     @classmethod
-    def read(cls, path: Path) -> Tuned:
+    def read(cls, path: Path) -> TunedSampling:
         """What ``lvrpo evaluate MODEL --tune FILE`` wrote; raises InputError for anything else."""
         remedy = "give a file that lvrpo evaluate --tune wrote"
         raw = read_json_object(path, remedy)
@@ -75,7 +75,7 @@ class Tuned:
 
 
 def content_key(prompt: Prompt) -> str:
-    """Of what a policy sees: task, texts and pictures; the same for two rows that say the same under other ids."""
+    """Hash of the task, texts and pictures of a prompt, whatever its id."""
     digest = hashlib.blake2b(prompt.task.encode(), digest_size=8)
     for part in prompt.parts:
         if isinstance(part, str):
@@ -86,7 +86,7 @@ def content_key(prompt: Prompt) -> str:
 
 
 TEXT_SAMPLES = 4
-"""Answers per question at a temperature above 0: one alone would say little of it."""
+"""Answers per question at a temperature above 0."""
 
 
 def tune(
@@ -96,17 +96,16 @@ def tune(
     seed: int = 0,
     sampling: Sampling = SAMPLING,
     progress: Callable[[Task, str, float, float], None] = lambda task, name, value, score: None,
-) -> Tuned:
-    """For every task the value with the highest mean success on the benchmarks' validation prompts; of equal ones the
-    first, so that nothing is guided or sampled without a gain.
+) -> TunedSampling:
+    """For every task the value with the highest mean success on the benchmarks' validation prompts; the first of ties.
 
-    Drawing tasks choose a guidance scale of ``GUIDANCE_SCALES``, those that write a temperature of ``TEMPERATURES``.
-    ``n``: prompts per task (default: as many as the benchmark has test prompts). Benchmarks that are ``fixed`` choose
-    nothing. Raises InputError where no benchmark has validation prompts.
+    Image tasks tune the guidance scale (``GUIDANCE_SCALES``), text tasks the temperature (``TEMPERATURES``). ``n``:
+    prompts per task (default: the number of test prompts). Benchmarks with ``fixed_sampling`` are left out. Raises
+    InputError where no benchmark has validation prompts.
     """
     prompts: dict[Task, list[Prompt]] = {}
     for benchmark in benchmarks:
-        if benchmark.validation is None or benchmark.fixed:
+        if benchmark.validation is None or benchmark.fixed_sampling:
             continue
         benchmark.check(policy)
         for prompt in benchmark.validation(n or benchmark.n):
@@ -121,23 +120,17 @@ def tune(
         name = "guidance_scale" if draws else "temperature"
         found: dict[float, float] = {}
         for value in GUIDANCE_SCALES if draws else TEMPERATURES:
-            tried = replace(sampling, **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
+            candidate = replace(sampling, **{"temperature": 0.0, "guidance_scale": 1.0, name: value})
             samples = 1 if draws or value == 0 else TEXT_SAMPLES
-            found[value] = score_prompts(policy, rows, tried, seed, samples).mean
+            found[value] = score_prompts(policy, rows, candidate, seed, samples).mean
             progress(task, name, value, found[value])
         settings[task] = {name: max(found, key=lambda value: found[value])}
         grid[task] = {f"{value:g}": score for value, score in found.items()}
     keys = frozenset(content_key(prompt) for rows in prompts.values() for prompt in rows)
-    return Tuned(judge_fingerprint(policy), settings, keys, grid)
+    return TunedSampling(judge_fingerprint(policy), settings, keys, grid)
 
 
 def as_validation(benchmark: Benchmark) -> Benchmark:
-    """A file of the user's rows as the prompts to choose on; a benchmark with a validation split as it is."""
-    rows = benchmark.validation is None and benchmark.chosen_on
+    """The benchmark with its own prompts as validation prompts, where it is ``tunable`` and has no validation split."""
+    rows = benchmark.validation is None and benchmark.tunable
     return replace(benchmark, validation=benchmark.prompts) if rows else benchmark
-
-
-__all__ = [
-    "as_validation",
-    "tune",
-]

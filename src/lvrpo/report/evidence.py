@@ -377,21 +377,3 @@ def _of_outcome(row: RowPlan, measure: Measure, outcome: Outcome, many: bool) ->
         unknown[known] = passes
         return unknown
     return outcome.counts / outcome.samples if many else outcome.first
-
-
-__all__ = [
-    "MEASURES",
-    "SEEN",
-    "Column",
-    "Evidence",
-    "Measure",
-    "Outcome",
-    "PromptSet",
-    "RowPlan",
-    "Summary",
-    "TablePlan",
-    "balanced_weights",
-    "column",
-    "difference",
-    "prompts_file",
-]

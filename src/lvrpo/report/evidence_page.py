@@ -315,6 +315,3 @@ def _choices(plan: TablePlan, evidence: Evidence) -> str:
         return "No grid has been run.\n"
     note = "A run per member, at the budget of the table, with a seed that no result has; scores are means over tasks."
     return TextTable("", heads, tuple(rows), note).markdown()
-
-
-__all__ = ["evidence_page", "strongest_rival"]

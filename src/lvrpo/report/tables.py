@@ -380,15 +380,3 @@ def _row(name: str, before: Floats, after: Floats, clusters: Sequence[str], kept
     own = [cluster for cluster, keep in zip(clusters, kept, strict=True) if keep]
     change = seeds_and_prompts_interval((after - before)[:, mask], own)
     return SeedRow(name, float(before[:, mask].mean()), float(after[:, mask].mean()), change, change.p)
-
-
-__all__ = [
-    "SeedRow",
-    "TextTable",
-    "collapses",
-    "measure_tables",
-    "read_scores",
-    "seed_rows",
-    "seeds_table",
-    "summary_phases",
-]

@@ -1,7 +1,6 @@
-"""Equal compute: operations of the models, what a step of a row costs, and the steps that a budget buys.
+"""Compute budgets: FLOPs of a training step, and the number of steps within a budget.
 
-Counted is what models do, forward and backward: the trained one, its averages, judge and reference. What an optimizer
-does with gradients is left out.
+Counts the forward and backward passes of all models (policy, averages, judge, reference), without the optimizer.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from lvrpo.training.trainer import Trainer, reference_rollout
 
 @dataclass(frozen=True)
 class Compute:
-    """What was done."""
+    """An amount of compute."""
 
     flops: float = 0.0
     """Floating-point operations in matrix products, convolutions and attention; a multiply-add is two."""
     passes: float = 0.0
-    """Sequences taken through the transformer; a token that is written after a kept context costs FLOPs alone."""
+    """Sequences passed through the transformer; decoding with a cache adds FLOPs alone."""
 
     def __add__(self, other: Compute) -> Compute:
         return Compute(self.flops + other.flops, self.passes + other.passes)
@@ -90,11 +89,11 @@ ATTENTION = {
         attention_backward_flops,
     ),
 }
-"""torch counts neither the CPU's kernel nor heads that share keys."""
+"""torch counts neither the CPU kernel nor grouped-query attention."""
 
 
 class ComputeCounter:
-    """While the context lasts, whatever models do is counted; ``now`` says how much it is."""
+    """A context manager that counts the compute of all models; ``now`` is the count so far."""
 
     def __init__(self) -> None:
         self._flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
@@ -138,8 +137,8 @@ class ComputeCounter:
 
 AnyConfig = TrainConfig | PretrainConfig
 
-PLAIN = 2
-"""Steps whose mean is that of a plain one; the first, which does more, is left out."""
+AVERAGED_STEPS = 2
+"""Steps to average; the first step, which does more, is left out."""
 
 
 @dataclass(frozen=True)
@@ -147,24 +146,24 @@ class RunCost:
     """The compute of a run as a function of its steps."""
 
     step: Compute
-    """A plain step: rollout, judge, reference, old policy and update."""
+    """A step without validation: rollout, judge, reference, old policy and update."""
     start: Compute = NO_COMPUTE
-    """What only the beginning has: the checks before the first step."""
+    """Once per run: the preflight checks."""
     look: Compute = NO_COMPUTE
     """A validation."""
     control: Compute = NO_COMPUTE
-    """The reference's outputs that are drawn beside the curve."""
+    """A rollout of the reference."""
     look_every: int = 1
     reference_eval_every: int = 1
 
     def total(self, steps: int) -> Compute:
-        """Of a run of so many steps: looks at the start, every so often and at the end."""
-        looks = 1 + -(-steps // self.look_every)
+        """Of a run of ``steps`` steps, with validations at the start, every ``look_every`` steps and at the end."""
+        validations = 1 + -(-steps // self.look_every)
         controls = -(-steps // self.reference_eval_every)
-        return self.start + self.step * steps + self.look * looks + self.control * controls
+        return self.start + self.step * steps + self.look * validations + self.control * controls
 
     def steps_within(self, budget: Compute, added_to: Compute = NO_COMPUTE) -> int:
-        """The most steps whose FLOPs do not exceed the budget; raises InputError if none does."""
+        """The largest number of steps within the budget (in FLOPs); raises InputError where it is 0."""
         limit = (budget + added_to).flops
         low, high = 0, 1
         while self.total(high).flops <= limit:
@@ -190,7 +189,7 @@ class RunCost:
 
 
 def count_cost(config: AnyConfig) -> RunCost:
-    """Takes the first steps of a run in a folder that is thrown away, and counts them."""
+    """Counts the first steps of a run in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(config, PretrainConfig):
             return _count_supervised(config, Path(folder) / "probe")
@@ -199,14 +198,14 @@ def count_cost(config: AnyConfig) -> RunCost:
 
 def _count_supervised(config: PretrainConfig, folder: Path) -> RunCost:
     marks: list[Compute] = []
-    trainer = Pretrainer.start(config.model_copy(update={"steps": PLAIN + 1, "held_out_every": 0}), folder)
+    trainer = Pretrainer.start(config.model_copy(update={"steps": AVERAGED_STEPS + 1, "held_out_every": 0}), folder)
     with trainer.run, ComputeCounter() as counter:
         trainer.train(lambda row: marks.append(counter.now))
-    return RunCost((marks[-1] - marks[0]) * (1 / PLAIN))
+    return RunCost((marks[-1] - marks[0]) * (1 / AVERAGED_STEPS))
 
 
 def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
-    last = PLAIN + 2  # validation looks at the last step, so that it is no plain one
+    last = AVERAGED_STEPS + 2  # the last step validates
     validation = config.validation.model_copy(update={"every": last, "action": "warn", "overoptimization": None})
     rare = {"validation": validation, "reference_eval_every": last, "samples_every": last, "checkpoint_every": last}
     marks: list[Compute] = []
@@ -219,20 +218,7 @@ def _count_alignment(config: TrainConfig, folder: Path) -> RunCost:
         prompts = prompts_of_step(trainer.source, config, 0)
         reference_rollout(trainer.state.policies, prompts, config, 0)
         control = counter.now - before - look
-    step = (marks[PLAIN] - marks[0]) * (1 / PLAIN)
+    step = (marks[AVERAGED_STEPS] - marks[0]) * (1 / AVERAGED_STEPS)
     start = marks[0] - step - look - control
     cost = RunCost(step, start, look, control, config.validation.every, config.reference_eval_every)
     return cost if start.flops >= 0 else replace(cost, start=NO_COMPUTE)
-
-
-__all__ = [
-    "ATTENTION",
-    "NO_COMPUTE",
-    "AnyConfig",
-    "Compute",
-    "ComputeCounter",
-    "RunCost",
-    "attention_backward_flops",
-    "attention_flops",
-    "count_cost",
-]

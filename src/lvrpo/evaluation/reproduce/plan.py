@@ -1,4 +1,4 @@
-"""The declared experiment: rows of a table, bases, seeds, their jobs, and the configuration of each run."""
+"""The configuration of ``lvrpo reproduce``: rows of a results table, bases, seeds, jobs and the config of each run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RowGroup = Literal["ours", "rival", "oracle", "inference", "base"]
 
 
 class BaseConfig(Config):
-    """A pretrained base: one that is there, or one to be made by ``lvrpo pretrain``."""
+    """A pretrained base: an existing one, or one to pretrain."""
 
     model: str | None = None
     """A built-in name or a folder; None: pretrained by a job, in OUT/bases."""
@@ -42,25 +42,25 @@ class RowConfig(Config):
     """A row of the table."""
 
     about: str
-    """What it is, in a few words of the table."""
+    """A short description for the table."""
     group: RowGroup
     config: str | None = None
-    """The configuration that it trains with; None: nothing is trained."""
+    """The training configuration; None: nothing is trained."""
     overrides: tuple[str, ...] = ()
     tune: tuple[tuple[str, ...], ...] = ()
-    """Members of its grid, each as overrides; compared on validation with the seed of ``tuning`` at the same budget."""
+    """The hyperparameter grid, each member as overrides; compared on validation with the seed of ``tuning``."""
     untuned: str | None = None
-    """Why a row that is trained has no grid."""
+    """Why a trained row has no grid."""
     start: Literal["base", "scratch"] = "base"
-    """scratch: the budget is added to the steps of the base's own pretraining, from random weights, with its seed."""
+    """scratch: pretraining from random weights, longer than that of the base by the budget."""
     runs: str = "others"
     """An entry of ``Experiment.runs``."""
     of: str | None = None
-    """Read from the evaluations of another row, in place of a run of its own."""
+    """The row whose evaluations it reads, in place of a run of its own."""
     best_of: int | None = Field(default=None, ge=2)
-    """Of that row: the best of so many drawings by the model's own reader."""
+    """Of that row: best of n pictures, judged by the model itself."""
     settings: Literal["tuned", "plain"] = "tuned"
-    """Of that row: at guidance and temperature chosen on validation, or unguided and greedy."""
+    """Of that row: tuned guidance and temperature, or unguided and greedy."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -79,7 +79,7 @@ class RowConfig(Config):
 
 
 class BudgetConfig(Config):
-    """What every row that trains may spend: the compute of one of them at its configured steps."""
+    """The compute budget of every trained row: that of one of them at its configured steps."""
 
     row: str
     steps: int | None = Field(default=None, ge=1)
@@ -87,32 +87,32 @@ class BudgetConfig(Config):
 
 
 class TuningConfig(Config):
-    """How grids are compared, and guidance and temperature chosen: on the validation split, with a seed of its own."""
+    """Tuning of grids, guidance and temperature, on the validation split with a separate seed."""
 
     base: str
     seed: int = Field(ge=0)
     prompts: int = Field(default=280, ge=1)
     """Validation prompts of each task."""
     members: int | None = Field(default=None, ge=1)
-    """So many of each grid, the first; None: all."""
+    """Use the first n members of each grid; None: all."""
 
 
 class TestConfig(Config):
-    """What is measured on the test split."""
+    """The evaluation on the test split."""
 
     benchmarks: tuple[str, ...] = ("generate", "understand", "edit", "reason")
     sizes: dict[str, int] = Field(default_factory=dict)
-    """Prompts of a benchmark; its own number where absent."""
+    """Prompts per benchmark, where it is not the default."""
     sampled_prompts: int = Field(default=280, ge=0)
-    """So many prompts are sampled 16 times, for pass@k and best of n."""
+    """Prompts per benchmark that are sampled 16 times, for pass@k and best of n."""
 
 
 class Experiment(Config):
-    """A results table and all that it needs."""
+    """A results table and everything it is computed from."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     evidence: bool = True
-    """False: a trial of the machinery, which says so."""
+    """False: a smoke test, labeled as such."""
     bases: dict[str, BaseConfig] = Field(min_length=1)
     runs: dict[str, tuple[tuple[str, int], ...]]
     """Lists of (base, seed) that rows name."""
@@ -121,10 +121,10 @@ class Experiment(Config):
     test: TestConfig = TestConfig()
     rows: dict[str, RowConfig] = Field(min_length=1)
     only: tuple[str, ...] | None = None
-    """So many of the rows; None: all."""
+    """The rows to use; None: all."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_references(self) -> Self:
         known = ", ".join(self.bases)
         for name, runs in self.runs.items():
             for base, seed in runs:
@@ -161,12 +161,12 @@ class Experiment(Config):
         return {name: row for name, row in self.rows.items() if self.only is None or name in self.only}
 
     def members(self, row: str) -> tuple[tuple[str, ...], ...]:
-        """The grid of a row; () where nothing is chosen."""
+        """The grid of a row; () where there is nothing to compare."""
         grid = self.rows[row].tune[: self.tuning.members]
         return grid if len(grid) > 1 else ()
 
     def table(self) -> TablePlan:
-        """What the page of results shows, without how it is made."""
+        """The table for the results page."""
         rows = {
             name: RowPlan(row.about, row.group, self.runs[row.runs], row.of, row.best_of, row.settings, row.untuned)
             for name, row in self.used.items()
@@ -176,19 +176,19 @@ class Experiment(Config):
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work that can be interrupted and goes on."""
+    """A resumable unit of work: pretrain a base, train a grid member, or train and test a row."""
 
     kind: Literal["base", "tune", "run"]
     row: str
-    """Of a base: its name."""
+    """For a base: its name."""
     base: str
     seed: int
     member: int | None = None
-    """Of a grid."""
+    """Index in the grid."""
 
     @property
     def name(self) -> str:
-        """Of its folder and of its summary."""
+        """Of the folder and the summary."""
         if self.kind == "base":
             return self.row
         return f"{self.row}-tune{self.member}" if self.kind == "tune" else f"{self.row}-{self.base}-{self.seed}"
@@ -198,8 +198,8 @@ class Job:
         """Its run directory inside OUT."""
         return f"{ {'base': 'bases', 'tune': 'tuning', 'run': 'runs'}[self.kind] }/{self.name}"
 
-    def waits_for(self, other: Job) -> bool:
-        """Whether it cannot be done without the other one: runs wait for the grid of their row, both for their base."""
+    def depends_on(self, other: Job) -> bool:
+        """Whether the other job must be done first: runs need the grid of their row, and both need their base."""
         if other.kind == "base":
             return self.kind != "base" and self.base == other.base
         return other.kind == "tune" and self.kind == "run" and self.row == other.row
@@ -213,15 +213,15 @@ def load_experiment(path: Path) -> Experiment:
 def list_jobs(
     experiment: Experiment, rows: Collection[str] | None = None, seeds: Collection[int] | None = None
 ) -> list[Job]:
-    """Everything to do, in order: bases first, then row by row its grid and its runs.
+    """All jobs in order: bases, then for each row its grid and its runs.
 
-    ``rows`` and ``seeds`` select; raises InputError for a name that is no row, and where nothing is left.
+    ``rows`` and ``seeds`` select; raises InputError for an unknown row, and where no job is left.
     """
     for name in rows or ():
         if name not in experiment.used:
             raise InputError(f"--rows {name}: is no row: use some of {', '.join(experiment.used)}")
     wanted = {name: row for name, row in experiment.used.items() if row.of is None and (rows is None or name in rows)}
-    for name, row in experiment.used.items():  # the runs that a row is read from
+    for name, row in experiment.used.items():  # rows that read the runs of another
         if row.of is not None and (rows is None or name in rows):
             wanted.setdefault(row.of, experiment.rows[row.of])
     jobs: list[Job] = []
@@ -240,7 +240,7 @@ def list_jobs(
 
 
 CODE_FILES = ("*.py", "*.yaml")
-ANOTHER = "delete it to run it again, or restore what it was made with"
+RECIPE_REMEDY = "delete it to run it again, or restore what it was made with"
 Tree = dict[str, Any]
 """Any: of JSON."""
 
@@ -261,16 +261,16 @@ class Recipes:
         experiment: Experiment,
         out: Path,
         find_config: Callable[[str], Path],
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
         device: str = "auto",
     ) -> None:
-        self.experiment, self.out, self.find_config, self.say, self.device = experiment, out, find_config, say, device
+        self.experiment, self.out, self.find_config, self.log, self.device = experiment, out, find_config, log, device
         self._identities: dict[str, str] = {}
 
     # --- bases ---
 
     def base_config(self, name: str) -> PretrainConfig:
-        """How a base is, or was, pretrained."""
+        """The pretraining configuration of a base."""
         base = self.experiment.bases[name]
         config = load_config(PretrainConfig, self.find_config(base.config), base.overrides)
         return config.model_copy(update={"seed": base.seed, "device": self.device})
@@ -280,7 +280,7 @@ class Recipes:
         return self.experiment.bases[name].model or str(self.out / "bases" / name)
 
     def base_identity(self, name: str) -> str | Tree:
-        """What tells one base from another: its weights where they are given, its recipe where a job makes them."""
+        """Identifies a base: the hash of its weights where they are given, else its pretraining configuration."""
         model = self.experiment.bases[name].model
         if model is None:
             return self.base_config(name).model_copy(update={"device": "auto"}).model_dump(mode="json")
@@ -291,7 +291,7 @@ class Recipes:
     # --- rows ---
 
     def config(self, row: str, member: Sequence[str], base: str, seed: int) -> AnyConfig:
-        """The configuration of a run, at the steps that the file says."""
+        """The configuration of a run, with the steps of its file."""
         plan = self.experiment.rows[row]
         assert plan.config is not None
         path, overrides = self.find_config(plan.config), [*plan.overrides, *member]
@@ -306,11 +306,11 @@ class Recipes:
             )
         config = load_config(PretrainConfig, path, overrides)
         if config.rows == "prompts":
-            common["prompts"] = self._asked(seed)
+            common["prompts"] = self._budget_prompts(seed)
         return config.model_copy(update={**common, "init": self.base_model(base)})
 
-    def _asked(self, seed: int) -> CleanPromptsConfig:
-        """The prompts that the row of the budget asks with this seed."""
+    def _budget_prompts(self, seed: int) -> CleanPromptsConfig:
+        """The prompts of the budget row with this seed."""
         reference = self.reference()
         counts: dict[Task, int] = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
         return CleanPromptsConfig(seed=seed, counts=counts)
@@ -327,63 +327,63 @@ class Recipes:
 
     @cached_property
     def budget(self) -> Compute:
-        """What every row may spend."""
+        """The compute budget of every row."""
         config = self.reference()
         return self.cost(config, self.experiment.tuning.base).total(config.steps)
 
-    def fitted(self, row: str, member: Sequence[str], base: str, seed: int) -> tuple[AnyConfig, RunCost]:
-        """The configuration of a run with as many steps as the budget buys, and its cost."""
+    def within_budget(self, row: str, member: Sequence[str], base: str, seed: int) -> tuple[AnyConfig, RunCost]:
+        """The configuration of a run with the largest number of steps within the budget, and its cost."""
         config = self.config(row, member, base, seed)
         if self.experiment.rows[row].start == "scratch":
             cost, own = self.cost(config, base), self.base_config(base).steps
             steps = cost.steps_within(self.budget, cost.total(own))
         else:
-            first = self.experiment.tuning.base  # one number of steps for all bases and seeds
+            first = self.experiment.tuning.base  # the same number of steps for all bases and seeds
             cost = self.cost(self.config(row, member, first, 0), first)
             steps = cost.steps_within(self.budget)
         return config.model_copy(update={"steps": steps}), cost
 
     def recipe(self, config: AnyConfig | None, base: str) -> Tree:
-        """What a run is, apart from its seed, its steps and the machine that it runs on."""
+        """Identifies a run, apart from its seed, its steps and the hardware."""
         return {
-            "config": None if config is None else self._of_any_seed(config, base).model_dump(mode="json"),
+            "config": None if config is None else self._without_seed(config, base).model_dump(mode="json"),
             "base": self.base_identity(base),
             "test": self.experiment.test.model_dump(mode="json"),
         }
 
-    def _of_any_seed(self, config: AnyConfig, base: str) -> AnyConfig:
+    def _without_seed(self, config: AnyConfig, base: str) -> AnyConfig:
         same: dict[str, Any] = {"steps": 1, "device": "auto", "threads": 1, "seed": 0, "name": "row"}
         if isinstance(config, TrainConfig):
             return config.model_copy(update={**same, "policy": base})
-        asked = config.prompts.model_copy(update={"seed": 0})
-        return config.model_copy(update={**same, "init": config.init and base, "prompts": asked})
+        prompts = config.prompts.model_copy(update={"seed": 0})
+        return config.model_copy(update={**same, "init": config.init and base, "prompts": prompts})
 
     def require_same_recipe(self, found: object, config: AnyConfig | None, base: str, path: Path) -> None:
-        """Raises InputError, with the first key, where a summary is of another recipe than the experiment says now.
+        """Raises InputError, naming the first key, where a summary's recipe differs from the current one.
 
-        ``found``: what ``recipe`` gave when the summary was written. A field that there was not then counts as its
-        default, which leaves everything as it was; a default that has changed since is a difference.
+        ``found``: the ``recipe`` of the summary. A field that did not exist then counts as its default.
         """
         kinds = {"config": type(config) if config else PretrainConfig, "base": PretrainConfig, "test": TestConfig}
-        given, wanted = validate_type(found, RecipeRecord, f"{path}: recipe", ANOTHER), self.recipe(config, base)
+        given, wanted = validate_type(found, RecipeRecord, f"{path}: recipe", RECIPE_REMEDY), self.recipe(config, base)
         for name, kind in kinds.items():
-            had, has = given[name], wanted[name]
-            if isinstance(had, dict) and isinstance(has, dict):
-                had = parse_section(kind, had, f"{path}: recipe: {name}").model_dump(mode="json")
-                found_apart = config_differences(had, has)
+            stored, current = given[name], wanted[name]
+            if isinstance(stored, dict) and isinstance(current, dict):
+                stored = parse_section(kind, stored, f"{path}: recipe: {name}").model_dump(mode="json")
+                differences = config_differences(stored, current)
             else:
-                found_apart = [] if had == has else [f"{had} against {has}"]
-            if found_apart:
+                differences = [] if stored == current else [f"{stored} against {current}"]
+            if differences:
                 where = f"{path}: is of another recipe than the experiment says now"
-                raise InputError(f"{where}: {name}: {found_apart[0]}: {ANOTHER}")
+                raise InputError(f"{where}: {name}: {differences[0]}: {RECIPE_REMEDY}")
 
     def cost(self, config: AnyConfig, base: str) -> RunCost:
-        """Counted once for every recipe, then kept in OUT/costs."""
-        same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})  # rates cost nothing
+        """The cost of a recipe, counted once and then cached in OUT/costs."""
+        # learning rates do not change the cost
+        same_rates = config.model_copy(update={"optimizer": type(config)().optimizer})
         recipe = {**self.recipe(same_rates, base), "test": None}
         path = self.out / "costs" / f"{tree_sha256(recipe)[:16]}.json"
         if not path_exists(path):
-            self.say(f"counting the operations of a step of {config.name}")
+            self.log(f"counting the operations of a step of {config.name}")
             found = count_cost(config)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json_text(found.as_dict()).encode())
@@ -391,12 +391,12 @@ class Recipes:
 
 
 def is_supervised(path: Path) -> bool:
-    """Whether a file, or one that it extends, has keys of supervised training."""
+    """Whether a configuration file, or one that it extends, is of supervised training."""
     return bool(set(read_tree(path, TrainConfig)) - set(TrainConfig.model_fields))
 
 
 def code_version() -> str:
-    """The release, and a hash of the package's sources: what ran, with or without a checkout."""
+    """The release and a hash of the package's source files."""
     import lvrpo
 
     folder = Path(lvrpo.__file__).parent
@@ -404,16 +404,3 @@ def code_version() -> str:
     for path in sorted(each for pattern in CODE_FILES for each in folder.rglob(pattern)):
         digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
     return f"{lvrpo.__version__}+{digest.hexdigest()}"
-
-
-__all__ = [
-    "BaseConfig",
-    "Experiment",
-    "Job",
-    "Recipes",
-    "RowConfig",
-    "code_version",
-    "is_supervised",
-    "list_jobs",
-    "load_experiment",
-]

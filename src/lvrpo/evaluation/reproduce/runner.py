@@ -1,4 +1,4 @@
-"""Runs the jobs of an experiment, each a run directory that can be resumed, and evaluates the results."""
+"""Runs the jobs of an experiment, each in a resumable run directory, and evaluates the results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce.compute import AnyConfig
 from lvrpo.evaluation.reproduce.plan import Experiment, Job, Recipes, code_version, list_jobs
 from lvrpo.evaluation.results import BEST_OF
-from lvrpo.evaluation.suite import SAMPLING, Benchmark, Measuring, cluster_of, evaluate, find_benchmarks, form_of
-from lvrpo.evaluation.tuning import Tuned, content_key, tune
+from lvrpo.evaluation.suite import (
+    SAMPLING,
+    Benchmark,
+    EvaluationOptions,
+    cluster_of,
+    evaluate,
+    find_benchmarks,
+    form_of,
+)
+from lvrpo.evaluation.tuning import TunedSampling, content_key, tune
 from lvrpo.metrics import best_of_n
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import FINAL, START, load_policy
@@ -36,62 +44,66 @@ from lvrpo.training.run_directory import environment, json_text
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Prompt
 
-PLAIN = "_plain"
-"""End of the name of a benchmark that is measured unguided and greedy as well."""
+UNGUIDED = "_plain"
+"""Name suffix of a benchmark that is evaluated unguided and greedy as well."""
 ANSWERS = 10
-"""Answers of a form of question that a summary counts by themselves; the others are ``OTHER``."""
+"""The most frequent answers of a form of question that a summary counts; the others are ``OTHER``."""
 OTHER = "(other answers)"
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def validated(policy: Policy, experiment: Experiment) -> Tuned:
-    """Guidance and temperature at which the policy is best on the validation split, with the scores there."""
+def tune_on_validation(policy: Policy, experiment: Experiment) -> TunedSampling:
+    """Tunes guidance and temperature on the validation split."""
     return tune(policy, find_benchmarks(experiment.test.benchmarks), experiment.tuning.prompts)
 
 
-def validation_score(tuned: Tuned) -> float:
-    """The mean over tasks of the best success on validation: what members of a grid are compared by."""
+def validation_score(tuned: TunedSampling) -> float:
+    """The mean over tasks of the best validation success, by which members of a grid are compared."""
     best = [max(grid.values()) for grid in tuned.grid.values()]
     return sum(best) / len(best)
 
 
-def tested(policy: Policy, experiment: Experiment, tuned: Tuned, folder: Path, say: Say) -> dict[str, Any]:
-    """By benchmark the packed outcome on the test split; the prompts are written into ``folder`` once.
+def evaluate_on_test(
+    policy: Policy, experiment: Experiment, tuned: TunedSampling, folder: Path, log: Log
+) -> dict[str, Any]:
+    """By benchmark, the outcome on the test split; writes the prompts into ``folder`` once.
 
-    Drawing benchmarks are measured twice, at the settings chosen and unguided. Raises InputError where a test prompt is
-    among those that anything was chosen on.
+    Image benchmarks are evaluated twice, with tuned settings and unguided. Raises InputError where a test prompt was
+    used for tuning.
     """
     test = experiment.test
     found: dict[str, Any] = {}
     for benchmark in find_benchmarks(test.benchmarks):
         n = test.sizes.get(benchmark.name, benchmark.n)
         prompts = benchmark.prompts(n)
-        say(f"test: {benchmark.name}, {len(prompts)} prompts")
-        fingerprint = keep_prompts(prompts, folder)
-        scored = _score(policy, benchmark, n, Measuring(test.sampled_prompts, tuned=tuned))
-        found[benchmark.name] = packed(scored, fingerprint).as_dict()
-        plain = replace(benchmark, name=benchmark.name + PLAIN, fixed=True)
+        log(f"test: {benchmark.name}, {len(prompts)} prompts")
+        fingerprint = write_prompts(prompts, folder)
+        scored = _score(policy, benchmark, n, EvaluationOptions(test.sampled_prompts, tuned=tuned))
+        found[benchmark.name] = to_outcome(scored, fingerprint).as_dict()
+        plain = replace(benchmark, name=benchmark.name + UNGUIDED, fixed_sampling=True)
         if all(_same(plain, prompt, tuned) for prompt in prompts):
-            found[plain.name] = benchmark.name  # the same measurement
+            found[plain.name] = benchmark.name  # identical settings
         else:
-            found[plain.name] = packed(_score(policy, plain, n, Measuring(0, tuned=tuned)), fingerprint).as_dict()
+            found[plain.name] = to_outcome(
+                _score(policy, plain, n, EvaluationOptions(0, tuned=tuned)), fingerprint
+            ).as_dict()
     return found
 
 
-def _score(policy: Policy, benchmark: Benchmark, n: int, measuring: Measuring) -> BenchmarkRecord:
-    result = evaluate(policy, [benchmark], sizes={benchmark.name: n}, measuring=measuring)
+def _score(policy: Policy, benchmark: Benchmark, n: int, options: EvaluationOptions) -> BenchmarkRecord:
+    result = evaluate(policy, [benchmark], sizes={benchmark.name: n}, options=options)
     return result.scored[benchmark.name]
 
 
-def _same(plain: Benchmark, prompt: Prompt, tuned: Tuned) -> bool:
-    """Whether what was chosen for the prompt's task is what the benchmark does anyway."""
+def _same(plain: Benchmark, prompt: Prompt, tuned: TunedSampling) -> bool:
+    """Whether the tuned settings of the prompt's task equal the benchmark's own."""
     base = plain.sampling(SAMPLING)
-    return tuned.applied(base, prompt.task) == base
+    return tuned.apply(base, prompt.task) == base
 
 
-def packed(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
-    """A record as a summary holds it: the first sample of every prompt, and what many of some gave."""
+def to_outcome(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
+    """A record as a summary stores it: the first sample of every prompt, and counts over repeated samples."""
     sizes = [len(row) for row in scored.successes]
     most = max(sizes)
     often = [most > 1 and size == most for size in sizes]
@@ -115,14 +127,14 @@ def packed(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
 
 
 def _commonest(given: Counter[str]) -> dict[str, int]:
-    """The answers given most often, the rest of them as one."""
+    """The most frequent answers, the others summed."""
     shown = dict(given.most_common(ANSWERS))
     rest = given.total() - sum(shown.values())
     return {**shown, **({OTHER: rest} if rest else {})}
 
 
-def keep_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
-    """Writes what tables need to know of the prompts, once; returns their fingerprint."""
+def write_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
+    """Writes the prompt set, once; returns its fingerprint."""
     digest = hashlib.blake2b(digest_size=6)
     for prompt in prompts:
         digest.update(f"{content_key(prompt)} {prompt.answer}\n".encode())
@@ -135,7 +147,7 @@ def keep_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
 
 
 def prompt_set(prompts: Sequence[Prompt]) -> PromptSet:
-    """What tables need to know of prompts."""
+    """The attributes of prompts that results tables need."""
     clusters: dict[str, int] = {}
     asked = [prompt.output == ("text",) and prompt.answer is not None for prompt in prompts]
     return PromptSet(
@@ -147,44 +159,44 @@ def prompt_set(prompts: Sequence[Prompt]) -> PromptSet:
     )
 
 
-def chosen_member(scores: Sequence[float]) -> int:
-    """The member of a grid with the highest score on validation; of equal ones the first."""
+def best_member(scores: Sequence[float]) -> int:
+    """Index of the grid member with the highest validation score; the first of ties."""
     if not scores or not all(np.isfinite(scores)):
         raise InputError(f"validation scores {list(scores)}: a member has none: run its job again")
     return int(np.argmax(scores))
 
 
 MEMBER = "member.json"
-"""File of a tuning run: what its member of the grid reached on validation."""
+"""File of a tuning run: the validation scores of its grid member."""
 TUNED = "tuned.json"
+"""File of a run: its tuned guidance and temperature."""
 REMEDY = "restore the file, or delete it to run it again"
-"""File of a run: guidance and temperature chosen on validation."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A policy, and what training it took."""
+class TrainedRun:
+    """A trained policy and its cost."""
 
     policy: Policy
     steps: int = 0
     seconds: float = 0.0
     not_well: tuple[str, ...] = ()
-    """What its metrics say against it."""
+    """The findings of the health check."""
 
 
 class Runner:
-    """The jobs of one experiment, in the folder OUT; summaries land in a folder of their own."""
+    """Runs the jobs of an experiment in the folder OUT; summaries go to a separate folder."""
 
-    def __init__(self, recipes: Recipes, summaries: Path, say: Say) -> None:
-        self.recipes, self.summaries, self.say = recipes, summaries, say
+    def __init__(self, recipes: Recipes, summaries: Path, log: Log) -> None:
+        self.recipes, self.summaries, self.log = recipes, summaries, log
 
     @property
     def experiment(self) -> Experiment:
-        """What is reproduced."""
+        """The experiment of the recipes."""
         return self.recipes.experiment
 
     def pending(self, rows: Collection[str] | None = None, seeds: Collection[int] | None = None) -> list[Job]:
-        """The jobs that are left: runs without a summary, the grids that these wait for, the bases of either.
+        """The remaining jobs: runs without a summary, the grids that they depend on, and the bases of both.
 
         Raises InputError for a summary of another recipe.
         """
@@ -192,20 +204,20 @@ class Runner:
         runs = [job for job in jobs if job.kind == "run" and not self._summarized(job)]
         waiting = {job.row for job in runs}
         grids = [job for job in jobs if job.kind == "tune" and job.row in waiting and not self._tuned(job)]
-        left = [*grids, *runs]
-        used = {job.base for job in left} | ({self.experiment.tuning.base} if left else set())
-        bases = [job for job in jobs if job.kind == "base" and job.row in used and not self._based(job)]
-        kept = {job.name for job in (*bases, *left)}
+        remaining = [*grids, *runs]
+        used = {job.base for job in remaining} | ({self.experiment.tuning.base} if remaining else set())
+        bases = [job for job in jobs if job.kind == "base" and job.row in used and not self._base_exists(job)]
+        kept = {job.name for job in (*bases, *remaining)}
         return [job for job in jobs if job.name in kept]
 
-    def do(self, job: Job) -> None:
-        """Does one job, or what an interruption left of it; raises Interrupted with a checkpoint written."""
+    def run_job(self, job: Job) -> None:
+        """Starts or resumes one job; raises Interrupted after writing a checkpoint."""
         {"base": self._pretrain, "tune": self._tune, "run": self._run}[job.kind](job)
 
-    # --- what is done ---
+    # --- finished jobs ---
 
     def summary_path(self, job: Job) -> Path:
-        """Where the summary of a run lands."""
+        """The file of the summary of a run."""
         return self.summaries / f"{job.name}.json"
 
     def _summarized(self, job: Job) -> bool:
@@ -222,7 +234,7 @@ class Runner:
     def _tuned(self, job: Job) -> bool:
         return path_exists(self._grid_path(job.row)) or path_exists(self._folder(job) / MEMBER)
 
-    def _based(self, job: Job) -> bool:
+    def _base_exists(self, job: Job) -> bool:
         return path_exists(self._folder(job) / FINAL)
 
     def _folder(self, job: Job) -> Path:
@@ -239,7 +251,7 @@ class Runner:
     def _tune(self, job: Job) -> None:
         assert job.member is not None
         member = self.experiment.members(job.row)[job.member]
-        config, cost = self.recipes.fitted(job.row, member, job.base, job.seed)
+        config, cost = self.recipes.within_budget(job.row, member, job.base, job.seed)
         folder = self._folder(job)
         trained = self._train(config, folder)
         tuned = self._settings(trained.policy, folder)
@@ -253,8 +265,8 @@ class Runner:
         }
         write_atomic(folder / MEMBER, json_text(found).encode())
 
-    def chosen(self, row: str) -> tuple[str, ...]:
-        """The member of a grid that validation chose; what all reached is written beside the summaries."""
+    def best_overrides(self, row: str) -> tuple[str, ...]:
+        """The overrides of the best grid member; writes the scores of all members beside the summaries."""
         members = self.experiment.members(row)
         if not members:
             return next(iter(self.experiment.rows[row].tune), ())
@@ -263,7 +275,7 @@ class Runner:
             tuning = self.experiment.tuning
             jobs = [Job("tune", row, tuning.base, tuning.seed, i) for i in range(len(members))]
             found = [read_json_object(self._folder(job) / MEMBER, REMEDY) for job in jobs]
-            best = chosen_member([each["score"] for each in found])
+            best = best_member([each["score"] for each in found])
             self._write(path, {"row": row, "base": tuning.base, "seed": tuning.seed, "chosen": best, "members": found})
         raw = read_json_object(path, REMEDY)
         return tuple(raw["members"][raw["chosen"]]["overrides"])
@@ -274,8 +286,8 @@ class Runner:
         config = None
         cost: dict[str, Any] = {"steps": 0, "flops": 0.0, "passes": 0.0}
         if plan.trained:
-            member = self.chosen(job.row)
-            config, counted = self.recipes.fitted(job.row, member, job.base, job.seed)
+            member = self.best_overrides(job.row)
+            config, counted = self.recipes.within_budget(job.row, member, job.base, job.seed)
             trained = self._train(config, folder)
             spent = counted.total(trained.steps)
             if plan.start == "scratch":
@@ -283,10 +295,10 @@ class Runner:
             cost = {"steps": trained.steps, **spent.as_dict(), "flops_per_step": counted.step.flops}
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            trained = Trained(load_policy(self.recipes.base_model(job.base), self.recipes.device))
+            trained = TrainedRun(load_policy(self.recipes.base_model(job.base), self.recipes.device))
         tuned = self._settings(trained.policy, folder)
         started = time.perf_counter()
-        benchmarks = tested(trained.policy, self.experiment, tuned, self.summaries, self.say)
+        benchmarks = evaluate_on_test(trained.policy, self.experiment, tuned, self.summaries, self.log)
         summary = {
             "row": job.row,
             "group": plan.group,
@@ -312,16 +324,16 @@ class Runner:
         }
         self._write(self.summary_path(job), summary)
 
-    def _settings(self, policy: Policy, folder: Path) -> Tuned:
-        """Guidance and temperature chosen on validation, once for a run."""
+    def _settings(self, policy: Policy, folder: Path) -> TunedSampling:
+        """Tunes guidance and temperature, once per run."""
         path = folder / TUNED
         if not path_exists(path):
-            self.say("validation: guidance and temperature")
-            write_atomic(path, json_text(validated(policy, self.experiment).as_dict()).encode())
-        return Tuned.read(path)
+            self.log("validation: guidance and temperature")
+            write_atomic(path, json_text(tune_on_validation(policy, self.experiment).as_dict()).encode())
+        return TunedSampling.read(path)
 
-    def _train(self, config: AnyConfig, folder: Path) -> Trained:
-        """Starts a run or goes on with it; a finished one is read."""
+    def _train(self, config: AnyConfig, folder: Path) -> TrainedRun:
+        """Starts or resumes a run; a finished one is read."""
         begun = (folder / START / SEAL).exists()
         if isinstance(config, PretrainConfig):
             trainer = Pretrainer.resume(folder, config) if begun else Pretrainer.start(config, folder)
@@ -329,16 +341,16 @@ class Runner:
             trainer = Trainer.resume(folder, config) if begun else Trainer.start(config, folder)
         with trainer.run:
             if not trainer.finished:
-                self.say(f"training: {config.steps} steps")
+                self.log(f"training: {config.steps} steps")
             with InterruptHandler(print_stopping) as interrupted:
                 done = trainer.train(interrupted=interrupted)
             if not done or interrupted():
                 raise Interrupted(f"{folder}: interrupted, a checkpoint is written; the same command goes on with it")
             if isinstance(trainer, Pretrainer):
-                return Trained(trainer.state.average, trainer.state.step, trainer.state.seconds)
+                return TrainedRun(trainer.state.average, trainer.state.step, trainer.state.seconds)
             findings = assess(trainer.run.metrics(), trainer.config.max_failed).findings
             words = tuple(finding.words for finding in findings)
-            return Trained(trainer.result(), trainer.state.step, trainer.state.seconds, words)
+            return TrainedRun(trainer.result(), trainer.state.step, trainer.state.seconds, words)
 
     def _write(self, path: Path, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,21 +358,7 @@ class Runner:
 
 
 def hardware() -> str:
-    """In words: the cards, or the processor and its threads."""
+    """The names of the GPUs, or the processor and its threads."""
     found = environment()["hardware"]
     cards: Sequence[str] = found["gpus"]
     return ", ".join(cards) if cards else f"{found['cpu']}, {found['threads']} of {found['cores']} cores"
-
-
-__all__ = [
-    "Runner",
-    "Say",
-    "Trained",
-    "chosen_member",
-    "hardware",
-    "packed",
-    "prompt_set",
-    "tested",
-    "validated",
-    "validation_score",
-]

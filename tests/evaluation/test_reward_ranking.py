@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from lvrpo.audit_records import RewardRanking
 from lvrpo.evaluation import reward_ranking
 from lvrpo.evaluation.recorded_groups import SUCCESS
-from lvrpo.evaluation.reward_ranking import areas, audit_validity, rank_correlations
+from lvrpo.evaluation.reward_ranking import group_auc, rank_correlations, rank_rewards
 
 NAN = math.nan
 
@@ -41,7 +41,7 @@ def test_areas_by_hand() -> None:
     """Of right .4, .9 and wrong .1, .4: three pairs are ranked right and one is a tie."""
     scores = floats([[0.1, 0.4, 0.4, 0.9], [0.1, NAN, 0.4, 0.9], [0.5] * 4, [0.1, 0.2, 0.3, 0.4]])
     success = floats([[0, 0, 1, 1], [0, 1, 1, NAN], [0, 1, 0, 1], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(areas(scores, success), [3.5 / 4, 1, 0.5, NAN])
+    np.testing.assert_array_equal(group_auc(scores, success), [3.5 / 4, 1, 0.5, NAN])
 
 
 def validity(scores: Any, success: Any, grades: Any = None, **options: Any) -> RewardRanking:
@@ -49,7 +49,7 @@ def validity(scores: Any, success: Any, grades: Any = None, **options: Any) -> R
     if grades is not None:
         scorers["facts"] = floats(grades)
     category = options.pop("category", np.full(len(scores), ""))
-    (found,) = audit_validity(scorers, ["facts"], category, **options)
+    (found,) = rank_rewards(scorers, ["facts"], category, **options)
     return found
 
 
@@ -108,7 +108,7 @@ def test_many_groups_have_an_interval_as_wide(monkeypatch: pytest.MonkeyPatch) -
     success = (rng.random((1000, 4)) < 0.5).astype(np.float32)
     scores = success + rng.normal(size=success.shape)
     few = validity(scores, success).whole
-    monkeypatch.setattr(reward_ranking, "MANY", 100)
+    monkeypatch.setattr(reward_ranking, "BOOTSTRAP_LIMIT", 100)
     many = validity(scores, success).whole
     for one, other in ((few.auc, many.auc), (few.rank, many.rank)):
         assert one.n == other.n
@@ -136,7 +136,7 @@ def test_success_itself_has_an_area_of_one(success: Any) -> None:
 
 @given(some_scores, some_success)
 def test_the_libraries_agree(scores: Any, success: Any) -> None:
-    rank, auc = rank_correlations(scores, success), areas(scores, success)
+    rank, auc = rank_correlations(scores, success), group_auc(scores, success)
     for p, (row, right) in enumerate(zip(scores, success, strict=True)):
         there = np.isfinite(row)
         row, right = row[there], right[there]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lvrpo.audit_records import Alarms, Window
-from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, Looks, Recorded, cut
-from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, find_alarms
+from lvrpo.evaluation.recorded_groups import AdvantageSettings, Groups, RecordedRun, Validations, split_windows
+from lvrpo.evaluation.reward_audit import ERROR, VALIDATION, detect_overoptimization
 
 STEPS, P, G = 50, 6, 4
 
@@ -21,7 +21,9 @@ def course(rng: np.random.Generator, chances: Sequence[float]) -> np.ndarray:
     return (rng.random((STEPS * P, G)) < chance[:, None]).astype(np.float32)
 
 
-def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks = (), **changes: Any) -> Alarms:
+def alarms(
+    reward: np.ndarray, held_out: np.ndarray | None = None, validations: Validations = (), **changes: Any
+) -> Alarms:
     n = len(reward)
     nothing = np.full((n, G), np.nan, dtype=np.float32)
     groups = Groups(
@@ -39,8 +41,8 @@ def alarms(reward: np.ndarray, held_out: np.ndarray | None = None, looks: Looks 
         picture_diversity=nothing[:, 0],
         advantages=np.zeros((n, G), dtype=np.float32),
     )
-    record = Recorded(groups, None, looks, AdvantageSettings(), max_failed=changes.get("max_failed", {}))
-    return find_alarms(record, changes.get("windows", cut(groups.step)))
+    record = RecordedRun(groups, None, validations, AdvantageSettings(), max_failed=changes.get("max_failed", {}))
+    return detect_overoptimization(record, changes.get("windows", split_windows(groups.step)))
 
 
 def test_a_reward_that_is_gamed() -> None:
@@ -97,20 +99,22 @@ def test_the_guard_is_compared_prompt_by_prompt() -> None:
     reward = course(rng, [0.3, 0.8])
     before = (np.arange(60) % 2).astype(np.float32)
     after = before * (np.arange(60) >= 24)
-    looks = [(0, {"generate": before}), (20, {"generate": before}), (50, {"generate": after})]
-    (alarm,) = alarms(reward, looks=looks).found
+    validations = [(0, {"generate": before}), (20, {"generate": before}), (50, {"generate": after})]
+    (alarm,) = alarms(reward, validations=validations).found
     assert (alarm.scorer, alarm.before, alarm.after) == (VALIDATION, Window(1, 10), Window(41, 50))
     assert alarm.scorer_change.score == pytest.approx(-0.2)
     assert "validation's held-out score fell by 0.200" in alarm.words
-    shuffled = [*looks[:2], (50, {"generate": rng.permutation(after)})]
-    assert not alarms(reward, looks=shuffled).found
-    assert not alarms(reward, looks=[(step, {"edit": scores["generate"]}) for step, scores in looks]).comparisons
+    shuffled = [*validations[:2], (50, {"generate": rng.permutation(after)})]
+    assert not alarms(reward, validations=shuffled).found
+    assert not alarms(
+        reward, validations=[(step, {"edit": scores["generate"]}) for step, scores in validations]
+    ).comparisons
 
 
 def test_looks_after_the_last_recorded_step_count_as_its_part() -> None:
     rng = np.random.default_rng(4)
-    looks = [(0, {"generate": np.ones(40, np.float32)}), (64, {"generate": np.zeros(40, np.float32)})]
-    (alarm,) = alarms(course(rng, [0.3, 0.8]), looks=looks).found
+    validations = [(0, {"generate": np.ones(40, np.float32)}), (64, {"generate": np.zeros(40, np.float32)})]
+    (alarm,) = alarms(course(rng, [0.3, 0.8]), validations=validations).found
     assert alarm.scorer_change.score == -1.0
 
 
