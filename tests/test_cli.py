@@ -97,7 +97,7 @@ def test_the_run_is_a_model_and_compares(quickstart: tuple[Path, str], capfd: Ou
     assert "edit: 5 prompts" in printed
     assert "quickstart: continued pretraining" in printed
     assert main(["compare", run, "--over-seeds", "--markdown"]) == 0
-    assert "too few seeds to tell (1)" in capfd.readouterr().out
+    assert "too few seeds (1)" in capfd.readouterr().out
 
 
 def test_the_same_quickstart_is_not_overwritten(quickstart: tuple[Path, str], small_base: Path, capfd: Output) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lvrpo.cli import main, parsed
+from lvrpo.cli import main, parse_command
 from lvrpo.commands.inputs import read_config
 from lvrpo.training.config import TrainConfig
 
@@ -54,7 +54,7 @@ def test_every_command_of_the_tutorial_parses(tutorial: str) -> None:
     assert len(commands) == 11
     for program, *words in commands:
         assert program == "lvrpo"
-        assert parsed(words) is not None
+        assert parse_command(words) is not None
         if words[0] in ("check", "train") and not words[1].endswith(".yaml"):
             read_config(TrainConfig, words[1], [word for word in words[2:] if "=" in word])
 

@@ -19,15 +19,15 @@ from lvrpo.commands import launch
 from lvrpo.commands.launch import (
     FINAL_CODES,
     Coordinator,
-    Ended,
     Job,
+    LaunchResult,
     Rendezvous,
     command,
-    end,
     environment,
     has_start,
     outcome,
-    require_enough_memory,
+    raise_for_result,
+    require_resources,
 )
 from lvrpo.commands.options import Parser
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
@@ -99,32 +99,36 @@ def test_the_desk_keeps_attempts_apart() -> None:
 @pytest.mark.parametrize(
     ("ended", "kind", "line"),
     [
-        (Ended(2, "error: x: unknown"), InputError, "x: unknown"),
-        (Ended(3, "not well: r: y"), UnhealthyRunError, "r: y"),
+        (LaunchResult(2, "error: x: unknown"), InputError, "x: unknown"),
+        (LaunchResult(3, "not well: r: y"), UnhealthyRunError, "r: y"),
         (
-            Ended(130, "go on with: lvrpo train --resume /r"),
+            LaunchResult(130, "go on with: lvrpo train --resume /r"),
             KeyboardInterrupt,
             "go on with: lvrpo launch ray --workers N",
         ),
-        (Ended(-15, "", None, stopped=True), KeyboardInterrupt, "interrupted"),
-        (Ended(-9, "", ValueError("of Ray")), ContractError, "a process ended with code -9: no restart is left: go on"),
-        (Ended(1, "error: z", ValueError("of Ray")), ContractError, "z: no restart is left"),
-        (Ended(None, "", ValueError("no\n room")), ContractError, "no room: no restart is left"),
+        (LaunchResult(-15, "", None, stopped=True), KeyboardInterrupt, "interrupted"),
+        (
+            LaunchResult(-9, "", ValueError("of Ray")),
+            ContractError,
+            "a process ended with code -9: no restart is left: go on",
+        ),
+        (LaunchResult(1, "error: z", ValueError("of Ray")), ContractError, "z: no restart is left"),
+        (LaunchResult(None, "", ValueError("no\n room")), ContractError, "no room: no restart is left"),
     ],
 )
-def test_the_command_ends_as_its_processes(ended: Ended, kind: type[BaseException], line: str) -> None:
+def test_the_command_ends_as_its_processes(ended: LaunchResult, kind: type[BaseException], line: str) -> None:
     with pytest.raises(kind) as error:
-        end(ended, "/r")
+        raise_for_result(ended, "/r")
     assert str(error.value).startswith(line)
-    end(Ended(0), "/r")
+    raise_for_result(LaunchResult(0), "/r")
 
 
 def test_more_workers_than_the_cluster_has_room_for() -> None:
-    require_enough_memory({"CPU": 4, "GPU": 2}, 4, 0)
+    require_resources({"CPU": 4, "GPU": 2}, 4, 0)
     with pytest.raises(InputError, match=r"--workers 3: each takes 1 CPU and 1 GPU, .* 4 CPUs and 2 GPUs: give 2"):
-        require_enough_memory({"CPU": 4, "GPU": 2}, 3, 1)
+        require_resources({"CPU": 4, "GPU": 2}, 3, 1)
     with pytest.raises(InputError, match="--workers 1: the Ray cluster has 4 CPUs and 0 GPUs: add nodes"):
-        require_enough_memory({"CPU": 4, "GPU": 0}, 1, 1)
+        require_resources({"CPU": 4, "GPU": 0}, 1, 1)
 
 
 def test_a_run_has_a_start_once_that_is_written(tmp_path: Path) -> None:

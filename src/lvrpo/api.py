@@ -1,4 +1,4 @@
-"""lvrpo from Python: a run in one call, with prompts and rewards that need no file."""
+"""The Python API: a run in one call, with prompts and rewards as objects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that came to its end."""
+    """A finished run."""
 
     run: Path
     summary: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Trained:
         return self.run / "report.html"
 
     def policy(self, device: str = "cpu") -> Policy:
-        """The weights that validation found best."""
+        """The weights that were best on validation."""
         return load_policy(self.run, device)
 
 
@@ -65,7 +65,7 @@ def train(
     out: Path | str | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Aligns a policy as ``lvrpo train`` does, and returns where the run lies and what it measured.
+    """Aligns a policy as ``lvrpo train`` does; returns the run directory and the results.
 
         import lvrpo
 
@@ -85,20 +85,22 @@ def train(
     sources: dict[Split, PromptList] = {split: PromptList(rows) for split, rows in lists.items() if rows is not None}
     if sources and prompts is None:
         raise InputError("prompts: validation and test are of a list of prompts to train on: give prompts too")
-    own, given = _own_rewards(rewards)
+    own, given = _split_rewards(rewards)
     tree: dict[str, Any] = {} if own is None else {"rewards": own}
-    asked = _resolved(config, overrides)
+    resolved = _resolve_config(config, overrides)
     if prompts is not None:
-        tree |= _listed_data(asked, prompts, validation or (), overrides)
+        tree |= _listed_data(resolved, prompts, validation or (), overrides)
     if tree:
-        asked = parse_section(TrainConfig, {**asked.model_dump(), **tree}, "config")
-    folder = Path(out) if out is not None else unused_folder(Path("runs") / asked.name)
-    plan = held_out_plan(asked, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
-    trainer = Trainer.start(asked, folder, custom=CustomParts(dict(sources), given), files=plan.files())
+        resolved = parse_section(TrainConfig, {**resolved.model_dump(), **tree}, "config")
+    folder = Path(out) if out is not None else unused_folder(Path("runs") / resolved.name)
+    plan = held_out_plan(resolved, ()) if prompts is None else Plan(() if test is None else (TEST_ROWS,))
+    trainer = Trainer.start(resolved, folder, custom=CustomParts(dict(sources), given), files=plan.files())
     if prompts is None:
-        warn_without_test(asked)
-    watching: AbstractContextManager[ProgressListener] = Progress(asked.steps) if progress else nullcontext(_Silent())
-    with trainer.run, watching as watch, Experiment(trainer, plan, watch) as experiment:
+        warn_without_test(resolved)
+    listener: AbstractContextManager[ProgressListener] = (
+        Progress(resolved.steps) if progress else nullcontext(_NoProgress())
+    )
+    with trainer.run, listener as watch, Experiment(trainer, plan, watch) as experiment:
         before = experiment.before()
         with InterruptHandler(print_stopping) as interrupted:
             trainer.train(experiment.observe, interrupted)
@@ -107,15 +109,15 @@ def train(
     return Trained(folder, summary)
 
 
-class _Silent:
+class _NoProgress:
     def phase(self, text: str) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
 
-def _resolved(config: TrainConfig | Path | str, overrides: Sequence[str]) -> TrainConfig:
+def _resolve_config(config: TrainConfig | Path | str, overrides: Sequence[str]) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         return read_config(TrainConfig, str(config), overrides)
     if not overrides:
@@ -131,18 +133,18 @@ def _resolved(config: TrainConfig | Path | str, overrides: Sequence[str]) -> Tra
 def _listed_data(
     config: TrainConfig, prompts: Sequence[Prompt], validation: Sequence[Prompt], overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The sections ``data`` and ``validation`` of a run on listed prompts: of each task no more than there are."""
+    """The sections ``data`` and ``validation`` of a run on listed prompts, with counts capped at the prompts given."""
     counts = dict(config.data.prompts_per_step)
     if not any(override.startswith("data.prompts_per_step") for override in overrides):
-        there: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
-        counts = {task: min(counts.get(task, n), n) or n for task, n in there.items()}
-    watched = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
-    watching = config.validation.model_dump() | ({"prompts": watched} if watched else {})
-    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "validation": watching}
+        available: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
+        counts = {task: min(counts.get(task, n), n) or n for task, n in available.items()}
+    held_out = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
+    section = config.validation.model_dump() | ({"prompts": held_out} if held_out else {})
+    return {"data": {"source": IN_PYTHON, "prompts_per_step": counts}, "validation": section}
 
 
-def _own_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None, dict[str, Reward]]:
-    """The rows of the configuration, and the rewards that only Python has."""
+def _split_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None, dict[str, Reward]]:
+    """The reward rows of the configuration, and the reward objects by name."""
     if rewards is None:
         return None, {}
     rows: list[Any] = []
@@ -155,19 +157,19 @@ def _own_rewards(rewards: Sequence[RewardLike] | None) -> tuple[list[Any] | None
         elif isinstance(entry, Mapping):
             rows.append(dict(entry))
         else:
-            title, reward = _built(entry)
+            title, reward = _build_reward(entry)
             rows.append({"name": f"{IN_PYTHON}:{title}", "label": title})
             given[title] = reward
     return rows, given
 
 
-def _built(entry: Any) -> tuple[str, Reward]:
-    """The name of a function or reward, and the reward. Any: whatever the caller gave."""
+def _build_reward(entry: Any) -> tuple[str, Reward]:
+    """The name of a function or reward, and the reward. Any: an object of the caller."""
     title = getattr(entry, "__name__", type(entry).__name__)
     reward = as_reward(entry)
     if isinstance(reward, type) or hasattr(reward, "makes"):
         reward = reward()
     for method in ("applies", "score"):
-        if not callable(getattr(reward, method, None)):  # anybody's object: the protocol is checked by hand
+        if not callable(getattr(reward, method, None)):  # an object of any class
             raise InputError(f"rewards: {title!r} has no method {method!r}: give a function, a name or a Reward")
     return title, reward

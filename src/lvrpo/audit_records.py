@@ -1,4 +1,4 @@
-"""The audits as types: what the rewards of a run did (``audit.json``), and what a judge can tell.
+"""Typed records of the audits of rewards (``audit.json``), of judges and of a model's samples.
 
 They are written with ``dataclasses.asdict`` and read back with ``records.from_json``. docs/audit.md explains every
 number.
@@ -19,27 +19,26 @@ Series = dict[str, list[tuple[float, float]]]
 """(step, value) by name."""
 
 
-# --- rewards against the truth ---
+# --- rewards against ground truth ---
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A reward against the truth, inside some groups."""
+    """How well a reward ranks the members of groups by ground truth."""
 
     rank: Interval
-    """Mean over groups of Spearman's correlation with the verifier, where both tell members apart."""
+    """Mean over groups of Spearman's correlation with the verifier, where both vary."""
     auc: Interval
-    """Mean over groups of the chance that a right member scores above a wrong one, a tie counting one half, where
-    there are both."""
+    """Mean over groups with right and wrong members of the AUC: P(right scores above wrong), ties count one half."""
     silent: int
-    """Groups in which the verifier tells members apart and the reward does not: left out of ``rank``."""
+    """Groups in which the verifier varies and the reward does not; left out of ``rank``."""
     alike: int
-    """Groups in which the verifier finds all members alike: left out of ``rank`` too."""
+    """Groups in which the verifier is constant; left out of ``rank``."""
 
 
 @dataclass(frozen=True)
 class RankingChange:
-    """The same over the first and the last part of a run."""
+    """The ranking in the first and the last window of a run."""
 
     first: Ranking
     last: Ranking
@@ -56,12 +55,12 @@ class RewardRanking:
     verifier: str
     """The scorer that ``Ranking.rank`` compares with."""
     is_success: bool
-    """Whether it scores every output as success does, so that there is nothing to compare."""
+    """Whether its scores equal success everywhere, which leaves nothing to compare."""
     whole: Ranking
     categories: Mapping[str, Ranking]
-    """By category of prompts, for those that are known."""
+    """By category of prompts, where known."""
     along: RankingChange | None
-    """None without steps, or with only one part of the run."""
+    """None without steps, or with a single window."""
 
 
 # --- rewards of a run ---
@@ -69,7 +68,7 @@ class RewardRanking:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the run; both ends belong to it."""
+    """A range of training steps, both ends included."""
 
     first: int
     last: int
@@ -80,12 +79,12 @@ class Change:
     """A mean at the beginning and at the end of the run."""
 
     first: float
-    """Over the first part of the run."""
+    """Over the first window."""
     last: float
     difference: Interval
     """Welch's 95 % interval, groups as units."""
     control: float
-    """Of the reference on the prompts of the last part; nan where it was not sampled."""
+    """Of the reference policy on the prompts of the last window; nan where it was not sampled."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +93,31 @@ class Correlation:
 
     value: float
     groups: int
-    """In which both spread."""
+    """Groups in which both vary."""
 
 
 @dataclass(frozen=True)
 class ScorerAudit:
-    """What one scorer did in one task."""
+    """One scorer in one task."""
 
     name: str
     weight: float | None
     """None for success; 0 for a reward that is only logged."""
     mean: Change
     share: float | None
-    """Of the variance of the advantages, that it caused; None for a scorer that is not trained."""
+    """Its share of the variance of the advantages; None for a scorer that is not trained."""
     configured_share: float | None
-    """What its weight asks for: w^2 / sum w^2 over the trained rewards of the task."""
+    """The share by weight: w^2 / sum w^2 over the trained rewards of the task."""
     other_share: float | None
-    """What it would have caused under the other formula (``RewardAudit.other_formula``) on the same scores."""
+    """Its share under ``RewardAudit.other_formula`` on the same scores."""
     missing: float
     """Share of the outputs it applies to whose score failed."""
     constant: float
-    """Share of the groups in which it spreads by no more than ``advantages.std_floor``."""
+    """Share of the groups in which its std is at most ``advantages.std_floor``."""
     all_best: float
-    """Share of the groups that are constant at the top of its range: nothing left to gain."""
+    """Share of the groups that are constant at the maximum of its range."""
     all_worst: float
-    """Share of the groups that are constant at the bottom."""
+    """Share of the groups that are constant at the minimum."""
     correlations: Mapping[str, Correlation]
     """With the other scorers and with traits of the output."""
 
@@ -131,7 +130,7 @@ class TaskAudit:
     with_signal: float
     """Share of the groups whose advantages differ."""
     rest: float
-    """Share of the variance of the advantages that no sum of these rewards explains: a clamp, or a reward joined from
+    """Share of the variance of the advantages that no sum of these rewards explains: from clamping, or a reward of
     another task."""
     scorers: tuple[ScorerAudit, ...]
     validity: tuple[RewardRanking, ...] = ()
@@ -144,25 +143,25 @@ class TaskAudit:
 
 @dataclass(frozen=True)
 class Overoptimization:
-    """A reward rose while a held-out scorer fell, each by more than chance explains."""
+    """A reward rose while a held-out scorer fell, both significantly."""
 
     task: str
     reward: str
     scorer: str
     before: Window
     after: Window
-    """Always the last part of the run."""
+    """The last window."""
     reward_change: Interval
-    """Above 0 with its whole interval, at the confidence of all comparisons together."""
+    """The interval, at ``Alarms.confidence``, lies above 0."""
     scorer_change: Interval
-    """Below 0 with its whole interval."""
+    """The interval lies below 0."""
     words: str
-    """All of it in one sentence."""
+    """The finding as a sentence."""
 
 
 @dataclass(frozen=True)
 class MissingScores:
-    """More scores of a reward failed than may: over the whole run, or in its last part."""
+    """More scores of a reward failed than ``max_failed`` allows, in the whole run or in its last window."""
 
     task: str
     reward: str
@@ -172,16 +171,16 @@ class MissingScores:
 
 @dataclass(frozen=True)
 class Alarms:
-    """What is wrong with the rewards of a run."""
+    """Over-optimization and missing scores of a run."""
 
     found: tuple[Overoptimization, ...]
-    """One per pair of reward and scorer: where the scorer fell most."""
+    """One per pair of reward and scorer: the window with the largest fall."""
     comparisons: int
-    """0: the run is too short to tell."""
+    """0: the run is too short."""
     confidence: float
-    """Of each interval, so that all comparisons together err in at most ``ERROR`` of all runs."""
+    """Of each interval; the family-wise error rate is at most ``ERROR``."""
     same: tuple[tuple[str, str, str], ...]
-    """(task, reward, scorer) with equal scores for every output: these cannot part and are not compared."""
+    """(task, reward, scorer) with equal scores for every output, which are not compared."""
     missing: tuple[MissingScores, ...] = ()
     """Rewards whose scores failed too often."""
 
@@ -191,12 +190,12 @@ class RewardAudit:
     """``audit.json``: the audit of a run."""
 
     formula: str
-    """How the run made advantages: ``advantages.kind``."""
+    """The advantage estimator of the run: ``advantages.kind``."""
     other_formula: str
-    """What ``other_share`` compares with."""
+    """The estimator of ``ScorerAudit.other_share``."""
     steps: Window
     recorded: int
-    """Training steps on record; a long run keeps some of them, evenly spaced."""
+    """Recorded training steps; long runs record some of them, evenly spaced."""
     windows: tuple[Window, ...]
     tasks: Mapping[str, TaskAudit]
     alarms: Alarms
@@ -217,9 +216,9 @@ class JudgeScore:
     output: OutputKind
     kind: str
     error: str
-    """One way to err, or "" for all of the kind."""
+    """One type of corruption, or "" for all of the kind."""
     auc: Interval
-    """Share of the pairs ranked right, a tie counting one half; scenes are resampled."""
+    """Share of the pairs ranked correctly, ties count one half; scenes are resampled."""
     failed: int
     """Pairs without two scores."""
 
@@ -247,7 +246,7 @@ class TaskSamples:
     right: float
     """Share of the outputs that are right."""
     missing: Mapping[str, float]
-    """By reward: share of the outputs it applies to that it gave no score."""
+    """By reward, the share of the outputs it applies to without a score."""
     validity: tuple[RewardRanking, ...]
 
 

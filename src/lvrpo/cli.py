@@ -1,4 +1,4 @@
-"""The command line: finds the command, parses its options strictly, turns errors into one line and an exit code."""
+"""The command line: finds the command, parses its options, maps errors to one line and an exit code."""
 
 from __future__ import annotations
 
@@ -42,45 +42,45 @@ COMMANDS: Mapping[str, str] = {
 }
 """Every command. The modules import nothing heavy until a command runs."""
 
-SEVERAL = "train"
-"""The command that ``torchrun`` may start several times over for one run."""
+DISTRIBUTED_COMMAND = "train"
+"""The only command that ``torchrun`` may start in several processes."""
 
-NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
-"""What the system says of a path that the user named and that cannot be what it is named for."""
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
+"""Errors of the operating system that mean wrong input: the user named an unusable path."""
 
-LONGEST_LINE, LONGEST_WORD = 1000, 240
-"""Characters of an error."""
+MAX_LINE, MAX_WORD = 1000, 240
+"""Maximum characters of an error message, and of a word in it."""
 
 DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with terminated_like_interrupted(), warnings_in_one_line(), isolated_permissions():
-            found = parsed(without_global_options(given))
+        with sigterm_as_interrupt(), one_line_warnings(), isolated_permissions():
+            found = parse_command(apply_global_options(argv))
             if found is not None:
                 command, options = found
-                with other_processes(options):
+                with joined_process_group(options):
                     command.run(options)
                 sys.stdout.flush()
             return DONE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader that left, such as head, is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a closed pipe, as of head, is no error
         return DONE
-    except (Exception, KeyboardInterrupt, SystemExit) as error:  # anybody's module may call sys.exit
-        if "--debug" in given:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # a module of the user may call sys.exit
+        if "--debug" in argv:
             traceback.print_exc()
         code, line = explain(error)
-        if reported_here(error):
+        if should_report(error):
             print(printable(line), file=sys.stderr)
         return code
 
 
 @contextmanager
-def other_processes(options: Options) -> Iterator[None]:
-    """Where ``torchrun`` started several processes, they meet before a command and leave together after it."""
+def joined_process_group(options: Options) -> Iterator[None]:
+    """Under ``torchrun``, joins the process group for the time of a command."""
     if not several_processes():
         yield
         return
@@ -95,8 +95,8 @@ def several_processes() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def reported_here(error: object) -> bool:
-    """Whether this process, which may be one of several, prints an error or a warning."""
+def should_report(error: object) -> bool:
+    """Whether this process, one of possibly several, prints an error or a warning."""
     if not several_processes():
         return True
     from lvrpo.distributed import should_print
@@ -105,24 +105,24 @@ def reported_here(error: object) -> bool:
 
 
 def printable(line: str) -> str:
-    """One line of bounded length without what would steer a terminal."""
-    line = " ".join(word if len(word) <= LONGEST_WORD else f"{word[:120]}...{word[-40:]}" for word in line.split())
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE - 200]} ... {line[-200:]}"
+    """One line of bounded length, with control characters escaped."""
+    line = " ".join(word if len(word) <= MAX_WORD else f"{word[:120]}...{word[-40:]}" for word in line.split())
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE - 200]} ... {line[-200:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
-def without_global_options(given: Sequence[str]) -> list[str]:
-    """The arguments without those that every command takes; what ``--allow-code`` allows is allowed from now on."""
-    end = given.index("--") if "--" in given else len(given)
+def apply_global_options(argv: Sequence[str]) -> list[str]:
+    """Applies ``--allow-code``; returns the arguments without the options that every command takes."""
+    end = argv.index("--") if "--" in argv else len(argv)
     rest: list[str] = []
-    for argument in given[:end]:
+    for argument in argv[:end]:
         name, equals, value = argument.partition("=")
         if name == "--allow-code":
             allow_code(value.split(",") if equals else [ANY])
         elif argument != "--debug":
             rest.append(argument)
-    return [*rest, *given[end:]]
+    return [*rest, *argv[end:]]
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -135,7 +135,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return NOT_WELL, f"not well: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
-    if isinstance(error, OSError) and error.errno in NO_PATH and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         return (
             WRONG_INPUT,
             f"error: {read_error_message(Path(os.fsdecode(error.filename)), error, 'name another path')}",
@@ -144,11 +144,11 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 @contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: what is open is closed, processes of our own are ended."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that files are closed and child processes terminated."""
 
     def interrupt(number: int, frame: object) -> None:
-        if several_processes():  # torchrun ends the others as soon as one is gone
+        if several_processes():  # torchrun terminates the others once one has failed
             from lvrpo.distributed import lost_process
 
             if (lost := lost_process()) is not None:
@@ -166,8 +166,8 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_in_one_line() -> Iterator[None]:
-    """What we warn of is one line, as an error is; warnings of Python itself and of libraries stay as they are."""
+def one_line_warnings() -> Iterator[None]:
+    """Prints lvrpo's own warnings in one line; warnings of Python and of libraries are unchanged."""
     before = warnings.showwarning
 
     def show(
@@ -179,7 +179,7 @@ def warnings_in_one_line() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-            if reported_here(message):
+            if should_report(message):
                 print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
         else:
             before(message, category, filename, lineno, file, line)
@@ -191,36 +191,36 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.showwarning = before
 
 
-def parsed(given: Sequence[str]) -> tuple[Command, Options] | None:
+def parse_command(argv: Sequence[str]) -> tuple[Command, Options] | None:
     """The command and its options; None where help or the version was asked for, which is then printed."""
-    if not given or given[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return None
-    if given[0] == "--version":
+    if argv[0] == "--version":
         print(f"lvrpo {__version__}")
         return None
-    if group_help(given):
-        print(usage(f"{given[0]} "))
+    if group_help(argv):
+        print(usage(f"{argv[0]} "))
         return None
-    name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if name not in COMMANDS:
-        raise InputError(unknown(given))
-    if name != SEVERAL and several_processes():
+        raise InputError(unknown_command_message(argv))
+    if name != DISTRIBUTED_COMMAND and several_processes():
         processes = os.environ["WORLD_SIZE"]
         raise InputError(f"--nproc-per-node {processes}: lvrpo {name} is one process: start it without torchrun")
     command: Command = resolve("command", name, COMMANDS)
     parser = Parser(prog=f"lvrpo {name}", description=command.summary, epilog=command.details)
     command.options(parser)
     try:
-        return command, parser.parse(given[len(name.split()) :])
+        return command, parser.parse(argv[len(name.split()) :])
     except SystemExit:  # --help has printed
         return None
 
 
-def group_help(given: Sequence[str]) -> bool:
-    """Whether nothing but the name of a group of commands is given, or its help is asked for."""
-    is_group = given[0] not in COMMANDS and any(name.startswith(f"{given[0]} ") for name in COMMANDS)
-    return is_group and (len(given) == 1 or given[1] in ("-h", "--help", "help"))
+def group_help(argv: Sequence[str]) -> bool:
+    """Whether the arguments are the name of a command group alone, or ask for its help."""
+    is_group = argv[0] not in COMMANDS and any(name.startswith(f"{argv[0]} ") for name in COMMANDS)
+    return is_group and (len(argv) == 1 or argv[1] in ("-h", "--help", "help"))
 
 
 def usage(group: str = "") -> str:
@@ -248,14 +248,14 @@ def usage(group: str = "") -> str:
     )
 
 
-def unknown(given: Sequence[str]) -> str:
+def unknown_command_message(argv: Sequence[str]) -> str:
     """The message for a command that does not exist."""
-    first = given[0]
+    first = argv[0]
     if first.startswith("-"):
         near = nearest(first, ["--help", "--version", "--debug"])
         return f"option {first}: unknown: {f'did you mean {near}?' if near else 'options come after the command'}"
     inside = [name for name in COMMANDS if name.startswith(f"{first} ")]
     if inside:
-        return f"command {' '.join(given[:2])!r}: unknown: use {' or '.join(f'lvrpo {name}' for name in inside)}"
+        return f"command {' '.join(argv[:2])!r}: unknown: use {' or '.join(f'lvrpo {name}' for name in inside)}"
     near = nearest(first, COMMANDS)
     return f"command {first!r}: unknown: {f'did you mean {near}?' if near else 'lvrpo --help lists the commands'}"

@@ -1,7 +1,7 @@
-"""The files that evaluations and runs leave behind, as types: each file is written from them and read back into them.
+"""Typed records of the JSON files of evaluations and runs, for writing and reading them.
 
 ``from_json`` builds a record from what a JSON file holds. A file of another shape is an ``InputError`` of one line that
-names the file, the place and the rule; keys that this version does not know are passed over.
+names the file, the place and the rule; unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _decoded(kind: Any, value: Any, at: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         choice = next(each for each in inner if each is not type(None))
-        return None if _no_number(value) else _decoded(choice, value, at)
+        return None if _is_null(value) else _decoded(choice, value, at)
     if is_dataclass(kind) and isinstance(kind, type):
         return _decoded_dataclass(kind, value, at)
     if origin in (tuple, list) and isinstance(value, list | tuple):
@@ -104,7 +104,7 @@ def _decoded_dataclass(kind: Any, value: Any, at: str) -> Any:
         raise TypeError(f"{at.removeprefix('.') or 'the file'}: {error}") from None
 
 
-def _no_number(value: object) -> bool:
+def _is_null(value: object) -> bool:
     return value is None or (isinstance(value, float) and number(value) is None)
 
 
@@ -121,7 +121,7 @@ class BenchmarkRecord:
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     clusters: tuple[str, ...]
-    """What a prompt shares with others: its picture, or what its text says. Whole clusters are resampled."""
+    """Resampling unit of each prompt: its picture, or its content."""
     scores: tuple[float, ...]
     """Mean of the first ``samples`` outputs; nan where a reward failed: such prompts are left out of every mean."""
     samples: int = 1
@@ -130,7 +130,7 @@ class BenchmarkRecord:
     judged: tuple[tuple[float | None, ...], ...] = ()
     """The VQA score of every sample by the judge; () where nothing was judged, None where that failed."""
     read_back: tuple[ReadBack | None, ...] = ()
-    """What the model itself reads in its first drawing; None where there is none."""
+    """What the model itself reads in its first picture; None where there is none."""
     forms: tuple[str, ...] = ()
     """The form of each question; "" where there is no right text."""
     right: tuple[str | None, ...] = ()
@@ -142,7 +142,7 @@ class BenchmarkRecord:
     metric: Literal["success", "reward"] = "success"
     """success: shares of right outputs; reward: means of the run's own rewards, for which no samples are recorded."""
     held_out: tuple[bool, ...] = ()
-    """Whether a prompt shows a combination that training never shows."""
+    """Whether a prompt has a composition that training never shows."""
 
     def __post_init__(self) -> None:
         lengths = {len(values) for values in vars(self).values() if isinstance(values, tuple) and values}
@@ -180,7 +180,7 @@ class Sample:
     output_text: str | None = None
     score: float | None = None
     reward: float | None = None
-    """Of an output that cannot be told right from wrong."""
+    """Mean reward, where there is no verifiable answer."""
     image: str | None = None
     """File below the run directory; so is ``source_image``."""
     source_image: str | None = None
@@ -189,7 +189,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a baseline took."""
+    """The cost of a baseline."""
 
     seconds: float
     peak_memory_gib: float
@@ -219,15 +219,15 @@ class Estimate:
     n: int | None = None
     """Prompts."""
     detectable: float | None = None
-    """Of a difference: the smallest true one that is found with probability .8."""
+    """Of a difference: the minimal detectable effect at power .8."""
     p: float | None = None
-    """Of a difference: p of none."""
+    """Of a difference: the p-value."""
     p_holm: float | None = None
-    """Of a category's difference: p, adjusted for how many categories there are (Holm)."""
+    """Of a category's difference: p with Holm's correction over the categories."""
 
     @property
     def direction(self) -> str:
-        """Of a difference: up or down when the interval is clear of 0, else flat; unsure without an interval.
+        """Of a difference: up or down where the interval excludes 0, else flat; unsure without an interval.
 
         Flat also where the adjusted p is not below ``LEVEL``.
         """
@@ -263,7 +263,7 @@ class BenchmarkResult(Estimate):
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """Another method from the same base with the same compute."""
+    """A baseline method from the same base."""
 
     name: str
     after: Mapping[str, BenchmarkResult]
@@ -291,28 +291,28 @@ class Summary:
         raw = read_json_object(path, remedy, finite=False)
         other, baseline = raw.get("baseline"), None
         try:
-            before, after, difference = (_results(raw.get(n), f".{n}") for n in ("before", "after", "difference"))
+            before, after, difference = (_parse_results(raw.get(n), f".{n}") for n in ("before", "after", "difference"))
             if isinstance(other, dict):
-                parts = (_results(other.get(name), f".baseline.{name}") for name in ("after", "difference"))
+                parts = (_parse_results(other.get(name), f".baseline.{name}") for name in ("after", "difference"))
                 baseline = BaselineResult(str(other.get("name") or "baseline"), *parts)
         except TypeError as error:
             raise InputError(f"{path}: {error}: {remedy}") from None
         return cls(before, after, difference, baseline, raw)
 
 
-def _results(raw: Any, at: str) -> dict[str, BenchmarkResult]:
+def _parse_results(raw: Any, at: str) -> dict[str, BenchmarkResult]:
     """By benchmark. Any: a JSON value."""
     found = {}
-    for name, entry in _scored(raw, at).items():
-        categories = _scored(entry.get("categories"), f"{at}.{name}.categories")
+    for name, entry in _with_score(raw, at).items():
+        categories = _with_score(entry.get("categories"), f"{at}.{name}.categories")
         found[name] = _decoded(BenchmarkResult, {**entry, "categories": categories}, f"{at}.{name}")
     return found
 
 
-def _scored(table: Any, at: str) -> dict[str, Mapping[str, Any]]:
-    """The entries that have a score: of an unfinished run they may be null. Any: a JSON value."""
+def _with_score(table: Any, at: str) -> dict[str, Mapping[str, Any]]:
+    """The entries with a score; entries of an unfinished run may be null. Any: a JSON value."""
     entries = _decoded(Mapping[str, Mapping[str, Any] | None], {} if table is None else table, at)
-    return {name: each for name, each in entries.items() if each and not _no_number(each.get("score"))}
+    return {name: each for name, each in entries.items() if each and not _is_null(each.get("score"))}
 
 
 # --- metrics of training ---
@@ -328,7 +328,7 @@ class Metrics:
 
     @classmethod
     def read(cls, path: Path) -> Metrics:
-        """Rows by step; a line that is cut off or is no JSON object with a step is counted, not used."""
+        """Rows by step; lines that are no JSON object with a step are listed in ``broken_lines``."""
         rows: dict[float, Mapping[str, Any]] = {}
         broken: list[int] = []
         text = read_bytes(path, "delete it").decode("utf-8", errors="replace") if path_exists(path) else ""

@@ -340,14 +340,14 @@ def test_the_report_reads_what_the_audit_writes(tmp_path: Path, settings: Advant
     (task,) = shown.tasks
     assert (task.label, task.groups, shown.steps) == ("Generation", 14, "All steps are on record")
     assert [s.name for s in task.scorers] == ["binary", "continuous", "success"]
-    assert task.scorers[1].caused[0] == pytest.approx(scorer(audit, "continuous").share)
+    assert task.scorers[1].variance_shares[0] == pytest.approx(scorer(audit, "continuous").share)
     assert task.scorers[2].weight is None
     assert [chart.title for chart in task.shares] == ["Generation: binary", "Generation: continuous"]
-    assert "asked for: from 0.5 to 0.5" in task.shares[0].words
+    assert "configured: from 0.5 to 0.5" in task.shares[0].description
     assert "mean red" in [chart.title for chart in task.others]
     # right are those of .31, which the continuous reward knows; of the binary one's pairs two are ties, one is wrong
-    assert [(v.name, v.auc and v.auc.score) for v in task.validity] == [("binary", 0.5), ("continuous", 1.0)]
-    assert (task.verifier, task.validity[0].first) == ("success", None)  # two groups are too few
+    assert [(v.name, v.auc and v.auc.score) for v in task.rankings] == [("binary", 0.5), ("continuous", 1.0)]
+    assert (task.verifier, task.rankings[0].first) == ("success", None)  # two groups are too few
     assert "AUC of binary" in [chart.title for chart in task.others]
     assert task.correlations.columns == ("binary", "continuous", "success", "brightness", "contrast")
     assert task.correlations.rows[0][1][:3] == (None, pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))

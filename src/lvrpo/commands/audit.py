@@ -1,4 +1,4 @@
-"""``lvrpo audit``: what the rewards of a run did, what a judge can tell, or whether splits are apart."""
+"""``lvrpo audit``: the rewards of a run, a judge on minimal pairs, or leakage between splits."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def run(options: Options) -> None:
     from lvrpo.commands.audit_tables import (
         alarm_lines,
         correlation_tables,
-        course_table,
-        recorded,
+        means_table,
+        ranking_tables,
+        recorded_steps,
         reward_table,
-        run_tables,
     )
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
@@ -65,8 +65,8 @@ def run(options: Options) -> None:
         refuse_existing([options.json], options.force)
     audit = audit_rewards(read_recorded_run(options.run))
     console = wide_console()
-    console.print(f"{options.run}: {recorded(audit)}; advantages: {audit.formula}", markup=False, soft_wrap=True)
-    for table in (reward_table(audit), course_table(audit), *run_tables(audit), *correlation_tables(audit)):
+    console.print(f"{options.run}: {recorded_steps(audit)}; advantages: {audit.formula}", markup=False, soft_wrap=True)
+    for table in (reward_table(audit), means_table(audit), *ranking_tables(audit), *correlation_tables(audit)):
         console.print()
         console.print(table)
     console.print()
@@ -76,15 +76,15 @@ def run(options: Options) -> None:
         write_file(options.json, json_text({"run": str(options.run), **asdict(audit)}).encode(), options.force)
 
 
-LARGE = 256
-"""Side of the pictures for a model that reads any size."""
+DEFAULT_SIDE = 256
+"""Side of the pictures, in pixels, for a model that reads any size."""
 JUDGE_OPTIONS = ("samples", "also", "n", "seed")
 ROW_KEYS = ("name", "label", "options", "judge")
-"""What a row of ``--also`` may say: the rest belongs to training."""
+"""Keys of a row of ``--also``; the others belong to training."""
 
 
 def judge_options(parser: Parser) -> None:
-    """What belongs to a judge; None where not given."""
+    """The options of a judge audit; None where not given."""
     parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
     parser.add_argument(
         "--samples", metavar="MODEL", help="rank what this model (or run) draws and answers itself, by every reward"
@@ -101,14 +101,14 @@ def judge_options(parser: Parser) -> None:
 
 
 def refuse_judge_options(options: Options) -> None:
-    """Raises InputError where an option of a judge stands without one."""
+    """Raises InputError for an option of a judge audit without ``--judge``."""
     for name in JUDGE_OPTIONS:
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to --judge MODEL: leave it out, or name a model")
 
 
 def audit_judge(options: Options) -> None:
-    """Tries the judge, prints its tables."""
+    """Audits the judge on minimal pairs and prints the tables."""
     from dataclasses import asdict
 
     import torch
@@ -127,10 +127,10 @@ def audit_judge(options: Options) -> None:
     if options.samples is not None:
         rank_samples(options)
         return
-    sources = chosen(REWARDS, options.also or [])
+    sources = build_sources(REWARDS, options.also or [])
     judge = load_policy(options.judge, options.device)
     console = wide_console()
-    cases = minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or LARGE)
+    cases = minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or DEFAULT_SIDE)
     audit = audit_judge(
         judge, cases, sources, progress=lambda name, pairs: console.print(f"{name}: {pairs} pairs", style="dim")
     )
@@ -144,7 +144,7 @@ def audit_judge(options: Options) -> None:
 
 
 def rank_samples(options: Options) -> None:
-    """Samples a model, scores its outputs by every reward, prints how that agrees with the truth."""
+    """Samples a model, scores its outputs by every reward, prints the rankings against ground truth."""
     from dataclasses import asdict
 
     from lvrpo.commands.audit_tables import sample_tables
@@ -154,7 +154,7 @@ def rank_samples(options: Options) -> None:
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
-    sources = chosen((VERIFIER_REWARD, *REWARDS), options.also or [])
+    sources = build_sources((VERIFIER_REWARD, *REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
     size, n, seed = image_side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
@@ -177,26 +177,26 @@ def rank_samples(options: Options) -> None:
 
 
 def image_side(judge: Policy, model: Policy, options: Options) -> int:
-    """Of the pictures that both can read and draw; raises InputError where there is none."""
+    """The picture side that both models support; raises InputError where there is none."""
     sizes = {size for size in (judge.image_size, model.image_size) if size is not None}
     if len(sizes) > 1:
         raise InputError(
             f"--samples {options.samples}: draws {model.image_size} x {model.image_size}, which {options.judge} "
             f"cannot read: name a judge of that size"
         )
-    return next(iter(sizes), LARGE)
+    return next(iter(sizes), DEFAULT_SIDE)
 
 
-def chosen(usual: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
-    """The usual rewards and those of ``--also``, each of which replaces a usual one of its title."""
+def build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
+    """The default rewards and those of ``--also``, which replace defaults of the same title."""
     from lvrpo.rewards.table import build_rewards
 
-    own = configs(also)
-    return build_rewards([row for row in usual if row.title not in {other.title for other in own}] + own)
+    own = reward_configs(also)
+    return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)
 
 
-def configs(found: list[Any]) -> list[RewardConfig]:
-    """What ``reward_rows`` gave, as rows of a configuration. Any: what YAML may hold."""
+def reward_configs(found: list[Any]) -> list[RewardConfig]:
+    """The values of ``reward_rows`` as reward configurations. Any: YAML values."""
     from lvrpo.config import parse_section
     from lvrpo.rewards.row import RewardConfig
 
@@ -212,7 +212,7 @@ def configs(found: list[Any]) -> list[RewardConfig]:
 
 
 def reward_rows(text: str) -> list[Any]:
-    """NAME,NAME, or a list of names and rows in YAML; one row alone will do. Any: what YAML may hold."""
+    """NAME,NAME, or a list of names and rows in YAML; or a single row. Any: YAML values."""
     from lvrpo.strict_yaml import parse_yaml
 
     if not text.lstrip().startswith(("[", "{")):

@@ -22,11 +22,11 @@ TRAITS = {
     "text_diversity": "texts of a group that differ",
     "picture_diversity": "difference of a group's pictures",
 }
-"""Names where the plain one is not clear."""
+"""Display names of traits."""
 
 
 def plain_table(title: str, names: list[str], left: int) -> Table:
-    """A table without a frame; all but the first ``left`` columns to the right."""
+    """A table without a frame; all but the first ``left`` columns are right-aligned."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i < left else "right")
@@ -54,16 +54,16 @@ TITLES: dict[OutputKind, str] = {
 }
 
 
-def recorded(audit: RewardAudit) -> str:
-    """How much of the run is on record."""
+def recorded_steps(audit: RewardAudit) -> str:
+    """How many steps of the run are recorded."""
     steps = f"steps {audit.steps.first} to {audit.steps.last}"
     every = audit.steps.last - audit.steps.first + 1
     return f"{steps}, {audit.recorded} of {every} on record" if audit.recorded < every else f"{steps}, all on record"
 
 
 def reward_table(audit: RewardAudit) -> Table:
-    """Who caused the advantages, and where nothing could be learned."""
-    names = ["task", "scorer", "weight", "share", "asked for", f"if {audit.other_formula}"]
+    """The variance shares of the advantages, and the groups without a learning signal."""
+    names = ["task", "scorer", "weight", "share", "configured", f"if {audit.other_formula}"]
     names += ["constant", "all best", "all worst", "missing"]
     table = plain_table("share of the variance of the advantages; shares of groups without a difference", names, 2)
     for task, found in audit.tasks.items():
@@ -79,8 +79,8 @@ def reward_table(audit: RewardAudit) -> Table:
     return table
 
 
-def course_table(audit: RewardAudit) -> Table:
-    """Means at the beginning and at the end."""
+def means_table(audit: RewardAudit) -> Table:
+    """Means in the first and in the last window."""
     first, last = audit.windows[0], audit.windows[-1]
     spans = [f"steps {w.first} to {w.last}" for w in (first, last)]
     table = plain_table("over the run", ["task", "mean of", *spans, "change [95 %]", "base, there"], 2)
@@ -113,7 +113,7 @@ def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
     for alarm in audit.alarms.found:
         yield f"alarm: {alarm.words}: look at samples/ before you trust this reward", "bold red"
     for task, reward, scorer in audit.alarms.same:
-        yield f"{task}: {reward} scores every output as {scorer} does, so that they cannot part", "dim"
+        yield f"{task}: {reward} scores every output as {scorer} does, so the two are not compared", "dim"
     compared = audit.alarms.comparisons
     if not compared:
         yield "alarm: no comparison: the run is too short, or nothing held out was scored", "dim"
@@ -131,7 +131,7 @@ def change_cells(change: Change, up: str, down: str) -> list[str]:
 
 
 def correlation(found: Correlation | None) -> str:
-    """+.52; a dash where too few groups stand behind it."""
+    """+.52; a dash for fewer than ``FEW`` groups."""
     return "–" if found is None or found.groups < FEW else signed_share(found.value)
 
 
@@ -141,7 +141,7 @@ def signed(value: float) -> str:
 
 
 def sensitivity_table(audit: JudgeAudit, output: OutputKind) -> Table:
-    """Kinds with, below each, the ways to err."""
+    """AUC by kind of fact and, below each, by error."""
     rows = [row for row in audit.rows if row.output == output]
     rewards = list(dict.fromkeys(row.reward for row in rows))
     table = Table(title=TITLES[output], title_justify="left", box=None, header_style="dim", padding=(0, 1))
@@ -166,7 +166,7 @@ def sensitivity_table(audit: JudgeAudit, output: OutputKind) -> Table:
 
 
 def overlap_table(title: str, index: Index, overlaps: Sequence[Overlap]) -> Table:
-    """Leaks as counts, what texts and pictures have in common as shares."""
+    """Leaks as counts, overlaps of texts and pictures as shares."""
     names = ["task", "prompts", "same prompt", "same content", "looks alike", "picture", "text", "normalized"]
     names += ["one 5-gram", "all 5-grams"]
     table = plain_table(f"{title} ({index.size} prompts)", names, 1)
@@ -182,21 +182,21 @@ def cells(counts: Sequence[int], of: int) -> Iterator[str]:
     return (share(count / of) for count in counts)
 
 
-TITLE = "validity inside groups: rank correlation with the truth; area under the curve, right against wrong outputs"
+TITLE = "validity inside groups: rank correlation with ground truth; area under the curve, right against wrong outputs"
 RANKING = ["rank [95 %]", "groups", "silent", "alike", "AUC [95 %]", "groups"]
 
 Rewards = Sequence[RewardRanking]
 
 
-def run_tables(audit: RewardAudit) -> Iterator[Table]:
-    """Every reward of a run, at the beginning and at the end too; none where there is nothing to tell."""
+def ranking_tables(audit: RewardAudit) -> Iterator[Table]:
+    """The rankings of the rewards of a run; none where every reward equals success."""
     rewards = {task: found.validity for task, found in audit.tasks.items()}
     if all(reward.is_success for row in rewards.values() for reward in row):
         return
     spans = [f"AUC, {w.first} to {w.last}" for w in (audit.windows[0], audit.windows[-1])]
     table = plain_table(TITLE, ["task", "reward", *RANKING, *spans, "change [95 %]"], 2)
     for task, row in rewards.items():
-        _add(table, task, "", row, {reward.name: _course(reward) for reward in row})
+        _add(table, task, "", row, {reward.name: _auc_change(reward) for reward in row})
     yield table
     yield from _category_tables(rewards)
 
@@ -242,8 +242,8 @@ def _cells(ranking: Ranking) -> list[str]:
     return [_interval(ranking.rank, True), *counts, _interval(ranking.auc), str(ranking.auc.n)]
 
 
-def _course(reward: RewardRanking) -> list[str]:
-    """AUC at the beginning, at the end, and the change."""
+def _auc_change(reward: RewardRanking) -> list[str]:
+    """AUC in the first and the last window, and the change."""
     along = reward.along
     if along is None:
         return ["–"] * 3
@@ -257,12 +257,12 @@ def _pair(ranking: Ranking) -> str:
 
 
 def _known(found: Interval, write: Callable[[float], str]) -> str:
-    """A dash where too few groups stand behind it."""
+    """A dash for fewer than ``FEW`` groups."""
     return "–" if found.n < FEW else write(found.score)
 
 
 def _interval(found: Interval, signed: bool = False) -> str:
-    """.87 [.84, .90], or +.61 [+.58, +.64]; a dash where too few groups stand behind it."""
+    """.87 [.84, .90], or +.61 [+.58, +.64]; a dash for fewer than ``FEW`` groups."""
     write = signed_share if signed else share
     if found.n < FEW:
         return "–"

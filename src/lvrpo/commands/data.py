@@ -1,4 +1,4 @@
-"""``lvrpo data`` shows the built-in world; ``lvrpo audit --data``: whether train, validation and test are apart."""
+"""``lvrpo data`` shows the built-in world; ``lvrpo audit --data`` finds leakage between its splits or the user's."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ VOCABULARY = Command("the words of the built-in world, one a line", vocabulary_o
 
 SPLITS = ("train", "validation", "test")
 VALIDATION = 480
-"""Prompts of each task of the built-in world's validation split that are compared; a run is validated on some."""
-WORDS = {
+"""Prompts per task of the built-in validation split that are compared."""
+LEAK_MESSAGES = {
     "prompt": "asks what {other} asks, word for word but for case, punctuation and articles, of the same pictures",
     "content": "asks what {other} asks in other words",
     "look": "asks what {other} asks of pictures that look alike",
@@ -57,7 +57,7 @@ WORDS = {
 
 
 def leakage_options(parser: Parser) -> None:
-    """What belongs to the audit of data; None where not given."""
+    """The options of the audit of data; None where not given."""
     parser.add_argument(
         "--data",
         nargs="*",
@@ -70,18 +70,19 @@ def leakage_options(parser: Parser) -> None:
 
 
 def refuse_leakage_options(options: Options) -> None:
-    """Raises InputError where an option of the audit of data stands without ``--data``."""
+    """Raises InputError for an option of the audit of data without ``--data``."""
     for name in ("steps", "wording"):
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to --data: leave it out, or add --data")
 
 
 def audit_data(options: Options) -> None:
-    """Prints one table per two splits; raises InputError, or ContractError for the built-in world, if one leaks."""
+    """Prints one table per pair of splits; raises InputError, or ContractError for the built-in world, on a leak."""
     from lvrpo.commands.audit_tables import overlap_table
     from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
     from lvrpo.data.leakage import Index, as_rows, leaks
+    from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
     from lvrpo.training.run_directory import json_text
 
     if options.run is not None or options.judge is not None:
@@ -89,12 +90,12 @@ def audit_data(options: Options) -> None:
     if options.json is not None:
         refuse_existing([options.json], options.force)
     console = wide_console()
-    world, sets = splits_of(options, lambda text: console.print(text, style="dim", soft_wrap=True))
-    wordings = [*(options.wording or []), *(world_wordings() if world else ())]
+    world, sets = load_splits(options, lambda text: console.print(text, style="dim", soft_wrap=True))
+    wordings = [*(options.wording or []), *(CAPTION_PREFIXES if world else ())]
     found: dict[str, list[Overlap]] = {}
     first: Shared | None = None
-    for i, (name, asked) in enumerate(sets.items()):
-        index = Index(asked, wordings)
+    for i, (name, prompts) in enumerate(sets.items()):
+        index = Index(prompts, wordings)
         for other, held_out in list(sets.items())[i + 1 :]:
             title = f"{other} in {name}"
             found[title] = index.overlaps(held_out)
@@ -102,27 +103,27 @@ def audit_data(options: Options) -> None:
             console.print()
             console.print(overlap_table(title, index, found[title]))
     if options.json is not None:
-        head = {"splits": list(sets), "rows": {name: len(asked) for name, asked in sets.items()}}
+        head = {"splits": list(sets), "rows": {name: len(prompts) for name, prompts in sets.items()}}
         tables = {title: as_rows(overlaps) for title, overlaps in found.items()}
         write_file(options.json, json_text({**head, "overlaps": tables}).encode(), options.force)
     if first is not None:
-        line = f"{first.where} {WORDS[first.leak].format(other=first.other)}"
+        line = f"{first.where} {LEAK_MESSAGES[first.leak].format(other=first.other)}"
         raise (ContractError if world else InputError)(f"{line}: take it out of one of them")
     console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
 
 
-def splits_of(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
-    """Whether they are those of the built-in world, and the prompts of each split."""
+def load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
+    """(whether the splits are of the built-in world, prompts by split)."""
     files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
     if files:
         if len(files) != len(options.data) or not 2 <= len(files) <= 3:
             raise InputError(f"--data {' '.join(options.data)}: give two or three .jsonl files, or a CONFIG")
         if options.steps is not None:
             raise InputError(f"--steps {options.steps}: every row of a file counts: leave it out")
-        return False, files_asked(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
-    config = configured(options.data)
+        return False, file_splits(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
+    config = read_train_config(options.data)
     if config.data.source == "scenes":
-        return True, world_asked(config, options.steps or config.steps, log)
+        return True, scene_splits(config, options.steps or config.steps, log)
     if config.data.source != "jsonl":
         raise InputError(f"data.source={config.data.source}: only scenes and jsonl can be compared")
     jsonl = config.data.jsonl
@@ -130,10 +131,10 @@ def splits_of(options: Options, log: Callable[[str], None]) -> tuple[bool, Mappi
     paths = {split: path for split, path in named.items() if path is not None}
     if len(paths) < 2:
         raise InputError(f"data.jsonl has {', '.join(paths)} alone: add data.jsonl.test, or name the files")
-    return False, files_asked(paths, jsonl.root)
+    return False, file_splits(paths, jsonl.root)
 
 
-def configured(given: Sequence[str]) -> TrainConfig:
+def read_train_config(given: Sequence[str]) -> TrainConfig:
     """CONFIG section.key=value ..., the quickstart by default."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.training.config import TrainConfig
@@ -144,21 +145,21 @@ def configured(given: Sequence[str]) -> TrainConfig:
     return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
 
 
-def files_asked(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
-    """Every row, its pictures decoded; ``root``: another folder in which they may lie."""
+def file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
+    """Every row with decoded pictures; ``root``: another folder of the pictures."""
     from lvrpo.data.images import load_image
     from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
     from lvrpo.data.leakage import compared_rows, pixel_picture
 
-    def asked(path: Path) -> list[ComparedPrompt]:
+    def read(path: Path) -> list[ComparedPrompt]:
         source = JsonlPrompts(JsonlConfig(test=path, root=root), "test")
         return list(compared_rows(source.rows(), lambda picture: pixel_picture(load_image(picture))))
 
-    return {split: asked(path) for split, path in paths.items()}
+    return {split: read(path) for split, path in paths.items()}
 
 
-def world_asked(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
-    """Train: the prompts of so many steps and every row of the corpus of the base; validation; all benchmarks."""
+def scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
+    """Train: the prompts of ``steps`` steps and the pretraining corpus; validation; test: all benchmarks."""
     from lvrpo.data.scenes import ScenePrompts, web_corpus
     from lvrpo.data.scenes.leakage import compared_examples, compared_prompts
     from lvrpo.evaluation.suite import find_benchmarks
@@ -178,13 +179,6 @@ def world_asked(config: TrainConfig, steps: int, log: Callable[[str], None]) -> 
     validation = compared_prompts([prompt for task in held_out.tasks for prompt in held_out.prompts(task, VALIDATION)])
     benchmarks = find_benchmarks(["scenes"])
     prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts(benchmark.n)]
-    test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of what it says
+    test = {(prompt.id, prompt.parts[-1]): prompt for prompt in prompts}  # a paraphrase has the id of its original
     log(f"validation: {len(validation)} prompts; test: {len(test)} of {', '.join(b.name for b in benchmarks)}")
     return {"train": [*train, *rows], "validation": validation, "test": compared_prompts(list(test.values()))}
-
-
-def world_wordings() -> tuple[str, ...]:
-    """How a caption of the built-in world may begin as a prompt."""
-    from lvrpo.data.scenes.leakage import CAPTION_PREFIXES
-
-    return CAPTION_PREFIXES

@@ -84,12 +84,12 @@ def evaluate(options: Options) -> None:
         return
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
-    benchmarks = suite.find_benchmarks(options.benchmark, scorer, read_side(options), options.root)
+    benchmarks = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root)
     tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
-        tuned.require(judge_fingerprint(policy))
+        tuned.require_model(judge_fingerprint(policy))
     judge = (
         None if options.judge is None else load_policy(options.judge, options.device, options.dtype).make_reference()
     )
@@ -121,7 +121,7 @@ def evaluate(options: Options) -> None:
         write_file(options.json, json_text({**head, **result.as_dict()}).encode(), options.force)
 
 
-def read_side(options: Options) -> int | None:
+def input_side(options: Options) -> int | None:
     """The side of the pictures that MODEL reads, where rows of a file are put to it."""
     from lvrpo.policies.loading import stored_image_size
 
@@ -168,7 +168,7 @@ def tune(options: Options) -> None:
     for name in ("json", "tuned", "judge", "samples", "rewards"):
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
-    found = suite.find_benchmarks(options.benchmark, side=read_side(options), root=options.root)
+    found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)
     benchmarks = [tuning.as_validation(benchmark) for benchmark in found]
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)

@@ -89,7 +89,7 @@ def generate(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
-        texts = drawn_rows(options.prompts)
+        texts = generation_prompts(options.prompts)
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
@@ -110,7 +110,7 @@ def generate(options: Options) -> None:
     print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
 
 
-def drawn_rows(table: Path) -> list[str]:
+def generation_prompts(table: Path) -> list[str]:
     """The texts of a file in the one format of rows."""
     from lvrpo.commands.inputs import checked_row, read_rows
 
@@ -157,18 +157,17 @@ def ask(options: Options) -> None:
         policy = load(options)
         assert image is not None
         assert question is not None
-        prompts = [prompt(asked_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
+        prompts = [prompt(question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
-        asked = question_rows(table, stored_image_size(options.model), options.root)
+        rows = question_rows(table, stored_image_size(options.model), options.root)
         policy = load(options)
-        for row in asked:
+        for row in rows:
             row.require_readable(policy)
-        prompts = [prompt(asked_task(options), row.parts, ("text",), number) for number, row in enumerate(asked)]
+        prompts = [prompt(question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
         answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
-            json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False)
-            for row, a in zip(asked, answers, strict=True)
+            json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False) for row, a in zip(rows, answers, strict=True)
         ]
     text = "".join(line + "\n" for line in lines)
     if options.out is not None:
@@ -177,7 +176,7 @@ def ask(options: Options) -> None:
         print(text, end="")
 
 
-def asked_task(options: Options) -> Any:
+def question_task(options: Options) -> Any:
     """The task of a question. Any: the literals of ``Prompt``."""
     return "reason" if options.think else "understand"
 

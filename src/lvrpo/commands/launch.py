@@ -1,7 +1,7 @@
-"""``lvrpo launch ray``: a run by the workers of Ray Train, each of which starts the program that ``torchrun`` would.
+"""``lvrpo launch ray``: a distributed run by workers of Ray Train, each of which starts one process of the run.
 
-A worker that fails makes Ray Train end all of them and start new ones, which go on from the last checkpoint. What the
-processes print, how they end, and that they are to stop goes through one small actor.
+When a worker fails, Ray Train restarts all of them, and they resume from the last checkpoint. An actor passes output,
+exit codes and the request to stop between workers and terminal.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ FINAL_CODES = (0, 2, 3, 130)
 """Of ``lvrpo train``, after which nothing is to be gained from a restart: done, wrong input, not well, interrupted."""
 POLL_S = 0.5
 GRACE_S = 30.0
-"""Seconds that a process has to end once another has failed."""
-STARTS = 10
-"""Minutes, about, that a cluster may take to find room for all workers again."""
-ENDS = ("error: ", "not well: ", "interrupted")
-"""How the line begins in which a process says why it ends."""
+"""Seconds until a process is killed once another has failed."""
+MAX_CONTROLLER_FAILURES = 10
+"""Attempts of Ray to schedule all workers again, about one a minute."""
+FINAL_LINES = ("error: ", "not well: ", "interrupted")
+"""Prefixes of the line in which a process reports why it ends."""
 DIES_WITH_PARENT = (
     "import ctypes, os, sys; getattr(ctypes.CDLL(None), 'prctl', lambda *_: 0)(1, 9); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
-"""Becomes the program of its arguments, which the kernel kills with the worker (PR_SET_PDEATHSIG; Linux alone)."""
+"""Replaces itself by the given program, which the kernel kills with the worker (PR_SET_PDEATHSIG, Linux only)."""
 Line = tuple[str, str]
-"""Of which stream, "out" or "err", and its text."""
+"""(stream "out" or "err", text)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers run."""
+    """The command that the workers run."""
 
     arguments: tuple[str, ...]
-    """Of ``lvrpo train``, without the run."""
+    """Arguments of ``lvrpo train``, without the run directory."""
     run: str
-    """The run directory, which all nodes see."""
+    """The run directory, on a file system shared by all nodes."""
     resumes: bool
-    """Whether it is there already."""
+    """Whether the run exists."""
     folder: str
-    """Where the program is started."""
+    """The working directory."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What rank 0 tells the others of an attempt."""
+    """The rendezvous of an attempt, broadcast by rank 0."""
 
     attempt: int
     host: str
@@ -68,7 +68,7 @@ class Rendezvous:
 
 
 def has_start(run: Path) -> bool:
-    """Whether a run can be resumed, if only from its start."""
+    """Whether a run has its first checkpoint."""
     return (run / "start" / "checkpoint.json").exists()
 
 
@@ -78,9 +78,9 @@ def command(job: Job, resumes: bool) -> list[str]:
 
 
 def environment(rendezvous: Rendezvous, rank: int, size: int, local_rank: int) -> dict[str, str]:
-    """What ``torchrun`` would set, rank 0 serving the store of each attempt.
+    """The environment variables that ``torchrun`` would set; rank 0 serves the store of each attempt.
 
-    ``local_rank``: which of the cards that it sees is its own.
+    ``local_rank``: index of its GPU among the visible ones.
     """
     return {
         "RANK": str(rank),
@@ -91,15 +91,17 @@ def environment(rendezvous: Rendezvous, rank: int, size: int, local_rank: int) -
         "TORCHELASTIC_RUN_ID": "ray",
         "TORCHELASTIC_RESTART_COUNT": str(rendezvous.attempt),
         "PYTHONUNBUFFERED": "1",
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # stacks for each broken connection
+        "TORCH_CPP_LOG_LEVEL": os.environ.get(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        ),  # hides a stack trace per lost connection
     }
 
 
-def require_enough_memory(has: Mapping[str, float], workers: int, cards: int) -> None:
+def require_resources(has: Mapping[str, float], workers: int, gpus: int) -> None:
     """Raises InputError where a cluster has fewer CPUs or GPUs than the workers take."""
-    most = min(int(has["CPU"]), int(has["GPU"] // cards) if cards else workers)
+    most = min(int(has["CPU"]), int(has["GPU"] // gpus) if gpus else workers)
     if workers > most:
-        takes = "1 CPU and 1 GPU" if cards else "1 CPU"
+        takes = "1 CPU and 1 GPU" if gpus else "1 CPU"
         raise InputError(
             f"--workers {workers}: each takes {takes}, and the Ray cluster has {has['CPU']:g} CPUs and {has['GPU']:g} "
             f"GPUs: give {most}, or add nodes"
@@ -109,36 +111,36 @@ def require_enough_memory(has: Mapping[str, float], workers: int, cards: int) ->
 
 
 def outcome(codes: Sequence[int]) -> int:
-    """How an attempt ended, by the codes of its processes as they came: the first that failed tells why."""
+    """The exit code of an attempt: that of the first process that failed, else 0."""
     return next((code for code in codes if code), 0)
 
 
-# --- between the workers and the terminal ---
+# --- the actor between workers and terminal ---
 
 
 class Coordinator:
-    """Where workers say what their processes print and how they end, and hear that they are to stop."""
+    """Ray actor: collects output and exit codes of the workers, and passes on a request to stop."""
 
     def __init__(self) -> None:
         self.attempts: list[list[int]] = []
-        """Of each, the codes of the processes that ended, in that order."""
+        """By attempt, the exit codes in order of arrival."""
         self.lines: list[Line] = []
         self.stopping = False
 
     def begin(self) -> int:
-        """The number of an attempt that starts."""
+        """Starts an attempt; returns its number."""
         self.attempts.append([])
         return len(self.attempts) - 1
 
     def report(self, attempt: int, lines: Sequence[Line], code: int | None) -> tuple[list[int], bool]:
-        """Notes both; the codes of the attempt, and whether the run is to stop."""
+        """Adds output and an exit code; returns the exit codes of the attempt, and whether to stop."""
         self.lines += lines
         if code is not None:
             self.attempts[attempt].append(code)
         return list(self.attempts[attempt]), self.stopping
 
     def stop(self) -> None:
-        """Lets every process finish its step and write a checkpoint."""
+        """Asks every process to finish its step and write a checkpoint."""
         self.stopping = True
 
     def read(self) -> tuple[list[Line], list[list[int]]]:
@@ -150,8 +152,8 @@ class Coordinator:
 # --- in a worker ---
 
 
-def work(config: dict[str, Any]) -> None:
-    """Runs one process of the run until it ends; raises RuntimeError where a restart may help. Any: Ray's handles."""
+def run_worker(config: dict[str, Any]) -> None:
+    """Runs one process of the run until it ends; raises RuntimeError where a restart may help. Any: Ray handles."""
     import ray
     from ray import train
     from ray.train.collective import broadcast_from_rank_zero
@@ -170,10 +172,10 @@ def work(config: dict[str, Any]) -> None:
         text=True,
         errors="replace",
     )
-    said: SimpleQueue[Line] = SimpleQueue()
+    output: SimpleQueue[Line] = SimpleQueue()
     streams = {"out": process.stdout, "err": process.stderr}
     readers = [
-        threading.Thread(target=_read, args=(n, stream, said), daemon=True) for n, stream in streams.items() if stream
+        threading.Thread(target=_read, args=(n, stream, output), daemon=True) for n, stream in streams.items() if stream
     ]
     for reader in readers:
         reader.start()
@@ -184,9 +186,9 @@ def work(config: dict[str, Any]) -> None:
         code = process.poll()
         for reader in readers if code is not None else ():
             reader.join(GRACE_S)
-        lines = [said.get() for _ in range(said.qsize())]
+        lines = [output.get() for _ in range(output.qsize())]
         codes, stopping = ray.get(coordinator.report.remote(rendezvous.attempt, lines, code))
-        # all stop after the same step; where one has failed the others wait for it in vain
+        # SIGTERM: all stop after the same step; after a failure the others would wait forever
         if (stopping or outcome(codes)) and not asked and code is None:
             process.send_signal(signal.SIGTERM)
             asked = True
@@ -207,27 +209,27 @@ def _rendezvous(job: Job, attempt: int) -> Rendezvous:
     return Rendezvous(attempt, get_node_ip_address(), port, job.resumes or has_start(Path(job.run)))
 
 
-def _read(name: str, stream: IO[str], said: SimpleQueue[Line]) -> None:
+def _read(name: str, stream: IO[str], output: SimpleQueue[Line]) -> None:
     for line in stream:
-        said.put((name, line.rstrip("\n")))
+        output.put((name, line.rstrip("\n")))
 
 
 # --- at the terminal ---
 
 
-def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None:
-    """Runs the job to its end.
+def launch(job: Job, workers: int, gpus: int | None, max_failures: int) -> None:
+    """Runs the job until it ends.
 
-    ``cards``: of each worker, 0 or 1; None: 1 where the cluster has some. Raises what ends ``lvrpo train`` with the
-    code that the processes ended with, ContractError where they failed more than ``max_failures`` times.
+    ``gpus``: per worker, 0 or 1; None: 1 where the cluster has GPUs. Raises the error of ``lvrpo train`` that has the
+    exit code of the processes, ContractError where they failed more than ``max_failures`` times.
     """
     from lvrpo.distributed.ray_cluster import ray_cluster, resources
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     ray: Any = ray_cluster("lvrpo launch ray")  # a package that need not be there
     has = resources(ray)
-    cards = int(has["GPU"] > 0) if cards is None else cards
-    require_enough_memory(has, workers, cards)
+    gpus = int(has["GPU"] > 0) if gpus is None else gpus
+    require_resources(has, workers, gpus)
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -236,88 +238,90 @@ def launch(job: Job, workers: int, cards: int | None, max_failures: int) -> None
 
     coordinator = ray.remote(num_cpus=0)(Coordinator).remote()
     shared = next(folder for folder in Path(job.run).parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True) as notes:
+    with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True) as storage:
         passed = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         trainer = DataParallelTrainer(
-            work,
-            train_loop_config={"job": job, "coordinator": coordinator, "cards": cards, "environment": passed},
+            run_worker,
+            train_loop_config={"job": job, "coordinator": coordinator, "cards": gpus, "environment": passed},
             scaling_config=ScalingConfig(
                 num_workers=workers,
-                use_gpu=bool(cards),
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if cards else {}),
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {}),
             ),
             run_config=RunConfig(
-                storage_path=notes,
-                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=STARTS),
+                storage_path=storage,
+                failure_config=FailureConfig(
+                    max_failures=max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
+                ),
             ),
         )
-        ended = _followed(ray, coordinator, trainer, max_failures)
-    end(ended, job.run)
+        result = _follow(ray, coordinator, trainer, max_failures)
+    raise_for_result(result, job.run)
 
 
 @dataclass
-class Ended:
-    """How a launch came to its end."""
+class LaunchResult:
+    """How a launch ended."""
 
     code: int | None = None
     """Of the first process of the last attempt that failed; None: no attempt began."""
-    said: str = ""
-    """Why, by the process itself; held back until it is known whether there is another attempt."""
+    message: str = ""
+    """The reason that the process reported; printed once it is known whether there is another attempt."""
     error: Exception | None = None
-    """What Ray raised."""
+    """The error of Ray."""
     stopped: bool = False
-    """Whether somebody asked for it."""
+    """Whether the user interrupted it."""
 
 
-def _followed(ray: Any, coordinator: Any, trainer: Any, max_failures: int) -> Ended:
-    """Prints what the processes print until all is over. Any: of Ray."""
-    ended, over, attempts = Ended(), False, 1
+def _follow(ray: Any, coordinator: Any, trainer: Any, max_failures: int) -> LaunchResult:
+    """Prints the output of the processes until the launch ends. Any: Ray objects."""
+    result, over, attempts = LaunchResult(), False, 1
 
     def fit() -> None:
         try:
             trainer.fit()
         except Exception as error:  # anything that Ray may raise
-            ended.error = error
+            result.error = error
 
-    thread = threading.Thread(target=fit, daemon=True)  # elsewhere than in the main thread it leaves Ctrl-C alone
+    thread = threading.Thread(target=fit, daemon=True)  # outside the main thread Ray leaves Ctrl-C to us
     thread.start()
     while not over:
         try:
             over = not thread.is_alive()
             lines, codes = ray.get(coordinator.read.remote())
             for stream, line in lines:
-                if stream == "err" and line.startswith(ENDS):
-                    ended.said = line
+                if stream == "err" and line.startswith(FINAL_LINES):
+                    result.message = line
                 else:
                     print(line, file=sys.stdout if stream == "out" else sys.stderr, flush=True)
             if len(codes) > attempts:
                 attempts = len(codes)
-                why = ended.said or "a worker died"
+                why = result.message or "a worker died"
                 print(f"restart {attempts - 1} of {max_failures} from the last checkpoint: {why}", flush=True)
-                ended.said = ""
+                result.message = ""
             if codes:
-                ended.code = outcome(codes[-1])
+                result.code = outcome(codes[-1])
             if not over:
-                time.sleep(POLL_S)  # join, interrupted, takes a thread of Python 3.11 for one that has ended
+                time.sleep(POLL_S)  # not join: in Python 3.11 an interrupted join marks the thread as ended
         except KeyboardInterrupt:
-            if ended.stopped:
+            if result.stopped:
                 raise
-            ended.stopped = True
+            result.stopped = True
             coordinator.stop.remote()
-    return ended
+    return result
 
 
-def end(ended: Ended, run: str) -> None:
-    """Raises what makes the command end as its processes did."""
-    code, again = ended.code, f"lvrpo launch ray --workers N --resume {run}"
-    said = ended.said.removeprefix("error: ").removeprefix("not well: ")
-    if code == 130 or (ended.stopped and code not in FINAL_CODES):
-        raise KeyboardInterrupt(said.replace(f"lvrpo train --resume {run}", again) or "interrupted")
-    if code not in FINAL_CODES or ended.error is not None:
-        what = f"a process ended with code {code}" if code else " ".join(str(ended.error).split())[:200]
-        raise ContractError(f"{said or what}: no restart is left: go on with {again}")
+def raise_for_result(result: LaunchResult, run: str) -> None:
+    """Raises the error that gives the command the exit code of its processes."""
+    code, again = result.code, f"lvrpo launch ray --workers N --resume {run}"
+    message = result.message.removeprefix("error: ").removeprefix("not well: ")
+    if code == 130 or (result.stopped and code not in FINAL_CODES):
+        raise KeyboardInterrupt(message.replace(f"lvrpo train --resume {run}", again) or "interrupted")
+    if code not in FINAL_CODES or result.error is not None:
+        what = f"a process ended with code {code}" if code else " ".join(str(result.error).split())[:200]
+        raise ContractError(f"{message or what}: no restart is left: go on with {again}")
     if code:
-        raise InputError(said) if code == 2 else UnhealthyRunError(said)
+        raise InputError(message) if code == 2 else UnhealthyRunError(message)
 
 
 def options(parser: Parser) -> None:
@@ -353,7 +357,7 @@ def run(options: Options) -> None:
 
 
 def train_arguments(options: Options, allowed: Iterable[str]) -> list[str]:
-    """What every process of the run is given, but where the run is."""
+    """The arguments of every process, without the run directory."""
     found = [] if options.config is None else [options.config, *options.overrides]
     found += ["--benchmark", ",".join(options.benchmark)] if options.benchmark else []
     found += ["--no-evaluate"] if options.no_evaluate else []

@@ -104,7 +104,7 @@ def run(options: Options) -> None:
             raise Interrupted(f"interrupted; go on with: lvrpo quickstart --resume {run.path}") from None
         print_tables(summary_tables(summary))
         watch.phase("done")
-    print(closing(run.path, summary, time.monotonic() - started))
+    print(closing_message(run.path, summary, time.monotonic() - started))
     require_well(run.path, summary)
 
 
@@ -143,7 +143,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def closing(run: Path, summary: dict, seconds: float) -> str:
+def closing_message(run: Path, summary: dict, seconds: float) -> str:
     """What the run cost, where its results are, and what to try next."""
     baseline = summary.get("baseline")
     cost = f"alignment {summary['seconds']:.0f} s"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lvrpo.evaluation.reproduce.plan import Experiment, Job
     from lvrpo.evaluation.reproduce.runner import Runner
 
-NOT_EVIDENCE = "a trial of the machinery, not the evidence: too few seeds, steps and prompts to tell anything"
+NOT_EVIDENCE = "a smoke test, not evidence: too few seeds, steps and prompts for a conclusion"
 
 
 def seeds(text: str) -> list[int]:
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         if options.list:
             print("\n".join([*(f"{job.kind} {job.name}" for job in jobs), f"{len(jobs)} jobs left"]))
             return
-        failed = work(runner, jobs)
+        failed = run_jobs(runner, jobs)
         write_page(experiment, summaries)
         if failed:
             raise ContractError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the others are done")
@@ -63,8 +63,8 @@ def run(options: Options) -> None:
     write_page(experiment, summaries)
 
 
-def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
-    """Does the jobs; one that fails is said and passed over, with the runs that wait for it. Returns their names."""
+def run_jobs(runner: Runner, jobs: Sequence[Job]) -> list[str]:
+    """Runs the jobs; a failed job and its dependents are reported and skipped. Returns their names."""
     failed: dict[str, Job] = {}
     for number, job in enumerate(jobs, start=1):
         head = f"job {number} of {len(jobs)}: {job.kind} {job.name}"
@@ -83,7 +83,7 @@ def work(runner: Runner, jobs: Sequence[Job]) -> list[str]:
 
 
 def write_page(experiment: Experiment, summaries: Path) -> None:
-    """The page beside the summaries, made of nothing else."""
+    """Writes the results page beside the summaries, from which alone it is computed."""
     from lvrpo.atomic_io import write_atomic
     from lvrpo.report.evidence import Evidence
     from lvrpo.report.evidence_page import evidence_page
@@ -121,7 +121,7 @@ def shipped_experiments() -> dict[str, Path]:
 
 
 def default_summaries(experiment: Experiment, out: Path) -> Path:
-    """docs/results/NAME of the checkout that one stands in, else inside OUT; a trial never writes into docs."""
+    """docs/results/NAME of the checkout that one stands in, else inside OUT; smoke tests never write into docs."""
     checkout = Path("pyproject.toml").is_file() and Path("docs/results").is_dir()
     return Path("docs/results") / experiment.name if checkout and experiment.evidence else out / "summaries"
 

@@ -25,23 +25,23 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None where there is none: a file has null where memory has nan."""
+    """The number, or None for null and nan."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def interval(result: Result | None, signed: bool = False) -> str:
-    """.42 [.38, .46]; of a difference also the smallest effect that could have been told, ≥ .05."""
+    """.42 [.38, .46]; of a difference also the minimal detectable effect, ≥ .05."""
     if not result or result["score"] is None:
         return ""
-    low, high, tells = (finite(result.get(name)) for name in ("low", "high", "detectable"))
+    low, high, detectable = (finite(result.get(name)) for name in ("low", "high", "detectable"))
     spread = ", no interval"
     if low is not None and high is not None:
         spread = f" [{number(low, signed)}, {number(high, signed)}]"
-    return number(result["score"], signed) + spread + ("" if tells is None else f" ≥ {number(tells)}")
+    return number(result["score"], signed) + spread + ("" if detectable is None else f" ≥ {number(detectable)}")
 
 
 def tone(difference: Result | None) -> str:
-    """Green above 0 with the whole interval, red below; of a category only where Holm's correction leaves p < .05."""
+    """Green where the interval lies above 0, red below; of a category only with a corrected (Holm) p < .05."""
     if not difference or difference["low"] is None:
         return ""
     adjusted = finite(difference.get("p_holm"))
@@ -81,7 +81,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """``summary_table``, and what many samples and the mix of answers say."""
+    """``summary_table`` and the tables of ``measure_tables``."""
     phases = summary_phases(summary)
     return [summary_table(summary), *(text_table(each) for each in measure_tables(phases, summary["difference"]))]
 
@@ -114,7 +114,7 @@ def text_table(content: TextTable) -> Table:
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """One below the other, a line between two."""
+    """Prints tables with a blank line between two."""
     console = wide_console()
     for i, table in enumerate(tables):
         if i:
@@ -123,6 +123,6 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def wide_console() -> Console:
-    """A console that does not fold tables when the output is piped."""
+    """A console that does not wrap tables when the output is piped."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)

@@ -85,21 +85,21 @@ def open_trainer(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.evaluation.suite import find_benchmarks
 
     find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
-    trainer, plan = resumed(options) if options.resume is not None else started(options)
+    trainer, plan = resume_run(options) if options.resume is not None else start_run(options)
     if not options.benchmark and not options.no_evaluate:
         warn_without_test(trainer.config)
     return trainer, plan
 
 
-def resumed(options: Options) -> tuple[Trainer, Plan]:
+def resume_run(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.training.trainer import Trainer
 
     refuse_out(options)
     trainer = Trainer.resume(options.resume, resumed_config(options), options.base)
-    return trainer, asked_plan(options, trainer.config)
+    return trainer, evaluation_plan(options, trainer.config)
 
 
-def started(options: Options) -> tuple[Trainer, Plan]:
+def start_run(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.commands.inputs import read_config
     from lvrpo.distributed import relay_errors
     from lvrpo.training.config import TrainConfig
@@ -113,11 +113,11 @@ def started(options: Options) -> tuple[Trainer, Plan]:
     with relay_errors():
         config = read_config(TrainConfig, options.config, options.overrides)
         require_unseen(options.benchmark, config)
-        plan, folder = asked_plan(options, config), options.out or Path("runs") / config.name
+        plan, folder = evaluation_plan(options, config), options.out or Path("runs") / config.name
     return Trainer.start(config, folder, files=plan.files()), plan
 
 
-def asked_plan(options: Options, config: TrainConfig) -> Plan:
+def evaluation_plan(options: Options, config: TrainConfig) -> Plan:
     """What is measured before and after."""
     from lvrpo.evaluation.experiment import Plan, held_out_plan
 
@@ -211,7 +211,7 @@ def check(options: Options) -> None:
 
     config = read_config(TrainConfig, options.config, options.overrides)
     if options.card is not None:
-        fit_card(config, options.card)
+        check_gpu_memory(config, options.card)
         return
     print(dump_config(config), end="")
     memory = memory_needed(config)
@@ -240,7 +240,7 @@ def print_memory(memory: MemoryEstimate) -> None:
     print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.peak_phase}")
 
 
-def fit_card(config: TrainConfig, gib: float) -> None:
+def check_gpu_memory(config: TrainConfig, gib: float) -> None:
     """The memory of a run on a card that need not be there; raises InputError where it does not fit."""
     import torch
 

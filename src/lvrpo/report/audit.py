@@ -27,20 +27,20 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """One row of the table of causes."""
+class ScorerRow:
+    """One row of the table of variance shares."""
 
     name: str
     weight: float | None
     """None: held out."""
-    caused: tuple[float | None, ...]
-    """Share, the share asked for, the share under the other formula."""
-    dead: tuple[float | None, ...]
+    variance_shares: tuple[float | None, ...]
+    """Share, configured share, share under the other formula."""
+    degenerate: tuple[float | None, ...]
     """Shares of groups: constant, all best, all worst; share of outputs: missing."""
 
 
 @dataclass(frozen=True)
-class Course:
+class MeanRow:
     """One row of the table of means."""
 
     name: str
@@ -54,15 +54,15 @@ class Course:
 
 @dataclass(frozen=True)
 class Correlations:
-    """A table of correlations inside groups; None where too few groups stand behind it."""
+    """A table of correlations inside groups; None for fewer than ``MIN_GROUPS`` groups."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Valid:
-    """One row of the table of validity; None where too few groups stand behind a number."""
+class RankingRow:
+    """One row of the table of rankings; None for fewer than ``MIN_GROUPS`` groups."""
 
     name: str
     """Of a reward, or of a category of prompts."""
@@ -77,20 +77,20 @@ class Valid:
 
 @dataclass(frozen=True)
 class Task:
-    """What the rewards did in one task."""
+    """The audit of one task."""
 
     label: str
     groups: int
     with_signal: float | None
     rest: float | None
-    scorers: tuple[Scorer, ...]
-    courses: tuple[Course, ...]
-    validity: tuple[Valid, ...]
+    scorers: tuple[ScorerRow, ...]
+    means: tuple[MeanRow, ...]
+    rankings: tuple[RankingRow, ...]
     verifier: str
-    """Who grades for ``Valid.rank``."""
+    """The verifier of ``RankingRow.rank``."""
     correlations: Correlations
     shares: tuple[Chart, ...]
-    """The share that a reward caused beside the one its weight asks for."""
+    """The variance share of each reward beside its configured share."""
     others: tuple[Chart, ...]
     """Validity, constant groups, and traits of the outputs beside those of the base."""
 
@@ -107,13 +107,13 @@ class Audit:
     tasks: tuple[Task, ...]
     alarms: tuple[str, ...]
     """Of both kinds."""
-    parted: bool
+    overoptimized: bool
     """Whether one of them is of a reward that rose while a held-out score fell."""
     comparisons: int
 
 
 def read_audit(path: Path, problems: list[str]) -> Audit | None:
-    """The audit, or None where the run has none; what cannot be read is noted in ``problems``."""
+    """The audit, or None where the run has none; unreadable files are added to ``problems``."""
     if not path_exists(path):
         return None
     try:
@@ -135,15 +135,15 @@ def _audit(audit: RewardAudit) -> Audit:
         last=last,
         tasks=tuple(_task(task, found) for task, found in audit.tasks.items()),
         alarms=tuple(alarm.words for alarm in (*audit.alarms.missing, *audit.alarms.found)),
-        parted=bool(audit.alarms.found),
+        overoptimized=bool(audit.alarms.found),
         comparisons=audit.alarms.comparisons,
     )
 
 
 def _task(task: str, audit: TaskAudit) -> Task:
-    scorers = tuple(_scorer(each) for each in audit.scorers)
-    courses = [_course(each.name, each.mean, is_score=True) for each in audit.scorers]
-    courses += [_course(name, change, is_score=False) for name, change in audit.drift.items()]
+    scorers = tuple(_scorer_row(each) for each in audit.scorers)
+    means = [_mean_row(each.name, each.mean, is_score=True) for each in audit.scorers]
+    means += [_mean_row(name, change, is_score=False) for name, change in audit.drift.items()]
     name = TASK_NAMES.get(task) or label(task)
     return Task(
         label=name,
@@ -151,8 +151,8 @@ def _task(task: str, audit: TaskAudit) -> Task:
         with_signal=number(audit.with_signal),
         rest=number(audit.rest),
         scorers=scorers,
-        courses=tuple(courses),
-        validity=tuple(row for found in audit.validity for row in _valid(found)),
+        means=tuple(means),
+        rankings=tuple(row for found in audit.validity for row in _ranking_rows(found)),
         verifier=next((found.verifier for found in audit.validity), ""),
         correlations=_correlations(audit.scorers),
         shares=_share_charts(name, scorers, audit.series),
@@ -160,32 +160,33 @@ def _task(task: str, audit: TaskAudit) -> Task:
     )
 
 
-def _scorer(audit: ScorerAudit) -> Scorer:
-    caused = (audit.share, audit.configured_share, audit.other_share)
-    dead = tuple(map(number, (audit.constant, audit.all_best, audit.all_worst, audit.missing)))
-    return Scorer(audit.name, audit.weight or None, caused, dead)
+def _scorer_row(audit: ScorerAudit) -> ScorerRow:
+    variance_shares = (audit.share, audit.configured_share, audit.other_share)
+    degenerate = tuple(map(number, (audit.constant, audit.all_best, audit.all_worst, audit.missing)))
+    return ScorerRow(audit.name, audit.weight or None, variance_shares, degenerate)
 
 
-def _valid(found: RewardRanking) -> list[Valid]:
+def _ranking_rows(found: RewardRanking) -> list[RankingRow]:
     """A reward and its categories; nothing of one that scores as success does."""
     if found.is_success:
         return []
     along, whole = found.along, found.whole
-    first, last = (None, None) if along is None else (_known(along.first.auc), _known(along.last.auc))
-    row = Valid(
+    first, last = (None, None) if along is None else (_reliable(along.first.auc), _reliable(along.last.auc))
+    row = RankingRow(
         name=found.name,
         is_category=False,
-        rank=_known(whole.rank),
-        auc=_known(whole.auc),
+        rank=_reliable(whole.rank),
+        auc=_reliable(whole.auc),
         first=first and first.score,
         last=last and last.score,
-        change=None if along is None else _known(along.auc_change),
+        change=None if along is None else _reliable(along.auc_change),
     )
     inner = found.categories.items() if len(found.categories) > 1 else ()
-    return [row, *(Valid(_words(c), True, _known(r.rank), _known(r.auc), None, None, None) for c, r in inner)]
+    parts = [RankingRow(_words(c), True, _reliable(r.rank), _reliable(r.auc), None, None, None) for c, r in inner]
+    return [row, *parts]
 
 
-def _known(interval: Interval) -> Estimate | None:
+def _reliable(interval: Interval) -> Estimate | None:
     """An interval over enough groups."""
     return None if interval.n < MIN_GROUPS else _estimate(interval)
 
@@ -195,9 +196,9 @@ def _estimate(interval: Interval) -> Estimate | None:
     return None if value is None else Estimate(value, number(interval.low), number(interval.high))
 
 
-def _course(name: str, change: Change, is_score: bool) -> Course:
+def _mean_row(name: str, change: Change, is_score: bool) -> MeanRow:
     ends = number(change.first), number(change.last), _estimate(change.difference), number(change.control)
-    return Course(NAMES.get(name, name), is_score, *ends)
+    return MeanRow(NAMES.get(name, name), is_score, *ends)
 
 
 def _correlations(scorers: Sequence[ScorerAudit]) -> Correlations:
@@ -213,16 +214,16 @@ def _correlations(scorers: Sequence[ScorerAudit]) -> Correlations:
     return Correlations(tuple(NAMES.get(column, column) for column in columns), tuple(rows))
 
 
-def _share_charts(task: str, scorers: tuple[Scorer, ...], series: Series) -> tuple[Chart, ...]:
+def _share_charts(task: str, scorers: tuple[ScorerRow, ...], series: Series) -> tuple[Chart, ...]:
     """One per trained reward where there is more than one."""
-    trained = [scorer for scorer in scorers if scorer.caused[1] is not None]
+    trained = [scorer for scorer in scorers if scorer.variance_shares[1] is not None]
     charts = []
     for scorer in trained if len(trained) > 1 else []:
         points = _points(series.get(f"share/{scorer.name}"))
         if points:
-            asked = scorer.caused[1] or 0.0
-            ends = [(points[0][0], asked), (points[-1][0], asked)]
-            charts.append(line_chart(f"{task}: {_words(scorer.name)}", points, ends, "asked for"))
+            configured = scorer.variance_shares[1] or 0.0
+            ends = [(points[0][0], configured), (points[-1][0], configured)]
+            charts.append(line_chart(f"{task}: {_words(scorer.name)}", points, ends, "configured"))
     return tuple(charts)
 
 

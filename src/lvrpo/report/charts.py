@@ -12,7 +12,7 @@ from lvrpo.report.formatting import MINUS, TASK_LABELS, compact, label, score
 
 WIDTH, HEIGHT = 360.0, 196.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 44.0, 10.0, 26.0
-MOST_POINTS = 400
+MAX_POINTS = 400
 TASK_NAMES = {"understand": "Questions"}
 NOT_PLOTTED = ("step", "seconds", "seconds_left")
 Points = list[tuple[float, float]]
@@ -29,7 +29,7 @@ class Line:
     """Every step, drawn faintly; empty where there is nothing to smooth."""
     smooth: str
     dots: tuple[tuple[float, float, str], ...]
-    """(x, y, words) where the points are few enough to be told apart."""
+    """(x, y, tooltip) of single points, where there are few."""
     end: tuple[float, float]
     label_y: float
     label: str
@@ -40,15 +40,15 @@ class Chart:
     """One small plot."""
 
     title: str
-    words: str
-    """What it shows, for readers who do not see it."""
+    description: str
+    """Alternative text."""
     lines: tuple[Line, ...]
     area: str
     """Between the series and its control."""
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     marks: tuple[tuple[float, str], ...]
-    """(x, words): what validation did."""
+    """(x, label): actions of validation."""
     window: int
 
 
@@ -76,8 +76,8 @@ def reward_charts(metrics: Metrics) -> list[Chart]:
     return charts
 
 
-def strip_of_charts(metrics: Metrics) -> list[Chart]:
-    """The first curve of each task, for the head of the page: what validation sees, else the first reward."""
+def headline_charts(metrics: Metrics) -> list[Chart]:
+    """One curve per task for the head of the page: of validation, else of the first reward."""
     held_out = validation_charts(metrics)
     if any(len(metrics.series(key)) > 1 for key in metrics.numeric_keys() if key.startswith("validation/")):
         return [replace(chart, title=f"Held out: {chart.title}") for chart in held_out[:4]]
@@ -92,14 +92,14 @@ def validation_charts(metrics: Metrics) -> list[Chart]:
     keys = [key for key in metrics.numeric_keys() if key.startswith("validation/")]
     return [
         _chart(
-            label(key.removeprefix("validation/")), metrics.series(key), [], _validation_marks(metrics), least_span=0.1
+            label(key.removeprefix("validation/")), metrics.series(key), [], _validation_marks(metrics), min_span=0.1
         )
         for key in keys
     ]
 
 
 def other_charts(metrics: Metrics) -> list[ChartGroup]:
-    """Everything else that is a number, under its first word."""
+    """All other numeric metrics, grouped by their first name part."""
     groups: dict[str, list[Chart]] = defaultdict(list)
     for key in metrics.numeric_keys():
         word, _, rest = key.partition("/")
@@ -123,9 +123,9 @@ def ratio_note(metrics: Metrics) -> str:
     )
 
 
-def line_chart(title: str, points: Points, control: Points, control_words: str) -> Chart:
-    """One series, and beside it what it is to be compared with; ``control_words`` names that for the ear."""
-    return _chart(title, points, control, least_span=0.1, control_words=control_words)
+def line_chart(title: str, points: Points, control: Points, control_label: str) -> Chart:
+    """A series and its control; ``control_label`` names the control in the alternative text."""
+    return _chart(title, points, control, min_span=0.1, control_label=control_label)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -144,12 +144,12 @@ def _chart(
     points: Points,
     control: Points,
     marks: Marks = (),
-    least_span: float = 0.0,
-    control_words: str = "the base on the same prompts",
+    min_span: float = 0.0,
+    control_label: str = "the base on the same prompts",
 ) -> Chart:
     steps = [x for x, _ in points + control]
     x_low, x_high = min(steps), max(steps)
-    y_low, y_high = _padded([y for _, y in points + control], least_span)
+    y_low, y_high = _padded([y for _, y in points + control], min_span)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
@@ -170,8 +170,8 @@ def _chart(
     x_ticks = [x for x in nice_ticks(x_low, x_high, 4) if float(x).is_integer()] or [x_low]
     return Chart(
         title=title,
-        words=_words(title, smooth, smooth_control, control_words),
-        lines=_apart(lines),
+        description=_description(title, smooth, smooth_control, control_label),
+        lines=_separate_labels(lines),
         area=area,
         x_ticks=tuple((place(x, y_low)[0], f"{x:,.0f}" if i else f"step {x:,.0f}") for i, x in enumerate(x_ticks)),
         y_ticks=tuple((place(x_low, y)[1], _tick(y)) for y in nice_ticks(y_low, y_high, 6)),
@@ -189,8 +189,8 @@ def _line(kind: str, points: Points, smooth: Points, place: Callable[[float, flo
     return Line(kind, faint, _path(placed), dots, placed[-1], placed[-1][1], _tick(smooth[-1][1], 3))
 
 
-def _apart(lines: tuple[Line, ...]) -> tuple[Line, ...]:
-    """Two end labels that would overlap are pushed apart."""
+def _separate_labels(lines: tuple[Line, ...]) -> tuple[Line, ...]:
+    """Moves two overlapping end labels apart."""
     if len(lines) != 2 or abs(lines[0].label_y - lines[1].label_y) >= 13:
         return lines
     middle = (lines[0].label_y + lines[1].label_y) / 2
@@ -199,9 +199,9 @@ def _apart(lines: tuple[Line, ...]) -> tuple[Line, ...]:
     return (replace(lines[0], label_y=middle + 6.5 * sign), replace(lines[1], label_y=middle - 6.5 * sign))
 
 
-def _padded(values: list[float], least_span: float) -> tuple[float, float]:
+def _padded(values: list[float], min_span: float) -> tuple[float, float]:
     low, high = min(values), max(values)
-    span = max(high - low, least_span, 1e-12, abs(high) * 1e-6)
+    span = max(high - low, min_span, 1e-12, abs(high) * 1e-6)
     middle = (low + high) / 2
     padded_low, padded_high = middle - span * 0.56, middle + span * 0.56
     if low >= 0 > padded_low:  # a share or a norm: no empty room below 0
@@ -220,25 +220,25 @@ def _smoothed(points: Points, window: int) -> Points:
 
 
 def _thin(points: Points) -> Points:
-    """At most ``MOST_POINTS`` points: means of equal bins."""
-    if len(points) <= MOST_POINTS:
+    """At most ``MAX_POINTS`` points: means of equal bins."""
+    if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(len(points) / MOST_POINTS)
+    size = math.ceil(len(points) / MAX_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
 
 
 def _validation_marks(metrics: Metrics) -> Marks:
-    """Where validation stepped in."""
+    """The steps of rollbacks and stops by validation."""
     acted = [(float(row["step"]), str(row.get("validation/action") or "")) for row in metrics.rows]
     return [(step, action) for step, action in acted if "roll" in action.lower() or "stop" in action.lower()]
 
 
-def _words(title: str, points: Points, control: Points, control_words: str) -> str:
+def _description(title: str, points: Points, control: Points, control_label: str) -> str:
     (x0, y0), (x1, y1) = points[0], points[-1]
     text = f"{title}: from {compact(y0)} at step {x0:,.0f} to {compact(y1)} at step {x1:,.0f}"
     if control:
-        text += f"; {control_words}: from {compact(control[0][1])} to {compact(control[-1][1])}"
+        text += f"; {control_label}: from {compact(control[0][1])} to {compact(control[-1][1])}"
     return text
 
 
@@ -267,7 +267,7 @@ class Cell:
 
     @property
     def tone(self) -> str:
-        """pull together, apart, or neither: a cosine that keeps its sign at every audited step."""
+        """together or apart where the cosine keeps its sign at every audited step, else mixed."""
         return "together" if self.low > 0 else "apart" if self.high < 0 else "mixed"
 
 
@@ -300,7 +300,7 @@ def gradient_audit(metrics: Metrics) -> GradientAudit | None:
     tasks = list(dict.fromkeys(who for what, who, _ in keys if what == "norm"))
     if not tasks:
         return None
-    layers = sorted({part for _, _, part in keys if "/layer_" in part}, key=_place)
+    layers = sorted({part for _, _, part in keys if "/layer_" in part}, key=_layer_order)
     experts = [part for part in EXPERTS if part in {part for _, _, part in keys}]
     steps = max(len(metrics.series(f"gradient/norm/{task}/all")) for task in tasks)
 
@@ -309,12 +309,12 @@ def gradient_audit(metrics: Metrics) -> GradientAudit | None:
 
     return GradientAudit(
         steps,
-        Table(tuple(experts), tuple((_names(p), row("cosine", [(p, e) for e in experts])) for p in pairs)),
+        Table(tuple(experts), tuple((_task_names(p), row("cosine", [(p, e) for e in experts])) for p in pairs)),
         Table(
-            tuple(map(_names, pairs)),
+            tuple(map(_task_names, pairs)),
             tuple((_layer(part), row("cosine", [(p, part) for p in pairs])) for part in layers),
         ),
-        Table(tuple(experts), tuple((_names(t), row("norm", [(t, e) for e in experts])) for t in tasks)),
+        Table(tuple(experts), tuple((_task_names(t), row("norm", [(t, e) for e in experts])) for t in tasks)),
     )
 
 
@@ -323,7 +323,7 @@ def _cell(metrics: Metrics, key: str) -> Cell | None:
     return Cell(sum(values) / len(values), min(values), max(values)) if values else None
 
 
-def _names(tasks: str) -> str:
+def _task_names(tasks: str) -> str:
     """understand+edit -> Questions and Editing."""
     return " and ".join(TASK_LABELS.get(task, task).partition(",")[0] for task in tasks.split("+"))
 
@@ -333,6 +333,6 @@ def _layer(part: str) -> str:
     return f"{expert}, layer {layer}"
 
 
-def _place(part: str) -> tuple[str, int]:
+def _layer_order(part: str) -> tuple[str, int]:
     expert, _, layer = part.partition("/layer_")
     return expert, int(layer) if layer.isdigit() else 0

@@ -1,4 +1,4 @@
-"""The page of results, made of committed summaries and nothing else: what has not run yet stands as that."""
+"""The results page, computed from committed summaries alone; missing runs are marked."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from lvrpo.statistics import MIN_SEEDS, TwoWayInterval, holm
 
 LEVEL = 0.05
 FEW = "†"
-"""Marks a cell with fewer than ``MIN_SEEDS`` runs, or prompts too few to tell."""
+"""Marks a cell with fewer than ``MIN_SEEDS`` runs, or too few prompts."""
 NOTHING = "–"
 BASE = "base"
 RIVAL = "rival"
 
 NOTES = f"""\
-Each row at the guidance and temperature that suit it best on the validation split; *unguided*: one pass at guidance
+Each row at guidance and temperature tuned on the validation split; *unguided*: one pass at guidance
 1, greedy. *Drawings, edits, reasoning*: share of test prompts whose one output is right as a whole. *Unseen
 compositions*: drawings of combinations that training never shows. *pass@16*: at least one of 16 drawings is right.
 *Questions*: balanced accuracy, the mean over forms of question. In brackets the change against the base, with the
-95 % interval over runs and prompts. {FEW}: fewer than {MIN_SEEDS} runs, too few to tell anything. A row that is the
-best of several drawings is known on the prompts that were sampled often, and compared on these. *Could tell*: the true
-difference that these runs and prompts find with probability .8. *Told*: the interval is clear of 0 and p, adjusted
-for the rows of the table (Holm), is below {LEVEL}. Runs of one base are not independent: the number of bases stands
-beside that of runs."""
+95 % interval over runs and prompts. {FEW}: fewer than {MIN_SEEDS} runs, too few for a conclusion. A row that is the
+best of several drawings is known on the prompts that were sampled often, and compared on these. *Detectable*: the
+minimal true difference that these runs and prompts detect with probability .8. *Significant*: the interval excludes 0
+and p, adjusted for the rows of the table (Holm), is below {LEVEL}. Runs of one base are not independent: the number of
+bases stands beside that of runs."""
 
 
 @dataclass(frozen=True)
-class Strongest:
+class StrongestRival:
     """The rival with the highest mean."""
 
     row: str
@@ -85,9 +85,7 @@ def _head(plan: TablePlan, evidence: Evidence) -> str:
         f"Written by `lvrpo reproduce {plan.name} --table` from the summaries in `{plan.name}/`: not edited by hand."
     ]
     if not plan.evidence:
-        lines.append(
-            "**A trial of the machinery, not the evidence**: too few seeds, steps and prompts to tell anything."
-        )
+        lines.append("**A smoke test, not evidence**: too few seeds, steps and prompts for a conclusion.")
     done = sum(run in row.runs for name, row in plan.rows.items() for run in evidence.summaries.get(name, {}))
     lines.append(f"{done} of {planned} runs are there.")
     if runs:
@@ -187,25 +185,25 @@ def _detectable(change: TwoWayInterval | None) -> str:
     return NOTHING if change is None or not np.isfinite(change.detectable) else score(change.detectable)
 
 
-def _told(change: TwoWayInterval | None, p: float) -> str:
+def _significance(change: TwoWayInterval | None, p: float) -> str:
     if change is None or change.too_few:
-        return NOTHING if change is None else "too few seeds to tell"
+        return NOTHING if change is None else "too few seeds"
     if not change.interval.excludes_zero or (np.isfinite(p) and p >= LEVEL):
         return "no"
     return "higher" if change.interval.score > 0 else "lower"
 
 
-def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> Strongest | None:
+def strongest_rival(plan: TablePlan, measure: Measure, evidence: Evidence) -> StrongestRival | None:
     """The rival with the highest mean among those that have run."""
     found = [(name, column(plan, name, measure, evidence)) for name, row in plan.rows.items() if row.group == RIVAL]
-    known = [Strongest(name, each) for name, each in found if each.known]
+    known = [StrongestRival(name, each) for name, each in found if each.known]
     return max(known, key=lambda each: each.column.mean, default=None)
 
 
 def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
-    heads = ("measure", "strongest rival", "its score", f"{plan.ours}", "difference [95 %]", "could tell", "told")
+    heads = ("measure", "strongest rival", "its score", plan.ours, "difference [95 %]", "detectable", "significant")
     rows = []
-    changes: list[tuple[Strongest | None, TwoWayInterval | None]] = []
+    changes: list[tuple[StrongestRival | None, TwoWayInterval | None]] = []
     for measure in MEASURES:
         rival = strongest_rival(plan, measure, evidence)
         changes.append((rival, None if rival is None else _minus(plan, plan.ours, rival.row, measure, evidence)))
@@ -216,7 +214,7 @@ def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
             continue
         ours = column(plan, plan.ours, measure, evidence)
         scores = (rival.row, score(rival.column.mean), score(ours.mean))
-        rows.append((measure.heading, *scores, _interval(change), _detectable(change), _told(change, p)))
+        rows.append((measure.heading, *scores, _interval(change), _detectable(change), _significance(change, p)))
     note = (
         "Of the rivals that have run; a difference is of the runs that both have. The oracle and inference stand apart."
     )
@@ -224,8 +222,8 @@ def _against_strongest(plan: TablePlan, evidence: Evidence) -> str:
 
 
 def _of_measure(plan: TablePlan, measure: Measure, evidence: Evidence) -> str:
-    heads = ("row", "score", "minus base [95 %]", "could tell", "told")
-    heads += (f"{plan.ours} minus it [95 %]", "could tell", "told", "runs (bases)")
+    heads = ("row", "score", "minus base [95 %]", "detectable", "significant")
+    heads += (f"{plan.ours} minus it [95 %]", "detectable", "significant", "runs (bases)")
     names = [name for name in plan.rows if column(plan, name, measure, evidence).known]
     if not names:
         return "Not run.\n"
@@ -237,7 +235,7 @@ def _of_measure(plan: TablePlan, measure: Measure, evidence: Evidence) -> str:
         own = column(plan, name, measure, evidence)
         cells = [score(own.mean) + (FEW if len(own.values) < MIN_SEEDS else "")]
         for change, p in ((base[i], adjusted_base), (ours[i], adjusted_ours)):
-            cells += [NOTHING if change is None else _interval(change), _detectable(change), _told(change, p)]
+            cells += [NOTHING if change is None else _interval(change), _detectable(change), _significance(change, p)]
         rows.append((name, *cells, _count(_summaries(plan, name, evidence))))
     missing = [name for name in plan.rows if not _summaries(plan, name, evidence)]
     return TextTable("", heads, tuple(rows), f"Not run: {', '.join(missing)}." if missing else "").markdown()
@@ -255,7 +253,7 @@ def _generalization(plan: TablePlan, evidence: Evidence) -> str:
     if gains[0] is None or gains[1] is None:
         return f"{plan.ours} on unseen compositions: no such prompts."
     ratio = gains[0].interval.score / gains[1].interval.score if gains[1].interval.excludes_zero else float("nan")
-    share = f"{ratio:.2f} of it" if np.isfinite(ratio) else "no share, as the latter is not told from 0"
+    share = f"{ratio:.2f} of it" if np.isfinite(ratio) else "no share, as the latter is not significant"
     return (
         f"Drawings, {plan.ours} minus base: unseen compositions {_interval(gains[0])}, seen compositions in unseen "
         f"texts {_interval(gains[1])}; the former is {share}."

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-INK, QUIET, PAPER, HOLE = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)
-FRAMES = {True: (0, 122, 94), False: (200, 70, 20)}
+TEXT_COLOR, CAPTION_COLOR, BACKGROUND, EMPTY_COLOR = (24, 32, 42), (96, 108, 122), (255, 255, 255), (232, 235, 239)
+FRAME_COLORS = {True: (0, 122, 94), False: (200, 70, 20)}
 GAP, EDGE, MARGIN = 10, 3, 16
 
 
@@ -47,20 +47,20 @@ def picture_grid(
         height = line * (len(title_lines) + max((len(c) for c in captions), default=0)) + cell + GAP * 2
         layout.append((title_lines, captions, height))
     total = max(1, sum(height for *_, height in layout)) + 2 * MARGIN - (GAP if rows else 0)
-    canvas = Image.new("RGB", (width, total), PAPER)
+    canvas = Image.new("RGB", (width, total), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     top = MARGIN
     for (_, tiles), (title_lines, captions, height) in zip(rows, layout, strict=True):
         y = top
         for text in title_lines:
-            draw.text((MARGIN, y), text, fill=INK, font=font)
+            draw.text((MARGIN, y), text, fill=TEXT_COLOR, font=font)
             y += line
         y += 3 if title_lines else 0
         for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
             x = MARGIN + i * (cell + GAP)
             _place(canvas, draw, tile, (x, y), tile_size)
             for k, text in enumerate(caption):
-                draw.text((x, y + cell + 2 + k * line), text, fill=QUIET, font=font)
+                draw.text((x, y + cell + 2 + k * line), text, fill=CAPTION_COLOR, font=font)
         top += height
     return canvas
 
@@ -84,9 +84,9 @@ def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple
     box = (x, y, x + size + 2 * EDGE - 1, y + size + 2 * EDGE - 1)
     inner = (x + EDGE, y + EDGE)
     if tile.good is not None:
-        draw.rectangle(box, fill=FRAMES[tile.good])
+        draw.rectangle(box, fill=FRAME_COLORS[tile.good])
     if tile.picture is None:
-        draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=HOLE)
+        draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=EMPTY_COLOR)
         return
     image = to_image(tile.picture)
     canvas.paste(_fitted(image, size), inner)
@@ -97,7 +97,7 @@ def _fitted(image: Image.Image, size: int) -> Image.Image:
     scale = size / max(image.size)
     shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (size, size), HOLE)
+    square = Image.new("RGB", (size, size), EMPTY_COLOR)
     square.paste(image.resize(shape, how), ((size - shape[0]) // 2, (size - shape[1]) // 2))
     return square
 
@@ -107,8 +107,8 @@ def _marked(tile: Tile) -> str:
     return (mark + tile.caption).strip()
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """At most ``most`` lines of ``width`` pixels; what is cut off ends in dots."""
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+    """At most ``max_lines`` lines of ``width`` pixels; what is cut off ends in dots."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -116,9 +116,9 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> 
             lines[-1] = joined
         else:
             lines.append(word)
-    kept = lines[:most]
+    kept = lines[:max_lines]
     for i, text_line in enumerate(kept):
-        is_cut = i == most - 1 and len(lines) > most
+        is_cut = i == max_lines - 1 and len(lines) > max_lines
         if is_cut or font.getlength(text_line) > width:
             while text_line and font.getlength(text_line + "…") > width:
                 text_line = text_line[:-1]

@@ -18,10 +18,10 @@ from lvrpo.report import formatting
 from lvrpo.report.audit import read_audit
 from lvrpo.report.charts import (
     gradient_audit,
+    headline_charts,
     other_charts,
     ratio_note,
     reward_charts,
-    strip_of_charts,
     validation_charts,
 )
 from lvrpo.report.formatting import label
@@ -71,12 +71,12 @@ def render(run: RunRecord) -> str:
         "run": run,
         "style": markupsafe.Markup((HERE / "style.css").read_text(encoding="utf-8")),
         "verdict": verdict(run),
-        "facts": what_was_run(run),
+        "facts": run_facts(run),
         "command": _command(run.manifest),
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
         "measures": measure_tables(summary_phases(raw), raw.get("difference"), full=True),
         "rewards": reward_charts(run.metrics),
-        "strip": strip_of_charts(run.metrics),
+        "strip": headline_charts(run.metrics),
         "others": other_charts(run.metrics),
         "ratio_note": ratio_note(run.metrics),
         "gradients": gradient_audit(run.metrics),
@@ -88,7 +88,7 @@ def render(run: RunRecord) -> str:
         "audit": audit,
         "notices": [*not_well(raw.get("health")), *alarms, *problems, *_notes(raw.get("notes"))],
         "samples": sample_sections(run, store),
-        "grids": _few_grids(run, store),
+        "grids": _selected_grids(run, store),
     }
     return _environment().get_template("page.html").render(context)
 
@@ -110,7 +110,7 @@ def validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
     ]
 
 
-def what_was_run(run: RunRecord) -> list[tuple[str, str]]:
+def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     """(term, value) for the head of the page; only what is on record."""
     raw = run.summary.raw if run.summary else {}
     last = run.metrics.rows[-1] if run.metrics.rows else {}
@@ -177,7 +177,7 @@ def _notes(notes: object) -> list[str]:
     return [_flat(note) for note in notes] if isinstance(notes, list) else [_flat(notes)]
 
 
-def _few_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Picture]]:
+def _selected_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Picture]]:
     """The first, the middle and the last picture of sampled groups."""
     last = len(run.grids) - 1
     chosen = dict.fromkeys((0, last // 2, last)) if run.grids else {}

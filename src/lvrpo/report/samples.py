@@ -81,7 +81,7 @@ class SampleSections:
 
     pictures: Selection
     answers: Selection
-    fallen: Selection
+    regressed: Selection
     still_wrong: Selection
     judged: int
     """How many prompts have a score before and after."""
@@ -96,9 +96,9 @@ def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
     ids = list(dict.fromkeys([*before, *after]))
     phases = _phases(run)
     views = {i: _view(i, phases, store) for i in ids}
-    even = _in_turn([views[i] for i in ids])
+    even = _round_robin([views[i] for i in ids])
     both = [i for i in ids if _score(before.get(i)) is not None and _score(after.get(i)) is not None]
-    fallen = sorted(
+    regressed = sorted(
         (i for i in both if is_right(before[i]) and not is_right(after[i])), key=lambda i: _score(after[i]) or 0.0
     )
     wrong = sorted(
@@ -108,7 +108,7 @@ def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
     return SampleSections(
         pictures=_select([v for v in even if v.drawn], SHOWN_PICTURES),
         answers=_select([v for v in even if not v.drawn], SHOWN_ANSWERS),
-        fallen=_drawn_first(_select([views[i] for i in fallen], SHOWN_WORST)),
+        regressed=_drawn_first(_select([views[i] for i in regressed], SHOWN_WORST)),
         still_wrong=_drawn_first(_select([views[i] for i in wrong], SHOWN_WORST)),
         judged=len(both),
     )
@@ -148,7 +148,7 @@ def _score(sample: Sample | None) -> float | None:
     return sample.score if sample else None
 
 
-def _in_turn(views: list[SampleView]) -> list[SampleView]:
+def _round_robin(views: list[SampleView]) -> list[SampleView]:
     """The first of each task and category, then the second of each, ...: nothing is chosen by how it came out."""
     queues: dict[tuple[str, str], list[SampleView]] = defaultdict(list)
     for view in views:

@@ -25,7 +25,7 @@ from lvrpo.statistics import MIN_SEEDS, Floats, TwoWayInterval, holm, seeds_and_
 Results = Mapping[str, Mapping[str, Any]]
 """By benchmark. Any: JSON values."""
 NONE = "–"
-TELLS = "≥ x: the smallest true difference that these prompts tell with probability .8"
+DETECTABLE = "≥ x: the smallest true difference detectable with probability .8"
 BEST_OF = "4"
 MIN_QUESTIONS = 10
 """A form with fewer questions is not shown by itself."""
@@ -97,7 +97,7 @@ def samples_table(phases: Mapping[str, Results], difference: Results, full: bool
             cells = [_change(rival) if k == "1" else "" for k in passes]
             rows.append(("", f"single sample minus best of {n} before", *cells, *[""] * (len(bests) + 2)))
     note = "best of n: chosen by the frozen reading side of the judge; spread: standard deviation inside a group"
-    note += f"; {TELLS}" if difference else ""
+    note += f"; {DETECTABLE}" if difference else ""
     return TextTable("Samples of one prompt", ("benchmark", "", *heads), tuple(rows), note)
 
 
@@ -194,8 +194,8 @@ def _interval(raw: Mapping[str, Any] | None, signed: bool = False) -> str:
 
 
 def _change(raw: Mapping[str, Any] | None) -> str:
-    tells = number(raw.get("detectable")) if raw else None
-    return _interval(raw, signed=True) + ("" if tells is None else f" ≥ {score(tells, 2)}")
+    detectable = number(raw.get("detectable")) if raw else None
+    return _interval(raw, signed=True) + ("" if detectable is None else f" ≥ {score(detectable, 2)}")
 
 
 COLORS = {"up": "green", "down": "red", "flat": "dim", "unsure": "dim"}
@@ -306,11 +306,11 @@ class SeedRow:
     """Of no change; of a category adjusted for how many the benchmark has (Holm)."""
 
     @property
-    def told(self) -> str:
-        """up, down, "" where no change is told, or why none can be."""
+    def verdict(self) -> str:
+        """up, down, "" for no significant change, or why none can be tested."""
         if self.change.too_few:
             seeds = self.change.interval.n
-            return f"too few seeds to tell ({seeds})" if seeds < MIN_SEEDS else "too few prompts to tell"
+            return f"too few seeds ({seeds})" if seeds < MIN_SEEDS else "too few prompts"
         if not (self.change.interval.excludes_zero and (not np.isfinite(self.p) or self.p < LEVEL)):
             return ""
         return "up" if self.change.interval.score > 0 else "down"
@@ -358,14 +358,14 @@ def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
     for benchmark, found in seed_rows(runs).items():
         for i, row in enumerate(found if categories else found[:1]):
             name = f"  {row.name.replace('_', ' ')}" if i else label(benchmark)
-            each, tells = row.change.interval, row.change.detectable
+            each, detectable = row.change.interval, row.change.detectable
             spread = f" [{score(each.low, 3, True)}, {score(each.high, 3, True)}]" if np.isfinite(each.low) else ""
             cells = (score(row.before), score(row.after), score(each.score, 3, True) + spread)
-            tells_cell = score(tells) if np.isfinite(tells) else "–"
-            rows.append((name, *cells, tells_cell, f"{row.p:.2g}" if np.isfinite(row.p) else "–", row.told))
+            detectable_cell = score(detectable) if np.isfinite(detectable) else "–"
+            rows.append((name, *cells, detectable_cell, f"{row.p:.2g}" if np.isfinite(row.p) else "–", row.verdict))
     seeds = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
-    heads = ("task", "before", "after", "difference [95 %]", "could tell", "p", "told")
-    note = "interval over seeds and prompts; could tell: with probability .8; p of categories adjusted (Holm)"
+    heads = ("task", "before", "after", "difference [95 %]", "detectable", "p", "significant")
+    note = "interval over seeds and prompts; detectable: effect at power .8; p of categories adjusted (Holm)"
     return TextTable(f"{seeds}, one per seed", heads, tuple(rows), note)
 
 
