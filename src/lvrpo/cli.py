@@ -136,10 +136,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
-        return (
-            WRONG_INPUT,
-            f"error: {read_error_message(Path(os.fsdecode(error.filename)), error, 'name another path')}",
-        )
+        path = Path(os.fsdecode(error.filename))
+        return WRONG_INPUT, f"error: {read_error_message(path, error, 'name another path')}"
     return FAILED, f"error: {type(error).__name__}: {error} (unexpected: --debug shows where)"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from lvrpo import distributed as d
 from lvrpo.config import load_config
 from lvrpo.errors import InputError, LvrpoError
-from lvrpo.evaluation.data_parallel import evaluated
+from lvrpo.evaluation.data_parallel import evaluation_policy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.policies.loading import load_policy
 from lvrpo.rewards.base import Scores, judge_fingerprint
@@ -136,7 +136,7 @@ def evaluate(folder: Path, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     policies = moved(Policies(lively(folder)))
     with torch.no_grad():
         policies.weights.lerp("ema", 0.5)
-    averaged, reference = evaluated(policies, "ema"), evaluated(policies, "reference")
+    averaged, reference = evaluation_policy(policies, "ema"), evaluation_policy(policies, "reference")
     return [asked(averaged, prompts), asked(reference, prompts), asked(averaged, prompts)]
 
 
