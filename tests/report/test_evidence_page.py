@@ -142,7 +142,7 @@ def test_the_page_says_what_there_is_and_what_there_is_not(folder: Path) -> None
     assert "higher" in against
     assert "†" not in against
     assert any(line.startswith("| weak | no grid: it has nothing to tune |") for line in lines)
-    assert "not the evidence" not in page
+    assert "not evidence" not in page
 
 
 def test_too_few_seeds_are_marked(folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_without_summaries_nothing_has_run(tmp_path: Path) -> None:
     assert "0 of 25 runs are there." in page
     assert page.count("Not run.") == len(MEASURES)
     trial = TablePlan("small", False, PLAN.rows, "ours")
-    assert "not the evidence" in evidence_page(trial, Evidence.read(tmp_path))
+    assert "not evidence" in evidence_page(trial, Evidence.read(tmp_path))
 
 
 def test_a_form_that_collapsed_is_named(folder: Path) -> None:
