@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch.nn import functional
 
 from lvrpo.config import Config
@@ -77,7 +77,7 @@ class EditConsistency(Config):
     """As that of ``self_vqa``."""
     questions: QuestionConfig | None = None
     """As that of ``self_vqa``: edits of free text get questions of both kinds."""
-    _vqa: SelfVQA | None
+    _vqa: SelfVQA | None = PrivateAttr()
     _warned: bool = False
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch.nn import functional
 
 from lvrpo.config import Config, Natural
@@ -172,7 +172,7 @@ class Instruction(Config):
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     device: str = "auto"
     """Where the model of ``source`` runs."""
-    _vqa: SelfVQA
+    _vqa: SelfVQA = PrivateAttr()
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -313,7 +313,7 @@ class Knowledge(Config):
     """As that of ``self_vqa``."""
     device: str = "auto"
     """Where the model of ``source`` runs."""
-    _vqa: SelfVQA
+    _vqa: SelfVQA = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
         self._vqa = SelfVQA(choices=self.choices, questions=self.questions)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import PrivateAttr
 
 from lvrpo.config import Config
 from lvrpo.data.base import world_of
@@ -55,7 +56,7 @@ class OCR(Config):
     """Whether case matters."""
     reader: str = "rapidocr"
     """rapidocr (PP-OCR, which carries its models; ``pip install 'lvrpo[ocr]'``), or a class of your own."""
-    _read: TextReader
+    _read: TextReader = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
         self._read = resolve("text reader", self.reader, READERS, ("__call__",))()

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from lvrpo.config import Config, Natural, NonNegative
 from lvrpo.errors import InputError
@@ -292,7 +292,7 @@ class Boxed(Config):
     math_verify: equal as mathematics, sets and intervals included; needs ``pip install 'lvrpo[math]'``."""
     cut_off: CutOff = "mask"
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
-    _same: Callable[[str, str], bool]
+    _same: Callable[[str, str], bool] = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's
         self._same = same_formula if self.compare == "plain" else _math_verify()

@@ -93,16 +93,16 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     groups = [group for group in sampled(live, config) if group.prompt.task == "edit"]
     (objective,) = objectives_of(config, ("text", "flow"))
     A = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]).expand(2, -1)
-    chosen = objective.choose(groups, GroupAdvantages.all_valid(A))
+    chosen = objective.select_members(groups, GroupAdvantages.all_valid(A))
     assert len(chosen) == 8
     assert [len(part) for part in split(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory
     assert recorded_passes(first) == 2 * 3  # steps, branches
     assert objective.passes(first) == 2 * 3 + 2  # and the divergence
     count = live.count_tokens(first)
-    assert count.drawing == 4 * 4 + 2
+    assert count.image == 4 * 4 + 2
     assert count.context == 18 + 18 + len(live.tokenizer.encode("make it red")) + 2
-    two = count.context + 2 * 8 * count.drawing
+    two = count.context + 2 * 8 * count.image
     assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two))] == [2, 2]
     assert [len(part) for part in split(chosen[:4], objective, live, LimitsConfig(backward_tokens=two - 1))] == [
         1,
