@@ -21,8 +21,8 @@ from lvrpo.rewards.verifiable_text import ExactAnswer
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.judge import (
     NUM_DRAWS,
-    Judge,
     JudgeConfig,
+    JudgeRefresh,
     JudgeRows,
     answer_probability,
     build_judge_rows,
@@ -90,7 +90,7 @@ def test_the_reference_is_the_default_judge(lively_policy: Any) -> None:
 
 def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any) -> None:
     policy = lively_policy()
-    judge, policies = Judge(JudgeConfig(refresh_every=2)), Policies(lively_policy(), ["judge"])
+    judge, policies = JudgeRefresh(JudgeConfig(refresh_every=2)), Policies(lively_policy(), ["judge"])
     better, worse = surer(policy, 1.0), surer(policy, -1.0)
     put(policies, "ema", better)
     assert judge.update(1, policies, JudgeRows(QUESTIONS)) == {"judge/version": 0}
@@ -111,7 +111,10 @@ def test_a_better_candidate_is_taken_and_a_worse_one_refused(lively_policy: Any)
 def test_a_candidate_without_numbers_is_refused(lively_policy: Any) -> None:
     policies = Policies(lively_policy(), ["judge"])
     next(iter(policies.weights.sets["ema"].values())).fill_(torch.nan)
-    assert Judge(JudgeConfig(refresh_every=1)).update(1, policies, JudgeRows(QUESTIONS))["judge/action"] == "refused"
+    assert (
+        JudgeRefresh(JudgeConfig(refresh_every=1)).update(1, policies, JudgeRows(QUESTIONS))["judge/action"]
+        == "refused"
+    )
 
 
 def test_a_slow_ema_follows_the_policy_and_is_refreshed_after_the_check(lively_policy: Any) -> None:
@@ -119,8 +122,8 @@ def test_a_slow_ema_follows_the_policy_and_is_refreshed_after_the_check(lively_p
     live = shifted(policy, 0.1)
     expected = 0.9 * weights(policy) + 0.1 * weights(live)
 
-    def followed(**guarded: Any) -> tuple[Judge, Policies]:
-        judge = Judge(JudgeConfig(kind="average", decay=0.9, **guarded))
+    def followed(**guarded: Any) -> tuple[JudgeRefresh, Policies]:
+        judge = JudgeRefresh(JudgeConfig(kind="average", decay=0.9, **guarded))
         policies = Policies(lively_policy(), judge.sets)
         put(policies, "policy", live)
         judge.update(1, policies, JudgeRows(QUESTIONS))
@@ -253,7 +256,7 @@ def test_the_other_description_is_of_the_same_category_where_there_is_one() -> N
 )
 def test_a_candidate_must_be_no_worse_on_either_side(answers: float, sure: float, action: str) -> None:
     held_out = JudgeRows(QUESTIONS, [drawing(i) for i in range(4)])
-    judge = Judge(JudgeConfig(refresh_every=1))
+    judge = JudgeRefresh(JudgeConfig(refresh_every=1))
     row = judge.update(1, sets_of(judge=Drawer(0.5, 2.0), ema=Drawer(answers, sure)), held_out)
     assert row["judge/action"].split(":")[0] == action
     present, proposed = (1 / (1 + math.exp(-x)) for x in (2.0, sure))

@@ -82,7 +82,7 @@ NO_JUDGE_ROWS = JudgeRows()
 
 
 @dataclass
-class Judge:
+class JudgeRefresh:
     """A judge that is refreshed; a mutable part of the state of a run. Its weights are sets of ``Policies``."""
 
     config: JudgeConfig

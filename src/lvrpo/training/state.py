@@ -25,7 +25,7 @@ from lvrpo.policies.loading import TENSORS
 from lvrpo.reading import Record, structure_errors, validate_type
 from lvrpo.training.checkpoint import STATE, load_state, save_state, verify_checkpoint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.judge import Judge
+from lvrpo.training.judge import JudgeRefresh
 from lvrpo.training.losses import uses_old_policy
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.overoptimization import Overoptimization
@@ -81,7 +81,7 @@ class TrainState:
     """Number of most recent consecutive steps with a non-finite gradient."""
     seconds: float = 0.0
     """Training time so far, over all resumptions."""
-    judge: Judge | None = None
+    judge: JudgeRefresh | None = None
     """None: the reference is the judge."""
     overoptimization: Overoptimization | None = None
     """None: not configured."""
@@ -90,7 +90,7 @@ class TrainState:
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
         """The state before the first step: all weight sets equal the policy."""
         sets: list[SetName] = ["old"] if uses_old_policy(config, policy.segment_kinds) else []
-        judge = Judge(config.judge) if config.judge.moves else None
+        judge = JudgeRefresh(config.judge) if config.judge.moves else None
         if judge is not None:
             sets += judge.sets
         policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)
