@@ -154,16 +154,15 @@ def export_options(parser: Parser) -> None:
 
 def export(options: Options) -> None:
     from lvrpo.policies.loading import load_policy
-    from lvrpo.policies.mot.adapter import merge
-    from lvrpo.policies.mot.policy import MoTPolicy
+    from lvrpo.policies.mot.adapter import AdaptablePolicy, merge
     from lvrpo.training.checkpoint import disk_errors
 
     folder: Path = options.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already: choose another name")
     policy = load_policy(options.model, options.device, options.dtype, options.base)
-    merged = isinstance(policy, MoTPolicy) and policy.adapter is not None
-    if isinstance(policy, MoTPolicy):
+    merged = isinstance(policy, AdaptablePolicy) and policy.adapter is not None
+    if isinstance(policy, AdaptablePolicy):
         merge(policy)
     with disk_errors(folder):
         policy.save(folder)

@@ -17,8 +17,7 @@ from lvrpo.distributed import load_sharded, stored_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.base import Policy, missing_members
-from lvrpo.policies.mot.adapter import has_adapter, load_adapter, read_base
-from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.policies.mot.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task
@@ -118,7 +117,7 @@ def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Pat
     if has_adapter(at):
         raise InputError(f"{folder}: its base {base} is an adapter itself: make one model of it with `lvrpo export`")
     policy = load_policy(base, device, dtype)
-    if not isinstance(policy, MoTPolicy):
+    if not isinstance(policy, AdaptablePolicy):
         raise InputError(f"{folder}: its base {base} is of a kind that takes no adapter: name another base")
     load_adapter(policy, folder, base)
     return policy

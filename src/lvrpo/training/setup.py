@@ -23,7 +23,7 @@ from lvrpo.policies.loading import (
     policy_folder,
     possible_tasks,
 )
-from lvrpo.policies.mot.adapter import add_adapter, has_adapter, peft_library, require_moved
+from lvrpo.policies.mot.adapter import AdaptablePolicy, add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed
@@ -66,7 +66,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
     policy = load_policy(base, config.device, weights_dtype(config, base))
     config.require_policy_fit(policy.segment_kinds, tasks)
     if config.adapter is not None:
-        if not isinstance(policy, MoTPolicy):
+        if not isinstance(policy, AdaptablePolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())

@@ -83,6 +83,32 @@ def test_the_recipe_runs_and_goes_on_bit_for_bit(small: list[str], folder: Path)
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # of peft
+def test_an_adapter_alone_is_trained_and_peft_reads_it(small: list[str], folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = [*small, "steps=1", "adapter={rank: 2, modules: [attention, mlp, connector, head]}"]
+    trainer = Trainer.start(load_config(TrainConfig, shipped_configs()["janus_lvrpo"], settings), Path("run"))
+    with trainer.run:
+        assert trainer.train()
+    assert all(check["ok"] for check in json.loads(Path("run/contract.json").read_text()))
+    tuned, base = load_policy("run"), load_policy(folder)
+    assert isinstance(tuned, JanusPolicy)
+    assert isinstance(base, JanusPolicy)
+    contexts, texts = [("a red circle",)], ["yes"]
+    moved = tuned.text_logprob(contexts, texts)
+    assert not torch.equal(moved, base.text_logprob(contexts, texts))
+    reference = tuned.make_reference()
+    assert torch.equal(reference.text_logprob(contexts, texts), base.text_logprob(contexts, texts))
+    table = tuned.model.get_input_embeddings().weight
+    assert reference.model.get_input_embeddings().weight is table
+
+    (step,) = Path("run/checkpoints").glob("step_000001")
+    base.model = peft.PeftModel.from_pretrained(base.model, step).merge_and_unload()
+    assert torch.allclose(base.text_logprob(contexts, texts), moved, atol=1e-5)
+    assert main(["export", "run", "whole"]) == 0
+    assert torch.allclose(load_policy("whole").text_logprob(contexts, texts), moved, atol=1e-5)
+
+
 def test_float32_keeps_the_step_0_contract_exactly(small: list[str]) -> None:
     settings = [*small, "precision.compute=null", "steps=1", "rollout.guided_logprobs=joint"]
     trainer = Trainer.start(load_config(TrainConfig, shipped_configs()["janus_lvrpo"], settings), Path("run"))
@@ -101,7 +127,10 @@ def test_float32_keeps_the_step_0_contract_exactly(small: list[str]) -> None:
         ("data.prompts_per_step.edit=1", "prompts_per_step.edit=1: policy=.* does understand, generate, reason alone"),
         ("rollout.num_steps=4", "rollout.num_steps=4: is of flow and masked"),
         ("tokens=null", "tokens: policy=.* draws such segments, and nothing says how they are trained"),
-        ("adapter={}", "is of a kind that takes none: leave the section out"),
+        (
+            "adapter={modules: [time]}",
+            "no time of understand or generate: the model has attention .generate., attention",
+        ),
     ],
 )
 def test_what_a_run_cannot_do_is_one_line(small: list[str], setting: str, words: str) -> None:

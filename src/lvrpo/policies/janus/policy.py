@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling, TokenCounts
-from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.policies.janus.checkpoint import load_model, save_model
 from lvrpo.policies.janus.generate import Decoder, generate_image_tokens, generate_text
 from lvrpo.policies.janus.processor import PATCH, Processor
+from lvrpo.policies.mot.adapter import AdaptablePolicy, Modules
 from lvrpo.sampling import derive_seed, guide_logits, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -78,7 +78,7 @@ class _Scored:
     """The row without the prompt, where guidance mixes it in; as long as the row up to this segment's end."""
 
 
-class JanusPolicy(PolicyDefaults):
+class JanusPolicy(AdaptablePolicy):
     """Janus and Janus-Pro of any size, as ``JanusForConditionalGeneration`` of transformers computes them.
 
     A text or a picture's tokens follow the prompt; with ``("text", "image")`` the picture follows the words that were
@@ -88,6 +88,13 @@ class JanusPolicy(PolicyDefaults):
     segment_kinds: tuple[SegmentKind, ...] = ("text", "tokens")
     tasks: tuple[Task, ...] = ("understand", "generate", "reason")
     """It was not trained to draw from a picture."""
+    adapter_patterns: ClassVar[Mapping[Modules, str]] = {
+        "attention": r"model\.model\.(?P<expert>language_model)\.layers\.\d+\.self_attn\.[qkvo]_proj",
+        "mlp": r"model\.model\.(?P<expert>language_model)\.layers\.\d+\.mlp\.(gate|up|down)_proj",
+        "connector": r"model\.model\.(?P<expert>aligner|generation_aligner)\.(fc1|hidden_layers\.\d+)",
+        "head": r"model\.(model\.)?(?P<expert>lm_head|generation_head)(\.proj_out|\.vision_head)?",
+        "tower": r"model\.model\.(?P<expert>vision_model)\..+",
+    }
 
     def __init__(self, model: Any, processor: Processor) -> None:
         """``model``: a JanusForConditionalGeneration. Any: of an optional package. Its autoencoder stays frozen."""
@@ -485,7 +492,11 @@ class JanusPolicy(PolicyDefaults):
                 groups[_expert_of(name)].append(parameter)
         return groups
 
-    def save(self, folder: Path) -> None:
+    def stored_name(self, name: str) -> str:
+        """Without the name of the whole model, which is of this policy."""
+        return name.removeprefix("model.")
+
+    def save_model(self, folder: Path) -> None:
         """Writes a folder that ``JanusForConditionalGeneration.from_pretrained`` reads too."""
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)

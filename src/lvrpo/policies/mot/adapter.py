@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -22,13 +23,11 @@ from lvrpo import distributed
 from lvrpo.atomic_io import read_weights, write_tensors
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.policies.defaults import PolicyDefaults
 from lvrpo.reading import read_json_object
 from lvrpo.types import SegmentKind
 
-if TYPE_CHECKING:
-    from lvrpo.policies.mot.policy import MoTPolicy
-
-P = TypeVar("P", bound="MoTPolicy")
+P = TypeVar("P", bound="AdaptablePolicy")
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft names them."""
@@ -54,14 +53,12 @@ OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
     "text": ("towers.lm_head", "head", "understand", "text"),
 }
 """By kind of segments: the output layer, its kind of module and expert, and a name for messages."""
-EXPERTS: Mapping[str, Expert] = {
-    "reading": "understand",
-    "read": "understand",
-    "lm": "understand",
-    "drawing": "generate",
-    "latent": "generate",
-    "time": "generate",
+EXPERTS: Mapping[str, tuple[Expert, ...]] = {
+    **dict.fromkeys(("reading", "read", "lm", "aligner", "lm_head", "vision_model"), ("understand",)),
+    **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
+    "language_model": ("understand", "generate"),
 }
+"""Whose a layer is, by the group of its pattern; one of both experts is adapted with either."""
 
 
 class AdapterConfig(Config):
@@ -89,22 +86,24 @@ class AdapterConfig(Config):
             raise ValueError("the replay of a rollout would drop other numbers than the rollout did: use 0")
         return dropout
 
-    def targets(self, policy: nn.Module) -> list[str]:
+    def targets(self, policy: AdaptablePolicy) -> list[str]:
         """Names of the chosen linear layers; raises InputError where a choice finds none."""
         found: dict[tuple[Modules, Expert], list[str]] = {}
         for name, module in policy.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            for kind, pattern in PATTERNS.items():
+            for kind, pattern in policy.adapter_patterns.items():
                 if match := re.fullmatch(pattern, name):
-                    found.setdefault((kind, EXPERTS[match["expert"]]), []).append(name)
+                    for expert in EXPERTS[match["expert"]]:
+                        found.setdefault((kind, expert), []).append(name)
         for kind in self.modules:
             if not any((kind, expert) in found for expert in self.experts):
                 have = sorted({f"{kind} ({expert})" for kind, expert in found})
                 raise InputError(
                     f"adapter.modules: no {kind} of {' or '.join(self.experts)}: the model has {', '.join(have)}"
                 )
-        return [n for kind in self.modules for expert in self.experts for n in found.get((kind, expert), [])]
+        chosen = [found.get((kind, expert), []) for kind in self.modules for expert in self.experts]
+        return list(dict.fromkeys(name for names in chosen for name in names))
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,40 @@ class Adapter:
     """``base_fingerprint`` of the base."""
 
 
-def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int = 0) -> None:
+class AdaptablePolicy(PolicyDefaults):
+    """A policy that an adapter can be put on."""
+
+    adapter_patterns: ClassVar[Mapping[Modules, str]] = PATTERNS
+    """Its linear layers by kind, each with a group ``expert`` that is a key of ``EXPERTS``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: Adapter | None = None
+        self.peft_config: dict[str, Any] = {}  # Any: of an optional package
+
+    def make_reference(self) -> Self:
+        """A frozen copy; with an adapter, the base without it, whose tensors are shared, not copied."""
+        plain = copy.deepcopy(self) if self.adapter is None else without_adapter(self)
+        plain.requires_grad_(False)
+        return plain.eval()
+
+    def stored_name(self, name: str) -> str:
+        """The published name of a module, which the files of an adapter use."""
+        return name
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that ``load_policy`` reads: the whole model, or the adapter alone where there is one."""
+        if self.adapter is None:
+            self.save_model(folder)
+        else:
+            save_adapter(self, folder)
+
+    @abstractmethod
+    def save_model(self, folder: Path) -> None:
+        """Writes a folder that ``load`` reads."""
+
+
+def add_adapter(policy: AdaptablePolicy, config: AdapterConfig, base: str, seed: int = 0) -> None:
     """Adds a fresh adapter to a policy, in place: outputs do not change, and it alone is trainable.
 
     A matrices are a function of the seed, B matrices zero; both are float32.
@@ -134,7 +166,7 @@ def add_adapter(policy: MoTPolicy, config: AdapterConfig, base: str, seed: int =
     policy.adapter = adapter
 
 
-def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
+def _require_directions(policy: AdaptablePolicy, config: AdapterConfig) -> None:
     """Raises InputError where DoRA would divide by the zero norm of a row."""
     if config.dora:
         for name in config.targets(policy):
@@ -145,7 +177,7 @@ def _require_directions(policy: MoTPolicy, config: AdapterConfig) -> None:
                 )
 
 
-def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[SegmentKind]) -> None:
+def require_moved(policy: AdaptablePolicy, config: AdapterConfig, kinds: Collection[SegmentKind]) -> None:
     """Raises InputError where an output layer is all zeros, so that the adapter changes no output."""
     for kind in kinds:
         name, module, expert, word = OUTPUTS.get(kind, ("", "head", "understand", ""))
@@ -159,7 +191,7 @@ def require_moved(policy: MoTPolicy, config: AdapterConfig, kinds: Collection[Se
             )
 
 
-def inject_adapter(policy: MoTPolicy, config: AdapterConfig, seed: int = 0) -> None:
+def inject_adapter(policy: AdaptablePolicy, config: AdapterConfig, seed: int = 0) -> None:
     """Injects a fresh adapter, float32; no other parameter stays trainable."""
     peft, targets = peft_library(), config.targets(policy)
     policy.requires_grad_(False)
@@ -201,7 +233,7 @@ def without_adapter(policy: P) -> P:
     return plain
 
 
-def merge(policy: MoTPolicy) -> None:
+def merge(policy: AdaptablePolicy) -> None:
     """Merges the adapter into copies of the weights, in float32; shared base tensors are not changed."""
     for name, layer in (_layers(policy) if policy.adapter is not None else {}).items():
         base = layer.base_layer
@@ -221,7 +253,7 @@ def has_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() or (folder / ADAPTER_WEIGHTS).is_file()
 
 
-def save_adapter(policy: MoTPolicy, folder: Path) -> None:
+def save_adapter(policy: AdaptablePolicy, folder: Path) -> None:
     """Writes the adapter in peft's format; metadata of the weights has the fingerprint of the base."""
     assert policy.adapter is not None
     peft, adapter = peft_library(), policy.adapter
@@ -253,7 +285,7 @@ def read_base(folder: Path) -> str:
     return base
 
 
-def load_adapter(policy: MoTPolicy, folder: Path, base: str) -> None:
+def load_adapter(policy: AdaptablePolicy, folder: Path, base: str) -> None:
     """Loads a saved adapter into its base, in place.
 
     Raises InputError for a damaged file, one that lvrpo did not save, or the adapter of another base.
@@ -302,16 +334,17 @@ def base_fingerprint(policy: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stored_name(policy: MoTPolicy, name: str) -> str:
+def _stored_name(policy: AdaptablePolicy, name: str) -> str:
     """Name of an adapter's tensor in its file: peft's prefix, the published layer name, peft's suffix."""
     layer, _, ending = name.partition(".lora_")
     return f"base_model.model.{policy.stored_name(layer)}.lora_{ending}"
 
 
-def _shell(policy: MoTPolicy) -> nn.Module:
+def _shell(policy: AdaptablePolicy) -> nn.Module:
     """The modules of a policy in a plain module: peft expects a ``config`` of transformers."""
     shell = nn.Module()
-    shell.transformer, shell.towers = policy.transformer, policy.towers  # type: ignore[assignment]  # a Module
+    for name, child in policy.named_children():
+        shell.add_module(name, child)
     if policy.peft_config:
         shell.peft_config = policy.peft_config  # type: ignore[assignment]  # no tensor
     return shell

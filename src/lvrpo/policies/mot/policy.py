@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling, TokenCounts
-from lvrpo.policies.defaults import PolicyDefaults
-from lvrpo.policies.mot import adapter, flow_sampler, generate, likelihood, model_runner
+from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
+from lvrpo.policies.mot.adapter import AdaptablePolicy
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
 from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
 from lvrpo.policies.mot.trajectory import (
@@ -78,7 +77,7 @@ class _Member:
     member: int
 
 
-class MoTPolicy(PolicyDefaults):
+class MoTPolicy(AdaptablePolicy):
     """A policy that understands and generates images with any ``Encoders``."""
 
     model_type = "lvrpo_mot"
@@ -92,8 +91,6 @@ class MoTPolicy(PolicyDefaults):
         self.towers: Encoders = towers  # type: ignore[assignment]  # a Module that keeps the protocol
         self.tokenizer = tokenizer
         self.version = 0
-        self.adapter: adapter.Adapter | None = None
-        self.peft_config: dict[str, Any] = {}  # Any: of an optional package
         self._autocast: torch.dtype | None = None
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
@@ -383,12 +380,6 @@ class MoTPolicy(PolicyDefaults):
         self.transformer.checkpointing = on
 
     # ---------------------------------------------------------------- weights
-    def make_reference(self) -> Self:
-        """A frozen copy; with an adapter, the base without it, whose tensors are shared, not copied."""
-        plain = copy.deepcopy(self) if self.adapter is None else adapter.without_adapter(self)
-        plain.requires_grad_(False)
-        return plain.eval()
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by expert; embeddings that both experts use are "shared"."""
         groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
@@ -397,21 +388,6 @@ class MoTPolicy(PolicyDefaults):
                 continue
             groups[_expert_of(name)].append(parameter)
         return groups
-
-    def stored_name(self, name: str) -> str:
-        """The published name of a module, which the files of an adapter use."""
-        return name
-
-    def save(self, folder: Path) -> None:
-        """Writes a folder that ``load_policy`` reads: the whole model, or the adapter alone where there is one."""
-        if self.adapter is None:
-            self.save_model(folder)
-        else:
-            adapter.save_adapter(self, folder)
-
-    @abstractmethod
-    def save_model(self, folder: Path) -> None:
-        """Writes a folder that ``load`` reads."""
 
     @classmethod
     @abstractmethod
