@@ -139,7 +139,7 @@ def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pyt
             return True
 
     job, this = Job("run", "ours", "one", 0), open_runner(small)
-    monkeypatch.setattr(Runner, "chosen", lambda self, row: ())
+    monkeypatch.setattr(Runner, "best_overrides", lambda self, row: ())
     with monkeypatch.context() as patch:
         patch.setattr(runner, "InterruptHandler", AtOnce)
         with pytest.raises(Interrupted, match="the same command goes on"):
