@@ -25,6 +25,8 @@ from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
+from lvrpo.policies.janus.create import JanusSizes
+from lvrpo.policies.janus.processor import ImageSettings
 from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
@@ -96,9 +98,10 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "train": (TrainConfig, ("train", "empty.yaml", "policy=nowhere", "--out", "new")),
     "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
+    "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
 }
-READ_OTHERWISE = {BagelConfig, BagelSettings, ResizeRule, VitConfig}
-"""Made of the files of a BAGEL, whose keys are not these fields (tests/policies/bagel/test_mistakes.py)."""
+READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, ResizeRule, VitConfig}
+"""Made of the files of a BAGEL or Janus, whose keys are not these fields (tests of their mistakes stand there)."""
 
 
 @pytest.fixture(scope="module")

@@ -263,14 +263,14 @@ SHAPES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest: no hash": (lambda r: (r / "manifest.json").write_text("{}"), "manifest.json: config_sha256={}: field"),
     "evaluation: a list": (
         lambda r: [(r / "eval").mkdir(exist_ok=True), (r / "eval/before.json").write_text("[1]")],
-        "eval/before.json: [1]: input should be",
+        "eval/before.json: the file is list, not an object",
     ),
     "evaluation: scores of another kind": (
         lambda r: [
             (r / "eval").mkdir(exist_ok=True),
             (r / "eval/before.json").write_text('{"seconds": 1.0, "scores": {"edit": [1]}}'),
         ],
-        "eval/before.json: scores.edit=[1]: input should be",
+        "eval/before.json: scores.edit is list, not an object",
     ),
     "evaluation: lists that differ": (
         lambda r: [

@@ -145,8 +145,10 @@ class BenchmarkRecord:
     """Whether a prompt has a composition that training never shows."""
 
     def __post_init__(self) -> None:
-        lengths = {len(values) for values in vars(self).values() if isinstance(values, tuple) and values}
-        if lengths - {len(self.ids)}:
+        """Raises ValueError where lists differ in length."""
+        lists = [value for value in vars(self).values() if isinstance(value, tuple)]
+        required = (self.ids, self.categories, self.clusters, self.scores)
+        if any(len(each) != len(self.ids) for each in [*required, *filter(None, lists)]):
             raise ValueError("its lists differ in length")
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -49,7 +50,7 @@ from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import Prompt
+from lvrpo.types import TASKS, Prompt, Task
 
 RESULT = "eval/after.json"
 
@@ -405,7 +406,9 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     if benchmarks:
         return Plan(tuple(benchmarks))
     if config.data.source == "scenes":
-        tasks = possible_tasks(config.policy)
+        tasks: Sequence[Task] = TASKS
+        with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
+            tasks = possible_tasks(config.policy)
         able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
         return Plan() if len(able) == len(BENCHMARKS) else Plan(able)
     if config.data.source != "jsonl":
