@@ -77,7 +77,7 @@ def test_a_failed_score_is_nan_and_group_comparisons_do_not_count() -> None:
 
 def test_validation_handles_negative_rewards_and_ignores_failures() -> None:
     validator, state = Validator({"understand": [group("a").prompt]}, TrainConfig()), ValidationState()
-    for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "fallen")):
+    for mean, verdict in ((-0.5, "best"), (-0.4, "best"), (-0.9, "regressed")):
         validator._sample = lambda policies: {}  # type: ignore[method-assign]
         validator._scores = lambda outputs, policies, mean=mean: {"understand": [mean, mean, math.nan]}  # type: ignore[method-assign]
         assert validator.validate(sets_of(), state, 0).verdict == verdict  # type: ignore[arg-type]
