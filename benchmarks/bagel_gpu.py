@@ -22,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.bagel.checkpoint import VAE
 from lvrpo.policies.bagel.config import BagelConfig
 from lvrpo.policies.bagel.create import BagelSizes, bagel_config, position_table, train_tokenizer
@@ -30,7 +31,6 @@ from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, Bage
 from lvrpo.policies.bagel.tokenizer import BagelTokenizer
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.mot import flow_sampler
-from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of

@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, known seeds, an empty working directory, a quiet home for plots.
+"""What every test starts from: one thread, known seeds and an empty working directory.
 
 The shapes written in the signatures of the equations are enforced while the tests run.
 """

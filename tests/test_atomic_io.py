@@ -14,9 +14,9 @@ from lvrpo import atomic_io
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.commands.inputs import write_file
 from lvrpo.config import Config
+from lvrpo.policies.adapter import AdapterConfig, inject_adapter
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import AdapterConfig, inject_adapter
 from lvrpo.rewards.questions import TextCache
 from lvrpo.training.checkpoint import checkpoint_writer, save_state
 from lvrpo.training.run_directory import RunDirectory

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from lvrpo.atomic_io import read_tensors, read_weights
 from lvrpo.cli import main
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training.checkpoint import load_state, save_state
 

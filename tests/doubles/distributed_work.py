@@ -17,10 +17,10 @@ from torch import nn
 
 from lvrpo import distributed as d
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
+from lvrpo.policies.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.bagel.create import create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.optimizer import orthogonalize
 from lvrpo.types import Example, Prompt

@@ -14,10 +14,10 @@ from torch import nn
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge, require_moved
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import AdapterConfig, add_adapter, base_fingerprint, is_adapter, merge, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.policies import Policies, SetName

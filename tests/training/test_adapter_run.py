@@ -13,8 +13,8 @@ from stored import stored
 from lvrpo.cli import main
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import is_adapter
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.setup import open_policy

@@ -14,9 +14,9 @@ from torch import nn
 
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import is_adapter
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.training.checkpoint import load_state, save_state

@@ -153,8 +153,8 @@ def export_options(parser: Parser) -> None:
 
 
 def export(options: Options) -> None:
+    from lvrpo.policies.adapter import AdaptablePolicy, merge
     from lvrpo.policies.loading import load_policy
-    from lvrpo.policies.mot.adapter import AdaptablePolicy, merge
     from lvrpo.training.checkpoint import disk_errors
 
     folder: Path = options.folder

@@ -226,9 +226,7 @@ class TokenPolicy(PolicyDefaults):
         trajectories = [Trajectory(p, m, tuple(made[i]), seed) for i, (p, m, seed) in enumerate(rows)]
         size, scored = sampling.group_size, []
         for trajectory, own in zip(trajectories, self.logprobs(trajectories), strict=True):
-            pairs = zip(trajectory.segments, own, strict=True)
-            segments = tuple(replace(segment, behavior_logprobs=row.logprobs) for segment, row in pairs)
-            scored.append(replace(trajectory, segments=segments))
+            scored.append(with_behavior_logprobs(trajectory, own))
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _kind(self, output: Sequence[OutputKind], k: int) -> SegmentKind:
@@ -303,7 +301,7 @@ class TokenPolicy(PolicyDefaults):
             equal: dict[Hashable, list[int]] = defaultdict(list)
             for i, t in enumerate(trajectories):
                 if k < lengths[i]:
-                    equal[_settings(t.segments[k])].append(i)
+                    equal[replay_settings(t.segments[k])].append(i)
             for chosen in equal.values():
                 before = [trajectories[i] for i in chosen]
                 contexts = [self.context_ids(t.prompt.parts, t.segments[:k]) for t in before]
@@ -387,7 +385,14 @@ class TokenPolicy(PolicyDefaults):
         return torch.stack(each, dim=1)
 
 
-def _settings(segment: Any) -> Hashable:
+def with_behavior_logprobs(trajectory: Trajectory, rows: Sequence[SegmentLogprobs]) -> Trajectory:
+    """The trajectory with the log-probs of its own replay as those of sampling, on the CPU."""
+    pairs = zip(trajectory.segments, rows, strict=True)
+    segments = tuple(replace(segment, behavior_logprobs=row.logprobs.cpu()) for segment, row in pairs)
+    return replace(trajectory, segments=segments)
+
+
+def replay_settings(segment: Any) -> Hashable:
     """Segments with equal settings are replayed in one batch. Any: a segment of any kind."""
     if segment.kind == "text":
         return "text", segment.temperature

@@ -16,8 +16,8 @@ from torch import nn
 from lvrpo.distributed import load_sharded, stored_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
+from lvrpo.policies.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.policies.base import Policy, missing_members
-from lvrpo.policies.mot.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +17,7 @@ import torch
 from pydantic import AfterValidator
 
 from lvrpo.errors import InputError
+from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts
 
@@ -190,7 +189,7 @@ def check_tower(folder: str) -> Path:
     kind = _config(path).get("model_type")
     if kind not in TOWERS:
         raise InputError(f"{path}: model_type={kind!r}: use a folder of {' or '.join(TOWERS)}")
-    _transformers()
+    transformers_library("source: a folder")
     return path
 
 
@@ -198,7 +197,7 @@ def check_reader(folder: str) -> Path:
     """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
     path = _folder(folder)
     kind = _config(path).get("model_type")
-    _transformers()
+    transformers_library("source: a folder")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -233,15 +232,6 @@ ReaderSource = Annotated[str, _own_or(check_reader)]
 """``OWN``, or a local folder of a model that reads pictures and writes."""
 
 
-def _transformers() -> Any:
-    """Any: the package is optional."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("source: a folder needs the package transformers: pip install 'lvrpo[external]'") from None
-    return transformers
-
-
 def folder_fingerprint(path: Path) -> str:
     """Name of the folder and a hash of its settings, and of the sizes and evenly spaced pieces of its weights.
 
@@ -265,9 +255,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _loaded(path: Path, kind: str) -> Any:
     """Any: a model or processor of the optional package."""
-    transformers = _transformers()
+    transformers = transformers_library("source: a folder")
     try:
-        with _quiet(transformers):
+        with quiet_loading(transformers):
             found = getattr(transformers, kind).from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
@@ -275,23 +265,6 @@ def _loaded(path: Path, kind: str) -> Any:
         line = " ".join(str(error).split())
         raise InputError(f"{path}: {kind} cannot be loaded ({line[:200]}): restore the folder") from None
     return found.eval().requires_grad_(False) if isinstance(found, torch.nn.Module) else found
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Loading says much that is of no use to a run. Any: the optional package."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
 
 
 def _device(device: str) -> str:

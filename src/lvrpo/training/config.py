@@ -12,8 +12,8 @@ from lvrpo.data.base import DATASETS
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdapterConfig
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot.adapter import AdapterConfig
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from lvrpo.distributed import world_size
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import has_adapter, inject_adapter
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import flow_sampler, generate
-from lvrpo.policies.mot.adapter import has_adapter, inject_adapter
 from lvrpo.policies.mot.attention import forget_packings
 from lvrpo.policies.mot.generate import Decoder, decode_batch_size
 from lvrpo.policies.mot.model_runner import Grid, row_tokens, run_ids

@@ -13,8 +13,8 @@ from torch import nn
 from lvrpo.config import Config, NonNegative
 from lvrpo.distributed import ShardedMuon, gradient_norms, local
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import is_adapter
 from lvrpo.policies.base import Policy
-from lvrpo.policies.mot.adapter import is_adapter
 from lvrpo.training.checkpoint import load_optimizer_state, optimizer_state
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

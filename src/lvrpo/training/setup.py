@@ -11,6 +11,7 @@ from lvrpo.config import dump_config
 from lvrpo.distributed import is_main, on_main, world_size
 from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN
+from lvrpo.policies.adapter import AdaptablePolicy, add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import (
@@ -23,7 +24,6 @@ from lvrpo.policies.loading import (
     policy_folder,
     possible_tasks,
 )
-from lvrpo.policies.mot.adapter import AdaptablePolicy, add_adapter, has_adapter, peft_library, require_moved
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed

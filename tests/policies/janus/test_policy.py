@@ -175,14 +175,14 @@ def test_both_sides_judge(janus: JanusPolicy, prompts: list[Prompt]) -> None:
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
     words, picture = janus.reading_states(["a red circle", parts[0]], 1)
-    assert words.shape == (len(janus.processor.words("a red circle")), 64)
+    assert words.shape == (len(janus.processor.tokenize("a red circle")), 64)
     assert picture.shape == (16, 64)
     with pytest.raises(InputError, match="layer=3: the policy has 2 layers"):
         janus.reading_states(["a"], 3)
 
 
 REFUSED: list[tuple[Prompt, Sampling, str]] = [
-    (Prompt("e", "edit", (torch.rand(3, 32, 32), "red"), ("image",)), BASE, "draws from words alone, not from a pict"),
+    (Prompt("e", "edit", (torch.rand(3, 32, 32), "red"), ("image",)), BASE, "draws from text alone, not from a pict"),
     (Prompt("u", "understand", ("what",), ("text",)), BASE, "task 'understand' needs a picture"),
     (Prompt("o", "reason", ("x",), ("image", "text")), BASE, "a Janus answers, draws, or thinks and draws, not image,"),
     (Prompt("m", "generate", ("a <end_of_image>",), ("image",)), BASE, "holds <end_of_image>, a marker of the model"),

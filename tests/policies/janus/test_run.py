@@ -153,7 +153,7 @@ def test_commands_work_on_a_folder(small: list[str], capfd: pytest.CaptureFixtur
             ["evaluate", "model", "--benchmark", "edit", "--n", "2"],
             "this model does understand, generate, reason alone",
         ),
-        (["edit", "model", "redder", "--image", "drawn/00000.png", "--out", "x.png"], "draws from words alone"),
+        (["edit", "model", "redder", "--image", "drawn/00000.png", "--out", "x.png"], "draws from text alone"),
         (["init", "janus-tiny", "other", "image_size=36"], "image_size=36: must be a multiple of patch_size=8"),
         (["init", "janus-tiny", "other", "--train-autoencoder", "5"], "is of bagel-tiny"),
     ):

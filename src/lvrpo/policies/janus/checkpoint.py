@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +11,10 @@ from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
 from lvrpo.policies.janus.processor import json_bytes
+from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def transformers_library() -> Any:
-    """The package. Any: it is optional."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("a Janus needs transformers: pip install 'lvrpo[external]'") from None
-    return transformers
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -33,18 +22,18 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
 
     Raises InputError, one line, for what is missing, damaged, of other shapes or not finite.
     """
-    transformers = transformers_library()
+    transformers = transformers_library("a Janus")
     found = read_json_object(folder / CONFIG)
     if found.get("model_type") != "janus":
         raise InputError(f"{folder}: holds a model of type {found.get('model_type')!r}, not 'janus': give another one")
     try:
-        with quiet(transformers), torch.device("meta"):
+        with quiet_loading(transformers), torch.device("meta"):
             shapes = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_dict(found)).state_dict()
     except Exception as error:  # transformers checks its fields in many ways
         raise InputError(f"{folder / CONFIG}: {_line(error)}: restore the file") from None
     _require_shapes(folder, shapes, find_tensors(folder, ("model",), "the weights of a Janus"))
     try:
-        with quiet(transformers):
+        with quiet_loading(transformers):
             model, report = transformers.JanusForConditionalGeneration.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -73,7 +62,7 @@ def save_model(model: Any, folder: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     known: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in known:  # the head of words may be the table of words
+        if id(tensor) not in known:  # lm_head may share the embedding's weight
             known.add(id(tensor))
             state[name] = tensor.detach().cpu().contiguous()
     write_tensors(folder / WEIGHTS, state, {"format": "pt"})
@@ -81,23 +70,6 @@ def save_model(model: Any, folder: Path) -> None:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write_atomic(folder / CONFIG, json_bytes(config))
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Loading says much that is of no use to a run. Any: the optional package."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

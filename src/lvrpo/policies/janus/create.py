@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lvrpo.config import Config
-from lvrpo.policies.janus.checkpoint import transformers_library
-from lvrpo.policies.janus.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, JanusPolicy
-from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor, json_bytes
+from lvrpo.policies.janus.policy import JanusPolicy
+from lvrpo.policies.janus.processor import TEMPLATE, THINK_THEN_ANSWER, THINK_THEN_DRAW, TOKENS, Processor, json_bytes
+from lvrpo.policies.transformers_library import transformers_library
 
 MARKERS = {
     "pad_token": "<|pad|>",
@@ -66,8 +66,8 @@ class JanusSizes(Config):
 
 
 def create_janus(sizes: JanusSizes, texts: Sequence[str] = ()) -> JanusPolicy:
-    """A fresh policy; its words are bytes and the merges that ``texts`` suggest."""
-    transformers = transformers_library()
+    """A fresh policy; its tokenizer has bytes and the merges learned from ``texts``."""
+    transformers = transformers_library("a Janus")
     tokenizer = learn_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
     ids = {name: number for number, name in enumerate(MARKERS)}  # they come first
     with torch.random.fork_rng(devices=[]):

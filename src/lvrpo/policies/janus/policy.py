@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdaptablePolicy, Modules
 from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
 from lvrpo.policies.janus.checkpoint import load_model, save_model
 from lvrpo.policies.janus.generate import Decoder, generate_image_tokens, generate_text
-from lvrpo.policies.janus.processor import PATCH, Processor
-from lvrpo.policies.mot.adapter import AdaptablePolicy, Modules
+from lvrpo.policies.janus.processor import PATCH, THINK_THEN_ANSWER, THINK_THEN_DRAW, Processor, Row
 from lvrpo.sampling import derive_seed, guide_logits, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -45,26 +46,6 @@ DECODED = 16
 TEXT_TOKENS = 512
 """What is written at most, unless told otherwise."""
 OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
-THINK_THEN_DRAW = (
-    "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
-)
-THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
-"""What prompts of the task ``reason`` begin with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """What goes through the transformer: words by their ids, ``PATCH`` per patch of a picture, image tokens above."""
-
-    ids: tuple[int, ...]
-    """An image token c is vocabulary_size + c, so that one list holds both."""
-    pictures: tuple[Image, ...] = ()
-    """Those that the patches are of, in order."""
-
-    @property
-    def key(self) -> Hashable:
-        """The same for rows of the same content."""
-        return self.ids, tuple(map(id, self.pictures))
 
 
 @dataclass(frozen=True)
@@ -81,8 +62,8 @@ class _Scored:
 class JanusPolicy(AdaptablePolicy):
     """Janus and Janus-Pro of any size, as ``JanusForConditionalGeneration`` of transformers computes them.
 
-    A text or a picture's tokens follow the prompt; with ``("text", "image")`` the picture follows the words that were
-    written, as one answer. Guidance is classifier-free: the other branch has padding in the place of all words.
+    Text or image tokens follow the prompt; with ``("text", "image")`` the image follows the text, as one answer.
+    Guidance is classifier-free: the unconditional branch has padding in the place of the prompt.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "tokens")
@@ -193,7 +174,7 @@ class JanusPolicy(AdaptablePolicy):
                     for k, segment in zip(part, found, strict=True):
                         made[waiting[k]] += (segment,)
         drawn = [Trajectory(p, m, made[i], seed, self.version) for i, (p, m, seed) in enumerate(members)]
-        scored = [_with_behavior(t, rows) for t, rows in zip(drawn, self.logprobs(drawn), strict=True)]
+        scored = [with_behavior_logprobs(t, rows) for t, rows in zip(drawn, self.logprobs(drawn), strict=True)]
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _check(self, prompt: Prompt, sampling: Sampling) -> None:
@@ -202,7 +183,7 @@ class JanusPolicy(AdaptablePolicy):
         if prompt.output not in OUTPUTS:
             raise InputError(f"{named}: a Janus answers, draws, or thinks and draws, not {', '.join(prompt.output)}")
         if "image" in prompt.output and pictures:
-            raise InputError(f"{named}: a Janus draws from words alone, not from a picture: leave the picture out")
+            raise InputError(f"{named}: a Janus draws from text alone, not from a picture: leave the picture out")
         if prompt.task == "understand" and not pictures:
             raise InputError(f"{named}: task 'understand' needs a picture: give one")
         side = self.drawn_side
@@ -286,7 +267,7 @@ class JanusPolicy(AdaptablePolicy):
         return Row(tuple(self.processor.prompt(parts, draws)), pictures)
 
     def _without_prompt(self, row: Row) -> Row:
-        """The other branch of guidance: all words but the markers of start and picture are padding."""
+        """The unconditional branch of guidance: all but the markers of start and image is padding."""
         markers = self.processor.ids
         kept = (markers["bos_token"], markers["boi_token"])
         vocabulary = self.processor.vocabulary_size
@@ -368,7 +349,7 @@ class JanusPolicy(AdaptablePolicy):
         rows = [self._scored_row(trajectory, kinds) for trajectory in trajectories]
         alike: dict[Hashable, list[int]] = {}
         for i, (_, scored) in enumerate(rows):
-            alike.setdefault(tuple(_settings(one.segment) for one in scored), []).append(i)
+            alike.setdefault(tuple(replay_settings(one.segment) for one in scored), []).append(i)
         out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
         with self.autocast(), self._checkpointing():
             for settings, same in alike.items():
@@ -473,9 +454,9 @@ class JanusPolicy(AdaptablePolicy):
         found = []
         with self.autocast():
             for part in parts:
-                words = self.processor.words(part) if isinstance(part, str) else []
+                ids = self.processor.tokenize(part) if isinstance(part, str) else []
                 begin = [markers["bos_token"], *([] if isinstance(part, str) else [markers["boi_token"]])]
-                inner = words if isinstance(part, str) else [PATCH] * self.processor.patches
+                inner = ids if isinstance(part, str) else [PATCH] * self.processor.patches
                 pictures = () if isinstance(part, str) else (part,)
                 x, _ = self._embedded([Row((*begin, *inner), pictures)])
                 out = self.model.model.language_model(inputs_embeds=x, use_cache=False, output_hidden_states=True)
@@ -485,7 +466,7 @@ class JanusPolicy(AdaptablePolicy):
     # --- weights ---
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """By expert: the reading encoder and the head of words, what embeds and draws image tokens, the Llama."""
+        """understand: vision encoder and lm_head; generate: embedding and head of image tokens; shared: the Llama."""
         groups: dict[str, list[nn.Parameter]] = {"understand": [], "generate": [], "shared": []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -514,20 +495,6 @@ class JanusPolicy(AdaptablePolicy):
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
         return cls(model, processor).to(device)
-
-
-def _settings(segment: Segment) -> Hashable:
-    """What has to agree for segments to be scored together."""
-    assert isinstance(segment, TextSegment | ImageTokenSegment)
-    if isinstance(segment, TextSegment):
-        return segment.kind, segment.temperature
-    return segment.kind, segment.temperature, segment.guidance_scale, segment.guided_logprobs
-
-
-def _with_behavior(trajectory: Trajectory, rows: Sequence[SegmentLogprobs]) -> Trajectory:
-    pairs = zip(trajectory.segments, rows, strict=True)
-    segments = [replace(segment, behavior_logprobs=row.logprobs.cpu()) for segment, row in pairs]
-    return replace(trajectory, segments=tuple(segments))
 
 
 def _expert_of(name: str) -> str:

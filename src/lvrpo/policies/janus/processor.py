@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,28 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
 )
 """The chat template of a folder that has none."""
+
+
+THINK_THEN_DRAW = (
+    "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
+)
+THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
+"""What prompts of the task ``reason`` begin with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Input of the transformer: ids of text tokens, ``PATCH`` per patch of an image, image tokens above."""
+
+    ids: tuple[int, ...]
+    """An image token c is vocabulary_size + c, so that one list holds both."""
+    pictures: tuple[Image, ...] = ()
+    """The images of the patches, in order."""
+
+    @property
+    def key(self) -> Hashable:
+        """The same for rows of the same content."""
+        return self.ids, tuple(map(id, self.pictures))
 
 
 class ImageSettings(Config):
@@ -149,7 +171,7 @@ class Processor:
         self.check_text(text)
         return [*self._encoded(f" {text}"), self.ids["eos_token"]]
 
-    def words(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Ids of a text by itself."""
         self.check_text(text)
         return self._encoded(text)

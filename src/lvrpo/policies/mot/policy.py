@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
+from lvrpo.policies.adapter import AdaptablePolicy
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
-from lvrpo.policies.mot.adapter import AdaptablePolicy
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
 from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
 from lvrpo.policies.mot.trajectory import (

@@ -1,0 +1,36 @@
+"""The optional package transformers: imported on demand, and silent while it loads a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lvrpo.errors import InputError
+
+
+def transformers_library(what: str) -> Any:
+    """The package; raises InputError that names ``what`` needs it. Any: it is optional."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(f"{what} needs transformers: pip install 'lvrpo[external]'") from None
+    return transformers
+
+
+@contextmanager
+def quiet_loading(transformers: Any) -> Iterator[None]:
+    """Suppresses progress bars, logs below errors, and warnings. Any: the optional package."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
