@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -369,3 +370,24 @@ def test_what_is_measured_is_known_before_a_run_can_be_resumed(
     options = (f"policy={small_base}", *SMALL, "--benchmark", "edit", "--out", "run")
     assert main(["train", "quickstart", *options]) == 130
     assert json.loads(Path("run/plan.json").read_text())["benchmarks"] == ["edit"]
+
+
+def test_a_process_of_torchrun_ends_without_tearing_the_interpreter_down() -> None:
+    """Threads of gloo that still release tensors abort a process whose interpreter is being finalized."""
+    program = """
+import atexit, os, sys
+from lvrpo.cli import run
+
+class AbortsAtTeardown:
+    def __del__(self, abort=os.abort):
+        abort()
+
+kept = AbortsAtTeardown()
+atexit.register(print, "at exit")
+sys.argv = ["lvrpo", "--version"]
+run()
+"""
+    environment = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == ["at exit"]

@@ -1,8 +1,6 @@
 """``python -m lvrpo``."""
 
-import sys
-
-from lvrpo.cli import main
+from lvrpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -10,9 +11,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from lvrpo import __version__
 from lvrpo.commands.options import Command, Options, Parser, nearest
@@ -52,6 +53,22 @@ MAX_LINE, MAX_WORD = 1000, 240
 """Maximum characters of an error message, and of a word in it."""
 
 DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def run() -> NoReturn:
+    """The process of ``lvrpo`` and ``python -m lvrpo``: ``main``, then the end of the process.
+
+    Under torchrun the interpreter is not torn down: gloo's threads may still be releasing the tensors of the last
+    collective, and a thread that needs the interpreter then aborts the process of a run that succeeded.
+    """
+    code = main()
+    if several_processes():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
