@@ -7,7 +7,9 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS ?= $(if $(filter 1,$(CORES)),1,2)
 ARGS ?=
 
-.PHONY: help quickstart test check format docs clean distclean
+DOCS := $(VENV)/.installed-docs
+
+.PHONY: help quickstart test check format docs docs-site docs-serve clean distclean
 
 help:
 	@echo "make quickstart   evaluate the tiny base, align it, evaluate it again, write a report"
@@ -15,6 +17,7 @@ help:
 	@echo "make check        formatting, lint, types, import order"
 	@echo "make format       format the code and mend what lint can mend"
 	@echo "make docs         write the generated pages of docs/reference from the docstrings"
+	@echo "make docs-site    build the documentation into build/site; make docs-serve shows it while you edit"
 	@echo "make clean        delete caches and build products; make distclean deletes $(VENV) too"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -47,6 +50,16 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_equations.py
 	$(BIN)/python docs/make_configuration.py
+
+$(DOCS): $(STAMP)
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+docs-site: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS)
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
