@@ -28,6 +28,7 @@ from lvrpo.policies.bagel.policy import (
     packed_losses,
 )
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.flow import Guidance, guidance_of
 from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.attention import Span, pack, row_layout
 from lvrpo.policies.mot.model_runner import Piece, Row
@@ -203,7 +204,7 @@ class Parity:
             out |= self.errors({f"{name}_{key}": value for key, value in got.items()}, ref)
             image = self.policy.encoders.decode_latents(drawn.latents, grid)[0]
             exact_pixels(torch.from_numpy(to_uint8(image)), ref[f"{name}_decoded_uint8"])
-            guidance = flow_sampler.guidance_of(sampling)
+            guidance = guidance_of(sampling)
             for i, t in enumerate(drawn.timesteps[:-1]):
                 x_t = ref[f"{name}_x"][i][None]
                 v = flow_sampler.guided_velocity(runner, caches, x_t, t, guidance, grid)
@@ -340,7 +341,7 @@ class Parity:
         }[name]
         row = runner.row(parts, draws=True)
         whole: Row = (*row, *runner.row((texts["think_text"],), draws=True)) if name == "think" else row
-        guidance = flow_sampler.Guidance(2.0, 2.0, "none")
+        guidance = Guidance(2.0, 2.0, "none")
         caches = flow_sampler.prefill_guidance(runner, runner.prefill([whole]), [row], guidance)
         assert caches.no_text is not None
         assert caches.no_image is not None
@@ -446,14 +447,14 @@ def picture(pixels: torch.Tensor) -> Image:
     return pixels.cpu().permute(2, 0, 1).float() / 255
 
 
-def guidance_named(name: str) -> flow_sampler.Guidance:
+def guidance_named(name: str) -> Guidance:
     """Of a tensor such as text4_img2_global_min0.6."""
     if name == "img_only_is_ignored":
-        return flow_sampler.Guidance(1.0, 2.0, "global")
+        return Guidance(1.0, 2.0, "global")
     name, _, least = name.partition("_min")
     for prefix, image_scale in (("text_only_", 1.0), ("text4_img2_", 2.0)):
         if name.startswith(prefix):
-            return flow_sampler.Guidance(4.0, image_scale, name.removeprefix(prefix), float(least or 0))  # type: ignore[arg-type]
+            return Guidance(4.0, image_scale, name.removeprefix(prefix), float(least or 0))  # type: ignore[arg-type]
     raise AssertionError(name)
 
 

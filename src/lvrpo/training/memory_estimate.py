@@ -20,13 +20,14 @@ from lvrpo.errors import InputError
 from lvrpo.policies.adapter import has_adapter, inject_adapter
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
+from lvrpo.policies.flow import FlowSample, guidance_of
+from lvrpo.policies.flow import flow_segment as flow_record
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.attention import forget_packings
 from lvrpo.policies.mot.generate import Decoder, decode_batch_size
 from lvrpo.policies.mot.model_runner import Grid, row_tokens, run_ids
 from lvrpo.policies.mot.policy import MoTPolicy
-from lvrpo.policies.mot.trajectory import flow_segment as flow_record
 from lvrpo.policies.mot.trajectory import tokenized_text
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.tiny import TinyPolicy
@@ -308,7 +309,7 @@ class _Estimator:
             timesteps = timestep_grid(sampling.num_steps, shift)
         states = torch.empty(1, len(window), height * width, policy.encoders.channels)
         latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
-        drawn = flow_sampler.FlowSample(latents, timesteps, states, states, logprobs, states)
+        drawn = FlowSample(latents, timesteps, states, states, logprobs, states)
         return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
 
     # ---------------------------------------------------------------- phases of a step
@@ -331,7 +332,7 @@ class _Estimator:
                 grid, size = self._grid(members[0]), len(members)
                 branches = policy._branches(cache.select(owner), [rows[p] for p in of_prompt], self.sampling)
                 x_t = torch.empty(size, grid[0] * grid[1], policy.encoders.channels)
-                guidance = flow_sampler.guidance_of(self.sampling)
+                guidance = guidance_of(self.sampling)
                 v = flow_sampler.guided_velocity(
                     runner, branches, x_t, torch.empty(()), guidance, grid, guidance.interval[1]
                 )

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from lvrpo.errors import InputError
+from lvrpo.policies import flow
 from lvrpo.policies.bagel import encoders as encoders_module
 from lvrpo.policies.bagel.create import position_table
 from lvrpo.policies.bagel.encoders import Downsample
-from lvrpo.policies.mot import attention, flow_sampler
+from lvrpo.policies.mot import attention
 from lvrpo.policies.mot.attention import RowLayout, Span
 from lvrpo.policies.mot.model_runner import ModelRunner
 from lvrpo.policies.mot.transformer import Layer
@@ -120,17 +121,15 @@ def wrong_sign(parity: Any, patch: Patch) -> None:
     def mistaken(x_t: torch.Tensor, v: torch.Tensor, t: Any, t_next: Any, past: Any) -> tuple[torch.Tensor, PastStep]:
         return euler_step(x_t, -v, t, t_next, past)
 
-    patch.setattr(flow_sampler, "SOLVERS", {"euler": mistaken})
+    patch.setattr(flow, "SOLVERS", {"euler": mistaken})
 
 
 def one_step_more(parity: Any, patch: Patch) -> None:
-    patch.setattr(
-        flow_sampler, "timestep_grid", lambda n, shift: shift_time(torch.linspace(1, 0, n + 2), shift)[: n + 1]
-    )
+    patch.setattr(flow, "timestep_grid", lambda n, shift: shift_time(torch.linspace(1, 0, n + 2), shift)[: n + 1])
 
 
 def guided_outside_the_interval(parity: Any, patch: Patch) -> None:
-    patch.setattr(flow_sampler.Guidance, "active", lambda self, t: True)
+    patch.setattr(flow.Guidance, "active", lambda self, t: True)
 
 
 def padding_above_and_left(parity: Any, patch: Patch) -> None:

@@ -14,6 +14,7 @@ import torch
 from lvrpo.policies.bagel.config import BagelSettings
 from lvrpo.policies.bagel.encoders import ResizeRule
 from lvrpo.policies.bagel.policy import BagelPolicy
+from lvrpo.policies.flow import Guidance
 from lvrpo.policies.mot import flow_sampler
 
 EXCERPT = Path(__file__).parent / "vectors" / "excerpt.xz"
@@ -60,7 +61,7 @@ def test_bfloat16(parity: Any, vectors: Path, settings: BagelSettings) -> None:
         v = flow_sampler.velocity(runner, caches.full, x_t, t[None], grid)[0]
         assert v.dtype == torch.float32
         assert 1e-4 < distance(v, ref[f"{tag}_v_cond"]) < 2e-2
-        guidance = flow_sampler.Guidance(4.0, 2.0, "text_channel")
+        guidance = Guidance(4.0, 2.0, "text_channel")
         guided = flow_sampler.guided_velocity(runner, caches, x_t, t, guidance, grid)[0]
         assert distance(guided, ref[f"{tag}_cfg_text4_img2_text_channel"]) < 6e-2
     ref = parity.vectors("d_traj")

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from lvrpo.policies import flow
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.flow import FlowSample, Guidance, Velocity, guidance_of
 from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache
-from lvrpo.sampling import (
-    SOLVERS,
-    STEPS,
-    check_window,
-    compressed_grid,
-    guide,
-    normal_noise,
-    step_logprob,
-    timestep_grid,
-)
-from lvrpo.sampling.guidance import Renorm
+from lvrpo.sampling import guide
 
 
 @dataclass(frozen=True)
@@ -32,62 +22,6 @@ class GuidanceCaches:
     full: Cache
     no_text: Cache | None
     no_image: Cache | None
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Guidance settings, as in ``Sampling``."""
-
-    scale: float
-    image_scale: float
-    renorm: Renorm
-    renorm_min: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def active(self, t: float) -> bool:
-        """Whether a step at time t is guided."""
-        return self.interval[0] < t <= self.interval[1]
-
-
-@dataclass(frozen=True)
-class FlowSample:
-    """A batch of sampled latents and its W trained steps."""
-
-    latents: torch.Tensor
-    """(B, N, C)."""
-    timesteps: torch.Tensor
-    """(T + 1,)."""
-    states: torch.Tensor
-    """(B, W, N, C)."""
-    next_states: torch.Tensor
-    """(B, W, N, C)."""
-    logprobs: torch.Tensor
-    """(B, W)."""
-    means: torch.Tensor
-    """(B, W, N, C)."""
-
-
-@dataclass(frozen=True)
-class ReplayedFlow:
-    """The W trained steps of a batch under the current weights."""
-
-    logprobs: torch.Tensor
-    """(B, W)."""
-    means: torch.Tensor
-    """(B, W, N, C)."""
-    stds: torch.Tensor
-    """(W,)."""
-
-
-def guidance_of(sampling: Sampling) -> Guidance:
-    """The guidance settings of a sampling."""
-    return Guidance(
-        sampling.guidance_scale,
-        sampling.image_guidance_scale,
-        sampling.guidance_renorm,
-        sampling.guidance_renorm_min,
-        sampling.guidance_interval,
-    )
 
 
 def prefill_guidance(
@@ -155,6 +89,15 @@ def guided_velocity(
     )
 
 
+def velocity_of(runner: ModelRunner, caches: GuidanceCaches, guidance: Guidance, grid: Grid) -> Velocity:
+    """``guided_velocity`` as a function of state and time."""
+
+    def at_state(x_t: torch.Tensor, t: torch.Tensor, at: float) -> torch.Tensor:
+        return guided_velocity(runner, caches, x_t, t, guidance, grid, at)
+
+    return at_state
+
+
 def sample_flow(
     runner: ModelRunner,
     caches: GuidanceCaches,
@@ -164,11 +107,10 @@ def sample_flow(
     grid: Grid,
 ) -> FlowSample:
     """Images of one grid, each from its own noise."""
-    shape = grid[0] * grid[1], runner.encoders.channels
     device = caches.full.rope.device
-    window = sampling.window if sampling.sampler != "ode" else ()
-    step_noise = normal_noise(step_seeds, (len(window), *shape)).to(device) if window else None
-    return integrate(runner, caches, sampling, normal_noise(noise_seeds, shape).to(device), step_noise, grid)
+    x_t, step_noise = flow.draw_noise(sampling, noise_seeds, step_seeds, (grid[0] * grid[1], runner.encoders.channels))
+    step_noise = None if step_noise is None else step_noise.to(device)
+    return integrate(runner, caches, sampling, x_t.to(device), step_noise, grid)
 
 
 def integrate(
@@ -179,75 +121,6 @@ def integrate(
     step_noise: torch.Tensor | None,
     grid: Grid,
 ) -> FlowSample:
-    """From noise (B, N, C) to data; steps of ``sampling.window`` are stochastic, with noise ``step_noise``
-    (B, W, N, C), and recorded, others solve the ODE."""
-    shape = x_t.shape[1:]
-    device = x_t.device
-    guidance = guidance_of(sampling)
-    window = sampling.window if sampling.sampler != "ode" else ()
-    timesteps = timestep_grid(sampling.num_steps, sampling.timestep_shift or 1.0).to(device)
-    if window and sampling.steps_after_window is not None:
-        ends, shift = window[-1] + 1, sampling.timestep_shift or 1.0
-        timesteps = compressed_grid(sampling.num_steps, ends, sampling.steps_after_window, shift).to(device)
-    check_window(window, sampling.num_steps, sampling.sampler)
-    states, next_states, logprobs, means = [], [], [], []
-    solve, past, times = SOLVERS[sampling.solver], None, timesteps.tolist()
-    for i in range(len(timesteps) - 1):
-        t, t_next = timesteps[i], timesteps[i + 1]
-        v = guided_velocity(runner, caches, x_t, t, guidance, grid, times[i])
-        if i in window:
-            assert step_noise is not None
-            step = STEPS[sampling.sampler](x_t, v, t, t_next, sampling.noise_level)
-            x_next = step.mean + step.std * step_noise[:, window.index(i)]
-            states.append(x_t)
-            next_states.append(x_next)
-            means.append(step.mean)
-            logprobs.append(step_logprob(x_next, step.mean, step.std, sampling.logprob_reduction))
-            x_t, past = x_next, None
-        else:
-            x_t, past = solve(x_t, v, t, t_next, past)
-    batch = len(x_t)
-    return FlowSample(
-        latents=x_t,
-        timesteps=timesteps,
-        states=torch.stack(states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
-        next_states=torch.stack(next_states, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
-        logprobs=torch.stack(logprobs, dim=1) if states else x_t.new_zeros(batch, 0),
-        means=torch.stack(means, dim=1) if states else x_t.new_zeros(batch, 0, *shape),
-    )
-
-
-def replay_steps(
-    runner: ModelRunner,
-    caches: GuidanceCaches,
-    states: torch.Tensor,
-    next_states: torch.Tensor,
-    timesteps: torch.Tensor,
-    trained_steps: Sequence[int],
-    sampler: str,
-    noise_level: float,
-    reduction: Literal["mean", "sum"],
-    guidance: Guidance,
-    grid: Grid,
-) -> ReplayedFlow:
-    """Scores recorded steps under the current weights, by the calls that sampled them.
-
-    With gradient checkpointing, whole steps are recomputed too, so that activations of one step are kept.
-    """
-    if not trained_steps:
-        return ReplayedFlow(states.new_zeros(len(states), 0), states, states.new_zeros(0))
-    again = runner.transformer.checkpointing and torch.is_grad_enabled() and len(trained_steps) > 1
-    logprobs, means, stds, times = [], [], [], timesteps.tolist()
-    for w, i in enumerate(trained_steps):
-        t, t_next = timesteps[i], timesteps[i + 1]
-        x_t = states[:, w]
-        inputs = runner, caches, x_t, t, guidance, grid, times[i]
-        if again:
-            v = checkpoint(guided_velocity, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            v = guided_velocity(*inputs)
-        step = STEPS[sampler](x_t, v, t, t_next, noise_level)
-        logprobs.append(step_logprob(next_states[:, w], step.mean, step.std, reduction))
-        means.append(step.mean)
-        stds.append(step.std.reshape(()))
-    return ReplayedFlow(torch.stack(logprobs, dim=1), torch.stack(means, dim=1), torch.stack(stds))
+    """``flow.integrate`` from noise (B, N, C) on the grid of times of ``sampling``."""
+    velocity = velocity_of(runner, caches, guidance_of(sampling), grid)
+    return flow.integrate(velocity, sampling, flow.sampling_grid(sampling), x_t, step_noise)

@@ -16,11 +16,11 @@ from torch import nn
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy
 from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.flow import flow_segment, guidance_of
 from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
 from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
 from lvrpo.policies.mot.trajectory import (
-    flow_segment,
     replay_flows,
     replay_settings,
     temperature_of,
@@ -227,7 +227,7 @@ class MoTPolicy(AdaptablePolicy):
         return [list(range(len(rows)))]
 
     def _branches(self, full: Cache, rows: Sequence[Row], sampling: Sampling) -> flow_sampler.GuidanceCaches:
-        return flow_sampler.prefill_guidance(self.runner, full, rows, flow_sampler.guidance_of(sampling))
+        return flow_sampler.prefill_guidance(self.runner, full, rows, guidance_of(sampling))
 
     # ---------------------------------------------------------------- replay
     @with_autocast
