@@ -32,6 +32,8 @@ COMMANDS: Mapping[str, str] = {
     "ask": "lvrpo.commands.infer:ASK",
     "edit": "lvrpo.commands.infer:EDIT",
     "export": "lvrpo.commands.models:EXPORT",
+    "push": "lvrpo.commands.hub:PUSH",
+    "pull": "lvrpo.commands.hub:PULL",
     "evaluate": "lvrpo.commands.evaluate:EVALUATE",
     "report": "lvrpo.commands.evaluate:REPORT",
     "compare": "lvrpo.commands.evaluate:COMPARE",

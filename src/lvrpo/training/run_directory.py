@@ -240,9 +240,9 @@ class RunDirectory:
     def _recover(self) -> None:
         """Removes the leftovers of a killed writer: temporary files and folders, an incomplete line of metrics."""
         with disk_errors(self.path):
-            for folder in (self.path, *(self.path / name for name in ("checkpoints", "eval", SCORES))):
-                if folder.is_dir():
-                    clean_leftovers(folder)
+            for folder in (self.path, *(self.path / name for name in ("checkpoints", "eval", "samples", SCORES))):
+                for place in (folder, *(child for child in folder.glob("*") if child.is_dir())):
+                    clean_leftovers(place)
             metrics = self.path / METRICS
             if path_exists(metrics):
                 content = read_bytes(metrics, "restore the file")

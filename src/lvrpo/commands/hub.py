@@ -1,0 +1,247 @@
+"""``lvrpo push`` and ``lvrpo pull``: policies on the Hugging Face Hub, with a model card made from the run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lvrpo import __version__
+from lvrpo.commands.options import Command, Options, Parser
+from lvrpo.errors import ContractError, InputError
+
+REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+NOT_PUSHED = ("state", "checkpoint.json", "README.md")
+"""Entries of a checkpoint that belong to the run, and the card, which is made anew."""
+CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+"""Files that run code when they are read, which are not fetched."""
+PIPELINE_TAGS = {
+    frozenset(("understand", "generate")): "any-to-any",
+    frozenset(("generate",)): "text-to-image",
+    frozenset(("understand",)): "image-text-to-text",
+}
+
+
+def push_options(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run, or the folder of a policy or an adapter")
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub; made, privately, if it is not there")
+    parser.add_argument(
+        "--license", metavar="ID", help="of the weights, such as apache-2.0 (default: that of the base)"
+    )
+    parser.add_argument("--public", action="store_true", help="everybody may read it (default: private)")
+    parser.add_argument("--force", action="store_true", help="add a commit to a repository that holds files")
+    parser.add_argument("--card", action="store_true", help="print the model card and the files, send nothing")
+
+
+def push(options: Options) -> None:
+    from lvrpo.policies.loading import policy_folder
+
+    if not re.fullmatch(REPO_ID, options.repo):
+        raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
+    folder = policy_folder(options.model)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if path.relative_to(folder).parts[0] not in NOT_PUSHED]
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise InputError(f"{folder}: holds no weights of its own: make one model of it with `lvrpo export`, push that")
+    card = model_card(options.repo, Path(options.model), folder, options.license)
+    if options.card:
+        print(card, *(f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files), sep="\n")
+        return
+    url = _send(options.repo, folder, files, card, options.public, options.force)
+    print(f"{url}: {len(files) + 1} files, {'public' if options.public else 'private'}")
+
+
+def _send(repo: str, folder: Path, files: list[Path], card: str, public: bool, force: bool) -> str:
+    """One commit with all files, after every check that needs no writing."""
+    hub = _library()
+    api, token = hub.HfApi(), hub.get_token()
+    if token is None:
+        raise InputError(f"push {repo}: no token: run `hf auth login`, or set HF_TOKEN")
+    with _hub_errors(repo):
+        who = api.whoami(token)
+    names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
+    owner = repo.partition("/")[0]
+    if owner not in names:
+        raise InputError(f"push {repo}: the token is of {who['name']}, who cannot write there: use {', '.join(names)}")
+    with _hub_errors(repo):
+        if api.repo_exists(repo, token=token):
+            info = api.model_info(repo, token=token)
+            held = [file.rfilename for file in info.siblings or () if file.rfilename != ".gitattributes"]
+            if held and not force:
+                raise InputError(f"push {repo}: holds {len(held)} files: choose another name, or add --force")
+            if not info.private and not public:
+                raise InputError(f"push {repo}: is public: add --public, or choose another name")
+        else:
+            api.create_repo(repo, token=token, private=not public)
+        operations = [hub.CommitOperationAdd("README.md", card.encode())]
+        operations += [hub.CommitOperationAdd(str(path.relative_to(folder)), path) for path in files]
+        api.create_commit(repo, operations, commit_message=f"lvrpo {__version__}", token=token)
+    return f"{api.endpoint}/{repo}"
+
+
+def model_card(repo: str, model: Path, folder: Path, license_id: str | None) -> str:
+    """The README.md of a policy: metadata of the Hub, results of the run, its recipe, and what was not measured.
+
+    ``model``: a run, whose results are shown, or a folder. Raises InputError without a license.
+    """
+    from lvrpo.policies import BUILT_IN
+    from lvrpo.policies.adapter import has_adapter, read_base
+    from lvrpo.policies.loading import possible_tasks
+    from lvrpo.report.run import MARKERS, load_run
+    from lvrpo.strict_yaml import parse_yaml
+
+    run = load_run(model) if model.is_dir() and any((model / name).is_file() for name in MARKERS) else None
+    config: Any = parse_yaml(run.config, "config.yaml") if run is not None and run.config else {}
+    base = read_base(folder) if has_adapter(folder) else str(config.get("policy") or model)
+    license_id = license_id or _license_of(base)
+    if license_id is None:
+        raise InputError(f"push {model}: the license of its base {base or '(unknown)'} is unknown: add --license ID")
+    tasks = possible_tasks(folder)
+    is_hub_id = re.fullmatch(REPO_ID, base) is not None and not Path(base).exists()
+    public_base = is_hub_id or base in BUILT_IN  # a path of this machine says nothing to others
+    drawn = frozenset(task for task in ("understand", "generate") if task in tasks)
+    fields: dict[str, Any] = {
+        "license": license_id,
+        "library_name": "peft" if has_adapter(folder) else "lvrpo",
+        "pipeline_tag": PIPELINE_TAGS.get(drawn),
+        "tags": ["lvrpo", "reinforcement-learning", "grpo", "unified-multimodal"],
+        "base_model": base if is_hub_id else None,
+    }
+    data = _library().ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+    title = run.name if run is not None else folder.resolve().name
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n# {title}",
+        f"A policy for {', '.join(tasks)}, post-trained{f' from `{base}`' if public_base else ''} with lvrpo "
+        f"{__version__}: "
+        "group-relative policy optimization of a unified multimodal model (arXiv:2603.27693).",
+        f"```\nlvrpo pull {repo} FOLDER\nlvrpo evaluate FOLDER --benchmark FILE.jsonl\n```",
+    ]
+    if run is not None:
+        parts += _results(run)
+        parts.append(f"## Recipe\n```yaml\n{run.config.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(run: Any) -> Iterator[str]:
+    """The table of a run's benchmarks, and whether the run was healthy. Any: a RunRecord."""
+    from lvrpo.commands.tables import interval
+
+    summary = run.summary
+    if summary is None or not summary.after:
+        yield "## Results\nThis run was not evaluated."
+        return
+    rows = [
+        f"| {name} | {interval(before.as_dict())} | {interval(summary.after[name].as_dict())} "
+        f"| {interval(summary.difference[name].as_dict(), signed=True) if name in summary.difference else ''} "
+        f"| {before.n or ''} |"
+        for name, before in summary.before.items()
+        if name in summary.after
+    ]
+    yield (
+        "## Results\n| benchmark | before | after | difference [95 %] | prompts |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+    )
+    health = summary.raw.get("health") or {}
+    found = [f"- {finding['words']}" for finding in health.get("findings", ())]
+    seed = summary.raw.get("seed")
+    yield "## Limits\n" + "\n".join(
+        [f"- One run{'' if seed is None else f', seed {seed}'}: another seed gives other numbers.", *found]
+    )
+
+
+def _license_of(base: str) -> str | None:
+    """The license in the card of a base that lies on this machine; None where it names none."""
+    from lvrpo.policies import BUILT_IN
+    from lvrpo.policies.loading import policy_folder
+
+    if base in BUILT_IN:
+        return "apache-2.0"
+    try:
+        card = policy_folder(base) / "README.md"
+    except InputError:
+        return None
+    if not card.is_file():
+        return None
+    return _library().ModelCard.load(card).data.license
+
+
+def pull_options(parser: Parser) -> None:
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
+    parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
+
+
+def pull(options: Options) -> None:
+    hub, folder = _library(), options.folder
+    if not re.fullmatch(REPO_ID, options.repo):
+        raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already: choose another name")
+    part = folder.with_name(f"{folder.name}.part")
+    with _hub_errors(options.repo):
+        hub.snapshot_download(options.repo, revision=options.revision, local_dir=part, ignore_patterns=list(CODE))
+    shutil.rmtree(part / ".cache", ignore_errors=True)  # of the download
+    part.replace(folder)
+    print(folder)
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turns errors of the Hub's library into one line; it has removed the token from them."""
+    from huggingface_hub import errors
+
+    from lvrpo.distributed.peers import first_line
+
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise InputError(
+            f"{repo}: not on the Hub, or not for this token: see the spelling, or `hf auth login`"
+        ) from None
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{repo}: asks for its terms to be accepted: do so on its page, then `hf auth login`"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else 0
+        if code in (401, 403):
+            raise InputError(f"{repo}: the token is not allowed to do that: make one that can write") from None
+        raise ContractError(f"{repo}: the Hub answered {code}: {first_line(error)}") from None
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo}: {first_line(error)}") from None
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+            raise
+        raise ContractError(f"{repo}: the Hub cannot be reached: {first_line(error)}: try again") from None
+
+
+def _library() -> Any:
+    """huggingface_hub. Any: an optional package."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError("the Hub needs huggingface_hub: pip install 'lvrpo[hub]'") from None
+    return huggingface_hub
+
+
+PUSH = Command(
+    "send a policy or an adapter to the Hugging Face Hub, with a model card",
+    push_options,
+    push,
+    textwrap.dedent("""\
+        Private unless --public. The card holds the results and the recipe of the run, and the limits that are known.
+        example: lvrpo push runs/mine me/aligned --card; then without --card"""),
+)
+"""``lvrpo push``."""
+
+PULL = Command(
+    "fetch a model of the Hugging Face Hub into a folder: weights, configuration and tokenizer, no code",
+    pull_options,
+    pull,
+    "example: lvrpo pull me/aligned models/aligned",
+)
+"""``lvrpo pull``."""
