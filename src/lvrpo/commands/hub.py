@@ -198,13 +198,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        raise InputError(
-            f"{repo}: not on the Hub, or not for this token: see the spelling, or `hf auth login`"
-        ) from None
     except errors.GatedRepoError:
         raise InputError(
             f"{repo}: asks for its terms to be accepted: do so on its page, then `hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise InputError(
+            f"{repo}: not on the Hub, or not for this token: see the spelling, or `hf auth login`"
         ) from None
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
