@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "pull": "lvrpo.commands.hub:PULL",
     "evaluate": "lvrpo.commands.evaluate:EVALUATE",
     "report": "lvrpo.commands.evaluate:REPORT",
+    "watch": "lvrpo.commands.evaluate:WATCH",
     "compare": "lvrpo.commands.evaluate:COMPARE",
     "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
     "audit": "lvrpo.commands.audit:AUDIT",

@@ -47,7 +47,7 @@ CONTINUED = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     """Call it with a folder to be made: it becomes a finished run."""
     return write_run

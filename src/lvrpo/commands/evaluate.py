@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lvrpo.commands.options import (
     add_model,
     names,
     num_steps,
+    port,
     positive,
     refuse_existing,
     threads,
@@ -213,6 +215,23 @@ def report(options: Options) -> None:
     print(build_report(options.run))
 
 
+def watch_options(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN", type=Path, help="a run directory, or the folder that holds several")
+    parser.add_argument("--port", type=port, default=8008, help="on the loopback address (8008); 0: a free one")
+    parser.add_argument("--every", type=positive, default=15, metavar="S", help="seconds between two looks (15)")
+
+
+def watch(options: Options) -> None:
+    from lvrpo.report.watch import serve
+
+    if not options.folder.is_dir():
+        raise InputError(f"{options.folder}: no such folder: give a run, or the folder that holds some")
+    with serve(options.folder, options.port, options.every) as server:
+        print(f"http://{server.server_address[0]}:{server.server_port}  (Ctrl-C ends it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
 def compare_options(parser: Parser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--markdown", action="store_true", help="the table as markdown")
@@ -250,6 +269,12 @@ EVALUATE = Command(
     "at a model's own best: lvrpo evaluate MODEL --tune best.json && lvrpo evaluate MODEL --tuned best.json",
 )
 REPORT = Command("write the HTML report of a run", report_options, report)
+WATCH = Command(
+    "the report in the browser while a run goes on, or an overview of several runs",
+    watch_options,
+    watch,
+    "example: lvrpo watch runs; on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",
+)
 COMPARE = Command("several runs in one table", compare_options, compare)
 
 

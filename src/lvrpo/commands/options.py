@@ -92,6 +92,14 @@ def whole(text: str) -> int:
     return number
 
 
+def port(text: str) -> int:
+    """A port of TCP; 0: a free one."""
+    number = whole(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: must be <= 65535")
+    return number
+
+
 def guidance(text: str) -> float:
     """A guidance scale from 1 to 1000."""
     try:

@@ -90,7 +90,7 @@ def render(run: RunRecord) -> str:
         "samples": sample_sections(run, store),
         "grids": _selected_grids(run, store),
     }
-    return _environment().get_template("page.html").render(context)
+    return environment().get_template("page.html").render(context)
 
 
 def not_well(health: object) -> list[str]:
@@ -117,7 +117,7 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     seconds = number(raw.get("seconds"))
     so_far = number(last.get("seconds"))
     memory = number(raw.get("peak_memory_gib"))
-    policy = _find(run.manifest, ("policy", "model")) or _find(_config(run), ("policy", "model"))
+    policy = _find(run.manifest, ("policy", "model")) or _find(config_of(run), ("policy", "model"))
     facts = [
         ("Policy", policy if isinstance(policy, str) else ""),
         ("Seed", _flat(raw.get("seed", _find(run.manifest, ("seed", "seeds"))))),
@@ -131,7 +131,8 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     return [(term, value) for term, value in facts if value]
 
 
-def _config(run: RunRecord) -> object:
+def config_of(run: RunRecord) -> object:
+    """The values of config.yaml; None while it is being written."""
     try:
         return yaml.safe_load(run.config)
     except yaml.YAMLError:
@@ -185,7 +186,8 @@ def _selected_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Pict
     return [(step, picture) for step, picture in read if picture is not None]
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates beside this file, with their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
