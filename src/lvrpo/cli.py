@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, str] = {
     "push": "lvrpo.commands.hub:PUSH",
     "pull": "lvrpo.commands.hub:PULL",
     "evaluate": "lvrpo.commands.evaluate:EVALUATE",
+    "benchmarks": "lvrpo.commands.evaluate:BENCHMARK_LIST",
     "report": "lvrpo.commands.evaluate:REPORT",
     "watch": "lvrpo.commands.evaluate:WATCH",
     "compare": "lvrpo.commands.evaluate:COMPARE",
@@ -42,6 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "audit": "lvrpo.commands.audit:AUDIT",
     "information": "lvrpo.commands.evaluate:INFORMATION",
     "data preview": "lvrpo.commands.data:PREVIEW",
+    "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
 }
 """Every command. The modules import nothing heavy until a command runs."""

@@ -111,6 +111,9 @@ def _is_null(value: object) -> bool:
 # --- one benchmark, prompt by prompt ---
 
 
+MeanOver = Literal["prompts", "categories"]
+
+
 @dataclass(frozen=True)
 class BenchmarkRecord:
     """One benchmark, prompt by prompt: every table can be computed from it, and paired with another policy's.
@@ -143,6 +146,10 @@ class BenchmarkRecord:
     """success: shares of right outputs; reward: means of the run's own rewards, for which no samples are recorded."""
     held_out: tuple[bool, ...] = ()
     """Whether a prompt has a composition that training never shows."""
+    mean_over: MeanOver = "prompts"
+    """What the score of the whole is the mean over: prompts, or the means of categories."""
+    failures: tuple[str, ...] = ()
+    """Why a prompt has no score; "" where it has one."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where lists differ in length."""
@@ -154,11 +161,14 @@ class BenchmarkRecord:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is empty is left out."""
         raw: dict[str, Any] = {name: list(values) for name, values in vars(self).items() if isinstance(values, tuple)}
-        raw["successes"] = [[int(success) for success in row] for row in self.successes]
+        raw["successes"] = [
+            [int(success) if math.isfinite(success) else None for success in row] for row in self.successes
+        ]
         raw["read_back"] = [None if back is None else list(vars(back).values()) for back in self.read_back]
         always = ("ids", "categories", "clusters", "scores")
         kept = {name: values for name, values in raw.items() if values or name in always}
-        return {**kept, "samples": self.samples, "settings": dict(self.settings), "metric": self.metric}
+        whole = {"mean_over": self.mean_over} if self.mean_over != "prompts" else {}
+        return {**kept, "samples": self.samples, "settings": dict(self.settings), "metric": self.metric, **whole}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Fact:
     """The answer if the fact holds."""
     check: Mapping[str, Any] = field(default_factory=dict)
     """The fact as JSON values, for the verifier of the prompt's world."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from, ``answer`` among them; () for an open question."""
 
 
 @dataclass(frozen=True)

@@ -191,3 +191,18 @@ def test_a_judge_that_answers_fluently_whatever_is_drawn_tells_no_one_apart() ->
     drawn = [[shown([float(b)] * BITS)] for b in (0, 1, 0.5)]
     values = SelfVQA().score([offline_group(KNOWN, drawn)], Perfect(by_picture=False)).values[0]  # type: ignore[arg-type]
     assert values.tolist() == pytest.approx([0.7] * 3)
+
+
+def test_a_fact_with_choices_is_the_share_of_the_right_one(group: Callable[..., Group], judge: Any) -> None:
+    """.5 among .5, .3 and .2 is .5; .02 among .02, .01 and .01 is .5 as well, though it is said rarely."""
+    facts = (
+        Fact("color", "what color ?", "red", choices=("blue", "red", "green")),
+        Fact("count", "how many ?", "2", choices=("1", "2", "3")),
+    )
+    prompt = Prompt("p", "generate", ("a red cube",), ("image",), facts=facts)
+    table = {(0.5, "what color ?", "red"): 0.5, (0.5, "what color ?", "blue"): 0.3, (0.5, "what color ?", "green"): 0.1}
+    table |= {(0.5, "how many ?", "1"): 0.01, (0.5, "how many ?", "2"): 0.02, (0.5, "how many ?", "3"): 0.01}
+    reader = judge(table)
+    scores = SelfVQA().score([group(prompt, [[torch.full((3, 2, 2), 0.5)]])], reader)
+    assert scores.values.item() == pytest.approx((0.5 / 0.9 + 0.5) / 2)
+    assert [answer for _, answer in reader.asked] == ["red", "blue", "green", "2", "1", "3"]

@@ -42,6 +42,43 @@ def vocabulary(options: Options) -> None:
     print("\n".join(VOCABULARY))
 
 
+def rows_options(parser: Parser) -> None:
+    parser.add_argument("name", metavar="BENCHMARK", help="of which format the file is: see lvrpo benchmarks")
+    parser.add_argument("file", type=Path, metavar="FILE", help="prompts in that format, official or not")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help="rows to train on or to validate by"
+    )
+    add_force(parser)
+
+
+def rows(options: Options) -> None:
+    """Writes the prompts of a benchmark's file as rows, their questions as facts."""
+    import json
+
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.evaluation import PUBLISHED
+    from lvrpo.registry import resolve
+
+    refuse_existing([options.out], options.force)
+    prompts = resolve("benchmark", options.name, PUBLISHED).read(options.file)
+    lines = []
+    for prompt in prompts:
+        facts = [
+            {"question": f.question, "answer": f.answer, "kind": f.kind, "choices": list(f.choices)}
+            for f in prompt.facts
+        ]
+        row = {"id": prompt.id, "task": prompt.task, "prompt": str(prompt.parts[0]), "category": prompt.category}
+        lines.append(json.dumps({**row, "facts": facts}, ensure_ascii=False) + "\n")
+    write_file(options.out, "".join(lines).encode(), options.force)
+    print(f"{len(lines)} rows in {options.out}")
+
+
+BENCHMARK_ROWS = Command(
+    "prompts of a published benchmark as rows of your own, with its questions as facts",
+    rows_options,
+    rows,
+    "example: lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl; reward and guard: self_vqa",
+)
 PREVIEW = Command("one picture with examples of every category of the built-in world", preview_options, preview)
 VOCABULARY = Command("the words of the built-in world, one a line", vocabulary_options, vocabulary)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,18 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
+    guidance,
     names,
     num_steps,
     port,
     positive,
     refuse_existing,
+    share,
     threads,
     whole,
 )
 from lvrpo.errors import InputError
-from lvrpo.evaluation import BENCHMARKS
+from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,8 +42,9 @@ def evaluate_options(parser: Parser) -> None:
         type=names,
         default=["scenes"],
         metavar="NAME[,NAME]",
-        help=f"{', '.join(BENCHMARKS)}; scenes: all; or FILE.jsonl",
+        help=f"{', '.join(BENCHMARKS)}; scenes: all; {', '.join(PUBLISHED)} (lvrpo benchmarks); or FILE.jsonl",
     )
+    published_options(parser)
     parser.add_argument(
         "--rewards",
         metavar="CONFIG",
@@ -59,10 +63,46 @@ def evaluate_options(parser: Parser) -> None:
     )
     parser.add_argument("--tuned", type=Path, metavar="FILE", help="evaluate at the guidance and temperature of FILE")
     parser.add_argument("--information", action="store_true", help="also bound what the experts know of each other")
-    parser.add_argument("--num-steps", type=num_steps, default=8, help="model evaluations per picture (default: 8)")
+    parser.add_argument(
+        "--num-steps",
+        type=num_steps,
+        help="model evaluations per picture (default: 8; of published benchmarks: MODEL's)",
+    )
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
     parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
+
+
+def published_options(parser: Parser) -> None:
+    """What published benchmarks need."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="with a folder for each published benchmark")
+    parser.add_argument("--detector", metavar="FOLDER", help="of transformers, for geneval")
+    parser.add_argument("--color-classifier", metavar="FOLDER", help="a CLIP or SigLIP, for geneval")
+    parser.add_argument(
+        "--thresholds",
+        type=two_shares,
+        metavar="OBJECT,COUNTING",
+        help="scores of the detector that count (default: .3,.9, GenEval's own, for Mask2Former)",
+    )
+    parser.add_argument(
+        "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"
+    )
+
+
+def guidances(text: str) -> list[float]:
+    """Guidance scales, each once."""
+    found = [guidance(name) for name in names(text)]
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: a scale stands twice")
+    return found
+
+
+def two_shares(text: str) -> tuple[float, float]:
+    """Two numbers from 0 to 1."""
+    found = [share(name) for name in names(text)]
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: write OBJECT,COUNTING, such as .3,.9")
+    return found[0], found[1]
 
 
 def evaluate(options: Options) -> None:
@@ -86,7 +126,11 @@ def evaluate(options: Options) -> None:
         return
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
-    benchmarks = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root)
+    inputs = suite.BenchmarkInputs(
+        options.data, options.detector, options.color_classifier, options.thresholds, device=options.device
+    )
+    found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
+    benchmarks = suite.at_guidance(found, options.guidance or (), options.num_steps)
     tuned = None if options.tuned is None else TunedSampling.read(options.tuned)
     torch.set_num_threads(options.threads)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
@@ -105,7 +149,7 @@ def evaluate(options: Options) -> None:
         benchmarks,
         options.seed,
         {b.name: options.n for b in benchmarks} if options.n else {},
-        replace(suite.SAMPLING, num_steps=options.num_steps),
+        replace(suite.SAMPLING, num_steps=options.num_steps or suite.SAMPLING.num_steps),
         progress=lambda name, n: console.print(f"{name}: {n} prompts", style="dim"),
         options=suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
     )
@@ -180,7 +224,7 @@ def tune(options: Options) -> None:
         benchmarks,
         options.n,
         options.seed,
-        replace(suite.SAMPLING, num_steps=options.num_steps),
+        replace(suite.SAMPLING, num_steps=options.num_steps or suite.SAMPLING.num_steps),
         lambda task, name, value, score: console.print(f"{task}: {name} {value:g}: {number(score)}", style="dim"),
     )
     for task, settings in tuned.settings.items():
@@ -268,6 +312,28 @@ EVALUATE = Command(
     evaluate,
     "at a model's own best: lvrpo evaluate MODEL --tune best.json && lvrpo evaluate MODEL --tuned best.json",
 )
+
+
+def list_benchmarks(options: Options) -> None:
+    """Prints every published benchmark with what it needs."""
+    from rich.table import Table
+
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.registry import resolve
+
+    table = Table(box=None, header_style="dim", padding=(0, 1))
+    for head in ("benchmark", "size", "files (--data DIR)", "who judges", "license", "source"):
+        table.add_column(head, overflow="fold")
+    for name in PUBLISHED:
+        found = resolve("benchmark", name, PUBLISHED)
+        files = ", ".join(f"{found.folder or found.name}/{file}" for file in found.files)
+        table.add_row(name, found.size, files, found.needs, found.license, found.source)
+    console = wide_console()
+    console.print(table)
+    console.print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl", soft_wrap=True)
+
+
+BENCHMARK_LIST = Command("list the published benchmarks and what each needs", lambda parser: None, list_benchmarks)
 REPORT = Command("write the HTML report of a run", report_options, report)
 WATCH = Command(
     "the report in the browser while a run goes on, or an overview of several runs",

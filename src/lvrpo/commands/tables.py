@@ -31,7 +31,7 @@ def finite(value: float | None) -> float | None:
 
 def interval(result: Result | None, signed: bool = False) -> str:
     """.42 [.38, .46]; of a difference also the minimal detectable effect, ≥ .05."""
-    if not result or result["score"] is None:
+    if not result or finite(result["score"]) is None:
         return ""
     low, high, detectable = (finite(result.get(name)) for name in ("low", "high", "detectable"))
     spread = ", no interval"
@@ -53,10 +53,13 @@ def tone(difference: Result | None) -> str:
 def scores_table(results: Mapping[str, Result], title: str) -> Table:
     """One evaluation."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 1))
-    for name, justify in (("benchmark", "left"), ("score, 95 % interval", "left"), ("prompts", "right")):
+    masked = any("masked" in result for result in results.values())
+    heads = [("benchmark", "left"), ("score, 95 % interval", "left"), ("scored" if masked else "prompts", "right")]
+    for name, justify in [*heads, *([("masked", "right")] if masked else [])]:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # left and right are what rich takes
     for name, result in results.items():
-        table.add_row(Text(name, style="bold"), interval(result), str(result["n"]))
+        lost = [str(result.get("masked", {}).get("prompts", 0))] if masked else []
+        table.add_row(Text(name, style="bold"), interval(result), str(result["n"]), *lost)
         for category, inner in result["categories"].items():
             table.add_row(f"  {category.replace('_', ' ')}", interval(inner), str(inner["n"]), style="dim")
     return table

@@ -43,6 +43,17 @@ class RowFact(_Strict):
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
     kind: str = "question"
+    choices: list[str] = Field(default_factory=list)
+    """The answers to choose from, for a question that is not open."""
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> RowFact:
+        if self.choices and (self.answer not in self.choices or len({*self.choices}) < max(2, len(self.choices))):
+            raise ValueError(
+                f"field 'choices' of a fact is {self.choices}: must hold two or more different answers, "
+                f"'answer' ({self.answer!r}) among them"
+            )
+        return self
 
 
 class TextRules(_Strict):
@@ -288,7 +299,7 @@ class JsonlPrompts:
 
     def _prompt(self, line: _Line) -> Prompt:
         row, task = line.row, line.row.task
-        facts = tuple(Fact(f.kind, f.question, f.answer) for f in row.facts)
+        facts = tuple(Fact(f.kind, f.question, f.answer, choices=tuple(f.choices)) for f in row.facts)
         parts: tuple[Part, ...] = (*(self._image(p, line) for p in line.images), row.prompt)
         rules = {} if row.rules is None else row.rules.model_dump(exclude_unset=True)
         return Prompt(

@@ -16,4 +16,10 @@ BENCHMARKS: Mapping[str, str] = {
 }
 """Every benchmark by name; an own one is named ``my_package.module:NAME``, and a .jsonl file of rows is one too."""
 
-__all__ = ["BENCHMARKS"]
+PUBLISHED: Mapping[str, str] = {
+    "geneval": "lvrpo.evaluation.benchmarks.geneval:GENEVAL",
+    "geneval_vqa": "lvrpo.evaluation.benchmarks.geneval:GENEVAL_VQA",
+}
+"""Benchmarks of papers, whose prompts lie in a folder of the user."""
+
+__all__ = ["BENCHMARKS", "PUBLISHED"]

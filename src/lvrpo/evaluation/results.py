@@ -6,6 +6,7 @@ A measure that the record cannot give is left out, never 0.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ PASS_AT = (1, 4, 16)
 BEST_OF = (2, 4, 8)
 BASELINE_BEST_OF = 4
 """A single sample of the later policy is compared with the best of so many of the earlier one."""
+MOST_REASONS = 5
+"""Reasons of missing scores that a result names."""
 FEW_ANSWERS = 20
 """Forms of question with more distinct right answers have no balanced accuracy."""
 
@@ -67,8 +70,53 @@ def benchmark_result(record: BenchmarkRecord) -> BenchmarkResult:
     def mean(rows: Sequence[int]) -> Estimate:
         return _estimate(mean_interval(_take(record.scores, rows), _take(record.clusters, rows)))
 
-    measures = measure(record_rows(record), record.samples)
-    return _result(record, _scored_prompts(record), mean, measures)
+    counted = _scored_prompts(record)
+    whole = _estimate(mean_over_categories(record.scores, record, counted)) if by_category(record) else mean(counted)
+    measures = measure(record_rows(record), record.samples) | missing(record)
+    return _result(record, counted, whole, mean, measures)
+
+
+def by_category(record: BenchmarkRecord) -> bool:
+    """Whether the score of the whole is the mean of categories."""
+    return record.mean_over == "categories" and len({*record.categories}) > 1
+
+
+def missing(record: BenchmarkRecord) -> Measures:
+    """``masked``: how many prompts have no score, of how many, and the most frequent reasons; {} for none."""
+    reasons = Counter(reason or "no score" for reason, s in zip_failures(record) if not math.isfinite(s))
+    if not reasons:
+        return {}
+    common = dict(reasons.most_common(MOST_REASONS))
+    return {"masked": {"prompts": sum(reasons.values()), "of": len(record.ids), "reasons": common}}
+
+
+def zip_failures(record: BenchmarkRecord) -> list[tuple[str, float]]:
+    """Of each prompt why it has no score, and its score."""
+    return list(zip(record.failures or [""] * len(record.scores), record.scores, strict=True))
+
+
+def mean_over_categories(values: Sequence[float], record: BenchmarkRecord, rows: Sequence[int]) -> Interval:
+    """Mean over categories of their means, clusters resampled; nan where a category has no score.
+
+    (1 / |C|) sum_c mean { values_i : category c, i in rows }
+    """
+    if {*record.categories} > {record.categories[i] for i in rows}:
+        return Interval(math.nan, math.nan, math.nan, len(rows))
+    if len({values[i] for i in rows}) == 1:
+        return mean_interval(_take(values, rows), _take(record.clusters, rows))
+    cluster = {name: c for c, name in enumerate(dict.fromkeys(_take(record.clusters, rows)))}
+    column = {name: c for c, name in enumerate(dict.fromkeys(_take(record.categories, rows)))}
+    sums, counts = np.zeros((len(cluster), len(column))), np.zeros((len(cluster), len(column)))
+    for i in rows:
+        place = cluster[record.clusters[i]], column[record.categories[i]]
+        sums[place] += values[i]
+        counts[place] += 1
+
+    def macro(weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.nanmean((weights @ sums) / (weights @ counts), axis=1)
+
+    return bootstrap_statistic(macro, len(cluster), n=len(rows))
 
 
 def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkResult:
@@ -86,25 +134,35 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
         return replace(found, detectable=detectable_difference(*sides), p=paired_p_value(*sides))
 
     both = sorted({*_scored_prompts(before)} & {*_scored_prompts(after)})
+    whole = paired(both)
+    if by_category(after):
+        gains = [a - b for b, a in zip(before.scores, after.scores, strict=True)]
+        macro = _estimate(mean_over_categories(gains, after, both))
+        whole = replace(whole, score=macro.score, low=macro.low, high=macro.high)
     measures = compare(record_rows(before), record_rows(after), min(before.samples, after.samples))
-    result = _result(before, both, paired, measures)
+    lost = len(before.ids) - len(both)
+    measures |= {"masked": {"prompts": lost, "of": len(before.ids)}} if lost else {}
+    result = _result(before, both, whole, paired, measures)
     adjusted = holm([math.nan if each.p is None else each.p for each in result.categories.values()])
     pairs = zip(result.categories.items(), adjusted, strict=True)
     return replace(result, categories={name: replace(each, p_holm=p) for (name, each), p in pairs})
 
 
 def _result(
-    record: BenchmarkRecord, counted: Sequence[int], estimate: Callable[[Sequence[int]], Estimate], measures: Measures
+    record: BenchmarkRecord,
+    counted: Sequence[int],
+    whole: Estimate,
+    estimate: Callable[[Sequence[int]], Estimate],
+    measures: Measures,
 ) -> BenchmarkResult:
-    """Estimates over the counted prompts, by category, and by seen or unseen compositions where some are unseen."""
-    whole = vars(estimate(counted))
+    """``whole`` with the estimates by category, and by seen or unseen compositions where some are unseen."""
     kinds = ["unseen" if new else "seen" for new in record.held_out] if any(record.held_out) else []
     categories, compositions = (
         {label: estimate(rows) for label, rows in _by_label(labels, counted).items()}
         for labels in (record.categories, kinds)
     )
     return BenchmarkResult(
-        **whole, categories=categories, compositions=compositions, metric=record.metric, measures=measures
+        **vars(whole), categories=categories, compositions=compositions, metric=record.metric, measures=measures
     )
 
 
@@ -133,7 +191,7 @@ def record_rows(record: BenchmarkRecord) -> list[Row]:
     return [
         Row(
             cluster=record.clusters[i],
-            successes=successes,
+            successes=successes if all(map(math.isfinite, successes)) else (),
             judged=record.judged[i] if record.judged else (),
             read_back=record.read_back[i] if record.read_back else None,
             form=record.forms[i] if record.forms else "",
@@ -232,7 +290,7 @@ def form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The questions of each form, those with a right text and an answer."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.form and row.right is not None and row.answers:
+        if row.form and row.right is not None and row.answers and row.successes:
             found.setdefault(row.form, []).append(row)
     return found
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import ContractError, InputError
-from lvrpo.evaluation import BENCHMARKS
+from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
-from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, score_prompts
+from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts, score_prompts
 from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import Policy, Sampling, check_text
-from lvrpo.records import BenchmarkRecord
+from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
-from lvrpo.rewards.base import judge_fingerprint
+from lvrpo.rewards.base import Reward, judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import TASKS, Group, Prompt, Task
@@ -57,11 +57,27 @@ class Benchmark:
     """Whether tuned temperature and guidance leave its own in place."""
     metric: Metric = "success"
     """The kind of score."""
+    reward: Reward | None = None
+    """Scores the outputs, from 0 to 1, in place of the prompts' own answers; of metric "success" 0 or 1 alone."""
+    mean_over: MeanOver = "prompts"
+    """Whether the score of the whole is the mean over prompts, or over categories of their means."""
+    own_sampling: bool = False
+    """Whether the model's own defaults hold (guidance, steps, lengths), in place of this and the suite's."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``Sampling`` that differ from the model's defaults. Any: their values."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """What a record says of it: the version of the data and who scores."""
     check: Callable[[Policy], object] = lambda policy: None
     """Raises InputError where a policy cannot read the prompts."""
 
     def sampling(self, base: Sampling, task: Task | None = None, tuned: TunedSampling | None = None) -> Sampling:
-        """``base`` with the benchmark's temperature and guidance, or those tuned for the task."""
+        """``base`` with the benchmark's temperature and guidance, or those tuned for the task.
+
+        With ``own_sampling``, ``base`` is the model's defaults, and only ``changes`` are made.
+        """
+        if self.own_sampling:
+            own = replace(base, **self.changes)
+            return own if tuned is None or task is None else tuned.apply(own, task)
         own = replace(base, temperature=self.temperature, guidance_scale=self.guidance_scale)
         return own if tuned is None or task is None or self.fixed_sampling else tuned.apply(own, task)
 
@@ -114,16 +130,77 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class BenchmarkInputs:
+    """What published benchmarks are opened with."""
+
+    data: Path | None = None
+    """The folder that holds one folder per benchmark, or the files of the only one."""
+    detector: str | None = None
+    """A detector of ``transformers``: a local folder, or an id in the local Hub cache."""
+    color_classifier: str | None = None
+    """A CLIP or SigLIP, likewise."""
+    thresholds: tuple[float, float] | None = None
+    """Scores of the detector that count: of all prompts, and of those about numbers."""
+    vlm: Path | None = None
+    """The judge of questions about drawings: a local folder of ``transformers``, or a YAML file of an endpoint."""
+    device: str = "auto"
+
+
+NO_INPUTS = BenchmarkInputs()
+
+
+@dataclass(frozen=True)
+class PublishedBenchmark:
+    """A benchmark of a paper, whose prompts the user has in a folder."""
+
+    name: str
+    source: str
+    """Paper and address."""
+    files: tuple[str, ...]
+    """What its folder holds, in the official layout."""
+    size: str
+    """Prompts, and pictures drawn."""
+    needs: str
+    """Who judges, and the options that name it."""
+    license: str
+    """Of the prompts."""
+    build: Callable[[Path, BenchmarkInputs], list[Benchmark]]
+    """Of its folder."""
+    read: Callable[[Path], Sequence[Prompt]]
+    """The prompts of a file in its format, official or not, with their facts."""
+    folder: str = ""
+    """Name of its folder; "": that of the benchmark."""
+
+    def open(self, inputs: BenchmarkInputs) -> list[Benchmark]:
+        """The benchmark of the files in ``inputs.data``; raises InputError where they are not there."""
+        if inputs.data is None:
+            raise InputError(
+                f"benchmark {self.name}: needs {' and '.join(self.files)} of {self.source}: name the folder that holds "
+                "it (--data DIR); lvrpo benchmarks says more"
+            )
+        folder = self.folder or self.name
+        tried = (inputs.data / folder, inputs.data)
+        found = next((each for each in tried if all((each / file).exists() for file in self.files)), None)
+        if found is None:
+            raise InputError(
+                f"benchmark {self.name}: {inputs.data}: holds no {' and '.join(self.files)}, nor {folder}/ with it: "
+                f"get it from {self.source}"
+            )
+        return self.build(found, inputs)
+
+
 def find_benchmarks(
     names: Sequence[str],
     scorer: HeldOutScorer = SUCCESS_ONLY,
     side: int | None = None,
     root: Path | None = None,
+    inputs: BenchmarkInputs = NO_INPUTS,
 ) -> list[Benchmark]:
     """Benchmarks by name; ``scenes`` is all of the built-in world, a name that ends in .jsonl is a file of rows.
 
     For files: ``scorer`` scores rows without a verifiable answer, ``side`` is the side of the model's input pictures in
-    pixels, ``root`` another folder of pictures.
+    pixels, ``root`` another folder of pictures. ``inputs``: data and judges of the published benchmarks.
     """
     found: list[Benchmark] = []
     for name in names:
@@ -132,13 +209,32 @@ def find_benchmarks(
         elif name.endswith(".jsonl"):
             found += file_benchmarks(Path(name), scorer, side, root)
         else:
-            benchmark = resolve("benchmark", name, {**BENCHMARKS, "scenes": ""})
+            benchmark = resolve("benchmark", name, {**BENCHMARKS, **PUBLISHED, "scenes": ""})
+            if isinstance(benchmark, PublishedBenchmark):
+                found += benchmark.open(inputs)
+                continue
             if not isinstance(benchmark, Benchmark):
                 raise InputError(f"benchmark {name!r}: is a {type(benchmark).__name__}: name a Benchmark")
             found.append(benchmark)
     doubled = [b.name for i, b in enumerate(found) if b.name in [other.name for other in found[:i]]]
     if doubled:
         raise InputError(f"benchmark {doubled[0]!r}: named twice: name each once")
+    return found
+
+
+def at_guidance(benchmarks: Sequence[Benchmark], scales: Sequence[float], num_steps: int | None) -> list[Benchmark]:
+    """Those with ``own_sampling`` once per guidance scale, ``geneval@4``, or (no scales) at the model's own."""
+    found: list[Benchmark] = []
+    for benchmark in benchmarks:
+        if not benchmark.own_sampling:
+            found.append(benchmark)
+            continue
+        changes = dict(benchmark.changes) | ({} if num_steps is None else {"num_steps": num_steps})
+        found += [replace(benchmark, changes=changes)] if not scales else []
+        found += [
+            replace(benchmark, name=f"{benchmark.name}@{scale:g}", changes={**changes, "guidance_scale": scale})
+            for scale in scales
+        ]
     return found
 
 
@@ -226,6 +322,20 @@ def evaluate(
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
+@dataclass(frozen=True)
+class Item:
+    """One prompt of an evaluation with its outputs and their scores."""
+
+    group: Group
+    """The first ``Benchmark.samples`` outputs."""
+    scores: tuple[float, ...]
+    """Of every sample; nan where scoring failed."""
+    judged: tuple[float | None, ...] = ()
+    read_back: ReadBack | None = None
+    failure: str = ""
+    """Why a sample has no score; "" where all have one."""
+
+
 def record(
     policy: Policy,
     benchmark: Benchmark,
@@ -236,57 +346,107 @@ def record(
 ) -> tuple[BenchmarkRecord, list[Group]]:
     """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt.
 
-    A benchmark scored by rewards records the scores alone, without samples and answers.
+    A benchmark scored by rewards records the scores alone, without samples and answers. A prompt with a sample that
+    could not be scored has no score.
     """
-    succeeds = benchmark.metric == "success"
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
-    settings: dict[Task, Sampling] = {task: benchmark.sampling(sampling, task, options.tuned) for task in tasks}
+    base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
+    settings: dict[Task, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, options)
     # a few prompts at a time: all samples of large pictures do not fit into memory
     jobs: dict[tuple[Task, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
-    rows: list[tuple[float, ...]] = [()] * len(prompts)
-    judged: list[tuple[float | None, ...]] = [()] * len(prompts)
-    backs: list[ReadBack | None] = [None] * len(prompts)
-    groups: dict[int, Group] = {}
+    found: dict[int, Item] = {}
     for (task, count), places in jobs.items():
         batch_size = max(1, CHUNK // count)
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            scorers = options.scorer, options.reward_judge
-            result = score_prompts(policy, [prompts[i] for i in batch], settings[task], seed, count, *scorers)
-            vqa_scores = judge_scores(result.groups, options.judge or policy) if count > benchmark.samples else None
-            back = read_back(result.groups, policy) if options.sampled_prompts and succeeds else [None] * len(batch)
-            for place, i in enumerate(batch):
-                group = result.groups[place]
-                groups[i] = Group(group.prompt, group.trajectories[: benchmark.samples])
-                rows[i], backs[i] = result.by_sample[place], back[place]
-                judged[i] = () if vqa_scores is None else vqa_scores[place]
-    ordered = [groups[i] for i in range(len(prompts))]
-    means = tuple(sum(row[: benchmark.samples]) / benchmark.samples for row in rows)
+            items = scored_items(policy, benchmark, [prompts[i] for i in batch], settings[task], seed, count, options)
+            found |= dict(zip(batch, items, strict=True))
+    items = [found[i] for i in range(len(prompts))]
+    return benchmark_record(policy, benchmark, items, settings, options), [item.group for item in items]
+
+
+def default_sampling(policy: Policy, task: Task) -> Sampling:
+    """The model's own defaults, for one output of each prompt and greedy text."""
+    return replace(policy.default_sampling(task), group_size=1, temperature=0.0)
+
+
+def scored_items(
+    policy: Policy,
+    benchmark: Benchmark,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    count: int,
+    options: EvaluationOptions,
+) -> list[Item]:
+    """Samples and scores ``count`` outputs of each prompt."""
+    judge, reward = options.judge or policy, benchmark.reward
+    reasons: dict[int, str] = {}
+    if reward is None:
+        result = score_prompts(policy, prompts, sampling, seed, count, options.scorer, options.reward_judge)
+        groups, rows = result.groups, result.by_sample
+    else:
+        groups = tuple(sample_prompts(policy, prompts, sampling, seed, count))
+        scores = reward.score(groups, judge)
+        rows = tuple(
+            tuple(math.nan if (p, g) in scores.failures else value for g, value in enumerate(row))
+            for p, row in enumerate(scores.values.tolist())
+        )
+        reasons = {p: why for (p, _), why in reversed([*scores.failures.items()])}
+    judged = judge_scores(groups, judge) if count > benchmark.samples else [()] * len(groups)
+    succeeds = benchmark.metric == "success" and reward is None
+    backs = read_back(groups, policy) if options.sampled_prompts and succeeds else [None] * len(groups)
+    return [
+        Item(Group(group.prompt, group.trajectories[: benchmark.samples]), rows[p], judged[p], backs[p], reason)
+        for p, group in enumerate(groups)
+        for reason in [reasons.get(p) or ("" if all(map(math.isfinite, rows[p])) else "no score")]
+    ]
+
+
+def benchmark_record(
+    policy: Policy,
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    settings: Mapping[Task, Sampling],
+    options: EvaluationOptions,
+) -> BenchmarkRecord:
+    """The record of the items of a benchmark; raises ContractError where none has a score."""
+    succeeds = benchmark.metric == "success"
+    groups = [item.group for item in items]
+    prompts = [group.prompt for group in groups]
+    means = tuple(sum(item.scores[: benchmark.samples]) / benchmark.samples for item in items)
+    failures = tuple(item.failure for item in items)
     if not any(map(math.isfinite, means)):
-        raise ContractError(f"{benchmark.name}: no output could be scored: see that the rewards work on these rows")
-    scored = BenchmarkRecord(
+        why = next(filter(None, failures), "there are no prompts")
+        raise ContractError(f"{benchmark.name}: no output could be scored: {why}: see that its scorer works")
+    judge = options.judge or policy
+    judged = tuple(item.judged for item in items)
+    backs = tuple(item.read_back for item in items)
+    return BenchmarkRecord(
         tuple(p.id for p in prompts),
         tuple(p.category for p in prompts),
         tuple(cluster_of(p) for p in prompts),
         means,
         benchmark.samples,
-        tuple(rows) if succeeds else (),
-        tuple(judged) if any(judged) else (),
-        tuple(backs) if any(back is not None for back in backs) else (),
-        **questions(ordered),
+        tuple(item.scores for item in items) if succeeds else (),
+        judged if any(judged) else (),
+        backs if any(back is not None for back in backs) else (),
+        **questions(groups),
         held_out=tuple(p.held_out for p in prompts) if any(p.held_out for p in prompts) else (),
         settings={
             "tasks": {
                 t: {"temperature": s.temperature, "guidance_scale": s.guidance_scale} for t, s in settings.items()
             },
-            "judge": judge_fingerprint(options.judge or policy) if any(judged) else None,
+            "judge": judge_fingerprint(judge) if any(judged) else None,
+            **benchmark.details,
         },
         metric=benchmark.metric,
+        mean_over=benchmark.mean_over,
+        failures=failures if any(failures) else (),
     )
-    return scored, ordered
 
 
 def sample_counts(

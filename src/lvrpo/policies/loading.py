@@ -162,7 +162,7 @@ def policy_folder(model: str | Path) -> Path:
     if path.exists():
         raise InputError(f"{path}: is a file: give the folder of a model or of a run")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
-        return _from_hub_cache(name)
+        return cached_folder(name)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     names = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -267,7 +267,8 @@ def _run_result(run: Path) -> Path:
     return whole[-1]
 
 
-def _from_hub_cache(name: str) -> Path:
+def cached_folder(name: str) -> Path:
+    """The folder of a Hub id in the local cache; raises InputError where it is not there."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

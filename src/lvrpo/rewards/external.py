@@ -56,9 +56,9 @@ class SiglipTower:
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
         path = check_tower(folder)
-        self.device = torch.device(_device(device))
-        self.model = _loaded(path, "AutoModel").to(self.device)
-        self.processor = _loaded(path, "AutoProcessor")
+        self.device = torch.device(find_device(device))
+        self.model = load_pretrained(path, "AutoModel").to(self.device)
+        self.processor = load_pretrained(path, "AutoProcessor")
         self.length = self.model.config.text_config.max_position_embeddings
         self.identity = folder_fingerprint(path)
 
@@ -85,7 +85,7 @@ class SiglipTower:
             yield Embedded(whole, row[~is_marker] if (~is_marker).any() else row)
 
     def _images(self, images: Sequence[Image]) -> Iterator[Embedded]:
-        inputs = self.processor.image_processor(images=[_picture(image) for image in images], return_tensors="pt")
+        inputs = self.processor.image_processor(images=[pil_picture(image) for image in images], return_tensors="pt")
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         valid = inputs.get("pixel_attention_mask")  # only where pictures of several sizes are padded
         out = self.model.get_image_features(**inputs)
@@ -103,9 +103,9 @@ class ExternalVLM:
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
         path = check_reader(folder)
-        self.device = torch.device(_device(device))
-        self.model = _loaded(path, "AutoModelForImageTextToText").to(self.device)
-        self.processor = _loaded(path, "AutoProcessor")
+        self.device = torch.device(find_device(device))
+        self.model = load_pretrained(path, "AutoModelForImageTextToText").to(self.device)
+        self.processor = load_pretrained(path, "AutoProcessor")
         if not getattr(self.processor, "chat_template", None):  # old folders lack it
             raise InputError(f"{path}: has no chat template: use an instruction-tuned checkpoint")
         self.identity = folder_fingerprint(path)
@@ -163,7 +163,7 @@ class ExternalVLM:
         """What the model is given for a context with its answer, and the answer's tokens."""
         tokenizer = self.processor.tokenizer
         content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": _picture(part)}
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": pil_picture(part)}
             for part in parts
         ]
         inputs = self.processor.apply_chat_template(
@@ -253,7 +253,7 @@ def _config(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _loaded(path: Path, kind: str) -> Any:
+def load_pretrained(path: Path, kind: str) -> Any:
     """Any: a model or processor of the optional package."""
     transformers = transformers_library("source: a folder")
     try:
@@ -267,13 +267,13 @@ def _loaded(path: Path, kind: str) -> Any:
     return found.eval().requires_grad_(False) if isinstance(found, torch.nn.Module) else found
 
 
-def _device(device: str) -> str:
+def find_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _picture(image: Image) -> Any:
+def pil_picture(image: Image) -> Any:
     """Any: a PIL picture."""
     from PIL import Image as PilImage
 

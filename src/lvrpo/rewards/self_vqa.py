@@ -23,8 +23,8 @@ BOTH_ORDERS = "{question} Answer {first} or {second}."
 
 Confidences = dict[tuple[int, int], torch.Tensor]
 Failures = dict[tuple[int, int], str]
-Wordings = Sequence[tuple[str, str]]
-"""Of one fact: its question in some wordings, with the answer that each must have."""
+Wordings = Sequence[tuple[str, str, tuple[str, ...]]]
+"""Of one fact: its question in some wordings, with the answer that each must have and the answers to choose from."""
 
 
 class Reader(Protocol):
@@ -55,6 +55,7 @@ class SelfVQA(Config):
     """Mean over the prompt's facts of the judge's confidence in the right answer, given the picture alone.
 
     r = mean_k exp( mean-per-token log p_judge(answer_k | picture, question_k) ). Range [0, 1].
+    Of a fact with ``choices`` the term is p(answer) / sum over choices of p(choice).
     No encoder is added: the judge is a frozen copy of the policy. It never sees the prompt, only its questions.
 
     A judge that says what is no log-prob (not finite, or above 0) of one answer masks the output.
@@ -144,20 +145,22 @@ class SelfVQA(Config):
 
     def confirm(self, pairs: Sequence[tuple[Image, Fact]], reader: Reader) -> list[float | NoAnswer]:
         """The reader's confidence in each fact of the picture beside it, asked as facts of results are."""
-        confidence, problems = self._ask([(image, ((fact.question, fact.answer),)) for image, fact in pairs], reader)
+        confidence, problems = self._ask([(image, (_wording(fact),)) for image, fact in pairs], reader)
         return [NoAnswer(bad) if bad else sure for sure, bad in zip(confidence.tolist(), problems, strict=True)]
 
     def _ask(self, asked: Sequence[tuple[Image, Wordings]], reader: Reader) -> tuple[torch.Tensor, list[str | None]]:
         """(N,) confidence in each fact of a picture, and why one has none; all in one call of the reader."""
         contexts: list[Parts] = []
         answers: list[str] = []
-        counts: list[int] = []  # rows of each question: 1, or 4 where both orders ask for both answers
+        counts: list[int] = []  # rows of each question: 1, those of its choices, or 2 for each of both orders
+        shapes: list[int] = []  # and how many of them are one choice
         rows_of: list[slice] = []  # of each fact
         for image, wordings in asked:
             start = len(contexts)
-            for question, answer in wordings:
-                rows = self._asked(image, question, answer)
+            for question, answer, choices in wordings:
+                rows, per_choice = self._asked(image, question, answer, choices)
                 counts.append(len(rows))
+                shapes.append(per_choice)
                 contexts += [context for context, _ in rows]
                 answers += [answer for _, answer in rows]
             rows_of.append(slice(start, len(contexts)))
@@ -165,7 +168,7 @@ class SelfVQA(Config):
             return torch.zeros(0), []
         logprobs = require_method(reader, "text_logprob").text_logprob(contexts, answers)
         confidence, said = probabilities(logprobs).cpu(), logprobs.tolist()
-        by_fact = torch.stack([_confidence(rows) for rows in confidence.split(counts)])
+        by_fact = torch.stack([_confidence(*each) for each in zip(confidence.split(counts), shapes, strict=True)])
         if self.paraphrases > 1:
             parts = by_fact.split([len(wordings) for _, wordings in asked])
             by_fact = torch.stack([part.mean() - self.bound * part.std(correction=0) for part in parts])
@@ -178,27 +181,40 @@ class SelfVQA(Config):
     def _questions(self, prompt: Prompt) -> list[Wordings]:
         """The wordings of each fact, with the answer that each must have."""
         if self.paraphrases == 1:
-            return [((fact.question, fact.answer),) for fact in self.known(prompt)]
+            return [(_wording(fact),) for fact in self.known(prompt)]
         kept = self.known(prompt)
         every = zip(prompt.facts, world_of(prompt.world).paraphrases(prompt.facts), strict=True)
-        return [wordings[: self.paraphrases] for fact, wordings in every if fact in kept]
+        return [
+            [(question, answer, fact.choices) for question, answer in wordings[: self.paraphrases]]
+            for fact, wordings in every
+            if fact in kept
+        ]
 
-    def _asked(self, image: Image, question: str, answer: str) -> list[tuple[Parts, str]]:
-        """One row; or right and wrong answer in one order, then in the other."""
+    def _asked(
+        self, image: Image, question: str, answer: str, among: tuple[str, ...]
+    ) -> tuple[list[tuple[Parts, str]], int]:
+        """The rows of a question, and how many of them compete: one alone; the right choice, then the others; or right
+        and wrong answer in one order, then in the other."""
         choices = self.choices
         if choices is None and self.questions is not None and self.questions.by != "grammar":
             choices = BOTH_ORDERS
         if choices is None or answer not in self.both:
-            return [((image, question), answer)]
+            others = [choice for choice in among if choice != answer]
+            return [((image, question), each) for each in (answer, *others)], 1 + len(others)
         wrong = self.both[1 - self.both.index(answer)]
         orders = (self.both, self.both[::-1])
         asked = [choices.format(question=question, first=one, second=two) for one, two in orders]
-        return [((image, words), each) for words in asked for each in (answer, wrong)]
+        return [((image, words), each) for words in asked for each in (answer, wrong)], 2
 
 
-def _confidence(rows: torch.Tensor) -> torch.Tensor:
-    """Probability of the right answer; with rows (right, wrong) of each order, the mean of its shares."""
-    if len(rows) == 1:
+def _wording(fact: Fact) -> tuple[str, str, tuple[str, ...]]:
+    return fact.question, fact.answer, fact.choices
+
+
+def _confidence(rows: torch.Tensor, competing: int) -> torch.Tensor:
+    """Probability of the right answer; among ``competing`` answers, the right one first, its share of them all, as the
+    mean over the orders that they were offered in."""
+    if competing == 1:
         return rows[0]
-    right, wrong = rows[0::2], rows[1::2]
-    return (right / (right + wrong)).mean()
+    answers = rows.view(-1, competing)
+    return (answers[:, 0] / answers.sum(dim=1)).mean()

@@ -1,0 +1,1 @@
+"""Published benchmarks: their prompts from local folders, their scorers, and what each needs."""
