@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "lvrpo.commands.infer:GENERATE",
     "ask": "lvrpo.commands.infer:ASK",
     "edit": "lvrpo.commands.infer:EDIT",
+    "demo": "lvrpo.commands.demo:DEMO",
     "export": "lvrpo.commands.models:EXPORT",
     "push": "lvrpo.commands.hub:PUSH",
     "pull": "lvrpo.commands.hub:PULL",
