@@ -43,6 +43,8 @@ COMMANDS: Mapping[str, str] = {
     "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
     "audit": "lvrpo.commands.audit:AUDIT",
     "information": "lvrpo.commands.evaluate:INFORMATION",
+    "new reward": "lvrpo.commands.new:NEW_REWARD",
+    "completion": "lvrpo.commands.new:COMPLETION",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",

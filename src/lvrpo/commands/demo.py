@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -206,10 +207,9 @@ def _drawn(session: Session, group: Group) -> tuple[Any, str, list[list[str]]]:
 def _library() -> Any:
     """gradio. Any: an optional package."""
     try:
-        import gradio
+        return importlib.import_module("gradio")
     except ImportError:
         raise InputError("the demo needs gradio: pip install 'lvrpo[demo]'") from None
-    return gradio
 
 
 DEMO = Command(
