@@ -5,6 +5,7 @@ The Markdown in the repository stays readable where it is; ``make docs-site`` bu
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ OUTSIDE = {
     "README.md": "index.md",
     "docs/index.md": "contents.md",
     **{name: f"project/{name}" for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
+    **{f"examples/notebooks/{name}.ipynb": f"project/notebooks/{name}.md" for name in ("tour", "own_data")},
     **{f"examples/{name}.py": f"project/examples/{name}.md" for name in ("grpo_loop", "use_the_parts")},
 }
 """File of the repository to its page of the site."""
@@ -40,6 +42,8 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / path).read_text(encoding="utf-8")
         if path.endswith(".py"):
             text = f"# {Path(path).name}\n\n```python\n{text}```\n"
+        elif path.endswith(".ipynb"):
+            text = _notebook_page(text)
         files.append(File.generated(config, page, content=_relinked(text, path, page)))
     files.append(File.generated(config, "reference/api.md", content=_api_page()))
     return files
@@ -64,6 +68,11 @@ def _relinked(markdown: str, path: str, page: str) -> str:
         return f"]({posixpath.relpath(to, posixpath.dirname(page) or '.')}{anchor})"
 
     return LINK.sub(link, markdown)
+
+
+def _notebook_page(text: str) -> str:
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells) + "\n"
 
 
 def _api_page() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -69,3 +70,15 @@ def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: 
     for row, expected in zip(logged, rows, strict=True):
         for name, value in expected.items():
             assert row[name] == value, name
+
+
+@pytest.mark.parametrize("name", ["tour", "own_data"])
+def test_the_cells_of_a_notebook_run(root: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((root / "examples" / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), f"{name}/{cell['id']}", "exec"), names)
+    assert names["done"].summary  # type: ignore[attr-defined]  # of lvrpo.train
