@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import torch
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 
@@ -58,6 +59,12 @@ def damage_error(name: Path | str, error: BaseException) -> InputError:
     """The error for bytes that cannot be decoded."""
     message = " ".join(str(error).split())[:100] or type(error).__name__
     return InputError(f"{name}: damaged picture ({message}): save it again")
+
+
+def to_pil(image: torch.Tensor) -> PilImage.Image:
+    """A picture (3, H, W) in [0, 1], rounded to 8 bits."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return PilImage.fromarray(pixels)
 
 
 def _open(file: IO[bytes], name: Path | str) -> PilImage.Image:

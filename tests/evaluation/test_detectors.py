@@ -13,7 +13,7 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.detectors import BACKGROUND, ColorClassifier, Detector, _crop, model_folder
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection
-from lvrpo.rewards.external import pil_picture
+from lvrpo.pictures import to_pil
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,7 +167,7 @@ def test_the_color_is_that_of_the_nearest_texts(folders: dict[str, Path]) -> Non
     objects = [Detection(0.9, (0, 0, 20, 20)), Detection(0.9, (6, 4, 30, 20), mask)]
     colors = torch.nn.functional.normalize(torch.randn(10, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
     classifier._colors["bench"] = colors
-    crops = [_crop(pil_picture(PICTURE), each) for each in objects]
+    crops = [_crop(to_pil(PICTURE), each) for each in objects]
     assert [crop.size for crop in crops] == [(20, 20), (24, 16)]
     pixels = classifier.processor.image_processor(images=crops, return_tensors="pt")
     with torch.no_grad():
@@ -191,7 +191,7 @@ def data_color(number: int) -> str:
 def test_what_surrounds_a_mask_is_gray_and_a_crop_is_never_empty() -> None:
     mask = torch.zeros(32, 48, dtype=torch.bool)
     mask[0, 0] = True
-    picture = pil_picture(torch.ones(3, 32, 48))
+    picture = to_pil(torch.ones(3, 32, 48))
     crop = _crop(picture, Detection(0.9, (0, 0, 2, 1), mask))
     assert [crop.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), BACKGROUND]
     assert _crop(picture, Detection(0.9, (5.2, 3.4, 5.3, 3.4))).size == (1, 1)

@@ -17,7 +17,7 @@ from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts, score_prompts
 from lvrpo.metrics import ReadBack
-from lvrpo.policies.base import Policy, Sampling, check_text
+from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
 from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward, judge_fingerprint
@@ -297,20 +297,22 @@ def evaluate(
 
     ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects the outputs to return. The first sample
     of a prompt does not depend on how many are drawn. Raises InputError where ``options.tuned`` was tuned on one of
-    the prompts, and for a benchmark of a task that the policy cannot do.
+    the prompts, and for a benchmark of a task that the policy cannot do. A policy that draws nothing is not asked those
+    prompts of a reasoning benchmark that end in a drawing.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
     started = time.perf_counter()
     scored: dict[str, BenchmarkRecord] = {}
     kept: dict[str, Sequence[Group]] = {}
-    prompts_of = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
+    prompts_of: dict[str, Sequence[Prompt]] = {b.name: b.prompts((sizes or {}).get(b.name, b.n)) for b in benchmarks}
     tasks = getattr(policy, "tasks", TASKS)  # optional in anybody's class
     for name, prompts in prompts_of.items():
+        if not can_draw(tasks):
+            prompts_of[name] = [p for p in prompts if "image" not in p.output or p.task not in tasks]
         if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
-            raise InputError(
-                f"benchmark {name}: task {wrong!r}: this model does {', '.join(tasks)} alone: leave it out"
-            )
+            does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
+            raise InputError(f"benchmark {name}: task {wrong!r}: this model {does}: leave it out")
     if options.tuned is not None:
         for name, prompts in prompts_of.items():
             options.tuned.require_unseen(name, prompts)

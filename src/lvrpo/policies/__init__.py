@@ -8,9 +8,11 @@ POLICIES: Mapping[str, str] = {
     "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
     "bagel": "lvrpo.policies.bagel.policy:BagelPolicy",
     "janus": "lvrpo.policies.janus.policy:JanusPolicy",
+    "image_text_to_text": "lvrpo.policies.image_text_to_text:ImageTextToTextPolicy",
 }
 """Class by the ``model_type`` of a model's config.json; an own one is named ``my_package.module:Class`` there, and its
-package allowed by name (``--allow-code=my_package``)."""
+package allowed by name (``--allow-code=my_package``). ``image_text_to_text`` is every type that transformers maps to
+AutoModelForImageTextToText and that has no entry of its own."""
 
 BUILT_IN: Mapping[str, str] = {
     "tiny": "tiny-base",

@@ -53,10 +53,12 @@ OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
     "text": ("towers.lm_head", "head", "understand", "text"),
 }
 """By kind of segments: the output layer, its kind of module and expert, and a name for messages."""
+READERS = ("aligner", "connector", "multi_modal_projector", "vision_model", "vision_tower", "visual")
+"""How models of transformers call what reads pictures."""
 EXPERTS: Mapping[str, tuple[Expert, ...]] = {
-    **dict.fromkeys(("reading", "read", "lm", "aligner", "lm_head", "vision_model"), ("understand",)),
+    **dict.fromkeys((*READERS, "reading", "read", "lm", "lm_head"), ("understand",)),
     **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
-    "language_model": ("understand", "generate"),
+    **dict.fromkeys(("language_model", "text_model"), ("understand", "generate")),
 }
 """Whose a layer is, by the group of its pattern; one of both experts is adapted with either."""
 

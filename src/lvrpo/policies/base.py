@@ -108,6 +108,15 @@ class TokenCounts:
     """Of one pass over the image that it generates."""
 
 
+READS_ONLY = "reads pictures and does not draw them"
+"""What messages say of a policy without a drawing side."""
+
+
+def can_draw(tasks: Collection[Task]) -> bool:
+    """Whether a policy that can be asked these tasks draws pictures."""
+    return "generate" in tasks or "edit" in tasks
+
+
 def check_text(policy: object, text: str) -> None:
     """Raises InputError where a policy cannot tokenize a text; a policy without ``check_text`` accepts all."""
     check = getattr(policy, "check_text", None)  # optional

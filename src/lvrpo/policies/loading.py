@@ -18,6 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.policies.base import Policy, missing_members
+from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task
@@ -212,7 +213,25 @@ def model_type(folder: Path) -> str:
         raise InputError(f"{path}: has no model_type: give a folder that lvrpo saved, or a BAGEL's")
     joined = " ".join(names).lower().replace("-", "_")
     family = next((words for key, words in FAMILIES.items() if key in joined), None)
+    if family is None and isinstance(kind, str) and kind in image_text_to_text_types(kind):
+        return "image_text_to_text"
+    if family is None and tree.get("auto_map"):
+        raise InputError(
+            f"{folder}: model_type {names[0]!r} is computed by code in that folder (auto_map), which lvrpo never runs: "
+            "use a model that transformers has itself, or a newer transformers"
+        )
     raise InputError(foreign_model(folder, family or f"a model of type {names[0]!r}"))
+
+
+def image_text_to_text_types(kind: str) -> Mapping[str, str]:
+    """The model types that transformers maps to AutoModelForImageTextToText; raises InputError without transformers.
+
+    ``kind``: the type that is looked for.
+    """
+    transformers_library(f"a model of type {kind!r}")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 FAMILIES: Mapping[str, str] = {
@@ -222,10 +241,6 @@ FAMILIES: Mapping[str, str] = {
     "showo": "a Show-o, which draws with masked image tokens or a flow",
     "show_o": "a Show-o, which draws with masked image tokens or a flow",
     "mmada": "an MMaDA, which draws with masked image tokens",
-    "qwen2_5_vl": "a Qwen2.5-VL, which reads pictures and draws none",
-    "qwen2_vl": "a Qwen2-VL, which reads pictures and draws none",
-    "qwen3_vl": "a Qwen3-VL, which reads pictures and draws none",
-    "llava": "a LLaVA, which reads pictures and draws none",
     "sd3": "a Stable Diffusion 3, which draws and reads no pictures",
     "flux": "a FLUX, which draws and reads no pictures",
 }

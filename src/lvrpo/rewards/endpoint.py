@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.pictures import to_pil
 from lvrpo.reading import parse_json
 from lvrpo.rewards.secrets import is_variable_name, looks_like_secret
 from lvrpo.types import Image, Parts
@@ -288,11 +289,8 @@ def _body(config: EndpointConfig, parts: Parts) -> dict[str, Any]:
 
 def picture_url(image: Image) -> str:
     """A picture (3, H, W) in [0, 1] as PNG in a data address."""
-    from PIL import Image as PilImage
-
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    PilImage.fromarray(pixels).save(file, "PNG")
+    to_pil(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

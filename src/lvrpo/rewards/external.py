@@ -17,6 +17,7 @@ import torch
 from pydantic import AfterValidator
 
 from lvrpo.errors import InputError
+from lvrpo.pictures import to_pil
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json
 from lvrpo.types import Image, Parts
@@ -85,7 +86,7 @@ class SiglipTower:
             yield Embedded(whole, row[~is_marker] if (~is_marker).any() else row)
 
     def _images(self, images: Sequence[Image]) -> Iterator[Embedded]:
-        inputs = self.processor.image_processor(images=[pil_picture(image) for image in images], return_tensors="pt")
+        inputs = self.processor.image_processor(images=[to_pil(image) for image in images], return_tensors="pt")
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         valid = inputs.get("pixel_attention_mask")  # only where pictures of several sizes are padded
         out = self.model.get_image_features(**inputs)
@@ -163,7 +164,7 @@ class ExternalVLM:
         """What the model is given for a context with its answer, and the answer's tokens."""
         tokenizer = self.processor.tokenizer
         content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": pil_picture(part)}
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": to_pil(part)}
             for part in parts
         ]
         inputs = self.processor.apply_chat_template(
@@ -271,14 +272,6 @@ def find_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pil_picture(image: Image) -> Any:
-    """Any: a PIL picture."""
-    from PIL import Image as PilImage
-
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return PilImage.fromarray(pixels)
 
 
 def _parts(items: Sequence[T], size: int = AT_ONCE) -> Iterator[Sequence[T]]:

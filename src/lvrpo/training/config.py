@@ -13,7 +13,7 @@ from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdapterConfig
-from lvrpo.policies.base import Sampling
+from lvrpo.policies.base import READS_ONLY, Sampling, can_draw
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.training.advantages import AdvantageConfig, GDPOConfig, SummedConfig
 from lvrpo.training.gradients import GradientAuditConfig, Mixing
@@ -204,18 +204,20 @@ class TrainConfig(Config):
         """The sampling parameters of a step."""
         return self.rollout.sampling(self.seed, step)
 
+    def require_tasks(self, tasks: Sequence[Task]) -> None:
+        """Raises InputError for prompts of a task that is not among those that the policy can be asked."""
+        for task, count in self.data.prompts_per_step.items():
+            if count and task not in tasks:
+                does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
+                raise InputError(f"data.prompts_per_step.{task}={count}: policy={self.policy} {does}: set it to 0")
+
     def require_policy_fit(self, segment_kinds: Sequence[SegmentKind], tasks: Sequence[Task] = TASKS) -> None:
         """Raises InputError unless the sections are valid for a policy that generates these kinds of segments.
 
         Also for prompts of a task that is not among ``tasks``, those that the policy supports.
         """
+        self.require_tasks(tasks)
         kinds = ", ".join(segment_kinds)
-        for task, count in self.data.prompts_per_step.items():
-            if count and task not in tasks:
-                raise InputError(
-                    f"data.prompts_per_step.{task}={count}: policy={self.policy} does {', '.join(tasks)} alone: set it "
-                    "to 0"
-                )
         for kind, default in (("text", GRPOConfig()), ("flow", NFTConfig()), ("tokens", None), ("masked", None)):
             if kind not in segment_kinds and getattr(self, kind) != default:  # a section
                 raise InputError(f"{kind}: policy={self.policy} writes no such segments, only {kinds}: leave it out")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from lvrpo.data.base import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.data.jsonl import JsonlPrompts
 from lvrpo.errors import InputError
-from lvrpo.policies.base import Policy, check_text
-from lvrpo.policies.loading import stored_image_size
+from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
+from lvrpo.policies.loading import possible_tasks, stored_image_size
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.row import RewardSource
@@ -83,12 +83,17 @@ class Parts:
 def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Parts:
     """Opens and validates all parts that the configuration names; raises InputError. Writes nothing."""
     source = training_source(config, custom)
+    tasks = policy_tasks(config)
+    if tasks is not None:
+        config.require_tasks(tasks)
     rewards = scoring_rewards(config, source, custom)
     scorer = HeldOutScorer(tuple(rewards))
     validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
     own_rewards = config.validation.rewards
     validation_scorer = HeldOutScorer(tuple(build_rewards(own_rewards))) if own_rewards else scorer
     validator = Validator(validation_prompts(config, validation, validation_scorer), config, validation_scorer)
+    if tasks is not None and not can_draw(tasks):
+        require_texts(config, source, rewards, validator)
     rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
@@ -149,6 +154,30 @@ def scoring_rewards(
                 "that does to rewards, or ask for 0"
             )
     return rewards
+
+
+def policy_tasks(config: TrainConfig) -> tuple[Task, ...] | None:
+    """The tasks that the policy can be asked; None where its folder is missing or damaged, which loading it says."""
+    with suppress(InputError):
+        return possible_tasks(config.policy)
+    return None
+
+
+def require_texts(
+    config: TrainConfig, source: PromptSource, rewards: Sequence[RewardSource], validator: Validator
+) -> None:
+    """Raises InputError for prompts that ask for a picture and for rewards that score pictures alone."""
+    why = f"policy={config.policy} {READS_ONLY}"
+    remedy = "set data.scenes.weights={reason/draw_answer: 0}" if config.data.source == "scenes" else "leave it out"
+    for task, count in config.data.prompts_per_step.items():
+        rows = source.prompts(task, min(count, REWARD_CHECK_PROMPTS)) if count else []
+        for prompt in [*rows, *validator.prompts.get(task, [])]:
+            if "image" in prompt.output:
+                named = f"data.prompts_per_step.{task}={count}: prompt {prompt.id!r}"
+                raise InputError(f"{named} asks for a picture, and {why}: {remedy}")
+    for reward in rewards:
+        if "text" not in reward.judges:
+            raise InputError(f"rewards.{reward.config.title}: scores pictures that are drawn, and {why}: leave it out")
 
 
 def validation_prompts(

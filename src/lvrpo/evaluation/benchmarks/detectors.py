@@ -13,10 +13,11 @@ from PIL import Image as PilImage
 from lvrpo.data.geneval import COLORS
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection
+from lvrpo.pictures import to_pil
 from lvrpo.policies.loading import cached_folder
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import read_json_object
-from lvrpo.rewards.external import find_device, folder_fingerprint, load_pretrained, pil_picture
+from lvrpo.rewards.external import find_device, folder_fingerprint, load_pretrained
 from lvrpo.types import Image
 
 OFFICIAL_THRESHOLDS = (0.3, 0.9)
@@ -99,7 +100,7 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, image: Image, names: Sequence[str]) -> dict[str, list[Detection]]:
         """The detections of each name in a picture, of any score above the lower threshold."""
-        picture = pil_picture(image)
+        picture = to_pil(image)
         width, height = picture.size
         if self.zero_shot:
             return {name: [_inside(d, width, height) for d in self._named(picture, name)] for name in names}
@@ -182,7 +183,7 @@ class ColorClassifier:
     @torch.inference_mode()
     def __call__(self, image: Image, name: str, objects: Sequence[Detection]) -> list[str]:
         """The color of each object of a picture, one of ``COLORS``."""
-        picture = pil_picture(image)
+        picture = to_pil(image)
         crops = [_crop(picture, each) for each in objects]
         pixels = self.processor.image_processor(images=crops, return_tensors="pt").to(self.device)
         seen = _unit(self.model.get_image_features(**pixels))

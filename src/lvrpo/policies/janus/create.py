@@ -13,8 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from lvrpo.config import Config
 from lvrpo.policies.janus.policy import JanusPolicy
-from lvrpo.policies.janus.processor import TEMPLATE, THINK_THEN_ANSWER, THINK_THEN_DRAW, TOKENS, Processor, json_bytes
+from lvrpo.policies.janus.processor import TEMPLATE, THINK_THEN_DRAW, TOKENS, Processor
+from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.policies.transformers_library import transformers_library
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
 
 MARKERS = {
     "pad_token": "<|pad|>",

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import AdaptablePolicy, Modules
+from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts
+from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
-from lvrpo.policies.janus.checkpoint import load_model, save_model
-from lvrpo.policies.janus.generate import Decoder, generate_image_tokens, generate_text
-from lvrpo.policies.janus.processor import PATCH, THINK_THEN_ANSWER, THINK_THEN_DRAW, Processor, Row
+from lvrpo.policies.janus.generate import generate_image_tokens, read_rows
+from lvrpo.policies.janus.processor import PATCH, THINK_THEN_DRAW, Processor, Row
+from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
+from lvrpo.reading import read_json_object
 from lvrpo.sampling import derive_seed, guide_logits, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -39,12 +39,8 @@ from lvrpo.types import (
     segments_through,
 )
 
-MAX_TOKENS = 32768
-"""Of rows, padded, that go through the transformer at once."""
 DECODED = 16
 """Pictures that go through the autoencoder at once."""
-TEXT_TOKENS = 512
-"""What is written at most, unless told otherwise."""
 OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 
 
@@ -59,7 +55,7 @@ class _Scored:
     """The row without the prompt, where guidance mixes it in; as long as the row up to this segment's end."""
 
 
-class JanusPolicy(AdaptablePolicy):
+class JanusPolicy(TransformersPolicy):
     """Janus and Janus-Pro of any size, as ``JanusForConditionalGeneration`` of transformers computes them.
 
     Text or image tokens follow the prompt; with ``("text", "image")`` the image follows the text, as one answer.
@@ -79,12 +75,8 @@ class JanusPolicy(AdaptablePolicy):
 
     def __init__(self, model: Any, processor: Processor) -> None:
         """``model``: a JanusForConditionalGeneration. Any: of an optional package. Its autoencoder stays frozen."""
-        super().__init__()
-        self.model = model.eval()
+        super().__init__(model)
         self.processor = processor
-        self.max_tokens = MAX_TOKENS
-        self.version = 0
-        self._autocast: torch.dtype | None = None
         model.model.vqmodel.requires_grad_(False)
 
     # --- sizes ---
@@ -99,43 +91,6 @@ class JanusPolicy(AdaptablePolicy):
         """N: of a drawing."""
         return int(self.model.config.vision_config.num_image_tokens)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode: dropout would make a replay differ from its rollout."""
-        return super().train(False)
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
-        self._autocast = None if dtype == self.model.lm_head.weight.dtype else dtype
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """What ``set_compute_dtype`` asked for, while the model runs."""
-        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, dtype=self._autocast)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What matrices are multiplied in."""
-        return self._autocast or self.model.lm_head.weight.dtype
-
-    def limit_tokens(self, limit: int | None) -> None:
-        """See ``Policy.limit_tokens``; a row of more goes through alone."""
-        self.max_tokens = limit or MAX_TOKENS
-
-    def checkpoint_gradients(self, on: bool) -> None:
-        """Whether layers of the transformer and of the reading encoder are computed again in the backward pass."""
-        for layer in self._checkpointed_layers():
-            layer.gradient_checkpointing = on
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-    def _checkpointed_layers(self) -> list[Any]:
-        """Any: a class of transformers, which computes a layer again where it is told to and is in training mode."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        return [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """Each member's row holds the prompt by itself; under guidance a drawing has two rows."""
         row, scored = self._scored_row(trajectory, SEGMENT_KINDS)
@@ -144,8 +99,7 @@ class JanusPolicy(AdaptablePolicy):
 
     def default_sampling(self, task: Task) -> Sampling:
         """Guidance 5, as published; texts of up to 512 tokens, or of half the positions of a small model."""
-        most = max(1, min(TEXT_TOKENS, self._positions() // 2))
-        return Sampling(max_new_tokens=most, guidance_scale=5.0)
+        return Sampling(max_new_tokens=self.text_tokens, guidance_scale=5.0)
 
     def check_text(self, text: str) -> None:
         """Raises InputError where a text holds a marker of the model."""
@@ -167,7 +121,7 @@ class JanusPolicy(AdaptablePolicy):
                 rows = [self._row(members[i][0], made[i], draws=kind == "image") for i in waiting]
                 new = self.image_tokens if kind == "image" else sampling.max_new_tokens
                 branches = 2 if kind == "image" and sampling.guidance_scale != 1 else 1
-                for part in self._cut([branches * (len(row.ids) + new) for row in rows]):
+                for part in self.cut([branches * (len(row.ids) + new) for row in rows]):
                     own = [derive_seed(members[waiting[k]][2], kind) for k in part]
                     make = self._draw if kind == "image" else self._write
                     found = make([rows[k] for k in part], own, sampling)
@@ -191,9 +145,9 @@ class JanusPolicy(AdaptablePolicy):
             raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
         new = sampling.max_new_tokens * ("text" in prompt.output) + (self.image_tokens + 1) * ("image" in prompt.output)
         length = len(self._row(prompt, ()).ids)
-        if length + new > self._positions():
+        if length + new > self.positions:
             raise InputError(
-                f"{named}: {length} tokens and {new} after them, the limit is {self._positions()}: shorten it, or "
+                f"{named}: {length} tokens and {new} after them, the limit is {self.positions}: shorten it, or "
                 "write less (max_new_tokens)"
             )
 
@@ -201,7 +155,7 @@ class JanusPolicy(AdaptablePolicy):
         u = uniform_noise(seeds, (sampling.max_new_tokens,)).to(self.device)
         eos = self.processor.ids["eos_token"]
         embed = self.model.get_input_embeddings()
-        for ids in generate_text(self._decoder(rows), embed, self.model.lm_head, eos, u, sampling.temperature):
+        for ids in generate_text(self._decoder(rows), embed, self.model.lm_head, (eos,), u, sampling.temperature):
             ended = ids[-1] == eos
             text = self.processor.decode(ids[:-1] if ended else ids)
             tokens = torch.tensor(ids, dtype=torch.int64)
@@ -224,7 +178,7 @@ class JanusPolicy(AdaptablePolicy):
         distinct = {row.key: row for row in rows}
         places = {key: i for i, key in enumerate(distinct)}
         x, mask = self._embedded(list(distinct.values()), left=True)
-        decoder = Decoder(self.model.model.language_model, x, mask)
+        decoder = read_rows(self.model.model.language_model, x, mask)
         decoder.select([places[row.key] for row in rows])
         return decoder
 
@@ -324,22 +278,6 @@ class JanusPolicy(AdaptablePolicy):
         x, _ = self._embedded(rows)
         return self.model.model.language_model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-    def _positions(self) -> int:
-        return int(self.model.config.text_config.max_position_embeddings)
-
-    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
-        """What goes through at once, as indices: rows padded to the longest, at most ``max_tokens``."""
-        parts: list[list[int]] = []
-        longest = 0
-        for i, length in enumerate(lengths):
-            if parts and max(longest, length) * (len(parts[-1]) + 1) <= self.max_tokens:
-                parts[-1].append(i)
-                longest = max(longest, length)
-            else:
-                parts.append([i])
-                longest = length
-        return parts
-
     # --- replay ---
 
     def logprobs(
@@ -351,12 +289,12 @@ class JanusPolicy(AdaptablePolicy):
         for i, (_, scored) in enumerate(rows):
             alike.setdefault(tuple(replay_settings(one.segment) for one in scored), []).append(i)
         out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
-        with self.autocast(), self._checkpointing():
+        with self.autocast(), self.checkpointing():
             for settings, same in alike.items():
                 if not settings:
                     continue
                 guided = rows[same[0]][1][-1].unguided is not None
-                for part in self._cut([(1 + guided) * len(rows[i][0].ids) for i in same]):
+                for part in self.cut([(1 + guided) * len(rows[i][0].ids) for i in same]):
                     indices = [same[k] for k in part]
                     for i, found in zip(indices, self._replay([rows[i] for i in indices]), strict=True):
                         out[i] = found
@@ -395,18 +333,6 @@ class JanusPolicy(AdaptablePolicy):
         temperature = segment.temperature
         return SegmentLogprobs(token_logprobs(logits, tokens, temperature), token_entropy(logits, temperature))
 
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Layers are checkpointed only in training mode, which they are in here alone, without their dropout."""
-        layers = self._checkpointed_layers()
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
-
     # --- judging ---
 
     @torch.no_grad()
@@ -417,7 +343,7 @@ class JanusPolicy(AdaptablePolicy):
         found = torch.zeros(len(rows))
         whole = [replace(row, ids=(*row.ids, *ids[:-1].tolist())) for row, ids in zip(rows, answers, strict=True)]
         with self.autocast():
-            for part in self._cut([len(row.ids) for row in whole]):
+            for part in self.cut([len(row.ids) for row in whole]):
                 states = self._states([whole[i] for i in part])
                 for k, i in enumerate(part):
                     start, ids = len(rows[i].ids) - 1, answers[i].to(states.device)
@@ -473,10 +399,6 @@ class JanusPolicy(AdaptablePolicy):
                 groups[_expert_of(name)].append(parameter)
         return groups
 
-    def stored_name(self, name: str) -> str:
-        """Without the name of the whole model, which is of this policy."""
-        return name.removeprefix("model.")
-
     def save_model(self, folder: Path) -> None:
         """Writes a folder that ``JanusForConditionalGeneration.from_pretrained`` reads too."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -491,7 +413,11 @@ class JanusPolicy(AdaptablePolicy):
         folder, missing or damaged files, tensors that are missing or do not fit, and without transformers.
         """
         folder, device = Path(folder), torch.device(device)
-        model = load_model(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+        kind = read_json_object(folder / CONFIG).get("model_type")
+        if kind != "janus":
+            raise InputError(f"{folder}: holds a model of type {kind!r}, not 'janus': give another one")
+        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = load_model(folder, dtype or default, "a Janus")
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
         return cls(model, processor).to(device)

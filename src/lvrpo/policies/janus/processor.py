@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,7 @@ TEMPLATE = (
 THINK_THEN_DRAW = (
     "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
 )
-THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
-"""What prompts of the task ``reason`` begin with."""
+"""What prompts of the task ``reason`` that ask for a drawing begin with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,8 +290,3 @@ def _template(files: Mapping[str, bytes], named: Mapping[str, Any], folder: Path
         return environment.from_string(held if isinstance(held, str) else TEMPLATE)
     except TemplateError as error:
         raise InputError(f"{folder}: its chat template: {' '.join(str(error).split())}: restore the file") from None
-
-
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """An object as a file. Any: what JSON may hold."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,93 @@
+"""Rows of tokens that grow from a cache of keys and values of ``transformers``, and sampled texts.
+
+Letters: R rows, L places so far, n new places, D what the model gives per place (states or logits), B members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from lvrpo.sampling import sample_tokens
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+"""Ids (R,) to what the model is fed per row."""
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""The last outputs (R, D) to logits (R, V)."""
+
+
+class Forward(Protocol):
+    """A model that reads new places of rows after those of its cache."""
+
+    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """New places (R, n, ...) at their positions (..., R, n), to (R, n, D); ``mask`` is 0 on padding, (R, L + n).
+
+        Any: a cache of an optional package.
+        """
+        ...
+
+
+class Decoder:
+    """Rows whose first places are padding, if they have any; repeated rows share what was computed for them."""
+
+    def __init__(
+        self, forward: Forward, cache: Any, mask: torch.Tensor, positions: torch.Tensor, last: torch.Tensor
+    ) -> None:
+        """After the places of ``mask`` int64 (R, L) went through the model; Any: a cache of an optional package.
+
+        ``positions`` (..., R, 1): of the newest place of each row, ``last`` (R, D): what the model gave there.
+        """
+        self.forward, self.cache, self.mask, self.positions, self.last = forward, cache, mask, positions, last
+        self.padded = not bool(mask.all())
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Repeats, drops or reorders the rows, which copies their keys and values."""
+        if list(rows) == list(range(len(self.mask))):
+            return
+        index = torch.tensor(rows, dtype=torch.int64, device=self.mask.device)
+        self.cache.reorder_cache(index)
+        self.mask, self.last = self.mask[index], self.last[index]
+        self.positions = self.positions.index_select(-2, index)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """One more place per row, fed (R, ...), to (R, D)."""
+        self.extend(x[:, None])
+        return self.last
+
+    def extend(self, x: torch.Tensor) -> torch.Tensor:
+        """n more places per row, fed (R, n, ...), to (R, n, D)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(x.shape[:2])], dim=1)
+        positions = self.positions + torch.arange(1, x.shape[1] + 1, device=x.device)
+        out = self.forward(x, self.mask if self.padded else None, positions, self.cache)
+        self.positions, self.last = positions[..., -1:], out[:, -1]
+        return out
+
+
+def generate_text(
+    decoder: Decoder,
+    embed: Embed,
+    head: Head,
+    end_ids: Collection[int],
+    uniforms: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None = None,
+) -> list[list[int]]:
+    """Samples a text per row with uniforms (B, max tokens); the end token is included where a text ended by itself.
+
+    ``allowed`` bool (V,): the tokens that a text may be made of; None: all.
+    """
+    texts: list[list[int]] = [[] for _ in uniforms]
+    active, logits = list(range(len(texts))), head(decoder.last)
+    for i in range(uniforms.shape[1]):
+        tokens = sample_tokens(logits, uniforms[active, i], temperature, allowed)
+        for b, token in zip(active, tokens.tolist(), strict=True):
+            texts[b].append(token)
+        still = [k for k, token in enumerate(tokens.tolist()) if token not in end_ids]
+        if not still or i + 1 == uniforms.shape[1]:
+            break
+        decoder.select(still)
+        active = [active[k] for k in still]
+        logits = head(decoder.step(embed(tokens[still])))
+    return texts

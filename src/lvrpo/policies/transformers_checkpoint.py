@@ -1,0 +1,99 @@
+"""Weights and config.json of a model of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.checkpoint import find_tensors
+from lvrpo.policies.transformers_library import quiet_loading, transformers_library
+from lvrpo.reading import read_json_object
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def read_config(folder: Path, what: str) -> Any:
+    """The configuration of transformers in a folder's config.json; raises InputError, one line. Any: optional package.
+
+    ``what``: a name for messages, such as a Janus.
+    """
+    transformers = transformers_library(what)
+    found = read_json_object(folder / CONFIG)
+    try:
+        with quiet_loading(transformers):
+            return transformers.CONFIG_MAPPING[found["model_type"]].from_dict(found)
+    except Exception as error:  # transformers checks its fields in many ways
+        raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
+
+
+def load_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
+    """The image-text-to-text model of a folder, on the CPU. Any: of an optional package.
+
+    ``what``: as in ``read_config``. Runs no code of the folder. Raises InputError, one line, for what is missing,
+    damaged, of other shapes or not finite.
+    """
+    transformers = transformers_library(what)
+    read_config(folder, what)
+    find_tensors(folder, ("model",), f"the weights of {what}")  # refuses damaged files
+    try:
+        with quiet_loading(transformers):
+            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({line_of(error)}): restore the folder") from None
+    for name, stored, own in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{folder}: {name} has shape {list(stored)}, {CONFIG} says {list(own)}: use the files of one model"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{folder}: its weights lack {missing[0]} ({len(missing)} are missing): restore the folder")
+    for name, tensor in model.state_dict().items():
+        require_finite(folder, name, tensor, "fetch the files again")
+    return model
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Writes config.json and the weights, at the dtype and under the published names that they were loaded with.
+
+    Any: of an optional package.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state: dict[str, torch.Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in known:  # the head may share the embedding's weight
+            known.add(id(tensor))
+            state[name] = tensor.detach()
+    stored = {name: tensor.cpu().contiguous() for name, tensor in revert_weight_conversion(model, state).items()}
+    write_tensors(folder / WEIGHTS, stored, {"format": "pt"})
+    config = model.config.to_diff_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if config.get("tie_word_embeddings") and head.weight is not table.weight:  # an adapter of the head was merged
+        config["tie_word_embeddings"] = False
+    write_atomic(folder / CONFIG, json_bytes(config))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """An object as a file. Any: what JSON may hold."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def line_of(error: Exception) -> str:
+    """The message of an error of transformers in one line."""
+    return " ".join(str(error).split())[:200]

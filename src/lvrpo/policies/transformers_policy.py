@@ -1,0 +1,119 @@
+"""What policies around a model of ``transformers`` share: precision, limits, gradient checkpointing, batches, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lvrpo.policies.adapter import AdaptablePolicy
+
+MAX_TOKENS = 32768
+"""Of rows, padded, that go through the transformer at once."""
+TEXT_TOKENS = 512
+"""What is written at most, unless told otherwise."""
+THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
+"""What prompts of the task ``reason`` that are answered by text begin with."""
+
+
+class TransformersPolicy(AdaptablePolicy):
+    """A policy around one model of transformers, which stays in evaluation mode."""
+
+    def __init__(self, model: Any) -> None:
+        """``model``: with a language head. Any: of an optional package."""
+        super().__init__()
+        self.model = model.eval()
+        self.max_tokens = MAX_TOKENS
+        self.version = 0
+        self.checkpointed = False
+        self._autocast: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a row."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def text_tokens(self) -> int:
+        """What is written at most, unless told otherwise: 512 tokens, or half the positions of a small model."""
+        return max(1, min(TEXT_TOKENS, self.positions // 2))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: dropout would make a replay differ from its rollout."""
+        return super().train(False)
+
+    # --- precision ---
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Multiplies matrices in this dtype from now on (autocast), whatever the weights are kept in."""
+        self._autocast = None if dtype == self._weights_dtype() else dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """What ``set_compute_dtype`` asked for, while the model runs."""
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, dtype=self._autocast)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrices are multiplied in."""
+        return self._autocast or self._weights_dtype()
+
+    def _weights_dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    # --- limits ---
+
+    def limit_tokens(self, limit: int | None) -> None:
+        """See ``Policy.limit_tokens``; a row of more goes through alone."""
+        self.max_tokens = limit or MAX_TOKENS
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """What goes through at once, as indices: rows padded to the longest, at most ``max_tokens``."""
+        parts: list[list[int]] = []
+        longest = 0
+        for i, length in enumerate(lengths):
+            if parts and max(longest, length) * (len(parts[-1]) + 1) <= self.max_tokens:
+                parts[-1].append(i)
+                longest = max(longest, length)
+            else:
+                parts.append([i])
+                longest = length
+        return parts
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether layers of the transformer and of the reading encoder are computed again in the backward pass."""
+        self.checkpointed = on
+        for layer in self._checkpointed_layers():
+            layer.gradient_checkpointing = on
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def _checkpointed_layers(self) -> list[Any]:
+        """Any: a class of transformers, which computes a layer again where it is told to and is in training mode."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Layers are checkpointed only in training mode, which they are in here alone, without their dropout."""
+        layers = self._checkpointed_layers() if self.checkpointed else []
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    # --- files ---
+
+    def stored_name(self, name: str) -> str:
+        """Without the name of the whole model, which is of this policy."""
+        return name.removeprefix("model.")
