@@ -20,7 +20,7 @@ from refusals import complaint, require_none
 from wrong_values import Wrong, accepts, finite, placed, sections, subclasses, thinned, wrong_fields, yaml_text
 
 from lvrpo.config import Config
-from lvrpo.data.jsonl import Row
+from lvrpo.data.rows import Row
 from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes

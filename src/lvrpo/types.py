@@ -76,7 +76,7 @@ class Prompt:
     held_out: bool = False
     """Whether it contains a combination that training prompts never contain."""
     rules: Mapping[str, Any] = field(default_factory=dict)
-    """Rules for the text output: fields of ``lvrpo.data.jsonl.TextRules``, JSON values only."""
+    """Rules for the text output: fields of ``lvrpo.data.rows.TextRules``, JSON values only."""
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last image of ``parts``; None: unknown."""
     world: str = "scenes"

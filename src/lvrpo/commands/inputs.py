@@ -13,7 +13,7 @@ from lvrpo.atomic_io import write_atomic
 from lvrpo.commands.options import refuse_existing
 from lvrpo.config import ALLOW_CODE, Config, load_config, read_tree, shipped_configs
 from lvrpo.data.images import load_image, middle_square
-from lvrpo.data.jsonl import Row, parse_row
+from lvrpo.data.rows import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, path_exists, read_text
 from lvrpo.registry import allow_code

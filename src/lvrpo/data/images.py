@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,31 @@ SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations of pictures that are stored on their side."""
 
 
-def check_image(path: Path) -> tuple[int, int]:
+@dataclass(frozen=True)
+class StoredPicture:
+    """The bytes of a picture file that lies in a table or an archive."""
+
+    name: str
+    """Where it lies, unique."""
+    content: bytes = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PictureFile = Path | StoredPicture
+
+
+def check_image(file: PictureFile) -> tuple[int, int]:
     """Width and height from the file's header. Raises InputError as ``load_image`` does, without decoding pixels."""
-    with open_picture(path, path) as picture:
+    with open_picture(*_opened(file)) as picture:
         return picture.size
 
 
-def upright_size(path: Path) -> tuple[int, int]:
+def upright_size(file: PictureFile) -> tuple[int, int]:
     """Height and width that ``load_image`` gives, from the file's header. Raises InputError as it does."""
-    with open_picture(path, path) as picture:
+    path = str(file)
+    with open_picture(*_opened(file)) as picture:
         width, height = picture.size
         try:
             sideways = picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
@@ -35,26 +52,31 @@ def upright_size(path: Path) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
-def load_mask(path: Path) -> torch.Tensor:
+def load_mask(file: PictureFile) -> torch.Tensor:
     """A picture as bool (height, width), True where it is brighter than half; raises InputError as ``load_image``."""
-    return load_image(path).mean(dim=0) > 0.5
+    return load_image(file).mean(dim=0) > 0.5
 
 
-def load_image(path: Path) -> Image:
+def load_image(file: PictureFile) -> Image:
     """Reads a picture: float32 (3, height, width) in [0, 1].
 
     Any mode is taken: transparency is composited on white, the EXIF orientation applied, gray and palette and CMYK
     pictures converted, gray of 9 to 16 bits scaled by its own range. Raises InputError, one line, for a file that is
     missing, no picture, damaged, animated, of float or 32-bit pixels, or of more than 64 megapixels.
     """
-    with open_picture(path, path) as opened:
-        return _pixels(opened, path)
+    with open_picture(*_opened(file)) as opened:
+        return _pixels(opened, str(file))
 
 
 def decode_image(content: bytes, name: str) -> Image:
     """A picture from the bytes of a file, as ``load_image``; its errors show ``name`` for the path."""
     with open_picture(content, name) as opened:
         return _pixels(opened, name)
+
+
+def _opened(file: PictureFile) -> tuple[Path | bytes, Path | str]:
+    """What ``open_picture`` takes."""
+    return (file, file) if isinstance(file, Path) else (file.content, file.name)
 
 
 def middle_square(image: Image, side: int) -> Image:

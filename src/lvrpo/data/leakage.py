@@ -12,11 +12,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from lvrpo.data.images import PictureFile, StoredPicture
 from lvrpo.types import Image
 
 Leak = Literal["prompt", "content", "look"]
@@ -135,10 +135,12 @@ def operands(text: str) -> str:
     return " ".join(sorted(words)) if len(numbers) > 1 else ""
 
 
-def file_picture(path: Path) -> Picture:
+def file_picture(file: PictureFile) -> Picture:
     """A picture by the bytes of its file, undecoded."""
-    with path.open("rb") as file:
-        return Picture(hashlib.file_digest(file, "sha256").hexdigest())
+    if isinstance(file, StoredPicture):
+        return Picture(hashlib.sha256(file.content).hexdigest())
+    with file.open("rb") as opened:
+        return Picture(hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def pixel_picture(image: Image, phash: bool = True) -> Picture:
@@ -259,16 +261,16 @@ def leaks(overlaps: Iterable[Overlap], near_duplicates: bool = True) -> list[Sha
 
 
 def compared_rows(
-    rows: Iterable[tuple[str, str, str, tuple[Path, ...]]], picture: Callable[[Path], Picture]
+    rows: Iterable[tuple[str, str, str, tuple[PictureFile, ...]]], picture: Callable[[PictureFile], Picture]
 ) -> Iterable[ComparedPrompt]:
     """(where, task, text, picture files) of rows as prompts to compare; each file is looked at once."""
-    known: dict[Path, Picture] = {}
-    for where, task, text, paths in rows:
-        for path in paths:
-            if path not in known:
-                known[path] = picture(path)
-        content = operands(text) if task == "reason" and not paths else ""
-        yield ComparedPrompt(where, task, text, tuple(known[path] for path in paths), content)
+    known: dict[str, Picture] = {}
+    for where, task, text, files in rows:
+        for file in files:
+            if str(file) not in known:
+                known[str(file)] = picture(file)
+        content = operands(text) if task == "reason" and not files else ""
+        yield ComparedPrompt(where, task, text, tuple(known[str(file)] for file in files), content)
 
 
 def prompts_fingerprint(prompts: Iterable[ComparedPrompt]) -> str:

@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch.nn import functional
 
 from lvrpo.config import Config, Natural
-from lvrpo.data.jsonl import TextRules
+from lvrpo.data.rows import TextRules
 from lvrpo.errors import InputError
 from lvrpo.patterns import full_match
 from lvrpo.policies.base import Judge, require_method
@@ -167,7 +167,7 @@ class Instruction(Config):
     questions: QuestionConfig | None = None
     """As that of ``self_vqa``."""
     rules: dict[str, Any] | None = None
-    """Of every text (``lvrpo.data.jsonl.TextRules``): length, form, words that must occur or must not."""
+    """Of every text (``lvrpo.data.rows.TextRules``): length, form, words that must occur or must not."""
     cut_off: CutOff = "mask"
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     device: str = "auto"

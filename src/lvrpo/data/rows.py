@@ -1,0 +1,427 @@
+"""The user's own prompts, one row each: the fields of a row, and rows as a source of prompts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lvrpo.data.images import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
+from lvrpo.data.leakage import file_picture
+from lvrpo.errors import InputError
+from lvrpo.patterns import compile_pattern
+from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, Task
+
+# --- one row ---
+
+
+_DEFAULT_OUTPUT: dict[Task, tuple[OutputKind, ...]] = {
+    "understand": ("text",),
+    "generate": ("image",),
+    "edit": ("image",),
+    "reason": ("text",),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RowFact(_Strict):
+    """One statement about the picture to be drawn, as a question with its answer."""
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    kind: str = "question"
+    choices: list[str] = Field(default_factory=list)
+    """The answers to choose from, for a question that is not open."""
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> RowFact:
+        if self.choices and (self.answer not in self.choices or len({*self.choices}) < max(2, len(self.choices))):
+            raise ValueError(
+                f"field 'choices' of a fact is {self.choices}: must hold two or more different answers, "
+                f"'answer' ({self.answer!r}) among them"
+            )
+        return self
+
+
+class TextRules(_Strict):
+    """What a text output must keep to, checked by rules; what is not given is not checked."""
+
+    min_words: int = Field(default=0, ge=0, le=1_000_000)
+    max_words: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Words are what stands between spaces."""
+    form: str | None = Field(default=None, min_length=1)
+    """A form of the reward ``text_format`` by name, or a regular expression that the whole text must match."""
+    include: list[str] = Field(default_factory=list)
+    """Words or phrases that must occur, whole, in any case."""
+    exclude: list[str] = Field(default_factory=list)
+    """Words or phrases that must not."""
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> TextRules:
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"min_words={self.min_words} is above max_words={self.max_words}: no text can keep to it")
+        if any(not phrase.strip() for phrase in (*self.include, *self.exclude)):
+            raise ValueError("include and exclude must hold words: one is blank")
+        try:
+            compile_pattern(self.form or "")
+        except InputError as error:
+            raise ValueError(f"form={self.form!r} is {error}") from None
+        return self
+
+
+class Row(_Strict):
+    """One prompt, as written in a file."""
+
+    id: str | None = Field(default=None, min_length=1)
+    """Unique in the file; by default the file's name and the line number."""
+    task: Task
+    prompt: str = Field(min_length=1)
+    """The question, the description or the instruction."""
+    images: list[str] = Field(default_factory=list)
+    """Picture files, relative to the folder of the file; they come before the text."""
+    answer: str | None = None
+    """The right answer, where there is one."""
+    facts: list[RowFact] = Field(default_factory=list)
+    rules: TextRules | None = None
+    """What the text output must keep to, for the reward ``instruction``."""
+    category: str = ""
+    """The row of the results table that it counts in."""
+    output: list[OutputKind] = Field(default_factory=list)
+    """What to produce, in order; by default text (understand, reason) or image (generate, edit)."""
+    edited: str | list[list[int]] | None = None
+    """Where an edit may change its source (the last of ``images``), for the reward ``edit_consistency``: boxes
+    [left, top, right, bottom] in pixels, the last two excluded; or a picture file of its size, white where it may."""
+    target: str | list[str] | None = None
+    """Outputs to imitate, for supervised rows: a text or a picture file for each entry of ``output``."""
+
+    @property
+    def kinds(self) -> tuple[OutputKind, ...]:
+        """``output``, or the task's own."""
+        return tuple(self.output) or _DEFAULT_OUTPUT[self.task]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """``target`` as a tuple, empty where there is none."""
+        if self.target is None:
+            return ()
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+
+    @model_validator(mode="after")
+    def _task_has_what_it_needs(self) -> Row:
+        if not self.prompt.strip():
+            raise ValueError("field 'prompt' is blank: write the question, the description or the instruction")
+        if self.task in ("understand", "edit") and not self.images:
+            raise ValueError(f"task '{self.task}' needs a picture: give field 'images', such as [\"0.png\"]")
+        if self.output and self.task != "reason" and tuple(self.output) != _DEFAULT_OUTPUT[self.task]:
+            raise ValueError(f"task '{self.task}' produces {_DEFAULT_OUTPUT[self.task][0]}: leave out field 'output'")
+        if self.rules is not None and "text" not in self.kinds:
+            raise ValueError(
+                "field 'rules' is about texts, and this row produces a picture: leave it out, or give facts"
+            )
+        if self.edited is not None and self.task != "edit":
+            raise ValueError(f"field 'edited' is about edits, and task is '{self.task}': leave it out")
+        if self.edited is not None and not self.edited:
+            raise ValueError("field 'edited' is empty: give boxes [[left, top, right, bottom]], or leave it out")
+        for box in self.edited if isinstance(self.edited, list) else ():
+            if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+                raise ValueError(
+                    f"field 'edited' has the box {box}: must be [left, top, right, bottom] with 0 <= left < right and "
+                    "0 <= top < bottom"
+                )
+        if self.target is not None and len(self.targets) != len(self.kinds):
+            raise ValueError(
+                f"field 'target' has {len(self.targets)} entries for {len(self.kinds)} outputs "
+                f"({', '.join(self.kinds)}): give one for each"
+            )
+        return self
+
+
+def parse_row(data: Any, task: Task | None = None) -> Row:
+    """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON.
+
+    ``task``: that of a row that names none.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f'{_short(data)} is no JSON object: write {{"task": ..., "prompt": ...}}')
+    if task is not None:
+        data = {"task": task, **data}
+    older = next((name for name in OLDER_NAMES if name in data), None)
+    if older is not None:
+        raise ValueError(f"field '{older}' is of an older format: write {OLDER_NAMES[older]}")
+    try:
+        return Row.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")
+    raise ValueError(_explain(problems[0], data))
+
+
+def _explain(problem: Any, data: dict[str, Any]) -> str:
+    either = problem["loc"][:1] in (("target",), ("edited",))  # of several types, which stand in the path
+    where = [str(part) for part in problem["loc"] if not (either and str(part).startswith(_TYPE_NAMES))]
+    name, value = ".".join(where), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        models: dict[str, type[_Strict]] = {"facts": RowFact, "rules": TextRules}
+        fields = sorted((models.get(where[0], Row) if len(where) > 1 else Row).model_fields)
+        near = difflib.get_close_matches(where[-1], fields, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return f"unknown field '{name}': {hint}there are {', '.join(fields)}"
+    if problem["type"] == "missing":
+        return f"field '{name}' is missing: add it"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    rule = problem["msg"][0].lower() + problem["msg"][1:].replace("Input should", "should")
+    return f"field '{name}' is {_short(value)}: {rule.replace('input should', 'it should')}"
+
+
+OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
+"""Names that fields of questions once had, and what is written now."""
+_TYPE_NAMES = ("str", "list[")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- rows with their pictures ---
+
+
+@dataclass(frozen=True)
+class Line:
+    """A validated row with its pictures."""
+
+    row: Row
+    id: str
+    where: str
+    """file:line, or the data set and the number of the row."""
+    source: str
+    """The name of the file or data set."""
+    images: tuple[PictureFile, ...]
+    targets: tuple[str | PictureFile, ...]
+    mask: PictureFile | None = None
+    """Of field 'edited', where it names a file."""
+
+
+def make_line(
+    data: Any, where: str, default_id: str, source: str, task: Task | None, find: Callable[[str], PictureFile]
+) -> Line:
+    """The row of decoded JSON with its pictures; raises InputError that begins with ``where``. Any: decoded JSON.
+
+    ``find``: the picture of a name. ``task``: that of a row that names none.
+    """
+    try:
+        row = parse_row(data, task)
+    except ValueError as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+    images = tuple(map(find, row.images))
+    named = zip(row.kinds, row.targets, strict=False)
+    targets = tuple(find(t) if kind == "image" else t for kind, t in named)
+    return Line(row, row.id or default_id, where, source, images, targets, _region(find, row, images, where))
+
+
+def _region(
+    find: Callable[[str], PictureFile], row: Row, images: tuple[PictureFile, ...], where: str
+) -> PictureFile | None:
+    """The file of the mask of an edit; raises InputError where a mask or box does not fit the source."""
+    if row.edited is None:
+        return None
+    height, width = upright_size(images[-1])
+    if isinstance(row.edited, str):
+        mask = find(row.edited)
+        h, w = upright_size(mask)
+        if (h, w) != (height, width):
+            raise InputError(
+                f"{where}: mask {row.edited!r} of field 'edited' has {w} x {h} pixels, its source {width} x {height}: "
+                "make both equal"
+            )
+        return mask
+    for box in row.edited:
+        if box[2] > width or box[3] > height:
+            raise InputError(
+                f"{where}: field 'edited' has the box {list(box)}, which leaves the source of {width} x {height} "
+                "pixels: [left, top, right, bottom] must lie inside"
+            )
+    return None
+
+
+class RowPrompts:
+    """Rows as a source of prompts, shuffled anew for each pass, the same way for the same seed."""
+
+    def __init__(
+        self, name: str, lines: Sequence[Line], seed: int = 0, side: int | None = None, cached_images: int = 1024
+    ):
+        """Goes through all lines once. Raises InputError for two rows with one id, and where there are none.
+
+        ``name``: in messages. ``lines``: at random access; they may be read anew at each access. ``side``: of the
+        square pictures that the model reads, to which others are brought (None: as they are).
+        """
+        self.name, self.seed, self.side = name, seed, side
+        self._lines = lines
+        self._by_task: dict[Task, list[int]] = {task: [] for task in TASKS}
+        self._load = lru_cache(maxsize=cached_images)(self._fitted)
+        self._load_mask = lru_cache(maxsize=cached_images)(load_mask)
+        self._order = lru_cache(maxsize=16)(self._shuffled)
+        self._go_through()
+
+    def _go_through(self) -> None:
+        """Sorts the lines by task; one warning for all pictures of another size than the model's."""
+        seen: dict[str, str] = {}
+        sizes: dict[PictureFile, tuple[int, int]] = {}
+        for number, line in enumerate(self._lines):
+            if line.id in seen:
+                before = seen[line.id].removeprefix(f"{self.name}:")
+                before = f"line {before}" if before.isdecimal() else before
+                raise InputError(f"{line.where}: id {line.id!r} is already that of {before}: ids must be unique")
+            seen[line.id] = line.where
+            self._by_task[line.row.task].append(number)
+            for file in (*line.images, *line.targets) if self.side is not None else ():
+                if not isinstance(file, str) and file not in sizes:
+                    key = StoredPicture(file.name, b"") if isinstance(file, StoredPicture) else file
+                    sizes[key] = upright_size(file)
+        if not seen:
+            raise InputError(f"{self.name}: no rows: write one JSON object per line")
+        odd = sorted((str(file), size) for file, size in sizes.items() if size != (self.side, self.side))
+        if odd:
+            file, (height, width) = odd[0]
+            which = f"{file} has" if len(odd) == 1 else f"{len(odd)} pictures, such as {file} with"
+            warnings.warn(
+                f"{self.name}: {which} {width} x {height} pixels: the middle square is resized to {self.side} x "
+                f"{self.side}",
+                stacklevel=4,
+            )
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of the rows."""
+        return tuple(t for t in TASKS if self._by_task[t])
+
+    def size(self, task: Task) -> int:
+        """How many rows a task has."""
+        return len(self._by_task[task])
+
+    def rows(self) -> Iterator[tuple[str, Task, str, tuple[PictureFile, ...]]]:
+        """(file:line, task, text, picture files) of every row, in order."""
+        return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._lines)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows in order, pictures included by the bytes of their files."""
+        total = hashlib.sha256()
+        for line in self._lines:
+            files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, PictureFile)]
+            digests = [file_picture(file).digest for file in files]
+            total.update(f"{line.id} {line.row.model_dump_json()} {digests}\n".encode())
+        return total.hexdigest()
+
+    def prompt(self, task: Task, index: int) -> Prompt:
+        """The row at an index >= 0, after ``size(task)`` rows in another order. Raises InputError without such rows."""
+        return self._prompt(self._line(task, index))
+
+    def in_order(self) -> list[Prompt]:
+        """Every row, in order."""
+        return [self._prompt(line) for line in self._lines]
+
+    def examples(self, task: Task, n: int) -> list[Example]:
+        """The first rows of a task in order, with their targets where they have some."""
+        return [self._example(self._lines[number]) for number in self._by_task[task][:n]]
+
+    def require_readable(self, check: Callable[[str], None], everything: bool = False) -> None:
+        """Raises InputError, with file and line, where ``check`` refuses a text that the model reads.
+
+        ``everything``: answers and facts too, which rewards may put to the model.
+        """
+        for line in self._lines:
+            row, texts = line.row, [line.row.prompt]
+            if everything:
+                texts += [row.answer] if row.answer else []
+                texts += [text for fact in row.facts for text in (fact.question, fact.answer)]
+            for text in texts:
+                try:
+                    check(text)
+                except InputError as error:
+                    raise InputError(f"{line.where}: {error}") from None
+
+    def _prompt(self, line: Line) -> Prompt:
+        row, task = line.row, line.row.task
+        facts = tuple(Fact(f.kind, f.question, f.answer, choices=tuple(f.choices)) for f in row.facts)
+        parts: tuple[Part, ...] = (*(self._image(p, line) for p in line.images), row.prompt)
+        rules = {} if row.rules is None else row.rules.model_dump(exclude_unset=True)
+        return Prompt(
+            *(line.id, task, parts, row.kinds, row.answer, facts, row.category, line.source),
+            rules=rules,
+            edited=self._edited(line),
+        )
+
+    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+        """``n`` prompts from ``start`` on."""
+        return [self.prompt(task, index) for index in range(start, start + n)]
+
+    def example(self, task: Task, index: int) -> Example:
+        """The prompt with the row's target. Raises InputError for a row without one."""
+        line = self._line(task, index)
+        if not line.targets:
+            raise InputError(
+                f"{line.where}: no field 'target': supervised training needs the text or picture to imitate"
+            )
+        return self._example(line)
+
+    def _example(self, line: Line) -> Example:
+        outputs = tuple(t if isinstance(t, str) else self._image(t, line) for t in line.targets)
+        return Example(self._prompt(line), outputs)
+
+    def _fitted(self, file: PictureFile) -> Image:
+        image = load_image(file)
+        return image if self.side is None else middle_square(image, self.side)
+
+    def _image(self, file: PictureFile, line: Line) -> Image:
+        try:
+            return self._load(file)
+        except InputError as error:
+            raise InputError(f"{line.where}: {error}") from None
+
+    def _edited(self, line: Line) -> torch.Tensor | None:
+        """bool (height, width) of the source, where the row says what may change."""
+        boxes = line.row.edited
+        if line.mask is not None:
+            try:
+                mask = self._load_mask(line.mask)
+            except InputError as error:
+                raise InputError(f"{line.where}: {error}") from None
+            if not mask.any():
+                raise InputError(f"{line.where}: mask {line.mask.name} is black: make white what the edit may change")
+        elif boxes is None or isinstance(boxes, str):
+            return None
+        else:
+            mask = torch.zeros(upright_size(line.images[-1]), dtype=torch.bool)
+            for left, top, right, bottom in boxes:
+                mask[top:bottom, left:right] = True
+        return mask if self.side is None else middle_square(mask[None].float(), self.side)[0] > 0.5
+
+    def _shuffled(self, task: Task, epoch: int) -> list[int]:
+        numbers = list(self._by_task[task])
+        random.Random(f"{self.seed}/{task}/{epoch}").shuffle(numbers)
+        return numbers
+
+    def _line(self, task: Task, index: int) -> Line:
+        n = len(self._by_task.get(task, ()))
+        if not n:
+            raise InputError(f"{self.name}: no rows of task '{task}': it has {', '.join(self.tasks)}")
+        if index < 0:
+            raise IndexError(f"index={index} is negative")
+        epoch, position = divmod(index, n)
+        return self._lines[self._order(task, epoch)[position]]
