@@ -27,20 +27,30 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def test_every_command_of_the_page_works(root: Path, page: str, small_base: Path, capfd: Output) -> None:
+def test_every_command_of_the_page_works(
+    root: Path, page: str, small_base: Path, capfd: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a smaller policy and fewer steps, which are appended to the commands."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache").resolve())
     shutil.copytree(root / "examples/own_data", ".", dirs_exist_ok=True)
     small = [f"policy={small_base}", "rollout={num_steps: 3, group_size: 4}", "validation.every=1"]
     commands = [line for block in blocks(page, "bash") for line in block.splitlines() if line]
-    assert len(commands) == 10
+    assert len(commands) == 13
     for command in commands:
         words = shlex.split(command)[1:]
-        if words[:2] in (["check", "own.yaml"], ["train", "own.yaml"]):
+        if words[:2] in (["check", "own.yaml"], ["train", "own.yaml"], ["train", "folder.yaml"]):
             words += [*small, f"steps={3 if '--resume' in words else 2}"]
         code, said = main(words), capfd.readouterr().err
         # validation may roll so small a policy back, and the run then says that it is not well
         assert (code, said) == (0, "") or (code == 3 and words[0] == "train" and "validation, step" in said), command
     check_run(Path("runs/own"))
+    folder = json.loads(Path("runs/folder/summary.json").read_text())
+    assert {name: (result["metric"], result["n"]) for name, result in folder["after"].items()} == {
+        "test": ("reward", 2)
+    }
+    assert Path("rows.png").exists()
+    assert len(list(Path("new").glob("*.png"))) == 1
     assert all("output" in json.loads(line) for line in Path("answers.jsonl").read_text().splitlines())
     assert len(list(Path("drawings").glob("*.png"))) == 2
     assert Path("edited.png").exists()
@@ -67,7 +77,10 @@ def check_run(run: Path) -> None:
 def test_the_yaml_and_the_rows_on_the_page_are_those_of_the_example(root: Path, page: str) -> None:
     folder = root / "examples/own_data"
     whole = read_config(TrainConfig, str(folder / "own.yaml"), [])
-    (block,) = blocks(page, "yaml")
+    shown_folder, block = blocks(page, "yaml")
+    given = (folder / "folder.yaml").read_text()
+    assert shown_folder.splitlines() == [line for line in given.splitlines() if not line.startswith("#")]
+    assert len(shown_folder.splitlines()) + 3 <= 10  # and three commands
     shutil.copy(folder / "my_rewards.py", "my_rewards.py")
     Path("page.yaml").write_text(block)
     shown = read_config(TrainConfig, "page.yaml", [])

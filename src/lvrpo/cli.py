@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, str] = {
     "information": "lvrpo.commands.evaluate:INFORMATION",
     "new reward": "lvrpo.commands.new:NEW_REWARD",
     "completion": "lvrpo.commands.new:COMPLETION",
+    "data check": "lvrpo.commands.data_check:CHECK",
     "data preview": "lvrpo.commands.data:PREVIEW",
     "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",

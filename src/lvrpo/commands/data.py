@@ -162,7 +162,8 @@ def load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Map
     if config.data.source == "scenes":
         return True, scene_splits(config, options.steps or config.steps, log)
     if config.data.source != "jsonl":
-        raise InputError(f"data.source={config.data.source}: only scenes and jsonl can be compared")
+        remedy = "use lvrpo data check" if config.data.source == "datasets" else "give files of rows"
+        raise InputError(f"data.source={config.data.source}: only scenes and jsonl are compared here: {remedy}")
     jsonl = config.data.jsonl
     named = {"train": jsonl.train, "validation": jsonl.validation, "test": jsonl.test}
     paths = {split: path for split, path in named.items() if path is not None}

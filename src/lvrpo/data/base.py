@@ -16,6 +16,7 @@ from lvrpo.types import Example, Fact, Image, Prompt, Task
 DATASETS: Mapping[str, str] = {
     "scenes": "lvrpo.data.scenes.prompts:ScenePrompts",
     "jsonl": "lvrpo.data.jsonl:JsonlPrompts",
+    "datasets": "lvrpo.data.tables:DatasetPrompts",
 }
 """Name -> class, called with (config, split, seed). ``lvrpo.registry.resolve`` imports it."""
 SOURCE_METHODS = ("prompt", "prompts")

@@ -45,28 +45,37 @@ class JsonlPrompts(RowPrompts):
         seed: int = 0,
         side: int | None = None,
         task: Task | None = None,
+        problems: list[str] | None = None,
     ):
         """Reads and checks every row. Raises InputError, one line that names file and line number.
 
         ``side``: of the square pictures that the model reads, to which others are brought (None: as they are).
-        ``task``: of rows that name none.
+        ``task``: of rows that name none. ``problems``: as for ``RowPrompts``.
         """
         path: Path | None = getattr(config, split)  # the three splits are three of the fields
         if path is None:
             raise InputError(f"no {split} file: set {split} to a .jsonl file")
-        lines = _read(Path(path), config.root, config.check == "pixels", task)
-        super().__init__(str(path), lines, seed, side, config.cached_images)
+        lines = _read(Path(path), config.root, config.check == "pixels", task, problems)
+        super().__init__(str(path), lines, seed, side, config.cached_images, problems)
 
 
-def _read(path: Path, root: Path | None, decode: bool, task: Task | None) -> list[Line]:
+def _read(
+    path: Path, root: Path | None, decode: bool, task: Task | None, problems: list[str] | None = None
+) -> list[Line]:
     content = read_text(path, "give a file of JSON lines")
     lines: list[Line] = []
     for number, text in enumerate(content.split("\n"), start=1):
-        if text.strip():
-            where = f"{path}:{number}"
+        if not text.strip():
+            continue
+        where = f"{path}:{number}"
+        find = partial(picture_path, path.parent, where=where, decode=decode, root=root)
+        try:
             found = parse_json(text, where, "one object per line")
-            find = partial(picture_path, path.parent, where=where, decode=decode, root=root)
             lines.append(make_line(found, where, f"{path.stem}:{number}", path.name, task, find))
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     return lines
 
 

@@ -260,6 +260,18 @@ def leaks(overlaps: Iterable[Overlap], near_duplicates: bool = True) -> list[Sha
     return [shared for overlap in overlaps for shared in overlap.shared if near_duplicates or shared.leak != "look"]
 
 
+def duplicates(prompts: Iterable[ComparedPrompt]) -> list[Shared]:
+    """The prompts of a set that ask what an earlier one of their task asks, of the same pictures."""
+    found: list[Shared] = []
+    known: dict[tuple[str, ...], str] = {}
+    for each in prompts:
+        key = (each.task, normalized(each.text), *(picture.digest for picture in each.pictures))
+        if key in known:
+            found.append(Shared("prompt", each.where, known[key]))
+        known.setdefault(key, each.where)
+    return found
+
+
 def compared_rows(
     rows: Iterable[tuple[str, str, str, tuple[PictureFile, ...]]], picture: Callable[[PictureFile], Picture]
 ) -> Iterable[ComparedPrompt]:

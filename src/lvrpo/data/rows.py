@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -261,12 +260,19 @@ class RowPrompts:
     """Rows as a source of prompts, shuffled anew for each pass, the same way for the same seed."""
 
     def __init__(
-        self, name: str, lines: Sequence[Line], seed: int = 0, side: int | None = None, cached_images: int = 1024
+        self,
+        name: str,
+        lines: Sequence[Line],
+        seed: int = 0,
+        side: int | None = None,
+        cached_images: int = 1024,
+        problems: list[str] | None = None,
     ):
         """Goes through all lines once. Raises InputError for two rows with one id, and where there are none.
 
         ``name``: in messages. ``lines``: at random access; they may be read anew at each access. ``side``: of the
-        square pictures that the model reads, to which others are brought (None: as they are).
+        square pictures that the model reads, to which others are brought (None: as they are). ``problems``: errors of
+        rows are added here, and those rows left out, instead of an exception for the first.
         """
         self.name, self.seed, self.side = name, seed, side
         self._lines = lines
@@ -274,24 +280,31 @@ class RowPrompts:
         self._load = lru_cache(maxsize=cached_images)(self._fitted)
         self._load_mask = lru_cache(maxsize=cached_images)(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
-        self._go_through()
+        self._numbers = self._go_through(problems)
+        """The lines that are used."""
 
-    def _go_through(self) -> None:
+    def _go_through(self, problems: list[str] | None) -> list[int]:
         """Sorts the lines by task; one warning for all pictures of another size than the model's."""
         seen: dict[str, str] = {}
         sizes: dict[PictureFile, tuple[int, int]] = {}
-        for number, line in enumerate(self._lines):
+        numbers: list[int] = []
+        for number, line in enumerate(self._lines) if problems is None else self._sound(problems):
             if line.id in seen:
                 before = seen[line.id].removeprefix(f"{self.name}:")
                 before = f"line {before}" if before.isdecimal() else before
-                raise InputError(f"{line.where}: id {line.id!r} is already that of {before}: ids must be unique")
+                message = f"{line.where}: id {line.id!r} is already that of {before}: ids must be unique"
+                if problems is None:
+                    raise InputError(message)
+                problems.append(message)
+                continue
             seen[line.id] = line.where
+            numbers.append(number)
             self._by_task[line.row.task].append(number)
             for file in (*line.images, *line.targets) if self.side is not None else ():
                 if not isinstance(file, str) and file not in sizes:
                     key = StoredPicture(file.name, b"") if isinstance(file, StoredPicture) else file
                     sizes[key] = upright_size(file)
-        if not seen:
+        if not seen and not problems:
             raise InputError(f"{self.name}: no rows: write one JSON object per line")
         odd = sorted((str(file), size) for file, size in sizes.items() if size != (self.side, self.side))
         if odd:
@@ -302,9 +315,25 @@ class RowPrompts:
                 f"{self.side}",
                 stacklevel=4,
             )
+        return numbers
+
+    def _sound(self, problems: list[str]) -> Iterator[tuple[int, Line]]:
+        """The lines without errors; errors are added to ``problems``."""
+        for number in range(len(self._lines)):
+            try:
+                line = self._lines[number]
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            yield number, line
+
+    def _all(self) -> Iterator[Line]:
+        """The lines that are used, in order."""
+        whole = len(self._numbers) == len(self._lines)
+        return iter(self._lines) if whole else (self._lines[number] for number in self._numbers)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._numbers)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -315,14 +344,20 @@ class RowPrompts:
         """How many rows a task has."""
         return len(self._by_task[task])
 
+    def has(self, task: Task) -> dict[str, int]:
+        """How many rows a task has, how many with answer, facts and target, and how many categories."""
+        rows = [self._lines[number].row for number in self._by_task[task]]
+        given = {name: sum(bool(getattr(row, name)) for row in rows) for name in ("answer", "facts", "target")}
+        return {"rows": len(rows), **given, "category": len({row.category for row in rows if row.category})}
+
     def rows(self) -> Iterator[tuple[str, Task, str, tuple[PictureFile, ...]]]:
         """(file:line, task, text, picture files) of every row, in order."""
-        return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._lines)
+        return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._all())
 
     def fingerprint(self) -> str:
         """SHA-256 of all rows in order, pictures included by the bytes of their files."""
         total = hashlib.sha256()
-        for line in self._lines:
+        for line in self._all():
             files = [file for file in (*line.images, *line.targets, line.mask) if isinstance(file, PictureFile)]
             digests = [file_picture(file).digest for file in files]
             total.update(f"{line.id} {line.row.model_dump_json()} {digests}\n".encode())
@@ -334,7 +369,7 @@ class RowPrompts:
 
     def in_order(self) -> list[Prompt]:
         """Every row, in order."""
-        return [self._prompt(line) for line in self._lines]
+        return [self._prompt(line) for line in self._all()]
 
     def examples(self, task: Task, n: int) -> list[Example]:
         """The first rows of a task in order, with their targets where they have some."""
@@ -345,7 +380,7 @@ class RowPrompts:
 
         ``everything``: answers and facts too, which rewards may put to the model.
         """
-        for line in self._lines:
+        for line in self._all():
             row, texts = line.row, [line.row.prompt]
             if everything:
                 texts += [row.answer] if row.answer else []

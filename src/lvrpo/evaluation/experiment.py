@@ -43,7 +43,7 @@ from lvrpo.reading import Record, path_exists
 from lvrpo.records import Cost
 from lvrpo.report import build_report
 from lvrpo.training.checkpoint import SEAL
-from lvrpo.training.config import TrainConfig
+from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.health import assess
 from lvrpo.training.memory import peak_memory_gib
 from lvrpo.training.policies import SetName
@@ -411,6 +411,8 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
             tasks = possible_tasks(config.policy)
         able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)
         return Plan() if len(able) == len(BENCHMARKS) else Plan(able)
+    if config.data.source == "datasets":
+        return Plan((TEST_ROWS,) if config.data.has_split("test") or config.data.has_split("validation") else ())
     if config.data.source != "jsonl":
         return Plan((TEST_ROWS,))
     rows = config.data.jsonl
@@ -424,10 +426,11 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
 
 def warn_without_test(config: TrainConfig) -> None:
     """Warns where ``held_out_plan`` finds no test rows; called after the run has started."""
-    rows = config.data.jsonl
-    if config.data.source != "jsonl" or rows.test is not None:
+    source = config.data.source
+    if source not in ROW_SOURCES or config.data.has_split("test"):
         return
     stand_in = "nothing is measured before and after"
-    if rows.validation is not None:
-        stand_in = f"before and after are measured on {rows.validation}, on which validation also chooses the weights"
-    warnings.warn(f"data.jsonl.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)
+    if config.data.has_split("validation"):
+        rows = config.data.jsonl.validation if source == "jsonl" else "the validation rows"
+        stand_in = f"before and after are measured on {rows}, on which validation also chooses the weights"
+    warnings.warn(f"data.{source}.test is not set: {stand_in}: give it a file of held-out rows", stacklevel=2)

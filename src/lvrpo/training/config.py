@@ -11,6 +11,7 @@ from lvrpo.config import Config, Natural
 from lvrpo.data.base import DATASETS
 from lvrpo.data.jsonl import JsonlConfig
 from lvrpo.data.scenes import ScenesConfig
+from lvrpo.data.tables import DatasetConfig
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdapterConfig
 from lvrpo.policies.base import READS_ONLY, Sampling, can_draw
@@ -35,6 +36,10 @@ Count = Annotated[int, Field(le=100_000)]
 """Of prompts or rows of a kind."""
 
 
+ROW_SOURCES = ("jsonl", "datasets")
+"""Sources of rows of the user, whose splits are named in the configuration."""
+
+
 class DataConfig(Config):
     """Where prompts come from and how many of each task make a step."""
 
@@ -45,10 +50,17 @@ class DataConfig(Config):
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """The data sets of the source "datasets", whose rows are put together."""
     prompts_per_step: dict[Task, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
     """Prompts per step of each task; each is sampled ``rollout.group_size`` times."""
+
+    def has_split(self, split: Literal["train", "validation", "test"]) -> bool:
+        """Whether rows of the user are named for a split; False for other sources."""
+        sets = {"jsonl": (self.jsonl,), "datasets": self.datasets}.get(self.source, ())
+        return any(getattr(each, split) is not None for each in sets)  # the splits are three of their fields
 
 
 class ValidationConfig(Config):
@@ -327,6 +339,8 @@ class TrainConfig(Config):
             )
         if self.data.source == "jsonl" and self.data.jsonl.train is None:
             raise ValueError("data.source=jsonl: set data.jsonl.train to a file of rows")
+        if self.data.source == "datasets" and not any(each.train for each in self.data.datasets):
+            raise ValueError("data.source=datasets: no set of data.datasets has train: name a split or a file of rows")
         joint = self.advantages.joint if isinstance(self.advantages, SummedConfig) else None
         paired = set() if joint is None else {counts.get(task, 0) for task in joint}
         if joint is not None and (joint[0] == joint[1] or len(paired) > 1 or paired == {0}):

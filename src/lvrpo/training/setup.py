@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from lvrpo.policies.loading import (
     possible_tasks,
 )
 from lvrpo.policies.mot.policy import MoTPolicy
+from lvrpo.reading import path_exists
 from lvrpo.registry import allow_code
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint
@@ -34,7 +36,7 @@ from lvrpo.training.memory_estimate import estimate_memory
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import prompts_of_step
-from lvrpo.training.run_directory import CONFIG, SUMMARY, RunDirectory
+from lvrpo.training.run_directory import CONFIG, MANIFEST, SUMMARY, RunDirectory
 from lvrpo.training.sources import Parts
 
 
@@ -160,17 +162,34 @@ def _saved_config(run: RunDirectory, requested: TrainConfig | None) -> TrainConf
     return saved
 
 
-def extend_run(run: RunDirectory, config: TrainConfig) -> None:
-    """Writes the new number of steps into the run directory and deletes the results of the shorter run."""
+def extend_run(run: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Writes the new number of steps into the run directory and deletes the results of the shorter run.
+
+    ``data``: as from ``data_fingerprints``. Any: JSON.
+    """
     for name in (FINAL, SUMMARY, "eval/after.json") if is_main() else ():
         (run.path / name).unlink(missing_ok=True)
-    run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))  # first, as it holds the config's hash
+    run.write_manifest(config, {"run": config.seed}, data)  # first, as it holds the config's hash
     run.write_text(CONFIG, dump_config(config))
 
 
-def data_fingerprints(config: TrainConfig) -> dict[str, Any]:
-    """Fingerprints of the data files by split; empty for other sources."""
-    if config.data.source != "jsonl":
-        return {}
-    splits = {name: getattr(config.data.jsonl, name) for name in ("train", "validation", "test")}  # its three fields
-    return {name: fingerprint(path) for name, path in splits.items() if path is not None}
+def data_fingerprints(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """Fingerprints of the rows of the user by split: of their files, or of the rows of data sets; else empty."""
+    if config.data.source == "jsonl":
+        return {split: fingerprint(Path(rows.name)) for split, rows in parts.rows.items()}
+    return {split: {"rows": len(rows), "sha256": rows.fingerprint()} for split, rows in parts.rows.items()}
+
+
+def require_same_rows(run: RunDirectory, found: Mapping[str, Any]) -> None:
+    """Raises InputError where the rows of data sets are not those that the run was started with."""
+    if not path_exists(run.path / MANIFEST):
+        return
+    began = run.read_json(MANIFEST).get("data", {})
+    for split, now in found.items():
+        before = began.get(split)
+        if isinstance(before, dict) and "rows" in now and now != before:
+            counts = f"{before.get('rows')} then, {now['rows']} now" if before.get("rows") != now["rows"] else "edited"
+            raise InputError(
+                f"data.datasets.{split}: the rows are not those that {run.path} was started with ({counts}): restore "
+                "them, or start another run"
+            )

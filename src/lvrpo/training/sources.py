@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lvrpo.data.base import DATASETS, SOURCE_METHODS, PromptSource
-from lvrpo.data.jsonl import JsonlPrompts
+from lvrpo.data.rows import RowPrompts
 from lvrpo.errors import InputError
 from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
 from lvrpo.policies.loading import possible_tasks, stored_image_size
@@ -19,7 +19,7 @@ from lvrpo.rewards.base import Reward
 from lvrpo.rewards.row import RewardSource
 from lvrpo.rewards.success import HeldOutScorer
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
-from lvrpo.training.config import TrainConfig
+from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.judge import JudgeRows, build_judge_rows, require_judge_used
 from lvrpo.training.validation import Validator
 from lvrpo.types import Example, Prompt, Task
@@ -62,11 +62,21 @@ class Parts:
     validation: PromptSource | None
     test: PromptSource | None
 
+    @property
+    def rows(self) -> dict[Split, RowPrompts]:
+        """The splits that are rows of the user."""
+        splits: dict[Split, PromptSource | None] = {
+            "train": self.source,
+            "validation": self.validation,
+            "test": None if self.test is self.validation else self.test,
+        }
+        return {split: rows for split, rows in splits.items() if isinstance(rows, RowPrompts)}
+
     def require_readable(self, policy: Policy) -> None:
         """Raises InputError, with file and line, for a row with text that the policy cannot tokenize."""
         uses_judge = any(source.sides for source in self.rewards)
         for rows in (self.source, self.validation, self.test):
-            if isinstance(rows, JsonlPrompts | PromptList):
+            if isinstance(rows, RowPrompts | PromptList):
                 rows.require_readable(partial(check_text, policy), everything=uses_judge)
 
     def test_prompts(self) -> list[Prompt]:
@@ -74,7 +84,7 @@ class Parts:
         rows = self.test
         if rows is None:
             return []
-        if isinstance(rows, JsonlPrompts | PromptList):
+        if isinstance(rows, RowPrompts | PromptList):
             return rows.in_order()
         found = [prompt for task in rows.tasks for prompt in rows.prompts(task, TEST_PROMPTS_PER_TASK)]
         return list({prompt.id: prompt for prompt in found}.values())
@@ -89,6 +99,8 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     rewards = scoring_rewards(config, source, custom)
     scorer = HeldOutScorer(tuple(rewards))
     validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
+    if test is None and config.data.source == "datasets" and not custom.sources:
+        test = validation  # as the command line says
     own_rewards = config.validation.rewards
     validation_scorer = HeldOutScorer(tuple(build_rewards(own_rewards))) if own_rewards else scorer
     validator = Validator(validation_prompts(config, validation, validation_scorer), config, validation_scorer)
@@ -109,8 +121,9 @@ def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomPart
             "rows, or call lvrpo.train again"
         )
     build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
-    if data.source == "jsonl":
-        return build(data.jsonl, split, seed, stored_image_size(config.policy))
+    if data.source in ROW_SOURCES:
+        rows = data.jsonl if data.source == "jsonl" else data.datasets
+        return build(rows, split, seed, stored_image_size(config.policy))
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
 
 
@@ -129,8 +142,8 @@ def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_
     """The validation or test split; None if there is none."""
     if custom.sources and split not in custom.sources:
         return None
-    if config.data.source == "jsonl" and not custom.sources and getattr(config.data.jsonl, split) is None:
-        return None  # the splits are fields of JsonlConfig
+    if config.data.source in ROW_SOURCES and not custom.sources and not config.data.has_split(split):
+        return None
     try:
         return open_source(config, split, 0, custom)
     except InputError as error:
@@ -207,7 +220,8 @@ def missing_validation_message(config: TrainConfig, source: PromptSource | None,
     """The warning about tasks without validation prompts, with a remedy."""
     named = ", ".join(tasks)
     if source is None:
-        where = "data.jsonl.validation is not set" if config.data.source == "jsonl" else "there are no validation rows"
+        named = config.data.source in ROW_SOURCES
+        where = f"data.{config.data.source}.validation is not set" if named else "there are no validation rows"
         return f"{where}: validation has no held-out rows and keeps the last weights: give it a file of rows"
     if not set(tasks) & set(source.tasks):
         return f"validation has no rows of {named}: it is not watched: add some"
@@ -265,7 +279,7 @@ class PromptList:
         raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
-        """As ``JsonlPrompts.require_readable``; errors name the id instead of file and line."""
+        """As ``RowPrompts.require_readable``; errors name the id instead of file and line."""
         for prompt in self._prompts:
             texts = [part for part in prompt.parts if isinstance(part, str)]
             if everything:

@@ -10,8 +10,10 @@ from lvrpo.config import read_yaml
 from lvrpo.data.base import DATASETS, ComparableSource
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.leakage import ComparedPrompt, Index, compared_rows, file_picture, leaks, prompts_fingerprint
+from lvrpo.data.rows import RowPrompts
+from lvrpo.data.tables import DatasetPrompts
 from lvrpo.errors import ContractError, InputError
-from lvrpo.training.config import TrainConfig
+from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, RunDirectory
 from lvrpo.training.sources import Split, open_source
@@ -24,8 +26,12 @@ SAMPLED_PROMPTS = 60
 
 
 def rows(path: Path, config: JsonlConfig) -> list[ComparedPrompt]:
-    """The rows of a file for the check; images are compared by the bytes of their files."""
-    source = JsonlPrompts(config.model_copy(update={"test": path, "check": "headers"}), "test")
+    """The rows of a file for the check."""
+    return compared(JsonlPrompts(config.model_copy(update={"test": path, "check": "headers"}), "test"))
+
+
+def compared(source: RowPrompts) -> list[ComparedPrompt]:
+    """Rows of the user for the check; images are compared by the bytes of their files."""
     return list(compared_rows(source.rows(), file_picture))
 
 
@@ -37,29 +43,42 @@ def require_no_overlap(index: Index, name: str, others: Iterable[ComparedPrompt]
             raise InputError(f"{row.where}: the same text and pictures as {where} of {name}: {remedy}")
 
 
-def require_disjoint_splits(config: TrainConfig) -> dict[str, Any]:
+def require_disjoint_splits(config: TrainConfig, opened: Mapping[Split, RowPrompts] | None = None) -> dict[str, Any]:
     """Checks that the splits of a run are disjoint; returns the record for the manifest. Any: JSON.
 
-    Raises InputError if two of the files train, validation and test share a row.
+    ``opened``: the rows of the user by split, if they are open already. Raises InputError if two of the splits train,
+    validation and test share a row.
     """
-    if config.data.source == "jsonl":
-        return _compare_files(config.data.jsonl)
+    if config.data.source in ROW_SOURCES:
+        return _compare_rows(config, opened_rows(config) if opened is None else opened)
     source = open_source(config, "train", config.seed) if config.data.source in DATASETS else None
     return _compare_source(config, source) if isinstance(source, ComparableSource) else {"compared": False}
 
 
-def _compare_files(config: JsonlConfig) -> dict[str, Any]:
-    named = {"train": config.train, "validation": config.validation, "test": config.test}
-    paths = {split: path for split, path in named.items() if path is not None}
-    if len(paths) < 2:
+def opened_rows(
+    config: TrainConfig, splits: Sequence[Split] = ("train", "validation", "test")
+) -> dict[Split, RowPrompts]:
+    """The rows of the user by split, those that are named."""
+    data, found = config.data, dict[Split, RowPrompts]()
+    for split in splits:
+        if data.has_split(split):
+            jsonl = data.source == "jsonl"
+            found[split] = JsonlPrompts(data.jsonl, split) if jsonl else DatasetPrompts(data.datasets, split)
+    return found
+
+
+def _compare_rows(config: TrainConfig, opened: Mapping[Split, RowPrompts]) -> dict[str, Any]:
+    if len(opened) < 2:
         return {"compared": False}
-    found = {split: rows(path, config) for split, path in paths.items()}
+    found = {split: compared(rows) for split, rows in opened.items()}
+    named = [rows.name for rows in opened.values()]
+    shows = f" (lvrpo audit --data {' '.join(named)} shows all)" if config.data.source == "jsonl" else ""
     splits = list(found)
     for i, split in enumerate(splits[:-1]):
         index = Index(found[split])
         for other in splits[i + 1 :]:
-            remedy = f"take it out of one of them (lvrpo audit --data {' '.join(map(str, paths.values()))} shows all)"
-            require_no_overlap(index, f"data.jsonl.{split}", found[other], remedy)
+            name = f"data.{config.data.source}.{split}"
+            require_no_overlap(index, name, found[other], f"take it out of one of them{shows}")
     counts = {split: len(prompts) for split, prompts in found.items()}
     return {"compared": True, "rows": counts, "shared": 0, **_hashes(found)}
 
@@ -92,21 +111,25 @@ def _hashes(splits: Mapping[str, list[ComparedPrompt]]) -> dict[str, str]:
 def require_unseen(benchmarks: Sequence[str], config: TrainConfig, run: str = "the run") -> None:
     """Raises InputError if a benchmark file holds training or validation rows of a run."""
     files = [Path(name) for name in benchmarks if name.endswith(".jsonl")]
-    if config.data.source != "jsonl" or not files:
+    if config.data.source not in ROW_SOURCES or not files:
         return
-    for split, use in (("train", "trains on"), ("validation", "chooses its weights by")):
-        path: Path | None = getattr(config.data.jsonl, split)  # the splits are fields of JsonlConfig
-        if path is None or not path.is_file():
-            continue
-        index = Index(rows(path, config.data.jsonl))
+    uses: tuple[tuple[Split, str], ...] = (("train", "trains on"), ("validation", "chooses its weights by"))
+    for split, use in uses:
+        if config.data.source == "jsonl":
+            path: Path | None = getattr(config.data.jsonl, split)  # the splits are fields of JsonlConfig
+            seen = [] if path is None or not path.is_file() else rows(path, config.data.jsonl)
+        else:
+            seen = [row for source in opened_rows(config, (split,)).values() for row in compared(source)]
+        index = Index(seen)
         for file in files:
             remedy = f"{run} {use} it: name a file of rows that it has not seen"
-            require_no_overlap(index, f"data.jsonl.{split}", rows(file, config.data.jsonl), remedy)
+            require_no_overlap(index, f"data.{config.data.source}.{split}", rows(file, config.data.jsonl), remedy)
 
 
 def require_unseen_by(model: str, benchmarks: Sequence[str]) -> None:
-    """``require_unseen`` if a model is an alignment run whose data files still exist."""
+    """``require_unseen`` if a model is an alignment run on rows of the user; files that are gone are passed over."""
     folder = Path(model)
-    if not (folder / CONFIG).is_file() or "jsonl" not in str(read_yaml(folder / CONFIG).get("data", "")):
+    data = str(read_yaml(folder / CONFIG).get("data", "")) if (folder / CONFIG).is_file() else ""
+    if not any(source in data for source in ROW_SOURCES):
         return
     require_unseen(benchmarks, RunDirectory.read(folder).config(TrainConfig), model)

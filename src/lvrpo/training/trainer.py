@@ -48,6 +48,7 @@ from lvrpo.training.setup import (
     load_run_policy,
     open_policy,
     require_enough_memory,
+    require_same_rows,
     resumed_config,
 )
 from lvrpo.training.sources import NO_CUSTOM_PARTS, CustomParts, Parts, open_parts
@@ -97,7 +98,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         torch.set_num_threads(config.threads)
         with relay_errors():
             parts = open_parts(config, custom)
-            splits = require_disjoint_splits(config)
+            splits = require_disjoint_splits(config, None if custom.sources else parts.rows)
             require_enough_memory(config, parts)
             policy, base = open_policy(config)
             parts.require_readable(policy)
@@ -106,7 +107,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             for name, content in files.items():
                 run.write_json(name, content)
             save_start(run, policy)
-            data = {**data_fingerprints(config), "splits": splits}
+            data = {**data_fingerprints(config, parts), "splits": splits}
             run.write_manifest(config, {"run": config.seed}, data, {config.policy: fingerprint(base)})
             return cls(config, run, TrainState.start(policy, config), parts)
         except BaseException as error:
@@ -131,13 +132,15 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
             config, extended = resumed_config(run, config)
             with relay_errors():
                 parts = open_parts(config, custom)
+                data = data_fingerprints(config, parts)
+                require_same_rows(run, data)
                 policy = load_run_policy(require_start(run), config, base)
             if extended:
-                extend_run(run, config)
+                extend_run(run, config, data)
             trainer = cls(config, run, TrainState.start(policy, config), parts, base)
             trainer.restore()
             rollout_log.truncate(run, trainer.state.step or -1)
-            run.write_manifest(config, {"run": config.seed}, data_fingerprints(config))
+            run.write_manifest(config, {"run": config.seed}, data)
         except BaseException:
             run.close()
             raise

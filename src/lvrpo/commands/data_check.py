@@ -1,0 +1,185 @@
+"""``lvrpo data check``: what the rows of a user are, which cannot be used, and which are there twice."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.commands.options import Command, Options, Parser, add_force, refuse_existing
+from lvrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from lvrpo.data.leakage import ComparedPrompt
+    from lvrpo.data.preview import Block
+    from lvrpo.data.rows import RowPrompts
+    from lvrpo.training.config import DataConfig
+
+SHOWN_ROWS = 10
+"""Rows on the contact sheet."""
+SHOWN_PROBLEMS = 20
+SIDE = 128
+"""Of a picture on the contact sheet, in pixels."""
+
+
+def check_options(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="CONFIG, a file or a glob of rows, a folder, or a Hub id")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="of CONFIG section.key=value; else keys of a data set, such as preset=llava or columns.prompt=caption",
+    )
+    parser.add_argument("--out", type=Path, default=Path("rows.png"), metavar="FILE", help="default: rows.png")
+    add_force(parser)
+
+
+def check(options: Options) -> None:
+    """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.data.images import load_image
+    from lvrpo.data.leakage import compared_rows, pixel_picture
+    from lvrpo.data.preview import contact_sheet
+    from lvrpo.training.checkpoint import disk_errors
+
+    file = options.out if options.out.suffix else options.out.with_suffix(".png")
+    refuse_existing([file], options.force)
+    problems: list[str] = []
+    splits = opened(read_data(options.source, options.overrides), problems)
+    console = wide_console()
+    console.print(counts_table(splits))
+    for problem in problems[:SHOWN_PROBLEMS]:
+        console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more", style="red")
+    rows = next((rows for rows in splits.values() if len(rows)), None)
+    if rows is not None:
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(f"{rows.name}: {len(rows)} rows", sheet_blocks(rows), SIDE).save(file)
+        console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
+    compared = {
+        split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
+        for split, rows in splits.items()
+    }
+    leak = print_overlaps(compared)
+    if problems:
+        raise InputError(f"{len(problems)} rows cannot be used; the first: {problems[0]}")
+    if leak is not None:
+        raise InputError(leak)
+
+
+def read_data(source: str, overrides: list[str]) -> DataConfig:
+    """The data section of CONFIG, or that of a file, a folder or a Hub id with keys of a data set."""
+    from lvrpo.commands.inputs import read_config
+    from lvrpo.config import load_config, shipped_configs
+    from lvrpo.data.jsonl import JsonlConfig
+    from lvrpo.data.tables import DatasetConfig
+    from lvrpo.training.config import ROW_SOURCES, DataConfig, TrainConfig
+
+    if source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not os.path.lexists(source)):
+        data = read_config(TrainConfig, source, overrides).data
+        if data.source not in ROW_SOURCES:
+            remedy = "lvrpo data preview shows it" if data.source == "scenes" else "give a source of rows"
+            raise InputError(f"data.source={data.source}: only rows of jsonl and datasets are checked: {remedy}")
+        return data
+    if source.endswith(".jsonl") and not overrides and not glob.has_magic(source):
+        return DataConfig(source="jsonl", jsonl=JsonlConfig(train=Path(source), check="pixels"))
+    if os.path.isfile(source) or glob.has_magic(source):
+        named = [f"train={source}"]
+    else:
+        split = any(each.startswith(("train=", "validation=", "test=")) for each in overrides)
+        named = [f"path={source}", *([] if split else ["train=train"])]
+    return DataConfig(source="datasets", datasets=(load_config(DatasetConfig, None, [*named, *overrides]),))
+
+
+def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
+    """The rows by split, every picture decoded; errors of rows are added to ``problems``."""
+    from lvrpo.data.jsonl import JsonlPrompts
+    from lvrpo.data.tables import DatasetPrompts
+
+    found: dict[str, RowPrompts] = {}
+    for split in ("train", "validation", "test"):
+        if data.has_split(split):
+            if data.source == "jsonl":
+                pixels = data.jsonl.model_copy(update={"check": "pixels"})
+                found[split] = JsonlPrompts(pixels, split, problems=problems)
+            else:
+                sets = [each.model_copy(update={"check": "pixels"}) for each in data.datasets]
+                found[split] = DatasetPrompts(sets, split, problems=problems)
+    return found
+
+
+def counts_table(splits: Mapping[str, RowPrompts]) -> Table:
+    """Rows by split and task, and how many have what rewards and success need."""
+    from lvrpo.commands.audit_tables import plain_table
+
+    names = ["split", "task", "rows", "with answer", "with facts", "with target", "categories"]
+    table = plain_table("rows", names, 2)
+    for split, rows in splits.items():
+        for task in rows.tasks:
+            has = rows.has(task)
+            table.add_row(split, task, *(str(has[name]) for name in ("rows", "answer", "facts", "target", "category")))
+    return table
+
+
+def sheet_blocks(rows: RowPrompts) -> list[Block]:
+    """The first rows of every task, ``SHOWN_ROWS`` in all where there are as many."""
+    from lvrpo.data.preview import PER_BLOCK
+
+    shown = dict.fromkeys(rows.tasks, 0)
+    while sum(shown.values()) < min(SHOWN_ROWS, len(rows)):
+        for task in rows.tasks:
+            if shown[task] < rows.size(task) and sum(shown.values()) < SHOWN_ROWS:
+                shown[task] += 1
+    blocks: list[Block] = []
+    for task, count in shown.items():
+        examples = rows.examples(task, count)
+        for first in range(0, count, PER_BLOCK):
+            part = examples[first : first + PER_BLOCK]
+            blocks.append((task, part[0].prompt.category or part[0].prompt.source, part))
+    return blocks
+
+
+def print_overlaps(splits: Mapping[str, list[ComparedPrompt]]) -> str | None:
+    """Prints duplicates inside splits and overlaps between them; returns the first leak, as an error."""
+    from lvrpo.commands.audit_tables import overlap_table
+    from lvrpo.commands.data import LEAK_MESSAGES
+    from lvrpo.commands.tables import wide_console
+    from lvrpo.data.leakage import Index, duplicates, leaks
+
+    console, first = wide_console(), None
+    for split, prompts in splits.items():
+        twice = duplicates(prompts)
+        if twice:
+            shown = f"{twice[0].where} asks what {twice[0].other} asks"
+            console.print(
+                f"{split}: {len(twice)} rows are there twice; the first: {shown}", style="yellow", markup=False
+            )
+    for i, (name, prompts) in enumerate(splits.items()):
+        index = Index(prompts)
+        for other, held_out in list(splits.items())[i + 1 :]:
+            overlaps = index.overlaps(held_out)
+            console.print()
+            console.print(overlap_table(f"{other} in {name}", index, overlaps))
+            for shared in leaks(overlaps) if first is None else ():
+                message = LEAK_MESSAGES[shared.leak].format(other=shared.other)
+                first = f"{shared.where} {message}: take it out of one of them"
+                break
+    return first
+
+
+CHECK = Command(
+    "rows of your own: ten as pictures, counts per task, errors with file and row, duplicates, leaks between splits",
+    check_options,
+    check,
+    "examples: lvrpo data check own.yaml\n"
+    "          lvrpo data check pictures preset=labels\n"
+    "          lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
+    "          lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
+)
