@@ -23,7 +23,7 @@ Case = tuple[tuple[str, ...], int, str]
 COMMAND_LINE: list[Case] = [
     (("trian",), 2, "did you mean train?"),
     (("--hlep",), 2, "did you mean --help?"),
-    (("data", "previw"), 2, "use lvrpo data preview"),
+    (("data", "previw"), 2, "or lvrpo data preview or"),
     (("data", "preview", "--split", "tset"), 2, "invalid choice: 'tset'"),
     (("data", "preview", "--out", "red.png"), 2, "red.png: exists already"),
     (("report", "finished", "unfinished"), 2, "argument 'unfinished': one too many"),
