@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lvrpo.data.geneval import Metadata, facts_of
 from lvrpo.data.presets import PRESETS
 from lvrpo.data.rows import parse_row
 from lvrpo.rewards.verifiable_text import answers_match
@@ -105,8 +106,8 @@ def test_every_preset_has_a_case_and_says_which_columns_it_needs() -> None:
 
 
 def test_questions_of_geneval_say_what_the_drawing_must_show() -> None:
-    """The four kinds of its metadata; a count that is excluded is implied by the count that is asked."""
-    record = {
+    """Those of the benchmark; a table fills in what clauses leave out."""
+    record: dict[str, Any] = {
         "tag": "position",
         "include": [
             {"class": "clock", "count": 3},
@@ -116,13 +117,16 @@ def test_questions_of_geneval_say_what_the_drawing_must_show() -> None:
         "prompt": "a red bench left of three clocks",
     }
     fields = PRESETS["geneval"](record)
-    assert [(f["kind"], f["question"], f["answer"]) for f in fields["facts"]] == [
-        ("count", "how many objects of the kind 'clock' are there in the picture?", "3"),
-        ("exists", "is there a bench in the picture?", "yes"),
-        ("color", "what color is the bench?", "red"),
-        ("position", "is the bench left of the clock?", "yes"),
-        ("exists", "is there a dog in the picture?", "no"),
+    metadata = Metadata.model_validate(record)
+    row = parse_row(fields)
+    assert [(f.kind, f.question, f.answer, tuple(f.choices)) for f in row.facts] == [
+        (f.kind, f.question, f.answer, f.choices) for f in facts_of(metadata)
     ]
+    assert len(row.facts) == 4
+    filled = {**record, "include": [{"color": None, "position": None, **each} for each in record["include"]]}
+    assert PRESETS["geneval"](filled) == fields
+    with pytest.raises(ValueError, match=r"include\.0\.count: must be of GenEval's metadata"):
+        PRESETS["geneval"]({**record, "include": [{"class": "dog", "count": 0}]})
     assert parse_row(fields).category == "position"
 
 

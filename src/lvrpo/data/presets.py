@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from lvrpo.data.geneval import Metadata, facts_of
+
 Record = Mapping[str, Any]
 """A row of a data set. Any: what its columns hold."""
 Fields = dict[str, Any]
@@ -28,6 +32,15 @@ def pictures(record: Record) -> list[Any]:
     """The pictures of a record, whether its column holds one or a list. Any: a path, or what the column holds."""
     found = pick(record, PICTURES, required=False)
     return [] if found is None else list(found) if isinstance(found, list) else [found]
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the empty fields that a table fills in, in whatever is nested. Any: JSON."""
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return value
 
 
 # --- texts to draw ---
@@ -56,33 +69,20 @@ def pickapic(record: Record) -> Fields:
 
 
 def geneval(record: Record) -> Fields:
-    """Metadata of GenEval (arXiv:2310.11513): ``prompt`` with ``tag``, ``include`` and ``exclude`` as questions."""
-    include, exclude = record.get("include") or [], record.get("exclude") or []
-    facts: list[dict[str, str]] = []
-
-    def ask(kind: str, question: str, answer: str) -> None:
-        facts.append({"kind": kind, "question": question, "answer": answer})
-
-    for each in include:
-        name, count = each["class"], int(each.get("count") or 1)
-        if count > 1:
-            ask("count", f"how many objects of the kind '{name}' are there in the picture?", str(count))
-        else:
-            ask("exists", f"is there a {name} in the picture?", "yes")
-        if each.get("color"):
-            ask("color", f"what color is the {name}?", str(each["color"]))
-        if each.get("position"):
-            relation, other = each["position"]
-            ask("position", f"is the {name} {relation} the {include[int(other)]['class']}?", "yes")
-    wanted = {each["class"] for each in include}
-    for each in exclude:  # a count that excludes more of what it includes is asked by the count
-        if each["class"] not in wanted:
-            ask("exists", f"is there a {each['class']} in the picture?", "no")
+    """Metadata of GenEval (arXiv:2310.11513): ``prompt`` with the questions that its objects imply."""
+    try:
+        metadata = Metadata.model_validate(without_nulls({name: record.get(name) for name in Metadata.model_fields}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: must be of GenEval's metadata ({first['msg'].lower()})") from None
+    facts = [{"kind": f.kind, "question": f.question, "answer": f.answer} for f in facts_of(metadata)]
+    chosen = [{"choices": list(f.choices)} if f.choices else {} for f in facts_of(metadata)]
     return {
         "task": "generate",
-        "prompt": pick(record, ("prompt",)),
-        "category": record.get("tag") or "",
-        "facts": facts,
+        "prompt": metadata.prompt,
+        "category": metadata.tag,
+        "facts": [fact | choices for fact, choices in zip(facts, chosen, strict=True)],
     }
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from lvrpo.config import Config
 from lvrpo.data.images import PictureFile, StoredPicture, check_image, load_image
 from lvrpo.data.jsonl import picture_path
-from lvrpo.data.presets import PRESETS
+from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
 from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, nearest, open_table, parse_range
 from lvrpo.errors import InputError
@@ -283,7 +283,8 @@ def mapped(record: Mapping[str, Any], config: DatasetConfig) -> dict[str, Any]:
         fields[name] = None if column is None else _part(available, column)
     if config.task is not None and fields.get("task") is None:
         fields["task"] = config.task
-    fields = {name: _whole(value) for name, value in fields.items() if value is not None}
+    pictures = {name: value for name, value in fields.items() if name in PICTURE_FIELDS and value is not None}
+    fields = without_nulls({name: value for name, value in fields.items() if name not in PICTURE_FIELDS}) | pictures
     if "images" in fields and not isinstance(fields["images"], list):
         fields["images"] = [fields["images"]]
     for name in ("id", "prompt", "answer", "category"):
@@ -305,15 +306,6 @@ def _part(record: Mapping[str, Any], column: str) -> Any:
         else:
             return None
     return found
-
-
-def _whole(value: Any) -> Any:
-    """Without the empty fields that a table fills in, in lists of sections such as ``facts``."""
-    if isinstance(value, list):
-        return [_whole(each) for each in value]
-    if isinstance(value, Mapping) and not is_picture(value):
-        return {name: _whole(each) for name, each in value.items() if each is not None}
-    return value
 
 
 def named_pictures(value: Any, name: str, pictures: dict[str, PictureFile]) -> Any:
