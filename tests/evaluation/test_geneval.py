@@ -14,7 +14,8 @@ import torch
 from lvrpo.cli import main
 from lvrpo.data import geneval as data
 from lvrpo.data.geneval import COLORS, NUMBERS, facts_of, in_turns, plural, read_metadata
-from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts, parse_row
+from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+from lvrpo.data.rows import parse_row
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.benchmarks import geneval
