@@ -21,7 +21,8 @@ from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.benchmarks import geneval
 from lvrpo.evaluation.benchmarks.geneval import ConfirmedFacts, GenEvalRules, drawn_benchmark, write_layout
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection, problems, relations, surest
-from lvrpo.evaluation.suite import BenchmarkInputs, evaluate, find_benchmarks
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
+from lvrpo.evaluation.suite import evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
 from lvrpo.rewards.base import offline_group
 from lvrpo.rewards.self_vqa import SelfVQA

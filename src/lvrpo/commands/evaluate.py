@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lvrpo.commands.options import (
     Command,
@@ -28,8 +28,11 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.success import HeldOutScorer
 
@@ -52,12 +55,20 @@ def evaluate_options(parser: Parser) -> None:
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, and the record of every sample")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep every output and score here; the same command resumes"
+    )
+    parser.add_argument(
+        "--against", metavar="BASE", help="evaluate this MODEL too: before, after and the paired difference"
+    )
     parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")
     parser.add_argument("--samples", type=positive, metavar="N", help="of some prompts, for pass@k and best of n (16)")
     parser.add_argument(
         "--sampled-prompts", type=whole, default=280, metavar="N", help="so many prompts (default: 280)"
     )
-    parser.add_argument("--judge", metavar="MODEL", help="whose reading side chooses the best of n (default: MODEL's)")
+    parser.add_argument(
+        "--judge", metavar="MODEL", help="whose reading side judges drawings (default: that of --against, else MODEL's)"
+    )
     parser.add_argument(
         "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts"
     )
@@ -106,16 +117,14 @@ def two_shares(text: str) -> tuple[float, float]:
 
 
 def evaluate(options: Options) -> None:
-    from dataclasses import replace
-
     import torch
 
     from lvrpo.commands.inputs import write_file
-    from lvrpo.commands.tables import scores_table, text_table, wide_console
+    from lvrpo.commands.tables import wide_console
     from lvrpo.evaluation import suite
+    from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
     from lvrpo.evaluation.tuning import TunedSampling
     from lvrpo.policies.loading import load_policy
-    from lvrpo.report.tables import measure_tables
     from lvrpo.rewards.base import judge_fingerprint
     from lvrpo.training.run_directory import json_text
     from lvrpo.training.splits import require_unseen_by
@@ -126,7 +135,7 @@ def evaluate(options: Options) -> None:
         return
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
-    inputs = suite.BenchmarkInputs(
+    inputs = BenchmarkInputs(
         options.data, options.detector, options.color_classifier, options.thresholds, device=options.device
     )
     found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
@@ -136,35 +145,80 @@ def evaluate(options: Options) -> None:
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     if tuned is not None:
         tuned.require_model(judge_fingerprint(policy))
-    judge = (
-        None if options.judge is None else load_policy(options.judge, options.device, options.dtype).make_reference()
-    )
-    rewarded = any(benchmark.metric == "reward" for benchmark in benchmarks)
+    against = None if options.against is None else load_policy(options.against, options.device, options.dtype)
+    judge = None if against is None else against.make_reference()
+    if options.judge is not None:
+        judge = load_policy(options.judge, options.device, options.dtype).make_reference()
+    rewarded = any(benchmark.metric == "reward" and benchmark.reward is None for benchmark in benchmarks)
     reward_judge = (
         load_policy(judged_by, options.device).make_reference() if rewarded and judged_by is not None else None
     )
     console = wide_console()
-    result = suite.evaluate(
+    settings = suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge)
+    before = None if against is None else evaluated(options, against, benchmarks, settings, console, "before")
+    result = evaluated(options, policy, benchmarks, settings, console, "" if against is None else "after")
+    head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.against or options.model}
+    if tuned is not None:
+        head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
+    if before is not None:
+        head |= {"against": options.against, "before": before.as_dict(), "difference": before.difference(result)}
+    if options.information:
+        head["information"] = information(policy, options.seed, console)
+    content = json_text({**head, **result.as_dict()}).encode()
+    for file in (options.json, options.out and options.out / "results.json"):
+        if file is not None:
+            write_file(file, content, options.force or file != options.json)
+    print_results(options, result, before, console)
+
+
+def evaluated(
+    options: Options,
+    policy: Policy,
+    benchmarks: Sequence[Benchmark],
+    settings: EvaluationOptions,
+    console: Console,
+    phase: Literal["", "before", "after"],
+) -> Evaluation:
+    """The records of a policy; ``phase``: the folder of its items below ``--out``."""
+    from dataclasses import replace
+
+    from lvrpo.evaluation import suite
+    from lvrpo.evaluation.items import ItemStore
+
+    title = f"{phase}: " if phase else ""
+    return suite.evaluate(
         policy,
         benchmarks,
         options.seed,
         {b.name: options.n for b in benchmarks} if options.n else {},
         replace(suite.SAMPLING, num_steps=options.num_steps or suite.SAMPLING.num_steps),
-        progress=lambda name, n: console.print(f"{name}: {n} prompts", style="dim"),
-        options=suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge),
+        progress=lambda name, n: console.print(f"{title}{name}: {n} prompts", style="dim"),
+        options=replace(settings, store=None if options.out is None else ItemStore(options.out / phase)),
     )
+
+
+def print_results(options: Options, result: Evaluation, before: Evaluation | None, console: Console) -> None:
+    """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
+    from lvrpo.commands.tables import scores_table, summary_table, text_table
+    from lvrpo.report.tables import measure_tables
+
     results = result.results()
-    console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
-    for table in measure_tables({"": results}):
+    if before is None:
+        console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
+    else:
+        earlier = before.results()
+        console.print(f"before: {options.against}, after: {options.model}", style="dim", markup=False)
+        console.print(summary_table({"before": earlier, "after": results, "difference": before.difference(result)}))
+        results = {f"before: {name}": each for name, each in earlier.items()} | results
+    for name, each in results.items():
+        masked = each.get("masked")
+        if masked:
+            reason, count = next(iter(masked["reasons"].items()))
+            line = f"{name}: {masked['prompts']} of {masked['of']} prompts have no score, {count} of them: {reason}"
+            console.print(line, style="yellow", markup=False)
+    for table in measure_tables({"": results}) if before is None else ():
         console.print()
         console.print(text_table(table))
-    head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.model}
-    if tuned is not None:
-        head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
-    if options.information:
-        head["information"] = information(policy, options.seed, console)
-    if options.json is not None:
-        write_file(options.json, json_text({**head, **result.as_dict()}).encode(), options.force)
 
 
 def input_side(options: Options) -> int | None:
@@ -211,7 +265,7 @@ def tune(options: Options) -> None:
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
-    for name in ("json", "tuned", "judge", "samples", "rewards"):
+    for name in ("json", "tuned", "judge", "samples", "rewards", "out", "against"):
         if getattr(options, name) is not None:  # the options are the parser's
             raise InputError(f"--{name}: belongs to an evaluation: leave it out, or --tune")
     found = suite.find_benchmarks(options.benchmark, side=input_side(options), root=options.root)

@@ -82,7 +82,7 @@ def generate_options(parser: Parser) -> None:
 
 def generate(options: Options) -> None:
     from lvrpo.commands.inputs import read_lines, write_file
-    from lvrpo.evaluation.samples import png
+    from lvrpo.data.images import png
 
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("what to draw: give --prompt TEXT or --prompts FILE, one of the two")
@@ -245,7 +245,7 @@ def edit_options(parser: Parser) -> None:
 
 def edit(options: Options) -> None:
     from lvrpo.commands.inputs import fitting_image, write_file
-    from lvrpo.evaluation.samples import png
+    from lvrpo.data.images import png
 
     if options.out.suffix.lower() != ".png":
         raise InputError(f"--out {options.out}: pictures are written as PNG: end the name in .png")

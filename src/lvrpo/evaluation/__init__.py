@@ -19,6 +19,7 @@ BENCHMARKS: Mapping[str, str] = {
 PUBLISHED: Mapping[str, str] = {
     "geneval": "lvrpo.evaluation.benchmarks.geneval:GENEVAL",
     "geneval_vqa": "lvrpo.evaluation.benchmarks.geneval:GENEVAL_VQA",
+    "ocr": "lvrpo.evaluation.benchmarks.ocr:BENCHMARK",
 }
 """Benchmarks of papers, whose prompts lie in a folder of the user."""
 

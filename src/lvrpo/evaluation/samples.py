@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-import numpy as np
-from PIL import Image as PilImage
-
+from lvrpo.data.images import png
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
 from lvrpo.rewards.success import has_success, successes
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.types import Group, Image, Prompt
+from lvrpo.types import Group, Prompt
 
 PER_CATEGORY = 3
 WITHOUT_CATEGORY = 12
@@ -101,11 +98,3 @@ def write_samples(
 def prompt_text(prompt: Prompt) -> str:
     """The text parts of a prompt."""
     return " ".join(part for part in prompt.parts if isinstance(part, str))
-
-
-def png(image: Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
-    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().numpy().astype(np.uint8)
-    buffer = io.BytesIO()
-    PilImage.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()

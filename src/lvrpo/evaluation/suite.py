@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
+from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, PublishedBenchmark
+from lvrpo.evaluation.items import Item, ItemStore
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts, score_prompts
-from lvrpo.metrics import ReadBack
 from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
 from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 SAMPLING = Sampling(group_size=1, temperature=0.0, max_new_tokens=8, num_steps=8)
 """Defaults of every benchmark, which sets its own temperature and guidance."""
+STORED_CHUNK = 16
+"""Outputs per sampling call of an evaluation that is kept in a folder: what an interruption loses."""
 ANSWER_LENGTH = 80
 """Characters of an answer that a record keeps."""
 
@@ -98,6 +101,8 @@ class EvaluationOptions:
     """Scores the outputs."""
     reward_judge: Policy | None = None
     """Frozen policy that judges for the rewards of ``scorer``, for prompts without a verifiable answer."""
+    store: ItemStore | None = None
+    """Where outputs and scores are kept, so that an interrupted evaluation can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -128,66 +133,6 @@ class Evaluation:
             "seconds": self.seconds,
             "scores": {name: record.as_dict() for name, record in self.scored.items()},
         }
-
-
-@dataclass(frozen=True)
-class BenchmarkInputs:
-    """What published benchmarks are opened with."""
-
-    data: Path | None = None
-    """The folder that holds one folder per benchmark, or the files of the only one."""
-    detector: str | None = None
-    """A detector of ``transformers``: a local folder, or an id in the local Hub cache."""
-    color_classifier: str | None = None
-    """A CLIP or SigLIP, likewise."""
-    thresholds: tuple[float, float] | None = None
-    """Scores of the detector that count: of all prompts, and of those about numbers."""
-    vlm: Path | None = None
-    """The judge of questions about drawings: a local folder of ``transformers``, or a YAML file of an endpoint."""
-    device: str = "auto"
-
-
-NO_INPUTS = BenchmarkInputs()
-
-
-@dataclass(frozen=True)
-class PublishedBenchmark:
-    """A benchmark of a paper, whose prompts the user has in a folder."""
-
-    name: str
-    source: str
-    """Paper and address."""
-    files: tuple[str, ...]
-    """What its folder holds, in the official layout."""
-    size: str
-    """Prompts, and pictures drawn."""
-    needs: str
-    """Who judges, and the options that name it."""
-    license: str
-    """Of the prompts."""
-    build: Callable[[Path, BenchmarkInputs], list[Benchmark]]
-    """Of its folder."""
-    read: Callable[[Path], Sequence[Prompt]]
-    """The prompts of a file in its format, official or not, with their facts."""
-    folder: str = ""
-    """Name of its folder; "": that of the benchmark."""
-
-    def open(self, inputs: BenchmarkInputs) -> list[Benchmark]:
-        """The benchmark of the files in ``inputs.data``; raises InputError where they are not there."""
-        if inputs.data is None:
-            raise InputError(
-                f"benchmark {self.name}: needs {' and '.join(self.files)} of {self.source}: name the folder that holds "
-                "it (--data DIR); lvrpo benchmarks says more"
-            )
-        folder = self.folder or self.name
-        tried = (inputs.data / folder, inputs.data)
-        found = next((each for each in tried if all((each / file).exists() for file in self.files)), None)
-        if found is None:
-            raise InputError(
-                f"benchmark {self.name}: {inputs.data}: holds no {' and '.join(self.files)}, nor {folder}/ with it: "
-                f"get it from {self.source}"
-            )
-        return self.build(found, inputs)
 
 
 def find_benchmarks(
@@ -289,7 +234,7 @@ def evaluate(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     sampling: Sampling = SAMPLING,
-    keep: Callable[[str, Sequence[Group]], Sequence[Group]] = lambda name, groups: (),
+    keep: Callable[[str, Sequence[Group]], Sequence[Group]] | None = None,
     progress: Callable[[str, int], None] = lambda name, prompts: None,
     options: EvaluationOptions = EvaluationOptions(sampled_prompts=0),
 ) -> Evaluation:
@@ -319,55 +264,67 @@ def evaluate(
     for benchmark in benchmarks:
         prompts = prompts_of[benchmark.name]
         progress(benchmark.name, len(prompts))
-        scored[benchmark.name], groups = record(policy, benchmark, prompts, seed, sampling, options)
-        kept[benchmark.name] = keep(benchmark.name, groups)
+        items, settings = benchmark_items(policy, benchmark, prompts, seed, sampling, options, keep is not None)
+        scored[benchmark.name] = benchmark_record(policy, benchmark, items, settings, options)
+        kept[benchmark.name] = [] if keep is None else keep(benchmark.name, [item.group for item in items])
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One prompt of an evaluation with its outputs and their scores."""
-
-    group: Group
-    """The first ``Benchmark.samples`` outputs."""
-    scores: tuple[float, ...]
-    """Of every sample; nan where scoring failed."""
-    judged: tuple[float | None, ...] = ()
-    read_back: ReadBack | None = None
-    failure: str = ""
-    """Why a sample has no score; "" where all have one."""
-
-
-def record(
+def benchmark_items(
     policy: Policy,
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
     seed: int,
     sampling: Sampling,
     options: EvaluationOptions,
-) -> tuple[BenchmarkRecord, list[Group]]:
-    """The record of one benchmark, and the first ``benchmark.samples`` outputs of every prompt.
+    with_pictures: bool,
+) -> tuple[list[Item], dict[Task, Sampling]]:
+    """The outputs of every prompt with their scores, and how each task was sampled.
 
-    A benchmark scored by rewards records the scores alone, without samples and answers. A prompt with a sample that
-    could not be scored has no score.
+    With ``options.store`` items that it holds are not sampled again, and the others are added to it batch by batch;
+    batches are the same whatever it holds, so that a resumed evaluation gives the same scores.
     """
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
     settings: dict[Task, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, options)
+    folder = None
+    if options.store is not None:
+        folder = options.store.open(benchmark.name, identity(policy, benchmark, seed, settings, options))
+    at_once = CHUNK if folder is None else STORED_CHUNK
     # a few prompts at a time: all samples of large pictures do not fit into memory
     jobs: dict[tuple[Task, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
     found: dict[int, Item] = {}
     for (task, count), places in jobs.items():
-        batch_size = max(1, CHUNK // count)
+        batch_size = max(1, at_once // count)
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            items = scored_items(policy, benchmark, [prompts[i] for i in batch], settings[task], seed, count, options)
-            found |= dict(zip(batch, items, strict=True))
-    items = [found[i] for i in range(len(prompts))]
-    return benchmark_record(policy, benchmark, items, settings, options), [item.group for item in items]
+            known = [] if folder is None or with_pictures else [folder.read(prompts[i], count) for i in batch]
+            items = [item for item in known if item is not None]
+            if len(items) < len(batch):
+                rows = [prompts[i] for i in batch]
+                items = scored_items(policy, benchmark, rows, settings[task], seed, count, options)
+                if folder is not None:
+                    folder.write(items)
+            found |= zip(batch, items if with_pictures else [i.without_pictures() for i in items], strict=True)
+    return [found[i] for i in range(len(prompts))], settings
+
+
+def identity(
+    policy: Policy, benchmark: Benchmark, seed: int, settings: Mapping[Task, Sampling], options: EvaluationOptions
+) -> dict[str, Any]:
+    """What the items of a benchmark depend on. Any: JSON values."""
+    return {
+        "policy": judge_fingerprint(policy),
+        "judge": judge_fingerprint(options.judge or policy),
+        "rewards": sorted(r.config.title for r in options.scorer.rewards),
+        "seed": seed,
+        "samples": benchmark.samples,
+        "sampling": {task: {k: str(v) for k, v in vars(each).items()} for task, each in settings.items()},
+        **benchmark.details,
+    }
 
 
 def default_sampling(policy: Policy, task: Task) -> Sampling:

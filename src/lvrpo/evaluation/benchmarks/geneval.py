@@ -15,8 +15,9 @@ from lvrpo.data.geneval import METADATA, OFFICIAL, GenEvalRow, Metadata, fingerp
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.evaluation.benchmarks.detectors import ColorClassifier, Detector
 from lvrpo.evaluation.benchmarks.geneval_rules import Detection, problems, surest
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
-from lvrpo.evaluation.suite import Benchmark, BenchmarkInputs, PublishedBenchmark
+from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge, Policy, check_text
 from lvrpo.rewards.base import Scores, image_problem, score_each
 from lvrpo.rewards.self_vqa import BOTH_ORDERS, SelfVQA

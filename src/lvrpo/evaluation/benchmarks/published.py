@@ -1,0 +1,74 @@
+"""What a published benchmark is, and what the user opens it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvrpo.errors import InputError
+from lvrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from lvrpo.evaluation.suite import Benchmark
+
+
+@dataclass(frozen=True)
+class BenchmarkInputs:
+    """What published benchmarks are opened with."""
+
+    data: Path | None = None
+    """The folder that holds one folder per benchmark, or the files of the only one."""
+    detector: str | None = None
+    """A detector of ``transformers``: a local folder, or an id in the local Hub cache."""
+    color_classifier: str | None = None
+    """A CLIP or SigLIP, likewise."""
+    thresholds: tuple[float, float] | None = None
+    """Scores of the detector that count: of all prompts, and of those about numbers."""
+    vlm: Path | None = None
+    """The judge of questions about drawings: a local folder of ``transformers``, or a YAML file of an endpoint."""
+    device: str = "auto"
+
+
+NO_INPUTS = BenchmarkInputs()
+
+
+@dataclass(frozen=True)
+class PublishedBenchmark:
+    """A benchmark of a paper, whose prompts the user has in a folder."""
+
+    name: str
+    source: str
+    """Paper and address."""
+    files: tuple[str, ...]
+    """What its folder holds, in the official layout."""
+    size: str
+    """Prompts, and pictures drawn."""
+    needs: str
+    """Who judges, and the options that name it."""
+    license: str
+    """Of the prompts."""
+    build: Callable[[Path, BenchmarkInputs], list[Benchmark]]
+    """Of its folder."""
+    read: Callable[[Path], Sequence[Prompt]]
+    """The prompts of a file in its format, official or not, with their facts."""
+    folder: str = ""
+    """Name of its folder; "": that of the benchmark."""
+
+    def open(self, inputs: BenchmarkInputs) -> list[Benchmark]:
+        """The benchmark of the files in ``inputs.data``; raises InputError where they are not there."""
+        if inputs.data is None:
+            raise InputError(
+                f"benchmark {self.name}: needs {' and '.join(self.files)} of {self.source}: name the folder that holds "
+                "it (--data DIR); lvrpo benchmarks says more"
+            )
+        folder = self.folder or self.name
+        tried = (inputs.data / folder, inputs.data)
+        found = next((each for each in tried if all((each / file).exists() for file in self.files)), None)
+        if found is None:
+            raise InputError(
+                f"benchmark {self.name}: {inputs.data}: holds no {' and '.join(self.files)}, nor {folder}/ with it: "
+                f"get it from {self.source}"
+            )
+        return self.build(found, inputs)

@@ -1,0 +1,174 @@
+"""Evaluations kept in a folder: interrupted anywhere and resumed they give the same table; before and after in one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvrpo.cli import main
+from lvrpo.errors import InputError
+from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name
+from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, at_guidance, evaluate, find_benchmarks
+from lvrpo.policies.base import Policy, Sampling
+from lvrpo.policies.loading import load_policy
+from lvrpo.rewards.base import Scores
+from lvrpo.training.run_directory import json_text
+from lvrpo.types import Group, Prompt
+
+SIZES = {"generate": 21, "understand": 40}
+NAMES = ["generate", "understand"]
+
+
+@pytest.fixture
+def policy(small_base: Path) -> Policy:
+    return load_policy(small_base)
+
+
+def kept(folder: Path) -> EvaluationOptions:
+    return EvaluationOptions(sampled_prompts=0, store=ItemStore(folder))
+
+
+class Killed(Exception):  # noqa: N818  # stands for a signal
+    pass
+
+
+@pytest.mark.parametrize(("calls", "rest"), [(1, 45), (2, 40), (4, 8)])
+def test_an_evaluation_that_was_killed_resumes_to_the_same_table(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, rest: int
+) -> None:
+    whole = evaluate(policy, find_benchmarks(NAMES), sizes=SIZES, options=kept(tmp_path / "whole"))
+    sample, made = policy.sample, []
+
+    def killed(prompts: Sequence[Prompt], *more: Any) -> list[Group]:
+        made.append(len(prompts))
+        if len(made) > calls:
+            raise Killed
+        return sample(prompts, *more)
+
+    monkeypatch.setattr(policy, "sample", killed)
+    with pytest.raises(Killed):
+        evaluate(policy, find_benchmarks(NAMES), sizes=SIZES, options=kept(tmp_path / "cut"))
+    file = tmp_path / "cut/generate" / ITEMS
+    done = len(file.read_text().splitlines())
+    assert done == min(16 * calls, 21)
+    with file.open("a") as unfinished:
+        unfinished.write('{"id": "scenes/te')  # what a killed process left of a line
+    made.clear()
+    monkeypatch.setattr(policy, "sample", lambda prompts, *more: made.append(len(prompts)) or sample(prompts, *more))
+    again = evaluate(policy, find_benchmarks(NAMES), sizes=SIZES, options=kept(tmp_path / "cut"))
+    assert sum(made) == rest
+    assert json_text(again.as_dict()["scores"]) == json_text(whole.as_dict()["scores"])
+    assert again.results() == whole.results()
+
+
+def test_outputs_are_kept_for_people_to_look_at(policy: Policy, tmp_path: Path) -> None:
+    evaluate(policy, find_benchmarks(NAMES), sizes={"generate": 7, "understand": 8}, options=kept(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "understand" / ITEMS).read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(row["texts"][0] is not None and row["answer"] and row["prompt"] for row in rows)
+    drawn = [json.loads(line) for line in (tmp_path / "generate" / ITEMS).read_text().splitlines()]
+    assert all((tmp_path / "generate" / name).is_file() for row in drawn for name in row["images"])
+    assert json.loads((tmp_path / "generate" / SETTINGS).read_text())["seed"] == 0
+
+
+def test_a_folder_of_another_evaluation_is_refused(policy: Policy, tmp_path: Path) -> None:
+    benchmarks, sizes = find_benchmarks(["understand"]), {"understand": 8}
+    evaluate(policy, benchmarks, sizes=sizes, options=kept(tmp_path))
+    with pytest.raises(InputError, match="holds an evaluation with seed 0, this one has 1: choose another folder"):
+        evaluate(policy, benchmarks, 1, sizes, options=kept(tmp_path))
+    (tmp_path / "understand" / ITEMS).write_text('{"id": 1}\n')
+    with pytest.raises(InputError, match=r"items\.jsonl:1: "):
+        evaluate(policy, benchmarks, sizes=sizes, options=kept(tmp_path))
+
+
+class Flaky:
+    """A judge that fails on every other prompt until it is mended."""
+
+    judges = ("image",)
+    down = True
+
+    def applies(self, prompt: Prompt) -> bool:
+        return True
+
+    def score(self, groups: Sequence[Group], judge: Any) -> Scores:
+        failures = {(p, 0): "HTTP 503 (5 tries)" for p in range(0, len(groups), 2)} if self.down else {}
+        return Scores(torch.full((len(groups), 1), 0.25), failures)
+
+
+def drawings(n: int) -> list[Prompt]:
+    return [Prompt(f"p/{i}", "generate", ("two red circles",), ("image",)) for i in range(n)]
+
+
+def test_what_a_judge_failed_on_is_masked_and_tried_again_on_resume(policy: Policy, tmp_path: Path) -> None:
+    flaky: Any = Flaky()
+    prompts = drawings(4)
+    benchmark = Benchmark("judged", lambda n: prompts[:n], 4, metric="reward", reward=flaky, own_sampling=True)
+    found = evaluate(policy, [benchmark], options=kept(tmp_path)).results()["judged"]
+    assert (found["score"], found["n"]) == (0.25, 2)
+    assert found["masked"] == {"prompts": 2, "of": 4, "reasons": {"HTTP 503 (5 tries)": 2}}
+    flaky.down = False
+    found = evaluate(policy, [benchmark], options=kept(tmp_path)).results()["judged"]
+    assert (found["score"], found["n"], "masked" in found) == (0.25, 4, False)
+
+
+def test_a_difference_counts_prompts_that_either_side_lacks(policy: Policy) -> None:
+    flaky: Any = Flaky()
+    prompts = drawings(4)
+    benchmark = Benchmark("judged", lambda n: prompts[:n], 4, metric="reward", reward=flaky, own_sampling=True)
+    before = evaluate(policy, [benchmark])
+    flaky.down = False
+    difference = before.difference(evaluate(policy, [benchmark]))["judged"]
+    assert (difference["score"], difference["n"], difference["masked"]) == (0.0, 2, {"prompts": 2, "of": 4})
+
+
+def test_each_guidance_is_a_row_of_its_own() -> None:
+    plain, own = Benchmark("a", lambda n: [], 0), Benchmark("b", lambda n: [], 0, own_sampling=True)
+    found = at_guidance([plain, own], [1.0, 4.0], 20)
+    assert [b.name for b in found] == ["a", "b@1", "b@4"]
+    base = Sampling(guidance_scale=7.0, num_steps=49)
+    assert [(s.guidance_scale, s.num_steps) for s in (b.sampling(base, "generate") for b in found[1:])] == [
+        (1.0, 20),
+        (4.0, 20),
+    ]
+    assert at_guidance([own], (), None)[0].sampling(base, "generate") == base
+
+
+def test_names_of_files_are_one_per_id() -> None:
+    ids = ["a/b", "a+b", "a_b", "a%2Fb", "../x", "é", "x" * 300, "x" * 301]
+    names = [file_name(each) for each in ids]
+    assert len({*names}) == len(ids)
+    assert all("/" not in name and len(name) <= 100 for name in names)
+
+
+def test_before_and_after_in_one_command(small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate", str(small_base), "--against", str(small_base), "--benchmark", "understand", "--n", "12"]
+    command += ["--sampled-prompts", "0", "--out", str(out)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "difference [95 %]" in first
+    assert "after: understand: 12 prompts" in first
+    found = json.loads((out / "results.json").read_text())
+    assert found["difference"]["understand"]["score"] == 0
+    assert found["before"]["results"] == found["results"]
+    assert {path.parent.parent.name for path in out.glob(f"*/*/{ITEMS}")} == {"before", "after"}
+    assert main(command) == 0  # resumed: everything is there
+    assert [*map(str.split, capsys.readouterr().out.splitlines())] == [*map(str.split, first.splitlines())]
+    assert main([*command, "--tune", str(tmp_path / "t.json")]) == 2
+
+
+def test_nothing_of_a_missing_score_is_a_number(policy: Policy, tmp_path: Path) -> None:
+    flaky: Any = Flaky()
+    benchmark = Benchmark("judged", lambda n: drawings(2), 2, metric="reward", reward=flaky, own_sampling=True)
+    record = evaluate(policy, [benchmark], options=kept(tmp_path)).scored["judged"]
+    assert [math.isnan(score) for score in record.scores] == [True, False]
+    rows = [json.loads(line) for line in (tmp_path / "judged" / ITEMS).read_text().splitlines()]
+    assert [row["scores"] for row in rows] == [[None], [0.25]]
+    assert replace(record).failures == ("HTTP 503 (5 tries)", "")
