@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ rm -rf $(VENV); echo "no virtual environment: install the venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 	@echo "Installing into $(VENV) (once; PyTorch is large) ..."
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e '.[dev,peers,math,ocr,eight-bit,ray]'
+	$(PIP) -e '.[dev,peers,math,ocr,eight-bit,ray,diffusers]'
 	@touch $@
 
 quickstart: $(STAMP)

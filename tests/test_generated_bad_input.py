@@ -25,6 +25,7 @@ from lvrpo.evaluation.reproduce.plan import Experiment
 from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
+from lvrpo.policies.diffusers_flow.create import PipelineSizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.janus.processor import ImageSettings
 from lvrpo.policies.tiny import TinyConfig
@@ -99,6 +100,7 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
+    "init sd3": (PipelineSizes, ("init", "sd3-tiny", "new")),
 }
 READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, ResizeRule, VitConfig}
 """Made of the files of a BAGEL or Janus, whose keys are not these fields (tests of their mistakes stand there)."""

@@ -273,7 +273,6 @@ def test_wrong_fields_are_named(make: Any, words: str) -> None:
         ("config.json", {"model_type": "multi_modality"}, "a Janus, which draws with image tokens"),
         ("config.json", {"_class_name": "Showo"}, "a Show-o"),
         ("config.json", {"model_type": "gpt2"}, "a model of type 'gpt2'"),
-        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "Stable Diffusion 3"),
     ],
 )
 def test_another_family_is_named_with_the_nearest_and_the_page(file: str, content: dict[str, str], words: str) -> None:
@@ -282,6 +281,16 @@ def test_another_family_is_named_with_the_nearest_and_the_page(file: str, conten
     with pytest.raises(InputError, match=r"not supported: lvrpo knows .*nearest is bagel.*your_model.md") as caught:
         model_type(Path("model"))
     assert words in str(caught.value)
+
+
+def test_another_pipeline_is_named_with_those_that_are_trained() -> None:
+    Path("model").mkdir()
+    Path("model/model_index.json").write_text(json.dumps({"_class_name": "FluxFillPipeline"}))
+    with pytest.raises(
+        InputError, match=r"holds a FluxFillPipeline of diffusers: not supported: lvrpo trains .*"
+    ) as one:
+        model_type(Path("model"))
+    assert "the nearest is FluxPipeline" in str(one.value)
 
 
 def test_the_side_of_pictures_is_known_without_loading(small_base: Path) -> None:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     from lvrpo.data.scenes.verifier import Reading
     from lvrpo.policies.bagel.policy import BagelPolicy
+    from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
     from lvrpo.policies.janus.policy import JanusPolicy
     from lvrpo.types import Image
 
-KINDS = ("bagel-tiny", "janus-tiny")
+KINDS = ("bagel-tiny", "janus-tiny", "sd3-tiny", "flux-tiny")
+PIPELINE_NAMES = {"sd3-tiny": "Stable Diffusion 3", "flux-tiny": "FLUX"}
 KEPT_BYTES = 256 << 20
 """Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
 
@@ -55,6 +57,8 @@ def init(options: Options) -> None:
         raise InputError(f"{folder}: exists already: choose another name")
     if options.kind == "janus-tiny":
         policy, name = fresh_janus(options), "Janus"
+    elif options.kind != "bagel-tiny":
+        policy, name = fresh_pipeline(options), PIPELINE_NAMES[options.kind]
     else:
         policy, name = fresh_bagel(options, device), "BAGEL"
     with disk_errors(folder):
@@ -84,9 +88,28 @@ def fresh_janus(options: Options) -> JanusPolicy:
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.janus.create import JanusSizes, create_janus
 
+    refuse_autoencoder(options)
+    return create_janus(load_config(JanusSizes, None, options.overrides), [" ".join(VOCABULARY)])
+
+
+def fresh_pipeline(options: Options) -> DiffusersPolicy:
+    """Written to the folder, then read from there."""
+    from lvrpo.config import load_config
+    from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
+    from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
+    from lvrpo.training.checkpoint import disk_errors
+
+    refuse_autoencoder(options)
+    sizes = load_config(PipelineSizes, None, options.overrides)
+    with disk_errors(options.folder):
+        create_pipeline(options.kind, sizes, options.folder)
+    return DiffusersPolicy.load(options.folder)
+
+
+def refuse_autoencoder(options: Options) -> None:
+    """Raises InputError where the options ask for an autoencoder that is trained."""
     if options.train_autoencoder:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
-    return create_janus(load_config(JanusSizes, None, options.overrides), [" ".join(VOCABULARY)])
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:

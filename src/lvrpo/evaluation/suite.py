@@ -21,7 +21,7 @@ from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prom
 from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
 from lvrpo.records import BenchmarkRecord, MeanOver
 from lvrpo.registry import resolve
-from lvrpo.rewards.base import Reward, judge_fingerprint
+from lvrpo.rewards.base import SIDES, Reward, judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.verifiable_text import normalize_answer
 from lvrpo.types import TASKS, Group, Prompt, Task
@@ -355,9 +355,12 @@ def scored_items(
             for p, row in enumerate(scores.values.tolist())
         )
         reasons = {p: why for (p, _), why in reversed([*scores.failures.items()])}
-    judged = judge_scores(groups, judge) if count > benchmark.samples else [()] * len(groups)
+    # optional in anybody's class
+    reads, judge_reads = ("read" in getattr(one, "judging_sides", SIDES) for one in (policy, judge))
+    judged = judge_scores(groups, judge) if judge_reads and count > benchmark.samples else [()] * len(groups)
     succeeds = benchmark.metric == "success" and reward is None
-    backs = read_back(groups, policy) if options.sampled_prompts and succeeds else [None] * len(groups)
+    reads_back = reads and options.sampled_prompts and succeeds
+    backs = read_back(groups, policy) if reads_back else [None] * len(groups)
     return [
         Item(Group(group.prompt, group.trajectories[: benchmark.samples]), rows[p], judged[p], backs[p], reason)
         for p, group in enumerate(groups)

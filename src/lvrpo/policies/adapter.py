@@ -58,6 +58,7 @@ READERS = ("aligner", "connector", "multi_modal_projector", "vision_model", "vis
 EXPERTS: Mapping[str, tuple[Expert, ...]] = {
     **dict.fromkeys((*READERS, "reading", "read", "lm", "lm_head"), ("understand",)),
     **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
+    "transformer": ("generate",),
     **dict.fromkeys(("language_model", "text_model"), ("understand", "generate")),
 }
 """Whose a layer is, by the group of its pattern; one of both experts is adapted with either."""

@@ -256,6 +256,10 @@ class Policy(FlowPolicy, Judge, SavedPolicy, Protocol):
         """Raises InputError where the policy cannot tokenize a text."""
         ...
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises InputError for settings that the policy cannot follow, such as the size of an image."""
+        ...
+
     def limit_tokens(self, limit: int | None) -> None:
         """At most ``limit`` tokens go through the transformer at once (None: the policy's own limit)."""
         ...

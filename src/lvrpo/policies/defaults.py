@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -59,6 +59,8 @@ class PolicyDefaults(nn.Module, ABC):
     """The kinds of segments in its outputs."""
     tasks: tuple[Task, ...] = TASKS
     """What it can be asked; a run that asks for more is refused before it starts."""
+    judging_sides: tuple[Literal["read", "draw"], ...] = ("read", "draw")
+    """The sides that it judges outputs with; a run with a reward that asks another one is refused before it starts."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
@@ -122,6 +124,9 @@ class PolicyDefaults(nn.Module, ABC):
 
     def check_text(self, text: str) -> None:
         """Accepts every text."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Accepts all settings."""
 
     # --- optional methods without a default ---
 

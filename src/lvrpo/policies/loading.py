@@ -18,6 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies import BUILT_IN, POLICIES
 from lvrpo.policies.adapter import AdaptablePolicy, has_adapter, load_adapter, read_base
 from lvrpo.policies.base import Policy, missing_members
+from lvrpo.policies.diffusers_flow import INDEX, require_supported
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
@@ -68,7 +69,7 @@ def _is_sharded(folder: Path) -> bool:
     """Whether a folder is a checkpoint with sharded weights."""
     return (
         (folder / "state" / TENSORS).is_dir()
-        and not os.path.lexists(folder / "config.json")
+        and not any(os.path.lexists(folder / name) for name in ("config.json", INDEX))
         and not has_adapter(folder)
     )
 
@@ -195,8 +196,9 @@ def model_type(folder: Path) -> str:
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
         return "bagel"
     path = folder / "config.json"
-    if (folder / "model_index.json").is_file():
-        raise InputError(foreign_model(folder, "a pipeline of diffusers, such as Stable Diffusion 3 or FLUX"))
+    if (folder / INDEX).is_file():
+        require_supported(folder)
+        return "diffusers"
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no config.json: is no model: give a folder that lvrpo saved, or BAGEL's "
@@ -241,8 +243,8 @@ FAMILIES: Mapping[str, str] = {
     "showo": "a Show-o, which draws with masked image tokens or a flow",
     "show_o": "a Show-o, which draws with masked image tokens or a flow",
     "mmada": "an MMaDA, which draws with masked image tokens",
-    "sd3": "a Stable Diffusion 3, which draws and reads no pictures",
-    "flux": "a FLUX, which draws and reads no pictures",
+    "sd3": "the transformer of a Stable Diffusion 3 alone (its whole pipeline is read, with model_index.json)",
+    "flux": "the transformer of a FLUX alone (its whole pipeline is read, with model_index.json)",
 }
 """Known model families without a policy, by a part of their model type or class name."""
 

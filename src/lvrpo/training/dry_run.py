@@ -23,7 +23,7 @@ from lvrpo.training.memory import MemoryEstimate, peak_memory_gib
 from lvrpo.training.preflight import Check, contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import EngineSampler, open_engine
-from lvrpo.training.setup import estimate_run_memory, open_policy
+from lvrpo.training.setup import estimate_run_memory, open_policy, require_judge
 from lvrpo.training.sources import Parts, held_out_source, open_parts, training_source, validation_prompts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
@@ -61,6 +61,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     """Loads all parts of a run, runs the preflight checks and times one small step and a validation."""
     torch.set_num_threads(config.threads)
     parts = open_parts(config)
+    require_judge(config, parts)
     policy, base = open_policy(config)
     parts.require_readable(policy)
     state = TrainState.start(policy, config)

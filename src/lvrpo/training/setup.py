@@ -25,9 +25,10 @@ from lvrpo.policies.loading import (
     policy_folder,
     possible_tasks,
 )
-from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.reading import path_exists
 from lvrpo.registry import allow_code
+from lvrpo.rewards import REWARDS
+from lvrpo.rewards.base import SIDES
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
@@ -74,8 +75,8 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         name = config.policy if is_name else str(base.resolve())
         require_moved(policy, config.adapter, [k for k, s in config.sections(policy.segment_kinds).items() if s.weight])
         add_adapter(policy, config.adapter, name, derive_seed(config.seed, "adapter"))
-    if isinstance(policy, MoTPolicy) and config.rollout.image_size is not None:
-        policy.encoders.default_grid(config.rollout.image_size)  # raises InputError for an unsupported size
+    if (check := getattr(policy, "check_sampling", None)) is not None:  # optional
+        check(config.sampling(0))
     return configure_policy(policy, config), base
 
 
@@ -105,6 +106,22 @@ def estimate_run_memory(config: TrainConfig, parts: Parts, device: torch.device 
     held_out = [prompt for prompts in parts.validator.prompts.values() for prompt in prompts]
     prompts = prompts_of_step(parts.source, config, 0)
     return estimate_memory(config, prompts, held_out, device, parts.require_readable)
+
+
+def require_judge(config: TrainConfig, parts: Parts) -> None:
+    """Raises InputError for a reward that asks a side of the run's judge that the class of its policy does not have."""
+    folder = policy_folder(config.policy)
+    if has_adapter(folder):
+        return
+    able = getattr(policy_class(folder), "judging_sides", SIDES)  # optional in a class
+    for source in parts.rewards:
+        for side in source.sides if source.config.name in REWARDS else ():  # an own class may not say what it asks
+            if side not in able:
+                raise InputError(
+                    f"rewards.{source.config.title}: asks the {side}ing side of the policy's initial weights, and "
+                    f"policy={config.policy} has none: give the row a model of its own (judge: MODEL), or use another "
+                    "reward, such as vlm_endpoint or ocr"
+                )
 
 
 def require_enough_memory(config: TrainConfig, parts: Parts) -> None:

@@ -48,6 +48,7 @@ from lvrpo.training.setup import (
     load_run_policy,
     open_policy,
     require_enough_memory,
+    require_judge,
     require_same_rows,
     resumed_config,
 )
@@ -99,6 +100,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         with relay_errors():
             parts = open_parts(config, custom)
             splits = require_disjoint_splits(config, None if custom.sources else parts.rows)
+            require_judge(config, parts)
             require_enough_memory(config, parts)
             policy, base = open_policy(config)
             parts.require_readable(policy)

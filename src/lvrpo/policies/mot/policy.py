@@ -117,6 +117,10 @@ class MoTPolicy(AdaptablePolicy):
         """Raises InputError where the tokenizer cannot encode a text."""
         self.tokenizer.encode(text)
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises InputError for a size that it cannot draw."""
+        self.encoders.default_grid(sampling.image_size)
+
     @property
     def runner(self) -> ModelRunner:
         return ModelRunner(self.transformer, self.encoders, self.tokenizer)

@@ -1,0 +1,193 @@
+"""Small pipelines of diffusers from random weights, with tokenizers of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from tokenizers import pre_tokenizers
+
+from lvrpo.config import Config
+from lvrpo.errors import InputError
+from lvrpo.policies.diffusers_flow.checkpoint import SCHEDULER, diffusers_library, quiet_diffusers
+from lvrpo.policies.transformers_library import transformers_library
+
+CLIP_TOKENS = 77
+"""Length of a prompt that CLIP reads."""
+VAE_WIDTH = 8
+"""Channels of the autoencoder's layers."""
+
+
+class PipelineSizes(Config):
+    """Sizes of a random pipeline; the defaults are for tests and first runs on a CPU."""
+
+    width: int = Field(default=32, ge=16, multiple_of=16, le=65_536)
+    """Of the transformer."""
+    depth: int = Field(default=2, ge=1, le=1000)
+    heads: int = Field(default=2, ge=1, le=1000)
+    text_width: int = Field(default=64, ge=32, multiple_of=32, le=65_536)
+    """Of the encoder that reads all of a prompt; CLIP has half of it."""
+    text_depth: int = Field(default=2, ge=2, le=1000)
+    latent_channels: int = Field(default=4, ge=1, le=1024)
+    vae_stride: int = Field(default=4, ge=1, le=64)
+    """A power of two: pixels along a side of a latent pixel."""
+    image_size: int = Field(default=32, ge=2, le=8192)
+    """Default side of a drawing in pixels; that of a FLUX is 128 vae_stride, whatever its sizes."""
+    shift: float = Field(default=3.0, gt=0, le=1000)
+    """Of times, where the scheduler's shift does not depend on the size."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.vae_stride & (self.vae_stride - 1):
+            raise ValueError(f"vae_stride={self.vae_stride}: must be a power of two: use 4 or 8")
+        if self.image_size % (2 * self.vae_stride):
+            raise ValueError(f"image_size={self.image_size}: must be a multiple of 2 vae_stride={2 * self.vae_stride}")
+        if self.width % self.heads or (self.width // self.heads) % 8:
+            raise ValueError(f"heads={self.heads}: must divide width={self.width} into multiples of 8: use another")
+        return self
+
+
+def create_pipeline(kind: str, sizes: PipelineSizes, folder: Path) -> None:
+    """Writes the folder of a fresh pipeline, an entry of ``KINDS``; its tokenizers know letters alone.
+
+    Raises InputError for another kind and without diffusers.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind {kind!r}: unknown: use {', '.join(KINDS)}")
+    with torch.random.fork_rng(devices=[]), quiet_diffusers():
+        torch.manual_seed(sizes.seed)
+        KINDS[kind](sizes).save_pretrained(str(folder), safe_serialization=True)
+
+
+def stable_diffusion_3(sizes: PipelineSizes) -> Any:
+    """A StableDiffusion3Pipeline. Any: of an optional package."""
+    diffusers, half = diffusers_library(), sizes.text_width // 2
+    tokenizer, side = clip_tokenizer(), sizes.image_size // sizes.vae_stride
+    encoders = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        encoders[name] = _clip(tokenizer, half, sizes.text_depth, "CLIPTextModelWithProjection")
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=side,
+        patch_size=2,
+        in_channels=sizes.latent_channels,
+        out_channels=sizes.latent_channels,
+        num_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        attention_head_dim=sizes.width // sizes.heads,
+        joint_attention_dim=sizes.text_width,
+        caption_projection_dim=sizes.width,
+        pooled_projection_dim=2 * half,
+        pos_embed_max_size=2 * side,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=getattr(diffusers, SCHEDULER)(shift=sizes.shift),
+        vae=_autoencoder(sizes),
+        **encoders,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        **_t5(sizes, "text_encoder_3", "tokenizer_3"),
+    )
+
+
+def flux(sizes: PipelineSizes) -> Any:
+    """A FluxPipeline with embedded guidance and a shift that depends on the size. Any: of an optional package."""
+    diffusers, half = diffusers_library(), sizes.text_width // 2
+    tokenizer, head = clip_tokenizer(), sizes.width // sizes.heads
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4 * sizes.latent_channels,
+        num_layers=sizes.depth,
+        num_single_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        attention_head_dim=head,
+        joint_attention_dim=sizes.text_width,
+        pooled_projection_dim=half,
+        guidance_embeds=True,
+        axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=getattr(diffusers, SCHEDULER)(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=_autoencoder(sizes),
+        text_encoder=_clip(tokenizer, half, sizes.text_depth, "CLIPTextModel"),
+        tokenizer=tokenizer,
+        **_t5(sizes, "text_encoder_2", "tokenizer_2"),
+    )
+
+
+KINDS: Mapping[str, Callable[[PipelineSizes], Any]] = {
+    "sd3-tiny": stable_diffusion_3,
+    "flux-tiny": flux,
+}
+"""What ``create_pipeline`` makes."""
+
+
+def clip_tokenizer() -> Any:
+    """A CLIPTokenizer whose tokens are bytes. Any: of an optional package."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = (*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    transformers = transformers_library("a pipeline")
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CLIP_TOKENS)
+
+
+def _clip(tokenizer: Any, width: int, depth: int, cls: str) -> Any:
+    """A text encoder of CLIP. Any: of an optional package."""
+    transformers = transformers_library("a pipeline")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        projection_dim=width,
+        max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def _t5(sizes: PipelineSizes, encoder: str, tokenizer: str) -> dict[str, Any]:
+    """An encoder of T5 and a tokenizer whose tokens are letters, by their names. Any: of an optional package."""
+    transformers = transformers_library("a pipeline")
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    config = transformers.T5Config(
+        vocab_size=len(pieces),
+        d_model=sizes.text_width,
+        d_kv=sizes.text_width // 2,
+        d_ff=2 * sizes.text_width,
+        num_layers=sizes.text_depth,
+        num_heads=2,
+    )
+    return {
+        encoder: transformers.T5EncoderModel(config),
+        tokenizer: transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512),
+    }
+
+
+def _autoencoder(sizes: PipelineSizes) -> Any:
+    """Any: of an optional package."""
+    levels = round(math.log2(sizes.vae_stride)) + 1
+    return diffusers_library().AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(VAE_WIDTH,) * levels,
+        layers_per_block=1,
+        latent_channels=sizes.latent_channels,
+        norm_num_groups=VAE_WIDTH // 2,
+        sample_size=sizes.image_size,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )

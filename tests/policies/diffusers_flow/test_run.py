@@ -1,0 +1,267 @@
+"""Whole runs of small random pipelines, the commands on a folder, and folders that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stored import stored
+
+from lvrpo.cli import main
+from lvrpo.config import load_config, shipped_configs
+from lvrpo.errors import InputError
+from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
+from lvrpo.policies.loading import load_policy
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.setup import open_policy
+from lvrpo.training.trainer import Trainer
+
+SPREAD = """
+import torch
+from lvrpo.rewards.base import Scores
+
+class Spread:
+    sides = ()
+
+    def applies(self, prompt):
+        return True
+
+    def score(self, groups, judge):
+        return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
+"""
+WHOLE = ("adapter=null", "limits.gradient_checkpointing=false")
+FRESH = (*WHOLE, "rollout.sampler=ode", "rollout.window={kind: fast}", "rollout.num_steps=2")
+RECORDED = (*WHOLE, "rollout.num_steps=3")
+METHODS = {
+    "flow_grpo": (*RECORDED, "flow={kind: flow_grpo, top_bottom_k: 2, kl_coef: 0.1, kl: velocity}"),
+    "guard": (*RECORDED, "flow={kind: flow_grpo, top_bottom_k: 2, ratio: guard, step_weighting: level}"),
+    "dance_grpo": (*RECORDED, "rollout.sampler=dance_sde", "flow={kind: dance_grpo, top_bottom_k: 2}"),
+    "mix_grpo": (*RECORDED, "rollout.window={kind: sliding, size: 1}", "flow={kind: mix_grpo, top_bottom_k: 2}"),
+    "nft": (*FRESH, "flow={kind: nft, unguided_kl_coef: 0.1, reference_guidance: 2.0}"),
+    "awm": (*FRESH, "flow={kind: awm}"),
+    "dpo": (*FRESH, "flow={kind: dpo}"),
+    "best_of": (*FRESH, "flow={kind: best_of}"),
+}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+    """The shipped recipe at small numbers, and a reward that spreads."""
+    Path("spread.py").write_text(SPREAD)
+    monkeypatch.syspath_prepend(Path.cwd())
+    return lambda folder: [
+        f"policy={folder}",
+        "device=cpu",
+        "adapter.rank=2",
+        "precision.compute=null",
+        "data.prompts_per_step={generate: 1, understand: 0, edit: 0, reason: 0}",
+        "rollout.group_size=4",
+        "rollout.num_steps=3",
+        "rollout.image_size=[32, 32]",
+        "flow.top_bottom_k=2",
+        "rewards=[{name: 'spread:Spread'}]",
+        "allow_code=[spread]",
+        "validation={every: 2, prompts: {generate: 1}}",
+        "reference_eval_every=2",
+        "reference_eval_group_size=2",
+        "steps=2",
+    ]
+
+
+def train(config: TrainConfig, folder: str) -> None:
+    trainer = Trainer.start(config, Path(folder))
+    with trainer.run:
+        assert trainer.train()
+
+
+@pytest.mark.parametrize("weights", ["adapter", "whole"])
+def test_the_recipe_runs_and_goes_on_bit_for_bit(
+    weights: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path]
+) -> None:
+    folder = folders("sd3-tiny")
+    changes = small(folder) + (list(WHOLE) if weights == "whole" else [])
+    config = load_config(TrainConfig, shipped_configs()["sd35_medium"], changes)
+    train(config, "straight")
+    rows = RunDirectory.read(Path("straight")).metrics()[1:]
+    assert {"loss/flow/generate", "kl/flow/generate", "ratio/flow"} <= {name for row in rows for name in row}
+    checks = {check["check"]: check for check in json.loads(Path("straight/contract.json").read_text())}
+    assert all(check["ok"] for check in checks.values())
+    assert checks["replay, drawing, own batch: max |difference|"]["value"] == 0
+    assert checks["gradient of the drawing divergence"]["value"] > 0
+    seen: list[int] = []
+    halved = Trainer.start(config, Path("halved"))
+    with halved.run:
+        assert not halved.train(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= 1)
+    again = Trainer.resume(Path("halved"), config)
+    with again.run:
+        assert again.train()
+    one, other = (stored(Path(run, "checkpoints", "step_000002")) for run in ("straight", "halved"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    before, after = load_policy(folder), load_policy("straight")
+    assert isinstance(before, DiffusersPolicy)
+    assert isinstance(after, DiffusersPolicy)
+    assert (after.adapter is None) == (weights == "whole")
+    if weights == "adapter":
+        assert main(["export", "straight", "merged"]) == 0
+        after = load_policy("merged")
+        assert isinstance(after, DiffusersPolicy)
+    moved = {name for name, p in before.named_parameters() if not torch.equal(p, after.get_parameter(name))}
+    assert len(moved) > 8
+    assert weights == "whole" or all(".attn" in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["sd3-tiny", "flux-tiny"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_flows_trains(
+    method: str, kind: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path]
+) -> None:
+    if kind == "flux-tiny" and method not in ("flow_grpo", "nft"):
+        pytest.skip("two methods cover what its call adds")
+    settings = [*small(folders(kind)), *METHODS[method], "rollout.guidance_scale=2", "steps=1"]
+    train(load_config(TrainConfig, shipped_configs()["sd35_medium"], settings), "run")
+    (row,) = RunDirectory.read(Path("run")).metrics()[1:]
+    assert row["grad_norm/generate"] > 0
+    assert all(check["ok"] for check in json.loads(Path("run/contract.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.prompts_per_step={generate: 1, reason: 1}", "prompts_per_step.reason=1: policy=.* does generate alone"),
+        ("data.prompts_per_step={understand: 1}", "prompts_per_step.understand=1: policy=.* does generate alone"),
+        ("rollout.image_size=[32, 36]", r"image_size=\[32, 36\]: must be multiples of 8: use \[32, 32\]"),
+        ("rollout.image_guidance_scale=2", "image_guidance_scale=2.0: this model draws from text alone"),
+        ("text.kl_coef=1", "text: policy=.* writes no such segments, only flow: leave it out"),
+        ("adapter.modules=[head]", "adapter.modules: no head of understand or generate: the model has attention"),
+    ],
+)
+def test_what_a_run_cannot_do_is_one_line(
+    setting: str, words: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path]
+) -> None:
+    changes = [*small(folders("sd3-tiny")), setting]
+    with pytest.raises(InputError, match=words):
+        open_policy(load_config(TrainConfig, shipped_configs()["sd35_medium"], changes))
+
+
+@pytest.mark.parametrize("name", ["self_vqa", "caption_back", "semantic"])
+def test_a_reward_that_needs_a_reading_side_is_refused_before_anything_is_loaded(
+    name: str, small: Callable[[Path], list[str]], folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(DiffusersPolicy, "load", never)
+    changes = [*small(folders("sd3-tiny")), f"rewards=[{{name: 'spread:Spread'}}, {{name: {name}, weight: 0.1}}]"]
+    config = load_config(TrainConfig, shipped_configs()["sd35_medium"], changes)
+    with pytest.raises(InputError, match=f"rewards.{name}: asks the reading side of the policy's initial weights, and"):
+        Trainer.start(config, Path("run"))
+    assert not Path("run").exists()
+
+
+def test_another_model_judges_in_its_place(small: Callable[[Path], list[str]], folders: Callable[[str], Path]) -> None:
+    rewards = "rewards=[{name: 'spread:Spread'}, {name: self_vqa, judge: tiny, weight: 0.1}]"
+    settings = [*small(folders("sd3-tiny")), rewards, "steps=1"]
+    train(load_config(TrainConfig, shipped_configs()["sd35_medium"], settings), "run")
+    (row,) = RunDirectory.read(Path("run")).metrics()[1:]
+    assert 0 <= row["reward/generate/self_vqa"] <= 1
+
+
+def test_commands_work_on_a_folder(small: Callable[[Path], list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "sd3-tiny", "model", "depth=1", "seed=3"]) == 0
+    assert "a random Stable Diffusion 3 of" in capfd.readouterr().out
+    assert main(["generate", "model", "--out", "drawn", "--prompt", "a red circle", "--num-steps", "2"]) == 0
+    assert Path("drawn/00000.png").stat().st_size > 100
+    assert (
+        main(["evaluate", "model", "--benchmark", "generate", "--n", "1", "--sampled-prompts", "1", "--samples", "2"])
+        == 0
+    )
+    assert main(["check", "sd35_medium", *small(Path("model")), "--allow-code"]) == 0
+    assert "contract" in capfd.readouterr().out
+    for wrong, words in (
+        (["ask", "model", "--image", "drawn/00000.png", "what is it?"], "draws and writes nothing"),
+        (["edit", "model", "redder", "--image", "drawn/00000.png", "--out", "x.png"], "from text alone"),
+        (["generate", "model", "--out", "d", "--prompt", "a circle", "--size", "33x32"], "must be multiples of 8"),
+        (["evaluate", "model", "--benchmark", "understand", "--n", "1"], "this model does generate alone"),
+        (["init", "sd3-tiny", "other", "image_size=36"], "image_size=36: must be a multiple of 2 vae_stride=8"),
+        (["init", "sd3-tiny", "other", "--train-autoencoder", "5"], "is of bagel-tiny"),
+    ):
+        assert main(wrong) == 2
+        assert words in capfd.readouterr().err
+
+
+# --- folders ---
+
+
+def change_index(folder: Path, **changes: object) -> None:
+    path = folder / "model_index.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "holds a StableDiffusionXLPipeline of diffusers: not supported: lvrpo trains StableDiffusion3Pipeline, .*; "
+            "the nearest is StableDiffusion3Pipeline",
+        ),
+        ({"_class_name": 3}, "holds a 3 of diffusers: not supported"),
+        ({"transformer": ["evil", "Model"]}, "transformer is evil.Model: only classes of diffusers and transformers"),
+        ({"tokenizer": ["os", "system"]}, "tokenizer is os.system: only classes of diffusers and transformers"),
+        ({"vae": ["diffusers", "NoSuchClass"]}, "vae is diffusers.NoSuchClass: only classes of diffusers"),
+        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "has a SD3Transformer2DModel: restore it"),
+        ({"scheduler": ["diffusers", "DDIMScheduler"]}, "scheduler DDIMScheduler: lvrpo samples by the sigmas of"),
+        ({"text_encoder": [None, None]}, r"text_encoder is \[None, None\], not \[library, class\]"),
+        ({"text_encoder_3": "T5"}, "text_encoder_3 is 'T5', not"),
+    ],
+)
+def test_a_folder_that_names_other_parts_is_refused(changes: dict[str, object], words: str, sd3: Path) -> None:
+    (sd3 / "evil.py").write_text("raise SystemExit('code ran')")
+    change_index(sd3, **changes)
+    with pytest.raises(InputError, match=words):
+        load_policy(sd3)
+
+
+def test_the_third_text_encoder_may_be_absent(sd3: Path) -> None:
+    change_index(sd3, text_encoder_3=[None, None], tokenizer_3=[None, None])
+    policy = load_policy(sd3)
+    with pytest.raises(InputError, match=r"a prompt of .* tokens: .*: the limit is 77: shorten it"):
+        policy.check_text("letters " * 20)
+    policy.check_text("letters")
+
+
+def damage(file: Path, how: str) -> None:
+    tensors = load_file(file)
+    file.unlink()
+    name = next(iter(tensors))
+    if how == "gone":
+        return
+    if how == "cut":
+        file.write_bytes(b"12345678")
+        return
+    if how == "nan":
+        tensors[name].view(-1)[0] = float("nan")
+    elif how == "int":
+        tensors[name] = tensors[name].to(torch.int32)
+    elif how == "shape":
+        tensors[name] = tensors[name][..., :-1].contiguous()
+    else:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "nan", "int", "shape", "lacks"])
+@pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model", "text_encoder_3/model"])
+def test_damaged_weights_are_one_line(part: str, how: str, sd3: Path) -> None:
+    damage(sd3 / f"{part}.safetensors", how)
+    with pytest.raises(InputError) as caught:
+        load_policy(sd3)
+    assert part.partition("/")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
