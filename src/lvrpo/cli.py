@@ -10,47 +10,17 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from lvrpo import __version__
+from lvrpo.commands import COMMANDS
 from lvrpo.commands.options import Command, Options, Parser, nearest
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.reading import read_error_message
 from lvrpo.registry import ANY, allow_code, isolated_permissions, resolve
-
-COMMANDS: Mapping[str, str] = {
-    "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
-    "train": "lvrpo.commands.train:TRAIN",
-    "pretrain": "lvrpo.commands.train:PRETRAIN",
-    "launch ray": "lvrpo.commands.launch:RAY",
-    "init": "lvrpo.commands.models:INIT",
-    "check": "lvrpo.commands.train:CHECK",
-    "generate": "lvrpo.commands.infer:GENERATE",
-    "ask": "lvrpo.commands.infer:ASK",
-    "edit": "lvrpo.commands.infer:EDIT",
-    "demo": "lvrpo.commands.demo:DEMO",
-    "export": "lvrpo.commands.models:EXPORT",
-    "push": "lvrpo.commands.hub:PUSH",
-    "pull": "lvrpo.commands.hub:PULL",
-    "evaluate": "lvrpo.commands.evaluate:EVALUATE",
-    "benchmarks": "lvrpo.commands.evaluate:BENCHMARK_LIST",
-    "report": "lvrpo.commands.evaluate:REPORT",
-    "watch": "lvrpo.commands.evaluate:WATCH",
-    "compare": "lvrpo.commands.evaluate:COMPARE",
-    "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
-    "audit": "lvrpo.commands.audit:AUDIT",
-    "information": "lvrpo.commands.evaluate:INFORMATION",
-    "new reward": "lvrpo.commands.new:NEW_REWARD",
-    "completion": "lvrpo.commands.new:COMPLETION",
-    "data check": "lvrpo.commands.data_check:CHECK",
-    "data preview": "lvrpo.commands.data:PREVIEW",
-    "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
-    "data vocabulary": "lvrpo.commands.data:VOCABULARY",
-}
-"""Every command. The modules import nothing heavy until a command runs."""
 
 DISTRIBUTED_COMMAND = "train"
 """The only command that ``torchrun`` may start in several processes."""

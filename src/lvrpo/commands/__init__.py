@@ -1,1 +1,36 @@
 """The commands: each a thin function over the library, with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+COMMANDS: Mapping[str, str] = {
+    "quickstart": "lvrpo.commands.quickstart:QUICKSTART",
+    "train": "lvrpo.commands.train:TRAIN",
+    "pretrain": "lvrpo.commands.train:PRETRAIN",
+    "launch ray": "lvrpo.commands.launch:RAY",
+    "init": "lvrpo.commands.models:INIT",
+    "check": "lvrpo.commands.train:CHECK",
+    "generate": "lvrpo.commands.infer:GENERATE",
+    "ask": "lvrpo.commands.infer:ASK",
+    "edit": "lvrpo.commands.infer:EDIT",
+    "demo": "lvrpo.commands.demo:DEMO",
+    "export": "lvrpo.commands.models:EXPORT",
+    "push": "lvrpo.commands.hub:PUSH",
+    "pull": "lvrpo.commands.hub:PULL",
+    "evaluate": "lvrpo.commands.evaluate:EVALUATE",
+    "benchmarks": "lvrpo.commands.evaluate:BENCHMARK_LIST",
+    "report": "lvrpo.commands.evaluate:REPORT",
+    "watch": "lvrpo.commands.evaluate:WATCH",
+    "compare": "lvrpo.commands.evaluate:COMPARE",
+    "reproduce": "lvrpo.commands.reproduce:REPRODUCE",
+    "audit": "lvrpo.commands.audit:AUDIT",
+    "information": "lvrpo.commands.evaluate:INFORMATION",
+    "new reward": "lvrpo.commands.new:NEW_REWARD",
+    "completion": "lvrpo.commands.new:COMPLETION",
+    "data check": "lvrpo.commands.data_check:CHECK",
+    "data preview": "lvrpo.commands.data:PREVIEW",
+    "data benchmark": "lvrpo.commands.data:BENCHMARK_ROWS",
+    "data vocabulary": "lvrpo.commands.data:VOCABULARY",
+}
+"""Every command. The modules import nothing heavy until a command runs."""

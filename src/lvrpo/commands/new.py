@@ -97,7 +97,7 @@ def completion_options(parser: Parser) -> None:
 
 
 def completion(options: Options) -> None:
-    from lvrpo.cli import COMMANDS
+    from lvrpo.commands import COMMANDS
     from lvrpo.registry import resolve
 
     try:
