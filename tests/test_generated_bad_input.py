@@ -28,6 +28,7 @@ from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
 from lvrpo.policies.diffusers_flow.create import PipelineSizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.janus.processor import ImageSettings
+from lvrpo.policies.showo2.create import RandomShowo2
 from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
 from lvrpo.rewards import REWARDS
@@ -101,6 +102,7 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
     "init sd3": (PipelineSizes, ("init", "sd3-tiny", "new")),
+    "init showo2": (RandomShowo2, ("init", "showo2-tiny", "new")),
 }
 READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, ResizeRule, VitConfig}
 """Made of the files of a BAGEL or Janus, whose keys are not these fields (tests of their mistakes stand there)."""

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
     from lvrpo.policies.janus.policy import JanusPolicy
+    from lvrpo.policies.showo2.policy import Showo2Policy
     from lvrpo.types import Image
 
-KINDS = ("bagel-tiny", "janus-tiny", "sd3-tiny", "flux-tiny")
+KINDS = ("bagel-tiny", "janus-tiny", "showo2-tiny", "sd3-tiny", "flux-tiny")
 PIPELINE_NAMES = {"sd3-tiny": "Stable Diffusion 3", "flux-tiny": "FLUX"}
 KEPT_BYTES = 256 << 20
 """Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
@@ -57,6 +58,8 @@ def init(options: Options) -> None:
         raise InputError(f"{folder}: exists already: choose another name")
     if options.kind == "janus-tiny":
         policy, name = fresh_janus(options), "Janus"
+    elif options.kind == "showo2-tiny":
+        policy, name = fresh_showo2(options), "Show-o2"
     elif options.kind != "bagel-tiny":
         policy, name = fresh_pipeline(options), PIPELINE_NAMES[options.kind]
     else:
@@ -110,6 +113,16 @@ def refuse_autoencoder(options: Options) -> None:
     """Raises InputError where the options ask for an autoencoder that is trained."""
     if options.train_autoencoder:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
+
+
+def fresh_showo2(options: Options) -> Showo2Policy:
+    """Its autoencoder is random."""
+    from lvrpo.config import load_config
+    from lvrpo.data.scenes import VOCABULARY
+    from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
+
+    refuse_autoencoder(options)
+    return create_showo2(load_config(RandomShowo2, None, options.overrides), [" ".join(VOCABULARY)])
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:

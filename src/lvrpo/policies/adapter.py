@@ -60,6 +60,9 @@ EXPERTS: Mapping[str, tuple[Expert, ...]] = {
     **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
     "transformer": ("generate",),
     **dict.fromkeys(("language_model", "text_model"), ("understand", "generate")),
+    **dict.fromkeys(("showo", "fusion_proj"), ("understand", "generate")),
+    **dict.fromkeys(("diff_proj", "diffusion_head_a"), ("generate",)),
+    "und_trans": ("understand",),
 }
 """Whose a layer is, by the group of its pattern; one of both experts is adapted with either."""
 

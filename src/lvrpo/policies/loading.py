@@ -208,6 +208,8 @@ def model_type(folder: Path) -> str:
     kind = tree.get("model_type")
     if isinstance(kind, str) and (kind in POLICIES or ":" in kind):
         return kind
+    if tree.get("_class_name") in CLASSES:
+        return CLASSES[tree["_class_name"]]
     built = tree.get("architectures")
     others = [kind, tree.get("_class_name"), *(built if isinstance(built, list) else ())]
     names = [name for name in others if isinstance(name, str)]
@@ -236,12 +238,14 @@ def image_text_to_text_types(kind: str) -> Mapping[str, str]:
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+CLASSES: Mapping[str, str] = {"Showo2Qwen2_5": "showo2"}
+"""``_class_name`` in a config.json without model_type, to an entry of ``POLICIES``."""
 FAMILIES: Mapping[str, str] = {
     "multi_modality": "a Janus, which draws with image tokens, in the layout of its makers (that of transformers is "
     "read, such as deepseek-community/Janus-Pro-1B)",
     "emu3": "an Emu3, which draws with image tokens",
-    "showo": "a Show-o, which draws with masked image tokens or a flow",
-    "show_o": "a Show-o, which draws with masked image tokens or a flow",
+    "showo": "a Show-o, which draws with masked image tokens",
+    "show_o": "a Show-o, which draws with masked image tokens",
     "mmada": "an MMaDA, which draws with masked image tokens",
     "sd3": "the transformer of a Stable Diffusion 3 alone (its whole pipeline is read, with model_index.json)",
     "flux": "the transformer of a FLUX alone (its whole pipeline is read, with model_index.json)",
