@@ -87,8 +87,13 @@ def make_tokenizer(markers: Sequence[str], eos: str, pad: str, size: int, **name
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, **named)
 
 
-def create_vlm(family: str, folder: Path, width: int = 32, depth: int = 2, vocabulary: int = 320) -> Path:
-    """Writes a random model with its processor; weights are large enough that a picture moves the logits."""
+def create_vlm(
+    family: str, folder: Path, width: int = 32, depth: int = 2, vocabulary: int = 320, max_pixels: int = 4096
+) -> Path:
+    """Writes a random model with its processor; weights are large enough that a picture moves the logits.
+
+    ``max_pixels``: of a picture of Qwen-VL; larger ones are resized.
+    """
     import transformers
 
     make = _idefics if family == "idefics3" else _qwen
@@ -96,6 +101,8 @@ def create_vlm(family: str, folder: Path, width: int = 32, depth: int = 2, vocab
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
+    if family != "idefics3":
+        pictures.size = {"shortest_edge": 64, "longest_edge": max_pixels}
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, 0], pad_token_id=0, do_sample=True, temperature=0.3, top_k=1
     )
@@ -121,7 +128,7 @@ def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
         "num_hidden_layers": depth,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.3,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -130,9 +137,7 @@ def _qwen(family: str, width: int, depth: int, vocabulary: int) -> Any:
     }
     vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "initializer_range": 0.3}
     ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
-    pictures = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=4096
-    )
+    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2)
     if family == "qwen2_5_vl":
         vision |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": width, "window_size": 16}
         vision |= {"fullatt_block_indexes": [1]}
@@ -158,7 +163,7 @@ def _idefics(family: str, width: int, depth: int, vocabulary: int) -> Any:
         num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.3,
         pad_token_id=0,
     )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
-from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs
+from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs, token_scores
 
 LOGITS = torch.tensor([0.1, 0.2, 0.7]).log()
 ALMOST_ONE = 1 - 2**-24
@@ -62,6 +62,14 @@ def test_token_logprobs_by_hand() -> None:
     torch.testing.assert_close(token_logprobs(logits, tokens, 0.5)[0], torch.tensor([1 / 54, 4 / 54]).log())
     allowed = torch.tensor([True, True, False])
     torch.testing.assert_close(token_logprobs(logits, tokens, 1.0, allowed)[0], torch.tensor([1 / 3, 2 / 3]).log())
+
+
+def test_both_scores_are_those_of_the_two_functions() -> None:
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    tokens, allowed = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.arange(8) < 6
+    logprobs, entropy = token_scores(logits, tokens, 0.7, allowed)
+    assert torch.equal(logprobs, token_logprobs(logits, tokens, 0.7, allowed))
+    assert torch.equal(entropy, token_entropy(logits, 0.7, allowed))
 
 
 def test_token_entropy_by_hand() -> None:

@@ -5,6 +5,7 @@ Letters: R rows, L places so far, n new places, D what the model gives per place
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -41,6 +42,12 @@ class Decoder:
         """
         self.forward, self.cache, self.mask, self.positions, self.last = forward, cache, mask, positions, last
         self.padded = not bool(mask.all())
+
+    def copy(self) -> Decoder:
+        """The same rows, to grow by themselves; what was computed is shared."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        return Decoder(self.forward, cache, self.mask, self.positions, self.last)
 
     def select(self, rows: Sequence[int]) -> None:
         """Repeats, drops or reorders the rows, which copies their keys and values."""

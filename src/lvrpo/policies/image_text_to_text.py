@@ -6,7 +6,7 @@ Letters: R rows, P distinct prompts, L tokens of a prompt, A tokens of an answer
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +25,7 @@ from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_con
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
 from lvrpo.reading import read_bytes
-from lvrpo.sampling import derive_seed, token_entropy, token_logprobs, uniform_noise
+from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
     Group,
@@ -224,16 +224,23 @@ class ImageTextToTextPolicy(TransformersPolicy):
             self._check(prompt, sampling)
             members += [(prompt, self._prompt(prompt), m, derive_seed(seed, m)) for m in range(size)]
         drawn: list[Trajectory] = []
+        read: Decoder | None = None
+        parts = self.cut([len(row.ids) + new for _, row, _, _ in members])
         with self.autocast():
-            for part in self.cut([len(row.ids) + new for _, row, _, _ in members]):
+            for part in parts:
                 some = [members[i] for i in part]
                 u = uniform_noise([derive_seed(seed, "text") for *_, seed in some], (new,)).to(self.device)
-                decoder = self._decoder([row for _, row, _, _ in some])
+                rows = [row for _, row, _, _ in some]
+                read = self._read(rows)
+                decoder = read.copy()
+                decoder.select(_places(rows))
                 texts = generate_text(decoder, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
                     segment = self._segment(ids, sampling.temperature)
                     drawn.append(Trajectory(prompt, m, (segment,), seed, self.version))
-        scored = [with_behavior_logprobs(t, rows) for t, rows in zip(drawn, self.logprobs(drawn), strict=True)]
+        reused = read if len(parts) == 1 else None  # only then a replay reads the same batch of prompts
+        replayed = self._replay(drawn, entropy=False, read=reused)
+        scored = [with_behavior_logprobs(t, found) for t, found in zip(drawn, replayed, strict=True)]
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _segment(self, ids: Sequence[int], temperature: float) -> Segment:
@@ -289,19 +296,15 @@ class ImageTextToTextPolicy(TransformersPolicy):
         )
         return {**ready, "mask": mask}
 
-    def _decoder(self, prompts: Sequence[ReadPrompt]) -> Decoder:
-        """Reads every different prompt once, then holds one row per entry of ``prompts``."""
+    def _read(self, prompts: Sequence[ReadPrompt]) -> Decoder:
+        """Reads every different prompt once, in order: a row each."""
         from transformers import DynamicCache
 
-        distinct = {id(prompt): prompt for prompt in prompts}
-        places = {key: i for i, key in enumerate(distinct)}
         cache = DynamicCache(config=self.model.config)
-        inputs = self._inputs(list(distinct.values()), cache)
+        inputs = self._inputs(list({id(prompt): prompt for prompt in prompts}.values()), cache)
         mask = inputs.pop("mask")
         logits = self.model(**inputs, logits_to_keep=1).logits
-        decoder = Decoder(self._forward, cache, mask, inputs["position_ids"][..., -1:], logits[:, -1])
-        decoder.select([places[id(prompt)] for prompt in prompts])
-        return decoder
+        return Decoder(self._forward, cache, mask, inputs["position_ids"][..., -1:], logits[:, -1])
 
     def _forward(self, x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         out = self.model(
@@ -309,13 +312,17 @@ class ImageTextToTextPolicy(TransformersPolicy):
         )
         return out.logits
 
-    def _logits(self, prompts: Sequence[ReadPrompt], tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Logits that tokens (R, A) are sampled from, in pieces (R, a, V) along A."""
+    def _logits(self, prompts: Sequence[ReadPrompt], tokens: torch.Tensor, read: Decoder | None) -> list[torch.Tensor]:
+        """Logits that tokens (R, A) are sampled from, in pieces (R, a, V) along A.
+
+        ``read``: the prompts as ``_read`` leaves them, if they were read before.
+        """
         if not self._shares():
             inputs = self._inputs(prompts, None, tokens[:, :-1])
             del inputs["mask"]
             return [self.model(**inputs, logits_to_keep=tokens.shape[1]).logits]
-        decoder = self._decoder(prompts)
+        decoder = read or self._read(prompts)
+        decoder.select(_places(prompts))
         first = decoder.last[:, None]
         return [first] if tokens.shape[1] == 1 else [first, decoder.extend(tokens[:, :-1])]
 
@@ -325,6 +332,15 @@ class ImageTextToTextPolicy(TransformersPolicy):
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
         """Differentiable replay, one pass per batch of rows of one temperature; see ``Policy.logprobs``."""
+        return self._replay(trajectories, kinds)
+
+    def _replay(
+        self,
+        trajectories: Sequence[Trajectory],
+        kinds: Collection[SegmentKind] = SEGMENT_KINDS,
+        entropy: bool = True,
+        read: Decoder | None = None,
+    ) -> list[list[SegmentLogprobs]]:
         out: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
         alike: dict[float, list[tuple[int, TextSegment]]] = {}
         for i, t in enumerate(trajectories):
@@ -333,26 +349,35 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 alike.setdefault(segment.temperature, []).append((i, segment))
         for temperature, same in alike.items():
             prompts = [self._prompt(trajectories[i].prompt) for i, _ in same]
-            scored = self._score(prompts, [segment.tokens for _, segment in same], temperature)
+            scored = self._score(prompts, [segment.tokens for _, segment in same], temperature, entropy, read)
             for (i, _), found in zip(same, scored, strict=True):
                 out[i] = [found]
         return out
 
     def _score(
-        self, prompts: Sequence[ReadPrompt], tokens: Sequence[torch.Tensor], temperature: float
-    ) -> Iterator[SegmentLogprobs]:
+        self,
+        prompts: Sequence[ReadPrompt],
+        tokens: Sequence[torch.Tensor],
+        temperature: float,
+        entropy: bool = False,
+        read: Decoder | None = None,
+    ) -> list[SegmentLogprobs]:
+        among: tuple[float, torch.Tensor] = (temperature, self.allowed)
+        out: list[SegmentLogprobs] = []
+
+        def score(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return token_scores(logits, ids, *among) if entropy else (token_logprobs(logits, ids, *among),)
+
         lengths = [len(prompt.ids) + len(ids) for prompt, ids in zip(prompts, tokens, strict=True)]
         with self.autocast(), self.checkpointing():
             for part in self.cut(lengths):
                 rows = [tokens[i].to(self.device) for i in part]
                 whole = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.end_id)
-                pieces = self._logits([prompts[i] for i in part], whole)
-                among = temperature, self.allowed
+                pieces = self._logits([prompts[i] for i in part], whole, read)
                 split = whole.split([piece.shape[1] for piece in pieces], dim=1)
-                logprobs = [token_logprobs(x, ids, *among) for x, ids in zip(pieces, split, strict=True)]
-                entropy = [token_entropy(x, *among) for x in pieces]
-                for ids, own, spread in zip(rows, torch.cat(logprobs, dim=1), torch.cat(entropy, dim=1), strict=True):
-                    yield SegmentLogprobs(own[: len(ids)], spread[: len(ids)])
+                columns = [torch.cat(parts, dim=1) for parts in zip(*map(score, pieces, split), strict=True)]
+                out += [SegmentLogprobs(*(c[k, : len(ids)] for c in columns)) for k, ids in enumerate(rows)]
+        return out
 
     @torch.no_grad()
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
@@ -392,6 +417,12 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def _places(prompts: Sequence[ReadPrompt]) -> list[int]:
+    """Which of the different prompts each is."""
+    order = {key: i for i, key in enumerate(dict.fromkeys(map(id, prompts)))}
+    return [order[id(prompt)] for prompt in prompts]
 
 
 def _size(prompt: ReadPrompt) -> int:

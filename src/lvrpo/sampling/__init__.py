@@ -41,7 +41,7 @@ from lvrpo.sampling.timesteps import (
     sliding_window,
     timestep_grid,
 )
-from lvrpo.sampling.tokens import sample_tokens, token_entropy, token_logprobs
+from lvrpo.sampling.tokens import sample_tokens, token_entropy, token_logprobs, token_scores
 
 __all__ = [
     "SOLVERS",
@@ -82,5 +82,6 @@ __all__ = [
     "timestep_grid",
     "token_entropy",
     "token_logprobs",
+    "token_scores",
     "uniform_noise",
 ]

@@ -12,7 +12,7 @@ from lvrpo.errors import InputError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["sample_tokens", "token_entropy", "token_logprobs"]
+__all__ = ["sample_tokens", "token_entropy", "token_logprobs", "token_scores"]
 
 
 def sample_tokens(
@@ -69,7 +69,28 @@ def token_entropy(
     Raises: InputError for a negative temperature.
     Differs from the paper: no paper given.
     """
+    return _entropy(torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1))
+
+
+def token_scores(
+    logits: Float[Tensor, "*B V"],
+    tokens: Int[Tensor, "*B"],
+    temperature: float = 1.0,
+    allowed: Bool[Tensor, "*#B V"] | None = None,
+) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
+    """``token_logprobs`` and ``token_entropy`` of the same distributions, for one normalization of them.
+
+    log p[token] and H = -sum_j p_j log p_j,  p = softmax(logits / temperature) over the allowed tokens.
+
+    Shapes: logits (..., V), tokens (...), allowed broadcastable to the logits, to float32 (...) twice.
+    Raises: InputError for a negative temperature.
+    Differs from the paper: no paper given.
+    """
     logprobs = torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1)
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1), _entropy(logprobs)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
     finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 = 0, also in the gradient
     return -(logprobs.exp() * finite).sum(dim=-1)
 

@@ -108,6 +108,7 @@ def test_a_prompt_is_read_once_for_its_group(folder: Path, prompts: list[Prompt]
     groups = policy.sample(prompts[:2], BASE, [0, 1])
     longest = max(len(policy.chat.read(prompt.parts).ids) for prompt in prompts[:2])
     assert rows[0] == (2, longest)
+    assert sum(length == longest for _, length in rows) == 1  # scoring the answers does not read it again
     assert max(count for count, length in rows[1:] if length == 1) == 6
     rows.clear()
     policy.logprobs(members(groups))
@@ -224,7 +225,7 @@ def test_a_text_is_judged_as_the_template_sets_it(vlm: ImageTextToTextPolicy, pr
     [
         (Prompt("g", "generate", ("a circle",), ("image",)), "reads pictures and does not draw them"),
         (Prompt("r", "reason", ("a circle",), ("text", "image")), "reads pictures and does not draw them"),
-        (Prompt("l", "reason", ("circle " * 600,), ("text",)), "the limit is 512"),
+        (Prompt("l", "reason", ("circle " * 1100,), ("text",)), "the limit is 1024"),
     ],
 )
 def test_a_prompt_that_cannot_be_answered_is_one_line(vlm: ImageTextToTextPolicy, prompt: Prompt, words: str) -> None:

@@ -20,7 +20,7 @@ from lvrpo.policies.janus.processor import PATCH, THINK_THEN_DRAW, Processor, Ro
 from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
 from lvrpo.reading import read_json_object
-from lvrpo.sampling import derive_seed, guide_logits, token_entropy, token_logprobs, uniform_noise
+from lvrpo.sampling import derive_seed, guide_logits, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
     Group,
@@ -330,8 +330,7 @@ class JanusPolicy(TransformersPolicy):
             head = self.model.model.generation_head
             other = None if unguided is None else head(unguided[places])
             logits = guide_logits(head(states[places]), other, segment.guidance_scale, segment.guided_logprobs)
-        temperature = segment.temperature
-        return SegmentLogprobs(token_logprobs(logits, tokens, temperature), token_entropy(logits, temperature))
+        return SegmentLogprobs(*token_scores(logits, tokens, segment.temperature))
 
     # --- judging ---
 
