@@ -96,6 +96,12 @@ def published_options(parser: Parser) -> None:
         help="scores of the detector that count (default: .3,.9, GenEval's own, for Mask2Former)",
     )
     parser.add_argument(
+        "--vlm",
+        type=Path,
+        metavar="FOLDER|FILE.yaml",
+        help="who answers questions about drawings, for geneval2 and dpg: a model of transformers, or an endpoint",
+    )
+    parser.add_argument(
         "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"
     )
 
@@ -136,7 +142,7 @@ def evaluate(options: Options) -> None:
     require_unseen_by(options.model, options.benchmark)
     scorer, judged_by = held_out_scorer(options)
     inputs = BenchmarkInputs(
-        options.data, options.detector, options.color_classifier, options.thresholds, device=options.device
+        *(options.data, options.detector, options.color_classifier, options.thresholds, options.vlm), options.device
     )
     found = suite.find_benchmarks(options.benchmark, scorer, input_side(options), options.root, inputs)
     benchmarks = suite.at_guidance(found, options.guidance or (), options.num_steps)

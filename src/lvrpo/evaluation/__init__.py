@@ -19,6 +19,8 @@ BENCHMARKS: Mapping[str, str] = {
 PUBLISHED: Mapping[str, str] = {
     "geneval": "lvrpo.evaluation.benchmarks.geneval:GENEVAL",
     "geneval_vqa": "lvrpo.evaluation.benchmarks.geneval:GENEVAL_VQA",
+    "geneval2": "lvrpo.evaluation.benchmarks.vqa:GENEVAL2",
+    "dpg": "lvrpo.evaluation.benchmarks.vqa:DPG",
     "ocr": "lvrpo.evaluation.benchmarks.ocr:BENCHMARK",
 }
 """Benchmarks of papers, whose prompts lie in a folder of the user."""

@@ -1,0 +1,265 @@
+"""Benchmarks whose prompts come with questions: GenEval 2 and DPG-Bench, by one scorer for all judges.
+
+The judge is the model's own frozen reading side, a model of ``transformers`` in a folder, or one behind an
+OpenAI-compatible address.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from lvrpo.config import parse_section, read_yaml
+from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.ocr import readable
+from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
+from lvrpo.evaluation.scoring import CONFIRMED
+from lvrpo.evaluation.suite import Benchmark
+from lvrpo.policies.base import Judge
+from lvrpo.reading import Record, parse_typed_json, read_text
+from lvrpo.rewards.base import Scores, image_problem
+from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
+from lvrpo.rewards.external import ExternalVLM
+from lvrpo.rewards.self_vqa import BOTH_ORDERS, Confidences, Failures, SelfVQA
+from lvrpo.rewards.verifiable_text import normalize_answer
+from lvrpo.rewards.vlm_endpoint import same_answer, yes_or_no
+from lvrpo.types import Fact, Group, Prompt
+
+Combine = Callable[[Prompt, Sequence[float]], float]
+"""The score of a drawing from the score of each of its questions, both in [0, 1]."""
+ONE_WORD = "{question} Answer in one word."
+"""How an endpoint is asked."""
+SMALLEST = 1e-6
+"""Below this a score counts as this in a geometric mean, which one question would otherwise set to 0."""
+
+
+class QuestionScorer:
+    """Asks a judge every question of a prompt about its drawing and combines the answers. Range [0, 1].
+
+    Of a policy or a folder, the score of a question is the share of the right answer among those to choose from
+    (``SelfVQA``); of an endpoint, 1 for the right answer and 0 for another. One question without an answer masks the
+    drawing.
+    """
+
+    judges: ClassVar = ("image",)
+    sides: ClassVar = ("read",)
+
+    def __init__(self, combine: Combine, vlm: Path | None = None, device: str = "auto") -> None:
+        """``vlm``: a folder, or a YAML file with the keys of an endpoint; None: the judge itself. Raises InputError."""
+        self.combine = combine
+        self._vqa = SelfVQA(choices=BOTH_ORDERS)
+        is_folder = vlm is not None and vlm.is_dir()
+        self._reader = ExternalVLM(str(vlm), device) if is_folder else None
+        self._endpoint = None
+        if vlm is not None and not is_folder:
+            self._endpoint = ChatEndpoint(parse_section(EndpointConfig, read_yaml(vlm), vlm))
+        named = self._reader or self._endpoint
+        self.judged_by = "the judge" if named is None else named.identity
+
+    def applies(self, prompt: Prompt) -> bool:
+        return "image" in prompt.output and bool(prompt.facts)
+
+    def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
+        if self._endpoint is not None:
+            found, failures = self._asked(groups, self._endpoint)
+        else:
+            found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
+        values = torch.full((len(groups), len(groups[0])), math.nan)
+        for (p, g), answers in found.items():
+            values[p, g] = self.combine(groups[p].prompt, answers.tolist())
+        return Scores(values, failures)
+
+    def _asked(self, groups: Sequence[Group], endpoint: ChatEndpoint) -> tuple[Confidences, Failures]:
+        failures: Failures = {}
+        cells: list[tuple[tuple[int, int], Fact]] = []
+        rows = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group.trajectories):
+                problem = image_problem(trajectory)
+                if problem or trajectory.image is None:
+                    failures[p, g] = str(problem)
+                    continue
+                cells += [((p, g), fact) for fact in group.prompt.facts]
+                rows += [(trajectory.image, ONE_WORD.format(question=fact.question)) for fact in group.prompt.facts]
+        answers: dict[tuple[int, int], list[float]] = {}
+        for (cell, fact), said in zip(cells, endpoint.ask(rows), strict=True):
+            value = said if isinstance(said, NoAnswer) else read_answer(said, fact.answer)
+            if isinstance(value, NoAnswer):
+                failures.setdefault(cell, value.reason)
+            else:
+                answers.setdefault(cell, []).append(value)
+        return {cell: torch.tensor(each) for cell, each in answers.items() if cell not in failures}, failures
+
+
+def read_answer(said: str, right: str) -> float | NoAnswer:
+    """1 for the right answer, 0 for another; a number may be written either way."""
+    if normalize_answer(right) in ("yes", "no"):
+        return yes_or_no(said, right)
+    return same_answer(said, right)
+
+
+# --- GenEval 2 ---
+
+
+GENEVAL2_FILE = "geneval2_data.jsonl"
+NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class _GenEval2Row(Record):
+    prompt: str
+    atom_count: int
+    vqa_list: list[list[str]]
+    skills: list[str]
+
+
+def read_geneval2(path: Path) -> list[Prompt]:
+    """The prompts of a file with their questions; raises InputError, with file and line."""
+    found = []
+    for number, line in enumerate(read_text(path, f"give {GENEVAL2_FILE} of GenEval 2").splitlines()):
+        if not line.strip():
+            continue
+        where = f"{path}:{number + 1}"
+        row = parse_typed_json(line, _GenEval2Row, where, "give a file of GenEval 2")
+        pairs, skills = row["vqa_list"], row["skills"]
+        if not pairs or len(pairs) != len(skills) or any(len(pair) != 2 for pair in pairs):
+            raise InputError(f"{where}: vqa_list must hold a question with its answer for each of skills: restore it")
+        facts = tuple(_geneval2_fact(pair[0], pair[1], skill) for pair, skill in zip(pairs, skills, strict=True))
+        key = f"geneval2/{number:05d}"
+        category = f"{row['atom_count']} atoms"
+        found.append(Prompt(key, "generate", (row["prompt"],), ("image",), None, facts, category, path.name))
+    if not found:
+        raise InputError(f"{path}: no rows: give {GENEVAL2_FILE} of GenEval 2")
+    return found
+
+
+def _geneval2_fact(question: str, answer: str, skill: str) -> Fact:
+    right = answer.lower()
+    return Fact(skill, question, right, choices=NUMBER_WORDS if right in NUMBER_WORDS else ())
+
+
+def geometric_mean(prompt: Prompt, answers: Sequence[float]) -> float:
+    """Soft-TIFA GM (arXiv:2512.16853): exp(mean_k log s_k), scores below ``SMALLEST`` taken as that."""
+    return math.exp(sum(math.log(max(score, SMALLEST)) for score in answers) / len(answers))
+
+
+def arithmetic_mean(prompt: Prompt, answers: Sequence[float]) -> float:
+    """Soft-TIFA AM (arXiv:2512.16853): mean_k s_k."""
+    return sum(answers) / len(answers)
+
+
+def build_geneval2(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
+    """Both means, each a benchmark."""
+    prompts = read_geneval2(folder / GENEVAL2_FILE)
+    means = {"geneval2": geometric_mean, "geneval2_am": arithmetic_mean}
+    return [_benchmark(name, prompts, QuestionScorer(mean, inputs.vlm, inputs.device)) for name, mean in means.items()]
+
+
+# --- DPG-Bench ---
+
+
+DPG_FILE = "dpg_bench.csv"
+DPG_COLUMNS = ("item_id", "text", "proposition_id", "dependency", "category_broad", "question_natural_language")
+
+
+def read_dpg(path: Path) -> tuple[list[Prompt], dict[str, list[list[int]]]]:
+    """The prompts of the table with their questions, and by prompt the places of the questions that each depends on.
+
+    Raises InputError, with file and line, for a table of another form.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path, f"give {DPG_FILE} of DPG-Bench")))
+    lost = [name for name in DPG_COLUMNS if name not in (reader.fieldnames or ())]
+    if lost:
+        raise InputError(f"{path}: has no column {lost[0]!r}: give {DPG_FILE} of DPG-Bench (not a pointer of Git LFS)")
+    texts: dict[str, str] = {}
+    rows: dict[str, list[tuple[int, list[int], Fact]]] = {}
+    for number, row in enumerate(reader, start=2):
+        try:
+            own = int(row["proposition_id"])
+            needed = [int(each) for each in row["dependency"].split(",")]
+        except (ValueError, AttributeError):
+            raise InputError(
+                f"{path}:{number}: proposition_id and dependency must be whole numbers: restore it"
+            ) from None
+        item = row["item_id"]
+        texts.setdefault(item, row["text"])
+        fact = Fact(row["category_broad"] or "question", row["question_natural_language"], "yes")
+        rows.setdefault(item, []).append((own, needed, fact))
+    prompts, parents = [], {}
+    for item, questions in rows.items():
+        places = {own: place for place, (own, _, _) in enumerate(questions)}
+        missing = [each for _, needed, _ in questions for each in needed if each and each not in places]
+        if missing or not texts[item]:
+            raise InputError(
+                f"{path}: item {item!r}: depends on question {missing[:1]}, which it lacks, or has no text"
+            )
+        key = f"dpg/{item}"
+        facts = tuple(fact for _, _, fact in questions)
+        prompts.append(Prompt(key, "generate", (texts[item],), ("image",), facts=facts, source=path.name))
+        parents[key] = [[places[each] for each in needed if each] for _, needed, _ in questions]
+    if not prompts:
+        raise InputError(f"{path}: no rows: give {DPG_FILE} of DPG-Bench")
+    return prompts, parents
+
+
+def dpg_score(parents: Sequence[Sequence[int]], answers: Sequence[float]) -> float:
+    """Share of questions that are confirmed and whose parents are; a question is asked after its parents."""
+    held = [score > CONFIRMED for score in answers]
+    for place, needed in enumerate(parents):
+        held[place] = held[place] and all(held[parent] for parent in needed)
+    return sum(held) / len(held)
+
+
+def build_dpg(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
+    """The prompts, four pictures each."""
+    prompts, parents = read_dpg(folder / DPG_FILE)
+    scorer = QuestionScorer(lambda prompt, answers: dpg_score(parents[prompt.id], answers), inputs.vlm, inputs.device)
+    return [_benchmark("dpg", prompts, scorer, samples=4)]
+
+
+def _benchmark(name: str, prompts: Sequence[Prompt], scorer: QuestionScorer, samples: int = 1) -> Benchmark:
+    text = "\n".join(str((p.parts, [(f.question, f.answer) for f in p.facts])) for p in prompts)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    details: Mapping[str, str] = {"data": f"{len(prompts)} prompts, {digest}", "scored_by": scorer.judged_by}
+    return Benchmark(
+        name,
+        lambda n: prompts[:n],
+        n=len(prompts),
+        samples=samples,
+        metric="reward",
+        check=lambda policy: readable(name, prompts, policy),
+        reward=scorer,
+        own_sampling=True,
+        details=details,
+    )
+
+
+NEEDS = "nothing: the model's own reading side, --judge MODEL; or --vlm FOLDER or ENDPOINT.yaml"
+GENEVAL2 = PublishedBenchmark(
+    "geneval2",
+    "github.com/facebookresearch/GenEval2 (arXiv:2512.16853)",
+    (GENEVAL2_FILE,),
+    "800 prompts, a picture each",
+    NEEDS,
+    "CC BY-NC 4.0",
+    build_geneval2,
+    read_geneval2,
+)
+"""Soft-TIFA, geometric and arithmetic."""
+DPG = PublishedBenchmark(
+    "dpg",
+    "github.com/TencentQQGYLab/ELLA, dpg_bench (arXiv:2403.05135)",
+    (DPG_FILE,),
+    "1065 prompts, 4 pictures each",
+    NEEDS,
+    "Apache-2.0",
+    build_dpg,
+    lambda path: read_dpg(path)[0],
+)
+"""Dense prompts, whose questions depend on each other."""
