@@ -94,21 +94,22 @@ class Answers:
         """
         contexts: list[tuple[Part, ...]] = []
         texts: list[str] = []
-        greedy: dict[tuple[Any, ...], str] = {}
-        keys = []
+        keys: list[tuple[Any, ...]] = []
         for request in requests:
             if len(request.args) == 2:
                 raise InputError("acc_mutual_info: needs likelihoods without a context: choose the metric acc")
             context, target, doc_to_visual, doc_id, task, split = request.args
             doc = self._doc(task, split, doc_id)
-            parts = self._parts(context, doc_to_visual(doc) if doc_to_visual else ())
-            contexts.append(parts)
+            contexts.append(self._parts(context, doc_to_visual(doc) if doc_to_visual else ()))
             texts.append((target if isinstance(target, str) else target(doc)).strip())
             keys.append((task, split, doc_id, context))
-            if keys[-1] not in greedy:
-                prompt = Prompt(f"{task}/{split}/{doc_id}", "understand", parts, ("text",))
-                sampling = self._sampling("understand", {})
-                greedy[keys[-1]] = next(self._sampled([(prompt, sampling, ())]))[1].text or ""
+        greedy: dict[tuple[Any, ...], str] = {}
+        for key, parts in dict(zip(keys, contexts, strict=True)).items():
+            # no token is shorter than a character, and a longer answer is another one
+            longest = max(len(text) for text, other in zip(texts, keys, strict=True) if other == key)
+            prompt = Prompt("/".join(map(str, key[:3])), "understand", parts, ("text",))
+            sampling = self._sampling("understand", {"max_new_tokens": longest + 1})
+            greedy[key] = next(self._sampled([(prompt, sampling, ())]))[1].text or ""
         scores = require_method(self.policy, "text_logprob").text_logprob(contexts, texts)
         rows = zip(scores.tolist(), texts, keys, strict=True)
         return [(-score, greedy[key].strip() == text) for score, text, key in rows]
@@ -124,11 +125,12 @@ class Answers:
             context, generation, doc_to_visual, doc_id, task, split = request.args
             shown = doc_to_visual(self._doc(task, split, doc_id)) if doc_to_visual else ()
             tagged = _SKETCH.search(context)
-            question = tagged[2].strip() if tagged else context
-            draw = (tagged[1].strip() if tagged else DRAW_FIRST).replace("{question}", question)
+            draw, question = (tagged[1].strip(), tagged[2].strip()) if tagged else (DRAW_FIRST, context)
             own = [part for part in self._parts("", shown) if not isinstance(part, str)]
             kind: Task = "edit" if own else "generate"
-            sketch = Prompt(f"{task}/{split}/{doc_id}/sketch", kind, (*own[:1], draw), ("image",))
+            sketch = Prompt(
+                f"{task}/{split}/{doc_id}/sketch", kind, (*own[:1], draw.replace("{question}", question)), ("image",)
+            )
             output = next(self._sampled([(sketch, self._sampling(kind, {}), ())]))[1]
             self._drawn(sketch, output)
             assert output.image is not None
@@ -143,7 +145,7 @@ class Answers:
     def _rounds(
         self, context: str, generation: Any, to_visual: Any, to_text: Any, doc_id: Any, task: str, split: str
     ) -> list[str]:
-        doc, visuals = self._doc(task, split, doc_id), None
+        doc = self._doc(task, split, doc_id)
         visuals = to_visual(doc) if to_visual else ()
         said: list[str] = []
         info = None
