@@ -20,6 +20,7 @@ PUBLISHED: Mapping[str, str] = {
     "geneval": "lvrpo.evaluation.benchmarks.geneval:GENEVAL",
     "geneval_vqa": "lvrpo.evaluation.benchmarks.geneval:GENEVAL_VQA",
     "geneval2": "lvrpo.evaluation.benchmarks.vqa:GENEVAL2",
+    "geneval2_am": "lvrpo.evaluation.benchmarks.vqa:GENEVAL2_AM",
     "dpg": "lvrpo.evaluation.benchmarks.vqa:DPG",
     "ocr": "lvrpo.evaluation.benchmarks.ocr:BENCHMARK",
 }

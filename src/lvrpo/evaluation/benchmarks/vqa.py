@@ -11,6 +11,8 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -154,11 +156,8 @@ def arithmetic_mean(prompt: Prompt, answers: Sequence[float]) -> float:
     return sum(answers) / len(answers)
 
 
-def build_geneval2(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
-    """Both means, each a benchmark."""
-    prompts = read_geneval2(folder / GENEVAL2_FILE)
-    means = {"geneval2": geometric_mean, "geneval2_am": arithmetic_mean}
-    return [_benchmark(name, prompts, QuestionScorer(mean, inputs.vlm, inputs.device)) for name, mean in means.items()]
+def _build_geneval2(name: str, mean: Combine, folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
+    return [_benchmark(name, read_geneval2(folder / GENEVAL2_FILE), QuestionScorer(mean, inputs.vlm, inputs.device))]
 
 
 # --- DPG-Bench ---
@@ -248,10 +247,17 @@ GENEVAL2 = PublishedBenchmark(
     "800 prompts, a picture each",
     NEEDS,
     "CC BY-NC 4.0",
-    build_geneval2,
+    partial(_build_geneval2, "geneval2", geometric_mean),
     read_geneval2,
 )
-"""Soft-TIFA, geometric and arithmetic."""
+"""Soft-TIFA with the geometric mean, for whole prompts."""
+GENEVAL2_AM = replace(
+    GENEVAL2,
+    name="geneval2_am",
+    build=partial(_build_geneval2, "geneval2_am", arithmetic_mean),
+    folder="geneval2",
+)
+"""Soft-TIFA with the arithmetic mean, for single questions."""
 DPG = PublishedBenchmark(
     "dpg",
     "github.com/TencentQQGYLab/ELLA, dpg_bench (arXiv:2403.05135)",
