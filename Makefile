@@ -50,6 +50,7 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_equations.py
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_keys.py
 
 $(DOCS): $(STAMP)
 	$(PIP) -e '.[docs]'

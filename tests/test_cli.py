@@ -19,9 +19,8 @@ from rich.console import Console
 from settings import SMALL
 
 from lvrpo.cli import COMMANDS, main
-from lvrpo.commands.inputs import shipped_configs
 from lvrpo.commands.progress import Progress, clock, sparkline
-from lvrpo.config import load_config
+from lvrpo.config import load_config, shipped_configs
 from lvrpo.data.scenes import VOCABULARY
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.policies.loading import policy_folder

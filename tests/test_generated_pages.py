@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["make_equations", "make_configuration"])
+@pytest.mark.parametrize("name", ["make_equations", "make_configuration", "make_keys"])
 def test_a_generated_page_is_up_to_date(root: Path, name: str) -> None:
     spec = importlib.util.spec_from_file_location(name, root / "docs" / f"{name}.py")
     assert spec is not None

@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = parse_command(apply_global_options(argv))
             if found is not None:
                 command, options = found
+                if not several_processes():  # these check the same, and stop together
+                    command.check(options)
                 with joined_process_group(options):
                     command.run(options)
                 sys.stdout.flush()

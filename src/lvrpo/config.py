@@ -75,21 +75,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     ``allow_code``: whether the key ``allow_code`` of the file counts; False for files that the user did not name.
     Raises InputError with one line that names the value, the rule and the remedy.
     """
-    tree = {} if path is None else read_tree(path, cls)
-    if not allow_code:
-        tree.pop(ALLOW_CODE, None)
-    raw: dict[Location, str] = {}
+    tree, raw = _overridden_tree(cls, path, overrides, allow_code)
     as_text: set[Location] = set()
-    for override in overrides:
-        keys, text = _split_override(override)
-        value = _parse_override(override, text)
-        section, (*sections, last) = _section(tree, keys, value), keys
-        if last == KIND:
-            depth = len(sections)
-            overridden = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
-            _drop_other_kinds(section, value, _models_at(cls, sections), keep=overridden)
-        section[last] = value
-        raw[keys] = text
     while True:
         config, first = _validate(cls, tree)
         if config is not None:
@@ -103,9 +90,44 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
             keys = [str(key) for key in location]
             _section(tree, keys, text)[keys[-1]] = text
             continue
-        message = _explain(cls, first, location)
-        from_file = path is not None and not any(keys[: len(location)] == location[: len(keys)] for keys in raw)
-        raise InputError(f"{path}: {message}" if from_file else message)
+        raise _config_error(cls, path, raw, first, location)
+
+
+def require_known_keys(cls: type[Config], path: Path | None, overrides: Sequence[str]) -> None:
+    """Raises the InputError of ``load_config`` for an unknown key; values are not checked."""
+    tree, raw = _overridden_tree(cls, path, overrides)
+    if (first := _validate(cls, tree)[1]).get("type") == "extra_forbidden":
+        raise _config_error(cls, path, raw, first, _real_location(tree, first["loc"]))
+
+
+def _overridden_tree(
+    cls: type[Config], path: Path | None, overrides: Sequence[str], allow_code: bool = True
+) -> tuple[Tree, dict[Location, str]]:
+    """The tree of a file with the overrides applied, and the text of each override by its keys."""
+    tree = {} if path is None else read_tree(path, cls)
+    if not allow_code:
+        tree.pop(ALLOW_CODE, None)
+    raw: dict[Location, str] = {}
+    for override in overrides:
+        keys, text = _split_override(override)
+        value = _parse_override(override, text)
+        section, (*sections, last) = _section(tree, keys, value), keys
+        if last == KIND:
+            depth = len(sections)
+            overridden = {str(each[depth]) for each in raw if list(each[:depth]) == sections and len(each) > depth}
+            _drop_other_kinds(section, value, _models_at(cls, sections), keep=overridden)
+        section[last] = value
+        raw[keys] = text
+    return tree, raw
+
+
+def _config_error(
+    cls: type[Config], path: Path | None, raw: Mapping[Location, str], error: dict[str, Any], location: Location
+) -> InputError:
+    """An error of the file or of an override. Any: pydantic's error dict."""
+    message = _explain(cls, error, location)
+    from_file = path is not None and not any(keys[: len(location)] == location[: len(keys)] for keys in raw)
+    return InputError(f"{path}: {message}" if from_file else message)
 
 
 def parse_section(cls: type[C], tree: Mapping[str, Any], where: str | Path) -> C:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lvrpo.cli import main
-from lvrpo.commands.inputs import find_config
+from lvrpo.commands.keys import find_config
 from lvrpo.commands.reproduce import shipped_experiments, write_page
 from lvrpo.errors import InputError
 from lvrpo.evaluation.reproduce import plan, runner

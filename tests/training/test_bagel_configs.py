@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from stored import stored
 
 from lvrpo.cli import main
-from lvrpo.commands.inputs import shipped_configs
-from lvrpo.config import load_config
+from lvrpo.config import load_config, shipped_configs
 from lvrpo.policies.bagel.checkpoint import official_name
 from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.bagel.policy import BagelPolicy

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lvrpo.commands.inputs import shipped_configs
-from lvrpo.config import load_config
+from lvrpo.config import load_config, shipped_configs
 from lvrpo.policies.loading import load_policy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from lvrpo.commands.options import Command, Options, Parser, positive, whole
-from lvrpo.commands.train import refuse_out, train_options
+from lvrpo.commands.train import check_train_keys, refuse_out, train_options
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
@@ -373,4 +373,5 @@ RAY = Command(
     run,
     "example: lvrpo launch ray quickstart --workers 2 --out runs/shared; a worker or node that dies: the run is\n"
     "restarted from its last checkpoint. CONFIG, the run and the working directory must be seen by all nodes.",
+    check_train_keys,
 )

@@ -42,6 +42,15 @@ def init_options(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help="where it is trained (default: auto)")
 
 
+def check_sizes(options: Options) -> None:
+    from lvrpo.commands.keys import key_class
+    from lvrpo.config import require_known_keys
+
+    if options.kind in KINDS:
+        name = "JanusSizes" if options.kind == "janus-tiny" else "BagelSizes"
+        require_known_keys(key_class(name), None, options.overrides)
+
+
 def init(options: Options) -> None:
     from lvrpo.policies.loading import pick_device
     from lvrpo.training.checkpoint import disk_errors
@@ -179,6 +188,7 @@ INIT = Command(
     init_options,
     init,
     "example: lvrpo init bagel-tiny models/bagel width=256 depth=6 image_size=64 --train-autoencoder 400",
+    check_sizes,
 )
 
 

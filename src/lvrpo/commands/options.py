@@ -54,6 +54,8 @@ class Command:
     options: Callable[[Parser], object]
     run: Callable[[Options], None]
     details: str = ""
+    check: Callable[[Options], object] = lambda options: None
+    """Raises InputError for wrong input that is found without torch and the training code; called before ``run``."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -66,6 +66,13 @@ def options(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything works")
 
 
+def check_keys(options: Options) -> None:
+    from lvrpo.commands.keys import known_config
+
+    if options.resume is None:
+        known_config("TrainConfig", options.config, train_overrides(options))
+
+
 def run(options: Options) -> None:
     from lvrpo.commands.inputs import read_config
     from lvrpo.commands.progress import Progress
@@ -170,4 +177,5 @@ QUICKSTART = Command(
     options,
     run,
     "example: lvrpo quickstart --seed 1 --out runs/one",
+    check_keys,
 )

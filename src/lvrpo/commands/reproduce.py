@@ -39,7 +39,7 @@ def options(parser: Parser) -> None:
 
 
 def run(options: Options) -> None:
-    from lvrpo.commands.inputs import find_config
+    from lvrpo.commands.keys import find_config
     from lvrpo.evaluation.reproduce.plan import Recipes, load_experiment
     from lvrpo.evaluation.reproduce.runner import Runner
 

@@ -44,6 +44,20 @@ def run_options(parser: Parser) -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; CONFIG may then be left out")
 
 
+def check_train_keys(options: Options) -> None:
+    from lvrpo.commands.keys import known_config
+
+    if getattr(options, "resume", None) is None:  # lvrpo check has no such option
+        known_config("TrainConfig", options.config, options.overrides)
+
+
+def check_pretrain_keys(options: Options) -> None:
+    from lvrpo.commands.keys import known_config
+
+    if options.resume is None:
+        known_config("PretrainConfig", options.config, options.overrides)
+
+
 def train(options: Options) -> None:
     from lvrpo.commands.progress import Progress
     from lvrpo.commands.tables import print_tables, summary_tables
@@ -179,12 +193,14 @@ TRAIN = Command(
     train,
     "example: lvrpo train quickstart seed=1 steps=80 --out runs/short\n"
     "         lvrpo train --resume runs/short steps=160    # makes a finished run longer",
+    check_train_keys,
 )
 PRETRAIN = Command(
     "supervised training on the web corpus: the base, and the baseline",
     run_options,
     pretrain,
     "example: lvrpo pretrain pretrain name=my-base steps=2000",
+    check_pretrain_keys,
 )
 
 
@@ -264,4 +280,5 @@ CHECK = Command(
     "example: lvrpo check quickstart rollout.group_size=4\n"
     "         lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n"
     "of a model on the Hub, what --card needs is fetched with: hf download ID --include '*.json' '*.txt'",
+    check_train_keys,
 )
