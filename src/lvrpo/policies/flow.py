@@ -20,7 +20,7 @@ from lvrpo.sampling import (
     timestep_grid,
 )
 from lvrpo.sampling.guidance import Renorm
-from lvrpo.types import FlowSegment, Image
+from lvrpo.types import FlowSegment
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """States (B, N, C) and a time, as a tensor () and as a number, to guided velocities (B, N, C).
@@ -161,27 +161,33 @@ def integrate(
     )
 
 
-def flow_segment(sample: FlowSample, b: int, image: Image, sampling: Sampling) -> FlowSegment:
-    """The segment of image b of a batch; states and means, which are large, are kept in host memory."""
+def flow_segments(sample: FlowSample, images: torch.Tensor, sampling: Sampling) -> list[FlowSegment]:
+    """The segments of a batch of images (B, 3, H, W); states and means, which are large, are kept in host memory."""
     stochastic = sampling.sampler != "ode"
-    return FlowSegment(
-        latent=sample.latents[b],
-        timesteps=sample.timesteps,
-        trained_steps=stochastic_steps(sampling),
-        states=sample.states[b].cpu(),
-        next_states=sample.next_states[b].cpu(),
-        behavior_logprobs=sample.logprobs[b],
-        sampler=sampling.sampler,
-        noise_level=sampling.noise_level,
-        guidance_scale=sampling.guidance_scale,
-        image_guidance_scale=sampling.image_guidance_scale,
-        guidance_renorm=sampling.guidance_renorm,
-        logprob_reduction=sampling.logprob_reduction,
-        image=image,
-        guidance_renorm_min=sampling.guidance_renorm_min,
-        guidance_interval=sampling.guidance_interval,
-        means=sample.means[b].cpu() if stochastic else None,
-    )
+    on_host = (sample.states.cpu(), sample.next_states.cpu(), sample.means.cpu())
+    return [
+        FlowSegment(
+            latent=latent,
+            timesteps=sample.timesteps,
+            trained_steps=stochastic_steps(sampling),
+            states=states,
+            next_states=next_states,
+            behavior_logprobs=logprobs,
+            sampler=sampling.sampler,
+            noise_level=sampling.noise_level,
+            guidance_scale=sampling.guidance_scale,
+            image_guidance_scale=sampling.image_guidance_scale,
+            guidance_renorm=sampling.guidance_renorm,
+            logprob_reduction=sampling.logprob_reduction,
+            image=image,
+            guidance_renorm_min=sampling.guidance_renorm_min,
+            guidance_interval=sampling.guidance_interval,
+            means=means if stochastic else None,
+        )
+        for latent, logprobs, image, states, next_states, means in zip(
+            sample.latents, sample.logprobs, images, *on_host, strict=True
+        )
+    ]
 
 
 # --- replay ---

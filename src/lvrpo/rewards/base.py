@@ -64,16 +64,10 @@ class Reward(Protocol):
 
 def score_each(groups: Sequence[Group], score: Callable[[Trajectory], float | str]) -> Scores:
     """Scores of a function of one trajectory, which returns a number, or the reason why there is none."""
-    values = torch.full((len(groups), len(groups[0])), math.nan)
-    failures: dict[tuple[int, int], str] = {}
-    for p, group in enumerate(groups):
-        for g, trajectory in enumerate(group.trajectories):
-            found = score(trajectory)
-            if isinstance(found, str):
-                failures[p, g] = found
-            else:
-                values[p, g] = found
-    return Scores(values, failures)
+    found = [[score(trajectory) for trajectory in group.trajectories] for group in groups]
+    failures = {(p, g): one for p, row in enumerate(found) for g, one in enumerate(row) if isinstance(one, str)}
+    values = [[math.nan if isinstance(one, str) else one for one in row] for row in found]
+    return Scores(torch.tensor(values, dtype=torch.float32), failures)
 
 
 # --- checks of outputs and of log-probs ---
@@ -90,7 +84,8 @@ def image_problem(trajectory: Trajectory, judge: object = None) -> str | None:
     side = getattr(judge, "image_size", None)  # a judge that is no policy reads any size
     if side is not None and tuple(image.shape[1:]) != (side, side):
         return f"a picture of {image.shape[2]} x {image.shape[1]}: the judge reads {side} x {side}"
-    return None if image.isfinite().all() else "the picture holds values that are no numbers"
+    finite = math.isfinite(image.abs().amax())  # one pass: nan and inf are kept by the maximum
+    return None if finite else "the picture holds values that are no numbers"
 
 
 def logprob_problem(value: float) -> str | None:

@@ -99,13 +99,11 @@ def score_groups_unchecked(
             if own_noise is not None:
                 noise[source.config.title] = torch.full((P, G), math.nan)
                 noise[source.config.title][chosen] = own_noise
-            for row, p in enumerate(chosen):
-                scores[p, :, k] = torch.nan_to_num(result[row], nan=0.0, posinf=0.0, neginf=0.0)
-                mask[p, :, k] = True
-                for g in range(G):
-                    if (row, g) in failures:
-                        mask[p, g, k] = False
-                        reasons[p, g, k] = f"failed: {failures[row, g]}"
+            scores[chosen, :, k] = torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
+            mask[chosen, :, k] = True
+            for (row, g), reason in failures.items():
+                mask[chosen[row], g, k] = False
+                reasons[chosen[row], g, k] = f"failed: {reason}"
         for p in set(range(P)) - set(chosen):
             reasons.update({(p, g, k): NOT_APPLICABLE for g in range(G)})
     return RewardTable(

@@ -21,7 +21,7 @@ from lvrpo.policies.adapter import has_adapter, inject_adapter
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
 from lvrpo.policies.flow import FlowSample, guidance_of
-from lvrpo.policies.flow import flow_segment as flow_record
+from lvrpo.policies.flow import flow_segments
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.attention import forget_packings
@@ -310,7 +310,7 @@ class _Estimator:
         states = torch.empty(1, len(window), height * width, policy.encoders.channels)
         latents, logprobs = torch.empty(1, *states.shape[2:]), torch.empty(1, len(window))
         drawn = FlowSample(latents, timesteps, states, states, logprobs, states)
-        return flow_record(drawn, 0, torch.empty(3, height * pixels, width * pixels), sampling)
+        return flow_segments(drawn, torch.empty(1, 3, height * pixels, width * pixels), sampling)[0]
 
     # ---------------------------------------------------------------- phases of a step
     def _rollout(self, members: Sequence[Prompt]) -> None:

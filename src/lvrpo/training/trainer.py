@@ -323,7 +323,7 @@ def train_step(
                     policies.reduce_gradients()
                     if by_task is not None and task is not None:
                         by_task.store(task)
-            for other in gather(logged) if logged is not metrics else ():
+            for other in gather(logged.fetch()) if logged is not metrics else ():
                 metrics.include(other)
             if by_task is not None:
                 by_task.write_mixed(config.gradient_mixing, derive_seed(config.seed, "gradient mixing", step))

@@ -16,7 +16,7 @@ from torch import nn
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import AdaptablePolicy
 from lvrpo.policies.base import Sampling, TokenCounts
-from lvrpo.policies.flow import flow_segment, guidance_of
+from lvrpo.policies.flow import flow_segments, guidance_of
 from lvrpo.policies.mot import flow_sampler, generate, likelihood, model_runner
 from lvrpo.policies.mot.likelihood import JUDGE_TIMES, FeatureLoss
 from lvrpo.policies.mot.model_runner import Encoders, Grid, ModelRunner, Row, Tokenizer, row_tokens
@@ -24,7 +24,7 @@ from lvrpo.policies.mot.trajectory import (
     replay_flows,
     replay_settings,
     temperature_of,
-    text_segment,
+    text_segments,
     tokenized_text,
 )
 from lvrpo.policies.mot.transformer import Cache, MoT
@@ -171,8 +171,7 @@ class MoTPolicy(AdaptablePolicy):
                 texts = generate.generate_text(runner, cache, owner, uniforms.to(self.device), sampling.temperature)
                 closed = len(prompts[0].output) > 1
                 scores = generate.score_text(runner, cache, owner, texts, sampling.temperature, closed)
-                for segment_list, text, logprobs in zip(segments, texts, scores.logprobs, strict=True):
-                    segment_list.append(text_segment(runner, text, logprobs, sampling.temperature))
+                new: Sequence[Segment] = text_segments(runner, texts, scores.logprobs, sampling.temperature)
                 if closed:
                     cache, owner = scores.cache, list(range(len(members)))
             else:
@@ -185,9 +184,9 @@ class MoTPolicy(AdaptablePolicy):
                     step_seeds=[derive_seed(s, "steps") for s in member_seeds],
                     grid=grid,
                 )
-                images = self.encoders.decode_latents(flows.latents, grid)
-                for b, segment_list in enumerate(segments):
-                    segment_list.append(flow_segment(flows, b, images[b], sampling))
+                new = flow_segments(flows, self.encoders.decode_latents(flows.latents, grid), sampling)
+            for segment_list, segment in zip(segments, new, strict=True):
+                segment_list.append(segment)
         return [
             Trajectory(one.prompt, one.member, tuple(segments[b]), one.seed, self.version)
             for b, one in enumerate(members)

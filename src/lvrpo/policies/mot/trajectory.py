@@ -15,15 +15,23 @@ from lvrpo.policies.mot.transformer import Cache
 from lvrpo.types import FlowSegment, Segment, TextSegment, Trajectory
 
 
-def text_segment(runner: ModelRunner, text: TokenizedText, logprobs: torch.Tensor, temperature: float) -> TextSegment:
-    """The segment of a sampled text with log-probs (L,)."""
-    return TextSegment(
-        tokens=torch.tensor(text.tokens, dtype=torch.int64),
-        behavior_logprobs=logprobs.detach().cpu(),
-        temperature=temperature,
-        text=runner.tokenizer.decode(text.tokens),
-        ended=text.ended,
-    )
+def text_segments(
+    runner: ModelRunner, texts: Sequence[TokenizedText], logprobs: Sequence[torch.Tensor], temperature: float
+) -> list[TextSegment]:
+    """The segments of sampled texts with log-probs (L,) each; one transfer from the device."""
+    counts = [len(text.tokens) for text in texts]
+    tokens = torch.tensor([token for text in texts for token in text.tokens], dtype=torch.int64).split(counts)
+    behavior = torch.cat(list(logprobs)).detach().cpu().split(counts)
+    return [
+        TextSegment(
+            tokens=tokens[b],
+            behavior_logprobs=behavior[b],
+            temperature=temperature,
+            text=runner.tokenizer.decode(text.tokens),
+            ended=text.ended,
+        )
+        for b, text in enumerate(texts)
+    ]
 
 
 def tokenized_text(segment: Segment) -> TokenizedText:

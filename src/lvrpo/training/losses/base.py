@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 
@@ -69,12 +69,13 @@ class Metrics:
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    pending: list[tuple[str, torch.Tensor | float, float]] = field(default_factory=list)
+    """Name, mean and count of what is not summed yet, since some of it is still on a GPU."""
 
     def add(self, name: str, value: torch.Tensor | float, count: float = 1.0) -> None:
-        """Adds a mean over ``count`` items."""
-        number = float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-        self.sums[name] = self.sums.get(name, 0.0) + number * count
-        self.counts[name] = self.counts.get(name, 0.0) + count
+        """Adds a mean over ``count`` items, without waiting for a GPU."""
+        on_gpu = isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        self.pending.append((name, value.detach() if on_gpu else float(value), count))
 
     def add_all(self, means: Mapping[str, torch.Tensor | float], count: float = 1.0) -> None:
         """Adds several means over ``count`` items."""
@@ -83,12 +84,25 @@ class Metrics:
 
     def include(self, other: Metrics) -> None:
         """Adds the sums and counts of another update."""
-        for name, total in other.sums.items():
+        self.fetch()
+        for name, total in other.fetch().sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
 
+    def fetch(self) -> Self:
+        """Sums what is pending, with one transfer from the GPU."""
+        tensors = [value for _, value, _ in self.pending if isinstance(value, torch.Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        for name, value, count in self.pending:
+            number = next(numbers) if isinstance(value, torch.Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + number * count
+            self.counts[name] = self.counts.get(name, 0.0) + count
+        self.pending.clear()
+        return self
+
     def means(self) -> dict[str, float]:
         """The weighted means."""
+        self.fetch()
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
 
 
@@ -193,6 +207,19 @@ class Objective(ABC):
 def has_kind(group: Group, kind: SegmentKind) -> bool:
     """Whether the members of a group have segments of a kind."""
     return any(segment.kind == kind for segment in group.trajectories[0].segments)
+
+
+def kept_members(
+    groups: Sequence[Group], advantages: Float[torch.Tensor, "P G"], keep: Bool[torch.Tensor, "P G"], kind: SegmentKind
+) -> list[Member]:
+    """The members to keep of the groups with segments of this kind, with their advantages."""
+    return [
+        Member(trajectory, advantage)
+        for group, A, kept in zip(groups, advantages.tolist(), keep.tolist(), strict=True)
+        if has_kind(group, kind)
+        for trajectory, advantage, is_kept in zip(group.trajectories, A, kept, strict=True)
+        if is_kept
+    ]
 
 
 def flow_segment(trajectory: Trajectory) -> FlowSegment:

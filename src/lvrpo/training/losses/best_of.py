@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lvrpo.algorithms import best_of_mask, reduce_tokens, velocity_regularizer
 from lvrpo.policies.base import FlowPolicy
-from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
+from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, kept_members
 from lvrpo.training.losses.flow import FlowObjective, Noised, NoisingConfig, add_noise
 from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_count, token_grid
 from lvrpo.types import Group, SegmentKind, Trajectory
@@ -38,12 +38,7 @@ class FlowBestOfConfig(NoisingConfig):
 def best_members(groups: Sequence[Group], advantages: GroupAdvantages, kind: SegmentKind, keep: int) -> list[Member]:
     """The ``keep`` best valid members of the groups with signal and segments of this kind."""
     chosen = best_of_mask(advantages.values, advantages.valid, keep=keep)
-    return [
-        Member(group.trajectories[g], float(advantages.values[p, g]))
-        for p, group in enumerate(groups)
-        if has_kind(group, kind)
-        for g in chosen[p].nonzero()[:, 0].tolist()
-    ]
+    return kept_members(groups, advantages.values, chosen, kind)
 
 
 class TextBestOf(TokenObjective):

@@ -22,7 +22,7 @@ from lvrpo.training.losses.base import (
     Microbatch,
     Objective,
     flow_segment,
-    has_kind,
+    kept_members,
 )
 from lvrpo.training.losses.tokens import LR_HINT
 from lvrpo.types import Group, SegmentKind, Trajectory
@@ -112,13 +112,7 @@ class ContrastObjective(FlowObjective):
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
         keep = best_worst_mask(advantages.values, self.top_bottom_k, advantages.valid)
-        A = centered_advantages(advantages.values, keep)
-        return [
-            Member(group.trajectories[g], float(A[p, g]))
-            for p, group in enumerate(groups)
-            if has_kind(group, "flow")
-            for g in keep[p].nonzero()[:, 0].tolist()
-        ]
+        return kept_members(groups, centered_advantages(advantages.values, keep), keep, "flow")
 
 
 class FreshNoiseObjective(ContrastObjective):

@@ -92,13 +92,12 @@ class GRPO(TokenObjective):
         self.config = config
 
     def select_members(self, groups: Sequence[Group], advantages: GroupAdvantages) -> list[Member]:
-        A, valid = advantages.values, advantages.valid
         return [
-            Member(trajectory, float(A[p, g]))
-            for p, group in enumerate(groups)
-            if bool((A[p] != 0).any())
-            for g, trajectory in enumerate(group.trajectories)
-            if bool(valid[p, g]) and token_segments(trajectory, self.kind)
+            Member(trajectory, advantage)
+            for group, A, valid in zip(groups, advantages.values.tolist(), advantages.valid.tolist(), strict=True)
+            if any(A)
+            for trajectory, advantage, is_valid in zip(group.trajectories, A, valid, strict=True)
+            if is_valid and token_segments(trajectory, self.kind)
         ]
 
     def size(self, members: Sequence[Member]) -> int:

@@ -13,7 +13,7 @@ from lvrpo.config import Config
 from lvrpo.policies.base import RolloutPolicy
 from lvrpo.training.losses import base
 from lvrpo.training.losses.base import Objective
-from lvrpo.types import Group, MaskedSegment, SegmentKind, TokenSegment, Trajectory, segments_through
+from lvrpo.types import Group, MaskedSegment, SegmentKind, SegmentLogprobs, TokenSegment, Trajectory, segments_through
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -95,37 +95,50 @@ def token_segments(trajectory: Trajectory, kind: SegmentKind) -> list[TokenSegme
 
 def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
     """Number of scored tokens of a kind; over all draws of masked segments."""
-    return sum(int(_scored(segment).sum()) for segment in token_segments(trajectory, kind))
+    return sum(
+        int(segment.scored.sum()) if isinstance(segment, MaskedSegment) else segment.behavior_logprobs.numel()
+        for segment in token_segments(trajectory, kind)
+    )
 
 
 def token_grid(policy: RolloutPolicy, trajectories: Sequence[Trajectory], kind: SegmentKind = "text") -> TokenGrid:
     """Replays the segments of a kind; each trajectory must have at least one."""
-    now, behavior, anchor, masks, entropies = [], [], [], [], []
+    segments = [token_segments(trajectory, kind) for trajectory in trajectories]
+    scored: list[list[SegmentLogprobs]] = []
     for trajectory, replayed in zip(trajectories, policy.logprobs(trajectories, [kind]), strict=True):
-        found = [
-            (segment, scored)
-            for segment, scored in zip(segments_through(trajectory, [kind]), replayed, strict=True)
-            if isinstance(segment, TokenSegment) and segment.kind == kind
-        ]
-        now += _rows([scored.logprobs for _, scored in found])
-        device = now[-1].device
-        behavior += _rows([segment.behavior_logprobs for segment, _ in found], device)
-        anchors = [s.behavior_logprobs if s.trainer_logprobs is None else s.trainer_logprobs for s, _ in found]
-        anchor += _rows(anchors, device)
-        masks += _rows([_scored(segment) for segment, _ in found], device)
-        entropies += _rows([scored.entropy for _, scored in found if scored.entropy is not None])
-    padded = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (now, behavior, anchor, entropies)]
-    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
-    return TokenGrid(padded[0], padded[1], padded[2], mask, padded[3])
+        through = segments_through(trajectory, [kind])
+        scored.append([row for segment, row in zip(through, replayed, strict=True) if segment.kind == kind])
+    now = [[row.logprobs for row in rows] for rows in scored]
+    entropy = [[row.entropy for row in rows if row.entropy is not None] for rows in scored]
+    behavior = [[segment.behavior_logprobs for segment in own] for own in segments]
+    anchor = [
+        [s.behavior_logprobs if s.trainer_logprobs is None else s.trainer_logprobs for s in own] for own in segments
+    ]
+    counted = [[segment.scored for segment in own if isinstance(segment, MaskedSegment)] for own in segments]
 
+    rows = [1 if parts[0].ndim == 1 else len(parts[0]) for parts in behavior]
+    tokens = [sum(part.shape[-1] for part in parts) for parts in behavior]
+    lengths = torch.tensor(tokens).repeat_interleave(torch.tensor(rows))
+    valid = torch.arange(max(tokens)) < lengths[:, None]
+    device = now[0][0].device
+    # the last trajectory first: gradients of equal texts, which share their log-probs, are summed in this order
+    sizes = [count * length for count, length in zip(rows, tokens, strict=True)]
+    cells = torch.cat(valid.flatten().nonzero()[:, 0].split(sizes)[::-1]).to(device)
+    valid = valid.to(device)
 
-def _scored(segment: TokenSegment) -> Bool[torch.Tensor, "R L"]:
-    """Which log-probs of a segment count, (R, L), a row per draw."""
-    if isinstance(segment, MaskedSegment):
-        return segment.scored
-    return torch.ones_like(segment.behavior_logprobs, dtype=torch.bool)[None]
+    def grid(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """The segments of each trajectory, each (L,) or (R, L), in R rows, zero at padding."""
+        if parts[0][0].ndim == 1:
+            flat = torch.cat([part for own in reversed(parts) for part in own])
+        else:
+            flat = torch.cat([torch.cat(list(own), dim=1).flatten() for own in reversed(parts)])
+        flat = flat.to(device)
+        return flat.new_zeros(valid.numel()).index_copy(0, cells, flat).view(valid.shape)
 
-
-def _rows(parts: Sequence[torch.Tensor], device: torch.device | None = None) -> list[torch.Tensor]:
-    """Concatenates the segments of a trajectory, each (L,) or (R, L), to R rows."""
-    return list(torch.cat([torch.atleast_2d(part) for part in parts], dim=1).to(device))
+    return TokenGrid(
+        logprobs=grid(now),
+        behavior=grid(behavior),
+        anchor=grid(anchor),
+        mask=grid(counted) if kind == "masked" else valid,
+        entropy=grid(entropy),
+    )
