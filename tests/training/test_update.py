@@ -408,7 +408,10 @@ def test_metrics_are_weighted_means() -> None:
     metrics.add("a", 1.0, 0.25)
     metrics.add("a", torch.tensor(3.0, requires_grad=True), 0.75)
     metrics.add("b", 5.0, 0.0)
-    assert metrics.means() == {"a": 2.5}
+    metrics.pending.insert(1, ("a", torch.tensor(2.5), 3.0))  # as of a GPU
+    assert metrics.means() == metrics.means() == {"a": 2.5}
+    metrics.add("a", 4.5, 4.0)
+    assert metrics.means() == {"a": 3.5}
 
 
 def test_metrics_of_several_updates_are_one_mean() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from PIL import Image as PilImage
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel import encoders
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.types import Example, FlowSegment, Image, Prompt, TextSegment, Trajectory
@@ -392,3 +394,24 @@ def test_states_of_texts_and_of_pictures_of_any_size(small: BagelPolicy) -> None
         assert grids[0] != grids[1]
         for part, state in zip(parts, states, strict=True):
             assert torch.allclose(small.reading_states([part], layer)[0], state, atol=1e-5)
+
+
+def test_images_pass_the_autoencoder_in_parts(small: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = small.encoders.config.vae
+    pixels, side = torch.rand(3, 3, 32, 32), 32 // vae.downsample
+    noise = torch.randn(3, vae.channels, side, side)
+    batches: list[int] = []
+    for coder in (small.encoders.latent_vae.encoder, small.encoders.latent_vae.decoder):
+        forward = coder.forward
+        monkeypatch.setattr(coder, "forward", lambda x, forward=forward: batches.append(len(x)) or forward(x))
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = small.encoders.encode_pixels(pixels, noise)
+        side = math.isqrt(tokens.shape[1])
+        return tokens, small.encoders.decode_pixels(tokens, (side, side))
+
+    together = both()
+    monkeypatch.setattr(encoders, "VAE_BYTES_CPU", 2 * vae.width * 32 * 32 * 4)
+    for part, whole in zip(both(), together, strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+    assert batches == [3, 3, 2, 1, 2, 1]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lvrpo.policies.bagel.config import BagelConfig
 
 TIME_WIDTH = 256
+VAE_BYTES, VAE_BYTES_CPU = 1 << 30, 8 << 20
+"""Largest activation of the autoencoder: more images go through in parts. On a CPU what fits into its caches: eight
+images of 256 x 256 are decoded in half the time of one batch (docs/results/speed.md)."""
 
 PosteriorNoise = Callable[[Image, tuple[int, int, int]], torch.Tensor]
 """(image at the size that is encoded, shape (z, h, w)) -> the standard normal draw of its posterior."""
@@ -139,16 +142,25 @@ class BagelEncoders(nn.Module):
     def encode_pixels(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] and posterior draws (B, z, h, w) -> latent tokens (B, N, C), float32."""
         device = self.latent_in.weight.device
+        together = self._together(pixels.shape[-2:], device)
         with torch.autocast(device.type, enabled=False):
-            z = self.latent_vae.encode(pixels.to(device), noise.to(device))
+            parts = zip(pixels.to(device).split(together), noise.to(device).split(together), strict=True)
+            z = torch.cat([self.latent_vae.encode(*part) for part in parts])
         return patchify(z, self.config.latent_patch)
 
     @torch.no_grad()
     def decode_pixels(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Latent tokens (B, N, C) -> pixels (B, 3, H, W), about [-1, 1]."""
         z = unpatchify(latents.float(), self.config.latent_patch, *grid)
+        f = self.config.vae.downsample
+        together = self._together((z.shape[-2] * f, z.shape[-1] * f), z.device)
         with torch.autocast(z.device.type, enabled=False):
-            return self.latent_vae.decode(z)
+            return torch.cat([self.latent_vae.decode(part) for part in z.split(together)])
+
+    def _together(self, size: Sequence[int], device: torch.device) -> int:
+        """How many images of (height, width) pixels go through the autoencoder at a time."""
+        largest = self.config.vae.width * size[0] * size[1] * 4  # bytes of an activation at full resolution, float32
+        return max(1, (VAE_BYTES_CPU if device.type == "cpu" else VAE_BYTES) // largest)
 
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Images in 8-bit steps, rounded down as published: what is judged is what a file would hold."""

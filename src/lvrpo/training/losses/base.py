@@ -74,8 +74,9 @@ class Metrics:
 
     def add(self, name: str, value: torch.Tensor | float, count: float = 1.0) -> None:
         """Adds a mean over ``count`` items, without waiting for a GPU."""
-        on_gpu = isinstance(value, torch.Tensor) and value.device.type != "cpu"
-        self.pending.append((name, value.detach() if on_gpu else float(value), count))
+        if isinstance(value, torch.Tensor):
+            value = value.item() if value.device.type == "cpu" else value.detach()
+        self.pending.append((name, value, count))
 
     def add_all(self, means: Mapping[str, torch.Tensor | float], count: float = 1.0) -> None:
         """Adds several means over ``count`` items."""
