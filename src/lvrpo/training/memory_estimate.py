@@ -20,8 +20,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.adapter import has_adapter, inject_adapter
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Policy
-from lvrpo.policies.flow import FlowSample, guidance_of
-from lvrpo.policies.flow import flow_segments
+from lvrpo.policies.flow import FlowSample, flow_segments, guidance_of
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot import flow_sampler, generate
 from lvrpo.policies.mot.attention import forget_packings
