@@ -162,7 +162,7 @@ class Decoder:
         self.transformer, self.cache = transformer, cache
         self.rope, self.length, self.room = cache.rope, _length(cache), _length(cache) + steps
         self.keys: list[torch.Tensor] = []
-        """Per layer (R, room, K, E), from the first step on."""
+        """Per layer (R, K, room, E), from the first step on: attention reads the keys of a head in one piece."""
         self.values: list[torch.Tensor] = []
         self.mask = self._mask()
         """(R, 1, 1, room), added to the scores; None where no context is padded."""
@@ -206,15 +206,17 @@ class Decoder:
             self.keys.append(self._buffer([keys for keys, _ in layers], k))
             self.values.append(self._buffer([values for _, values in layers], v))
         keys, values = self.keys[i], self.values[i]
-        keys[:, self.length] = k
-        values[:, self.length] = v
-        return keys[:, : self.length + 1], values[:, : self.length + 1]
+        keys[:, :, self.length] = k
+        values[:, :, self.length] = v
+        seen = slice(self.length + 1)
+        return keys[:, :, seen].transpose(1, 2), values[:, :, seen].transpose(1, 2)
 
     def _buffer(self, parts: Sequence[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
-        buffer = new.new_empty(len(new), self.room, *new.shape[1:])
+        rows, heads, width = new.shape
+        buffer = new.new_empty(rows, heads, self.room, width)
         start = 0
         for part in parts:
-            buffer[:, start : start + part.shape[1]] = part
+            buffer[:, :, start : start + part.shape[1]] = part.transpose(1, 2)
             start += part.shape[1]
         return buffer
 

@@ -1,0 +1,140 @@
+"""How much of the measured matmul rate each part of a step reaches, and how many operators it calls.
+
+    OMP_NUM_THREADS=1 python benchmarks/roofline.py [--part PART ...] [--device cpu] [--repeats 5]
+
+FLOPs are those of matmuls, attention and convolutions, forward and backward, as torch counts them. Seconds are of one
+thread of the processor, or on a GPU until it is done. Rates and parts are measured in turn; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from bagel_step import make_policy, make_prompts, sampling_of, seeds_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lvrpo.config import load_config, shipped_configs
+from lvrpo.policies.bagel.create import BagelSizes
+from lvrpo.policies.base import Sampling
+from lvrpo.rewards.table import score_groups
+from lvrpo.training.advantages import segment_advantages
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.rollout import prompts_of_step, rollout
+from lvrpo.training.trainer import Trainer, train_step
+
+SIDE, COPIED = 2048, 256 << 20
+PARTS = ("tiny rollout", "tiny rewards", "tiny update", "bagel 64 px", "bagel 256 px", "bagel joint step")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called, and those that read a number from the device."""
+
+    count = reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        self.reads += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call."""
+    if device.type == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def quickstart_parts(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The parts of a step of the quickstart, from its second step on."""
+    config = load_config(TrainConfig, shipped_configs()["quickstart"], [f"device={device.type}", "threads=1"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer.start(config, Path(folder) / "run")
+        with trainer.run:
+            policies = trainer.state.policies
+            prompts = prompts_of_step(trainer.source, config, 1)
+            groups = rollout(policies, prompts, config, 1)
+            yield "tiny rollout", lambda: rollout(policies, prompts, config, 1)
+
+            def rewards() -> object:
+                with policies.use("judge") as judge:
+                    return score_groups(trainer.rewards, groups, judge)
+
+            yield "tiny rewards", rewards
+            with policies.use("judge") as judge:
+                table = score_groups(trainer.rewards, groups, judge)
+            advantages = segment_advantages(table, groups, config.advantages)
+            update = (policies, trainer.objectives, trainer.state.optimizers, groups, advantages, config, 1)
+            yield "tiny update", lambda: train_step(*update).means()
+
+
+def bagel_parts(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A small BAGEL: a group of 8 drawings, guided, ten steps; and a joint step of all tasks."""
+    for size in (64, 256):
+        policy = make_policy(BagelSizes(width=256, depth=6, mlp_width=512, image_size=size)).to(device)
+        prompts = [prompt for prompt in make_prompts(size) if prompt.task == "generate"][:1]
+        drawing = Sampling(group_size=8, num_steps=10, guidance_scale=4.0, guidance_renorm="global")
+        yield f"bagel {size} px", lambda: policy.sample(prompts, drawing, [5])  # noqa: B023  # called before the next
+        if size == 64:
+            every = make_prompts(size)
+            groups = policy.sample(every, sampling_of(4), seeds_of(every))
+            trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+
+            def step() -> None:
+                rows = policy.logprobs(trajectories)  # noqa: B023
+                torch.cat([scored.logprobs.flatten() for row in rows for scored in row]).mean().backward()
+                policy.zero_grad(set_to_none=True)  # noqa: B023
+
+            yield "bagel joint step", step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    print(f"{'part':18} {'GFLOP':>8} {'seconds':>8} {'GFLOP/s':>8} {'of matmul':>9} {'operators':>9} {'reads':>6}")
+    rates, copies = [], []
+    for parts in (quickstart_parts, bagel_parts):
+        for name, call in parts(device):
+            if name not in options.part:
+                continue
+            with FlopCounterMode(display=False) as flops, Operators() as operators:
+                call()
+            taken, own = [], []
+            for _ in range(options.repeats):
+                own.append(2 * SIDE**3 / seconds(lambda: a @ b, device) / 1e9)
+                copies.append(2 * COPIED / seconds(lambda: target.copy_(source), device) / 1e9)
+                taken.append(seconds(call, device))
+            total, median, rate = flops.get_total_flops() / 1e9, statistics.median(taken), statistics.median(own)
+            rates += own
+            share = total / median / rate
+            print(
+                f"{name:18} {total:8.1f} {median:8.3f} {total / median:8.1f} {share:9.0%} {operators.count:9} "
+                f"{operators.reads:6}",
+                flush=True,
+            )
+    print(f"matmul {SIDE} x {SIDE} x {SIDE} in {dtype}: {statistics.median(rates):.1f} GFLOP/s")
+    print(f"copy of {COPIED >> 20} MiB, read and written: {statistics.median(copies):.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
