@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from lvrpo.policies.bagel.create import BagelSizes
 
@@ -56,3 +57,15 @@ def test_dry_run_of_the_gpu_benchmark(
     assert "rollout" in rows["joint LoRA step, G = 8"]
     assert float(rows["predicted for that step"].split(" GiB")[0]) > 0
     assert not Path("docs").exists()
+
+
+def test_operators_and_reads_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    module = load(root, "roofline")
+    with module.Operators() as operators:
+        total = torch.ones(3).mul(2).sum()
+    assert (operators.count, operators.reads) == (3, 0)
+    with operators:
+        assert float(total) == 6
+    assert (operators.count, operators.reads) == (4, 1)
+    assert module.seconds(lambda: torch.ones(8) @ torch.ones(8), torch.device("cpu")) >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image as PilImage
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel import encoders
+from lvrpo.policies.bagel import encoders, latent_cache
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.types import Example, FlowSegment, Image, Prompt, TextSegment, Trajectory
@@ -415,3 +416,25 @@ def test_images_pass_the_autoencoder_in_parts(small: BagelPolicy, monkeypatch: p
     for part, whole in zip(both(), together, strict=True):
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
     assert batches == [3, 3, 2, 1, 2, 1]
+
+
+def test_an_image_is_encoded_once_until_the_autoencoder_changes(
+    small: BagelPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, encoded = copy.deepcopy(small), []
+    encode = policy.encoders.encode_pixels
+    monkeypatch.setattr(policy.encoders, "encode_pixels", lambda *args: encoded.append(1) or encode(*args))
+    one, other = picture(1), picture(2)
+    first = policy.encoders.encode_latents([one, other, one])
+    assert torch.equal(first, small.encoders.encode_latents([one, other, one]))
+    assert torch.equal(policy.encoders.encode_latents([other]), first[1:2])
+    assert len(encoded) == 2
+    assert policy.encoders.encode_latents([one.clone()]).equal(first[:1])
+    assert len(encoded) == 3
+    with torch.no_grad():
+        policy.encoders.latent_vae.encoder.conv_in.weight.mul_(2)
+    assert not torch.equal(policy.encoders.encode_latents([one]), first[:1])
+    assert copy.deepcopy(policy).encoders._latents.found == {}
+    monkeypatch.setattr(latent_cache, "LATENT_CACHE_BYTES", 1)
+    policy.encoders.encode_latents([one, other])
+    assert [kept for kept, _, _ in policy.encoders._latents.found.values()] == [other]

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
+from lvrpo.policies.bagel.latent_cache import LatentCache
 from lvrpo.policies.mot.model_runner import Grid
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Image
@@ -50,6 +51,7 @@ class BagelEncoders(nn.Module):
         self.config = config
         self.channels = config.channels
         self.posterior_noise: PosteriorNoise = picture_noise
+        self._latents = LatentCache()
         self.embed_tokens_table = nn.Embedding(config.vocabulary_size, width)
         self.lm_head = nn.Linear(width, config.vocabulary_size, bias=False)
         self.read_vit = Vit(config.vit)
@@ -131,12 +133,17 @@ class BagelEncoders(nn.Module):
 
     # ---------------------------------------------------------------- drawing
     def encode_latents(self, images: Sequence[Image]) -> torch.Tensor:
-        resized = [self.config.settings.latent_resize.apply(image) for image in images]
-        height, width = resized[0].shape[1:]
+        weight = self.latent_vae.encoder.conv_in.weight  # changes with the autoencoder, which is otherwise frozen
+        state = id(weight), weight._version, weight.device, self.posterior_noise
+        # one by one, so that the latent of an image has the same bits whatever it is encoded with
+        return torch.stack([self._latents.get(image, state, self._encode_latent) for image in images])
+
+    def _encode_latent(self, image: Image) -> torch.Tensor:
+        resized = self.config.settings.latent_resize.apply(image)
         f = self.config.vae.downsample
-        shape = (self.config.vae.channels, height // f, width // f)
-        noise = torch.stack([self.posterior_noise(image, shape) for image in resized])
-        return self.encode_pixels((torch.stack(resized) - 0.5) / 0.5, noise)
+        shape = (self.config.vae.channels, resized.shape[1] // f, resized.shape[2] // f)
+        noise = self.posterior_noise(resized, shape)
+        return self.encode_pixels((resized[None] - 0.5) / 0.5, noise[None])[0]
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
