@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lvrpo.commands.keys import key_class
+from lvrpo.commands.models import KINDS
 from lvrpo.config import Config, load_config, require_known_keys, shipped_configs
 from lvrpo.errors import InputError
 from lvrpo.training.config import TrainConfig
@@ -26,7 +27,7 @@ RUNS: tuple[tuple[type[Config], str], ...] = ((TrainConfig, "lvrpo"), (PretrainC
         ["train", "pretrain"],
         ["train", "quickstart", "--stepz"],
         ["quickstart", "--config", "pretrain"],
-        ["init", "bagel-tiny", "folder", "widht=3"],
+        *(["init", kind, "folder", "widht=3"] for kind in KINDS),
     ],
 )
 def test_a_typing_error_is_answered_without_torch(arguments: list[str]) -> None:

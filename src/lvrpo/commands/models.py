@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from lvrpo.policies.showo2.policy import Showo2Policy
     from lvrpo.types import Image
 
-KINDS = ("bagel-tiny", "janus-tiny", "showo2-tiny", "sd3-tiny", "flux-tiny")
+KINDS = {
+    "bagel-tiny": "BagelSizes",
+    "janus-tiny": "JanusSizes",
+    "showo2-tiny": "RandomShowo2",
+    "sd3-tiny": "PipelineSizes",
+    "flux-tiny": "PipelineSizes",
+}
+"""What can be made, and the class of its sizes, whose keys ``docs/make_keys.py`` describes."""
 PIPELINE_NAMES = {"sd3-tiny": "Stable Diffusion 3", "flux-tiny": "FLUX"}
 KEPT_BYTES = 256 << 20
 """Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
@@ -47,8 +54,7 @@ def check_sizes(options: Options) -> None:
     from lvrpo.config import require_known_keys
 
     if options.kind in KINDS:
-        name = "JanusSizes" if options.kind == "janus-tiny" else "BagelSizes"
-        require_known_keys(key_class(name), None, options.overrides)
+        require_known_keys(key_class(KINDS[options.kind]), None, options.overrides)
 
 
 def init(options: Options) -> None:

@@ -20,7 +20,7 @@ from lvrpo.policies.flow import (
     Guidance,
     Velocity,
     draw_noise,
-    flow_segment,
+    flow_segments,
     guidance_of,
     integrate,
     replay_settings,
@@ -164,10 +164,9 @@ class DiffusersPolicy(AdaptablePolicy):
             step_noise = None if step_noise is None else step_noise.to(self.device)
             velocity = self._velocity_of([members[i][0] for i in part], grid, guidance)
             flows = integrate(velocity, sampling, timesteps, noise.to(self.device), step_noise)
-            images = pipeline.decode(flows.latents, grid)
-            for b, i in enumerate(part):
-                segment = flow_segment(flows, b, images[b], sampling)
-                found.append(Trajectory(members[i][0], members[i][1], (segment,), own[b], self.version))
+            segments = flow_segments(flows, pipeline.decode(flows.latents, grid), sampling)
+            for i, segment, seed in zip(part, segments, own, strict=True):
+                found.append(Trajectory(members[i][0], members[i][1], (segment,), seed, self.version))
         return [Group(prompt, tuple(found[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
     def _check(self, prompt: Prompt) -> None:

@@ -24,7 +24,7 @@ from lvrpo.policies.flow import (
     Guidance,
     Velocity,
     draw_noise,
-    flow_segment,
+    flow_segments,
     guidance_of,
     integrate,
     replay_settings,
@@ -192,10 +192,8 @@ class Showo2Policy(TransformersPolicy):
             velocity = self._velocity_of([prompt for prompt, *_ in own], grid, guidance)
             times = sampling_grid(replace(sampling, timestep_shift=sampling.timestep_shift or SHIFT))
             flows = integrate(velocity, sampling, times, noise.to(self.device), step_noise)
-            images = self.decode_latents(flows.latents, grid)
-            for b, k in enumerate(part):
-                prompt, member, each, _ = own[b]
-                segment = flow_segment(flows, b, images[b], sampling)
+            segments = flow_segments(flows, self.decode_latents(flows.latents, grid), sampling)
+            for k, segment, (prompt, member, each, _) in zip(part, segments, own, strict=True):
                 made[chosen[k]] = Trajectory(prompt, member, (segment,), each, self.version)
 
     def _write(
