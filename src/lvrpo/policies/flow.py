@@ -20,7 +20,7 @@ from lvrpo.sampling import (
     timestep_grid,
 )
 from lvrpo.sampling.guidance import Renorm
-from lvrpo.types import FlowSegment
+from lvrpo.types import FlowSegment, Image
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """States (B, N, C) and a time, as a tensor () and as a number, to guided velocities (B, N, C).
@@ -161,8 +161,8 @@ def integrate(
     )
 
 
-def flow_segments(sample: FlowSample, images: torch.Tensor, sampling: Sampling) -> list[FlowSegment]:
-    """The segments of a batch of images (B, 3, H, W); states and means, which are large, are kept in host memory."""
+def flow_segments(sample: FlowSample, images: torch.Tensor | Sequence[Image], sampling: Sampling) -> list[FlowSegment]:
+    """The segments of B images (3, H, W); states and means, which are large, are kept in host memory."""
     stochastic = sampling.sampler != "ode"
     on_host = (sample.states.cpu(), sample.next_states.cpu(), sample.means.cpu())
     return [
