@@ -28,6 +28,9 @@ from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
 from lvrpo.policies.diffusers_flow.create import PipelineSizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.janus.processor import ImageSettings
+from lvrpo.policies.showo.checkpoint import ShowoConfig
+from lvrpo.policies.showo.create import ShowoSizes
+from lvrpo.policies.showo.magvit import MagvitConfig
 from lvrpo.policies.showo2.create import RandomShowo2
 from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
@@ -101,11 +104,12 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
+    "init showo": (ShowoSizes, ("init", "showo-tiny", "new")),
     "init sd3": (PipelineSizes, ("init", "sd3-tiny", "new")),
     "init showo2": (RandomShowo2, ("init", "showo2-tiny", "new")),
 }
-READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, ResizeRule, VitConfig}
-"""Made of the files of a BAGEL or Janus, whose keys are not these fields (tests of their mistakes stand there)."""
+READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, MagvitConfig, ResizeRule, ShowoConfig, VitConfig}
+"""Made of the files of a model, whose keys are not these fields (tests of their mistakes stand there)."""
 
 
 @pytest.fixture(scope="module")

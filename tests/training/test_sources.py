@@ -271,7 +271,6 @@ def test_wrong_fields_are_named(make: Any, words: str) -> None:
     [
         ("config.json", {"model_type": "mmada"}, "an MMaDA, which draws with masked image tokens"),
         ("config.json", {"model_type": "multi_modality"}, "a Janus, which draws with image tokens"),
-        ("config.json", {"_class_name": "Showo"}, "a Show-o"),
         ("config.json", {"model_type": "gpt2"}, "a model of type 'gpt2'"),
     ],
 )

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
     from lvrpo.policies.janus.policy import JanusPolicy
+    from lvrpo.policies.showo.policy import ShowoPolicy
     from lvrpo.policies.showo2.policy import Showo2Policy
     from lvrpo.types import Image
 
 KINDS = {
     "bagel-tiny": "BagelSizes",
     "janus-tiny": "JanusSizes",
+    "showo-tiny": "ShowoSizes",
     "showo2-tiny": "RandomShowo2",
     "sd3-tiny": "PipelineSizes",
     "flux-tiny": "PipelineSizes",
@@ -73,6 +75,8 @@ def init(options: Options) -> None:
         raise InputError(f"{folder}: exists already: choose another name")
     if options.kind == "janus-tiny":
         policy, name = fresh_janus(options), "Janus"
+    elif options.kind == "showo-tiny":
+        policy, name = fresh_showo(options), "Show-o"
     elif options.kind == "showo2-tiny":
         policy, name = fresh_showo2(options), "Show-o2"
     elif options.kind != "bagel-tiny":
@@ -128,6 +132,16 @@ def refuse_autoencoder(options: Options) -> None:
     """Raises InputError where the options ask for an autoencoder that is trained."""
     if options.train_autoencoder:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
+
+
+def fresh_showo(options: Options) -> ShowoPolicy:
+    """Its autoencoder is random."""
+    from lvrpo.config import load_config
+    from lvrpo.data.scenes import VOCABULARY
+    from lvrpo.policies.showo.create import ShowoSizes, create_showo
+
+    refuse_autoencoder(options)
+    return create_showo(load_config(ShowoSizes, None, options.overrides), [" ".join(VOCABULARY)])
 
 
 def fresh_showo2(options: Options) -> Showo2Policy:

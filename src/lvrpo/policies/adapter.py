@@ -59,7 +59,7 @@ EXPERTS: Mapping[str, tuple[Expert, ...]] = {
     **dict.fromkeys((*READERS, "reading", "read", "lm", "lm_head"), ("understand",)),
     **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
     "transformer": ("generate",),
-    **dict.fromkeys(("language_model", "text_model"), ("understand", "generate")),
+    **dict.fromkeys(("language_model", "text_model", "layers"), ("understand", "generate")),
     **dict.fromkeys(("showo", "fusion_proj"), ("understand", "generate")),
     **dict.fromkeys(("diff_proj", "diffusion_head_a"), ("generate",)),
     "und_trans": ("understand",),

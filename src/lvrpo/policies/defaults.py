@@ -206,6 +206,21 @@ class TokenPolicy(PolicyDefaults):
     def decode_image(self, codes: torch.Tensor) -> Image:
         """The image of codes (N,)."""
 
+    # --- what has a default ---
+
+    def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
+        """Input ids before a segment of this kind: those of ``context_ids``, whatever follows and is asked."""
+        return self.context_ids(prompt.parts, segments)
+
+    def choice_temperature(self, sampling: Sampling, step: int) -> float:
+        """Of the choice of the masked tokens to reveal in a step: the same in all."""
+        return sampling.choice_temperature
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(self.parameters()).device
+
     # --- sampling ---
 
     @torch.no_grad()
@@ -224,7 +239,7 @@ class TokenPolicy(PolicyDefaults):
                     waiting[self._kind(prompt.output, k)].append(i)
             for kind, chosen in waiting.items():
                 make = {"text": self._sample_text, "tokens": self._sample_image, "masked": self._sample_masked}[kind]
-                contexts = [self.context_ids(rows[i][0].parts, made[i]) for i in chosen]
+                contexts = [self.segment_context(rows[i][0], made[i], kind) for i in chosen]
                 own = [derive_seed(rows[i][2], k) for i in chosen]
                 for i, segment in zip(chosen, make(contexts, own, sampling), strict=True):
                     made[i].append(segment)
@@ -245,7 +260,7 @@ class TokenPolicy(PolicyDefaults):
         rows = [list(context) for context in contexts]
         for i in range(sampling.max_new_tokens):
             last = torch.stack([logits[-1] for logits in self.next_logits(rows)])
-            tokens = sample_tokens(last, u[:, i], sampling.temperature, self.text_tokens)
+            tokens = sample_tokens(last, u[:, i], sampling.temperature, self.text_tokens.to(last.device))
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 row.append(token)
         for row, context in zip(rows, contexts, strict=True):
@@ -261,7 +276,7 @@ class TokenPolicy(PolicyDefaults):
         tokens, scale = torch.zeros(len(contexts), 0, dtype=torch.int64), sampling.guidance_scale
         for i in range(self.image_tokens):
             logits = self.image_logits(contexts, tokens, False, scale, "joint")[:, -1]
-            sampled = sample_tokens(logits, u[:, i], sampling.image_temperature)
+            sampled = sample_tokens(logits, u[:, i], sampling.image_temperature).cpu()
             tokens = torch.cat([tokens, sampled[:, None]], dim=1)
         for row in tokens:
             image, none = self.decode_image(row), torch.zeros(len(row))
@@ -270,14 +285,18 @@ class TokenPolicy(PolicyDefaults):
     def _sample_masked(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
         B, N, temperature, scale = len(contexts), self.image_tokens, sampling.image_temperature, sampling.guidance_scale
         scoring = sampling.masked
-        tokens, steps = torch.zeros(B, N, dtype=torch.int64), torch.full((B, N), sampling.num_steps)
+        tokens = torch.zeros(B, N, dtype=torch.int64, device=self.device)
+        steps = torch.full_like(tokens, sampling.num_steps)
         for s, left in enumerate(masked_counts(N, sampling.num_steps)):
-            u = uniform_noise([derive_seed(seed, "reveal", s) for seed in seeds], (2, N))
+            u = uniform_noise([derive_seed(seed, "reveal", s) for seed in seeds], (2, N)).to(self.device)
             logits = self.image_logits(contexts, masked_input(tokens, steps, s, -1), True, scale, "joint")
             sampled = sample_tokens(logits.flatten(0, 1), u[:, 0].flatten(), temperature).view(B, N)
             logprobs = token_logprobs(logits, sampled, temperature)
-            fixed = choose_revealed(logprobs, steps == sampling.num_steps, left, u[:, 1], sampling.choice_temperature)
+            fixed = choose_revealed(
+                logprobs, steps == sampling.num_steps, left, u[:, 1], self.choice_temperature(sampling, s)
+            )
             tokens, steps = torch.where(fixed, sampled, tokens), torch.where(fixed, s, steps)
+        tokens, steps = tokens.cpu(), steps.cpu()
         masks = torch.ones(B, 1, N, dtype=torch.bool)
         if scoring.likelihood == "monte_carlo":
             masks = mask_draws([derive_seed(seed, "masks") for seed in seeds], N, scoring.draws, scoring.schedule)
@@ -309,7 +328,7 @@ class TokenPolicy(PolicyDefaults):
                     equal[replay_settings(t.segments[k])].append(i)
             for chosen in equal.values():
                 before = [trajectories[i] for i in chosen]
-                contexts = [self.context_ids(t.prompt.parts, t.segments[:k]) for t in before]
+                contexts = [self.segment_context(t.prompt, t.segments[:k], t.segments[k].kind) for t in before]
                 scored = self._score(contexts, [t.segments[k] for t in before])
                 for i, row in zip(chosen, scored, strict=True):
                     found[i].append(row)
@@ -317,11 +336,11 @@ class TokenPolicy(PolicyDefaults):
 
     def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
         """Segments of one kind and setting. Any: the kind is checked here."""
-        tokens, first = [segment.tokens for segment in segments], segments[0]
+        tokens, first = [segment.tokens.to(self.device) for segment in segments], segments[0]
         if first.kind == "text":
             rows = [[*context, *row.tolist()[:-1]] for context, row in zip(contexts, tokens, strict=True)]
             for context, row, logits in zip(contexts, tokens, self.next_logits(rows), strict=True):
-                own, among = logits[len(context) - 1 :], (first.temperature, self.text_tokens)
+                own, among = logits[len(context) - 1 :], (first.temperature, self.text_tokens.to(row.device))
                 yield SegmentLogprobs(token_logprobs(own, row, *among), token_entropy(own, *among))
             return
         guidance, temperature, codes = (
@@ -335,8 +354,8 @@ class TokenPolicy(PolicyDefaults):
             yield from map(SegmentLogprobs, *scored)
             return
         path = first.likelihood == "path"
-        steps = torch.stack([segment.reveal_steps for segment in segments])
-        scored = torch.stack([segment.scored for segment in segments])  # (B, R, N)
+        steps = torch.stack([segment.reveal_steps for segment in segments]).to(self.device)
+        scored = torch.stack([segment.scored for segment in segments]).to(self.device)  # (B, R, N)
         rounds = int(steps.max()) + 1 if path else scored.shape[1]
         seen = [
             masked_input(codes, steps, r, -1) if path else codes.masked_fill(scored[:, r], -1) for r in range(rounds)
@@ -378,12 +397,14 @@ class TokenPolicy(PolicyDefaults):
         times: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
         """As ``Judge.image_logprob``: exact for image tokens in order, a bound by random masks for masked ones."""
-        rows = [self.context_ids(parts) for parts in contexts]
-        codes = torch.stack([self.encode_image(image) for image in images])
-        if self._kind(("image",), 0) == "tokens":
+        kind = self._kind(("image",), 0)
+        prompts = [Prompt("judged", "generate", tuple(parts), ("image",)) for parts in contexts]
+        rows = [self.segment_context(prompt, (), kind) for prompt in prompts]
+        codes = torch.stack([self.encode_image(image) for image in images]).to(self.device)
+        if kind == "tokens":
             logits = self.image_logits(rows, codes[:, :-1], False, 1.0, "joint")
             return token_logprobs(logits, codes).sum(dim=1, keepdim=True).expand(-1, draws)
-        masks = mask_draws(list(seeds), self.image_tokens, draws, "uniform")
+        masks = mask_draws(list(seeds), self.image_tokens, draws, "uniform").to(self.device)
         seen = [codes.masked_fill(masks[:, k], -1) for k in range(draws)]
         logprobs = [token_logprobs(self.image_logits(rows, inputs, True, 1.0, "joint"), codes) for inputs in seen]
         each = [monte_carlo_logprob(row[:, None], masks[:, k, None], "elbo") for k, row in enumerate(logprobs)]

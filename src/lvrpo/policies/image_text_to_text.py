@@ -202,7 +202,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
 
     def default_sampling(self, task: Task) -> Sampling:
         """Temperature 1; texts of up to 512 tokens, or of half the positions of a small model."""
-        return Sampling(max_new_tokens=self.text_tokens)
+        return Sampling(max_new_tokens=self.longest_text)
 
     def check_text(self, text: str) -> None:
         """Raises InputError where a text holds a marker of the model."""

@@ -190,7 +190,7 @@ def possible_tasks(model: str | Path) -> tuple[Task, ...]:
 
 
 def model_type(folder: Path) -> str:
-    """The ``model_type`` in a folder's config.json. BAGEL is told by its other files: one release's was invalid."""
+    """The ``model_type`` in a folder's config.json. Show-o is told by its class, BAGEL by its other files."""
     if _is_sharded(folder):
         return model_type(folder.parent.parent / START)
     if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
@@ -238,14 +238,12 @@ def image_text_to_text_types(kind: str) -> Mapping[str, str]:
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-CLASSES: Mapping[str, str] = {"Showo2Qwen2_5": "showo2"}
+CLASSES: Mapping[str, str] = {"Showo": "showo", "Showo2Qwen2_5": "showo2"}
 """``_class_name`` in a config.json without model_type, to an entry of ``POLICIES``."""
 FAMILIES: Mapping[str, str] = {
     "multi_modality": "a Janus, which draws with image tokens, in the layout of its makers (that of transformers is "
     "read, such as deepseek-community/Janus-Pro-1B)",
     "emu3": "an Emu3, which draws with image tokens",
-    "showo": "a Show-o, which draws with masked image tokens",
-    "show_o": "a Show-o, which draws with masked image tokens",
     "mmada": "an MMaDA, which draws with masked image tokens",
     "sd3": "the transformer of a Stable Diffusion 3 alone (its whole pipeline is read, with model_index.json)",
     "flux": "the transformer of a FLUX alone (its whole pipeline is read, with model_index.json)",

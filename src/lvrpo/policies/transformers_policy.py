@@ -42,7 +42,7 @@ class TransformersPolicy(AdaptablePolicy):
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
-    def text_tokens(self) -> int:
+    def longest_text(self) -> int:
         """What is written at most, unless told otherwise: 512 tokens, or half the positions of a small model."""
         return max(1, min(TEXT_TOKENS, self.positions // 2))
 

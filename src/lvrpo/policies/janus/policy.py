@@ -99,7 +99,7 @@ class JanusPolicy(TransformersPolicy):
 
     def default_sampling(self, task: Task) -> Sampling:
         """Guidance 5, as published; texts of up to 512 tokens, or of half the positions of a small model."""
-        return Sampling(max_new_tokens=self.text_tokens, guidance_scale=5.0)
+        return Sampling(max_new_tokens=self.longest_text, guidance_scale=5.0)
 
     def check_text(self, text: str) -> None:
         """Raises InputError where a text holds a marker of the model."""

@@ -103,10 +103,7 @@ class ImageSettings(Config):
         if (height, width) != (self.size, self.size):
             scale = self.size / max(height, width)
             fitted = [max(round(side * scale), self.min_size) for side in (height, width)]
-            mode = "bilinear" if self.resample == 2 else "bicubic"
-            for size in ((height, fitted[1]), fitted):  # along rows, then columns, in 8 bits, as PIL
-                image = functional.interpolate(image[None], size, mode=mode, align_corners=False, antialias=True)[0]
-                image = (image.clamp(0, 1) * 255).round() / 255
+            image = resized(image, fitted[0], fitted[1], "bilinear" if self.resample == 2 else "bicubic")
         height, width = image.shape[1:]
         side = max(height, width)
         ground = [int(255 * mean) / 255 for mean in self.image_mean]
@@ -114,6 +111,14 @@ class ImageSettings(Config):
         top, left = (side - height) // 2, (side - width) // 2
         square[:, top : top + height, left : left + width] = image
         return square
+
+
+def resized(image: Image, height: int, width: int, mode: str) -> Image:
+    """A picture of another size, as PIL resizes it: along rows, then columns, in 8 bits."""
+    for size in ((image.shape[1], width), (height, width)):
+        image = functional.interpolate(image[None], size, mode=mode, align_corners=False, antialias=True)[0]
+        image = (image.clamp(0, 1) * 255).round() / 255
+    return image
 
 
 def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""A small Show-o from random weights, with a tokenizer of its own, in the published layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lvrpo.config import Config
+from lvrpo.policies.janus.processor import THINK_THEN_DRAW
+from lvrpo.policies.showo.checkpoint import CONFIG, LANGUAGE, empty_transformer
+from lvrpo.policies.showo.layout import HEAD, MARKERS, Layout
+from lvrpo.policies.showo.magvit import GROUPS, Magvit, MagvitConfig
+from lvrpo.policies.showo.policy import ShowoPolicy
+from lvrpo.policies.transformers_checkpoint import json_bytes
+from lvrpo.policies.transformers_library import transformers_library
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
+
+END = "<|endoftext|>"
+
+
+class ShowoSizes(Config):
+    """Sizes of a random Show-o; the defaults are for tests and first runs on a CPU."""
+
+    width: int = Field(default=64, ge=4, le=65_536)
+    depth: int = Field(default=2, ge=1, le=1000)
+    heads: int = Field(default=4, ge=1, le=1000)
+    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
+    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
+    """Text tokens at most."""
+    positions: int = Field(default=512, ge=HEAD + 3, le=1_000_000)
+    image_size: int = Field(default=32, ge=8, le=1024)
+    """Side of a picture that is read or drawn."""
+    patch_size: int = Field(default=8, ge=2, le=64)
+    """A power of two: pixels along a side of an image token."""
+    bits: int = Field(default=6, ge=1, le=16)
+    """Of an image token: there are 2 ** bits."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
+        if self.width % (4 * self.heads):
+            raise ValueError(f"heads={self.heads}: a width of {self.width} must be a multiple of 4 x heads")
+        if self.positions < HEAD + self.image_tokens + 2:
+            raise ValueError(f"positions={self.positions}: a drawing takes {HEAD + self.image_tokens + 2}: use more")
+        return self
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
+    """A fresh policy; its tokenizer has bytes and the merges learned from ``texts``."""
+    transformers = transformers_library("a Show-o")
+    tokenizer = learn_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
+    text_size, codes = tokenizer.get_vocab_size(), 2**sizes.bits
+    vocabulary = text_size + len(MARKERS) + codes + 1
+    phi = {
+        "architectures": ["PhiForCausalLM"],
+        "model_type": "phi",
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.mlp_width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "max_position_embeddings": sizes.positions,
+        "initializer_range": sizes.width**-0.5,  # weights that are seen in the logits: a prompt moves them
+        "bos_token_id": tokenizer.token_to_id(END),
+        "eos_token_id": tokenizer.token_to_id(END),
+    }
+    levels = round(math.log2(sizes.patch_size)) + 1
+    once = (1,) * levels
+    magvit = MagvitConfig(
+        ch=GROUPS,
+        z_channels=sizes.bits,
+        encoder_ch_mult=once,
+        encoder_num_res_blocks=once,
+        decoder_ch_mult=once,
+        decoder_num_res_blocks=once,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        shapes = empty_transformer(transformers, phi, vocabulary, Path("showo-tiny"))
+        model, autoencoder = transformers.PhiForCausalLM(shapes.config), Magvit(magvit)
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": END}
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json_bytes(named),
+        CONFIG: json_bytes(phi),
+    }
+    stored = {
+        "_class_name": "Showo",
+        "codebook_size": codes,
+        "llm_model_path": LANGUAGE,
+        "llm_vocab_size": text_size,
+        "load_from_showo": True,
+        "mask_token_id": vocabulary - 1,
+        "num_vq_tokens": sizes.image_tokens,
+        "vocab_size": vocabulary,
+        "w_clip_vit": False,
+    }
+    layout = Layout.from_files(files, Path("showo-tiny"), text_size, codes)
+    return ShowoPolicy(model, autoencoder, layout, stored)
+
+
+def learn_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
+    """A byte-level tokenizer as that of Phi-1.5, which can write any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[AddedToken(END, special=True, normalized=False)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f" {text}" for text in texts], trainer)
+    return tokenizer

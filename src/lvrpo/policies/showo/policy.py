@@ -1,0 +1,302 @@
+"""Show-o as a policy: reads pictures and answers, thinks, and draws masked image tokens with guidance."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from lvrpo.errors import InputError
+from lvrpo.policies.adapter import Modules
+from lvrpo.policies.base import Sampling
+from lvrpo.policies.decoding import Decoder, generate_text
+from lvrpo.policies.defaults import TokenPolicy
+from lvrpo.policies.janus.processor import THINK_THEN_DRAW
+from lvrpo.policies.showo.checkpoint import load_showo, save_showo
+from lvrpo.policies.showo.layout import HEAD, Layout, Rows, square
+from lvrpo.policies.showo.magvit import Magvit
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
+from lvrpo.sampling import derive_seed, guide_logits, uniform_noise
+from lvrpo.types import (
+    Group,
+    Image,
+    LogitGuidance,
+    OutputKind,
+    Part,
+    Parts,
+    Prompt,
+    Segment,
+    SegmentKind,
+    Task,
+    TextSegment,
+)
+
+OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
+CAPTION = HEAD - 3
+"""Text tokens of a drawing's row at most: beside them stand its task and two ends."""
+KEPT = 4096
+"""Read pictures whose codes are remembered."""
+
+
+class ShowoPolicy(TokenPolicy, TransformersPolicy):
+    """Show-o of any size whose pictures are read as image tokens: showlab/show-o and show-o-512x512.
+
+    The transformer is ``PhiForCausalLM`` of transformers under Show-o's attention mask. Guidance is classifier-free:
+    the unconditional branch has an empty text. With ``("text", "image")`` the plan follows the prompt's text in the row
+    of the drawing.
+    """
+
+    segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
+    tasks: tuple[Task, ...] = ("understand", "generate", "reason")
+    """It was not trained to draw from a picture."""
+    adapter_patterns: ClassVar[Mapping[Modules, str]] = {
+        "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.([qkv]_proj|dense)",
+        "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(fc1|fc2)",
+    }
+
+    def __init__(self, model: Any, magvit: Magvit, layout: Layout, stored: Mapping[str, Any]) -> None:
+        """``model``: a PhiForCausalLM; ``stored``: the content of config.json.
+
+        Any: of an optional package; decoded JSON. The autoencoder stays frozen and float32.
+        """
+        super().__init__(model)
+        self.magvit = magvit.eval().requires_grad_(False)
+        self.layout = layout
+        self.stored = dict(stored)
+        self.end_id = layout.end
+        self.image_tokens = int(stored["num_vq_tokens"])
+        self.text_tokens = torch.arange(layout.mask + 1) < layout.text_size
+        self._codes: dict[bytes, torch.Tensor] = {}
+
+    @property
+    def drawn_side(self) -> int:
+        """Side of a drawing in pixels."""
+        return round(self.image_tokens**0.5) * self.magvit.config.patch_size
+
+    def default_sampling(self, task: Task) -> Sampling:
+        """As published: 50 steps at guidance 5, which is 6 here (``guide_logits``)."""
+        return Sampling(
+            max_new_tokens=64 if task == "reason" else 100,
+            num_steps=min(50, self.image_tokens),
+            guidance_scale=6.0,
+            choice_temperature=1.0,
+        )
+
+    def choice_temperature(self, sampling: Sampling, step: int) -> float:
+        """Multiplied by 1 - (s + 1) / num_steps at every step s, as Show-o does; the last is 0."""
+        temperature = sampling.choice_temperature
+        for s in range(step + 1):
+            temperature *= 1 - (s + 1) / sampling.num_steps
+        return temperature
+
+    def check_text(self, text: str) -> None:
+        """Raises InputError where a text holds a marker of the model."""
+        self.layout.check_text(text)
+
+    # --- rollout ---
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
+        """As ``Policy.sample``; raises InputError for what a Show-o cannot do."""
+        for prompt in prompts:
+            self._check(prompt, sampling)
+        return super().sample(prompts, sampling, seeds)
+
+    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+        named = f"prompt {prompt.id!r}"
+        pictures = sum(isinstance(part, torch.Tensor) for part in prompt.parts)
+        if prompt.output not in OUTPUTS:
+            raise InputError(f"{named}: a Show-o answers, draws, or thinks and draws, not {', '.join(prompt.output)}")
+        if "image" in prompt.output and pictures:
+            raise InputError(f"{named}: a Show-o draws from text alone, not from a picture: leave the picture out")
+        if prompt.task == "understand" and not pictures:
+            raise InputError(f"{named}: task 'understand' needs a picture: give one")
+        if pictures > 1:
+            raise InputError(f"{named}: {pictures} pictures: a Show-o reads one: give one")
+        side = self.drawn_side
+        if "image" in prompt.output and sampling.image_size not in (None, (side, side)):
+            raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
+        rows = []
+        if "text" in prompt.output:
+            rows.append((len(self.segment_context(prompt, (), "text")), sampling.max_new_tokens, self.positions))
+        if "image" in prompt.output:
+            plan = sampling.max_new_tokens if "text" in prompt.output else 0
+            rows.append((len(self.segment_context(prompt, (), "masked")) - 3, plan, CAPTION))
+        for length, new, limit in rows:
+            if length + new > limit:
+                after = f" and {new} after them (max_new_tokens)" if new else ""
+                raise InputError(f"{named}: {length} tokens{after}, the limit is {limit}: shorten it")
+
+    def _sample_text(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
+        """From the KV cache; every different context is read once."""
+        out: dict[int, Segment] = {}
+        allowed, embed = self.text_tokens.to(self.device), self.model.model.embed_tokens
+        for part in self.cut([len(context) + sampling.max_new_tokens for context in contexts]):
+            u = uniform_noise([derive_seed(seeds[i], "write") for i in part], (sampling.max_new_tokens,))
+            distinct = list(dict.fromkeys(tuple(contexts[i]) for i in part))
+            with self.autocast():
+                decoder = self._decoder(self.layout.padded(distinct, left=True))
+                decoder.select([distinct.index(tuple(contexts[i])) for i in part])
+                found = generate_text(
+                    *(decoder, embed, self.model.lm_head, {self.end_id}, u.to(self.device)),
+                    *(sampling.temperature, allowed),
+                )
+            for i, ids in zip(part, found, strict=True):
+                none, text = torch.zeros(len(ids)), self.decode_text(ids)
+                out[i] = TextSegment(torch.tensor(ids), none, sampling.temperature, text, ids[-1] == self.end_id)
+        return [out[i] for i in range(len(contexts))]
+
+    def _decoder(self, rows: Rows) -> Decoder:
+        """Reads rows that are padded on the left."""
+        from transformers import DynamicCache
+
+        def forward(x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+            """Any: of an optional package."""
+            out = self.model.model(
+                inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            return out.last_hidden_state
+
+        cache, places = DynamicCache(config=self.model.config), rows.places.to(self.device)
+        x = self.model.model.embed_tokens(rows.ids.to(self.device))
+        states = forward(x, rows.seen[:, None].to(self.device), places, cache)
+        return Decoder(forward, cache, rows.valid.long().to(self.device), places[:, -1:], states[:, -1])
+
+    # --- tokens ---
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of an answer, which one space parts from its question."""
+        return self.layout.encode(f" {text}")
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of ids, the end token skipped."""
+        return self.layout.decode(ids)
+
+    @torch.no_grad()
+    def encode_image(self, image: Image) -> torch.Tensor:
+        """The codes of a picture of any size, int64 (N,), on the CPU; those of equal pictures are remembered."""
+        key = hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=16).digest() + bytes(
+            str(tuple(image.shape)), "ascii"
+        )
+        if key not in self._codes:
+            if len(self._codes) >= KEPT:
+                self._codes.pop(next(iter(self._codes)))
+            pixels = square(image, self.drawn_side)[None].to(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                self._codes[key] = self.magvit.encode(pixels)[0].cpu()
+        return self._codes[key]
+
+    @torch.no_grad()
+    def decode_image(self, codes: torch.Tensor) -> Image:
+        """The picture of codes (N,), on the CPU."""
+        with torch.autocast(self.device.type, enabled=False):
+            return (self.magvit.decode(codes[None].to(self.device))[0].cpu() / 2 + 0.5).clamp(0, 1)
+
+    def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
+        """The row before an answer; see ``segment_context`` for that before a drawing."""
+        codes = [self.encode_image(part) for part in parts if isinstance(part, torch.Tensor)]
+        return self.layout.question(codes[0] if codes else None, _text(parts))
+
+    def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
+        """The row before an answer or a plan, or before the image tokens of a drawing: the prompt, then its plan."""
+        if kind == "text":
+            first = {"reason": THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER}.get(prompt.task)
+            return self.context_ids((*([first] if first else []), *prompt.parts))
+        text = self.layout.encode(_text(prompt.parts))
+        for segment in segments:
+            assert isinstance(segment, TextSegment)
+            text += segment.tokens[: -1 if segment.ended else None].tolist()
+        return self.layout.caption(text)
+
+    # --- the transformer ---
+
+    def _states(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The final states of rows, each (L, D)."""
+        found: list[torch.Tensor] = []
+        for part in self.cut([len(row) for row in rows]):
+            batch = self.layout.padded([rows[i] for i in part])
+            states = self._run(batch).last_hidden_state
+            found += [states[k, : len(rows[i])] for k, i in enumerate(part)]
+        return found
+
+    def _run(self, batch: Rows, **settings: Any) -> Any:
+        """Any: options and outputs of an optional package."""
+        with self.autocast(), self.checkpointing():
+            return self.model.model(
+                input_ids=batch.ids.to(self.device),
+                attention_mask=batch.seen[:, None].to(self.device),
+                position_ids=batch.places.to(self.device),
+                use_cache=False,
+                **settings,
+            )
+
+    def next_logits(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """As ``TokenPolicy.next_logits``, over the whole vocabulary."""
+        with self.autocast():
+            return [self.model.lm_head(states) for states in self._states(rows)]
+
+    def image_logits(
+        self, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, masked: bool, scale: float, mode: LogitGuidance
+    ) -> torch.Tensor:
+        """As ``TokenPolicy.image_logits``; both branches of guidance are one batch unless one has no gradient."""
+        codes = tokens.tolist()
+        rows = [self.layout.drawing(context, row) for context, row in zip(contexts, codes, strict=True)]
+        if scale == 1 or mode == "none":
+            return guide_logits(self._code_logits(rows), None, scale, mode)
+        free = [self.layout.drawing(self.layout.caption([]), row) for row in codes]
+        if mode == "detach_uncond":
+            with torch.no_grad():
+                other = self._code_logits(free)
+            return guide_logits(self._code_logits(rows), other, scale, mode)
+        logits = self._code_logits([*rows, *free])
+        return guide_logits(logits[: len(rows)], logits[len(rows) :], scale, mode)
+
+    def _code_logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits of the image tokens of drawings, in their places: (B, N, K)."""
+        states = torch.stack([own[-self.image_tokens - 1 : -1] for own in self._states(rows)])
+        with self.autocast():
+            return self.model.lm_head(states)[..., self.layout.first_code : self.layout.mask]
+
+    @torch.no_grad()
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Policy.reading_states``; after the last layer the states are normed."""
+        depth = len(self.model.model.layers)
+        if not 0 <= layer <= depth:
+            raise InputError(f"layer={layer}: the policy has {depth} layers")
+        found = []
+        for part in parts:
+            if isinstance(part, str):
+                row, own = [self.end_id, *self.layout.encode(part)], slice(1, None)
+            else:
+                row, own = self.layout.read(self.encode_image(part)), slice(2, -1)
+            out = self._run(self.layout.padded([row]), output_hidden_states=True)
+            found.append(out.hidden_states[layer][0, own])
+        return found
+
+    # --- weights ---
+
+    def stored_name(self, name: str) -> str:
+        """With the name that Show-o gives the transformer."""
+        return "showo." + name.removeprefix("model.")
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the published layout, language model and autoencoder in folders beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_showo(self.model, self.magvit, self.layout, self.stored, folder)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """Reads a folder as published; docs/guides/showo.md says where its parts are looked for.
+
+        ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
+        files, tensors that are missing or do not fit, and without transformers.
+        """
+        folder, device = Path(folder), torch.device(device)
+        return cls(*load_showo(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))).to(device)
+
+
+def _text(parts: Parts) -> str:
+    return "\n".join(part for part in parts if isinstance(part, str))
