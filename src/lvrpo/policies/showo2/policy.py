@@ -106,7 +106,7 @@ class Showo2Policy(TransformersPolicy):
 
     def default_sampling(self, task: Task) -> Sampling:
         """49 steps of Euler and guidance 5, as published; texts of up to 512 tokens."""
-        return Sampling(max_new_tokens=self.text_tokens, guidance_scale=5.0, num_steps=49, solver="euler")
+        return Sampling(max_new_tokens=self.longest_text, guidance_scale=5.0, num_steps=49, solver="euler")
 
     def timestep_shift(self) -> float:
         """3, as published."""
