@@ -314,6 +314,7 @@ def edges_of_list(kind: Kind) -> Iterator[Outside]:
 def parts_outside(kind: Kind) -> Iterator[Outside]:
     """What is outside of the type of a part, sections included."""
     yield from outside(kind)
+    kind, _, _ = split(kind)
     for section in filter(is_model, members(kind)):
         for found in wrong_fields(section):
             yield Outside(placed(found), (*found.path[:-1], *found.names), found.common, found.owner)

@@ -30,6 +30,7 @@ from lvrpo.training.optimizer import OptimizerConfig
 from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.rollout_engine import DEFAULT_IMPORTANCE_CAP
+from lvrpo.training.trackers import AnyTracker
 from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, Task
 
 Count = Annotated[int, Field(le=100_000)]
@@ -185,6 +186,8 @@ class TrainConfig(Config):
     """Newest checkpoints that are kept, beside the best."""
     samples_every: int = Field(default=20, ge=1)
     """Steps between sample grids in samples/."""
+    trackers: tuple[AnyTracker, ...] = ()
+    """Trackers that show the run, such as [{kind: tensorboard}, {kind: wandb, mode: offline}]."""
 
     @property
     def max_failed(self) -> dict[str, float]:

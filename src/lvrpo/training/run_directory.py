@@ -69,6 +69,7 @@ class RunDirectory:
         """Does not access the disk; use ``create``, ``open`` or ``read``."""
         self.path = Path(path)
         self._unlock: Callable[[], object] | None = None
+        self._close_first: list[Callable[[], object]] = []
         self._created: list[Path] | None = None
         """Folders that ``create`` created for a new run, innermost first."""
 
@@ -114,8 +115,14 @@ class RunDirectory:
             raise InputError(f"{run.path}: is not a run directory (no {CONFIG}): give the folder of a run")
         return run
 
+    def close_first(self, close: Callable[[], object]) -> None:
+        """Calls ``close`` before the lock is released."""
+        self._close_first.append(close)
+
     def close(self) -> None:
         """Releases the lock."""
+        while self._close_first:
+            self._close_first.pop()()
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
@@ -124,6 +131,8 @@ class RunDirectory:
         """Releases the lock; deletes a run that this process created if it failed before its first checkpoint."""
         if not is_main():
             return
+        while self._close_first:
+            self._close_first.pop()()
         locked = self._unlock is not None
         if (
             locked

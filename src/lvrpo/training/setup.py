@@ -39,6 +39,7 @@ from lvrpo.training.policies import weights_dtype
 from lvrpo.training.rollout import prompts_of_step
 from lvrpo.training.run_directory import CONFIG, MANIFEST, SUMMARY, RunDirectory
 from lvrpo.training.sources import Parts
+from lvrpo.training.trackers import require_trackers
 
 
 @runtime_checkable
@@ -132,7 +133,8 @@ def require_enough_memory(config: TrainConfig, parts: Parts) -> None:
 
 
 def require_extras(config: TrainConfig) -> None:
-    """Raises InputError if a package that the configuration needs is not installed."""
+    """Raises InputError if a package, or the key of a tracker, that the configuration needs is missing."""
+    require_trackers(config.trackers)
     if config.adapter is not None:
         peft_library()
     if config.optimizer.kind == "adamw_8bit":

@@ -55,6 +55,7 @@ from lvrpo.training.setup import (
 from lvrpo.training.sources import NO_CUSTOM_PARTS, CustomParts, Parts, open_parts
 from lvrpo.training.splits import require_disjoint_splits
 from lvrpo.training.state import TrainState
+from lvrpo.training.trackers import require_trackers, start_trackers
 from lvrpo.training.validation import Validator, apply_validation, check_overoptimization
 from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
 
@@ -132,6 +133,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         run = RunDirectory.open(folder)
         try:
             config, extended = resumed_config(run, config)
+            require_trackers(config.trackers)
             with relay_errors():
                 parts = open_parts(config, custom)
                 data = data_fingerprints(config, parts)
@@ -170,6 +172,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
 
         Returns whether the run is finished; the best checkpoint of validation is then its result.
         """
+        start_trackers(self.run, self.config.trackers)
         if self.finished:
             return True
         config, run, state, policies = self.config, self.run, self.state, self.state.policies

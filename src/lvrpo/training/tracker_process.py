@@ -1,0 +1,296 @@
+"""The process of a tracker: follows the files of a run directory and sends on what is new.
+
+python -m lvrpo.training.tracker_process RUN KIND, started by ``lvrpo.training.trackers``, whose death or closing of the
+standard input ends it. It loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import select
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lvrpo.config import parse_section, read_yaml
+from lvrpo.errors import describe_error
+from lvrpo.training.trackers import FOLDER, MlflowConfig, TensorBoardConfig, TrackioConfig, WandbConfig
+
+POLL_S = 1.0
+"""Seconds between two looks at the files."""
+ANSWERS = ("task", "prompt", "right answer", "member", "answer", "success", "rewards")
+RESULTS = ("benchmark", "before", "after", "difference", "low", "high")
+
+
+class Tracker(Protocol):
+    """What sends a run on."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of a step."""
+        ...
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        """A picture file."""
+        ...
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table. Any: texts, numbers and None."""
+        ...
+
+    def finish(self) -> None:
+        """Sends what is left."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files by tensorboardX; a table is a text in Markdown."""
+
+    def __init__(self, config: TensorBoardConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # loaded where it is found, for nothing
+        library = importlib.import_module("tensorboardX")
+        self.writer = library.SummaryWriter(str(run / FOLDER / "tensorboard"), flush_secs=5)
+        if "id" not in state:
+            self.writer.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
+            state["id"] = run.name
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        numpy, pillow = importlib.import_module("numpy"), importlib.import_module("lvrpo.pictures")
+        with pillow.open_picture(file, file) as picture:
+            self.writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        cells = [[" ".join(str(cell).split()).replace("|", r"\|") for cell in line] for line in lines]
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """Weights & Biases."""
+
+    def __init__(self, config: WandbConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
+        self.library = importlib.import_module("wandb")
+        quiet = self.library.Settings(console="off", silent=True)
+        self.run = self.library.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode,
+            name=run.name,
+            id=state.setdefault("id", os.urandom(6).hex()),
+            resume="allow",
+            dir=str(run / FOLDER),
+            config=dict(settings),
+            settings=quiet,
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        self.run.log({name: self.library.Image(str(file))}, step=step)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        table = self.library.Table(columns=list(columns), data=[[_cell(cell) for cell in row] for row in rows])
+        self.run.log({name: table}, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class TrackioTracker:
+    """trackio."""
+
+    def __init__(self, config: TrackioConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
+        self.library = importlib.import_module("trackio")
+        name = state.setdefault("id", f"{run.name}-{os.urandom(3).hex()}")
+        where = {} if config.space_id is None else {"space_id": config.space_id}
+        self.library.init(project=config.project, name=name, config=dict(settings), resume="allow", **where)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.library.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        self.library.log({name: self.library.Image(str(file))}, step=step)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        frame = importlib.import_module("pandas").DataFrame(list(rows), columns=list(columns))
+        self.library.log({name: self.library.Table(dataframe=frame)}, step=step)
+
+    def finish(self) -> None:
+        self.library.finish()
+
+
+class MlflowTracker:
+    """MLflow, whose names have letters, digits, _, -, ., / and spaces."""
+
+    def __init__(self, config: MlflowConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
+        self.library = importlib.import_module("mlflow")
+        local = f"sqlite:///{(run / FOLDER / 'mlflow.db').resolve()}"
+        self.library.set_tracking_uri(config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local)
+        self.library.set_experiment(config.experiment)
+        known = {"run_id": state["id"]} if "id" in state else {"run_name": run.name}
+        state["id"] = self.library.start_run(**known).info.run_id
+        self.library.log_dict(dict(settings), "config.json")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.library.log_metrics({_mlflow_name(name): value for name, value in values.items()}, step=step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        self.library.log_artifact(str(file), f"{_mlflow_name(name)}/step_{step:06d}")
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        data = {column: [_cell(row[i]) for row in rows] for i, column in enumerate(columns)}
+        self.library.log_table(data, f"{_mlflow_name(name)}/step_{step:06d}.json")
+
+    def finish(self) -> None:
+        self.library.end_run()
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-./ ]", "_", name)
+
+
+def _cell(value: Any) -> Any:
+    """One type in a column: texts. Any: texts, numbers and None."""
+    return "" if value is None else str(value)
+
+
+CLASSES = {
+    "tensorboard": (TensorBoardConfig, TensorBoardTracker),
+    "wandb": (WandbConfig, WandbTracker),
+    "trackio": (TrackioConfig, TrackioTracker),
+    "mlflow": (MlflowConfig, MlflowTracker),
+}
+
+
+# --- what is sent ---
+
+
+class Follower:
+    """Sends the new parts of a run directory: what was sent before, by the state that is kept, is not sent again.
+
+    A resumed run writes the steps after its checkpoint again, with the same numbers, so they count as sent.
+    """
+
+    def __init__(self, run: Path, tracker: Tracker, state: dict[str, Any]) -> None:
+        self.run, self.tracker, self.state = run, tracker, state
+        self._offset = 0
+
+    def send_new(self) -> bool:
+        """Sends what is new; returns whether there was something."""
+        sent = False
+        for row in self._rows():
+            step = int(row["step"])
+            if step > self.state.get("step", -1):
+                numbers = {k: v for k, v in row.items() if type(v) in (int, float) and k != "step"}
+                self.tracker.scalars(step, numbers)
+                self._samples(step)
+                self.state["step"] = step
+                sent = True
+        return self._summary() or sent
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The whole lines of metrics.jsonl that were not seen yet."""
+        file = self.run / "metrics.jsonl"
+        if not file.exists():
+            return
+        with file.open("rb") as lines:
+            lines.seek(self._offset)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
+
+    def _samples(self, step: int) -> None:
+        """The grid and the answers of a step, which are written before its metrics."""
+        folder = self.run / "samples" / f"step_{step:06d}"
+        if (folder / "grid.png").exists():
+            self.tracker.image(step, "samples", folder / "grid.png")
+        if (folder / "groups.jsonl").exists():
+            rows = []
+            for line in (folder / "groups.jsonl").read_text(encoding="utf-8").splitlines():
+                group = json.loads(line)
+                for number, member in enumerate(group["members"]):
+                    texts = (group["task"], group["prompt"], group["answer"], number, member["text"])
+                    rewards = " ".join(f"{k}={v:.3g}" for k, v in member["rewards"].items() if v is not None)
+                    rows.append((*texts, member["success"], rewards))
+            self.tracker.table(step, "answers", ANSWERS, rows)
+
+    def _summary(self) -> bool:
+        """The final table, once for each summary.json."""
+        file = self.run / "summary.json"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if not text or digest == self.state.get("summary"):
+            return False
+        summary, rows = json.loads(text), []
+        for name, after in summary.get("after", {}).items():
+            before, change = (summary.get(part, {}).get(name, {}) for part in ("before", "difference"))
+            rows.append((name, before.get("score"), after["score"], *(change.get(k) for k in ("score", "low", "high"))))
+        self.tracker.table(max(self.state.get("step", 0), 0), "results", RESULTS, rows)
+        self.state["summary"] = digest
+        return True
+
+
+def follow(follower: Follower, keep: Callable[[], None], ended: Callable[[], bool]) -> None:
+    """Sends what is new until the run has ended, and then the rest; ``keep``: writes the state."""
+    keep()
+    while True:
+        last = ended()
+        if follower.send_new():
+            keep()
+        if last:
+            follower.tracker.finish()
+            return
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all; ``lvrpo.atomic_io`` loads torch."""
+    whole = file.with_name(f".{file.name}.tmp")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(file)
+
+
+def main(run: Path, kind: str) -> int:
+    """The process: 0 when the run has ended and all is sent, 1, after one line, when the tracker failed."""
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    console = os.dup(2)
+    log = os.open(folder / f"{kind}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)  # libraries print as they like
+    file = folder / f"{kind}.json"
+    try:
+        settings = read_yaml(run / "config.yaml")
+        section = next(each for each in settings["trackers"] if each["kind"] == kind)
+        config_class, tracker_class = CLASSES[kind]
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        tracker = tracker_class(parse_section(config_class, section, f"trackers.{kind}"), run, settings, state)
+        follow(
+            Follower(run, tracker, state),
+            lambda: _write(file, json.dumps(state)),
+            lambda: bool(select.select([0], [], [], POLL_S)[0]),
+        )
+    except Exception as error:  # of libraries, the network, the disk: the run goes on
+        importlib.import_module("traceback").print_exc()
+        words = " ".join(describe_error(error).split())[:300]
+        line = f"warning: tracker {kind}: {words}: the run goes on without it (see {folder / f'{kind}.log'})\n"
+        os.write(console, line.encode())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main(Path(sys.argv[1]), sys.argv[2]))  # no thread of a library holds up the end
