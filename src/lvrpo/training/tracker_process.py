@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ class TensorBoardTracker:
     def __init__(self, config: TensorBoardConfig, run: Path, settings: Mapping[str, Any], state: dict[str, Any]):
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # loaded where it is found, for nothing
         library = importlib.import_module("tensorboardX")
-        self.writer = library.SummaryWriter(str(run / FOLDER / "tensorboard"), flush_secs=5)
+        suffix = f".{os.getpid()}"  # else a file of the same second is written over
+        self.writer = library.SummaryWriter(str(run / FOLDER / "tensorboard"), flush_secs=5, filename_suffix=suffix)
         if "id" not in state:
             self.writer.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
             state["id"] = run.name
@@ -63,9 +65,11 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, file: Path) -> None:
-        numpy, pillow = importlib.import_module("numpy"), importlib.import_module("lvrpo.pictures")
-        with pillow.open_picture(file, file) as picture:
-            self.writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        content = file.read_bytes()  # a PNG, as it is
+        width, height = struct.unpack(">II", content[16:24])
+        proto = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
+        picture = proto.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+        self.writer.file_writer.add_summary(proto(value=[proto.Value(tag=name, image=picture)]), step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         lines = [columns, ["---"] * len(columns), *rows]
