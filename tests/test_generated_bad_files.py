@@ -23,7 +23,9 @@ from wrong_values import bounded, damages, placed, sections, subclasses, thinned
 
 from lvrpo import atomic_io
 from lvrpo.cli import main
+from lvrpo.evaluation.benchmarks.vqa import GenEval2Row
 from lvrpo.evaluation.experiment import PlanRecord
+from lvrpo.evaluation.items import ItemRecord
 from lvrpo.evaluation.reproduce.plan import RecipeRecord
 from lvrpo.pictures import FORMATS
 from lvrpo.reading import Record
@@ -165,8 +167,9 @@ RECORDS: Mapping[str, type[Record]] = {
     "metrics.jsonl": MetricsRow,
 }
 """What a resumed run reads of itself, by file."""
-READ_OTHERWISE = {StateRecord, ValidationRecord, RecipeRecord}
-"""In sealed files, of which another byte is refused; of the evidence (evaluation/test_reproduce.py)."""
+READ_OTHERWISE = {StateRecord, ValidationRecord, RecipeRecord, ItemRecord, GenEval2Row}
+"""In sealed files, of which another byte is refused; of the evidence (evaluation/test_reproduce.py);
+of evaluations and benchmarks (evaluation/test_items.py, test_vqa_benchmarks.py)."""
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -45,7 +45,7 @@ class Item:
         return replace(self, group=Group(self.group.prompt, texts))
 
 
-class _Line(Record):
+class ItemRecord(Record):
     """One line of ``items.jsonl``."""
 
     id: str
@@ -141,7 +141,7 @@ class ItemFolder:
             found.append(path.read_bytes())
         return found
 
-    def _read(self) -> dict[str, _Line]:
+    def _read(self) -> dict[str, ItemRecord]:
         """The last line of each prompt; a last line that is not whole is cut off."""
         path = self.folder / ITEMS
         if not os.path.lexists(path):
@@ -153,9 +153,9 @@ class ItemFolder:
         found = {}
         for number, line in enumerate(whole.splitlines(), start=1):
             where = f"{path}:{number}"
-            row = validate_type(parse_json(line, where), _Line, where) if line else None
+            row = validate_type(parse_json(line, where), ItemRecord, where) if line else None
             if row is not None:
-                found[row["id"]] = _Line.model_construct(**row)
+                found[row["id"]] = ItemRecord.model_construct(**row)
         return found
 
 

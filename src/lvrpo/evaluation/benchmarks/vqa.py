@@ -114,7 +114,9 @@ GENEVAL2_FILE = "geneval2_data.jsonl"
 NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-class _GenEval2Row(Record):
+class GenEval2Row(Record):
+    """One line of the prompts of GenEval 2."""
+
     prompt: str
     atom_count: int
     vqa_list: list[list[str]]
@@ -128,7 +130,7 @@ def read_geneval2(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         where = f"{path}:{number + 1}"
-        row = parse_typed_json(line, _GenEval2Row, where, "give a file of GenEval 2")
+        row = parse_typed_json(line, GenEval2Row, where, "give a file of GenEval 2")
         pairs, skills = row["vqa_list"], row["skills"]
         if not pairs or len(pairs) != len(skills) or any(len(pair) != 2 for pair in pairs):
             raise InputError(f"{where}: vqa_list must hold a question with its answer for each of skills: restore it")
