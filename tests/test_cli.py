@@ -390,3 +390,16 @@ run()
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1:] == ["at exit"]
+
+
+@pytest.mark.parametrize(("command", "setting"), [("train", "rollout.group_size"), ("pretrain", "checkpoint_every")])
+def test_settings_are_described_on_the_command_line(command: str, setting: str, capsys: Output) -> None:
+    assert main([command, "--config-help", setting]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{setting}  (int >= ")
+    assert second.strip()
+    assert main([command, "--config-help"]) == 0
+    every = capsys.readouterr().out
+    assert {name.partition("  ")[0] for name in every.splitlines() if not name.startswith(" ")} >= {setting, "seed"}
+    assert main([command, "--config-help", f"x{setting}"]) == 2
+    assert f"did you mean {setting}?" in capsys.readouterr().err

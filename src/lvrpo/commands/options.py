@@ -6,8 +6,9 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lvrpo.errors import InputError
 
@@ -174,8 +175,35 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")
 
 
-def add_config(parser: Parser) -> None:
-    """CONFIG and its overrides."""
+class ConfigHelp(argparse.Action):
+    """Prints settings of a configuration class, module:name, and ends the command."""
+
+    def __init__(self, *arguments: Any, cls: str, **options: Any) -> None:  # Any: of argparse
+        super().__init__(*arguments, **options)
+        self.cls = cls
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: Options, values: object, option: object = None
+    ) -> None:
+        """Any: of argparse."""
+        from lvrpo.commands.settings import settings_text
+        from lvrpo.registry import resolve
+
+        print(settings_text(resolve("configuration", self.cls, {self.cls: self.cls}), str(values)))
+        parser.exit()
+
+
+def add_config(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
+    """CONFIG, its overrides, and ``--config-help``; ``cls``: the configuration class as module:name."""
+    parser.add_argument(
+        "--config-help",
+        nargs="?",
+        const="",
+        default=argparse.SUPPRESS,
+        action=partial(ConfigHelp, cls=cls),
+        metavar="WORD",
+        help="print every setting, or those with WORD in their name, with type, default and description",
+    )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes of single settings")
     parser.unknown_hint = "settings of the configuration are written section.key=value, without dashes"

@@ -38,8 +38,12 @@ def train_options(parser: Parser) -> None:
     add_base(parser)
 
 
-def run_options(parser: Parser) -> None:
-    add_config(parser)
+def pretrain_options(parser: Parser) -> None:
+    run_options(parser, "lvrpo.training.pretrain:PretrainConfig")
+
+
+def run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
+    add_config(parser, cls)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; CONFIG may then be left out")
 
@@ -197,7 +201,7 @@ TRAIN = Command(
 )
 PRETRAIN = Command(
     "supervised training on the web corpus: the base, and the baseline",
-    run_options,
+    pretrain_options,
     pretrain,
     "example: lvrpo pretrain pretrain name=my-base steps=2000",
     check_pretrain_keys,
