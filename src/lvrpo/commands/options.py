@@ -200,7 +200,7 @@ def add_config(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -
         nargs="?",
         const="",
         default=argparse.SUPPRESS,
-        action=partial(ConfigHelp, cls=cls),
+        action=partial(ConfigHelp, cls=cls),  # type: ignore[arg-type]  # any callable that makes an action
         metavar="WORD",
         help="print every setting, or those with WORD in their name, with type, default and description",
     )
