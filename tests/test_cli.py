@@ -289,7 +289,9 @@ def test_help_is_quick_and_complete() -> None:
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_explains_itself(name: str, capfd: Output) -> None:
     assert main([*name.split(), "--help"]) == 0
-    assert f"usage: lvrpo {name}" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert f"usage: lvrpo {name}" in printed
+    assert "lvrpo" in printed.rpartition("example")[2]  # the last lines are an example
 
 
 def test_version(capfd: Output) -> None:

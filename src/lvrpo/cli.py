@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from lvrpo import __version__
-from lvrpo.commands import COMMANDS
+from lvrpo.commands import COMMANDS, HEADINGS
 from lvrpo.commands.options import Command, Options, Parser, nearest
 from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.reading import read_error_message
@@ -224,7 +224,11 @@ def usage(group: str = "") -> str:
     chosen = [name for name in COMMANDS if name.startswith(group)]
     width = max(map(len, chosen)) + 2
     summaries = {name: resolve("command", name, COMMANDS).summary for name in chosen}
-    lines = [f"  {name.ljust(width)}{summary}" for name, summary in summaries.items()]
+    lines = []
+    for name, summary in summaries.items():
+        if name in HEADINGS and not group:
+            lines += ["", f"{HEADINGS[name]}:"]
+        lines.append(f"  {name.ljust(width)}{summary}")
     if group:
         return "\n".join([f"usage: lvrpo {group}COMMAND [options]; lvrpo {group}COMMAND --help tells more", "", *lines])
     return "\n".join(
@@ -232,7 +236,6 @@ def usage(group: str = "") -> str:
             "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",
             "",
             "usage: lvrpo COMMAND [options]; lvrpo COMMAND --help tells more",
-            "",
             *lines,
             "",
             "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",

@@ -34,3 +34,11 @@ COMMANDS: Mapping[str, str] = {
     "data vocabulary": "lvrpo.commands.data:VOCABULARY",
 }
 """Every command. The modules import nothing heavy until a command runs."""
+
+HEADINGS: Mapping[str, str] = {
+    "quickstart": "Train",
+    "generate": "Use a model",
+    "evaluate": "Measure",
+    "new reward": "Your own data and rewards",
+}
+"""What stands above a command in the list of all."""

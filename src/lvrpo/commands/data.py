@@ -79,8 +79,18 @@ BENCHMARK_ROWS = Command(
     rows,
     "example: lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl; reward and guard: self_vqa",
 )
-PREVIEW = Command("one picture with examples of every category of the built-in world", preview_options, preview)
-VOCABULARY = Command("the words of the built-in world, one a line", vocabulary_options, vocabulary)
+PREVIEW = Command(
+    "one picture with examples of every category of the built-in world",
+    preview_options,
+    preview,
+    "example: lvrpo data preview --split train --out world.png",
+)
+VOCABULARY = Command(
+    "the words of the built-in world, one a line",
+    vocabulary_options,
+    vocabulary,
+    "example: lvrpo data vocabulary > words.txt",
+)
 
 
 SPLITS = ("train", "validation", "test")

@@ -370,6 +370,7 @@ EVALUATE = Command(
     "scores per category with 95 % intervals, pass@k, best of n, balanced accuracy",
     evaluate_options,
     evaluate,
+    "example: lvrpo evaluate runs/quickstart --against tiny --out results\n"
     "at a model's own best: lvrpo evaluate MODEL --tune best.json && lvrpo evaluate MODEL --tuned best.json",
 )
 
@@ -393,15 +394,25 @@ def list_benchmarks(options: Options) -> None:
     console.print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl", soft_wrap=True)
 
 
-BENCHMARK_LIST = Command("list the published benchmarks and what each needs", lambda parser: None, list_benchmarks)
-REPORT = Command("write the HTML report of a run", report_options, report)
+BENCHMARK_LIST = Command(
+    "list the published benchmarks and what each needs",
+    lambda parser: None,
+    list_benchmarks,
+    "example: lvrpo benchmarks; lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa",
+)
+REPORT = Command("write the HTML report of a run", report_options, report, "example: lvrpo report runs/quickstart")
 WATCH = Command(
     "the report in the browser while a run goes on, or an overview of several runs",
     watch_options,
     watch,
     "example: lvrpo watch runs; on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",
 )
-COMPARE = Command("several runs in one table", compare_options, compare)
+COMPARE = Command(
+    "several runs in one table",
+    compare_options,
+    compare,
+    "example: lvrpo compare runs/seed0 runs/seed1 --over-seeds",
+)
 
 
 def information_options(parser: Parser) -> None:
