@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import json
 import re
@@ -14,7 +15,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lvrpo.commands.options import nearest
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.types import Task
@@ -28,7 +28,8 @@ def settings_text(cls: type[Config], word: str = "", width: int = 100) -> str:
     rows = list(_rows(cls, "", set()))
     found = [row for row in rows if word in row[0]]
     if not found:
-        near = nearest(word, dict.fromkeys(part for path, *_ in rows for part in (path, path.rpartition(".")[2])))
+        known = list(dict.fromkeys(part for path, *_ in rows for part in (path, path.rpartition(".")[2])))
+        near = next(iter(difflib.get_close_matches(word, known, n=1)), None)
         raise InputError(
             f"--config-help {word}: no such setting: {f'did you mean {near}?' if near else 'leave it out'}"
         )
