@@ -16,7 +16,8 @@ from PIL import Image as PilImage
 
 from lvrpo.cli import main
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel import encoders, latent_cache
+from lvrpo.policies import latent_cache
+from lvrpo.policies.bagel import encoders
 from lvrpo.policies.bagel.policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, BagelPolicy
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.types import Example, FlowSegment, Image, Prompt, TextSegment, Trajectory

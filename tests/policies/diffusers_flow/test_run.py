@@ -21,19 +21,6 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
 
-SPREAD = """
-import torch
-from lvrpo.rewards.base import Scores
-
-class Spread:
-    sides = ()
-
-    def applies(self, prompt):
-        return True
-
-    def score(self, groups, judge):
-        return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
-"""
 WHOLE = ("adapter=null", "limits.gradient_checkpointing=false")
 FRESH = (*WHOLE, "rollout.sampler=ode", "rollout.window={kind: fast}", "rollout.num_steps=2")
 RECORDED = (*WHOLE, "rollout.num_steps=3")
@@ -50,10 +37,8 @@ METHODS = {
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+def small() -> Callable[[Path], list[str]]:
     """The shipped recipe at small numbers, and a reward that spreads."""
-    Path("spread.py").write_text(SPREAD)
-    monkeypatch.syspath_prepend(Path.cwd())
     return lambda folder: [
         f"policy={folder}",
         "device=cpu",

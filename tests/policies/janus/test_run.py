@@ -20,24 +20,10 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.setup import open_policy
 from lvrpo.training.trainer import Trainer
 
-SPREAD = """
-import torch
-from lvrpo.rewards.base import Scores
-
-class Spread:
-    def applies(self, prompt):
-        return True
-
-    def score(self, groups, judge):
-        return Scores(torch.tensor([[t.seed % 7 / 6 for t in group.trajectories] for group in groups]))
-"""
-
 
 @pytest.fixture
-def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def small(folder: Path) -> list[str]:
     """The shipped recipe at small numbers, and a reward that spreads."""
-    Path("spread.py").write_text(SPREAD)
-    monkeypatch.syspath_prepend(Path.cwd())
     return [
         f"policy={folder}",
         "device=cpu",

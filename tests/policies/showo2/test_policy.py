@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -115,6 +116,7 @@ def test_latents_of_a_picture_are_computed_once(showo2: Showo2Policy, prompts: l
     assert isinstance(picture, torch.Tensor)
     one, other = showo2.encode_images([picture]), showo2.encode_images([picture, picture])
     assert torch.equal(one[0], other[1])
+    assert not copy.deepcopy(showo2._latents).found  # a copy would know pictures by the places of others
     tokens = torch.randn(1, 4, 16)
     (image,) = showo2.decode_latents(tokens, (2, 2))
     assert image.shape == (3, 32, 32)

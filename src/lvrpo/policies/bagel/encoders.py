@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.policies.bagel.latent_cache import LatentCache
+from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.mot.model_runner import Grid
 from lvrpo.sampling import derive_seed, normal_noise
 from lvrpo.types import Image

@@ -21,6 +21,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import find_tensors
 from lvrpo.policies.diffusers_flow import INDEX, PIPELINES, require_supported
 from lvrpo.policies.diffusers_flow.pipelines import TRAINED, FlowPipeline
+from lvrpo.policies.transformers_checkpoint import line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
 from lvrpo.reading import read_json_object
 from lvrpo.registry import resolve
@@ -60,7 +61,7 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None
     try:
         pipe = getattr(diffusers, name)(**parts)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: its parts do not fit together ({_line(error)}): restore the folder") from None
+        raise InputError(f"{folder}: its parts do not fit together ({line_of(error)}): restore the folder") from None
     return adapter(pipe, folder)
 
 
@@ -99,7 +100,7 @@ def _load_part(folder: Path, cls: Any, dtype: torch.dtype) -> Any:
     try:
         found = read(str(folder), local_files_only=True, **options)
     except Exception as error:  # both libraries raise many kinds, of many packages
-        raise InputError(f"{folder}: cannot be loaded ({_line(error)}): restore the folder") from None
+        raise InputError(f"{folder}: cannot be loaded ({line_of(error)}): restore the folder") from None
     if not is_model:
         return found
     model, report = found
@@ -122,8 +123,8 @@ def save_pipeline(transformer: Any, pipeline: FlowPipeline, folder: Path) -> Non
         for file in sorted(source.iterdir()) if source.is_dir() else ():
             if file.suffix in COPIED:
                 (folder / part).mkdir(exist_ok=True)
-                _link(file, folder / part / file.name)
-    _link(pipeline.folder / INDEX, folder / INDEX)
+                link_file(file, folder / part / file.name)
+    link_file(pipeline.folder / INDEX, folder / INDEX)
     target = folder / TRAINED
     target.mkdir(exist_ok=True)
     config = json.loads(transformer.to_json_string())
@@ -133,12 +134,12 @@ def save_pipeline(transformer: Any, pipeline: FlowPipeline, folder: Path) -> Non
     write_tensors(target / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """A hard link to a file, or a copy where the file system has none; a file of the Hub's cache is itself a link."""
     try:
         source = source.resolve(strict=True)
     except OSError:
-        raise InputError(f"{source}: is gone: the frozen parts of a pipeline stay in its folder: restore it") from None
+        raise InputError(f"{source}: is gone: the frozen parts of a model stay in its folder: restore it") from None
     if target.exists() and target.samefile(source):
         return
     target.unlink(missing_ok=True)
@@ -183,7 +184,3 @@ def _quiet_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
 from lvrpo.config import Config
+from lvrpo.policies.byte_level import learn_tokenizer
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.janus.processor import TEMPLATE, THINK_THEN_DRAW, TOKENS, Processor
 from lvrpo.policies.transformers_checkpoint import json_bytes
@@ -70,7 +71,7 @@ class JanusSizes(Config):
 def create_janus(sizes: JanusSizes, texts: Sequence[str] = ()) -> JanusPolicy:
     """A fresh policy; its tokenizer has bytes and the merges learned from ``texts``."""
     transformers = transformers_library("a Janus")
-    tokenizer = learn_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
+    tokenizer = janus_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
     ids = {name: number for number, name in enumerate(MARKERS)}  # they come first
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
@@ -130,19 +131,9 @@ def janus_config(transformers: Any, sizes: JanusSizes, image_token: int) -> Any:
     )
 
 
-def learn_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
+def janus_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
     """A byte-level tokenizer with Janus's markers that can write any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (*MARKERS.values(), *ROLES)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f" {text}" for text in texts], trainer)
+    tokenizer = learn_tokenizer([f" {text}" for text in texts], vocabulary_size, (*MARKERS.values(), *ROLES))
     begin = MARKERS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]

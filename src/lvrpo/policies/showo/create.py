@@ -9,9 +9,9 @@ from typing import Self
 
 import torch
 from pydantic import Field, model_validator
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lvrpo.config import Config
+from lvrpo.policies.byte_level import learn_tokenizer
 from lvrpo.policies.janus.processor import THINK_THEN_DRAW
 from lvrpo.policies.showo.checkpoint import CONFIG, LANGUAGE, empty_transformer
 from lvrpo.policies.showo.layout import HEAD, MARKERS, Layout
@@ -62,7 +62,8 @@ class ShowoSizes(Config):
 def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
     """A fresh policy; its tokenizer has bytes and the merges learned from ``texts``."""
     transformers = transformers_library("a Show-o")
-    tokenizer = learn_tokenizer([*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER], sizes.vocabulary_size)
+    words = [f" {text}" for text in (*texts, THINK_THEN_DRAW, THINK_THEN_ANSWER)]
+    tokenizer = learn_tokenizer(words, sizes.vocabulary_size, [END])
     text_size, codes = tokenizer.get_vocab_size(), 2**sizes.bits
     vocabulary = text_size + len(MARKERS) + codes + 1
     phi = {
@@ -110,18 +111,3 @@ def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
     }
     layout = Layout.from_files(files, Path("showo-tiny"), text_size, codes)
     return ShowoPolicy(model, autoencoder, layout, stored)
-
-
-def learn_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
-    """A byte-level tokenizer as that of Phi-1.5, which can write any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[AddedToken(END, special=True, normalized=False)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f" {text}" for text in texts], trainer)
-    return tokenizer

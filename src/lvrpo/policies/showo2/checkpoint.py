@@ -8,21 +8,18 @@ vae/                                Wan 2.1's autoencoder in the layout of diffu
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from lvrpo.atomic_io import require_finite, write_atomic, write_tensors
+from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
+from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, link_file, quiet_diffusers
 from lvrpo.policies.showo2.model import Showo2Model, Showo2Sizes
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
@@ -138,15 +135,7 @@ def _read(
             raise InputError(
                 f"{folder}: {name} has shape {found}, config.json says {list(shape)}: use the files of one model"
             )
-    by_file: dict[Path, list[str]] = {}
-    for name in shapes:
-        if name not in tied:
-            by_file.setdefault(stored[name].path, []).append(name)
-    for path, names in by_file.items():
-        with safe_open(str(path), framework="pt") as file:
-            for name in names:
-                state[name] = file.get_tensor(name).to(dtype)
-                require_finite(folder, name, state[name], "fetch the files again")
+        state[name] = stored[name].read(dtype)
     return state
 
 
@@ -170,8 +159,6 @@ def token_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> dict[str, 
 
 def _vae(folder: Path) -> Any:
     """The autoencoder, float32, on the CPU. Any: of an optional package."""
-    from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, quiet_diffusers
-
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: copy the autoencoder of Wan 2.1 in the layout of diffusers there")
     find_tensors(folder, ("diffusion_pytorch_model",), "its weights")
@@ -199,16 +186,5 @@ def save_parts(model: Showo2Model, parts: Parts, folder: Path) -> None:
         (folder / VAE).mkdir(exist_ok=True)
         for file in sorted((parts.folder / VAE).iterdir()):
             if file.suffix in (".json", ".safetensors"):
-                _link(file, folder / VAE / file.name)
+                link_file(file, folder / VAE / file.name)
     write_atomic(folder / CONFIG, json_bytes(parts.config))
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    if target.exists() and target.samefile(source):
-        return
-    target.unlink(missing_ok=True)
-    with suppress(OSError):
-        os.link(source.resolve(), target)
-        return
-    shutil.copyfile(source, target)

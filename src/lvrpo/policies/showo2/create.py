@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lvrpo.config import Config
+from lvrpo.policies.byte_level import learn_tokenizer
 from lvrpo.policies.showo2.checkpoint import CLASS, TOKENS, Parts, token_ids
 from lvrpo.policies.showo2.model import HEADS, Showo2Model, Showo2Sizes
 from lvrpo.policies.showo2.policy import ASSISTANT, SYSTEM, USER, Showo2Policy
@@ -104,22 +104,7 @@ def create_showo2(sizes: RandomShowo2, texts: Sequence[str] = ()) -> Showo2Polic
             base_dim=8, z_dim=sizes.channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
             latents_mean=[0.0] * sizes.channels, latents_std=[1.0] * sizes.channels,
         )  # fmt: skip
-    tokenizer = learn_tokenizer([*texts, SYSTEM, USER, ASSISTANT, THINK_THEN_ANSWER], sizes.vocabulary_size)
+    tokenizer = learn_tokenizer([*texts, SYSTEM, USER, ASSISTANT, THINK_THEN_ANSWER], sizes.vocabulary_size, TOKENS)
     files["llm/tokenizer.json"] = tokenizer.to_str().encode()
     ids = token_ids(Path("showo2-tiny"), tokenizer, sizes.vocabulary_size)
     return Showo2Policy(model, Parts(config, tokenizer, ids, vae, files, None))
-
-
-def learn_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
-    """A byte-level tokenizer with the markers of Qwen2.5 that can write any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer

@@ -40,6 +40,8 @@ class Rows:
     """int64 (B, L)."""
     images: tuple[tuple[int, int, int], ...]
     """Row, first place (that of the time) and number of places of each image, in order."""
+    image_at: torch.Tensor
+    """int64 (B, L): the image of each place by its number, that of images where there is none."""
 
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -289,15 +291,17 @@ def place_rows(
     places = torch.arange(most, device=device)
     padding = most - torch.tensor(lengths, device=device)
     attention = (places[:, None] >= places) & (places >= padding[:, None, None])
-    spans = []
+    spans: list[tuple[int, int, int]] = []
+    image_at = torch.full((len(parts), most), sum(image is not None for image in images), device=device)
     for row, (b, image) in enumerate(zip(before, images, strict=True)):
         if image is not None:
             start = most - lengths[row] + len(b)
+            image_at[row, start : start + len(image)] = len(spans)
             spans.append((row, start, len(image)))
             attention[row, start : start + len(image), start : start + len(image)] = True
     attention = attention | torch.eye(most, dtype=torch.bool, device=device)  # a padded place sees itself
     positions = (places - padding[:, None]).clamp(min=0)
-    return Rows(x, attention[:, None], positions, tuple(spans))
+    return Rows(x, attention[:, None], positions, tuple(spans), image_at)
 
 
 def to_tokens(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -323,7 +327,4 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 def _at_images(values: torch.Tensor, rows: Rows, elsewhere: float) -> torch.Tensor:
     """Values of images (M, width) at their places (B, L, width), and a number at all others."""
-    spread = values.new_full((*rows.x.shape[:2], values.shape[1]), elsewhere)
-    for value, (row, start, length) in zip(values, rows.images, strict=True):
-        spread[row, start : start + length] = value
-    return spread
+    return torch.cat([values, values.new_full((1, values.shape[1]), elsewhere)])[rows.image_at]

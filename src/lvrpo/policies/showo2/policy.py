@@ -5,7 +5,6 @@ Show-o2's own time runs from 0 (noise) to 1 (data); here, as everywhere in lvrpo
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from lvrpo.policies.flow import (
     replay_steps,
     sampling_grid,
 )
+from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.showo2.checkpoint import Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
@@ -53,8 +53,6 @@ from lvrpo.types import Parts as PromptParts
 SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
 USER, ASSISTANT = "\n<|im_start|>user\n", "\n<|im_start|>assistant\n"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-KEPT_LATENTS = 512
-"""Pictures whose latents are kept."""
 DECODED = 4
 """Latents that go through the autoencoder at once."""
 SHIFT = 3.0
@@ -82,7 +80,7 @@ class Showo2Policy(TransformersPolicy):
         super().__init__(model)
         self.parts = parts
         self.vae = parts.vae.eval().requires_grad_(False)
-        self._latents: OrderedDict[int, tuple[Image, torch.Tensor]] = OrderedDict()
+        self._latents = LatentCache()
 
     # --- sizes ---
 
@@ -287,13 +285,7 @@ class Showo2Policy(TransformersPolicy):
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
         """Latents (M, C, h, w): the mode of the autoencoder's posterior, normalized; kept by picture."""
-        for image in images:
-            found = self._latents.pop(id(image), None) or (image, self._encoded(image))
-            self._latents[id(image)] = found
-        latents = torch.stack([self._latents[id(image)][1] for image in images])
-        while len(self._latents) > KEPT_LATENTS:
-            self._latents.popitem(last=False)
-        return latents
+        return torch.stack([self._latents.get(image, self.device, self._encoded) for image in images])
 
     def _encoded(self, image: Image) -> torch.Tensor:
         side = self.image_size
