@@ -206,7 +206,8 @@ def test_jobs_come_in_the_order_in_which_they_need_each_other() -> None:
         own = [job for job in jobs if job.row == row]
         assert sorted(own, key=lambda job: job.kind == "run") == own
         assert sum(job.kind == "tune" for job in own) == len(declared.tune)
-    assert {job.base for job in list_jobs(experiment, ["lvrpo"], [1])} == {"tiny", "base-1"}
+    assert {job.base for job in list_jobs(experiment, ["lvrpo"], [1, 2])} == {"tiny"}
+    assert {job.base for job in list_jobs(experiment, ["lvrpo"], [3])} == {"tiny", "base-1"}
     assert [job.row for job in list_jobs(experiment, ["base_best_of_4"], [0])] == ["base"]
     with pytest.raises(InputError, match="is no row"):
         list_jobs(experiment, ["lvrop"])
