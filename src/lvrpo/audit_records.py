@@ -58,7 +58,7 @@ class RewardRanking:
     """Whether its scores equal success everywhere, which leaves nothing to compare."""
     whole: Ranking
     categories: Mapping[str, Ranking]
-    """By category of prompts, where known."""
+    """Rankings per category of prompts, where categories are known."""
     along: RankingChange | None
     """None without steps, or with a single window."""
 
@@ -84,7 +84,7 @@ class Change:
     difference: Interval
     """Welch's 95 % interval, groups as units."""
     control: float
-    """Of the reference policy on the prompts of the last window; nan where it was not sampled."""
+    """Mean of the reference policy on the prompts of the last window; nan where it was not sampled."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class ScorerAudit:
     """None for success; 0 for a reward that is only logged."""
     mean: Change
     share: float | None
-    """Its share of the variance of the advantages; None for a scorer that is not trained."""
+    """The share of the advantages' variance that this reward explains; None for a scorer that is not trained on."""
     configured_share: float | None
     """The share by weight: w^2 / sum w^2 over the trained rewards of the task."""
     other_share: float | None
-    """Its share under ``RewardAudit.other_formula`` on the same scores."""
+    """The same share under ``RewardAudit.other_formula``."""
     missing: float
     """Share of the outputs it applies to whose score failed."""
     constant: float
@@ -119,7 +119,7 @@ class ScorerAudit:
     all_worst: float
     """Share of the groups that are constant at the minimum."""
     correlations: Mapping[str, Correlation]
-    """With the other scorers and with traits of the output."""
+    """Correlations with the other scorers and with properties of the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +134,9 @@ class TaskAudit:
     another task."""
     scorers: tuple[ScorerAudit, ...]
     validity: tuple[RewardRanking, ...] = ()
-    """Of every reward but the verifier; empty where the right output is not known, and in files of older versions."""
+    """Rankings of every reward except the verifier; empty without ground truth, and in files of older versions."""
     drift: Mapping[str, Change]
-    """Of traits of the output."""
+    """Changes of properties of the output."""
     series: Series
     control_series: Series
 
@@ -178,7 +178,7 @@ class Alarms:
     comparisons: int
     """0: the run is too short."""
     confidence: float
-    """Of each interval; the family-wise error rate is at most ``ERROR``."""
+    """Confidence level of each interval; the family-wise error rate is at most ``ERROR``."""
     same: tuple[tuple[str, str, str], ...]
     """(task, reward, scorer) with equal scores for every output, which are not compared."""
     missing: tuple[MissingScores, ...] = ()
@@ -246,7 +246,7 @@ class TaskSamples:
     right: float
     """Share of the outputs that are right."""
     missing: Mapping[str, float]
-    """By reward, the share of the outputs it applies to without a score."""
+    """Per reward, the share of applicable outputs that have no score."""
     validity: tuple[RewardRanking, ...]
 
 

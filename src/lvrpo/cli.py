@@ -220,7 +220,7 @@ def group_help(argv: Sequence[str]) -> bool:
 
 
 def usage(group: str = "") -> str:
-    """What ``lvrpo --help`` prints, or ``lvrpo GROUP --help``."""
+    """The text of ``lvrpo --help``, or of ``lvrpo GROUP --help``."""
     chosen = [name for name in COMMANDS if name.startswith(group)]
     width = max(map(len, chosen)) + 2
     summaries = {name: resolve("command", name, COMMANDS).summary for name in chosen}

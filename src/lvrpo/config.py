@@ -159,7 +159,7 @@ def tree_sha256(tree: Mapping[str, Any]) -> str:
 
 
 def config_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What differs between two configuration trees: lines ``section.key=1 against 2``."""
+    """The differences between two configuration trees, as lines ``section.key=1 against 2``."""
     left, right = dict(_leaves(one)), dict(_leaves(other))
     absent = object()
     return [

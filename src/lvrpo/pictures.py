@@ -32,7 +32,7 @@ DECODE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, AttributeError),
     *(ArithmeticError, NotImplementedError, struct.error),
 )
-"""What Pillow's decoders raise for invalid bytes."""
+"""Exceptions of Pillow's decoders for invalid bytes."""
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class BenchmarkRecord:
     judged: tuple[tuple[float | None, ...], ...] = ()
     """The VQA score of every sample by the judge; () where nothing was judged, None where that failed."""
     read_back: tuple[ReadBack | None, ...] = ()
-    """What the model itself reads in its first picture; None where there is none."""
+    """The model's own reading of its first picture; None where there is none."""
     forms: tuple[str, ...] = ()
     """The form of each question; "" where there is no right text."""
     right: tuple[str | None, ...] = ()
@@ -147,9 +147,9 @@ class BenchmarkRecord:
     held_out: tuple[bool, ...] = ()
     """Whether a prompt has a composition that training never shows."""
     mean_over: MeanOver = "prompts"
-    """What the score of the whole is the mean over: prompts, or the means of categories."""
+    """What the overall score is the mean of: prompts, or the means of categories."""
     failures: tuple[str, ...] = ()
-    """Why a prompt has no score; "" where it has one."""
+    """Reasons of missing scores; "" where a prompt has one."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where lists differ in length."""
@@ -159,7 +159,7 @@ class BenchmarkRecord:
             raise ValueError("its lists differ in length")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is empty is left out."""
+        """As JSON; empty fields are left out."""
         raw: dict[str, Any] = {name: list(values) for name, values in vars(self).items() if isinstance(values, tuple)}
         raw["successes"] = [
             [int(success) if math.isfinite(success) else None for success in row] for row in self.successes
@@ -231,15 +231,15 @@ class Estimate:
     n: int | None = None
     """Prompts."""
     detectable: float | None = None
-    """Of a difference: the minimal detectable effect at power .8."""
+    """For a difference: the minimal detectable effect at power .8."""
     p: float | None = None
-    """Of a difference: the p-value."""
+    """For a difference: the p-value."""
     p_holm: float | None = None
-    """Of a category's difference: p with Holm's correction over the categories."""
+    """For a category's difference: p with Holm's correction over the categories."""
 
     @property
     def direction(self) -> str:
-        """Of a difference: up or down where the interval excludes 0, else flat; unsure without an interval.
+        """For a difference: up or down where the interval excludes 0, else flat; unsure without an interval.
 
         Flat also where the adjusted p is not below ``LEVEL``.
         """
@@ -250,7 +250,7 @@ class Estimate:
         return "up" if self.low > 0 else "down" if self.high < 0 else "flat"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what is not known is left out."""
+        """As JSON; unknown fields are left out."""
         return {each.name: value for each in fields(Estimate) if (value := getattr(self, each.name)) is not None}
 
 
@@ -267,7 +267,7 @@ class BenchmarkResult(Estimate):
     """pass_at_k, best_of, ...: what ``evaluation.results`` computes from many samples. Any: JSON values."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; ``measures`` stand beside the score."""
+        """As JSON; ``measures`` stand beside the score."""
         parts = {name: {k: e.as_dict() for k, e in vars(self)[name].items()} for name in ("categories", "compositions")}
         found = {name: part for name, part in parts.items() if part or name == "categories"}
         return {**super().as_dict(), **found, "metric": self.metric, **self.measures}
@@ -280,7 +280,7 @@ class BaselineResult:
     name: str
     after: Mapping[str, BenchmarkResult]
     difference: Mapping[str, BenchmarkResult]
-    """Its after minus the common before."""
+    """Its results after training minus the common results before."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class Summary:
 
 
 def _parse_results(raw: Any, at: str) -> dict[str, BenchmarkResult]:
-    """By benchmark. Any: a JSON value."""
+    """Results by benchmark. Any: a JSON value."""
     found = {}
     for name, entry in _with_score(raw, at).items():
         categories = _with_score(entry.get("categories"), f"{at}.{name}.categories")

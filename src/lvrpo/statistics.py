@@ -35,7 +35,7 @@ class Interval:
     """Number of values (prompts or seeds)."""
 
     def as_dict(self) -> dict[str, float | int]:
-        """For ``summary.json``."""
+        """As JSON, for ``summary.json``."""
         return {"score": self.score, "low": self.low, "high": self.high, "n": self.n}
 
     @property

@@ -32,7 +32,7 @@ for _tag, (_pattern, _starts) in _SCALARS.items():
 MAX_NODES = 100_000
 """Limit of keys and values in a file, with aliases expanded."""
 _TAG_ERRORS = (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError, OverflowError)
-"""What PyYAML raises for an invalid value after a tag such as !!timestamp."""
+"""Exceptions of PyYAML for an invalid value after a tag such as !!timestamp."""
 
 
 class _Loader(yaml.SafeLoader):

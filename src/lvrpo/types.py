@@ -80,7 +80,7 @@ class Prompt:
     edited: torch.Tensor | None = None
     """bool (height, width), True where an edit may change the last image of ``parts``; None: unknown."""
     world: str = "scenes"
-    """Its verifier and vocabulary: an entry of ``lvrpo.data.base.WORLDS``, or my_package.module:Name."""
+    """The prompt's verifier and vocabulary: an entry of ``lvrpo.data.base.WORLDS``, or my_package.module:Name."""
     form: str = ""
     """Template of the question, equal for questions that differ in content only; "": unknown."""
 
@@ -278,7 +278,7 @@ class RewardTable:
     mask: torch.Tensor
     """bool (P, G, K): True where the score is valid."""
     reasons: Mapping[tuple[int, int, int], str]
-    """For every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
+    """The reason of every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
     tasks: tuple[Task, ...]
     """P task names, one per group."""
     judges: Mapping[str, tuple[OutputKind, ...]] = field(default_factory=dict)

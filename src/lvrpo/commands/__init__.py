@@ -41,4 +41,4 @@ HEADINGS: Mapping[str, str] = {
     "evaluate": "Measure",
     "new reward": "Your own data and rewards",
 }
-"""What stands above a command in the list of all."""
+"""The heading of each group of commands in the list of all commands."""

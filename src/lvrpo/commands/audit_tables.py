@@ -55,7 +55,7 @@ TITLES: dict[OutputKind, str] = {
 
 
 def recorded_steps(audit: RewardAudit) -> str:
-    """How many steps of the run are recorded."""
+    """The number of recorded steps of the run."""
     steps = f"steps {audit.steps.first} to {audit.steps.last}"
     every = audit.steps.last - audit.steps.first + 1
     return f"{steps}, {audit.recorded} of {every} on record" if audit.recorded < every else f"{steps}, all on record"

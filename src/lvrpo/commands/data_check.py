@@ -24,7 +24,7 @@ SHOWN_ROWS = 10
 """Rows on the contact sheet."""
 SHOWN_PROBLEMS = 20
 SIDE = 128
-"""Of a picture on the contact sheet, in pixels."""
+"""Side of a picture on the contact sheet, in pixels."""
 
 
 def check_options(parser: Parser) -> None:

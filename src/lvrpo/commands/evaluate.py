@@ -85,7 +85,7 @@ def evaluate_options(parser: Parser) -> None:
 
 
 def published_options(parser: Parser) -> None:
-    """What published benchmarks need."""
+    """Adds the options that published benchmarks need."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="with a folder for each published benchmark")
     parser.add_argument("--detector", metavar="FOLDER", help="of transformers, for geneval")
     parser.add_argument("--color-classifier", metavar="FOLDER", help="a CLIP or SigLIP, for geneval")

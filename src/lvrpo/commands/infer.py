@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 MOST_CHARACTERS = 1_000_000
-"""Of a text; what a model takes is less, and counted in its tokens."""
+"""Limit of a text on the command line; a model's own limit is lower and in tokens."""
 CHUNK = 64
 """Prompts sampled at once."""
 RENORMS = ("none", "global", "channel", "text_channel")

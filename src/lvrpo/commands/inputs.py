@@ -21,7 +21,7 @@ from lvrpo.types import Image, Task
 
 C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
-"""Of a run directory."""
+"""A file that every run directory has."""
 
 
 def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:

@@ -26,7 +26,7 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "TrainConfig": ("an alignment", "train"),
     "PretrainConfig": ("a pretraining", "pretrain"),
 }
-"""What a configuration of each class is, and the command that it is for."""
+"""Per configuration class: what it configures, and the command that takes it."""
 
 
 @cache

@@ -26,7 +26,7 @@ from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
 FINAL_CODES = (0, 2, 3, 130)
-"""Of ``lvrpo train``, after which nothing is to be gained from a restart: done, wrong input, not well, interrupted."""
+"""Exit codes of ``lvrpo train`` after which a restart gains nothing: done, wrong input, not well, interrupted."""
 POLL_S = 0.5
 GRACE_S = 30.0
 """Seconds until a process is killed once another has failed."""
@@ -123,7 +123,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self.attempts: list[list[int]] = []
-        """By attempt, the exit codes in order of arrival."""
+        """The exit codes of each attempt, in order of arrival."""
         self.lines: list[Line] = []
         self.stopping = False
 
@@ -261,10 +261,10 @@ def launch(job: Job, workers: int, gpus: int | None, max_failures: int) -> None:
 
 @dataclass
 class LaunchResult:
-    """How a launch ended."""
+    """The outcome of a launch."""
 
     code: int | None = None
-    """Of the first process of the last attempt that failed; None: no attempt began."""
+    """Exit code of the first process that failed in the last attempt; None: no attempt started."""
     message: str = ""
     """The reason that the process reported; printed once it is known whether there is another attempt."""
     error: Exception | None = None

@@ -28,10 +28,10 @@ KINDS = {
     "sd3-tiny": "PipelineSizes",
     "flux-tiny": "PipelineSizes",
 }
-"""What can be made, and the class of its sizes, whose keys ``docs/make_keys.py`` describes."""
+"""The kinds of models that ``init`` makes, and the class of their sizes, whose keys ``docs/make_keys.py`` describes."""
 PIPELINE_NAMES = {"sd3-tiny": "Stable Diffusion 3", "flux-tiny": "FLUX"}
 KEPT_BYTES = 256 << 20
-"""Of pictures that are shown again; all of them at 32 x 32, the rest are made anew."""
+"""Size limit of the cache of rendered pictures: all of them at 32 x 32; beyond it, pictures are rendered again."""
 
 
 def init_options(parser: Parser) -> None:
@@ -90,7 +90,7 @@ def init(options: Options) -> None:
 
 
 def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
-    """Its autoencoder trained, if the options say so."""
+    """A BAGEL with random weights; its autoencoder is trained if the options ask for it."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.bagel.create import BagelSizes, create_bagel
@@ -105,7 +105,7 @@ def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
 
 
 def fresh_janus(options: Options) -> JanusPolicy:
-    """Its autoencoder is random."""
+    """A Janus with random weights, autoencoder included."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.janus.create import JanusSizes, create_janus
@@ -135,7 +135,7 @@ def refuse_autoencoder(options: Options) -> None:
 
 
 def fresh_showo(options: Options) -> ShowoPolicy:
-    """Its autoencoder is random."""
+    """A Show-o with random weights, autoencoder included."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.showo.create import ShowoSizes, create_showo
@@ -145,7 +145,7 @@ def fresh_showo(options: Options) -> ShowoPolicy:
 
 
 def fresh_showo2(options: Options) -> Showo2Policy:
-    """Its autoencoder is random."""
+    """A Show-o2 with random weights, autoencoder included."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
     from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
@@ -199,7 +199,7 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
 
 
 def seen_objects(reading: Reading) -> tuple[object, ...]:
-    """What a picture shows, without how clearly."""
+    """The objects of a picture, without their visibility."""
     return (reading.ground, reading.unreadable, *((o.shape, o.color, o.row, o.col) for o in reading.objects))
 
 

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Options may stand before, between and after the positional arguments."""
 
     unknown_hint = ""
-    """What to say of an unknown option that is like no other."""
+    """The hint for an unknown option that resembles no known one."""
 
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
         super().__init__(

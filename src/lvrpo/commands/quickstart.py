@@ -116,7 +116,7 @@ def run(options: Options) -> None:
 
 
 def train_overrides(options: Options) -> list[str]:
-    """What the options change in the configuration."""
+    """Overrides of the training configuration that follow from the options."""
     overrides = [*QUICK, f"steps={QUICK_STEPS}"] if options.quick else []
     for name in ("seed", "steps", "policy"):
         value = getattr(options, name)  # the options of these names
@@ -126,7 +126,7 @@ def train_overrides(options: Options) -> list[str]:
 
 
 def plan(options: Options, config: TrainConfig, run: Path) -> Plan:
-    """What is measured, and the baseline: from the same base, with the run's seed."""
+    """The evaluations, and the baseline, which starts from the same base with the run's seed."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.evaluation.experiment import Plan
     from lvrpo.policies.loading import START
@@ -151,7 +151,7 @@ def cores() -> int:
 
 
 def closing_message(run: Path, summary: dict, seconds: float) -> str:
-    """What the run cost, where its results are, and what to try next."""
+    """The cost of the run, the location of its results, and suggestions for the next step."""
     baseline = summary.get("baseline")
     cost = f"alignment {summary['seconds']:.0f} s"
     if baseline:

@@ -113,7 +113,7 @@ def find_experiment(name: str, quick: bool) -> Path:
 
 
 def shipped_experiments() -> dict[str, Path]:
-    """Those that lvrpo ships, by name."""
+    """The built-in experiments, by name."""
     from importlib import resources
 
     folder = Path(str(resources.files("lvrpo"))) / "configs" / "reproduce"

@@ -85,7 +85,7 @@ def configs_in(annotation: Any) -> list[type[Config]]:
 
 
 def default_text(field: FieldInfo, inner: list[type[Config]]) -> str:
-    """As YAML has it; ``inner``: the sections that the field may hold."""
+    """A default as YAML writes it; ``inner``: the sections that the field may hold."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -97,7 +97,7 @@ def default_text(field: FieldInfo, inner: list[type[Config]]) -> str:
 
 
 def type_text(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
-    """In words: int >= 1, `a` or `b`, list of text."""
+    """A type in words: int >= 1, `a` or `b`, list of text."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(parts[0], parts[1:])

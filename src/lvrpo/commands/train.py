@@ -85,7 +85,7 @@ def train(options: Options) -> None:
 
 
 def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
-    """Which step the result is of, and why."""
+    """The step of the saved policy, and why that step was selected."""
     step = summary["validation"]["best_step"]
     return f"step {step} was best on validation" if trainer.validator.prompts else f"step {step}, the last one"
 
@@ -136,14 +136,14 @@ def start_run(options: Options) -> tuple[Trainer, Plan]:
 
 
 def evaluation_plan(options: Options, config: TrainConfig) -> Plan:
-    """What is measured before and after."""
+    """The evaluations before and after training."""
     from lvrpo.evaluation.experiment import Plan, held_out_plan
 
     return Plan(()) if options.no_evaluate else held_out_plan(config, options.benchmark)
 
 
 def resumed_config(options: Options) -> TrainConfig | None:
-    """What a resumed run is asked for: CONFIG, or its own with changes, or None."""
+    """The requested configuration of a resumed run: CONFIG, or the run's own with changes, or None."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run_directory import RunDirectory
@@ -253,7 +253,7 @@ def check(options: Options) -> None:
 
 
 def print_memory(memory: MemoryEstimate) -> None:
-    """What stays, what comes and goes, and the most at once."""
+    """Prints static memory, memory per phase, and the peak."""
     print("\nmemory, GiB, before anything is loaded")
     for line in memory.lines():
         print(line)

@@ -1,4 +1,4 @@
-"""What a source of prompts and a world promise, and the tables of both."""
+"""The protocols of prompt sources and worlds, and the tables of both."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class ComparableSource(PromptSource, Protocol):
 
     @property
     def prefixes(self) -> Sequence[str]:
-        """How texts may begin, which does not count, such as "draw"."""
+        """Prefixes of prompts that carry no meaning, such as "draw"."""
         ...
 
     def compared(self, prompts: Sequence[Prompt]) -> list[ComparedPrompt]:
-        """Its prompts as they are compared."""
+        """Its prompts in the form in which they are compared."""
         ...
 
 
@@ -72,7 +72,7 @@ QuestionAnswer = tuple[str, str]
 
 
 class World(Protocol):
-    """What follows from words, and whether it holds of pictures.
+    """Derives facts and questions from texts, and checks facts against pictures.
 
     A world without a grammar returns no questions, and each fact's own question alone; one without a verifier gives
     its facts no ``check``, and is not asked.
@@ -83,11 +83,11 @@ class World(Protocol):
         ...
 
     def unchanged_questions(self, instruction: str) -> tuple[Fact, ...]:
-        """What an edit may leave as it is, of the kind "unchanged"; the judge keeps what holds of the source."""
+        """Questions of kind "unchanged" about what an edit may keep; the judge drops those false of the source."""
         ...
 
     def paraphrases(self, facts: Sequence[Fact]) -> Sequence[Sequence[QuestionAnswer]]:
-        """For each fact of one picture its own question first, then others that ask for the same."""
+        """For each fact of one picture: its own question first, then other wordings of it."""
         ...
 
     def unreadable(self, image: Image) -> str | None:
@@ -95,7 +95,7 @@ class World(Protocol):
         ...
 
     def holds(self, facts: Sequence[Sequence[Fact]], images: Sequence[Image]) -> Sequence[Sequence[bool]]:
-        """Which facts hold of the picture beside them; the pictures are readable and of one size."""
+        """Whether each fact holds of the picture beside it; the pictures are readable and of one size."""
         ...
 
 

@@ -46,7 +46,7 @@ class Clause(BaseModel):
 
     name: str = Field(alias="class", min_length=1)
     count: int = Field(ge=1, le=99)
-    """At least so many; of an excluded object: fewer."""
+    """The minimum number; for an excluded object, the number that must not be reached."""
     color: Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"] | None = (
         None
     )
@@ -73,9 +73,9 @@ class GenEvalRow:
     """The line, from 0: the name of its folder in the official layout."""
     metadata: Metadata
     raw: Mapping[str, Any]
-    """As in the file. Any: JSON values."""
+    """The row as it stands in the file. Any: JSON values."""
     prompt: Prompt
-    """With the questions as facts."""
+    """The prompt, with its questions as facts."""
 
 
 def read_metadata(path: Path) -> list[GenEvalRow]:

@@ -25,7 +25,7 @@ class StoredPicture:
     """The bytes of a picture file that lies in a table or an archive."""
 
     name: str
-    """Where it lies, unique."""
+    """The location of the picture, unique."""
     content: bytes = field(compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ def decode_image(content: bytes, name: str) -> Image:
 
 
 def _opened(file: PictureFile) -> tuple[Path | bytes, Path | str]:
-    """What ``open_picture`` takes."""
+    """Opens any source that ``open_picture`` accepts."""
     return (file, file) if isinstance(file, Path) else (file.content, file.name)
 
 
@@ -119,7 +119,7 @@ def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
 
 
 def _deep_gray(picture: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
-    """Which values are black and white in gray of more than 8 bits, by the file's own word; None: it has no such.
+    """The values of black and white in a gray image of more than 8 bits, as its file declares them; None without them.
 
     Raises InputError where nothing says which values are black and white.
     """

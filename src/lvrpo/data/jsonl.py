@@ -18,7 +18,7 @@ from lvrpo.types import Task
 
 
 class JsonlConfig(Config):
-    """Which files hold the rows (docs/guides/your_data.md); pictures lie beside their file, or in ``root``."""
+    """The files of rows (docs/guides/your_data.md); pictures are found relative to their file, or to ``root``."""
 
     train: Path | None = None
     """File of the rows to train on."""
@@ -30,9 +30,9 @@ class JsonlConfig(Config):
     """Another folder in which pictures may lie: absolute paths and links may lead into it, and a relative path that is
     not beside its file is looked up there."""
     check: Literal["headers", "pixels"] = "headers"
-    """What is checked of every picture before the run starts; damaged pixels are otherwise found at first use."""
+    """Validation of every picture before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
     cached_images: int = Field(default=1024, ge=0, le=1_000_000)
-    """How many decoded pictures are kept in memory."""
+    """Maximum number of decoded pictures kept in memory."""
 
 
 class JsonlPrompts(RowPrompts):

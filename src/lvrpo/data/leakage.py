@@ -37,17 +37,17 @@ _TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?!\w)|\w+|[^\w\s.,;:!?…'\"“”‘’«
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is compared of a picture."""
+    """The properties of a picture that are compared."""
 
     digest: str
-    """Of its pixels, or of its file."""
+    """Hash of its pixels, or of its file."""
     phash: bytes = b""
     """Perceptual hash; empty where those are not compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedPrompt:
-    """What is compared of a prompt."""
+    """The properties of a prompt that are compared."""
 
     where: str
     """Its id, or file:line."""
@@ -55,7 +55,7 @@ class ComparedPrompt:
     text: str
     pictures: tuple[Picture, ...] = ()
     content: str = ""
-    """What it asks, the same for all wordings; empty where that is not known."""
+    """A canonical form of its content, the same for all wordings; empty where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Shared:
 
 @dataclass
 class Overlap:
-    """How many prompts of a task the other set has too."""
+    """The number of prompts of a task that also occur in the other set."""
 
     task: str
     prompts: int = 0
@@ -87,7 +87,7 @@ class Overlap:
     content: int = 0
     """The same content, in whichever words."""
     some_ngrams: int = 0
-    """At least one n-gram of its text occurs there."""
+    """Prompts of which at least one n-gram occurs in the other set."""
     all_ngrams: int = 0
     """All n-grams of its text occur there."""
     shared: list[Shared] = field(default_factory=list)
@@ -165,13 +165,13 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
 
 
 def differing_bits(phash: bytes, others: Sequence[bytes]) -> np.ndarray:
-    """In how many bits a hash differs from each of the others: int (n,)."""
+    """Hamming distances between one hash and all others: int (n,)."""
     table = np.frombuffer(b"".join(others), dtype=np.uint8).reshape(len(others), len(phash))
     return np.unpackbits(table ^ np.frombuffer(phash, dtype=np.uint8), axis=1).sum(1, dtype=np.int64)
 
 
 class Index:
-    """What a set of prompts says and shows, to look prompts of another set up in."""
+    """An index of a set of prompts, for looking up prompts of another set."""
 
     def __init__(self, prompts: Iterable[ComparedPrompt], wordings: Sequence[str] = ()) -> None:
         """``wordings``: beginnings of texts that do not count, such as "draw"."""
@@ -207,15 +207,15 @@ class Index:
             self._phashes.setdefault((said, len(phash)), {}).setdefault(phash, prompt.where)
 
     def same(self, prompt: ComparedPrompt) -> str | None:
-        """Where the same prompt stands: text and pictures."""
+        """Locations of the same prompt: equal text and pictures."""
         return self._prompts.get((self.text_key(prompt), *(picture.digest for picture in prompt.pictures)))
 
     def content(self, prompt: ComparedPrompt) -> str | None:
-        """Where the same content stands."""
+        """Locations of the same content."""
         return self._contents.get(prompt.content) if prompt.content else None
 
     def near_duplicate(self, prompt: ComparedPrompt) -> str | None:
-        """Where the same text is asked of pictures that look alike."""
+        """Locations of the same text with similar pictures."""
         phash = b"".join(picture.phash for picture in prompt.pictures)
         others = self._phashes.get((self.text_key(prompt), len(phash))) if phash else None
         if not others:
@@ -227,7 +227,7 @@ class Index:
         return list(others.values())[nearest] if differing[nearest] <= PHASH_BITS * len(prompt.pictures) else None
 
     def overlaps(self, prompts: Iterable[ComparedPrompt]) -> list[Overlap]:
-        """How much of another set is in this one, by task."""
+        """The overlap of another set with this one, per task."""
         found: dict[str, Overlap] = {}
         for each in prompts:
             self._count(found.setdefault(each.task, Overlap(each.task)), each)
@@ -292,5 +292,5 @@ def prompts_fingerprint(prompts: Iterable[ComparedPrompt]) -> str:
 
 
 def as_rows(overlaps: Iterable[Overlap]) -> list[dict[str, Any]]:
-    """For JSON. Any: numbers and texts."""
+    """As JSON rows. Any: numbers and texts."""
     return [asdict(overlap) for overlap in overlaps]

@@ -135,7 +135,7 @@ def scienceqa(record: Record) -> Fields:
 
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-"""Of a turn, as ShareGPT and as chat templates name it."""
+"""Roles of messages by their names in ShareGPT and in chat templates."""
 
 
 def turns(conversation: Any) -> list[tuple[str, str]]:

@@ -81,7 +81,7 @@ def _show(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """At most ``_LINES`` lines."""
+    """The text wrapped to at most ``_LINES`` lines."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

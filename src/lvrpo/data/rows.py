@@ -55,7 +55,7 @@ class RowFact(_Strict):
 
 
 class TextRules(_Strict):
-    """What a text output must keep to, checked by rules; what is not given is not checked."""
+    """Rules that a text output must follow; a rule that is not given is not checked."""
 
     min_words: int = Field(default=0, ge=0, le=1_000_000)
     max_words: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -94,13 +94,13 @@ class Row(_Strict):
     """The right answer, where there is one."""
     facts: list[RowFact] = Field(default_factory=list)
     rules: TextRules | None = None
-    """What the text output must keep to, for the reward ``instruction``."""
+    """The rules of the text output, for the reward ``instruction``."""
     category: str = ""
     """The row of the results table that it counts in."""
     output: list[OutputKind] = Field(default_factory=list)
-    """What to produce, in order; by default text (understand, reason) or image (generate, edit)."""
+    """The outputs in order; by default text (understand, reason) or image (generate, edit)."""
     edited: str | list[list[int]] | None = None
-    """Where an edit may change its source (the last of ``images``), for the reward ``edit_consistency``: boxes
+    """The region of its source (the last of ``images``) that an edit may change, for ``edit_consistency``: boxes
     [left, top, right, bottom] in pixels, the last two excluded; or a picture file of its size, white where it may."""
     target: str | list[str] | None = None
     """Outputs to imitate, for supervised rows: a text or a picture file for each entry of ``output``."""
@@ -211,7 +211,7 @@ class Line:
     images: tuple[PictureFile, ...]
     targets: tuple[str | PictureFile, ...]
     mask: PictureFile | None = None
-    """Of field 'edited', where it names a file."""
+    """The file that the field 'edited' names, if it names one."""
 
 
 def make_line(
@@ -341,11 +341,11 @@ class RowPrompts:
         return tuple(t for t in TASKS if self._by_task[t])
 
     def size(self, task: Task) -> int:
-        """How many rows a task has."""
+        """The number of rows of a task."""
         return len(self._by_task[task])
 
     def has(self, task: Task) -> dict[str, int]:
-        """How many rows a task has, how many with answer, facts and target, and how many categories."""
+        """The number of rows of a task, of those with answer, facts and target, and of categories."""
         rows = [self._lines[number].row for number in self._by_task[task]]
         given = {name: sum(bool(getattr(row, name)) for row in rows) for name in ("answer", "facts", "target")}
         return {"rows": len(rows), **given, "category": len({row.category for row in rows if row.category})}

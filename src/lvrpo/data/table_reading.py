@@ -119,7 +119,7 @@ def _require_readable(library: ModuleType, kind: str, files: Sequence[str]) -> N
 
 
 def count_rows(library: ModuleType, kind: str, file: str) -> int:
-    """How many rows a file has; it is read to its end."""
+    """The number of rows of a file; reads it to its end."""
     return sum(1 for _ in _stream(library, path=kind, data_files=[file], split="train"))
 
 

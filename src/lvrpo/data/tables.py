@@ -53,7 +53,7 @@ class DatasetConfig(Config):
     """Field of a row: column that holds it, before what the preset says; parts of a column by dots, such as
     answers.text.0; null: the field is left out."""
     task: Task | None = None
-    """Of rows that name none, in place of the task of the preset."""
+    """Task of rows that name none, in place of the task of the preset."""
     shuffle: bool = False
     """Take ranges of a split from its rows in a random order, which is always the same, so that a folder of one class
     after the other can be divided."""
@@ -63,7 +63,7 @@ class DatasetConfig(Config):
     root: Path | None = None
     """Folder of the pictures that rows name by path; by default that of the files."""
     check: Literal["headers", "pixels"] = "headers"
-    """What is checked of every picture before the run starts; damaged pixels are otherwise found at first use."""
+    """Validation of every picture before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -138,17 +138,17 @@ class _Records:
 
     config: DatasetConfig
     label: str
-    """In messages and ids."""
+    """Name in messages and ids."""
     prefix: str
-    """Of ids, where there are several sets."""
+    """Prefix of ids if there are several sets."""
     table: Table
     files: Sequence[str]
-    """That hold the whole split; () where not known."""
+    """Files that hold the whole split; () where they are not known."""
     builder: str
     rows: Sequence[int]
     """The rows of the split that the records are."""
     folder: Path
-    """In which picture files may lie."""
+    """Folder that picture files are relative to."""
     others: Path | None = None
     """Another such folder."""
     features: Mapping[str, Any] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class _Records:
         return line if line.row.id is None or not self.prefix else _renamed(line, self.prefix)
 
     def _hint(self, message: str) -> str:
-        """Which columns there are, where a field is missing."""
+        """Lists the existing columns after a missing field."""
         if not message.endswith("is missing: add it"):
             return ""
         return f" (columns: {{FIELD: COLUMN}}, or a preset; its columns are {', '.join(self.features)})"
@@ -242,12 +242,12 @@ class _Records:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """How many rows the files have up to each of them."""
+        """Cumulative row counts of the files."""
         return list(accumulate(count_rows(datasets_library(), self.builder, file) for file in self.files))
 
 
 def _renamed(line: Line, prefix: str) -> Line:
-    """With the number of its data set before the id that its row gives."""
+    """The row with the number of its data set before its id."""
     return Line(*(line.row, f"{prefix}{line.id}", line.where, line.source, line.images, line.targets), mask=line.mask)
 
 

@@ -55,7 +55,7 @@ class EvaluatedPolicy:
         return found
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; every ``world_size``-th prompt, so that every rank gets some of every task."""
+        """See ``Policy.sample``; a rank takes every ``world_size``-th prompt, so that all get some of every task."""
         own = range(rank(), len(prompts), world_size())
         groups: list[Group] = []
         with self._policies.use(self._name) as policy:
@@ -71,7 +71,7 @@ class EvaluatedPolicy:
         ]
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         require_method(self._policies.policy, "text_logprob")
         return self._by_rows(len(texts), lambda policy, own: policy.text_logprob(contexts[own], texts[own]))
 
@@ -84,7 +84,7 @@ class EvaluatedPolicy:
         *times: tuple[float, float],
         **named: tuple[float, float],
     ) -> torch.Tensor:
-        """As ``Judge.image_logprob``."""
+        """See ``Judge.image_logprob``."""
         require_method(self._policies.policy, "image_logprob")
         given = (*times, *named.values())
         return self._by_rows(

@@ -30,14 +30,14 @@ class Item:
     group: Group
     """The first ``Benchmark.samples`` outputs; from a folder, their texts alone."""
     scores: tuple[float, ...]
-    """Of every sample; nan where scoring failed."""
+    """Scores of all samples; nan where scoring failed."""
     judged: tuple[float | None, ...] = ()
     read_back: ReadBack | None = None
     failure: str = ""
-    """Why a sample has no score; "" where all have one."""
+    """Reason of a missing score; "" if every sample has one."""
 
     def without_pictures(self) -> Item:
-        """With the texts of the outputs alone, as pictures of many prompts do not fit into memory."""
+        """The item with the texts of its outputs only, because pictures of many prompts do not fit into memory."""
         texts = tuple(
             replace(t, segments=tuple(s for s in t.segments if isinstance(s, TextSegment)))
             for t in self.group.trajectories

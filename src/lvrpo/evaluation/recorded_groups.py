@@ -154,7 +154,7 @@ class RecordedRun:
     verifiers: tuple[str, ...] = ()
     """The rewards that grade outputs by ground truth; held-out ones first."""
     max_failed: Mapping[str, float] = field(default_factory=dict)
-    """By reward, the share of its scores that may fail; 1 where absent."""
+    """Per reward, the share of its scores that may fail; 1 where absent."""
 
 
 def read_recorded_run(run: Path) -> RecordedRun:

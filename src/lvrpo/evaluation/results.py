@@ -91,7 +91,7 @@ def missing(record: BenchmarkRecord) -> Measures:
 
 
 def zip_failures(record: BenchmarkRecord) -> list[tuple[str, float]]:
-    """Of each prompt why it has no score, and its score."""
+    """Pairs of failure reason and score, one per prompt."""
     return list(zip(record.failures or [""] * len(record.scores), record.scores, strict=True))
 
 

@@ -57,7 +57,7 @@ AUDIT = "audit.json"
 EDGE = 0.01
 """A constant group is all best (all worst) within this fraction of the scorer's range from its maximum (minimum)."""
 MAX_POINTS = 400
-"""Of a curve; longer ones are binned."""
+"""Maximum number of points of a curve; longer ones are binned."""
 
 
 def audit_rewards(record: RecordedRun) -> RewardAudit:
@@ -231,7 +231,7 @@ def write_audit(run: Path) -> RewardAudit:
 
 
 def _members(mask: torch.Tensor, per_reward: bool) -> torch.Tensor:
-    """Which members have an advantage: those with any score, or with all scores that apply to their group."""
+    """The members that have an advantage: those with any score, or with all scores that apply to their group."""
     any_score = mask.any(dim=2)
     applies = mask.any(dim=1, keepdim=True)
     return any_score if per_reward else any_score & (mask | ~applies).all(dim=2)

@@ -1,4 +1,4 @@
-"""How well rewards rank the outputs of a group by ground truth, in a run or on a model's own samples."""
+"""Ranking quality of rewards against ground truth within groups, for a run or for a model's own samples."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> N
 
 
 def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
-    """What ``write_evaluation`` wrote; raises InputError for another shape."""
+    """The inverse of ``write_evaluation``; raises InputError for another shape."""
     return from_json(EvaluationRecord, run.read_json(relative), str(run.path / relative), "restore it or delete it")
 
 

@@ -94,8 +94,8 @@ def judge_scores(groups: Sequence[Group], judge: Policy) -> list[tuple[float | N
 
 
 def read_back(groups: Sequence[Group], reader: Policy) -> list[ReadBack | None]:
-    """Of the first drawing of each group the stated facts that the reader finds, that the verifier finds, and on how
-    many they agree; None without drawing, facts that a verifier can check, or a picture that can be read."""
+    """For the first drawing of each group: stated facts found by the reader, found by the verifier, and the number on
+    which they agree; None without a drawing, facts that a verifier can check, or a picture that can be read."""
     reward = SelfVQA()
     found: list[ReadBack | None] = [None] * len(groups)
     for places in _batches(groups, reward):

@@ -69,7 +69,7 @@ class Benchmark:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``Sampling`` that differ from the model's defaults. Any: their values."""
     details: Mapping[str, str] = field(default_factory=dict)
-    """What a record says of it: the version of the data and who scores."""
+    """Details for the record: the version of the data and the scorer."""
     check: Callable[[Policy], object] = lambda policy: None
     """Raises InputError where a policy cannot read the prompts."""
 
@@ -102,7 +102,7 @@ class EvaluationOptions:
     reward_judge: Policy | None = None
     """Frozen policy that judges for the rewards of ``scorer``, for prompts without a verifiable answer."""
     store: ItemStore | None = None
-    """Where outputs and scores are kept, so that an interrupted evaluation can be resumed."""
+    """Storage of outputs and scores, so that an interrupted evaluation can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Evaluation:
     seconds: float = 0.0
 
     def results(self) -> dict[str, Any]:
-        """By benchmark: score, low, high, n, categories."""
+        """Per benchmark: score, low, high, n, categories."""
         return {name: benchmark_result(record).as_dict() for name, record in self.scored.items()}
 
     def difference(self, after: Evaluation) -> dict[str, Any]:
-        """By benchmark that both have: ``after`` minus this, with intervals."""
+        """For every benchmark that both have: ``after`` minus this, with intervals."""
         return {
             name: benchmark_difference(record, after.scored[name]).as_dict()
             for name, record in self.scored.items()
@@ -127,7 +127,7 @@ class Evaluation:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: results, and the scores of single prompts."""
+        """As JSON: results, and the scores of single prompts."""
         return {
             "results": self.results(),
             "seconds": self.seconds,
@@ -168,7 +168,7 @@ def find_benchmarks(
 
 
 def at_guidance(benchmarks: Sequence[Benchmark], scales: Sequence[float], num_steps: int | None) -> list[Benchmark]:
-    """Those with ``own_sampling`` once per guidance scale, ``geneval@4``, or (no scales) at the model's own."""
+    """Benchmarks with ``own_sampling`` once per guidance scale, ``geneval@4``; without scales, at the model's own."""
     found: list[Benchmark] = []
     for benchmark in benchmarks:
         if not benchmark.own_sampling:
@@ -315,7 +315,7 @@ def benchmark_items(
 def identity(
     policy: Policy, benchmark: Benchmark, seed: int, settings: Mapping[Task, Sampling], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """What the items of a benchmark depend on. Any: JSON values."""
+    """Everything that the items of a benchmark depend on. Any: JSON values."""
     return {
         "policy": judge_fingerprint(policy),
         "judge": judge_fingerprint(options.judge or policy),

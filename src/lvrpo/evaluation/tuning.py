@@ -18,7 +18,7 @@ from lvrpo.types import Prompt, Task
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
-"""For text; 0 is greedy."""
+"""Temperatures for text; 0 is greedy."""
 SETTINGS = ("guidance_scale", "temperature")
 
 
@@ -29,11 +29,11 @@ class TunedSampling:
     model: str
     """``judge_fingerprint`` of the model."""
     settings: Mapping[Task, Mapping[str, float]]
-    """By task ``guidance_scale`` or ``temperature``."""
+    """The selected ``guidance_scale`` or ``temperature``, per task."""
     prompts: frozenset[str]
     """``content_key`` of every tuning prompt."""
     grid: Mapping[Task, Mapping[str, float]] = field(default_factory=dict)
-    """By task, the score at each value of the grid."""
+    """The score at each value of the grid, per task."""
 
     def apply(self, sampling: Sampling, task: Task) -> Sampling:
         """``sampling`` with the tuned parameters of the task; unchanged where the task was not tuned."""
@@ -54,12 +54,12 @@ class TunedSampling:
             raise InputError(f"settings chosen for {self.model}, but this is {model}: tune each model for itself")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON."""
         return {**vars(self), "prompts": sorted(self.prompts)}
 
     @classmethod
     def read(cls, path: Path) -> TunedSampling:
-        """What ``lvrpo evaluate MODEL --tune FILE`` wrote; raises InputError for anything else."""
+        """Reads the file of ``lvrpo evaluate MODEL --tune FILE``; raises InputError for anything else."""
         remedy = "give a file that lvrpo evaluate --tune wrote"
         raw = read_json_object(path, remedy)
         try:
@@ -97,7 +97,7 @@ def tune(
     sampling: Sampling = SAMPLING,
     progress: Callable[[Task, str, float, float], None] = lambda task, name, value, score: None,
 ) -> TunedSampling:
-    """For every task the value with the highest mean success on the benchmarks' validation prompts; the first of ties.
+    """Selects per task the value with the highest mean success on validation prompts; the first of ties.
 
     Image tasks tune the guidance scale (``GUIDANCE_SCALES``), text tasks the temperature (``TEMPERATURES``). ``n``:
     prompts per task (default: the number of test prompts). Benchmarks with ``fixed_sampling`` are left out. Raises

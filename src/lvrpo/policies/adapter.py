@@ -52,9 +52,9 @@ OUTPUTS: Mapping[SegmentKind, tuple[str, Modules, Expert, str]] = {
     "flow": ("towers.latent_out", "connector", "generate", "drawing"),
     "text": ("towers.lm_head", "head", "understand", "text"),
 }
-"""By kind of segments: the output layer, its kind of module and expert, and a name for messages."""
+"""Per kind of segment: its output layer, the kind of module and expert, and a name for messages."""
 READERS = ("aligner", "connector", "multi_modal_projector", "vision_model", "vision_tower", "visual")
-"""How models of transformers call what reads pictures."""
+"""Names that models of transformers give to modules that encode pictures."""
 EXPERTS: Mapping[str, tuple[Expert, ...]] = {
     **dict.fromkeys((*READERS, "reading", "read", "lm", "lm_head"), ("understand",)),
     **dict.fromkeys(("drawing", "latent", "time", "generation_aligner", "generation_head"), ("generate",)),
@@ -71,7 +71,7 @@ class AdapterConfig(Config):
     """Low-rank adapters of chosen linear layers, trained instead of the weights."""
 
     rank: int = Field(default=16, ge=1, le=4096)
-    """Of the factors."""
+    """Rank of the factors."""
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
@@ -127,7 +127,7 @@ class AdaptablePolicy(PolicyDefaults):
     """A policy that an adapter can be put on."""
 
     adapter_patterns: ClassVar[Mapping[Modules, str]] = PATTERNS
-    """Its linear layers by kind, each with a group ``expert`` that is a key of ``EXPERTS``."""
+    """Patterns of its linear layers by kind, each with a group ``expert`` that is a key of ``EXPERTS``."""
 
     def __init__(self) -> None:
         super().__init__()

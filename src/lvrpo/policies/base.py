@@ -29,7 +29,7 @@ from lvrpo.types import (
 
 @dataclass(frozen=True)
 class MaskedScoring:
-    """How images of masked tokens are scored, at sampling and in every replay."""
+    """The scoring of images of masked tokens, at sampling and in every replay."""
 
     likelihood: Literal["path", "monte_carlo"] = "path"
     draws: int = 1
@@ -40,11 +40,11 @@ class MaskedScoring:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How outputs are sampled. One object is shared by all members of a group."""
+    """Sampling settings. One object is shared by all members of a group."""
 
     group_size: int = 8
     temperature: float = 1.0
-    """Of text tokens; 0 is greedy (log-probs are then those of temperature 1)."""
+    """Temperature of text tokens; 0 is greedy (log-probs are then those of temperature 1)."""
     max_new_tokens: int = 24
     num_steps: int = 8
     """Model evaluations per image; steps in which masked tokens are revealed. Image tokens take one each."""
@@ -55,7 +55,7 @@ class Sampling:
     window: tuple[int, ...] = ()
     """The steps sampled with noise and trained; all others follow the ODE."""
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
-    """Of the steps that follow the ODE; the first two are of second order."""
+    """Solver of the ODE steps; the first two are of second order."""
     steps_after_window: int | None = None
     """Steps after the end of the window, equal in unshifted time; None: those of the grid."""
     guidance_scale: float = 1.0
@@ -71,11 +71,11 @@ class Sampling:
     image_size: tuple[int, int] | None = None
     """Height and width of an image generated without a source image; None: the policy's own."""
     image_temperature: float = 1.0
-    """Of image tokens and masked image tokens; 0 is greedy."""
+    """Temperature of image tokens and masked image tokens; 0 is greedy."""
     choice_temperature: float = 0.0
     """Temperature of the Gumbel noise when a step chooses the tokens to unmask; 0: the most confident ones."""
     guided_logprobs: LogitGuidance = "joint"
-    """Of image tokens under guidance: which branches have a gradient in a replay (``sampling.guide_logits``)."""
+    """For image tokens under guidance: which branches have a gradient in a replay (``sampling.guide_logits``)."""
     masked: MaskedScoring = MaskedScoring()
 
     def __post_init__(self) -> None:
@@ -98,18 +98,18 @@ SCALES = (
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many tokens a replay of a trajectory has."""
+    """Token counts of the replay of a trajectory."""
 
     context: int
-    """Of its prompt; members of a group that are replayed together hold it once."""
+    """Tokens of its prompt; members of a group that are replayed together share it."""
     text: int
-    """Of its text segments."""
+    """Tokens of its text segments."""
     image: int
-    """Of one pass over the image that it generates."""
+    """Tokens of one pass over the image that it generates."""
 
 
 READS_ONLY = "reads pictures and does not draw them"
-"""What messages say of a policy without a drawing side."""
+"""The phrase in messages for a policy that cannot generate images."""
 
 
 def can_draw(tasks: Collection[Task]) -> bool:
@@ -164,7 +164,7 @@ class RolloutPolicy(Protocol):
         ...
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """How many tokens a replay of it has."""
+        """The number of tokens of its replay."""
         ...
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -177,7 +177,7 @@ class Judge(Protocol):
     """Scores outputs of any policy: all that a reward needs. Rewards ask it questions by ``sample``."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``RolloutPolicy.sample``."""
+        """See ``RolloutPolicy.sample``."""
         ...
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
@@ -261,7 +261,7 @@ class Policy(FlowPolicy, Judge, SavedPolicy, Protocol):
         ...
 
     def limit_tokens(self, limit: int | None) -> None:
-        """At most ``limit`` tokens go through the transformer at once (None: the policy's own limit)."""
+        """Limits the tokens of one transformer pass to ``limit`` (None: the policy's own limit)."""
         ...
 
     def checkpoint_gradients(self, on: bool) -> None:

@@ -58,19 +58,19 @@ class PolicyDefaults(nn.Module, ABC):
     segment_kinds: tuple[SegmentKind, ...]
     """The kinds of segments in its outputs."""
     tasks: tuple[Task, ...] = TASKS
-    """What it can be asked; a run that asks for more is refused before it starts."""
+    """Supported tasks; a run that needs others is refused before it starts."""
     judging_sides: tuple[Literal["read", "draw"], ...] = ("read", "draw")
     """The sides that it judges outputs with; a run with a reward that asks another one is refused before it starts."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``."""
+        """See ``Policy.sample``."""
 
     @abstractmethod
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """As ``Policy.logprobs``."""
+        """See ``Policy.logprobs``."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -94,7 +94,7 @@ class PolicyDefaults(nn.Module, ABC):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """That of the first parameter."""
+        """The dtype of the first parameter."""
         return next(self.parameters()).dtype
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -133,11 +133,11 @@ class PolicyDefaults(nn.Module, ABC):
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """As ``FlowPolicy.velocity``."""
+        """See ``FlowPolicy.velocity``."""
         raise missing_method(self, "velocity")
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         raise missing_method(self, "text_logprob")
 
     def image_logprob(
@@ -148,11 +148,11 @@ class PolicyDefaults(nn.Module, ABC):
         seeds: Sequence[int],
         times: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
-        """As ``Judge.image_logprob``."""
+        """See ``Judge.image_logprob``."""
         raise missing_method(self, "image_logprob")
 
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """As ``Judge.reading_states``."""
+        """See ``Judge.reading_states``."""
         raise missing_method(self, "reading_states")
 
 
@@ -213,19 +213,19 @@ class TokenPolicy(PolicyDefaults):
         return self.context_ids(prompt.parts, segments)
 
     def choice_temperature(self, sampling: Sampling, step: int) -> float:
-        """Of the choice of the masked tokens to reveal in a step: the same in all."""
+        """Temperature of the choice of masked tokens to reveal in a step, shared by all."""
         return sampling.choice_temperature
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     # --- sampling ---
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; behavior log-probs are those of a replay in the same batch."""
+        """See ``Policy.sample``; behavior log-probs are those of a replay in the same batch."""
         rows = [
             (prompt, member, derive_seed(seed, "member", member))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -318,7 +318,7 @@ class TokenPolicy(PolicyDefaults):
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """As ``Policy.logprobs``; segments of equal settings are replayed together."""
+        """See ``Policy.logprobs``; segments of equal settings are replayed together."""
         found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
         lengths = [len(segments_through(t, kinds)) for t in trajectories]
         for k in range(max(lengths, default=0)):
@@ -372,7 +372,7 @@ class TokenPolicy(PolicyDefaults):
         yield from map(SegmentLogprobs, logprobs * scored, torch.stack(entropy, dim=1) * scored)
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """As ``Policy.count_tokens``."""
+        """See ``Policy.count_tokens``."""
         text = sum(len(s.tokens) for s in trajectory.segments if isinstance(s, TextSegment))
         image = self.image_tokens if trajectory.image is not None else 0
         return TokenCounts(len(self.context_ids(trajectory.prompt.parts)), text, image)
@@ -381,7 +381,7 @@ class TokenPolicy(PolicyDefaults):
 
     @torch.no_grad()
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         tokens = [torch.tensor([*self.encode_text(text), self.end_id]) for text in texts]
         segments = [TextSegment(row, torch.zeros(len(row)), 1.0, "", True) for row in tokens]
         rows = self._score([self.context_ids(parts) for parts in contexts], segments)
@@ -396,7 +396,7 @@ class TokenPolicy(PolicyDefaults):
         seeds: Sequence[int],
         times: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
-        """As ``Judge.image_logprob``: exact for image tokens in order, a bound by random masks for masked ones."""
+        """See ``Judge.image_logprob``: exact for image tokens in order, a bound by random masks for masked ones."""
         kind = self._kind(("image",), 0)
         prompts = [Prompt("judged", "generate", tuple(parts), ("image",)) for parts in contexts]
         rows = [self.segment_context(prompt, (), kind) for prompt in prompts]

@@ -126,7 +126,7 @@ def integrate(
     x_t: torch.Tensor,
     step_noise: torch.Tensor | None,
 ) -> FlowSample:
-    """From noise (B, N, C) to data over ``timesteps`` (T + 1,), from 1 to 0.
+    """Integrates from noise (B, N, C) to data over ``timesteps`` (T + 1,), from 1 to 0.
 
     Steps of ``sampling.window`` are stochastic, with noise ``step_noise`` (B, W, N, C), and recorded, others solve the
     ODE. Raises InputError for a window that does not fit.

@@ -42,13 +42,13 @@ from lvrpo.types import (
 
 KIND = "an image-text-to-text model"
 KEPT_BYTES = 512 << 20
-"""Of prompts that are kept as the processor made them."""
+"""Size limit of the cache of processed prompts."""
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "processor_config.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json"),
 )
-"""Of a folder, beside config.json and the weights; kept as they are."""
+"""Files of a folder besides config.json and the weights, saved unchanged."""
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 """Fields of a configuration that name tokens in whose places features are put; an answer never holds them."""
 
@@ -269,7 +269,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         return self.shares_prompts and not self.checkpointed
 
     def _inputs(self, prompts: Sequence[ReadPrompt], cache: Any, after: torch.Tensor | None = None) -> dict[str, Any]:
-        """What the model is called with, as its own ``generate`` prepares it; prompts are padded on the left.
+        """The model's arguments, prepared as its own ``generate`` does; prompts are padded on the left.
 
         ``after``: tokens (R, n) that follow. Any: arguments of classes of an optional package.
         """
@@ -420,7 +420,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 def _places(prompts: Sequence[ReadPrompt]) -> list[int]:
-    """Which of the different prompts each is."""
+    """Maps each item to its index among the distinct prompts."""
     order = {key: i for i, key in enumerate(dict.fromkeys(map(id, prompts)))}
     return [order[id(prompt)] for prompt in prompts]
 

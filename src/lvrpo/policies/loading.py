@@ -25,11 +25,11 @@ from lvrpo.registry import resolve
 from lvrpo.types import TASKS, Task
 
 FINAL = "policy.json"
-"""In a run directory: names the checkpoint that is the run's result."""
+"""In a run directory: names the checkpoint of the result."""
 START = "start"
-"""In a run directory: the policy that it started from, which stays the reference of a resumed run."""
+"""In a run directory: the initial policy, which stays the reference of a resumed run."""
 TENSORS = "tensors"
-"""In the state of a checkpoint: the sharded tensors of all sets of weights."""
+"""In the state of a checkpoint: the sharded tensors of all weight sets."""
 METHODS = ("load", "sample", "logprobs", "save")
 """Methods that a class must have to be taken for a policy."""
 _RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl")

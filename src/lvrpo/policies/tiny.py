@@ -263,7 +263,7 @@ class TinyPolicy(MoTPolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """As ``MoTPolicy.from_config``; the dtype is float32."""
+        """See ``MoTPolicy.from_config``; the dtype is float32."""
         if dtype not in (None, torch.float32):
             raise InputError(f"dtype={str(dtype).removeprefix('torch.')}: {folder} computes in float32: leave it out")
         for name in ("config.json", "model.safetensors", "tokenizer.json"):

@@ -1,4 +1,4 @@
-"""What policies around a model of ``transformers`` share: precision, limits, gradient checkpointing, batches, files."""
+"""The base class of policies around a model of ``transformers``: precision, limits, checkpointing, batches, files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from lvrpo.policies.adapter import AdaptablePolicy
 
 MAX_TOKENS = 32768
-"""Of rows, padded, that go through the transformer at once."""
+"""Limit of the padded tokens in one pass of the transformer."""
 TEXT_TOKENS = 512
-"""What is written at most, unless told otherwise."""
+"""Default limit of a generated text."""
 THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
-"""What prompts of the task ``reason`` that are answered by text begin with."""
+"""Instruction before prompts of the task ``reason`` that are answered by text."""
 
 
 class TransformersPolicy(AdaptablePolicy):
@@ -43,7 +43,7 @@ class TransformersPolicy(AdaptablePolicy):
 
     @property
     def longest_text(self) -> int:
-        """What is written at most, unless told otherwise: 512 tokens, or half the positions of a small model."""
+        """Default limit of a generated text: 512 tokens, or half the positions of a small model."""
         return max(1, min(TEXT_TOKENS, self.positions // 2))
 
     def train(self, mode: bool = True) -> Self:
@@ -57,12 +57,12 @@ class TransformersPolicy(AdaptablePolicy):
         self._autocast = None if dtype == self._weights_dtype() else dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What ``set_compute_dtype`` asked for, while the model runs."""
+        """The autocast context that ``set_compute_dtype`` selected."""
         return nullcontext() if self._autocast is None else torch.autocast(self.device.type, dtype=self._autocast)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What matrices are multiplied in."""
+        """Dtype of matrix products."""
         return self._autocast or self._weights_dtype()
 
     def _weights_dtype(self) -> torch.dtype:
@@ -75,7 +75,7 @@ class TransformersPolicy(AdaptablePolicy):
         self.max_tokens = limit or MAX_TOKENS
 
     def cut(self, lengths: Sequence[int]) -> list[list[int]]:
-        """What goes through at once, as indices: rows padded to the longest, at most ``max_tokens``."""
+        """Splits rows, as indices, into batches of at most ``max_tokens`` tokens when padded to the longest."""
         parts: list[list[int]] = []
         longest = 0
         for i, length in enumerate(lengths):

@@ -23,7 +23,7 @@ NAMES = {
     "green": "mean green",
     "blue": "mean blue",
 }
-"""Of traits; other names are shown as they are."""
+"""Display names of properties; other names are shown as they are."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RankingRow:
     """One row of the table of rankings; None for fewer than ``MIN_GROUPS`` groups."""
 
     name: str
-    """Of a reward, or of a category of prompts."""
+    """Name of a reward, or of a category of prompts."""
     is_category: bool
     rank: Estimate | None
     auc: Estimate | None
@@ -106,7 +106,7 @@ class Audit:
     last: str
     tasks: tuple[Task, ...]
     alarms: tuple[str, ...]
-    """Of both kinds."""
+    """Alarms of both kinds."""
     overoptimized: bool
     """Whether one of them is of a reward that rose while a held-out score fell."""
     comparisons: int
@@ -245,5 +245,5 @@ def _words(name: str) -> str:
 
 
 def _points(series: Points | None) -> Points:
-    """Those that are finite."""
+    """The finite points."""
     return [(step, value) for step, value in series or [] if number(step) is not None and number(value) is not None]

@@ -112,7 +112,7 @@ def other_charts(metrics: Metrics) -> list[ChartGroup]:
 
 
 def ratio_note(metrics: Metrics) -> str:
-    """Why the probability ratios of a run are 1 in every step, where they are; else nothing."""
+    """Explains why the probability ratios of a run are 1 in every step, if they are; else nothing."""
     keys = [key for key in metrics.numeric_keys() if key.startswith("ratio/")]
     if not keys or any(abs(value - 1) > 1e-5 for key in keys for _, value in metrics.series(key)):
         return ""
@@ -281,7 +281,7 @@ class Table:
 
 @dataclass(frozen=True)
 class GradientAudit:
-    """What the page shows of the audit."""
+    """The content of the gradient audit on the page."""
 
     steps: int
     """Audited ones."""

@@ -64,11 +64,11 @@ class PromptSet:
     held_out: tuple[bool, ...]
     """Whether a prompt shows a combination that training never shows."""
     forms: tuple[str, ...] = ()
-    """Of questions; "" where there is no right text."""
+    """Forms of the questions; "" where there is no right text."""
     right: tuple[str | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: texts once, and their numbers per prompt."""
+        """As JSON: each text once, and its index per prompt."""
         texts: dict[str, Any] = {"n": len(self.categories), "held_out": pack_bits(self.held_out)}
         for name in ("categories", "forms", "right"):
             values = [str(value or "") for value in getattr(self, name)]  # three fields, by name
@@ -78,7 +78,7 @@ class PromptSet:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PromptSet:
-        """What ``as_dict`` gave."""
+        """The inverse of ``as_dict``."""
         texts = {
             name: tuple(raw[name]["values"][i] for i in raw[name]["index"]) for name in ("categories", "forms", "right")
         }
@@ -89,25 +89,25 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run did on the prompts of one benchmark."""
+    """The outcome of one run on the prompts of one benchmark."""
 
     prompts: str
     """Fingerprint of the prompts."""
     first: Floats
     """(P,) success of the first sample."""
     samples: int
-    """Of each of the prompts that were sampled most often."""
+    """Samples per prompt, for the prompts that were sampled most often."""
     counts: Floats
     """(P,) right ones among them; nan for a prompt that was not sampled so often."""
     best_of: Mapping[int, Floats]
-    """By n: (P,) expected success of the best of n by the model's own reader; nan where unknown."""
+    """Per n, (P,): expected success of the best of n by the model's own reader; nan where unknown."""
     answers: Mapping[str, Mapping[str, int]]
-    """By form of question: how often each answer was given."""
+    """Per form of question, the number of times each answer was given."""
     settings: Mapping[str, Any]
     """Guidance and temperature by task."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: a bit per prompt, a base-36 digit per count, two hexadecimal digits per share."""
+        """As JSON: a bit per prompt, a base-36 digit per count, two hexadecimal digits per share."""
         many = np.flatnonzero(np.isfinite(self.counts))
         return {
             "prompts": self.prompts,
@@ -123,7 +123,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Outcome:
-        """What ``as_dict`` gave."""
+        """The inverse of ``as_dict``."""
         n = raw["n"]
         many = unpack_bits(raw["many"], n) > 0 if raw["many"] else np.zeros(n, dtype=bool)
 
@@ -146,7 +146,7 @@ class Summary:
     base: str
     seed: int
     outcomes: Mapping[str, Outcome]
-    """By benchmark; in the file a name stands for the measurement of that name."""
+    """Outcomes by benchmark; in the file a benchmark is stored under the name of its measurement."""
     raw: Mapping[str, Any]
     """The whole file: configuration, FLOPs, seconds, hardware."""
 
@@ -168,11 +168,11 @@ class Evidence:
     """All summaries of a folder."""
 
     summaries: Mapping[str, Mapping[tuple[str, int], Summary]]
-    """By row, by (base, seed)."""
+    """Summaries by row, then by (base, seed)."""
     prompts: Mapping[str, PromptSet]
-    """By fingerprint."""
+    """Prompt sets by fingerprint."""
     tuning: Mapping[str, Mapping[str, Any]]
-    """By row: what its grid gave."""
+    """Results of the grids, by row."""
 
     @classmethod
     def read(cls, folder: Path) -> Evidence:
@@ -206,7 +206,7 @@ class Evidence:
 
 
 def prompts_file(folder: Path, fingerprint: str) -> Path:
-    """Where a set of prompts stands."""
+    """The file of a set of prompts."""
     return folder / PROMPTS / f"{fingerprint}.json"
 
 
@@ -226,7 +226,7 @@ def pack_shares(values: Floats) -> str:
 
 
 def unpack_shares(text: str) -> Floats:
-    """What ``pack_shares`` took, up to a 510th."""
+    """The inverse of ``pack_shares``, up to 1/510."""
     return np.frombuffer(bytes.fromhex(text), dtype=np.uint8) / 255.0
 
 
@@ -287,7 +287,7 @@ class Column:
 
 
 def column(plan: TablePlan, row: str, measure: Measure, evidence: Evidence, many: bool = False) -> Column:
-    """What the summaries say of one row.
+    """The column of one row, from its summaries.
 
     ``many``: the mean of many samples in place of the first one, for prompts that have them.
     """

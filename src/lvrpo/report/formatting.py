@@ -1,4 +1,4 @@
-"""How the report writes numbers, times, tasks and changes."""
+"""Formats of numbers, times, tasks and changes in the report."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _marked(tile: Tile) -> str:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
-    """At most ``max_lines`` lines of ``width`` pixels; what is cut off ends in dots."""
+    """The text wrapped to at most ``max_lines`` lines of ``width`` pixels; an ellipsis marks what is cut off."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

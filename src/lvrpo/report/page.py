@@ -94,7 +94,7 @@ def render(run: RunRecord) -> str:
 
 
 def not_well(health: object) -> list[str]:
-    """Why a finished run is not well."""
+    """The reasons why a finished run is not well."""
     findings = health.get("findings") if isinstance(health, Mapping) else None
     rows = findings if isinstance(findings, list) else []
     return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]

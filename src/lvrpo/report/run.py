@@ -31,7 +31,7 @@ class RunRecord:
     grids: tuple[tuple[int, Path], ...]
     """(step, picture of sampled groups) in order of steps."""
     problems: tuple[str, ...]
-    """What could not be read, in words for the page."""
+    """Files that could not be read, described for the page."""
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ RIGHT = 0.999
 
 @dataclass(frozen=True)
 class Frame:
-    """What came out of a prompt at one time."""
+    """The outputs of a prompt at one point of training."""
 
     phase: str
     sample: Sample | None
@@ -37,7 +37,7 @@ class Frame:
 
     @property
     def reward(self) -> float | None:
-        """What it was scored, where nobody can tell right from wrong."""
+        """Its reward, where there is no ground truth."""
         return self.sample.reward if self.sample else None
 
     @property
@@ -84,7 +84,7 @@ class SampleSections:
     regressed: Selection
     still_wrong: Selection
     judged: int
-    """How many prompts have a score before and after."""
+    """The number of prompts that have a score before and after."""
 
 
 def is_right(sample: Sample | None) -> bool | None:

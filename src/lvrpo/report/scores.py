@@ -1,4 +1,4 @@
-"""What came of the run: the headline, and the table of scores before and after with places on one common axis."""
+"""The result of a run: the headline, and the table of scores before and after on one common axis."""
 
 from __future__ import annotations
 

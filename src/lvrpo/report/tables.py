@@ -23,7 +23,7 @@ from lvrpo.report.run import RunRecord, load_run
 from lvrpo.statistics import MIN_SEEDS, Floats, TwoWayInterval, holm, seeds_and_prompts_interval
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By benchmark. Any: JSON values."""
+"""Results by benchmark. Any: JSON values."""
 NONE = "–"
 DETECTABLE = "≥ x: the smallest true difference detectable with probability .8"
 BEST_OF = "4"
@@ -51,7 +51,7 @@ class TextTable:
 def measure_tables(
     phases: Mapping[str, Results], difference: Results | None = None, full: bool = False
 ) -> list[TextTable]:
-    """What the results of some phases (before, after, a baseline) give; ``difference``: after minus before.
+    """Tables for the results of several phases (before, after, a baseline); ``difference``: after minus before.
 
     ``full``: best of every n, else of ``BEST_OF`` alone.
     """
@@ -129,7 +129,7 @@ def answers_table(phases: Mapping[str, Results], difference: Results) -> TextTab
 
 
 def agreement_table(phases: Mapping[str, Results]) -> TextTable:
-    """What a model reads in what it drew."""
+    """How a model reads its own drawings."""
     rows = []
     for benchmark in _benchmarks(phases, "agreement"):
         for phase, results in phases.items():
@@ -218,7 +218,7 @@ class Comparison:
     rows: tuple[tuple[str, tuple[RunCell, ...]], ...]
 
     def table(self) -> Table:
-        """For ``rich.print``."""
+        """The table for ``rich.print``."""
         table = Table(title="before → after, difference with 95 % interval", title_justify="left", show_lines=True)
         table.add_column("run", overflow="fold")
         for task in self.tasks:
@@ -303,7 +303,7 @@ class SeedRow:
     after: float
     change: TwoWayInterval
     p: float
-    """Of no change; of a category adjusted for how many the benchmark has (Holm)."""
+    """p-value of no change; for a category adjusted for their number (Holm)."""
 
     @property
     def verdict(self) -> str:
@@ -317,7 +317,7 @@ class SeedRow:
 
 
 def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
-    """By benchmark that all runs have: the whole, then its categories; of prompts that every run could score.
+    """Per benchmark that all runs have: the whole, then its categories; over prompts that every run could score.
 
     Raises InputError for a run without evaluations, and for runs that were evaluated on different prompts.
     """

@@ -1,4 +1,4 @@
-"""What a reward is, and what rewards of drawings and of judges share."""
+"""The reward protocol, and what rewards of drawings and of judges share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Side = Literal["read", "draw"]
 """read: the reading side judges, by log-probs of texts; draw: the drawing side, by log-probs of pictures."""
 SIDES: tuple[Side, ...] = get_args(Side)
 ROUNDING = 1e-3
-"""What a log-prob may lie above 0."""
+"""Tolerance of a log-prob above 0."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scores:
     values: torch.Tensor
     """float32 (P, G)."""
     failures: Mapping[tuple[int, int], str] = field(default_factory=dict)
-    """Why a score is missing, by (group, member); the value there is never used."""
+    """Reasons of missing scores, by (group, member); the value there is never used."""
     noise: torch.Tensor | None = None
     """float32 (P, G): variance that a score owes to the draws of its estimate, once what all members of the group share
     is taken away; nan where it was not estimated. None: the reward leaves nothing to chance."""

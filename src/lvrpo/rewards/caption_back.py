@@ -33,7 +33,7 @@ class CaptionBack(Config):
     sides: ClassVar = ("read",)
 
     instruction: str = "describe the picture"
-    """What the judge is asked for."""
+    """The request to the judge."""
     samples: int = Field(default=1, ge=1, le=100_000)
     """Descriptions per drawing."""
     max_new_tokens: int = Field(default=24, ge=1, le=100_000)

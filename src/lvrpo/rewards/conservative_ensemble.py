@@ -19,7 +19,7 @@ from lvrpo.rewards.table import NOT_APPLICABLE, build_rewards, score_groups
 from lvrpo.types import Group, OutputKind, Prompt, RewardTable
 
 MEMBER_FIELDS = ("name", "label", "options", "clip", "judge")
-"""What a member may say; weights, tasks and schedules belong to the row of the table."""
+"""Fields of a member; weights, tasks and schedules belong to the row of the ensemble."""
 
 
 class ConservativeEnsemble(Config):

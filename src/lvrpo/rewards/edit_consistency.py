@@ -29,11 +29,11 @@ from lvrpo.rewards.self_vqa import Choices, Confidences, Failures, SelfVQA
 from lvrpo.types import Fact, Group, Image, Prompt
 
 GUESSED_SHARE = 0.25
-"""Of the patches: what an edit may change where nothing is known."""
+"""Share of the patches that an edit may change if its region is unknown."""
 
 
 class EditConsistency(Config):
-    """What should change changed, and what should stay stayed. Range [0, 1].
+    """Whether an edit changed what it should and kept the rest. Range [0, 1].
 
         r = changed stayed,
         changed = min(1, max_j d_j(R) / moved) mean_k c_k,    c_k: questions about what should be,
@@ -74,9 +74,9 @@ class EditConsistency(Config):
     sure: float | None = Field(default=None, ge=0, lt=1)
     """Confidence that the judge must have in an answer about the source; None: .75."""
     choices: Choices | None = None
-    """As that of ``self_vqa``."""
+    """See ``choices`` of ``self_vqa``."""
     questions: QuestionConfig | None = None
-    """As that of ``self_vqa``: edits of free text get questions of both kinds."""
+    """See ``questions`` of ``self_vqa``: edits of free text get questions of both kinds."""
     _vqa: SelfVQA | None = PrivateAttr()
     _warned: bool = False
 

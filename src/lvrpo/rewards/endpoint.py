@@ -40,7 +40,7 @@ PASSING = (408, 409, 425, 429)
 
 
 class EndpointConfig(Config):
-    """Where the model is, and how patiently it is asked."""
+    """Address of the model, limits and retries."""
 
     base_url: str = Field(min_length=1)
     """Up to the version, such as http://localhost:8000/v1; /chat/completions is added."""
@@ -49,7 +49,7 @@ class EndpointConfig(Config):
     key_env: str | None = None
     """The environment variable that holds the key; None: the server wants none."""
     timeout_s: float = Field(default=60.0, gt=0, le=3600)
-    """For the whole answer, from the first try to connect to the last byte."""
+    """Limit for a whole answer, from connecting to the last byte."""
     retries: int = Field(default=4, ge=0, le=100)
     """After a timeout, a broken connection, statuses 429 and 5xx, an answer that is no JSON or empty."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
@@ -57,9 +57,9 @@ class EndpointConfig(Config):
     workers: int = Field(default=8, ge=1, le=256)
     """Requests at once."""
     max_tokens: int = Field(default=256, ge=1, le=1_000_000)
-    """Of an answer; one that is cut off is not used."""
+    """Longest answer; a truncated one is not used."""
     temperature: float = Field(default=0.0, ge=0, le=100)
-    """Of its answers."""
+    """Sampling temperature of the endpoint."""
 
     @model_validator(mode="after")
     def _address_and_key(self) -> Self:
@@ -83,7 +83,7 @@ class EndpointConfig(Config):
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why a question has no answer."""
+    """The reason why a question has no answer."""
 
     reason: str
 
@@ -108,7 +108,7 @@ class _PassingError(Exception):
 
 
 class _Batch:
-    """What the requests of one call share: how many in a row failed after all their tries."""
+    """State shared by the requests of one call: the number of consecutive failures after all retries."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_a_row = limit, 0
@@ -243,7 +243,7 @@ class ChatEndpoint:
 
 
 def after_thought(text: str) -> str:
-    """What follows the thinking of a model that thinks aloud, stripped; "" where the thinking never ended."""
+    """The text after ``</think>``, stripped; "" if the thinking never ended."""
     if "</think>" in text:
         return text.rpartition("</think>")[2].strip()
     return "" if "<think>" in text else text.strip()
@@ -295,7 +295,7 @@ def picture_url(image: Image) -> str:
 
 
 def _seconds(header: str | None) -> float:
-    """Of a Retry-After that is a number; 0 for a date or nothing."""
+    """The value of a Retry-After header that is a number; 0 for a date or nothing."""
     return float(header) if header and re.fullmatch(r"\d{1,6}(\.\d+)?", header.strip()) else 0.0
 
 
@@ -316,9 +316,9 @@ __all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "after_though
 
 
 MOST_BYTES = 8 * 2**20
-"""Of an answer, unpacked; the longest that a chat model writes is a hundredth of it."""
+"""Limit of an unpacked answer; the longest answer of a chat model is a hundredth of it."""
 HEADERS = {"Accept-Encoding": "gzip, deflate"}
-"""What ``post`` can unpack with a bound."""
+"""Encodings that ``post`` can unpack with a size limit."""
 
 
 class LateError(Exception):

@@ -30,7 +30,7 @@ AT_ONCE = 32
 READ_AT_ONCE = 16
 """Rows of a reader: its pictures take hundreds of tokens each."""
 FINGERPRINT = ("*.json", "*.jinja", "*.safetensors", "*.bin")
-"""What an answer depends on: settings, tokenizer, chat template, weights."""
+"""Files that an answer depends on: settings, tokenizer, chat template, weights."""
 PIECE, PIECES = 4096, 256
 """Bytes of a piece, and about how many of a file are looked at."""
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a tower makes of one picture or text."""
+    """The embedding of one picture or text."""
 
     whole: torch.Tensor
     """float32 (D,)."""
@@ -99,7 +99,7 @@ class ExternalVLM:
     """A model of ``transformers`` that reads pictures and writes, in a local folder: a judge like the reading side."""
 
     image_size = None
-    """It brings pictures to its own size itself."""
+    """It resizes pictures itself."""
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
@@ -161,7 +161,7 @@ class ExternalVLM:
         return torch.log_softmax(logits, dim=-1).gather(2, answers[..., None])[..., 0].mean(dim=1).cpu()
 
     def _inputs(self, parts: Parts, text: str) -> tuple[dict[str, torch.Tensor], int]:
-        """What the model is given for a context with its answer, and the answer's tokens."""
+        """The model's inputs for a context with its answer, and the answer's tokens."""
         tokenizer = self.processor.tokenizer
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": to_pil(part)}

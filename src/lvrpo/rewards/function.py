@@ -21,8 +21,8 @@ PARAMETERS: dict[str, Callable[[Trajectory], Any]] = {
     "text": lambda trajectory: trajectory.text,
     "image": lambda trajectory: trajectory.image,
 }
-"""What a function is handed, by the names of its parameters: the whole trajectory, the words of the prompt, its right
-answer, the text that was written, the picture that was drawn."""
+"""Arguments of a function by the names of its parameters: the whole trajectory, the words of the prompt, its right
+answer, the generated text, the generated picture."""
 OUTPUTS: tuple[OutputKind, ...] = ("text", "image")
 
 
@@ -76,7 +76,7 @@ def reward(
 
 
 def parameter_names(function: Function) -> tuple[str, ...]:
-    """What a function is handed; ("trajectory",) where its first parameter has a name of its own.
+    """Parameters of a function that are filled in; ("trajectory",) if its first parameter has another name.
 
     Raises InputError for a function that takes nothing.
     """

@@ -69,7 +69,7 @@ class Semantic(Config):
     lead_ins: tuple[str, ...] = ("draw ", "a picture of ")
     """Beginnings that are no part of what a prompt describes."""
     device: str = "auto"
-    """Where the model of ``source`` runs."""
+    """Device of the ``source`` model."""
     _warned: bool = False
 
     @property
@@ -161,17 +161,17 @@ class Instruction(Config):
     above: float = Field(default=0.5, ge=0, lt=1)
     """vqa: a fact holds where the confidence in its answer exceeds this."""
     source: ReaderSource = OWN
-    """Who reads: a local folder of a model of ``transformers`` that reads pictures, or "own"."""
+    """The reader: a local folder of a vision-language model of ``transformers``, or "own"."""
     choices: Choices | None = None
-    """As that of ``self_vqa``."""
+    """See ``choices`` of ``self_vqa``."""
     questions: QuestionConfig | None = None
-    """As that of ``self_vqa``."""
+    """See ``questions`` of ``self_vqa``."""
     rules: dict[str, Any] | None = None
-    """Of every text (``lvrpo.data.rows.TextRules``): length, form, words that must occur or must not."""
+    """Rules for every text (``lvrpo.data.rows.TextRules``): length, form, words that must occur or must not."""
     cut_off: CutOff = "mask"
     """mask: a text that met the length limit has no score; score: it is scored as it stands."""
     device: str = "auto"
-    """Where the model of ``source`` runs."""
+    """Device of the ``source`` model."""
     _vqa: SelfVQA = PrivateAttr()
 
     @model_validator(mode="after")
@@ -283,7 +283,7 @@ def keeps_to(text: str, rules: TextRules) -> bool:
 
 
 def _occurs(phrase: str, text: str) -> bool:
-    """As whole words, in any case and spacing."""
+    """Whether it occurs as whole words, ignoring case and spacing."""
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
 
@@ -305,14 +305,14 @@ class Knowledge(Config):
     hints: ClassVar = RENAMED_OPTIONS
 
     source: ReaderSource = OWN
-    """Who reads: "own", the policy's frozen reading side; or a local folder of a model of ``transformers`` that reads
-    pictures, as in the paper (``pip install 'lvrpo[external]'``)."""
+    """The reader: "own", the policy's frozen reading side; or a local folder of a vision-language model of
+    ``transformers``, as in the paper (``pip install 'lvrpo[external]'``)."""
     choices: Choices | None = None
-    """As that of ``self_vqa``."""
+    """See ``choices`` of ``self_vqa``."""
     questions: QuestionConfig | None = None
-    """As that of ``self_vqa``."""
+    """See ``questions`` of ``self_vqa``."""
     device: str = "auto"
-    """Where the model of ``source`` runs."""
+    """Device of the ``source`` model."""
     _vqa: SelfVQA = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's

@@ -62,13 +62,13 @@ Questions = tuple[Fact, ...] | NoAnswer
 """The questions of a prompt, or why there are none."""
 
 Confirm = Callable[[Sequence[tuple[Image, Fact]]], Sequence[float | NoAnswer]]
-"""How sure a reader is of the answer of each fact, given the picture beside it: in [0, 1], or why it says nothing."""
+"""A reader's confidence in each fact's answer, given the picture beside it: in [0, 1], or why there is none."""
 
 MIN_CONFIDENCE = 0.75
-"""How sure a reader has to be of what it sees in the source."""
+"""Minimum confidence of a reader in what it sees in the source."""
 
 NO_QUESTION = "none of its questions is of a kind that is asked"
-"""Why a prompt with questions has no score."""
+"""Reason of a missing score for a prompt whose questions are all left out."""
 RENAMED_OPTIONS = {"split": "is called questions now"}
 """Hints of the rewards that have questions written."""
 
@@ -79,7 +79,7 @@ _LINE = re.compile(
 )
 _ANSWER_BELOW = re.compile(r"\?[*_\s]*\n[*_\s]*(?:answer|a)\s*\d*\s*[.:]", re.IGNORECASE)
 MOST_WORDS = 6
-"""Of an answer: what is longer is no atomic answer."""
+"""Maximum words of an answer; a longer one is no atomic answer."""
 
 _KINDS = (
     ("count", r"\bhow many\b|\bnumber of\b"),
@@ -91,18 +91,18 @@ _KINDS = (
 
 
 class QuestionConfig(Config):
-    """Who writes questions for a prompt, and how it is asked."""
+    """The model that writes questions for a prompt, and its instructions."""
 
     by: Literal["policy", "endpoint", "grammar"] = "policy"
     """policy: the frozen judge writes the questions; endpoint: a chat model does; grammar: they follow from the words,
     as the prompt's world has it (``lvrpo.data.base``)."""
     endpoint: EndpointConfig | None = None
     template: str = TEMPLATE
-    """What is asked, with ``{prompt}``; the answer is to be a line per question: "is there a cube? yes"."""
+    """The request, with ``{prompt}``; the answer must be a line per question: "is there a cube? yes"."""
     edit_template: str = EDIT_TEMPLATE
     """The same for instructions to edit a picture: what should be in the result."""
     stay_template: str | None = STAY_TEMPLATE
-    """What is asked together with the source of an edit: what should stay as it is; null: nothing is asked."""
+    """The request together with the source of an edit, about what should stay as it is; null: no request."""
     sure: float = Field(default=MIN_CONFIDENCE, ge=0, lt=1)
     """A question about what should stay is dropped where the reader is less sure of its answer, given the source."""
     limit: int = Field(default=12, ge=1, le=1000)
@@ -134,7 +134,7 @@ class _Request:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """In the cache: the words, and a hash of size and pixels of the picture."""
+        """Key of the cache: the words, and a hash of size and pixels of the picture."""
         if self.shown is None:
             return (self.words,)
         pixels = self.shown.detach().float().cpu().contiguous()
@@ -164,7 +164,7 @@ class QuestionGenerator:
 
     @property
     def judged_by(self) -> str:
-        """Who writes the questions, where it is not the policy."""
+        """The model that writes the questions, if it is not the policy."""
         return "" if self.endpoint is None else f"questions by {self.endpoint.identity}"
 
     def applies(self, prompt: Prompt) -> bool:
@@ -224,7 +224,7 @@ class QuestionGenerator:
         return _Request(template.replace("{prompt}", text_of(prompt)))
 
     def _answers(self, requests: Sequence[_Request], judge: Judge) -> list[Answer]:
-        """What was written for each request, now or before."""
+        """The answers to all requests, from the cache or new."""
         author = f"policy {judge_fingerprint(judge)}, {self.config.max_new_tokens} tokens"
         author = author if self.endpoint is None else self.endpoint.identity
         keys = [(*request.key, author) for request in requests]
@@ -295,7 +295,7 @@ def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Q
 
 
 def unchanged_facts(facts: Questions) -> list[Fact]:
-    """Those about what an edit must leave as it is."""
+    """The facts about what an edit must leave unchanged."""
     return [] if isinstance(facts, NoAnswer) else [fact for fact in facts if fact.kind == UNCHANGED]
 
 

@@ -30,11 +30,11 @@ from lvrpo.types import FlowSegment, Group, OutputKind, Prompt
 ROOM_S = 120.0
 """Seconds that the cluster may take to start an actor."""
 DEATHS = 2
-"""Of its actor, after which a group has no scores."""
+"""Deaths of its actor after which a group has no scores."""
 T = TypeVar("T")
 Failures = Mapping[tuple[int, int], str]
 Found = tuple[torch.Tensor, Failures, torch.Tensor | None]
-"""What a group scored: (1, G) values, why some are missing, and the noise in them."""
+"""The scores of a group: (1, G) values, reasons of missing ones, and their noise."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def remote_reward(config: RewardConfig) -> RemoteReward:
 
 
 def shared_namespace() -> str:
-    """Of Ray's names: one for all processes of a run, and for no other run."""
+    """Ray namespace: one for all processes of a run, and for no other run."""
     if world_size() == 1:
         return _own_namespace
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -128,7 +128,7 @@ def shared_namespace() -> str:
 
 
 def portable(group: Group) -> Group:
-    """What a reward reads of a group, in memory of its own: without the states of drawings, which are megabytes."""
+    """A copy of a group without what rewards do not read: the states of drawings, which are megabytes."""
 
     def own(value: Any) -> Any:  # Any: whatever a field holds
         return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
@@ -145,7 +145,7 @@ def portable(group: Group) -> Group:
 
 
 def portable_prompt(prompt: Prompt) -> Prompt:
-    """Its pictures in memory of their own."""
+    """A copy of a prompt with copies of its pictures."""
     parts = tuple(part if isinstance(part, str) else part.detach().cpu().clone() for part in prompt.parts)
     return replace(prompt, parts=parts, edited=None if prompt.edited is None else prompt.edited.cpu().clone())
 
@@ -196,7 +196,7 @@ class RemoteReward:
         self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
 
     def applies(self, prompt: Prompt) -> bool:
-        """As ``Reward.applies``; prompts of the last ``ask_about`` need no further call."""
+        """See ``Reward.applies``; prompts of the last ``ask_about`` need no further call."""
         known = self._applies_to.get(id(prompt))
         if known is None or known[0] is not prompt:
             self.ask_about([prompt])
@@ -208,7 +208,7 @@ class RemoteReward:
         self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        """As ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
+        """See ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
         found = _Scoring(self, groups).found()
         values = torch.full((len(groups), len(groups[0])), math.nan)
         noise, noisy, failures = values.clone(), False, {}
@@ -256,7 +256,7 @@ class RemoteReward:
         return actor, actor.there.remote()
 
     def _asked(self, method: str, *args: Any) -> Any:
-        """What an actor says; raises what the reward raises, and ContractError where no actor says anything."""
+        """Calls a method of an actor; raises what the reward raises, and ContractError if no actor answers."""
         lost = ""
         for _ in range(DEATHS * world_size()):
             since = time.monotonic()
@@ -297,7 +297,7 @@ class _Scoring:
         self.deaths, self.own_deaths = Counter[int](), Counter[int]()
 
     def found(self) -> dict[int, Found | str]:
-        """Of every group its scores, or why it has none; raises the LvrpoErrors of the reward."""
+        """The scores of every group, or the reason why it has none; raises the LvrpoErrors of the reward."""
         while len(self.done) < len(self.groups):
             self.reward.poll_actors(0)
             self._submit()
@@ -317,7 +317,7 @@ class _Scoring:
                 self.calls[call.remote(portable(self.groups[row]))] = _Call(row, replica, time.monotonic())
 
     def _collect(self, asked: Any, call: _Call) -> None:
-        """What an actor said of a group. Any: of Ray."""
+        """Handles an actor's answer for a group. Any: an object of Ray."""
         try:
             said: Found | LvrpoError | None = self.ray.get(next(asked))
         except self.ray.exceptions.RayActorError:

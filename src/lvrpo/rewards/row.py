@@ -50,13 +50,13 @@ class RayConfig(Config):
 
 
 class WhereConfig(Config):
-    """Where a reward is made and asked, if not in the processes that train."""
+    """Placement of a reward outside the training processes."""
 
     ray: RayConfig
 
 
 class WeightSchedule(Config):
-    """How a reward's weight changes with the steps done: a list of [step, factor] points."""
+    """Schedule of a reward's weight over completed steps: a list of [step, factor] points."""
 
     kind: Literal["constant", "linear", "step"] = "linear"
     """linear: straight between the points; step: the last point that was reached; both level outside. constant: one."""
@@ -75,7 +75,7 @@ class WeightSchedule(Config):
         return self
 
     def factor(self, step: int) -> float:
-        """Of the weight, at the step after ``step`` steps."""
+        """Factor of the weight at the step after ``step`` steps."""
         before = [point for point in self.points if point[0] <= step]
         after = [point for point in self.points if point[0] > step]
         if not before or not after or self.kind != "linear":
@@ -94,13 +94,13 @@ class RewardConfig(Config):
     tasks: tuple[Task, ...] | None = None
     """Only these tasks; None: every task whose prompts it applies to."""
     label: str | None = None
-    """Its name in tables and curves; the name where None."""
+    """Name in tables and curves; by default ``name``."""
     options: dict[str, Any] = Field(default={})
     """Arguments of the reward's class. Any: each class has its own."""
     segments: tuple[OutputKind, ...] | None = Field(default=None, min_length=1)
-    """Which segments of a trajectory of several it judges (``advantages.stages: per_segment``); None: what it says."""
+    """Segments it scores in trajectories of several (``advantages.stages: per_segment``); None: as its class says."""
     on_failure: Literal["mask", "stop"] = "mask"
-    """Of a score that failed: it is masked with its reason, or stops the run."""
+    """Handling of a failed score: mask it with its reason, or stop the run."""
     max_failed: float | None = Field(default=None, ge=0, le=1)
     """Share of the reward's scores that are expected to fail: the step-0 contract allows as many, and a step in which
     more failed stops the run. None: the contract allows none, half of a step's scores stop the run, and one in which
@@ -108,14 +108,14 @@ class RewardConfig(Config):
     clip: tuple[float | None, float | None] | None = None
     """[low, high], either may be null: what lies beyond counts as the end itself, and how often is recorded."""
     normalize: Literal["group", "batch", "none"] | None = None
-    """Its scale before rewards are summed; null: as ``advantages.kind`` says. group: in units of the group's std;
-    batch: of the std of all groups of the task; none: of the score itself."""
+    """Normalization before rewards are summed; null: as ``advantages.kind`` defines. group: by the group's std;
+    batch: by the std of all groups of the task; none: not at all."""
     schedule: WeightSchedule | None = None
     """Factors of ``weight`` by step, such as {kind: linear, points: [[0, 1], [100, 0]]}."""
     judge: str | None = None
     """Another frozen model (a folder, a run, a built-in name) that judges for this row; null: the run's own judge."""
     where: WhereConfig | None = None
-    """In actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in the processes that train."""
+    """Placement in actors of a Ray cluster, such as {ray: {num_gpus: 1, replicas: 2}}; null: in each process."""
 
     @field_validator("name")
     @classmethod
@@ -156,7 +156,7 @@ class RewardSource:
     config: RewardConfig
     reward: Reward
     judge: Judge | None = None
-    """Who judges instead of the run's judge."""
+    """A judge that replaces the run's judge."""
 
     def scores(self, prompt: Prompt) -> bool:
         """Whether it has a say in the outputs of a prompt."""
@@ -182,7 +182,7 @@ class RewardSource:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Which sides of the run's judge score for it; none where another model judges in its place."""
+        """The sides of the run's judge that it uses; none if another model judges."""
         return () if self.judge is not None else getattr(self.reward, "sides", SIDES)  # optional in a class of the user
 
     @property

@@ -19,19 +19,19 @@ from lvrpo.rewards.questions import NO_QUESTION, RENAMED_OPTIONS, QuestionConfig
 from lvrpo.types import Fact, Group, Image, Parts, Prompt
 
 BOTH_ORDERS = "{question} Answer {first} or {second}."
-"""How yes-no questions that a model wrote are asked where ``choices`` is None."""
+"""Template for yes-no questions that a model wrote, if ``choices`` is None."""
 
 Confidences = dict[tuple[int, int], torch.Tensor]
 Failures = dict[tuple[int, int], str]
 Wordings = Sequence[tuple[str, str, tuple[str, ...]]]
-"""Of one fact: its question in some wordings, with the answer that each must have and the answers to choose from."""
+"""Wordings of one fact's question, each with its expected answer and the answers to choose from."""
 
 
 class Reader(Protocol):
     """Answers questions about images: a policy, or another model."""
 
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         ...
 
 
@@ -73,17 +73,17 @@ class SelfVQA(Config):
     both: tuple[str, str] = ("yes", "no")
     """The two answers of a yes-no question."""
     questions: QuestionConfig | None = None
-    """Who writes questions for prompts of free text, without facts (``rewards.questions``: the judge itself, an
+    """The model that writes questions for prompts without facts (``rewards.questions``: the judge itself, an
     endpoint, or the grammar of its world; {} for its defaults); None: they do not get this reward. Of an edit,
     what should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so
     that the result has to agree with the source. A prompt for which none could be written is masked with the reason."""
     kinds: tuple[str, ...] | None = None
     """Only facts of these kinds are asked; None: all."""
     paraphrases: int = Field(default=1, ge=1, le=100_000)
-    """So many wordings of each fact's question are asked, where the prompt's world has them; a fact scores their
+    """Wordings of each fact's question that are asked, where the prompt's world has them; a fact scores their
     mean."""
     bound: NonNegative = 0.0
-    """So many standard deviations of the wordings are taken off their mean."""
+    """Standard deviations of the wordings that are subtracted from their mean."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:

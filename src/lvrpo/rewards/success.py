@@ -68,10 +68,10 @@ class HeldOutScorer:
     """Scores outputs of held-out prompts, for validation and for every evaluation."""
 
     rewards: tuple[RewardSource, ...] = ()
-    """Those of the run; the ones that are only watched are not used, nor those that compare members of a group."""
+    """Rewards of the run; those of weight 0 and those that only compare members of a group are not used."""
 
     def metric(self, prompt: Prompt) -> Metric | None:
-        """How outputs of a prompt are scored; None: there is nothing to score them with."""
+        """The metric of a prompt's outputs; None: nothing can score them."""
         if has_success(prompt):
             return "success"
         return "reward" if self._trained(prompt) else None

@@ -37,7 +37,7 @@ class TextReader(Protocol):
 
 
 class OCR(Config):
-    """How much of the text asked for can be read in the drawing. Range [0, 1].
+    """The share of the requested text that can be read in the drawing. Range [0, 1].
 
     Spacing does not matter. What is drawn beyond the text asked for counts as wrong; a picture without text gets 0, for
     it was read and has none. A picture that the reader fails on is masked.
@@ -124,7 +124,7 @@ def asked_text(prompt: Prompt) -> str | None:
 
 
 def plain_text(text: str, case: bool) -> str:
-    """In one spacing and one width of letters, and in lower case unless ``case``."""
+    """Text with normalized spacing and letter width, in lower case unless ``case``."""
     text = " ".join(unicodedata.normalize("NFKC", text).split())
     return text if case else text.casefold()
 
@@ -181,8 +181,7 @@ _last: tuple[list[Trajectory], list[list[bool]]] = ([], [])
 
 
 def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
-    """For every trajectory, in order, which facts of its prompt hold of its last picture; none of one that nobody can
-    read.
+    """Per trajectory, which facts of its prompt hold of its last picture; none for one that cannot be verified.
 
     The last result is kept: several rewards and the metrics ask about the very same trajectories.
     """
@@ -206,7 +205,7 @@ def fact_table(groups: Sequence[Group]) -> list[list[bool]]:
 
 
 def unverifiable(trajectory: Trajectory) -> str | None:
-    """Why the verifier cannot read the last picture of a trajectory; None where it can."""
+    """The reason why the verifier cannot read the last picture of a trajectory; None if it can."""
     image, problem = trajectory.image, image_problem(trajectory)
     if image is None or problem:
         return problem

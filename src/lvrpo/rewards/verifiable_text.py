@@ -19,7 +19,7 @@ from lvrpo.rewards.base import Scores, score_each
 from lvrpo.types import Group, Prompt, TextSegment, Trajectory
 
 CutOff = Literal["mask", "score"]
-"""Of a text that met the length limit: no score, or that of what there is."""
+"""Handling of a text that reached the length limit: no score, or the score of the truncated text."""
 
 TRUNCATED = "the text was cut off at the length limit"
 EMPTY = "the answer is empty"
@@ -38,7 +38,7 @@ def is_truncated(trajectory: Trajectory) -> bool:
 
 
 def text_problem(trajectory: Trajectory, empty: str = EMPTY) -> str | None:
-    """Why the last text of a trajectory cannot be judged: it is empty, or was cut off; None where it can."""
+    """The reason why the last text of a trajectory cannot be scored: empty, or truncated; None if it can."""
     segment = last_text(trajectory)
     if segment is None or not segment.text.strip():
         return empty

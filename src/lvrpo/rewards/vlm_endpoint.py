@@ -50,7 +50,7 @@ class VLMEndpoint(Config):
     an answer: ``rewards.vlm_endpoint``). yes_no: 1 for yes, 0 for no. rating: a number from 0 to 10, divided by
     10."""
     template: str | None = None
-    """What is asked after the picture: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
+    """The request after the picture: with {question}, or with {prompt}; one that also holds {answer} makes it a judge
     of texts, shown the pictures of the prompt. None: that of TEMPLATES."""
     questions: QuestionConfig | None = None
     """Makes questions of free text (see ``self_vqa``); what should stay of an edit is kept where this model says so of

@@ -53,7 +53,7 @@ class FlowStep:
 
 
 class StepFunction(Protocol):
-    """What every entry of ``STEPS`` is."""
+    """Signature of the entries of ``STEPS``."""
 
     def __call__(self, x_t: Tensor, v: Tensor, t: Time, t_next: Time, noise_level: float) -> FlowStep: ...
 

@@ -24,7 +24,7 @@ __all__ = ["choose_revealed", "mask_draws", "masked_counts", "masked_input", "mo
 
 
 def masked_counts(num_tokens: int, num_steps: int) -> tuple[int, ...]:
-    """How many tokens are still masked after each step (the cosine schedule of MaskGIT, arXiv:2202.04200).
+    """The number of tokens that are still masked after each step (the cosine schedule of MaskGIT, arXiv:2202.04200).
 
     n_s = floor(num_tokens cos(pi (s + 1) / (2 num_steps))), s = 0 .. num_steps - 1, moved up or down where needed so
     that every step fixes at least one token.
@@ -51,7 +51,7 @@ def choose_revealed(
     uniforms: Float[Tensor, "B N"] | None = None,
     choice_temperature: float = 0.0,
 ) -> Bool[Tensor, "B N"]:
-    """Which of the tokens just sampled are fixed in this step: the most confident ones (MaskGIT, arXiv:2202.04200).
+    """Selects the sampled tokens to keep in this step: the most confident ones (MaskGIT, arXiv:2202.04200).
 
     confidence = log p(sampled token) + choice_temperature Gumbel, Gumbel = -log(-log u); of the masked positions all
     but the ``num_masked`` least confident are fixed; ties by rising position.
@@ -77,7 +77,7 @@ def choose_revealed(
 def masked_input(
     tokens: Int[Tensor, "B N"], reveal_steps: Int[Tensor, "B N"], step: int, mask_id: int
 ) -> Int[Tensor, "B N"]:
-    """What the model saw at a step: the tokens fixed before it, masks elsewhere.
+    """The model's input at a step: the tokens revealed before it, masks elsewhere.
 
     input = tokens where reveal_steps < step, else mask_id.
 

@@ -29,7 +29,7 @@ class PastStep:
     """The previous step of a multistep solver."""
 
     t: Time
-    """Its time."""
+    """The timestep."""
     x_t: Tensor
     """float32 (B, N, C): its state."""
     v: Tensor
@@ -37,7 +37,7 @@ class PastStep:
 
 
 class Solver(Protocol):
-    """What every entry of ``SOLVERS`` is."""
+    """Signature of the entries of ``SOLVERS``."""
 
     def __call__(
         self, x_t: Tensor, v: Tensor, t: Time, t_next: Time, past: PastStep | None

@@ -40,7 +40,7 @@ class AdvantagesConfig(Config):
     clamp: float = Field(default=5.0, gt=0)
     """Advantages lie within [-clamp, clamp]."""
     stages: Literal["shared", "per_segment"] = "shared"
-    """For trajectories of text and image: shared: both segments have the same advantage; per_segment: each has that of
+    """For trajectories of text and image. shared: both segments have the same advantage; per_segment: each has that of
     the rewards that score it (``rewards.segments``)."""
 
 
@@ -109,7 +109,7 @@ def trajectory_advantages(advantages: Advantages, groups: Sequence[Group]) -> Fl
 def trajectory_rewards(
     table: RewardTable, groups: Sequence[Group], config: AdvantageConfig
 ) -> Bool[torch.Tensor, "P K"] | None:
-    """Which rewards contribute to ``trajectory_advantages``; None: all."""
+    """The rewards that contribute to ``trajectory_advantages``; None: all."""
     if config.stages == "shared":
         return None
     return torch.where(
@@ -123,7 +123,7 @@ def segment_table(table: RewardTable, groups: Sequence[Group], kind: OutputKind)
 
 
 def judging_rewards(table: RewardTable, groups: Sequence[Group], kind: OutputKind) -> Bool[torch.Tensor, "P K"]:
-    """Which rewards score one kind of segment: none in groups without it; all in groups of a single kind."""
+    """The rewards that score one kind of segment: none in groups without it; all in groups of a single kind."""
     has_kind = torch.tensor([kind in group.prompt.output for group in groups])
     several = torch.tensor([len(group.prompt.output) > 1 for group in groups])
     judges = torch.tensor([kind in table.judges.get(name, KINDS) for name in table.names])

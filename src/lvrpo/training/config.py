@@ -34,7 +34,7 @@ from lvrpo.training.trackers import AnyTracker
 from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, Task
 
 Count = Annotated[int, Field(le=100_000)]
-"""Of prompts or rows of a kind."""
+"""A number of prompts or rows of a kind."""
 
 
 ROW_SOURCES = ("jsonl", "datasets")
@@ -42,7 +42,7 @@ ROW_SOURCES = ("jsonl", "datasets")
 
 
 class DataConfig(Config):
-    """Where prompts come from and how many of each task make a step."""
+    """Source of the prompts, and their number per task and step."""
 
     source: str = "scenes"
     """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
@@ -127,9 +127,9 @@ class TrainConfig(Config):
     """Packages that names such as ``my_package.module:Class`` may import; not saved in a run, so that a downloaded run
     cannot allow code."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the run; its default folder is runs/NAME."""
+    """Name of the run; its default folder is runs/NAME."""
     seed: int = Field(default=0, ge=0)
-    """Of sampling, prompts and initial adapter weights."""
+    """Seed of sampling, prompts and initial adapter weights."""
     policy: str = "tiny"
     """A folder, a run, or a built-in name."""
     device: str = "auto"
@@ -191,7 +191,7 @@ class TrainConfig(Config):
 
     @property
     def max_failed(self) -> dict[str, float]:
-        """By reward, the maximum share of failed scores over a run."""
+        """Per reward, the maximum share of failed scores over a run."""
         return {r.title: self.health.max_failed if r.max_failed is None else r.max_failed for r in self.rewards}
 
     def sections(self, segment_kinds: Sequence[SegmentKind]) -> dict[SegmentKind, TokenLoss | FlowLoss]:

@@ -70,7 +70,7 @@ class Sampler(Protocol):
     """A policy or an ``EngineSampler``."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``."""
+        """See ``Policy.sample``."""
         ...
 
 

@@ -48,7 +48,7 @@ class Health:
     findings: tuple[Finding, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``summary.json``."""
+        """As JSON, for ``summary.json``."""
         return {"well": not self.findings, "findings": [asdict(finding) for finding in self.findings]}
 
 
@@ -59,7 +59,7 @@ def assess(rows: Rows, max_failed: Mapping[str, float]) -> Health:
 
 
 def answer_entropies(prompts: Sequence[Prompt], texts: Sequence[str | None]) -> dict[str, float]:
-    """By task/category, the entropy in bits of the answers to its questions, if their right answers differ.
+    """Per task/category, the entropy in bits of the answers to its questions, if their right answers differ.
 
     H = -sum p log2 p over the distinct answers, one per prompt (None: no answer), normalized by case and outer spaces.
     """

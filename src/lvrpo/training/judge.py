@@ -130,7 +130,7 @@ class JudgeRefresh:
         return {**row, "judge/action": f"refreshed: {identity}", "judge/refused": self.refused}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, which has its weights among the others."""
+        """State for a checkpoint, which stores its weights with the others."""
         return {"version": self.version, "refused": self.refused}
 
     def load(self, tree: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ def description_posterior(policy: Policy, pictures: Sequence[Example]) -> torch.
 
 
 def _hard_negatives(pictures: Sequence[Example]) -> list[int]:
-    """For each image the index of the next one with another description, of the same category if there is one."""
+    """For each image, the index of the next one with another description, of the same category if there is one."""
     texts = [text_of(example.prompt) for example in pictures]
     category = [example.prompt.category for example in pictures]
     n, found = len(pictures), []

@@ -25,7 +25,7 @@ class MemoryEstimate:
     persistent: Mapping[str, int]
     """Allocated during the whole run: weights, optimizer states ..."""
     gradients: int
-    """Of the trained weights; allocated during the replay."""
+    """Gradients of the trained weights; allocated during the replay."""
     transient: Mapping[str, int]
     """Peak of each phase of a step, one after another."""
     host: int = 0
@@ -46,7 +46,7 @@ class MemoryEstimate:
         return max(sizes, key=lambda name: sizes[name])
 
     def lines(self) -> list[str]:
-        """For the terminal, in GiB."""
+        """Lines for the terminal, in GiB."""
         rows = [*self.persistent.items(), ("gradients", self.gradients)]
         rows += [(f"{name}, while it lasts", size) for name, size in self.transient.items()]
         rows += [("beside the card: in host memory, of all processes together", self.host)]
@@ -84,7 +84,7 @@ def is_large_model(folder: Path, device: torch.device) -> bool:
 
 
 def _remedy(estimate: MemoryEstimate) -> str:
-    """How to reduce the largest part."""
+    """A suggestion that reduces the largest part."""
     persistent = estimate.persistent
     copies = persistent.get("frozen and averaged weights", 0) + persistent.get("the judge's own weights", 0)
     copies += persistent.get("moments", 0) + estimate.gradients

@@ -258,7 +258,7 @@ class _Estimator:
 
     # ---------------------------------------------------------------- batches
     def _sampled_at_once(self, prompts: Sequence[Prompt], group_size: int) -> list[list[Prompt]]:
-        """For every output kind and image size the first sampling batch, with the longest contexts first."""
+        """Per output kind and image size, the first sampling batch, with the longest contexts first."""
         classes: dict[object, list[Prompt]] = {}
         for prompt in prompts:
             classes.setdefault((prompt.output, self._grid(prompt)), []).append(prompt)
@@ -313,7 +313,7 @@ class _Estimator:
 
     # ---------------------------------------------------------------- phases of a step
     def _rollout(self, members: Sequence[Prompt]) -> None:
-        """As ``sample``: the last token of the longest texts, their scores, one step and the decoding of images."""
+        """Memory of ``sample``: the last token of the longest texts, their scores, one step, the decoding of images."""
         policy, runner = self.policy, self.runner
         owner = run_ids([prompt.id for prompt in members])
         rows = [policy._row(members[owner.index(p)]) for p in range(owner[-1] + 1)]
@@ -348,7 +348,7 @@ class _Estimator:
         decoder.select(range(len(rows))[::-1])
 
     def _replay_text(self, trajectories: Sequence[Trajectory]) -> None:
-        """As ``token_grid`` of the reference, then of the trained policy."""
+        """The memory of ``token_grid``, first of the reference, then of the trained policy."""
         text = self.config.text
         if isinstance(text, TextDPOConfig) or (isinstance(text, PolicyGradientConfig) and text.kl_coef):
             with torch.no_grad():
@@ -360,7 +360,7 @@ class _Estimator:
         torch.cat(terms).sum().backward()
 
     def _replay_drawings(self, trajectories: Sequence[Trajectory]) -> None:
-        """As the losses of images: outputs of frozen policies, then recorded steps, or velocities at fresh times."""
+        """Memory of the image losses: outputs of frozen policies, then recorded steps, or velocities at fresh times."""
         flow, policy = self.config.flow, self.policy
         recorded, fresh = isinstance(flow, RecordedStepsConfig), isinstance(flow, FreshNoiseConfig)
         by_velocity = not isinstance(flow, RecordedStepsConfig) or flow.kl == "velocity"

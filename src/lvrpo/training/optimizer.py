@@ -47,7 +47,7 @@ class Muon(ShardedMuon):
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
-        """As ``torch.optim.Muon``. Any: torch's own types."""
+        """See ``torch.optim.Muon``. Any: torch's own types."""
         super().__init__(params, orthogonalize, **options)
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class Optimizers:
         return norms
 
     def state(self) -> list[Any]:
-        """For a checkpoint of one process."""
+        """State for a checkpoint of one process."""
         return [optimizer_state(optimizer, self.named) for optimizer in self.optimizers]
 
     def load_state(self, state: list[Any]) -> None:

@@ -39,13 +39,13 @@ class Overoptimization:
 
     config: OveroptimizationConfig
     means: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By task, (N, 4): step, trained reward, watched scorer and category index of each group that has both scores."""
+    """Per task, (N, 4): step, trained reward, watched scorer and category index of each group that has both scores."""
     categories: list[str] = field(default_factory=list)
     """Prompt categories by their index in ``means``."""
     best_step: int = 0
     """Last step of the window with the highest mean of the watched scorer."""
     best_watched: float = float("-inf")
-    """That mean."""
+    """The watched scorer's mean at the best step."""
 
     def add(
         self, step: int, groups: Sequence[Group], table: RewardTable, successes: Mapping[int, Sequence[float]]
@@ -108,7 +108,7 @@ class Overoptimization:
         return f"{task}: {self.config.reward} rose by {rose:.3f} while {self.config.watch} fell by {fell:.3f}"
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         best = {"best_step": self.best_step, "best_watched": self.best_watched}
         return {"means": dict(self.means), "categories": list(self.categories), **best}
 

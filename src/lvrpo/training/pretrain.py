@@ -101,7 +101,7 @@ class Representation(nn.Module):
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; the teacher is the initial policy of the run."""
+        """State for a checkpoint; the teacher is the initial policy of the run."""
         return {"head": dict(self.head.state_dict()), "optimizer": optimizer_state(self.optimizer, self.named)}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ Kind = Literal["generate", "caption", "question", "edit", "reason"]
 
 
 Count = Annotated[int, Field(le=100_000)]
-"""Of prompts or rows of a kind."""
+"""A number of prompts or rows of a kind."""
 
 
 class PretrainOptimizerConfig(OptimizerConfig):
@@ -138,9 +138,9 @@ class PretrainConfig(Config):
     hints: ClassVar[Mapping[str, str]] = {"average_decay": "is called ema_decay"}
 
     name: str = Field(default="tiny-base", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the run; its default folder is runs/NAME."""
+    """Name of the run; its default folder is runs/NAME."""
     seed: int = Field(default=0, ge=0)
-    """Of initial weights, batches and noise."""
+    """Seed of initial weights, batches and noise."""
     init: str | None = None
     """Initial policy (continued pretraining): a folder, a run or a built-in name; None: random weights."""
     device: str = "auto"
@@ -163,9 +163,9 @@ class PretrainConfig(Config):
     picture_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Probability of dropping the source image of an edit instead, for image guidance."""
     text_weight: float = Field(default=0.5, ge=0)
-    """Of the cross-entropy of text in the loss."""
+    """Weight of the text cross-entropy in the loss."""
     image_weight: float = Field(default=5.0, ge=0)
-    """Of the flow-matching loss of images in the loss."""
+    """Weight of the flow-matching loss of images in the loss."""
     representation: RepresentationConfig = RepresentationConfig()
     optimizer: PretrainOptimizerConfig = PretrainOptimizerConfig()
     ema_decay: float = Field(default=0.998, ge=0, lt=1)

@@ -41,7 +41,7 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 class WindowConfig(Config):
-    """Which sampling steps of an image are stochastic and trained (sampler other than ode)."""
+    """The sampling steps of an image that are stochastic and trained (sampler other than ode)."""
 
     steps_after: int | None = Field(default=None, ge=1)
     """Maximum number of steps from the window's end to t = 0 (MixGRPO-Flash); None: those of the grid."""
@@ -113,7 +113,7 @@ class PathLikelihood(Config):
 
     @property
     def scoring(self) -> MaskedScoring:
-        """For ``Policy.sample``."""
+        """The ``scoring`` argument of ``Policy.sample``."""
         return MaskedScoring()
 
 
@@ -130,7 +130,7 @@ class MonteCarloLikelihood(Config):
 
     @property
     def scoring(self) -> MaskedScoring:
-        """For ``Policy.sample``."""
+        """The ``scoring`` argument of ``Policy.sample``."""
         return MaskedScoring("monte_carlo", self.draws, self.schedule)
 
 
@@ -143,7 +143,7 @@ MaskedLikelihood = Annotated[PathLikelihood | MonteCarloLikelihood, Field(discri
 
 
 class RolloutConfig(Config):
-    """How groups are sampled."""
+    """Sampling of the groups."""
 
     hints: ClassVar[Mapping[str, str]] = {
         "policy": "is called {section}.sample_from: policy or reference",
@@ -153,7 +153,7 @@ class RolloutConfig(Config):
     group_size: int = Field(default=8, ge=2, le=4096)
     """Samples per prompt."""
     temperature: float = Field(default=1.0, gt=0, le=100)
-    """Of text."""
+    """Sampling temperature of text."""
     max_new_tokens: int = Field(default=8, ge=1, le=100_000)
     """Longest text, in tokens."""
     num_steps: int = Field(default=8, ge=2, le=1000)
@@ -161,7 +161,7 @@ class RolloutConfig(Config):
     timestep_shift: float | None = Field(default=None, gt=0, le=1000)
     """None: that of the policy."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
-    """Of the steps in the window: ode adds no noise; flow_sde (arXiv:2505.05470), dance_sde (arXiv:2505.07818) and cps
+    """Stepping rule in the window: ode adds no noise; flow_sde (arXiv:2505.05470), dance_sde (arXiv:2505.07818) and cps
     (arXiv:2509.05952) do."""
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
     """ODE solver of the deterministic steps; the first two are of second order at the same cost."""
@@ -173,7 +173,7 @@ class RolloutConfig(Config):
     image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     """Classifier-free guidance of the source image in edits; 1: none."""
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
-    """What the norm of the guided velocity is limited by, as ``Sampling.guidance_renorm``."""
+    """Limit of the norm of the guided velocity; see ``Sampling.guidance_renorm``."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Steps with low < t <= high are guided."""
     image_size: tuple[Side, Side] | None = None

@@ -50,7 +50,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; ``behavior_logprobs`` are those of the engine."""
+        """See ``Policy.sample``; ``behavior_logprobs`` are those of the engine."""
         ...
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class ProcessEngineConfig(Config):
 
     kind: Literal["process"] = "process"
     device: str | None = None
-    """Such as cuda:1; null: that of the run."""
+    """Device of the engine, such as cuda:1; null: that of the run."""
 
 
 class CustomEngineConfig(Config):
@@ -79,7 +79,7 @@ class CustomEngineConfig(Config):
     name: str
     """my_package.module:Class or ./my_file.py:Class."""
     options: dict[str, Any] = Field(default={})
-    """Of the class. Any: defined by the class."""
+    """Options of the class. Any: defined by the class."""
 
 
 Engine = Annotated[
@@ -210,7 +210,7 @@ class ProcessEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="lvrpo_weights_", dir=memory)
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> str:
-        """As ``RolloutEngine.load_weights``; transfers a file in shared memory."""
+        """See ``RolloutEngine.load_weights``; transfers a file in shared memory."""
         file = Path(self._folder.name) / "weights.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, str(file))
         try:
@@ -219,7 +219,7 @@ class ProcessEngine:
             file.unlink(missing_ok=True)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``RolloutEngine.sample``."""
+        """See ``RolloutEngine.sample``."""
         return self._call("sample", list(prompts), sampling, list(seeds))
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class CustomParts:
 
     sources: Mapping[Split, PromptSource] = field(default_factory=dict)
     rewards: Mapping[str, Reward] = field(default_factory=dict)
-    """By the title of their entry in the configuration."""
+    """Rewards by the title of their entry in the configuration."""
 
 
 NO_CUSTOM_PARTS = CustomParts()
@@ -279,7 +279,7 @@ class PromptList:
         raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
-        """As ``RowPrompts.require_readable``; errors name the id instead of file and line."""
+        """See ``RowPrompts.require_readable``; errors name the id instead of file and line."""
         for prompt in self._prompts:
             texts = [part for part in prompt.parts if isinstance(part, str)]
             if everything:

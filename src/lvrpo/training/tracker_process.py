@@ -29,7 +29,7 @@ RESULTS = ("benchmark", "before", "after", "difference", "low", "high")
 
 
 class Tracker(Protocol):
-    """What sends a run on."""
+    """Sends the files of a run to a tracker."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """The numbers of a step."""

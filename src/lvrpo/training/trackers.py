@@ -28,12 +28,12 @@ from lvrpo.config import Config
 from lvrpo.errors import InputError
 
 FOLDER = "trackers"
-"""In the run directory."""
+"""Folder in the run directory."""
 Text = Annotated[str, Field(min_length=1)]
 
 
 class TrackerConfig(Config):
-    """What all trackers have."""
+    """Fields of all trackers."""
 
     timeout_s: float = Field(default=15.0, gt=0, le=3600)
     """Seconds that the end of a run waits for what is not sent yet."""

@@ -48,12 +48,12 @@ class ValidationReport:
     regressed: tuple[Task, ...]
     """Tasks whose paired difference to the best weights is significantly below 0."""
     scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
-    """Of every held-out prompt, in order."""
+    """Scores of all held-out prompts, in order."""
     entropies: Mapping[str, float] = field(default_factory=dict)
     """Answer entropy by form of questions."""
 
     def row(self) -> dict[str, float]:
-        """For the metrics."""
+        """The row for the metrics."""
         means = {f"validation/{task}": mean for task, mean in self.means.items()}
         return means | {f"{ENTROPY}{form}": bits for form, bits in self.entropies.items()}
 

@@ -42,7 +42,7 @@ class CorpusConfig(Config):
     """Sizes and rates of the web corpus; shares of scenes and of questions are relative weights."""
 
     seed: int = 0
-    """Of the corpus."""
+    """Seed of the corpus."""
     size: int = Field(default=DEFAULT_SIZE, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
     scenes: int = Field(default=20000, ge=1, le=10_000_000)
@@ -56,11 +56,11 @@ class CorpusConfig(Config):
     scene_shares: dict[str, float] = Field(
         default_factory=lambda: {"one": 0.32, "two": 0.30, "several": 0.12, "alike": 0.07, "digit": 0.19}
     )
-    """What the pictures show; "alike", that is counting, is rare."""
+    """Shares of the kinds of scenes; "alike", that is counting, is rare."""
     question_shares: dict[str, float] = Field(
         default_factory=lambda: {"color": 0.26, "shape": 0.22, "exists": 0.28, "count": 0.12, "position": 0.12}
     )
-    """What is asked; counts and positions are rare. A picture with a digit is asked for it half of the time."""
+    """Shares of the kinds of questions; counts and positions are rare. Half of the digit pictures are asked for it."""
     drop_color: float = Field(default=0.30, ge=0, le=1)
     """Captions: share of colors left out."""
     drop_object: float = Field(default=0.30, ge=0, le=1)
@@ -163,7 +163,7 @@ class WebCorpus:
     reason: Rows
     """Picture and question -> answer, or text -> answer and picture."""
     scenes: Sequence[Scene] = field(repr=False)
-    """What the pictures of the captions show, in their order."""
+    """The scenes of the captions, in their order."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Measured shares: dropped colors and objects, wrong captions, answers, edits, reasons."""
 
@@ -375,10 +375,10 @@ _ANSWERS: tuple[tuple[str, ...], ...] = (
 
 
 class CleanPromptsConfig(Config):
-    """Which prompts: the first so many of each task, those that an alignment with this seed asks in so many steps."""
+    """Selects prompts: the first n of each task that a training run with this seed asks for."""
 
     seed: int = Field(default=0, ge=0)
-    """Of the prompts."""
+    """Seed of the prompts."""
     counts: dict[Task, int] = Field(default={"generate": 3920, "understand": 8960, "edit": 1680, "reason": 3360})
     """140 steps of quickstart.yaml."""
 
@@ -421,13 +421,13 @@ class CleanPrompts:
     caption: Sequence[Example]
     """None: no prompt asks for one."""
     question: Sequence[Example]
-    """Those about one picture follow each other."""
+    """The questions; those about one picture are adjacent."""
     edit: Sequence[Example]
     reason: Sequence[Example]
 
     @classmethod
     def of(cls, config: CleanPromptsConfig, size: int, questions_per_picture: int) -> CleanPrompts:
-        """Of the train split, with pictures of ``size`` pixels."""
+        """The corpus of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
         tasks: tuple[Task, ...] = get_args(Task)

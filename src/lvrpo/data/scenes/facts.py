@@ -29,12 +29,12 @@ def _named(m: Mention) -> dict[str, str]:
 
 
 def total(count: int) -> Fact:
-    """How many objects there are in all."""
+    """The total number of objects."""
     return Fact("total", grammar.ask_count(), NUMBER_WORDS[count], {"type": "total", "count": count})
 
 
 def exists(m: Mention, present: bool = True, cell: tuple[int, int] | None = None, kind: str = "exists") -> Fact:
-    """That an object is there (in ``cell`` if given), or that none is."""
+    """An object exists (in ``cell`` if given), or none does."""
     check = {"type": "exists", **_named(m), "present": present}
     if cell is not None:
         check |= {"row": cell[0], "col": cell[1]}
@@ -42,43 +42,43 @@ def exists(m: Mention, present: bool = True, cell: tuple[int, int] | None = None
 
 
 def color(m: Mention) -> Fact:
-    """That the objects of a shape have a color."""
+    """The objects of a shape have a color."""
     check = {"type": "color", "shape": m.shape, "color": m.color}
     return Fact("color", grammar.ask_color(m.without_color()), str(m.color), check)
 
 
 def count(m: Mention) -> Fact:
-    """How many objects of a shape (and color) there are."""
+    """The number of objects of a shape (and color)."""
     check = {"type": "count", **_named(m), "count": m.count}
     return Fact("count", grammar.ask_count(m.shape, m.color), NUMBER_WORDS[m.count], check)
 
 
 def relation(a: Mention, b: Mention, name: str) -> Fact:
-    """That ``a`` is left of (right of, above, below) ``b``."""
+    """``a`` is left of (right of, above, below) ``b``."""
     check = {"type": "relation", "a": _named(a), "b": _named(b), "relation": name}
     return Fact("position", grammar.ask_relation(a, b, name), "yes", check)
 
 
 def edge(reference: Mention, o: SceneObject, name: str) -> Fact:
-    """That an object lies at an edge of the picture."""
+    """An object is at an edge of the picture."""
     check = {"type": "edge", "shape": o.shape, "color": o.color, "edge": name}
     return Fact("position", grammar.ask_edge(reference, name), "yes", check)
 
 
 def digit(value: str) -> Fact:
-    """That the digit drawn is ``value``."""
+    """The digit in the picture is ``value``."""
     return Fact("digit", grammar.ASK_DIGIT, value, {"type": "count", "shape": value, "count": 1})
 
 
 def unchanged(o: SceneObject, ground: str) -> Fact:
-    """That a bystander of an edit is still there, in its cell, on the same ground."""
+    """An object that an edit does not concern is still there, in its cell, on the same ground."""
     kept = {"shape": o.shape, "color": o.color, "row": o.row, "col": o.col}
     check = {"type": "unchanged", "ground": ground, "objects": [kept]}
     return Fact("unchanged", grammar.ask_exists(grammar.mention(o)), "yes", check)
 
 
 def place(m: Mention, name: str) -> Fact:
-    """That an object lies in a quadrant."""
+    """An object is in a quadrant."""
     check = {"type": "place", **_named(m), "place": name}
     return Fact("position", grammar.ask_where(m), name, check)
 
@@ -191,7 +191,7 @@ def _edited(pattern: re.Pattern[str], m: Mention, found: dict[str, str]) -> tupl
 
 
 def unchanged_questions_of_text(instruction: str) -> tuple[Fact, ...]:
-    """What an edit leaves as it is, asked both ways of every shape that the instruction does not name.
+    """Questions about what an edit leaves unchanged, in both forms, for every shape that the instruction does not name.
 
     Whoever sees the source keeps the answers that hold of it.
     """
@@ -208,7 +208,7 @@ def unchanged_questions_of_text(instruction: str) -> tuple[Fact, ...]:
 
 
 def paraphrases(facts: Sequence[Fact]) -> list[tuple[QuestionAnswer, ...]]:
-    """For every fact its own question first, then others with the answers that they must have if the facts hold.
+    """For every fact its own question first, then others with the answers that follow from the fact.
 
     Only what the facts say is used: a count of one, for example, follows from "there is a circle" only where the total
     leaves room for no other. A fact of another world, or of which nothing else can be asked, has its question alone.
@@ -283,7 +283,7 @@ def _counted(shape: str, color: str | None, count: int) -> list[QuestionAnswer]:
 
 
 def _shaped(shape: str, color: str, facts: Sequence[Fact]) -> list[QuestionAnswer]:
-    """What the object of a color is, if only one thing has it."""
+    """The object of a color, if exactly one object has it."""
     alike = [f for f in facts if f.check.get("color") == color and f.check.get("type") in ("color", "count", "exists")]
     return [(grammar.ask_shape(color), shape)] if len(alike) == 1 else []
 

@@ -66,7 +66,7 @@ def normalize(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """What a text says of an object, or of ``count`` alike objects."""
+    """The description of an object, or of ``count`` equal objects, in a text."""
 
     shape: str
     """A shape, a digit "0" .. "9", or "object"."""
@@ -86,7 +86,7 @@ class Mention:
 
     @property
     def phrase(self) -> str:
-        """With article or number: "a red circle", "three circles", "the digit 7"."""
+        """The phrase with article or number: "a red circle", "three circles", "the digit 7"."""
         if self.count > 1:
             return f"{NUMBER_WORDS[self.count]} {self.bare}"
         if self.is_digit and self.color is None:
@@ -109,24 +109,24 @@ def article(words: str) -> str:
 
 
 WORDINGS = ("{}", "draw {}", "a picture of {}")
-"""How a caption is put as a prompt."""
+"""Templates that turn a caption into a prompt."""
 PARAPHRASED_WORDINGS = ("draw a picture of {}", "there {be} {}", "a picture with {}")
 """Wordings that no split but the paraphrased tests has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What a text says of a picture, which shows exactly these objects."""
+    """The content of a caption: a picture of it shows exactly these objects."""
 
     mentions: tuple[Mention, ...]
     relation: str | None = None
-    """Where the first of two stands relative to the second: one of ``RELATIONS``."""
+    """Position of the first of two objects relative to the second: one of ``RELATIONS``."""
     place: str | None = None
     """The quadrant of the only object: one of ``PLACES``."""
     ground: str | None = None
 
     def text(self, wording: str = WORDINGS[0]) -> str:
-        """In words: "a red circle left of a star on a black ground"."""
+        """The caption in words: "a red circle left of a star on a black ground"."""
         joint = f" {RELATION_PHRASE[self.relation]} " if self.relation else " and "
         said = joint.join(m.phrase for m in self.mentions)
         if self.place is not None:
@@ -219,7 +219,7 @@ def place(row: int, col: int, grid: int) -> str | None:
 
 
 def clear_relation(a: tuple[int, int], b: tuple[int, int]) -> str | None:
-    """Where cell ``a`` (row, col) lies relative to ``b`` along the axis on which they differ more; None on a tie."""
+    """The relation of cell ``a`` (row, col) to ``b`` along the axis on which they differ more; None on a tie."""
     rows, cols = a[0] - b[0], a[1] - b[1]
     if abs(rows) == abs(cols):
         return None

@@ -25,7 +25,7 @@ T = TypeVar("T")
 SEEN_PAIRS = tuple((c, s) for s in SHAPES for c in COLORS if (c, s) not in HELD_OUT)
 HELD_OUT_PAIRS = tuple(sorted(HELD_OUT))
 SCENE_ATTEMPTS = 3000
-"""How often a scene of a caption is drawn before the caption is given up; the rarest that there is takes some fifty."""
+"""Attempts to draw a scene for a caption before the caption is given up; the rarest one takes about fifty."""
 _SEEN_COLORS = {s: tuple(c for c in COLORS if (c, s) not in HELD_OUT) for s in SHAPES}
 
 
@@ -180,7 +180,7 @@ class Layout:
         return Scene(caption.ground or self.ground(), objects)
 
     def _colors(self, m: Mention) -> list[str]:
-        """Of the objects that a mention means: its own; else any, in one half of the scenes one for all."""
+        """Colors for the objects of a description: its own, or random ones, equal for all in half of the scenes."""
         if m.color is not None:
             return [m.color] * m.count
         any_color = (lambda: self.rng.choice(COLORS)) if m.is_digit else (lambda: self.color_of(m.shape))

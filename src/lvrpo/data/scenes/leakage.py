@@ -24,7 +24,7 @@ CAPTION_PREFIXES = tuple(
         - {""}
     )
 )
-"""How a caption may begin as a prompt: "draw", "a picture of", "there is" ..."""
+"""Prefixes of captions in prompts: "draw", "a picture of", "there is" ..."""
 
 _GROUND = re.compile(r" on a (\w+) ground$")
 _PLACE = re.compile(r" at the ((?:top|bottom) (?:left|right))$")
@@ -35,7 +35,7 @@ _SUM = re.compile(r"what is the sum \?|draw \d(?: \+ \d)+")
 
 
 def caption_key(text: str) -> str:
-    """What a caption says, the same for all wordings and orders, for "a left of b" and "b right of a".
+    """A canonical form of a caption, the same for all wordings and orders, and for "a left of b" and "b right of a".
 
     >>> caption_key("draw a star left of a red circle") == caption_key("a red circle right of a star")
     True
@@ -56,7 +56,7 @@ def caption_key(text: str) -> str:
 
 
 def operands_key(text: str, reading: Reading | None) -> str:
-    """What is added or compared, in whichever words and order; nothing where it cannot be read.
+    """A canonical form of the operands of a sum or comparison, whatever the wording and order; empty if unreadable.
 
     >>> operands_key("draw the larger of 3 and 5", None)
     'order 3 5'

@@ -1,4 +1,4 @@
-"""What a scene is made of: the color table, the shapes, the real handwritten digits, the grounds, and ``Scene``.
+"""The components of a scene: color table, shapes, real handwritten digits, grounds, and ``Scene``.
 
 A picture is ``size`` x ``size`` pixels, a grid of 8-pixel cells with at most one object per cell. Every object is an
 8 x 8 alpha mask (a drawn shape or a scanned digit) in one color on the ground:
@@ -94,14 +94,14 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture."""
 
     ground: str
     objects: tuple[SceneObject, ...]
 
     @property
     def content(self) -> str:
-        """What it shows, whatever the objects' order."""
+        """The content, independent of the order of the objects."""
         objects = ";".join(sorted(f"{o.shape},{o.color},{o.row},{o.col},{o.sample}" for o in self.objects))
         return f"{self.ground}|{objects}"
 
@@ -123,7 +123,7 @@ def text_split(content: str, held_out: bool = False) -> Split:
 
 
 def _bucket(key: str, train: int, validation: int) -> Split:
-    """By thousandths: below ``train``, below ``validation``, the rest."""
+    """The split of a hash in thousandths: lowest ``train``, then ``validation``, then test."""
     bucket = zlib.crc32(key.encode()) % 1000
     return "train" if bucket < train else "validation" if bucket < validation else "test"
 

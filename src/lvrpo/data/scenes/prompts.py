@@ -39,7 +39,7 @@ CAN_HOLD_OUT: Mapping[Task, frozenset[str]] = {
 
 
 class ScenesConfig(Config):
-    """Which prompts the built-in world gives."""
+    """Selects prompts of the built-in world."""
 
     size: int = Field(default=DEFAULT_SIZE, ge=4 * CELL, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
@@ -109,7 +109,7 @@ class ScenePrompts:
 
     @cached_property
     def cycles(self) -> Mapping[Task, tuple[str, ...]]:
-        """For each task, the categories in the order in which indices take them."""
+        """Per task, the cycle of categories that indices follow."""
         cycles: dict[Task, tuple[str, ...]] = {}
         for task, names in CATEGORIES.items():
             allowed = [c for c in names if not self._only_held_out or c in CAN_HOLD_OUT[task]]
@@ -138,11 +138,11 @@ class ScenePrompts:
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """How a caption may begin as a prompt, which does not count when prompts are compared."""
+        """Prefixes of captions in prompts, ignored when prompts are compared."""
         return CAPTION_PREFIXES
 
     def compared(self, prompts: Sequence[Prompt]) -> list[ComparedPrompt]:
-        """Its prompts as the audit of splits compares them; pictures without perceptual hashes."""
+        """Its prompts in the form that the audit of splits compares; pictures without perceptual hashes."""
         return compared_prompts(prompts, phash=False)
 
     def example(self, task: Task, index: int) -> Example:
@@ -213,7 +213,7 @@ class ScenePrompts:
         return replace(prompt, form=question_form(r.text)), (r.answer,)
 
     def _number(self, task: Task, index: int) -> int:
-        """How many prompts of the same category come before an index."""
+        """The number of prompts of the same category before an index."""
         cycle = self.cycles[task]
         turns, place = divmod(index, len(cycle))
         category = cycle[place]

@@ -34,10 +34,10 @@ def _alone(scene: Scene) -> list[SceneObject]:
 
 @dataclass(frozen=True, slots=True)
 class QuestionChoice:
-    """Which question of a category is asked: forms and the two answers of a form come equally often."""
+    """Selects a question of a category; forms, and the two answers of a form, occur equally often."""
 
     form: int
-    """Which of the category's forms, counted round and round."""
+    """Index of the form, modulo the number of forms of the category."""
     yes: bool
     """The answer, where it is yes or no."""
 
@@ -155,7 +155,7 @@ def ask(
 
 
 def balanced_choice(number: int, salt: str) -> QuestionChoice:
-    """What the ``number``-th question of a category is: each pair of questions has one form and both answers."""
+    """The choice for the ``number``-th question of a category: each pair of questions has one form and both answers."""
     pair, second = divmod(number, 2)
     return QuestionChoice(pair, (zlib.crc32(f"{salt} {pair}".encode()) + second) % 2 == 0)
 

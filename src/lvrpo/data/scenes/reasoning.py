@@ -23,7 +23,7 @@ class Reasoning:
     drawing: Scene | None = None
     facts: tuple[Fact, ...] = ()
     content: str = ""
-    """What is asked, of whichever picture and in whichever words: its split is that of the row."""
+    """A canonical form of the question, whatever the picture and wording; it determines the split of the row."""
 
 
 def _in_split(layout: Layout, draw: Callable[[], tuple[int | str, ...]]) -> tuple[int | str, ...]:

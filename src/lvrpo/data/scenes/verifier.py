@@ -38,7 +38,7 @@ from lvrpo.types import Fact, Image
 GROUND_TOLERANCE = 0.12
 """Largest distance (Euclidean, RGB) of the median color to a ground."""
 STRENGTH = (0.75, 1.15)
-"""How weak or strong an object may be drawn against its mask: color = ground + strength * (entry - ground)."""
+"""Accepted range of an object's contrast: color = ground + strength * (entry - ground)."""
 COLOR_TOLERANCE = 0.15
 """Largest distance (Euclidean, RGB) of an object's color to its entry of the table at the best strength."""
 COLOR_MARGIN = 0.85
@@ -46,7 +46,7 @@ COLOR_MARGIN = 0.85
 SHAPE_SCORE = 0.90
 """Least explained share of the energy of a shape."""
 SHAPE_MARGIN = 0.06
-"""By how much a shape must explain more of the energy than the second shape."""
+"""The minimum margin in explained energy between the best and the second shape."""
 NOISE_SLACK = 0.25
 """Least scores are lowered by this times the ratio of noise to the energy of the cell, by 0.1 at most."""
 DIGIT_SCORE = 0.78
@@ -58,7 +58,7 @@ EMPTY_ENERGY = 0.45
 MAX_NOISE = 0.22
 """Standard deviation per value above which nothing of a picture is readable."""
 NOISE_SPREAD = 0.5
-"""How far the energy of an empty noisy cell may exceed the median cell's, as a share of it."""
+"""Maximum relative excess of an empty noisy cell's energy over that of the median cell."""
 NEIGHBORS = 12
 VOTE_TEMPERATURE = 0.02
 
@@ -78,7 +78,7 @@ class SeenObject:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows."""
+    """The content that was recognized in a picture."""
 
     ground: str | None
     """None when the picture has no plain ground of the table."""

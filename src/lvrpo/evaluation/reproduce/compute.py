@@ -45,7 +45,7 @@ class Compute:
         return Compute(self.flops * times, self.passes * times)
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """As JSON."""
         return {"flops": self.flops, "passes": self.passes}
 
 
@@ -53,7 +53,7 @@ NO_COMPUTE = Compute()
 
 
 def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    """Of attention over queries (B, H, L, E), keys (B, K, S, E) and values (B, K, S, F): 2 B H L S (E + F).
+    """FLOPs of attention with queries (B, H, L, E), keys (B, K, S, E) and values (B, K, S, F): 2 B H L S (E + F).
 
     Shapes, as ``FlopCounterMode`` gives them; masked scores count, as they are computed.
     """
@@ -61,7 +61,7 @@ def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) 
 
 
 def attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    """Of its backward pass: scores again, and the gradients of scores, values, queries and keys.
+    """FLOPs of its backward pass: scores again, and the gradients of scores, values, queries and keys.
 
     2 B H L S (3 E + 2 F): five products where the forward pass has two.
     """
@@ -157,7 +157,7 @@ class RunCost:
     reference_eval_every: int = 1
 
     def total(self, steps: int) -> Compute:
-        """Of a run of ``steps`` steps, with validations at the start, every ``look_every`` steps and at the end."""
+        """Cost of ``steps`` steps, with validations at the start, every ``look_every`` steps and at the end."""
         validations = 1 + -(-steps // self.look_every)
         controls = -(-steps // self.reference_eval_every)
         return self.start + self.step * steps + self.look * validations + self.control * controls
@@ -178,12 +178,12 @@ class RunCost:
         return low
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunCost:
-        """What ``as_dict`` gave."""
+        """The inverse of ``as_dict``."""
         parts = {name: Compute(**raw[name]) for name in ("step", "start", "look", "control")}
         return cls(**parts, look_every=raw["look_every"], reference_eval_every=raw["reference_eval_every"])
 

@@ -50,7 +50,7 @@ class RowConfig(Config):
     tune: tuple[tuple[str, ...], ...] = ()
     """The hyperparameter grid, each member as overrides; compared on validation with the seed of ``tuning``."""
     untuned: str | None = None
-    """Why a trained row has no grid."""
+    """The reason why a trained row has no grid."""
     start: Literal["base", "scratch"] = "base"
     """scratch: pretraining from random weights, longer than that of the base by the budget."""
     runs: str = "others"
@@ -58,9 +58,9 @@ class RowConfig(Config):
     of: str | None = None
     """The row whose evaluations it reads, in place of a run of its own."""
     best_of: int | None = Field(default=None, ge=2)
-    """Of that row: best of n pictures, judged by the model itself."""
+    """With ``of``: best of n pictures, judged by the model itself."""
     settings: Literal["tuned", "plain"] = "tuned"
-    """Of that row: tuned guidance and temperature, or unguided and greedy."""
+    """With ``of``: tuned guidance and temperature, or unguided and greedy."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -83,7 +83,7 @@ class BudgetConfig(Config):
 
     row: str
     steps: int | None = Field(default=None, ge=1)
-    """In place of its configured steps."""
+    """Steps that replace its configured steps."""
 
 
 class TuningConfig(Config):
@@ -180,7 +180,7 @@ class Job:
 
     kind: Literal["base", "tune", "run"]
     row: str
-    """For a base: its name."""
+    """Name of the row; for a base, of the base."""
     base: str
     seed: int
     member: int | None = None
@@ -188,14 +188,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the folder and the summary."""
+        """Name of the folder and of the summary."""
         if self.kind == "base":
             return self.row
         return f"{self.row}-tune{self.member}" if self.kind == "tune" else f"{self.row}-{self.base}-{self.seed}"
 
     @property
     def folder(self) -> str:
-        """Its run directory inside OUT."""
+        """Run directory inside OUT."""
         return f"{ {'base': 'bases', 'tune': 'tuning', 'run': 'runs'}[self.kind] }/{self.name}"
 
     def depends_on(self, other: Job) -> bool:

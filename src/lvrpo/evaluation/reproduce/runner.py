@@ -67,7 +67,7 @@ def validation_score(tuned: TunedSampling) -> float:
 def evaluate_on_test(
     policy: Policy, experiment: Experiment, tuned: TunedSampling, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """By benchmark, the outcome on the test split; writes the prompts into ``folder`` once.
+    """The outcomes on the test split, by benchmark; writes the prompts into ``folder`` once.
 
     Image benchmarks are evaluated twice, with tuned settings and unguided. Raises InputError where a test prompt was
     used for tuning.

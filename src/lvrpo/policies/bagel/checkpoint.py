@@ -26,19 +26,19 @@ MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The location of a tensor in a file."""
 
     path: Path
     name: str
     dtype: str
-    """Its name in the file, such as BF16."""
+    """Dtype as the file names it, such as BF16."""
     shape: tuple[int, ...]
     start: int
     """Byte offset in the file."""
 
     @property
     def count(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def read(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -160,7 +160,7 @@ _PREFIXES: Mapping[str, str] = {
     "towers.time_out.": "time_embedder.mlp.2.",
 }
 VAE = "towers.latent_vae."
-"""What lies in ae.safetensors begins so; the rest is the official name."""
+"""Prefix of the tensors of ae.safetensors; the rest is the official name."""
 
 EMBED_TOKENS, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 """The token embedding and the output layer over them."""

@@ -20,7 +20,7 @@ from lvrpo.reading import read_json
 SECTION = "lvrpo"
 """The key of config.json with ``BagelSettings``, which the published files lack."""
 TEXT_LAYERS, READ_LAYERS = "language_model.model.layers.", "vit_model.vision_model.encoder.layers."
-"""What the names of a layer's tensors begin with, before its number: of the transformer, of the vision encoder."""
+"""Prefixes of a layer's tensors, up to its number: of the transformer, of the vision encoder."""
 WHOLE = "fetch the weights again, or name the whole model below a fine-tuned part (--base MODEL)"
 """The remedy for tensors that are missing."""
 
@@ -29,14 +29,14 @@ class BagelSettings(Config):
     """Settings that no published file has; the defaults are those of BAGEL-7B-MoT."""
 
     latent_resize: ResizeRule = ResizeRule(max_side=1024, min_side=512, stride=16)
-    """Of every image that comes in: the drawing side sees the result, the reading side ``read_resize`` of it."""
+    """Resizing of every input image: the drawing side sees the result, the reading side ``read_resize`` of it."""
     read_resize: ResizeRule = ResizeRule(max_side=980, min_side=224, stride=14)
     image_size: tuple[int, int] = (1024, 1024)
     """Height and width of an image generated without a source image."""
     timestep_shift: float = Field(default=3.0, gt=0)
-    """Of the times of sampling."""
+    """Shift of the sampling timesteps."""
     training_shift: float = Field(default=4.0, gt=0)
-    """Of the times of the flow loss: what fine-tuning was published with."""
+    """Shift of the timesteps of the flow loss; the default is that of the published fine-tuning."""
     drop_text: float = Field(default=0.1, ge=0, le=1)
     """Share of the texts that supervised drawing leaves out, so that guidance has its branch."""
     drop_latent: float = Field(default=0.3, ge=0, le=1)
@@ -160,7 +160,7 @@ def config_from_json(folder: Path) -> BagelConfig:
 
 
 def first_problem(error: ValidationError) -> str:
-    """What pydantic found first, in one line."""
+    """The first error of pydantic, in one line."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = " ".join(first["msg"].removeprefix("Value error, ").split())

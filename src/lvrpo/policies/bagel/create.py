@@ -101,7 +101,7 @@ def create_bagel(sizes: BagelSizes, texts: Sequence[str] = ()) -> BagelPolicy:
 
 
 def _normalize_image_features(policy: BagelPolicy, sizes: BagelSizes) -> None:
-    """What an image adds to a place of the vision encoder gets deviation 1, its position table 0.02.
+    """Scales the image features of the vision encoder to standard deviation 1, its position table to 0.02.
 
     With torch's defaults an image moves its tokens by 0.08 where the places alone have deviation 0.5, and reading
     does not begin within thousands of steps.
@@ -196,19 +196,19 @@ PICTURES = 8192
 LEARNING_RATE = 2e-3
 WARMUP = 20
 LOG_VARIANCE = -8.0
-"""Of the posterior, while the autoencoder is trained."""
+"""Log variance of the posterior while the autoencoder is trained."""
 SPREAD = 0.02
-"""Of the posterior in the end, and of the noise that the decoder is trained with, over the deviation of the latents."""
+"""Final standard deviation of the posterior, and of the decoder's training noise, relative to that of the latents."""
 MEASURED = 64
 """Images that are kept aside to measure on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """How much of an image survives the autoencoder."""
+    """Reconstruction quality of the autoencoder."""
 
     psnr: float
-    """In decibels, of images that were not trained on."""
+    """In decibels, over held-out images."""
     largest: float
     """Mean over images of the largest error of a pixel, in [0, 1]."""
     before: torch.Tensor
@@ -298,7 +298,7 @@ def scale_latents(policy: BagelPolicy, pixels: torch.Tensor) -> None:
 
 @torch.no_grad()
 def measure(policy: BagelPolicy, pixels: torch.Tensor) -> Reconstruction:
-    """There and back, a draw from the posterior included."""
+    """Measures encoding and decoding, with a sample from the posterior."""
     vae = policy.encoders.latent_vae
     noise = torch.randn(vae.moments(pixels[:1])[0].shape[1:], generator=torch.Generator().manual_seed(0))
     back = vae.decode(vae.encode(pixels, noise.to(pixels).expand(len(pixels), -1, -1, -1))).clamp(-1, 1)

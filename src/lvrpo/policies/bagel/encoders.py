@@ -165,7 +165,7 @@ class BagelEncoders(nn.Module):
             return torch.cat([self.latent_vae.decode(part) for part in z.split(together)])
 
     def _together(self, size: Sequence[int], device: torch.device) -> int:
-        """How many images of (height, width) pixels go through the autoencoder at a time."""
+        """The number of images of (height, width) pixels that the autoencoder processes at once."""
         largest = self.config.vae.width * size[0] * size[1] * 4  # bytes of an activation at full resolution, float32
         return max(1, (VAE_BYTES_CPU if device.type == "cpu" else VAE_BYTES) // largest)
 
@@ -266,7 +266,7 @@ class VaeConfig(Config):
     res_blocks: int = Field(default=2, ge=1)
     """Per level of the encoder; the decoder has one more."""
     channels: int = Field(default=16, ge=1)
-    """Of a latent."""
+    """Channels of a latent."""
     scale: float = Field(default=0.3611, gt=0)
     shift: float = 0.1159
 
@@ -425,7 +425,7 @@ def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class ResizeRule(Config):
-    """How large an image becomes; ``max_side`` wins over ``min_side``."""
+    """Limits of the size of an image; ``max_side`` takes precedence over ``min_side``."""
 
     max_side: int = Field(ge=1)
     min_side: int = Field(ge=1)

@@ -92,7 +92,7 @@ class BagelPolicy(MoTPolicy):
         return self.config.settings.timestep_shift
 
     def default_sampling(self, task: Task) -> Sampling:
-        """As published: 49 Euler steps, text guidance at t > 0.4; edits at all times, the image guided too.
+        """The published settings: 49 Euler steps, text guidance at t > 0.4; edits at all times, with image guidance.
 
         Texts of up to 1000 tokens, or of half the positions where a model has fewer than 2000.
         """
@@ -112,7 +112,7 @@ class BagelPolicy(MoTPolicy):
         )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; raises InputError for a question or an edit without an image, or a prompt too long."""
+        """See ``Policy.sample``; raises InputError for a question or an edit without an image, or a prompt too long."""
         for prompt in prompts:
             pictures = any(isinstance(part, torch.Tensor) for part in prompt.parts)
             if prompt.task in ("understand", "edit") and not pictures:
@@ -252,7 +252,7 @@ class BagelPolicy(MoTPolicy):
 
     @classmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
-        """As ``MoTPolicy.from_config``; of a folder without weights, from its json files."""
+        """See ``MoTPolicy.from_config``; for a folder without weights, from its json files."""
         folder = Path(folder)
         if not is_bagel(folder):
             raise InputError(f"{folder}: is no BAGEL: give a folder with llm_config.json and ema.safetensors")
@@ -386,7 +386,7 @@ class TrainedPiece:
     loss: bool = False
     """Text: whether its ids and its end are predicted. A noisy image: whether its velocity is."""
     next_id: int | None = None
-    """What the closing token predicts, such as the begin of an image; nothing by default."""
+    """Target of the closing token, such as the begin of an image; nothing by default."""
     noise: torch.Tensor | None = None
     """(N, C): the noise of a noisy image."""
     clean: torch.Tensor | None = None
@@ -437,7 +437,7 @@ def dropped(trained: TrainedPiece) -> TrainedPiece | None:
 
 
 def find_targets(rows: Sequence[TrainedRow], channels: int, device: torch.device) -> Targets:
-    """Where the losses of a packed batch stand; tokens of the two blocks are counted in row order."""
+    """Finds the loss positions of a packed batch; tokens of the two blocks are counted in row order."""
     labels: list[int] = []
     label_rows: list[int] = []
     weights: list[float] = []

@@ -75,7 +75,7 @@ class BagelTokenizer:
 
     @classmethod
     def load(cls, folder: Path, vocabulary_size: int) -> Self:
-        """From tokenizer.json, or from vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
+        """Loads tokenizer.json, or vocab.json and merges.txt; raises InputError if they fail or lack a marker."""
         files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
         if "tokenizer.json" in files:
             path = folder / "tokenizer.json"
@@ -110,7 +110,7 @@ def _from_merges(folder: Path, files: Mapping[str, bytes]) -> Tokenizer:
 
 
 def use_qwen_pretokenizer(tokenizer: Tokenizer) -> None:
-    """How Qwen2 prepares a text, whatever the merges."""
+    """Installs the pre-tokenization of Qwen2, whatever the merges."""
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -15,7 +15,7 @@ PIPELINES: Mapping[str, str] = {
     "StableDiffusion3Pipeline": "lvrpo.policies.diffusers_flow.pipelines:StableDiffusion3",
     "FluxPipeline": "lvrpo.policies.diffusers_flow.pipelines:Flux",
 }
-"""How each class of pipeline is called, by its ``_class_name``."""
+"""The name of each pipeline class for messages, by ``_class_name``."""
 
 
 def require_supported(folder: Path) -> str:

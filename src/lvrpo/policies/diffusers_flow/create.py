@@ -26,11 +26,11 @@ class PipelineSizes(Config):
     """Sizes of a random pipeline; the defaults are for tests and first runs on a CPU."""
 
     width: int = Field(default=32, ge=16, multiple_of=16, le=65_536)
-    """Of the transformer."""
+    """Width of the transformer."""
     depth: int = Field(default=2, ge=1, le=1000)
     heads: int = Field(default=2, ge=1, le=1000)
     text_width: int = Field(default=64, ge=32, multiple_of=32, le=65_536)
-    """Of the encoder that reads all of a prompt; CLIP has half of it."""
+    """Width of the encoder that reads whole prompts; CLIP has half of it."""
     text_depth: int = Field(default=2, ge=2, le=1000)
     latent_channels: int = Field(default=4, ge=1, le=1024)
     vae_stride: int = Field(default=4, ge=1, le=64)
@@ -38,7 +38,7 @@ class PipelineSizes(Config):
     image_size: int = Field(default=32, ge=2, le=8192)
     """Default side of a drawing in pixels; that of a FLUX is 128 vae_stride, whatever its sizes."""
     shift: float = Field(default=3.0, gt=0, le=1000)
-    """Of times, where the scheduler's shift does not depend on the size."""
+    """Timestep shift, unless the scheduler's shift depends on the size."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ KINDS: Mapping[str, Callable[[PipelineSizes], Any]] = {
     "sd3-tiny": stable_diffusion_3,
     "flux-tiny": flux,
 }
-"""What ``create_pipeline`` makes."""
+"""The pipelines that ``create_pipeline`` makes."""
 
 
 def clip_tokenizer() -> Any:

@@ -1,4 +1,4 @@
-"""What differs between the pipelines of diffusers: prompts, latents, times, and the call of the transformer.
+"""The differences between pipelines of diffusers: prompts, latents, timesteps, and the call of the transformer.
 
 Letters: B rows, L tokens of a prompt, N patches of an image, C = channels * patch^2 numbers of a patch.
 """
@@ -42,7 +42,7 @@ class FlowPipeline(ABC):
     """
 
     components: ClassVar[tuple[str, ...]]
-    """Of model_index.json, besides the transformer; those of ``optional`` may be null."""
+    """Components in model_index.json besides the transformer; those of ``optional`` may be null."""
     optional: ClassVar[tuple[str, ...]] = ()
     transformer_class: ClassVar[str]
     defaults: ClassVar[Sampling]
@@ -50,7 +50,7 @@ class FlowPipeline(ABC):
     linear_sigmas: ClassVar[bool] = True
     """Whether the pipeline passes sigmas 1, 1 - 1/T, ... to its scheduler instead of a number of steps T."""
     max_shift: ClassVar[float] = 1.15
-    """Of a scheduler with dynamic shifting that does not say."""
+    """Default for schedulers with dynamic shifting that name no maximum."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
         """``pipe``: the pipeline of diffusers, read from ``folder``. Any: of an optional package."""
@@ -246,7 +246,7 @@ class StableDiffusion3(FlowPipeline):
         return self.pipe.tokenizer_max_length + 256
 
     def grid(self, image_size: tuple[int, int] | None) -> Grid:
-        """As ``FlowPipeline.grid``; positions limit the size."""
+        """See ``FlowPipeline.grid``; positions limit the size."""
         grid, most = super().grid(image_size), int(self.config.pos_embed_max_size)
         if max(grid) > most:
             raise InputError(

@@ -112,7 +112,7 @@ class DiffusersPolicy(AdaptablePolicy):
         return replace(self.pipeline.defaults, **({"guidance_scale": 1.0} if self.pipeline.guidance == "none" else {}))
 
     def timestep_shift(self) -> float:
-        """That of the scheduler; where it depends on the size, at the pipeline's default size."""
+        """Shift of the scheduler; where it depends on the size, at the pipeline's default size."""
         return self.pipeline.shift(self.pipeline.grid(None))
 
     def check_text(self, text: str) -> None:
@@ -143,7 +143,7 @@ class DiffusersPolicy(AdaptablePolicy):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; raises InputError for a prompt with a picture or for an answer in words."""
+        """See ``Policy.sample``; raises InputError for a prompt with a picture or for a text output."""
         for prompt in prompts:
             self._check(prompt)
         self.check_sampling(sampling)
@@ -226,7 +226,7 @@ class DiffusersPolicy(AdaptablePolicy):
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """As ``FlowPolicy.velocity``.
+        """See ``FlowPolicy.velocity``.
 
         Embedded guidance: the scale is an input, and 0 is the empty prompt at scale 1.
         """
@@ -248,7 +248,7 @@ class DiffusersPolicy(AdaptablePolicy):
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """As ``Policy.logprobs``; images of equal settings are replayed together."""
+        """See ``Policy.logprobs``; images of equal settings are replayed together."""
         found: list[list[SegmentLogprobs]] = [[] for _ in trajectories]
         alike: dict[Hashable, list[int]] = {}
         for i, trajectory in enumerate(trajectories) if "flow" in kinds else ():
@@ -297,7 +297,7 @@ GUIDANCE: Mapping[str, str] = {
     "embedded": "a guidance scale as an input, and one branch",
     "none": "no guidance",
 }
-"""How a pipeline without classifier-free guidance is guided."""
+"""How pipelines without classifier-free guidance are guided."""
 
 
 def _text(prompt: Prompt) -> str:

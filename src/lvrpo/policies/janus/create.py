@@ -27,7 +27,7 @@ MARKERS = {
 }
 ROLES = ("<|User|>", "<|Assistant|>")
 VQ_CHANNELS = 32
-"""Of the autoencoder: the fewest that its group norms take."""
+"""Channels of the autoencoder: the minimum for its group norms."""
 
 
 class JanusSizes(Config):

@@ -64,7 +64,7 @@ class JanusPolicy(TransformersPolicy):
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "tokens")
     tasks: tuple[Task, ...] = ("understand", "generate", "reason")
-    """It was not trained to draw from a picture."""
+    """Without ``edit``, which it was not trained for."""
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>language_model)\.layers\.\d+\.self_attn\.[qkvo]_proj",
         "mlp": r"model\.model\.(?P<expert>language_model)\.layers\.\d+\.mlp\.(gate|up|down)_proj",
@@ -265,7 +265,7 @@ class JanusPolicy(TransformersPolicy):
         return x, torch.tensor(mask, device=self.device)
 
     def _read(self, pictures: Sequence[Image]) -> torch.Tensor:
-        """What the reading encoder makes of pictures: (B * patches, D). Each different one is encoded once."""
+        """Encodes pictures for reading: (B * patches, D). Each distinct picture is encoded once."""
         distinct = {id(picture): picture for picture in pictures}
         places = {key: i for i, key in enumerate(distinct)}
         pixels = self.processor.pictures.pixels(list(distinct.values())).to(self.device)
@@ -319,7 +319,7 @@ class JanusPolicy(TransformersPolicy):
         return out
 
     def _score(self, one: _Scored, states: torch.Tensor, unguided: torch.Tensor | None) -> SegmentLogprobs:
-        """Of a segment, from the states of its row (L, D) and of the row without the prompt."""
+        """Scores a segment, given the states of its row (L, D) and of the row without the prompt."""
         segment = one.segment
         assert isinstance(segment, TextSegment | ImageTokenSegment)
         tokens = segment.tokens.to(states.device)

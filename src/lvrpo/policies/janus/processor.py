@@ -29,9 +29,9 @@ FILES = (
     ),
     *("processor_config.json", "preprocessor_config.json", "generation_config.json"),
 )
-"""Of a folder in the layout of transformers, beside config.json and the weights; kept as they are."""
+"""Files of a folder in the layout of transformers besides config.json and the weights, saved unchanged."""
 PATCH = -1
-"""In the ids of a prompt: the place of one patch of a picture."""
+"""Id that stands for one patch of a picture in a prompt."""
 TOKENS: Mapping[str, str | None] = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token")),
     "image_token": "<image_placeholder>",
@@ -51,7 +51,7 @@ TEMPLATE = (
 THINK_THEN_DRAW = (
     "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
 )
-"""What prompts of the task ``reason`` that ask for a drawing begin with."""
+"""Instruction before prompts of the task ``reason`` that ask for a drawing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Row:
 
 
 class ImageSettings(Config):
-    """How pictures are brought to the size and range that the encoders read, as transformers' image processor says."""
+    """Size and normalization of pictures for the encoders, from the image processor of transformers."""
 
     size: int = Field(ge=1)
     """Side of the square that a picture is fitted into and padded to."""
@@ -131,14 +131,14 @@ class Processor:
 
     tokenizer: Tokenizer
     ids: Mapping[str, int]
-    """Of the markers in ``TOKENS``, such as boi_token."""
+    """Ids of the markers in ``TOKENS``, such as boi_token."""
     template: Template
-    """Of a chat."""
+    """Chat template."""
     system_prompt: str
     """Before prompts that are answered by text alone; empty where the folder asks for none."""
     pictures: ImageSettings
     patches: int
-    """Of a picture that is read."""
+    """Patches of a picture that is read."""
     vocabulary_size: int
     files: Mapping[str, bytes]
 
@@ -207,7 +207,7 @@ class Processor:
 
     @classmethod
     def load(cls, folder: Path, patches: int, side: int, vocabulary_size: int) -> Self:
-        """From the files of a folder; ``patches`` and ``side`` are those of its config.json.
+        """Loads the files of a folder; ``patches`` and ``side`` are those of its config.json.
 
         Raises InputError, one line, for files that are missing, damaged or of another model.
         """
@@ -218,7 +218,7 @@ class Processor:
     def from_files(
         cls, files: Mapping[str, bytes], folder: Path, patches: int, side: int, vocabulary_size: int
     ) -> Self:
-        """As ``load``, of the contents of its files; ``folder`` is named in errors."""
+        """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if name not in files:
                 raise InputError(f"{folder}: holds no {name}: copy it from the published folder")
@@ -247,7 +247,7 @@ class Processor:
 
 
 def image_settings(found: Mapping[str, Any], where: Path) -> ImageSettings:
-    """Those fields of an image processor's file that are used. Any: decoded JSON."""
+    """The fields of an image processor's file that are used. Any: decoded JSON."""
     known = {name: found[name] for name in ImageSettings.model_fields if name in found}
     return parse_section(ImageSettings, known, where / "preprocessor_config.json")
 

@@ -259,7 +259,7 @@ class Packing:
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
+        """Size of its tensors."""
         tensors = [getattr(self, field.name) for field in fields(self)]
         return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 

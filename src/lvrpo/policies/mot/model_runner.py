@@ -28,7 +28,7 @@ class Piece:
     grid: Grid = (0, 0)
     """Rows and columns of an image's tokens, markers excluded."""
     state: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Of a "clean" or "noise" span whose latent is known: (x_t (N, C), t ())."""
+    """Of a "clean" or "noise" span with a known latent: (x_t (N, C), t ())."""
 
     @property
     def key(self) -> Hashable:

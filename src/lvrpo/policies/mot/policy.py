@@ -133,7 +133,7 @@ class MoTPolicy(AdaptablePolicy):
     @torch.no_grad()
     @with_autocast
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``."""
+        """See ``Policy.sample``."""
         g = sampling.group_size
         members = [_Member(prompt, derive_seed(seed, m), seed, m) for prompt, seed in zip(prompts, seeds, strict=True)
                  for m in range(g)]  # fmt: skip
@@ -237,7 +237,7 @@ class MoTPolicy(AdaptablePolicy):
     def logprobs(
         self, trajectories: Sequence[Trajectory], kinds: Collection[SegmentKind] = SEGMENT_KINDS
     ) -> list[list[SegmentLogprobs]]:
-        """As ``Policy.logprobs``."""
+        """See ``Policy.logprobs``."""
         out: dict[int, list[SegmentLogprobs]] = {}
         settings = [(t.prompt.output, replay_settings(t)) for t in trajectories]
         for same in model_runner.group_equal(settings, len(trajectories)):
@@ -277,7 +277,7 @@ class MoTPolicy(AdaptablePolicy):
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """As ``Policy.velocity``; the context is the prompt and all text segments."""
+        """See ``Policy.velocity``; the context is the prompt and all text segments."""
         rows, runner = [self._row(trajectory.prompt) for trajectory in trajectories], self.runner
         grid = self._output_grid(trajectories[0])
         if guidance_scale == 0:
@@ -302,7 +302,7 @@ class MoTPolicy(AdaptablePolicy):
         return torch.cat(out)
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """As ``Policy.count_tokens``; begin and end tokens are counted."""
+        """See ``Policy.count_tokens``; begin and end tokens are counted."""
         texts = [len(s.tokens) + 2 for s in trajectory.segments if isinstance(s, TextSegment)]
         image_tokens = 0
         if trajectory.image is not None:
@@ -321,7 +321,7 @@ class MoTPolicy(AdaptablePolicy):
     @torch.no_grad()
     @with_autocast
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         return likelihood.text_logprob(self.runner, self, contexts, texts)
 
     @torch.no_grad()
@@ -334,7 +334,7 @@ class MoTPolicy(AdaptablePolicy):
         seeds: Sequence[int],
         times: tuple[float, float] = JUDGE_TIMES,
     ) -> torch.Tensor:
-        """As ``Judge.image_logprob``; the formula is at ``likelihood.image_logprob``."""
+        """See ``Judge.image_logprob``; the formula is at ``likelihood.image_logprob``."""
         return likelihood.image_logprob(self.runner, self, contexts, images, draws, seeds, times)
 
     @torch.no_grad()
@@ -346,7 +346,7 @@ class MoTPolicy(AdaptablePolicy):
     @torch.no_grad()
     @with_autocast
     def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """As ``Judge.reading_states``."""
+        """See ``Judge.reading_states``."""
         return likelihood.reading_states(self.runner, parts, layer)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class MoTConfig(Config):
     """Configuration of the transformer; the two experts have the same sizes."""
 
     width: int = Field(default=128, ge=1, le=65_536)
-    """Of the residual stream."""
+    """Width of the residual stream."""
     depth: int = Field(default=4, ge=1, le=1000)
     """Number of layers."""
     heads: int = Field(default=4, ge=1, le=1000)
@@ -42,7 +42,7 @@ class MoTConfig(Config):
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary position embedding."""
     norm_eps: float = Field(default=1e-6, gt=0)
-    """Of RMSNorm."""
+    """Epsilon of RMSNorm."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -58,7 +58,7 @@ SPREAD_BYTES = 64 << 20
 
 
 FEW_BATCHES = 8
-"""At most this many batches of rows take ``SpanAttention`` on a GPU, where it is faster than one masked call."""
+"""Maximum number of batches of rows for which ``SpanAttention`` is used on a GPU, where it beats one masked call."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CachePart:
 
     @property
     def nbytes(self) -> int:
-        """Of its keys and values."""
+        """Size of its keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,9 +28,9 @@ STEMS = (WEIGHTS, "model", "diffusion_pytorch_model")
 LANGUAGE, AUTOENCODER = "phi-1_5", "magvitv2"
 """Folders in that of a model."""
 AUTOENCODER_ID = "showlab/magvitv2"
-"""Of the Hub, where the folder holds none."""
+"""Hub id of the autoencoder, for folders that hold none."""
 PREFIX = "showo."
-"""Of the names of the transformer's tensors in a file."""
+"""Prefix of the transformer's tensors in a file."""
 
 
 class ShowoConfig(Config):
@@ -147,7 +147,7 @@ def save_showo(model: Any, magvit: Magvit, layout: Layout, stored: Mapping[str, 
 
 
 def _settings(kind: type[C], stored: Mapping[str, Any], path: Path) -> C:
-    """Those fields of a file that are used. Any: decoded JSON."""
+    """The fields of a file that are used. Any: decoded JSON."""
     return parse_section(kind, {name: stored[name] for name in kind.model_fields if name in stored}, path)
 
 

@@ -39,7 +39,7 @@ class ShowoSizes(Config):
     patch_size: int = Field(default=8, ge=2, le=64)
     """A power of two: pixels along a side of an image token."""
     bits: int = Field(default=6, ge=1, le=16)
-    """Of an image token: there are 2 ** bits."""
+    """Bits of an image token: there are 2 ** bits tokens."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ FILES = (
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
     "config.json",
 )
-"""Of the language model's folder, kept as they are."""
+"""Files of the language model's folder, saved unchanged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +131,13 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path, text_size: int, codes: int) -> Self:
-        """From the tokenizer files of a folder; raises InputError, one line, for missing or damaged ones."""
+        """Loads the tokenizer files of a folder; raises InputError, one line, for missing or damaged ones."""
         files = {name: read_bytes(folder / name, "restore it") for name in FILES if (folder / name).exists()}
         return cls.from_files(files, folder, text_size, codes)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], folder: Path, text_size: int, codes: int) -> Self:
-        """As ``load``, of the contents of its files; ``folder`` is named in errors."""
+        """See ``load``; takes the contents of the files; ``folder`` is named in errors."""
         if TOKENIZER not in files:
             raise InputError(f"{folder}: holds no {TOKENIZER}: copy it from the folder of Phi-1.5")
         try:

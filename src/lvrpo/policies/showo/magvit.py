@@ -15,7 +15,7 @@ from torch.nn import functional
 from lvrpo.config import Config
 
 GROUPS = 32
-"""Of the group norms."""
+"""Groups of the group norms."""
 
 
 class MagvitConfig(Config):

@@ -51,7 +51,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
     tasks: tuple[Task, ...] = ("understand", "generate", "reason")
-    """It was not trained to draw from a picture."""
+    """Without ``edit``, which it was not trained for."""
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.([qkv]_proj|dense)",
         "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(fc1|fc2)",
@@ -77,7 +77,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         return round(self.image_tokens**0.5) * self.magvit.config.patch_size
 
     def default_sampling(self, task: Task) -> Sampling:
-        """As published: 50 steps at guidance 5, which is 6 here (``guide_logits``)."""
+        """The published settings: 50 steps at guidance 5, which is 6 here (``guide_logits``)."""
         return Sampling(
             max_new_tokens=64 if task == "reason" else 100,
             num_steps=min(50, self.image_tokens),
@@ -100,7 +100,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``; raises InputError for what a Show-o cannot do."""
+        """See ``Policy.sample``; raises InputError for what a Show-o cannot do."""
         for prompt in prompts:
             self._check(prompt, sampling)
         return super().sample(prompts, sampling, seeds)
@@ -131,7 +131,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
                 raise InputError(f"{named}: {length} tokens{after}, the limit is {limit}: shorten it")
 
     def _sample_text(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
-        """From the KV cache; every different context is read once."""
+        """Samples text with a KV cache; every distinct context is read once."""
         out: dict[int, Segment] = {}
         allowed, embed = self.text_tokens.to(self.device), self.model.model.embed_tokens
         for part in self.cut([len(context) + sampling.max_new_tokens for context in contexts]):
@@ -234,14 +234,14 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
             )
 
     def next_logits(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """As ``TokenPolicy.next_logits``, over the whole vocabulary."""
+        """See ``TokenPolicy.next_logits``; over the whole vocabulary."""
         with self.autocast():
             return [self.model.lm_head(states) for states in self._states(rows)]
 
     def image_logits(
         self, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, masked: bool, scale: float, mode: LogitGuidance
     ) -> torch.Tensor:
-        """As ``TokenPolicy.image_logits``; both branches of guidance are one batch unless one has no gradient."""
+        """See ``TokenPolicy.image_logits``; both branches of guidance are one batch unless one has no gradient."""
         codes = tokens.tolist()
         rows = [self.layout.drawing(context, row) for context, row in zip(contexts, codes, strict=True)]
         if scale == 1 or mode == "none":
@@ -279,7 +279,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
     # --- weights ---
 
     def stored_name(self, name: str) -> str:
-        """With the name that Show-o gives the transformer."""
+        """The parameter's name in Show-o's own files."""
         return "showo." + name.removeprefix("model.")
 
     def save_model(self, folder: Path) -> None:

@@ -38,19 +38,19 @@ COPIED = ("llm/config.json", "llm/tokenizer.json", "vision/config.json")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What belongs to a Show-o2 beside its network; never changed after it is made."""
+    """The components of a Show-o2 besides its network; immutable."""
 
     config: Mapping[str, Any]
     """config.json. Any: decoded JSON."""
     tokenizer: Tokenizer
     ids: Mapping[str, int]
-    """Of ``TOKENS``."""
+    """Ids of ``TOKENS``."""
     vae: Any
     """An AutoencoderKLWan of diffusers. Any: an optional package."""
     files: Mapping[str, bytes]
     """``COPIED``."""
     folder: Path | None
-    """Where the autoencoder was loaded from; None: it is new."""
+    """Folder that the autoencoder was loaded from; None: it is new."""
 
     def __deepcopy__(self, memo: object) -> Parts:
         return self

@@ -34,14 +34,14 @@ class RandomShowo2(Config):
     positions: int = Field(default=512, ge=64, le=1_000_000)
     vision_width: int = Field(default=32, ge=4, multiple_of=4, le=65_536)
     vision_depth: int = Field(default=2, ge=2, le=1000)
-    """Of which the last layer is left out."""
+    """Layers of the vision encoder, of which the last is not used."""
     head_depth: int = Field(default=2, ge=1, le=1000)
     head_width: int = Field(default=2 * HEADS, ge=2 * HEADS, multiple_of=2 * HEADS, le=65_536)
-    """Of the flow head, whose layers have 32 heads."""
+    """Width of the flow head, whose layers have 32 heads."""
     image_size: int = Field(default=32, ge=16, le=4096)
     """Side of a picture, a multiple of 16."""
     channels: int = Field(default=4, ge=1, le=1024)
-    """Of a latent."""
+    """Channels of a latent."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 HEADS, KEY_HEADS = 32, 8
-"""Of the flow head, in all published sizes."""
+"""Heads of the flow head, in all published sizes."""
 HEAD_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -49,7 +49,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
-    """In float32, as Llama's."""
+    """RMSNorm in float32, as in Llama."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__(width, eps=eps)
@@ -160,7 +160,7 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Showo2Sizes:
-    """What config.json says of the network."""
+    """Sizes of the network in config.json."""
 
     vocabulary: int
     width: int
@@ -238,7 +238,7 @@ class Showo2Model(nn.Module):
         return self.showo.config
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Of text tokens."""
+        """The embedding of text tokens."""
         return self.showo.model.embed_tokens
 
     def states(self, rows: Rows, cache: Any = None) -> torch.Tensor:

@@ -127,7 +127,7 @@ class Showo2Policy(TransformersPolicy):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """As ``Policy.sample``. Raises InputError for what a Show-o2 cannot do."""
+        """See ``Policy.sample``. Raises InputError for what a Show-o2 cannot do."""
         size = sampling.group_size
         members = [
             (prompt, m, derive_seed(seed, m), seed)
@@ -229,7 +229,7 @@ class Showo2Policy(TransformersPolicy):
         return decoder
 
     def _extend(self, x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """As ``decoding.Forward``. Any: a cache of an optional package."""
+        """See ``decoding.Forward``. Any: a cache of an optional package."""
         out = self.model.showo.model(
             inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
@@ -355,7 +355,7 @@ class Showo2Policy(TransformersPolicy):
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """As ``FlowPolicy.velocity``."""
+        """See ``FlowPolicy.velocity``."""
         prompts = [trajectory.prompt for trajectory in trajectories]
         image = _drawing(trajectories[0]).image
         grid = self._grid((image.shape[1], image.shape[2]))
@@ -425,7 +425,7 @@ class Showo2Policy(TransformersPolicy):
 
     @torch.no_grad()
     def text_logprob(self, contexts: Sequence[PromptParts], texts: Sequence[str]) -> torch.Tensor:
-        """As ``Judge.text_logprob``."""
+        """See ``Judge.text_logprob``."""
         answers = [torch.tensor([*self._encode(text), self.parts.ids["<|im_end|>"]]) for text in texts]
         rows = self._score(contexts, answers, 1.0)
         return torch.stack([row.logprobs.mean().cpu() for row in rows]) if rows else torch.zeros(0)

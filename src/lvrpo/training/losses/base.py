@@ -60,7 +60,7 @@ class GroupAdvantages:
 
 
 Advantages = Mapping[OutputKind, GroupAdvantages]
-"""By kind of output."""
+"""Advantages by kind of output."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Microbatch:
     step: int
     members: Sequence[Member]
     share: float
-    """Its share of ``Objective.size`` of all selected members of the task."""
+    """Its share of the ``Objective.size`` of all selected members of the task."""
     weight: float = 1.0
     """Weight of its loss: task weight * objective weight * share."""
     frozen: Mapping[FrozenPolicy, torch.Tensor] = field(default_factory=dict)

@@ -48,7 +48,7 @@ class FlowLossConfig(Config):
         "kind=grpo_guard": "is kind=flow_grpo with flow.ratio=guard",
     }
     weight: float = Field(default=1.0, ge=0)
-    """Of this loss in the sum; 0 switches it off."""
+    """Weight of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
     """Multiplier of the learning rates for flows; see ``text.lr_scale``."""
 

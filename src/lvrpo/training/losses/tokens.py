@@ -41,7 +41,7 @@ class TokenLossConfig(Config):
         **dict.fromkeys(("likelihood", "draws", "schedule"), LIKELIHOOD_HINT),
     }
     weight: float = Field(default=1.0, ge=0)
-    """Of this loss in the sum; 0 switches it off."""
+    """Weight of this loss in the sum; 0 switches it off."""
     lr_scale: float = Field(default=1.0, gt=0, le=10)
     """Multiplier of the learning rates for these segments. Sections with different values get separate optimizer steps
     with separate moments."""
