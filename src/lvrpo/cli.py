@@ -188,7 +188,7 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def parse_command(argv: Sequence[str]) -> tuple[Command, Options] | None:
-    """The command and its options; None where help or the version was asked for, which is then printed."""
+    """The command and its options; None after printing help or the version."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return None

@@ -16,7 +16,7 @@ from lvrpo.errors import ContractError, InputError
 
 REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 NOT_PUSHED = ("state", "checkpoint.json", "README.md")
-"""Entries of a checkpoint that belong to the run, and the card, which is made anew."""
+"""Entries of a checkpoint that are not uploaded: those of the run, and the card, which is rewritten."""
 CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 """Files that run code when they are read, which are not fetched."""
 PIPELINE_TAGS = {

@@ -203,9 +203,9 @@ class QuestionRow:
 
 
 def question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
-    """The rows of a file in the one format of rows, their pictures as the model reads them, which is said once.
+    """Reads rows; resizes their pictures to the model's size, with one message.
 
-    Rows with 'image' and 'question', as they once were, are read too; one line says what is written now.
+    The former fields 'image' and 'question' are accepted, with one line that names the present ones.
     """
     from lvrpo.commands.inputs import checked_row, read_rows
     from lvrpo.data.images import load_image, middle_square
@@ -285,7 +285,7 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
 
 
 def drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
-    """A prompt whose answer is a picture, after a thought if the options say so. Any: the literals of ``Prompt``."""
+    """A prompt whose output is a picture, after a text with --think. Any: the literals of ``Prompt``."""
     if options.think:
         return prompt("reason", parts, ("text", "image"), number)
     return prompt(task, parts, ("image",), number)

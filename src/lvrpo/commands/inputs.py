@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def read_config(cls: type[C], name: str | None, overrides: Sequence[str]) -> C:
-    """The configuration, checked; what it allows is allowed from now on, unless the file lies in a run."""
+    """Loads and validates a configuration; its ``allow_code`` takes effect unless the file is part of a run."""
     path = known_config(cls.__name__, name, overrides)
     config = load_config(cls, path, overrides, allow_code=not path_exists(path.parent / MANIFEST))
     allow_code(getattr(config, ALLOW_CODE, ()))  # only an alignment has it

@@ -155,7 +155,7 @@ def fresh_showo2(options: Options) -> Showo2Policy:
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:
-    """Trains the autoencoder on pictures of the train split, and says what survives it."""
+    """Trains the autoencoder on pictures of the train split, and prints its reconstruction quality."""
     from pydantic import ValidationError
 
     from lvrpo.commands.progress import Progress

@@ -130,7 +130,7 @@ class Progress:
         return [name for name in self.history if name.startswith("reward/") and not name.endswith("/success")]
 
     def _now(self, name: str) -> str:
-        """The recent mean; "-" where the last step has none, as when every score failed: an old mean is no news."""
+        """The recent mean; "-" if the last step has none, for example because every score failed."""
         return "-" if name.startswith("reward/") and name not in self.row else f"{self._recent(name):.3f}"
 
     def _recent(self, name: str) -> float:

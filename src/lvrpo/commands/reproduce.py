@@ -121,7 +121,7 @@ def shipped_experiments() -> dict[str, Path]:
 
 
 def default_summaries(experiment: Experiment, out: Path) -> Path:
-    """docs/results/NAME of the checkout that one stands in, else inside OUT; smoke tests never write into docs."""
+    """docs/results/NAME of the current checkout, else inside OUT; smoke tests never write into docs."""
     checkout = Path("pyproject.toml").is_file() and Path("docs/results").is_dir()
     return Path("docs/results") / experiment.name if checkout and experiment.evidence else out / "summaries"
 

@@ -98,7 +98,7 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
 
 
 def open_trainer(options: Options) -> tuple[Trainer, Plan]:
-    """A new run, or one that goes on, and what is asked to be measured."""
+    """A new or resumed run, and its evaluations."""
     from lvrpo.evaluation.experiment import warn_without_test
     from lvrpo.evaluation.suite import find_benchmarks
 
@@ -176,7 +176,7 @@ def pretrain(options: Options) -> None:
 
 
 def open_pretrainer(options: Options) -> Pretrainer:
-    """A new supervised run, or one that goes on."""
+    """A new or resumed supervised run."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.policies.loading import FINAL
     from lvrpo.training.pretrain import PretrainConfig, Pretrainer

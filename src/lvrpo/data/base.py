@@ -75,7 +75,7 @@ class World(Protocol):
     """Derives facts and questions from texts, and checks facts against pictures.
 
     A world without a grammar returns no questions, and each fact's own question alone; one without a verifier gives
-    its facts no ``check``, and is not asked.
+    its facts no ``check``, and is not called.
     """
 
     def questions(self, text: str) -> tuple[Fact, ...]:

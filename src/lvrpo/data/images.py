@@ -22,7 +22,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """The bytes of a picture file that lies in a table or an archive."""
+    """The bytes of a picture file inside a table or an archive."""
 
     name: str
     """The location of the picture, unique."""
@@ -121,7 +121,7 @@ def _pixels(opened: PilImage.Image, name: Path | str) -> Image:
 def _deep_gray(picture: PilImage.Image, name: Path | str) -> tuple[float, float] | None:
     """The values of black and white in a gray image of more than 8 bits, as its file declares them; None without them.
 
-    Raises InputError where nothing says which values are black and white.
+    Raises InputError if the file does not declare the values of black and white.
     """
     if picture.mode == "F":
         raise InputError(f"{name}: float pixels have no fixed range: save it as 8-bit PNG")

@@ -103,7 +103,7 @@ def gedit(record: Record) -> Fields:
 
 
 def labels(record: Record) -> Fields:
-    """A folder of pictures with a folder per class: what is in the picture, with the class as the answer."""
+    """A folder of pictures with a folder per class: asks for the object in the picture; the class is the answer."""
     return {
         "task": "understand",
         "images": [pick(record, PICTURES)],

@@ -186,7 +186,7 @@ def _explain(problem: Any, data: dict[str, Any]) -> str:
 
 
 OLDER_NAMES = {"image": '"images": ["0.png"]', "question": '"prompt"'}
-"""Names that fields of questions once had, and what is written now."""
+"""Former names of fields of questions, with their present names."""
 _TYPE_NAMES = ("str", "list[")
 
 
@@ -257,7 +257,7 @@ def _region(
 
 
 class RowPrompts:
-    """Rows as a source of prompts, shuffled anew for each pass, the same way for the same seed."""
+    """Rows as a source of prompts, reshuffled for each pass, deterministically by seed."""
 
     def __init__(
         self,

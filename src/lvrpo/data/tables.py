@@ -59,7 +59,7 @@ class DatasetConfig(Config):
     after the other can be divided."""
     streaming: bool = False
     """Read only the rows of the range, which must end, such as train[:20000], without fetching the rest; they are kept
-    in the cache of ``datasets``, from which a run that goes on reads the same rows in the same order."""
+    in the cache of ``datasets``, from which a resumed run reads the same rows in the same order."""
     root: Path | None = None
     """Folder of the pictures that rows name by path; by default that of the files."""
     check: Literal["headers", "pixels"] = "headers"
@@ -115,7 +115,7 @@ class DatasetPrompts(RowPrompts):
 
 
 class _Chain(Sequence[Line]):
-    """The lines of several data sets one after the other, read anew at each access."""
+    """The concatenated lines of several data sets, read at each access."""
 
     def __init__(self, sets: Sequence[_Records]) -> None:
         self._sets = sets

@@ -24,6 +24,6 @@ PUBLISHED: Mapping[str, str] = {
     "dpg": "lvrpo.evaluation.benchmarks.vqa:DPG",
     "ocr": "lvrpo.evaluation.benchmarks.ocr:BENCHMARK",
 }
-"""Benchmarks of papers, whose prompts lie in a folder of the user."""
+"""Published benchmarks, whose prompts the user provides in a folder."""
 
 __all__ = ["BENCHMARKS", "PUBLISHED"]

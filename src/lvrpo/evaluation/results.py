@@ -41,7 +41,7 @@ T = TypeVar("T")
 PASS_AT = (1, 4, 16)
 BEST_OF = (2, 4, 8)
 BASELINE_BEST_OF = 4
-"""A single sample of the later policy is compared with the best of so many of the earlier one."""
+"""Values of n: a single sample of the later policy is compared with the best of n of the earlier one."""
 MOST_REASONS = 5
 """Reasons of missing scores that a result names."""
 FEW_ANSWERS = 20

@@ -75,7 +75,7 @@ class AdapterConfig(Config):
     alpha: float = Field(default=32.0, gt=0)
     """The correction is alpha / rank times the product of the two matrices."""
     dora: bool = False
-    """Train the norm of every row of a weight apart from its direction; slower, since the norms are taken anew at every
+    """Train the norm of every row of a weight apart from its direction; slower, since the norms are recomputed at every
     call."""
     dropout: float = 0.0
     """0: a rollout could not be replayed otherwise."""

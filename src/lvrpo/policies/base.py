@@ -113,7 +113,7 @@ READS_ONLY = "reads pictures and does not draw them"
 
 
 def can_draw(tasks: Collection[Task]) -> bool:
-    """Whether a policy that can be asked these tasks draws pictures."""
+    """Whether a policy with these tasks generates pictures."""
     return "generate" in tasks or "edit" in tasks
 
 

@@ -83,7 +83,7 @@ def generate_text(
 ) -> list[list[int]]:
     """Samples a text per row with uniforms (B, max tokens); the end token is included where a text ended by itself.
 
-    ``allowed`` bool (V,): the tokens that a text may be made of; None: all.
+    ``allowed`` bool (V,): the tokens that a text may contain; None: all.
     """
     texts: list[list[int]] = [[] for _ in uniforms]
     active, logits = list(range(len(texts))), head(decoder.last)

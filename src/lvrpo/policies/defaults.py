@@ -171,7 +171,7 @@ class TokenPolicy(PolicyDefaults):
     image_tokens: int
     """N."""
     text_tokens: torch.Tensor
-    """bool (V,): the tokens that a text may be made of."""
+    """bool (V,): the tokens that a text may contain."""
 
     @abstractmethod
     def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
@@ -209,7 +209,7 @@ class TokenPolicy(PolicyDefaults):
     # --- what has a default ---
 
     def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
-        """Input ids before a segment of this kind: those of ``context_ids``, whatever follows and is asked."""
+        """Input ids before a segment of this kind, as in ``context_ids``."""
         return self.context_ids(prompt.parts, segments)
 
     def choice_temperature(self, sampling: Sampling, step: int) -> float:

@@ -198,7 +198,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         self.register_buffer("allowed", allowed, persistent=False)
 
     allowed: torch.Tensor
-    """bool (V,): what an answer may be made of."""
+    """bool (V,): the tokens that an answer may contain."""
 
     def default_sampling(self, task: Task) -> Sampling:
         """Temperature 1; texts of up to 512 tokens, or of half the positions of a small model."""

@@ -16,7 +16,7 @@ LATENT_CACHE_BYTES = 128 << 20
 class LatentCache:
     """The latents of the images that were used last: a source image is a context of every pass of an update.
 
-    A copy of it is empty, so that policies do not copy what they can compute.
+    Copies start empty, since the latents can be recomputed.
     """
 
     def __init__(self) -> None:

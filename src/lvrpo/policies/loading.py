@@ -184,7 +184,7 @@ def stored_image_size(model: str | Path) -> int | None:
 
 
 def possible_tasks(model: str | Path) -> tuple[Task, ...]:
-    """The tasks that MODEL can be asked, found without loading it."""
+    """The tasks that MODEL supports, found without loading it."""
     folder = policy_folder(model)
     return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class
 

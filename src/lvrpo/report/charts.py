@@ -59,7 +59,7 @@ class ChartGroup:
 
 
 def reward_charts(metrics: Metrics) -> list[Chart]:
-    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it; curves that are the same are drawn once."""
+    """``reward/TASK/NAME`` with ``control/TASK/NAME`` beside it; equal curves are drawn once."""
     titles: dict[tuple[str, tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]], list[str]] = {}
     for key in metrics.numeric_keys():
         parts = key.split("/")

@@ -21,7 +21,7 @@ from lvrpo.statistics import Floats, TwoWayInterval, seeds_and_prompts_interval
 PROMPTS = "prompts"
 """Folder of the prompt sets, inside that of the summaries."""
 TUNING = "tuning-"
-"""Beginning of the names of files that say what a grid gave."""
+"""Prefix of the files with the results of grids."""
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -37,7 +37,7 @@ class RowPlan:
     of: str | None = None
     """Read from the runs of another row ..."""
     best_of: int | None = None
-    """... the best of so many by the model's own reader ..."""
+    """... the best of n by the model's own reader ..."""
     settings: str = "tuned"
     """... at tuned or plain settings."""
     untuned: str | None = None
@@ -178,7 +178,7 @@ class Evidence:
     def read(cls, folder: Path) -> Evidence:
         """An empty or absent folder holds none.
 
-        Raises InputError where runs were evaluated on different prompts: nothing could be said of their difference.
+        Raises InputError where runs were evaluated on different prompts, since they cannot be compared.
         """
         summaries: dict[str, dict[tuple[str, int], Summary]] = {}
         tuning: dict[str, Mapping[str, Any]] = {}

@@ -111,7 +111,7 @@ def validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
 
 
 def run_facts(run: RunRecord) -> list[tuple[str, str]]:
-    """(term, value) for the head of the page; only what is on record."""
+    """(term, value) pairs for the head of the page, as far as they were recorded."""
     raw = run.summary.raw if run.summary else {}
     last = run.metrics.rows[-1] if run.metrics.rows else {}
     seconds = number(raw.get("seconds"))
@@ -187,7 +187,7 @@ def _selected_grids(run: RunRecord, store: PictureStore) -> list[tuple[int, Pict
 
 
 def environment() -> jinja2.Environment:
-    """The templates beside this file, with their filters."""
+    """The templates of this folder, with their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,

@@ -188,7 +188,7 @@ def _baseline_note(summary: Summary, lead: str) -> list[tuple[str, str]]:
 
 
 def _open_verdict(run: RunRecord) -> Verdict:
-    """No final evaluation: say so, and where the training stands."""
+    """The headline without a final evaluation: the progress of the training."""
     headline = "No final evaluation yet: this run is still going on or was stopped."
     if run.finished:
         headline = "Finished; no held-out rows were measured before and after."

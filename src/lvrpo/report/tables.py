@@ -1,6 +1,6 @@
 """Tables of text for the page, the terminal and markdown: samples and answers, several runs, several seeds.
 
-Read from results as ``summary.json`` and the files of ``lvrpo evaluate`` hold them; what is missing is a dash.
+Their input is the results in ``summary.json`` and in the files of ``lvrpo evaluate``; missing values are a dash.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TextTable:
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    """The first cell names the row; it is empty where the row goes on with the one above."""
+    """The first cell names the row; it is empty where a row continues the one above."""
     note: str = ""
 
     def markdown(self) -> str:
@@ -353,7 +353,7 @@ def seed_rows(runs: Sequence[Path]) -> dict[str, list[SeedRow]]:
 
 
 def seeds_table(runs: Sequence[Path], categories: bool = True) -> TextTable:
-    """``seed_rows`` as text; a row with too few seeds says so."""
+    """``seed_rows`` as text; rows with too few seeds are marked."""
     rows = []
     for benchmark, found in seed_rows(runs).items():
         for i, row in enumerate(found if categories else found[:1]):

@@ -1,4 +1,4 @@
-"""The report of a run while it goes on, and an overview of many: read from files, served on the loopback address."""
+"""The live report of a run, and an overview of many: read from files, served on the loopback address."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def page(folder: Path, name: str = "") -> str:
 def serve(folder: Path, port: int, every_s: int) -> ThreadingHTTPServer:
     """A server on the loopback address; ``port`` 0: a free one. ``serve_forever`` runs it. Raises InputError.
 
-    ``every_s``: seconds after which a browser asks again while a run goes on.
+    ``every_s``: seconds between two requests of a browser during a run.
     """
     page(folder)
     try:

@@ -1,4 +1,4 @@
-"""Edits: what should change changed, and what should stay stayed, asked of the frozen model and measured on pixels."""
+"""Consistency of edits: the right change, and nothing else, by the frozen model's answers and by pixels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class EditConsistency(Config):
     moved: float = Field(default=0.1, gt=0)
     """Difference of a patch from which on it counts as changed in full."""
     ask: bool = True
-    """false: only pixels are compared, and no judge is asked."""
+    """false: only pixels are compared, without a judge."""
     sure: float | None = Field(default=None, ge=0, lt=1)
     """Confidence that the judge must have in an answer about the source; None: .75."""
     choices: Choices | None = None

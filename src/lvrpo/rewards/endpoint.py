@@ -32,7 +32,7 @@ from lvrpo.types import Image, Parts
 LONGEST_WAIT = 60.0
 """Seconds between two tries at most, also where the server asks for more."""
 SHORTEST_KEY = 8
-"""Characters; what is shorter stands for no key ("EMPTY", "none") where a server wants one."""
+"""Characters; a shorter value is a placeholder ("EMPTY", "none") for servers that require some key."""
 EXCERPT = 120
 """Characters of a server's message that a reason quotes."""
 PASSING = (408, 409, 425, 429)
@@ -153,7 +153,7 @@ class ChatEndpoint:
     def ask(self, conversations: Sequence[Parts]) -> list[Answer]:
         """One answer per conversation of texts and pictures, in order.
 
-        After more failures in a row than there are workers, each after all its tries, the rest is not asked any more.
+        After more consecutive failures than workers, each with all its retries, the remaining requests are not sent.
         Raises InputError where the server refuses the key, or does not know the address or the model, before it has
         answered anything: the first request is sent alone. A refusal later on is one of the failures.
         """
@@ -326,7 +326,7 @@ class LateError(Exception):
 
 
 class UnreadableError(Exception):
-    """The answer is too long, or packed in a way that cannot be undone; the message says which."""
+    """The answer is too long or cannot be decompressed, as the message says."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def reward(
             return -abs(float(image.mean()) - target)
 
     In the configuration: ``rewards: [{name: "./my_rewards.py:brightness", options: {target: 0.6}}]``. There the
-    decorator may be left out. Its parameters say what it is handed (``PARAMETERS``); all others are options. One of
+    decorator may be left out. Its parameters select its arguments (``PARAMETERS``); all others are options. One of
     ``image`` is about pictures, one of ``text`` about texts, and prompts that ask for no such output are not scored;
     ``outputs`` and ``tasks`` narrow it further.
 

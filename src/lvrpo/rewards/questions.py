@@ -108,7 +108,7 @@ class QuestionConfig(Config):
     limit: int = Field(default=12, ge=1, le=1000)
     """Questions of a prompt at most, and as many about what should stay; the first ones are kept."""
     max_new_tokens: int = Field(default=512, ge=1, le=100_000)
-    """The policy writes at most so many; an endpoint has its own limit."""
+    """Maximum tokens of the policy's answer; an endpoint has its own limit."""
     cache: Path | None = None
     """Folder of what was found; None: ``questions`` in ``$LVRPO_CACHE``, else in the user's folder of caches."""
 
@@ -336,7 +336,7 @@ def images_of(prompt: Prompt) -> list[Image]:
 
 
 def source_image(prompt: Prompt) -> Image:
-    """The picture that an edit is made of: the last one of its prompt, which must have one."""
+    """The source picture of an edit: the last one of its prompt, which must have one."""
     return images_of(prompt)[-1]
 
 

@@ -1,6 +1,6 @@
 """Rewards whose objects live in Ray actors: other processes, with cards of their own, on any node of a cluster.
 
-An actor that dies, or does not answer in time, spoils the scores of the group that it was asked about and no other.
+An actor that dies, or does not answer in time, loses the scores of the group it was scoring and no other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Traits:
 
 
 class RewardActor:
-    """Makes a reward when it is first asked about it, again after each restart, and scores one group at a time."""
+    """Creates its reward at the first call and after each restart, and scores one group at a time."""
 
     def __init__(self, config: RewardConfig, folder: str, allowed: Sequence[str]) -> None:
         self.config, self.folder, self.allowed = config, folder, allowed
@@ -65,7 +65,7 @@ class RewardActor:
         """Returns once the actor runs."""
 
     def make(self) -> Traits | LvrpoError:
-        """Makes the reward; what it is like, or why it cannot be made."""
+        """Creates the reward; returns its traits, or the error."""
         return _or_error(lambda: Traits.of(self._made()))
 
     def applies(self, prompts: Sequence[Prompt]) -> list[bool] | LvrpoError:
@@ -104,7 +104,7 @@ def _or_error(function: Callable[[], T]) -> T | LvrpoError:
 
 
 def remote_reward(config: RewardConfig) -> RemoteReward:
-    """The reward of a row that says ``where``; rows that differ in what is done with scores alone share its actors.
+    """The reward of a row with ``where``; rows that differ only in the use of scores share its actors.
 
     Raises InputError where ray or room in the cluster is missing, where the reward cannot be made, and for one that
     asks the run's judge.
@@ -152,7 +152,7 @@ def portable_prompt(prompt: Prompt) -> Prompt:
 
 @dataclass
 class _Replica:
-    """One actor. Any: a handle of Ray, and what it gives for a call."""
+    """One actor. Any: a handle of Ray, and a reference to a call."""
 
     name: str
     actor: Any
@@ -229,7 +229,7 @@ class RemoteReward:
         return ROOM_S + self.where.timeout_s * world_size()
 
     def poll_actors(self, wait_s: float) -> None:
-        """Waits a moment for actors that are on their way; one that is gone for good is made anew."""
+        """Waits briefly for actors that are starting; replaces one that is lost."""
         coming = {replica.coming: replica for replica in self.replicas if replica.coming is not None}
         for call in self.ray.wait(list(coming), timeout=wait_s)[0] if coming else ():
             replica = coming[call]
@@ -287,7 +287,7 @@ class RemoteReward:
 
 
 class _Scoring:
-    """One call of ``RemoteReward.score``: each group goes to an actor that has none of this process."""
+    """One call of ``RemoteReward.score``: each group goes to an actor that is idle for this process."""
 
     def __init__(self, reward: RemoteReward, groups: Sequence[Group]) -> None:
         self.reward, self.groups, self.ray = reward, groups, reward.ray

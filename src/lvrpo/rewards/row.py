@@ -40,7 +40,7 @@ class RayConfig(Config):
     replicas: int = Field(default=1, ge=1)
     """Actors that score groups side by side; all processes of a run share them."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds for one group; then its actor is ended and made anew, and the group has no scores of this reward."""
+    """Limit for one group in seconds; then its actor is restarted, and the group has no scores of this reward."""
 
     @model_validator(mode="after")
     def _whole_cards(self) -> Self:
@@ -172,12 +172,12 @@ class RewardSource:
 
     @property
     def foreign(self) -> bool:
-        """Whether it is not one of lvrpo's own, which leave what they are given as it is; in an actor it has a copy."""
+        """Whether it is the user's code, which may modify its arguments and gets a copy; an actor has a copy anyway."""
         return self.config.name not in REWARDS and self.config.where is None
 
     @property
     def judged_by(self) -> str:
-        """The model that judges beside the run's judge or instead of it; "" for none."""
+        """The model that judges in addition to the run's judge or in its place; "" for none."""
         return join_judges("" if self.judge is None else judge_fingerprint(self.judge), self.reward)
 
     @property

@@ -1,4 +1,4 @@
-"""Encoder-free reward: the model's own frozen reading side is asked the questions that the prompt implies."""
+"""Encoder-free reward: the model's own frozen reading side answers the questions that the prompt implies."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class SelfVQA(Config):
     what should stay is asked as well: questions about the source, kept where the judge is sure of its answer there, so
     that the result has to agree with the source. A prompt for which none could be written is masked with the reason."""
     kinds: tuple[str, ...] | None = None
-    """Only facts of these kinds are asked; None: all."""
+    """Kinds of facts that are asked; None: all."""
     paraphrases: int = Field(default=1, ge=1, le=100_000)
     """Wordings of each fact's question that are asked, where the prompt's world has them; a fact scores their
     mean."""
@@ -175,7 +175,7 @@ class SelfVQA(Config):
         return by_fact, [first_problem(said[rows]) for rows in rows_of]
 
     def known(self, prompt: Prompt) -> list[Fact]:
-        """The facts that are asked about, in order: those of ``kinds``."""
+        """The facts of ``kinds``, in order."""
         return [fact for fact in prompt.facts if self.kinds is None or fact.kind in self.kinds]
 
     def _questions(self, prompt: Prompt) -> list[Wordings]:

@@ -149,7 +149,7 @@ class SceneFacts(Config):
     sides: ClassVar = ()
 
     mode: Literal["fraction", "gated", "all", "mixed"] = "fraction"
-    """fraction: the share that holds; trained alone it is hacked: a picture full of objects shows whatever is asked.
+    """fraction: the share that holds; trained alone it is hacked: a picture full of objects satisfies any prompt.
     gated: the share that holds, halved where the number of objects is wrong, so that a full picture gains nothing.
     all: 1 if every one holds, else 0. mixed: the mean of fraction and all."""
 

@@ -1,4 +1,4 @@
-"""Verifiable rewards of texts: the right answer, number, choice or formula, the form, the length; what they share."""
+"""Verifiable rewards of texts: right answer, number, choice or formula, form, length; and their common code."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ _PLAIN = (
 class Boxed(Config):
     r"""1 where the content of the last ``\boxed{}`` is the prompt's answer, else 0. Range {0, 1}.
 
-    A text without a box is wrong, not masked: the box was asked for. The answer may be boxed or not.
+    A text without a box is wrong, not masked, because the prompt requests it. The reference may be boxed or not.
     """
 
     judges: ClassVar = ("text",)
@@ -432,7 +432,7 @@ class TextLength(Config):
         return score_each(groups, lambda t: NO_TEXT if (s := last_text(t)) is None else self.of(s.tokens.numel()))
 
     def of(self, tokens: int) -> float:
-        """The score of a text of so many tokens."""
+        """The score of a text of ``tokens`` tokens."""
         if tokens > self.limit or tokens < self.least:
             return -1.0
         over = tokens - (self.limit - self.buffer)

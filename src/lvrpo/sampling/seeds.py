@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for (run seed, step, prompt id, member, purpose), never of batch order."""
+"""Seeds derived from run seed, step, prompt id, member and purpose, never from batch order."""
 
 from __future__ import annotations
 

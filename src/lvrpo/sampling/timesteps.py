@@ -136,7 +136,7 @@ def sliding_window(
     Range: within ``full_window``.
     Raises: InputError for a size below 1 or above num_steps - 1, a stride or iterations_per_stride below 1, or a
     negative iteration.
-    Differs from the paper: the last step is never part of it, and it starts anew after the last place.
+    Differs from the paper: the last step is never part of it, and it restarts after the last position.
     """
     _check_size(num_steps, size)
     if stride < 1 or iterations_per_stride < 1 or iteration < 0:
@@ -177,7 +177,7 @@ def decaying_window(
     arXiv:2507.21802).
 
     It stays at start l for ceil(iterations_at_start exp(-decay max(0, l - threshold))) iterations, then moves by
-    ``stride``; after the last of 0 .. num_steps - 1 - size it starts anew. The defaults are for 25 steps.
+    ``stride``; after the last of 0 .. num_steps - 1 - size it restarts. The defaults are for 25 steps.
 
     A function of the iteration alone, so resuming needs nothing else.
     Range: within ``full_window``.

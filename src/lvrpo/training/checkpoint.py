@@ -30,7 +30,7 @@ from lvrpo.reading import MIB, path_exists, read_json
 STATE_BYTES = 1024 * MIB
 """Size limit of state.json."""
 STATE = "state"
-"""Folder of a checkpoint with the training state; the policy is beside it."""
+"""Subfolder of a checkpoint with the training state, next to the policy."""
 SEAL = "checkpoint.json"
 """The file with size and sha256 of every other file; a folder without it is not a checkpoint."""
 
@@ -249,7 +249,7 @@ def clean_leftovers(parent: Path) -> None:
 
 
 def _locked_temporary(path: Path) -> tuple[Path, int]:
-    """A new folder beside ``path``, locked until its writer exits."""
+    """A new folder next to ``path``, locked until its writer exits."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir()
     lock = os.open(temporary, os.O_RDONLY)

@@ -183,7 +183,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept, beside the best."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     samples_every: int = Field(default=20, ge=1)
     """Steps between sample grids in samples/."""
     trackers: tuple[AnyTracker, ...] = ()
@@ -220,7 +220,7 @@ class TrainConfig(Config):
         return self.rollout.sampling(self.seed, step)
 
     def require_tasks(self, tasks: Sequence[Task]) -> None:
-        """Raises InputError for prompts of a task that is not among those that the policy can be asked."""
+        """Raises InputError for prompts of a task that the policy does not support."""
         for task, count in self.data.prompts_per_step.items():
             if count and task not in tasks:
                 does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY

@@ -170,7 +170,7 @@ def scoring_rewards(
 
 
 def policy_tasks(config: TrainConfig) -> tuple[Task, ...] | None:
-    """The tasks that the policy can be asked; None where its folder is missing or damaged, which loading it says."""
+    """The tasks of the policy; None where its folder is missing or damaged, which loading it reports."""
     with suppress(InputError):
         return possible_tasks(config.policy)
     return None

@@ -1,4 +1,4 @@
-"""The process of a tracker: follows the files of a run directory and sends on what is new.
+"""The process of a tracker: follows the files of a run directory and sends new content.
 
 python -m lvrpo.training.tracker_process RUN KIND, started by ``lvrpo.training.trackers``, whose death or closing of the
 standard input ends it. It loads no torch.
@@ -44,7 +44,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining content."""
         ...
 
 
@@ -192,7 +192,7 @@ class Follower:
         self._offset = 0
 
     def send_new(self) -> bool:
-        """Sends what is new; returns whether there was something."""
+        """Sends new content; returns whether there was any."""
         sent = False
         for row in self._rows():
             step = int(row["step"])
@@ -249,7 +249,7 @@ class Follower:
 
 
 def follow(follower: Follower, keep: Callable[[], None], ended: Callable[[], bool]) -> None:
-    """Sends what is new until the run has ended, and then the rest; ``keep``: writes the state."""
+    """Sends new content until the run has ended, then the rest; ``keep``: writes the state."""
     keep()
     while True:
         last = ended()

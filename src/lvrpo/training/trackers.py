@@ -36,7 +36,7 @@ class TrackerConfig(Config):
     """Fields of all trackers."""
 
     timeout_s: float = Field(default=15.0, gt=0, le=3600)
-    """Seconds that the end of a run waits for what is not sent yet."""
+    """Seconds that a run waits at its end for unsent content."""
 
 
 class TensorBoardConfig(TrackerConfig):

@@ -391,7 +391,7 @@ class CleanPromptsConfig(Config):
 
 
 class CleanRows(Sequence[Example]):
-    """The first rows of one task; built when they are asked for."""
+    """The first rows of one task; built on access."""
 
     def __init__(self, source: ScenePrompts, task: Task, count: int) -> None:
         self._source, self._count = source, count

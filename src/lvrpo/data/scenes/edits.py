@@ -1,4 +1,4 @@
-"""Edits: a source scene, an instruction, the scene that obeys it, and the facts that say so."""
+"""Edits: a source scene, an instruction, the target scene, and facts about the target."""
 
 from __future__ import annotations
 

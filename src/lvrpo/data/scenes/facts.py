@@ -1,4 +1,4 @@
-"""Facts: what a text says of a picture, as atomic questions with answers and as data for the verifier."""
+"""Facts: the statements of a text about a picture, as atomic questions with answers and as data for the verifier."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Layout:
         return [divmod(c, self.grid) for c in self.rng.sample(range(self.grid * self.grid), count)]
 
     def pairs(self, count: int) -> list[tuple[str, str]]:
-        """(color, shape) pairs with distinct shapes and distinct colors; the first is held out if asked for."""
+        """(color, shape) pairs with distinct shapes and distinct colors; optionally the first is held out."""
         first = self.rng.choice(HELD_OUT_PAIRS if self.held_out else SEEN_PAIRS)
         chosen = [first]
         while len(chosen) < count:
@@ -194,7 +194,7 @@ class Layout:
         return Scene(self.ground(), tuple(self.digit(v, cell) for v, cell in placed))
 
     def to_ask(self, digit: bool) -> Scene:
-        """A picture to ask about: one to five objects, some of them alike, with one handwritten digit if asked for."""
+        """A picture for questions: one to five objects, some of them equal, optionally one handwritten digit."""
         rng, room = self.rng, MAX_OBJECTS - digit
         if rng.random() < 0.5:
             count = rng.randint(1, min(4, room))

@@ -28,7 +28,7 @@ CELL = 8
 DEFAULT_SIZE = 32
 """Default side of a picture in pixels."""
 DIGIT_SCANS = Path(str(resources.files("lvrpo"))) / "assets" / "digits" / "digits.npz"
-"""Scans of digits; what they are says the README beside them."""
+"""Scans of digits, described in the README of their folder."""
 MAX_OBJECTS = 5
 """The most objects that a scene of the grammar has."""
 

@@ -98,7 +98,7 @@ class ScenePrompts:
 
     @property
     def name(self) -> str:
-        """The source as it stands in ids: scenes/SPLIT, with the seed unless it is 0."""
+        """Prefix of prompt ids: scenes/SPLIT, with the seed unless it is 0."""
         only = ".held_out" if self._only_held_out else ""
         return f"scenes/{self.split}{only}{f'.{self.seed}' if self.seed else ''}"
 

@@ -194,7 +194,7 @@ _PLACEHOLDERS: Mapping[str, str] = {word: name for name, words in _ONE_OF for wo
 
 
 def question_form(text: str) -> str:
-    """The text with placeholders for what it names, so that questions of one form differ in content alone.
+    """The text with placeholders for objects and values, so that questions of one form become equal.
 
     >>> question_form("are there more circles than stars ?")
     'are there more THING than THING ?'

@@ -1,4 +1,4 @@
-"""Picture -> what it shows: an exact reader for pictures of this world.
+"""The verifier: an exact parser of pictures of this world.
 
 Objects sit in cells, so a picture is read cell by cell. With g the ground (median color) and D (64, 3) the cell minus
 g, an object is a rank-one term D = a v^T: a its alpha mask, v = color - g. For every known mask a (6 shapes, 1797

@@ -54,7 +54,7 @@ def model_folder(name: str, what: str) -> tuple[Path, str]:
 class Detector:
     """Finds the objects of given names in a picture.
 
-    Zero-shot detectors (Grounding DINO, OWLv2) are asked for one name at a time, so that a box is of that name;
+    Zero-shot detectors (Grounding DINO, OWLv2) are queried for one name at a time, so that each box belongs to it;
     detectors of fixed classes (Mask2Former, DETR and others) must know every name, in the words of COCO.
     """
 

@@ -64,7 +64,7 @@ def relations(a: Detection, b: Detection) -> frozenset[Relation]:
 
 
 def problems(metadata: Metadata, objects: Mapping[str, Sequence[Detection]], colors: Colors) -> list[str]:
-    """Why a picture does not show what it must; [] where it is right.
+    """The requirements that a picture fails; [] if it is right.
 
     ``objects``: the detections of each class that count, the surest first. Colors and positions are checked of the
     surest ``count`` objects of a clause alone; a position holds where it does of every such object to every object of

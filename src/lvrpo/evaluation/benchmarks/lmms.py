@@ -38,7 +38,7 @@ def manifest() -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """How a policy answers; what is None is the model's own default."""
+    """Generation settings; None selects the model's own default."""
 
     mode: Mode = "understand"
     think: bool = False

@@ -72,4 +72,4 @@ BENCHMARK = PublishedBenchmark(
     build,
     read_prompts,
 )
-"""The share of the text asked for that a reader finds; flow_grpo's own scorer counts differently."""
+"""The share of the requested text that a reader finds; flow_grpo's own scorer counts differently."""

@@ -37,7 +37,7 @@ from lvrpo.types import Fact, Group, Prompt
 Combine = Callable[[Prompt, Sequence[float]], float]
 """The score of a drawing from the score of each of its questions, both in [0, 1]."""
 ONE_WORD = "{question} Answer in one word."
-"""How an endpoint is asked."""
+"""Template of a question to an endpoint."""
 SMALLEST = 1e-6
 """Below this a score counts as this in a geometric mean, which one question would otherwise set to 0."""
 

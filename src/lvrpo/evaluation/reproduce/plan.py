@@ -254,7 +254,7 @@ class RecipeRecord(Record):
 
 
 class Recipes:
-    """The configurations of an experiment's rows, and what they cost."""
+    """The configurations of an experiment's rows, and their cost."""
 
     def __init__(
         self,

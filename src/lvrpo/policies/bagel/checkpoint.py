@@ -42,7 +42,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor at a dtype on a device; beside it only ``CHUNK_BYTES`` are allocated."""
+        """The tensor at a dtype on a device; allocates only ``CHUNK_BYTES`` in addition."""
         out = torch.empty(self.shape, dtype=dtype, device=device)
         flat = out.view(-1)
         stored = DTYPES[self.dtype]

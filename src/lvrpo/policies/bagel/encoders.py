@@ -104,7 +104,7 @@ class BagelEncoders(nn.Module):
         return self.output_grid(height, width)
 
     def _fitting(self, grid: Grid, side: int, pixels: int, does: str) -> Grid:
-        """The grid, of tokens of so many pixels along a side."""
+        """The grid, if at most ``side`` tokens long; ``pixels``: per side of a token. Raises InputError."""
         if max(grid) > side:
             height, width, most = grid[0] * pixels, grid[1] * pixels, side * pixels
             raise InputError(
@@ -170,7 +170,7 @@ class BagelEncoders(nn.Module):
         return max(1, (VAE_BYTES_CPU if device.type == "cpu" else VAE_BYTES) // largest)
 
     def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Images in 8-bit steps, rounded down as published: what is judged is what a file would hold."""
+        """Images quantized to 8 bits, rounded down as published, so that rewards score what a file would hold."""
         pixels = (self.decode_pixels(latents, grid) * 0.5 + 0.5).clamp(0, 1) * 255
         return pixels.floor() / 255
 

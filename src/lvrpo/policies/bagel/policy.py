@@ -39,7 +39,7 @@ from lvrpo.sampling import flow_time
 from lvrpo.types import Example, Group, Image, Part, Prompt, Task
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"
-"""Stems of the files that hold the model, and what it is; the average of training is preferred."""
+"""Stems of the model files, with descriptions; the EMA is preferred."""
 AUTOENCODER = ("ae",), "the autoencoder that drawings go through"
 MAX_TOKENS = 32768
 """Tokens that go through the transformer at once: eight images of 1024 x 1024."""
@@ -352,7 +352,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds everything that a BAGEL is made of, so that no base could add to it."""
+    """Whether a folder holds a complete BAGEL, which needs no base."""
     if not (is_bagel(folder) and has_weights(folder) and (folder / "ae.safetensors").is_file()):
         return False
     try:

@@ -177,7 +177,7 @@ def quiet_diffusers() -> Iterator[None]:
 
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """Optional packages of diffusers report at import what they lack."""
+    """Silences messages of diffusers about missing optional packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -134,7 +134,7 @@ class DiffusersPolicy(AdaptablePolicy):
                 raise InputError(f"{name}={value}: this model {reason}: leave it out")
 
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
-        """Every image has the tokens of its prompt beside its own in each pass."""
+        """Every pass of an image includes the tokens of its prompt."""
         image = trajectory.image
         patches = 0 if image is None else image[0].numel() // self.pipeline.stride**2
         return TokenCounts(0, 0, patches + self.pipeline.prompt_tokens())

@@ -228,7 +228,7 @@ class JanusPolicy(TransformersPolicy):
         return Row(tuple(i if i in kept or i >= vocabulary else markers["pad_token"] for i in row.ids))
 
     def _scored_row(self, t: Trajectory, kinds: Collection[SegmentKind]) -> tuple[Row, list[_Scored]]:
-        """A trajectory as one row, up to the last segment of these kinds, and where its segments lie in it."""
+        """A trajectory as one row, up to the last segment of these kinds, and the positions of its segments."""
         done, found = [], []
         row = self._row(t.prompt, ())
         for segment in segments_through(t, kinds):

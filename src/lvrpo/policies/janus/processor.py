@@ -38,14 +38,14 @@ TOKENS: Mapping[str, str | None] = {
     "boi_token": "<begin_of_image>",
     "eoi_token": "<end_of_image>",
 }
-"""The markers that a tokenizer_config.json names, and what they are where it does not."""
+"""The markers that a tokenizer_config.json names, with their defaults."""
 TEMPLATE = (
     "{% for message in messages %}{{ '<|User|>: ' if message.role == 'user' else '<|Assistant|>: ' }}"
     "{% for part in message.content %}{{ '' if loop.first else '\\n' }}"
     "{{ '<image_placeholder>' if part.type == 'image' else part.text | trim }}{% endfor %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
 )
-"""The chat template of a folder that has none."""
+"""The default chat template."""
 
 
 THINK_THEN_DRAW = (

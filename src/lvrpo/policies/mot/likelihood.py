@@ -156,7 +156,7 @@ def image_logprob(
 
 
 def _latents(runner: ModelRunner, images: Sequence[Image]) -> torch.Tensor:
-    """Latents (B, N, C) of images of one grid, an image that stands for several rows being encoded once."""
+    """Latents (B, N, C) of images of one grid, an image shared by several rows is encoded once."""
     distinct = {id(image): image for image in images}
     place = {key: i for i, key in enumerate(distinct)}
     return runner.encoders.encode_latents(list(distinct.values()))[[place[id(image)] for image in images]]

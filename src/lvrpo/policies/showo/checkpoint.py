@@ -1,4 +1,4 @@
-"""A Show-o's folder: its own files as published, and those of its language model and autoencoder beside them."""
+"""The folder of a Show-o: its own files as published, and subfolders of its language model and autoencoder."""
 
 from __future__ import annotations
 

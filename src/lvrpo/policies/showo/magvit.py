@@ -184,7 +184,7 @@ class Magvit(nn.Module):
         self.encoder, self.decoder = _Encoder(config), _Decoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) to what is quantized by its signs (B, Z, h, w)."""
+        """Pixels in [-1, 1] (B, 3, H, W) to features (B, Z, h, w), which are quantized by their signs."""
         return self.encoder(pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:

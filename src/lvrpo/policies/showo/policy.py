@@ -36,7 +36,7 @@ from lvrpo.types import (
 
 OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
 CAPTION = HEAD - 3
-"""Text tokens of a drawing's row at most: beside them stand its task and two ends."""
+"""Maximum text tokens of a drawing's row, without its task and two end tokens."""
 KEPT = 4096
 """Read pictures whose codes are remembered."""
 
@@ -283,7 +283,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         return "showo." + name.removeprefix("model.")
 
     def save_model(self, folder: Path) -> None:
-        """Writes the published layout, language model and autoencoder in folders beside it."""
+        """Writes the published layout, with the language model and the autoencoder in subfolders."""
         folder.mkdir(parents=True, exist_ok=True)
         save_showo(self.model, self.magvit, self.layout, self.stored, folder)
 

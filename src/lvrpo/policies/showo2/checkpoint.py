@@ -1,4 +1,4 @@
-"""Folders of a Show-o2: config.json and weights of its makers, and beside them the parts that they name.
+"""The folder of a Show-o2: the published config.json and weights, and subfolders of the components they name.
 
 config.json, model.safetensors      as published (showlab/show-o2-1.5B), the weights as safetensors
 llm/                                config.json and tokenizer.json of the Qwen2.5 that config.json names

@@ -206,7 +206,7 @@ class Showo2Model(nn.Module):
         self.make_rotary()
 
     def make_rotary(self) -> None:
-        """The angles of both transformers, which no file holds; anew after a network on "meta" got its tensors."""
+        """Computes the rotary angles, which no file holds; called again after a "meta" network got its tensors."""
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
         from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding

@@ -95,7 +95,7 @@ class Showo2Policy(TransformersPolicy):
         return self.model.sizes.patch * 2 ** len(self.vae.config.temperal_downsample)
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Height and width in tokens of an image of so many pixels; raises InputError where it is not divided."""
+        """Height and width in tokens of an image size in pixels; raises InputError if it is not divisible."""
         if size is None:
             return self.model.sizes.grid
         if any(side % self._stride for side in size):

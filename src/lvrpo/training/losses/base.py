@@ -70,7 +70,7 @@ class Metrics:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     pending: list[tuple[str, torch.Tensor | float, float]] = field(default_factory=list)
-    """Name, mean and count of what is not summed yet, since some of it is still on a GPU."""
+    """Name, mean and count of metrics that are not summed yet, because they may still be on a GPU."""
 
     def add(self, name: str, value: torch.Tensor | float, count: float = 1.0) -> None:
         """Adds a mean over ``count`` items, without waiting for a GPU."""
@@ -91,7 +91,7 @@ class Metrics:
             self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
 
     def fetch(self) -> Self:
-        """Sums what is pending, with one transfer from the GPU."""
+        """Sums pending metrics, with one transfer from the GPU."""
         tensors = [value for _, value, _ in self.pending if isinstance(value, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         for name, value, count in self.pending:
