@@ -19,7 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "push": "lvrpo.commands.hub:PUSH",
     "pull": "lvrpo.commands.hub:PULL",
     "evaluate": "lvrpo.commands.evaluate:EVALUATE",
-    "benchmarks": "lvrpo.commands.evaluate:BENCHMARK_LIST",
+    "benchmarks": "lvrpo.commands.benchmarks:BENCHMARK_LIST",
     "report": "lvrpo.commands.evaluate:REPORT",
     "watch": "lvrpo.commands.evaluate:WATCH",
     "compare": "lvrpo.commands.evaluate:COMPARE",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from lvrpo.commands.benchmarks import published_options
+from lvrpo.commands.lmms_eval import lmms_options, refuse_lmms_options
 from lvrpo.commands.options import (
     Command,
     Options,
@@ -14,13 +15,11 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
-    guidance,
     names,
     num_steps,
     port,
     positive,
     refuse_existing,
-    share,
     threads,
     whole,
 )
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lvrpo.evaluation.benchmarks.lmms_results import HarnessEvaluation
     from lvrpo.evaluation.suite import Benchmark, Evaluation, EvaluationOptions
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.success import HeldOutScorer
@@ -43,11 +43,11 @@ def evaluate_options(parser: Parser) -> None:
     parser.add_argument(
         "--benchmark",
         type=names,
-        default=["scenes"],
         metavar="NAME[,NAME]",
-        help=f"{', '.join(BENCHMARKS)}; scenes: all; {', '.join(PUBLISHED)} (lvrpo benchmarks); or FILE.jsonl",
+        help=f"{', '.join(BENCHMARKS)}; scenes: all (default); {', '.join(PUBLISHED)} (lvrpo benchmarks); FILE.jsonl",
     )
     published_options(parser)
+    lmms_options(parser)
     parser.add_argument(
         "--rewards",
         metavar="CONFIG",
@@ -84,58 +84,23 @@ def evaluate_options(parser: Parser) -> None:
     add_force(parser)
 
 
-def published_options(parser: Parser) -> None:
-    """Adds the options that published benchmarks need."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="with a folder for each published benchmark")
-    parser.add_argument("--detector", metavar="FOLDER", help="of transformers, for geneval")
-    parser.add_argument("--color-classifier", metavar="FOLDER", help="a CLIP or SigLIP, for geneval")
-    parser.add_argument(
-        "--thresholds",
-        type=two_shares,
-        metavar="OBJECT,COUNTING",
-        help="scores of the detector that count (default: .3,.9, GenEval's own, for Mask2Former)",
-    )
-    parser.add_argument(
-        "--vlm",
-        type=Path,
-        metavar="FOLDER|FILE.yaml",
-        help="who answers questions about drawings, for geneval2 and dpg: a model of transformers, or an endpoint",
-    )
-    parser.add_argument(
-        "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"
-    )
-
-
-def guidances(text: str) -> list[float]:
-    """Guidance scales, each once."""
-    found = [guidance(name) for name in names(text)]
-    if len({*found}) < len(found):
-        raise argparse.ArgumentTypeError(f"{text}: a scale stands twice")
-    return found
-
-
-def two_shares(text: str) -> tuple[float, float]:
-    """Two numbers from 0 to 1."""
-    found = [share(name) for name in names(text)]
-    if len(found) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: write OBJECT,COUNTING, such as .3,.9")
-    return found[0], found[1]
-
-
 def evaluate(options: Options) -> None:
     import torch
 
-    from lvrpo.commands.inputs import write_file
     from lvrpo.commands.tables import wide_console
     from lvrpo.evaluation import suite
     from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
     from lvrpo.evaluation.tuning import TunedSampling
     from lvrpo.policies.loading import load_policy
     from lvrpo.rewards.base import judge_fingerprint
-    from lvrpo.training.run_directory import json_text
     from lvrpo.training.splits import require_unseen_by
 
+    refuse_lmms_options(options)
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
+    if options.lmms_eval is not None:
+        evaluate_by_lmms(options)
+        return
+    options.benchmark = options.benchmark or ["scenes"]
     if options.tune is not None:
         tune(options)
         return
@@ -166,15 +131,45 @@ def evaluate(options: Options) -> None:
     head = {"model": options.model, "seed": options.seed, "judge": options.judge or options.against or options.model}
     if tuned is not None:
         head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
-    if before is not None:
-        head |= {"against": options.against, "before": before.as_dict(), "difference": before.difference(result)}
     if options.information:
         head["information"] = information(policy, options.seed, console)
+    write_results(options, head, result, before)
+    print_results(options, result, before, console)
+
+
+def evaluate_by_lmms(options: Options) -> None:
+    """The tasks of ``--lmms-eval``, in the same files and tables as our own benchmarks."""
+    from lvrpo.commands.lmms_eval import evaluate_lmms, require_all
+    from lvrpo.commands.tables import wide_console
+
+    console = wide_console()
+    result, before = evaluate_lmms(options, console)
+    write_results(options, {"model": options.model, "seed": options.seed}, result, before)
+    print_results(options, result, before, console)
+    require_all(before, result)
+
+
+def write_results(
+    options: Options,
+    head: dict[str, Any],
+    result: Evaluation | HarnessEvaluation,
+    before: Evaluation | HarnessEvaluation | None,
+) -> None:
+    """Writes ``--json`` and results.json of ``--out``. Any: JSON values."""
+    from lvrpo.commands.inputs import write_file
+    from lvrpo.training.run_directory import json_text
+
+    if before is not None:
+        head |= {"against": options.against, "before": before.as_dict(), "difference": differences(before, result)}
     content = json_text({**head, **result.as_dict()}).encode()
     for file in (options.json, options.out and options.out / "results.json"):
         if file is not None:
             write_file(file, content, options.force or file != options.json)
-    print_results(options, result, before, console)
+
+
+def differences(before: Evaluation | HarnessEvaluation, after: Evaluation | HarnessEvaluation) -> dict[str, Any]:
+    """After minus before. Any: JSON values."""
+    return before.difference(after)  # type: ignore[arg-type]  # both are of one kind
 
 
 def evaluated(
@@ -203,7 +198,12 @@ def evaluated(
     )
 
 
-def print_results(options: Options, result: Evaluation, before: Evaluation | None, console: Console) -> None:
+def print_results(
+    options: Options,
+    result: Evaluation | HarnessEvaluation,
+    before: Evaluation | HarnessEvaluation | None,
+    console: Console,
+) -> None:
     """The tables of an evaluation, or of two with their difference, and why prompts are masked."""
     from lvrpo.commands.tables import scores_table, summary_table, text_table
     from lvrpo.report.tables import measure_tables
@@ -214,7 +214,9 @@ def print_results(options: Options, result: Evaluation, before: Evaluation | Non
     else:
         earlier = before.results()
         console.print(f"before: {options.against}, after: {options.model}", style="dim", markup=False)
-        console.print(summary_table({"before": earlier, "after": results, "difference": before.difference(result)}))
+        difference = differences(before, result)
+        both = {name: each for name, each in earlier.items() if name in difference}
+        console.print(summary_table({"before": both, "after": results, "difference": difference}))
         results = {f"before: {name}": each for name, each in earlier.items()} | results
     for name, each in results.items():
         masked = each.get("masked")
@@ -375,31 +377,6 @@ EVALUATE = Command(
 )
 
 
-def list_benchmarks(options: Options) -> None:
-    """Prints every published benchmark with what it needs."""
-    from rich.table import Table
-
-    from lvrpo.commands.tables import wide_console
-    from lvrpo.registry import resolve
-
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    for head in ("benchmark", "size", "files (--data DIR)", "who judges", "license", "source"):
-        table.add_column(head, overflow="fold")
-    for name in PUBLISHED:
-        found = resolve("benchmark", name, PUBLISHED)
-        files = ", ".join(f"{found.folder or found.name}/{file}" for file in found.files)
-        table.add_row(name, found.size, files, found.needs, found.license, found.source)
-    console = wide_console()
-    console.print(table)
-    console.print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl", soft_wrap=True)
-
-
-BENCHMARK_LIST = Command(
-    "list the published benchmarks and what each needs",
-    lambda parser: None,
-    list_benchmarks,
-    "example: lvrpo benchmarks; lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa",
-)
 REPORT = Command("write the HTML report of a run", report_options, report, "example: lvrpo report runs/quickstart")
 WATCH = Command(
     "the report in the browser while a run goes on, or an overview of several runs",

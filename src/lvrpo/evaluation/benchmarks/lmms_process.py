@@ -1,0 +1,260 @@
+"""lmms-eval 0.7.3 as a process of an environment of its own, with lvrpo as its model: a task in, its files out.
+
+Every task is a process: what an interruption loses is one task, less the answers that lmms-eval had cached
+(``--use_cache``: it stores them when a task's questions are all answered, before it scores them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lvrpo
+from lvrpo.errors import ContractError, InputError
+from lvrpo.evaluation.items import ItemStore, file_name
+from lvrpo.policies.loading import policy_folder
+from lvrpo.reading import parse_json, path_exists, read_text
+
+VERSION = "0.7.3"
+REQUIREMENTS = "lmms_eval.txt"
+"""In ``assets``: what ``install`` puts into the environment."""
+LOG, OUTPUT, CACHE, PICTURES = "log.txt", "output", "cache", "pictures"
+"""In the folder of a task."""
+LAST_LINES, MAX_EXCERPT = 3, 300
+GRACE_S = 10.0
+PROBE = """
+import difflib, json, sys
+found = {"version": None, "missing": None, "unknown": []}
+try:
+    from importlib.metadata import version
+    import lmms_eval
+    found["version"] = version("lmms_eval")
+    import lvrpo.policies.loading, lvrpo.evaluation.benchmarks.lmms
+    from lmms_eval.tasks import TaskManager
+    managers = {}
+    for name, folder in json.loads(sys.argv[1]):
+        if folder not in managers:
+            managers[folder] = TaskManager("ERROR", include_path=folder, model_name="lvrpo")
+        manager = managers[folder]
+        if not manager.match_tasks([name]):
+            found["unknown"].append([name, next(iter(difflib.get_close_matches(name, manager.all_tasks, n=1)), None)])
+except ImportError as error:
+    found["missing"] = error.name or str(error)
+print()
+print(json.dumps(found))
+"""
+"""What an interpreter is asked first: its version of lmms-eval, a package that it lacks, tasks unknown to it."""
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_FAILED = re.compile(r"Error during evaluation: (.*?)(\. Please set `--verbosity|$)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of lmms-eval, or of a YAML file in its format."""
+
+    name: str
+    folder: Path | None = None
+    """Of the YAML file, whose other files it may name."""
+
+    @classmethod
+    def read(cls, text: str) -> Task:
+        """A name, or FILE.yaml; raises InputError for a file that names no task."""
+        if not text.endswith((".yaml", ".yml")):
+            return cls(text)
+        named = re.search(r"^task:\s*['\"]?([^\s'\"#]+)", read_text(Path(text), "give a YAML file of lmms-eval"), re.M)
+        if named is None:
+            raise InputError(f"{text}: has no key 'task': name it, as lmms-eval's own files do")
+        return cls(named[1], Path(text).resolve().parent)
+
+
+# --- the environment ---
+
+
+def default_environment() -> Path:
+    """Where the environment is made: the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "lvrpo" / f"lmms-eval-{VERSION}"
+
+
+def find_interpreter(path: Path) -> Path:
+    """The interpreter of an environment, or the file itself; raises InputError where there is none."""
+    found = path / "bin" / "python" if path.is_dir() or not path_exists(path) else path
+    if not found.is_file():
+        raise InputError(
+            f"{found}: no such interpreter: add --lmms-install to make the environment of lmms-eval {VERSION} there "
+            "(several GB), or name one that has it (--lmms-env DIR or PYTHON)"
+        )
+    if not os.access(found, os.X_OK):
+        raise InputError(f"{found}: cannot be executed: name an interpreter of Python, or the folder of an environment")
+    return found
+
+
+def install(folder: Path) -> None:
+    """Makes the environment, or completes it, by uv where that is on the path and by pip otherwise.
+
+    Raises InputError for a folder of another kind, ContractError where the installation fails.
+    """
+    if path_exists(folder) and not (folder / "pyvenv.cfg").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: is there and is no environment of Python: choose another folder (--lmms-env)")
+    uv, python = shutil.which("uv"), str(folder / "bin" / "python")
+    listed = str(resources.files("lvrpo") / "assets" / REQUIREMENTS)
+    make = [uv, "venv", "--python", sys.executable, str(folder)] if uv else [sys.executable, "-m", "venv", str(folder)]
+    fill = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    steps = [] if (folder / "bin" / "python").exists() else [make]
+    for command in [*steps, [*fill, "-r", listed]]:
+        try:
+            code = subprocess.run([str(word) for word in command]).returncode
+        except OSError as error:
+            raise ContractError(f"{command[0]}: {error.strerror}: lmms-eval was not installed") from None
+        if code:
+            raise ContractError(
+                f"{folder}: lmms-eval was not installed (code {code}, see above): the same command goes on"
+            )
+
+
+@contextmanager
+def plugin_path() -> Iterator[Mapping[str, str]]:
+    """The environment variables under which an interpreter imports this lvrpo, and lmms-eval finds its model."""
+    with tempfile.TemporaryDirectory(prefix="lvrpo-lmms-") as folder:
+        path = Path(folder)
+        (path / "lvrpo").symlink_to(Path(lvrpo.__file__).resolve().parent, target_is_directory=True)
+        info = path / f"lvrpo-{lvrpo.__version__}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lvrpo\nVersion: {lvrpo.__version__}\n")
+        (info / "entry_points.txt").write_text(
+            "[lmms_eval.models]\nlvrpo = lvrpo.evaluation.benchmarks.lmms:manifest\n"
+        )
+        found = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        yield {**os.environ, "PYTHONPATH": found}
+
+
+def check_environment(python: Path, tasks: Sequence[Task]) -> str:
+    """The version of lmms-eval; raises InputError where the interpreter lacks a package or a task is unknown."""
+    asked = json.dumps([(task.name, task.folder and str(task.folder)) for task in tasks])
+    with plugin_path() as variables:
+        try:
+            ended = subprocess.run(
+                [python, "-c", PROBE, asked], env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
+        except OSError as error:
+            raise InputError(f"{python}: {error.strerror}: name an interpreter of Python (--lmms-env)") from None
+    lines = ended.stdout.strip().splitlines()
+    if ended.returncode or not lines:
+        raise InputError(f"{python}: lmms-eval cannot be asked: {excerpt(ended.stderr)}: mend its environment")
+    found = parse_json(lines[-1], f"{python}: its answer", "name an interpreter of Python (--lmms-env)")
+    remedy = "add --lmms-install, or name an environment that has it (--lmms-env)"
+    if found["version"] is None:
+        raise InputError(f"{python}: lmms-eval is not installed: {remedy}")
+    if found["missing"] is not None:
+        raise InputError(f"{python}: lacks the package {found['missing']}: {remedy}")
+    if found["unknown"]:
+        name, near = found["unknown"][0]
+        hint = f"did you mean {near}?" if near else f"{python} -m lmms_eval tasks lists all"
+        raise InputError(f"task {name!r}: unknown to lmms-eval {found['version']}: {hint}")
+    return str(found["version"])
+
+
+# --- a task ---
+
+
+@dataclass(frozen=True)
+class Harness:
+    """An interpreter with lmms-eval, and how lvrpo answers in it."""
+
+    python: Path
+    version: str
+    arguments: Mapping[str, str]
+    """Of the model (``lmms_model.Lvrpo``), without ``pretrained`` and ``base``."""
+    batch_size: int = 1
+    limit: int | None = None
+    """The first n documents of every task."""
+
+    def run(self, task: Task, model: str, base: str | None, folder: Path) -> Path:
+        """The output folder of a task for a MODEL; one that was finished in ``folder`` is not run again.
+
+        Raises InputError where ``folder`` holds a task of other settings, and ContractError, with the last lines of
+        the process, where it fails.
+        """
+        named = {"pretrained": model, **({} if base is None else {"base": base}), **self.arguments}
+        own = ItemStore(folder).open(file_name(task.name), self._settings(task, model, base)).folder
+        output = own / OUTPUT
+        if result_file(output) is not None:
+            return output
+        named["output_dir"] = str((own / PICTURES).resolve())
+        if wrong := next((value for value in named.values() if "," in value or "=" in value), None):
+            raise InputError(f"{wrong}: lmms-eval takes no ',' or '=' in a value: rename the folder, or link to it")
+        command = [str(self.python), "-m", "lmms_eval", "--model", "lvrpo", "--tasks", task.name]
+        command += ["--model_args", ",".join(f"{key}={value}" for key, value in named.items())]
+        command += ["--batch_size", str(self.batch_size), "--log_samples", "--output_path", str(output.resolve())]
+        command += ["--use_cache", str((own / CACHE).resolve())]
+        command += [] if self.limit is None else ["--limit", str(self.limit)]
+        command += [] if task.folder is None else ["--include_path", str(task.folder)]
+        code = run_logged(command, own / LOG)
+        if code or result_file(output) is None:
+            said = excerpt((own / LOG).read_text(errors="replace"))
+            raise ContractError(f"lmms-eval: task {task.name} failed: {said}: see {own / LOG}")
+        return output
+
+    def _settings(self, task: Task, model: str, base: str | None) -> dict[str, Any]:
+        """What the results of a task depend on. Any: JSON values."""
+        return {
+            "model": weights_stamp(model),
+            "base": None if base is None else weights_stamp(base),
+            "arguments": dict(self.arguments),
+            "batch_size": self.batch_size,
+            "limit": self.limit,
+            "task": task.name,
+            "defined_in": None if task.folder is None else str(task.folder),
+            "lmms_eval": self.version,
+        }
+
+
+def weights_stamp(model: str) -> str:
+    """Identifies the files of weights of a MODEL, by name, size and time, without reading them."""
+    folder = policy_folder(model)
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".distcp", ".json")]
+    marks = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]
+
+
+def result_file(output: Path) -> Path | None:
+    """The last results that lmms-eval wrote there; None where it wrote none."""
+    return next(iter(sorted(output.rglob("*_results.json"), reverse=True)), None)
+
+
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """The exit code of a process whose output goes to a file; it is terminated with this one."""
+    with plugin_path() as variables, log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+                process.kill()
+                process.wait()
+
+
+def excerpt(text: str) -> str:
+    """Why a process failed, in one line: the error that lmms-eval names, else the last lines."""
+    lines = [_COLOR.sub("", line).strip() for line in text.splitlines()]
+    named = [found[1] for line in lines if (found := _FAILED.search(line)) and found[1]]
+    said = named[-1] if named else " | ".join([line for line in lines if line][-LAST_LINES:])
+    said = said or "it printed nothing"
+    return said if len(said) <= MAX_EXCERPT else f"...{said[-MAX_EXCERPT:]}"
