@@ -22,8 +22,8 @@ from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.reading import read_error_message
 from lvrpo.registry import ANY, allow_code, isolated_permissions, resolve
 
-DISTRIBUTED_COMMAND = "train"
-"""The only command that ``torchrun`` may start in several processes."""
+DISTRIBUTED_COMMANDS = ("train", "evaluate")
+"""The commands that ``torchrun`` may start in several processes."""
 
 PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 """Errors of the operating system that mean wrong input: the user named an unusable path."""
@@ -201,7 +201,7 @@ def parse_command(argv: Sequence[str]) -> tuple[Command, Options] | None:
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise InputError(unknown_command_message(argv))
-    if name != DISTRIBUTED_COMMAND and several_processes():
+    if name not in DISTRIBUTED_COMMANDS and several_processes():
         processes = os.environ["WORLD_SIZE"]
         raise InputError(f"--nproc-per-node {processes}: lvrpo {name} is one process: start it without torchrun")
     command: Command = resolve("command", name, COMMANDS)

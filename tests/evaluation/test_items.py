@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import finish, in_ranks, start
 
-from lvrpo.cli import main
-from lvrpo.errors import InputError
+from lvrpo.cli import main, parse_command
+from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation.items import ITEMS, SETTINGS, ItemStore, file_name
 from lvrpo.evaluation.suite import Benchmark, EvaluationOptions, at_guidance, evaluate, find_benchmarks
 from lvrpo.policies.base import Policy, Sampling
@@ -172,3 +174,96 @@ def test_nothing_of_a_missing_score_is_a_number(policy: Policy, tmp_path: Path) 
     rows = [json.loads(line) for line in (tmp_path / "judged" / ITEMS).read_text().splitlines()]
     assert [row["scores"] for row in rows] == [[None], [0.25]]
     assert replace(record).failures == ("HTTP 503 (5 tries)", "")
+
+
+# --- several processes ---
+
+
+def scores_of(evaluation: Any) -> str:
+    return json_text({"scores": evaluation.as_dict()["scores"], "results": evaluation.results()})
+
+
+def shared(base: Path, folder: Path, ranks: int, calls: int | None = None) -> list[Any]:
+    """The evaluations of so many ranks, of which the last fails after so many calls."""
+
+    def work(rank: int) -> Any:
+        policy: Any = load_policy(base)  # a method is replaced
+        sample, made = policy.sample, []
+
+        def limited(prompts: Sequence[Prompt], *more: Any) -> list[Group]:
+            made.append(len(prompts))
+            if calls is not None and rank == ranks - 1 and len(made) > calls:
+                raise RuntimeError("out of memory")
+            return sample(prompts, *more)
+
+        policy.sample = limited
+        return evaluate(policy, find_benchmarks(NAMES), sizes=SIZES, options=kept(folder))
+
+    return in_ranks(ranks, work)
+
+
+def test_several_processes_give_the_table_of_one(policy: Policy, small_base: Path, tmp_path: Path) -> None:
+    one = evaluate(policy, find_benchmarks(NAMES), sizes=SIZES, options=kept(tmp_path / "one"))
+    found = shared(small_base, tmp_path / "two", 2)
+    assert [scores_of(each) for each in found] == [scores_of(one)] * 2
+    for name in NAMES:
+        lines = [(tmp_path / side / name / ITEMS).read_text().splitlines() for side in ("one", "two")]
+        assert sorted(lines[0]) == sorted(lines[1])
+        assert len(lines[1]) == SIZES[name]
+    assert not list(tmp_path.glob("two/*/items.*.jsonl"))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_two_processes_began_another_number_ends(
+    policy: Policy, small_base: Path, tmp_path: Path, ranks: int
+) -> None:
+    one = evaluate(policy, find_benchmarks(NAMES), sizes=SIZES)
+    failed = shared(small_base, tmp_path / "cut", 2, calls=1)
+    assert all(isinstance(each, ContractError) for each in failed), failed
+    assert "process 1 of 2: RuntimeError: out of memory" in str(failed[0])
+    parts = sorted(path.name for path in (tmp_path / "cut" / "understand").glob("items*"))
+    assert parts == ["items.0.jsonl", "items.1.jsonl"] or parts == ["items.0.jsonl"]
+    with (tmp_path / "cut" / "understand" / parts[0]).open("a") as file:
+        file.write('{"id": "cut off in the mid')
+    before = {row for path in tmp_path.glob("cut/*/items*") for row in path.read_text().splitlines()[:-1]}
+    found = shared(small_base, tmp_path / "cut", ranks)
+    assert {scores_of(each) for each in found} == {scores_of(one)}
+    after = [row for path in tmp_path.glob("cut/*/items*") for row in path.read_text().splitlines()]
+    assert before <= {*after}
+    assert len(after) == sum(SIZES.values())
+
+
+def test_torchrun_evaluates_and_resumes_with_another_number(
+    small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--benchmark", "understand", "--num-prompts", "40", "--sampled-prompts", "0", "--out"]
+    assert main(["evaluate", str(small_base), *options, "one"]) == 0
+    table = capsys.readouterr().out.splitlines()[2:]
+    output = finish(start("evaluate", small_base, *options, "two"))
+    assert [*map(str.split, output.splitlines()[-len(table) :])] == [*map(str.split, table)]
+    one, two = (json.loads(Path(name, "results.json").read_text()) for name in ("one", "two"))
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    items = Path("two/understand", ITEMS)
+    lines = items.read_text().splitlines(keepends=True)
+    items.write_text("".join(lines[:20]))
+    Path("two/understand/items.5.jsonl").write_text("".join(lines[20:33]))
+    Path("two/results.json").unlink()
+    shutil.rmtree("one")
+    assert main(["evaluate", str(small_base), *options, "two"]) == 0
+    again = json.loads(Path("two/results.json").read_text())
+    assert {**again, "seconds": 0} == {**two, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "add --out DIR"),
+        (["--tune", "t.json"], "--tune: is of one process"),
+        (["--lmms-eval", "x", "--out", "o"], "--lmms-eval: is of one process"),
+    ],
+)
+def test_what_several_processes_cannot_share(more: list[str], says: str) -> None:
+    parsed = parse_command(["evaluate", "tiny", *more])
+    assert parsed is not None
+    found = in_ranks(2, lambda rank: parsed[0].run(parsed[1]))
+    assert all(isinstance(each, InputError) and says in str(each) for each in found), found

@@ -61,7 +61,9 @@ def evaluate_options(parser: Parser) -> None:
     parser.add_argument(
         "--against", metavar="BASE", help="evaluate this MODEL too: before, after and the paired difference"
     )
-    parser.add_argument("--n", type=positive, help="prompts per benchmark (default: the benchmark's own)")
+    parser.add_argument(  # torchrun takes a --n for one of its own options
+        "--n", "--num-prompts", type=positive, help="prompts per benchmark (default: the benchmark's own)"
+    )
     parser.add_argument("--samples", type=positive, metavar="N", help="of some prompts, for pass@k and best of n (16)")
     parser.add_argument(
         "--sampled-prompts", type=whole, default=280, metavar="N", help="so many prompts (default: 280)"
@@ -81,13 +83,33 @@ def evaluate_options(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
     parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
+    parser.add_argument(
+        "--timeout-min",
+        type=positive,
+        default=30,
+        metavar="MIN",
+        help="minutes that one of several processes (torchrun) waits for the others (default: 30)",
+    )
     add_force(parser)
+
+
+def require_divisible(options: Options) -> None:
+    """Raises InputError for what several processes (``torchrun``) cannot share."""
+    from lvrpo.distributed import world_size
+
+    given = {"tune": options.tune, "information": options.information, "lmms-eval": options.lmms_eval}
+    name = next((name for name, value in given.items() if value), None)
+    if world_size() > 1 and name is not None:
+        raise InputError(f"--{name}: is of one process: start it without torchrun")
+    if world_size() > 1 and options.out is None:
+        raise InputError("torchrun: several processes write their parts into a folder: add --out DIR")
 
 
 def evaluate(options: Options) -> None:
     import torch
 
     from lvrpo.commands.tables import wide_console
+    from lvrpo.distributed import is_main
     from lvrpo.evaluation import suite
     from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
     from lvrpo.evaluation.tuning import TunedSampling
@@ -96,6 +118,7 @@ def evaluate(options: Options) -> None:
     from lvrpo.training.splits import require_unseen_by
 
     refuse_lmms_options(options)
+    require_divisible(options)
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
     if options.lmms_eval is not None:
         evaluate_by_lmms(options)
@@ -124,7 +147,7 @@ def evaluate(options: Options) -> None:
     reward_judge = (
         load_policy(judged_by, options.device).make_reference() if rewarded and judged_by is not None else None
     )
-    console = wide_console()
+    console = wide_console(quiet=not is_main())
     settings = suite.EvaluationOptions(options.sampled_prompts, options.samples, judge, tuned, scorer, reward_judge)
     before = None if against is None else evaluated(options, against, benchmarks, settings, console, "before")
     result = evaluated(options, policy, benchmarks, settings, console, "" if against is None else "after")
@@ -133,8 +156,9 @@ def evaluate(options: Options) -> None:
         head["tuned"] = {"settings": tuned.settings, "prompts": len(tuned.prompts)}
     if options.information:
         head["information"] = information(policy, options.seed, console)
-    write_results(options, head, result, before)
-    print_results(options, result, before, console)
+    if is_main():
+        write_results(options, head, result, before)
+        print_results(options, result, before, console)
 
 
 def evaluate_by_lmms(options: Options) -> None:

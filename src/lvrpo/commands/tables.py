@@ -125,7 +125,7 @@ def print_tables(tables: Sequence[Table]) -> None:
         console.print(table)
 
 
-def wide_console() -> Console:
-    """A console that does not wrap tables when the output is piped."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+def wide_console(quiet: bool = False) -> Console:
+    """A console that does not wrap tables when the output is piped; ``quiet``: it prints nothing."""
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, width=160, quiet=quiet)

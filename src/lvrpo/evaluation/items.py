@@ -21,6 +21,8 @@ from lvrpo.rewards.base import offline_group
 from lvrpo.types import Group, Prompt, TextSegment
 
 SETTINGS, ITEMS = "settings.json", "items.jsonl"
+PART = "items.{rank}.jsonl"
+"""What one of several processes writes, until ``ItemStore.open`` joins the parts."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ class ItemStore:
         self.folder = folder
 
     def open(self, benchmark: str, settings: Mapping[str, Any]) -> ItemFolder:
-        """The folder of a benchmark; raises InputError where it holds an evaluation with other settings.
+        """The folder of a benchmark, with what several processes wrote in one file.
 
+        Raises InputError where it holds an evaluation with other settings. Of several processes only one may call it.
         Any: JSON values.
         """
-        folder = self.folder / benchmark.replace("/", "-")
+        folder = self.folder_of(benchmark)
         path = folder / SETTINGS
         mine = json.loads(json.dumps(settings))
         if os.path.lexists(path):
@@ -85,25 +88,56 @@ class ItemStore:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode())
+        join_parts(folder)
         return ItemFolder(folder)
+
+    def folder_of(self, benchmark: str) -> Path:
+        """The folder of a benchmark, which need not be there yet."""
+        return self.folder / benchmark.replace("/", "-")
+
+
+def join_parts(folder: Path) -> None:
+    """Appends the whole lines of the parts to ``items.jsonl``, of which a line that is not whole is cut off."""
+    parts = sorted(folder.glob(PART.format(rank="*")))
+    texts = [_whole_lines(path) for path in (folder / ITEMS, *parts)]
+    if parts or texts[0] != _text(folder / ITEMS):
+        write_atomic(folder / ITEMS, "".join(texts).encode())
+    for part in parts:
+        part.unlink()
+
+
+def _text(path: Path) -> str:
+    return read_text(path, "restore it, or choose another folder") if os.path.lexists(path) else ""
+
+
+def _whole_lines(path: Path) -> str:
+    text = _text(path)
+    return text[: text.rfind("\n") + 1]
 
 
 class ItemFolder:
     """The items of one benchmark."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, part: int | None = None) -> None:
+        """``part``: the rank of one of several processes, each of which writes a file of its own."""
         self.folder = folder
+        self._file = folder / (ITEMS if part is None else PART.format(rank=part))
         self._lines = self._read()
 
-    def read(self, prompt: Prompt, count: int) -> Item | None:
-        """The item of a prompt with ``count`` scores, all of them valid; None where it is to be evaluated."""
+    def read(self, prompt: Prompt, count: int, failed: bool = False) -> Item | None:
+        """The item of a prompt with ``count`` scores; None where it is to be evaluated.
+
+        ``failed``: also one whose scoring failed.
+        """
         line = self._lines.get(prompt.id)
-        if line is None or line.failure or len(line.scores) != count or None in line.scores:
+        if line is None or len(line.scores) != count:
+            return None
+        if not failed and (line.failure or None in line.scores):
             return None
         texts = [[] if text is None else [text] for text in line.texts]
         scores = tuple(math.nan if score is None else score for score in line.scores)
         back = None if line.read_back is None else ReadBack(*line.read_back)
-        return Item(offline_group(prompt, texts), scores, tuple(line.judged), back)
+        return Item(offline_group(prompt, texts), scores, tuple(line.judged), back, line.failure)
 
     def write(self, items: Sequence[Item]) -> None:
         """Appends items, their pictures first; what a killed process left of a line is overwritten by a resumed one."""
@@ -128,9 +162,9 @@ class ItemFolder:
                 "images": pictures,
             }
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        with (self.folder / ITEMS).open("ab") as file:
+        with self._file.open("ab") as file:
             file.write("".join(rows).encode())
-        sync(self.folder / ITEMS)
+        sync(self._file)
 
     def pictures(self, prompt: Prompt, samples: int) -> list[bytes]:
         """The PNG files of a prompt; raises InputError for one that is missing or damaged."""
@@ -142,16 +176,10 @@ class ItemFolder:
         return found
 
     def _read(self) -> dict[str, ItemRecord]:
-        """The last line of each prompt; a last line that is not whole is cut off."""
+        """The last line of each prompt."""
         path = self.folder / ITEMS
-        if not os.path.lexists(path):
-            return {}
-        text = read_text(path, "restore it, or choose another folder")
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            write_atomic(path, whole.encode())
         found = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
             where = f"{path}:{number}"
             row = validate_type(parse_json(line, where), ItemRecord, where) if line else None
             if row is not None:

@@ -6,16 +6,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+from lvrpo.distributed import on_main, rank, relay_errors, split_between_ranks, world_size
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 from lvrpo.evaluation.benchmarks.published import NO_INPUTS, BenchmarkInputs, PublishedBenchmark
-from lvrpo.evaluation.items import Item, ItemStore
+from lvrpo.evaluation.items import Item, ItemFolder, ItemStore
 from lvrpo.evaluation.results import benchmark_difference, benchmark_result
 from lvrpo.evaluation.scoring import CHUNK, judge_scores, read_back, sample_prompts, score_prompts
 from lvrpo.policies.base import READS_ONLY, Policy, Sampling, can_draw, check_text
@@ -282,34 +284,54 @@ def benchmark_items(
     """The outputs of every prompt with their scores, and how each task was sampled.
 
     With ``options.store`` items that it holds are not sampled again, and the others are added to it batch by batch;
-    batches are the same whatever it holds, so that a resumed evaluation gives the same scores.
+    batches are the same whatever it holds and however many processes share them, so that a resumed or a divided
+    evaluation gives the same scores. Several processes divide what is missing; each writes a file of its own.
     """
     tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
     settings: dict[Task, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, options)
-    folder = None
-    if options.store is not None:
-        folder = options.store.open(benchmark.name, identity(policy, benchmark, seed, settings, options))
+    store, own = options.store, identity(policy, benchmark, seed, settings, options)
+    folder = None if store is None else open_folder(store, benchmark.name, own)
+    divided = folder is not None and world_size() > 1
     at_once = CHUNK if folder is None else STORED_CHUNK
     # a few prompts at a time: all samples of large pictures do not fit into memory
     jobs: dict[tuple[Task, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
     found: dict[int, Item] = {}
+    batches: list[tuple[Task, int, list[int]]] = []
     for (task, count), places in jobs.items():
-        batch_size = max(1, at_once // count)
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
+        size = max(1, at_once // count)
+        for batch in (places[start : start + size] for start in range(0, len(places), size)):
             known = [] if folder is None or with_pictures else [folder.read(prompts[i], count) for i in batch]
-            items = [item for item in known if item is not None]
-            if len(items) < len(batch):
-                rows = [prompts[i] for i in batch]
-                items = scored_items(policy, benchmark, rows, settings[task], seed, count, options)
-                if folder is not None:
-                    folder.write(items)
+            if known and None not in known:
+                found |= {i: item for i, item in zip(batch, known, strict=True) if item is not None}
+            else:
+                batches.append((task, count, batch))
+    with relay_errors() if divided else nullcontext():
+        for task, count, batch in split_between_ranks(batches) if divided else batches:
+            rows = [prompts[i] for i in batch]
+            items = scored_items(policy, benchmark, rows, settings[task], seed, count, options)
+            if folder is not None:
+                folder.write(items)
             found |= zip(batch, items if with_pictures else [i.without_pictures() for i in items], strict=True)
+    if store is not None and divided:
+        folder = open_folder(store, benchmark.name, own)
+        read = {i: folder.read(prompt, counts[i], failed=True) for i, prompt in enumerate(prompts)}
+        found = {i: item for i, item in read.items() if item is not None}
     return [found[i] for i in range(len(prompts))], settings
+
+
+def open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> ItemFolder:
+    """The folder of a benchmark; of several processes rank 0 opens it, and each gets a part of it to write.
+
+    Any: JSON values.
+    """
+    if world_size() == 1:
+        return store.open(name, settings)
+    on_main(lambda: bool(store.open(name, settings)))
+    return ItemFolder(store.folder_of(name), rank())
 
 
 def identity(
