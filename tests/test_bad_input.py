@@ -140,6 +140,8 @@ def tables() -> None:
     Path("loop.yaml").write_text("extends: loop.yaml\n")
     Path("bad_rewards.py").write_text(REWARDS)
     Path("broken_rewards.py").write_text("class Reward(:\n    pass\n")
+    Path("ring").symlink_to("ring")
+    os.mkfifo("pipe")
     Path("leaving_rewards.py").write_text("import sys\nsys.exit(3)\n")
 
 

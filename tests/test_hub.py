@@ -181,6 +181,33 @@ def test_nothing_is_sent_without_a_token_a_right_or_a_license(
     refused("me/aligned", "--license", "mit", words="set HF_TOKEN")
 
 
+def test_a_repository_is_called_what_it_is(run: Path, server: Hub, capsys: Output) -> None:
+    server.repos["me/closed"] = {"private": True, "files": {}}
+    assert main(["push", str(run), "me/closed", "--license", "mit", "--public"]) == 2
+    assert "is private: leave out --public" in capsys.readouterr().err
+    assert main(["push", str(run), "me/new", "--license", "mit", "--public"]) == 0
+    assert "public" in capsys.readouterr().out
+    assert not server.repos["me/new"]["private"]
+
+
+def test_files_that_are_not_of_a_model_are_neither_sent_nor_fetched(
+    run: Path, server: Hub, capsys: Output, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(policy_folder(run), folder)
+    own = (".env", "train.py", "notes.docx", "state/x.json", ".git/config.json", "model.pkl")
+    for name in own:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    assert main(["push", str(folder), "me/clean", "--license", "mit"]) == 0
+    files = server.repos["me/clean"]["files"]
+    assert "model.safetensors" in files
+    assert not set(own) & set(files)
+    files |= dict.fromkeys(("evil.py", "evil.pkl", "evil.so", "pytorch_model.bin"), b"code")
+    assert main(["pull", "me/clean", str(tmp_path / "here")]) == 0
+    assert not [path for path in (tmp_path / "here").rglob("*") if "evil" in path.name or path.suffix == ".bin"]
+
+
 def test_a_card_can_be_read_before_anything_is_sent(run: Path, server: Hub, capsys: Output) -> None:
     assert main(["push", str(run), "me/aligned", "--license", "mit", "--card"]) == 0
     assert "model.safetensors" in capsys.readouterr().out

@@ -39,6 +39,13 @@ def test_a_name_that_is_none_leaves_no_file(name: str, tmp_path: Path, capsys: O
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["os", "torch", "pytest"])
+def test_a_file_that_would_hide_a_module_is_not_written(name: str, tmp_path: Path, capsys: Output) -> None:
+    assert main(["new", "reward", name, "--out", str(tmp_path)]) == 2
+    assert "is the name of a module" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_existing_files_are_kept(tmp_path: Path, capsys: Output) -> None:
     (tmp_path / "test_mine.py").write_text("kept")
     assert main(["new", "reward", "mine", "--out", str(tmp_path)]) == 2

@@ -254,6 +254,22 @@ DATA: list[Case] = [
     (("edit", "small", "remove the circle", "--out", "new.png"), 2, "--image"),
     (("edit", "small", "remove the circle", "--image", "red.png", "--out", "new.jpg"), 2, "end the name in .png"),
     (("edit", "small", "remove the circle", "--image", "red.png", "--out", "red.png"), 2, "exists already"),
+    (("generate", "small", "--prompt", "a red circle", "--out", "/proc/new"), 2, "/proc/new: cannot be written"),
+    (
+        ("generate", "small", "--prompt", "a red circle", "--out", "blank.txt/new"),
+        2,
+        "cannot be written: it lies below a file",
+    ),
+    (("data", "preview", "--out", "new.jsonl"), 2, "new.jsonl: pictures are written as PNG"),
+    (("data", "check", "questions.jsonl", "--out", "new.xyz"), 2, "new.xyz: pictures are written as PNG"),
+    (("data", "check", "drawing.jsonl", "--out", "/proc/new.png"), 2, "/proc/new.png: cannot be written"),
+    (("data", "check", "drawing.jsonl", "--out", "blank.txt/new.png"), 2, "blank.txt: is a file"),
+    (("data", "check", "ring"), 2, "path=ring: is no folder"),
+    (("data", "check", "pipe", "preset=llava"), 2, "path=pipe: is no folder"),
+    (("export", "small", "ring"), 2, "ring: exists already"),
+    (("export", "small", "blank.txt/new"), 2, "cannot be written: it exists and is no folder"),
+    (("init", "bagel-tiny", "/proc/new"), 2, "/proc/new: cannot be written"),
+    (("init", "bagel-tiny", "new", "width=wide"), 2, "width=wide"),
 ]
 REWARD_CONTRACT: list[Case] = [
     (rewarded_by("NotANumber"), 1, "the score is nan"),

@@ -22,6 +22,7 @@ from lvrpo.errors import InputError
 from lvrpo.registry import allow_code
 from lvrpo.strict_yaml import dump_yaml
 from lvrpo.training.config import TrainConfig
+from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.tracker_process import CLASSES, Follower
 from lvrpo.training.trackers import AnyTracker, MlflowConfig, TrackerProcesses, TrackioConfig, require_trackers
@@ -367,3 +368,23 @@ def test_a_run_is_shown_step_by_step_over_a_resumption(lively_base: Path) -> Non
     assert [step for step, _ in shown] == [1, 2, 3, 4]
     assert [value for _, value in shown] == pytest.approx([value for _, value in written])
     assert len([1 for _, v in found if v.WhichOneof("value") == "image"]) == 2
+
+
+def test_a_pretraining_is_shown_too_over_a_resumption(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboardX")
+    given = [f"init={small_base}", "device=cpu", "steps=3", "batch={generate: 1}", "held_out_every=0"]
+    given += ["corpus={scenes: 2, edits: 1, reasons: 1}", "checkpoint_every=1"]
+    seen: list[int] = []
+    config = load_config(PretrainConfig, None, [*given, "trackers=[{kind: tensorboard}]"])
+    trainer = Pretrainer.start(config, Path("run"))
+    with trainer.run:
+        assert not trainer.train(lambda row: seen.append(row["step"]), lambda: bool(seen))
+    trainer = Pretrainer.resume(Path("run"))
+    with trainer.run:
+        assert trainer.train()
+    found = [(e.step, v) for e in events(Path("run/trackers/tensorboard")) for v in e.summary.value]
+    assert [step for step, v in found if v.tag == "loss/image"] == [1, 2, 3]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package mlflow"):
+        Pretrainer.start(load_config(PretrainConfig, None, [*given, "trackers=[{kind: mlflow}]"]), Path("other"))
+    assert not Path("other").exists()

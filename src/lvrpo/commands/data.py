@@ -23,13 +23,15 @@ def preview_options(parser: Parser) -> None:
 
 
 def preview(options: Options) -> None:
+    from lvrpo.commands.inputs import require_png, write_file
+    from lvrpo.data.preview import png_bytes
     from lvrpo.data.scenes.preview import preview as draw_preview
-    from lvrpo.training.checkpoint import disk_errors
 
     file = options.out / "scenes.png" if options.out.is_dir() or not options.out.suffix else options.out
+    require_png(file)
     refuse_existing([file], options.force)
-    with disk_errors(file):
-        print(draw_preview(file, options.split, options.seed))
+    write_file(file, png_bytes(draw_preview(options.split, options.seed)), options.force)
+    print(file)
 
 
 def vocabulary_options(parser: Parser) -> None:

@@ -41,13 +41,14 @@ def check_options(parser: Parser) -> None:
 
 def check(options: Options) -> None:
     """Prints the tables and writes the contact sheet; raises InputError for rows that cannot be used, and for leaks."""
+    from lvrpo.commands.inputs import require_png, write_file
     from lvrpo.commands.tables import wide_console
     from lvrpo.data.images import load_image
     from lvrpo.data.leakage import compared_rows, pixel_picture
-    from lvrpo.data.preview import contact_sheet
-    from lvrpo.training.checkpoint import disk_errors
+    from lvrpo.data.preview import contact_sheet, png_bytes
 
     file = options.out if options.out.suffix else options.out.with_suffix(".png")
+    require_png(file)
     refuse_existing([file], options.force)
     problems: list[str] = []
     splits = opened(read_data(options.source, options.overrides), problems)
@@ -59,9 +60,8 @@ def check(options: Options) -> None:
         console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more", style="red")
     rows = next((rows for rows in splits.values() if len(rows)), None)
     if rows is not None:
-        with disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet(f"{rows.name}: {len(rows)} rows", sheet_blocks(rows), SIDE).save(file)
+        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", sheet_blocks(rows), SIDE)
+        write_file(file, png_bytes(sheet), options.force)
         console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
     compared = {
         split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))

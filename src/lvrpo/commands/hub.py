@@ -17,8 +17,8 @@ from lvrpo.errors import ContractError, InputError
 REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 NOT_PUSHED = ("state", "checkpoint.json", "README.md")
 """Entries of a checkpoint that are not uploaded: those of the run, and the card, which is rewritten."""
-CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-"""Files that run code when they are read, which are not fetched."""
+SENT = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files of a model that are sent and fetched; none of them runs code when it is read."""
 PIPELINE_TAGS = {
     frozenset(("understand", "generate")): "any-to-any",
     frozenset(("generate",)): "text-to-image",
@@ -44,7 +44,7 @@ def push(options: Options) -> None:
         raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
     folder = policy_folder(options.model)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [path for path in files if path.relative_to(folder).parts[0] not in NOT_PUSHED]
+    files = [path for path in files if is_sent(path.relative_to(folder))]
     if not any(path.suffix == ".safetensors" for path in files):
         raise InputError(f"{folder}: holds no weights of its own: make one model of it with `lvrpo export`, push that")
     card = model_card(options.repo, Path(options.model), folder, options.license)
@@ -53,6 +53,12 @@ def push(options: Options) -> None:
         return
     url = _send(options.repo, folder, files, card, options.public, options.force)
     print(f"{url}: {len(files) + 1} files, {'public' if options.public else 'private'}")
+
+
+def is_sent(path: Path) -> bool:
+    """Whether a file of a model's folder, by its path in it, is sent to the Hub."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.parts[0] not in NOT_PUSHED and any(map(path.match, SENT))
 
 
 def _send(repo: str, folder: Path, files: list[Path], card: str, public: bool, force: bool) -> str:
@@ -73,8 +79,9 @@ def _send(repo: str, folder: Path, files: list[Path], card: str, public: bool, f
             held = [file.rfilename for file in info.siblings or () if file.rfilename != ".gitattributes"]
             if held and not force:
                 raise InputError(f"push {repo}: holds {len(held)} files: choose another name, or add --force")
-            if not info.private and not public:
-                raise InputError(f"push {repo}: is public: add --public, or choose another name")
+            if info.private == public:
+                what = "private: leave out --public" if public else "public: add --public"
+                raise InputError(f"push {repo}: is {what}, or choose another name")
         else:
             api.create_repo(repo, token=token, private=not public)
         operations = [hub.CommitOperationAdd("README.md", card.encode())]
@@ -183,7 +190,9 @@ def pull(options: Options) -> None:
         raise InputError(f"{folder}: exists already: choose another name")
     part = folder.with_name(f"{folder.name}.part")
     with _hub_errors(options.repo):
-        hub.snapshot_download(options.repo, revision=options.revision, local_dir=part, ignore_patterns=list(CODE))
+        hub.snapshot_download(
+            options.repo, revision=options.revision, local_dir=part, allow_patterns=[*SENT, "README.md"]
+        )
     shutil.rmtree(part / ".cache", ignore_errors=True)  # of the download
     part.replace(folder)
     print(folder)

@@ -244,11 +244,10 @@ def edit_options(parser: Parser) -> None:
 
 
 def edit(options: Options) -> None:
-    from lvrpo.commands.inputs import fitting_image, write_file
+    from lvrpo.commands.inputs import fitting_image, require_png, write_file
     from lvrpo.data.images import png
 
-    if options.out.suffix.lower() != ".png":
-        raise InputError(f"--out {options.out}: pictures are written as PNG: end the name in .png")
+    require_png(options.out)
     refuse_existing([options.out], options.force)
     policy = load(options)
     parts = (fitting_image(options.image, policy.image_size), options.instruction)

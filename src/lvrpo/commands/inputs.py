@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from lvrpo.data.rows import Row, parse_row
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, path_exists, read_text
 from lvrpo.registry import allow_code
-from lvrpo.training.checkpoint import disk_errors
+from lvrpo.training.checkpoint import atomic_folder, disk_errors
 from lvrpo.types import Image, Task
 
 C = TypeVar("C", bound=Config)
@@ -40,6 +41,29 @@ def write_file(path: Path, content: bytes, force: bool) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
+
+
+def require_png(path: Path) -> None:
+    """Raises InputError for the name of a picture to write that ends in anything but .png."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {path}: pictures are written as PNG: end the name in .png")
+
+
+@contextmanager
+def new_model_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write a model into, which gets its name when it is whole; ``require_new`` was called."""
+    if folder.exists():  # empty, and perhaps a volume, which cannot be renamed
+        with disk_errors(folder):
+            yield folder
+    else:
+        with atomic_folder(folder) as part:
+            yield part
+
+
+def require_new(folder: Path) -> None:
+    """Raises InputError for a path that is taken by anything but an empty folder."""
+    if path_exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already: choose another name")
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -60,8 +60,8 @@ def check_sizes(options: Options) -> None:
 
 
 def init(options: Options) -> None:
+    from lvrpo.commands.inputs import new_model_folder, require_new
     from lvrpo.policies.loading import pick_device
-    from lvrpo.training.checkpoint import disk_errors
 
     if options.kind not in KINDS:
         raise InputError(f"kind {options.kind!r}: unknown: use {', '.join(KINDS)}")
@@ -71,20 +71,20 @@ def init(options: Options) -> None:
         raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
     device = pick_device(options.device)
     folder: Path = options.folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already: choose another name")
-    if options.kind == "janus-tiny":
-        policy, name = fresh_janus(options), "Janus"
-    elif options.kind == "showo-tiny":
-        policy, name = fresh_showo(options), "Show-o"
-    elif options.kind == "showo2-tiny":
-        policy, name = fresh_showo2(options), "Show-o2"
-    elif options.kind != "bagel-tiny":
-        policy, name = fresh_pipeline(options), PIPELINE_NAMES[options.kind]
-    else:
-        policy, name = fresh_bagel(options, device), "BAGEL"
-    with disk_errors(folder):
-        policy.save(folder)
+    require_new(folder)
+    with new_model_folder(folder) as part:
+        if options.kind in PIPELINE_NAMES:
+            policy, name = fresh_pipeline(options, part), PIPELINE_NAMES[options.kind]
+        else:
+            if options.kind == "janus-tiny":
+                policy, name = fresh_janus(options), "Janus"
+            elif options.kind == "showo-tiny":
+                policy, name = fresh_showo(options), "Show-o"
+            elif options.kind == "showo2-tiny":
+                policy, name = fresh_showo2(options), "Show-o2"
+            else:
+                policy, name = fresh_bagel(options, device), "BAGEL"
+            policy.save(part)
     count = sum(parameter.numel() for parameter in policy.parameters())
     print(f"{folder}: a random {name} of {count / 1e6:.1f} million parameters")
 
@@ -114,18 +114,16 @@ def fresh_janus(options: Options) -> JanusPolicy:
     return create_janus(load_config(JanusSizes, None, options.overrides), [" ".join(VOCABULARY)])
 
 
-def fresh_pipeline(options: Options) -> DiffusersPolicy:
-    """Written to the folder, then read from there."""
+def fresh_pipeline(options: Options, folder: Path) -> DiffusersPolicy:
+    """Written to the folder, and read from there."""
     from lvrpo.config import load_config
     from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
-    from lvrpo.training.checkpoint import disk_errors
 
     refuse_autoencoder(options)
     sizes = load_config(PipelineSizes, None, options.overrides)
-    with disk_errors(options.folder):
-        create_pipeline(options.kind, sizes, options.folder)
-    return DiffusersPolicy.load(options.folder)
+    create_pipeline(options.kind, sizes, folder)
+    return DiffusersPolicy.load(folder)
 
 
 def refuse_autoencoder(options: Options) -> None:
@@ -219,19 +217,18 @@ def export_options(parser: Parser) -> None:
 
 
 def export(options: Options) -> None:
+    from lvrpo.commands.inputs import new_model_folder, require_new
     from lvrpo.policies.adapter import AdaptablePolicy, merge
     from lvrpo.policies.loading import load_policy
-    from lvrpo.training.checkpoint import disk_errors
 
     folder: Path = options.folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already: choose another name")
+    require_new(folder)
     policy = load_policy(options.model, options.device, options.dtype, options.base)
     merged = isinstance(policy, AdaptablePolicy) and policy.adapter is not None
     if isinstance(policy, AdaptablePolicy):
         merge(policy)
-    with disk_errors(folder):
-        policy.save(folder)
+    with new_model_folder(folder) as part:
+        policy.save(part)
     print(f"{folder}: {options.model}{', its adapter merged' if merged else ''}")
 
 

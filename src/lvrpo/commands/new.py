@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import keyword
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,9 @@ def new_reward(options: Options) -> None:
 
     name: str = options.name
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-        raise InputError(f"{name!r}: is no name of a Python function: use letters, digits and _")
+        raise InputError(f"{name!r}: is no name of a Python function: use letters, digits and _, and no keyword")
+    if name in sys.stdlib_module_names or name in importlib.metadata.packages_distributions():
+        raise InputError(f"{name!r}: is the name of a module that {name}.py would hide: choose another")
     kind = KINDS[options.output]
     code, test = options.out / f"{name}.py", options.out / f"test_{name}.py"
     refuse_existing([code, test], options.force)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -217,5 +218,5 @@ def add_force(parser: Parser) -> None:
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:
     """Raises InputError if one of the files exists, unless ``force``."""
     for path in paths:
-        if path.exists() and not force:
+        if os.path.lexists(path) and not force:
             raise InputError(f"{path}: exists already: choose another name, or add --force to write over it")

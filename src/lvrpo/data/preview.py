@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def contact_sheet(title: str, blocks: Sequence[Block], side: int) -> PilImage.Im
         for k, example in enumerate(examples):
             _show(sheet, draw, example, (left + _LABEL + k * step, top), side)
     return sheet
+
+
+def png_bytes(sheet: PilImage.Image) -> bytes:
+    """The sheet as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

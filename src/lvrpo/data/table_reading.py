@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib
 import json
+import logging
 import os
 import random
 import re
@@ -142,6 +143,8 @@ def _require_path(path: str, split: str) -> None:
     """Raises InputError for a path that is a file, or that looks like a folder and is none."""
     if os.path.isfile(path):
         raise InputError(f"data.datasets path={path}: is a file: leave path out and write {split}: {path}")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"data.datasets path={path}: is no folder: give a folder, or the id of a Hub data set")
     if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1):
         raise InputError(f"data.datasets path={path}: no such folder: correct it, or give the id of a Hub data set")
 
@@ -211,6 +214,9 @@ def _reading(where: str, quiet: bool) -> Iterator[None]:
     hide = quiet and not bars.are_progress_bars_disabled()
     level = bars.logging.get_verbosity()
     bars.logging.set_verbosity(bars.logging.CRITICAL)  # what it has to say is raised too
+    hub = logging.getLogger("huggingface_hub")  # warns of each attempt to connect
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     if hide:
         bars.disable_progress_bars()
     try:
@@ -230,5 +236,6 @@ def _reading(where: str, quiet: bool) -> Iterator[None]:
         raise InputError(f"{where}: cannot be read ({type(cause).__name__}: {message}): {remedy}") from error
     finally:
         bars.logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if hide:
             bars.enable_progress_bars()

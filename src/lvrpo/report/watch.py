@@ -78,7 +78,7 @@ def run_state(path: Path) -> str:
 def page(folder: Path, name: str = "") -> str:
     """The report of ``folder``, if it is a run, or of its run ``name``; else the overview. Raises InputError."""
     if name:
-        if not _is_run(folder / name) or Path(name).name != name:
+        if name in (".", "..") or Path(name).name != name or not _is_run(folder / name):
             raise InputError(f"{name}: no run of {folder}")
         return render(load_run(folder / name))
     if _is_run(folder):

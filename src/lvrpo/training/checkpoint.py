@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -34,6 +35,8 @@ STATE = "state"
 SEAL = "checkpoint.json"
 """The file with size and sha256 of every other file; a folder without it is not a checkpoint."""
 
+_HEX = "[0-9a-f]" * 8
+"""The end of a temporary name."""
 State = Any
 """Any: nested dicts (text keys) and lists of None, bool, int, float, str and tensors."""
 
@@ -199,7 +202,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         raise InputError(f"{path}: exists already: choose another name or delete it")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        clean_leftovers(path.parent)
+        clean_leftovers(path.parent, path.name)  # the folder may be the user's
         temporary, lock = _locked_temporary(path)
         try:
             yield temporary
@@ -227,15 +230,19 @@ def checkpoint_writer(path: Path) -> Iterator[Path]:
         seal_checkpoint(folder)
 
 
-def clean_leftovers(parent: Path) -> None:
-    """Removes temporary folders of dead writers, and restores a folder whose replacement was not completed."""
-    for leftover in sorted(parent.glob(".*.old-*")):
+def clean_leftovers(parent: Path, name: str = "*") -> None:
+    """Removes temporary files and folders of dead writers, and restores a folder whose replacement was not completed.
+
+    ``name``: of what they wrote; all others are left alone.
+    """
+    name = name if name == "*" else glob.escape(name)
+    for leftover in sorted(parent.glob(f".{name}.old-{_HEX}")):
         path = leftover.with_name(leftover.name[1:].rpartition(".old-")[0])
         if path.exists():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             os.rename(leftover, path)
-    for leftover in sorted(parent.glob(".*.tmp-*")):
+    for leftover in sorted(parent.glob(f".{name}.tmp-{_HEX}")):
         with suppress(OSError):
             if not leftover.is_dir():
                 leftover.unlink()
@@ -265,9 +272,21 @@ def sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
+_WRONG_NAMES = {
+    errno.ENOTDIR: "it lies below a file",
+    errno.EISDIR: "it is a folder",
+    errno.EEXIST: "it exists and is no folder",
+    errno.ENOTEMPTY: "it is a folder that is not empty",
+    errno.ENOENT: "its folder cannot be made",  # as in /proc
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ELOOP: "it is a link that leads to itself",
+    errno.EINVAL: "its name is not allowed there",
+}
+
+
 @contextmanager
 def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
-    """Turns a full disk or a missing permission into an InputError of one line."""
+    """Turns a full disk, a missing permission or a name that cannot be used into an InputError of one line."""
     try:
         yield
     except OSError as error:
@@ -281,8 +300,9 @@ def disk_errors(path: Path, doing: str = "written") -> Iterator[None]:
             raise InputError(
                 f"{where}: cannot be {doing}: permission denied: change its permissions or choose another folder"
             ) from error
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            raise InputError(f"{where}: cannot be {doing}: {error.strerror}: choose another name") from error
+        if error.errno in _WRONG_NAMES:
+            reason = _WRONG_NAMES[error.errno]
+            raise InputError(f"{where}: cannot be {doing}: {reason}: choose another name") from error
         raise
 
 

@@ -48,6 +48,7 @@ from lvrpo.training.checkpoint import (
 )
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, copy_weights, update_ema
 from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.trackers import AnyTracker, require_trackers, start_trackers
 from lvrpo.types import Example, Image, Prompt, Task
 
 
@@ -180,6 +181,8 @@ class PretrainConfig(Config):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    trackers: tuple[AnyTracker, ...] = ()
+    """Trackers that show the run, such as [{kind: tensorboard}, {kind: wandb, mode: offline}]."""
 
     @model_validator(mode="after")
     def _rows_to_draw_from(self) -> Self:
@@ -375,6 +378,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
     @classmethod
     def start(cls, config: PretrainConfig, folder: Path) -> Self:
         """Starts a run; all parts are resolved before the run directory is created."""
+        require_trackers(config.trackers)
         torch.set_num_threads(config.threads)
         policy = initial_policy(config)
         state = SupervisedState(config, policy, supervised_rows(config))
@@ -396,6 +400,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
             if config is not None:
                 run.require_config(config)
             config = run.config(PretrainConfig)
+            require_trackers(config.trackers)
             torch.set_num_threads(config.threads)
             policy = load_policy(require_start(run), config.device, "float32")
             state = SupervisedState(config, policy, supervised_rows(config))  # type: ignore[arg-type]  # what start saved
@@ -410,6 +415,7 @@ class Pretrainer(BaseTrainer[PretrainConfig, SupervisedState]):
     def train(self, observe: Observer = lambda row: None, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Trains until the end or an interruption, with checkpoints; returns whether the run is finished."""
         config, state = self.config, self.state
+        start_trackers(self.run, config.trackers)
         while state.step < config.steps:
             with self.logged_step(observe) as row:
                 report = state.train_step()

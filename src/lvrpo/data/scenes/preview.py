@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from PIL import Image as PilImage
 
 from lvrpo.data.preview import PER_BLOCK, Block, contact_sheet
 from lvrpo.data.scenes.objects import Split
@@ -10,17 +10,8 @@ from lvrpo.data.scenes.prompts import CATEGORIES, ScenePrompts, ScenesConfig
 from lvrpo.types import Example, Task
 
 
-def preview(
-    path: Path | str, split: Split = "test", seed: int = 0, scale: int = 4, config: ScenesConfig | None = None
-) -> Path:
-    """Writes a PNG: one row per category, four examples each, pictures enlarged ``scale`` times.
-
-    ``path`` is a file or a folder, which then gets scenes.png. Returns the file's path.
-    """
-    file = Path(path)
-    if file.is_dir() or not file.suffix:
-        file = file / "scenes.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
+def preview(split: Split = "test", seed: int = 0, scale: int = 4, config: ScenesConfig | None = None) -> PilImage.Image:
+    """One row per category, four examples each, pictures enlarged ``scale`` times."""
     source = ScenePrompts(config or ScenesConfig(), split, seed)
     blocks: list[Block] = [
         (task, category, _examples(source, task, category, PER_BLOCK))
@@ -28,8 +19,7 @@ def preview(
         for category in CATEGORIES[task]
         if category in source.cycles[task]
     ]
-    contact_sheet(f"The built-in world: {source.name}", blocks, source.config.size * scale).save(file)
-    return file
+    return contact_sheet(f"The built-in world: {source.name}", blocks, source.config.size * scale)
 
 
 def _examples(source: ScenePrompts, task: Task, category: str, count: int) -> list[Example]:
