@@ -18,13 +18,14 @@ from settings import SMALL
 from lvrpo.config import load_config
 from lvrpo.errors import ContractError, InputError
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.loading import load_policy
 from lvrpo.policies.tiny import TinyPolicy
 from lvrpo.registry import allow_code, isolated_permissions
 from lvrpo.training.base_trainer import latest_checkpoint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.policies import policy_module
+from lvrpo.training.policies import policy_module, weights_checksum
 from lvrpo.training.preflight import engine_checks
-from lvrpo.training.rollout_engine import EngineSampler, ProcessEngine, open_engine, weights_checksum
+from lvrpo.training.rollout_engine import EngineSampler, ProcessEngine, open_engine
 from lvrpo.training.trainer import Trainer
 from lvrpo.types import Group, Prompt, TextSegment
 
@@ -79,8 +80,6 @@ class Rounded(Copied):
     """Its log-probs are those of another distribution than it samples, as another program's are."""
 
     def __init__(self, start: Path, config: TrainConfig, options: Mapping[str, Any]) -> None:
-        from lvrpo.policies.loading import load_policy
-
         policy = load_policy(start, "cpu")
         assert isinstance(policy, TinyPolicy)
         super().__init__(policy)
@@ -276,18 +275,21 @@ def test_an_engine_is_closed_whatever_happens(lively_base: Path) -> None:
     with isolated_permissions():
         with (
             pytest.raises(InputError, match="is code of a file, not of lvrpo"),
-            open_engine(settings, lively_base),
+            open_engine(settings, load_policy(lively_base), lively_base),
         ):
             pass
         allow_code([__file__])
         opened: list[EngineSampler | None] = []
-        with pytest.raises(KeyError), open_engine(settings, lively_base) as sampler:  # noqa: PT012
+        with pytest.raises(KeyError), open_engine(settings, load_policy(lively_base), lively_base) as sampler:  # noqa: PT012
             opened.append(sampler)
             raise KeyError
         assert opened[0] is not None
         assert cast(Copied, opened[0].engine).closed
         wrong = config_of(lively_base, f"rollout.engine={{kind: custom, name: '{__file__}:Copied'}}")
-        with pytest.raises(InputError, match=r"Copied cannot be made: TypeError: "), open_engine(wrong, lively_base):
+        with (
+            pytest.raises(InputError, match=r"Copied cannot be made: TypeError: "),
+            open_engine(wrong, load_policy(lively_base), lively_base),
+        ):
             pass
 
 

@@ -31,7 +31,6 @@ from lvrpo.types import (
     Group,
     Parts,
     Prompt,
-    Segment,
     SegmentKind,
     SegmentLogprobs,
     Task,
@@ -92,7 +91,7 @@ class Chat:
         return found
 
     def _read(self, parts: Parts) -> ReadPrompt:
-        made = dict(self._render(parts, tokenize=True, return_dict=True, return_tensors="pt"))
+        made = dict(self.render(parts, tokenize=True, return_dict=True, return_tensors="pt"))
         ids = made.pop("input_ids")
         made.pop("attention_mask", None)
         kinds = {name: made.pop(name)[0] for name, value in [*made.items()] if value.shape == ids.shape}
@@ -104,13 +103,16 @@ class Chat:
     def answer(self, parts: Parts, text: str) -> list[int]:
         """Ids of a text that answers a prompt, set apart as the chat template does, without the end token."""
         self.check_text(text)
-        start, whole = self._render(parts), self._render(parts, text)
+        start, whole = self.render(parts), self.render(parts, text)
         if whole.startswith(start) and text in (rest := whole[len(start) :]):
             text = rest[: rest.index(text) + len(text)]
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _render(self, parts: Parts, answer: str | None = None, **options: Any) -> Any:
-        """Any: text, or the processor's inputs where ``options`` ask for them."""
+    def render(self, parts: Parts, answer: str | None = None, **options: Any) -> Any:
+        """A user's message in the chat template, and the start or the whole of the answer.
+
+        Any: text, or the processor's inputs where ``options`` ask for them.
+        """
         for part in parts:
             if isinstance(part, str):
                 self.check_text(part)
@@ -211,7 +213,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
     def count_tokens(self, trajectory: Trajectory) -> TokenCounts:
         """See ``Policy.count_tokens``."""
         text = sum(len(segment.tokens) for segment in trajectory.segments if isinstance(segment, TextSegment))
-        context = len(self._prompt(trajectory.prompt).ids)
+        context = len(self.read_prompt(trajectory.prompt).ids)
         return TokenCounts(context, text, 0) if self._shares() else TokenCounts(0, context + text, 0)
 
     # --- rollout ---
@@ -221,8 +223,8 @@ class ImageTextToTextPolicy(TransformersPolicy):
         """Samples a group of answers for every prompt; see ``Policy.sample``. Raises InputError for a drawing."""
         size, members, new = sampling.group_size, [], sampling.max_new_tokens
         for prompt, seed in zip(prompts, seeds, strict=True):
-            self._check(prompt, sampling)
-            members += [(prompt, self._prompt(prompt), m, derive_seed(seed, m)) for m in range(size)]
+            self.check_prompt(prompt, sampling)
+            members += [(prompt, self.read_prompt(prompt), m, derive_seed(seed, m)) for m in range(size)]
         drawn: list[Trajectory] = []
         read: Decoder | None = None
         parts = self.cut([len(row.ids) + new for _, row, _, _ in members])
@@ -236,30 +238,33 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 decoder.select(_places(rows))
                 texts = generate_text(decoder, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
-                    segment = self._segment(ids, sampling.temperature)
+                    segment = self.make_segment(ids, sampling.temperature)
                     drawn.append(Trajectory(prompt, m, (segment,), seed, self.version))
         reused = read if len(parts) == 1 else None  # only then a replay reads the same batch of prompts
         replayed = self._replay(drawn, entropy=False, read=reused)
         scored = [with_behavior_logprobs(t, found) for t, found in zip(drawn, replayed, strict=True)]
         return [Group(prompt, tuple(scored[p * size : (p + 1) * size])) for p, prompt in enumerate(prompts)]
 
-    def _segment(self, ids: Sequence[int], temperature: float) -> Segment:
+    def make_segment(self, ids: Sequence[int], temperature: float) -> TextSegment:
+        """A sampled text, with log-probs of 0."""
         ended = ids[-1] in self.end_ids
         text = self.chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
         return TextSegment(torch.tensor(ids, dtype=torch.int64), torch.zeros(len(ids)), temperature, text, ended)
 
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+    def check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises InputError for a prompt that asks for a drawing or is too long."""
         named = f"prompt {prompt.id!r}"
         if prompt.output != ("text",):
             raise InputError(f"{named}: this model reads pictures and does not draw them: ask for a text")
-        length, most = len(self._prompt(prompt).ids), self.positions
+        length, most = len(self.read_prompt(prompt).ids), self.positions
         if length + sampling.max_new_tokens > most:
             raise InputError(
                 f"{named}: {length} tokens and {sampling.max_new_tokens} after them, the limit is {most}: shorten it, "
                 "or write less (max_new_tokens)"
             )
 
-    def _prompt(self, prompt: Prompt) -> ReadPrompt:
+    def read_prompt(self, prompt: Prompt) -> ReadPrompt:
+        """The prompt as the processor made it, after the instruction to think where the task is ``reason``."""
         think = prompt.task == "reason"
         return self.chat.read((THINK_THEN_ANSWER, *prompt.parts) if think else prompt.parts)
 
@@ -348,7 +353,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 assert isinstance(segment, TextSegment)
                 alike.setdefault(segment.temperature, []).append((i, segment))
         for temperature, same in alike.items():
-            prompts = [self._prompt(trajectories[i].prompt) for i, _ in same]
+            prompts = [self.read_prompt(trajectories[i].prompt) for i, _ in same]
             scored = self._score(prompts, [segment.tokens for _, segment in same], temperature, entropy, read)
             for (i, _), found in zip(same, scored, strict=True):
                 out[i] = [found]

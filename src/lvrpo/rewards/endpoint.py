@@ -139,7 +139,7 @@ class ChatEndpoint:
             for name, value in (("base_url", config.base_url), ("model", config.model)):
                 if len(self._key) >= SHORTEST_KEY and self._key in unquote(value):
                     raise InputError(f"endpoint.{name}: holds the key of key_env={config.key_env}: take it out")
-        self._http, self._tenacity = _packages()
+        self._http, self._tenacity = http_packages()
         self._answered = False
         limits = self._http.Limits(max_connections=config.workers, max_keepalive_connections=0)
         self._client = self._http.Client(timeout=config.timeout_s, headers=self._headers(), limits=limits)
@@ -299,8 +299,8 @@ def _seconds(header: str | None) -> float:
     return float(header) if header and re.fullmatch(r"\d{1,6}(\.\d+)?", header.strip()) else 0.0
 
 
-def _packages() -> tuple[Any, Any]:
-    """Any: the packages are optional."""
+def http_packages() -> tuple[Any, Any]:
+    """httpx2 and tenacity. Any: they are optional. Raises InputError."""
     try:
         import httpx2
         import tenacity

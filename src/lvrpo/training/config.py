@@ -431,6 +431,11 @@ class TrainConfig(Config):
                 f"rollout.engine.kind={rollout.engine.kind}: an engine has the trained weights, and with "
                 "rollout.sample_from=reference the reference samples: leave one of them out"
             )
+        if rollout.engine.kind == "vllm" and (self.adapter is None or self.adapter.dora):
+            raise ValueError(
+                "rollout.engine.kind=vllm: takes new weights as a LoRA adapter only: set adapter (without dora), "
+                "or use sglang"
+            )
         if rollout.engine.kind == "custom" and isinstance(self.flow, RecordedStepsConfig):
             raise ValueError(
                 f"flow.kind={self.flow.kind}: takes ratios of steps to log-probs of another program "

@@ -73,12 +73,12 @@ def dry_run(config: TrainConfig) -> DryRun:
 def _engine(config: TrainConfig, policy: Policy, base: Path) -> Iterator[EngineSampler | None]:
     """``open_engine`` without a run directory: a new adapter is saved to a temporary folder."""
     if config.adapter is None:
-        with open_engine(config, base) as engine:
+        with open_engine(config, policy, base) as engine:
             yield engine
         return
     with tempfile.TemporaryDirectory() as scratch:
         policy.save(Path(scratch) / "adapter")
-        with open_engine(config, Path(scratch) / "adapter") as engine:
+        with open_engine(config, policy, Path(scratch) / "adapter") as engine:
             yield engine
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,12 +23,36 @@ if TYPE_CHECKING:
 SetName = Literal["policy", "old", "reference", "ema", "judge", "judge_ema"]
 EXTRAPOLATION = 2.0**14
 """Makes a step of 1e-7 visible in bfloat16."""
+CHECKSUM_CHUNK = 2**16
+"""64-bit words per operation of a checksum."""
 
 
 def policy_module(policy: object) -> nn.Module:
     """A policy typed as ``nn.Module``."""
     assert isinstance(policy, nn.Module)
     return policy
+
+
+def weights_checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    """A non-cryptographic checksum of names, dtypes, shapes and data; equal on every device."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        tensor = weights[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)} ".encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Sum of the 64-bit words times position-dependent odd numbers, modulo 2^64, on the tensor's device."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if len(data) % 8:
+        data = torch.cat([data, data.new_zeros(-len(data) % 8)])
+    words = data.view(torch.int64)
+    odd = torch.arange(min(CHECKSUM_CHUNK, len(words)), device=words.device) * 2 + 1
+    total = torch.zeros((), dtype=torch.int64, device=words.device)  # int64 wraps around
+    for i, chunk in enumerate(words.split(CHECKSUM_CHUNK)):
+        total += (chunk * odd[: len(chunk)]).sum() + 2 * CHECKSUM_CHUNK * i * chunk.sum()
+    return int(total)
 
 
 def weights_dtype(config: TrainConfig, folder: Path) -> str | None:

@@ -1,12 +1,11 @@
 """Rollout engines: programs that sample instead of the policy, with synchronized weights.
 
-An engine is a copy of the policy in another process (``ProcessEngine``), or a custom class, such as a client of an
-inference server. It receives weights and prompts and returns groups with its own behavior log-probs.
+An engine is a copy of the policy in another process (``ProcessEngine``), an inference server (``inference_servers``),
+or a custom class. It receives weights and prompts and returns groups with its own behavior log-probs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import socket
@@ -29,7 +28,8 @@ from lvrpo.distributed import device, relay_errors
 from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.registry import allowed_code, resolve
-from lvrpo.training.policies import policy_module, weights_dtype
+from lvrpo.training.inference_servers import SERVERS, SHARED_MEMORY, ServerEngineConfig
+from lvrpo.training.policies import policy_module, weights_checksum, weights_dtype
 from lvrpo.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 DEFAULT_IMPORTANCE_CAP = 2.0
 """Default ``importance_cap`` of token losses with a rollout engine."""
-SHARED_MEMORY = "/dev/shm"
-CHECKSUM_CHUNK = 2**16
-"""64-bit words per operation."""
 
 
 class RolloutEngine(Protocol):
@@ -83,30 +80,10 @@ class CustomEngineConfig(Config):
 
 
 Engine = Annotated[
-    PolicyEngineConfig | ProcessEngineConfig | CustomEngineConfig, Field(discriminator="kind"), default_kind("policy")
+    PolicyEngineConfig | ProcessEngineConfig | ServerEngineConfig | CustomEngineConfig,
+    Field(discriminator="kind"),
+    default_kind("policy"),
 ]
-
-
-def weights_checksum(weights: Mapping[str, torch.Tensor]) -> str:
-    """A non-cryptographic checksum of names, dtypes, shapes and data; equal on every device."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        tensor = weights[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)} ".encode())
-    return digest.hexdigest()
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    """Sum of the 64-bit words times position-dependent odd numbers, modulo 2^64, on the tensor's device."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(data) % 8:
-        data = torch.cat([data, data.new_zeros(-len(data) % 8)])
-    words = data.view(torch.int64)
-    odd = torch.arange(min(CHECKSUM_CHUNK, len(words)), device=words.device) * 2 + 1
-    total = torch.zeros((), dtype=torch.int64, device=words.device)  # int64 wraps around
-    for i, chunk in enumerate(words.split(CHECKSUM_CHUNK)):
-        total += (chunk * odd[: len(chunk)]).sum() + 2 * CHECKSUM_CHUNK * i * chunk.sum()
-    return int(total)
 
 
 class EngineSampler:
@@ -153,10 +130,13 @@ class EngineSampler:
 
 
 @contextmanager
-def open_engine(config: TrainConfig, start: Path, base: str | None = None) -> Iterator[EngineSampler | None]:
+def open_engine(
+    config: TrainConfig, policy: Policy, start: Path, base: str | None = None
+) -> Iterator[EngineSampler | None]:
     """The engine of this rank, closed on exit; None: the policy samples. A process starts at the first weight sync.
 
-    ``start``: the folder of the initial policy; ``base``: the base MODEL of its adapter, to override the recorded one.
+    ``policy``: the trained one. ``start``: the folder of the initial policy; ``base``: the base MODEL of its adapter,
+    to override the recorded one.
     """
     engine: RolloutEngine
     section = config.rollout.engine
@@ -166,6 +146,8 @@ def open_engine(config: TrainConfig, start: Path, base: str | None = None) -> It
     with relay_errors():
         if isinstance(section, ProcessEngineConfig):
             engine = ProcessEngine(config, start, base, section.device)
+        elif isinstance(section, ServerEngineConfig):
+            engine = SERVERS[section.kind](policy, section)
         else:
             engine = _custom_engine(section, config, start)
     try:

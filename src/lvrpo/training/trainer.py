@@ -176,7 +176,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         if self.finished:
             return True
         config, run, state, policies = self.config, self.run, self.state, self.state.policies
-        with open_engine(config, run.path / START, self.base) as engine:
+        with open_engine(config, policies.policy, run.path / START, self.base) as engine:
             if state.step == 0:
                 self._before_first_step(engine)
             rollouts, stopped = Rollouts(policies, config, engine), False
