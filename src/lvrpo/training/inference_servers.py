@@ -53,8 +53,8 @@ class ServerEngineConfig(Config):
 
     kind: Literal["vllm", "sglang"]
     """vllm: takes new weights as an adapter only. sglang: as an adapter or as a whole model."""
-    url: str
-    """Address of the server, such as http://localhost:8000."""
+    url: str = "http://localhost:8000"
+    """Address of the server; 8000 is the port of vLLM, 30000 that of SGLang."""
     weights_folder: str | None = None
     """Folder for new weights, which the server must be able to read; null: a temporary one in shared memory, for a
     server on the same machine."""

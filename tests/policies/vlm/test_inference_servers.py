@@ -135,7 +135,7 @@ class Stub:
         policy: ImageTextToTextPolicy, read: ReadPrompt, settings: dict[str, Any], n: int, longest: int
     ) -> list[TextSegment]:
         sampling = Sampling(group_size=n, temperature=settings["temperature"], max_new_tokens=longest)
-        seed = settings.get("seed", settings.get("sampling_seed"))
+        seed = settings["seed"] if "seed" in settings else settings["sampling_seed"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(policy, "read_prompt", lambda prompt: read)
             group = policy.sample([Prompt("p", "understand", ("x",), ("text",))], sampling, [seed])[0]
