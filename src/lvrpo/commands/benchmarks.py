@@ -24,7 +24,7 @@ def published_options(parser: Parser) -> None:
         "--vlm",
         type=Path,
         metavar="FOLDER|FILE.yaml",
-        help="who answers questions about drawings, for geneval2 and dpg: a model of transformers, or an endpoint",
+        help="who judges the drawings of geneval2, dpg, wise, t2i_compbench: a model of transformers, or an endpoint",
     )
     parser.add_argument(
         "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"

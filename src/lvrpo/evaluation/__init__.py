@@ -22,6 +22,9 @@ PUBLISHED: Mapping[str, str] = {
     "geneval2": "lvrpo.evaluation.benchmarks.vqa:GENEVAL2",
     "geneval2_am": "lvrpo.evaluation.benchmarks.vqa:GENEVAL2_AM",
     "dpg": "lvrpo.evaluation.benchmarks.vqa:DPG",
+    "t2i_compbench": "lvrpo.evaluation.benchmarks.compbench:BENCHMARK",
+    "wise": "lvrpo.evaluation.benchmarks.wise:WISE",
+    "wise_verified": "lvrpo.evaluation.benchmarks.wise:WISE_VERIFIED",
     "ocr": "lvrpo.evaluation.benchmarks.ocr:BENCHMARK",
 }
 """Published benchmarks, whose prompts the user provides in a folder."""

@@ -26,6 +26,7 @@ from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
 from lvrpo.policies.base import Judge
 from lvrpo.reading import Record, parse_typed_json, read_text
+from lvrpo.records import MeanOver
 from lvrpo.rewards.base import Scores, image_problem
 from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer
 from lvrpo.rewards.external import ExternalVLM
@@ -42,6 +43,20 @@ SMALLEST = 1e-6
 """Below this a score counts as this in a geometric mean, which one question would otherwise set to 0."""
 
 
+class PictureJudge:
+    """Who looks at drawings: a folder of ``transformers``, an endpoint, or neither, which is the policy's judge."""
+
+    def __init__(self, vlm: Path | None = None, device: str = "auto") -> None:
+        """``vlm``: a folder, or a YAML file with the keys of an endpoint; None: the judge itself. Raises InputError."""
+        is_folder = vlm is not None and vlm.is_dir()
+        self.reader = ExternalVLM(str(vlm), device) if is_folder else None
+        self.endpoint = None
+        if vlm is not None and not is_folder:
+            self.endpoint = ChatEndpoint(parse_section(EndpointConfig, read_yaml(vlm), vlm))
+        named = self.reader or self.endpoint
+        self.judged_by = "the judge" if named is None else named.identity
+
+
 class QuestionScorer:
     """Asks a judge every question of a prompt about its drawing and combines the answers. Range [0, 1].
 
@@ -54,25 +69,20 @@ class QuestionScorer:
     sides: ClassVar = ("read",)
 
     def __init__(self, combine: Combine, vlm: Path | None = None, device: str = "auto") -> None:
-        """``vlm``: a folder, or a YAML file with the keys of an endpoint; None: the judge itself. Raises InputError."""
+        """``vlm``: see ``PictureJudge``. Raises InputError."""
         self.combine = combine
         self._vqa = SelfVQA(choices=BOTH_ORDERS)
-        is_folder = vlm is not None and vlm.is_dir()
-        self._reader = ExternalVLM(str(vlm), device) if is_folder else None
-        self._endpoint = None
-        if vlm is not None and not is_folder:
-            self._endpoint = ChatEndpoint(parse_section(EndpointConfig, read_yaml(vlm), vlm))
-        named = self._reader or self._endpoint
-        self.judged_by = "the judge" if named is None else named.identity
+        self._judge = PictureJudge(vlm, device)
+        self.judged_by = self._judge.judged_by
 
     def applies(self, prompt: Prompt) -> bool:
         return "image" in prompt.output and bool(prompt.facts)
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        if self._endpoint is not None:
-            found, failures = self._asked(groups, self._endpoint)
+        if self._judge.endpoint is not None:
+            found, failures = self._asked(groups, self._judge.endpoint)
         else:
-            found, failures = self._vqa.confidences(groups, judge, self._reader or judge)
+            found, failures = self._vqa.confidences(groups, judge, self._judge.reader or judge)
         values = torch.full((len(groups), len(groups[0])), math.nan)
         for (p, g), answers in found.items():
             values[p, g] = self.combine(groups[p].prompt, answers.tolist())
@@ -159,7 +169,9 @@ def arithmetic_mean(prompt: Prompt, answers: Sequence[float]) -> float:
 
 
 def _build_geneval2(name: str, mean: Combine, folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
-    return [_benchmark(name, read_geneval2(folder / GENEVAL2_FILE), QuestionScorer(mean, inputs.vlm, inputs.device))]
+    return [
+        question_benchmark(name, read_geneval2(folder / GENEVAL2_FILE), QuestionScorer(mean, inputs.vlm, inputs.device))
+    ]
 
 
 # --- DPG-Bench ---
@@ -221,10 +233,13 @@ def build_dpg(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     """The prompts, four pictures each."""
     prompts, parents = read_dpg(folder / DPG_FILE)
     scorer = QuestionScorer(lambda prompt, answers: dpg_score(parents[prompt.id], answers), inputs.vlm, inputs.device)
-    return [_benchmark("dpg", prompts, scorer, samples=4)]
+    return [question_benchmark("dpg", prompts, scorer, samples=4)]
 
 
-def _benchmark(name: str, prompts: Sequence[Prompt], scorer: QuestionScorer, samples: int = 1) -> Benchmark:
+def question_benchmark(
+    name: str, prompts: Sequence[Prompt], scorer: QuestionScorer, samples: int = 1, mean_over: MeanOver = "prompts"
+) -> Benchmark:
+    """A benchmark of drawings whose prompts come with questions."""
     text = "\n".join(str((p.parts, [(f.question, f.answer) for f in p.facts])) for p in prompts)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     details: Mapping[str, str] = {"data": f"{len(prompts)} prompts, {digest}", "scored_by": scorer.judged_by}
@@ -236,6 +251,7 @@ def _benchmark(name: str, prompts: Sequence[Prompt], scorer: QuestionScorer, sam
         metric="reward",
         check=lambda policy: readable(name, prompts, policy),
         reward=scorer,
+        mean_over=mean_over,
         own_sampling=True,
         details=details,
     )
