@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ class Reads:
     """Finds the best of a bright picture and the worst of a dark one nearly sure."""
 
     image_size = None
-    counts = {"bananas": "one", "bicycles": "two", "fish": "six"}
+    counts: ClassVar = {"bananas": "one", "bicycles": "two", "fish": "six"}
 
     def text_logprob(self, contexts: Sequence[Any], texts: Sequence[str]) -> torch.Tensor:
         sure = []
