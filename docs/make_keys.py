@@ -15,6 +15,7 @@ from lvrpo.commands.keys import KEYS as PAGE
 from lvrpo.config import KIND, Config
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.diffusers_flow.create import PipelineSizes
+from lvrpo.policies.emu3.create import Emu3Sizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.showo.create import ShowoSizes
 from lvrpo.policies.showo2.create import RandomShowo2
@@ -30,7 +31,16 @@ def main() -> None:
 def render() -> str:
     """The file as text, one class a line."""
     found: dict[str, dict[str, Any]] = {}
-    for cls in (TrainConfig, PretrainConfig, BagelSizes, JanusSizes, PipelineSizes, ShowoSizes, RandomShowo2):
+    for cls in (
+        TrainConfig,
+        PretrainConfig,
+        BagelSizes,
+        Emu3Sizes,
+        JanusSizes,
+        PipelineSizes,
+        ShowoSizes,
+        RandomShowo2,
+    ):
         describe(cls, found)
     lines = [f"{json.dumps(name)}: {json.dumps(described)}" for name, described in found.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -27,6 +27,7 @@ from lvrpo.policies.bagel.config import BagelConfig, BagelSettings
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.bagel.encoders import ResizeRule, VitConfig
 from lvrpo.policies.diffusers_flow.create import PipelineSizes
+from lvrpo.policies.emu3.create import Emu3Sizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.janus.processor import ImageSettings
 from lvrpo.policies.showo.checkpoint import ShowoConfig
@@ -105,6 +106,7 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
+    "init emu3": (Emu3Sizes, ("init", "emu3-tiny", "new")),
     "init showo": (ShowoSizes, ("init", "showo-tiny", "new")),
     "init sd3": (PipelineSizes, ("init", "sd3-tiny", "new")),
     "init showo2": (RandomShowo2, ("init", "showo2-tiny", "new")),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
 from lvrpo.errors import InputError
@@ -13,23 +14,36 @@ if TYPE_CHECKING:
     import torch
 
     from lvrpo.data.scenes.verifier import Reading
+    from lvrpo.policies.adapter import AdaptablePolicy
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
-    from lvrpo.policies.janus.policy import JanusPolicy
-    from lvrpo.policies.showo.policy import ShowoPolicy
-    from lvrpo.policies.showo2.policy import Showo2Policy
     from lvrpo.types import Image
 
+
+class RandomModel(NamedTuple):
+    """A random model that ``lvrpo init`` makes."""
+
+    name: str
+    """Name in messages."""
+    sizes: str
+    """The class of its sizes, whose keys ``docs/make_keys.py`` describes."""
+    package: str = ""
+    """Package of ``lvrpo.policies`` whose module ``create`` has that class; empty: it is made by a function below."""
+    create: str = ""
+    """Name of the function there that makes the policy."""
+
+
 KINDS = {
-    "bagel-tiny": "BagelSizes",
-    "janus-tiny": "JanusSizes",
-    "showo-tiny": "ShowoSizes",
-    "showo2-tiny": "RandomShowo2",
-    "sd3-tiny": "PipelineSizes",
-    "flux-tiny": "PipelineSizes",
+    "bagel-tiny": RandomModel("BAGEL", "BagelSizes"),
+    "janus-tiny": RandomModel("Janus", "JanusSizes", "janus", "create_janus"),
+    "emu3-tiny": RandomModel("Emu3", "Emu3Sizes", "emu3", "create_emu3"),
+    "showo-tiny": RandomModel("Show-o", "ShowoSizes", "showo", "create_showo"),
+    "showo2-tiny": RandomModel("Show-o2", "RandomShowo2", "showo2", "create_showo2"),
+    "sd3-tiny": RandomModel("Stable Diffusion 3", "PipelineSizes"),
+    "flux-tiny": RandomModel("FLUX", "PipelineSizes"),
 }
-"""The kinds of models that ``init`` makes, and the class of their sizes, whose keys ``docs/make_keys.py`` describes."""
-PIPELINE_NAMES = {"sd3-tiny": "Stable Diffusion 3", "flux-tiny": "FLUX"}
+"""Models by the name that ``lvrpo init`` takes."""
+PIPELINES = ("sd3-tiny", "flux-tiny")
 KEPT_BYTES = 256 << 20
 """Size limit of the cache of rendered pictures: all of them at 32 x 32; beyond it, pictures are rendered again."""
 
@@ -56,7 +70,7 @@ def check_sizes(options: Options) -> None:
     from lvrpo.config import require_known_keys
 
     if options.kind in KINDS:
-        require_known_keys(key_class(KINDS[options.kind]), None, options.overrides)
+        require_known_keys(key_class(KINDS[options.kind].sizes), None, options.overrides)
 
 
 def init(options: Options) -> None:
@@ -72,21 +86,15 @@ def init(options: Options) -> None:
     device = pick_device(options.device)
     folder: Path = options.folder
     require_new(folder)
+    made = KINDS[options.kind]
     with new_model_folder(folder) as part:
-        if options.kind in PIPELINE_NAMES:
-            policy, name = fresh_pipeline(options, part), PIPELINE_NAMES[options.kind]
+        if options.kind in PIPELINES:
+            policy = fresh_pipeline(options, part)
         else:
-            if options.kind == "janus-tiny":
-                policy, name = fresh_janus(options), "Janus"
-            elif options.kind == "showo-tiny":
-                policy, name = fresh_showo(options), "Show-o"
-            elif options.kind == "showo2-tiny":
-                policy, name = fresh_showo2(options), "Show-o2"
-            else:
-                policy, name = fresh_bagel(options, device), "BAGEL"
+            policy = fresh_policy(made, options) if made.package else fresh_bagel(options, device)
             policy.save(part)
     count = sum(parameter.numel() for parameter in policy.parameters())
-    print(f"{folder}: a random {name} of {count / 1e6:.1f} million parameters")
+    print(f"{folder}: a random {made.name} of {count / 1e6:.1f} million parameters")
 
 
 def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
@@ -104,14 +112,15 @@ def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
     return policy
 
 
-def fresh_janus(options: Options) -> JanusPolicy:
-    """A Janus with random weights, autoencoder included."""
+def fresh_policy(made: RandomModel, options: Options) -> AdaptablePolicy:
+    """Makes a policy of the table; its autoencoder is random."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
-    from lvrpo.policies.janus.create import JanusSizes, create_janus
 
     refuse_autoencoder(options)
-    return create_janus(load_config(JanusSizes, None, options.overrides), [" ".join(VOCABULARY)])
+    module = import_module(f"lvrpo.policies.{made.package}.create")
+    sizes = load_config(getattr(module, made.sizes), None, options.overrides)  # both names are of the table
+    return getattr(module, made.create)(sizes, [" ".join(VOCABULARY)])
 
 
 def fresh_pipeline(options: Options, folder: Path) -> DiffusersPolicy:
@@ -130,26 +139,6 @@ def refuse_autoencoder(options: Options) -> None:
     """Raises InputError where the options ask for an autoencoder that is trained."""
     if options.train_autoencoder:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
-
-
-def fresh_showo(options: Options) -> ShowoPolicy:
-    """A Show-o with random weights, autoencoder included."""
-    from lvrpo.config import load_config
-    from lvrpo.data.scenes import VOCABULARY
-    from lvrpo.policies.showo.create import ShowoSizes, create_showo
-
-    refuse_autoencoder(options)
-    return create_showo(load_config(ShowoSizes, None, options.overrides), [" ".join(VOCABULARY)])
-
-
-def fresh_showo2(options: Options) -> Showo2Policy:
-    """A Show-o2 with random weights, autoencoder included."""
-    from lvrpo.config import load_config
-    from lvrpo.data.scenes import VOCABULARY
-    from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
-
-    refuse_autoencoder(options)
-    return create_showo2(load_config(RandomShowo2, None, options.overrides), [" ".join(VOCABULARY)])
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:

@@ -8,6 +8,7 @@ POLICIES: Mapping[str, str] = {
     "lvrpo_tiny": "lvrpo.policies.tiny:TinyPolicy",
     "bagel": "lvrpo.policies.bagel.policy:BagelPolicy",
     "janus": "lvrpo.policies.janus.policy:JanusPolicy",
+    "emu3": "lvrpo.policies.emu3.policy:Emu3Policy",
     "showo": "lvrpo.policies.showo.policy:ShowoPolicy",
     "showo2": "lvrpo.policies.showo2.policy:Showo2Policy",
     "image_text_to_text": "lvrpo.policies.image_text_to_text:ImageTextToTextPolicy",

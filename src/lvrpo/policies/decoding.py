@@ -1,6 +1,7 @@
-"""Rows of tokens that grow from a cache of keys and values of ``transformers``, and sampled texts.
+"""Rows of tokens that grow from a cache of keys and values of ``transformers``; sampled texts and image tokens.
 
-Letters: R rows, L places so far, n new places, D what the model gives per place (states or logits), B members.
+Letters: R rows, L places so far, n new places, D what the model gives per place (states or logits), B members,
+N tokens of a picture.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lvrpo.sampling import sample_tokens
+from lvrpo.sampling import guide_logits, sample_tokens
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """Ids (R,) to what the model is fed per row."""
@@ -72,6 +73,35 @@ class Decoder:
         return out
 
 
+def read_rows(
+    transformer: Any,
+    x: torch.Tensor,
+    valid: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+) -> Decoder:
+    """Reads contexts (R, L, D), padded on the left where ``valid`` int64 (R, L) is 0.
+
+    ``transformer``: a decoder of transformers. ``positions`` int64 (R, L): other ones than the number of valid places
+    before each; ``seen`` bool (R, 1, L, L): which places see which, where it is not those before them. Any: an optional
+    package.
+    """
+    from transformers import DynamicCache
+
+    def forward(x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        out = transformer(
+            inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state
+
+    if positions is None:
+        positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
+    mask = seen if seen is not None else None if bool(valid.all()) else valid
+    cache = DynamicCache(config=transformer.config)
+    states = forward(x, mask, positions, cache)
+    return Decoder(forward, cache, valid, positions[:, -1:], states[:, -1])
+
+
 def generate_text(
     decoder: Decoder,
     embed: Embed,
@@ -98,3 +128,28 @@ def generate_text(
         active = [active[k] for k in still]
         logits = head(decoder.step(embed(tokens[still])))
     return texts
+
+
+def generate_image_tokens(
+    decoder: Decoder,
+    embed: Callable[[torch.Tensor, int], torch.Tensor],
+    head: Head,
+    uniforms: torch.Tensor,
+    temperature: float,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Samples the tokens of a picture per member with uniforms (B, N), to int64 (B, N).
+
+    The rows of the decoder: B contexts; under guidance (a scale other than 1) B more of the unconditional branch, which
+    are fed the same tokens. ``embed``: tokens (R,) and their index in the picture to what the model is fed after them
+    (R, n, D): the token, and what ends its line.
+    """
+    B, N = uniforms.shape
+    drawn: list[torch.Tensor] = []
+    for i in range(N):
+        if drawn:
+            decoder.extend(embed(drawn[-1].repeat(len(decoder.mask) // B), i - 1))
+        logits = head(decoder.last)
+        guided = guide_logits(logits[:B], logits[B:] if len(logits) > B else None, guidance_scale)
+        drawn.append(sample_tokens(guided, uniforms[:, i], temperature))
+    return torch.stack(drawn, dim=1)

@@ -133,9 +133,17 @@ class Chat:
         if found := next((marker for marker in self.markers if marker in text), None):
             raise InputError(f"{text[:40]!r}: holds {found}, a marker of the model: leave it out")
 
+    def save(self, folder: Path) -> None:
+        """Writes the files that it was read from."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Raises InputError, one line, where files are missing or damaged, or there is no chat template."""
+    def load(cls, folder: Path, template: str | None = None) -> Self:
+        """Raises InputError, one line, where files are missing or damaged, or there is no chat template.
+
+        ``template``: that of a folder that has none.
+        """
         transformers = transformers_library(KIND)
         for names in (("tokenizer.json", "tokenizer.model", "vocab.json"),
                       ("preprocessor_config.json", "processor_config.json")):  # fmt: skip
@@ -155,6 +163,7 @@ class Chat:
             ) from None
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise InputError(f"{folder}: its processor reads no pictures: copy the processor's files from the Hub")
+        processor.chat_template = processor.chat_template or template
         if not processor.chat_template:
             raise InputError(
                 f"{folder}: has no chat template: copy chat_template.jinja (or .json) from a fine-tuned model of chats"
@@ -398,8 +407,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
         """Writes a folder that ``AutoModelForImageTextToText.from_pretrained`` reads too."""
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
-        for name, content in self.chat.files.items():
-            (folder / name).write_bytes(content)
+        self.chat.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:

@@ -18,6 +18,10 @@ TEXT_TOKENS = 512
 """Default limit of a generated text."""
 THINK_THEN_ANSWER = "Think about the question step by step, then say the answer."
 """Instruction before prompts of the task ``reason`` that are answered by text."""
+THINK_THEN_DRAW = (
+    "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
+)
+"""Instruction before prompts of the task ``reason`` that ask for a drawing."""
 
 
 class TransformersPolicy(AdaptablePolicy):

@@ -113,7 +113,7 @@ def test_greedy_drawings_and_their_guided_log_probs_are_the_library_s(
 @torch.no_grad()
 def test_pictures_are_quantized_as_by_the_library(janus: JanusPolicy, model: Any, prompts: list[Prompt]) -> None:
     pictures = [part for part in prompts[2].parts if not isinstance(part, str)]
-    codes = janus.encode_images(pictures)
+    codes = torch.stack([janus.encode_image(picture) for picture in pictures])
     pixels = janus.processor.pictures.pixels(pictures)
     assert codes.flatten().tolist() == model.model.vqmodel.encode(pixels).image_tokens.flatten().tolist()
     assert len(codes.unique()) > 1

@@ -88,11 +88,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """Any: decoded JSON. Raises InputError for a dtype that weights do not have, ValueError for a wrong extent."""
     dtype, shape = str(entry["dtype"]), tuple(int(side) for side in entry["shape"])
-    if dtype not in DTYPES:
+    known = {**DTYPES, "I64": torch.int64} if name.endswith(".num_batches_tracked") else DTYPES  # a count of BatchNorm
+    if dtype not in known:
         raise InputError(f"{path}: {name} has dtype {dtype}: use weights in {', '.join(DTYPES)}")
     first, last = entry["data_offsets"]
     tensor = StoredTensor(path, name, dtype, shape, data_start + int(first))
-    if last - first != tensor.count * DTYPES[dtype].itemsize:
+    if last - first != tensor.count * known[dtype].itemsize:
         raise ValueError("extent and shape differ")
     return tensor
 

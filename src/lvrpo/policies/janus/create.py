@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, processors
 from lvrpo.config import Config
 from lvrpo.policies.byte_level import learn_tokenizer
 from lvrpo.policies.janus.policy import JanusPolicy
-from lvrpo.policies.janus.processor import TEMPLATE, THINK_THEN_DRAW, TOKENS, Processor
+from lvrpo.policies.janus.processor import TEMPLATE, TOKENS, Processor
 from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.policies.transformers_library import transformers_library
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
 
 MARKERS = {
     "pad_token": "<|pad|>",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -46,27 +46,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
 )
 """The default chat template."""
-
-
-THINK_THEN_DRAW = (
-    "Think about what a picture of the following should show, describe it in a few sentences, then draw it."
-)
-"""Instruction before prompts of the task ``reason`` that ask for a drawing."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Input of the transformer: ids of text tokens, ``PATCH`` per patch of an image, image tokens above."""
-
-    ids: tuple[int, ...]
-    """An image token c is vocabulary_size + c, so that one list holds both."""
-    pictures: tuple[Image, ...] = ()
-    """The images of the patches, in order."""
-
-    @property
-    def key(self) -> Hashable:
-        """The same for rows of the same content."""
-        return self.ids, tuple(map(id, self.pictures))
 
 
 class ImageSettings(Config):

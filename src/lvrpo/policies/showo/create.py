@@ -12,14 +12,13 @@ from pydantic import Field, model_validator
 
 from lvrpo.config import Config
 from lvrpo.policies.byte_level import learn_tokenizer
-from lvrpo.policies.janus.processor import THINK_THEN_DRAW
 from lvrpo.policies.showo.checkpoint import CONFIG, LANGUAGE, empty_transformer
 from lvrpo.policies.showo.layout import HEAD, MARKERS, Layout
 from lvrpo.policies.showo.magvit import GROUPS, Magvit, MagvitConfig
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.policies.transformers_library import transformers_library
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW
 
 END = "<|endoftext|>"
 

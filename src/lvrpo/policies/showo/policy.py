@@ -12,13 +12,12 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.decoding import Decoder, generate_text
+from lvrpo.policies.decoding import Decoder, generate_text, read_rows
 from lvrpo.policies.defaults import TokenPolicy
-from lvrpo.policies.janus.processor import THINK_THEN_DRAW
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, Layout, Rows, square
 from lvrpo.policies.showo.magvit import Magvit
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
 from lvrpo.sampling import derive_seed, guide_logits, uniform_noise
 from lvrpo.types import (
     Group,
@@ -151,19 +150,8 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
 
     def _decoder(self, rows: Rows) -> Decoder:
         """Reads rows that are padded on the left."""
-        from transformers import DynamicCache
-
-        def forward(x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-            """Any: of an optional package."""
-            out = self.model.model(
-                inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            return out.last_hidden_state
-
-        cache, places = DynamicCache(config=self.model.config), rows.places.to(self.device)
-        x = self.model.model.embed_tokens(rows.ids.to(self.device))
-        states = forward(x, rows.seen[:, None].to(self.device), places, cache)
-        return Decoder(forward, cache, rows.valid.long().to(self.device), places[:, -1:], states[:, -1])
+        x, valid = self.model.model.embed_tokens(rows.ids.to(self.device)), rows.valid.long().to(self.device)
+        return read_rows(self.model.model, x, valid, rows.places.to(self.device), rows.seen[:, None].to(self.device))
 
     # --- tokens ---
 
