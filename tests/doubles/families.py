@@ -1,0 +1,153 @@
+"""Small random models of every family of models that lvrpo trains, and the shipped recipe of each at small numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from small_vlm import create_vlm
+
+TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no", "USER: ASSISTANT:")
+SHARED = (
+    "device=cpu",
+    "rollout.group_size=4",
+    "rewards=[{name: 'spread:Spread'}]",
+    "allow_code=[spread]",
+    "optimizer={kind: adamw, adamw_lr: 1e-3, warmup_steps: 0}",
+    "reference_eval_every=2",
+    "reference_eval_group_size=2",
+    "steps=2",
+)
+"""For a reward that differs in every group."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models."""
+
+    recipe: str
+    make: Callable[[Path], object]
+    """Writes a random model."""
+    settings: tuple[str, ...]
+    """Beside ``SHARED``; policy and tasks among them."""
+    losses: frozenset[str]
+    """Among the metrics of a step."""
+    replays: tuple[str, ...]
+    """Kinds of segments, as the step-0 contract calls them."""
+    needs: tuple[str, ...] = ("transformers",)
+
+    def folder(self, place: Path) -> Path:
+        """Made at the first call; skips the test where an optional package is missing."""
+        for package in self.needs:
+            pytest.importorskip(package)
+        if not place.exists():
+            self.make(place)
+        return place
+
+    def overrides(self, folder: Path) -> list[str]:
+        """The recipe's changes."""
+        return [f"policy={folder}", *SHARED, *self.settings]
+
+
+def _janus(place: Path) -> None:
+    from lvrpo.policies.janus.create import JanusSizes, create_janus
+
+    create_janus(JanusSizes(), TEXTS).save(place)
+
+
+def _emu3(place: Path) -> None:
+    from lvrpo.policies.emu3.create import Emu3Sizes, create_emu3
+
+    create_emu3(Emu3Sizes(), TEXTS).save(place)
+
+
+def _showo(place: Path) -> None:
+    from lvrpo.policies.showo.create import ShowoSizes, create_showo
+
+    create_showo(ShowoSizes(), TEXTS).save(place)
+
+
+def _showo2(place: Path) -> None:
+    from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
+
+    create_showo2(RandomShowo2(), TEXTS).save(place)
+
+
+def _sd3(place: Path) -> None:
+    from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
+
+    create_pipeline("sd3-tiny", PipelineSizes(), place)
+
+
+DRAWS_AND_WRITES = (
+    "data.prompts_per_step={generate: 2, understand: 1, edit: 0, reason: 3}",
+    "rollout.max_new_tokens=4",
+    "validation={every: 2, prompts: {generate: 1, understand: 1, reason: 1}}",
+)
+FAMILIES: dict[str, Family] = {
+    "janus": Family(
+        "janus_lvrpo",
+        _janus,
+        DRAWS_AND_WRITES,
+        frozenset({"loss/text/understand", "loss/tokens/generate", "loss/text/reason", "loss/tokens/reason"}),
+        ("text", "image tokens"),
+    ),
+    "emu3": Family(
+        "emu3",
+        _emu3,
+        (*DRAWS_AND_WRITES, "adapter=null", "rollout.image_size=[32, 24]"),
+        frozenset({"loss/text/understand", "loss/tokens/generate", "loss/text/reason", "loss/tokens/reason"}),
+        ("text", "image tokens"),
+    ),
+    "showo": Family(
+        "showo",
+        _showo,
+        (*DRAWS_AND_WRITES, "rollout.num_steps=3"),
+        frozenset({"loss/text/understand", "loss/masked/generate", "loss/text/reason", "loss/masked/reason"}),
+        ("text", "masked image tokens"),
+    ),
+    "showo2": Family(
+        "showo2_1p5b",
+        _showo2,
+        (
+            "data.prompts_per_step={generate: 2, understand: 2, edit: 0, reason: 1}",
+            "rollout.max_new_tokens=4",
+            "rollout.num_steps=3",
+            "data.scenes.weights={reason/draw_answer: 0}",
+            "validation={every: 2, prompts: {generate: 1, understand: 1}}",
+        ),
+        frozenset({"loss/text/understand", "loss/flow/generate", "loss/text/reason"}),
+        ("text", "drawing"),
+        ("transformers", "diffusers"),
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl_2b",
+        lambda place: create_vlm("qwen3_vl", place),
+        (
+            "data.prompts_per_step={generate: 0, understand: 2, edit: 0, reason: 2}",
+            "data.scenes.size=32",
+            "rollout.max_new_tokens=4",
+            "validation={every: 2, prompts: {understand: 2, reason: 1}}",
+        ),
+        frozenset({"loss/text/understand", "loss/text/reason"}),
+        ("text",),
+    ),
+    "sd3": Family(
+        "sd35_medium",
+        _sd3,
+        (
+            "adapter=null",
+            "data.prompts_per_step={generate: 1, understand: 0, edit: 0, reason: 0}",
+            "rollout.num_steps=3",
+            "rollout.image_size=[32, 32]",
+            "flow.top_bottom_k=2",
+            "limits.gradient_checkpointing=false",
+            "validation={every: 2, prompts: {generate: 1}}",
+        ),
+        frozenset({"loss/flow/generate", "kl/flow/generate", "ratio/flow"}),
+        ("drawing",),
+        ("transformers", "diffusers"),
+    ),
+}
