@@ -16,8 +16,8 @@ from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.trainer import Trainer
 
 SUPERVISED = ("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "pretrain", "repa")
-"""Alignments of BAGEL are tried by test_bagel_configs.py, of Janus, Show-o, Qwen3-VL and pipelines by their
-test_runs.py."""
+"""Alignments of BAGEL are tried by test_bagel_configs.py, of other families by
+tests/policies/test_runs.py."""
 SPREAD = """
 import torch
 from lvrpo.rewards.base import Scores

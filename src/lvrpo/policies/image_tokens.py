@@ -291,12 +291,17 @@ class ImageTokenPolicy(TransformersPolicy):
 
     def _placed(self, codes: torch.Tensor, size: tuple[int, int]) -> tuple[list[int], torch.Tensor]:
         """Ids of codes (N,) except the last, and the offset (N,) at which each code is predicted."""
-        ids, places = self.code_ids(codes.to(self.device)).cpu(), torch.arange(len(codes))
-        if self.line_end is None:
-            return ids[:-1].tolist(), places
-        w = self._grid(size)[1]
-        lines = torch.cat([ids.view(-1, w), ids.new_full((len(ids) // w, 1), self.line_end)], dim=1)
-        return lines.flatten()[:-2].tolist(), places + places // w
+        w, places = self._grid(size)[1], torch.arange(len(codes))
+        ends = 0 if self.line_end is None else 1
+        ids = self.picture_ids(codes.view(-1, w))
+        return ids[: len(ids) - 1 - ends].tolist(), places + ends * (places // w)
+
+    def picture_ids(self, codes: torch.Tensor) -> torch.Tensor:
+        """Ids of the codes (h, w) of a picture, ends of lines included, on the CPU."""
+        ids = self.code_ids(codes.to(self.device)).cpu()
+        if self.line_end is not None:
+            ids = torch.cat([ids, ids.new_full((len(ids), 1), self.line_end)], dim=1)
+        return ids.flatten()
 
     def _embedded(self, rows: Sequence[Row], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeds rows (R, L, D), padded on the right or the left; the second result, int64 (R, L), is 0 on padding."""

@@ -70,13 +70,17 @@ class Emu3Policy(ImageTokenPolicy):
             )
         self.register_buffer("codes", torch.tensor([known[c] for c in range(codes)]), persistent=False)
         tokenizer = chat.tokenizer
-        self.end_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        self.line_end, self.picture_id = named.get("<|extra_200|>"), named.get("<image>")
-        needed = (self.end_id, self.pad_id, self.line_end, self.picture_id, *known.values())
-        if None in needed or max(needed) >= size or tokenizer.convert_tokens_to_ids("<image>") != self.picture_id:
+        markers = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+        line_end, self.picture_id = named.get("<|extra_200|>", size), named.get("<image>", size)
+        if (
+            None in markers
+            or max(*markers, line_end, self.picture_id, *known.values()) >= size
+            or tokenizer.convert_tokens_to_ids("<image>") != self.picture_id
+        ):
             raise InputError(f"{chat.folder}: its tokenizer does not fit vocabulary_map in {CONFIG}: use one model's")
         self.text_tokens = torch.ones(size, dtype=torch.bool)
-        self.text_tokens[[*known.values(), self.line_end, self.picture_id]] = False
+        self.text_tokens[[*known.values(), line_end, self.picture_id]] = False
+        (self.end_id, self.pad_id), self.line_end = markers, line_end
 
     codes: torch.Tensor
     """int64 (K,): the id of every code."""
@@ -160,8 +164,7 @@ class Emu3Policy(ImageTokenPolicy):
 
     def _lines(self, picture: Image) -> torch.Tensor:
         """Ids of a picture, ends of lines included, (h * (w + 1),)."""
-        ids = self.code_ids(self.encode_image(picture).to(self.device)).cpu()
-        return torch.cat([ids, ids.new_full((len(ids), 1), self.line_end)], dim=1).flatten()
+        return self.picture_ids(self.encode_image(picture))
 
     def start_picture(self, size: tuple[int, int]) -> list[int]:
         """Height and width in tokens, between the markers of a picture and of its tokens."""
