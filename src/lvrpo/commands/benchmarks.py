@@ -11,7 +11,12 @@ from lvrpo.evaluation import BENCHMARKS, PUBLISHED
 
 def published_options(parser: Parser) -> None:
     """Adds the options that published benchmarks need."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="with a folder for each published benchmark")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR|hub|ID",
+        help="with a folder for each published benchmark; hub, or an id: the benchmark's data set of the Hub",
+    )
     parser.add_argument("--detector", metavar="FOLDER", help="of transformers, for geneval")
     parser.add_argument("--color-classifier", metavar="FOLDER", help="a CLIP or SigLIP, for geneval")
     parser.add_argument(
@@ -49,21 +54,21 @@ def two_shares(text: str) -> tuple[float, float]:
 
 def list_benchmarks(options: Options) -> None:
     """Prints every published benchmark with what it needs."""
-    from rich.table import Table
-
-    from lvrpo.commands.tables import wide_console
     from lvrpo.registry import resolve
 
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    for head in ("benchmark", "size", "files (--data DIR)", "who judges", "license", "source"):
-        table.add_column(head, overflow="fold")
     for name in PUBLISHED:
         found = resolve("benchmark", name, PUBLISHED)
-        files = ", ".join(f"{found.folder or found.name}/{file}" for file in found.files)
-        table.add_row(name, found.size, files, found.needs, found.license, found.source)
-    console = wide_console()
-    console.print(table)
-    console.print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl", soft_wrap=True)
+        print(f"{name}: {found.size}, license: {found.license}")
+        folder = f"DIR/{found.folder or found.name}/"
+        rows = {
+            "source": found.source,
+            "--data DIR": folder + ", ".join(found.files),
+            "--data hub": found.hub.id if found.hub else "-",
+            "judge": found.needs,
+        }
+        for head, text in rows.items():
+            print(f"  {head:<11} {text}")
+    print(f"built in: scenes ({', '.join(BENCHMARKS)}); rows of your own: FILE.jsonl")
 
 
 BENCHMARK_LIST = Command(

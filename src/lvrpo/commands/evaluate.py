@@ -233,6 +233,8 @@ def print_results(
     from lvrpo.report.tables import measure_tables
 
     results = result.results()
+    if not results:
+        return
     if before is None:
         console.print(scores_table(results, f"{options.model}, {result.seconds:.0f} s"))
     else:

@@ -85,7 +85,7 @@ def open_table(
         _require_path(config.path, split)
         files, arguments = [], {"path": config.path, "name": config.name, "revision": config.revision}
         name, begin, end = parse_range(split, expression)
-    with _reading(where, quiet=config.path is None or Path(config.path).exists()):
+    with reading(where, quiet=config.path is None or Path(config.path).exists()):
         builder = library.load_dataset_builder(**arguments)
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in ALLOWED:
@@ -115,7 +115,7 @@ def _require_readable(library: ModuleType, kind: str, files: Sequence[str]) -> N
     """Raises InputError for the first of several local files that cannot be read alone."""
     for file in files if len(files) > 1 and kind != "imagefolder" else ():
         if os.path.isfile(file):
-            with _reading(file, quiet=True):
+            with reading(file, quiet=True):
                 count_rows(library, kind, file)
 
 
@@ -208,7 +208,7 @@ def _fetched(value: Any) -> Any:
 
 
 @contextmanager
-def _reading(where: str, quiet: bool) -> Iterator[None]:
+def reading(where: str, quiet: bool) -> Iterator[None]:
     """Turns whatever reading raises into one line; ``quiet``: without bars of progress."""
     bars = importlib.import_module("datasets.utils")
     hide = quiet and not bars.are_progress_bars_disabled()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lvrpo.data.geneval import in_turns, plural
 from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.hub_data import HubData
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, NUMBER_WORDS, QuestionScorer, question_benchmark
 from lvrpo.evaluation.suite import Benchmark
@@ -109,6 +110,12 @@ def build(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     return [question_benchmark("t2i_compbench", prompts, scorer, SAMPLES, "categories")]
 
 
+HUB = HubData(
+    "NinaKarine/t2i-compbench",
+    tuple(file.removesuffix(".txt") for file in FILES),
+    ("text",),
+    lambda rows: {f"{table}.txt": "".join(f"{row['text']}\n" for row in found) for table, found in rows.items()},
+)
 BENCHMARK = PublishedBenchmark(
     "t2i_compbench",
     "github.com/Karine-Huang/T2I-CompBench, examples/dataset (T2I-CompBench++, arXiv:2307.06350)",
@@ -118,5 +125,6 @@ BENCHMARK = PublishedBenchmark(
     "MIT",
     build,
     read_prompts,
+    hub=HUB,
 )
 """Attributes, relations, numbers and whole sentences by one judge; the official experts are others."""

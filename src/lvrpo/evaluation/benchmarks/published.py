@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.hub_data import KEYWORD, HubData, holds_tables, hub_id, official_files
 from lvrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ class BenchmarkInputs:
     """What published benchmarks are opened with."""
 
     data: Path | None = None
-    """The folder that holds one folder per benchmark, or the files of the only one."""
+    """The folder that holds one folder per benchmark, or the files of the only one; or "hub", or the id of a data set
+    of the Hub."""
     detector: str | None = None
     """A detector of ``transformers``: a local folder, or an id in the local Hub cache."""
     color_classifier: str | None = None
@@ -32,6 +34,8 @@ class BenchmarkInputs:
 
 
 NO_INPUTS = BenchmarkInputs()
+SHOWN = 3
+"""Files that a message names."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,34 @@ class PublishedBenchmark:
     """The prompts of a file in its format, official or not, with their facts."""
     folder: str = ""
     """Name of its folder; "": that of the benchmark."""
+    hub: HubData | None = None
+    """A data set of the Hub with the same rows; None: lvrpo knows none."""
 
     def open(self, inputs: BenchmarkInputs) -> list[Benchmark]:
-        """The benchmark of the files in ``inputs.data``; raises InputError where they are not there."""
+        """The benchmark of the files in ``inputs.data``, or of a data set; raises InputError where neither is there."""
+        needed = (
+            " and ".join(self.files) if len(self.files) <= SHOWN else f"{self.files[0]} and {len(self.files) - 1} more"
+        )
         if inputs.data is None:
+            hub = f", or take {self.hub.id} of the Hub (--data {KEYWORD})" if self.hub else ""
             raise InputError(
-                f"benchmark {self.name}: needs {' and '.join(self.files)} of {self.source}: name the folder that holds "
-                "it (--data DIR); lvrpo benchmarks says more"
+                f"benchmark {self.name}: needs {needed} of {self.source}: name the folder that holds it (--data "
+                f"DIR){hub}; lvrpo benchmarks says more"
             )
         folder = self.folder or self.name
         tried = (inputs.data / folder, inputs.data)
         found = next((each for each in tried if all((each / file).exists() for file in self.files)), None)
-        if found is None:
+        if found is not None:
+            return self.build(found, inputs)
+        name = hub_id(inputs.data, self.hub) or next((str(each) for each in tried if holds_tables(each)), None)
+        if name is not None and self.hub is not None:
+            with official_files(self.hub, name, self.name) as made:
+                return self.build(made, inputs)
+        if not inputs.data.exists() and str(inputs.data) == KEYWORD:
             raise InputError(
-                f"benchmark {self.name}: {inputs.data}: holds no {' and '.join(self.files)}, nor {folder}/ with it: "
-                f"get it from {self.source}"
+                f"benchmark {self.name}: lvrpo knows no data set of the Hub for it: get {needed} from {self.source} "
+                "and name the folder (--data DIR)"
             )
-        return self.build(found, inputs)
+        raise InputError(
+            f"benchmark {self.name}: {inputs.data}: holds no {needed}, nor {folder}/ with it: get it from {self.source}"
+        )

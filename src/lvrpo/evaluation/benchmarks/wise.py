@@ -7,18 +7,20 @@ picture is right or wrong. The instructions to the judge are lvrpo's own words f
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from lvrpo.data.geneval import in_turns
 from lvrpo.errors import InputError
+from lvrpo.evaluation.benchmarks.hub_data import HubData, Rows
 from lvrpo.evaluation.benchmarks.ocr import readable
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.benchmarks.vqa import NEEDS, PictureJudge
@@ -115,6 +117,9 @@ VERIFIED = Protocol(
     ),
     1,
 )
+
+
+COLUMNS = ("Prompt", "Explanation", "prompt_id")
 
 
 class WiseRow(Record):
@@ -268,7 +273,16 @@ def build(protocol: Protocol, folder: Path, inputs: BenchmarkInputs) -> list[Ben
     ]
 
 
-def _published(protocol: Protocol, where: str) -> PublishedBenchmark:
+def files_of(rows: Mapping[str, Rows], protocol: Protocol) -> dict[str, str]:
+    """The official files of rows that are in one table; what belongs to no category is in the last."""
+    ends = [max(protocol.categories[name]) for name in ("culture", "space")]
+    parts: list[list[dict[str, Any]]] = [[], [], []]
+    for row in rows[""]:
+        parts[sum(int(row["prompt_id"]) > end for end in ends)].append(dict(row))
+    return {file: json.dumps(part) for file, part in zip(protocol.files, parts, strict=True)}
+
+
+def _published(protocol: Protocol, where: str, hub: str | None = None) -> PublishedBenchmark:
     return PublishedBenchmark(
         protocol.name,
         f"github.com/PKU-YuanGroup/WISE, {where} (arXiv:2503.07265)",
@@ -278,10 +292,11 @@ def _published(protocol: Protocol, where: str) -> PublishedBenchmark:
         "none stated",
         partial(build, protocol),
         lambda path: [prompt for prompt, _ in read_rows(path, protocol).values()],
+        hub=None if hub is None else HubData(hub, (), COLUMNS, partial(files_of, protocol=protocol)),
     )
 
 
-WISE = _published(LEGACY, "WISE_legacy/data")
+WISE = _published(LEGACY, "WISE_legacy/data", "Yuwei-Niu/WISE")
 """The benchmark of the paper."""
 WISE_VERIFIED = _published(VERIFIED, "data_verified")
 """Its maintained version of 2026."""
