@@ -9,7 +9,7 @@ from lvrpo.training.pretrain import PretrainConfig, supervised_rows
 
 
 def test_rows_are_the_first_prompts_with_their_right_outputs() -> None:
-    clean = CleanPrompts.of(CleanPromptsConfig(seed=2, counts={"generate": 3, "understand": 8, "reason": 3}), 32, 4)
+    clean = CleanPrompts.build(CleanPromptsConfig(seed=2, counts={"generate": 3, "understand": 8, "reason": 3}), 32, 4)
     source = ScenePrompts(ScenesConfig(), "train", 2)
     assert [row.prompt.id for row in clean.generate] == [prompt.id for prompt in source.prompts("generate", 3)]
     assert [row.prompt.id for row in clean.question[4:8]] == [p.id for p in source.prompts("understand", 4, 4)]

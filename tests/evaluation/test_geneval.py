@@ -13,14 +13,14 @@ import torch
 
 from lvrpo.cli import main
 from lvrpo.data import geneval as data
-from lvrpo.data.geneval import COLORS, NUMBERS, facts_of, in_turns, plural, read_metadata
+from lvrpo.data.geneval import COLORS, NUMBERS, facts_of, interleave_categories, plural, read_metadata
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.rows import parse_row
 from lvrpo.errors import ContractError, InputError
 from lvrpo.evaluation import PUBLISHED
 from lvrpo.evaluation.benchmarks import geneval
 from lvrpo.evaluation.benchmarks.geneval import ConfirmedFacts, GenEvalRules, drawn_benchmark, write_layout
-from lvrpo.evaluation.benchmarks.geneval_rules import Detection, problems, relations, surest
+from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems, relations
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs
 from lvrpo.evaluation.suite import evaluate, find_benchmarks
 from lvrpo.policies.base import Sampling
@@ -107,9 +107,9 @@ def test_questions_of_rows_that_the_official_prompts_do_not_have() -> None:
 
 
 def test_categories_take_turns(rows: list[data.GenEvalRow]) -> None:
-    turns = in_turns([row.prompt for row in rows])
+    turns = interleave_categories([row.prompt for row in rows])
     assert [p.id[-1] for p in turns] == ["0", "1", "2", "3", "4"]
-    assert [p.id[-1] for p in in_turns([turns[4], turns[0], turns[1]])] == ["4", "1", "0"]
+    assert [p.id[-1] for p in interleave_categories([turns[4], turns[0], turns[1]])] == ["4", "1", "0"]
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_relations_by_hand() -> None:
 
 def test_the_surest_detections_count() -> None:
     found = [box(0, 0, score=s / 100) for s in range(100)]
-    kept = surest(found, 0.9)
+    kept = most_confident(found, 0.9)
     assert [round(each.score * 100) for each in kept] == list(range(99, 90, -1))
-    assert len(surest(found, 0.3)) == 16
+    assert len(most_confident(found, 0.3)) == 16
 
 
 # --- the benchmarks ---

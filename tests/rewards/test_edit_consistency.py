@@ -90,9 +90,9 @@ def test_damage_that_a_guess_forgives_is_seen_where_the_region_is_known() -> Non
     """One patch of four may change for a guess, whichever it is."""
     wrong = edited(8, 8, 0.4)
     reward = EditConsistency(ask=False)
-    assert reward.of(SOURCE, wrong) == 1
-    assert reward.of(SOURCE, wrong, REGION) == 0
-    assert reward.of(SOURCE, edited(0, 0, 0.4), REGION) == reward.of(SOURCE, edited(0, 0, 0.4)) == 1
+    assert reward.pixel_score(SOURCE, wrong) == 1
+    assert reward.pixel_score(SOURCE, wrong, REGION) == 0
+    assert reward.pixel_score(SOURCE, edited(0, 0, 0.4), REGION) == reward.pixel_score(SOURCE, edited(0, 0, 0.4)) == 1
 
 
 def test_a_patch_that_the_region_cuts_counts_for_what_lies_outside() -> None:
@@ -100,9 +100,9 @@ def test_a_patch_that_the_region_cuts_counts_for_what_lies_outside() -> None:
     region[:4, :8] = True
     result = edited(0, 0, 0.3)  # half of the first patch lies outside
     damage = (32 * 0.3) / (256 - 32)
-    assert EditConsistency(ask=False).of(SOURCE, result, region) == pytest.approx(math.exp(-damage / 0.1))
+    assert EditConsistency(ask=False).pixel_score(SOURCE, result, region) == pytest.approx(math.exp(-damage / 0.1))
     everywhere = torch.ones_like(region)
-    assert EditConsistency(ask=False).of(SOURCE, result, everywhere) == 1
+    assert EditConsistency(ask=False).pixel_score(SOURCE, result, everywhere) == 1
 
 
 def test_a_guess_is_said_once_and_only_where_nothing_is_known() -> None:
@@ -133,7 +133,7 @@ def test_the_built_in_world_knows_where_an_edit_may_change(category: str) -> Non
         assert torch.equal(before[:, ~region], after[:, ~region])
         assert not torch.equal(before, after)
         assert 0 < int(region.sum()) < region.numel()
-        assert reward.of(before, after, region) > 0.5 > reward.of(before, before, region)
+        assert reward.pixel_score(before, after, region) > 0.5 > reward.pixel_score(before, before, region)
         for fact in example.prompt.facts:  # bystanders lie outside
             for kept in fact.check.get("objects", ()):
                 assert not region[8 * kept["row"], 8 * kept["col"]]

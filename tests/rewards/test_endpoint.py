@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 
 from lvrpo.config import parse_section
 from lvrpo.errors import InputError
-from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer, after_thought
+from lvrpo.rewards.endpoint import ChatEndpoint, EndpointConfig, NoAnswer, strip_thinking
 
 
 def endpoint(options: dict[str, Any]) -> ChatEndpoint:
@@ -224,6 +224,6 @@ def test_options_that_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_thinking_aloud_is_no_answer() -> None:
-    assert after_thought("<think>no, yes</think>\n yes ") == "yes"
-    assert after_thought("yes") == "yes"
-    assert after_thought("<think> it was cut") == ""
+    assert strip_thinking("<think>no, yes</think>\n yes ") == "yes"
+    assert strip_thinking("yes") == "yes"
+    assert strip_thinking("<think> it was cut") == ""

@@ -161,7 +161,7 @@ def test_its_similarity_is_that_of_the_model(tower: Path) -> None:
         logit = model(input_ids=tokens["input_ids"], **inputs).logits_per_image.item()
     cosine = (logit - model.logit_bias.item()) / model.logit_scale.exp().item()
     reward = Semantic(form="global", source=str(tower), device="cpu")
-    assert reward.of(found.texts([text])[0], found.images([image])[0]) == pytest.approx(cosine, abs=1e-4)
+    assert reward.similarity(found.texts([text])[0], found.images([image])[0]) == pytest.approx(cosine, abs=1e-4)
 
 
 def test_semantic_takes_the_tower_for_pictures_of_any_size(group: Callable[..., Group], tower: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from lvrpo.data.scenes import ScenePrompts
 from lvrpo.errors import InputError
-from lvrpo.rewards.published import Instruction, Knowledge, keeps_to, text_rules
+from lvrpo.rewards.published import Instruction, Knowledge, follows_rules, text_rules
 from lvrpo.rewards.row import RewardConfig
 from lvrpo.rewards.table import build_rewards
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
@@ -88,7 +88,7 @@ def test_the_verifier_checks_the_chosen_kinds(group: Callable[..., Group], judge
     ],
 )
 def test_rules_of_texts(text: str, rules: dict[str, Any], kept: bool) -> None:
-    assert keeps_to(text, text_rules(rules, "rules")) == kept
+    assert follows_rules(text, text_rules(rules, "rules")) == kept
 
 
 def test_a_text_keeps_to_the_rules_of_the_run_and_of_its_row(

@@ -191,8 +191,8 @@ def test_form_scores() -> None:
 
 def test_length_by_hand() -> None:
     reward = TextLength(limit=10, buffer=4, least=2)
-    assert [reward.of(n) for n in (0, 1, 2, 6, 7, 9, 10, 11)] == [-1, -1, 0, 0, -0.25, -0.75, -1, -1]
-    assert [TextLength(limit=10).of(n) for n in (10, 11)] == [0, -1]
+    assert [reward.length_score(n) for n in (0, 1, 2, 6, 7, 9, 10, 11)] == [-1, -1, 0, 0, -0.25, -0.75, -1, -1]
+    assert [TextLength(limit=10).length_score(n) for n in (10, 11)] == [0, -1]
 
 
 def cut(group: Group, member: int) -> Group:

@@ -205,7 +205,7 @@ def test_more_damage_never_scores_higher(damage: float) -> None:
     reward = EditConsistency()
     clean, hurt = edited((0, 0), by=0.9), edited((0, 0), by=0.9)
     hurt[:, 8:, 8:] += damage
-    assert reward.of(SOURCE, hurt) < reward.of(SOURCE, clean)
+    assert reward.pixel_score(SOURCE, hurt) < reward.pixel_score(SOURCE, clean)
 
 
 @pytest.mark.filterwarnings("ignore:edit_consistency")

@@ -127,7 +127,7 @@ def fingerprint(rows: Sequence[GenEvalRow]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+def interleave_categories(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts reordered so that categories take turns: the first n are spread over all of them."""
     turns: Counter[str] = Counter()
     keys = []

@@ -280,10 +280,10 @@ class RowPrompts:
         self._load = lru_cache(maxsize=cached_images)(self._fitted)
         self._load_mask = lru_cache(maxsize=cached_images)(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
-        self._numbers = self._go_through(problems)
+        self._numbers = self._valid_numbers(problems)
         """The lines that are used."""
 
-    def _go_through(self, problems: list[str] | None) -> list[int]:
+    def _valid_numbers(self, problems: list[str] | None) -> list[int]:
         """Sorts the lines by task; one warning for all pictures of another size than the model's."""
         seen: dict[str, str] = {}
         sizes: dict[PictureFile, tuple[int, int]] = {}

@@ -80,7 +80,7 @@ class _PairBuilder:
         for cluster, category, layout in self._layouts("drawing", grammar.GENERATE):
             d = layout.describe(category)
             prompt = Prompt(cluster, "generate", (d.caption.text(),), ("image",))
-            stated = facts.of_caption(d.caption)
+            stated = facts.caption_facts(d.caption)
             yield from self._pictures(prompt, "prompt", stated, d.scene, _corrupted_scenes(d.scene, layout))
 
     def edits(self) -> Iterator[MinimalPair]:

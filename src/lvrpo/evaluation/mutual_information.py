@@ -120,7 +120,7 @@ def infonce(
     batches = len(test_x) // negatives
     if batches < MIN_BATCHES:
         raise InputError(f"{len(test_x)} pairs are {batches} batches of {negatives}: give at least {MIN_BATCHES}")
-    scale_x, scale_y = (_Normalizer.of(data) for data in (train_x, train_y))
+    scale_x, scale_y = (_Normalizer.fit(data) for data in (train_x, train_y))
     critic = _fit_critic(scale_x(train_x), scale_y(train_y), negatives, seed)
     with torch.no_grad():
         values = torch.cat(
@@ -146,7 +146,7 @@ class _Normalizer:
     deviation: Tensor
 
     @classmethod
-    def of(cls, data: Tensor) -> _Normalizer:
+    def fit(cls, data: Tensor) -> _Normalizer:
         deviation = data.std(dim=0)
         return cls(data.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0))
 

@@ -20,7 +20,7 @@ def score(value: float, digits: int = 3, signed: bool = False) -> str:
     return ("+" + text) if signed and not is_zero else text
 
 
-def enough_digits(*values: float | None) -> int:
+def decimals(*values: float | None) -> int:
     """2, or 3 where two digits would show a value that is not 0 as .00."""
     return 3 if any(v is not None and 0 < abs(v) < 0.005 for v in values) else 2
 
@@ -92,7 +92,7 @@ def task_order(*tables: object) -> list[str]:
 
 def change(estimate: Estimate) -> str:
     """``+.28, 95 % interval .25 to .31``, with a space that does not break."""
-    digits = enough_digits(estimate.score, estimate.low, estimate.high)
+    digits = decimals(estimate.score, estimate.low, estimate.high)
     text = score(estimate.score, digits, signed=True)
     if estimate.low is None or estimate.high is None:
         return f"{text}, no interval"

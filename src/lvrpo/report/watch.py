@@ -126,13 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
-        if self._goes_on(name):
+        if self._is_running(name):
             self.send_header("Refresh", str(self.every_s))
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             self.wfile.write(body)
 
-    def _goes_on(self, name: str) -> bool:
+    def _is_running(self, name: str) -> bool:
         run = self.folder / name if name else self.folder
         return not _is_run(run) or run_state(run) in ("running", "stopped")
 

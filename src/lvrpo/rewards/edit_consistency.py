@@ -116,9 +116,9 @@ class EditConsistency(Config):
                 elif region is not None and region.shape != source.shape[1:]:
                     failures[p, g] = f"a region of {tuple(region.shape)} for a source of {tuple(source.shape)}"
                 else:
-                    values[p, g] = self.of(source, image, region)
+                    values[p, g] = self.pixel_score(source, image, region)
         if self._vqa is not None:
-            found, missing = self._asked(self._vqa, groups, judge)
+            found, missing = self._ask(self._vqa, groups, judge)
             for cell, confidence in found.items():
                 values[cell] *= confidence
             failures = missing | failures
@@ -128,7 +128,7 @@ class EditConsistency(Config):
     def _guessed_share(self) -> float:
         return GUESSED_SHARE if self.edited is None else self.edited
 
-    def of(self, source: Image, result: Image, region: torch.Tensor | None = None) -> float:
+    def pixel_score(self, source: Image, result: Image, region: torch.Tensor | None = None) -> float:
         """The score of one edit by its pixels alone; ``region``: bool (height, width), where it may change."""
         squares = (result - source).square().mean(dim=0)
         if region is None:
@@ -154,7 +154,7 @@ class EditConsistency(Config):
         has = share > 0
         return (summed[has] / share[has]).sqrt(), share[has]
 
-    def _asked(
+    def _ask(
         self, vqa: SelfVQA, groups: Sequence[Group], judge: Judge
     ) -> tuple[dict[tuple[int, int], float], Failures]:
         """The product of the two means of confidences where something is asked, and why it has no answer."""

@@ -242,7 +242,7 @@ class ChatEndpoint:
         return HEADERS if self._key is None else {**HEADERS, "Authorization": f"Bearer {self._key}"}
 
 
-def after_thought(text: str) -> str:
+def strip_thinking(text: str) -> str:
     """The text after ``</think>``, stripped; "" if the thinking never ended."""
     if "</think>" in text:
         return text.rpartition("</think>")[2].strip()
@@ -266,7 +266,7 @@ def _content(text: str, max_tokens: int) -> str:
         raise _UnusableError("the answer was withheld by a content filter")
     if content is not None and not isinstance(content, str):
         raise _PassingError("an answer without text")
-    answer = after_thought(content or "")
+    answer = strip_thinking(content or "")
     if not answer:
         raise _PassingError("the answer is empty")
     return answer
@@ -309,7 +309,7 @@ def http_packages() -> tuple[Any, Any]:
     return httpx2, tenacity
 
 
-__all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "after_thought", "picture_url"]
+__all__ = ["Answer", "ChatEndpoint", "EndpointConfig", "NoAnswer", "picture_url", "strip_thinking"]
 
 
 # --- one request with a limit of time and of bytes ---

@@ -117,10 +117,10 @@ class Semantic(Config):
         else:
             of_text, of_picture = self._tower.texts(texts), self._tower.images(pictures)
         for (p, g, _), picture in zip(cells, of_picture, strict=True):
-            values[p, g] = self.of(of_text[p], picture)
+            values[p, g] = self.similarity(of_text[p], picture)
         return Scores(values, failures)
 
-    def of(self, text: Embedded, picture: Embedded) -> float:
+    def similarity(self, text: Embedded, picture: Embedded) -> float:
         """The score of one picture."""
         if self.form == "global":
             return float(functional.cosine_similarity(text.whole, picture.whole, dim=0))
@@ -244,7 +244,7 @@ class Instruction(Config):
     def _texts(self, groups: Sequence[Group], judge: Judge) -> Scores:
         def rule(text: str, prompt: Prompt) -> float:
             return float(
-                keeps_to(text, text_rules((self.rules or {}) | dict(prompt.rules), f"prompt {prompt.id!r}: rules"))
+                follows_rules(text, text_rules((self.rules or {}) | dict(prompt.rules), f"prompt {prompt.id!r}: rules"))
             )
 
         return score_texts(groups, self.cut_off, rule)
@@ -270,7 +270,7 @@ def text_rules(fields: Mapping[str, Any], where: str) -> TextRules:
         ) from None
 
 
-def keeps_to(text: str, rules: TextRules) -> bool:
+def follows_rules(text: str, rules: TextRules) -> bool:
     """Whether a text keeps to every rule."""
     count = len(text.split())
     if count < rules.min_words or (rules.max_words is not None and count > rules.max_words):

@@ -20,7 +20,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Judge, Sampling
 from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
-from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, after_thought
+from lvrpo.rewards.endpoint import Answer, ChatEndpoint, EndpointConfig, NoAnswer, strip_thinking
 from lvrpo.sampling import derive_seed
 from lvrpo.types import Fact, Group, Image, Prompt, TextSegment
 
@@ -258,7 +258,7 @@ class QuestionGenerator:
         assert isinstance(segment, TextSegment)
         if not segment.ended:
             return NoAnswer(f"the questions were cut off at {self.config.max_new_tokens} tokens")
-        return after_thought(segment.text) or NoAnswer("nothing was written")
+        return strip_thinking(segment.text) or NoAnswer("nothing was written")
 
     def _facts(self, answer: Answer, what: str = "questions") -> Questions:
         if isinstance(answer, NoAnswer):

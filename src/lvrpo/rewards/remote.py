@@ -47,7 +47,7 @@ class Traits:
     relative: bool
 
     @classmethod
-    def of(cls, source: RewardSource) -> Self:
+    def from_source(cls, source: RewardSource) -> Self:
         return cls(source.judges, source.sides, source.judged_by, source.relative)
 
 
@@ -61,24 +61,24 @@ class RewardActor:
         self.config, self.folder, self.allowed = config, folder, allowed
         self._source: RewardSource | None = None
 
-    def there(self) -> None:
+    def ping(self) -> None:
         """Returns once the actor runs."""
 
     def make(self) -> Traits | LvrpoError:
         """Creates the reward; returns its traits, or the error."""
-        return _or_error(lambda: Traits.of(self._made()))
+        return _or_error(lambda: Traits.from_source(self._reward()))
 
     def applies(self, prompts: Sequence[Prompt]) -> list[bool] | LvrpoError:
         """Whether each can be scored."""
-        return _or_error(lambda: [self._made().scores(prompt) for prompt in prompts])
+        return _or_error(lambda: [self._reward().scores(prompt) for prompt in prompts])
 
     def score(self, group: Group) -> Iterator[Found | LvrpoError | None]:
         """None when it begins, then what was found: who waits knows whose call an actor died of."""
         yield None
         nobody: Any = None
-        yield _or_error(lambda: checked_scores(self._made(), [group], self._made().judge or nobody))
+        yield _or_error(lambda: checked_scores(self._reward(), [group], self._reward().judge or nobody))
 
-    def _made(self) -> RewardSource:
+    def _reward(self) -> RewardSource:
         if self._source is None:
             try:
                 os.chdir(self.folder)  # paths are relative to it
@@ -156,10 +156,10 @@ class _Replica:
 
     name: str
     actor: Any
-    coming: Any
+    starting: Any
     """The call that returns once it runs; None: it does."""
     since: float
-    """When ``coming`` was sent."""
+    """When ``starting`` was sent."""
 
 
 @dataclass
@@ -179,15 +179,15 @@ class RemoteReward:
         self._applies_to: dict[int, tuple[Prompt, bool]] = {}
         now = time.monotonic()
         self.replicas = [
-            _Replica(name, *self._begun(name), now) for name in (f"{key} {i}" for i in range(where.replicas))
+            _Replica(name, *self._start_actor(name), now) for name in (f"{key} {i}" for i in range(where.replicas))
         ]
-        while any(replica.coming is not None for replica in self.replicas):
+        while any(replica.starting is not None for replica in self.replicas):
             if time.monotonic() - now > ROOM_S:
                 raise InputError(self._no_room())
             self.poll_actors(0.5)
         for replica in self.replicas[1:]:  # all load at once
             replica.actor.make.remote()
-        traits: Traits = self._asked("make")
+        traits: Traits = self._call_actor("make")
         if traits.sides:
             raise InputError(
                 f"rewards.{self.title}.where: asks the run's judge, which stays where the run trains: give the row "
@@ -196,16 +196,16 @@ class RemoteReward:
         self.judges, self.sides, self.judged_by, self.relative = traits.judges, (), traits.judged_by, traits.relative
 
     def applies(self, prompt: Prompt) -> bool:
-        """See ``Reward.applies``; prompts of the last ``ask_about`` need no further call."""
+        """See ``Reward.applies``; prompts of the last ``prefetch_applies`` need no further call."""
         known = self._applies_to.get(id(prompt))
         if known is None or known[0] is not prompt:
-            self.ask_about([prompt])
+            self.prefetch_applies([prompt])
         return self._applies_to[id(prompt)][1]
 
-    def ask_about(self, prompts: Sequence[Prompt]) -> None:
+    def prefetch_applies(self, prompts: Sequence[Prompt]) -> None:
         """Asks about all prompts of a step at once, for a call waits behind those of other processes."""
-        said = self._asked("applies", [portable_prompt(prompt) for prompt in prompts])
-        self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, said, strict=True)}
+        reply = self._call_actor("applies", [portable_prompt(prompt) for prompt in prompts])
+        self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, reply, strict=True)}
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         """See ``Reward.score``; ``judge`` stays here. A group whose call failed has nan, and the reason."""
@@ -230,41 +230,41 @@ class RemoteReward:
 
     def poll_actors(self, wait_s: float) -> None:
         """Waits briefly for actors that are starting; replaces one that is lost."""
-        coming = {replica.coming: replica for replica in self.replicas if replica.coming is not None}
-        for call in self.ray.wait(list(coming), timeout=wait_s)[0] if coming else ():
-            replica = coming[call]
+        starting = {replica.starting: replica for replica in self.replicas if replica.starting is not None}
+        for call in self.ray.wait(list(starting), timeout=wait_s)[0] if starting else ():
+            replica = starting[call]
             try:
                 self.ray.get(call)
-                replica.coming = None
+                replica.starting = None
             except self.ray.exceptions.ActorUnavailableError:
                 time.sleep(0.2)
-                replica.coming = replica.actor.there.remote()
+                replica.starting = replica.actor.ping.remote()
             except self.ray.exceptions.RayActorError:  # its name may be that of one that still ends
                 time.sleep(0.2)
-                replica.actor, replica.coming = self._begun(replica.name)
+                replica.actor, replica.starting = self._start_actor(replica.name)
 
     def restarting(self, replica: _Replica) -> None:
         """Ray makes a new process for it."""
-        replica.coming, replica.since = replica.actor.there.remote(), time.monotonic()
+        replica.starting, replica.since = replica.actor.ping.remote(), time.monotonic()
 
-    def _begun(self, name: str) -> tuple[Any, Any]:
+    def _start_actor(self, name: str) -> tuple[Any, Any]:
         """An actor, which other processes may have made, and a call that returns once it runs."""
         takes = {"num_cpus": self.where.num_cpus, "num_gpus": self.where.num_gpus, "max_restarts": -1}
         named = {"name": name, "namespace": shared_namespace(), "get_if_exists": True}
         cls = self.ray.remote(RewardActor).options(**takes, **named)
         actor = cls.remote(self.config, os.getcwd(), sorted(allowed_code()))
-        return actor, actor.there.remote()
+        return actor, actor.ping.remote()
 
-    def _asked(self, method: str, *args: Any) -> Any:
+    def _call_actor(self, method: str, *args: Any) -> Any:
         """Calls a method of an actor; raises what the reward raises, and ContractError if no actor answers."""
         lost = ""
         for _ in range(DEATHS * world_size()):
             since = time.monotonic()
-            while all(replica.coming is not None for replica in self.replicas) and time.monotonic() - since < ROOM_S:
+            while all(replica.starting is not None for replica in self.replicas) and time.monotonic() - since < ROOM_S:
                 self.poll_actors(0.5)
-            replica = next((r for r in self.replicas if r.coming is None), self.replicas[0])
+            replica = next((r for r in self.replicas if r.starting is None), self.replicas[0])
             try:
-                said = self.ray.get(getattr(replica.actor, method).remote(*args), timeout=self.longest_wait)
+                reply = self.ray.get(getattr(replica.actor, method).remote(*args), timeout=self.longest_wait)
             except self.ray.exceptions.RayActorError:
                 self.restarting(replica)
                 lost = "its actor dies of it"
@@ -272,9 +272,9 @@ class RemoteReward:
                 lost = type(error).__name__
                 break
             else:
-                if isinstance(said, LvrpoError):
-                    raise said
-                return said
+                if isinstance(reply, LvrpoError):
+                    raise reply
+                return reply
         raise ContractError(f"reward {self.title!r}: {method} failed: {lost}: correct {self.config.name}")
 
     def _no_room(self) -> str:
@@ -301,8 +301,8 @@ class _Scoring:
         while len(self.done) < len(self.groups):
             self.reward.poll_actors(0)
             self._submit()
-            coming = [r.coming for r in self.reward.replicas if r.coming is not None]
-            for asked in self.ray.wait([*self.calls, *coming], timeout=0.5)[0]:
+            starting = [r.starting for r in self.reward.replicas if r.starting is not None]
+            for asked in self.ray.wait([*self.calls, *starting], timeout=0.5)[0]:
                 if asked in self.calls:
                     self._collect(asked, self.calls[asked])
             self._end_overdue()
@@ -311,7 +311,7 @@ class _Scoring:
     def _submit(self) -> None:
         busy = [call.replica for call in self.calls.values()]
         for replica in self.reward.replicas:
-            if self.todo and replica.coming is None and replica not in busy:
+            if self.todo and replica.starting is None and replica not in busy:
                 row = self.todo.popleft()
                 call = replica.actor.score.options(num_returns="streaming")
                 self.calls[call.remote(portable(self.groups[row]))] = _Call(row, replica, time.monotonic())
@@ -319,7 +319,7 @@ class _Scoring:
     def _collect(self, asked: Any, call: _Call) -> None:
         """Handles an actor's answer for a group. Any: an object of Ray."""
         try:
-            said: Found | LvrpoError | None = self.ray.get(next(asked))
+            reply: Found | LvrpoError | None = self.ray.get(next(asked))
         except self.ray.exceptions.RayActorError:
             del self.calls[asked]
             self.reward.restarting(call.replica)
@@ -332,12 +332,12 @@ class _Scoring:
                 self.done[call.row] = f"its actor died ({self.deaths[call.row]} times)"
             return
         except self.ray.exceptions.RayError as error:
-            said = None
+            reply = None
             self.done[call.row] = type(error).__name__
-        if isinstance(said, LvrpoError):
-            raise said
-        if said is not None:
-            self.done[call.row] = said
+        if isinstance(reply, LvrpoError):
+            raise reply
+        if reply is not None:
+            self.done[call.row] = reply
         if call.row in self.done:
             del self.calls[asked]
         else:
@@ -352,7 +352,7 @@ class _Scoring:
                 self.ray.kill(call.replica.actor, no_restart=False)
                 self.reward.restarting(call.replica)
                 self.done[call.row] = f"no answer within timeout_s={where.timeout_s:g}"
-        if not self.calls and all(r.coming is not None and now - r.since > ROOM_S for r in self.reward.replicas):
+        if not self.calls and all(r.starting is not None and now - r.since > ROOM_S for r in self.reward.replicas):
             self.done |= dict.fromkeys(self.todo, f"no actor came back within {ROOM_S:g} s")
 
 

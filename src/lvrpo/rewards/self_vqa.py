@@ -158,7 +158,7 @@ class SelfVQA(Config):
         for image, wordings in asked:
             start = len(contexts)
             for question, answer, choices in wordings:
-                rows, per_choice = self._asked(image, question, answer, choices)
+                rows, per_choice = self._requests(image, question, answer, choices)
                 counts.append(len(rows))
                 shapes.append(per_choice)
                 contexts += [context for context, _ in rows]
@@ -190,7 +190,7 @@ class SelfVQA(Config):
             if fact in kept
         ]
 
-    def _asked(
+    def _requests(
         self, image: Image, question: str, answer: str, among: tuple[str, ...]
     ) -> tuple[list[tuple[Parts, str]], int]:
         """The rows of a question, and how many of them compete: one alone; the right choice, then the others; or right

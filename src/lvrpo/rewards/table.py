@@ -85,7 +85,7 @@ def score_groups_unchecked(
     cut: dict[str, torch.Tensor] = {}
     for k, source in enumerate(sources):
         if isinstance(source.reward, RemoteReward):  # one call for all
-            source.reward.ask_about([group.prompt for group in groups])
+            source.reward.prefetch_applies([group.prompt for group in groups])
         chosen = [p for p, group in enumerate(groups) if source.scores(group.prompt)]
         if chosen:
             of = [groups[p] for p in chosen]

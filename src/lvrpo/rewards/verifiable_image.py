@@ -77,9 +77,9 @@ class OCR(Config):
             raise
         except Exception as error:  # code of the user may raise anything
             return f"the text reader failed: {error!r}"
-        return self.of(asked_text(trajectory.prompt) or "", read)
+        return self.text_similarity(asked_text(trajectory.prompt) or "", read)
 
-    def of(self, asked: str, read: str) -> float:
+    def text_similarity(self, asked: str, read: str) -> float:
         """The score of a text that was read."""
         one, two = (plain_text(text, self.case) for text in (asked, read))
         if self.compare == "exact":

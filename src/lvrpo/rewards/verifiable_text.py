@@ -429,9 +429,11 @@ class TextLength(Config):
         return "text" in prompt.output
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
-        return score_each(groups, lambda t: NO_TEXT if (s := last_text(t)) is None else self.of(s.tokens.numel()))
+        return score_each(
+            groups, lambda t: NO_TEXT if (s := last_text(t)) is None else self.length_score(s.tokens.numel())
+        )
 
-    def of(self, tokens: int) -> float:
+    def length_score(self, tokens: int) -> float:
         """The score of a text of ``tokens`` tokens."""
         if tokens > self.limit or tokens < self.least:
             return -1.0

@@ -115,7 +115,7 @@ class VLMEndpoint(Config):
                 if problem:
                     failures[p, g] = problem
                     continue
-                asked = self._asked(trajectory)
+                asked = self._requests(trajectory)
                 rows += [row for row, _ in asked]
                 right += [answer for _, answer in asked]
                 cells += [(p, g)] * len(asked)
@@ -153,7 +153,7 @@ class VLMEndpoint(Config):
             return text_problem(trajectory)
         return image_problem(trajectory)
 
-    def _asked(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
+    def _requests(self, trajectory: Trajectory) -> list[tuple[Parts, str]]:
         prompt = trajectory.prompt
         shown = [part for part in prompt.parts if not isinstance(part, str)]
         if self._of_text:

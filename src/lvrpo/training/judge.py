@@ -50,7 +50,7 @@ class JudgeConfig(Config):
         return self.drift_every > 0 and step % self.drift_every == 0
 
     @property
-    def moves(self) -> bool:
+    def is_refreshed(self) -> bool:
         """Whether the judge can differ from the reference."""
         return self.kind == "average" or self.refresh_every is not None
 

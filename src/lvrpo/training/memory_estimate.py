@@ -224,7 +224,7 @@ class _Estimator:
     def _judge_copies(self) -> int:
         """Number of weight sets of the judge: its own, and that of a slow EMA candidate."""
         judge = self.config.judge
-        return judge.moves * (1 + (judge.kind == "average" and judge.refresh_every is not None))
+        return judge.is_refreshed * (1 + (judge.kind == "average" and judge.refresh_every is not None))
 
     def _moments(self) -> int:
         kind, total = self.config.optimizer.kind, 0

@@ -338,7 +338,7 @@ def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
     """The supervised rows of a run."""
     if config.rows == "corpus":
         return web_corpus(config.corpus)
-    return CleanPrompts.of(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
+    return CleanPrompts.build(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 
 
 def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:

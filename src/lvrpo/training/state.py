@@ -90,7 +90,7 @@ class TrainState:
     def start(cls, policy: Policy, config: TrainConfig) -> TrainState:
         """The state before the first step: all weight sets equal the policy."""
         sets: list[SetName] = ["old"] if uses_old_policy(config, policy.segment_kinds) else []
-        judge = JudgeRefresh(config.judge) if config.judge.moves else None
+        judge = JudgeRefresh(config.judge) if config.judge.is_refreshed else None
         if judge is not None:
             sets += judge.sets
         policies = Policies(policy, sets, compute_dtype=shard_dtype(policy, config), offload=config.offload)

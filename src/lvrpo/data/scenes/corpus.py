@@ -217,7 +217,7 @@ class _Builder:
         )
         return WebCorpus(c, drawn, captions, asked, edits, reasons, scenes, self._rates())
 
-    def _happens(self, name: str, rate: float) -> bool:
+    def _draw_event(self, name: str, rate: float) -> bool:
         """Draws an error of a rate and counts it."""
         self.counts[f"{name} of"] += 1
         happened = self.rng.random() < rate
@@ -234,17 +234,17 @@ class _Builder:
         build = {
             "one": lambda: self.layout.objects(1),
             "two": lambda: self.layout.objects(2),
-            "several": lambda: self.layout.to_ask(digit=False),
+            "several": lambda: self.layout.question_scene(digit=False),
             "alike": self.layout.alike,
             "digit": self._with_digit,
         }[kind]
-        return self.layout.until(build, lambda s: s)
+        return self.layout.retry(build, lambda s: s)
 
     def _with_digit(self) -> Scene:
         draw = self.rng.random()
         if draw < 0.6:
             return self.layout.one_digit()
-        return self.layout.to_ask(digit=True) if draw < 0.8 else self.layout.shape_and_digit()
+        return self.layout.question_scene(digit=True) if draw < 0.8 else self.layout.shape_and_digit()
 
     def _captioned(self) -> tuple[Scene, Caption]:
         """A scene and a caption, the first of the train split that comes up."""
@@ -266,19 +266,21 @@ class _Builder:
         mentions = [_alike(group) for group in groups.values()][:3]
         if len(mentions) > 1:
             shown = [group[0] for group in groups.values()]
-            if len(objects) == len(shown) == 2 and self._happens("relation", c.relation):
+            if len(objects) == len(shown) == 2 and self._draw_event("relation", c.relation):
                 relation = clear_relation(shown[0].cell, shown[1].cell)
             if relation is None:
-                mentions[1:] = [m for m in mentions[1:] if not self._happens("drop_object", c.drop_object)]
-        mentions = [m.without_color() if m.color and self._happens("drop_color", c.drop_color) else m for m in mentions]
+                mentions[1:] = [m for m in mentions[1:] if not self._draw_event("drop_object", c.drop_object)]
+        mentions = [
+            m.without_color() if m.color and self._draw_event("drop_color", c.drop_color) else m for m in mentions
+        ]
         colored = [i for i, m in enumerate(mentions) if m.color]
-        if len(colored) > 1 and not self._happens("attribution", c.attribution):
+        if len(colored) > 1 and not self._draw_event("attribution", c.attribution):
             kept = self.rng.choice(colored)
             mentions = [m if i == kept else m.without_color() for i, m in enumerate(mentions)]
-        if len(objects) == 1 and self._happens("place", c.place):
+        if len(objects) == 1 and self._draw_event("place", c.place):
             where = place(objects[0].row, objects[0].col, self.layout.grid)
-        ground = scene.ground if self._happens("ground", c.ground) else None
-        if self._happens("wrong_slot", c.wrong_slot):
+        ground = scene.ground if self._draw_event("ground", c.ground) else None
+        if self._draw_event("wrong_slot", c.wrong_slot):
             mentions, relation = self._spoil(mentions, relation)
         return Caption(tuple(mentions), relation, where, ground)
 
@@ -317,11 +319,11 @@ class _Builder:
         """The answer, or a wrong one of its kind."""
         c, rng = self.config, self.rng
         if answer == "no":
-            wrong = "yes" if self._happens("wrong_yes", c.wrong_yes) else answer
+            wrong = "yes" if self._draw_event("wrong_yes", c.wrong_yes) else answer
         elif answer in NUMBER_WORDS[3:]:
             near = [n for n in NUMBER_WORDS[1:] if abs(NUMBER_WORDS.index(n) - NUMBER_WORDS.index(answer)) == 1]
-            wrong = rng.choice(near) if self._happens("wrong_count", c.wrong_count) else answer
-        elif self._happens("wrong_answer", c.wrong_answer):
+            wrong = rng.choice(near) if self._draw_event("wrong_count", c.wrong_count) else answer
+        elif self._draw_event("wrong_answer", c.wrong_answer):
             wrong = _other(rng, next(kind for kind in _ANSWERS if answer in kind), answer)
         else:
             wrong = answer
@@ -333,7 +335,7 @@ class _Builder:
         category = grammar.EDIT[index % len(grammar.EDIT)]
         made = edits.edit(category, self.layout)
         target = made.target
-        if self._happens("wrong_edit", self.config.wrong_edit):
+        if self._draw_event("wrong_edit", self.config.wrong_edit):
             target = made.source if self.rng.random() < 0.5 else self._changed_too(target)
         return _Row("edit", category, index, (made.source, made.instruction), ("image",), (target,))
 
@@ -344,13 +346,13 @@ class _Builder:
             other = replace(o, color=self.layout.color_of(o.shape))
             return replace(scene, objects=tuple(other if i == k else p for i, p in enumerate(scene.objects)))
 
-        return self.layout.until(lambda: None if (s := build()) == scene else s, lambda s: s)
+        return self.layout.retry(lambda: None if (s := build()) == scene else s, lambda s: s)
 
     def _reason(self, index: int) -> _Row:
         category = grammar.REASON[index % len(grammar.REASON)]
         r = reasoning.reason(category, self.layout)
         answer, drawing = r.answer, r.drawing
-        if self._happens("wrong_reason", self.config.wrong_reason):
+        if self._draw_event("wrong_reason", self.config.wrong_reason):
             answer = _other(self.rng, ("yes", "no") if answer in ("yes", "no") else DIGITS, answer)
             drawing = None if drawing is None else reasoning.drawn_digit(self.layout, answer)
         if drawing is not None:
@@ -426,7 +428,7 @@ class CleanPrompts:
     reason: Sequence[Example]
 
     @classmethod
-    def of(cls, config: CleanPromptsConfig, size: int, questions_per_picture: int) -> CleanPrompts:
+    def build(cls, config: CleanPromptsConfig, size: int, questions_per_picture: int) -> CleanPrompts:
         """The corpus of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts

@@ -65,7 +65,7 @@ def _recolor(scene: Scene, layout: Layout) -> Edit | None:
     if unique:
         changed = replace(changed, question=facts.color(said).question, answer=color)
     target = _swap(scene, o, replace(o, color=color))
-    kept = facts.of_bystanders(scene, o)
+    kept = facts.bystander_facts(scene, o)
     said_of = (changed, *kept, facts.total(len(target.objects)))
     return Edit(scene, f"make the {m.bare} {color}", target, said_of, frozenset({o.cell}))
 
@@ -77,7 +77,7 @@ def _add(scene: Scene, layout: Layout) -> Edit | None:
         return None
     m = Mention(shape, color)
     target = replace(scene, objects=(*scene.objects, SceneObject(shape, color, *free[0])))
-    kept = facts.of_bystanders(scene, None)
+    kept = facts.bystander_facts(scene, None)
     said_of = (facts.exists(m), *kept, facts.total(len(target.objects)))
     return Edit(scene, f"add {m.phrase}", target, said_of, frozenset(free))  # the instruction does not say where
 
@@ -88,7 +88,7 @@ def _remove(scene: Scene, layout: Layout) -> Edit | None:
         return None
     o, m = reference
     target = replace(scene, objects=tuple(p for p in scene.objects if p is not o))
-    kept = facts.of_bystanders(scene, o)
+    kept = facts.bystander_facts(scene, o)
     gone = facts.exists(m, present=False)
     said_of = (gone, *kept, facts.total(len(target.objects)))
     return Edit(scene, f"remove the {m.bare}", target, said_of, frozenset({o.cell}))
@@ -106,7 +106,7 @@ def _move(scene: Scene, layout: Layout) -> Edit | None:
         return None
     along = [(cell[0], k) if edge in ("top", "bottom") else (k, cell[1]) for k in range(layout.grid)]
     target = _swap(scene, o, replace(o, row=cell[0], col=cell[1]))
-    kept = facts.of_bystanders(scene, o)
+    kept = facts.bystander_facts(scene, o)
     moved = facts.edge(m, o, edge)
     said_of = (moved, *kept, facts.total(len(target.objects)))
     free = frozenset({o.cell, *along} - (taken - {o.cell}))  # any place at the edge is one
@@ -121,7 +121,7 @@ def _replace(scene: Scene, layout: Layout) -> Edit | None:
     o, m = reference
     target = _swap(scene, o, replace(o, shape=shape))
     changed = facts.exists(Mention(shape, o.color), cell=o.cell, kind="shape")
-    kept = facts.of_bystanders(scene, o)
+    kept = facts.bystander_facts(scene, o)
     text = f"replace the {m.bare} with {Mention(shape).phrase}"
     return Edit(scene, text, target, (changed, *kept, facts.total(len(target.objects))), frozenset({o.cell}))
 

@@ -88,7 +88,7 @@ def ground(name: str) -> Fact:
     return Fact("ground", grammar.ASK_GROUND, name, {"type": "ground", "ground": name})
 
 
-def of_caption(caption: Caption) -> tuple[Fact, ...]:
+def caption_facts(caption: Caption) -> tuple[Fact, ...]:
     """Everything that a caption says: existence, color, count, digit, relation, place, ground, and always the total."""
     facts: list[Fact] = []
     mentions = caption.mentions
@@ -108,7 +108,7 @@ def of_caption(caption: Caption) -> tuple[Fact, ...]:
     return (*facts, total(sum(m.count for m in mentions)))
 
 
-def of_bystanders(source: Scene, changed: SceneObject | None) -> tuple[Fact, ...]:
+def bystander_facts(source: Scene, changed: SceneObject | None) -> tuple[Fact, ...]:
     """One ``unchanged`` fact per object of the source but ``changed``."""
     return tuple(unchanged(o, source.ground) for o in source.objects if o is not changed)
 
@@ -169,7 +169,7 @@ def questions_of_text(text: str) -> tuple[Fact, ...]:
     """The facts that must hold of a picture drawn for a caption, or edited by an instruction; () for another text."""
     caption = read_caption(text)
     if caption is not None:
-        return of_caption(caption)
+        return caption_facts(caption)
     for pattern in (_RECOLOR, _ADD, _REMOVE, _MOVE, _REPLACE):
         found = pattern.fullmatch(text)
         if found is not None:

@@ -43,7 +43,7 @@ class Layout:
     def __init__(self, rng: random.Random, split: Split, grid: int = 4, held_out: bool = False) -> None:
         self.rng, self.split, self.grid, self.held_out = rng, split, grid, held_out
 
-    def until(self, build: Callable[[], T | None], scene_of: Callable[[T], Scene], attempts: int = 20000) -> T:
+    def retry(self, build: Callable[[], T | None], scene_of: Callable[[T], Scene], attempts: int = 20000) -> T:
         """Calls ``build`` until its scene belongs to the split and shows (or not) a held-out combination."""
         for _ in range(attempts):
             built = build()
@@ -193,7 +193,7 @@ class Layout:
         placed = zip(values, self.cells(len(values)), strict=True)
         return Scene(self.ground(), tuple(self.digit(v, cell) for v, cell in placed))
 
-    def to_ask(self, digit: bool) -> Scene:
+    def question_scene(self, digit: bool) -> Scene:
         """A picture for questions: one to five objects, some of them equal, optionally one handwritten digit."""
         rng, room = self.rng, MAX_OBJECTS - digit
         if rng.random() < 0.5:

@@ -191,7 +191,7 @@ class ScenePrompts:
         if task == "generate":
             d = layout.describe(category)
             wordings = grammar.PARAPHRASED_WORDINGS if self.config.wording == "paraphrased" else grammar.WORDINGS
-            text, said = d.caption.text(layout.rng.choice(wordings)), facts.of_caption(d.caption)
+            text, said = d.caption.text(layout.rng.choice(wordings)), facts.caption_facts(d.caption)
             asked = {"content": d.caption.content, "held_out": d.caption.held_out}
             return Prompt(key, task, (text,), ("image",), None, said, category, self.name, **asked), (d.scene,)
         if task == "edit":
@@ -232,7 +232,7 @@ class ScenePrompts:
         layout = self._layout("understand", number, asked)
         while True:
             digit = "digit" in categories or layout.rng.random() < 0.15
-            scene = layout.until(lambda digit=digit: layout.to_ask(digit), lambda s: s)
+            scene = layout.retry(lambda digit=digit: layout.question_scene(digit), lambda s: s)
             questions = [ask(c, scene, layout.rng, self._grid, w) for c, w in zip(categories, wanted, strict=True)]
             known = [q for q in questions if q is not None]
             if len(known) == each:

@@ -57,7 +57,7 @@ def _pair(layout: Layout) -> tuple[int, int]:
 
 def _sum(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     values = _addends(layout)
-    scene = layout.until(lambda: layout.digits(values), lambda s: s)
+    scene = layout.retry(lambda: layout.digits(values), lambda s: s)
     question = sum_of(scene)
     return Reasoning(scene, question.text, question.answer, content=content_of(("sum", *values)))
 
@@ -66,7 +66,7 @@ def _compare(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     if wanted.form % 2:
         return _more(layout, wanted.yes)
     values = _pair(layout)
-    scene = layout.until(lambda: layout.digits(values), lambda s: s)
+    scene = layout.retry(lambda: layout.digits(values), lambda s: s)
     question = smaller(scene) if wanted.form % 4 else larger(scene)
     return Reasoning(scene, question.text, question.answer, content=content_of(("order", *values)))
 
@@ -87,14 +87,14 @@ def _more(layout: Layout, yes: bool) -> Reasoning:
         placed = zip(shapes, layout.cells(many + few), strict=True)
         return Scene(layout.ground(), tuple(SceneObject(s, layout.color_of(s), *cell) for s, cell in placed))
 
-    scene = layout.until(build, lambda s: s)
+    scene = layout.retry(build, lambda s: s)
     question = more(scene, a, b) if yes else more(scene, b, a)
     return Reasoning(scene, question.text, question.answer, content=content_of(operands))
 
 
 def drawn_digit(layout: Layout, value: str) -> Scene:
     """A picture of one digit."""
-    return layout.until(lambda: layout.digits((int(value),)), lambda s: s)
+    return layout.retry(lambda: layout.digits((int(value),)), lambda s: s)
 
 
 def _draw_answer(layout: Layout, wanted: QuestionChoice) -> Reasoning:
@@ -105,7 +105,7 @@ def _draw_answer(layout: Layout, wanted: QuestionChoice) -> Reasoning:
         values, name = _pair(layout), "order"
         which, chosen = ("smaller", min(values)) if wanted.form % 4 == 1 else ("larger", max(values))
         text, answer = f"draw the {which} of {values[0]} and {values[1]}", str(chosen)
-    said = facts.of_caption(Caption((Mention(answer),)))
+    said = facts.caption_facts(Caption((Mention(answer),)))
     return Reasoning(None, text, answer, drawn_digit(layout, answer), said, content_of((name, *values)))
 
 

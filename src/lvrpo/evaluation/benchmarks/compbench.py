@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lvrpo.data.geneval import in_turns, plural
+from lvrpo.data.geneval import interleave_categories, plural
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.hub_data import HubData
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
@@ -105,7 +105,7 @@ def combine(prompt: Prompt, answers: Sequence[float]) -> float:
 
 def build(folder: Path, inputs: BenchmarkInputs) -> list[Benchmark]:
     """The eight categories, whose scores have equal weight."""
-    prompts = in_turns([prompt for file in FILES for prompt in read_prompts(folder / file)])
+    prompts = interleave_categories([prompt for file in FILES for prompt in read_prompts(folder / file)])
     scorer = QuestionScorer(combine, inputs.vlm, inputs.device)
     return [question_benchmark("t2i_compbench", prompts, scorer, SAMPLES, "categories")]
 

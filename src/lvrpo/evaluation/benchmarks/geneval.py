@@ -11,10 +11,18 @@ from typing import ClassVar, Protocol
 import torch
 
 from lvrpo.atomic_io import write_atomic
-from lvrpo.data.geneval import METADATA, OFFICIAL, GenEvalRow, Metadata, fingerprint, in_turns, read_metadata
+from lvrpo.data.geneval import (
+    METADATA,
+    OFFICIAL,
+    GenEvalRow,
+    Metadata,
+    fingerprint,
+    interleave_categories,
+    read_metadata,
+)
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.evaluation.benchmarks.detectors import ColorClassifier, Detector
-from lvrpo.evaluation.benchmarks.geneval_rules import Detection, problems, surest
+from lvrpo.evaluation.benchmarks.geneval_rules import Detection, most_confident, problems
 from lvrpo.evaluation.benchmarks.published import BenchmarkInputs, PublishedBenchmark
 from lvrpo.evaluation.scoring import CONFIRMED
 from lvrpo.evaluation.suite import Benchmark
@@ -81,7 +89,7 @@ class GenEvalRules:
         """Why a picture is wrong; [] where it is right."""
         names = list(dict.fromkeys(clause.name for clause in (*metadata.include, *metadata.exclude)))
         threshold = self.detector.thresholds[metadata.tag == COUNTING]
-        found = {name: surest(each, threshold) for name, each in self.detector(image, names).items()}
+        found = {name: most_confident(each, threshold) for name, each in self.detector(image, names).items()}
         return problems(metadata, found, lambda name, objects: self.colors(image, name, objects))
 
 
@@ -128,7 +136,7 @@ def drawn_benchmark(
     name: str, prompts: Sequence[Prompt], reward: ConfirmedFacts | GenEvalRules, scored_by: str
 ) -> Benchmark:
     """A benchmark of drawings with ``SAMPLES`` pictures per prompt, whose score is the mean over categories."""
-    turns = in_turns(prompts)
+    turns = interleave_categories(prompts)
 
     def check(policy: Policy) -> None:
         for prompt in turns:

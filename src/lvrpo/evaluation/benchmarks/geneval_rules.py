@@ -34,7 +34,7 @@ Colors = Callable[[str, Sequence[Detection]], Sequence[str]]
 """The color of each object of a class."""
 
 
-def surest(found: Sequence[Detection], threshold: float) -> list[Detection]:
+def most_confident(found: Sequence[Detection], threshold: float) -> list[Detection]:
     """Up to ``MAX_OBJECTS`` detections with a score above a threshold, the surest first."""
     kept = [each for each in found if each.score > threshold]
     return sorted(kept, key=lambda each: -each.score)[:MAX_OBJECTS]

@@ -80,7 +80,7 @@ class QuestionScorer:
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         if self._judge.endpoint is not None:
-            found, failures = self._asked(groups, self._judge.endpoint)
+            found, failures = self._ask_endpoint(groups, self._judge.endpoint)
         else:
             found, failures = self._vqa.confidences(groups, judge, self._judge.reader or judge)
         values = torch.full((len(groups), len(groups[0])), math.nan)
@@ -88,7 +88,7 @@ class QuestionScorer:
             values[p, g] = self.combine(groups[p].prompt, answers.tolist())
         return Scores(values, failures)
 
-    def _asked(self, groups: Sequence[Group], endpoint: ChatEndpoint) -> tuple[Confidences, Failures]:
+    def _ask_endpoint(self, groups: Sequence[Group], endpoint: ChatEndpoint) -> tuple[Confidences, Failures]:
         failures: Failures = {}
         cells: list[tuple[tuple[int, int], Fact]] = []
         rows = []

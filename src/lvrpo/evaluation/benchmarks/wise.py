@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lvrpo.data.geneval import in_turns
+from lvrpo.data.geneval import interleave_categories
 from lvrpo.errors import InputError
 from lvrpo.evaluation.benchmarks.hub_data import HubData, Rows
 from lvrpo.evaluation.benchmarks.ocr import readable
@@ -255,7 +255,7 @@ def build(protocol: Protocol, folder: Path, inputs: BenchmarkInputs) -> list[Ben
             f"{folder}: holds {len(rows)} prompts of {protocol.name}, not {total}: get all files of one version"
         )
     judge = PictureJudge(inputs.vlm, inputs.device)
-    prompts = in_turns([prompt for prompt, _ in rows.values()])
+    prompts = interleave_categories([prompt for prompt, _ in rows.values()])
     scorer = WiScore(protocol, {key: explanation for key, (_, explanation) in rows.items()}, judge)
     text = "\n".join(f"{prompt.parts} {explanation}" for prompt, explanation in rows.values())
     digest = hashlib.sha256(f"{REQUEST}{protocol.aspects}{text}".encode()).hexdigest()[:12]
