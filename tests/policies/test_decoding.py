@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvrpo.policies.decoding import fill_gaps, generate_text
+from lvrpo.policies.kv_buffers import select_rows
 from lvrpo.policies.mot import generate, transformer
 from lvrpo.policies.mot.attention import Span, SpanAttention, attention, folded_attention
 from lvrpo.policies.mot.generate import Decoder
@@ -76,6 +78,42 @@ def test_members_written_in_parts(policy: TinyPolicy, picture: Any, monkeypatch:
     assert generate.decode_batch_size(policy.transformer, cache, 6) == 3
     assert generate.generate_text(policy.runner, cache, owner, uniforms, 1.0) == whole
     assert len(set(whole)) > 4
+
+
+def test_texts_do_not_depend_on_how_often_tokens_are_fetched(policy: TinyPolicy, picture: Any) -> None:
+    with torch.no_grad():
+        cache = contexts_of(policy, picture, padded=True)
+    owner, uniforms = [0, 2, 2, 1, 1, 1, 0], torch.rand(7, 9, generator=torch.Generator().manual_seed(1))
+    embed, bos = policy.encoders.embed_tokens, torch.full((3,), policy.tokenizer.bos_id)
+    found, steps = [], []
+    for wait in (1, 4, 20):
+        decoder = Decoder(policy.transformer, cache, 9)
+        decoder.step(embed(bos))
+        ends = range(4, 12)  # a third of the tokens ends a text
+        found.append(
+            generate_text(decoder, owner, embed, policy.encoders.text_logits, ends, uniforms, 1.0, tokens_per_wait=wait)
+        )
+        steps.append(len(decoder.rope))
+    assert found[0] == found[1] == found[2]
+    assert len({len(text) for text in found[0]}) > 1
+    assert any(text[-1] in ends for text in found[0])
+    assert not any(token in ends for text in found[0] for token in text[:-1])
+    assert steps[0] < steps[2] == len(owner)  # rows that ended left; where tokens are fetched once, none did
+
+
+def test_rows_that_end_are_replaced_by_the_last_ones() -> None:
+    rows = [0, 3, 4, 5]
+    order = fill_gaps(rows)
+    assert [rows[k] for k in order] == [0, 5, 4, 3]
+    assert fill_gaps([1, 1, 0]) == [0, 1, 2]
+    buffer = torch.arange(6.0)[:, None, None, None].expand(6, 2, 5, 3).clone()
+    address = buffer.data_ptr()
+    for chosen, in_place in (([0, 5, 4, 3], True), ([0, 1], True), ([1, 0], False), ([0, 0, 1], False)):
+        expected = buffer[chosen, :, :4]
+        buffer = select_rows(buffer, chosen, 4)
+        assert torch.equal(buffer[:, :, :4], expected)
+        assert (buffer.data_ptr() == address) == in_place
+        address = buffer.data_ptr()
 
 
 class Counted(TorchDispatchMode):

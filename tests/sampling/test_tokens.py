@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
 from lvrpo.sampling import sample_tokens, token_entropy, token_logprobs, token_scores
+from lvrpo.sampling import tokens as sampling_tokens
 
 LOGITS = torch.tensor([0.1, 0.2, 0.7]).log()
 ALMOST_ONE = 1 - 2**-24
@@ -70,6 +71,37 @@ def test_both_scores_are_those_of_the_two_functions() -> None:
     logprobs, entropy = token_scores(logits, tokens, 0.7, allowed)
     assert torch.equal(logprobs, token_logprobs(logits, tokens, 0.7, allowed))
     assert torch.equal(entropy, token_entropy(logits, 0.7, allowed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows_of_allowed", [0, 1, 2])
+def test_scores_in_parts_are_those_of_one_pass(
+    temperature: float, rows_of_allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, for no mask, one of all rows, one per row."""
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(3, 7, 12, generator=generator), torch.randn(2, 3, 7, generator=generator)
+    tokens = torch.randint(0, 6, (3, 7), generator=generator)
+    masks = (None, torch.arange(12) < 6, torch.arange(12) < torch.randint(6, 12, (3, 7, 1), generator=generator))
+    found = []
+    for rows in (21, 4):  # in one part, in six
+        monkeypatch.setitem(sampling_tokens.PART_BYTES, "cpu", 4 * 12 * rows)
+        x = logits.clone().requires_grad_()
+        logprobs, entropy = token_scores(x, tokens, temperature, masks[rows_of_allowed])
+        (weights[0] * logprobs + weights[1] * entropy).sum().backward()
+        assert x.grad is not None
+        found.append((logprobs, entropy, x.grad, token_logprobs(logits, tokens, temperature, masks[rows_of_allowed])))
+    for whole, parted in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parted, rtol=1e-6, atol=1e-6)
+        assert whole.isfinite().all()
+    assert torch.equal(found[0][0], found[1][0])  # the replay law: no bit of a log-prob depends on the batch
+    assert torch.equal(found[0][0], found[0][3])
+    assert found[0][2].abs().max() > 0.1
+
+
+def test_no_scores_of_no_tokens() -> None:
+    logprobs, entropy = token_scores(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.int64))
+    assert logprobs.shape == entropy.shape == (2, 0)
 
 
 def test_token_entropy_by_hand() -> None:

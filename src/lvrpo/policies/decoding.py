@@ -50,12 +50,28 @@ class Decoder:
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         return Decoder(self.forward, cache, self.mask, self.positions, self.last)
 
+    def reserve(self, places: int) -> None:
+        """Makes room for so many more places, which are then written without a copy of earlier ones.
+
+        Without gradient. Layers that keep a window or a state are left as they are.
+        """
+        from transformers.cache_utils import DynamicLayer
+
+        from lvrpo.policies.growing_cache import GrowingLayer
+
+        layers = self.cache.layers
+        self.cache.layers = [GrowingLayer(old, places) if type(old) is DynamicLayer else old for old in layers]
+
     def select(self, rows: Sequence[int]) -> None:
         """Repeats, drops or reorders the rows, which copies their keys and values."""
         if list(rows) == list(range(len(self.mask))):
             return
         index = torch.tensor(rows, dtype=torch.int64, device=self.mask.device)
-        self.cache.reorder_cache(index)
+        for layer in self.cache.layers:
+            if hasattr(layer, "select"):  # of transformers' own classes none has it
+                layer.select(rows)
+            else:
+                layer.reorder_cache(index)
         self.mask, self.last = self.mask[index], self.last[index]
         self.positions = self.positions.index_select(-2, index)
 
@@ -102,31 +118,73 @@ def read_rows(
     return Decoder(forward, cache, valid, positions[:, -1:], states[:, -1])
 
 
+class Rows(Protocol):
+    """Rows that grow by a token, as ``Decoder``."""
+
+    last: torch.Tensor
+    """What the model gave at the newest place of each row, (R, D)."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Repeats, drops or reorders the rows."""
+        ...
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """One more place per row, fed (R, ...), to (R, D), which is then ``last``."""
+        ...
+
+
+TOKENS_PER_WAIT = 8
+"""On a GPU, tokens of a text between two waits for it; rows that ended meanwhile go on until then."""
+
+
+@torch.no_grad()
 def generate_text(
-    decoder: Decoder,
+    decoder: Rows,
+    owner: Sequence[int],
     embed: Embed,
     head: Head,
     end_ids: Collection[int],
     uniforms: torch.Tensor,
     temperature: float,
     allowed: torch.Tensor | None = None,
+    tokens_per_wait: int | None = None,
 ) -> list[list[int]]:
-    """Samples a text per row with uniforms (B, max tokens); the end token is included where a text ended by itself.
+    """Samples one text per member: member m continues row ``owner[m]``, with uniforms (B, max tokens).
 
-    ``allowed`` bool (V,): the tokens that a text may contain; None: all.
+    The end token is included where a text ended by itself. ``allowed`` bool (V,): the tokens that a text may contain;
+    None: all. Members with the same prefix share one row, so a step costs the number of distinct prefixes, and
+    texts that ended leave the batch. ``tokens_per_wait``: after so many tokens they are fetched from the device; None:
+    1 on a CPU, ``TOKENS_PER_WAIT`` on a GPU. With more than 1, members part at their first token.
     """
-    texts: list[list[int]] = [[] for _ in uniforms]
-    active, logits = list(range(len(texts))), head(decoder.last)
-    for i in range(uniforms.shape[1]):
-        tokens = sample_tokens(logits, uniforms[active, i], temperature, allowed)
-        for b, token in zip(active, tokens.tolist(), strict=True):
-            texts[b].append(token)
-        still = [k for k, token in enumerate(tokens.tolist()) if token not in end_ids]
-        if not still or i + 1 == uniforms.shape[1]:
+    wait = tokens_per_wait or (TOKENS_PER_WAIT if uniforms.is_cuda else 1)
+    texts: list[list[int]] = [[] for _ in owner]
+    active, row_of = list(range(len(owner))), list(owner)  # members without an end token, and the row of each
+    for start in range(0, uniforms.shape[1], wait):
+        drawn: list[torch.Tensor] = []
+        for i in range(start, min(start + wait, uniforms.shape[1])):
+            if drawn:
+                decoder.select(row_of)
+                row_of = list(range(len(row_of)))
+                decoder.step(embed(drawn[-1]))
+            drawn.append(sample_tokens(_take(head(decoder.last), row_of), uniforms[:, i], temperature, allowed))
+        prefixes: dict[tuple[int, ...], int] = {}  # the place of the first member of every prefix
+        still: list[tuple[int, tuple[int, ...]]] = []  # members and their prefixes
+        for place, tokens in enumerate(torch.stack(drawn, dim=1).tolist()):
+            end = next((k for k, token in enumerate(tokens) if token in end_ids), None)
+            texts[active[place]] += tokens if end is None else tokens[: end + 1]
+            if end is None:
+                prefix = (row_of[place], *tokens)
+                prefixes.setdefault(prefix, place)
+                still.append((place, prefix))
+        if not still or start + wait >= uniforms.shape[1]:
             break
-        decoder.select(still)
-        active = [active[k] for k in still]
-        logits = head(decoder.step(embed(tokens[still])))
+        order = fill_gaps([prefix[0] for prefix in prefixes])
+        kept = [list(prefixes)[k] for k in order]
+        decoder.select([prefix[0] for prefix in kept])
+        decoder.step(embed(_take(drawn[-1], [prefixes[prefix] for prefix in kept])))
+        rows = {prefix: row for row, prefix in enumerate(kept)}
+        uniforms = _take(uniforms, [place for place, _ in still])
+        active, row_of = [active[place] for place, _ in still], [rows[prefix] for _, prefix in still]
     return texts
 
 
@@ -153,3 +211,24 @@ def generate_image_tokens(
         guided = guide_logits(logits[:B], logits[B:] if len(logits) > B else None, guidance_scale)
         drawn.append(sample_tokens(guided, uniforms[:, i], temperature))
     return torch.stack(drawn, dim=1)
+
+
+def fill_gaps(rows: Sequence[int]) -> list[int]:
+    """An order of rows that leaves most of them where they are: the last ones take the places of those that are gone.
+
+    Rows 0 3 4 5 to the order 0 3 2 1, that is 0 5 4 3: only the last two move, to places 1 and 2. Repeated rows keep
+    their order.
+    """
+    n = len(rows)
+    if len(set(rows)) < n:
+        return list(range(n))
+    home = {row: k for k, row in enumerate(rows) if row < n}
+    away = [k for k, row in enumerate(rows) if row >= n]
+    return [home[place] if place in home else away.pop() for place in range(n)]
+
+
+def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Rows of x; x itself for all rows in order."""
+    if list(rows) == list(range(len(x))):
+        return x
+    return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))

@@ -23,7 +23,7 @@ from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
 from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length
 from lvrpo.reading import read_bytes
 from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
@@ -243,9 +243,9 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 u = uniform_noise([derive_seed(seed, "text") for *_, seed in some], (new,)).to(self.device)
                 rows = [row for _, row, _, _ in some]
                 read = self._read(rows)
-                decoder = read.copy()
-                decoder.select(_places(rows))
-                texts = generate_text(decoder, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
+                decoder, owner = read.copy(), _places(rows)
+                decoder.reserve(new)
+                texts = generate_text(decoder, owner, _same, _same, self.end_ids, u, sampling.temperature, self.allowed)
                 for (prompt, _, m, seed), ids in zip(some, texts, strict=True):
                     segment = self.make_segment(ids, sampling.temperature)
                     drawn.append(Trajectory(prompt, m, (segment,), seed, self.version))
@@ -326,17 +326,20 @@ class ImageTextToTextPolicy(TransformersPolicy):
         )
         return out.logits
 
-    def _logits(self, prompts: Sequence[ReadPrompt], tokens: torch.Tensor, read: Decoder | None) -> list[torch.Tensor]:
+    def _logits(
+        self, prompts: Sequence[ReadPrompt], tokens: torch.Tensor, read: Decoder | None, places: Sequence[int]
+    ) -> list[torch.Tensor]:
         """Logits that tokens (R, A) are sampled from, in pieces (R, a, V) along A.
 
-        ``read``: the prompts as ``_read`` leaves them, if they were read before.
+        ``read``: different prompts as ``_read`` leaves them, ``places``: which of them each row's is; None: rows are
+        read whole.
         """
-        if not self._shares():
+        if read is None:
             inputs = self._inputs(prompts, None, tokens[:, :-1])
             del inputs["mask"]
             return [self.model(**inputs, logits_to_keep=tokens.shape[1]).logits]
-        decoder = read or self._read(prompts)
-        decoder.select(_places(prompts))
+        decoder = read.copy()
+        decoder.select(places)
         first = decoder.last[:, None]
         return [first] if tokens.shape[1] == 1 else [first, decoder.extend(tokens[:, :-1])]
 
@@ -376,22 +379,44 @@ class ImageTextToTextPolicy(TransformersPolicy):
         entropy: bool = False,
         read: Decoder | None = None,
     ) -> list[SegmentLogprobs]:
-        among: tuple[float, torch.Tensor] = (temperature, self.allowed)
-        out: list[SegmentLogprobs] = []
-
-        def score(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return token_scores(logits, ids, *among) if entropy else (token_logprobs(logits, ids, *among),)
-
-        lengths = [len(prompt.ids) + len(ids) for prompt, ids in zip(prompts, tokens, strict=True)]
+        keys = [(id(prompt), tuple(ids.tolist())) for prompt, ids in zip(prompts, tokens, strict=True)]
+        different = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))  # the first of equal answers
+        chosen = [i for i, key in enumerate(keys) if different[key] == i]
+        found: dict[int, SegmentLogprobs] = {}
         with self.autocast(), self.checkpointing():
-            for part in self.cut(lengths):
-                rows = [tokens[i].to(self.device) for i in part]
-                whole = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.end_id)
-                pieces = self._logits([prompts[i] for i in part], whole, read)
-                split = whole.split([piece.shape[1] for piece in pieces], dim=1)
-                columns = [torch.cat(parts, dim=1) for parts in zip(*map(score, pieces, split), strict=True)]
-                out += [SegmentLogprobs(*(c[k, : len(ids)] for c in columns)) for k, ids in enumerate(rows)]
-        return out
+            for part in self.cut([len(prompts[i].ids) + len(tokens[i]) for i in chosen]):
+                rows = [chosen[k] for k in part]
+                own, answers = [prompts[i] for i in rows], [tokens[i].to(self.device) for i in rows]
+                before = (read or self._read(own)) if self._shares() else None
+                scored = self._score_part(own, answers, before, temperature, entropy)
+                found.update(zip(rows, scored, strict=True))
+        return [found[different[key]] for key in keys]
+
+    def _score_part(
+        self,
+        prompts: Sequence[ReadPrompt],
+        answers: Sequence[torch.Tensor],
+        read: Decoder | None,
+        temperature: float,
+        entropy: bool,
+    ) -> list[SegmentLogprobs]:
+        """Different answers after prompts that were ``read``, those of about one length together."""
+        places = _places(prompts)
+        out: dict[int, SegmentLogprobs] = {}
+        for alike in by_length([len(ids) for ids in answers]):
+            rows = [answers[k] for k in alike]
+            whole = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.end_id)
+            pieces = self._logits([prompts[k] for k in alike], whole, read, [places[k] for k in alike])
+            split = whole.split([piece.shape[1] for piece in pieces], dim=1)
+            among = temperature, self.allowed
+            columns = [
+                token_scores(logits, ids, *among) if entropy else (token_logprobs(logits, ids, *among),)
+                for logits, ids in zip(pieces, split, strict=True)
+            ]
+            joined = [torch.cat(parts, dim=1) for parts in zip(*columns, strict=True)]
+            for k, row, ids in zip(alike, range(len(rows)), rows, strict=True):
+                out[k] = SegmentLogprobs(*(column[row, : len(ids)] for column in joined))
+        return [out[k] for k in range(len(answers))]
 
     @torch.no_grad()
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:

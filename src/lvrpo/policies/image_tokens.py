@@ -214,8 +214,9 @@ class ImageTokenPolicy(TransformersPolicy):
     def _write(self, rows: Sequence[Row], seeds: Sequence[int], sampling: Sampling) -> Iterator[Segment]:
         u = uniform_noise(seeds, (sampling.max_new_tokens,)).to(self.device)
         embed, head = self.model.get_input_embeddings(), self.model.lm_head
-        decoder, ends = self._decoder(rows), (self.end_id,)
-        for ids in generate_text(decoder, embed, head, ends, u, sampling.temperature, self._allowed()):
+        decoder, owner = self._decoder(rows)
+        decoder.reserve(sampling.max_new_tokens)
+        for ids in generate_text(decoder, owner, embed, head, {self.end_id}, u, sampling.temperature, self._allowed()):
             ended = ids[-1] == self.end_id
             text = self.decode_text(ids[:-1] if ended else ids)
             tokens = torch.tensor(ids, dtype=torch.int64)
@@ -235,19 +236,20 @@ class ImageTokenPolicy(TransformersPolicy):
                 ids = torch.cat([ids, torch.full_like(ids, self.line_end)], dim=1)
             return self.embed(ids, ())
 
-        decoder = self._decoder(branches)
+        decoder, owner = self._decoder(branches)
+        decoder.select(owner)
+        decoder.reserve(h * (w + 1))  # line ends are places too
         codes = generate_image_tokens(decoder, embed, self.image_logits, u, temperature, scale).cpu()
         for tokens, image in zip(codes, self.decode_images(codes.view(-1, h, w)), strict=True):
             none = torch.zeros(len(tokens))
             yield ImageTokenSegment(tokens, none, temperature, scale, image, sampling.guided_logprobs)
 
-    def _decoder(self, rows: Sequence[Row]) -> Decoder:
-        """Reads every different row once, then holds one row per member."""
+    def _decoder(self, rows: Sequence[Row]) -> tuple[Decoder, list[int]]:
+        """Reads every different row once; which of them each row is."""
         distinct = {row.key: row for row in rows}
         places = {key: i for i, key in enumerate(distinct)}
         decoder = read_rows(self.transformer, *self._embedded(list(distinct.values()), left=True))
-        decoder.select([places[row.key] for row in rows])
-        return decoder
+        return decoder, [places[row.key] for row in rows]
 
     def _allowed(self) -> torch.Tensor | None:
         return None if self.text_tokens is None else self.text_tokens.to(self.device)

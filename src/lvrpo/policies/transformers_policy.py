@@ -121,3 +121,22 @@ class TransformersPolicy(AdaptablePolicy):
     def stored_name(self, name: str) -> str:
         """Without the name of the whole model, which is of this policy."""
         return name.removeprefix("model.")
+
+
+TOGETHER = 1024
+"""Rows are parted by their lengths where so many tokens, padding included, remain together."""
+
+
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of rows that are padded to one length: few are less than three quarters of the longest.
+
+    Of the longest rows first; rows of one part keep their order.
+    """
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[parts[-1][0]] if parts else 0
+        if not parts or (4 * lengths[i] < 3 * longest and longest * len(parts[-1]) >= TOGETHER):
+            parts.append([i])
+        else:
+            parts[-1].append(i)
+    return [sorted(part) for part in parts]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lvrpo.errors import InputError
 
@@ -54,8 +55,7 @@ def token_logprobs(
     Raises: InputError for a negative temperature.
     Differs from the paper: no paper given.
     """
-    logprobs = torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1)
-    return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+    return _scores(logits, tokens, temperature, allowed, False)[0]
 
 
 def token_entropy(
@@ -80,18 +80,61 @@ def token_scores(
 ) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """``token_logprobs`` and ``token_entropy`` of the same distributions, for one normalization of them.
 
-    log p[token] and H = -sum_j p_j log p_j,  p = softmax(logits / temperature) over the allowed tokens.
+    log p[token] and H = -sum_j p_j log p_j,  p = softmax(logits / temperature) over the allowed tokens. Many rows
+    are normalized in parts, in the backward pass again, so that nothing of the size of the logits is kept beside them.
 
     Shapes: logits (..., V), tokens (...), allowed broadcastable to the logits, to float32 (...) twice.
     Raises: InputError for a negative temperature.
     Differs from the paper: no paper given.
     """
-    logprobs = torch.log_softmax(_scaled(logits, temperature, allowed), dim=-1)
-    return logprobs.gather(-1, tokens[..., None]).squeeze(-1), _entropy(logprobs)
+    logprobs, entropy = _scores(logits, tokens, temperature, allowed, True)
+    assert entropy is not None
+    return logprobs, entropy
+
+
+PART_BYTES = {"cpu": 4 << 20}
+"""Of logits in float32 that are normalized at a time, so that they stay in the cache of a CPU; elsewhere 256 MiB."""
+
+
+def _scores(
+    logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs have the bits of one normalization of all rows."""
+    if temperature < 0:
+        raise InputError(f"temperature={temperature}: use 0 (greedy) or a positive number")
+    V = logits.shape[-1]
+    flat, chosen = logits.reshape(-1, V), tokens.reshape(-1, 1)
+    forbidden = (
+        None if allowed is None else torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
+    )
+    if forbidden is not None and forbidden.ndim > 1:
+        forbidden = forbidden.expand(logits.shape).reshape(-1, V)
+    count = max(1, PART_BYTES.get(logits.device.type, 256 << 20) // (4 * V))
+    found = []
+    for i, part in enumerate(flat.split(count)):
+        rows = slice(i * count, (i + 1) * count)
+        own = forbidden[rows] if forbidden is not None and forbidden.ndim > 1 else forbidden
+        given = part, chosen[rows], temperature, own, with_entropy
+        if torch.is_grad_enabled() and len(flat) > count:
+            found.append(checkpoint(_score_part, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            found.append(_score_part(*given))
+    logprobs = torch.cat([part for part, _ in found]).view(tokens.shape)
+    return logprobs, torch.cat([part for _, part in found]).view(tokens.shape) if with_entropy else None
+
+
+def _score_part(
+    logits: Tensor, tokens: Tensor, temperature: float, forbidden: Tensor | None, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    scaled = _scaled(logits, temperature, None)
+    # one sum, where filling under a mask would be a copy and a slow pass
+    distribution = torch.log_softmax(scaled if forbidden is None else scaled + forbidden, dim=-1)
+    logprobs = distribution.gather(-1, tokens)[:, 0]
+    return logprobs, _entropy(distribution) if with_entropy else logprobs.new_empty(0)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 = 0, also in the gradient
+    finite = logprobs.clamp(min=-1e4)  # where p is 0 in float32: 0 log 0 = 0, also in the gradient
     return -(logprobs.exp() * finite).sum(dim=-1)
 
 
@@ -99,5 +142,5 @@ def _scaled(logits: Tensor, temperature: float, allowed: Tensor | None) -> Tenso
     """float32 logits at the temperature, -inf where not allowed."""
     if temperature < 0:
         raise InputError(f"temperature={temperature}: use 0 (greedy) or a positive number")
-    scaled = logits.float() / (temperature if temperature > 0 else 1.0)
+    scaled = logits.float() if temperature in (0, 1) else logits.float() / temperature
     return scaled if allowed is None else scaled.masked_fill(~allowed, -torch.inf)

@@ -15,6 +15,7 @@ from small_vlm import change_json
 
 from lvrpo.errors import InputError
 from lvrpo.pictures import to_pil
+from lvrpo.policies import transformers_policy
 from lvrpo.policies.adapter import AdapterConfig, add_adapter, merge
 from lvrpo.policies.base import RolloutPolicy, Sampling, SavedPolicy
 from lvrpo.policies.image_text_to_text import ImageTextToTextPolicy
@@ -348,3 +349,47 @@ def test_a_bad_folder_is_one_line(folder: Path, name: str, prompts: list[Prompt]
     assert words in str(caught.value)
     assert "bad" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_equal_answers_are_scored_once_and_lengths_are_not_mixed(
+    vlm: ImageTextToTextPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = vlm.sample(prompts[:1], Sampling(group_size=6, max_new_tokens=12), [3])[0]
+    same = [replace(t, segments=(replace(segment_of(t), tokens=segment_of(t).tokens[:n]),))
+            for t, n in zip(group.trajectories, (12, 3, 12, 3, 2, 1), strict=True)]  # fmt: skip
+    same = [*same, same[0], same[1]]
+    shapes: list[tuple[int, ...]] = []
+    logits = vlm._logits
+
+    def seen(prompts: Any, tokens: torch.Tensor, *args: Any) -> Any:
+        shapes.append(tuple(tokens.shape))
+        return logits(prompts, tokens, *args)
+
+    monkeypatch.setattr(vlm, "_logits", seen)
+    found = {}
+    for together in (transformers_policy.TOGETHER, 20):
+        monkeypatch.setattr(transformers_policy, "TOGETHER", together)
+        shapes.clear()
+        found[together] = vlm.logprobs(same)
+        distinct = {tuple(segment_of(t).tokens.tolist()) for t in same}
+        assert sum(rows for rows, _ in shapes) == len(distinct) < len(same)
+        assert len(shapes) == (1 if together > 20 else 2)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one[0].logprobs, other[0].logprobs, rtol=0, atol=1e-5)
+    assert torch.equal(found[20][0][0].logprobs, found[20][6][0].logprobs)
+
+
+def test_keys_grow_in_place(vlm: ImageTextToTextPolicy, prompts: list[Prompt]) -> None:
+    """The states of a decoder with room are the bits of one that copies all places for every new one."""
+    read = vlm._read([vlm.read_prompt(prompt) for prompt in prompts[:2]])
+    held = [layer.keys.clone() for layer in read.cache.layers]
+    copied, grown = read.copy(), read.copy()
+    grown.reserve(3)
+    changes = ([0, 1, 1, 0, 1], [0, 4, 2], [1, 0, 2], [0, 2])  # repeated; dropped in place; reordered; dropped
+    with torch.no_grad():
+        for step, rows in enumerate(changes):
+            for decoder in (copied, grown):
+                decoder.select(rows)
+            ids = torch.arange(len(rows)) + 30 + step
+            assert torch.equal(copied.step(ids), grown.step(ids))  # the fourth has no room left
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(read.cache.layers, held, strict=True))

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from lvrpo.policies import decoding
+from lvrpo.policies.kv_buffers import select_rows
 from lvrpo.policies.mot.attention import TEXT_KERNELS, attention
 from lvrpo.policies.mot.model_runner import ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache, Layer, MoT, rotate
-from lvrpo.sampling import sample_tokens
+from lvrpo.sampling import token_scores
 
 
 @dataclass(frozen=True)
@@ -60,39 +62,14 @@ def generate_text(
 def _generate_batch(
     runner: ModelRunner, cache: Cache, owner: Sequence[int], uniforms: torch.Tensor, temperature: float
 ) -> list[TokenizedText]:
-    """Samples members in one batch; a step synchronizes with the GPU once, for its tokens."""
-    eos = runner.tokenizer.eos_id
-    forbidden = runner.tokenizer.suppressed_tokens().to(uniforms.device)
+    """Samples members in one batch."""
+    eos, embed = runner.tokenizer.eos_id, runner.encoders.embed_tokens
     decoder = Decoder(runner.transformer, cache, uniforms.shape[1])
-    sampled: list[list[int]] = [[] for _ in owner]
-    active, row_of = list(range(len(owner))), list(owner)  # members without an end token, and the row of each
-    feed = torch.full((len(cache.rope),), runner.tokenizer.bos_id, device=uniforms.device)
-    for position in range(uniforms.shape[1]):
-        logits = text_logits(runner, decoder.step(runner.encoders.embed_tokens(feed)), forbidden)
-        tokens = sample_tokens(_take(logits, row_of), uniforms[:, position], temperature)
-        prefixes: dict[tuple[int, int], int] = {}
-        still: list[int] = []  # places in ``active``
-        first: list[int] = []  # the place of the first member of every prefix
-        fed = tokens.tolist()
-        for place, token in enumerate(fed):
-            sampled[active[place]].append(token)
-            if token != eos:
-                if prefixes.setdefault((row_of[place], token), len(prefixes)) == len(first):
-                    first.append(place)
-                still.append(place)
-        if not still or position + 1 == uniforms.shape[1]:
-            break
-        decoder.select([parent for parent, _ in prefixes])
-        feed, uniforms = _take(tokens, first), _take(uniforms, still)
-        active, row_of = [active[p] for p in still], [prefixes[row_of[p], fed[p]] for p in still]
-    return [TokenizedText(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in sampled]
-
-
-def _take(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Rows of x; x itself for all rows in order."""
-    if list(rows) == list(range(len(x))):
-        return x
-    return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
+    decoder.step(embed(torch.full((len(cache.rope),), runner.tokenizer.bos_id, device=uniforms.device)))
+    allowed = ~runner.tokenizer.suppressed_tokens().to(uniforms.device)
+    head = runner.encoders.text_logits
+    texts = decoding.generate_text(decoder, owner, embed, head, {eos}, uniforms, temperature, allowed)
+    return [TokenizedText(tuple(tokens), bool(tokens) and tokens[-1] == eos) for tokens in texts]
 
 
 def score_text(
@@ -126,11 +103,10 @@ def score_text(
     hidden = runner.run(rows, cache.select([parent for parent, _ in places]), extend=closed)
     device = hidden.reading.device
     selected = hidden.reading.index_select(0, torch.tensor(positions, device=device))
-    logits = text_logits(runner, selected, runner.tokenizer.suppressed_tokens().to(device))
+    allowed = ~runner.tokenizer.suppressed_tokens().to(device)
+    logits = runner.encoders.text_logits(selected)
     # temperature 0 is scored at temperature 1
-    distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    chosen = distribution.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
-    entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0)).sum(-1)
+    chosen, entropy = token_scores(logits, torch.tensor(targets, device=device), temperature, allowed)
     logprobs, entropies = chosen.split(counts), entropy.split(counts)
     order = [places[key] for key in keys]
     extended = hidden.cache.select(order) if closed else hidden.cache
@@ -166,6 +142,8 @@ class Decoder:
         self.values: list[torch.Tensor] = []
         self.mask = self._mask()
         """(R, 1, 1, room), added to the scores; None where no context is padded."""
+        self.last = transformer.inv_freq.new_zeros(len(cache.rope), 0)
+        """(R, D): what the last step returned; empty before the first one."""
 
     @torch.no_grad()
     def step(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +163,8 @@ class Decoder:
                 x = layer.reading.feed_forward(x, attention(q[:, None], keys, values, mask).flatten(1))
         self.length += 1
         self.rope = self.rope + 1
-        return transformer.reading_norm(x)
+        self.last = transformer.reading_norm(x)
+        return self.last
 
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:
@@ -195,8 +174,8 @@ class Decoder:
         index = torch.tensor(rows, dtype=torch.int64, device=self.rope.device)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):  # one layer after another: the old rows of a layer go at once
-                buffers[i] = buffer.index_select(0, index)
-        self.rope = self.rope.index_select(0, index)
+                buffers[i] = select_rows(buffer, rows, self.length)
+        self.rope, self.last = self.rope.index_select(0, index), self.last.index_select(0, index)
         self.mask = None if self.mask is None else self.mask.index_select(0, index)
 
     def _append(self, i: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

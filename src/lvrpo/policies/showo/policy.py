@@ -138,10 +138,10 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
             distinct = list(dict.fromkeys(tuple(contexts[i]) for i in part))
             with self.autocast():
                 decoder = self._decoder(self.layout.padded(distinct, left=True))
-                decoder.select([distinct.index(tuple(contexts[i])) for i in part])
+                decoder.reserve(sampling.max_new_tokens)
                 found = generate_text(
-                    *(decoder, embed, self.model.lm_head, {self.end_id}, u.to(self.device)),
-                    *(sampling.temperature, allowed),
+                    *(decoder, [distinct.index(tuple(contexts[i])) for i in part], embed, self.model.lm_head),
+                    *({self.end_id}, u.to(self.device), sampling.temperature, allowed),
                 )
             for i, ids in zip(part, found, strict=True):
                 none, text = torch.zeros(len(ids)), self.decode_text(ids)

@@ -204,16 +204,17 @@ class Showo2Policy(TransformersPolicy):
         for part in self.cut([self._length(parts) + new for parts in questions]):
             own = [members[chosen[k]] for k in part]
             u = uniform_noise([derive_seed(each, "text") for _, _, each, _ in own], (new,)).to(self.device)
-            decoder = self._decoder([questions[k] for k in part])
-            texts = generate_text(decoder, embed, self.model.showo.lm_head, {eos}, u, sampling.temperature)
+            decoder, owner = self._decoder([questions[k] for k in part])
+            decoder.reserve(new)
+            texts = generate_text(decoder, owner, embed, self.model.showo.lm_head, {eos}, u, sampling.temperature)
             for k, (prompt, member, each, _), ids in zip(part, own, texts, strict=True):
                 ended = ids[-1] == eos
                 text = self.parts.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
                 segment = TextSegment(torch.tensor(ids), torch.zeros(len(ids)), sampling.temperature, text, ended)
                 made[chosen[k]] = Trajectory(prompt, member, (segment,), each, self.version)
 
-    def _decoder(self, questions: Sequence[PromptParts]) -> Decoder:
-        """Reads every different question once, then holds one row per entry."""
+    def _decoder(self, questions: Sequence[PromptParts]) -> tuple[Decoder, list[int]]:
+        """Reads every different question once; which of them each is."""
         from transformers import DynamicCache
 
         keys = [tuple(p if isinstance(p, str) else id(p) for p in parts) for parts in questions]
@@ -225,8 +226,7 @@ class Showo2Policy(TransformersPolicy):
         lengths = rows.positions[:, -1:] + 1
         mask = (torch.arange(rows.x.shape[1], device=self.device) >= rows.x.shape[1] - lengths).long()
         decoder = Decoder(self._extend, cache, mask, rows.positions[:, -1:], states[:, -1])
-        decoder.select([places[key] for key in keys])
-        return decoder
+        return decoder, [places[key] for key in keys]
 
     def _extend(self, x: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """See ``decoding.Forward``. Any: a cache of an optional package."""
