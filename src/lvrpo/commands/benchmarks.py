@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvrpo.commands.options import Command, Options, Parser, guidance, names, share
+from lvrpo.errors import InputError
 from lvrpo.evaluation import BENCHMARKS, PUBLISHED
+from lvrpo.reading import path_exists
 
 
 def published_options(parser: Parser) -> None:
@@ -32,6 +35,12 @@ def published_options(parser: Parser) -> None:
         help="who judges the drawings of geneval2, dpg, wise, t2i_compbench: a model of transformers, or an endpoint",
     )
     parser.add_argument(
+        "--geneval-layout",
+        type=Path,
+        metavar="DIR",
+        help="also write the pictures of geneval or geneval_vqa as GenEval's own code reads them (needs --out)",
+    )
+    parser.add_argument(
         "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"
     )
 
@@ -50,6 +59,44 @@ def two_shares(text: str) -> tuple[float, float]:
     if len(found) != 2:
         raise argparse.ArgumentTypeError(f"{text!r}: write OBJECT,COUNTING, such as .3,.9")
     return found[0], found[1]
+
+
+GENEVAL_FAMILY = ("geneval", "geneval_vqa")
+
+
+def refuse_geneval_layout(options: Options) -> None:
+    """Raises InputError where ``--geneval-layout`` cannot be written."""
+    if options.geneval_layout is None:
+        return
+    if options.out is None or not {*GENEVAL_FAMILY} & {*(options.benchmark or ())}:
+        raise InputError(
+            "--geneval-layout: takes the pictures of geneval or geneval_vqa: add --benchmark and --out DIR"
+        )
+    if path_exists(options.geneval_layout) and not options.force:
+        raise InputError(f"{options.geneval_layout}: exists already: choose another name, or add --force")
+
+
+def write_geneval_layout(options: Options, evaluated: Mapping[str, Sequence[str]]) -> list[Path]:
+    """The folders written: ``--geneval-layout`` itself, or one for each phase and row of the table where several are.
+
+    ``evaluated``: names of the benchmarks by phase, the folder below ``--out``. Raises InputError where prompts have
+    no pictures.
+    """
+    from lvrpo.data.geneval import METADATA, read_metadata
+    from lvrpo.evaluation.benchmarks.geneval import SAMPLES, write_layout
+    from lvrpo.evaluation.items import ItemFolder, ItemStore
+
+    names = [(phase, name) for phase, each in evaluated.items() for name in each]
+    chosen = [(phase, name) for phase, name in names if name.partition("@")[0] in GENEVAL_FAMILY]
+    places = (options.data / "geneval" / METADATA, options.data / METADATA)
+    rows = read_metadata(next(path for path in places if path_exists(path)))
+    written = []
+    for phase, name in chosen:
+        folder = ItemFolder(ItemStore(options.out / phase).folder_of(name))
+        pictures = {row.prompt.id: folder.pictures(row.prompt, SAMPLES) for row in rows if folder.holds(row.prompt)}
+        written.append(options.geneval_layout / phase / name if len(chosen) > 1 else options.geneval_layout)
+        write_layout(written[-1], rows, pictures)
+    return written
 
 
 def list_benchmarks(options: Options) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lvrpo.commands.benchmarks import published_options
+from lvrpo.commands.benchmarks import published_options, refuse_geneval_layout, write_geneval_layout
 from lvrpo.commands.lmms_eval import lmms_options, refuse_lmms_options
 from lvrpo.commands.options import (
     Command,
@@ -118,6 +118,7 @@ def evaluate(options: Options) -> None:
     from lvrpo.training.splits import require_unseen_by
 
     refuse_lmms_options(options)
+    refuse_geneval_layout(options)
     require_divisible(options)
     refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
     if options.lmms_eval is not None:
@@ -159,6 +160,10 @@ def evaluate(options: Options) -> None:
     if is_main():
         write_results(options, head, result, before)
         print_results(options, result, before, console)
+        if options.geneval_layout is not None:
+            phases = {"": result.scored} if before is None else {"before": before.scored, "after": result.scored}
+            for folder in write_geneval_layout(options, {phase: list(found) for phase, found in phases.items()}):
+                console.print(f"GenEval's layout: {folder}", style="dim", markup=False)
 
 
 def evaluate_by_lmms(options: Options) -> None:

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from lvrpo.evaluation.benchmarks.lmms_process import Harness, Task
     from lvrpo.evaluation.benchmarks.lmms_results import HarnessEvaluation
 
-OF_OWN_BENCHMARKS = ("tune", "tuned", "judge", "samples", "rewards", "root", "data", "vlm", "detector", "information")
+OF_OWN_BENCHMARKS = (
+    "tune",
+    "tuned",
+    "judge",
+    "samples",
+    "rewards",
+    "root",
+    "data",
+    "vlm",
+    "detector",
+    "information",
+    "geneval_layout",
+)
 """Options that mean nothing to lmms-eval."""
 
 
@@ -64,7 +76,7 @@ def refuse_lmms_options(options: Options) -> None:
             raise InputError(f"--{name}: belongs to --lmms-eval: add it, or leave this out")
         return
     if name := next((name for name in OF_OWN_BENCHMARKS if getattr(options, name)), None):  # the parser's
-        raise InputError(f"--{name}: is of lvrpo's own benchmarks: leave it out, or --lmms-eval")
+        raise InputError(f"--{name.replace('_', '-')}: is of lvrpo's own benchmarks: leave it out, or --lmms-eval")
     if options.benchmark is not None:
         raise InputError("--benchmark and --lmms-eval: are two commands: give one of them")
     if options.out is None:

@@ -139,6 +139,10 @@ class ItemFolder:
         back = None if line.read_back is None else ReadBack(*line.read_back)
         return Item(offline_group(prompt, texts), scores, tuple(line.judged), back, line.failure)
 
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether the outputs of a prompt are there, scored or not."""
+        return prompt.id in self._lines
+
     def write(self, items: Sequence[Item]) -> None:
         """Appends items, their pictures first; what a killed process left of a line is overwritten by a resumed one."""
         rows = []
