@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +179,27 @@ def test_nothing_of_a_missing_score_is_a_number(policy: Policy, tmp_path: Path) 
     rows = [json.loads(line) for line in (tmp_path / "judged" / ITEMS).read_text().splitlines()]
     assert [row["scores"] for row in rows] == [[None], [0.25]]
     assert replace(record).failures == ("HTTP 503 (5 tries)", "")
+
+
+def test_processes_that_end_at_a_random_item_resume_to_the_same_table(small_base: Path) -> None:
+    """Killed, then interrupted, then finished."""
+    options = ["--benchmark", "generate", "--n", "160", "--sampled-prompts", "0", "--num-steps", "2", "--out"]
+    command = [sys.executable, "-m", "lvrpo", "evaluate", str(small_base), *options, "cut"]
+    items, done = Path("cut/generate", ITEMS), 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        least = done + random.randint(1, 40)
+        while process.poll() is None and (not items.exists() or len(items.read_bytes().splitlines()) < least):
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        done = len(items.read_bytes().splitlines())
+        assert (process.returncode, least <= done < 160) == (code, True), error
+    assert error.splitlines()[-1] == "interrupted: the same command goes on with what cut holds"
+    for folder in ("cut", "whole"):
+        assert main(["evaluate", str(small_base), *options, folder]) == 0
+    cut, whole = (json.loads(Path(folder, "results.json").read_text()) for folder in ("cut", "whole"))
+    assert {**cut, "seconds": 0} == {**whole, "seconds": 0}
 
 
 # --- several processes ---

@@ -282,9 +282,10 @@ def test_other_weights_of_the_same_name_are_another_evaluation(
 
 def test_an_interrupt_ends_the_process_too(stub: Path, tmp_path: Path) -> None:
     plan(stub, {"pope": {"sleep": 60, "results": results(acc=0.5)}})
-    own = [sys.executable, "-m", "lvrpo", *command(stub, "pope", tmp_path / "out")]
+    out = tmp_path / "out"
+    own = [sys.executable, "-m", "lvrpo", *command(stub, "pope", out)]
     running = subprocess.Popen(own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "out" / "lmms-eval" / "pope" / process.LOG
+    log = out / "lmms-eval" / "pope" / process.LOG
     deadline = time.monotonic() + 60
     while not (stub.parent / "calls.jsonl").exists():
         assert time.monotonic() < deadline
@@ -292,7 +293,7 @@ def test_an_interrupt_ends_the_process_too(stub: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)
     started = time.monotonic()
     _, error = running.communicate(timeout=30)
-    assert (running.returncode, error.strip()) == (130, "interrupted")
+    assert (running.returncode, error.strip()) == (130, f"interrupted: the same command goes on with what {out} holds")
     assert time.monotonic() - started < process.GRACE_S
     assert log.exists()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lvrpo.commands.options import Command, Options, Parser, guidance, names, share
@@ -59,6 +60,17 @@ def two_shares(text: str) -> tuple[float, float]:
     if len(found) != 2:
         raise argparse.ArgumentTypeError(f"{text!r}: write OBJECT,COUNTING, such as .3,.9")
     return found[0], found[1]
+
+
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """An interrupt inside says how to go on, where outputs are kept in a folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        raise KeyboardInterrupt(f"interrupted: the same command goes on with what {out} holds") from None
 
 
 GENEVAL_FAMILY = ("geneval", "geneval_vqa")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lvrpo.commands.benchmarks import published_options, refuse_geneval_layout, write_geneval_layout
+from lvrpo.commands.benchmarks import published_options, refuse_geneval_layout, resumable, write_geneval_layout
 from lvrpo.commands.lmms_eval import lmms_options, refuse_lmms_options
 from lvrpo.commands.options import (
     Command,
@@ -106,6 +106,16 @@ def require_divisible(options: Options) -> None:
 
 
 def evaluate(options: Options) -> None:
+    refuse_lmms_options(options)
+    refuse_geneval_layout(options)
+    require_divisible(options)
+    refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
+    with resumable(options.out):
+        (evaluate_by_us if options.lmms_eval is None else evaluate_by_lmms)(options)
+
+
+def evaluate_by_us(options: Options) -> None:
+    """Our own benchmarks, and published ones with scorers of ours."""
     import torch
 
     from lvrpo.commands.tables import wide_console
@@ -117,13 +127,6 @@ def evaluate(options: Options) -> None:
     from lvrpo.rewards.base import judge_fingerprint
     from lvrpo.training.splits import require_unseen_by
 
-    refuse_lmms_options(options)
-    refuse_geneval_layout(options)
-    require_divisible(options)
-    refuse_existing([path for path in (options.json, options.tune) if path is not None], options.force)
-    if options.lmms_eval is not None:
-        evaluate_by_lmms(options)
-        return
     options.benchmark = options.benchmark or ["scenes"]
     if options.tune is not None:
         tune(options)
