@@ -191,6 +191,18 @@ def test_the_process_ends_when_it_is_closed_or_its_trainer_is_gone(lively_base: 
         assert not os.path.exists(engine._folder.name)
 
 
+def test_the_process_imports_nothing_from_the_current_folder(lively_base: Path) -> None:
+    for name in ("torch", "safetensors", "random"):
+        Path(f"{name}.py").write_text("open('imported', 'w')\n")
+    engine = ProcessEngine(config_of(lively_base, PROCESS), lively_base)
+    try:
+        with pytest.raises(InputError, match="weights of nothing"):
+            engine.load_weights({"nothing": torch.zeros(1)})
+    finally:
+        engine.close()
+    assert not Path("imported").exists()
+
+
 def test_weights_that_did_not_arrive_stop_the_run(lively_policy: Any) -> None:
     engine = Copied(lively_policy(1))
     sampler = EngineSampler(engine)

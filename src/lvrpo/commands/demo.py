@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.infer import prompt, sample
 from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, port, threads
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, LvrpoError
 
 if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
@@ -49,12 +49,16 @@ def demo(options: Options) -> None:
             server_name=options.host,
             server_port=options.port,
             share=False,
+            quiet=True,  # else it says how to publish the page
+            prevent_thread_lock=True,
             max_file_size="32mb",
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],
         )
     except OSError as error:
         raise InputError(f"port {options.port} of {options.host}: {error}: choose another with --port") from None
+    print(f"http://{options.host}:{options.port}: the demo; Ctrl-C ends it", flush=True)
+    app.block_thread()
 
 
 class Session:
@@ -96,7 +100,7 @@ class Session:
                     return self._judge(group, SelfVQA(questions=QuestionConfig(by=by)))
             except InputError as error:  # its words, or words of the request, are not of this model
                 why = why or str(error)
-        return [[[why, "", ""]] for _ in range(len(group))]
+        return [[[f"not judged: {why}", "", ""]] for _ in range(len(group))]
 
     def _judge(self, group: Group, reward: SelfVQA) -> list[list[list[str]]]:
         assert reward.generator is not None
@@ -110,7 +114,7 @@ class Session:
         return [
             [[f.question, f.answer, f"{c:.2f}"] for f, c in zip(facts, found[0, g].tolist(), strict=True)]
             if (0, g) in found
-            else [[failures[0, g], "", ""]]
+            else [[f"not judged: {failures[0, g]}", "", ""]]
             for g in range(len(group))
         ]
 
@@ -177,18 +181,18 @@ def _answer(
             title = Path(name).name
             with gradio.Column():
                 if draws:
-                    columns, height = (4, 200) if label == "Draw" else (1, 360)
-                    outputs.append(gradio.Gallery(label=title, columns=columns, object_fit="contain", height=height))
+                    gradio.Markdown(f"### {title}")  # a label of the gallery would lie on a picture
+                    outputs.append(gradio.Gallery(show_label=False, columns=2, object_fit="contain", height="auto"))
                     outputs.append(gradio.Textbox(label="Plan", visible=label.startswith("Think")))
-                    outputs.append(gradio.Dataframe(headers=["picture", *JUDGED], label="Its own judgement"))
+                    outputs.append(gradio.Dataframe(headers=["#", *JUDGED], label="Its own judgement"))
                 else:
                     outputs.append(gradio.Textbox(label=title))
 
     def run(*values: Any) -> list[Any]:
         try:
             return [value for session in sessions.values() for value in call(session, *values)]
-        except InputError as error:
-            raise gradio.Error(str(error)) from None
+        except LvrpoError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
     button.click(run, inputs, outputs, api_name=label.partition(",")[0].lower())
 

@@ -10,7 +10,6 @@ import io
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
+from lvrpo.child import module_command
 from lvrpo.config import Config, default_kind
 from lvrpo.distributed import device, relay_errors
 from lvrpo.errors import ContractError, InputError, LvrpoError, describe_error
@@ -236,8 +236,10 @@ class ProcessEngine:
         if self._connection is None:
             parent, child = socket.socketpair()
             with child:
-                command = [sys.executable, "-m", "lvrpo.training.rollout_worker", str(child.fileno())]
-                self._process = subprocess.Popen(command, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
+                command, environment = module_command("lvrpo.training.rollout_worker", str(child.fileno()))
+                self._process = subprocess.Popen(
+                    command, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL, env=environment
+                )
             self._connection = Connection(parent.detach())
             folder, dtype = str(self.start), weights_dtype(self.config, self.start)
             settings = self.config.model_copy(update={"device": self.device})

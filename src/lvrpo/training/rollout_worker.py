@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def main() -> None:
             answer, error = {"load": load_weights, "sample": sample}[what](policy, *arguments), None
         except Exception as raised:  # the trainer raises it
             answer, error = None, error_to_relay(raised)
-        connection.send_bytes(serialize((error, answer)))
+        with suppress(OSError):  # of a trainer that was killed: the next receive ends this process
+            connection.send_bytes(serialize((error, answer)))
 
 
 def loaded(config: Any, folder: str, dtype: str | None, base: str | None, allowed: list[str]) -> Policy:

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from lvrpo.child import module_command
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 
@@ -130,9 +130,7 @@ class TrackerProcesses:
     def start(self) -> None:
         """Starts a process for each. It ends when this one closes its standard input, or dies."""
         for config in self.configs:
-            command = [sys.executable, "-P", "-m", "lvrpo.training.tracker_process", str(self.run), config.kind]
-            paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            command, environment = module_command("lvrpo.training.tracker_process", str(self.run), config.kind)
             # a session of its own: Ctrl-C ends the run, which then ends the trackers
             self.processes.append(
                 subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
