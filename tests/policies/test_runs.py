@@ -169,6 +169,11 @@ REFUSED: list[tuple[str, str, str]] = [
     ("showo", "masked=null", "masked: policy=.* draws such segments, and nothing says how they are trained"),
     ("showo", "adapter={modules: [tower]}", "no tower of understand or generate: the model has attention .generate."),
     ("showo2", *NO_EDITS),
+    (
+        "showo2",
+        "data={scenes: {weights: {}}, prompts_per_step: {generate: 0, understand: 2, edit: 0, reason: 9}}",
+        "reason=9: prompt .* asks for a drawing after a text, and policy=.* draws after a prompt alone: set data.sc",
+    ),
     ("qwen3_vl", "data.prompts_per_step.generate=1", f"generate=1: policy=.* {NO_DRAWING}: set it"),
     ("qwen3_vl", "data.prompts_per_step.edit=1", f"edit=1: policy=.* {NO_DRAWING}: set it to 0"),
     (
@@ -217,7 +222,7 @@ WORKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "janus": (THINKS, ASK, (*SCORES, "understand,reason")),
     "emu3": (THINKS, ASK, (*SCORES, "understand,reason")),
     "showo": (THINKS, ASK, (*SCORES, "understand,reason")),
-    "showo2": ((*DRAW, "--num-steps", "2"), ASK, (*SCORES, "understand")),
+    "showo2": ((*DRAW, "--num-steps", "2"), ASK, (*SCORES, "understand,reason")),
     "qwen3_vl": (ASK, (*ASK, "--think"), (*SCORES, "understand,reason")),
     "sd3": ((*DRAW, "--num-steps", "2"), (*SCORES, "generate")),
 }

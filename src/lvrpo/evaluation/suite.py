@@ -244,8 +244,8 @@ def evaluate(
 
     ``sizes`` overrides the number of prompts of a benchmark; ``keep`` selects the outputs to return. The first sample
     of a prompt does not depend on how many are drawn. Raises InputError where ``options.tuned`` was tuned on one of
-    the prompts, and for a benchmark of a task that the policy cannot do. A policy that draws nothing is not asked those
-    prompts of a reasoning benchmark that end in a drawing.
+    the prompts, and for a benchmark of a task that the policy cannot do. A policy that draws nothing, or
+    not after a text, is not asked those prompts of a reasoning benchmark that end in a drawing.
     """
     for benchmark in benchmarks:
         benchmark.check(policy)
@@ -257,6 +257,8 @@ def evaluate(
     for name, prompts in prompts_of.items():
         if not can_draw(tasks):
             prompts_of[name] = [p for p in prompts if "image" not in p.output or p.task not in tasks]
+        elif not getattr(policy, "draws_after_text", True):  # optional too
+            prompts_of[name] = [p for p in prompts if p.output != ("text", "image")]
         if wrong := next((prompt.task for prompt in prompts if prompt.task not in tasks), None):
             does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
             raise InputError(f"benchmark {name}: task {wrong!r}: this model {does}: leave it out")

@@ -57,6 +57,8 @@ class PolicyDefaults(nn.Module, ABC):
 
     segment_kinds: tuple[SegmentKind, ...]
     """The kinds of segments in its outputs."""
+    draws_after_text: bool = True
+    """Whether it can draw after a text of its own; a run that needs it is refused otherwise before it starts."""
     tasks: tuple[Task, ...] = TASKS
     """Supported tasks; a run that needs others is refused before it starts."""
     judging_sides: tuple[Literal["read", "draw"], ...] = ("read", "draw")

@@ -189,6 +189,12 @@ def possible_tasks(model: str | Path) -> tuple[Task, ...]:
     return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class
 
 
+def can_draw_after_text(model: str | Path) -> bool:
+    """Whether MODEL can draw after a text that it wrote, found without loading it."""
+    folder = policy_folder(model)
+    return has_adapter(folder) or getattr(policy_class(folder), "draws_after_text", True)  # optional in a class
+
+
 def model_type(folder: Path) -> str:
     """The ``model_type`` in a folder's config.json. Show-o is told by its class, BAGEL by its other files."""
     if _is_sharded(folder):

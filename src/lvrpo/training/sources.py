@@ -13,7 +13,7 @@ from lvrpo.data.base import DATASETS, SOURCE_METHODS, PromptSource
 from lvrpo.data.rows import RowPrompts
 from lvrpo.errors import InputError
 from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
-from lvrpo.policies.loading import possible_tasks, stored_image_size
+from lvrpo.policies.loading import can_draw_after_text, possible_tasks, stored_image_size
 from lvrpo.registry import resolve
 from lvrpo.rewards.base import Reward
 from lvrpo.rewards.row import RewardSource
@@ -104,8 +104,10 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     own_rewards = config.validation.rewards
     validation_scorer = HeldOutScorer(tuple(build_rewards(own_rewards))) if own_rewards else scorer
     validator = Validator(validation_prompts(config, validation, validation_scorer), config, validation_scorer)
+    if tasks is not None:
+        require_outputs(config, tasks, source, validator)
     if tasks is not None and not can_draw(tasks):
-        require_texts(config, source, rewards, validator)
+        require_text_rewards(config, rewards)
     rows = build_judge_rows(config.judge, rewards, validator.prompts, lambda: held_out_drawings(validation))
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
@@ -176,18 +178,23 @@ def policy_tasks(config: TrainConfig) -> tuple[Task, ...] | None:
     return None
 
 
-def require_texts(
-    config: TrainConfig, source: PromptSource, rewards: Sequence[RewardSource], validator: Validator
-) -> None:
-    """Raises InputError for prompts that ask for a picture and for rewards that score pictures alone."""
-    why = f"policy={config.policy} {READS_ONLY}"
+def require_outputs(config: TrainConfig, tasks: Sequence[Task], source: PromptSource, validator: Validator) -> None:
+    """Raises InputError for prompts that ask for a picture, or for one after a text, if the policy cannot draw it."""
+    draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
+    asked = "a drawing after a text" if draws else "a picture"
+    why = f"policy={config.policy} {'draws after a prompt alone' if draws else READS_ONLY}"
     remedy = "set data.scenes.weights={reason/draw_answer: 0}" if config.data.source == "scenes" else "leave it out"
     for task, count in config.data.prompts_per_step.items():
         rows = source.prompts(task, min(count, REWARD_CHECK_PROMPTS)) if count else []
         for prompt in [*rows, *validator.prompts.get(task, [])]:
-            if "image" in prompt.output:
+            if "image" in prompt.output and not (draws and (after_text or len(prompt.output) == 1)):
                 named = f"data.prompts_per_step.{task}={count}: prompt {prompt.id!r}"
-                raise InputError(f"{named} asks for a picture, and {why}: {remedy}")
+                raise InputError(f"{named} asks for {asked}, and {why}: {remedy}")
+
+
+def require_text_rewards(config: TrainConfig, rewards: Sequence[RewardSource]) -> None:
+    """Raises InputError for rewards that score pictures alone, for a policy that does not draw."""
+    why = f"policy={config.policy} {READS_ONLY}"
     for reward in rewards:
         if "text" not in reward.judges:
             raise InputError(f"rewards.{reward.config.title}: scores pictures that are drawn, and {why}: leave it out")

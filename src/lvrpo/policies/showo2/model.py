@@ -241,10 +241,10 @@ class Showo2Model(nn.Module):
         """The embedding of text tokens."""
         return self.showo.model.embed_tokens
 
-    def states(self, rows: Rows, cache: Any = None) -> torch.Tensor:
+    def states(self, rows: Rows, cache: Any = None, layer: int | None = None) -> torch.Tensor:
         """Final states of the language model (B, L, D), whose keys and values a cache is filled with.
 
-        Any: a cache of an optional package.
+        ``layer``: the states after so many layers instead. Any: a cache of an optional package.
         """
         out = self.showo.model(
             inputs_embeds=rows.x,
@@ -252,8 +252,9 @@ class Showo2Model(nn.Module):
             position_ids=rows.positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            output_hidden_states=layer is not None,
         )
-        return out.last_hidden_state
+        return out.last_hidden_state if layer is None else out.hidden_states[layer]
 
     def velocity(self, rows: Rows, t: torch.Tensor) -> torch.Tensor:
         """Show-o2's own velocity (data minus noise) of the images of rows, as tokens (M, N, patch * patch * C)."""

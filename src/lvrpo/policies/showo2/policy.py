@@ -40,6 +40,7 @@ from lvrpo.types import (
     FlowSegment,
     Group,
     Image,
+    Part,
     Prompt,
     SegmentKind,
     SegmentLogprobs,
@@ -65,6 +66,7 @@ class Showo2Policy(TransformersPolicy):
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
+    draws_after_text = False
     tasks: tuple[Task, ...] = ("understand", "generate", "reason")
     judging_sides = ("read",)
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
@@ -429,6 +431,22 @@ class Showo2Policy(TransformersPolicy):
         answers = [torch.tensor([*self._encode(text), self.parts.ids["<|im_end|>"]]) for text in texts]
         rows = self._score(contexts, answers, 1.0)
         return torch.stack([row.logprobs.mean().cpu() for row in rows]) if rows else torch.zeros(0)
+
+    @torch.no_grad()
+    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
+        """See ``Judge.reading_states``; after the last layer the states are normed."""
+        depth, found, ids = len(self.model.showo.model.layers), [], self.parts.ids
+        if not 0 <= layer <= depth:
+            raise InputError(f"layer={layer}: the policy has {depth} layers")
+        with self.autocast():
+            for part in parts:
+                drawn = isinstance(part, torch.Tensor)
+                begin = [ids["<|im_start|>"], *([ids["<|vision_start|>"]] if drawn else [])]
+                read = self.model.embed_images(z := self.encode_images([part]), z.new_ones(1))[0] if drawn else None
+                text = self._embedded([] if drawn else self._encode(part))
+                states = self.model.states(place_rows([self._embedded(begin)], [read], [text]), layer=layer)
+                found.append(states[0, len(begin) + drawn :])  # an image begins with the place of its time
+        return found
 
     # --- weights ---
 
