@@ -271,7 +271,10 @@ def check_gpu_memory(config: TrainConfig, gib: float) -> None:
         raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
     memory = memory_needed(config, torch.device("cuda"))
     if memory is None:
-        raise InputError(f"--card {gib:g}: the memory of policy={config.policy} cannot be estimated: leave --card out")
+        raise InputError(
+            f"--card {gib:g}: memory is estimated for BAGEL and the tiny policy alone, and policy={config.policy} is "
+            "of another kind: leave --card out; the guide of the model (docs/reference/models.md) may have sums"
+        )
     print_memory(memory)
     require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")
