@@ -56,7 +56,7 @@ def official_files(data: HubData, path: str, name: str) -> Iterator[Path]:
     rows = {table: read_table(path, table or None, data.columns, name) for table in data.tables or ("",)}
     with tempfile.TemporaryDirectory(prefix="lvrpo-benchmark-") as made:
         for file, text in data.files(rows).items():
-            (Path(made) / file).write_text(text)
+            (Path(made) / file).write_text(text, encoding="utf-8")
         yield Path(made)
 
 

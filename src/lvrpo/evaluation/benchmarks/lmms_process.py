@@ -11,11 +11,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -201,6 +202,7 @@ class Harness:
         command += ["--use_cache", str((own / CACHE).resolve())]
         command += [] if self.limit is None else ["--limit", str(self.limit)]
         command += [] if task.folder is None else ["--include_path", str(task.folder)]
+        keep_answers(own / CACHE)
         code = run_logged(command, own / LOG)
         if code or result_file(output) is None:
             said = excerpt((own / LOG).read_text(errors="replace"))
@@ -232,6 +234,14 @@ def weights_stamp(model: str) -> str:
 def result_file(output: Path) -> Path | None:
     """The last results that lmms-eval wrote there; None where it wrote none."""
     return next(iter(sorted(output.rglob("*_results.json"), reverse=True)), None)
+
+
+def keep_answers(cache: Path) -> None:
+    """Makes the answers of a task whose scoring failed the cache of its next run (lmms-eval: of whole runs alone)."""
+    found, target = sorted(cache.glob("runs/*/rank_0.db"), key=os.path.getmtime), cache / "cache.db"
+    if found and not target.exists():
+        with closing(sqlite3.connect(found[-1])) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
