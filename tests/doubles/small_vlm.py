@@ -88,16 +88,24 @@ def make_tokenizer(markers: Sequence[str], eos: str, pad: str, size: int, **name
 
 
 def create_vlm(
-    family: str, folder: Path, width: int = 32, depth: int = 2, vocabulary: int = 320, max_pixels: int = 4096
+    family: str,
+    folder: Path,
+    width: int = 32,
+    depth: int = 2,
+    vocabulary: int = 320,
+    max_pixels: int = 4096,
+    positions: int | None = None,
 ) -> Path:
     """Writes a random model with its processor; weights are large enough that a picture moves the logits.
 
-    ``max_pixels``: of a picture of Qwen-VL; larger ones are resized.
+    ``max_pixels``: of a picture of Qwen-VL; larger ones are resized. ``positions``: the most tokens of a row.
     """
     import transformers
 
     make = _idefics if family == "idefics3" else _qwen
     config, tokenizer, pictures, template = make(family, width, depth, vocabulary)
+    if positions is not None:
+        config.get_text_config().max_position_embeddings = positions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config)
