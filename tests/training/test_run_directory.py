@@ -79,6 +79,15 @@ def test_allowed_keys_may_differ_on_resume(path: Path) -> None:
         assert "seed=0 against 1" in refusal(run.require_config, Root(seed=1), allow={"training.steps"})
 
 
+def test_a_key_that_did_not_exist_when_the_run_began_has_its_default(path: Path) -> None:
+    with RunDirectory.create(path, Root()) as run:
+        file = path / "config.yaml"
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join(line for line in lines if not line.startswith("seed")))
+        run.require_config(Root())
+        assert "seed=0 against 1" in refusal(run.require_config, Root(seed=1))
+
+
 @pytest.mark.parametrize("progress", ["metrics", "checkpoint", "summary"])
 def test_the_same_run_is_not_started_twice_once_it_got_somewhere(path: Path, progress: str) -> None:
     RunDirectory.create(path, Root()).close()

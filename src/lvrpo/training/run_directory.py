@@ -29,7 +29,16 @@ from pydantic import Field
 
 from lvrpo import __version__
 from lvrpo.atomic_io import write_atomic
-from lvrpo.config import Config, config_differences, config_sha256, dump_config, load_config, read_yaml, tree_sha256
+from lvrpo.config import (
+    Config,
+    config_differences,
+    config_sha256,
+    dump_config,
+    load_config,
+    parse_section,
+    read_yaml,
+    tree_sha256,
+)
 from lvrpo.distributed import is_main, on_main
 from lvrpo.errors import ContractError, InputError
 from lvrpo.reading import Kind, Record, parse_typed_json, path_exists, read_bytes, read_json, validate_type
@@ -210,6 +219,8 @@ class RunDirectory:
 
     def _differences(self, config: Config) -> list[str]:
         held = read_yaml(self.path / CONFIG)
+        with suppress(InputError):  # of an older version: keys that did not exist then have their defaults
+            held = parse_section(type(config), held, "").model_dump(mode="json")
         return config_differences(held, config.model_dump(mode="json"))
 
     def _require_unused(self, config: Config) -> None:
