@@ -158,17 +158,17 @@ def test_opening_clears_what_a_killed_writer_left(path: Path) -> None:
             save_state(folder, {})
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rew')
-    (path / ".summary.json.tmp-0a").write_text("{")
-    (path / "checkpoints" / ".step_000002.tmp-0b").mkdir()
+    (path / ".summary.json.tmp-0a0a0a0a").write_text("{")
+    (path / "checkpoints" / ".step_000002.tmp-0b0b0b0b").mkdir()
     (path / "eval" / "step_000003").mkdir(parents=True)
-    (path / "eval" / "step_000003" / ".00003.png.tmp-0c").write_bytes(b"")
-    (path / "checkpoints" / "step_000001").rename(path / "checkpoints" / ".step_000001.old-0c")
+    (path / "eval" / "step_000003" / ".00003.png.tmp-0c0c0c0c").write_bytes(b"")
+    (path / "checkpoints" / "step_000001").rename(path / "checkpoints" / ".step_000001.old-0c0c0c0c")
     assert RunDirectory.read(path).metrics() == [{"step": 1}]
     with RunDirectory.open(path) as run:
         run.append_metrics({"step": 2})
         assert run.metrics() == [{"step": 1}, {"step": 2}]
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["step_000001"]
-    assert not (path / ".summary.json.tmp-0a").exists()
+    assert not (path / ".summary.json.tmp-0a0a0a0a").exists()
     assert not list((path / "eval").rglob(".*"))
     assert latest_checkpoint(path) == path / "checkpoints" / "step_000001"
 
