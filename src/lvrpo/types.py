@@ -109,6 +109,8 @@ class Example:
     prompt: Prompt
     outputs: tuple[Part, ...]
     """One per entry of ``prompt.output``."""
+    dropped: Literal["", "text", "picture"] = ""
+    """What of the prompt is left out, so that guidance has a branch without it."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from lvrpo.data.scenes import CorpusConfig, WebCorpus, web_corpus
 from lvrpo.errors import InputError
+from lvrpo.policies.mot.policy import remaining
 from lvrpo.policies.mot.transformer import MoTConfig
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.training.optimizer import update_ema
@@ -82,30 +84,33 @@ def test_some_drawings_lose_their_text_or_their_picture_but_not_both(trainer: Ca
     supervised = trainer(condition_dropout=0.5, picture_dropout=0.2)
     rows = [example for step in range(30) for example in supervised.batch(step)]
     drawings = [example for example in rows if example.prompt.output == ("image",)]
-    without = [e for e in drawings if not any(isinstance(part, str) for part in e.prompt.parts)]
+    without = [e for e in drawings if e.dropped == "text"]
     assert 0.35 < len(without) / len(drawings) < 0.65
-    assert all(len(e.prompt.parts) == (e.prompt.task == "edit") for e in without)
     assert {e.prompt.task for e in without} == {"generate", "edit"}
-    others = [e for e in rows if e.prompt.output != ("image",)]
-    assert all(any(isinstance(part, str) for part in e.prompt.parts) for e in others)
-    no_picture = [e for e in drawings if e.prompt.task == "edit" and len(e.prompt.parts) == 1 and e not in without]
-    assert no_picture == [e for e in drawings if e.prompt.id.endswith("/no picture")] != []
+    assert not any(e.dropped for e in rows if e.prompt.output != ("image",))
+    no_picture = [e for e in drawings if e.dropped == "picture"]
+    assert {e.prompt.task for e in no_picture} == {"edit"}
+    for example in (*without, *no_picture):
+        kept = remaining(example)
+        left_out = [part for part in example.prompt.parts if isinstance(part, str) == (example.dropped == "text")]
+        assert left_out
+        assert len(kept.parts) == len(example.prompt.parts) - len(left_out)
+        assert kept.id == f"{example.prompt.id}/no {example.dropped}"
     whole = trainer(condition_dropout=0.0, picture_dropout=0.0)
-    assert all(len(e.prompt.parts) == 2 for step in range(5) for e in whole.batch(step) if e.prompt.task == "edit")
-    assert all(e.prompt.parts for step in range(5) for e in whole.batch(step))
+    assert not any(e.dropped for step in range(5) for e in whole.batch(step))
 
 
 def test_a_resumed_run_is_identical(trainer: Callable[..., SupervisedState]) -> None:
     whole, resumed = trainer(), trainer(seed=0)
     for _ in range(3):
         whole.train_step()
-    resumed.policy.load_state_dict(whole.policy.state_dict())
-    resumed.average.load_state_dict(whole.average.state_dict())
+    resumed.weights.load_state_dict(whole.weights.state_dict())
+    resumed.average_weights.load_state_dict(whole.average_weights.state_dict())
     resumed.optimizers.load_state(whole.optimizers.state())
     resumed.step = whole.step
     for _ in range(2):
         assert whole.train_step() == resumed.train_step()
-    for one, other in ((whole.policy, resumed.policy), (whole.average, resumed.average)):
+    for one, other in ((whole.weights, resumed.weights), (whole.average_weights, resumed.average_weights)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -131,24 +136,26 @@ def test_the_weights_of_the_losses(trainer: Callable[..., SupervisedState]) -> N
 
 def test_the_average_is_short_at_first(trainer: Callable[..., SupervisedState]) -> None:
     supervised = trainer()
-    by_hand = supervised.average.make_reference()
+    by_hand = copy.deepcopy(supervised.average_weights)
     for step in range(4):
         supervised.train_step()
-        update_ema(by_hand, supervised.policy, [0, 1 / 11, 2 / 12, 3 / 13][step])
-    for mine, theirs in zip(by_hand.parameters(), supervised.average.parameters(), strict=True):
+        update_ema(by_hand, supervised.weights, [0, 1 / 11, 2 / 12, 3 / 13][step])
+    for mine, theirs in zip(by_hand.parameters(), supervised.average_weights.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert not any(p.requires_grad for p in supervised.average.parameters())
+    assert not any(p.requires_grad for p in supervised.average_weights.parameters())
 
 
 def test_a_run_starts_from_random_weights_or_a_folder(tmp_path: Path) -> None:
     config = make_config(seed=4)
     one, two = initial_policy(config), initial_policy(config)
+    assert isinstance(one, TinyPolicy)
+    assert isinstance(two, TinyPolicy)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     one.save(tmp_path / "base")
     again = initial_policy(make_config(seed=5, init=str(tmp_path / "base")))
+    assert isinstance(again, TinyPolicy)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
     assert all(p.requires_grad for p in again.parameters())
-    assert isinstance(again, TinyPolicy)
     with pytest.raises(InputError, match="nowhere"):
         initial_policy(make_config(init=str(tmp_path / "nowhere")))
 

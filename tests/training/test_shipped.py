@@ -15,7 +15,10 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.trainer import Trainer
 
-SUPERVISED = ("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "pretrain", "repa")
+SUPERVISED = (
+    *("bagel_tiny_pretrain", "bagel_tiny_pretrain_edits", "continued", "janus_tiny_pretrain", "pretrain", "repa"),
+    "showo_tiny_pretrain",
+)
 """Alignments of BAGEL are tried by test_bagel_configs.py, of other families by
 tests/policies/test_runs.py."""
 SPREAD = """

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lvrpo.policies.adapter import AdaptablePolicy
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
+    from lvrpo.policies.janus.policy import JanusPolicy
+    from lvrpo.policies.showo.policy import ShowoPolicy
     from lvrpo.types import Image
 
 
@@ -44,6 +46,12 @@ KINDS = {
 }
 """Models by the name that ``lvrpo init`` takes."""
 PIPELINES = ("sd3-tiny", "flux-tiny")
+TILED = ("janus-tiny", "showo-tiny")
+"""Models that take a tile codebook."""
+CROWDED = 2000
+"""Pictures that a tile codebook is learned from."""
+MEASURED = 1000
+"""Pictures that it is measured on."""
 KEPT_BYTES = 256 << 20
 """Size limit of the cache of rendered pictures: all of them at 32 x 32; beyond it, pictures are rendered again."""
 
@@ -61,6 +69,11 @@ def init_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--autoencoder-batch", type=int, default=8, metavar="N", help="pictures a step of it (default: 8)"
+    )
+    parser.add_argument(
+        "--tile-codebook",
+        action="store_true",
+        help=f"of {' and '.join(TILED)}: image tokens are tiles of the built-in world, not those of an autoencoder",
     )
     parser.add_argument("--device", default="auto", help="where it is trained (default: auto)")
 
@@ -83,6 +96,8 @@ def init(options: Options) -> None:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: use 0 or more steps")
     if not 2 <= options.autoencoder_batch <= 1024:
         raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
+    if options.tile_codebook and options.kind not in TILED:
+        raise InputError(f"--tile-codebook: is of {' and '.join(TILED)}, not of {options.kind}: leave it out")
     device = pick_device(options.device)
     folder: Path = options.folder
     require_new(folder)
@@ -113,14 +128,17 @@ def fresh_bagel(options: Options, device: torch.device) -> BagelPolicy:
 
 
 def fresh_policy(made: RandomModel, options: Options) -> AdaptablePolicy:
-    """Makes a policy of the table; its autoencoder is random."""
+    """Makes a policy of the table; its autoencoder is random, or replaced by tiles if the options ask for it."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import VOCABULARY
 
     refuse_autoencoder(options)
     module = import_module(f"lvrpo.policies.{made.package}.create")
     sizes = load_config(getattr(module, made.sizes), None, options.overrides)  # both names are of the table
-    return getattr(module, made.create)(sizes, [" ".join(VOCABULARY)])
+    policy = getattr(module, made.create)(sizes, [" ".join(VOCABULARY)])
+    if options.tile_codebook:
+        give_tiles(policy, sizes.image_size)
+    return policy
 
 
 def fresh_pipeline(options: Options, folder: Path) -> DiffusersPolicy:
@@ -183,6 +201,45 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
     same = [seen_objects(a) == seen_objects(b) for a, b in zip(read(found.before), read(found.after), strict=True)]
     print(f"reconstruction of new pictures: {found.psnr:.1f} dB, largest error of a pixel {found.largest:.2f}")
     print(f"the verifier reads the same objects in {sum(same)} of {len(same)}")
+
+
+def give_tiles(policy: JanusPolicy | ShowoPolicy, size: int) -> None:
+    """Gives a policy a tile codebook of crowded pictures; prints what survives it of the validation split's pictures.
+
+    Embeddings of a Janus's image tokens start as the principal components of the tiles.
+    """
+    from lvrpo.data.scenes import ScenePrompts, ScenesConfig, crowded
+    from lvrpo.data.scenes.verifier import read
+    from lvrpo.policies.janus.policy import JanusPolicy
+    from lvrpo.policies.tile_codebook import TileCodebook
+
+    if size % 8 or not 32 <= size <= 256:
+        raise InputError(
+            f"image_size={size}: scenes have multiples of 8 from 32 to 256: use one, or leave --tile-codebook out"
+        )
+    pictures = [crowded(i, size) for i in range(CROWDED)]
+    if isinstance(policy, JanusPolicy):
+        embeddings = policy.model.model.generation_embeddings.weight
+        tiles = TileCodebook.learn(pictures, len(embeddings), policy.token_side)
+        embeddings.data.copy_(tiles.embeddings(embeddings.shape[1]))
+    else:
+        tiles = TileCodebook.learn(pictures, policy.magvit.config.codes, policy.magvit.config.patch_size)
+    policy.tiles = tiles
+    source = ScenePrompts(ScenesConfig(size=size, questions_per_picture=1), "validation", 0)
+    parts = [part for i in range(MEASURED) for part in source.prompt("understand", i).parts]
+    shown = [part for part in parts if not isinstance(part, str)]
+    pairs = list(zip(read(shown), read(tiles.decode(tiles.encode(shown))), strict=True))
+    total, kept = sum(len(facts_of(a)) for a, _ in pairs), sum(len(facts_of(a) & facts_of(b)) for a, b in pairs)
+    same = sum(seen_objects(a) == seen_objects(b) for a, b in pairs)
+    count = len(tiles.tiles)
+    print(f"{count} tiles: the verifier reads {kept / total:.1%} of {total} facts again (grounds, shapes, colors),")
+    print(f"and the same objects in {same} of {len(pairs)} pictures")
+
+
+def facts_of(reading: Reading) -> set[object]:
+    """The facts of a picture: its ground, and of each object shape and color at its place."""
+    objects = {(name, o.row, o.col) for o in reading.objects for name in (f"shape {o.shape}", f"color {o.color}")}
+    return {reading.ground, *objects}
 
 
 def seen_objects(reading: Reading) -> tuple[object, ...]:

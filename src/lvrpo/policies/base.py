@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from lvrpo.errors import InputError
 from lvrpo.types import (
     SEGMENT_KINDS,
+    Example,
     Group,
     Image,
     LogitGuidance,
@@ -266,6 +267,22 @@ class Policy(FlowPolicy, Judge, SavedPolicy, Protocol):
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Whether activations are recomputed in the backward pass (gradient checkpointing)."""
+        ...
+
+
+@runtime_checkable
+class SupervisedPolicy(Policy, Protocol):
+    """A policy that learns from rows to imitate, as ``lvrpo pretrain`` trains it."""
+
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: Any = None
+    ) -> Mapping[str, torch.Tensor]:
+        """Differentiable losses of a batch, scalars: "text" and "image", those that it has outputs for.
+
+        Random numbers (times, noise, masks) come from ``generator``. ``represent``: a loss on hidden states, of
+        policies that have such states (``mot.likelihood.FeatureLoss``; Any: it is theirs), which adds
+        "representation".
+        """
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lvrpo.policies.base import Sampling, TokenCounts, missing_method
+from lvrpo.policies.supervised import token_losses
 from lvrpo.sampling import (
     choose_revealed,
     derive_seed,
@@ -30,6 +31,7 @@ from lvrpo.sampling import (
 from lvrpo.types import (
     SEGMENT_KINDS,
     TASKS,
+    Example,
     Group,
     Image,
     ImageTokenSegment,
@@ -379,12 +381,24 @@ class TokenPolicy(PolicyDefaults):
         image = self.image_tokens if trajectory.image is not None else 0
         return TokenCounts(len(self.context_ids(trajectory.prompt.parts)), text, image)
 
+    # --- supervised ---
+
+    def answer_ids(self, parts: Parts, text: str) -> list[int]:
+        """Ids of a text as the answer to a prompt, end token included."""
+        return [*self.encode_text(text), self.end_id]
+
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: None = None
+    ) -> Mapping[str, torch.Tensor]:
+        """As ``SupervisedPolicy.supervised_losses``: cross-entropies per token, of the masked ones where masked."""
+        return token_losses(self, examples, generator)
+
     # --- judging ---
 
     @torch.no_grad()
     def text_logprob(self, contexts: Sequence[Parts], texts: Sequence[str]) -> torch.Tensor:
         """See ``Judge.text_logprob``."""
-        tokens = [torch.tensor([*self.encode_text(text), self.end_id]) for text in texts]
+        tokens = [torch.tensor(self.answer_ids(parts, text)) for parts, text in zip(contexts, texts, strict=True)]
         segments = [TextSegment(row, torch.zeros(len(row)), 1.0, "", True) for row in tokens]
         rows = self._score([self.context_ids(parts) for parts in contexts], segments)
         return torch.stack([row.logprobs.mean() for row in rows])

@@ -6,7 +6,7 @@ Letters: R rows, L places of a row, D width, B members, N tokens of a picture, h
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,10 +16,12 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_image_tokens, generate_text, read_rows
 from lvrpo.policies.defaults import replay_settings, with_behavior_logprobs
+from lvrpo.policies.supervised import token_losses
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
 from lvrpo.sampling import derive_seed, guide_logits, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
+    Example,
     Group,
     Image,
     ImageTokenSegment,
@@ -372,6 +374,14 @@ class ImageTokenPolicy(TransformersPolicy):
         other = None if unguided is None else self.image_logits(unguided[places - one.shift])
         logits = guide_logits(self.image_logits(states[places]), other, segment.guidance_scale, segment.guided_logprobs)
         return SegmentLogprobs(*token_scores(logits, tokens, segment.temperature))
+
+    # --- supervised ---
+
+    def supervised_losses(
+        self, examples: Sequence[Example], generator: torch.Generator, represent: None = None
+    ) -> Mapping[str, torch.Tensor]:
+        """See ``SupervisedPolicy.supervised_losses``: cross-entropies per token of text and per image token."""
+        return token_losses(self, examples, generator)
 
     # --- judging ---
 

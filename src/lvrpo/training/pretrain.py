@@ -6,8 +6,8 @@ understanding side of a frozen copy of the initial policy; no external encoder i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -29,8 +29,9 @@ from lvrpo.data.scenes import (
     web_corpus,
 )
 from lvrpo.errors import InputError
-from lvrpo.policies.base import Policy, Sampling
-from lvrpo.policies.loading import load_policy, pick_device, policy_folder
+from lvrpo.policies.base import Policy, Sampling, SupervisedPolicy
+from lvrpo.policies.image_tokens import ImageTokenPolicy
+from lvrpo.policies.loading import load_policy, pick_device, policy_folder, possible_tasks
 from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.tiny import TinyConfig, TinyPolicy
 from lvrpo.reading import structure_errors
@@ -222,11 +223,14 @@ class SupervisedStep:
 class SupervisedState:
     """The supervised training step and its mutable state."""
 
-    def __init__(self, config: PretrainConfig, policy: MoTPolicy, corpus: WebCorpus | CleanPrompts) -> None:
+    def __init__(self, config: PretrainConfig, policy: SupervisedPolicy, corpus: WebCorpus | CleanPrompts) -> None:
         self.config = config
         self.policy = policy
-        require_size(policy, config)
-        self.average = policy.make_reference()
+        assert isinstance(policy, nn.Module)
+        self.weights: nn.Module = policy
+        self.average = average = policy.make_reference()
+        assert isinstance(average, nn.Module)
+        self.average_weights: nn.Module = average
         self.rows: dict[str, Sequence[Example]] = {kind: getattr(corpus, kind) for kind in config.batch}
         self.optimizers = Optimizers(policy, config.optimizer, config.steps)
         self.step = 0
@@ -235,6 +239,7 @@ class SupervisedState:
         if config.representation.weight:
             seed = derive_seed(config.seed, "representation") % 2**32
             lr = config.optimizer.adamw_lr
+            assert isinstance(policy, MoTPolicy)
             self.representation = Representation(config.representation, policy, lr, seed)
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
@@ -258,7 +263,7 @@ class SupervisedState:
         if self.representation is not None:
             self.representation.step(self.optimizers.rate(step))
         self.step += 1
-        update_ema(self.average, self.policy, min(self.config.ema_decay, step / (step + 10)))
+        update_ema(self.average_weights, self.weights, min(self.config.ema_decay, step / (step + 10)))
         return SupervisedStep(total, norms)
 
     @property
@@ -273,8 +278,8 @@ class SupervisedState:
         tree = {
             "step": self.step,
             "seconds": self.seconds,
-            "policy": dict(self.policy.state_dict()),
-            "average": dict(self.average.state_dict()),
+            "policy": dict(self.weights.state_dict()),
+            "average": dict(self.average_weights.state_dict()),
             "optimizers": self.optimizers.state(),
         }
         if self.representation is not None:
@@ -286,8 +291,8 @@ class SupervisedState:
         verify_checkpoint(checkpoint)
         tree = load_state(checkpoint / STATE, finite=True)
         with structure_errors(str(checkpoint / STATE / "state.json"), "use another checkpoint"):
-            copy_weights(self.policy, tree["policy"])
-            copy_weights(self.average, tree["average"])
+            copy_weights(self.weights, tree["policy"])
+            copy_weights(self.average_weights, tree["average"])
             self.optimizers.load_state(tree["optimizers"])
             if self.representation is not None:
                 self.representation.load(tree["representation"])
@@ -307,20 +312,17 @@ class SupervisedState:
             for j in range(step * count // run, (step + 1) * count // run):
                 unit = int(self._order(kind, j // units)[j % units])
                 out += rows[unit * run : (unit + 1) * run]
-        if self.policy.has_condition_dropout:
+        if isinstance(self.policy, MoTPolicy) and self.policy.has_condition_dropout:
             return out
         return [self._with_dropout(e, rng) if e.prompt.output == ("image",) else e for e in out]
 
     def _with_dropout(self, example: Example, rng: np.random.Generator) -> Example:
-        prompt = example.prompt
         draw = rng.random()
         if draw < self.config.condition_dropout:
-            kept, what = tuple(part for part in prompt.parts if not isinstance(part, str)), "text"
-        elif prompt.task == "edit" and draw < self.config.condition_dropout + self.config.picture_dropout:
-            kept, what = tuple(part for part in prompt.parts if isinstance(part, str)), "picture"
-        else:
-            return example
-        return Example(Prompt(f"{prompt.id}/no {what}", prompt.task, kept, prompt.output), example.outputs)
+            return replace(example, dropped="text")
+        if example.prompt.task == "edit" and draw < self.config.condition_dropout + self.config.picture_dropout:
+            return replace(example, dropped="picture")
+        return example
 
     def _run_length(self, kind: str) -> int:
         return self.config.corpus.questions_per_scene if kind == "question" else 1
@@ -341,27 +343,50 @@ def supervised_rows(config: PretrainConfig) -> WebCorpus | CleanPrompts:
     return CleanPrompts.build(config.prompts, config.corpus.size, max(1, config.corpus.questions_per_scene))
 
 
-def require_size(policy: MoTPolicy, config: PretrainConfig) -> None:
+def require_size(policy: SupervisedPolicy, config: PretrainConfig) -> None:
     """Raises InputError unless the default image size of a policy is that of the corpus."""
     size = config.corpus.size
-    height, width = (side * policy.pixels_per_token() for side in policy.encoders.default_grid(None))
+    if isinstance(policy, MoTPolicy):
+        height, width = (side * policy.pixels_per_token() for side in policy.encoders.default_grid(None))
+    elif isinstance(policy, ImageTokenPolicy):
+        height, width = policy.drawn_size(Sampling())
+    else:
+        height = width = getattr(policy, "drawn_side", size)  # optional in a class
     if (height, width) != (size, size):
         raise InputError(f"corpus.size={size}: this policy draws {width} x {height}: set corpus.size to that")
 
 
-def initial_policy(config: PretrainConfig) -> MoTPolicy:
+def initial_policy(config: PretrainConfig) -> SupervisedPolicy:
     """The policy that training starts from."""
-    if config.init is not None:
-        policy = load_policy(config.init, config.device, "float32")  # BAGEL's default on a GPU is bfloat16
-        if not isinstance(policy, MoTPolicy):
-            raise InputError(
-                f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "
-                "name a policy of lvrpo, or BAGEL"
-            )
-        if config.representation.weight and policy.has_condition_dropout:
-            raise InputError("representation.weight with BAGEL: its packed pass keeps no states: set it to 0")
-        return policy
-    return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))
+    if config.init is None:
+        return TinyPolicy.from_vocabulary(config.policy, VOCABULARY, config.seed).to(pick_device(config.device))
+    require_tasks(config, possible_tasks(config.init))
+    policy = load_policy(config.init, config.device, "float32")  # BAGEL's default on a GPU is bfloat16
+    if not isinstance(policy, SupervisedPolicy):
+        raise InputError(
+            f"init={config.init}: holds a {type(policy).__name__}, which has no supervised losses: "
+            "name a policy of lvrpo, a BAGEL, or one of image tokens"
+        )
+    if config.representation.weight and (not isinstance(policy, MoTPolicy) or policy.has_condition_dropout):
+        raise InputError(
+            f"representation.weight={config.representation.weight}: {type(policy).__name__} keeps no states for it: "
+            "set it to 0"
+        )
+    require_size(policy, config)
+    return policy
+
+
+def require_tasks(config: PretrainConfig, tasks: Collection[Task]) -> None:
+    """Raises InputError for rows of a task that is not among those that the policy can be asked."""
+    of_kind: Mapping[Kind, Task] = {"caption": "understand", "question": "understand"}
+    asked: list[tuple[str, str, int]] = [
+        (f"batch.{kind}", of_kind.get(kind, kind), count)  # type: ignore[arg-type]  # the other kinds are tasks
+        for kind, count in config.batch.items()
+    ]
+    asked += [(f"held_out.{task}", task, count) for task, count in config.held_out.items() if config.held_out_every]
+    for name, task, count in asked:
+        if count and task not in tasks:
+            raise InputError(f"{name}={count}: init={config.init} does {', '.join(tasks)} alone: set it to 0")
 
 
 @dataclass

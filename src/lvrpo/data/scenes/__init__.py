@@ -14,6 +14,7 @@ from lvrpo.data.scenes.objects import (
     Scene,
     SceneObject,
     Split,
+    crowded,
     render,
 )
 from lvrpo.data.scenes.prompts import CATEGORIES, ScenePrompts, ScenesConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Split",
     "Verifier",
     "WebCorpus",
+    "crowded",
     "fact_results",
     "holds",
     "normalize",

@@ -7,6 +7,7 @@ pixel = ground + alpha * (color - ground).
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -205,6 +206,25 @@ def render(scene: Scene, size: int = DEFAULT_SIZE) -> Image:
             raise ValueError(f"{o} lies outside a picture of {size} pixels")
         picture[:, top : top + CELL, left : left + CELL] = _block(scene.ground, o.color, o.shape, o.sample)
     return torch.from_numpy(picture)
+
+
+def crowded(index: int, size: int = DEFAULT_SIZE) -> Image:
+    """A picture with an object in every cell but one, of any shape or training digit in any color, for tokenizers.
+
+    No text goes with it, and it shows the held-out combinations too: a tokenizer without tiles for them could not
+    draw them, whoever asks. Differs from scenes, which have ``MAX_OBJECTS`` at most.
+    """
+    rng, side = random.Random(f"crowded {index}"), size // CELL
+    digits = digit_indices("train")
+    objects = []
+    for cell in range(1, side * side):
+        color, at = rng.choice(COLORS), divmod(cell, side)
+        if rng.random() < 0.6:
+            digit = rng.randrange(10)
+            objects.append(SceneObject(DIGITS[digit], color, *at, sample=rng.choice(digits[digit])))
+        else:
+            objects.append(SceneObject(rng.choice(SHAPES), color, *at))
+    return render(Scene(rng.choice(GROUNDS), tuple(objects)), size)
 
 
 def cells_mask(cells: Iterable[tuple[int, int]], size: int = DEFAULT_SIZE) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
 from lvrpo.policies.janus.processor import PATCH, Processor
+from lvrpo.policies.tile_codebook import TileCodebook
 from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
 from lvrpo.reading import read_json_object
 from lvrpo.types import Image, OutputKind, Part, Parts, Task
@@ -38,10 +39,11 @@ class JanusPolicy(ImageTokenPolicy):
         "tower": r"model\.model\.(?P<expert>vision_model)\..+",
     }
 
-    def __init__(self, model: Any, processor: Processor) -> None:
+    def __init__(self, model: Any, processor: Processor, tiles: TileCodebook | None = None) -> None:
         """``model``: a JanusForConditionalGeneration. Any: of an optional package. Its autoencoder stays frozen."""
         super().__init__(model)
         self.processor = processor
+        self.tiles = tiles
         vision, self.end_id, self.pad_id = (
             model.config.vision_config,
             processor.ids["eos_token"],
@@ -88,6 +90,8 @@ class JanusPolicy(ImageTokenPolicy):
     @torch.no_grad()
     def decode_images(self, codes: torch.Tensor) -> list[Image]:
         """See ``ImageTokenPolicy.decode_images``."""
+        if self.tiles is not None:
+            return list(self.tiles.decode(codes.flatten(1)))
         vqmodel, found = self.model.model.vqmodel, []
         with torch.autocast(self.device.type, enabled=False):
             for part in codes.flatten(1).to(self.device).split(DECODED):
@@ -96,10 +100,14 @@ class JanusPolicy(ImageTokenPolicy):
 
     @torch.no_grad()
     def encode_image(self, image: Image) -> torch.Tensor:
-        """Quantizes a picture with the model's own autoencoder."""
-        pixels = self.processor.pictures.pixels([image]).to(self.device, self.model.lm_head.weight.dtype)
-        with torch.autocast(self.device.type, enabled=False):
-            tokens = self.model.model.vqmodel.encode(pixels).image_tokens
+        """Quantizes a picture with the tile codebook, or else with the model's own autoencoder."""
+        pixels = self.processor.pictures.pixels([image])
+        if self.tiles is not None:
+            tokens = self.tiles.encode(list(self.processor.pictures.images(pixels)))
+        else:
+            pixels = pixels.to(self.device, self.model.lm_head.weight.dtype)
+            with torch.autocast(self.device.type, enabled=False):
+                tokens = self.model.model.vqmodel.encode(pixels).image_tokens
         return tokens.view(-1, self.side // self.token_side).cpu()
 
     # --- rows ---
@@ -172,6 +180,8 @@ class JanusPolicy(ImageTokenPolicy):
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, folder)
         self.processor.save(folder)
+        if self.tiles is not None:
+            self.tiles.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -188,7 +198,9 @@ class JanusPolicy(ImageTokenPolicy):
         model = load_model(folder, dtype or default, "a Janus")
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
-        return cls(model, processor).to(device)
+        patch_size = round(vision.image_size / vision.num_image_tokens**0.5)
+        tiles = TileCodebook.load(folder, model.config.vq_config.num_embeddings, patch_size)
+        return cls(model, processor, tiles).to(device)
 
 
 def _expert_of(name: str) -> str:

@@ -370,7 +370,7 @@ class MoTPolicy(AdaptablePolicy):
 
         With ``represent``, also "representation": its loss on the states of the noisy images.
         """
-        rows = [self._row(example.prompt) for example in examples]
+        rows = [self._row(remaining(example)) for example in examples]
         times = likelihood.FlowLossTimes(self.timestep_shift(), self.min_time())
         return likelihood.supervised_losses(self.runner, rows, examples, generator, times, represent)
 
@@ -396,6 +396,15 @@ class MoTPolicy(AdaptablePolicy):
     @abstractmethod
     def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """The policy of ``load`` with random weights, on the CPU; under FakeTensorMode it allocates nothing."""
+
+
+def remaining(example: Example) -> Prompt:
+    """The prompt of an example without what is dropped."""
+    prompt, dropped = example.prompt, example.dropped
+    if not dropped:
+        return prompt
+    kept = tuple(part for part in prompt.parts if isinstance(part, str) == (dropped == "picture"))
+    return Prompt(f"{prompt.id}/no {dropped}", prompt.task, kept, prompt.output)
 
 
 def _expert_of(name: str) -> str:

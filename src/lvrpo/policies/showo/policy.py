@@ -17,8 +17,9 @@ from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, Layout, Rows, square
 from lvrpo.policies.showo.magvit import Magvit
+from lvrpo.policies.tile_codebook import TileCodebook
 from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
-from lvrpo.sampling import derive_seed, guide_logits, uniform_noise
+from lvrpo.sampling import derive_seed, guide_logits, token_scores, uniform_noise
 from lvrpo.types import (
     Group,
     Image,
@@ -29,6 +30,7 @@ from lvrpo.types import (
     Prompt,
     Segment,
     SegmentKind,
+    SegmentLogprobs,
     Task,
     TextSegment,
 )
@@ -56,7 +58,14 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(fc1|fc2)",
     }
 
-    def __init__(self, model: Any, magvit: Magvit, layout: Layout, stored: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        magvit: Magvit,
+        layout: Layout,
+        stored: Mapping[str, Any],
+        tiles: TileCodebook | None = None,
+    ) -> None:
         """``model``: a PhiForCausalLM; ``stored``: the content of config.json.
 
         Any: of an optional package; decoded JSON. The autoencoder stays frozen and float32.
@@ -68,6 +77,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         self.end_id = layout.end
         self.image_tokens = int(stored["num_vq_tokens"])
         self.text_tokens = torch.arange(layout.mask + 1) < layout.text_size
+        self.tiles = tiles
         self._codes: dict[bytes, torch.Tensor] = {}
 
     @property
@@ -172,14 +182,20 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         if key not in self._codes:
             if len(self._codes) >= KEPT:
                 self._codes.pop(next(iter(self._codes)))
-            pixels = square(image, self.drawn_side)[None].to(self.device)
-            with torch.autocast(self.device.type, enabled=False):
-                self._codes[key] = self.magvit.encode(pixels)[0].cpu()
+            self._codes[key] = self._encoded(square(image, self.drawn_side))
         return self._codes[key]
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.tiles is not None:
+            return self.tiles.encode([pixels / 2 + 0.5])[0]
+        with torch.autocast(self.device.type, enabled=False):
+            return self.magvit.encode(pixels[None].to(self.device))[0].cpu()
 
     @torch.no_grad()
     def decode_image(self, codes: torch.Tensor) -> Image:
         """The picture of codes (N,), on the CPU."""
+        if self.tiles is not None:
+            return self.tiles.decode(codes[None])[0]
         with torch.autocast(self.device.type, enabled=False):
             return (self.magvit.decode(codes[None].to(self.device))[0].cpu() / 2 + 0.5).clamp(0, 1)
 
@@ -225,6 +241,18 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         """See ``TokenPolicy.next_logits``; over the whole vocabulary."""
         with self.autocast():
             return [self.model.lm_head(states) for states in self._states(rows)]
+
+    def _score(self, contexts: list[list[int]], segments: Sequence[Any]) -> Iterable[SegmentLogprobs]:
+        """As ``TokenPolicy``'s; logits of a text alone, as the vocabulary is mostly image tokens. Any: as there."""
+        if segments[0].kind != "text":
+            yield from super()._score(contexts, segments)
+            return
+        tokens, allowed = [segment.tokens.to(self.device) for segment in segments], self.text_tokens.to(self.device)
+        rows = [[*context, *own.tolist()[:-1]] for context, own in zip(contexts, tokens, strict=True)]
+        for context, own, states in zip(contexts, tokens, self._states(rows), strict=True):
+            with self.autocast():
+                logits = self.model.lm_head(states[len(context) - 1 :])
+            yield SegmentLogprobs(*token_scores(logits, own, segments[0].temperature, allowed))
 
     def image_logits(
         self, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, masked: bool, scale: float, mode: LogitGuidance
@@ -274,6 +302,8 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         """Writes the published layout, with the language model and the autoencoder in subfolders."""
         folder.mkdir(parents=True, exist_ok=True)
         save_showo(self.model, self.magvit, self.layout, self.stored, folder)
+        if self.tiles is not None:
+            self.tiles.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
@@ -283,7 +313,9 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         files, tensors that are missing or do not fit, and without transformers.
         """
         folder, device = Path(folder), torch.device(device)
-        return cls(*load_showo(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))).to(device)
+        parts = load_showo(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+        sizes = parts[1].config
+        return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size)).to(device)
 
 
 def _text(parts: Parts) -> str:
