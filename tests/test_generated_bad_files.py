@@ -24,6 +24,7 @@ from wrong_values import bounded, damages, placed, sections, subclasses, thinned
 from lvrpo import atomic_io
 from lvrpo.cli import main
 from lvrpo.evaluation.benchmarks.vqa import GenEval2Row
+from lvrpo.evaluation.benchmarks.wise import WiseRow
 from lvrpo.evaluation.experiment import PlanRecord
 from lvrpo.evaluation.items import ItemRecord
 from lvrpo.evaluation.reproduce.plan import RecipeRecord
@@ -167,7 +168,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "metrics.jsonl": MetricsRow,
 }
 """What a resumed run reads of itself, by file."""
-READ_OTHERWISE = {StateRecord, ValidationRecord, RecipeRecord, ItemRecord, GenEval2Row}
+READ_OTHERWISE = {StateRecord, ValidationRecord, RecipeRecord, ItemRecord, GenEval2Row, WiseRow}
 """In sealed files, of which another byte is refused; of the evidence (evaluation/test_reproduce.py);
 of evaluations and benchmarks (evaluation/test_items.py, test_vqa_benchmarks.py)."""
 

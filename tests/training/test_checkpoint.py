@@ -256,18 +256,18 @@ def test_an_existing_folder_is_kept_unless_it_may_be_replaced(tmp_path: Path) ->
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    dead = tmp_path / ".out.tmp-0123"
-    dead.mkdir()
-    (dead / "half").write_text("x")
+    for name in (".one.tmp-01230123", ".other.tmp-01230123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
     with ckpt.atomic_folder(tmp_path / "one") as one:
         with ckpt.atomic_folder(tmp_path / "two") as two:
             (two / "b").write_text("2")
         (one / "a").write_text("1")
-    assert tree_of(tmp_path) == {"one/a": b"1", "two/b": b"2"}
+    assert tree_of(tmp_path) == {"one/a": b"1", "two/b": b"2", ".other.tmp-01230123/half": b"x"}
 
 
 def test_a_replacement_that_never_came_is_undone(tmp_path: Path) -> None:
-    old = tmp_path / ".step_000001.old-aa"
+    old = tmp_path / ".step_000001.old-aaaaaaaa"
     old.mkdir()
     (old / "a").write_text("1")
     ckpt.clean_leftovers(tmp_path)
@@ -403,7 +403,7 @@ def test_latest_is_by_number_and_skips_what_is_not_whole(tmp_path: Path) -> None
     assert ckpt.latest_checkpoint(tmp_path) is None
     write_steps(tmp_path, 5, 1_000_000, 200)
     (tmp_path / "checkpoints" / "step_9000000").mkdir()
-    (tmp_path / "checkpoints" / ".step_2000000.tmp-aa").mkdir()
+    (tmp_path / "checkpoints" / ".step_2000000.tmp-aaaaaaaa").mkdir()
     (tmp_path / "checkpoints" / "step_best").mkdir()
     assert steps_of(tmp_path) == [5, 200, 1_000_000]
     latest = ckpt.latest_checkpoint(tmp_path)

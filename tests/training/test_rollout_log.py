@@ -195,7 +195,7 @@ def test_broken_files_are_one_line(run: RunDirectory) -> None:
 
 def test_what_a_killed_writer_left_is_cleared(run: RunDirectory) -> None:
     rollout_log.write_step(run, 1, [DRAWING], one_row(), group_successes([DRAWING]), torch.zeros(1, 4))
-    left = run.path / "scores" / ".step_000002.npz.tmp-0123"
+    left = run.path / "scores" / ".step_000002.npz.tmp-01230123"
     left.write_bytes(b"half")
     run.close()
     RunDirectory.open(run.path).close()

@@ -216,7 +216,13 @@ def add_force(parser: Parser) -> None:
 
 
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:
-    """Raises InputError if one of the files exists, unless ``force``."""
+    """Raises InputError if one of the files exists, unless ``force``, or has a name that no file can have."""
     for path in paths:
-        if os.path.lexists(path) and not force:
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}: choose another name") from error
+        if not force:
             raise InputError(f"{path}: exists already: choose another name, or add --force to write over it")

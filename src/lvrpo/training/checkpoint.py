@@ -225,6 +225,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 @contextmanager
 def checkpoint_writer(path: Path) -> Iterator[Path]:
     """``atomic_folder`` that replaces an existing folder and is sealed, so that later changes are detected."""
+    clean_leftovers(path.parent)
     with atomic_folder(path, replace=True) as folder:
         yield folder
         seal_checkpoint(folder)
