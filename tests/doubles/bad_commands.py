@@ -263,7 +263,7 @@ DATA: list[Case] = [
     (("data", "preview", "--out", "new.jsonl"), 2, "new.jsonl: pictures are written as PNG"),
     (("data", "check", "questions.jsonl", "--out", "new.xyz"), 2, "new.xyz: pictures are written as PNG"),
     (("data", "check", "drawing.jsonl", "--out", "/proc/new.png"), 2, "/proc/new.png: cannot be written"),
-    (("data", "check", "drawing.jsonl", "--out", "blank.txt/new.png"), 2, "blank.txt: is a file"),
+    (("data", "check", "drawing.jsonl", "--out", "blank.txt/new.png"), 2, "cannot be written: it lies below a file"),
     (("data", "check", "ring"), 2, "path=ring: is no folder"),
     (("data", "check", "pipe", "preset=llava"), 2, "path=pipe: is no folder"),
     (("export", "small", "ring"), 2, "ring: exists already"),

@@ -181,21 +181,28 @@ def test_nothing_of_a_missing_score_is_a_number(policy: Policy, tmp_path: Path) 
     assert replace(record).failures == ("HTTP 503 (5 tries)", "")
 
 
-def test_a_process_that_is_interrupted_at_a_random_item_resumes_to_the_same_table(small_base: Path) -> None:
+def test_a_process_that_is_interrupted_at_a_random_item_resumes_to_the_same_table(
+    small_base: Path, request: pytest.FixtureRequest
+) -> None:
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
     options = ["--benchmark", "generate", "--n", "112", "--sampled-prompts", "0", "--num-steps", "2", "--out"]
     command = [sys.executable, "-m", "lvrpo", "evaluate", str(small_base), *options, "cut"]
     items = Path("cut/generate", ITEMS)
-    for _ in range(5):  # it may end before the signal
+
+    def interrupted(_: int) -> tuple[int, int, str]:
+        """The exit code, the number of items that were waited for, and the messages."""
         shutil.rmtree("cut", ignore_errors=True)
         least = random.randint(1, 50)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and (not items.exists() or len(items.read_bytes().splitlines()) < least):
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-        if process.returncode != 0:
-            break
-    assert (process.returncode, least <= len(items.read_bytes().splitlines()) < 112) == (130, True), error
+        error = process.communicate(timeout=60)[1]
+        return process.returncode, least, error
+
+    code, least, error = next(run for run in map(interrupted, range(5)) if run[0] != 0)  # it may end before the signal
+    assert (code, least <= len(items.read_bytes().splitlines()) < 112) == (130, True), error
     assert error.splitlines()[-1] == "interrupted: the same command goes on with what cut holds"
     for folder in ("cut", "whole"):
         assert main(["evaluate", str(small_base), *options, folder]) == 0

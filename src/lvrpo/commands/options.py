@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,7 @@ def refuse_existing(paths: Iterable[Path], force: bool) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}: choose another name") from error
+            reason = "it lies below a file" if error.errno == errno.ENOTDIR else error.strerror
+            raise InputError(f"{path}: cannot be written: {reason}: choose another name") from error
         if not force:
             raise InputError(f"{path}: exists already: choose another name, or add --force to write over it")

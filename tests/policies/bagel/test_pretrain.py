@@ -117,7 +117,7 @@ def test_bad_input_of_supervised_training(folder: Path) -> None:
     with pytest.raises(InputError, match=r"corpus\.size=40: this policy draws 32 x 32: set"):
         SupervisedState(config, initial_policy(config), web_corpus(config.corpus))
     config = load_config(PretrainConfig, None, [*SUPERVISED, f"init={folder}", "representation.weight=0.5"])
-    with pytest.raises(InputError, match="its packed pass keeps no states"):
+    with pytest.raises(InputError, match="BagelPolicy keeps no states for it"):
         initial_policy(config)
 
 
