@@ -277,7 +277,7 @@ def test_an_unknown_model_and_a_name_with_a_comma(stub: Path, small_base: Path, 
 def test_a_file_of_a_task_is_found_by_its_name(stub: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("# of mine\ntask: 'my_task'  # a name\ndoc_to_visual: !function utils.see\n")
-    assert process.Task.read(str(file)) == process.Task("my_task", tmp_path)
+    assert process.HarnessTask.read(str(file)) == process.HarnessTask("my_task", tmp_path)
     plan(stub, {"my_task": {"results": results(name="my_task", acc=0.5)}})
     assert main(command(stub, str(file), tmp_path / "out")) == 0
     assert calls(stub)[0]["--include_path"] == str(tmp_path)
@@ -342,10 +342,10 @@ def test_this_lvrpo_is_the_one_that_the_interpreter_imports(tmp_path: Path, monk
     python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{tmp_path} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     with pytest.raises(InputError, match=r"task 'scenes_qa': unknown to lmms-eval 0\.7\.3: did you mean scene_qa"):
-        process.check_environment(python, [process.Task("mme"), process.Task("scenes_qa")])
+        process.check_environment(python, [process.HarnessTask("mme"), process.HarnessTask("scenes_qa")])
     harness = process.Harness(python, "0.7.3", {})
     with pytest.raises(ContractError, match=r"failed: \['lvrpo.evaluation.benchmarks.lmms:manifest'\]"):
-        harness.run(process.Task("mme"), "tiny", None, tmp_path / "out")
+        harness.run(process.HarnessTask("mme"), "tiny", None, tmp_path / "out")
 
 
 def test_an_environment_is_made_of_the_pinned_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,8 @@ def test_the_recipe_runs_and_goes_on_bit_for_bit(name: str, family: Family, fold
     train(config, "straight")
     rows = RunDirectory.read(Path("straight")).metrics()[1:]
     assert family.losses <= {metric for row in rows for metric in row}
+    if "ratio/flow" in rows[0]:
+        assert rows[0]["ratio/flow"] == pytest.approx(1, abs=1e-2)  # bfloat16
     seen: list[int] = []
     halved = Trainer.start(config, Path("halved"))
     with halved.run:
@@ -137,6 +139,10 @@ def test_an_adapter_alone_is_trained_and_the_step_0_contract_is_exact_in_float32
     names = [n.removeprefix("base_model.model.") for n in load_file(step / "adapter_model.safetensors")]
     parts = {part for n in names for part in n.split(".")}
     assert LAYERS.get(name, set()) <= parts
+    if name == "showo":
+        first = [n.removeprefix("showo.model.layers.0.") for n in names if n.startswith("showo.model.layers.0.")]
+        projections = {f"self_attn.{each}" for each in ("q_proj", "k_proj", "v_proj", "dense")}
+        assert {n.partition(".lora_")[0] for n in first} == projections | {"mlp.fc1", "mlp.fc2"}
     assert main(["export", "run", "whole"]) == 0
     whole = open_model("whole")
     if "text" not in family.replays:
@@ -259,6 +265,7 @@ def test_commands_work_on_a_folder(name: str, family: Family, folder: Path, capf
     for command, *options in WORKS[name]:
         assert main([command, str(folder), *options]) == 0, (command, options)
     assert Path("drawn/00000.png").is_file() == (name != "qwen3_vl")
+    assert name == "qwen3_vl" or Path("drawn/00000.png").stat().st_size > 100
     assert main(["check", family.recipe, *family.overrides(folder), "--allow-code"]) == 0
     assert "contract" in capfd.readouterr().out
     card = ["check", family.recipe, *family.overrides(folder), "device=auto", "--allow-code", "--card", "80"]

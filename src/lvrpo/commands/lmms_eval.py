@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lvrpo.evaluation.benchmarks.lmms_process import Harness, Task
+    from lvrpo.evaluation.benchmarks.lmms_process import Harness, HarnessTask
     from lvrpo.evaluation.benchmarks.lmms_results import HarnessEvaluation
 
 OF_OWN_BENCHMARKS = (
@@ -92,7 +92,7 @@ def evaluate_lmms(options: Options, console: Console) -> tuple[HarnessEvaluation
 
     for model in filter(None, (options.model, options.base, options.against)):
         policy_folder(model)
-    tasks = [process.Task.read(text) for text in options.lmms_eval]
+    tasks = [process.HarnessTask.read(text) for text in options.lmms_eval]
     doubled = [task.name for place, task in enumerate(tasks) if task.name in [t.name for t in tasks[:place]]]
     if doubled:
         raise InputError(f"task {doubled[0]!r}: named twice: name each once")
@@ -127,7 +127,7 @@ def harness_of(options: Options, python: Path, version: str) -> Harness:
 
 def scores_of(
     options: Options,
-    tasks: Sequence[Task],
+    tasks: Sequence[HarnessTask],
     harness: Harness,
     model: str,
     base: str | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,7 +72,7 @@ class ServerEngineConfig(Config):
         return url.rstrip("/")
 
 
-class InferenceServer:
+class InferenceServer(ABC):
     """Samples answers on a server and sends it new weights; see ``RolloutEngine``."""
 
     name: ClassVar[str]
@@ -174,23 +174,25 @@ class InferenceServer:
     def _request(self, path: str, body: Mapping[str, Any], accept: Collection[int] = ()) -> Any:
         """Posts JSON and returns the response's, None for a status in ``accept``. Any: JSON values.
 
-        Passing failures are tried again. Raises ContractError.
+        Broken connections and statuses of 500 and above are tried again. Raises ContractError.
         """
         http, tenacity, url = self._http, self._tenacity, self.config.url + path
         passing = (http.TransportError, UnreadableError, _BusyError)
+        late = (LateError, http.TimeoutException)  # some are TransportErrors
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential(max=10),
-            retry=tenacity.retry_if_exception_type(passing),
+            retry=tenacity.retry_if_exception_type(passing) & tenacity.retry_if_not_exception_type(late),
             reraise=True,
         )
         try:
             reply = retrying(self._post, url, body)
-        except (LateError, http.TimeoutException):
+        except late:
             raise ContractError(f"rollout engine: {url}: no response within {self.config.timeout_s:g} s") from None
         except passing as error:
             why = " ".join(str(error).split()) or type(error).__name__
-            raise ContractError(f"rollout engine: {url}: {why[:200]}: start it with: {self.command}") from None
+            remedy = "see its log" if isinstance(error, _BusyError) else f"start it with: {self.command}"
+            raise ContractError(f"rollout engine: {url}: {why[:200]}: {remedy}") from None
         if reply.status in accept:
             return None
         if reply.status != 200:

@@ -257,6 +257,15 @@ def test_a_server_that_is_down_or_refuses_is_one_line(
     engine.close()
 
 
+def test_a_late_answer_is_not_waited_for_again(vlm: ImageTextToTextPolicy, prompts: list[Prompt], stub: Stub) -> None:
+    config = ServerEngineConfig(kind="sglang", url=stub.url, timeout_s=0.3)
+    engine = SERVERS["sglang"](vlm, config)
+    with stub.lock, pytest.raises(ContractError, match=r"/generate: no response within 0.3 s$"):
+        engine.sample(prompts[:1], Sampling(group_size=2), [0])
+    engine.close()
+    assert len(stub.calls) <= 1
+
+
 def test_weights_that_the_server_did_not_load_stop_the_run(vlm: ImageTextToTextPolicy, stub: Stub) -> None:
     stub.change = lambda reply: {"success": False, "message": "shapes do not fit"}
     engine = SERVERS["sglang"](vlm, ServerEngineConfig(kind="sglang", url=stub.url))

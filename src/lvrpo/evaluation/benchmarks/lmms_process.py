@@ -62,7 +62,7 @@ _FAILED = re.compile(r"Error during evaluation: (.*?)(\. Please set `--verbosity
 
 
 @dataclass(frozen=True)
-class Task:
+class HarnessTask:
     """A task of lmms-eval, or of a YAML file in its format."""
 
     name: str
@@ -70,7 +70,7 @@ class Task:
     """Of the YAML file, whose other files it may name."""
 
     @classmethod
-    def read(cls, text: str) -> Task:
+    def read(cls, text: str) -> HarnessTask:
         """A name, or FILE.yaml; raises InputError for a file that names no task."""
         if not text.endswith((".yaml", ".yml")):
             return cls(text)
@@ -141,7 +141,7 @@ def plugin_path() -> Iterator[Mapping[str, str]]:
         yield {**os.environ, "PYTHONPATH": found}
 
 
-def check_environment(python: Path, tasks: Sequence[Task]) -> str:
+def check_environment(python: Path, tasks: Sequence[HarnessTask]) -> str:
     """The version of lmms-eval; raises InputError where the interpreter lacks a package or a task is unknown."""
     asked = json.dumps([(task.name, task.folder and str(task.folder)) for task in tasks])
     with plugin_path() as variables:
@@ -182,7 +182,7 @@ class Harness:
     limit: int | None = None
     """The first n documents of every task."""
 
-    def run(self, task: Task, model: str, base: str | None, folder: Path) -> Path:
+    def run(self, task: HarnessTask, model: str, base: str | None, folder: Path) -> Path:
         """The output folder of a task for a MODEL; one that was finished in ``folder`` is not run again.
 
         Raises InputError where ``folder`` holds a task of other settings, and ContractError, with the last lines of
@@ -209,7 +209,7 @@ class Harness:
             raise ContractError(f"lmms-eval: task {task.name} failed: {said}: see {own / LOG}")
         return output
 
-    def _settings(self, task: Task, model: str, base: str | None) -> dict[str, Any]:
+    def _settings(self, task: HarnessTask, model: str, base: str | None) -> dict[str, Any]:
         """What the results of a task depend on. Any: JSON values."""
         return {
             "model": weights_stamp(model),
