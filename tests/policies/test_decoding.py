@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvrpo.policies.decoding import fill_gaps, generate_text, select_rows
+from lvrpo.policies.decoding import fill_gaps, generate_text
+from lvrpo.policies.kv_buffers import select_rows
 from lvrpo.policies.mot import generate, transformer
 from lvrpo.policies.mot.attention import Span, SpanAttention, attention, folded_attention
 from lvrpo.policies.mot.generate import Decoder

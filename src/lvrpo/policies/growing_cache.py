@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lvrpo.policies.decoding import select_rows
+from lvrpo.policies.kv_buffers import select_rows
 
 
 class GrowingLayer(DynamicLayer):

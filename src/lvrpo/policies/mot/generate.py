@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from lvrpo.policies import decoding
+from lvrpo.policies.kv_buffers import select_rows
 from lvrpo.policies.mot.attention import TEXT_KERNELS, attention
 from lvrpo.policies.mot.model_runner import ModelRunner, Row
 from lvrpo.policies.mot.transformer import Cache, Layer, MoT, rotate
@@ -173,7 +174,7 @@ class Decoder:
         index = torch.tensor(rows, dtype=torch.int64, device=self.rope.device)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):  # one layer after another: the old rows of a layer go at once
-                buffers[i] = decoding.select_rows(buffer, rows, self.length)
+                buffers[i] = select_rows(buffer, rows, self.length)
         self.rope, self.last = self.rope.index_select(0, index), self.last.index_select(0, index)
         self.mask = None if self.mask is None else self.mask.index_select(0, index)
 
