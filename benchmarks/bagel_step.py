@@ -26,9 +26,9 @@ from lvrpo.policies.bagel.create import BagelSizes, create_bagel
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
 from lvrpo.sampling import derive_seed
-from lvrpo.types import Prompt, Task, TextSegment, Trajectory
+from lvrpo.types import Prompt, TaskKind, TextSegment, Trajectory
 
-TASKS: dict[Task, int] = {"understand": 2, "generate": 2, "edit": 2, "reason": 2}
+TASKS: dict[TaskKind, int] = {"understand": 2, "generate": 2, "edit": 2, "reason": 2}
 LOADED_MIB = 160
 """Weights of the model whose loading is watched."""
 

@@ -15,6 +15,7 @@ from lvrpo.audit_records import (
     Alarms,
     Change,
     Correlation,
+    GroupAudit,
     JudgeAudit,
     JudgeScore,
     MissingScores,
@@ -24,9 +25,8 @@ from lvrpo.audit_records import (
     RewardAudit,
     RewardRanking,
     SampleAudit,
+    SampleQuality,
     ScorerAudit,
-    TaskAudit,
-    TaskSamples,
     Window,
 )
 from lvrpo.errors import InputError
@@ -52,7 +52,7 @@ RANKING = RewardRanking(
 )  # fmt: skip
 CHANGE = Change(0.25, 0.5, HALF, 0.125)
 SCORER = ScorerAudit("self", 1.0, CHANGE, 0.5, 0.5, None, 0.0, 0.1, 0.0, 0.0, {"tokens": Correlation(0.5, 12)})
-TASK = TaskAudit(
+TASK = GroupAudit(
     groups=12,
     with_signal=0.5,
     rest=0.0,
@@ -69,7 +69,7 @@ ALARMS = Alarms(
 RECORDS: tuple[Any, ...] = (
     RewardAudit("gdpo", "summed", Window(1, 4), 4, (Window(1, 2), Window(3, 4)), {"generate": TASK}, ALARMS),
     JudgeAudit("Tiny:1", (JudgeScore("self", "image", "color", "", HALF, 0),), {"self": 1.5}),
-    SampleAudit("Tiny:1", "Tiny:2", {"generate": TaskSamples(12, 0.5, {"self": 0.0}, (RANKING,))}),
+    SampleAudit("Tiny:1", "Tiny:2", {"generate": SampleQuality(12, 0.5, {"self": 0.0}, (RANKING,))}),
     Cost(1.5, 2.5),
     Sample("a", "edit", "recolor", "red", None, "red", 1.0, None, "a.png", None, (FactCheck("is it", "yes", True),)),
     BenchmarkResult(0.5, 0.25, 0.75, 12, None, None, None, {"colors": Estimate(0.5)}, {}, "success", {}),

@@ -31,7 +31,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.interrupt import InterruptHandler, print_stopping
 from lvrpo.training.sources import CustomParts, PromptList, Split
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import TASKS, Prompt, Task
+from lvrpo.types import TASKS, Prompt, TaskKind
 
 RewardLike = str | Mapping[str, Any] | RewardConfig | Reward | Callable[..., Any]
 """A name, a row of the configuration, a reward, or a function that returns a number."""
@@ -136,7 +136,7 @@ def _listed_data(
     """The sections ``data`` and ``validation`` of a run on listed prompts, with counts capped at the prompts given."""
     counts = dict(config.data.prompts_per_step)
     if not any(override.startswith("data.prompts_per_step") for override in overrides):
-        available: dict[Task, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
+        available: dict[TaskKind, int] = {task: sum(prompt.task == task for prompt in prompts) for task in TASKS}
         counts = {task: min(counts.get(task, n), n) or n for task, n in available.items()}
     held_out = {task: n for task in TASKS if (n := sum(prompt.task == task for prompt in validation))}
     section = config.validation.model_dump() | ({"prompts": held_out} if held_out else {})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lvrpo.statistics import Interval
-from lvrpo.types import OutputKind, Task
+from lvrpo.types import OutputKind, TaskKind
 
 MIN_GROUPS = 10
 """A number over fewer groups is not shown."""
@@ -123,8 +123,8 @@ class ScorerAudit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskAudit:
-    """One task."""
+class GroupAudit:
+    """The audit of the groups of one task."""
 
     groups: int
     with_signal: float
@@ -197,7 +197,7 @@ class RewardAudit:
     recorded: int
     """Recorded training steps; long runs record some of them, evenly spaced."""
     windows: tuple[Window, ...]
-    tasks: Mapping[str, TaskAudit]
+    tasks: Mapping[str, GroupAudit]
     alarms: Alarms
 
     def __post_init__(self) -> None:
@@ -239,7 +239,7 @@ class JudgeAudit:
 
 
 @dataclass(frozen=True)
-class TaskSamples:
+class SampleQuality:
     """One task of a model's own samples."""
 
     groups: int
@@ -257,4 +257,4 @@ class SampleAudit:
     judge: str
     """``judge_fingerprint``; so is ``model``."""
     model: str
-    tasks: Mapping[Task, TaskSamples]
+    tasks: Mapping[TaskKind, SampleQuality]

@@ -15,8 +15,8 @@ import torch
 
 from lvrpo.errors import InputError
 
-Task = Literal["understand", "generate", "edit", "reason"]
-TASKS: tuple[Task, ...] = ("understand", "generate", "edit", "reason")
+TaskKind = Literal["understand", "generate", "edit", "reason"]
+TASKS: tuple[TaskKind, ...] = ("understand", "generate", "edit", "reason")
 
 OutputKind = Literal["text", "image"]
 
@@ -58,7 +58,7 @@ class Prompt:
 
     id: str
     """Stable and unique key of the group, also for two rows with the same text."""
-    task: Task
+    task: TaskKind
     parts: tuple[Part, ...]
     """Text and images, in order."""
     output: tuple[OutputKind, ...]
@@ -281,7 +281,7 @@ class RewardTable:
     """bool (P, G, K): True where the score is valid."""
     reasons: Mapping[tuple[int, int, int], str]
     """The reason of every masked cell (p, g, k): 'not applicable' or 'failed: ...'."""
-    tasks: tuple[Task, ...]
+    tasks: tuple[TaskKind, ...]
     """P task names, one per group."""
     judges: Mapping[str, tuple[OutputKind, ...]] = field(default_factory=dict)
     """Output kinds that a reward scores in a trajectory of several segments; default: all."""

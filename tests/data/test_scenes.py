@@ -55,7 +55,7 @@ from lvrpo.data.scenes.layout import SEEN_PAIRS, Layout
 from lvrpo.data.scenes.objects import GROUNDS, digit_indices, digit_samples, shape_masks
 from lvrpo.data.scenes.preview import preview
 from lvrpo.registry import resolve
-from lvrpo.types import TASKS, Prompt, Task
+from lvrpo.types import TASKS, Prompt, TaskKind
 
 WORDS = frozenset(VOCABULARY)
 
@@ -141,7 +141,7 @@ def test_splits_share_no_picture() -> None:
 def test_splits_share_no_content() -> None:
     for task, n in {"generate": 2000, "understand": 1200, "edit": 400, "reason": 1000}.items():
         sources = [ScenePrompts(ScenesConfig(), split) for split in SPLITS]
-        train, validation, test = ({p.content for p in source.prompts(cast(Task, task), n)} for source in sources)
+        train, validation, test = ({p.content for p in source.prompts(cast(TaskKind, task), n)} for source in sources)
         assert not train & (validation | test)
         assert not validation & test
         assert min(map(len, (train, validation, test))) > 15
@@ -230,7 +230,7 @@ def test_held_out_combinations(split: Split, held_out: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", TASKS)
-def test_prompts(task: Task, split: Split) -> None:
+def test_prompts(task: TaskKind, split: Split) -> None:
     source = ScenePrompts(ScenesConfig(), split)
     prompts = source.prompts(task, 420)
     assert len({p.id for p in prompts}) == 420
@@ -253,7 +253,7 @@ def test_prompts(task: Task, split: Split) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_random_access_is_pure(task: Task) -> None:
+def test_random_access_is_pure(task: TaskKind) -> None:
     first, second = (ScenePrompts(ScenesConfig(), "test", seed=5) for _ in range(2))
     in_order = [first.example(task, i) for i in range(60)]
     for i in reversed(range(60)):
@@ -369,7 +369,7 @@ def _answer(question: str, image: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("task", ["understand", "reason"])
-def test_answers_agree_with_an_independent_parser(task: Task) -> None:
+def test_answers_agree_with_an_independent_parser(task: TaskKind) -> None:
     source = ScenePrompts(ScenesConfig(), "validation", seed=2)
     for p in source.prompts(task, 900):
         if p.output == ("text",):

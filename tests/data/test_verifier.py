@@ -32,7 +32,7 @@ from lvrpo.data.scenes import (
     verify,
 )
 from lvrpo.data.scenes.objects import digit_indices, digit_samples, shape_masks
-from lvrpo.types import Fact, Task
+from lvrpo.types import Fact, TaskKind
 
 PICTURES = 200
 """Pictures per category."""
@@ -74,7 +74,7 @@ def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
     return functional.conv2d(functional.pad(images, (3, 3, 3, 3), mode="replicate"), weight, groups=3)
 
 
-def targets(source: ScenePrompts, task: Task, category: str, n: int) -> tuple[list[tuple[Fact, ...]], torch.Tensor]:
+def targets(source: ScenePrompts, task: TaskKind, category: str, n: int) -> tuple[list[tuple[Fact, ...]], torch.Tensor]:
     cycle = source.cycles[task]
     rows = [source.example(task, cycle.index(category) + k * len(cycle)) for k in range(n)]
     images = [o for row in rows for o in row.outputs if isinstance(o, torch.Tensor)]
@@ -85,7 +85,7 @@ DRAWN = [(t, c) for t in ("generate", "edit") for c in CATEGORIES[t]] + [("reaso
 
 
 @pytest.mark.parametrize(("task", "category"), DRAWN)
-def test_right_pictures_pass_and_wrong_captions_fail(task: Task, category: str) -> None:
+def test_right_pictures_pass_and_wrong_captions_fail(task: TaskKind, category: str) -> None:
     source = ScenePrompts(ScenesConfig(), "test")
     facts, images = targets(source, task, category, PICTURES)
     cycle = source.cycles[task]
@@ -240,7 +240,7 @@ def _broken(scene: Scene, how: str, k: int, rng: random.Random) -> Scene:
 
 
 @pytest.mark.parametrize(("task", "category"), DRAWN)
-def test_facts_hold_of_the_target_and_fail_of_corrupted_targets(task: Task, category: str) -> None:
+def test_facts_hold_of_the_target_and_fail_of_corrupted_targets(task: TaskKind, category: str) -> None:
     source, rng = ScenePrompts(ScenesConfig(), "train", seed=3), random.Random(7)
     facts, images = targets(source, task, category, 60)
     corrupted, said = [], []

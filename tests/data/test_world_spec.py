@@ -53,12 +53,12 @@ from lvrpo.data.scenes.facts import paraphrased
 from lvrpo.data.scenes.objects import digit_indices, shape_masks, text_split
 from lvrpo.evaluation import BENCHMARKS
 from lvrpo.registry import resolve
-from lvrpo.types import Example, Task
+from lvrpo.types import Example, TaskKind
 
 OUR_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def examples(task: Task, n: int) -> Iterator[tuple[Split, Example]]:
+def examples(task: TaskKind, n: int) -> Iterator[tuple[Split, Example]]:
     for which in OUR_SPLITS:
         source = ScenePrompts(ScenesConfig(), which)
         yield from ((which, source.example(task, i)) for i in range(n))

@@ -9,28 +9,28 @@ from discrete_policy import WORDS, encoded
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Example, Group, Prompt, Task
+from lvrpo.types import Example, Group, Prompt, TaskKind
 
 
 class Colors:
     """Prompts that ask for a color: to be said, drawn, or thought about and drawn."""
 
-    tasks: tuple[Task, ...] = ("understand", "generate", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
 
     def __init__(self, section: object, split: str, seed: int) -> None:
         self.split = split
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         color = WORDS[3 + index % 3]
         verb, output = {"understand": ("say", ("text",)), "generate": ("draw", ("image",))}.get(
             task, ("think draw", ("text", "image"))
         )
         return Prompt(f"{self.split}/{task}/{index}", task, (f"{verb} {color}",), output)
 
-    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         return [self.prompt(task, start + i) for i in range(n)]
 
-    def example(self, task: Task, index: int) -> Example:
+    def example(self, task: TaskKind, index: int) -> Example:
         raise InputError("these prompts have no outputs to imitate")
 
 

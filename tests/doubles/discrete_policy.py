@@ -19,7 +19,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.defaults import TokenPolicy
 from lvrpo.sampling import guide_logits
-from lvrpo.types import Image, LogitGuidance, Part, Parts, Segment, SegmentKind, Task, TextSegment
+from lvrpo.types import Image, LogitGuidance, Part, Parts, Segment, SegmentKind, TaskKind, TextSegment
 
 WORDS = ("draw", "say", "think", "red", "green", "blue", "yes", "no")
 PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]], dtype=torch.float32)
@@ -71,7 +71,7 @@ class DiscretePolicy(TokenPolicy):
         tokens = torch.arange(VOCABULARY)
         self.text_tokens = (tokens == EOS) | ((tokens >= FIRST_WORD) & (tokens < FIRST_CODE))
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         return Sampling(num_steps=4, max_new_tokens=4)
 
     # --- tokens ---

@@ -14,7 +14,7 @@ from lvrpo.training.advantages import (
     trajectory_advantages,
     trajectory_rewards,
 )
-from lvrpo.types import Group, OutputKind, Prompt, RewardTable, Task
+from lvrpo.types import Group, OutputKind, Prompt, RewardTable, TaskKind
 
 SUMS = ("grpo", "rloo", "trimmed", "win_rate")
 
@@ -73,7 +73,7 @@ def test_a_member_without_the_scores_that_its_advantage_needs_is_not_valid(kind:
     assert not A.values[~A.valid].any()
 
 
-def single(scores: list[list[float]], tasks: tuple[Task, ...] = ("understand", "generate")) -> RewardTable:
+def single(scores: list[list[float]], tasks: tuple[TaskKind, ...] = ("understand", "generate")) -> RewardTable:
     """One reward of weight 1."""
     values = torch.tensor(scores)[..., None]
     mask = torch.ones_like(values, dtype=torch.bool)
@@ -139,7 +139,7 @@ def test_choices_that_do_not_fit(choice: dict[str, Any], message: str) -> None:
         make_config(choice)
 
 
-def group(task: Task, *output: OutputKind) -> Group:
+def group(task: TaskKind, *output: OutputKind) -> Group:
     return Group(Prompt("id", task, (), output), ())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.training.gradients import TaskGradients
+from lvrpo.training.gradients import GradientsByTask
 from lvrpo.training.losses.base import Metrics
 from lvrpo.types import Prompt
 
@@ -44,12 +44,12 @@ def test_the_audit_reports_every_expert_and_layer_on_its_steps(bench: Any, promp
 
 def two_tasks(
     policy: TinyPolicy, sign: float
-) -> tuple[TaskGradients, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[GradientsByTask, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Random gradients of two tasks; the second is ``sign`` times the first plus noise."""
     generator = torch.Generator().manual_seed(0)
     one = {name: torch.randn(p.shape, generator=generator) for name, p in policy.named_parameters()}
     other = {name: sign * g + 0.5 * torch.randn(g.shape, generator=generator) for name, g in one.items()}
-    apart = TaskGradients(policy)
+    apart = GradientsByTask(policy)
     for task, gradients in (("understand", one), ("generate", other)):
         for name, p in policy.named_parameters():
             p.grad = gradients[name].clone()
@@ -62,11 +62,11 @@ def inner(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], names: l
     return sum(float((one[name] * other[name]).sum()) for name in names)
 
 
-def by_expert(apart: TaskGradients) -> dict[str, list[str]]:
+def by_expert(apart: GradientsByTask) -> dict[str, list[str]]:
     return {e: [n for n, own in apart.expert_of.items() if own == e] for e in ("reading", "drawing", "shared")}
 
 
-def given_back(apart: TaskGradients, policy: TinyPolicy, mixing: Any) -> dict[str, torch.Tensor]:
+def given_back(apart: GradientsByTask, policy: TinyPolicy, mixing: Any) -> dict[str, torch.Tensor]:
     apart.write_mixed(mixing, 0)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 

@@ -15,16 +15,16 @@ from lvrpo.sampling import compressed_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.policies import Policies
 from lvrpo.training.rollout import RESAMPLE_OFFSET, Rollouts, prompts_of_step, resample
-from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
+from lvrpo.types import Group, Prompt, TaskKind, TextSegment, Trajectory
 
 
 @dataclass
 class Source:
     """Prompts that are called by their place."""
 
-    tasks: tuple[Task, ...] = ("understand", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "reason")
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         return Prompt(f"{task}/{index}", task, ("?",), ("text",))
 
 

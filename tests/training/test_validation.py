@@ -12,7 +12,7 @@ from lvrpo.sampling import derive_seed
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.state import ValidationState
 from lvrpo.training.validation import Validator, has_regressed
-from lvrpo.types import Group, Prompt, Task, TextSegment, Trajectory
+from lvrpo.types import Group, Prompt, TaskKind, TextSegment, Trajectory
 
 
 class Answerer:
@@ -32,11 +32,11 @@ class Answerer:
         return groups
 
 
-def prompts(task: Task, n: int) -> list[Prompt]:
+def prompts(task: TaskKind, n: int) -> list[Prompt]:
     return [Prompt(f"{task}{i}", task, ("x",), ("text",), answer="red") for i in range(n)]
 
 
-PROMPTS: dict[Task, list[Prompt]] = {"understand": prompts("understand", 20), "reason": prompts("reason", 10)}
+PROMPTS: dict[TaskKind, list[Prompt]] = {"understand": prompts("understand", 20), "reason": prompts("reason", 10)}
 
 
 def right(understand: int, reason: int, start: int = 0) -> Any:

@@ -15,7 +15,7 @@ from lvrpo.errors import InputError, LvrpoError
 if TYPE_CHECKING:
     from lvrpo.policies.base import Policy
     from lvrpo.rewards.self_vqa import SelfVQA
-    from lvrpo.types import Group, Image, Task
+    from lvrpo.types import Group, Image, TaskKind
 
 LOOPBACK = "127.0.0.1"
 MAX_PICTURES = 8
@@ -66,12 +66,12 @@ class Session:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.tasks: tuple[Task, ...] = getattr(policy, "tasks", ("understand", "generate", "edit", "reason"))
+        self.tasks: tuple[TaskKind, ...] = getattr(policy, "tasks", ("understand", "generate", "edit", "reason"))
         self._lock = threading.Lock()
 
     def draw(self, text: str, seed: float, guidance: float, count: float = 1, think: bool = False) -> Group:
         """``count`` pictures of a text, after a written plan with ``think``; guidance 0: the model's own."""
-        task: Task = "reason" if think else "generate"
+        task: TaskKind = "reason" if think else "generate"
         asked = prompt(task, (text,), ("text", "image") if think else ("image",), 0)
         return self._sample(asked, seed, guidance, count)
 

@@ -291,7 +291,7 @@ def drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Opt
 
 
 def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int = 1, task: Any = None) -> list[Group]:
-    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a ``Task``, by default the prompts'."""
+    """``count`` outputs per prompt: drawings from the seed, text greedy. Any: a task, by default the prompts'."""
     from dataclasses import replace
 
     from lvrpo.sampling import derive_seed

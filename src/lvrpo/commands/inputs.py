@@ -18,7 +18,7 @@ from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, path_exists, read_text
 from lvrpo.registry import allow_code
 from lvrpo.training.checkpoint import atomic_folder, disk_errors
-from lvrpo.types import Image, Task
+from lvrpo.types import Image, TaskKind
 
 C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def checked_row(row: dict[str, Any], task: Task, where: str) -> Row:
+def checked_row(row: dict[str, Any], task: TaskKind, where: str) -> Row:
     """A row in the one format of rows, of this task where it names none; raises InputError. Any: what JSON holds."""
     try:
         return parse_row(row, task)

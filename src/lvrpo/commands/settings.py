@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from lvrpo.config import Config
 from lvrpo.errors import InputError
-from lvrpo.types import Task
+from lvrpo.types import TaskKind
 
 NAMES = {str: "text", int: "int", float: "float", bool: "bool", Path: "path", Any: "any", type(None): "null"}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -101,7 +101,7 @@ def type_text(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(parts[0], parts[1:])
-    if annotation == Task:
+    if annotation == TaskKind:
         return "task"
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.registry import resolve
-from lvrpo.types import Example, Fact, Image, Prompt, Task
+from lvrpo.types import Example, Fact, Image, Prompt, TaskKind
 
 # --- sources of prompts ---
 
@@ -28,19 +28,19 @@ class PromptSource(Protocol):
     """Prompts by task and index, at random access."""
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks that it has prompts for."""
         ...
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         """The prompt at an index >= 0; a finite source starts over, reshuffled, when it ends."""
         ...
 
-    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
         ...
 
-    def example(self, task: Task, index: int) -> Example:
+    def example(self, task: TaskKind, index: int) -> Example:
         """The prompt with outputs to imitate; raises InputError where the source has none."""
         ...
 

@@ -14,7 +14,7 @@ from lvrpo.data.images import check_image, load_image
 from lvrpo.data.rows import Line, RowPrompts, make_line
 from lvrpo.errors import InputError
 from lvrpo.reading import parse_json, read_text
-from lvrpo.types import Task
+from lvrpo.types import TaskKind
 
 
 class JsonlConfig(Config):
@@ -44,7 +44,7 @@ class JsonlPrompts(RowPrompts):
         split: Literal["train", "validation", "test"] = "train",
         seed: int = 0,
         side: int | None = None,
-        task: Task | None = None,
+        task: TaskKind | None = None,
         problems: list[str] | None = None,
     ):
         """Reads and checks every row. Raises InputError, one line that names file and line number.
@@ -60,7 +60,7 @@ class JsonlPrompts(RowPrompts):
 
 
 def _read(
-    path: Path, root: Path | None, decode: bool, task: Task | None, problems: list[str] | None = None
+    path: Path, root: Path | None, decode: bool, task: TaskKind | None, problems: list[str] | None = None
 ) -> list[Line]:
     content = read_text(path, "give a file of JSON lines")
     lines: list[Line] = []

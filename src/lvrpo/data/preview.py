@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont, ImageOps
 
-from lvrpo.types import Example, Image, Task
+from lvrpo.types import Example, Image, TaskKind
 
 _INK, _SOFT, _PAPER, _RULE = (32, 36, 44), (110, 118, 130), (255, 255, 255), (226, 229, 234)
 _GAP, _MARGIN, _LABEL, _LINES, PER_BLOCK = 16, 24, 124, 3, 4
 
-Block = tuple[Task, str, Sequence[Example]]
-"""Task, category, and up to ``PER_BLOCK`` examples."""
+Block = tuple[TaskKind, str, Sequence[Example]]
+"""TaskKind, category, and up to ``PER_BLOCK`` examples."""
 
 
 def contact_sheet(title: str, blocks: Sequence[Block], side: int) -> PilImage.Image:
@@ -50,7 +50,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(__file__).parents[1] / "assets" / "fonts" / "DejaVuSans.ttf", size)
 
 
-def _places(blocks: list[tuple[Task, str]]) -> tuple[list[tuple[int, int]], int]:
+def _places(blocks: list[tuple[TaskKind, str]]) -> tuple[list[tuple[int, int]], int]:
     """(row, column) of each category, two in a row but for edits, which show two pictures; and the rows in all."""
     places: list[tuple[int, int]] = []
     row, column, previous = 0, 0, None

@@ -18,12 +18,12 @@ from lvrpo.data.images import PictureFile, StoredPicture, load_image, load_mask,
 from lvrpo.data.leakage import file_picture
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern
-from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, Task
+from lvrpo.types import TASKS, Example, Fact, Image, OutputKind, Part, Prompt, TaskKind
 
 # --- one row ---
 
 
-_DEFAULT_OUTPUT: dict[Task, tuple[OutputKind, ...]] = {
+_DEFAULT_OUTPUT: dict[TaskKind, tuple[OutputKind, ...]] = {
     "understand": ("text",),
     "generate": ("image",),
     "edit": ("image",),
@@ -85,7 +85,7 @@ class Row(_Strict):
 
     id: str | None = Field(default=None, min_length=1)
     """Unique in the file; by default the file's name and the line number."""
-    task: Task
+    task: TaskKind
     prompt: str = Field(min_length=1)
     """The question, the description or the instruction."""
     images: list[str] = Field(default_factory=list)
@@ -147,7 +147,7 @@ class Row(_Strict):
         return self
 
 
-def parse_row(data: Any, task: Task | None = None) -> Row:
+def parse_row(data: Any, task: TaskKind | None = None) -> Row:
     """The row, or a ValueError with one line that names the value, the rule and the remedy. Any: decoded JSON.
 
     ``task``: that of a row that names none.
@@ -215,7 +215,7 @@ class Line:
 
 
 def make_line(
-    data: Any, where: str, default_id: str, source: str, task: Task | None, find: Callable[[str], PictureFile]
+    data: Any, where: str, default_id: str, source: str, task: TaskKind | None, find: Callable[[str], PictureFile]
 ) -> Line:
     """The row of decoded JSON with its pictures; raises InputError that begins with ``where``. Any: decoded JSON.
 
@@ -276,7 +276,7 @@ class RowPrompts:
         """
         self.name, self.seed, self.side = name, seed, side
         self._lines = lines
-        self._by_task: dict[Task, list[int]] = {task: [] for task in TASKS}
+        self._by_task: dict[TaskKind, list[int]] = {task: [] for task in TASKS}
         self._load = lru_cache(maxsize=cached_images)(self._fitted)
         self._load_mask = lru_cache(maxsize=cached_images)(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
@@ -336,21 +336,21 @@ class RowPrompts:
         return len(self._numbers)
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks of the rows."""
         return tuple(t for t in TASKS if self._by_task[t])
 
-    def size(self, task: Task) -> int:
+    def size(self, task: TaskKind) -> int:
         """The number of rows of a task."""
         return len(self._by_task[task])
 
-    def has(self, task: Task) -> dict[str, int]:
+    def has(self, task: TaskKind) -> dict[str, int]:
         """The number of rows of a task, of those with answer, facts and target, and of categories."""
         rows = [self._lines[number].row for number in self._by_task[task]]
         given = {name: sum(bool(getattr(row, name)) for row in rows) for name in ("answer", "facts", "target")}
         return {"rows": len(rows), **given, "category": len({row.category for row in rows if row.category})}
 
-    def rows(self) -> Iterator[tuple[str, Task, str, tuple[PictureFile, ...]]]:
+    def rows(self) -> Iterator[tuple[str, TaskKind, str, tuple[PictureFile, ...]]]:
         """(file:line, task, text, picture files) of every row, in order."""
         return ((line.where, line.row.task, line.row.prompt, line.images) for line in self._all())
 
@@ -363,7 +363,7 @@ class RowPrompts:
             total.update(f"{line.id} {line.row.model_dump_json()} {digests}\n".encode())
         return total.hexdigest()
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         """The row at an index >= 0, after ``size(task)`` rows in another order. Raises InputError without such rows."""
         return self._prompt(self._line(task, index))
 
@@ -371,7 +371,7 @@ class RowPrompts:
         """Every row, in order."""
         return [self._prompt(line) for line in self._all()]
 
-    def examples(self, task: Task, n: int) -> list[Example]:
+    def examples(self, task: TaskKind, n: int) -> list[Example]:
         """The first rows of a task in order, with their targets where they have some."""
         return [self._example(self._lines[number]) for number in self._by_task[task][:n]]
 
@@ -402,11 +402,11 @@ class RowPrompts:
             edited=self._edited(line),
         )
 
-    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
         return [self.prompt(task, index) for index in range(start, start + n)]
 
-    def example(self, task: Task, index: int) -> Example:
+    def example(self, task: TaskKind, index: int) -> Example:
         """The prompt with the row's target. Raises InputError for a row without one."""
         line = self._line(task, index)
         if not line.targets:
@@ -447,12 +447,12 @@ class RowPrompts:
                 mask[top:bottom, left:right] = True
         return mask if self.side is None else middle_square(mask[None].float(), self.side)[0] > 0.5
 
-    def _shuffled(self, task: Task, epoch: int) -> list[int]:
+    def _shuffled(self, task: TaskKind, epoch: int) -> list[int]:
         numbers = list(self._by_task[task])
         random.Random(f"{self.seed}/{task}/{epoch}").shuffle(numbers)
         return numbers
 
-    def _line(self, task: Task, index: int) -> Line:
+    def _line(self, task: TaskKind, index: int) -> Line:
         n = len(self._by_task.get(task, ()))
         if not n:
             raise InputError(f"{self.name}: no rows of task '{task}': it has {', '.join(self.tasks)}")

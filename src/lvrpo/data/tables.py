@@ -24,7 +24,7 @@ from lvrpo.data.presets import PRESETS, without_nulls
 from lvrpo.data.rows import Line, Row, RowPrompts, make_line
 from lvrpo.data.table_reading import Table, count_rows, datasets_library, is_picture, nearest, open_table, parse_range
 from lvrpo.errors import InputError
-from lvrpo.types import Task
+from lvrpo.types import TaskKind
 
 Split = Literal["train", "validation", "test"]
 PICTURE_FIELDS = ("images", "target", "edited")
@@ -52,7 +52,7 @@ class DatasetConfig(Config):
     columns: dict[str, str | None] = Field(default={})
     """Field of a row: column that holds it, before what the preset says; parts of a column by dots, such as
     answers.text.0; null: the field is left out."""
-    task: Task | None = None
+    task: TaskKind | None = None
     """Task of rows that name none, in place of the task of the preset."""
     shuffle: bool = False
     """Take ranges of a split from its rows in a random order, which is always the same, so that a folder of one class

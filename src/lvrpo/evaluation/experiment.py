@@ -50,7 +50,7 @@ from lvrpo.training.policies import SetName
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trainer import Trainer
-from lvrpo.types import TASKS, Prompt, Task
+from lvrpo.types import TASKS, Prompt, TaskKind
 
 RESULT = "eval/after.json"
 
@@ -406,7 +406,7 @@ def held_out_plan(config: TrainConfig, benchmarks: Sequence[str]) -> Plan:
     if benchmarks:
         return Plan(tuple(benchmarks))
     if config.data.source == "scenes":
-        tasks: Sequence[Task] = TASKS
+        tasks: Sequence[TaskKind] = TASKS
         with suppress(InputError):  # opening the run reports it, after the configuration's own mistakes
             tasks = possible_tasks(config.policy)
         able = tuple(name for name in BENCHMARKS if name.partition("_")[0] in tasks)

@@ -25,12 +25,12 @@ from lvrpo.audit_records import (
     Alarms,
     Change,
     Correlation,
+    GroupAudit,
     MissingScores,
     Overoptimization,
     RewardAudit,
     ScorerAudit,
     Series,
-    TaskAudit,
     Window,
 )
 from lvrpo.evaluation.recorded_groups import (
@@ -64,7 +64,7 @@ def audit_rewards(record: RecordedRun) -> RewardAudit:
     """The audit of every task, and the alarms."""
     groups, controls = record.groups, record.controls
     windows = split_windows(groups.step)
-    tasks: dict[str, TaskAudit] = {}
+    tasks: dict[str, GroupAudit] = {}
     for task in [*(t for t in TASKS if t in groups.task), *sorted(set(groups.task) - set(TASKS))]:
         base = None if controls is None else controls.select(controls.task == task)
         own = groups.select(groups.task == task)
@@ -87,7 +87,7 @@ def audit_task(
     windows: Sequence[Window],
     settings: AdvantageSettings,
     verifiers: Sequence[str] = (),
-) -> TaskAudit:
+) -> GroupAudit:
     """The audit of one task, to which all groups belong."""
     names, *_, weights = groups.trained_rewards()
     shares, rest, with_signal, share_series = advantage_shares(groups, settings)
@@ -124,7 +124,7 @@ def audit_task(
     control_series = {} if controls is None else _auc_series(controls, [name for name in judged if name in base])
     if controls is not None:
         control_series |= {n: by_step(controls.step, group_means(v)) for n, v in base_drift.items()}
-    return TaskAudit(
+    return GroupAudit(
         groups=len(groups.step),
         with_signal=with_signal,
         rest=rest,

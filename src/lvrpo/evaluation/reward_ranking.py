@@ -10,7 +10,7 @@ import scipy
 import torch
 from numpy.typing import NDArray
 
-from lvrpo.audit_records import Ranking, RankingChange, RewardRanking, SampleAudit, TaskSamples, Window
+from lvrpo.audit_records import Ranking, RankingChange, RewardRanking, SampleAudit, SampleQuality, Window
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig, Split
 from lvrpo.evaluation.recorded_groups import SUCCESS, VERIFIER, Array
 from lvrpo.evaluation.suite import cluster_of
@@ -21,7 +21,7 @@ from lvrpo.rewards.success import successes
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.sampling import derive_seed
 from lvrpo.statistics import Interval, mean_interval, seeds_interval, welch_difference
-from lvrpo.types import TASKS, Group, Task
+from lvrpo.types import TASKS, Group, TaskKind
 
 BOOTSTRAP_LIMIT = 5000
 """Above this number of groups, Student's t replaces the bootstrap."""
@@ -183,13 +183,13 @@ def sample_groups(
     size: int,
     split: Split = "validation",
     progress: Callable[[str, int], None] = lambda task, prompts: None,
-) -> dict[Task, list[Group]]:
+) -> dict[TaskKind, list[Group]]:
     """Samples groups of ``GROUP_SIZE`` on ``per_category`` prompts of every category; deterministic.
 
     ``size``: side of the pictures in pixels. Sampling parameters are the policy's defaults, text at temperature 1.
     """
     source = ScenePrompts(ScenesConfig(size=size), split, seed)
-    found: dict[Task, list[Group]] = {}
+    found: dict[TaskKind, list[Group]] = {}
     for task in TASKS:
         prompts = source.prompts(task, per_category * len(CATEGORIES[task]))
         progress(task, len(prompts))
@@ -207,13 +207,13 @@ def sample_groups(
 def audit_samples(
     judge: Policy,
     model: Policy,
-    groups: Mapping[Task, Sequence[Group]],
+    groups: Mapping[TaskKind, Sequence[Group]],
     sources: Sequence[RewardSource],
     progress: Callable[[str, str], None] = lambda task, reward: None,
 ) -> SampleAudit:
     """Scores the groups of ``model`` with every reward; the first ``VERIFIER`` among them grades."""
     verifiers = [source.config.title for source in sources if source.config.name == VERIFIER]
-    tasks: dict[Task, TaskSamples] = {}
+    tasks: dict[TaskKind, SampleQuality] = {}
     for task, own in groups.items():
         success = np.array(successes(own), dtype=np.float32)
         scorers: dict[str, Array] = {}
@@ -227,7 +227,7 @@ def audit_samples(
         category = np.array([group.prompt.category for group in own], dtype=np.str_)
         clusters = [cluster_of(group.prompt) for group in own]
         validity = rank_rewards({**scorers, SUCCESS: success}, verifiers, category, clusters=clusters)
-        tasks[task] = TaskSamples(len(own), float(success.mean()), missing, validity)
+        tasks[task] = SampleQuality(len(own), float(success.mean()), missing, validity)
     return SampleAudit(judge_fingerprint(judge), judge_fingerprint(model), tasks)
 
 

@@ -8,18 +8,18 @@ from typing import Literal
 
 from lvrpo.data.scenes import CATEGORIES, ScenePrompts, ScenesConfig, Split
 from lvrpo.evaluation.suite import Benchmark
-from lvrpo.types import Prompt, Task
+from lvrpo.types import Prompt, TaskKind
 
 
 @lru_cache(maxsize=16)
 def held_out_prompts(
-    task: Task, n: int, split: Split = "test", wording: Literal["trained", "paraphrased"] = "trained"
+    task: TaskKind, n: int, split: Split = "test", wording: Literal["trained", "paraphrased"] = "trained"
 ) -> tuple[Prompt, ...]:
     """The first ``n`` prompts of a task; categories take turns, a fifth of those that can show unseen combinations."""
     return tuple(ScenePrompts(ScenesConfig(wording=wording), split, 0).prompts(task, n))
 
 
-def _validation(task: Task) -> Callable[[int], tuple[Prompt, ...]]:
+def _validation(task: TaskKind) -> Callable[[int], tuple[Prompt, ...]]:
     return partial(held_out_prompts, task, split="validation")
 
 

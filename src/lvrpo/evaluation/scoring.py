@@ -19,8 +19,8 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
-class TaskScores:
-    """The scores of one task, prompt by prompt."""
+class ScoredGroups:
+    """Sampled groups and their scores, prompt by prompt."""
 
     prompts: tuple[Prompt, ...]
     scores: tuple[float, ...]
@@ -63,11 +63,11 @@ def score_prompts(
     samples: int = 1,
     scorer: HeldOutScorer = SUCCESS_ONLY,
     judge: Policy | None = None,
-) -> TaskScores:
+) -> ScoredGroups:
     """``sample_prompts``, each output scored; ``judge``: of the scorer's rewards."""
     groups = sample_prompts(policy, prompts, sampling, seed, samples)
     rows = [tuple(row) for row in scorer.scores(groups, judge)]
-    return TaskScores(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))
+    return ScoredGroups(tuple(prompts), tuple(sum(row) / len(row) for row in rows), tuple(groups), tuple(rows))
 
 
 CONFIRMED = 0.5

@@ -26,7 +26,7 @@ from lvrpo.registry import resolve
 from lvrpo.rewards.base import SIDES, Reward, judge_fingerprint
 from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, Metric
 from lvrpo.rewards.verifiable_text import normalize_answer
-from lvrpo.types import TASKS, Group, Prompt, Task
+from lvrpo.types import TASKS, Group, Prompt, TaskKind
 
 if TYPE_CHECKING:
     from lvrpo.evaluation.tuning import TunedSampling
@@ -75,7 +75,7 @@ class Benchmark:
     check: Callable[[Policy], object] = lambda policy: None
     """Raises InputError where a policy cannot read the prompts."""
 
-    def sampling(self, base: Sampling, task: Task | None = None, tuned: TunedSampling | None = None) -> Sampling:
+    def sampling(self, base: Sampling, task: TaskKind | None = None, tuned: TunedSampling | None = None) -> Sampling:
         """``base`` with the benchmark's temperature and guidance, or those tuned for the task.
 
         With ``own_sampling``, ``base`` is the model's defaults, and only ``changes`` are made.
@@ -208,7 +208,7 @@ def prompt_benchmarks(
 
     Raises InputError for a prompt that nothing scores.
     """
-    kinds: dict[tuple[Task, Metric], list[Prompt]] = {}
+    kinds: dict[tuple[TaskKind, Metric], list[Prompt]] = {}
     for prompt in prompts:
         metric = scorer.metric(prompt)
         if metric is None:
@@ -282,27 +282,27 @@ def benchmark_items(
     sampling: Sampling,
     options: EvaluationOptions,
     with_pictures: bool,
-) -> tuple[list[Item], dict[Task, Sampling]]:
+) -> tuple[list[Item], dict[TaskKind, Sampling]]:
     """The outputs of every prompt with their scores, and how each task was sampled.
 
     With ``options.store`` items that it holds are not sampled again, and the others are added to it batch by batch;
     batches are the same whatever it holds and however many processes share them, so that a resumed or a divided
     evaluation gives the same scores. Several processes divide what is missing; each writes a file of its own.
     """
-    tasks: tuple[Task, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
+    tasks: tuple[TaskKind, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
-    settings: dict[Task, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
+    settings: dict[TaskKind, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
     counts = sample_counts(benchmark, prompts, settings, options)
     store, own = options.store, identity(policy, benchmark, seed, settings, options)
     folder = None if store is None else open_folder(store, benchmark.name, own)
     divided = folder is not None and world_size() > 1
     at_once = CHUNK if folder is None else STORED_CHUNK
     # a few prompts at a time: all samples of large pictures do not fit into memory
-    jobs: dict[tuple[Task, int], list[int]] = {}
+    jobs: dict[tuple[TaskKind, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
         jobs.setdefault((prompt.task, counts[i]), []).append(i)
     found: dict[int, Item] = {}
-    batches: list[tuple[Task, int, list[int]]] = []
+    batches: list[tuple[TaskKind, int, list[int]]] = []
     for (task, count), places in jobs.items():
         size = max(1, at_once // count)
         for batch in (places[start : start + size] for start in range(0, len(places), size)):
@@ -337,7 +337,7 @@ def open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> Ite
 
 
 def identity(
-    policy: Policy, benchmark: Benchmark, seed: int, settings: Mapping[Task, Sampling], options: EvaluationOptions
+    policy: Policy, benchmark: Benchmark, seed: int, settings: Mapping[TaskKind, Sampling], options: EvaluationOptions
 ) -> dict[str, Any]:
     """Everything that the items of a benchmark depend on. Any: JSON values."""
     return {
@@ -351,7 +351,7 @@ def identity(
     }
 
 
-def default_sampling(policy: Policy, task: Task) -> Sampling:
+def default_sampling(policy: Policy, task: TaskKind) -> Sampling:
     """The model's own defaults, for one output of each prompt and greedy text."""
     return replace(policy.default_sampling(task), group_size=1, temperature=0.0)
 
@@ -396,7 +396,7 @@ def benchmark_record(
     policy: Policy,
     benchmark: Benchmark,
     items: Sequence[Item],
-    settings: Mapping[Task, Sampling],
+    settings: Mapping[TaskKind, Sampling],
     options: EvaluationOptions,
 ) -> BenchmarkRecord:
     """The record of the items of a benchmark; raises ContractError where none has a score."""
@@ -436,7 +436,7 @@ def benchmark_record(
 
 
 def sample_counts(
-    benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[Task, Sampling], options: EvaluationOptions
+    benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[TaskKind, Sampling], options: EvaluationOptions
 ) -> list[int]:
     """Samples per prompt: more for the first ``options.sampled_prompts`` whose sampling is random."""
     many = benchmark.pass_at_k_samples if options.num_samples is None else options.num_samples

@@ -14,7 +14,7 @@ from lvrpo.evaluation.suite import SAMPLING, Benchmark
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.reading import read_json_object
 from lvrpo.rewards.base import judge_fingerprint
-from lvrpo.types import Prompt, Task
+from lvrpo.types import Prompt, TaskKind
 
 GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -28,14 +28,14 @@ class TunedSampling:
 
     model: str
     """``judge_fingerprint`` of the model."""
-    settings: Mapping[Task, Mapping[str, float]]
+    settings: Mapping[TaskKind, Mapping[str, float]]
     """The selected ``guidance_scale`` or ``temperature``, per task."""
     prompts: frozenset[str]
     """``content_key`` of every tuning prompt."""
-    grid: Mapping[Task, Mapping[str, float]] = field(default_factory=dict)
+    grid: Mapping[TaskKind, Mapping[str, float]] = field(default_factory=dict)
     """The score at each value of the grid, per task."""
 
-    def apply(self, sampling: Sampling, task: Task) -> Sampling:
+    def apply(self, sampling: Sampling, task: TaskKind) -> Sampling:
         """``sampling`` with the tuned parameters of the task; unchanged where the task was not tuned."""
         return replace(sampling, **self.settings.get(task, {}))
 
@@ -64,7 +64,7 @@ class TunedSampling:
         raw = read_json_object(path, remedy)
         try:
             settings = {task: dict(values) for task, values in raw["settings"].items()}
-            wrong = [task for task in settings if task not in get_args(Task)]
+            wrong = [task for task in settings if task not in get_args(TaskKind)]
             wrong += [name for values in settings.values() for name in values if name not in SETTINGS]
             numbers = [value for values in settings.values() for value in values.values()]
             if wrong or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
@@ -95,7 +95,7 @@ def tune(
     n: int | None = None,
     seed: int = 0,
     sampling: Sampling = SAMPLING,
-    progress: Callable[[Task, str, float, float], None] = lambda task, name, value, score: None,
+    progress: Callable[[TaskKind, str, float, float], None] = lambda task, name, value, score: None,
 ) -> TunedSampling:
     """Selects per task the value with the highest mean success on validation prompts; the first of ties.
 
@@ -103,7 +103,7 @@ def tune(
     prompts per task (default: the number of test prompts). Benchmarks with ``fixed_sampling`` are left out. Raises
     InputError where no benchmark has validation prompts.
     """
-    prompts: dict[Task, list[Prompt]] = {}
+    prompts: dict[TaskKind, list[Prompt]] = {}
     for benchmark in benchmarks:
         if benchmark.validation is None or benchmark.fixed_sampling:
             continue
@@ -113,8 +113,8 @@ def tune(
     if not prompts:
         names = ", ".join(benchmark.name for benchmark in benchmarks)
         raise InputError(f"{names}: no validation prompts to choose on: name another benchmark, or a file of rows")
-    settings: dict[Task, dict[str, float]] = {}
-    grid: dict[Task, dict[str, float]] = {}
+    settings: dict[TaskKind, dict[str, float]] = {}
+    grid: dict[TaskKind, dict[str, float]] = {}
     for task, rows in prompts.items():
         draws = all(prompt.output == ("image",) for prompt in rows)
         name = "guidance_scale" if draws else "temperature"

@@ -23,7 +23,7 @@ from lvrpo.types import (
     Prompt,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     Trajectory,
 )
 
@@ -113,7 +113,7 @@ READS_ONLY = "reads pictures and does not draw them"
 """The phrase in messages for a policy that cannot generate images."""
 
 
-def can_draw(tasks: Collection[Task]) -> bool:
+def can_draw(tasks: Collection[TaskKind]) -> bool:
     """Whether a policy with these tasks generates pictures."""
     return "generate" in tasks or "edit" in tasks
 
@@ -147,7 +147,7 @@ class RolloutPolicy(Protocol):
         """The dtype of the forward pass, which sets the tolerance of a replay."""
         ...
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """The default sampling settings of a task: guidance, steps, length."""
         ...
 

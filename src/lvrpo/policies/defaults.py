@@ -44,7 +44,7 @@ from lvrpo.types import (
     Segment,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     TextSegment,
     Trajectory,
     segments_through,
@@ -61,7 +61,7 @@ class PolicyDefaults(nn.Module, ABC):
     """The kinds of segments in its outputs."""
     draws_after_text: bool = True
     """Whether it can draw after a text of its own; a run that needs it is refused otherwise before it starts."""
-    tasks: tuple[Task, ...] = TASKS
+    tasks: tuple[TaskKind, ...] = TASKS
     """Supported tasks; a run that needs others is refused before it starts."""
     judging_sides: tuple[Literal["read", "draw"], ...] = ("read", "draw")
     """The sides that it judges outputs with; a run with a reward that asks another one is refused before it starts."""
@@ -105,7 +105,7 @@ class PolicyDefaults(nn.Module, ABC):
         """All trainable parameters under "shared"."""
         return {"understand": [], "generate": [], "shared": [p for p in self.parameters() if p.requires_grad]}
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """``Sampling()``."""
         return Sampling()
 

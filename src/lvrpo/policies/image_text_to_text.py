@@ -33,7 +33,7 @@ from lvrpo.types import (
     Prompt,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     TextSegment,
     Trajectory,
     segments_through,
@@ -182,7 +182,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text",)
-    tasks: tuple[Task, ...] = ("understand", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "reason")
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>language_model|text_model)\.layers\.\d+\.self_attn\.[qkvo]_proj",
         "mlp": r"model\.model\.(?P<expert>language_model|text_model)\.layers\.\d+\.mlp\.(gate|up|down)_proj",
@@ -211,7 +211,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
     allowed: torch.Tensor
     """bool (V,): the tokens that an answer may contain."""
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """Temperature 1; texts of up to 512 tokens, or of half the positions of a small model."""
         return Sampling(max_new_tokens=self.longest_text)
 

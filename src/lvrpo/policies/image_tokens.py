@@ -32,7 +32,7 @@ from lvrpo.types import (
     Segment,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     TextSegment,
     Trajectory,
     segments_through,
@@ -77,7 +77,7 @@ class ImageTokenPolicy(TransformersPolicy):
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "tokens")
-    tasks: tuple[Task, ...] = ("understand", "generate", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
     """Without ``edit``: drawings follow text alone."""
     kind: ClassVar[str]
     """Name of the model in messages, such as "a Janus"."""

@@ -22,7 +22,7 @@ from lvrpo.policies.diffusers_flow import INDEX, require_supported
 from lvrpo.policies.transformers_library import transformers_library
 from lvrpo.reading import path_exists, read_json_object
 from lvrpo.registry import resolve
-from lvrpo.types import TASKS, Task
+from lvrpo.types import TASKS, TaskKind
 
 FINAL = "policy.json"
 """In a run directory: names the checkpoint of the result."""
@@ -183,7 +183,7 @@ def stored_image_size(model: str | Path) -> int | None:
     return None if read is None else read(folder)
 
 
-def possible_tasks(model: str | Path) -> tuple[Task, ...]:
+def possible_tasks(model: str | Path) -> tuple[TaskKind, ...]:
     """The tasks that MODEL supports, found without loading it."""
     folder = policy_folder(model)
     return TASKS if has_adapter(folder) else getattr(policy_class(folder), "tasks", TASKS)  # optional in a class

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lvrpo.audit_records import MIN_GROUPS, Change, RewardAudit, RewardRanking, ScorerAudit, Series, TaskAudit
+from lvrpo.audit_records import MIN_GROUPS, Change, GroupAudit, RewardAudit, RewardRanking, ScorerAudit, Series
 from lvrpo.errors import InputError
 from lvrpo.reading import path_exists, read_json
 from lvrpo.records import Estimate, from_json, number
@@ -76,7 +76,7 @@ class RankingRow:
 
 
 @dataclass(frozen=True)
-class Task:
+class AuditPanel:
     """The audit of one task."""
 
     label: str
@@ -104,7 +104,7 @@ class Audit:
     steps: str
     first: str
     last: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[AuditPanel, ...]
     alarms: tuple[str, ...]
     """Alarms of both kinds."""
     overoptimized: bool
@@ -140,12 +140,12 @@ def _audit(audit: RewardAudit) -> Audit:
     )
 
 
-def _task(task: str, audit: TaskAudit) -> Task:
+def _task(task: str, audit: GroupAudit) -> AuditPanel:
     scorers = tuple(_scorer_row(each) for each in audit.scorers)
     means = [_mean_row(each.name, each.mean, is_score=True) for each in audit.scorers]
     means += [_mean_row(name, change, is_score=False) for name, change in audit.drift.items()]
     name = TASK_NAMES.get(task) or label(task)
-    return Task(
+    return AuditPanel(
         label=name,
         groups=audit.groups,
         with_signal=number(audit.with_signal),

@@ -9,7 +9,7 @@ from typing import Any, overload
 from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.policies.base import Judge
 from lvrpo.rewards.base import Scores, score_each
-from lvrpo.types import TASKS, Group, OutputKind, Prompt, Task, Trajectory
+from lvrpo.types import TASKS, Group, OutputKind, Prompt, TaskKind, Trajectory
 
 Function = Callable[..., float | None]
 Builder = Callable[..., "FunctionReward"]
@@ -32,12 +32,16 @@ def reward(function: Function, /) -> Builder: ...
 
 @overload
 def reward(
-    *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[Task] = TASKS
+    *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[TaskKind] = TASKS
 ) -> Callable[[Function], Builder]: ...
 
 
 def reward(
-    function: Function | None = None, /, *, outputs: Sequence[OutputKind] | None = None, tasks: Sequence[Task] = TASKS
+    function: Function | None = None,
+    /,
+    *,
+    outputs: Sequence[OutputKind] | None = None,
+    tasks: Sequence[TaskKind] = TASKS,
 ) -> Builder | Callable[[Function], Builder]:
     """Turns a function that returns a number (or None) into a reward.
 
@@ -105,7 +109,7 @@ class FunctionReward:
         function: Function,
         options: dict[str, Any],
         judges: tuple[OutputKind, ...],
-        tasks: tuple[Task, ...],
+        tasks: tuple[TaskKind, ...],
         needs: tuple[OutputKind, ...] = (),
     ) -> None:
         self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs

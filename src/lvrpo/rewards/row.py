@@ -24,7 +24,7 @@ from lvrpo.rewards import RENAMED, REWARDS
 from lvrpo.rewards.base import SIDES, Reward, Scores, Side, join_judges, judge_fingerprint
 from lvrpo.rewards.function import as_reward
 from lvrpo.rewards.secrets import is_secret_name, looks_like_secret
-from lvrpo.types import Group, OutputKind, Prompt, Task
+from lvrpo.types import Group, OutputKind, Prompt, TaskKind
 
 METHODS = ("applies", "score")
 """Methods that the class of a reward must have."""
@@ -91,7 +91,7 @@ class RewardConfig(Config):
     """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
     weight: float = Field(default=1.0, ge=0)
     """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
-    tasks: tuple[Task, ...] | None = None
+    tasks: tuple[TaskKind, ...] | None = None
     """Only these tasks; None: every task whose prompts it applies to."""
     label: str | None = None
     """Name in tables and curves; by default ``name``."""

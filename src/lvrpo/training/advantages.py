@@ -21,7 +21,7 @@ from lvrpo.algorithms import (
 from lvrpo.algorithms.advantages import NormalizeChoice
 from lvrpo.config import Config, default_kind
 from lvrpo.training.losses.base import KINDS, Advantages, GroupAdvantages
-from lvrpo.types import TASKS, Group, OutputKind, RewardTable, Task
+from lvrpo.types import TASKS, Group, OutputKind, RewardTable, TaskKind
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -55,7 +55,7 @@ class GDPOConfig(AdvantagesConfig):
 class SummedConfig(AdvantagesConfig):
     """Options of advantages of the weighted sum of the rewards."""
 
-    joint: tuple[Task, Task] | None = None
+    joint: tuple[TaskKind, TaskKind] | None = None
     """The k-th groups of these two tasks share one reward, the sum of both, member by member (CoRL,
     arXiv:2505.17534)."""
 
@@ -165,7 +165,7 @@ def compute_advantages(table: RewardTable, config: AdvantageConfig) -> GroupAdva
 def _summed_advantages(
     scores: Float[torch.Tensor, "P G"],
     mask: Bool[torch.Tensor, "P G"],
-    tasks: Sequence[Task],
+    tasks: Sequence[TaskKind],
     config: GRPOAdvantagesConfig | RLOOConfig | TrimmedConfig,
     floor: float,
 ) -> Float[torch.Tensor, "P G"]:
@@ -214,7 +214,10 @@ def win_rates(table: RewardTable, std_floor: float) -> RewardTable:
 
 
 def joint_scores(
-    scores: Float[torch.Tensor, "P G"], mask: Bool[torch.Tensor, "P G"], tasks: Sequence[Task], joint: tuple[Task, Task]
+    scores: Float[torch.Tensor, "P G"],
+    mask: Bool[torch.Tensor, "P G"],
+    tasks: Sequence[TaskKind],
+    joint: tuple[TaskKind, TaskKind],
 ) -> tuple[Float[torch.Tensor, "P G"], Bool[torch.Tensor, "P G"]]:
     """Scores and mask in which the k-th groups of two tasks share the sum of their scores."""
     one, other = ([p for p, task in enumerate(tasks) if task == name] for name in joint)

@@ -31,7 +31,7 @@ from lvrpo.training.overoptimization import SUCCESS, OveroptimizationConfig
 from lvrpo.training.rollout import RolloutConfig
 from lvrpo.training.rollout_engine import DEFAULT_IMPORTANCE_CAP
 from lvrpo.training.trackers import AnyTracker
-from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, Task
+from lvrpo.types import SEGMENT_KINDS, TASKS, SegmentKind, TaskKind
 
 Count = Annotated[int, Field(le=100_000)]
 """A number of prompts or rows of a kind."""
@@ -53,7 +53,7 @@ class DataConfig(Config):
     """The files of the source "jsonl"."""
     datasets: tuple[DatasetConfig, ...] = ()
     """The data sets of the source "datasets", whose rows are put together."""
-    prompts_per_step: dict[Task, Count] = Field(
+    prompts_per_step: dict[TaskKind, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
     """Prompts per step of each task; each is sampled ``rollout.group_size`` times."""
@@ -70,7 +70,7 @@ class ValidationConfig(Config):
     hints: ClassVar[Mapping[str, str]] = {"turn": "is called {section}.overoptimization"}
     every: int = Field(default=20, ge=1)
     """Steps between validations; one more is run before the first step and after the last."""
-    prompts: dict[Task, Natural] = Field(
+    prompts: dict[TaskKind, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     """Held-out prompts of each task."""
@@ -161,7 +161,7 @@ class TrainConfig(Config):
     """Loss of autoregressive image tokens; required for policies that generate them, refused for others."""
     masked: TokenLoss | None = None
     """Loss of masked image tokens; required for policies that generate them, refused for others."""
-    task_weights: dict[Task, float] = Field(default_factory=dict)
+    task_weights: dict[TaskKind, float] = Field(default_factory=dict)
     """Weight of a task in the loss (default 1)."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout; the groups of every task are split between them."""
@@ -219,14 +219,14 @@ class TrainConfig(Config):
         """The sampling parameters of a step."""
         return self.rollout.sampling(self.seed, step)
 
-    def require_tasks(self, tasks: Sequence[Task]) -> None:
+    def require_tasks(self, tasks: Sequence[TaskKind]) -> None:
         """Raises InputError for prompts of a task that the policy does not support."""
         for task, count in self.data.prompts_per_step.items():
             if count and task not in tasks:
                 does = f"does {', '.join(tasks)} alone" if can_draw(tasks) else READS_ONLY
                 raise InputError(f"data.prompts_per_step.{task}={count}: policy={self.policy} {does}: set it to 0")
 
-    def require_policy_fit(self, segment_kinds: Sequence[SegmentKind], tasks: Sequence[Task] = TASKS) -> None:
+    def require_policy_fit(self, segment_kinds: Sequence[SegmentKind], tasks: Sequence[TaskKind] = TASKS) -> None:
         """Raises InputError unless the sections are valid for a policy that generates these kinds of segments.
 
         Also for prompts of a task that is not among ``tasks``, those that the policy supports.
@@ -355,7 +355,7 @@ class TrainConfig(Config):
     def _check_weights(self) -> None:
         if any(weight < 0 for weight in self.task_weights.values()):
             raise ValueError("task_weights: weights must be 0 or more")
-        trained: list[Task] = [task for task, count in self.data.prompts_per_step.items() if count]
+        trained: list[TaskKind] = [task for task, count in self.data.prompts_per_step.items() if count]
         if not any(self.task_weights.get(task, 1.0) for task in trained):
             raise ValueError("task_weights: every task of data.prompts_per_step has weight 0: nothing would be trained")
         if not any(r.weight for r in self.rewards):

@@ -21,7 +21,7 @@ from lvrpo.config import Config
 from lvrpo.distributed import local, sum_over_ranks
 from lvrpo.policies.base import Policy
 from lvrpo.training.losses.base import Metrics
-from lvrpo.types import TASKS, Task
+from lvrpo.types import TASKS, TaskKind
 
 Mixing = Literal["sum", "pcgrad", "norm_balanced"]
 
@@ -37,7 +37,7 @@ class GradientAuditConfig(Config):
     gradient per task. With several phases (different lr_scale) a task's gradient is the sum over phases."""
 
 
-class TaskGradients:
+class GradientsByTask:
     """The gradients of one update by task, over all phases (``TrainConfig.phases``).
 
     With several ranks: this rank's shards of the reduced gradients.
@@ -51,11 +51,11 @@ class TaskGradients:
         }
         self.parameters = {name: p for name, p in policy.named_parameters() if id(p) in expert_of}
         self.expert_of = {name: expert_of[id(p)] for name, p in self.parameters.items()}
-        self.tasks: dict[Task, dict[str, Tensor]] = {}
+        self.tasks: dict[TaskKind, dict[str, Tensor]] = {}
         self.total: dict[str, Tensor] = {}
         """Sum over tasks since the last ``write_mixed``."""
 
-    def store(self, task: Task) -> None:
+    def store(self, task: TaskKind) -> None:
         """Moves the parameters' gradients to those of the task.
 
         The total is summed in the order of autograd's accumulation, so it is bitwise equal.

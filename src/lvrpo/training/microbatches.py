@@ -25,7 +25,7 @@ from lvrpo.training.losses.base import (
     Objective,
 )
 from lvrpo.training.policies import Policies
-from lvrpo.types import TASKS, Group, SegmentKind, Task
+from lvrpo.types import TASKS, Group, SegmentKind, TaskKind
 
 if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
@@ -73,7 +73,7 @@ def minibatches(
     if count == 1:
         yield list(groups), advantages
         return
-    seen: Counter[Task] = Counter()
+    seen: Counter[TaskKind] = Counter()
     parts: list[list[int]] = [[] for _ in range(count)]
     for p, group in enumerate(groups):
         parts[seen[group.prompt.task] % count].append(p)
@@ -96,7 +96,7 @@ def microbatches(
 
     Logs the share of all groups with a non-zero advantage as ``signal/TASK``.
     """
-    chosen: list[tuple[Task, Objective, list[Member]]] = []
+    chosen: list[tuple[TaskKind, Objective, list[Member]]] = []
     for task in TASKS:
         rows = [p for p, group in enumerate(groups) if group.prompt.task == task]
         if not rows or config.task_weights.get(task, 1.0) == 0:
@@ -185,7 +185,7 @@ def with_reference_outputs(
 
 def reduction_rounds(
     batches: Sequence[Microbatch], per_microbatch: bool
-) -> Iterator[tuple[Task | None, Sequence[Microbatch]]]:
+) -> Iterator[tuple[TaskKind | None, Sequence[Microbatch]]]:
     """The microbatches of this rank between two gradient reductions: all of them, in one round.
 
     ``per_microbatch``: one microbatch per round, of the same task on all ranks; ranks with fewer get empty rounds.

@@ -12,7 +12,7 @@ from pydantic import Field
 from lvrpo.config import Config
 from lvrpo.errors import InputError
 from lvrpo.statistics import Divergence, divergence
-from lvrpo.types import Group, RewardTable, Task
+from lvrpo.types import Group, RewardTable, TaskKind
 
 SUCCESS = "success"
 """Value of ``watch`` for the verified success of outputs."""
@@ -67,7 +67,7 @@ class Overoptimization:
             new = torch.stack([torch.full_like(reward, step), reward, watched, category], dim=1)[rows]
             self.means[task] = torch.cat([self.means.get(task, new[:0]), new])
 
-    def detect(self, step: int, num_validations: int, every: int) -> tuple[Task | str, Divergence] | None:
+    def detect(self, step: int, num_validations: int, every: int) -> tuple[TaskKind | str, Divergence] | None:
         """The largest divergence of the last window from an earlier one, over all tasks; None if there is none.
 
         Windows are compared within prompt categories, whose means differ more than a policy changes.

@@ -50,7 +50,7 @@ from lvrpo.training.checkpoint import (
 from lvrpo.training.optimizer import OptimizerConfig, Optimizers, copy_weights, update_ema
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trackers import AnyTracker, require_trackers, start_trackers
-from lvrpo.types import Example, Image, Prompt, Task
+from lvrpo.types import Example, Image, Prompt, TaskKind
 
 
 class RepresentationConfig(Config):
@@ -176,7 +176,7 @@ class PretrainConfig(Config):
     """CPU threads of PyTorch in each process."""
     held_out_every: int = Field(default=500, ge=0)
     """Steps between two validations of the EMA weights on held-out prompts; 0: never."""
-    held_out: dict[Task, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
+    held_out: dict[TaskKind, Natural] = Field(default={"generate": 210, "understand": 600, "edit": 150, "reason": 210})
     """Held-out prompts of each task, on which the result is measured."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
@@ -376,9 +376,9 @@ def initial_policy(config: PretrainConfig) -> SupervisedPolicy:
     return policy
 
 
-def require_tasks(config: PretrainConfig, tasks: Collection[Task]) -> None:
+def require_tasks(config: PretrainConfig, tasks: Collection[TaskKind]) -> None:
     """Raises InputError for rows of a task that is not among those that the policy can be asked."""
-    of_kind: Mapping[Kind, Task] = {"caption": "understand", "question": "understand"}
+    of_kind: Mapping[Kind, TaskKind] = {"caption": "understand", "question": "understand"}
     asked: list[tuple[str, str, int]] = [
         (f"batch.{kind}", of_kind.get(kind, kind), count)  # type: ignore[arg-type]  # the other kinds are tasks
         for kind, count in config.batch.items()

@@ -31,7 +31,7 @@ from lvrpo.training.checkpoint import disk_errors
 from lvrpo.training.data_parallel import gather_groups, local_rows, merge_ranks
 from lvrpo.training.reward_metrics import mask_reasons
 from lvrpo.training.run_directory import SCORES, RunDirectory
-from lvrpo.types import TASKS, Group, RewardTable, Task, TextSegment
+from lvrpo.types import TASKS, Group, RewardTable, TaskKind, TextSegment
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -137,7 +137,7 @@ def write_control(
     _write(run, "control", step, every, lambda: _arrays(groups, table, successes, no_advantages, None))
 
 
-def write_validation(run: RunDirectory, step: int, scores: Mapping[Task, Sequence[float]], every: int) -> None:
+def write_validation(run: RunDirectory, step: int, scores: Mapping[TaskKind, Sequence[float]], every: int) -> None:
     """Writes the score of every held-out prompt by task; ``every``: steps between two validations."""
     if scores:
         _write(run, "validation", step, every, lambda: {str(task): _floats(row) for task, row in scores.items()})

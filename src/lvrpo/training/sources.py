@@ -22,7 +22,7 @@ from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.judge import JudgeRows, build_judge_rows, require_judge_used
 from lvrpo.training.validation import Validator
-from lvrpo.types import Example, Prompt, Task
+from lvrpo.types import Example, Prompt, TaskKind
 
 Split = Literal["train", "validation", "test"]
 
@@ -171,14 +171,14 @@ def scoring_rewards(
     return rewards
 
 
-def policy_tasks(config: TrainConfig) -> tuple[Task, ...] | None:
+def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
     """The tasks of the policy; None where its folder is missing or damaged, which loading it reports."""
     with suppress(InputError):
         return possible_tasks(config.policy)
     return None
 
 
-def require_outputs(config: TrainConfig, tasks: Sequence[Task], source: PromptSource, validator: Validator) -> None:
+def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: PromptSource, validator: Validator) -> None:
     """Raises InputError for prompts that ask for a picture, or for one after a text, if the policy cannot draw it."""
     draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
     asked = "a drawing after a text" if draws else "a picture"
@@ -202,14 +202,14 @@ def require_text_rewards(config: TrainConfig, rewards: Sequence[RewardSource]) -
 
 def validation_prompts(
     config: TrainConfig, source: PromptSource | None, scorer: HeldOutScorer | None
-) -> dict[Task, list[Prompt]]:
+) -> dict[TaskKind, list[Prompt]]:
     """The scorable validation prompts of every trained task; warns if a task has none.
 
     ``scorer``: scores them (None: all prompts count, without warnings).
     """
     counts = config.data.prompts_per_step
-    trained: list[Task] = [task for task, count in config.validation.prompts.items() if count and counts.get(task)]
-    found: dict[Task, list[Prompt]] = {}
+    trained: list[TaskKind] = [task for task, count in config.validation.prompts.items() if count and counts.get(task)]
+    found: dict[TaskKind, list[Prompt]] = {}
     for task in trained:
         available = source is not None and task in source.tasks
         rows = source.prompts(task, config.validation.prompts[task]) if source is not None and available else []
@@ -223,7 +223,7 @@ def validation_prompts(
     return found
 
 
-def missing_validation_message(config: TrainConfig, source: PromptSource | None, tasks: Sequence[Task]) -> str:
+def missing_validation_message(config: TrainConfig, source: PromptSource | None, tasks: Sequence[TaskKind]) -> str:
     """The warning about tasks without validation prompts, with a remedy."""
     named = ", ".join(tasks)
     if source is None:
@@ -264,16 +264,16 @@ class PromptList:
         self._prompts = list(prompts)
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks of the list."""
         return tuple(dict.fromkeys(prompt.task for prompt in self._prompts))
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         """The prompt at an index >= 0, modulo the number of prompts of the task."""
         rows = [prompt for prompt in self._prompts if prompt.task == task]
         return rows[index % len(rows)]
 
-    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
         return [self.prompt(task, index) for index in range(start, start + n)]
 
@@ -281,7 +281,7 @@ class PromptList:
         """The list."""
         return list(self._prompts)
 
-    def example(self, task: Task, index: int) -> Example:
+    def example(self, task: TaskKind, index: int) -> Example:
         """Raises InputError: prompts have no target outputs."""
         raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
 

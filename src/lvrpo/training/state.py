@@ -30,7 +30,7 @@ from lvrpo.training.losses import uses_old_policy
 from lvrpo.training.optimizer import Optimizers
 from lvrpo.training.overoptimization import Overoptimization
 from lvrpo.training.policies import Policies, SetName, shard_dtype
-from lvrpo.types import Task
+from lvrpo.types import TaskKind
 
 ANOTHER = "use another checkpoint"
 
@@ -59,7 +59,7 @@ class ValidationState:
     """The best validation result so far, and the rollbacks."""
 
     best_step: int = 0
-    best_scores: dict[Task, list[float]] = field(default_factory=dict)
+    best_scores: dict[TaskKind, list[float]] = field(default_factory=dict)
     """Per task, the score of every held-out prompt under the best weights."""
     top: float = 0.0
     """The highest mean over tasks of any best weights so far."""

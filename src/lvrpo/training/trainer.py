@@ -27,7 +27,7 @@ from lvrpo.training.base_trainer import BaseTrainer, Observer, require_start, sa
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes, sample_local, score_local
-from lvrpo.training.gradients import TaskGradients
+from lvrpo.training.gradients import GradientsByTask
 from lvrpo.training.judge import judge_drift
 from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Advantages, Metrics, Objective
@@ -309,7 +309,7 @@ def train_step(
     objective_of = by_kind(objectives)
     audited = bool(config.gradient_audit.every) and step % config.gradient_audit.every == 0
     for part, A in minibatches(groups, advantages, config.num_minibatches):
-        by_task = TaskGradients(policies.policy) if audited or config.gradient_mixing != "sum" else None
+        by_task = GradientsByTask(policies.policy) if audited or config.gradient_mixing != "sum" else None
         per_microbatch = by_task is not None or policies.reduces_per_microbatch
         for (kinds, lr), optimizer in zip(config.phases(segment_kinds), optimizers, strict=True):
             trained = [objective for objective in objectives if objective.kind in kinds]

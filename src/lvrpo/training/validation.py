@@ -21,7 +21,7 @@ from lvrpo.training.health import ENTROPY, answer_entropies
 from lvrpo.training.policies import Policies
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.state import TrainState, ValidationState
-from lvrpo.types import Group, Prompt, Task
+from lvrpo.types import Group, Prompt, TaskKind
 
 Verdict = Literal["best", "kept", "regressed", "no_data"]
 """no_data: there are no held-out prompts, so the last weights are the best."""
@@ -43,11 +43,11 @@ ACTIONS: Mapping[Verdict, str] = {
 class ValidationReport:
     """The result of one validation."""
 
-    means: Mapping[Task, float]
+    means: Mapping[TaskKind, float]
     verdict: Verdict
-    regressed: tuple[Task, ...]
+    regressed: tuple[TaskKind, ...]
     """Tasks whose paired difference to the best weights is significantly below 0."""
-    scores: Mapping[Task, Sequence[float]] = field(default_factory=dict)
+    scores: Mapping[TaskKind, Sequence[float]] = field(default_factory=dict)
     """Scores of all held-out prompts, in order."""
     entropies: Mapping[str, float] = field(default_factory=dict)
     """Answer entropy by form of questions."""
@@ -62,10 +62,10 @@ class Validator:
     """Scores the held-out prompts and compares them, paired, with the best weights so far."""
 
     def __init__(
-        self, prompts: Mapping[Task, Sequence[Prompt]], config: TrainConfig, scorer: HeldOutScorer = SUCCESS_ONLY
+        self, prompts: Mapping[TaskKind, Sequence[Prompt]], config: TrainConfig, scorer: HeldOutScorer = SUCCESS_ONLY
     ) -> None:
         self.scorer = scorer
-        self.prompts: dict[Task, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
+        self.prompts: dict[TaskKind, list[Prompt]] = {task: list(rows) for task, rows in prompts.items() if rows}
         self.uses_judge = any(scorer.metric(p) == "reward" for rows in self.prompts.values() for p in rows)
         self.config = config
         rollout = config.rollout
@@ -81,15 +81,15 @@ class Validator:
             choice_temperature=rollout.choice_temperature,
         )
 
-    def score(self, policies: Policies) -> dict[Task, list[float]]:
+    def score(self, policies: Policies) -> dict[TaskKind, list[float]]:
         """The score of every held-out prompt under the EMA weights, with fixed seeds; nan if it failed.
 
         Prompts without verifiable success are scored by rewards, with the reference as judge.
         """
         return self._scores(self._sample(policies), policies)
 
-    def _scores(self, outputs: Mapping[Task, Sequence[Group]], policies: Policies) -> dict[Task, list[float]]:
-        found: dict[Task, list[float]] = {}
+    def _scores(self, outputs: Mapping[TaskKind, Sequence[Group]], policies: Policies) -> dict[TaskKind, list[float]]:
+        found: dict[TaskKind, list[float]] = {}
         with policies.use("reference") if self.uses_judge else nullcontext() as judge:
             for task, groups in outputs.items():
                 local = local_rows(groups)
@@ -100,9 +100,9 @@ class Validator:
                 found[task] = [row[0] for row in merge_ranks(dict(zip(local, rows, strict=True))).values()]
         return found
 
-    def _sample(self, policies: Policies) -> dict[Task, list[Group]]:
+    def _sample(self, policies: Policies) -> dict[TaskKind, list[Group]]:
         """One output for every held-out prompt; every rank samples its share."""
-        out: dict[Task, list[Group]] = {}
+        out: dict[TaskKind, list[Group]] = {}
         with policies.use("ema") as policy:
             for task, rows in self.prompts.items():
                 seeds = [derive_seed(self.config.seed, "guard", prompt.id) for prompt in rows]
@@ -117,15 +117,15 @@ class Validator:
         texts = merge_ranks({p: groups[p].trajectories[0].text for p in local_rows(groups)})
         return replace(report, entropies=answer_entropies([group.prompt for group in groups], list(texts.values())))
 
-    def _compare(self, scores: dict[Task, list[float]], state: ValidationState, step: int) -> ValidationReport:
-        means: dict[Task, float] = {task: _mean(scores[task]) for task in self.prompts}
+    def _compare(self, scores: dict[TaskKind, list[float]], state: ValidationState, step: int) -> ValidationReport:
+        means: dict[TaskKind, float] = {task: _mean(scores[task]) for task in self.prompts}
         if not self.prompts:
             state.best_step = step
             return ValidationReport(means, "no_data", ())
         if not state.best_scores:
             state.best_step, state.best_scores, state.top = step, scores, _mean(list(means.values()))
             return ValidationReport(means, "best", (), scores)
-        regressed: tuple[Task, ...] = tuple(
+        regressed: tuple[TaskKind, ...] = tuple(
             task for task in self.prompts if has_regressed(scores[task], state.best_scores[task])
         )
         if regressed:
@@ -137,7 +137,7 @@ class Validator:
             return ValidationReport(means, "best", (), scores)
         return ValidationReport(means, "kept", (), scores)
 
-    def _noise(self, scores: Mapping[Task, Sequence[float]]) -> float:
+    def _noise(self, scores: Mapping[TaskKind, Sequence[float]]) -> float:
         """Standard error of the mean over tasks; of two validations that differ by less, the later counts as best."""
         finite = [_finite(row) for row in scores.values()]
         return sum(float(np.var(row)) / len(row) for row in finite if len(row)) ** 0.5 / len(scores)

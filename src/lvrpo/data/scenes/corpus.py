@@ -35,7 +35,7 @@ from lvrpo.data.scenes.objects import (
 )
 from lvrpo.data.scenes.prompts import ScenePrompts, ScenesConfig
 from lvrpo.data.scenes.questions import ask
-from lvrpo.types import Example, OutputKind, Part, Prompt, Task
+from lvrpo.types import Example, OutputKind, Part, Prompt, TaskKind
 
 
 class CorpusConfig(Config):
@@ -106,7 +106,7 @@ class CorpusConfig(Config):
 class _Row:
     """An example with scenes in the place of pictures."""
 
-    task: Task
+    task: TaskKind
     category: str
     index: int
     parts: tuple[str | Scene, ...]
@@ -381,12 +381,12 @@ class CleanPromptsConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the prompts."""
-    counts: dict[Task, int] = Field(default={"generate": 3920, "understand": 8960, "edit": 1680, "reason": 3360})
+    counts: dict[TaskKind, int] = Field(default={"generate": 3920, "understand": 8960, "edit": 1680, "reason": 3360})
     """140 steps of quickstart.yaml."""
 
     @field_validator("counts")
     @classmethod
-    def _none_negative(cls, counts: dict[Task, int]) -> dict[Task, int]:
+    def _none_negative(cls, counts: dict[TaskKind, int]) -> dict[TaskKind, int]:
         if min(counts.values(), default=0) < 0:
             raise ValueError(f"counts {counts}: use 0 to leave a task out")
         return counts
@@ -395,9 +395,9 @@ class CleanPromptsConfig(Config):
 class CleanRows(Sequence[Example]):
     """The first rows of one task; built on access."""
 
-    def __init__(self, source: ScenePrompts, task: Task, count: int) -> None:
+    def __init__(self, source: ScenePrompts, task: TaskKind, count: int) -> None:
         self._source, self._count = source, count
-        self._task: Task = task
+        self._task: TaskKind = task
 
     def __len__(self) -> int:
         return self._count
@@ -432,6 +432,6 @@ class CleanPrompts:
         """The corpus of the train split, with pictures of ``size`` pixels."""
         scenes = ScenesConfig(size=size, questions_per_picture=questions_per_picture)
         source, counts = ScenePrompts(scenes, "train", config.seed), config.counts
-        tasks: tuple[Task, ...] = get_args(Task)
-        rows: Mapping[Task, CleanRows] = {task: CleanRows(source, task, counts.get(task, 0)) for task in tasks}
+        tasks: tuple[TaskKind, ...] = get_args(TaskKind)
+        rows: Mapping[TaskKind, CleanRows] = {task: CleanRows(source, task, counts.get(task, 0)) for task in tasks}
         return cls(rows["generate"], (), rows["understand"], rows["edit"], rows["reason"])

@@ -7,7 +7,7 @@ from PIL import Image as PilImage
 from lvrpo.data.preview import PER_BLOCK, Block, contact_sheet
 from lvrpo.data.scenes.objects import Split
 from lvrpo.data.scenes.prompts import CATEGORIES, ScenePrompts, ScenesConfig
-from lvrpo.types import Example, Task
+from lvrpo.types import Example, TaskKind
 
 
 def preview(split: Split = "test", seed: int = 0, scale: int = 4, config: ScenesConfig | None = None) -> PilImage.Image:
@@ -22,7 +22,7 @@ def preview(split: Split = "test", seed: int = 0, scale: int = 4, config: Scenes
     return contact_sheet(f"The built-in world: {source.name}", blocks, source.config.size * scale)
 
 
-def _examples(source: ScenePrompts, task: Task, category: str, count: int) -> list[Example]:
+def _examples(source: ScenePrompts, task: TaskKind, category: str, count: int) -> list[Example]:
     cycle = source.cycles[task]
     first, step = cycle.index(category), len(cycle)
     each = source.config.questions_per_picture if task == "understand" else 1

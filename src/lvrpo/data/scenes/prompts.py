@@ -19,9 +19,9 @@ from lvrpo.data.scenes.layout import Layout
 from lvrpo.data.scenes.leakage import CAPTION_PREFIXES, compared_prompts
 from lvrpo.data.scenes.objects import CELL, DEFAULT_SIZE, Scene, Split, cells_mask, render
 from lvrpo.data.scenes.questions import Question, ask, balanced_choice, question_form
-from lvrpo.types import Example, Image, Part, Prompt, Task
+from lvrpo.types import Example, Image, Part, Prompt, TaskKind
 
-CATEGORIES: Mapping[Task, tuple[str, ...]] = {
+CATEGORIES: Mapping[TaskKind, tuple[str, ...]] = {
     "understand": grammar.UNDERSTAND,
     "generate": grammar.GENERATE,
     "edit": grammar.EDIT,
@@ -29,7 +29,7 @@ CATEGORIES: Mapping[Task, tuple[str, ...]] = {
 }
 """The rows of the results table, by task."""
 
-CAN_HOLD_OUT: Mapping[Task, frozenset[str]] = {
+CAN_HOLD_OUT: Mapping[TaskKind, frozenset[str]] = {
     "understand": frozenset({"color", "count", "shape", "exists", "position"}),
     "generate": frozenset({"counting", "colors", "position", "color_attr"}),
     "edit": frozenset(grammar.EDIT),
@@ -103,14 +103,14 @@ class ScenePrompts:
         return f"scenes/{self.split}{only}{f'.{self.seed}' if self.seed else ''}"
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[TaskKind, ...]:
         """The tasks that have at least one category."""
         return tuple(self.cycles)
 
     @cached_property
-    def cycles(self) -> Mapping[Task, tuple[str, ...]]:
+    def cycles(self) -> Mapping[TaskKind, tuple[str, ...]]:
         """Per task, the cycle of categories that indices follow."""
-        cycles: dict[Task, tuple[str, ...]] = {}
+        cycles: dict[TaskKind, tuple[str, ...]] = {}
         for task, names in CATEGORIES.items():
             allowed = [c for c in names if not self._only_held_out or c in CAN_HOLD_OUT[task]]
             weights = {c: self.config.weights.get(f"{task}/{c}", 1) for c in allowed}
@@ -120,19 +120,19 @@ class ScenePrompts:
                 cycles[task] = cycle
         return cycles
 
-    def category(self, task: Task, index: int) -> str:
+    def category(self, task: TaskKind, index: int) -> str:
         """The category of an index (KeyError for a task without categories)."""
         cycle = self.cycles[task]
         return cycle[index % len(cycle)]
 
-    def prompt(self, task: Task, index: int) -> Prompt:
+    def prompt(self, task: TaskKind, index: int) -> Prompt:
         """The prompt at an index >= 0 (KeyError for a task without categories)."""
         prompt = self._build(task, index)[0]
         if self.config.labels or self.split == "test":
             return prompt
         return replace(prompt, answer=None, facts=(), edited=None, content="")  # content may hold the scene
 
-    def prompts(self, task: Task, n: int, start: int = 0) -> list[Prompt]:
+    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
         return [self.prompt(task, index) for index in range(start, start + n)]
 
@@ -145,7 +145,7 @@ class ScenePrompts:
         """Its prompts in the form that the audit of splits compares; pictures without perceptual hashes."""
         return compared_prompts(prompts, phash=False)
 
-    def example(self, task: Task, index: int) -> Example:
+    def example(self, task: TaskKind, index: int) -> Example:
         """The prompt at an index with its right outputs: the clean supervised oracle."""
         prompt, outputs = self._build(task, index)
         drawn: tuple[Part, ...] = tuple(o if isinstance(o, str) else render(o, self.config.size) for o in outputs)
@@ -159,13 +159,13 @@ class ScenePrompts:
     def _grid(self) -> int:
         return self.config.size // CELL
 
-    def _layout(self, task: Task, index: int, category: str) -> Layout:
+    def _layout(self, task: TaskKind, index: int, category: str) -> Layout:
         rng = random.Random(f"{self.seed}/{self.split}/{task}/{index}")
         share = {"never": 0.0, "mixed": self.config.held_out_share, "only": 1.0}[self.config.held_out]
         held_out = rng.random() < share and self.split != "train" and category in CAN_HOLD_OUT[task]
         return Layout(rng, self.split, self._grid, held_out)
 
-    def _build(self, task: Task, index: int) -> tuple[Prompt, tuple[str | Scene, ...]]:
+    def _build(self, task: TaskKind, index: int) -> tuple[Prompt, tuple[str | Scene, ...]]:
         if index < 0:
             raise IndexError(f"index={index} is negative")
         category = self.category(task, index)
@@ -212,7 +212,7 @@ class ScenePrompts:
         prompt = Prompt(key, task, parts, ("text",), r.answer, (), category, self.name, content=r.content)
         return replace(prompt, form=question_form(r.text)), (r.answer,)
 
-    def _number(self, task: Task, index: int) -> int:
+    def _number(self, task: TaskKind, index: int) -> int:
         """The number of prompts of the same category before an index."""
         cycle = self.cycles[task]
         turns, place = divmod(index, len(cycle))

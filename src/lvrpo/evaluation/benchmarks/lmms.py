@@ -20,7 +20,7 @@ from lvrpo.errors import InputError
 from lvrpo.evaluation.items import file_name
 from lvrpo.policies.base import Policy, Sampling, require_method
 from lvrpo.sampling import derive_seed
-from lvrpo.types import TASKS, Image, OutputKind, Part, Prompt, Task, Trajectory
+from lvrpo.types import TASKS, Image, OutputKind, Part, Prompt, TaskKind, Trajectory
 
 Mode = Literal["understand", "generate", "edit"]
 """What ``generate_until`` produces: a text, a picture from a text, or a picture from a picture and a text."""
@@ -127,7 +127,7 @@ class Answers:
             tagged = _SKETCH.search(context)
             draw, question = (tagged[1].strip(), tagged[2].strip()) if tagged else (DRAW_FIRST, context)
             own = [part for part in self._parts("", shown) if not isinstance(part, str)]
-            kind: Task = "edit" if own else "generate"
+            kind: TaskKind = "edit" if own else "generate"
             sketch = Prompt(
                 f"{task}/{split}/{doc_id}/sketch", kind, (*own[:1], draw.replace("{question}", question)), ("image",)
             )
@@ -189,7 +189,7 @@ class Answers:
         output: tuple[OutputKind, ...] = ("text", "image") if think else ("image",)
         return Prompt(key, "reason" if think else mode, parts, output)
 
-    def _sampling(self, task: Task, generation: Mapping[str, Any]) -> Sampling:
+    def _sampling(self, task: TaskKind, generation: Mapping[str, Any]) -> Sampling:
         """The model's defaults with what the task's ``generation_kwargs`` and the options say."""
         options = self.options
         given = {name: getattr(options, name) for name in ("num_steps", "guidance_scale", "image_guidance_scale")}

@@ -23,7 +23,7 @@ from lvrpo.rewards.base import judge_fingerprint
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig
 from lvrpo.training.run_directory import json_text
-from lvrpo.types import Task
+from lvrpo.types import TaskKind
 
 RowGroup = Literal["ours", "rival", "oracle", "inference", "base"]
 
@@ -312,7 +312,7 @@ class Recipes:
     def _budget_prompts(self, seed: int) -> CleanPromptsConfig:
         """The prompts of the budget row with this seed."""
         reference = self.reference()
-        counts: dict[Task, int] = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
+        counts: dict[TaskKind, int] = {task: n * reference.steps for task, n in reference.data.prompts_per_step.items()}
         return CleanPromptsConfig(seed=seed, counts=counts)
 
     def reference(self) -> TrainConfig:

@@ -36,7 +36,7 @@ from lvrpo.policies.mot.model_runner import Grid, ModelRunner, Piece, Row, row_t
 from lvrpo.policies.mot.policy import MoTPolicy, with_autocast
 from lvrpo.policies.mot.transformer import MoT
 from lvrpo.sampling import flow_time
-from lvrpo.types import Example, Group, Image, Part, Prompt, Task
+from lvrpo.types import Example, Group, Image, Part, Prompt, TaskKind
 
 WEIGHTS = ("ema", "model"), "the weights of BAGEL"
 """Stems of the model files, with descriptions; the EMA is preferred."""
@@ -91,7 +91,7 @@ class BagelPolicy(MoTPolicy):
     def timestep_shift(self) -> float:
         return self.config.settings.timestep_shift
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """The published settings: 49 Euler steps, text guidance at t > 0.4; edits at all times, with image guidance.
 
         Texts of up to 1000 tokens, or of half the positions where a model has fewer than 2000.

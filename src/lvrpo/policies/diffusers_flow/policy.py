@@ -34,7 +34,7 @@ from lvrpo.types import (
     Prompt,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     Trajectory,
 )
 
@@ -50,7 +50,7 @@ class DiffusersPolicy(AdaptablePolicy):
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("flow",)
-    tasks: tuple[Task, ...] = ("generate",)
+    tasks: tuple[TaskKind, ...] = ("generate",)
     judging_sides = ()
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"(?P<expert>transformer)\..*\.(attn|attn2|attention)\."
@@ -107,7 +107,7 @@ class DiffusersPolicy(AdaptablePolicy):
         else:
             self.transformer.disable_gradient_checkpointing()
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """The steps and the guidance that the pipeline has by default, and Euler's step."""
         return replace(self.pipeline.defaults, **({"guidance_scale": 1.0} if self.pipeline.guidance == "none" else {}))
 

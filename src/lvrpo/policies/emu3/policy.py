@@ -17,7 +17,7 @@ from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
 from lvrpo.reading import read_json_object
-from lvrpo.types import Image, OutputKind, Part, Parts, Task
+from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 KIND = "an Emu3"
 DRAWN_PIXELS = 720 * 720
@@ -90,7 +90,7 @@ class Emu3Policy(ImageTokenPolicy):
         """Any: of an optional package."""
         return self.model.model.text_model
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """Guidance 3, as published; texts of up to 512 tokens, or of half the positions of a small model."""
         return Sampling(max_new_tokens=self.longest_text, guidance_scale=3.0)
 

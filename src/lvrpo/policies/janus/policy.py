@@ -17,7 +17,7 @@ from lvrpo.policies.janus.processor import PATCH, Processor
 from lvrpo.policies.tile_codebook import TileCodebook
 from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
 from lvrpo.reading import read_json_object
-from lvrpo.types import Image, OutputKind, Part, Parts, Task
+from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
 DECODED = 16
 """Pictures that go through the autoencoder at once."""
@@ -58,7 +58,7 @@ class JanusPolicy(ImageTokenPolicy):
         """Any: of an optional package."""
         return self.model.model.language_model
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """Guidance 5, as published; texts of up to 512 tokens, or of half the positions of a small model."""
         return Sampling(max_new_tokens=self.longest_text, guidance_scale=5.0)
 

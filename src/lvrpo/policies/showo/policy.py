@@ -31,7 +31,7 @@ from lvrpo.types import (
     Segment,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     TextSegment,
 )
 
@@ -51,7 +51,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
-    tasks: tuple[Task, ...] = ("understand", "generate", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
     """Without ``edit``, which it was not trained for."""
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.([qkv]_proj|dense)",
@@ -85,7 +85,7 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         """Side of a drawing in pixels."""
         return round(self.image_tokens**0.5) * self.magvit.config.patch_size
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """The published settings: 50 steps at guidance 5, which is 6 here (``guide_logits``)."""
         return Sampling(
             max_new_tokens=64 if task == "reason" else 100,

@@ -44,7 +44,7 @@ from lvrpo.types import (
     Prompt,
     SegmentKind,
     SegmentLogprobs,
-    Task,
+    TaskKind,
     TextSegment,
     Trajectory,
     segments_through,
@@ -67,7 +67,7 @@ class Showo2Policy(TransformersPolicy):
 
     segment_kinds: tuple[SegmentKind, ...] = ("text", "flow")
     draws_after_text = False
-    tasks: tuple[Task, ...] = ("understand", "generate", "reason")
+    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
     judging_sides = ("read",)
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.(?P<expert>showo)\.model\.layers\.\d+\.self_attn\.[qkvo]_proj",
@@ -104,7 +104,7 @@ class Showo2Policy(TransformersPolicy):
             raise InputError(f"image_size={size}: sides must be multiples of {self._stride}: use {self.image_size}")
         return size[0] // self._stride, size[1] // self._stride
 
-    def default_sampling(self, task: Task) -> Sampling:
+    def default_sampling(self, task: TaskKind) -> Sampling:
         """49 steps of Euler and guidance 5, as published; texts of up to 512 tokens."""
         return Sampling(max_new_tokens=self.longest_text, guidance_scale=5.0, num_steps=49, solver="euler")
 

@@ -23,7 +23,7 @@ from lvrpo.types import (
     OutputKind,
     Segment,
     SegmentKind,
-    Task,
+    TaskKind,
     TextSegment,
     Trajectory,
     segments_through,
@@ -124,7 +124,7 @@ FROZEN: tuple[FrozenPolicy, ...] = ("reference", "old")
 class Microbatch:
     """Selected members of one task for one kind of segment that are in one forward and backward pass."""
 
-    task: Task
+    task: TaskKind
     kind: SegmentKind
     step: int
     members: Sequence[Member]
