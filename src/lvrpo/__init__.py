@@ -37,6 +37,7 @@ _EXPORTS = {
     "RewardTable": "lvrpo.types",
     "Sampling": "lvrpo.policies.base",
     "SegmentLogprobs": "lvrpo.types",
+    "Task": "lvrpo.data.base",
     "TextSegment": "lvrpo.types",
     "TrainConfig": "lvrpo.training.config",
     "Trained": "lvrpo.api",
@@ -63,6 +64,7 @@ __all__ = [
     "RewardTable",
     "Sampling",
     "SegmentLogprobs",
+    "Task",
     "TextSegment",
     "TrainConfig",
     "Trained",
@@ -77,6 +79,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lvrpo.api import Trained, train
     from lvrpo.config import Config, load_config
+    from lvrpo.data.base import Task
     from lvrpo.errors import ContractError, InputError, LvrpoError
     from lvrpo.policies.base import Policy, Sampling
     from lvrpo.policies.loading import load_policy

@@ -62,6 +62,7 @@ def train(
     validation: Sequence[Prompt] | None = None,
     test: Sequence[Prompt] | None = None,
     rewards: Sequence[RewardLike] | None = None,
+    success: Callable[..., float | None] | None = None,
     out: Path | str | None = None,
     progress: bool = True,
 ) -> Trained:
@@ -78,13 +79,18 @@ def train(
 
     ``config``: a configuration, a YAML file or a built-in name, changed by ``overrides`` (``section.key=value``).
     ``prompts``: to train on, in place of its source; validation watches ``validation``, and ``test`` is measured before
-    and after. ``rewards``: in place of its rewards, each a name, a row, a function or a reward. ``out``: the run
+    and after. ``rewards``: in place of its rewards, each a name, a row, a function or a reward. ``success``: whether an
+    output of these prompts is right, a function of the same parameters as a reward's. ``out``: the run
     directory (default: runs/NAME, or the next free number). Raises InputError before anything is written.
     """
     lists: dict[Split, Sequence[Prompt] | None] = {"train": prompts, "validation": validation, "test": test}
-    sources: dict[Split, PromptList] = {split: PromptList(rows) for split, rows in lists.items() if rows is not None}
+    sources: dict[Split, PromptList] = {
+        split: PromptList(rows, success) for split, rows in lists.items() if rows is not None
+    }
     if sources and prompts is None:
         raise InputError("prompts: validation and test are of a list of prompts to train on: give prompts too")
+    if success is not None and prompts is None:
+        raise InputError("success: is of a list of prompts: give prompts too, or name it in data.success")
     own, given = _split_rewards(rewards)
     tree: dict[str, Any] = {} if own is None else {"rewards": own}
     resolved = _resolve_config(config, overrides)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as PilImage
 from pydantic import ValidationError
 
-from lvrpo.data.base import PromptSource
+from lvrpo.data.base import Task
 from lvrpo.data.images import load_image
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.errors import InputError
@@ -69,7 +69,7 @@ def test_reads_rows(folder: Path) -> None:
         },
     ]
     prompts = source(write(folder, rows[0], "", *rows[1:]))
-    assert isinstance(prompts, PromptSource)
+    assert isinstance(prompts, Task)
     assert prompts.tasks == ("understand", "generate", "reason")
     assert len(prompts) == 3
     draw = prompts.prompt("generate", 0)

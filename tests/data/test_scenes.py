@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lvrpo.data.base import DATASETS, PromptSource
+from lvrpo.data.base import DATASETS, Task
 from lvrpo.data.preview import png_bytes
 from lvrpo.data.scenes import (
     CATEGORIES,
@@ -494,7 +494,7 @@ def test_preview() -> None:
 
 def test_table_of_sources() -> None:
     source = resolve("dataset", "scenes", DATASETS)(ScenesConfig(), "train", 0)
-    assert isinstance(source, PromptSource)
+    assert isinstance(source, Task)
     assert source.tasks == TASKS
     assert resolve("dataset", "jsonl", DATASETS).__name__ == "JsonlPrompts"
 

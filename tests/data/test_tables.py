@@ -16,7 +16,7 @@ from PIL import Image as PilImage
 
 from lvrpo.cli import main
 from lvrpo.config import parse_section
-from lvrpo.data.base import PromptSource
+from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.tables import DatasetConfig, DatasetPrompts
 from lvrpo.errors import InputError
@@ -97,7 +97,7 @@ def test_rows_of_a_table_are_those_of_json_lines() -> None:
     ]
     file = jsonl("rows.jsonl", *rows)
     table, lines = source(train=file), JsonlPrompts(JsonlConfig(train=Path(file)))
-    assert isinstance(table, PromptSource)
+    assert isinstance(table, Task)
     assert table.tasks == lines.tasks
     for mine, other in zip(table.in_order(), lines.in_order(), strict=True):
         assert shown(mine) == shown(other)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from discrete_policy import WORDS, encoded
 
-from lvrpo.errors import InputError
+from lvrpo.data.base import Task
 from lvrpo.rewards.base import Scores
-from lvrpo.types import Example, Group, Prompt, TaskKind
+from lvrpo.types import Group, Prompt, TaskKind
 
 
-class Colors:
+class Colors(Task):
     """Prompts that ask for a color: to be said, drawn, or thought about and drawn."""
 
-    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
+    tasks = ("understand", "generate", "reason")
 
     def __init__(self, section: object, split: str, seed: int) -> None:
         self.split = split
@@ -26,12 +26,6 @@ class Colors:
             task, ("think draw", ("text", "image"))
         )
         return Prompt(f"{self.split}/{task}/{index}", task, (f"{verb} {color}",), output)
-
-    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
-        return [self.prompt(task, start + i) for i in range(n)]
-
-    def example(self, task: TaskKind, index: int) -> Example:
-        raise InputError("these prompts have no outputs to imitate")
 
 
 class ShareOfColor:

@@ -271,16 +271,16 @@ def input_side(options: Options) -> int | None:
 
 
 def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
-    """What scores rows without an answer, and the MODEL that judges for its rewards; nothing where none is named.
+    """What scores rows, and the MODEL that judges for its rewards; answers and facts alone where none is named.
 
-    A run is scored as it scored itself: by its rewards, judged by the weights that it began with.
+    A run is scored as it scored itself: by its success and its rewards, judged by the weights that it began with.
     """
     from lvrpo.commands.inputs import read_config
     from lvrpo.policies.loading import START
-    from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
-    from lvrpo.rewards.table import build_rewards
+    from lvrpo.rewards.success import SUCCESS_ONLY
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.run_directory import CONFIG, RunDirectory
+    from lvrpo.training.sources import task_scorer
 
     if options.rewards is None and not any(name.endswith(".jsonl") for name in options.benchmark):
         return SUCCESS_ONLY, None
@@ -292,7 +292,7 @@ def held_out_scorer(options: Options) -> tuple[HeldOutScorer, str | None]:
         judge = config.policy
     else:
         return SUCCESS_ONLY, None
-    return HeldOutScorer(tuple(build_rewards(config.rewards))), judge
+    return task_scorer(config), judge
 
 
 def tune(options: Options) -> None:

@@ -1,5 +1,5 @@
 """Rows in, prompts out: the built-in world and the user's own files."""
 
-from lvrpo.data.base import DATASETS, PromptSource
+from lvrpo.data.base import DATASETS, Task
 
-__all__ = ["DATASETS", "PromptSource"]
+__all__ = ["DATASETS", "Task"]

@@ -1,16 +1,18 @@
-"""The protocols of prompt sources and worlds, and the tables of both."""
+"""Tasks and worlds: where prompts come from and what is right, and the tables of both."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from lvrpo.data.leakage import ComparedPrompt
+from lvrpo.errors import InputError
 from lvrpo.registry import resolve
 from lvrpo.types import Example, Fact, Image, Prompt, TaskKind
 
-# --- sources of prompts ---
+# --- tasks ---
 
 
 DATASETS: Mapping[str, str] = {
@@ -18,36 +20,43 @@ DATASETS: Mapping[str, str] = {
     "jsonl": "lvrpo.data.jsonl:JsonlPrompts",
     "datasets": "lvrpo.data.tables:DatasetPrompts",
 }
-"""Name -> class, called with (config, split, seed). ``lvrpo.registry.resolve`` imports it."""
-SOURCE_METHODS = ("prompt", "prompts")
-"""Methods that the class of a source must have."""
+"""Name -> class of a ``Task``, called with (config, split, seed). ``lvrpo.registry.resolve`` imports it."""
 
 
-@runtime_checkable
-class PromptSource(Protocol):
-    """Prompts by task and index, at random access."""
+class Task(ABC):
+    """One split of prompts, with the reward and the metric of success of what is made of them.
+
+    A task of your own is a subclass in a file that ``data.source`` names, called with (options, split, seed). It has
+    ``tasks`` and ``prompt``; ``success`` and ``reward`` where outputs are scored by its own rules. The parameters of
+    both are those of a reward function (``lvrpo.rewards.function.PARAMETERS``).
+    """
+
+    success: Callable[..., float | None] | None = None
+    """Whether an output is right, as True or False; where it is None, the prompt's answer and facts say it."""
+    reward: Callable[..., float | None] | None = None
+    """The score that the reward "task" trains on; more is better."""
 
     @property
+    @abstractmethod
     def tasks(self) -> tuple[TaskKind, ...]:
-        """The tasks that it has prompts for."""
-        ...
+        """The kinds of prompts that it has."""
 
+    @abstractmethod
     def prompt(self, task: TaskKind, index: int) -> Prompt:
-        """The prompt at an index >= 0; a finite source starts over, reshuffled, when it ends."""
-        ...
+        """The prompt at an index >= 0; a finite task starts over, reshuffled, when it ends."""
 
     def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
         """``n`` prompts from ``start`` on."""
-        ...
+        return [self.prompt(task, index) for index in range(start, start + n)]
 
     def example(self, task: TaskKind, index: int) -> Example:
-        """The prompt with outputs to imitate; raises InputError where the source has none."""
-        ...
+        """The prompt with outputs to imitate; raises InputError where there are none."""
+        raise InputError("these prompts have no outputs to imitate: give rows with a 'target'")
 
 
 @runtime_checkable
-class ComparableSource(PromptSource, Protocol):
-    """A source whose splits are compared when a run starts, by what its prompts say and show."""
+class ComparableTask(Protocol):
+    """A task whose splits are compared when a run starts, by what its prompts say and show."""
 
     @property
     def prefixes(self) -> Sequence[str]:

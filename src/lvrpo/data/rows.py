@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lvrpo.data.base import Task
 from lvrpo.data.images import PictureFile, StoredPicture, load_image, load_mask, middle_square, upright_size
 from lvrpo.data.leakage import file_picture
 from lvrpo.errors import InputError
@@ -256,8 +257,8 @@ def _region(
     return None
 
 
-class RowPrompts:
-    """Rows as a source of prompts, reshuffled for each pass, deterministically by seed."""
+class RowPrompts(Task):
+    """Rows as prompts, reshuffled for each pass, deterministically by seed."""
 
     def __init__(
         self,
@@ -401,10 +402,6 @@ class RowPrompts:
             rules=rules,
             edited=self._edited(line),
         )
-
-    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
-        """``n`` prompts from ``start`` on."""
-        return [self.prompt(task, index) for index in range(start, start + n)]
 
     def example(self, task: TaskKind, index: int) -> Example:
         """The prompt with the row's target. Raises InputError for a row without one."""

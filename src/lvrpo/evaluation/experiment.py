@@ -267,9 +267,8 @@ class Experiment:
             policy = evaluation_policy(self.trainer.state.policies, "ema")
             groups = sample_prompts(policy, self._report_prompts, self.sampling, 0)
             name = f"step_{middle:06d}"
-            self.run.write_json(
-                f"eval/{name}.json", {"prompts": list(map(asdict, write_samples(self.run, name, groups)))}
-            )
+            samples = write_samples(self.run, name, groups, self.trainer.parts.scorer)
+            self.run.write_json(f"eval/{name}.json", {"prompts": list(map(asdict, samples))})
         self.progress.step(row)
 
     def after(self, before: Evaluation) -> dict[str, Any]:
@@ -315,7 +314,7 @@ class Experiment:
             keep=first_per_category,
             options=options,
         )
-        on_main(lambda: write_evaluation(run, phase, evaluation))
+        on_main(lambda: write_evaluation(run, phase, evaluation, scorer))
         return evaluation
 
     def _find_report_prompts(self) -> list[Prompt]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lvrpo.data.images import png
 from lvrpo.evaluation.suite import Evaluation
 from lvrpo.records import EvaluationRecord, FactCheck, Sample, from_json
-from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer, has_success
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.training.run_directory import RunDirectory
 from lvrpo.types import Group, Prompt
@@ -34,7 +35,9 @@ def first_per_category(name: str, groups: Sequence[Group]) -> list[Group]:
     return kept
 
 
-def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> None:
+def write_evaluation(
+    run: RunDirectory, phase: str, evaluation: Evaluation, scorer: HeldOutScorer = SUCCESS_ONLY
+) -> None:
     """Writes eval/PHASE.json, with the pictures of the kept samples in eval/PHASE/ and eval/sources/."""
     groups = [group for kept in evaluation.groups.values() for group in kept]
     rewards = {
@@ -43,7 +46,7 @@ def write_evaluation(run: RunDirectory, phase: str, evaluation: Evaluation) -> N
         if scored.metric == "reward"
         for prompt, score in zip(scored.ids, scored.scores, strict=True)
     }
-    samples = write_samples(run, phase, groups, rewards)
+    samples = write_samples(run, phase, groups, scorer, rewards)
     run.write_json(f"eval/{phase}.json", {**evaluation.as_dict(), "prompts": [asdict(sample) for sample in samples]})
 
 
@@ -53,17 +56,20 @@ def read_evaluation(run: RunDirectory, relative: str) -> EvaluationRecord:
 
 
 def write_samples(
-    run: RunDirectory, phase: str, groups: Sequence[Group], rewards: Mapping[str, float] | None = None
+    run: RunDirectory,
+    phase: str,
+    groups: Sequence[Group],
+    scorer: HeldOutScorer = SUCCESS_ONLY,
+    rewards: Mapping[str, float] | None = None,
 ) -> list[Sample]:
     """One row per group, of its first member; writes the pictures.
 
-    ``rewards``: scores by prompt id, for prompts without a verifiable answer.
+    ``rewards``: scores by prompt id, for prompts whose success is not defined.
     """
-    scored = [group for group in groups if has_success(group.prompt)]
-    scores = {group.prompt.id: row[0] for group, row in zip(scored, successes(scored), strict=True)}
-    drawn = [group for group in scored if "image" in group.prompt.output]
-    first = [Group(group.prompt, group.trajectories[:1]) for group in drawn]
-    holds = {group.prompt.id: row for group, row in zip(drawn, fact_table(first), strict=True)} if drawn else {}
+    first = [Group(group.prompt, group.trajectories[:1]) for group in groups]
+    scores = {first[p].prompt.id: row[0] for p, row in scorer.successes(first).items() if math.isfinite(row[0])}
+    drawn = [group for group in first if "image" in group.prompt.output and has_success(group.prompt)]
+    holds = {group.prompt.id: row for group, row in zip(drawn, fact_table(drawn), strict=True)} if drawn else {}
     rows = []
     for number, group in enumerate(groups):
         prompt, output = group.prompt, group.trajectories[0]

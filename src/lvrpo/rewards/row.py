@@ -88,7 +88,8 @@ class RewardConfig(Config):
     """One row of the reward section."""
 
     name: str
-    """An entry of REWARDS, or a class or function of your own: my_package.module:Name, ./my_file.py:Name."""
+    """An entry of REWARDS; a class or function of your own: my_package.module:Name, ./my_file.py:Name; or task, the
+    reward of the task that ``data.source`` names."""
     weight: float = Field(default=1.0, ge=0)
     """0: scored and recorded, never trained on; a held-out scorer for ``lvrpo audit``."""
     tasks: tuple[TaskKind, ...] | None = None
@@ -222,11 +223,12 @@ def local_source(config: RewardConfig, device: str = "cpu") -> RewardSource:
     return RewardSource(config, make_reward(config), judge)
 
 
-def make_reward(config: RewardConfig) -> Reward:
-    """The object of a row."""
+def make_reward(config: RewardConfig, section: str = "") -> Reward:
+    """The object of a row; ``section``: of the configuration, in messages."""
+    section = section or f"rewards.{config.title}"
     cls = resolve("reward", config.name, REWARDS, METHODS, adapt=as_reward)
     if isinstance(cls, type) and issubclass(cls, Config):
-        reward: Any = parse_section(cls, config.options, f"rewards.{config.title}.options")
+        reward: Any = parse_section(cls, config.options, f"{section}.options")
         join_judges(reward)  # reads the property, which makes endpoints and members: their faults are reported here
         return reward
     try:
@@ -237,13 +239,12 @@ def make_reward(config: RewardConfig) -> Reward:
         parameters = inspect.signature(cls).parameters.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         known = f"there are {', '.join(names)}" if names else f"see {config.name}"
-        raise InputError(f"rewards.{config.title}.options ({named}): {error}: {known}") from None
+        raise InputError(f"{section}.options ({named}): {error}: {known}") from None
     except LvrpoError:
         raise
     except (Exception, SystemExit) as error:  # code of the user may raise anything
         raise InputError(
-            f"rewards.{config.title}: {config.name} cannot be made: {describe_error(error)}: correct its options, or "
-            "the class"
+            f"{section}: {config.name} cannot be made: {describe_error(error)}: correct its options, or the class"
         ) from error
 
 

@@ -1,17 +1,17 @@
-"""Success of an output: right or wrong where the prompt has an answer or facts, else the score of the rewards."""
+"""Success of an output: right or wrong by the task's own rule or the prompt, else the score of the rewards."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lvrpo.errors import ContractError, LvrpoError, describe_error
 from lvrpo.policies.base import Judge
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.row import RewardSource, checked_scores
 from lvrpo.rewards.table import NOT_APPLICABLE, score_groups
 from lvrpo.rewards.verifiable_image import fact_table
 from lvrpo.rewards.verifiable_text import is_right_answer
@@ -69,10 +69,12 @@ class HeldOutScorer:
 
     rewards: tuple[RewardSource, ...] = ()
     """Rewards of the run; those of weight 0 and those that only compare members of a group are not used."""
+    success: RewardSource | None = None
+    """The task's own metric of success; where it is None or does not apply, the prompt's answer and facts decide."""
 
     def metric(self, prompt: Prompt) -> Metric | None:
         """The metric of a prompt's outputs; None: nothing can score them."""
-        if has_success(prompt):
+        if self._is_own(prompt) or has_success(prompt):
             return "success"
         return "reward" if self._trained(prompt) else None
 
@@ -83,12 +85,37 @@ class HeldOutScorer:
 
         A reward counts with its configured weight, w_k: sum_k w_k r_k / sum_k w_k over those that score the prompt.
         """
-        right = [p for p, group in enumerate(groups) if has_success(group.prompt)]
-        found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
+        found = self.successes(groups)
         rest = [p for p in range(len(groups)) if p not in found]
         if rest:
             found |= dict(zip(rest, self._rewarded([groups[p] for p in rest], judge), strict=True))
         return [found[p] for p in range(len(groups))]
+
+    def successes(self, groups: Sequence[Group]) -> dict[int, list[float]]:
+        """1.0 or 0.0 of every member by group, for the groups whose success is defined; nan where it failed."""
+        own = [p for p, group in enumerate(groups) if self._is_own(group.prompt)]
+        right = [p for p, group in enumerate(groups) if p not in own and has_success(group.prompt)]
+        found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
+        return found | dict(zip(own, self._own([groups[p] for p in own]), strict=True))
+
+    def _is_own(self, prompt: Prompt) -> bool:
+        return self.success is not None and self.success.scores(prompt)
+
+    def _own(self, groups: Sequence[Group]) -> list[list[float]]:
+        if self.success is None or not groups:
+            return []
+        no_judge: Any = None  # a rule calls none
+        values, failures, _ = checked_scores(self.success, groups, no_judge)
+        for cell in failures:
+            values[cell] = math.nan
+        named, known = f"success {self.success.config.title!r}", values[values.isfinite()].tolist()
+        graded = next((value for value in known if value not in (0, 1)), None)
+        if graded is not None:
+            raise ContractError(f"{named} is {graded:g}: must be true or false, 1 or 0: a graded score is a reward")
+        if not known:
+            why = next(iter(failures.values()))
+            raise ContractError(f"{named}: scored none of {values.numel()} outputs: {why}: correct it")
+        return values.tolist()
 
     def _trained(self, prompt: Prompt) -> list[RewardSource]:
         return [r for r in self.rewards if r.config.weight and not r.relative and r.scores(prompt)]

@@ -20,6 +20,8 @@ MOST_FAILED = 0.5
 """Share of a reward's scores of a training step that may fail where it does not say (``max_failed``)."""
 IN_PYTHON = "python"
 """The name, in a recorded configuration, of prompts or rewards that were passed as Python objects."""
+TASK_REWARD = "task"
+"""The name of a row of ``rewards`` that is the ``reward`` of the task itself."""
 
 
 def build_rewards(

@@ -41,6 +41,15 @@ ROW_SOURCES = ("jsonl", "datasets")
 """Sources of rows of the user, whose splits are named in the configuration."""
 
 
+class SuccessConfig(Config):
+    """A rule that says whether an output is right: with it validation, evaluation and curves count success."""
+
+    name: str
+    """./my_file.py:NAME, a function that returns True or False, or an entry of REWARDS whose scores are 0 or 1."""
+    options: dict[str, Any] = Field(default={})
+    """Its options. Any: each rule has its own."""
+
+
 class DataConfig(Config):
     """Source of the prompts, and their number per task and step."""
 
@@ -48,6 +57,8 @@ class DataConfig(Config):
     """An entry of DATASETS, or my_package.module:Class, called with (options, split, seed)."""
     options: dict[str, Any] = Field(default={})
     """Options of a custom source. Any: defined by the class."""
+    success: SuccessConfig | None = None
+    """The metric of success of the outputs; null: the task's own, else the prompts' answers and facts."""
     scenes: ScenesConfig = ScenesConfig()
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
@@ -67,15 +78,16 @@ class DataConfig(Config):
 class ValidationConfig(Config):
     """Validation on held-out prompts: selects the best weights and acts if a task regresses."""
 
-    hints: ClassVar[Mapping[str, str]] = {"turn": "is called {section}.overoptimization"}
+    hints: ClassVar[Mapping[str, str]] = {
+        "turn": "is called {section}.overoptimization",
+        "rewards": "is gone: data.success says what is right, and the rewards of training score the rest",
+    }
     every: int = Field(default=20, ge=1)
     """Steps between validations; one more is run before the first step and after the last."""
     prompts: dict[TaskKind, Natural] = Field(
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     """Held-out prompts of each task."""
-    rewards: tuple[RewardConfig, ...] = ()
-    """Rewards for held-out prompts without verifiable success; none: those of training."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
     """When a task's score falls: rollback restores the best checkpoint and lowers the learning rate, stop ends the run,
     warn only reports."""

@@ -15,7 +15,7 @@ from lvrpo.distributed import gather, gather_with_tensors, rank, relay_errors, w
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy, Sampling
 from lvrpo.rewards.row import RewardSource
-from lvrpo.rewards.success import has_success, successes
+from lvrpo.rewards.success import SUCCESS_ONLY, HeldOutScorer
 from lvrpo.rewards.table import require_few_failures, score_groups_unchecked
 from lvrpo.types import Group, Prompt, RewardTable
 
@@ -139,14 +139,12 @@ def replace_rows(table: RewardTable, rows: Sequence[int], other: RewardTable) ->
     return replace(table, scores=scores, mask=mask, reasons=reasons, noise=columns["noise"], cut=columns["cut"])
 
 
-def group_successes(groups: Sequence[Group]) -> dict[int, list[float]]:
-    """Success (1.0 or 0.0) of every member by row, for groups whose success can be verified; of all ranks."""
-    local = [p for p in local_rows(groups) if has_success(groups[p].prompt)]
-    found: list[list[float]] = []
+def group_successes(groups: Sequence[Group], scorer: HeldOutScorer = SUCCESS_ONLY) -> dict[int, list[float]]:
+    """``HeldOutScorer.successes`` by row, of all ranks."""
+    local = local_rows(groups)
     with relay_errors():
-        if local:
-            found = successes([groups[p] for p in local])
-    return merge_ranks(dict(zip(local, found, strict=True)))
+        found = scorer.successes([groups[p] for p in local])
+    return merge_ranks({local[p]: row for p, row in found.items()})
 
 
 def gather_groups(groups: Sequence[Group], rows: Sequence[int], members: int | None = None) -> list[Group]:

@@ -30,7 +30,7 @@ from lvrpo.policies.mot.policy import MoTPolicy
 from lvrpo.policies.mot.trajectory import tokenized_text
 from lvrpo.policies.mot.transformer import Cache
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.rewards.table import IN_PYTHON, build_rewards
+from lvrpo.rewards.table import IN_PYTHON, TASK_REWARD, build_rewards
 from lvrpo.sampling import timestep_grid
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of, uses_old_policy
@@ -174,7 +174,11 @@ class _Estimator:
         if drawn and any(
             s.judge is not None or "read" in s.sides
             for s in build_rewards(
-                [r for r in config.rewards if r.where is None and not r.name.startswith(f"{IN_PYTHON}:")]
+                [
+                    r
+                    for r in config.rewards
+                    if r.where is None and r.name != TASK_REWARD and not r.name.startswith(f"{IN_PYTHON}:")
+                ]
             )
         ):
             self._measure(transient, "judge", lambda: self._judge(drawn))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lvrpo.algorithms import k3, signal_mask, velocity_regularizer
-from lvrpo.data.base import PromptSource
+from lvrpo.data.base import Task
 from lvrpo.distributed import POLICY, is_main
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import FlowPolicy, RolloutPolicy, require_method
@@ -315,7 +315,7 @@ def require(checks: Sequence[Check]) -> None:
 def contract_checks(
     config: TrainConfig,
     policies: Policies,
-    source: PromptSource,
+    source: Task,
     rewards: Sequence[RewardSource],
     engine: EngineSampler | None = None,
 ) -> list[Check]:
@@ -348,7 +348,7 @@ def check_before_first_step(
     run: RunDirectory,
     config: TrainConfig,
     policies: Policies,
-    source: PromptSource,
+    source: Task,
     rewards: Sequence[RewardSource],
     engine: EngineSampler | None = None,
 ) -> None:

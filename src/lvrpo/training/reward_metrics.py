@@ -21,9 +21,9 @@ def reward_means(prefix: str, table: RewardTable, successes: Mapping[int, Sequen
     out: dict[str, float | str] = {}
     for task in dict.fromkeys(table.tasks):
         rows = [p for p, name in enumerate(table.tasks) if name == task]
-        known = [successes[p] for p in rows if p in successes]
-        if known:
-            out[f"{prefix}/{task}/success"] = float(torch.tensor(known).mean())
+        success = torch.tensor([successes[p] for p in rows if p in successes])
+        if (known := success[success.isfinite()]).numel():
+            out[f"{prefix}/{task}/success"] = float(known.mean())
         for k, name in enumerate(table.names):
             valid = table.mask[rows, :, k]
             if valid.any():

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lvrpo.algorithms import resample_plan, signal_mask
 from lvrpo.config import Config, default_kind
-from lvrpo.data.base import PromptSource
+from lvrpo.data.base import Task
 from lvrpo.distributed import relay_errors
 from lvrpo.policies.base import MaskedScoring, Sampling
 from lvrpo.rewards.row import RewardSource
@@ -223,7 +223,7 @@ class RolloutConfig(Config):
         return step % self.pool if self.pool else step
 
 
-def prompts_of_step(source: PromptSource, config: TrainConfig, step: int) -> list[Prompt]:
+def prompts_of_step(source: Task, config: TrainConfig, step: int) -> list[Prompt]:
     """The prompts of a step: for each task the next ones of the source, a function of the step."""
     step = config.rollout.data_step(step)
     prompts: list[Prompt] = []
@@ -294,7 +294,7 @@ class Rollouts:
 
 def resample(
     rollouts: Rollouts,
-    source: PromptSource,
+    source: Task,
     rewards: Sequence[RewardSource],
     groups: Sequence[Group],
     table: RewardTable,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -357,7 +358,8 @@ def write_samples(
     if not is_main():
         return
     successes: list[Sequence[float | None]] = [
-        known.get(p, [None] * len(group)) for p, group in zip(chosen, shown, strict=True)
+        [None if math.isnan(one) else one for one in known.get(p, [math.nan] * len(group))]
+        for p, group in zip(chosen, shown, strict=True)
     ]
     rows = []
     for group, success in zip(shown, successes, strict=True):

@@ -1,4 +1,4 @@
-"""The data and rewards of a run: training prompts, rewards, held-out prompts, each validated before the run starts."""
+"""The task of a run: training prompts, rewards, held-out prompts and success, each validated before the run starts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from lvrpo.data.base import DATASETS, SOURCE_METHODS, PromptSource
+from lvrpo.data.base import DATASETS, Task
 from lvrpo.data.rows import RowPrompts
 from lvrpo.errors import InputError
 from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
 from lvrpo.policies.loading import can_draw_after_text, possible_tasks, stored_image_size
 from lvrpo.registry import resolve
+from lvrpo.rewards import function
 from lvrpo.rewards.base import Reward
-from lvrpo.rewards.row import RewardSource
+from lvrpo.rewards.row import RewardConfig, RewardSource, make_reward
 from lvrpo.rewards.success import HeldOutScorer
-from lvrpo.rewards.table import IN_PYTHON, build_rewards
+from lvrpo.rewards.table import IN_PYTHON, TASK_REWARD, build_rewards
 from lvrpo.training.config import ROW_SOURCES, TrainConfig
 from lvrpo.training.judge import JudgeRows, build_judge_rows, require_judge_used
 from lvrpo.training.validation import Validator
@@ -40,7 +41,7 @@ TEST_PROMPTS_PER_TASK = 256
 class CustomParts:
     """Objects that a Python caller passes instead of naming them in a configuration."""
 
-    sources: Mapping[Split, PromptSource] = field(default_factory=dict)
+    sources: Mapping[Split, Task] = field(default_factory=dict)
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     """Rewards by the title of their entry in the configuration."""
 
@@ -52,20 +53,20 @@ NO_CUSTOM_PARTS = CustomParts()
 class Parts:
     """All parts of an alignment run except its policy."""
 
-    source: PromptSource
+    source: Task
     rewards: Sequence[RewardSource]
     validator: Validator
     judge_rows: JudgeRows
     """Held-out rows on which a new judge is evaluated."""
     scorer: HeldOutScorer
     """Scores held-out prompts in validation and evaluation."""
-    validation: PromptSource | None
-    test: PromptSource | None
+    validation: Task | None
+    test: Task | None
 
     @property
     def rows(self) -> dict[Split, RowPrompts]:
         """The splits that are rows of the user."""
-        splits: dict[Split, PromptSource | None] = {
+        splits: dict[Split, Task | None] = {
             "train": self.source,
             "validation": self.validation,
             "test": None if self.test is self.validation else self.test,
@@ -97,13 +98,11 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     if tasks is not None:
         config.require_tasks(tasks)
     rewards = scoring_rewards(config, source, custom)
-    scorer = HeldOutScorer(tuple(rewards))
+    scorer = HeldOutScorer(tuple(rewards), success_metric(config, source))
     validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
     if test is None and config.data.source == "datasets" and not custom.sources:
         test = validation  # as the command line says
-    own_rewards = config.validation.rewards
-    validation_scorer = HeldOutScorer(tuple(build_rewards(own_rewards))) if own_rewards else scorer
-    validator = Validator(validation_prompts(config, validation, validation_scorer), config, validation_scorer)
+    validator = Validator(validation_prompts(config, validation, scorer), config, scorer)
     if tasks is not None:
         require_outputs(config, tasks, source, validator)
     if tasks is not None and not can_draw(tasks):
@@ -112,8 +111,8 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     return Parts(source, rewards, validator, rows, scorer, validation, test)
 
 
-def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
-    """One split of the prompt source."""
+def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomParts = NO_CUSTOM_PARTS) -> Task:
+    """One split of the task."""
     if split in custom.sources:
         return custom.sources[split]
     data = config.data
@@ -122,14 +121,22 @@ def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomPart
             "data.source=python: its prompts were handed over in Python and are not on record: put them into a file of "
             "rows, or call lvrpo.train again"
         )
-    build = resolve("data source", data.source, DATASETS, SOURCE_METHODS)
+    build: Any = task_class(data.source)  # each class has its own section
     if data.source in ROW_SOURCES:
         rows = data.jsonl if data.source == "jsonl" else data.datasets
         return build(rows, split, seed, stored_image_size(config.policy))
     return build(data.scenes if data.source == "scenes" else data.options, split, seed)
 
 
-def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource:
+def task_class(name: str) -> type[Task]:
+    """The class that ``data.source`` names; raises InputError for one that is no ``Task``."""
+    found = resolve("data source", name, DATASETS, ("prompt",))
+    if not issubclass(found, Task):
+        raise InputError(f"data.source={name}: is no task: write class {found.__name__}(lvrpo.Task)")
+    return found
+
+
+def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Task:
     """The training prompts; raises InputError if a task of ``prompts_per_step`` is missing."""
     source = open_source(config, "train", config.seed, custom)
     for task, count in config.data.prompts_per_step.items():
@@ -140,7 +147,7 @@ def training_source(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) 
     return source
 
 
-def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_CUSTOM_PARTS) -> PromptSource | None:
+def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_CUSTOM_PARTS) -> Task | None:
     """The validation or test split; None if there is none."""
     if custom.sources and split not in custom.sources:
         return None
@@ -155,11 +162,9 @@ def held_out_source(config: TrainConfig, split: Split, custom: CustomParts = NO_
         return None
 
 
-def scoring_rewards(
-    config: TrainConfig, source: PromptSource, custom: CustomParts = NO_CUSTOM_PARTS
-) -> list[RewardSource]:
+def scoring_rewards(config: TrainConfig, source: Task, custom: CustomParts = NO_CUSTOM_PARTS) -> list[RewardSource]:
     """The rewards; raises InputError if no reward of positive weight scores the prompts of a task."""
-    rewards = build_rewards(config.rewards, custom.rewards)
+    rewards = task_rewards(config, source, custom)
     require_judge_used(config.judge, rewards)
     for task, count in config.data.prompts_per_step.items():
         prompts = source.prompts(task, min(count, REWARD_CHECK_PROMPTS)) if count else []
@@ -171,6 +176,54 @@ def scoring_rewards(
     return rewards
 
 
+def task_rewards(config: TrainConfig, task: Task | None, custom: CustomParts = NO_CUSTOM_PARTS) -> list[RewardSource]:
+    """The rows of ``rewards``, and the task's own reward where one is called ``TASK_REWARD``."""
+    given = dict(custom.rewards)
+    for row in config.rewards:
+        if row.name == TASK_REWARD:
+            if task is None or task.reward is None:
+                raise InputError(
+                    f"rewards.{row.title}: data.source={config.data.source} has no reward of its own: name another "
+                    "reward, or a task that has one"
+                )
+            given[row.title] = _function_reward(task.reward, row)
+    return build_rewards(config.rewards, given)
+
+
+def success_metric(config: TrainConfig, task: Task | None) -> RewardSource | None:
+    """The metric of success of ``data.success``, else of the task; None: the prompts' answers and facts."""
+    named = config.data.success
+    if named is not None:
+        row = RewardConfig(name=named.name, options=named.options)
+        found = RewardSource(row, make_reward(row, "data.success"))
+        if found.sides:
+            raise InputError(f"data.success.name={named.name}: asks a model for its verdict: name a rule")
+        return found
+    if task is None or task.success is None:
+        return None
+    row = RewardConfig(name=f"{config.data.source}.success", label="success")
+    return RewardSource(row, _function_reward(task.success, row))
+
+
+def _function_reward(rule: function.Function, row: RewardConfig) -> Reward:
+    """A method of a task as a reward, whose options are its other parameters."""
+    build = function.reward(rule)
+    try:
+        return build(**row.options)
+    except TypeError as error:
+        raise InputError(f"rewards.{row.title}.options: {error}: give the parameters of the task's function") from None
+
+
+def task_scorer(config: TrainConfig) -> HeldOutScorer:
+    """How a run scores held-out outputs, for an evaluation apart from the run."""
+    task = None
+    if config.data.source not in (*DATASETS, IN_PYTHON):
+        own = task_class(config.data.source)
+        if own.success is not None or own.reward is not None:
+            task = open_source(config, "train", config.seed)
+    return HeldOutScorer(tuple(task_rewards(config, task)), success_metric(config, task))
+
+
 def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
     """The tasks of the policy; None where its folder is missing or damaged, which loading it reports."""
     with suppress(InputError):
@@ -178,7 +231,7 @@ def policy_tasks(config: TrainConfig) -> tuple[TaskKind, ...] | None:
     return None
 
 
-def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: PromptSource, validator: Validator) -> None:
+def require_outputs(config: TrainConfig, tasks: Sequence[TaskKind], source: Task, validator: Validator) -> None:
     """Raises InputError for prompts that ask for a picture, or for one after a text, if the policy cannot draw it."""
     draws, after_text = can_draw(tasks), can_draw_after_text(config.policy)
     asked = "a drawing after a text" if draws else "a picture"
@@ -201,7 +254,7 @@ def require_text_rewards(config: TrainConfig, rewards: Sequence[RewardSource]) -
 
 
 def validation_prompts(
-    config: TrainConfig, source: PromptSource | None, scorer: HeldOutScorer | None
+    config: TrainConfig, source: Task | None, scorer: HeldOutScorer | None
 ) -> dict[TaskKind, list[Prompt]]:
     """The scorable validation prompts of every trained task; warns if a task has none.
 
@@ -223,7 +276,7 @@ def validation_prompts(
     return found
 
 
-def missing_validation_message(config: TrainConfig, source: PromptSource | None, tasks: Sequence[TaskKind]) -> str:
+def missing_validation_message(config: TrainConfig, source: Task | None, tasks: Sequence[TaskKind]) -> str:
     """The warning about tasks without validation prompts, with a remedy."""
     named = ", ".join(tasks)
     if source is None:
@@ -238,7 +291,7 @@ def missing_validation_message(config: TrainConfig, source: PromptSource | None,
     )
 
 
-def held_out_drawings(source: PromptSource | None) -> list[Example]:
+def held_out_drawings(source: Task | None) -> list[Example]:
     """Up to ``MAX_JUDGE_IMAGES`` held-out images with their descriptions; none without validation rows."""
     found: dict[str, Example] = {}
     for i in range(MAX_JUDGE_IMAGES if source is not None and "generate" in source.tasks else 0):
@@ -248,10 +301,10 @@ def held_out_drawings(source: PromptSource | None) -> list[Example]:
     return list(found.values())
 
 
-class PromptList:
-    """A prompt source over a list in memory, in its order, without shuffling."""
+class PromptList(Task):
+    """A task of a list in memory, in its order, without shuffling."""
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, prompts: Sequence[Prompt], success: function.Function | None = None) -> None:
         """Raises InputError for an empty list and for duplicate ids."""
         if not prompts:
             raise InputError("prompts: the list is empty: give at least one lvrpo.Prompt")
@@ -261,7 +314,7 @@ class PromptList:
         doubled = [p.id for i, p in enumerate(prompts) if p.id in {other.id for other in prompts[:i]}]
         if doubled:
             raise InputError(f"prompts: two have the id {doubled[0]!r}: ids must be unique")
-        self._prompts = list(prompts)
+        self._prompts, self.success = list(prompts), success
 
     @property
     def tasks(self) -> tuple[TaskKind, ...]:
@@ -273,17 +326,9 @@ class PromptList:
         rows = [prompt for prompt in self._prompts if prompt.task == task]
         return rows[index % len(rows)]
 
-    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
-        """``n`` prompts from ``start`` on."""
-        return [self.prompt(task, index) for index in range(start, start + n)]
-
     def in_order(self) -> list[Prompt]:
         """The list."""
         return list(self._prompts)
-
-    def example(self, task: TaskKind, index: int) -> Example:
-        """Raises InputError: prompts have no target outputs."""
-        raise InputError("a list of prompts holds no outputs to imitate: give rows with a 'target'")
 
     def require_readable(self, check: Any, everything: bool = False) -> None:
         """See ``RowPrompts.require_readable``; errors name the id instead of file and line."""

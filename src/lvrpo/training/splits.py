@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvrpo.config import read_yaml
-from lvrpo.data.base import DATASETS, ComparableSource
+from lvrpo.data.base import DATASETS, ComparableTask
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
 from lvrpo.data.leakage import ComparedPrompt, Index, compared_rows, file_picture, leaks, prompts_fingerprint
 from lvrpo.data.rows import RowPrompts
@@ -52,7 +52,7 @@ def require_disjoint_splits(config: TrainConfig, opened: Mapping[Split, RowPromp
     if config.data.source in ROW_SOURCES:
         return _compare_rows(config, opened_rows(config) if opened is None else opened)
     source = open_source(config, "train", config.seed) if config.data.source in DATASETS else None
-    return _compare_source(config, source) if isinstance(source, ComparableSource) else {"compared": False}
+    return _compare_source(config, source) if isinstance(source, ComparableTask) else {"compared": False}
 
 
 def opened_rows(
@@ -83,7 +83,7 @@ def _compare_rows(config: TrainConfig, opened: Mapping[Split, RowPrompts]) -> di
     return {"compared": True, "rows": counts, "shared": 0, **_hashes(found)}
 
 
-def _compare_source(config: TrainConfig, source: ComparableSource) -> dict[str, Any]:
+def _compare_source(config: TrainConfig, source: ComparableTask) -> dict[str, Any]:
     steps = range(min(SAMPLED_STEPS, config.steps))
     trained = [prompt for step in steps for prompt in prompts_of_step(source, config, step)]
     held: tuple[Split, ...] = ("validation", "test")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lvrpo.algorithms import old_policy_decay
-from lvrpo.data.base import PromptSource
+from lvrpo.data.base import Task
 from lvrpo.distributed import gather, relay_errors, world_size
 from lvrpo.errors import ContractError
 from lvrpo.policies.base import Policy
@@ -156,7 +156,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         return self.parts.validator
 
     @property
-    def source(self) -> PromptSource:
+    def source(self) -> Task:
         """The training prompts."""
         return self.parts.source
 
@@ -210,11 +210,11 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
                     state.step += 1
                     if step == 0:
                         check_first_update(run, policies, trained, scores, config.advantages.std_floor)
-                    successes = group_successes(groups)
+                    successes = group_successes(groups, self.parts.scorer)
                     row |= reward_means("reward", table, successes)
                     if state.judge is not None:
                         row |= state.judge.update(state.step, policies, self.parts.judge_rows)
-                    trained_successes = successes if trained is groups else group_successes(trained)
+                    trained_successes = successes if trained is groups else group_successes(trained, self.parts.scorer)
                     self._record(trained, scores, trained_successes, advantages)
                     row["lr_scale"] = state.optimizers[0].rate(step) * lr_scale
                     if step % config.reference_eval_every == 0:
@@ -267,7 +267,7 @@ class Trainer(BaseTrainer[TrainConfig, TrainState]):
         control = reference_rollout(policies, prompts, self.config, step)
         with policies.use("judge") as judge:
             table = score_local(self.rewards, control, judge, step)
-        successes = group_successes(control)
+        successes = group_successes(control, self.parts.scorer)
         rollout_log.write_control(
             self.run, self.state.step, control, table, successes, self.config.reference_eval_every
         )

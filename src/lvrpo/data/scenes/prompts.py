@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from lvrpo.config import Config
+from lvrpo.data.base import Task
 from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.data.scenes import edits, facts, grammar, reasoning
 from lvrpo.data.scenes.facts import paraphrased
@@ -88,7 +89,7 @@ class _Picture:
 
 
 @dataclass
-class ScenePrompts:
+class ScenePrompts(Task):
     """Prompts of one split: ``prompt(task, index)`` is a pure function of (config, split, seed, task, index)."""
 
     config: ScenesConfig = field(default_factory=ScenesConfig)
@@ -131,10 +132,6 @@ class ScenePrompts:
         if self.config.labels or self.split == "test":
             return prompt
         return replace(prompt, answer=None, facts=(), edited=None, content="")  # content may hold the scene
-
-    def prompts(self, task: TaskKind, n: int, start: int = 0) -> list[Prompt]:
-        """``n`` prompts from ``start`` on."""
-        return [self.prompt(task, index) for index in range(start, start + n)]
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -1,0 +1,176 @@
+"""A task of one's own: prompts, a reward and a metric of success in one class, or a rule for the rows of a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from discrete_policy import DiscretePolicy
+
+from lvrpo import ContractError, InputError, Prompt, TextSegment, Trajectory
+from lvrpo.cli import main
+from lvrpo.config import load_config
+from lvrpo.registry import allow_code
+from lvrpo.rewards.function import as_reward
+from lvrpo.rewards.row import RewardConfig, RewardSource
+from lvrpo.rewards.success import HeldOutScorer
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.data_parallel import group_successes
+from lvrpo.training.reward_metrics import reward_means
+from lvrpo.training.run_directory import RunDirectory
+from lvrpo.training.sources import open_parts, task_scorer
+from lvrpo.types import Group, RewardTable
+
+TASK = """
+import lvrpo
+
+
+class Red(lvrpo.Task):
+    tasks = ("generate",)
+
+    def __init__(self, options, split, seed):
+        self.split, self.count = split, options.get("count", 4)
+
+    def prompt(self, task, index):
+        return lvrpo.Prompt(f"{self.split}/{index % self.count}", task, ("draw red",), ("image",))
+
+    def success(self, image):
+        return bool(image[0].mean() > 0.5)
+
+    def reward(self, image, least=0.0):
+        return float(image[0].mean()) - least
+
+
+class Silent(Red):
+    success = reward = None
+
+
+class Plain:
+    def prompt(self, task, index): ...
+
+
+def is_short(text):
+    return len(text) < 4
+"""
+RUN = """
+name: own
+policy: policy
+device: cpu
+allow_code: [discrete_policy, ./red.py]
+data: {source: "./red.py:Red", options: {count: 3}, prompts_per_step: {generate: 2}}
+rewards: [{name: task, options: {least: 0.1}}]
+tokens: {lr_scale: 0.8}
+rollout: {group_size: 4, max_new_tokens: 4}
+steps: 1
+validation: {every: 1, prompts: {generate: 3}, overoptimization: {reward: task, watch: success}}
+"""
+
+
+def write_run() -> None:
+    Path("red.py").write_text(TASK)
+    Path("own.yaml").write_text(RUN)
+    DiscretePolicy(("tokens",)).save(Path("policy"))
+
+
+def said(text: str, right: str | None = None) -> Group:
+    prompt = Prompt(f"{text}/{right}", "understand", ("x",), ("text",), right)
+    segment = TextSegment(torch.zeros(1, dtype=torch.int64), torch.zeros(1), 0.0, text, True)
+    return Group(prompt, (Trajectory(prompt, 0, (segment,), 0),))
+
+
+def scorer(rule: Any) -> HeldOutScorer:
+    return HeldOutScorer((), RewardSource(RewardConfig(name="my:rule", label="rule"), as_reward(rule)()))
+
+
+def test_a_run_trains_on_the_tasks_reward_and_is_measured_by_its_success() -> None:
+    write_run()
+    assert main(["train", "own.yaml", "--out", "run"]) == 0
+    run = RunDirectory.read(Path("run"))
+    first, step = run.metrics()[:2]
+    assert first["validation/generate"] in (0, 1 / 3, 2 / 3, 1)  # of three prompts
+    assert 0 <= step["reward/generate/success"] <= 1
+    assert -0.1 <= step["reward/generate/task"] <= 0.9
+    after = json.loads(Path("run/eval/after.json").read_text())
+    assert after["scores"]["test"]["metric"] == "success"
+    assert [sample["score"] in (0, 1) for sample in after["prompts"]] == [True] * 3
+    (line, *_) = Path("run/samples/step_000001/groups.jsonl").read_text().splitlines()
+    assert all(member["success"] in (0, 1) for member in json.loads(line)["members"])
+    allow_code(["*"])
+    found = task_scorer(run.config(TrainConfig))
+    assert found.success is not None
+    assert found.rewards[0].scores(Prompt("1", "generate", ("draw red",), ("image",)))
+
+
+def test_a_rule_is_asked_first_and_a_failed_one_is_no_wrong_output() -> None:
+    def is_red(text: str) -> bool | None:
+        return None if text == "?" else text == "red"
+
+    groups = [said("red", "blue"), said("?"), said("blue", "blue")]
+    scores = scorer(is_red).scores(groups)
+    assert [scores[0], scores[2]] == [[1.0], [0.0]]
+    assert math.isnan(scores[1][0])
+    table = RewardTable(
+        (), torch.zeros(0), torch.zeros(3, 1, 0), torch.zeros(3, 1, 0, dtype=torch.bool), {}, ("understand",) * 3
+    )
+    assert reward_means("reward", table, group_successes(groups, scorer(is_red))) == {"reward/understand/success": 0.5}
+
+
+def test_prompts_without_such_an_output_are_judged_by_their_answers() -> None:
+    def is_bright(image: torch.Tensor) -> bool:
+        return bool(image.mean() > 0.5)
+
+    told, open_ended = said("red", "red"), said("red")
+    assert scorer(is_bright).scores([told]) == [[1.0]]
+    assert scorer(is_bright).metric(open_ended.prompt) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.4, "success 'rule' is 0.4: must be true or false, 1 or 0"), (None, "scored none of 2 outputs: the function")],
+)
+def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: str) -> None:
+    def rule(text: str) -> float | None:
+        return value
+
+    with pytest.raises(ContractError, match=words):
+        scorer(rule).scores([said("a"), said("b")])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.source='./red.py:Plain'", r"data.source=./red.py:Plain: is no task: write class Plain\(lvrpo.Task\)"),
+        ("data.source='./red.py:Silent'", "rewards.task: data.source=./red.py:Silent has no reward of its own"),
+        (
+            "rewards=[{name: task, options: {lest: 1}}]",
+            "rewards.task.options: got an unexpected keyword argument 'lest'",
+        ),
+        ("data.success={name: self_vqa}", "data.success.name=self_vqa: asks a model for its verdict"),
+        ("data.success={name: './red.py:is_short', options: {n: 1}}", r"data.success.options \(n\)"),
+        ("validation.rewards=[{name: ocr}]", "validation.rewards=.*: is gone: data.success says what is right"),
+    ],
+)
+def test_a_wrong_task_is_one_line(setting: str, words: str) -> None:
+    write_run()
+    allow_code(["*"])
+    with pytest.raises(InputError, match=words):
+        open_parts(load_config(TrainConfig, Path("own.yaml"), [setting]))
+
+
+def test_rows_of_a_file_have_a_rule_too() -> None:
+    write_run()
+    allow_code(["*", "discrete_policy"])
+    row = {"task": "understand", "prompt": "say red", "images": []}
+    Path("t.jsonl").write_text(json.dumps({**row, "task": "reason"}) + "\n")
+    given = [
+        "data={source: jsonl, options: {}, jsonl: {train: t.jsonl}, prompts_per_step: {reason: 1}}",
+        "data.success={name: './red.py:is_short'}",
+        "rewards=[{name: text_length, options: {limit: 3}}]",
+        "validation.overoptimization=null",
+    ]
+    parts = open_parts(load_config(TrainConfig, Path("own.yaml"), given))
+    assert parts.scorer.metric(parts.source.prompt("reason", 0)) == "success"
