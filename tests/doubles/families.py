@@ -17,7 +17,6 @@ SHARED = (
     "allow_code=[spread]",
     "optimizer={kind: adamw, adamw_lr: 1e-3, warmup_steps: 0}",
     "reference_eval_every=2",
-    "reference_eval_group_size=2",
     "steps=2",
 )
 """For a reward that differs in every group."""

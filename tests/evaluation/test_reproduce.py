@@ -283,6 +283,7 @@ def test_a_recipe_is_the_same_while_its_values_are(small: Path) -> None:
     made.require_same_recipe(json.loads(json.dumps(found)), made.config("ours", (), "one", 4), "one", path)
     older = json.loads(json.dumps(found))
     del older["config"]["flow"]["unguided_kl_coef"]
+    older["config"]["validation"]["rollback_lr"] = 0.5  # a constant now
     made.require_same_recipe(older, config, "one", path)
     for section, key, value, line in (
         (
@@ -292,6 +293,7 @@ def test_a_recipe_is_the_same_while_its_values_are(small: Path) -> None:
             r"^ours.json: is of another recipe .*: config: flow.kl_coef=7.0 against 2.0: delete it",
         ),
         ("flow", "not_any_more", 1, r"^ours.json: recipe: config.flow.not_any_more: unknown"),
+        ("validation", "rollback_lr", 0.25, r"^ours.json: recipe: config.validation.rollback_lr=0.25: is gone"),
         ("rollout", "num_steps", "x", r"^ours.json: recipe: config.rollout.num_steps=x: must be"),
     ):
         other = json.loads(json.dumps(found))

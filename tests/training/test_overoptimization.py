@@ -10,6 +10,7 @@ import torch
 from lvrpo.config import load_config
 from lvrpo.errors import InputError
 from lvrpo.statistics import divergence
+from lvrpo.training import validation
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.overoptimization import Overoptimization, OveroptimizationConfig, stratified_mean
 from lvrpo.training.run_directory import RunDirectory
@@ -198,9 +199,8 @@ def test_a_run_acts_on_a_detection(
     (tmp_path / "tests_turn.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     watch = f"{{reward: tests_turn:rising, watch: tests_turn:falling, window: 2, action: {action}}}"
-    watching = (
-        f"validation={{every: 2, prompts: {{generate: {held_out}}}, max_rollbacks: 1, overoptimization: {watch}}}"
-    )
+    watching = f"validation={{every: 2, prompts: {{generate: {held_out}}}, overoptimization: {watch}}}"
+    monkeypatch.setattr(validation, "MAX_ROLLBACKS", 1)
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, watching])
     alignment = Trainer.start(config, Path("run"))
     with alignment.run:

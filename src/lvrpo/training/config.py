@@ -81,6 +81,8 @@ class ValidationConfig(Config):
     hints: ClassVar[Mapping[str, str]] = {
         "turn": "is called {section}.overoptimization",
         "rewards": "is gone: data.success says what is right, and the rewards of training score the rest",
+        "max_rollbacks": "is gone: a run stops after three rollbacks",
+        "rollback_lr": "is gone: a rollback halves the learning rates",
     }
     every: int = Field(default=20, ge=1)
     """Steps between validations; one more is run before the first step and after the last."""
@@ -89,12 +91,8 @@ class ValidationConfig(Config):
     )
     """Held-out prompts of each task."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
-    """When a task's score falls: rollback restores the best checkpoint and lowers the learning rate, stop ends the run,
-    warn only reports."""
-    max_rollbacks: int = Field(default=3, ge=0)
-    """The run stops when one more would follow."""
-    rollback_lr: float = Field(default=0.5, gt=0, le=1)
-    """Factor on the learning rates after each rollback."""
+    """When a task's score falls: rollback restores the best checkpoint and halves the learning rates, at most three
+    times, stop ends the run, warn only reports."""
     overoptimization: OveroptimizationConfig | None = None
     """Detector of reward over-optimization; null: off."""
 
@@ -132,7 +130,8 @@ class TrainConfig(Config):
         "mini_updates": "is called num_minibatches",
         "guard": "is called validation",
         "control_every": "is called reference_eval_every",
-        "control_group_size": "is called reference_eval_group_size",
+        "control_group_size": "is gone: the reference samples two outputs per prompt",
+        "reference_eval_group_size": "is gone: the reference samples two outputs per prompt",
     }
 
     allow_code: tuple[str, ...] = Field(default=(), exclude=True)
@@ -189,9 +188,8 @@ class TrainConfig(Config):
     judge: JudgeConfig = JudgeConfig()
     health: HealthConfig = HealthConfig()
     reference_eval_every: int = Field(default=10, ge=1)
-    """Steps between two evaluations of the reference on the training prompts, as a baseline of the reward curves."""
-    reference_eval_group_size: int = Field(default=2, ge=1, le=1024)
-    """Outputs per prompt that the reference samples then."""
+    """Steps between two evaluations of the reference on the training prompts, two outputs each, as a baseline of the
+    reward curves."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

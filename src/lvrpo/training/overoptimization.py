@@ -30,7 +30,7 @@ class OveroptimizationConfig(Config):
     error: float = Field(default=0.05, gt=0, lt=1)
     """Upper bound of the probability of a false alarm over the whole run."""
     action: Literal["stop", "rollback", "warn"] = "stop"
-    """rollback: to the best checkpoint, by ``validation.max_rollbacks`` and ``validation.rollback_lr``."""
+    """rollback: to the best checkpoint, as ``validation.action`` says."""
 
 
 @dataclass

@@ -52,18 +52,20 @@ from lvrpo.training.run_directory import RunDirectory
 from lvrpo.training.trackers import AnyTracker, require_trackers, start_trackers
 from lvrpo.types import Example, Image, Prompt, TaskKind
 
+HEAD_WIDTH = 256
+"""Hidden width of the projection head of representation alignment, which is not saved with the policy."""
+
 
 class RepresentationConfig(Config):
     """Representation alignment."""
 
+    hints: ClassVar[Mapping[str, str]] = {"head_width": "is gone: the projection head has a width of 256"}
     weight: float = Field(default=0.0, ge=0)
     """Weight of the REPA loss; 0: off. About 0.5 in the paper."""
     layer: int = Field(default=2, ge=1)
     """Layer of the generation expert whose hidden states are aligned ..."""
     target_layer: int = Field(default=0, ge=0)
     """... to those of this layer of the frozen teacher; 0: the output of its image encoder."""
-    head_width: int = Field(default=256, ge=1, le=65_536)
-    """Hidden width of the projection head, which is not saved with the policy."""
 
 
 class Representation(nn.Module):
@@ -83,9 +85,9 @@ class Representation(nn.Module):
         width = policy.transformer.config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = nn.Sequential(
-                nn.Linear(width, config.head_width), nn.SiLU(), nn.Linear(config.head_width, width)
-            ).to(policy.device)
+            self.head = nn.Sequential(nn.Linear(width, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, width)).to(
+                policy.device
+            )
         self.lr = lr
         self.named = [(name, p) for name, p in self.head.named_parameters()]
         self.optimizer = torch.optim.AdamW([p for _, p in self.named], lr=lr, weight_decay=0.0)

@@ -59,6 +59,8 @@ from lvrpo.training.trackers import require_trackers, start_trackers
 from lvrpo.training.validation import Validator, apply_validation, check_overoptimization
 from lvrpo.types import Group, Prompt, RewardTable, SegmentKind
 
+REFERENCE_GROUP_SIZE = 2
+"""Outputs per prompt that the reference samples as a baseline."""
 MAX_BAD_GRADIENTS = 3
 """Steps with a non-finite gradient are skipped; after this many in a row the run stops."""
 
@@ -339,7 +341,7 @@ def train_step(
 
 def reference_rollout(policies: Policies, prompts: Sequence[Prompt], config: TrainConfig, step: int) -> list[Group]:
     """Groups of the reference on the same prompts, as a baseline for prompts of changing difficulty."""
-    sampling = replace(config.sampling(step), group_size=config.reference_eval_group_size)
+    sampling = replace(config.sampling(step), group_size=REFERENCE_GROUP_SIZE)
     seeds = prompt_seeds(prompts, config.seed, "rollout", step)
     with policies.use("reference") as reference:
         return sample_local(reference, prompts, sampling, seeds)

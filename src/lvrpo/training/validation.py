@@ -30,6 +30,10 @@ Z = 3.0
 """Half width of the interval in standard errors. A run compares several tasks at every validation with the best so far,
 so with 1.96 two of three runs without any change would have a regression; with 3 a few percent do."""
 
+MAX_ROLLBACKS = 3
+"""A run stops when one more would follow."""
+ROLLBACK_LR = 0.5
+"""Factor on the learning rates after each rollback."""
 
 ACTIONS: Mapping[Verdict, str] = {
     "best": "kept best",
@@ -179,7 +183,7 @@ def apply_validation(
     if config.validation.action == "warn":
         row["validation/action"] = f"warned: {regressed} fell"
         return False
-    if config.validation.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
+    if config.validation.action == "stop" or state.validation.rollbacks >= MAX_ROLLBACKS:
         row["validation/action"] = f"stopped: {regressed} fell"
         return True
     roll_back(config, run, state, state.validation.best_step)
@@ -193,7 +197,7 @@ def roll_back(config: TrainConfig, run: RunDirectory, state: TrainState, step: i
     current_step, seconds = state.step, state.seconds
     state.load(run.checkpoint_dir(step))
     state.step, state.seconds = current_step, seconds
-    state.validation.rollbacks, state.validation.lr_scale = rollbacks, scale * config.validation.rollback_lr
+    state.validation.rollbacks, state.validation.lr_scale = rollbacks, scale * ROLLBACK_LR
 
 
 def check_overoptimization(
@@ -218,7 +222,7 @@ def check_overoptimization(
         row["overoptimization/action"] = f"warned: {message}"
         return False
     state.validation.best_step = best  # validation has too few prompts to detect it and chose later weights
-    if detector.config.action == "stop" or state.validation.rollbacks >= config.validation.max_rollbacks:
+    if detector.config.action == "stop" or state.validation.rollbacks >= MAX_ROLLBACKS:
         row["overoptimization/action"] = f"stopped, step {best} is kept: {message}"
         return True
     roll_back(config, run, state, best)

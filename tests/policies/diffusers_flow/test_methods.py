@@ -50,7 +50,6 @@ def small() -> Callable[[Path], list[str]]:
         "allow_code=[spread]",
         "validation={every: 2, prompts: {generate: 1}}",
         "reference_eval_every=2",
-        "reference_eval_group_size=2",
         "steps=2",
     ]
 

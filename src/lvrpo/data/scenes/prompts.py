@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -38,10 +38,16 @@ CAN_HOLD_OUT: Mapping[TaskKind, frozenset[str]] = {
 }
 """The categories that can show a held-out combination."""
 
+HELD_OUT_SHARE = 0.2
+"""Share of their pictures that ``ScenesConfig.held_out=mixed`` fills with one."""
+
 
 class ScenesConfig(Config):
     """Selects prompts of the built-in world."""
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "held_out_share": "is gone: held_out=mixed shows them in a fifth of the pictures"
+    }
     size: int = Field(default=DEFAULT_SIZE, ge=4 * CELL, le=256)
     """Side of the pictures in pixels, a multiple of 8."""
     weights: dict[str, int] = Field(default_factory=dict)
@@ -50,10 +56,8 @@ class ScenesConfig(Config):
     questions_per_picture: int = Field(default=4, ge=1, le=16)
     """Consecutive questions that share one picture."""
     held_out: Literal["never", "mixed", "only"] = "mixed"
-    """Combinations that training never shows. Validation and test: never, in ``held_out_share`` of the pictures of the
+    """Combinations that training never shows. Validation and test: never, in a fifth of the pictures of the
     categories that can show one, or only those. The train split never shows any."""
-    held_out_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of the pictures that ``mixed`` fills with such a combination."""
     labels: bool = True
     """Whether training and validation prompts carry answers, facts and the region of an edit. Without them nothing but
     the model can score what is made of them; test prompts always have them."""
@@ -158,7 +162,7 @@ class ScenePrompts(Task):
 
     def _layout(self, task: TaskKind, index: int, category: str) -> Layout:
         rng = random.Random(f"{self.seed}/{self.split}/{task}/{index}")
-        share = {"never": 0.0, "mixed": self.config.held_out_share, "only": 1.0}[self.config.held_out]
+        share = {"never": 0.0, "mixed": HELD_OUT_SHARE, "only": 1.0}[self.config.held_out]
         held_out = rng.random() < share and self.split != "train" and category in CAN_HOLD_OUT[task]
         return Layout(rng, self.split, self._grid, held_out)
 

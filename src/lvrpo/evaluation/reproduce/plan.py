@@ -243,6 +243,15 @@ CODE_FILES = ("*.py", "*.yaml")
 RECIPE_REMEDY = "delete it to run it again, or restore what it was made with"
 Tree = dict[str, Any]
 """Any: of JSON."""
+CONSTANTS: Tree = {
+    "reference_eval_group_size": 2,
+    "validation.rewards": [],
+    "validation.max_rollbacks": 3,
+    "validation.rollback_lr": 0.5,
+    "data.scenes.held_out_share": 0.2,
+    "representation.head_width": 256,
+}
+"""Settings of earlier versions, which are constants now, with their values: a recipe that has them is the same."""
 
 
 class RecipeRecord(Record):
@@ -368,7 +377,9 @@ class Recipes:
         for name, kind in kinds.items():
             stored, current = given[name], wanted[name]
             if isinstance(stored, dict) and isinstance(current, dict):
-                stored = parse_section(kind, stored, f"{path}: recipe: {name}").model_dump(mode="json")
+                stored = parse_section(kind, without_constants(stored), f"{path}: recipe: {name}").model_dump(
+                    mode="json"
+                )
                 differences = config_differences(stored, current)
             else:
                 differences = [] if stored == current else [f"{stored} against {current}"]
@@ -388,6 +399,15 @@ class Recipes:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json_text(found.as_dict()).encode())
         return RunCost.from_dict(read_json_object(path, "delete it to count again"))
+
+
+def without_constants(tree: Tree, at: str = "") -> Tree:
+    """A recorded configuration without the entries of ``CONSTANTS``; ``at``: the path of ``tree``, with its dot."""
+    return {
+        key: without_constants(value, f"{at}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{at}{key}" not in CONSTANTS or value != CONSTANTS[f"{at}{key}"]
+    }
 
 
 def is_supervised(path: Path) -> bool:
