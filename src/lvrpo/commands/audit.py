@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, finished or going on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, with the curves")
-    judge_options(parser)
+    _judge_options(parser)
     leakage_options(parser)
     add_force(parser)
 
@@ -60,7 +60,7 @@ def run(options: Options) -> None:
         return
     if options.run is None:
         raise InputError("RUN is missing: give a run directory, or --judge MODEL, or --data")
-    refuse_judge_options(options)
+    _refuse_judge_options(options)
     if options.json is not None:
         refuse_existing([options.json], options.force)
     audit = audit_rewards(read_recorded_run(options.run))
@@ -83,7 +83,7 @@ ROW_KEYS = ("name", "label", "options", "judge")
 """Keys of a row of ``--also``; the others belong to training."""
 
 
-def judge_options(parser: Parser) -> None:
+def _judge_options(parser: Parser) -> None:
     """The options of a judge audit; None where not given."""
     parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
     parser.add_argument(
@@ -91,7 +91,7 @@ def judge_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--also",
-        type=reward_rows,
+        type=_reward_rows,
         metavar="REWARDS",
         help="further rewards: NAME,NAME or [{name: ..., options: {...}}, NAME]",
     )
@@ -100,7 +100,7 @@ def judge_options(parser: Parser) -> None:
     add_device(parser)
 
 
-def refuse_judge_options(options: Options) -> None:
+def _refuse_judge_options(options: Options) -> None:
     """Raises InputError for an option of a judge audit without ``--judge``."""
     for name in JUDGE_OPTIONS:
         if getattr(options, name) is not None:  # the options are the parser's
@@ -125,9 +125,9 @@ def audit_judge(options: Options) -> None:
     refuse_existing([path for path in (options.json,) if path is not None], options.force)
     torch.set_num_threads(1)
     if options.samples is not None:
-        rank_samples(options)
+        _rank_samples(options)
         return
-    sources = build_sources(REWARDS, options.also or [])
+    sources = _build_sources(REWARDS, options.also or [])
     judge = load_policy(options.judge, options.device)
     console = wide_console()
     cases = minimal_pairs(options.n or 40, seed=options.seed or 0, size=judge.image_size or DEFAULT_SIDE)
@@ -143,7 +143,7 @@ def audit_judge(options: Options) -> None:
         write_file(options.json, json_text({"model": options.judge, **asdict(audit)}).encode(), options.force)
 
 
-def rank_samples(options: Options) -> None:
+def _rank_samples(options: Options) -> None:
     """Samples a model, scores its outputs by every reward, prints the rankings against ground truth."""
     from dataclasses import asdict
 
@@ -154,9 +154,9 @@ def rank_samples(options: Options) -> None:
     from lvrpo.policies.loading import load_policy
     from lvrpo.training.run_directory import json_text
 
-    sources = build_sources((VERIFIER_REWARD, *REWARDS), options.also or [])
+    sources = _build_sources((VERIFIER_REWARD, *REWARDS), options.also or [])
     judge, model = (load_policy(name, options.device) for name in (options.judge, options.samples))
-    size, n, seed = image_side(judge, model, options), options.n or 40, options.seed or 0
+    size, n, seed = _image_side(judge, model, options), options.n or 40, options.seed or 0
     console = wide_console()
     groups = sample_groups(
         model,
@@ -176,7 +176,7 @@ def rank_samples(options: Options) -> None:
         write_file(options.json, json_text(found).encode(), options.force)
 
 
-def image_side(judge: Policy, model: Policy, options: Options) -> int:
+def _image_side(judge: Policy, model: Policy, options: Options) -> int:
     """The picture side that both models support; raises InputError where there is none."""
     sizes = {size for size in (judge.image_size, model.image_size) if size is not None}
     if len(sizes) > 1:
@@ -187,16 +187,16 @@ def image_side(judge: Policy, model: Policy, options: Options) -> int:
     return next(iter(sizes), DEFAULT_SIDE)
 
 
-def build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
+def _build_sources(defaults: Sequence[RewardConfig], also: list[Any]) -> list[RewardSource]:
     """The default rewards and those of ``--also``, which replace defaults of the same title."""
     from lvrpo.rewards.table import build_rewards
 
-    own = reward_configs(also)
+    own = _reward_configs(also)
     return build_rewards([row for row in defaults if row.title not in {other.title for other in own}] + own)
 
 
-def reward_configs(found: list[Any]) -> list[RewardConfig]:
-    """The values of ``reward_rows`` as reward configurations. Any: YAML values."""
+def _reward_configs(found: list[Any]) -> list[RewardConfig]:
+    """The values of ``_reward_rows`` as reward configurations. Any: YAML values."""
     from lvrpo.config import parse_section
     from lvrpo.rewards.row import RewardConfig
 
@@ -211,7 +211,7 @@ def reward_configs(found: list[Any]) -> list[RewardConfig]:
     return made
 
 
-def reward_rows(text: str) -> list[Any]:
+def _reward_rows(text: str) -> list[Any]:
     """NAME,NAME, or a list of names and rows in YAML; or a single row. Any: YAML values."""
     from lvrpo.strict_yaml import parse_yaml
 

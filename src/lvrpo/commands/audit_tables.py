@@ -38,12 +38,12 @@ def share(value: float | None) -> str:
     return "–" if value is None or value != value else score(value, 2)
 
 
-def signed_share(value: float) -> str:
+def _signed_share(value: float) -> str:
     """+.52"""
     return score(value, 2, signed=True)
 
 
-def trait_name(name: str) -> str:
+def _trait_name(name: str) -> str:
     """A scorer or trait in words, for a cell."""
     return escape(TRAITS.get(name, name))
 
@@ -73,7 +73,7 @@ def reward_table(audit: RewardAudit) -> Table:
             weight = "held out" if not scorer.weight else f"{scorer.weight:g}"
             caused = [share(x) for x in (scorer.share, scorer.configured_share, scorer.other_share)]
             groups = [share(x) for x in (scorer.constant, scorer.all_best, scorer.all_worst, scorer.missing)]
-            table.add_row("", trait_name(scorer.name), weight, *caused, *groups)
+            table.add_row("", _trait_name(scorer.name), weight, *caused, *groups)
         if found.rest >= 0.005:
             table.add_row("", "[dim]from none of these[/dim]", "", share(found.rest))
     return table
@@ -87,9 +87,9 @@ def means_table(audit: RewardAudit) -> Table:
     for task, found in audit.tasks.items():
         table.add_row(f"[bold]{task}[/bold]")
         for scorer in found.scorers:
-            table.add_row("", trait_name(scorer.name), *change_cells(scorer.mean, "green", "red"))
+            table.add_row("", _trait_name(scorer.name), *_change_cells(scorer.mean, "green", "red"))
         for name, change in found.drift.items():
-            table.add_row("", f"[dim]{trait_name(name)}[/dim]", *change_cells(change, "bold", "bold"))
+            table.add_row("", f"[dim]{_trait_name(name)}[/dim]", *_change_cells(change, "bold", "bold"))
     return table
 
 
@@ -100,9 +100,9 @@ def correlation_tables(audit: RewardAudit) -> Iterator[Table]:
         columns = list(dict.fromkeys([*names, *(name for s in found.scorers for name in s.correlations)]))
         if not any(scorer.correlations for scorer in found.scorers):
             continue
-        table = plain_table(f"correlation inside groups: {task}", ["", *map(trait_name, columns)], 1)
+        table = plain_table(f"correlation inside groups: {task}", ["", *map(_trait_name, columns)], 1)
         for scorer in found.scorers:
-            table.add_row(trait_name(scorer.name), *(correlation(scorer.correlations.get(name)) for name in columns))
+            table.add_row(_trait_name(scorer.name), *(correlation(scorer.correlations.get(name)) for name in columns))
         yield table
 
 
@@ -121,7 +121,7 @@ def alarm_lines(audit: RewardAudit) -> Iterator[tuple[str, str]]:
         yield f"no alarm: no trained reward rose while a held-out score fell ({compared} comparisons)", "green"
 
 
-def change_cells(change: Change, up: str, down: str) -> list[str]:
+def _change_cells(change: Change, up: str, down: str) -> list[str]:
     """first, last, change with its interval in the style of its direction, base."""
     d = change.difference
     cells = ["–" if x != x else compact(x) for x in (change.first, change.last)]
@@ -132,7 +132,7 @@ def change_cells(change: Change, up: str, down: str) -> list[str]:
 
 def correlation(found: Correlation | None) -> str:
     """+.52; a dash for fewer than ``FEW`` groups."""
-    return "–" if found is None or found.groups < FEW else signed_share(found.value)
+    return "–" if found is None or found.groups < FEW else _signed_share(found.value)
 
 
 def signed(value: float) -> str:
@@ -213,12 +213,12 @@ def sample_tables(audit: SampleAudit) -> Iterator[Table]:
 
 def _add(table: Table, task: str, words: str, rewards: Rewards, more: Mapping[str, Sequence[str]]) -> None:
     if rewards:
-        table.add_row(f"[bold]{task}[/bold]", f"[dim]{words}truth: {trait_name(rewards[0].verifier)}[/dim]")
+        table.add_row(f"[bold]{task}[/bold]", f"[dim]{words}truth: {_trait_name(rewards[0].verifier)}[/dim]")
     for reward in rewards:
         if reward.is_success:
-            table.add_row("", trait_name(reward.name), "[dim]scores as success does[/dim]")
+            table.add_row("", _trait_name(reward.name), "[dim]scores as success does[/dim]")
         else:
-            table.add_row("", trait_name(reward.name), *_cells(reward.whole), *more[reward.name])
+            table.add_row("", _trait_name(reward.name), *_cells(reward.whole), *more[reward.name])
 
 
 def _category_tables(tasks: Mapping[str, Rewards]) -> Iterator[Table]:
@@ -228,11 +228,11 @@ def _category_tables(tasks: Mapping[str, Rewards]) -> Iterator[Table]:
         categories = list(dict.fromkeys(name for reward in rows for name in reward.categories))
         if len(categories) < 2:
             continue
-        names = ["", *(trait_name(name.replace("_", " ")) for name in categories)]
+        names = ["", *(_trait_name(name.replace("_", " ")) for name in categories)]
         table = plain_table(f"by category (AUC, rank): {task}", names, 1)
         for reward in rows:
             found = [reward.categories.get(name) for name in categories]
-            table.add_row(trait_name(reward.name), *("" if r is None else _pair(r) for r in found))
+            table.add_row(_trait_name(reward.name), *("" if r is None else _pair(r) for r in found))
         if any(max(r.auc.n, r.rank.n) >= FEW for reward in rows for r in reward.categories.values()):
             yield table
 
@@ -253,7 +253,7 @@ def _auc_change(reward: RewardRanking) -> list[str]:
 
 def _pair(ranking: Ranking) -> str:
     """.87 +.61"""
-    return f"{_known(ranking.auc, share)} {_known(ranking.rank, signed_share)}"
+    return f"{_known(ranking.auc, share)} {_known(ranking.rank, _signed_share)}"
 
 
 def _known(found: Interval, write: Callable[[float], str]) -> str:
@@ -263,7 +263,7 @@ def _known(found: Interval, write: Callable[[float], str]) -> str:
 
 def _interval(found: Interval, signed: bool = False) -> str:
     """.87 [.84, .90], or +.61 [+.58, +.64]; a dash for fewer than ``FEW`` groups."""
-    write = signed_share if signed else share
+    write = _signed_share if signed else share
     if found.n < FEW:
         return "–"
     return f"{write(found.score)} \\[{write(found.low)}, {write(found.high)}]"

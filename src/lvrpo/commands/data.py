@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lvrpo.training.config import TrainConfig
 
 
-def preview_options(parser: Parser) -> None:
+def _preview_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("scenes.png"), metavar="FILE", help="default: scenes.png")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument("--seed", type=whole, default=0)
@@ -34,7 +34,7 @@ def preview(options: Options) -> None:
     print(file)
 
 
-def vocabulary_options(parser: Parser) -> None:
+def _vocabulary_options(parser: Parser) -> None:
     pass
 
 
@@ -44,7 +44,7 @@ def vocabulary(options: Options) -> None:
     print("\n".join(VOCABULARY))
 
 
-def rows_options(parser: Parser) -> None:
+def _rows_options(parser: Parser) -> None:
     parser.add_argument("name", metavar="BENCHMARK", help="of which format the file is: see lvrpo benchmarks")
     parser.add_argument("file", type=Path, metavar="FILE", help="prompts in that format, official or not")
     parser.add_argument(
@@ -77,19 +77,19 @@ def rows(options: Options) -> None:
 
 BENCHMARK_ROWS = Command(
     "prompts of a published benchmark as rows of your own, with its questions as facts",
-    rows_options,
+    _rows_options,
     rows,
     "example: lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl; reward and guard: self_vqa",
 )
 PREVIEW = Command(
     "one picture with examples of every category of the built-in world",
-    preview_options,
+    _preview_options,
     preview,
     "example: lvrpo data preview --split train --out world.png",
 )
 VOCABULARY = Command(
     "the words of the built-in world, one a line",
-    vocabulary_options,
+    _vocabulary_options,
     vocabulary,
     "example: lvrpo data vocabulary > words.txt",
 )
@@ -139,7 +139,7 @@ def audit_data(options: Options) -> None:
     if options.json is not None:
         refuse_existing([options.json], options.force)
     console = wide_console()
-    world, sets = load_splits(options, lambda text: console.print(text, style="dim", soft_wrap=True))
+    world, sets = _load_splits(options, lambda text: console.print(text, style="dim", soft_wrap=True))
     wordings = [*(options.wording or []), *(CAPTION_PREFIXES if world else ())]
     found: dict[str, list[Overlap]] = {}
     first: Shared | None = None
@@ -161,7 +161,7 @@ def audit_data(options: Options) -> None:
     console.print("\napart: no prompt of one split is asked in another", style="green", highlight=False)
 
 
-def load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
+def _load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Mapping[str, Sequence[ComparedPrompt]]]:
     """(whether the splits are of the built-in world, prompts by split)."""
     files = [Path(name) for name in options.data if name.endswith(".jsonl") and "=" not in name]
     if files:
@@ -169,10 +169,10 @@ def load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Map
             raise InputError(f"--data {' '.join(options.data)}: give two or three .jsonl files, or a CONFIG")
         if options.steps is not None:
             raise InputError(f"--steps {options.steps}: every row of a file counts: leave it out")
-        return False, file_splits(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
-    config = read_train_config(options.data)
+        return False, _file_splits(dict(zip(SPLITS if len(files) == 3 else (SPLITS[0], SPLITS[2]), files, strict=True)))
+    config = _read_train_config(options.data)
     if config.data.source == "scenes":
-        return True, scene_splits(config, options.steps or config.steps, log)
+        return True, _scene_splits(config, options.steps or config.steps, log)
     if config.data.source != "jsonl":
         remedy = "use lvrpo data check" if config.data.source == "datasets" else "give files of rows"
         raise InputError(f"data.source={config.data.source}: only scenes and jsonl are compared here: {remedy}")
@@ -181,10 +181,10 @@ def load_splits(options: Options, log: Callable[[str], None]) -> tuple[bool, Map
     paths = {split: path for split, path in named.items() if path is not None}
     if len(paths) < 2:
         raise InputError(f"data.jsonl has {', '.join(paths)} alone: add data.jsonl.test, or name the files")
-    return False, file_splits(paths, jsonl.root)
+    return False, _file_splits(paths, jsonl.root)
 
 
-def read_train_config(given: Sequence[str]) -> TrainConfig:
+def _read_train_config(given: Sequence[str]) -> TrainConfig:
     """CONFIG section.key=value ..., the quickstart by default."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.training.config import TrainConfig
@@ -195,7 +195,7 @@ def read_train_config(given: Sequence[str]) -> TrainConfig:
     return read_config(TrainConfig, names[0] if names else "quickstart", [word for word in given if "=" in word])
 
 
-def file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
+def _file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str, list[ComparedPrompt]]:
     """Every row with decoded pictures; ``root``: another folder of the pictures."""
     from lvrpo.data.images import load_image
     from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
@@ -208,7 +208,7 @@ def file_splits(paths: Mapping[str, Path], root: Path | None = None) -> dict[str
     return {split: read(path) for split, path in paths.items()}
 
 
-def scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
+def _scene_splits(config: TrainConfig, steps: int, log: Callable[[str], None]) -> dict[str, list[ComparedPrompt]]:
     """Train: the prompts of ``steps`` steps and the pretraining corpus; validation; test: all benchmarks."""
     from lvrpo.data.scenes import ScenePrompts, web_corpus
     from lvrpo.data.scenes.leakage import compared_examples, compared_prompts

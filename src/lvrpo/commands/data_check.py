@@ -51,30 +51,30 @@ def check(options: Options) -> None:
     require_png(file)
     refuse_existing([file], options.force)
     problems: list[str] = []
-    splits = opened(read_data(options.source, options.overrides), problems)
+    splits = opened(_read_data(options.source, options.overrides), problems)
     console = wide_console()
-    console.print(counts_table(splits))
+    console.print(_counts_table(splits))
     for problem in problems[:SHOWN_PROBLEMS]:
         console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > SHOWN_PROBLEMS:
         console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more", style="red")
     rows = next((rows for rows in splits.values() if len(rows)), None)
     if rows is not None:
-        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", sheet_blocks(rows), SIDE)
+        sheet = contact_sheet(f"{rows.name}: {len(rows)} rows", _sheet_blocks(rows), SIDE)
         write_file(file, png_bytes(sheet), options.force)
         console.print(f"\n{SHOWN_ROWS if len(rows) > SHOWN_ROWS else len(rows)} rows: {file}", highlight=False)
     compared = {
         split: list(compared_rows(rows.rows(), lambda picture: pixel_picture(load_image(picture))))
         for split, rows in splits.items()
     }
-    leak = print_overlaps(compared)
+    leak = _print_overlaps(compared)
     if problems:
         raise InputError(f"{len(problems)} rows cannot be used; the first: {problems[0]}")
     if leak is not None:
         raise InputError(leak)
 
 
-def read_data(source: str, overrides: list[str]) -> DataConfig:
+def _read_data(source: str, overrides: list[str]) -> DataConfig:
     """The data section of CONFIG, or that of a file, a folder or a Hub id with keys of a data set."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.config import load_config, shipped_configs
@@ -115,7 +115,7 @@ def opened(data: DataConfig, problems: list[str]) -> dict[str, RowPrompts]:
     return found
 
 
-def counts_table(splits: Mapping[str, RowPrompts]) -> Table:
+def _counts_table(splits: Mapping[str, RowPrompts]) -> Table:
     """Rows by split and task, and how many have what rewards and success need."""
     from lvrpo.commands.audit_tables import plain_table
 
@@ -128,7 +128,7 @@ def counts_table(splits: Mapping[str, RowPrompts]) -> Table:
     return table
 
 
-def sheet_blocks(rows: RowPrompts) -> list[Block]:
+def _sheet_blocks(rows: RowPrompts) -> list[Block]:
     """The first rows of every task, ``SHOWN_ROWS`` in all where there are as many."""
     from lvrpo.data.preview import PER_BLOCK
 
@@ -146,7 +146,7 @@ def sheet_blocks(rows: RowPrompts) -> list[Block]:
     return blocks
 
 
-def print_overlaps(splits: Mapping[str, list[ComparedPrompt]]) -> str | None:
+def _print_overlaps(splits: Mapping[str, list[ComparedPrompt]]) -> str | None:
     """Prints duplicates inside splits and overlaps between them; returns the first leak, as an error."""
     from lvrpo.commands.audit_tables import overlap_table
     from lvrpo.commands.data import LEAK_MESSAGES

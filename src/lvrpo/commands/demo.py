@@ -22,7 +22,7 @@ MAX_PICTURES = 8
 JUDGED = ("question", "right answer", "confidence")
 
 
-def demo_options(parser: Parser) -> None:
+def _demo_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
     parser.add_argument("--against", metavar="MODEL", help="another model beside it, with the same seeds")
@@ -218,7 +218,7 @@ def _library() -> Any:
 
 DEMO = Command(
     "draw, ask, edit and think-then-draw in the browser; two models side by side",
-    demo_options,
+    _demo_options,
     demo,
     "example: lvrpo demo runs/quickstart --against tiny",
 )

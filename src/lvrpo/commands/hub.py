@@ -26,7 +26,7 @@ PIPELINE_TAGS = {
 }
 
 
-def push_options(parser: Parser) -> None:
+def _push_options(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, or the folder of a policy or an adapter")
     parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub; made, privately, if it is not there")
     parser.add_argument(
@@ -44,10 +44,10 @@ def push(options: Options) -> None:
         raise InputError(f"{options.repo!r}: is no repository: write ORG/NAME")
     folder = policy_folder(options.model)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [path for path in files if is_sent(path.relative_to(folder))]
+    files = [path for path in files if _is_sent(path.relative_to(folder))]
     if not any(path.suffix == ".safetensors" for path in files):
         raise InputError(f"{folder}: holds no weights of its own: make one model of it with `lvrpo export`, push that")
-    card = model_card(options.repo, Path(options.model), folder, options.license)
+    card = _model_card(options.repo, Path(options.model), folder, options.license)
     if options.card:
         print(card, *(f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files), sep="\n")
         return
@@ -55,7 +55,7 @@ def push(options: Options) -> None:
     print(f"{url}: {len(files) + 1} files, {'public' if options.public else 'private'}")
 
 
-def is_sent(path: Path) -> bool:
+def _is_sent(path: Path) -> bool:
     """Whether a file of a model's folder, by its path in it, is sent to the Hub."""
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.parts[0] not in NOT_PUSHED and any(map(path.match, SENT))
@@ -90,7 +90,7 @@ def _send(repo: str, folder: Path, files: list[Path], card: str, public: bool, f
     return f"{api.endpoint}/{repo}"
 
 
-def model_card(repo: str, model: Path, folder: Path, license_id: str | None) -> str:
+def _model_card(repo: str, model: Path, folder: Path, license_id: str | None) -> str:
     """The README.md of a policy: metadata of the Hub, results of the run, its recipe, and what was not measured.
 
     ``model``: a run, whose results are shown, or a folder. Raises InputError without a license.
@@ -176,7 +176,7 @@ def _license_of(base: str) -> str | None:
     return _library().ModelCard.load(card).data.license
 
 
-def pull_options(parser: Parser) -> None:
+def _pull_options(parser: Parser) -> None:
     parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
     parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
@@ -239,7 +239,7 @@ def _library() -> Any:
 
 PUSH = Command(
     "send a policy or an adapter to the Hugging Face Hub, with a model card",
-    push_options,
+    _push_options,
     push,
     textwrap.dedent("""\
         Private unless --public. The card holds the results and the recipe of the run, and the limits that are known.
@@ -249,7 +249,7 @@ PUSH = Command(
 
 PULL = Command(
     "fetch a model of the Hugging Face Hub into a folder: weights, configuration and tokenizer, no code",
-    pull_options,
+    _pull_options,
     pull,
     "example: lvrpo pull me/aligned models/aligned",
 )

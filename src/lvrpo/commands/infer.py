@@ -40,7 +40,7 @@ CHUNK = 64
 RENORMS = ("none", "global", "channel", "text_channel")
 
 
-def drawing_options(parser: Parser) -> None:
+def _drawing_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=whole, default=0, help="default: 0")
     parser.add_argument("--guidance", type=guidance, help="strength of the text (default: the model's own; 1: none)")
     parser.add_argument(
@@ -59,17 +59,17 @@ def drawing_options(parser: Parser) -> None:
         help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
     )
     parser.add_argument("--num-steps", type=num_steps, help="model evaluations per picture (default: the model's own)")
-    thinking_options(parser)
+    _thinking_options(parser)
     parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
 
-def thinking_options(parser: Parser) -> None:
+def _thinking_options(parser: Parser) -> None:
     parser.add_argument("--think", action="store_true", help="let the model write a plan first")
     parser.add_argument("--max-new-tokens", type=max_new_tokens, help="of a text (default: the model's own)")
 
 
-def generate_options(parser: Parser) -> None:
+def _generate_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
@@ -77,7 +77,7 @@ def generate_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
     parser.add_argument("--count", type=up_to(10_000), default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
-    drawing_options(parser)
+    _drawing_options(parser)
 
 
 def generate(options: Options) -> None:
@@ -89,12 +89,12 @@ def generate(options: Options) -> None:
     if options.prompt is not None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
-        texts = generation_prompts(options.prompts)
+        texts = _generation_prompts(options.prompts)
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
     refuse_existing([options.out / "index.jsonl", *(options.out / f"{n:05d}.png" for n in numbers)], options.force)
-    prompts = [drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]
+    prompts = [_drawing_prompt("generate", (text,), number, options) for number, text in enumerate(texts)]
     groups = sample(load(options), prompts, options, options.count)
     index = []
     for group, text in zip(groups, texts, strict=True):
@@ -110,7 +110,7 @@ def generate(options: Options) -> None:
     print(f"{len(index)} picture{'s' * (len(index) > 1)} in {options.out}")
 
 
-def generation_prompts(table: Path) -> list[str]:
+def _generation_prompts(table: Path) -> list[str]:
     """The texts of a file in the one format of rows."""
     from lvrpo.commands.inputs import checked_row, read_rows
 
@@ -125,7 +125,7 @@ def generation_prompts(table: Path) -> list[str]:
     return texts
 
 
-def ask_options(parser: Parser) -> None:
+def _ask_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
     parser.add_argument("question", metavar="QUESTION", nargs="?")
@@ -138,7 +138,7 @@ def ask_options(parser: Parser) -> None:
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
-    thinking_options(parser)
+    _thinking_options(parser)
     parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
     add_force(parser)
 
@@ -157,14 +157,14 @@ def ask(options: Options) -> None:
         policy = load(options)
         assert image is not None
         assert question is not None
-        prompts = [prompt(question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
+        prompts = [prompt(_question_task(options), (fitting_image(image, policy.image_size), question), ("text",), 0)]
         lines = [sample(policy, prompts, options)[0].trajectories[0].text or ""]
     else:
-        rows = question_rows(table, stored_image_size(options.model), options.root)
+        rows = _question_rows(table, stored_image_size(options.model), options.root)
         policy = load(options)
         for row in rows:
             row.require_readable(policy)
-        prompts = [prompt(question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
+        prompts = [prompt(_question_task(options), row.parts, ("text",), number) for number, row in enumerate(rows)]
         answers = [group.trajectories[0].text or "" for group in sample(policy, prompts, options)]
         lines = [
             json.dumps({**row.row, row.answer_key: a}, ensure_ascii=False) for row, a in zip(rows, answers, strict=True)
@@ -176,7 +176,7 @@ def ask(options: Options) -> None:
         print(text, end="")
 
 
-def question_task(options: Options) -> Any:
+def _question_task(options: Options) -> Any:
     """The task of a question. Any: the literals of ``Prompt``."""
     return "reason" if options.think else "understand"
 
@@ -202,7 +202,7 @@ class QuestionRow:
             raise InputError(f"{self.where}: {error}") from None
 
 
-def question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
+def _question_rows(table: Path, side: int | None, root: Path | None) -> list[QuestionRow]:
     """Reads rows; resizes their pictures to the model's size, with one message.
 
     The former fields 'image' and 'question' are accepted, with one line that names the present ones.
@@ -233,14 +233,14 @@ def question_rows(table: Path, side: int | None, root: Path | None) -> list[Ques
     return found
 
 
-def edit_options(parser: Parser) -> None:
+def _edit_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
     parser.add_argument("instruction", metavar="INSTRUCTION")
     parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the edited picture, PNG")
     parser.add_argument("--image-guidance", type=guidance, help="strength of the picture (default: the model's own)")
-    drawing_options(parser)
+    _drawing_options(parser)
 
 
 def edit(options: Options) -> None:
@@ -251,7 +251,7 @@ def edit(options: Options) -> None:
     refuse_existing([options.out], options.force)
     policy = load(options)
     parts = (fitting_image(options.image, policy.image_size), options.instruction)
-    group = sample(policy, [drawing_prompt("edit", parts, 0, options)], options, task="edit")[0]
+    group = sample(policy, [_drawing_prompt("edit", parts, 0, options)], options, task="edit")[0]
     image = group.trajectories[0].image
     assert image is not None
     write_file(options.out, png(image), options.force)
@@ -283,7 +283,7 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     return Prompt(f"command line/{number}", task, parts, output)
 
 
-def drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
+def _drawing_prompt(task: Any, parts: tuple[Part, ...], number: int, options: Options) -> Prompt:
     """A prompt whose output is a picture, after a text with --think. Any: the literals of ``Prompt``."""
     if options.think:
         return prompt("reason", parts, ("text", "image"), number)
@@ -321,19 +321,19 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
 
 GENERATE = Command(
     "draw pictures: 00000.png ... and index.jsonl",
-    generate_options,
+    _generate_options,
     generate,
     'example: lvrpo generate tiny --prompt "two red circles" --count 8 --out drawings',
 )
 ASK = Command(
     "answer questions about pictures",
-    ask_options,
+    _ask_options,
     ask,
     'example: lvrpo ask tiny --image drawings/00000.png "what color is the circle?"',
 )
 EDIT = Command(
     "change a picture by an instruction",
-    edit_options,
+    _edit_options,
     edit,
     'example: lvrpo edit tiny --image drawings/00000.png "remove the circle" --out edited.png',
 )

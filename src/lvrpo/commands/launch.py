@@ -152,7 +152,7 @@ class Coordinator:
 # --- in a worker ---
 
 
-def run_worker(config: dict[str, Any]) -> None:
+def _run_worker(config: dict[str, Any]) -> None:
     """Runs one process of the run until it ends; raises RuntimeError where a restart may help. Any: Ray handles."""
     import ray
     from ray import train
@@ -241,7 +241,7 @@ def launch(job: Job, workers: int, gpus: int | None, max_failures: int) -> None:
     with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True) as storage:
         passed = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         trainer = DataParallelTrainer(
-            run_worker,
+            _run_worker,
             train_loop_config={"job": job, "coordinator": coordinator, "cards": gpus, "environment": passed},
             scaling_config=ScalingConfig(
                 num_workers=workers,

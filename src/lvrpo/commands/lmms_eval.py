@@ -100,7 +100,7 @@ def evaluate_lmms(options: Options, console: Console) -> tuple[HarnessEvaluation
     if options.lmms_install:
         process.install(where)
     python = process.find_interpreter(where)
-    harness = harness_of(options, python, process.check_environment(python, tasks))
+    harness = _harness_of(options, python, process.check_environment(python, tasks))
     before = None
     if options.against is not None:
         before = scores_of(options, tasks, harness, options.against, None, "before", console)
@@ -108,7 +108,7 @@ def evaluate_lmms(options: Options, console: Console) -> tuple[HarnessEvaluation
     return result, before
 
 
-def harness_of(options: Options, python: Path, version: str) -> Harness:
+def _harness_of(options: Options, python: Path, version: str) -> Harness:
     from lvrpo.evaluation.benchmarks.lmms_process import Harness
 
     given = {

@@ -63,14 +63,14 @@ KINDS: dict[str, dict[str, str]] = {
 }
 
 
-def new_reward_options(parser: Parser) -> None:
+def _new_reward_options(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the function and of its file")
     parser.add_argument("--output", choices=OUTPUTS, default="image", help="what it scores (image)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: the current folder")
     add_force(parser)
 
 
-def new_reward(options: Options) -> None:
+def _new_reward(options: Options) -> None:
     from lvrpo.commands.inputs import write_file
 
     name: str = options.name
@@ -89,14 +89,14 @@ def new_reward(options: Options) -> None:
 
 NEW_REWARD = Command(
     "write a reward function and its test, to be filled in",
-    new_reward_options,
-    new_reward,
+    _new_reward_options,
+    _new_reward,
     "example: lvrpo new reward brightness && python -m pytest test_brightness.py",
 )
 """``lvrpo new reward``."""
 
 
-def completion_options(parser: Parser) -> None:
+def _completion_options(parser: Parser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
@@ -131,7 +131,7 @@ class _Completed(Parser):
 
 COMPLETION = Command(
     "print the completion script of a shell",
-    completion_options,
+    _completion_options,
     completion,
     'example: eval "$(lvrpo completion bash)"',
 )

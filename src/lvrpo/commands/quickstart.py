@@ -66,11 +66,11 @@ def options(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything works")
 
 
-def check_keys(options: Options) -> None:
+def _check_keys(options: Options) -> None:
     from lvrpo.commands.keys import known_config
 
     if options.resume is None:
-        known_config("TrainConfig", options.config, train_overrides(options))
+        known_config("TrainConfig", options.config, _train_overrides(options))
 
 
 def run(options: Options) -> None:
@@ -90,7 +90,7 @@ def run(options: Options) -> None:
             raise InputError(f"{given[0]}: a resumed run keeps its own: leave it away")
         trainer = Trainer.resume(options.resume)
     else:
-        config = read_config(TrainConfig, options.config, train_overrides(options))
+        config = read_config(TrainConfig, options.config, _train_overrides(options))
         folder = options.out or unused_folder(Path("runs") / config.name)
         if options.out is None and folder.name != config.name:
             print(f"runs/{config.name} exists: this run is {folder}")
@@ -111,11 +111,11 @@ def run(options: Options) -> None:
             raise Interrupted(f"interrupted; go on with: lvrpo quickstart --resume {run.path}") from None
         print_tables(summary_tables(summary))
         watch.phase("done")
-    print(closing_message(run.path, summary, time.monotonic() - started))
+    print(_closing_message(run.path, summary, time.monotonic() - started))
     require_well(run.path, summary)
 
 
-def train_overrides(options: Options) -> list[str]:
+def _train_overrides(options: Options) -> list[str]:
     """Overrides of the training configuration that follow from the options."""
     overrides = [*QUICK, f"steps={QUICK_STEPS}"] if options.quick else []
     for name in ("seed", "steps", "policy"):
@@ -150,7 +150,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def closing_message(run: Path, summary: dict, seconds: float) -> str:
+def _closing_message(run: Path, summary: dict, seconds: float) -> str:
     """The cost of the run, the location of its results, and suggestions for the next step."""
     baseline = summary.get("baseline")
     cost = f"alignment {summary['seconds']:.0f} s"
@@ -177,5 +177,5 @@ QUICKSTART = Command(
     options,
     run,
     "example: lvrpo quickstart --seed 1 --out runs/one",
-    check_keys,
+    _check_keys,
 )

@@ -43,9 +43,9 @@ def run(options: Options) -> None:
     from lvrpo.evaluation.reproduce.plan import Recipes, load_experiment
     from lvrpo.evaluation.reproduce.runner import Runner
 
-    experiment = load_experiment(find_experiment(options.experiment, options.quick))
+    experiment = load_experiment(_find_experiment(options.experiment, options.quick))
     out = options.out or Path("runs") / "reproduce" / experiment.name
-    summaries = options.summaries or default_summaries(experiment, out)
+    summaries = options.summaries or _default_summaries(experiment, out)
     if not experiment.evidence:
         print(f"{experiment.name}: {NOT_EVIDENCE}", flush=True)
     if not options.table:
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         if options.list:
             print("\n".join([*(f"{job.kind} {job.name}" for job in jobs), f"{len(jobs)} jobs left"]))
             return
-        failed = run_jobs(runner, jobs)
+        failed = _run_jobs(runner, jobs)
         write_page(experiment, summaries)
         if failed:
             raise ContractError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the others are done")
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     write_page(experiment, summaries)
 
 
-def run_jobs(runner: Runner, jobs: Sequence[Job]) -> list[str]:
+def _run_jobs(runner: Runner, jobs: Sequence[Job]) -> list[str]:
     """Runs the jobs; a failed job and its dependents are reported and skipped. Returns their names."""
     failed: dict[str, Job] = {}
     for number, job in enumerate(jobs, start=1):
@@ -97,7 +97,7 @@ def write_page(experiment: Experiment, summaries: Path) -> None:
         print(f"\n{text}\n{experiment.name}: {NOT_EVIDENCE}")
 
 
-def find_experiment(name: str, quick: bool) -> Path:
+def _find_experiment(name: str, quick: bool) -> Path:
     """The YAML file of an experiment: a file, or one that lvrpo ships."""
     shipped = shipped_experiments()
     if Path(name).is_file():
@@ -120,7 +120,7 @@ def shipped_experiments() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml")) if not path.stem.endswith("_quick")}
 
 
-def default_summaries(experiment: Experiment, out: Path) -> Path:
+def _default_summaries(experiment: Experiment, out: Path) -> Path:
     """docs/results/NAME of the current checkout, else inside OUT; smoke tests never write into docs."""
     checkout = Path("pyproject.toml").is_file() and Path("docs/results").is_dir()
     return Path("docs/results") / experiment.name if checkout and experiment.evidence else out / "summaries"

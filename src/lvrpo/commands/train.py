@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train_options(parser: Parser) -> None:
-    run_options(parser)
+    _run_options(parser)
     parser.add_argument(
         "--benchmark",
         type=names,
@@ -38,11 +38,11 @@ def train_options(parser: Parser) -> None:
     add_base(parser)
 
 
-def pretrain_options(parser: Parser) -> None:
-    run_options(parser, "lvrpo.training.pretrain:PretrainConfig")
+def _pretrain_options(parser: Parser) -> None:
+    _run_options(parser, "lvrpo.training.pretrain:PretrainConfig")
 
 
-def run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
+def _run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
     add_config(parser, cls)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; CONFIG may then be left out")
@@ -55,7 +55,7 @@ def check_train_keys(options: Options) -> None:
         known_config("TrainConfig", options.config, options.overrides)
 
 
-def check_pretrain_keys(options: Options) -> None:
+def _check_pretrain_keys(options: Options) -> None:
     from lvrpo.commands.keys import known_config
 
     if options.resume is None:
@@ -69,7 +69,7 @@ def train(options: Options) -> None:
     from lvrpo.evaluation.experiment import Experiment
     from lvrpo.training.interrupt import InterruptHandler, print_stopping
 
-    trainer, plan = open_trainer(options)
+    trainer, plan = _open_trainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps, quiet=not is_main()) as watch, Experiment(trainer, plan, watch) as experiment:
         watch.phase(f"run {run.path}, from {config.policy}, step {trainer.state.step}")
@@ -80,11 +80,11 @@ def train(options: Options) -> None:
         summary = experiment.after(before)
         if summary["before"] and is_main():
             print_tables(summary_tables(summary))
-        watch.phase(f"done; the policy: {run.path} ({kept_step(trainer, summary)})")
+        watch.phase(f"done; the policy: {run.path} ({_kept_step(trainer, summary)})")
     require_well(run.path, summary)
 
 
-def kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
+def _kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
     """The step of the saved policy, and why that step was selected."""
     step = summary["validation"]["best_step"]
     return f"step {step} was best on validation" if trainer.validator.prompts else f"step {step}, the last one"
@@ -97,24 +97,24 @@ def require_well(run: Path, summary: Mapping[str, Any]) -> None:
         raise UnhealthyRunError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
 
 
-def open_trainer(options: Options) -> tuple[Trainer, Plan]:
+def _open_trainer(options: Options) -> tuple[Trainer, Plan]:
     """A new or resumed run, and its evaluations."""
     from lvrpo.evaluation.experiment import warn_without_test
     from lvrpo.evaluation.suite import find_benchmarks
 
     find_benchmarks([name for name in options.benchmark if not name.endswith(".jsonl")])
-    trainer, plan = resume_run(options) if options.resume is not None else start_run(options)
+    trainer, plan = _resume_run(options) if options.resume is not None else start_run(options)
     if not options.benchmark and not options.no_evaluate:
         warn_without_test(trainer.config)
     return trainer, plan
 
 
-def resume_run(options: Options) -> tuple[Trainer, Plan]:
+def _resume_run(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.training.trainer import Trainer
 
     refuse_out(options)
     trainer = Trainer.resume(options.resume, resumed_config(options), options.base)
-    return trainer, evaluation_plan(options, trainer.config)
+    return trainer, _evaluation_plan(options, trainer.config)
 
 
 def start_run(options: Options) -> tuple[Trainer, Plan]:
@@ -131,11 +131,11 @@ def start_run(options: Options) -> tuple[Trainer, Plan]:
     with relay_errors():
         config = read_config(TrainConfig, options.config, options.overrides)
         require_unseen(options.benchmark, config)
-        plan, folder = evaluation_plan(options, config), options.out or Path("runs") / config.name
+        plan, folder = _evaluation_plan(options, config), options.out or Path("runs") / config.name
     return Trainer.start(config, folder, files=plan.files()), plan
 
 
-def evaluation_plan(options: Options, config: TrainConfig) -> Plan:
+def _evaluation_plan(options: Options, config: TrainConfig) -> Plan:
     """The evaluations before and after training."""
     from lvrpo.evaluation.experiment import Plan, held_out_plan
 
@@ -165,7 +165,7 @@ def pretrain(options: Options) -> None:
     from lvrpo.report import build_report
     from lvrpo.training.interrupt import InterruptHandler, print_stopping
 
-    trainer = open_pretrainer(options)
+    trainer = _open_pretrainer(options)
     run, config = trainer.run, trainer.config
     with run, Progress(config.steps) as watch:
         watch.phase(f"run {run.path}: {config.steps} steps, from step {trainer.state.step}")
@@ -175,7 +175,7 @@ def pretrain(options: Options) -> None:
         watch.phase(f"done; the policy: {run.path}; report: {build_report(run.path)}")
 
 
-def open_pretrainer(options: Options) -> Pretrainer:
+def _open_pretrainer(options: Options) -> Pretrainer:
     """A new or resumed supervised run."""
     from lvrpo.commands.inputs import read_config
     from lvrpo.policies.loading import FINAL
@@ -201,10 +201,10 @@ TRAIN = Command(
 )
 PRETRAIN = Command(
     "supervised training on the web corpus: the base, and the baseline",
-    pretrain_options,
+    _pretrain_options,
     pretrain,
     "example: lvrpo pretrain pretrain name=my-base steps=2000",
-    check_pretrain_keys,
+    _check_pretrain_keys,
 )
 
 
@@ -231,12 +231,12 @@ def check(options: Options) -> None:
 
     config = read_config(TrainConfig, options.config, options.overrides)
     if options.card is not None:
-        check_gpu_memory(config, options.card)
+        _check_gpu_memory(config, options.card)
         return
     print(dump_config(config), end="")
     memory = memory_needed(config)
     if memory is not None:
-        print_memory(memory)
+        _print_memory(memory)
     require_memory(memory, pick_device(config.device), f"policy={config.policy}")
     found = dry_run(config)
     print("\nstep-0 contract")
@@ -252,7 +252,7 @@ def check(options: Options) -> None:
     print(f"  disk    {found.disk_mib:.0f} MiB of checkpoints")
 
 
-def print_memory(memory: MemoryEstimate) -> None:
+def _print_memory(memory: MemoryEstimate) -> None:
     """Prints static memory, memory per phase, and the peak."""
     print("\nmemory, GiB, before anything is loaded")
     for line in memory.lines():
@@ -260,7 +260,7 @@ def print_memory(memory: MemoryEstimate) -> None:
     print(f"{memory.peak / 2**30:9.3f}  at most, in the {memory.peak_phase}")
 
 
-def check_gpu_memory(config: TrainConfig, gib: float) -> None:
+def _check_gpu_memory(config: TrainConfig, gib: float) -> None:
     """The memory of a run on a card that need not be there; raises InputError where it does not fit."""
     import torch
 
@@ -275,7 +275,7 @@ def check_gpu_memory(config: TrainConfig, gib: float) -> None:
             f"--card {gib:g}: memory is estimated for BAGEL and the tiny policy alone, and policy={config.policy} is "
             "of another kind: leave --card out; the guide of the model (docs/reference/models.md) may have sums"
         )
-    print_memory(memory)
+    _print_memory(memory)
     require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")
 

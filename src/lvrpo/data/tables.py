@@ -206,7 +206,7 @@ class _Records:
             pictures: dict[str, PictureFile] = {}
             for name in PICTURE_FIELDS:
                 if name in fields:
-                    fields[name] = named_pictures(fields[name], f"{where}: {name}", pictures)
+                    fields[name] = _named_pictures(fields[name], f"{where}: {name}", pictures)
             line = make_line(fields, where, key, self.label, None, lambda name: self._picture(name, pictures, where))
         except (ValueError, InputError) as error:
             message = " ".join(str(error).split()).removeprefix(f"{where}: ")
@@ -308,10 +308,10 @@ def _part(record: Mapping[str, Any], column: str) -> Any:
     return found
 
 
-def named_pictures(value: Any, name: str, pictures: dict[str, PictureFile]) -> Any:
+def _named_pictures(value: Any, name: str, pictures: dict[str, PictureFile]) -> Any:
     """The value of a field with names in place of pictures, which are added to ``pictures``. Any: of a column."""
     if isinstance(value, list):
-        return [named_pictures(each, f"{name}.{i}", pictures) for i, each in enumerate(value)]
+        return [_named_pictures(each, f"{name}.{i}", pictures) for i, each in enumerate(value)]
     if is_picture(value):
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, bytes):

@@ -116,14 +116,14 @@ def _run_process(
     error_file = folder.with_suffix(".error")
     try:
         error_file.unlink(missing_ok=True)
-        train_and_evaluate(config, folder, benchmarks, sizes, sampling, sampled_prompts)
+        _train_and_evaluate(config, folder, benchmarks, sizes, sampling, sampled_prompts)
     except BaseException as error:
         line = " ".join(str(error).split()) or type(error).__name__
         error_file.write_text(line if isinstance(error, LvrpoError) else traceback.format_exc(limit=-2))
         sys.exit(1)
 
 
-def train_and_evaluate(
+def _train_and_evaluate(
     config: PretrainConfig,
     folder: Path,
     benchmarks: Sequence[str],
@@ -232,7 +232,7 @@ class Experiment:
         self.sampling = replace(
             SAMPLING, num_steps=rollout.num_steps, timestep_shift=rollout.timestep_shift, solver=rollout.solver
         )
-        self.benchmarks = planned_benchmarks(trainer, plan)
+        self.benchmarks = _planned_benchmarks(trainer, plan)
         self.baseline: Baseline | None = None
         if plan.baseline is not None:
             folder = trainer.run.path / "baseline"
@@ -275,14 +275,14 @@ class Experiment:
         """Evaluates the result, waits for the baseline, writes summary and report; returns the summary. Any: JSON."""
         plan, run, baseline = self.plan, self.run, self.baseline
         after = self._measure("after", "ema")
-        require_same_prompts(run, before, after)
+        _require_same_prompts(run, before, after)
         baseline_result = None
         if baseline is not None:
             self.progress.phase(f"{plan.baseline_name}: waiting for the baseline")
             if not plan.parallel:
                 baseline.start()
             baseline_result = baseline.wait()
-        summary = summarize(self.trainer, before, after, baseline_result, plan)
+        summary = _summarize(self.trainer, before, after, baseline_result, plan)
         run.write_summary(summary)
         page = on_main(lambda: (write_audit(run.path), build_report(run.path))[1])
         self.progress.phase(f"report: {page}")
@@ -330,7 +330,7 @@ class Experiment:
         return [known[sample.id] for sample in shown if sample.id in known]
 
 
-def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
+def _require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluation) -> None:
     """Raises InputError where the two evaluations of a run are of different prompts."""
     ids = [{name: list(scored.ids) for name, scored in each.scored.items()} for each in (before, after)]
     if ids[0] != ids[1]:
@@ -339,7 +339,7 @@ def require_same_prompts(run: RunDirectory, before: Evaluation, after: Evaluatio
         )
 
 
-def planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
+def _planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     """The benchmarks of a plan; the user's rows are scored by the run's rewards."""
     config, parts = trainer.config, trainer.parts
     names = [name for name in plan.benchmarks if name != TEST_ROWS]
@@ -351,7 +351,7 @@ def planned_benchmarks(trainer: Trainer, plan: Plan) -> list[Benchmark]:
     return found
 
 
-def summarize(
+def _summarize(
     trainer: Trainer,
     before: Evaluation,
     after: Evaluation,

@@ -88,7 +88,7 @@ class ItemStore:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode())
-        join_parts(folder)
+        _join_parts(folder)
         return ItemFolder(folder)
 
     def folder_of(self, benchmark: str) -> Path:
@@ -96,7 +96,7 @@ class ItemStore:
         return self.folder / benchmark.replace("/", "-")
 
 
-def join_parts(folder: Path) -> None:
+def _join_parts(folder: Path) -> None:
     """Appends the whole lines of the parts to ``items.jsonl``, of which a line that is not whole is cut off."""
     parts = sorted(folder.glob(PART.format(rank="*")))
     texts = [_whole_lines(path) for path in (folder / ITEMS, *parts)]

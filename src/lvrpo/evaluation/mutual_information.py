@@ -81,13 +81,13 @@ def measure_information(
         )
     size = policy.image_size or DEFAULT_SIZE
     states = [
-        _states(policy, *scene_pairs(split, count, size, seed), direction, seed)
+        _states(policy, *_scene_pairs(split, count, size, seed), direction, seed)
         for split, count in (("train", 2 * pairs), ("test", pairs))
     ]
     return infonce(*states[0], *states[1], negatives=negatives, seed=seed)
 
 
-def scene_pairs(split: Any, count: int, size: int, seed: int) -> tuple[list[str], list[Image]]:
+def _scene_pairs(split: Any, count: int, size: int, seed: int) -> tuple[list[str], list[Image]]:
     """Captions and pictures of the built-in world. Any: one of its splits."""
     source = ScenePrompts(ScenesConfig(size=size), split, seed)
     texts, images = [], []

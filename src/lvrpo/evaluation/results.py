@@ -71,8 +71,8 @@ def benchmark_result(record: BenchmarkRecord) -> BenchmarkResult:
         return _estimate(mean_interval(_take(record.scores, rows), _take(record.clusters, rows)))
 
     counted = _scored_prompts(record)
-    whole = _estimate(mean_over_categories(record.scores, record, counted)) if by_category(record) else mean(counted)
-    measures = measure(record_rows(record), record.samples) | missing(record)
+    whole = _estimate(_mean_over_categories(record.scores, record, counted)) if by_category(record) else mean(counted)
+    measures = measure(_record_rows(record), record.samples) | missing(record)
     return _result(record, counted, whole, mean, measures)
 
 
@@ -83,19 +83,19 @@ def by_category(record: BenchmarkRecord) -> bool:
 
 def missing(record: BenchmarkRecord) -> Measures:
     """``masked``: how many prompts have no score, of how many, and the most frequent reasons; {} for none."""
-    reasons = Counter(reason or "no score" for reason, s in zip_failures(record) if not math.isfinite(s))
+    reasons = Counter(reason or "no score" for reason, s in _zip_failures(record) if not math.isfinite(s))
     if not reasons:
         return {}
     common = dict(reasons.most_common(MOST_REASONS))
     return {"masked": {"prompts": sum(reasons.values()), "of": len(record.ids), "reasons": common}}
 
 
-def zip_failures(record: BenchmarkRecord) -> list[tuple[str, float]]:
+def _zip_failures(record: BenchmarkRecord) -> list[tuple[str, float]]:
     """Pairs of failure reason and score, one per prompt."""
     return list(zip(record.failures or [""] * len(record.scores), record.scores, strict=True))
 
 
-def mean_over_categories(values: Sequence[float], record: BenchmarkRecord, rows: Sequence[int]) -> Interval:
+def _mean_over_categories(values: Sequence[float], record: BenchmarkRecord, rows: Sequence[int]) -> Interval:
     """Mean over categories of their means, clusters resampled; nan where a category has no score.
 
     (1 / |C|) sum_c mean { values_i : category c, i in rows }
@@ -137,9 +137,9 @@ def benchmark_difference(before: BenchmarkRecord, after: BenchmarkRecord) -> Ben
     whole = paired(both)
     if by_category(after):
         gains = [a - b for b, a in zip(before.scores, after.scores, strict=True)]
-        macro = _estimate(mean_over_categories(gains, after, both))
+        macro = _estimate(_mean_over_categories(gains, after, both))
         whole = replace(whole, score=macro.score, low=macro.low, high=macro.high)
-    measures = compare(record_rows(before), record_rows(after), min(before.samples, after.samples))
+    measures = compare(_record_rows(before), _record_rows(after), min(before.samples, after.samples))
     lost = len(before.ids) - len(both)
     measures |= {"masked": {"prompts": lost, "of": len(before.ids)}} if lost else {}
     result = _result(before, both, whole, paired, measures)
@@ -186,7 +186,7 @@ def _take(values: Sequence[T], rows: Sequence[int]) -> list[T]:
     return [values[i] for i in rows]
 
 
-def record_rows(record: BenchmarkRecord) -> list[Row]:
+def _record_rows(record: BenchmarkRecord) -> list[Row]:
     """The rows of a record, prompt by prompt; [] for a record without samples."""
     return [
         Row(
@@ -212,17 +212,17 @@ def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
     found: Measures = {}
     many = [row for row in rows if len(row.successes) == _max_samples(rows)]
     if _max_samples(rows) > 1:
-        found["pass_at_k"] = {str(k): _mean(many, pass_values(many, k)) for k in PASS_AT if k <= _max_samples(rows)}
+        found["pass_at_k"] = {str(k): _mean(many, _pass_values(many, k)) for k in PASS_AT if k <= _max_samples(rows)}
         spread = group_spread([row.successes for row in many])
         found["groups"] = {**asdict(spread), "samples": _max_samples(rows)}
     judged = [row for row in many if _has_judge(row)]
     if judged and _max_samples(rows) > 1:
         sizes = [n for n in BEST_OF if n <= _max_samples(rows)]
-        found["best_of"] = {str(n): _mean(judged, best_values(judged, n)) for n in sizes}
+        found["best_of"] = {str(n): _mean(judged, _best_values(judged, n)) for n in sizes}
     drawings = [row for row in rows if row.read_back is not None]
     if drawings:
         found["agreement"] = _agreement(drawings)
-    forms = form_rows(rows)
+    forms = _form_rows(rows)
     if forms:
         found |= _answers(forms, samples)
     return found
@@ -246,7 +246,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
     most = min(_both(before, after))
     if most > 1:
         found["pass_at_k"] = {
-            str(k): _paired(one, pass_values(one, k), pass_values(two, k)) for k in PASS_AT if k <= most
+            str(k): _paired(one, _pass_values(one, k), _pass_values(two, k)) for k in PASS_AT if k <= most
         }
         spreads = [group_spread([row.successes for row in side]) for side in (one, two)]
         found["groups"] = {"std": spreads[1].std - spreads[0].std, "signal": spreads[1].signal - spreads[0].signal}
@@ -254,17 +254,17 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
     if judged and most >= BASELINE_BEST_OF:
         one, two = [b for b, _ in judged], [a for _, a in judged]
         found["against_best_of"] = {
-            str(BASELINE_BEST_OF): _paired(one, best_values(one, BASELINE_BEST_OF), pass_values(two, 1))
+            str(BASELINE_BEST_OF): _paired(one, _best_values(one, BASELINE_BEST_OF), _pass_values(two, 1))
         }
         if all(_has_judge(row) for row in two):
             sizes = [n for n in BEST_OF if n <= most]
-            found["best_of"] = {str(n): _paired(one, best_values(one, n), best_values(two, n)) for n in sizes}
+            found["best_of"] = {str(n): _paired(one, _best_values(one, n), _best_values(two, n)) for n in sizes}
     forms = {
-        name: (rows, form_rows(after)[name]) for name, rows in form_rows(before).items() if name in form_rows(after)
+        name: (rows, _form_rows(after)[name]) for name, rows in _form_rows(before).items() if name in _form_rows(after)
     }
     if forms:
         sides = [{name: both[side] for name, both in forms.items()} for side in (0, 1)]
-        balanced = balanced_interval(sides[1], samples, minus=sides[0])
+        balanced = _balanced_interval(sides[1], samples, minus=sides[0])
         if balanced is not None:
             found["balanced"] = balanced.as_dict()
         given = [{name: _given_answers(rows, samples) for name, rows in side.items()} for side in sides]
@@ -276,17 +276,17 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
     return found
 
 
-def pass_values(rows: Sequence[Row], k: int) -> list[float]:
+def _pass_values(rows: Sequence[Row], k: int) -> list[float]:
     """pass@k of each prompt."""
     return [pass_at_k(len(row.successes), round(sum(row.successes)), k) for row in rows]
 
 
-def best_values(rows: Sequence[Row], n: int) -> list[float]:
+def _best_values(rows: Sequence[Row], n: int) -> list[float]:
     """Best of ``n`` by the judge, of each prompt; all of them must be judged."""
     return [best_of_n([score for score in row.judged if score is not None], row.successes, n) for row in rows]
 
 
-def form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The questions of each form, those with a right text and an answer."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -295,7 +295,7 @@ def form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def balanced_interval(
+def _balanced_interval(
     forms: Mapping[str, Sequence[Row]], samples: int, minus: Mapping[str, Sequence[Row]] | None = None
 ) -> Interval | None:
     """Mean over forms of the balanced accuracy, clusters resampled; None where no form has 2 to ``FEW_ANSWERS`` right
@@ -341,7 +341,7 @@ def balanced_interval(
 
 def _answers(forms: Mapping[str, Sequence[Row]], samples: int) -> Measures:
     found: Measures = {}
-    balanced = balanced_interval(forms, samples)
+    balanced = _balanced_interval(forms, samples)
     if balanced is not None:
         found["balanced"] = balanced.as_dict()
     found["forms"] = {}

@@ -68,7 +68,7 @@ def audit_rewards(record: RecordedRun) -> RewardAudit:
     for task in [*(t for t in TASKS if t in groups.task), *sorted(set(groups.task) - set(TASKS))]:
         base = None if controls is None else controls.select(controls.task == task)
         own = groups.select(groups.task == task)
-        tasks[str(task)] = audit_task(own, base, windows, record.settings, record.verifiers)
+        tasks[str(task)] = _audit_task(own, base, windows, record.settings, record.verifiers)
     steps = np.unique(groups.step)
     return RewardAudit(
         formula=record.settings.kind,
@@ -81,7 +81,7 @@ def audit_rewards(record: RecordedRun) -> RewardAudit:
     )
 
 
-def audit_task(
+def _audit_task(
     groups: Groups,
     controls: Groups | None,
     windows: Sequence[Window],
@@ -90,8 +90,8 @@ def audit_task(
 ) -> GroupAudit:
     """The audit of one task, to which all groups belong."""
     names, *_, weights = groups.trained_rewards()
-    shares, rest, with_signal, share_series = advantage_shares(groups, settings)
-    others = dict(zip(names, other_formula_shares(groups, settings), strict=True))
+    shares, rest, with_signal, share_series = _advantage_shares(groups, settings)
+    others = dict(zip(names, _other_formula_shares(groups, settings), strict=True))
     weight_shares = (weights**2 / (weights**2).sum(dim=1, keepdim=True)).nanmean(dim=0)
     configured = dict(zip(names, weight_shares.tolist(), strict=True))
     scorers, base = groups.scorers(), {} if controls is None else controls.scorers()
@@ -100,7 +100,7 @@ def audit_task(
         ScorerAudit(
             name=name,
             weight=weight_of.get(name),
-            mean=mean_change(groups, values, windows, controls, base.get(name)),
+            mean=_mean_change(groups, values, windows, controls, base.get(name)),
             share=shares.get(name),
             configured_share=configured.get(name),
             other_share=others.get(name),
@@ -130,13 +130,13 @@ def audit_task(
         rest=rest,
         scorers=tuple(audits),
         validity=validity,
-        drift={name: mean_change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
+        drift={name: _mean_change(groups, v, windows, controls, base_drift.get(name)) for name, v in drift.items()},
         series=series,
         control_series=control_series,
     )
 
 
-def advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
+def _advantage_shares(groups: Groups, settings: AdvantageSettings) -> tuple[dict[str, float], float, float, Series]:
     """Variance shares of the advantages by reward, the remainder, the share of groups with signal, and curves."""
     names, scores, mask, weights = groups.trained_rewards()
     if settings.kind == "win_rate":
@@ -173,7 +173,7 @@ def win_rates(
     return rates, mask & rates.isfinite()
 
 
-def other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
+def _other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[float]:
     """Variance shares of the trained rewards under the other advantage formula, on the same scores."""
     names, scores, mask, weights = groups.trained_rewards()
     floor = settings.std_floor
@@ -193,7 +193,7 @@ def other_formula_shares(groups: Groups, settings: AdvantageSettings) -> list[fl
     return variance_shares(parts, advantages, _members(mask, not settings.per_reward)).pooled().tolist()
 
 
-def mean_change(
+def _mean_change(
     groups: Groups, values: Array, windows: Sequence[Window], controls: Groups | None, base: Array | None
 ) -> Change:
     """Mean of a scorer or trait in the first and in the last window, with groups as units."""

@@ -51,12 +51,12 @@ def rank_rewards(
             title, grades = name if applies.all() else f"{name}, {SUCCESS}", np.where(applies, own, grades)
             break
     return tuple(
-        rank_reward(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
+        _rank_reward(name, scores, scorers[SUCCESS], grades, title, category, step, windows, clusters)
         for name, scores in rewards.items()
     )
 
 
-def rank_reward(
+def _rank_reward(
     name: str,
     scores: Array,
     success: Array,
@@ -75,19 +75,19 @@ def rank_reward(
     units = np.arange(len(scores)) if clusters is None else np.unique(np.array(clusters), return_inverse=True)[1]
 
     def ranking(rows: NDArray[np.bool_]) -> Ranking:
-        differ = varying_groups(scores[rows], grades[rows])
+        differ = _varying_groups(scores[rows], grades[rows])
         return Ranking(
             _mean(rank[rows], units[rows], lowest=-1.0),
             _mean(auc[rows], units[rows], lowest=0.0),
             silent=int((~differ[0] & differ[1]).sum()),
-            alike=int((~differ[1] & both_scored(scores[rows], grades[rows]).any(axis=1)).sum()),
+            alike=int((~differ[1] & _both_scored(scores[rows], grades[rows]).any(axis=1)).sum()),
         )
 
     along = None
     if step is not None and len(windows) > 1:
         first, last = ((step >= w.first) & (step <= w.last) for w in (windows[0], windows[-1]))
         along = RankingChange(ranking(first), ranking(last), *(_change(x[first], x[last]) for x in (rank, auc)))
-    both = both_scored(scores, success)
+    both = _both_scored(scores, success)
     return RewardRanking(
         name=name,
         verifier=verifier,
@@ -109,7 +109,7 @@ def rank_correlations(one: Array, other: Array) -> NDArray[np.float64]:
 def group_auc(scores: Array, success: Array) -> NDArray[np.float64]:
     """(N, G) twice to (N,): the share of the pairs of a right and a wrong member in which the right one scores higher,
     a tie one half (the area under the curve, Mann and Whitney's U). nan where there is no such pair."""
-    both = both_scored(scores, success)
+    both = _both_scored(scores, success)
     ranks = _ranks(scores, success)[0]
     right, wrong = both & (success > 0.5), both & (success <= 0.5)
     n, m = right.sum(axis=1), wrong.sum(axis=1)
@@ -117,13 +117,13 @@ def group_auc(scores: Array, success: Array) -> NDArray[np.float64]:
     return np.where(n * m > 0, above / np.maximum(n * m, 1), np.nan)
 
 
-def varying_groups(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _varying_groups(one: Array, other: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(N,) for each: whether members that have both differ in it."""
     a, b = ((_centered(ranks) != 0).any(axis=1) for ranks in _ranks(one, other))
     return a, b
 
 
-def both_scored(one: Array, other: Array) -> NDArray[np.bool_]:
+def _both_scored(one: Array, other: Array) -> NDArray[np.bool_]:
     """(N, G): which members have both."""
     return np.isfinite(one) & np.isfinite(other)
 
@@ -133,7 +133,7 @@ def both_scored(one: Array, other: Array) -> NDArray[np.bool_]:
 
 def _ranks(one: Array, other: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ranks from 1 inside each group over the members that have both, nan for the others."""
-    both = both_scored(one, other)
+    both = _both_scored(one, other)
     if not both.size:
         return np.full(one.shape, np.nan), np.full(other.shape, np.nan)
     a, b = (scipy.stats.rankdata(np.where(both, x, np.nan), axis=1, nan_policy="omit") for x in (one, other))

@@ -154,7 +154,7 @@ def find_benchmarks(
         if name == "scenes":
             found += [resolve("benchmark", each, BENCHMARKS) for each in BENCHMARKS]
         elif name.endswith(".jsonl"):
-            found += file_benchmarks(Path(name), scorer, side, root)
+            found += _file_benchmarks(Path(name), scorer, side, root)
         else:
             benchmark = resolve("benchmark", name, {**BENCHMARKS, **PUBLISHED, "scenes": ""})
             if isinstance(benchmark, PublishedBenchmark):
@@ -185,7 +185,7 @@ def at_guidance(benchmarks: Sequence[Benchmark], scales: Sequence[float], num_st
     return found
 
 
-def file_benchmarks(
+def _file_benchmarks(
     path: Path, scorer: HeldOutScorer = SUCCESS_ONLY, side: int | None = None, root: Path | None = None
 ) -> list[Benchmark]:
     """``prompt_benchmarks`` of the rows of a JSONL file, sampled greedily."""
@@ -268,13 +268,13 @@ def evaluate(
     for benchmark in benchmarks:
         prompts = prompts_of[benchmark.name]
         progress(benchmark.name, len(prompts))
-        items, settings = benchmark_items(policy, benchmark, prompts, seed, sampling, options, keep is not None)
-        scored[benchmark.name] = benchmark_record(policy, benchmark, items, settings, options)
+        items, settings = _benchmark_items(policy, benchmark, prompts, seed, sampling, options, keep is not None)
+        scored[benchmark.name] = _benchmark_record(policy, benchmark, items, settings, options)
         kept[benchmark.name] = [] if keep is None else keep(benchmark.name, [item.group for item in items])
     return Evaluation(scored, kept, time.perf_counter() - started)
 
 
-def benchmark_items(
+def _benchmark_items(
     policy: Policy,
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
@@ -292,9 +292,9 @@ def benchmark_items(
     tasks: tuple[TaskKind, ...] = tuple(dict.fromkeys(prompt.task for prompt in prompts))
     base = {task: default_sampling(policy, task) if benchmark.own_sampling else sampling for task in tasks}
     settings: dict[TaskKind, Sampling] = {task: benchmark.sampling(base[task], task, options.tuned) for task in tasks}
-    counts = sample_counts(benchmark, prompts, settings, options)
+    counts = _sample_counts(benchmark, prompts, settings, options)
     store, own = options.store, identity(policy, benchmark, seed, settings, options)
-    folder = None if store is None else open_folder(store, benchmark.name, own)
+    folder = None if store is None else _open_folder(store, benchmark.name, own)
     divided = folder is not None and world_size() > 1
     at_once = CHUNK if folder is None else STORED_CHUNK
     # a few prompts at a time: all samples of large pictures do not fit into memory
@@ -314,18 +314,18 @@ def benchmark_items(
     with relay_errors() if divided else nullcontext():
         for task, count, batch in split_between_ranks(batches) if divided else batches:
             rows = [prompts[i] for i in batch]
-            items = scored_items(policy, benchmark, rows, settings[task], seed, count, options)
+            items = _scored_items(policy, benchmark, rows, settings[task], seed, count, options)
             if folder is not None:
                 folder.write(items)
             found |= zip(batch, items if with_pictures else [i.without_pictures() for i in items], strict=True)
     if store is not None and divided:
-        folder = open_folder(store, benchmark.name, own)
+        folder = _open_folder(store, benchmark.name, own)
         read = {i: folder.read(prompt, counts[i], failed=True) for i, prompt in enumerate(prompts)}
         found = {i: item for i, item in read.items() if item is not None}
     return [found[i] for i in range(len(prompts))], settings
 
 
-def open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> ItemFolder:
+def _open_folder(store: ItemStore, name: str, settings: Mapping[str, Any]) -> ItemFolder:
     """The folder of a benchmark; of several processes rank 0 opens it, and each gets a part of it to write.
 
     Any: JSON values.
@@ -356,7 +356,7 @@ def default_sampling(policy: Policy, task: TaskKind) -> Sampling:
     return replace(policy.default_sampling(task), group_size=1, temperature=0.0)
 
 
-def scored_items(
+def _scored_items(
     policy: Policy,
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
@@ -392,7 +392,7 @@ def scored_items(
     ]
 
 
-def benchmark_record(
+def _benchmark_record(
     policy: Policy,
     benchmark: Benchmark,
     items: Sequence[Item],
@@ -435,7 +435,7 @@ def benchmark_record(
     )
 
 
-def sample_counts(
+def _sample_counts(
     benchmark: Benchmark, prompts: Sequence[Prompt], settings: Mapping[TaskKind, Sampling], options: EvaluationOptions
 ) -> list[int]:
     """Samples per prompt: more for the first ``options.sampled_prompts`` whose sampling is random."""

@@ -69,7 +69,7 @@ class PromptSet:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON: each text once, and its index per prompt."""
-        texts: dict[str, Any] = {"n": len(self.categories), "held_out": pack_bits(self.held_out)}
+        texts: dict[str, Any] = {"n": len(self.categories), "held_out": _pack_bits(self.held_out)}
         for name in ("categories", "forms", "right"):
             values = [str(value or "") for value in getattr(self, name)]  # three fields, by name
             known = list(dict.fromkeys(values))
@@ -82,7 +82,7 @@ class PromptSet:
         texts = {
             name: tuple(raw[name]["values"][i] for i in raw[name]["index"]) for name in ("categories", "forms", "right")
         }
-        held_out = tuple(value > 0 for value in unpack_bits(raw["held_out"], raw["n"]))
+        held_out = tuple(value > 0 for value in _unpack_bits(raw["held_out"], raw["n"]))
         right = tuple(value or None for value in texts["right"])
         return cls(texts["categories"], tuple(raw["clusters"]), held_out, texts["forms"], right)
 
@@ -112,11 +112,11 @@ class Outcome:
         return {
             "prompts": self.prompts,
             "n": int(self.first.size),
-            "first": pack_bits(self.first > 0),
+            "first": _pack_bits(self.first > 0),
             "samples": self.samples,
-            "many": pack_bits(np.isfinite(self.counts)) if many.size else "",
+            "many": _pack_bits(np.isfinite(self.counts)) if many.size else "",
             "counts": "".join(_DIGITS[round(float(value))] for value in self.counts[many]),
-            "best_of": {str(n): pack_shares(values[many]) for n, values in self.best_of.items()},
+            "best_of": {str(n): _pack_shares(values[many]) for n, values in self.best_of.items()},
             "answers": {form: dict(given) for form, given in self.answers.items()},
             "settings": dict(self.settings),
         }
@@ -125,7 +125,7 @@ class Outcome:
     def from_dict(cls, raw: Mapping[str, Any]) -> Outcome:
         """The inverse of ``as_dict``."""
         n = raw["n"]
-        many = unpack_bits(raw["many"], n) > 0 if raw["many"] else np.zeros(n, dtype=bool)
+        many = _unpack_bits(raw["many"], n) > 0 if raw["many"] else np.zeros(n, dtype=bool)
 
         def spread(values: Sequence[float] | Floats) -> Floats:
             out = np.full(n, np.nan)
@@ -133,8 +133,8 @@ class Outcome:
             return out
 
         counts = spread([_DIGITS.index(digit) for digit in raw["counts"]])
-        best = {int(size): spread(unpack_shares(text)) for size, text in raw["best_of"].items()}
-        first = unpack_bits(raw["first"], n)
+        best = {int(size): spread(_unpack_shares(text)) for size, text in raw["best_of"].items()}
+        first = _unpack_bits(raw["first"], n)
         return cls(raw["prompts"], first, raw["samples"], counts, best, raw["answers"], raw["settings"])
 
 
@@ -210,23 +210,23 @@ def prompts_file(folder: Path, fingerprint: str) -> Path:
     return folder / PROMPTS / f"{fingerprint}.json"
 
 
-def pack_bits(values: Sequence[Any] | Floats | np.ndarray) -> str:
+def _pack_bits(values: Sequence[Any] | Floats | np.ndarray) -> str:
     """True or false, four to a hexadecimal digit."""
     return np.packbits(np.asarray(values, dtype=bool)).tobytes().hex()
 
 
-def unpack_bits(text: str, n: int) -> Floats:
+def _unpack_bits(text: str, n: int) -> Floats:
     """1 or 0, (n,)."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=n).astype(np.float64)
 
 
-def pack_shares(values: Floats) -> str:
+def _pack_shares(values: Floats) -> str:
     """Numbers in [0, 1] to the nearest 255th, two hexadecimal digits each."""
     return np.round(np.asarray(values) * 255).astype(np.uint8).tobytes().hex()
 
 
-def unpack_shares(text: str) -> Floats:
-    """The inverse of ``pack_shares``, up to 1/510."""
+def _unpack_shares(text: str) -> Floats:
+    """The inverse of ``_pack_shares``, up to 1/510."""
     return np.frombuffer(bytes.fromhex(text), dtype=np.uint8) / 255.0
 
 

@@ -65,7 +65,7 @@ def picture_grid(
     return canvas
 
 
-def to_image(picture: torch.Tensor | np.ndarray | Image.Image) -> Image.Image:
+def _to_image(picture: torch.Tensor | np.ndarray | Image.Image) -> Image.Image:
     """An RGB picture from a tensor or an array."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
@@ -88,7 +88,7 @@ def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple
     if tile.picture is None:
         draw.rectangle((*inner, inner[0] + size - 1, inner[1] + size - 1), fill=EMPTY_COLOR)
         return
-    image = to_image(tile.picture)
+    image = _to_image(tile.picture)
     canvas.paste(_fitted(image, size), inner)
 
 

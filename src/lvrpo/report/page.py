@@ -71,7 +71,7 @@ def render(run: RunRecord) -> str:
         "run": run,
         "style": markupsafe.Markup((HERE / "style.css").read_text(encoding="utf-8")),
         "verdict": verdict(run),
-        "facts": run_facts(run),
+        "facts": _run_facts(run),
         "command": _command(run.manifest),
         "scores": score_table(run.summary) if run.summary and (run.summary.before or run.summary.after) else None,
         "measures": measure_tables(summary_phases(raw), raw.get("difference"), full=True),
@@ -82,7 +82,7 @@ def render(run: RunRecord) -> str:
         "gradients": gradient_audit(run.metrics),
         "validation_charts": validation_charts(run.metrics),
         "validation_names": [label(key.removeprefix("validation/")) for key in validation_keys],
-        "validation_rows": validation_history(run, validation_keys),
+        "validation_rows": _validation_history(run, validation_keys),
         "validation_summary": raw.get("validation"),
         "judge": raw.get("judge"),
         "audit": audit,
@@ -100,7 +100,7 @@ def not_well(health: object) -> list[str]:
     return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
-def validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
+def _validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
     ran = [row for row in run.metrics.rows if any(k.startswith("validation/") for k in row)]
     return [
         ValidationRow(
@@ -110,7 +110,7 @@ def validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:
     ]
 
 
-def run_facts(run: RunRecord) -> list[tuple[str, str]]:
+def _run_facts(run: RunRecord) -> list[tuple[str, str]]:
     """(term, value) pairs for the head of the page, as far as they were recorded."""
     raw = run.summary.raw if run.summary else {}
     last = run.metrics.rows[-1] if run.metrics.rows else {}

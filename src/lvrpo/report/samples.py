@@ -33,7 +33,7 @@ class Frame:
 
     @property
     def right(self) -> bool | None:
-        return is_right(self.sample)
+        return _is_right(self.sample)
 
     @property
     def reward(self) -> float | None:
@@ -87,7 +87,7 @@ class SampleSections:
     """The number of prompts that have a score before and after."""
 
 
-def is_right(sample: Sample | None) -> bool | None:
+def _is_right(sample: Sample | None) -> bool | None:
     return None if sample is None or sample.score is None else sample.score >= RIGHT
 
 
@@ -99,10 +99,10 @@ def sample_sections(run: RunRecord, store: PictureStore) -> SampleSections:
     even = _round_robin([views[i] for i in ids])
     both = [i for i in ids if _score(before.get(i)) is not None and _score(after.get(i)) is not None]
     regressed = sorted(
-        (i for i in both if is_right(before[i]) and not is_right(after[i])), key=lambda i: _score(after[i]) or 0.0
+        (i for i in both if _is_right(before[i]) and not _is_right(after[i])), key=lambda i: _score(after[i]) or 0.0
     )
     wrong = sorted(
-        (i for i in both if not is_right(before[i]) and not is_right(after[i])),
+        (i for i in both if not _is_right(before[i]) and not _is_right(after[i])),
         key=lambda i: (_score(after[i]) or 0.0, (_score(after[i]) or 0.0) - (_score(before[i]) or 0.0)),
     )
     return SampleSections(

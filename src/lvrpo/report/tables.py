@@ -57,7 +57,7 @@ def measure_tables(
     """
     known = {phase: _readable(results) for phase, results in phases.items()}
     change = _readable(difference)
-    tables = (samples_table(known, change, full), answers_table(known, change), agreement_table(known))
+    tables = (_samples_table(known, change, full), _answers_table(known, change), _agreement_table(known))
     return [_without_empty_columns(table) for table in tables if table.rows]
 
 
@@ -70,7 +70,7 @@ def summary_phases(summary: Mapping[str, Any]) -> dict[str, Results]:
     return phases
 
 
-def samples_table(phases: Mapping[str, Results], difference: Results, full: bool = False) -> TextTable:
+def _samples_table(phases: Mapping[str, Results], difference: Results, full: bool = False) -> TextTable:
     """Single sample, pass@k, best of n by the model's own reader, spread inside groups."""
     passes, bests = (_keys(phases, name) for name in ("pass_at_k", "best_of"))
     bests = [n for n in bests if full or n == BEST_OF or BEST_OF not in bests]
@@ -101,7 +101,7 @@ def samples_table(phases: Mapping[str, Results], difference: Results, full: bool
     return TextTable("Samples of one prompt", ("benchmark", "", *heads), tuple(rows), note)
 
 
-def answers_table(phases: Mapping[str, Results], difference: Results) -> TextTable:
+def _answers_table(phases: Mapping[str, Results], difference: Results) -> TextTable:
     """Balanced accuracy and entropy of the answers, per form of question."""
     heads = [f"{what} {phase}".strip() for what in ("balanced accuracy", "entropy") for phase in phases]
     rows = []
@@ -128,7 +128,7 @@ def answers_table(phases: Mapping[str, Results], difference: Results) -> TextTab
     return TextTable("Answers by form of question", ("form", *heads, "of right ones", "change"), tuple(rows), note)
 
 
-def agreement_table(phases: Mapping[str, Results]) -> TextTable:
+def _agreement_table(phases: Mapping[str, Results]) -> TextTable:
     """How a model reads its own drawings."""
     rows = []
     for benchmark in _benchmarks(phases, "agreement"):

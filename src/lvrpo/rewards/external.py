@@ -56,7 +56,7 @@ class SiglipTower:
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = check_tower(folder)
+        path = _check_tower(folder)
         self.device = torch.device(find_device(device))
         self.model = load_pretrained(path, "AutoModel").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
@@ -103,7 +103,7 @@ class ExternalVLM:
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         """Raises InputError for a folder that holds none, and without the package."""
-        path = check_reader(folder)
+        path = _check_reader(folder)
         self.device = torch.device(find_device(device))
         self.model = load_pretrained(path, "AutoModelForImageTextToText").to(self.device)
         self.processor = load_pretrained(path, "AutoProcessor")
@@ -184,7 +184,7 @@ class ExternalVLM:
         return inputs, len(answer)
 
 
-def check_tower(folder: str) -> Path:
+def _check_tower(folder: str) -> Path:
     """The folder of a SigLIP; raises InputError, without reading weights, where it is none."""
     path = _folder(folder)
     kind = _config(path).get("model_type")
@@ -194,7 +194,7 @@ def check_tower(folder: str) -> Path:
     return path
 
 
-def check_reader(folder: str) -> Path:
+def _check_reader(folder: str) -> Path:
     """The folder of a model that reads pictures and writes; raises InputError, without reading weights, otherwise."""
     path = _folder(folder)
     kind = _config(path).get("model_type")
@@ -227,9 +227,9 @@ def _own_or(check: Callable[[str], Path]) -> AfterValidator:
     return AfterValidator(valid)
 
 
-TowerSource = Annotated[str, _own_or(check_tower)]
+TowerSource = Annotated[str, _own_or(_check_tower)]
 """``OWN``, or a local folder of a SigLIP."""
-ReaderSource = Annotated[str, _own_or(check_reader)]
+ReaderSource = Annotated[str, _own_or(_check_reader)]
 """``OWN``, or a local folder of a model that reads pictures and writes."""
 
 

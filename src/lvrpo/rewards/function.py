@@ -62,7 +62,7 @@ def reward(
         raise InputError(f"reward(tasks={tasks!r}): must be of {', '.join(TASKS)}")
 
     def decorate(function: Function) -> Builder:
-        handed = parameter_names(function)
+        handed = _parameter_names(function)
         needs: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in handed)
         judges: tuple[OutputKind, ...] = tuple(kind for kind in OUTPUTS if kind in (outputs or needs or OUTPUTS))
         signature = inspect.signature(function)
@@ -79,7 +79,7 @@ def reward(
     return decorate if function is None else decorate(function)
 
 
-def parameter_names(function: Function) -> tuple[str, ...]:
+def _parameter_names(function: Function) -> tuple[str, ...]:
     """Parameters of a function that are filled in; ("trajectory",) if its first parameter has another name.
 
     Raises InputError for a function that takes nothing.
@@ -114,7 +114,7 @@ class FunctionReward:
     ) -> None:
         self.function, self.options, self.judges, self.tasks, self.needs = function, options, judges, tasks, needs
         parameters = inspect.signature(function).parameters
-        self.handed = [name for name in parameter_names(function) if name in parameters]
+        self.handed = [name for name in _parameter_names(function) if name in parameters]
 
     def applies(self, prompt: Prompt) -> bool:
         made = prompt.output

@@ -276,9 +276,9 @@ def keep_confirmed(cases: Sequence[tuple[Image, Questions]], confirm: Confirm, s
     were such facts and none is left, or the reader gave no number for one, the reason stands instead. All sources are
     asked about at once.
     """
-    asked = [(source, fact) for source, facts in cases for fact in unchanged_facts(facts)]
+    asked = [(source, fact) for source, facts in cases for fact in _unchanged_facts(facts)]
     answers = iter(confirm(asked) if asked else ())
-    return [_seen(facts, [next(answers) for _ in unchanged_facts(facts)], sure) for _, facts in cases]
+    return [_seen(facts, [next(answers) for _ in _unchanged_facts(facts)], sure) for _, facts in cases]
 
 
 def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Questions:
@@ -289,12 +289,12 @@ def _seen(facts: Questions, given: Sequence[float | NoAnswer], sure: float) -> Q
         return NoAnswer(f"of the source: {problem.reason}")
     seen = iter([isinstance(answer, float) and answer >= sure for answer in given])
     kept = tuple(fact for fact in facts if fact.kind != UNCHANGED or next(seen))
-    if given and not unchanged_facts(kept):
+    if given and not _unchanged_facts(kept):
         return NoAnswer(f"of {len(given)} questions about what should stay the judge is sure of none")
     return kept
 
 
-def unchanged_facts(facts: Questions) -> list[Fact]:
+def _unchanged_facts(facts: Questions) -> list[Fact]:
     """The facts about what an edit must leave unchanged."""
     return [] if isinstance(facts, NoAnswer) else [fact for fact in facts if fact.kind == UNCHANGED]
 

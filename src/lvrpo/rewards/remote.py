@@ -139,12 +139,12 @@ def portable(group: Group) -> Group:
             of = replace(of, means=None, **{name: t.new_zeros(0, *t.shape[1:]) for name, t in states.items()})
         return replace(of, **{field.name: own(getattr(of, field.name)) for field in fields(of)})
 
-    prompt = portable_prompt(group.prompt)
+    prompt = _portable_prompt(group.prompt)
     members = [replace(t, prompt=prompt, segments=tuple(map(segment, t.segments))) for t in group.trajectories]
     return Group(prompt, tuple(members))
 
 
-def portable_prompt(prompt: Prompt) -> Prompt:
+def _portable_prompt(prompt: Prompt) -> Prompt:
     """A copy of a prompt with copies of its pictures."""
     parts = tuple(part if isinstance(part, str) else part.detach().cpu().clone() for part in prompt.parts)
     return replace(prompt, parts=parts, edited=None if prompt.edited is None else prompt.edited.cpu().clone())
@@ -204,7 +204,7 @@ class RemoteReward:
 
     def prefetch_applies(self, prompts: Sequence[Prompt]) -> None:
         """Asks about all prompts of a step at once, for a call waits behind those of other processes."""
-        reply = self._call_actor("applies", [portable_prompt(prompt) for prompt in prompts])
+        reply = self._call_actor("applies", [_portable_prompt(prompt) for prompt in prompts])
         self._applies_to = {id(prompt): (prompt, own) for prompt, own in zip(prompts, reply, strict=True)}
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:

@@ -254,7 +254,7 @@ def checked_scores(
     """The scores of one reward, with every cell that is no number among the failures, and the noise in them."""
     P, G, title = len(groups), len(groups[0]), source.config.title
     try:
-        with preserve_global_state():
+        with _preserve_global_state():
             result = source.reward.score(copy.deepcopy(groups) if source.foreign else groups, judge)
         values = torch.as_tensor(result.values, dtype=torch.float32).detach().cpu()
         failures, noise = dict(result.failures), result.noise
@@ -280,7 +280,7 @@ def checked_scores(
 
 
 @contextmanager
-def preserve_global_state() -> Iterator[None]:
+def _preserve_global_state() -> Iterator[None]:
     """Puts back what code can change for the whole process: generators, gradients on or off, dtype, threads."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -81,7 +81,7 @@ class OCR(Config):
 
     def text_similarity(self, asked: str, read: str) -> float:
         """The score of a text that was read."""
-        one, two = (plain_text(text, self.case) for text in (asked, read))
+        one, two = (_plain_text(text, self.case) for text in (asked, read))
         if self.compare == "exact":
             return float(one == two)
         return 1 - edit_distance(one, two) / max(len(one), len(two), 1)
@@ -120,10 +120,10 @@ def asked_text(prompt: Prompt) -> str | None:
     """The text that a picture is to show; None where the prompt asks for none."""
     facts = [fact.answer for fact in prompt.facts if fact.kind == "text"]
     quoted = facts or [next(filter(None, groups)) for groups in _QUOTED.findall(text_of(prompt))]
-    return plain_text(" ".join(quoted), case=True) or None
+    return _plain_text(" ".join(quoted), case=True) or None
 
 
-def plain_text(text: str, case: bool) -> str:
+def _plain_text(text: str, case: bool) -> str:
     """Text with normalized spacing and letter width, in lower case unless ``case``."""
     text = " ".join(unicodedata.normalize("NFKC", text).split())
     return text if case else text.casefold()

@@ -31,7 +31,7 @@ def last_text(trajectory: Trajectory) -> TextSegment | None:
     return next((s for s in reversed(trajectory.segments) if isinstance(s, TextSegment)), None)
 
 
-def is_truncated(trajectory: Trajectory) -> bool:
+def _is_truncated(trajectory: Trajectory) -> bool:
     """Whether the last text of a trajectory met the length limit."""
     segment = last_text(trajectory)
     return segment is not None and not segment.ended
@@ -90,12 +90,12 @@ class ExactAnswer(Config):
 
     def score(self, groups: Sequence[Group], judge: Judge) -> Scores:
         masked = self.cut_off == "mask"
-        return score_each(groups, lambda t: TRUNCATED if masked and is_truncated(t) else float(is_right_answer(t)))
+        return score_each(groups, lambda t: TRUNCATED if masked and _is_truncated(t) else float(is_right_answer(t)))
 
 
 def is_right_answer(trajectory: Trajectory) -> bool:
     """Whether the text is the prompt's answer, and ended."""
-    return not is_truncated(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
+    return not _is_truncated(trajectory) and answers_match(trajectory.text or "", trajectory.prompt.answer or "")
 
 
 def answers_match(given: str, right: str) -> bool:
@@ -322,14 +322,14 @@ def last_boxed(text: str) -> str | None:
 
 def same_formula(given: str, right: str) -> bool:
     """Whether two formulas are the same number, or the same but for spacing."""
-    one, two = plain_formula(given), plain_formula(right)
+    one, two = _plain_formula(given), _plain_formula(right)
     if one == two:
         return bool(one)
     numbers = [_number(formula) for formula in (one, two)]
     return numbers[0] is not None and numbers[0] == numbers[1]
 
 
-def plain_formula(formula: str) -> str:
+def _plain_formula(formula: str) -> str:
     """Without spacing, sizes and text marks; fractions with a slash."""
     for pattern, plain in _PLAIN:
         formula = re.sub(pattern, plain, formula)

@@ -28,10 +28,10 @@ class Reasoning:
 
 def _in_split(layout: Layout, draw: Callable[[], tuple[int | str, ...]]) -> tuple[int | str, ...]:
     """The first operands of the layout's split: a sum or a comparison is of one split, drawn or asked of a picture."""
-    return next(found for found in iter(draw, None) if text_split(content_of(found)) == layout.split)
+    return next(found for found in iter(draw, None) if text_split(_content_of(found)) == layout.split)
 
 
-def content_of(operands: tuple[int | str, ...]) -> str:
+def _content_of(operands: tuple[int | str, ...]) -> str:
     """The same for every order of addends, and for the larger and the smaller of two digits."""
     name, *values = operands
     return f"{name} {' '.join(map(str, values if name == 'more' else sorted(values)))}"
@@ -59,7 +59,7 @@ def _sum(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     values = _addends(layout)
     scene = layout.retry(lambda: layout.digits(values), lambda s: s)
     question = sum_of(scene)
-    return Reasoning(scene, question.text, question.answer, content=content_of(("sum", *values)))
+    return Reasoning(scene, question.text, question.answer, content=_content_of(("sum", *values)))
 
 
 def _compare(layout: Layout, wanted: QuestionChoice) -> Reasoning:
@@ -68,7 +68,7 @@ def _compare(layout: Layout, wanted: QuestionChoice) -> Reasoning:
     values = _pair(layout)
     scene = layout.retry(lambda: layout.digits(values), lambda s: s)
     question = smaller(scene) if wanted.form % 4 else larger(scene)
-    return Reasoning(scene, question.text, question.answer, content=content_of(("order", *values)))
+    return Reasoning(scene, question.text, question.answer, content=_content_of(("order", *values)))
 
 
 def _more(layout: Layout, yes: bool) -> Reasoning:
@@ -89,7 +89,7 @@ def _more(layout: Layout, yes: bool) -> Reasoning:
 
     scene = layout.retry(build, lambda s: s)
     question = more(scene, a, b) if yes else more(scene, b, a)
-    return Reasoning(scene, question.text, question.answer, content=content_of(operands))
+    return Reasoning(scene, question.text, question.answer, content=_content_of(operands))
 
 
 def drawn_digit(layout: Layout, value: str) -> Scene:
@@ -106,7 +106,7 @@ def _draw_answer(layout: Layout, wanted: QuestionChoice) -> Reasoning:
         which, chosen = ("smaller", min(values)) if wanted.form % 4 == 1 else ("larger", max(values))
         text, answer = f"draw the {which} of {values[0]} and {values[1]}", str(chosen)
     said = facts.caption_facts(Caption((Mention(answer),)))
-    return Reasoning(None, text, answer, drawn_digit(layout, answer), said, content_of((name, *values)))
+    return Reasoning(None, text, answer, drawn_digit(layout, answer), said, _content_of((name, *values)))
 
 
 _REASON = {"sum": _sum, "compare": _compare, "draw_answer": _draw_answer}

@@ -200,14 +200,14 @@ class Verifier:
 
 
 @cache
-def default_verifier() -> Verifier:
+def _default_verifier() -> Verifier:
     """The verifier with all handwritten samples as templates."""
     return Verifier()
 
 
 def read(images: Sequence[Image] | torch.Tensor) -> list[Reading]:
     """Reads pictures (B, 3, H, W), or a list of them, with the default verifier."""
-    return default_verifier().read(images)
+    return _default_verifier().read(images)
 
 
 def _matches(reading: Reading, check: Mapping[str, Any]) -> list[SeenObject]:
@@ -226,7 +226,7 @@ def _on_edge(o: SeenObject, edge: str, grid: tuple[int, int]) -> bool:
     return {"left": o.col == 0, "right": o.col == grid[1] - 1, "top": o.row == 0, "bottom": o.row == grid[0] - 1}[edge]
 
 
-def relation_holds(a: SeenObject, b: SeenObject, relation: str) -> bool:
+def _relation_holds(a: SeenObject, b: SeenObject, relation: str) -> bool:
     """Whether ``a`` is left (right, above, below) of ``b``, by cells."""
     return {"left": a.col < b.col, "right": a.col > b.col, "above": a.row < b.row, "below": a.row > b.row}[relation]
 
@@ -251,7 +251,7 @@ def holds(check: Mapping[str, Any], reading: Reading) -> bool:
         return bool(same) and all(o.color == check["color"] for o in same)
     if kind == "relation":
         first, second = _matches(reading, check["a"]), _matches(reading, check["b"])
-        return any(relation_holds(a, b, check["relation"]) for a in first for b in second)
+        return any(_relation_holds(a, b, check["relation"]) for a in first for b in second)
     if kind == "edge":
         return any(_on_edge(o, check["edge"], reading.grid) for o in _matches(reading, check))
     if kind == "place":

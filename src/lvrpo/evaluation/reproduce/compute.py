@@ -60,7 +60,7 @@ def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) 
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     """FLOPs of its backward pass: scores again, and the gradients of scores, values, queries and keys.
 
     2 B H L S (3 E + 2 F): five products where the forward pass has two.
@@ -86,7 +86,7 @@ ATTENTION = {
             _ATEN._scaled_dot_product_efficient_attention_backward,
             _ATEN._scaled_dot_product_cudnn_attention_backward,
         ),
-        attention_backward_flops,
+        _attention_backward_flops,
     ),
 }
 """torch counts neither the CPU kernel nor grouped-query attention."""

@@ -309,7 +309,7 @@ class Recipes:
             config = load_config(PretrainConfig, path, [*own.overrides, *overrides])
             return config.model_copy(update={"init": None, "seed": own.seed, "device": self.device})
         common: dict[str, Any] = {"seed": seed, "device": self.device}
-        if not is_supervised(path):
+        if not _is_supervised(path):
             return load_config(TrainConfig, path, overrides).model_copy(
                 update={**common, "policy": self.base_model(base)}
             )
@@ -377,7 +377,7 @@ class Recipes:
         for name, kind in kinds.items():
             stored, current = given[name], wanted[name]
             if isinstance(stored, dict) and isinstance(current, dict):
-                stored = parse_section(kind, without_constants(stored), f"{path}: recipe: {name}").model_dump(
+                stored = parse_section(kind, _without_constants(stored), f"{path}: recipe: {name}").model_dump(
                     mode="json"
                 )
                 differences = config_differences(stored, current)
@@ -401,16 +401,16 @@ class Recipes:
         return RunCost.from_dict(read_json_object(path, "delete it to count again"))
 
 
-def without_constants(tree: Tree, at: str = "") -> Tree:
+def _without_constants(tree: Tree, at: str = "") -> Tree:
     """A recorded configuration without the entries of ``CONSTANTS``; ``at``: the path of ``tree``, with its dot."""
     return {
-        key: without_constants(value, f"{at}{key}.") if isinstance(value, dict) else value
+        key: _without_constants(value, f"{at}{key}.") if isinstance(value, dict) else value
         for key, value in tree.items()
         if f"{at}{key}" not in CONSTANTS or value != CONSTANTS[f"{at}{key}"]
     }
 
 
-def is_supervised(path: Path) -> bool:
+def _is_supervised(path: Path) -> bool:
     """Whether a configuration file, or one that it extends, is of supervised training."""
     return bool(set(read_tree(path, TrainConfig)) - set(TrainConfig.model_fields))
 

@@ -58,7 +58,7 @@ def tune_on_validation(policy: Policy, experiment: Experiment) -> TunedSampling:
     return tune(policy, find_benchmarks(experiment.test.benchmarks), experiment.tuning.prompts)
 
 
-def validation_score(tuned: TunedSampling) -> float:
+def _validation_score(tuned: TunedSampling) -> float:
     """The mean over tasks of the best validation success, by which members of a grid are compared."""
     best = [max(grid.values()) for grid in tuned.grid.values()]
     return sum(best) / len(best)
@@ -78,14 +78,14 @@ def evaluate_on_test(
         n = test.sizes.get(benchmark.name, benchmark.n)
         prompts = benchmark.prompts(n)
         log(f"test: {benchmark.name}, {len(prompts)} prompts")
-        fingerprint = write_prompts(prompts, folder)
+        fingerprint = _write_prompts(prompts, folder)
         scored = _score(policy, benchmark, n, EvaluationOptions(test.sampled_prompts, tuned=tuned))
-        found[benchmark.name] = to_outcome(scored, fingerprint).as_dict()
+        found[benchmark.name] = _to_outcome(scored, fingerprint).as_dict()
         plain = replace(benchmark, name=benchmark.name + UNGUIDED, fixed_sampling=True)
         if all(_same(plain, prompt, tuned) for prompt in prompts):
             found[plain.name] = benchmark.name  # identical settings
         else:
-            found[plain.name] = to_outcome(
+            found[plain.name] = _to_outcome(
                 _score(policy, plain, n, EvaluationOptions(0, tuned=tuned)), fingerprint
             ).as_dict()
     return found
@@ -102,7 +102,7 @@ def _same(plain: Benchmark, prompt: Prompt, tuned: TunedSampling) -> bool:
     return tuned.apply(base, prompt.task) == base
 
 
-def to_outcome(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
+def _to_outcome(scored: BenchmarkRecord, fingerprint: str) -> Outcome:
     """A record as a summary stores it: the first sample of every prompt, and counts over repeated samples."""
     sizes = [len(row) for row in scored.successes]
     most = max(sizes)
@@ -133,7 +133,7 @@ def _commonest(given: Counter[str]) -> dict[str, int]:
     return {**shown, **({OTHER: rest} if rest else {})}
 
 
-def write_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
+def _write_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
     """Writes the prompt set, once; returns its fingerprint."""
     digest = hashlib.blake2b(digest_size=6)
     for prompt in prompts:
@@ -142,11 +142,11 @@ def write_prompts(prompts: Sequence[Prompt], folder: Path) -> str:
     path = prompts_file(folder, fingerprint)
     if not path_exists(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(prompt_set(prompts).as_dict(), separators=(",", ":")) + "\n").encode())
+        write_atomic(path, (json.dumps(_prompt_set(prompts).as_dict(), separators=(",", ":")) + "\n").encode())
     return fingerprint
 
 
-def prompt_set(prompts: Sequence[Prompt]) -> PromptSet:
+def _prompt_set(prompts: Sequence[Prompt]) -> PromptSet:
     """The attributes of prompts that results tables need."""
     clusters: dict[str, int] = {}
     asked = [prompt.output == ("text",) and prompt.answer is not None for prompt in prompts]
@@ -159,7 +159,7 @@ def prompt_set(prompts: Sequence[Prompt]) -> PromptSet:
     )
 
 
-def best_member(scores: Sequence[float]) -> int:
+def _best_member(scores: Sequence[float]) -> int:
     """Index of the grid member with the highest validation score; the first of ties."""
     if not scores or not all(np.isfinite(scores)):
         raise InputError(f"validation scores {list(scores)}: a member has none: run its job again")
@@ -257,7 +257,7 @@ class Runner:
         tuned = self._settings(trained.policy, folder)
         found = {
             "overrides": list(member),
-            "score": validation_score(tuned),
+            "score": _validation_score(tuned),
             "tasks": {task: max(grid.values()) for task, grid in tuned.grid.items()},
             "steps": trained.steps,
             **cost.total(trained.steps).as_dict(),
@@ -275,7 +275,7 @@ class Runner:
             tuning = self.experiment.tuning
             jobs = [Job("tune", row, tuning.base, tuning.seed, i) for i in range(len(members))]
             found = [read_json_object(self._folder(job) / MEMBER, REMEDY) for job in jobs]
-            best = best_member([each["score"] for each in found])
+            best = _best_member([each["score"] for each in found])
             self._write(path, {"row": row, "base": tuning.base, "seed": tuning.seed, "chosen": best, "members": found})
         raw = read_json_object(path, REMEDY)
         return tuple(raw["members"][raw["chosen"]]["overrides"])
@@ -316,7 +316,7 @@ class Runner:
             "training_seconds": round(trained.seconds, 1),
             "test_seconds": round(time.perf_counter() - started, 1),
             "test_opened": time.strftime("%Y-%m-%d", time.gmtime()),
-            "validation": {"score": validation_score(tuned), "prompts": self.experiment.tuning.prompts},
+            "validation": {"score": _validation_score(tuned), "prompts": self.experiment.tuning.prompts},
             "not_well": list(trained.not_well),
             "code": code_version(),
             "hardware": hardware(),
