@@ -22,7 +22,7 @@ from lvrpo.training.config import TrainConfig
 from lvrpo.training.data_parallel import group_successes
 from lvrpo.training.reward_metrics import reward_means
 from lvrpo.training.run_directory import RunDirectory
-from lvrpo.training.sources import open_parts, task_scorer
+from lvrpo.training.sources import PromptList, open_parts, success_metric, task_scorer
 from lvrpo.types import Group, RewardTable
 
 TASK = """
@@ -47,6 +47,15 @@ class Red(lvrpo.Task):
 
 class Silent(Red):
     success = reward = None
+
+
+class Half(lvrpo.Task):
+    tasks = ("generate",)
+
+
+class Needy(Red):
+    def __init__(self, options, split, seed):
+        self.needed = options["needed"]
 
 
 class Plain:
@@ -128,6 +137,12 @@ def test_prompts_without_such_an_output_are_judged_by_their_answers() -> None:
     assert scorer(is_bright).metric(open_ended.prompt) is None
 
 
+def test_a_list_of_prompts_has_a_rule_too() -> None:
+    task = PromptList([said("red").prompt], lambda text: text == "red")
+    found = HeldOutScorer((), success_metric(TrainConfig(), task))
+    assert found.scores([said("red"), said("blue", "blue")]) == [[1.0], [0.0]]
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [(0.4, "success 'rule' is 0.4: must be true or false, 1 or 0"), (None, "scored none of 2 outputs: the function")],
@@ -144,6 +159,11 @@ def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: s
     ("setting", "words"),
     [
         ("data.source='./red.py:Plain'", r"data.source=./red.py:Plain: is no task: write class Plain\(lvrpo.Task\)"),
+        ("data.source='./red.py:Half'", "data.source=./red.py:Half: has no prompt: define what lvrpo.Task asks for"),
+        (
+            "data.source='./red.py:Needy'",
+            "Needy: the train split cannot be made: KeyError: 'needed': correct data.options",
+        ),
         ("data.source='./red.py:Silent'", "rewards.task: data.source=./red.py:Silent has no reward of its own"),
         (
             "rewards=[{name: task, options: {lest: 1}}]",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lvrpo.data.base import DATASETS, Task
 from lvrpo.data.rows import RowPrompts
-from lvrpo.errors import InputError
+from lvrpo.errors import InputError, LvrpoError, describe_error
 from lvrpo.policies.base import READS_ONLY, Policy, can_draw, check_text
 from lvrpo.policies.loading import can_draw_after_text, possible_tasks, stored_image_size
 from lvrpo.registry import resolve
@@ -125,7 +125,17 @@ def open_source(config: TrainConfig, split: Split, seed: int, custom: CustomPart
     if data.source in ROW_SOURCES:
         rows = data.jsonl if data.source == "jsonl" else data.datasets
         return build(rows, split, seed, stored_image_size(config.policy))
-    return build(data.scenes if data.source == "scenes" else data.options, split, seed)
+    if data.source == "scenes":
+        return build(data.scenes, split, seed)
+    try:
+        return build(data.options, split, seed)
+    except LvrpoError:
+        raise
+    except (Exception, SystemExit) as error:  # code of the user may raise anything
+        raise InputError(
+            f"data.source={data.source}: the {split} split cannot be made: {describe_error(error)}: correct "
+            "data.options, or the class"
+        ) from error
 
 
 def task_class(name: str) -> type[Task]:
@@ -133,6 +143,8 @@ def task_class(name: str) -> type[Task]:
     found = resolve("data source", name, DATASETS, ("prompt",))
     if not issubclass(found, Task):
         raise InputError(f"data.source={name}: is no task: write class {found.__name__}(lvrpo.Task)")
+    if missing := sorted(found.__abstractmethods__):
+        raise InputError(f"data.source={name}: has no {' and no '.join(missing)}: define what lvrpo.Task asks for")
     return found
 
 
