@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.errors import InputError
@@ -54,18 +54,17 @@ class Task(ABC):
         raise InputError("these prompts have no outputs to imitate: give rows with a 'target'")
 
 
-@runtime_checkable
-class ComparableTask(Protocol):
+class ComparableTask(Task):
     """A task whose splits are compared when a run starts, by what its prompts say and show."""
 
     @property
+    @abstractmethod
     def prefixes(self) -> Sequence[str]:
         """Prefixes of prompts that carry no meaning, such as "draw"."""
-        ...
 
+    @abstractmethod
     def compared(self, prompts: Sequence[Prompt]) -> list[ComparedPrompt]:
         """Its prompts in the form in which they are compared."""
-        ...
 
 
 # --- worlds: all that rewards ask of one ---

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from lvrpo.config import Config
-from lvrpo.data.base import Task
+from lvrpo.data.base import ComparableTask
 from lvrpo.data.leakage import ComparedPrompt
 from lvrpo.data.scenes import edits, facts, grammar, reasoning
 from lvrpo.data.scenes.facts import paraphrased
@@ -93,7 +93,7 @@ class _Picture:
 
 
 @dataclass
-class ScenePrompts(Task):
+class ScenePrompts(ComparableTask):
     """Prompts of one split: ``prompt(task, index)`` is a pure function of (config, split, seed, task, index)."""
 
     config: ScenesConfig = field(default_factory=ScenesConfig)
