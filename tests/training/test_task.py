@@ -171,7 +171,6 @@ def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: s
         ),
         ("data.success={name: self_vqa}", "data.success.name=self_vqa: asks a model for its verdict"),
         ("data.success={name: './red.py:is_short', options: {n: 1}}", r"data.success.options \(n\)"),
-        ("validation.rewards=[{name: ocr}]", "validation.rewards=.*: is gone: data.success says what is right"),
     ],
 )
 def test_a_wrong_task_is_one_line(setting: str, words: str) -> None:

@@ -80,7 +80,6 @@ class ValidationConfig(Config):
 
     hints: ClassVar[Mapping[str, str]] = {
         "turn": "is called {section}.overoptimization",
-        "rewards": "is gone: data.success says what is right, and the rewards of training score the rest",
         "max_rollbacks": "is gone: a run stops after three rollbacks",
         "rollback_lr": "is gone: a rollback halves the learning rates",
     }
@@ -90,6 +89,8 @@ class ValidationConfig(Config):
         default={"generate": 84, "understand": 240, "edit": 60, "reason": 60}, min_length=1
     )
     """Held-out prompts of each task."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """Rewards for held-out prompts whose success is not defined; none: those of training."""
     action: Literal["rollback", "stop", "warn"] = "rollback"
     """When a task's score falls: rollback restores the best checkpoint and halves the learning rates, at most three
     times, stop ends the run, warn only reports."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -102,7 +102,9 @@ def open_parts(config: TrainConfig, custom: CustomParts = NO_CUSTOM_PARTS) -> Pa
     validation, test = (held_out_source(config, split, custom) for split in ("validation", "test"))
     if test is None and config.data.source == "datasets" and not custom.sources:
         test = validation  # as the command line says
-    validator = Validator(validation_prompts(config, validation, scorer), config, scorer)
+    own_rewards = config.validation.rewards
+    own_scorer = replace(scorer, rewards=tuple(build_rewards(own_rewards))) if own_rewards else scorer
+    validator = Validator(validation_prompts(config, validation, own_scorer), config, own_scorer)
     if tasks is not None:
         require_outputs(config, tasks, source, validator)
     if tasks is not None and not can_draw(tasks):

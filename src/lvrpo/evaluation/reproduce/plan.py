@@ -245,7 +245,6 @@ Tree = dict[str, Any]
 """Any: of JSON."""
 CONSTANTS: Tree = {
     "reference_eval_group_size": 2,
-    "validation.rewards": [],
     "validation.max_rollbacks": 3,
     "validation.rollback_lr": 0.5,
     "data.scenes.held_out_share": 0.2,
