@@ -1,17 +1,20 @@
 """Steps of lvrpo against those of other programs on a CPU, one thread: the ratio of processor times, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text picture draw] [--bagel DIR]
-        [--image-tokens 16 256 1024] [--new-tokens 16 64 256] [--rounds 3] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/peers.py [--work text picture draw train] [--bagel DIR]
+        [--flow-grpo DIR] [--image-tokens 16 256 1024] [--new-tokens 16 64 256] [--rounds 3] [--json FILE]
 
 text      a GRPO step of 16 questions x 8 answers, by TRL's GRPOTrainer (``pip install trl``)
 picture   a GRPO step of 4 questions about a picture each x 8 answers of at most 32 tokens, by the same
 draw      a group of 8 drawings of a BAGEL in ten guided steps, by the official inferencer, one after another
+train     a step of a Stable Diffusion 3: a group of 8 drawings in five guided steps, four of them trained, by the
+          training script of flow_grpo
 
 Both sides of a row have the same small random model in float32, the same prompts, sizes and number of steps, and run in
 this process in turn; a ratio above 1 is for lvrpo. In ``text`` and ``picture`` both run their trainers: one update a
 rollout, AdamW, no KL term, all answers in one batch; a step is timed from the end of the one before, the first and the
 last are left out. ``--bagel`` is a clone of github.com/ByteDance-Seed/Bagel, whose code runs and needs einops.
-FlashAttention, which it imports, is replaced by torch's attention, and its casts to bfloat16 by none.
+FlashAttention, which it imports, is replaced by torch's attention, and its casts to bfloat16 by none. ``--flow-grpo``
+is a clone of github.com/yifan123/flow_grpo, of which ``flow_grpo_steps.py`` runs the script.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -39,6 +41,7 @@ from typing import Any
 
 import torch
 from bagel_step import make_policy, make_prompts
+from flow_grpo_steps import SCRIPT, FlowSetting, flow_grpo_step, lvrpo_step, median_step
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -50,6 +53,7 @@ from lvrpo.pictures import to_pil
 from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
 from lvrpo.rewards.function import as_reward
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.sources import CustomParts, PromptList
@@ -65,8 +69,11 @@ QUESTIONS = tuple(
 )
 
 
-WORKS = ("text", "picture", "draw")
+WORKS = ("text", "picture", "draw", "train")
 ANSWER_STEPS = 5
+"""Of a training run; the first and the last are not timed."""
+TRAIN_STEPS = 5
+"""Of the flow in ``train``."""
 
 
 @dataclass
@@ -159,7 +166,7 @@ def ours(setting: Setting, folder: Path) -> Timing:
     policy.sample = counted
     with trainer.run:
         trainer.train(observe)
-    return Timing(_median_step(ends), statistics.mean(tokens))
+    return Timing(median_step(ends), statistics.mean(tokens))
 
 
 def trl(setting: Setting, folder: Path) -> Timing:
@@ -209,12 +216,7 @@ def trl(setting: Setting, folder: Path) -> Timing:
         callbacks=[Watch()],
     )
     trainer.train()
-    return Timing(_median_step(ends), statistics.mean(tokens))
-
-
-def _median_step(ends: Sequence[float]) -> float:
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return statistics.median(seconds[:-1])
+    return Timing(median_step(ends), statistics.mean(tokens))
 
 
 # --- answers: TRL ---
@@ -342,6 +344,30 @@ def varlen_attention(
     return torch.cat(out)
 
 
+# --- sample and train: flow_grpo's script ---
+
+
+def train(side: int, repository: Path, rounds: int) -> Pair:
+    """Steps of a Stable Diffusion 3 of width 128 and 4 layers, by both trainers; 16 x 16 pixels are a token."""
+    pair = Pair()
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sizes = PipelineSizes(width=128, depth=4, heads=4, text_width=128, vae_stride=8, image_size=side)
+        create_pipeline("sd3-tiny", sizes, Path(name) / "model")
+        setting = FlowSetting(
+            str(Path(name) / "model"),
+            side,
+            ("a red circle above a blue square",),
+            GROUP_SIZE,
+            TRAIN_STEPS,
+            ANSWER_STEPS,
+        )
+        for n in range(rounds):
+            pair.ours.append(lvrpo_step(setting, Path(name) / str(n)))
+            pair.peer.append(flow_grpo_step(setting, repository, Path(name) / str(n)))
+    return pair
+
+
 # --- the table ---
 
 
@@ -364,6 +390,8 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
         "text": missing_packages("trl", "datasets"),
         "picture": missing_packages("trl", "datasets"),
         "draw": missing_packages("einops", "transformers") or missing_folder("--bagel", options.bagel, "inferencer.py"),
+        "train": missing_packages("accelerate", "diffusers", "peft")
+        or missing_folder("--flow-grpo", options.flow_grpo, SCRIPT),
     }
     for work in options.work:
         if missing[work]:
@@ -374,6 +402,9 @@ def rows_of(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Pai
         elif work == "picture":
             for tokens, side in zip(options.image_tokens, sides, strict=True):
                 yield f"picture, {tokens} image tokens, 32 new ones", partial(answers, side, 32, options.rounds)
+        elif work == "train":
+            for tokens, side in zip(options.image_tokens, sides, strict=True):
+                yield f"train, {tokens} image tokens", partial(train, 2 * side, options.flow_grpo, options.rounds)
         else:
             for tokens, side in zip(options.image_tokens, sides, strict=True):
                 yield f"draw, {tokens} image tokens", partial(draw, 2 * side, options.bagel, options.rounds)
@@ -394,6 +425,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--bagel", type=Path, metavar="DIR")
+    parser.add_argument("--flow-grpo", type=Path, metavar="DIR")
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[16, 256, 1024], help="squares of even numbers")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--rounds", type=int, default=3)

@@ -26,8 +26,8 @@ SEGMENT_KINDS: tuple[SegmentKind, ...] = ("text", "flow", "tokens", "masked")
 autoregressive image tokens, or as masked image tokens."""
 
 LogitGuidance = Literal["joint", "detach_uncond", "none"]
-"""Gradient of guided logits: joint: through both branches; detach_uncond: through the conditional branch only; none:
-the log-probs are unguided."""
+"""Gradient of guided logits and velocities: joint: through all branches; detach_uncond: through the conditional branch
+only; none: the log-probs are unguided."""
 
 Image = torch.Tensor
 """A picture: float32 (3, height, width), values in [0, 1]."""
@@ -160,6 +160,8 @@ class FlowSegment:
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Steps with low < t <= high are guided."""
+    guided_logprobs: LogitGuidance = "joint"
+    """Gradient of the guided velocities in a replay."""
     means: torch.Tensor | None = None
     """float32 (W, N, C): mean of each trained step under the behavior policy; None: not recorded."""
 

@@ -11,9 +11,9 @@ import torch
 
 from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
-from lvrpo.policies.mot import model_runner
+from lvrpo.policies.mot import flow_sampler, model_runner
 from lvrpo.policies.tiny import TinyPolicy
-from lvrpo.sampling import PastStep, adams_bashforth_step, derive_seed, normal_noise, timestep_grid
+from lvrpo.sampling import PastStep, adams_bashforth_step, derive_seed, guide, normal_noise, timestep_grid
 from lvrpo.types import FlowSegment, Prompt, TextSegment, Trajectory
 
 BASE = Sampling(group_size=3, max_new_tokens=4, num_steps=4, timestep_shift=1.0)
@@ -26,6 +26,14 @@ DRAWINGS = {
     "guided": replace(BASE, sampler="flow_sde", window=(1, 2), guidance_scale=3.0),
     "guided-by-image-too": replace(
         BASE, sampler="cps", window=(0, 1), guidance_scale=2.0, image_guidance_scale=1.5, guidance_renorm="text_channel"
+    ),
+    "guided-one-gradient": replace(
+        BASE,
+        sampler="flow_sde",
+        window=(0, 2),
+        guidance_scale=2.0,
+        image_guidance_scale=1.5,
+        guided_logprobs="detach_uncond",
     ),
     "guided-global": replace(BASE, sampler="dance_sde", window=(2,), guidance_scale=4.0, guidance_renorm="global"),
     "warm-text": replace(BASE, temperature=0.7, sampler="flow_sde", window=(0, 1), shared_noise=True),
@@ -122,6 +130,28 @@ def test_steps_that_are_computed_again_have_the_same_gradient(
     again = gradients()
     assert remembered
     assert all(torch.equal(one, other) for one, other in zip(remembered, again, strict=True))
+
+
+def test_unguided_branches_have_no_gradient_where_they_are_detached(
+    policy: TinyPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = DRAWINGS["guided-one-gradient"]
+
+    def gradients(sampling: Sampling) -> list[torch.Tensor]:
+        trajectories = [t for t in rollout(policy, prompts, sampling) if t.image is not None]
+        loss = torch.stack([row[-1].logprobs.sum() for row in policy.logprobs(trajectories)]).sum()
+        return [g for g in torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True) if g is not None]
+
+    detached, joint = gradients(sampling), gradients(replace(sampling, guided_logprobs="joint"))
+
+    def guide_detached(v: torch.Tensor, *unguided: torch.Tensor | None, **settings: Any) -> torch.Tensor:
+        return guide(v, *(None if u is None else u.detach() for u in unguided), **settings)
+
+    monkeypatch.setattr(flow_sampler, "guide", guide_detached)
+    by_hand = gradients(replace(sampling, guided_logprobs="joint"))
+    own, expected, through_all = (torch.cat([g.flatten() for g in found]) for found in (detached, by_hand, joint))
+    assert (own - expected).norm() <= 1e-5 * expected.norm()
+    assert (own - through_all).norm() > 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize(("group_size", "max_rows"), [(3, 7), (4, 4), (2, 5), (5, 3), (6, 512)])

@@ -160,7 +160,12 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
         "rollout.guided_logprobs=none: would score",
     ),
     (("tokens.guided_logprobs=none",), None, "tokens.guided_logprobs=none: is of all policies that draw with tokens"),
-    (("rollout.guided_logprobs=none",), FLOWS, "rollout.guided_logprobs=none: is of tokens and masked"),
+    (("rollout.guided_logprobs=detach_uncond",), FLOWS, "has no effect with flow.kind=nft, which trains no recorded"),
+    (
+        ("flow={kind: flow_grpo}", "rollout={sampler: flow_sde, guided_logprobs: none, guidance_scale: 3}"),
+        FLOWS,
+        "rollout.guided_logprobs=none: would score another distribution than the guided one that is sampled",
+    ),
 ]
 
 

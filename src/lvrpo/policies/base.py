@@ -76,7 +76,7 @@ class Sampling:
     choice_temperature: float = 0.0
     """Temperature of the Gumbel noise when a step chooses the tokens to unmask; 0: the most confident ones."""
     guided_logprobs: LogitGuidance = "joint"
-    """For image tokens under guidance: which branches have a gradient in a replay (``sampling.guide_logits``)."""
+    """Which branches of guidance have a gradient in a replay of an image (``LogitGuidance``)."""
     masked: MaskedScoring = MaskedScoring()
 
     def __post_init__(self) -> None:

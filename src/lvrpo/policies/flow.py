@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -37,10 +38,16 @@ class Guidance:
     renorm: Renorm
     renorm_min: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    detach_uncond: bool = False
+    """Whether the gradient goes through the conditional branch alone."""
 
     def active(self, t: float) -> bool:
         """Whether a step at time t is guided."""
         return self.interval[0] < t <= self.interval[1]
+
+    def unguided(self) -> AbstractContextManager[object]:
+        """The context of all that the branches besides the conditional one compute."""
+        return torch.no_grad() if self.detach_uncond else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def guidance_of(settings: Sampling | FlowSegment) -> Guidance:
         cast(Renorm, settings.guidance_renorm),  # a segment's is recorded from a Sampling
         settings.guidance_renorm_min,
         settings.guidance_interval,
+        settings.guided_logprobs == "detach_uncond",
     )
 
 
@@ -182,6 +190,7 @@ def flow_segments(sample: FlowSample, images: torch.Tensor | Sequence[Image], sa
             image=image,
             guidance_renorm_min=sampling.guidance_renorm_min,
             guidance_interval=sampling.guidance_interval,
+            guided_logprobs=sampling.guided_logprobs,
             means=means if stochastic else None,
         )
         for latent, logprobs, image, states, next_states, means in zip(

@@ -117,8 +117,7 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
     "num_steps": ("flow", "masked"),
     "image_temperature": ("tokens", "masked"),
     **dict.fromkeys(("choice_temperature", "masked_likelihood"), ("masked",)),
-    "guided_logprobs": ("tokens", "masked"),
-    **dict.fromkeys(("guidance_scale", "image_size"), ("flow", "tokens", "masked")),
+    **dict.fromkeys(("guidance_scale", "guided_logprobs", "image_size"), ("flow", "tokens", "masked")),
 }
 """The kinds of segments that a field of ``rollout`` affects."""
 
@@ -306,8 +305,12 @@ class TrainConfig(Config):
             self._check_flow()
 
     def _check_drawn_tokens(self) -> None:
+        if self.tokens is not None or self.masked is not None:
+            self._check_guided_logprobs()
+
+    def _check_guided_logprobs(self) -> None:
         rollout = self.rollout
-        if (self.tokens is None and self.masked is None) or rollout.guided_logprobs == "joint":
+        if rollout.guided_logprobs == "joint":
             return
         mode = f"rollout.guided_logprobs={rollout.guided_logprobs}"
         if rollout.guidance_scale == 1:
@@ -475,6 +478,12 @@ class TrainConfig(Config):
         fresh = isinstance(flow, FreshNoiseConfig)
         if fresh and rollout.sampler != "ode":
             raise ValueError(f"flow.kind={flow.kind} trains on fresh noise: set rollout.sampler to ode")
+        if rollout.guided_logprobs != "joint" and not isinstance(flow, RecordedStepsConfig):
+            raise ValueError(
+                f"rollout.guided_logprobs={rollout.guided_logprobs}: has no effect with flow.kind={flow.kind}, which "
+                "trains no recorded steps: leave it out, or set flow.kind=flow_grpo"
+            )
+        self._check_guided_logprobs()
         plain = rollout.image_guidance_scale == 1 and rollout.guidance_renorm == "none"
         if fresh and not (plain and rollout.guidance_interval == (0.0, 1.0)):
             raise ValueError(

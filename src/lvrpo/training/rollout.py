@@ -188,8 +188,8 @@ class RolloutConfig(Config):
     """Temperature of the choice of the masked tokens to decode in a step; 0: the most confident ones (MaskGIT,
     arXiv:2202.04200)."""
     guided_logprobs: LogitGuidance = "joint"
-    """Gradient of guided logits of image tokens: joint: through both branches; detach_uncond: through the conditional
-    branch only, for half the memory; none (masked_likelihood.kind=monte_carlo): the log-probs are unguided."""
+    """Gradient of the guided log-probs of images, of flows too: joint: through all branches; detach_uncond: through the
+    conditional branch only, for less memory and time; none (masked_likelihood.kind=monte_carlo): they are unguided."""
     masked_likelihood: MaskedLikelihood = PathLikelihood()
     """Likelihood of images of masked tokens."""
     max_resamples: int = Field(default=0, ge=0, le=10_000)

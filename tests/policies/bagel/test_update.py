@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.bagel.policy import BagelPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import objectives_of
-from lvrpo.training.losses.base import KINDS, GroupAdvantages, recorded_passes
+from lvrpo.training.losses.base import KINDS, GroupAdvantages, flow_segment, recorded_passes
 from lvrpo.training.microbatches import LimitsConfig, split
 from lvrpo.training.policies import Policies
 from lvrpo.types import Group, Image, Prompt
@@ -98,6 +99,8 @@ def test_what_is_replayed_together(policies: Policies) -> None:
     assert [len(part) for part in split(chosen, objective, live, LimitsConfig())] == [4, 4]  # two sizes
     first = chosen[0].trajectory
     assert recorded_passes(first) == 2 * 3  # steps, branches
+    held = replace(flow_segment(first), guided_logprobs="detach_uncond")
+    assert recorded_passes(replace(first, segments=(held,))) == 2
     assert objective.passes(first) == 2 * 3 + 2  # and the divergence
     count = live.count_tokens(first)
     assert count.image == 4 * 4 + 2

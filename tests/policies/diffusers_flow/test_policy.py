@@ -19,7 +19,7 @@ from lvrpo.policies.diffusers_flow import pipelines
 from lvrpo.policies.diffusers_flow.pipelines import pack, unpack
 from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
 from lvrpo.policies.loading import load_policy, possible_tasks
-from lvrpo.sampling import derive_seed, normal_noise, shift_time
+from lvrpo.sampling import derive_seed, guide, normal_noise, shift_time
 from lvrpo.types import FlowSegment, Group, Prompt, Trajectory
 
 ODE = Sampling(group_size=2, num_steps=5, solver="euler", image_size=(32, 32))
@@ -27,6 +27,7 @@ SDE = replace(ODE, group_size=4, sampler="flow_sde", window=(0, 1, 3))
 DRAWINGS = {
     "plain": SDE,
     "guided": replace(SDE, guidance_scale=4.0),
+    "guided-one-gradient": replace(SDE, guidance_scale=4.0, guided_logprobs="detach_uncond"),
     "guided-in-part": replace(SDE, guidance_scale=4.0, guidance_interval=(0.9, 1.0), guidance_renorm="global"),
     "dance": replace(SDE, sampler="dance_sde", noise_level=0.3, logprob_reduction="sum", shared_noise=True),
     "cps": replace(SDE, sampler="cps", guidance_scale=2.0, solver="dpm_solver", timestep_shift=2.0),
@@ -114,6 +115,25 @@ def test_replay_is_exact_in_the_own_batch_and_close_in_any_other(
                 assert row.means is not None
                 assert (row.means - segment(trajectory).means).abs().max() <= 10 * limit
     assert policy.logprobs(trajectories, ["text"]) == [[]] * len(trajectories)
+
+
+def test_the_empty_prompt_has_no_gradient_where_it_is_detached(
+    policies: Callable[[str], DiffusersPolicy], prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policies("sd3-tiny")
+    weight = next(policy.transformer.parameters())
+
+    def gradient(sampling: Sampling) -> torch.Tensor:
+        (row,) = policy.logprobs(members(policy.sample(prompts[:1], replace(sampling, group_size=1), [1])))
+        return torch.autograd.grad(row[0].logprobs.sum(), weight)[0]
+
+    detached, joint = gradient(DRAWINGS["guided-one-gradient"]), gradient(DRAWINGS["guided"])
+    monkeypatch.setattr(
+        "lvrpo.policies.diffusers_flow.policy.guide", lambda v, unguided, *rest: guide(v, unguided.detach(), *rest)
+    )
+    by_hand = gradient(DRAWINGS["guided"])
+    assert (detached - by_hand).norm() <= 1e-4 * by_hand.norm()
+    assert (detached - joint).norm() > 0.01 * by_hand.norm()
 
 
 def test_groups_do_not_depend_on_the_batch(policy: DiffusersPolicy, prompts: list[Prompt]) -> None:

@@ -16,7 +16,7 @@ from lvrpo.errors import InputError
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.loading import load_policy, model_type
 from lvrpo.policies.showo2.policy import Showo2Policy
-from lvrpo.types import FlowSegment, Group, Prompt
+from lvrpo.types import FlowSegment, Group, LogitGuidance, Prompt
 
 SAMPLING = Sampling(
     group_size=3, num_steps=4, max_new_tokens=6, guidance_scale=4.0, sampler="flow_sde", window=(1, 2), solver="euler"
@@ -30,9 +30,11 @@ def differences(policy: Showo2Policy, groups: list[Group], together: bool) -> fl
     return max(float((own[0].logprobs.detach() - t.segments[0].behavior_logprobs).abs().max()) for t, own in pairs)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_a_replay_has_the_bits_of_its_rollout(showo2: Showo2Policy, prompts: list[Prompt], scale: float) -> None:
-    groups = showo2.sample(prompts, replace(SAMPLING, guidance_scale=scale), [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("scale", "gradient"), [(1.0, "joint"), (4.0, "joint"), (4.0, "detach_uncond")])
+def test_a_replay_has_the_bits_of_its_rollout(
+    showo2: Showo2Policy, prompts: list[Prompt], scale: float, gradient: LogitGuidance
+) -> None:
+    groups = showo2.sample(prompts, replace(SAMPLING, guidance_scale=scale, guided_logprobs=gradient), [1, 2, 3, 4, 5])
     assert differences(showo2, groups, together=True) == 0
     assert differences(showo2, groups, together=False) < 1e-5
     kinds = [[type(s).__name__ for s in group.trajectories[0].segments] for group in groups]

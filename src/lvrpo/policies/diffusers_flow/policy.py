@@ -46,7 +46,8 @@ class DiffusersPolicy(AdaptablePolicy):
     """A flow-matching text-to-image pipeline of diffusers.
 
     It draws from text alone. Its states are latents as the transformer takes them, in patches; a time is a sigma of the
-    scheduler. Both branches of classifier-free guidance are one batch, the unguided one has the empty prompt.
+    scheduler. Both branches of classifier-free guidance are one batch, the unguided one has the empty prompt; where it
+    has no gradient, it is a pass of its own, in the rollout too.
     """
 
     segment_kinds: tuple[SegmentKind, ...] = ("flow",)
@@ -125,7 +126,7 @@ class DiffusersPolicy(AdaptablePolicy):
         kind, default = self.pipeline.guidance, Sampling()
         unused = ["image_guidance_scale"]
         if kind != "classifier_free":
-            unused += ["guidance_renorm", "guidance_interval"]
+            unused += ["guidance_renorm", "guidance_interval", "guided_logprobs"]
         if kind == "none":
             unused.append("guidance_scale")
         for name in unused:
@@ -204,11 +205,17 @@ class DiffusersPolicy(AdaptablePolicy):
     def _guided(
         self, texts: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, guidance: Guidance
     ) -> torch.Tensor:
-        """Both branches of classifier-free guidance in one pass, mixed."""
+        """Both branches of classifier-free guidance, mixed: one pass, or two where one of them has no gradient."""
         if guidance.scale == 1:
             return self._call(texts, x_t, t, grid, 1.0)
-        rows = [*texts, *[""] * len(texts)]
-        v, v_no_text = self._call(rows, torch.cat([x_t, x_t]), torch.cat([t, t]), grid, 1.0).chunk(2)
+        empty = [""] * len(texts)
+        if guidance.detach_uncond:
+            v = self._call(texts, x_t, t, grid, 1.0)
+            with guidance.unguided():
+                v_no_text = self._call(empty, x_t, t, grid, 1.0)
+        else:
+            both = torch.cat([x_t, x_t]), torch.cat([t, t])
+            v, v_no_text = self._call([*texts, *empty], *both, grid, 1.0).chunk(2)
         return guide(v, v_no_text, None, guidance.scale, 1.0, guidance.renorm, guidance.renorm_min)
 
     def _call(self, texts: Sequence[str], x_t: torch.Tensor, t: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -62,11 +63,11 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class MaskedAttention:
-    """All rows in one call, under a mask."""
+    """All rows in one call."""
 
     cache: Cache
-    mask: torch.Tensor
-    """bool (B, 1, L, S + L)."""
+    mask: torch.Tensor | None
+    """bool (B, 1, L, S + L); None: every token attends to all others and to the whole context."""
 
     def __call__(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         before = [part.layer(i) for part in self.cache.parts]
@@ -256,6 +257,12 @@ class Packing:
     @property
     def batch_size(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def sees_all(self) -> bool:
+        """Whether every token attends to all others of its row, without padding: one image a row, all of one grid."""
+        spans = self.rows[0]
+        return len(set(self.rows)) == 1 and len(spans) == 1 and spans[0].kind in ("read", "clean", "noise")
 
     @property
     def bytes(self) -> int:

@@ -29,12 +29,13 @@ def prefill_guidance(
 ) -> GuidanceCaches:
     """Prefills the unguided branches; ``prompt_rows`` are the prompts, without sampled text."""
     no_text = no_image = None
-    if guidance.scale != 1.0:
-        cache, index = runner.prefill_shared([runner.without_text(row) for row in prompt_rows])
-        no_text = cache.select(index)
-    if guidance.scale != 1.0 and guidance.image_scale != 1.0:
-        cache, index = runner.prefill_shared([runner.without_images(row) for row in prompt_rows])
-        no_image = cache.select(index)
+    with guidance.unguided():
+        if guidance.scale != 1.0:
+            cache, index = runner.prefill_shared([runner.without_text(row) for row in prompt_rows])
+            no_text = cache.select(index)
+        if guidance.scale != 1.0 and guidance.image_scale != 1.0:
+            cache, index = runner.prefill_shared([runner.without_images(row) for row in prompt_rows])
+            no_image = cache.select(index)
     return GuidanceCaches(full, no_text, no_image)
 
 
@@ -76,8 +77,9 @@ def guided_velocity(
     v = velocity(runner, caches.full, x_t, times, grid)
     if caches.no_text is None or not guidance.active(float(t) if at is None else at):
         return v
-    v_no_text = velocity(runner, caches.no_text, x_t, times, grid)
-    v_no_image = velocity(runner, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
+    with guidance.unguided():
+        v_no_text = velocity(runner, caches.no_text, x_t, times, grid)
+        v_no_image = velocity(runner, caches.no_image, x_t, times, grid) if caches.no_image is not None else None
     return guide(
         v,
         v_no_text,

@@ -201,7 +201,7 @@ class Decoder:
 
     def _mask(self) -> torch.Tensor | None:
         parts = self.cache.parts
-        if all(part.lengths[entry] == part.keys[0].shape[1] for part in parts for entry in part.entries):
+        if not any(part.padded for part in parts):
             return None
         valid = torch.cat([part.valid for part in parts], dim=1)
         mask = torch.zeros(len(valid), self.room, device=valid.device)

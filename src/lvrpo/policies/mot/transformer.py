@@ -87,6 +87,12 @@ class CachePart:
         lengths = torch.tensor([self.lengths[entry] for entry in self.entries], device=keys.device)
         return torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
 
+    @cached_property
+    def padded(self) -> bool:
+        """Whether the entry of a row is shorter than the longest."""
+        longest = self.keys[0].shape[1]
+        return any(self.lengths[entry] < longest for entry in set(self.entries))
+
     @property
     def nbytes(self) -> int:
         """Size of its keys and values."""
@@ -327,6 +333,8 @@ class MoT(nn.Module):
             if large or len(spans.batches) <= FEW_BATCHES:
                 return spans
         assert packing.visible is not None
+        if packing.sees_all and not any(part.padded for part in cache.parts):
+            return MaskedAttention(cache, None)
         seen = [part.valid[:, None, :].expand(-1, packing.length, -1) for part in cache.parts]
         return MaskedAttention(cache, torch.cat([*seen, packing.visible], dim=2)[:, None])
 

@@ -336,7 +336,13 @@ class Showo2Policy(TransformersPolicy):
             times = t.expand(len(x_t))
             if guidance.scale == 1 or not guidance.active(at):
                 return self._flow(list(prompts), x_t, times, grid)
-            v, v_no_text = self._flow([*prompts, *[None] * len(prompts)], x_t, times, grid).chunk(2)
+            nothing = [None] * len(prompts)
+            if guidance.detach_uncond:
+                v = self._flow(list(prompts), x_t, times, grid)
+                with guidance.unguided():
+                    v_no_text = self._flow(nothing, x_t, times, grid)
+            else:
+                v, v_no_text = self._flow([*prompts, *nothing], x_t, times, grid).chunk(2)
             return guide(v, v_no_text, None, guidance.scale, 1.0, guidance.renorm, guidance.renorm_min)
 
         return at_state

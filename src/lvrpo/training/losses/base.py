@@ -237,12 +237,13 @@ def recorded_passes(trajectory: Trajectory, kinds: Collection[SegmentKind] = SEG
 
 def segment_passes(segment: Segment) -> int:
     """Number of forward passes with gradient in the replay of an image: one per trained step of a flow, one for image
-    tokens, one per step or draw of masked tokens; and one more per active guidance branch. 0 for text."""
+    tokens, one per step or draw of masked tokens; and one more per active guidance branch that has one. 0 for text."""
     if isinstance(segment, TextSegment):
         return 0
     if isinstance(segment, FlowSegment):
         low, high = segment.guidance_interval
-        branches = (segment.guidance_scale != 1) * (1 + (segment.image_guidance_scale != 1))
+        guided = segment.guidance_scale != 1 and segment.guided_logprobs == "joint"
+        branches = guided * (1 + (segment.image_guidance_scale != 1))
         times = [float(segment.timesteps[i]) for i in segment.trained_steps]
         return sum(1 + branches * (low < t <= high) for t in times)
     branches = 1 + (segment.guidance_scale != 1 and segment.guided_logprobs == "joint")
