@@ -144,8 +144,10 @@ def test_unguided_branches_have_no_gradient_where_they_are_detached(
 
     detached, joint = gradients(sampling), gradients(replace(sampling, guided_logprobs="joint"))
 
-    def guide_detached(v: torch.Tensor, *unguided: torch.Tensor | None, **settings: Any) -> torch.Tensor:
-        return guide(v, *(None if u is None else u.detach() for u in unguided), **settings)
+    def guide_detached(
+        v: torch.Tensor, no_text: torch.Tensor, no_image: torch.Tensor | None, **settings: Any
+    ) -> torch.Tensor:
+        return guide(v, no_text.detach(), None if no_image is None else no_image.detach(), **settings)
 
     monkeypatch.setattr(flow_sampler, "guide", guide_detached)
     by_hand = gradients(replace(sampling, guided_logprobs="joint"))
