@@ -6,14 +6,17 @@ The shapes written in the signatures of the equations are enforced while the tes
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib
 import inspect
 import os
 import pkgutil
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,6 +38,31 @@ settings.register_profile(
 settings.load_profile("lvrpo")
 
 
+def kind_of(value: Any) -> Any:
+    """What the shapes of a result depend on: equal for arguments of equal types, shapes and whole numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), *map(kind_of, value)
+    return type(value), value if isinstance(value, int | str) else None
+
+
+def once_per_kind(function: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks calls until one with arguments of the same kinds has passed: a run makes thousands of them."""
+    passed: set[Any] = set()
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        kinds = kind_of(args), tuple((name, kind_of(value)) for name, value in options.items())
+        if kinds in passed:
+            return function(*args, **options)
+        result = checked(*args, **options)
+        passed.add(kinds)
+        return result
+
+    return call
+
+
 def enforce_shapes(package: ModuleType) -> None:
     """Replaces every public function by one that checks its annotations, wherever its modules or tables name it."""
     check = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -45,7 +73,10 @@ def enforce_shapes(package: ModuleType) -> None:
         vars(module).update({name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Int")}, Tensor=torch.Tensor)
     names = {name for module in modules for name in vars(module)["__all__"]}
     functions = {name: vars(package)[name] for name in names if inspect.isfunction(vars(package).get(name))}
-    checked = {function: jaxtyping.jaxtyped(function, typechecker=check) for function in functions.values()}
+    checked = {
+        function: once_per_kind(function, jaxtyping.jaxtyped(function, typechecker=check))
+        for function in functions.values()
+    }
     for holder in (package, *modules):
         for name, value in list(vars(holder).items()):
             if inspect.isfunction(value) and value in checked:
@@ -80,8 +111,47 @@ def root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _held_out_prompts_once() -> Iterator[None]:
+    """Every run compares its splits: the prompts of the built-in world, which are the same again, are made once."""
+    splits = sys.modules.get("lvrpo.training.splits")
+    if splits is None:
+        yield
+        return
+    make, made = splits._held_out_prompts, dict[Any, Any]()
+
+    def held_out_prompts(config: Any, split: str) -> Any:
+        if config.data.source != "scenes":
+            return make(config, split)
+        key = config.data.model_dump_json(), split
+        if key not in made:
+            made[key] = make(config, split)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "_held_out_prompts", held_out_prompts)
+        yield
+
+
 @pytest.fixture(scope="session")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Call it with a name and a function: a folder that the first worker to ask for it makes, and all read."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        with (place / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / name).exists():
+                make(place / f"{name}.part")
+                (place / f"{name}.part").rename(place / name)
+        return place / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_base(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """The folder of a policy of small sizes, trained for a moment: it answers something, and draws blurs."""
     from lvrpo.config import load_config
     from lvrpo.data.scenes import web_corpus
@@ -98,15 +168,4 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             trainer.train_step()
         trainer.average.save(folder)
 
-    return made_once(tmp_path_factory, "small", make)
-
-
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that the first worker of pytest-xdist to ask for it makes, and all read."""
-    place = tmp_path_factory.getbasetemp()
-    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
-    with (place / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (place / name).exists():
-            make(place / name)
-    return place / name
+    return made_once("small", make)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+import torch
 from small_vlm import create_vlm
+
+from lvrpo.types import Image, Prompt
 
 TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no", "USER: ASSISTANT:")
 SHARED = (
@@ -27,7 +29,7 @@ class Family:
     """A family of models."""
 
     recipe: str
-    make: Callable[[Path], object]
+    make: Callable[[Path], None]
     """Writes a random model."""
     settings: tuple[str, ...]
     """Beside ``SHARED``; policy and tasks among them."""
@@ -36,14 +38,6 @@ class Family:
     replays: tuple[str, ...]
     """Kinds of segments, as the step-0 contract calls them."""
     needs: tuple[str, ...] = ("transformers",)
-
-    def folder(self, place: Path) -> Path:
-        """Made at the first call; skips the test where an optional package is missing."""
-        for package in self.needs:
-            pytest.importorskip(package)
-        if not place.exists():
-            self.make(place)
-        return place
 
     def overrides(self, folder: Path) -> list[str]:
         """The recipe's changes."""
@@ -78,6 +72,10 @@ def _sd3(place: Path) -> None:
     from lvrpo.policies.diffusers_flow.create import PipelineSizes, create_pipeline
 
     create_pipeline("sd3-tiny", PipelineSizes(), place)
+
+
+def _qwen3_vl(place: Path) -> None:
+    create_vlm("qwen3_vl", place)
 
 
 DRAWS_AND_WRITES = (
@@ -123,7 +121,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_vl": Family(
         "qwen3_vl_2b",
-        lambda place: create_vlm("qwen3_vl", place),
+        _qwen3_vl,
         (
             "data.prompts_per_step={generate: 0, understand: 2, edit: 0, reason: 2}",
             "data.scenes.size=32",
@@ -150,3 +148,22 @@ FAMILIES: dict[str, Family] = {
         ("transformers", "diffusers"),
     ),
 }
+
+
+def make_picture(seed: int, height: int = 32, width: int = 32) -> Image:
+    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+    return (pixels * 255).round() / 255
+
+
+def prompts_of_all_tasks() -> list[Prompt]:
+    """Of different lengths; two ask about one picture, one about two of other sizes. No edits."""
+    shared = make_picture(1)
+    return [
+        Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
+        Prompt("u1", "understand", (shared, "is it a red circle above a square"), ("text",)),
+        Prompt("u2", "understand", (make_picture(2, 20, 40), make_picture(3), "yes or no"), ("text",)),
+        Prompt("g0", "generate", ("a red circle",), ("image",)),
+        Prompt("g1", "generate", ("a red circle above a blue square",), ("image",)),
+        Prompt("r0", "reason", ("a blue square",), ("text", "image")),
+        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
+    ]

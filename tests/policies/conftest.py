@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 
 from lvrpo.policies.mot.attention import Span, pack
 from lvrpo.policies.mot.transformer import MoTConfig
@@ -91,6 +93,21 @@ def run_whole_row(policy: TinyPolicy, items: Sequence[Item]) -> WholeRow:
         x_t, t, offset = noisy
         velocity = towers.velocity(hidden.drawing[offset : offset + len(x_t)][None], x_t[None], torch.tensor([t]))[0]
     return WholeRow(towers.text_logits(hidden.reading), velocity)
+
+
+@pytest.fixture(scope="session")
+def family_folder(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
+    """The folder of a small random model of a family, which many tests read: never change it.
+
+    Skips the test where an optional package is missing.
+    """
+
+    def folder(name: str) -> Path:
+        for package in FAMILIES[name].needs:
+            pytest.importorskip(package)
+        return made_once(f"family_{name}", FAMILIES[name].make)
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from small_vlm import without_videos
 
 from lvrpo.config import load_config
@@ -79,11 +78,6 @@ def pictures_alone() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("matrix")
-
-
 def section_of(name: str, cell: str) -> str:
     """Of the objective that a cell is about."""
     return SECTIONS[name][-1 if cell in ("generate", "edit", THINK) else 0]
@@ -142,8 +136,10 @@ def train_one_step(settings: list[str]) -> bool | InputError:
 @pytest.mark.filterwarnings("ignore:semantic. of texts:UserWarning")
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", SECTIONS)
-def test_a_step_is_trained_or_the_configuration_is_refused(name: str, cell: str, place: Path) -> None:
-    folder = Path("tiny") if name == "tiny" else FAMILIES[name].folder(place / name)
+def test_a_step_is_trained_or_the_configuration_is_refused(
+    name: str, cell: str, small_base: Path, family_folder: Callable[[str], Path]
+) -> None:
+    folder = small_base if name == "tiny" else family_folder(name)
     kinds = OBJECTIVES[section_of(name, cell)] if cell in CAN[name] and (name, cell) not in ALIKE else ()
     for reward, kind in [*((reward, None) for reward in SCORES), *(("spread:Spread", kind) for kind in kinds)]:
         found = train_one_step(overrides(name, folder, cell, reward, kind))

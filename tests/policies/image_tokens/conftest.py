@@ -1,29 +1,23 @@
-"""A small random Janus and a small random Emu3, made once: as folders and as policies."""
+"""A small random Janus and a small random Emu3: as folders and as policies."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from families import prompts_of_all_tasks
 
-from lvrpo.policies.emu3.create import Emu3Sizes, create_emu3
 from lvrpo.policies.image_tokens import ImageTokenPolicy
-from lvrpo.policies.janus.create import JanusSizes, create_janus
 from lvrpo.policies.loading import load_policy
-from lvrpo.types import Image, Prompt
+from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 
-TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no")
-
 
 @pytest.fixture(scope="session", params=["janus", "emu3"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("image_tokens") / request.param
-    fresh = create_janus(JanusSizes(), TEXTS) if request.param == "janus" else create_emu3(Emu3Sizes(), TEXTS)
-    fresh.save(path)
-    return path
+def folder(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Path:
+    return family_folder(request.param)
 
 
 def load(folder: Path) -> ImageTokenPolicy:
@@ -44,21 +38,6 @@ def own(folder: Path) -> ImageTokenPolicy:
     return load(folder)
 
 
-def make_picture(seed: int, height: int = 32, width: int = 32) -> Image:
-    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-    return (pixels * 255).round() / 255
-
-
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of all tasks, of different lengths; two ask about one picture."""
-    shared = make_picture(1)
-    return [
-        Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
-        Prompt("u1", "understand", (shared, "is it a red circle above a square"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2, 20, 40), make_picture(3), "yes or no"), ("text",)),
-        Prompt("g0", "generate", ("a red circle",), ("image",)),
-        Prompt("g1", "generate", ("a red circle above a blue square",), ("image",)),
-        Prompt("r0", "reason", ("a blue square",), ("text", "image")),
-        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
-    ]
+    return prompts_of_all_tasks()

@@ -1,26 +1,22 @@
-"""A small random Janus, made once: as a folder and as a policy."""
+"""A small random Janus: as a folder and as a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from families import prompts_of_all_tasks
 
-from lvrpo.policies.janus.create import JanusSizes, create_janus
 from lvrpo.policies.janus.policy import JanusPolicy
-from lvrpo.types import Image, Prompt
+from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 
-TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no")
-
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("janus") / "small"
-    create_janus(JanusSizes(), TEXTS).save(path)
-    return path
+def folder(family_folder: Callable[[str], Path]) -> Path:
+    return family_folder("janus")
 
 
 @pytest.fixture(scope="session")
@@ -29,21 +25,6 @@ def janus(folder: Path) -> JanusPolicy:
     return JanusPolicy.load(folder)
 
 
-def make_picture(seed: int, height: int = 32, width: int = 32) -> Image:
-    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-    return (pixels * 255).round() / 255
-
-
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of all tasks, of different lengths; two ask about one picture."""
-    shared = make_picture(1)
-    return [
-        Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
-        Prompt("u1", "understand", (shared, "is it a red circle above a square"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2, 20, 40), make_picture(3), "yes or no"), ("text",)),
-        Prompt("g0", "generate", ("a red circle",), ("image",)),
-        Prompt("g1", "generate", ("a red circle above a blue square",), ("image",)),
-        Prompt("r0", "reason", ("a blue square",), ("text", "image")),
-        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
-    ]
+    return prompts_of_all_tasks()

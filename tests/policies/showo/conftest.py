@@ -1,26 +1,22 @@
-"""A small random Show-o, made once: as a folder and as a policy."""
+"""A small random Show-o: as a folder and as a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from families import make_picture, prompts_of_all_tasks
 
-from lvrpo.policies.showo.create import ShowoSizes, create_showo
 from lvrpo.policies.showo.policy import ShowoPolicy
-from lvrpo.types import Image, Prompt
+from lvrpo.types import Prompt
 
 pytest.importorskip("transformers")
 
-TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no", "USER: ASSISTANT:")
-
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("showo") / "small"
-    create_showo(ShowoSizes(), TEXTS).save(path)
-    return path
+def folder(family_folder: Callable[[str], Path]) -> Path:
+    return family_folder("showo")
 
 
 @pytest.fixture(scope="session")
@@ -29,22 +25,9 @@ def showo(folder: Path) -> ShowoPolicy:
     return ShowoPolicy.load(folder)
 
 
-def make_picture(seed: int, height: int = 32, width: int = 32) -> Image:
-    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-    return (pixels * 255).round() / 255
-
-
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of all tasks, of different lengths; two ask about one picture."""
-    shared = make_picture(1)
-    return [
-        Prompt("u0", "understand", (shared, "what color is it"), ("text",)),
-        Prompt("u1", "understand", (shared, "is it a red circle above a square"), ("text",)),
-        Prompt("u2", "understand", (make_picture(2, 20, 40), "yes or no"), ("text",)),
-        Prompt("g0", "generate", ("a red circle",), ("image",)),
-        Prompt("g1", "generate", ("a red circle above a blue square",), ("image",)),
-        Prompt("r0", "reason", ("a blue square",), ("text", "image")),
-        Prompt("r1", "reason", (make_picture(4), "what color is it"), ("text",)),
-        Prompt("r2", "reason", ("what color is it",), ("text",)),
-    ]
+    """The answer about two pictures is about one, which is all that it reads."""
+    about_one = Prompt("u2", "understand", (make_picture(2, 20, 40), "yes or no"), ("text",))
+    plain = Prompt("r2", "reason", ("what color is it",), ("text",))
+    return [*(about_one if prompt.id == "u2" else prompt for prompt in prompts_of_all_tasks()), plain]

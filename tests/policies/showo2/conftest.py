@@ -1,7 +1,8 @@
-"""A small random Show-o2, made once: as a folder and as a policy."""
+"""A small random Show-o2: as a folder and as a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,10 @@ from lvrpo.types import Prompt
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-TEXTS = ("a red circle above a blue square", "what color is it", "yes", "no")
-
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
-
-    path = tmp_path_factory.mktemp("showo2") / "small"
-    create_showo2(RandomShowo2(), TEXTS).save(path)
-    return path
+def folder(family_folder: Callable[[str], Path]) -> Path:
+    return family_folder("showo2")
 
 
 @pytest.fixture(scope="session")
