@@ -28,6 +28,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distributed_work", "training_work"])
 
 
+def exit_code(function: Callable[..., Any], *args: Any) -> int | None:
+    """Of one process that calls a function; an exception in it is 1."""
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
 @dataclass
 class Outcome:
     """How a process ended."""

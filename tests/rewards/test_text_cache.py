@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 
+import crash_work
 import pytest
+from ranks import CONTEXT
 
 from lvrpo.errors import InputError
 from lvrpo.rewards.questions import TextCache, cache_folder
@@ -47,17 +48,8 @@ def test_a_text_that_was_changed_counts_as_absent(tmp_path: Path) -> None:
     assert cache.get("key") is None
 
 
-def write_many(folder: Path, who: int) -> None:
-    cache = TextCache(folder)
-    for round_ in range(50):
-        for key in range(4):
-            cache.put(f"{key} " * 500, str(key))
-            assert cache.get(str(key)) == f"{key} " * 500, (who, round_)
-
-
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("spawn")
-    writers = [fork.Process(target=write_many, args=(tmp_path, who)) for who in range(2)]
+    writers = [CONTEXT.Process(target=crash_work.write_texts, args=(tmp_path, who)) for who in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -5,16 +5,16 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import crash_work
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from ranks import CONTEXT, exit_code
 from torch import nn
 
 from lvrpo import atomic_io
@@ -277,30 +277,17 @@ def test_a_replacement_that_never_came_is_undone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from lvrpo.training.checkpoint import checkpoint_writer, save_state
-run = Path(sys.argv[1])
-print("ready", flush=True)
-for step in range(1, 10_000):
-    with checkpoint_writer(run / "checkpoints" / f"step_{step % 7:06d}") as folder:
-        (folder / "policy").mkdir()
-        for name in ("policy", "."):
-            save_state(folder / name, {"step": step, "weights": torch.full((40_000,), float(step))})
-"""
-
-
 def test_kill_9_never_halves_a_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        writer = CONTEXT.Process(target=crash_work.write_checkpoints, args=(tmp_path, sender))
+        writer.start()
+        receiver.recv()
         time.sleep(chance.uniform(0.02, 0.25))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
         for folder in ckpt.list_checkpoints(tmp_path):
             ckpt.verify_checkpoint(folder)
             state, policy = ckpt.load_state(folder), ckpt.load_state(folder / "policy")
@@ -319,29 +306,13 @@ def test_a_crash_inside_a_replacement_loses_nothing(tmp_path: Path, call: str, n
     target = tmp_path / "checkpoints" / "step_000001"
     with ckpt.checkpoint_writer(target) as folder:
         ckpt.save_state(folder, {"value": 1})
-    module = "fcntl" if call == "flock" else "os"
-    code = f"""
-import fcntl, os, signal
-from pathlib import Path
-from lvrpo.training import checkpoint as ckpt
-real, count = {module}.{call}, 0
-def dying(*arguments):
-    global count
-    count += 1
-    if count == {nth}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-{module}.{call} = dying
-with ckpt.checkpoint_writer(Path({str(target)!r})) as folder:
-    ckpt.save_state(folder, {{"value": 2}})
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode in (-signal.SIGKILL, 0)
+    code = exit_code(crash_work.replace_and_die, target, call, nth)
+    assert code in (-signal.SIGKILL, 0)
     ckpt.clean_leftovers(target.parent)
     latest = ckpt.latest_checkpoint(tmp_path)
     assert latest == target
     ckpt.verify_checkpoint(latest)
-    assert ckpt.load_state(latest)["value"] == (2 if done.returncode == 0 else 1)
+    assert ckpt.load_state(latest)["value"] == (2 if code == 0 else 1)
     assert [p.name for p in target.parent.iterdir()] == ["step_000001"]
 
 

@@ -5,15 +5,18 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import crash_work
 import numpy as np
 import pytest
 import torch
 from pydantic import Field
+from ranks import exit_code
 
 from lvrpo.config import Config, config_sha256
 from lvrpo.errors import ContractError, InputError
@@ -127,24 +130,14 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(path: Path) -> None:
         run.append_metrics({"step": 1})
         message = f"{path}: process {os.getpid()} is writing this run: wait for it or choose another name"
         assert refusal(RunDirectory.open, path) == message
-        code = f"from lvrpo.training.run_directory import RunDirectory\nRunDirectory.open({str(path)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert message in done.stderr
+        assert exit_code(crash_work.open_run, path, path.with_name("said")) == 0
+        assert path.with_name("said").read_text() == message
         assert RunDirectory.read(path).metrics() == [{"step": 1}]
     RunDirectory.open(path).close()
 
 
 def test_the_lock_dies_with_its_process_and_with_its_object(path: Path) -> None:
-    code = f"""
-import os
-from lvrpo.config import Config
-from lvrpo.training.run_directory import RunDirectory
-class Root(Config):
-    seed: int = 0
-run = RunDirectory.create({str(path)!r}, Root())
-os.kill(os.getpid(), 9)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert exit_code(crash_work.create_run_and_die, path) == -signal.SIGKILL
     run = RunDirectory.open(path)
     del run
     gc.collect()
