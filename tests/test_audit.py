@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +50,48 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def trained(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(scope="module")
+def trained(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Call it with rewards, a name and changes: a finished run."""
-    Path("audited.py").write_text(REWARDS)
-    monkeypatch.syspath_prepend(Path.cwd())
+    folder = tmp_path_factory.mktemp("audited")
+    (folder / "audited.py").write_text(REWARDS)
 
     def train(rewards: list[str], name: str, *changes: str, code: int = 0) -> Path:
         given = [f"policy={small_base}", f"rewards=[{', '.join(rewards)}]", "allow_code=[audited]", *SMALL, *changes]
-        assert main(["train", "quickstart", *given, "--out", name, "--no-evaluate"]) == code
-        return Path(name)
+        assert main(["train", "quickstart", *given, "--out", str(folder / name), "--no-evaluate"]) == code
+        return folder / name
 
-    return train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield train
+
+
+@pytest.fixture(scope="module")
+def gdpo(trained: Any) -> Path:
+    """A run of three rewards. Never change it."""
+    return trained([BINARY, CONTINUOUS, WATCHED], "gdpo", "advantages={kind: gdpo, std_floor: 0.0001}")
+
+
+@pytest.fixture
+def run(gdpo: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(gdpo, "run"))
 
 
 def audit(run: Path, capfd: Output) -> tuple[dict[str, Any], str]:
     capfd.readouterr()
-    assert main(["audit", str(run), "--json", f"{run}.json"]) == 0
+    assert main(["audit", str(run), "--json", f"{run.name}.json"]) == 0
     output = capfd.readouterr()
     assert output.err == ""
-    return json.loads(Path(f"{run}.json").read_text()), output.out
+    return json.loads(Path(f"{run.name}.json").read_text()), output.out
 
 
 def shares(audit: dict[str, Any], task: str, key: str) -> dict[str, float]:
     return {s["name"]: s[key] for s in audit["tasks"][task]["scorers"] if s[key] is not None}
 
 
-def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, capfd: Output) -> None:
+def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, gdpo: Path, capfd: Output) -> None:
     """Under gdpo each causes its configured share within 10 %; summed, the continuous one causes under 5 %."""
-    gdpo = trained([BINARY, CONTINUOUS, WATCHED], "gdpo", "advantages={kind: gdpo, std_floor: 0.0001}")
     summed = trained([BINARY, CONTINUOUS], "summed", "advantages={kind: grpo, std_floor: 0.0001}")
     (of_gdpo, printed), (of_sum, _) = audit(gdpo, capfd), audit(summed, capfd)
     for task in ("understand", "generate"):
@@ -91,7 +106,7 @@ def test_a_binary_and_a_continuous_reward_under_both_formulas(trained: Any, capf
     assert (of_gdpo["formula"], of_sum["formula"]) == ("gdpo", "grpo")
     assert (of_gdpo["recorded"], of_gdpo["steps"]) == (3, {"first": 1, "last": 3})
     lines = printed.splitlines()
-    assert lines[0] == "gdpo: steps 1 to 3, all on record; advantages: gdpo"
+    assert lines[0] == f"{gdpo}: steps 1 to 3, all on record; advantages: gdpo"
     assert any(line.split()[:5] == ["binary", "1", ".51", ".50", "1.00"] for line in lines)
     assert any(line.split()[:3] == ["watched", "held", "out"] for line in lines)
     assert "correlation inside groups: understand" in printed
@@ -109,8 +124,7 @@ def test_a_reward_that_fails_is_shown_as_missing(trained: Any, capfd: Output) ->
     assert "alarm: generate: 25% of the scores of binary failed in steps 1 to 3, 10% may" in printed
 
 
-def test_the_page_of_a_run_shows_its_audit(trained: Any, capfd: Output) -> None:
-    run = trained([BINARY, CONTINUOUS], "run", "advantages.std_floor=0.0001")
+def test_the_page_of_a_run_shows_its_audit(run: Path) -> None:
     page = (run / "report.html").read_text(encoding="utf-8")
     for words in (
         'id="audit"',
@@ -130,8 +144,7 @@ def test_the_page_of_a_run_shows_its_audit(trained: Any, capfd: Output) -> None:
     assert 'id="audit"' in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_run_that_goes_on_is_audited_too(trained: Any, capfd: Output) -> None:
-    run = trained([BINARY, CONTINUOUS], "run", "advantages.std_floor=0.0001")
+def test_a_run_that_goes_on_is_audited_too(run: Path, capfd: Output) -> None:
     for name in ("step_000003", "step_000002", "control_000003", "validation_000003"):
         (run / "scores" / f"{name}.npz").unlink()
     found, printed = audit(run, capfd)

@@ -51,6 +51,8 @@ def test_small_loop_equals_library_bit_for_bit(grpo_loop: ModuleType, tmp_path: 
         {
             "steps": 3,
             "data": {"prompts_per_step": {"generate": 4, "understand": 8, "edit": 2, "reason": 3}},
+            "rollout": {"group_size": 4, "num_steps": 5},
+            "flow": {"top_bottom_k": 1},
             "validation": {"every": 100, "prompts": {"understand": 4}},
             "samples_every": 100,
             "reference_eval_every": 100,

@@ -183,7 +183,7 @@ def process_of(run: Path, rank: int) -> psutil.Process:
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_worker_was_killed_and_ends_as_under_torchrun(small_base: Path) -> None:
     pytest.importorskip("ray")
-    options = ("quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
+    options = ("quickstart", f"policy={small_base}", *OPTIONS, "steps=6", "--no-evaluate")
     finish(start("train", *options, "--out", "whole"))
     run = Path("killed")
     process = launched(*options, "--workers", 2, "--out", run)

@@ -19,7 +19,7 @@ from lvrpo.distributed import collectives
 from lvrpo.training.run_directory import RunDirectory
 
 OPTIONS = (
-    "steps=6",
+    "steps=4",
     "data.prompts_per_step={generate: 3, understand: 8, edit: 1, reason: 3}",
     "rollout={group_size: 4, num_steps: 4}",
     "num_minibatches=2",

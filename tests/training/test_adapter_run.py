@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stored import stored
+from stored import killed_copy, stored
 
 from lvrpo.cli import main
 from lvrpo.config import load_config
@@ -57,15 +57,17 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(
 ) -> None:
     config = config_of(small_base, adapter, *more)
     whole = go(Trainer.start(config, Path("whole")))
-    go(Trainer.start(config, Path("cut")), until=2)
-    cut = go(Trainer.resume(Path("cut")))
-    one, other = (stored(Path(run) / "checkpoints/step_000004") for run in ("whole", "cut"))
+    killed = killed_copy(Path("whole"), 2)
+    again = Trainer.resume(killed)
+    assert again.state.step == 2
+    go(again)
+    one, other = (stored(run / "checkpoints/step_000004") for run in (Path("whole"), killed))
     assert {name.split("/")[0] for name in one} == {"policy", "old", "ema", "optimizer_0"}
     assert one.keys() == other.keys()
     assert all(is_adapter(name) and torch.equal(tensor, other[name]) for name, tensor in one.items())
     base = load_policy(small_base)
     assert isinstance(base, MoTPolicy)
-    for alignment in (whole, cut):
+    for alignment in (whole, again):
         with alignment.state.policies.use("reference") as reference:
             assert isinstance(reference, MoTPolicy)
             assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), base.parameters(), strict=True))
@@ -98,9 +100,8 @@ def test_the_result_of_a_run_is_a_model(small_base: Path, capsys: pytest.Capture
 
 def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(small_base, "here")
-    go(Trainer.start(config_of(Path("here")), Path("run")), until=2)
-    shutil.copytree("run", "straight")
-    whole = go(Trainer.resume(Path("straight")))
+    go(Trainer.start(config_of(Path("here")), Path("straight")))
+    killed_copy(Path("straight"), 2).rename("run")
     Path("here").rename("there")
     assert main(["train", "--resume", "run", "--no-evaluate"]) == 2
     assert "its base is not there: name it (--base FOLDER)" in capsys.readouterr().err
@@ -108,7 +109,6 @@ def test_a_run_whose_base_has_moved_goes_on(small_base: Path, capsys: pytest.Cap
     assert "--base there: is of a run that is resumed" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--base", "there", "--no-evaluate"]) == 0
     states = [stored(Path(run) / "checkpoints/step_000004", "policy") for run in ("straight", "run")]
-    assert whole.state.step == 4
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from color_task import Colors
 from discrete_policy import DiscretePolicy
-from stored import stored
+from stored import killed_copy, stored
 
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
@@ -31,7 +31,7 @@ RUN = (
     "data.source='color_task:Colors'",
     "rewards=[{name: 'color_task:ShareOfColor', label: share}, {name: 'color_task:Says', label: says}]",
     "validation.every=100",
-    "checkpoint_every=100",
+    "checkpoint_every=9",
     "samples_every=100",
     "optimizer={kind: adamw, adamw_lr: 5e-3}",
     "data.prompts_per_step={understand: 2, generate: 3, reason: 3}",
@@ -73,20 +73,17 @@ def test_a_run_raises_its_rewards_and_goes_on_bit_for_bit(name: str) -> None:
     assert rows[0][f"ratio/{kind}"] == pytest.approx(1, abs=0 if kind == "masked" else 1e-2)  # stepped after the text
     assert {f"loss/{kind}/generate", f"kl/{kind}/reason", f"entropy/{kind}/reason", "loss/text/reason"} <= set(rows[0])
 
-    seen: list[int] = []
-    halved = Trainer.start(config, Path("halved"))
-    with halved.run:
-        assert not halved.train(lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= 5)
-    again = Trainer.resume(Path("halved"), config)
+    killed = killed_copy(Path("straight"), 9)
+    again = Trainer.resume(killed, config)
     with again.run:
-        assert again.state.step == 5
+        assert again.state.step == 9
         assert again.train()
     untimed = [
         [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in RunDirectory.read(run).metrics()]
-        for run in (Path("straight"), Path("halved"))
+        for run in (Path("straight"), killed)
     ]
     assert untimed[0] == untimed[1]
-    one, other = (stored(Path(run, "checkpoints", "step_000012")) for run in ("straight", "halved"))
+    one, other = (stored(run / "checkpoints" / "step_000012") for run in (Path("straight"), killed))
     assert {name.split("/")[0] for name in one if not name.startswith("optimizer")} == {"policy", "ema"}  # no old ones
     assert all(torch.equal(one[key], other[key]) for key in one)
 

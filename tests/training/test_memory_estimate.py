@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from estimates import measure_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvrpo.cli import main
@@ -33,13 +34,23 @@ from lvrpo.training.trainer import Trainer
 FEW = ["device=cpu", "data.prompts_per_step={generate: 2, understand: 2}", "rollout={group_size: 4, num_steps: 3}"]
 
 
+WATCHING = "validation={prompts: {understand: 2}}"
+
+
 @cache
-def needed(folder: Path, *more: str) -> MemoryEstimate:
-    """Never change it: several tests read the same one."""
-    watching = "validation={prompts: {understand: 2}}"
-    found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, watching, *more]))
+def needed(folder: Path, *more: str, phases: tuple[str, ...] | None = None) -> MemoryEstimate:
+    """Never change it: several tests read the same one. ``phases``: all are measured, or these alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if phases is not None:
+            measure_only(patch, *phases)
+        found = memory_needed(load_config(TrainConfig, None, [f"policy={folder}", *FEW, WATCHING, *more]))
     assert found is not None
     return found
+
+
+def persistent(folder: Path, *more: str) -> MemoryEstimate:
+    """Without what is measured."""
+    return needed(folder, *more, phases=())
 
 
 def test_peak_of_live_bytes() -> None:
@@ -78,14 +89,14 @@ def test_weights_copies_and_moments_by_hand(small_base: Path) -> None:
     assert isinstance(policy, MoTPolicy)
     weights = 4 * sum(tensor.numel() for tensor in policy.state_dict().values())
     trained = 4 * sum(p.numel() for p in policy.parameters())
-    plain = needed(small_base, "optimizer.kind=adamw")
+    plain = persistent(small_base, "optimizer.kind=adamw")
     assert plain.persistent["weights"] == weights
     assert plain.persistent["frozen and averaged weights"] == 3 * weights
     assert plain.persistent["moments"] == 2 * trained
     assert plain.gradients == trained
     matrices = 4 * sum(p.numel() for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2)
-    assert needed(small_base).persistent["moments"] == 2 * trained - matrices
-    assert needed(small_base, "text.lr_scale=0.5").persistent["moments"] == 2 * (2 * trained - matrices)
+    assert persistent(small_base).persistent["moments"] == 2 * trained - matrices
+    assert persistent(small_base, "text.lr_scale=0.5").persistent["moments"] == 2 * (2 * trained - matrices)
 
 
 def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> None:
@@ -97,31 +108,32 @@ def test_gradient_checkpointing_keeps_one_recorded_step(small_base: Path) -> Non
 
     def replayed(again: bool) -> int:
         changes = [*recorded, "limits.microbatch_size=4", f"limits.gradient_checkpointing={again}"]
-        return needed(small_base, *changes).transient["replay of drawings"]
+        return needed(small_base, *changes, phases=("replay of drawings",)).transient["replay of drawings"]
 
     assert replayed(again=True) < replayed(again=False) / 3
 
 
 def test_an_unused_old_policy_takes_no_memory(small_base: Path) -> None:
-    weights = needed(small_base).persistent["weights"]
-    clipped = needed(small_base, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}")
+    weights = persistent(small_base).persistent["weights"]
+    clipped = persistent(small_base, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}")
     assert clipped.persistent["frozen and averaged weights"] == 2 * weights
 
 
 def test_a_refreshed_judge_has_its_own_weights(small_base: Path) -> None:
-    weights = needed(small_base).persistent["weights"]
+    weights = persistent(small_base).persistent["weights"]
     for judge, copies in (
         ("{}", 0),
         ("{refresh_every: 2}", 1),
         ("{kind: average}", 1),
         ("{kind: average, refresh_every: 2}", 2),
     ):
-        assert needed(small_base, f"judge={judge}").persistent["the judge's own weights"] == copies * weights
+        assert persistent(small_base, f"judge={judge}").persistent["the judge's own weights"] == copies * weights
 
 
 def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     pytest.importorskip("peft")
-    plain, adapted = needed(small_base), needed(small_base, "adapter={rank: 2}")
+    replays = ("replay of text", "replay of drawings")
+    plain, adapted = persistent(small_base), needed(small_base, "adapter={rank: 2}", phases=replays)
     own = adapted.persistent["weights"] - plain.persistent["weights"]
     assert own > 0
     assert adapted.persistent["frozen and averaged weights"] == 2 * own
@@ -129,7 +141,7 @@ def test_an_adapter_costs_itself_three_times(small_base: Path) -> None:
     assert adapted.persistent["moments"] == 2 * own
 
 
-def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
+def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(small_base)
     assert isinstance(policy, MoTPolicy)
     weights = 4 * sum(tensor.numel() for tensor in policy.state_dict().values())
@@ -137,7 +149,9 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
     options = "offload=true", "optimizer.kind=adamw"
     here, bare = (
         needed(small_base, *options),
-        needed(small_base, *options, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}"),
+        persistent(
+            small_base, *options, "rollout.sampler=flow_sde", "flow={kind: flow_grpo, kl: velocity, kl_coef: 2}"
+        ),
     )
     # live, its gradients, average, old, reference, two moments
     assert here.persistent["offloaded"] == 7 * trained
@@ -147,6 +161,7 @@ def test_an_offloaded_run_leaves_one_policy_on_a_card(small_base: Path) -> None:
     assert here.gradients == trained  # all of a step's, before they are summed
     assert 0 < here.transient["replay: summing gradients"] < trained
     config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW[1:], "device=auto", *options])
+    measure_only(monkeypatch, "replay of text")
     card = memory_needed(config, torch.device("cuda"))
     assert card is not None
     assert card.persistent["offloaded"] == 0
@@ -169,7 +184,8 @@ def test_too_little_host_memory_is_refused(small_base: Path, monkeypatch: pytest
 
 
 def test_smaller_parts_take_less(small_base: Path) -> None:
-    whole, parts = needed(small_base), needed(small_base, "limits.microbatch_size=1")
+    phases = ("replay of drawings",)
+    whole, parts = needed(small_base), needed(small_base, "limits.microbatch_size=1", phases=phases)
     assert parts.transient["replay of drawings"] < whole.transient["replay of drawings"] / 3
     assert parts.persistent == whole.persistent
     assert whole.peak > sum(whole.persistent.values())
@@ -185,6 +201,7 @@ def test_too_little_memory_is_refused_before_the_load(
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     monkeypatch.setattr("lvrpo.training.setup.load_policy", lambda *_: pytest.fail("loaded"))
+    measure_only(monkeypatch, "replay of text")
     config = load_config(TrainConfig, None, [f"policy={small_base}", *FEW])
     with pytest.raises(InputError, match=r"policy=.*small: needs about 0\.\d GiB on cpu, 0\.0 GiB are free: "):
         Trainer.start(config, Path("run"))
@@ -237,7 +254,9 @@ def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None
     assert isinstance(policy, MoTPolicy)
     numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     found = needed(
-        described.with_name("whole"), ASKED, "offload=true", "optimizer.kind=adamw", "precision={compute: bfloat16}"
+        described.with_name("whole"),
+        *(ASKED, "offload=true", "optimizer.kind=adamw", "precision={compute: bfloat16}"),
+        phases=("replay of text",),
     )
     assert found.gradients == 0
     assert found.transient["replay: summing gradients"] > 2 * numbers
@@ -245,8 +264,9 @@ def test_16_bit_gradients_leave_a_card_after_every_pass(described: Path) -> None
     assert found.persistent["offloaded"] == (6 * 4 + 2) * numbers
 
 
-def test_json_files_tell_what_the_weights_tell(described: Path) -> None:
-    settings = [*FEW[:1], *FEW[2:], ASKED, "validation={prompts: {understand: 2}}"]
+def test_json_files_tell_what_the_weights_tell(described: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_only(monkeypatch, "replay of drawings")
+    settings = [*FEW[:1], *FEW[2:], ASKED, WATCHING]
     found = [
         memory_needed(load_config(TrainConfig, None, [f"policy={described.with_name(name)}", *settings]))
         for name in ("whole", "described")
@@ -288,7 +308,7 @@ def test_json_files_that_tell_nonsense_are_named(described: Path, file: str, con
 
 
 def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["check", "quickstart", f"policy={described}", *FEW[2:], ASKED, "validation={prompts: {understand: 2}}"]
+    command = ["check", "quickstart", f"policy={described}", *FEW[2:], ASKED, WATCHING]
     assert main([*command, "--card", "78"]) == 0
     out = capsys.readouterr().out
     assert "at most, in the" in out
@@ -311,5 +331,6 @@ def test_a_card_that_is_not_there_and_weights_that_are_not(described: Path, caps
     [("self_vqa", True), ("edit_consistency, options: {ask: false}", False), ("scene_facts", False)],
 )
 def test_the_judge_counts_where_a_reward_asks_it(small_base: Path, reward: str, judges: bool) -> None:
-    estimate = needed(small_base, f"rewards=[{{name: exact_answer}}, {{name: {reward}}}]")
+    rewards = f"rewards=[{{name: exact_answer}}, {{name: {reward}}}]"
+    estimate = needed(small_base, rewards, phases=("judge",))
     assert ("judge" in estimate.transient) == judges

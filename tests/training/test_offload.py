@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import training_work as work
 from processes import assert_begin_alike, finish, rows, start
 from ranks import Ranks
 from safetensors.torch import load_file
-from stored import stored
+from stored import killed_copy, stored
 
 from lvrpo.cli import main
 from lvrpo.distributed import local
@@ -25,49 +25,57 @@ from lvrpo.training.validation import roll_back
 from lvrpo.types import Prompt
 
 OPTIONS = (*processes.OPTIONS, "text.lr_scale=0.5")
-LAST = "checkpoints/step_000006"
+LAST = "checkpoints/step_000004"
 
 
-def test_one_process_computes_the_bits_of_a_run_that_keeps_everything(small_base: Path) -> None:
-    for method in ("nft", "dpo"):
-        options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, f"flow.kind={method}", "steps=3")
-        names = f"whole_{method}", f"offloaded_{method}"
-        for name, offload in zip(names, ("false", "true"), strict=True):
-            assert main([*options, f"offload={offload}", "--no-evaluate", "--out", name]) == 0
-        one, other = (stored(Path(name, "checkpoints/step_000003")) for name in names)
-        assert rows(Path(names[0])) == rows(Path(names[1]))
+@pytest.fixture
+def alone(small_base: Path, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A run of one process that keeps everything. Never change it."""
+
+    def make(folder: Path) -> None:
+        options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
+        assert main([*options, "--out", str(folder)]) == 0
+
+    return made_once("keeps_everything", make)
+
+
+def test_one_process_computes_the_bits_of_a_run_that_keeps_everything(small_base: Path, alone: Path) -> None:
+    options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
+    dpo = ("flow.kind=dpo", "steps=3")
+    assert main([*options, *dpo, "--out", "dpo"]) == 0
+    for method, whole, more in (("nft", alone, ()), ("dpo", Path("dpo"), dpo)):
+        offloaded = Path(f"offloaded_{method}")
+        assert main([*options, *more, "offload=true", "--out", str(offloaded)]) == 0
+        last = LAST if method == "nft" else "checkpoints/step_000003"
+        one, other = (stored(run / last) for run in (whole, offloaded))
+        assert rows(whole) == rows(offloaded)
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
         kept = {name.split("/")[0] for name in one}
         assert kept == {"policy", "ema", "optimizer_0", "optimizer_1", *(["old"] if method == "nft" else [])}
 
 
-def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path) -> None:
+def test_two_processes_divide_a_run_and_resume_bit_for_bit(small_base: Path, alone: Path) -> None:
     options = ("train", "quickstart", f"policy={small_base}", *OPTIONS, "--no-evaluate")
-    both = start(*options, "offload=true", "--out", "both")
-    assert main([*options, "--out", "alone"]) == 0
-    finish(both)
-    alone, shared = rows(Path("alone")), rows(Path("both"))
-    assert_begin_alike(alone, shared)
+    finish(start(*options, "offload=true", "--out", "both"))
+    shared = rows(Path("both"))
+    assert_begin_alike(rows(alone), shared)
     sizes = [path.stat().st_size for path in Path("both", LAST, "state/tensors").iterdir()]
     assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
     begun, own, together = (
         load_file(small_base / "model.safetensors"),
-        *(stored(Path(r, LAST)) for r in ("alone", "both")),
+        *(stored(run / LAST) for run in (alone, Path("both"))),
     )
     for name in ("policy", "ema", "old"):
         apart = sum(float((together[f"{name}/{n}"] - own[f"{name}/{n}"]).square().sum()) for n in begun) ** 0.5
         moved = sum(float((own[f"{name}/{n}"] - t).square().sum()) for n, t in begun.items()) ** 0.5
         assert apart < 0.05 * moved
 
-    shutil.copytree("both", "halved")  # what a kill before step 6 leaves; test_ranks.py interrupts
-    shutil.rmtree(Path("halved", LAST))
-    for file in ("summary.json", "policy.json"):
-        Path("halved", file).unlink()
-    finish(start("train", "--resume", "halved", "--no-evaluate"))
-    assert rows(Path("halved")) == shared
-    again = stored(Path("halved", LAST))
+    killed = killed_copy(Path("both"), 2)  # test_ranks.py interrupts
+    finish(start("train", "--resume", killed, "--no-evaluate"))
+    assert rows(killed) == shared
+    again = stored(killed / LAST)
     assert all(torch.equal(tensor, again[name]) for name, tensor in together.items())
 
 

@@ -34,7 +34,7 @@ from lvrpo.types import Group, Prompt
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return stored(run / "checkpoints" / "step_000006", "policy")
+    return stored(run / "checkpoints" / "step_000004", "policy")
 
 
 def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: Path) -> None:
@@ -61,7 +61,7 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
         time.sleep(0.02)
     os.kill(int(Path("halved/.lock").read_text()), signal.SIGINT)
     assert "go on with: lvrpo train --resume halved" in finish(halved, succeeds=False)
-    assert 1 <= rows(Path("halved"))[-1]["step"] < 6
+    assert 1 <= rows(Path("halved"))[-1]["step"] < 4
     finish(start("train", "--resume", "halved", "--no-evaluate"))
     assert rows(Path("halved")) == shared
     again = weights(Path("halved"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stored import stored
+from stored import killed_copy, stored
 
 from lvrpo.config import dump_config, load_config
 from lvrpo.errors import InputError
@@ -57,6 +57,18 @@ SMALL_CORPUS = (
 @pytest.fixture
 def config(small_base: Path) -> TrainConfig:
     return load_config(TrainConfig, None, [f"policy={small_base}", *SMALL])
+
+
+@pytest.fixture
+def straight(config: TrainConfig, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A run of ``config`` that was never interrupted, but resumed before its first step. Never change it."""
+
+    def make(folder: Path) -> None:
+        with Trainer.start(config, folder).run as run:
+            run.close()
+            assert Trainer.resume(folder).train()
+
+    return made_once("straight_run", make)
 
 
 def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,11 +116,8 @@ def stops_at(step: int) -> tuple[Callable[[Mapping[str, Any]], None], Callable[[
     return lambda row: seen.append(int(row["step"])), lambda: bool(seen) and seen[-1] >= step
 
 
-def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig) -> None:
-    straight, halved = Path("straight"), Path("halved")
-    with Trainer.start(config, straight).run as run:
-        run.close()
-        assert Trainer.resume(straight).train()
+def test_five_steps_and_a_resumption_equal_ten(config: TrainConfig, straight: Path) -> None:
+    halved = Path("halved")
     alignment = Trainer.start(config, halved)
     with alignment.run:
         assert not alignment.train(*stops_at(5))
@@ -155,21 +164,20 @@ def flat(policies: Policies, name: SetName) -> torch.Tensor:
 def test_recorded_steps_need_no_short_average_and_resume(config: TrainConfig, small_base: Path) -> None:
     changed = ("steps=4", "rollout={group_size: 4, num_steps: 4, sampler: flow_sde}", "flow.kind=flow_grpo")
     config = load_config(TrainConfig, None, [f"policy={small_base}", *SMALL, *changed])
-    straight, halved = Path("straight"), Path("halved")
+    straight = Path("straight")
     alignment = Trainer.start(config, straight)
     with alignment.run:
         assert not alignment.state.policies.has("old")
         assert alignment.train()
     kept = {name.split("/")[0] for name in stored(straight / "checkpoints" / "step_000004")}
     assert kept == {"policy", "ema", "optimizer_0"}
-    alignment = Trainer.start(config, halved)
-    with alignment.run:
-        assert not alignment.train(*stops_at(2))
-    again = Trainer.resume(halved)
+    killed = killed_copy(straight, 2)
+    again = Trainer.resume(killed)
     with again.run:
+        assert again.state.step == 2
         assert not again.state.policies.has("old")
         assert again.train()
-    same_run(straight, halved, 4)
+    same_run(straight, killed, 4)
 
 
 @pytest.mark.parametrize("more", [(), ("representation={weight: 0.5, layer: 1, target_layer: 1}",)])
@@ -178,17 +186,15 @@ def test_pretraining_goes_on_bit_for_bit(config: TrainConfig, more: tuple[str, .
     one = Pretrainer.start(pretraining, Path("straight"))
     with one.run:
         assert one.train()
-    two = Pretrainer.start(pretraining, Path("halved"))
-    with two.run:
-        assert not two.train(*stops_at(5))
-    three = Pretrainer.resume(Path("halved"))
-    with three.run:
-        assert three.state.step == 5
-        assert three.train()
-    same_run(Path("straight"), Path("halved"))
-    rows = RunDirectory.read(Path("halved")).metrics()
+    killed = killed_copy(Path("straight"), 8)
+    again = Pretrainer.resume(killed)
+    with again.run:
+        assert again.state.step == 8
+        assert again.train()
+    same_run(Path("straight"), killed)
+    rows = RunDirectory.read(killed).metrics()
     assert {"validation/generate", "validation/reason"} <= set(rows[4])
-    assert policy_folder("halved").name == "step_000010"
+    assert policy_folder(str(killed)).name == "step_000010"
 
 
 METHODS = {
@@ -214,14 +220,13 @@ def test_every_method_goes_on_bit_for_bit(name: str, small_base: Path) -> None:
     one = Trainer.start(config, Path("straight"))
     with one.run:
         assert one.train()
-    two = Trainer.start(config, Path("halved"))
-    with two.run:
-        assert not two.train(*stops_at(2))
-    three = Trainer.resume(Path("halved"))
-    with three.run:
-        assert three.train()
-    same_run(Path("straight"), Path("halved"), 4)
-    rows = RunDirectory.read(Path("halved")).metrics()
+    killed = killed_copy(Path("straight"), 2)
+    again = Trainer.resume(killed)
+    with again.run:
+        assert again.state.step == 2
+        assert again.train()
+    same_run(Path("straight"), killed, 4)
+    rows = RunDirectory.read(killed).metrics()
     if name == "all at once":
         assert all(row["refill/drawn"] > 0 for row in rows[1:])
         assert any(key.startswith("gradient/cosine/") for key in rows[1])
@@ -260,7 +265,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"step {step} did not come")
 
 
-def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: TrainConfig) -> None:
+def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: TrainConfig, straight: Path) -> None:
     process = train_process(config, Path("killed"))
     wait_for_step(Path("killed"), 5, process)
     process.kill()
@@ -269,11 +274,8 @@ def test_a_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(config: 
     with again.run:
         assert again.state.step >= 4
         assert again.train()
-    straight = Trainer.start(config, Path("straight"))
-    with straight.run:
-        assert straight.train()
-    same_run(Path("straight"), Path("killed"))
-    same_scores(Path("straight"), Path("killed"))
+    same_run(straight, Path("killed"))
+    same_scores(straight, Path("killed"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(config: TrainConfig) -> None:
@@ -311,15 +313,13 @@ def test_the_second_signal_ends_at_once(request: pytest.FixtureRequest) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_result_is_the_best_checkpoint_of_validation(config: TrainConfig) -> None:
-    alignment = Trainer.start(config, Path("run"))
-    with alignment.run as run:
-        alignment.train()
-        best = alignment.state.validation.best_step
-        assert run.read_json("policy.json") == {"checkpoint": f"checkpoints/step_{best:06d}", "step": best}
-    assert policy_folder("run") == Path("run/checkpoints") / f"step_{best:06d}"
-    loaded = load_policy("run", "cpu")
-    saved = load_policy(Path("run/checkpoints") / f"step_{best:06d}", "cpu")
+def test_the_result_is_the_best_checkpoint_of_validation(straight: Path) -> None:
+    best = load_state(straight / "checkpoints" / "step_000010" / "state")["validation"]["best_step"]
+    final = {"checkpoint": f"checkpoints/step_{best:06d}", "step": best}
+    assert RunDirectory.read(straight).read_json("policy.json") == final
+    assert policy_folder(str(straight)) == straight / "checkpoints" / f"step_{best:06d}"
+    loaded = load_policy(str(straight), "cpu")
+    saved = load_policy(straight / "checkpoints" / f"step_{best:06d}", "cpu")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), saved.parameters(), strict=True))
 
 

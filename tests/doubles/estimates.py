@@ -1,0 +1,21 @@
+"""Memory estimates of which some phases alone are measured: a phase on fake tensors takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lvrpo.training.memory_estimate import _Estimator
+
+MEASURE = _Estimator._measure
+
+
+def measure_only(patch: pytest.MonkeyPatch, *phases: str) -> None:
+    """Leaves out the other phases of a step; persistent memory needs none of them."""
+
+    def measure(self: _Estimator, transient: dict[str, int], name: str, *args: Any, **options: Any) -> None:
+        if name in phases:
+            MEASURE(self, transient, name, *args, **options)
+
+    patch.setattr(_Estimator, "_measure", measure)
