@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from lvrpo.config import Config
 from lvrpo.data.images import check_image, load_image
@@ -20,6 +19,7 @@ from lvrpo.types import TaskKind
 class JsonlConfig(Config):
     """The files of rows (docs/guides/your_data.md); pictures are found relative to their file, or to ``root``."""
 
+    hints: ClassVar[Mapping[str, str]] = {"cached_images": "is gone: the last 1024 decoded pictures stay in memory"}
     train: Path | None = None
     """File of the rows to train on."""
     validation: Path | None = None
@@ -31,8 +31,6 @@ class JsonlConfig(Config):
     not beside its file is looked up there."""
     check: Literal["headers", "pixels"] = "headers"
     """Validation of every picture before the run starts; ``headers`` leaves damaged pixels to be found at first use."""
-    cached_images: int = Field(default=1024, ge=0, le=1_000_000)
-    """Maximum number of decoded pictures kept in memory."""
 
 
 class JsonlPrompts(RowPrompts):
@@ -56,7 +54,7 @@ class JsonlPrompts(RowPrompts):
         if path is None:
             raise InputError(f"no {split} file: set {split} to a .jsonl file")
         lines = _read(Path(path), config.root, config.check == "pixels", task, problems)
-        super().__init__(str(path), lines, seed, side, config.cached_images, problems)
+        super().__init__(str(path), lines, seed, side, problems)
 
 
 def _read(

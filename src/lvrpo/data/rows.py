@@ -257,6 +257,10 @@ def _region(
     return None
 
 
+CACHED_IMAGES = 1024
+"""Maximum number of decoded pictures kept in memory."""
+
+
 class RowPrompts(Task):
     """Rows as prompts, reshuffled for each pass, deterministically by seed."""
 
@@ -266,7 +270,6 @@ class RowPrompts(Task):
         lines: Sequence[Line],
         seed: int = 0,
         side: int | None = None,
-        cached_images: int = 1024,
         problems: list[str] | None = None,
     ):
         """Goes through all lines once. Raises InputError for two rows with one id, and where there are none.
@@ -278,8 +281,8 @@ class RowPrompts(Task):
         self.name, self.seed, self.side = name, seed, side
         self._lines = lines
         self._by_task: dict[TaskKind, list[int]] = {task: [] for task in TASKS}
-        self._load = lru_cache(maxsize=cached_images)(self._fitted)
-        self._load_mask = lru_cache(maxsize=cached_images)(load_mask)
+        self._load = lru_cache(maxsize=CACHED_IMAGES)(self._fitted)
+        self._load_mask = lru_cache(maxsize=CACHED_IMAGES)(load_mask)
         self._order = lru_cache(maxsize=16)(self._shuffled)
         self._numbers = self._valid_numbers(problems)
         """The lines that are used."""

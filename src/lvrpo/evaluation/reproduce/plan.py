@@ -248,6 +248,7 @@ CONSTANTS: Tree = {
     "validation.max_rollbacks": 3,
     "validation.rollback_lr": 0.5,
     "data.scenes.held_out_share": 0.2,
+    "data.jsonl.cached_images": 1024,
     "representation.head_width": 256,
 }
 """Settings of earlier versions, which are constants now, with their values: a recipe that has them is the same."""
