@@ -151,8 +151,11 @@ def test_a_rule_that_grades_or_never_answers_stops(value: float | None, words: s
     def rule(text: str) -> float | None:
         return value
 
+    groups = [said("a"), said("b")]
     with pytest.raises(ContractError, match=words):
-        scorer(rule).scores([said("a"), said("b")])
+        scorer(rule).scores(groups)
+    if value is None:  # curves go on without it
+        assert all(math.isnan(row[0]) for row in scorer(rule).successes(groups).values())
 
 
 @pytest.mark.parametrize(

@@ -85,23 +85,26 @@ class HeldOutScorer:
 
         A reward counts with its configured weight, w_k: sum_k w_k r_k / sum_k w_k over those that score the prompt.
         """
-        found = self.successes(groups)
+        found = self.successes(groups, required=True)
         rest = [p for p in range(len(groups)) if p not in found]
         if rest:
             found |= dict(zip(rest, self._rewarded([groups[p] for p in rest], judge), strict=True))
         return [found[p] for p in range(len(groups))]
 
-    def successes(self, groups: Sequence[Group]) -> dict[int, list[float]]:
-        """1.0 or 0.0 of every member by group, for the groups whose success is defined; nan where it failed."""
+    def successes(self, groups: Sequence[Group], required: bool = False) -> dict[int, list[float]]:
+        """1.0 or 0.0 of every member by group, for the groups whose success is defined; nan where it failed.
+
+        Raises ContractError for another value and, if ``required``, where the task's own metric failed on all of them.
+        """
         own = [p for p, group in enumerate(groups) if self._is_own(group.prompt)]
         right = [p for p, group in enumerate(groups) if p not in own and has_success(group.prompt)]
         found = dict(zip(right, successes([groups[p] for p in right]), strict=True))
-        return found | dict(zip(own, self._own([groups[p] for p in own]), strict=True))
+        return found | dict(zip(own, self._own([groups[p] for p in own], required), strict=True))
 
     def _is_own(self, prompt: Prompt) -> bool:
         return self.success is not None and self.success.scores(prompt)
 
-    def _own(self, groups: Sequence[Group]) -> list[list[float]]:
+    def _own(self, groups: Sequence[Group], required: bool) -> list[list[float]]:
         if self.success is None or not groups:
             return []
         no_judge: Any = None  # a rule calls none
@@ -112,7 +115,7 @@ class HeldOutScorer:
         graded = next((value for value in known if value not in (0, 1)), None)
         if graded is not None:
             raise ContractError(f"{named} is {graded:g}: must be true or false, 1 or 0: a graded score is a reward")
-        if not known:
+        if required and not known:
             why = next(iter(failures.values()))
             raise ContractError(f"{named}: scored none of {values.numel()} outputs: {why}: correct it")
         return values.tolist()

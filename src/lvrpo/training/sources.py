@@ -300,8 +300,8 @@ def missing_validation_message(config: TrainConfig, source: Task | None, tasks: 
     if not set(tasks) & set(source.tasks):
         return f"validation has no rows of {named}: it is not watched: add some"
     return (
-        f"no validation row of {named} can be scored, so it is not watched: give the rows an answer, or add "
-        "a reward that scores single outputs"
+        f"no validation row of {named} can be scored, so it is not watched: give the rows an answer, name "
+        "data.success, or add a reward that scores single outputs"
     )
 
 
