@@ -17,6 +17,7 @@ from lvrpo.policies.bagel.create import BagelSizes
 from lvrpo.policies.diffusers_flow.create import PipelineSizes
 from lvrpo.policies.emu3.create import Emu3Sizes
 from lvrpo.policies.janus.create import JanusSizes
+from lvrpo.policies.mmada.create import MmadaSizes
 from lvrpo.policies.showo.create import ShowoSizes
 from lvrpo.policies.showo2.create import RandomShowo2
 from lvrpo.training.config import TrainConfig
@@ -37,6 +38,7 @@ def render() -> str:
         BagelSizes,
         Emu3Sizes,
         JanusSizes,
+        MmadaSizes,
         PipelineSizes,
         ShowoSizes,
         RandomShowo2,

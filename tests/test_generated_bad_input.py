@@ -30,9 +30,11 @@ from lvrpo.policies.diffusers_flow.create import PipelineSizes
 from lvrpo.policies.emu3.create import Emu3Sizes
 from lvrpo.policies.janus.create import JanusSizes
 from lvrpo.policies.janus.processor import ImageSettings
+from lvrpo.policies.magvit.autoencoder import MagvitConfig
+from lvrpo.policies.mmada.checkpoint import MmadaConfig
+from lvrpo.policies.mmada.create import MmadaSizes
 from lvrpo.policies.showo.checkpoint import ShowoConfig
 from lvrpo.policies.showo.create import ShowoSizes
-from lvrpo.policies.showo.magvit import MagvitConfig
 from lvrpo.policies.showo2.create import RandomShowo2
 from lvrpo.policies.tiny import TinyConfig
 from lvrpo.registry import resolve
@@ -108,10 +110,20 @@ BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
     "init emu3": (Emu3Sizes, ("init", "emu3-tiny", "new")),
     "init showo": (ShowoSizes, ("init", "showo-tiny", "new")),
+    "init mmada": (MmadaSizes, ("init", "mmada-tiny", "new")),
     "init sd3": (PipelineSizes, ("init", "sd3-tiny", "new")),
     "init showo2": (RandomShowo2, ("init", "showo2-tiny", "new")),
 }
-READ_OTHERWISE = {BagelConfig, BagelSettings, ImageSettings, MagvitConfig, ResizeRule, ShowoConfig, VitConfig}
+READ_OTHERWISE = {
+    BagelConfig,
+    BagelSettings,
+    ImageSettings,
+    MagvitConfig,
+    MmadaConfig,
+    ResizeRule,
+    ShowoConfig,
+    VitConfig,
+}
 """Made of the files of a model, whose keys are not these fields (tests of their mistakes stand there)."""
 
 

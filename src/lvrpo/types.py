@@ -22,8 +22,8 @@ OutputKind = Literal["text", "image"]
 
 SegmentKind = Literal["text", "flow", "tokens", "masked"]
 SEGMENT_KINDS: tuple[SegmentKind, ...] = ("text", "flow", "tokens", "masked")
-"""Generation method of a segment, in the order of training: autoregressive text, and images by a flow, as
-autoregressive image tokens, or as masked image tokens."""
+"""Generation method of a segment, in the order of training: text, and images by a flow, as autoregressive image tokens,
+or as masked image tokens."""
 
 LogitGuidance = Literal["joint", "detach_uncond", "none"]
 """Gradient of guided logits and velocities: joint: through all branches; detach_uncond: through the conditional branch
@@ -115,7 +115,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TextSegment:
-    """Sampled text."""
+    """Sampled text, token after token unless it is a ``MaskedTextSegment``."""
 
     kind: ClassVar[SegmentKind] = "text"
     tokens: torch.Tensor
@@ -129,6 +129,25 @@ class TextSegment:
     trainer_logprobs: torch.Tensor | None = None
     """float32 (L,): log-probs under the weights before the update, recomputed by the trainer; None: equal to
     ``behavior_logprobs``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTextSegment(TextSegment):
+    """Text sampled by masked (parallel) decoding in blocks (MMaDA), cut at its first end token.
+
+    Letters: L tokens of the text, N >= L places that were decoded, R draws. ``behavior_logprobs`` are (L,), or (R, L)
+    for likelihood=monte_carlo.
+    """
+
+    decoded: torch.Tensor
+    """int64 (N,): the tokens of all places; those after the end are seen by other steps and never scored."""
+    reveal_steps: torch.Tensor
+    """int64 (N,): the step at which each place was decoded, N where decoding stopped before; defines each step's
+    context."""
+    scored: torch.Tensor
+    """bool (L,) or (R, L): which log-probs count. path: all; monte_carlo: one row per draw, True where masked."""
+    likelihood: Literal["path", "monte_carlo"]
+    """As ``MaskedSegment.likelihood``; monte_carlo masks the places after the end too."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,8 @@ class MaskedSegment:
     tokens: torch.Tensor
     """int64 (N,): image codes in raster order."""
     reveal_steps: torch.Tensor
-    """int64 (N,): the step at which each token was decoded, -1 for a given token; defines each step's context."""
+    """int64 (N,): the step, or the group of steps, at which each token was decoded, -1 for a given token; defines each
+    step's context."""
     scored: torch.Tensor
     """bool (R, N): which log-probs count. path: R = 1, every decoded token; monte_carlo: one row per draw, True where
     masked; recorded, so that every policy is scored under the same masks."""
@@ -212,6 +232,8 @@ class MaskedSegment:
 
 
 DrawnSegment = FlowSegment | ImageTokenSegment | MaskedSegment
+ScoredSegment = MaskedSegment | MaskedTextSegment
+"""Segments of masked decoding, which record what of their log-probs counts."""
 TokenSegment = TextSegment | ImageTokenSegment | MaskedSegment
 """Segments whose actions are tokens."""
 Segment = TextSegment | DrawnSegment

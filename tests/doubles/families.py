@@ -62,6 +62,12 @@ def _showo(place: Path) -> None:
     create_showo(ShowoSizes(), TEXTS).save(place)
 
 
+def _mmada(place: Path) -> None:
+    from lvrpo.policies.mmada.create import MmadaSizes, create_mmada
+
+    create_mmada(MmadaSizes(), TEXTS).save(place)
+
+
 def _showo2(place: Path) -> None:
     from lvrpo.policies.showo2.create import RandomShowo2, create_showo2
 
@@ -102,6 +108,13 @@ FAMILIES: dict[str, Family] = {
         "showo",
         _showo,
         (*DRAWS_AND_WRITES, "rollout.num_steps=3"),
+        frozenset({"loss/text/understand", "loss/masked/generate", "loss/text/reason", "loss/masked/reason"}),
+        ("text", "masked image tokens"),
+    ),
+    "mmada": Family(
+        "mmada_8b",
+        _mmada,
+        (*DRAWS_AND_WRITES, "adapter=null", "rollout.num_steps=3", "limits.microbatch_size=null"),
         frozenset({"loss/text/understand", "loss/masked/generate", "loss/text/reason", "loss/masked/reason"}),
         ("text", "masked image tokens"),
     ),

@@ -28,6 +28,7 @@ SECTIONS = {
     "janus": ("text", "tokens"),
     "emu3": ("text", "tokens"),
     "showo": ("text", "masked"),
+    "mmada": ("text", "masked"),
     "showo2": ("text", "flow"),
     "qwen3_vl": ("text",),
     "sd3": ("flow",),
@@ -41,11 +42,17 @@ CAN: dict[str, tuple[str, ...]] = {
     "janus": ("understand", "generate", "reason", THINK),
     "emu3": ("understand", "generate", "reason", THINK),
     "showo": ("understand", "generate", "reason", THINK),
+    "mmada": ("understand", "generate", "reason", THINK),
     "showo2": ("understand", "generate", "reason"),
     "qwen3_vl": ("understand", "reason"),
     "sd3": ("generate",),
 }
-ALIKE = [*(("emu3", cell) for cell in CELLS), *((name, "reason") for name in SECTIONS)]
+ALIKE = [
+    *(("emu3", cell) for cell in CELLS),
+    ("mmada", "generate"),
+    ("mmada", THINK),
+    *((name, "reason") for name in SECTIONS),
+]
 """Policies with the code of another, tasks with the kinds of segments of another: not every objective again."""
 OBJECTIVES = {
     "text": ("grpo", "gspo", "cispo", "dpo", "best_of"),

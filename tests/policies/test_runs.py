@@ -30,6 +30,7 @@ ADAPTED = {
     "janus": "adapter={rank: 2, modules: [attention, mlp, connector, head]}",
     "emu3": "adapter={rank: 2}",
     "showo": "adapter={rank: 2}",
+    "mmada": "adapter={rank: 2}",
     "showo2": "adapter={rank: 2, modules: [attention, mlp]}",
     "qwen3_vl": "adapter={rank: 2}",
     "sd3": "adapter={rank: 2, modules: [attention]}",
@@ -39,6 +40,7 @@ MOVED = {
     | {"generation_aligner", "generation_head"},
     "emu3": {"text_model", "lm_head"},
     "showo": {"model", "lm_head"},
+    "mmada": {"model", "lm_head"},
     "showo2": {"showo", "diffusion_head_a", "und_trans", "fusion_proj"},
     "qwen3_vl": {"language_model", "visual"},
     "sd3": {"transformer_blocks", "context_embedder", "proj_out"},
@@ -48,6 +50,7 @@ LAYERS = {
     "janus": {"language_model", "aligner", "generation_aligner", "generation_head", "lm_head"},
     "emu3": {"text_model"},
     "showo": {"showo"},
+    "mmada": {"transformer", "blocks", "attn_out", "ff_out", "ff_proj"},
 }
 """What the names in the files of an adapter begin with."""
 PEFT_READS = ("janus", "emu3", "qwen3_vl")
@@ -116,7 +119,7 @@ def test_an_adapter_alone_is_trained_and_the_step_0_contract_is_exact_in_float32
     name: str, family: Family, folder: Path
 ) -> None:
     peft = pytest.importorskip("peft")
-    exact = ("rollout.guided_logprobs=joint",) if name in ("janus", "emu3", "showo") else ()
+    exact = ("rollout.guided_logprobs=joint",) if name in ("janus", "emu3", "showo", "mmada") else ()
     train(config_of(family, folder, ADAPTED[name], "precision.compute=null", "steps=1", *exact), "run")
     checks = {check["check"]: check for check in json.loads(Path("run/contract.json").read_text())}
     assert all(check["ok"] for check in checks.values())
@@ -167,6 +170,9 @@ REFUSED: list[tuple[str, str, str]] = [
     ("showo", *NO_EDITS),
     ("showo", "masked=null", "masked: policy=.* draws such segments, and nothing says how they are trained"),
     ("showo", "adapter={modules: [tower]}", "no tower of understand or generate: the model has attention .generate."),
+    ("showo", "rollout.block_length=4", "rollout.block_length=4: is of policies that write by masked decoding, and"),
+    ("janus", "rollout.tokens_per_step=4", "rollout.tokens_per_step=4: is of masked, and policy="),
+    ("mmada", *NO_EDITS),
     ("showo2", *NO_EDITS),
     (
         "showo2",
@@ -221,6 +227,7 @@ WORKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "janus": (THINKS, ASK, (*SCORES, "understand,reason")),
     "emu3": (THINKS, ASK, (*SCORES, "understand,reason")),
     "showo": (THINKS, ASK, (*SCORES, "understand,reason")),
+    "mmada": (THINKS, ASK, (*SCORES, "understand,reason")),
     "showo2": ((*DRAW, "--num-steps", "2"), ASK, (*SCORES, "understand,reason")),
     "qwen3_vl": (ASK, (*ASK, "--think"), (*SCORES, "understand,reason")),
     "sd3": ((*DRAW, "--num-steps", "2"), (*SCORES, "generate")),
@@ -235,6 +242,7 @@ FAILS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         ((*DRAW, "--force", "--size", "33x32"), "in tokens of 8 x 8: use multiples of 8"),
     ),
     "showo": ((EDIT, "draws from text alone"),),
+    "mmada": ((EDIT, "draws from text alone"),),
     "showo2": ((EDIT, "picture"),),
     "qwen3_vl": (
         ((*SCORES, "edit"), f"this model {NO_DRAWING}"),
@@ -288,6 +296,7 @@ RANDOM: list[tuple[str, tuple[str, ...], str]] = [
     ("janus-tiny", ("width=32", "seed=3"), "a random Janus of"),
     ("emu3-tiny", ("width=32", "seed=3"), "a random Emu3 of"),
     ("showo-tiny", ("width=32", "seed=3"), "a random Show-o of"),
+    ("mmada-tiny", ("width=32", "seed=3"), "a random MMaDA of"),
     ("showo2-tiny", ("seed=3",), "a random Show-o2 of"),
     ("sd3-tiny", ("depth=1", "seed=3"), "a random Stable Diffusion 3 of"),
 ]
@@ -300,6 +309,9 @@ MISFITS: list[tuple[str, tuple[str, ...], str]] = [
     ("showo-tiny", ("image_size=36",), "image_size=36: must be a multiple of patch_size=8"),
     ("showo-tiny", ("heads=3",), "heads=3: a width of 64 must be a multiple of 4 x heads"),
     ("showo-tiny", ("positions=140",), "positions=140: a drawing takes 147: use more"),
+    ("mmada-tiny", ("heads=3",), "heads=3: a width of 64 must be a multiple of 2 x heads"),
+    ("mmada-tiny", ("key_heads=3",), "key_heads=3: heads=4 must be a multiple of it"),
+    ("mmada-tiny", ("positions=20",), "positions=20: a drawing takes 32: use more"),
     ("showo2-tiny", ("image_size=40",), "multiple of 16"),
     ("sd3-tiny", ("image_size=36",), "image_size=36: must be a multiple of 2 vae_stride=8"),
 ]

@@ -17,8 +17,8 @@ from lvrpo.errors import InputError
 from lvrpo.policies.janus.create import JanusSizes, create_janus
 from lvrpo.policies.janus.policy import JanusPolicy
 from lvrpo.policies.loading import load_policy
+from lvrpo.policies.magvit.layout import Layout
 from lvrpo.policies.showo.create import ShowoSizes, create_showo
-from lvrpo.policies.showo.layout import Layout
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.pretrain import PretrainConfig, Pretrainer, SupervisedState, initial_policy

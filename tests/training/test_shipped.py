@@ -28,7 +28,7 @@ tests/policies/test_runs.py."""
     [
         name
         for name in shipped_configs()
-        if name not in SUPERVISED and not name.startswith(("bagel", "emu3", "janus", "qwen3", "sd35", "showo"))
+        if name not in SUPERVISED and not name.startswith(("bagel", "emu3", "janus", "mmada", "qwen3", "sd35", "showo"))
     ],
 )
 def test_an_alignment_runs(name: str, small_base: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lvrpo.policies.bagel.policy import BagelPolicy
     from lvrpo.policies.diffusers_flow.policy import DiffusersPolicy
     from lvrpo.policies.janus.policy import JanusPolicy
-    from lvrpo.policies.showo.policy import ShowoPolicy
+    from lvrpo.policies.magvit.policy import MagvitPolicy
     from lvrpo.types import Image
 
 
@@ -40,13 +40,14 @@ KINDS = {
     "janus-tiny": RandomModel("Janus", "JanusSizes", "janus", "create_janus"),
     "emu3-tiny": RandomModel("Emu3", "Emu3Sizes", "emu3", "create_emu3"),
     "showo-tiny": RandomModel("Show-o", "ShowoSizes", "showo", "create_showo"),
+    "mmada-tiny": RandomModel("MMaDA", "MmadaSizes", "mmada", "create_mmada"),
     "showo2-tiny": RandomModel("Show-o2", "RandomShowo2", "showo2", "create_showo2"),
     "sd3-tiny": RandomModel("Stable Diffusion 3", "PipelineSizes"),
     "flux-tiny": RandomModel("FLUX", "PipelineSizes"),
 }
 """Models by the name that ``lvrpo init`` takes."""
 PIPELINES = ("sd3-tiny", "flux-tiny")
-TILED = ("janus-tiny", "showo-tiny")
+TILED = ("janus-tiny", "showo-tiny", "mmada-tiny")
 """Models that take a tile codebook."""
 CROWDED = 2000
 """Pictures that a tile codebook is learned from."""
@@ -73,7 +74,7 @@ def init_options(parser: Parser) -> None:
     parser.add_argument(
         "--tile-codebook",
         action="store_true",
-        help=f"of {' and '.join(TILED)}: image tokens are tiles of the built-in world, not those of an autoencoder",
+        help=f"of {', '.join(TILED)}: image tokens are tiles of the built-in world, not those of an autoencoder",
     )
     parser.add_argument("--device", default="auto", help="where it is trained (default: auto)")
 
@@ -97,7 +98,7 @@ def init(options: Options) -> None:
     if not 2 <= options.autoencoder_batch <= 1024:
         raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
     if options.tile_codebook and options.kind not in TILED:
-        raise InputError(f"--tile-codebook: is of {' and '.join(TILED)}, not of {options.kind}: leave it out")
+        raise InputError(f"--tile-codebook: is of {', '.join(TILED)}, not of {options.kind}: leave it out")
     device = pick_device(options.device)
     folder: Path = options.folder
     require_new(folder)
@@ -203,7 +204,7 @@ def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> N
     print(f"the verifier reads the same objects in {sum(same)} of {len(same)}")
 
 
-def give_tiles(policy: JanusPolicy | ShowoPolicy, size: int) -> None:
+def give_tiles(policy: JanusPolicy | MagvitPolicy, size: int) -> None:
     """Gives a policy a tile codebook of crowded pictures; prints what survives it of the validation split's pictures.
 
     Embeddings of a Janus's image tokens start as the principal components of the tiles.

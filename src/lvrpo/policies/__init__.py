@@ -11,6 +11,7 @@ POLICIES: Mapping[str, str] = {
     "emu3": "lvrpo.policies.emu3.policy:Emu3Policy",
     "showo": "lvrpo.policies.showo.policy:ShowoPolicy",
     "showo2": "lvrpo.policies.showo2.policy:Showo2Policy",
+    "mmada": "lvrpo.policies.mmada.policy:MmadaPolicy",
     "image_text_to_text": "lvrpo.policies.image_text_to_text:ImageTextToTextPolicy",
     "diffusers": "lvrpo.policies.diffusers_flow.policy:DiffusersPolicy",
 }

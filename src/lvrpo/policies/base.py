@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
+from lvrpo.sampling.masked import mask_draws, with_complements
 from lvrpo.types import (
     SEGMENT_KINDS,
     Example,
@@ -30,13 +31,21 @@ from lvrpo.types import (
 
 @dataclass(frozen=True)
 class MaskedScoring:
-    """The scoring of images of masked tokens, at sampling and in every replay."""
+    """The scoring of images and texts of masked tokens, at sampling and in every replay."""
 
-    likelihood: Literal["path", "monte_carlo"] = "path"
+    likelihood: Literal["path", "monte_carlo", "coupled"] = "path"
+    """coupled: monte_carlo with every mask and its complement, so that each pair scores every token."""
     draws: int = 1
-    """monte_carlo: random masks per image."""
+    """monte_carlo: random masks per image or text; coupled: pairs of them."""
     schedule: Literal["cosine", "uniform"] = "cosine"
-    """monte_carlo: distribution of the share of masked tokens."""
+    """monte_carlo, coupled: distribution of the share of masked tokens."""
+    steps_per_pass: int = 1
+    """path: so many steps are scored together, given the tokens of earlier ones (TraceRL, arXiv:2509.06949)."""
+
+    def masks(self, seeds: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """bool (B, R, num_tokens): the random masks of monte_carlo and coupled, one sequence per seed."""
+        drawn = mask_draws(seeds, num_tokens, self.draws, self.schedule)
+        return with_complements(drawn) if self.likelihood == "coupled" else drawn
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,13 @@ class Sampling:
     guided_logprobs: LogitGuidance = "joint"
     """Which branches of guidance have a gradient in a replay of an image (``LogitGuidance``)."""
     masked: MaskedScoring = MaskedScoring()
+    block_length: int = 32
+    """For texts of masked tokens: places of a block; blocks are decoded from left to right."""
+    tokens_per_step: int = 1
+    """For texts of masked tokens: places that a step decodes."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "max_new_tokens", "num_steps"):
+        for name in ("group_size", "max_new_tokens", "num_steps", "block_length", "tokens_per_step"):
             value = getattr(self, name)  # its fields, by name
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"sampling.{name}={value}: must be a whole number >= 1")

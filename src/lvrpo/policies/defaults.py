@@ -63,6 +63,8 @@ class PolicyDefaults(nn.Module, ABC):
     """Whether it can draw after a text of its own; a run that needs it is refused otherwise before it starts."""
     tasks: tuple[TaskKind, ...] = TASKS
     """Supported tasks; a run that needs others is refused before it starts."""
+    masked_text: bool = False
+    """Whether its texts are of masked tokens (``MaskedTextSegment``)."""
     judging_sides: tuple[Literal["read", "draw"], ...] = ("read", "draw")
     """The sides that it judges outputs with; a run with a reward that asks another one is refused before it starts."""
 
@@ -301,16 +303,17 @@ class TokenPolicy(PolicyDefaults):
             )
             tokens, steps = torch.where(fixed, sampled, tokens), torch.where(fixed, s, steps)
         tokens, steps = tokens.cpu(), steps.cpu()
+        path = scoring.likelihood == "path"
         masks = torch.ones(B, 1, N, dtype=torch.bool)
-        if scoring.likelihood == "monte_carlo":
-            masks = mask_draws([derive_seed(seed, "masks") for seed in seeds], N, scoring.draws, scoring.schedule)
+        if not path:
+            masks = scoring.masks([derive_seed(seed, "masks") for seed in seeds], N)
         for b in range(B):
             yield MaskedSegment(
                 tokens[b],
-                steps[b],
+                steps[b] // scoring.steps_per_pass,
                 masks[b],
                 torch.zeros(masks[b].shape),
-                scoring.likelihood,
+                "path" if path else "monte_carlo",
                 temperature,
                 scale,
                 self.decode_image(tokens[b]),

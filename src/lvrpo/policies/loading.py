@@ -251,7 +251,6 @@ FAMILIES: Mapping[str, str] = {
     "read, such as deepseek-community/Janus-Pro-1B)",
     "emu3": "an Emu3, which draws with image tokens, in the layout of its makers (that of transformers is read, such "
     "as BAAI/Emu3-Chat-hf)",
-    "mmada": "an MMaDA, which draws with masked image tokens",
     "sd3": "the transformer of a Stable Diffusion 3 alone (its whole pipeline is read, with model_index.json)",
     "flux": "the transformer of a FLUX alone (its whole pipeline is read, with model_index.json)",
 }

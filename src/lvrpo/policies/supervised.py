@@ -13,11 +13,25 @@ import torch
 from lvrpo.errors import InputError
 from lvrpo.policies.base import RolloutPolicy
 from lvrpo.sampling import mask_draws
-from lvrpo.types import Example, Image, ImageTokenSegment, MaskedSegment, Parts, Segment, TextSegment, Trajectory
+from lvrpo.types import (
+    Example,
+    Image,
+    ImageTokenSegment,
+    MaskedSegment,
+    MaskedTextSegment,
+    Parts,
+    ScoredSegment,
+    Segment,
+    TextSegment,
+    Trajectory,
+)
 
 
 class TokenTargets(RolloutPolicy, Protocol):
     """A policy that says which tokens a target has."""
+
+    masked_text: bool
+    """Whether its texts are of masked tokens."""
 
     def answer_ids(self, parts: Parts, text: str) -> list[int]:
         """Ids of a text as the answer to a prompt, end token included."""
@@ -34,8 +48,9 @@ def token_losses(
     """ "text" and "image": mean cross-entropy per token of the targets after their prompts, in nats.
 
     Of masked image tokens a random share is masked, cos(pi u / 2) with u uniform in [0, 1] (MaskGIT, arXiv:2202.04200),
-    and scored. Where the text of a prompt is dropped, the image is scored by the branch without a prompt, at guidance
-    scale 0. Raises InputError for an example of another kind.
+    and scored; of masked texts a uniform share (LLaDA, arXiv:2502.09992). Where the text of a prompt is dropped, the
+    image is scored by the branch without a prompt, at guidance scale 0. Raises InputError for an example of another
+    kind.
     """
     trajectories = []
     for example in examples:
@@ -43,7 +58,7 @@ def token_losses(
             raise InputError(f"example {example.prompt.id!r}: this policy draws from text alone: it drops no picture")
         scale = 0.0 if example.dropped else 1.0
         segments = [
-            _text(policy.answer_ids(example.prompt.parts, part), part)
+            _text(policy, example.prompt.parts, part, generator)
             if isinstance(part, str)
             else _image(policy, part, scale, int(torch.randint(2**62, (), generator=generator)))
             for part in example.outputs
@@ -53,15 +68,22 @@ def token_losses(
     for trajectory, rows in zip(trajectories, policy.logprobs(trajectories), strict=True):
         for segment, row in zip(trajectory.segments, rows, strict=True):
             scored = row.logprobs
-            if isinstance(segment, MaskedSegment):
+            if isinstance(segment, ScoredSegment):
                 scored = scored[segment.scored.to(scored.device)]
             found["text" if isinstance(segment, TextSegment) else "image"].append(-scored)
     return {name: torch.cat(terms).mean() for name, terms in found.items() if terms}
 
 
-def _text(ids: Sequence[int], text: str) -> Segment:
-    tokens = torch.tensor(ids, dtype=torch.int64)
-    return TextSegment(tokens, torch.zeros(len(tokens)), 1.0, text, True)
+def _text(policy: TokenTargets, parts: Parts, text: str, generator: torch.Generator) -> Segment:
+    """From left to right unless the policy writes masked texts."""
+    tokens = torch.tensor(policy.answer_ids(parts, text), dtype=torch.int64)
+    if not policy.masked_text:
+        return TextSegment(tokens, torch.zeros(len(tokens)), 1.0, text, True)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    scored, steps = mask_draws([seed], len(tokens), 1, "uniform")[0], torch.zeros_like(tokens)
+    fields = {"decoded": tokens, "reveal_steps": steps, "scored": scored}
+    none = torch.zeros(scored.shape)
+    return MaskedTextSegment(tokens, none, 1.0, text, True, **fields, likelihood="monte_carlo")
 
 
 def _image(policy: TokenTargets, image: Image, scale: float, seed: int) -> Segment:

@@ -13,12 +13,14 @@ from lvrpo.sampling.flow_sde import (
 )
 from lvrpo.sampling.guidance import guide, guide_logits
 from lvrpo.sampling.masked import (
+    block_steps,
     choose_revealed,
     mask_draws,
     masked_counts,
     masked_input,
     monte_carlo_logprob,
     path_logprobs,
+    with_complements,
 )
 from lvrpo.sampling.seeds import derive_seed, normal_noise, uniform_noise
 from lvrpo.sampling.solvers import (
@@ -51,6 +53,7 @@ __all__ = [
     "Solver",
     "StepFunction",
     "adams_bashforth_step",
+    "block_steps",
     "check_window",
     "choose_revealed",
     "compressed_grid",
@@ -84,4 +87,5 @@ __all__ = [
     "token_logprobs",
     "token_scores",
     "uniform_noise",
+    "with_complements",
 ]

@@ -1,6 +1,6 @@
-"""Masked discrete images: tokens are revealed a few at a time, and scored along that path or at random masks.
+"""Masked discrete images and texts: tokens are revealed a few at a time, scored along that path or at random masks.
 
-A sampled image is its tokens (B, N) and ``reveal_steps`` (B, N): the step at which each token was fixed, -1 for a token
+A sampled one is its tokens (B, N) and ``reveal_steps`` (B, N): the step at which each token was fixed, -1 for a token
 that was given. That rebuilds the input of every step, so nothing else is stored.
 """
 
@@ -20,7 +20,16 @@ from lvrpo.sampling.tokens import token_logprobs
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["choose_revealed", "mask_draws", "masked_counts", "masked_input", "monte_carlo_logprob", "path_logprobs"]
+__all__ = [
+    "block_steps",
+    "choose_revealed",
+    "mask_draws",
+    "masked_counts",
+    "masked_input",
+    "monte_carlo_logprob",
+    "path_logprobs",
+    "with_complements",
+]
 
 
 def masked_counts(num_tokens: int, num_steps: int) -> tuple[int, ...]:
@@ -42,6 +51,31 @@ def masked_counts(num_tokens: int, num_steps: int) -> tuple[int, ...]:
         left = max(num_steps - 1 - s, min(left - 1, cosine))
         counts.append(left)
     return tuple(counts)
+
+
+def block_steps(num_tokens: int, block_length: int, tokens_per_step: int) -> tuple[tuple[range, int], ...]:
+    """The steps of block decoding (LLaDA, arXiv:2502.09992): blocks from left to right, some tokens fixed at a time.
+
+    A block of b places takes S = ceil(b / tokens_per_step) steps, which fix floor(b / S) tokens each, the first b mod S
+    of them one more. Each step: the places of its block, and the number that are still masked after it.
+
+    Range: the last block is shorter where block_length does not divide num_tokens.
+    Raises: InputError for a number below 1.
+    Differs from the paper: LLaDA is given the number of steps, which has to divide evenly.
+    """
+    if min(num_tokens, block_length, tokens_per_step) < 1:
+        raise InputError(
+            f"{num_tokens} tokens, block_length={block_length}, tokens_per_step={tokens_per_step}: use 1 or more of all"
+        )
+    steps: list[tuple[range, int]] = []
+    for start in range(0, num_tokens, block_length):
+        block = range(start, min(start + block_length, num_tokens))
+        count = -(-len(block) // tokens_per_step)
+        left = len(block)
+        for s in range(count):
+            left -= len(block) // count + (s < len(block) % count)
+            steps.append((block, left))
+    return tuple(steps)
 
 
 def choose_revealed(
@@ -140,6 +174,19 @@ def mask_draws(
         raise InputError(f"mask schedule={schedule!r} is unknown: use cosine or uniform")
     rank = noise[..., 1:].argsort(dim=-1, stable=True).argsort(dim=-1)
     return rank < num_masked.clamp(1, num_tokens)[..., None]
+
+
+def with_complements(masks: Bool[Tensor, "B K N"]) -> Bool[Tensor, "B K2 N"]:
+    """Each mask, then its complement, so that every token is scored once by the two (coupled masks, arXiv:2506.20639).
+
+    A mask of all tokens, whose complement would score none, is repeated instead.
+
+    Shapes: (B, K, N) to (B, 2 K, N).
+    Raises: nothing.
+    Differs from the paper: the repetition.
+    """
+    whole = masks.all(dim=2, keepdim=True)
+    return torch.stack([masks, torch.where(whole, masks, ~masks)], dim=2).flatten(1, 2)
 
 
 def monte_carlo_logprob(

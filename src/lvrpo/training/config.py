@@ -116,7 +116,7 @@ ROLLOUT_OF: Mapping[str, tuple[SegmentKind, ...]] = {
     **dict.fromkeys(("image_guidance_scale", "guidance_renorm", "guidance_interval", "logprob_reduction"), ("flow",)),
     "num_steps": ("flow", "masked"),
     "image_temperature": ("tokens", "masked"),
-    **dict.fromkeys(("choice_temperature", "masked_likelihood"), ("masked",)),
+    **dict.fromkeys(("choice_temperature", "masked_likelihood", "block_length", "tokens_per_step"), ("masked",)),
     **dict.fromkeys(("guidance_scale", "guided_logprobs", "image_size"), ("flow", "tokens", "masked")),
 }
 """The kinds of segments that a field of ``rollout`` affects."""

@@ -25,8 +25,8 @@ from lvrpo.types import (
     SEGMENT_KINDS,
     FlowSegment,
     Group,
-    MaskedSegment,
     RewardTable,
+    ScoredSegment,
     Segment,
     SegmentKind,
     SegmentLogprobs,
@@ -197,7 +197,7 @@ def _log_ratios(
 
 def _actions(segment: Segment, values: torch.Tensor) -> torch.Tensor:
     """The per-action values of a segment without those of unscored tokens, (A,)."""
-    return values[segment.scored.to(values.device)] if isinstance(segment, MaskedSegment) else values
+    return values[segment.scored.to(values.device)] if isinstance(segment, ScoredSegment) else values
 
 
 def _group_checks(groups: Sequence[Group]) -> list[Check]:
@@ -224,7 +224,7 @@ def _token_settings(segments: Sequence[Segment]) -> tuple[object, ...]:
     return tuple(
         (
             *(s.kind, s.temperature, s.guidance_scale, s.guided_logprobs),
-            *((s.likelihood, len(s.scored)) if isinstance(s, MaskedSegment) else ()),
+            *((s.likelihood, len(s.scored)) if isinstance(s, ScoredSegment) else ()),
         )
         for s in segments
         if not isinstance(s, TextSegment | FlowSegment)

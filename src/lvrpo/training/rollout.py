@@ -110,11 +110,14 @@ class PathLikelihood(Config):
     """The exact log-probs of the sampled decoding path."""
 
     kind: Literal["path"] = "path"
+    steps_per_pass: int = Field(default=1, ge=1, le=10_000)
+    """Steps whose tokens are scored together, given those of earlier steps: fewer passes, but more than 1 scores other
+    contexts than those sampled in (TraceRL, arXiv:2509.06949, with 8)."""
 
     @property
     def scoring(self) -> MaskedScoring:
         """The ``scoring`` argument of ``Policy.sample``."""
-        return MaskedScoring()
+        return MaskedScoring(steps_per_pass=self.steps_per_pass)
 
 
 class MonteCarloLikelihood(Config):
@@ -123,7 +126,7 @@ class MonteCarloLikelihood(Config):
 
     kind: Literal["monte_carlo"] = "monte_carlo"
     draws: int = Field(default=2, ge=1, le=1000)
-    """Masks per image; each counts as a sequence for ``masked.reduction`` and masked.kind=gspo."""
+    """Masks per image or text; each counts as a sequence for ``masked.reduction`` and masked.kind=gspo."""
     schedule: Literal["cosine", "uniform"] = "cosine"
     """Distribution of mask ratios; cosine: those of the sampler; uniform: the estimate is then a bound on the
     log-prob."""
@@ -134,12 +137,30 @@ class MonteCarloLikelihood(Config):
         return MaskedScoring("monte_carlo", self.draws, self.schedule)
 
 
+class CoupledLikelihood(Config):
+    """monte_carlo with every mask and its complement, so that each pair scores every token once (DiffuCoder,
+    arXiv:2506.20639)."""
+
+    kind: Literal["coupled"] = "coupled"
+    draws: int = Field(default=1, ge=1, le=1000)
+    """Pairs of masks per image or text."""
+    schedule: Literal["cosine", "uniform"] = "uniform"
+    """As of monte_carlo."""
+
+    @property
+    def scoring(self) -> MaskedScoring:
+        """The ``scoring`` argument of ``Policy.sample``."""
+        return MaskedScoring("coupled", self.draws, self.schedule)
+
+
 Window = Annotated[
     FullWindowConfig | RandomWindowConfig | SlidingWindowConfig | DecayingWindowConfig,
     Field(discriminator="kind"),
     default_kind("fast"),
 ]
-MaskedLikelihood = Annotated[PathLikelihood | MonteCarloLikelihood, Field(discriminator="kind"), default_kind("path")]
+MaskedLikelihood = Annotated[
+    PathLikelihood | MonteCarloLikelihood | CoupledLikelihood, Field(discriminator="kind"), default_kind("path")
+]
 
 
 class RolloutConfig(Config):
@@ -189,9 +210,13 @@ class RolloutConfig(Config):
     arXiv:2202.04200)."""
     guided_logprobs: LogitGuidance = "joint"
     """Gradient of the guided log-probs of images, of flows too: joint: through all branches; detach_uncond: through the
-    conditional branch only, for less memory and time; none (masked_likelihood.kind=monte_carlo): they are unguided."""
+    conditional branch only, for less memory and time; none (monte_carlo, coupled): they are unguided."""
     masked_likelihood: MaskedLikelihood = PathLikelihood()
-    """Likelihood of images of masked tokens."""
+    """Likelihood of images of masked tokens, and of texts where the policy writes them so (MMaDA)."""
+    block_length: int = Field(default=32, ge=1, le=100_000)
+    """Places of a block where the policy writes masked texts (MMaDA); blocks are decoded from left to right."""
+    tokens_per_step: int = Field(default=1, ge=1, le=100_000)
+    """Places that a step decodes there, the most confident ones of the block."""
     max_resamples: int = Field(default=0, ge=0, le=10_000)
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of new prompts of the
     same task, at most this many groups per step."""

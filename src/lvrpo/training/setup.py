@@ -36,7 +36,7 @@ from lvrpo.training.memory import MemoryEstimate, is_large_model, require_memory
 from lvrpo.training.memory_estimate import estimate_memory
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
-from lvrpo.training.rollout import prompts_of_step
+from lvrpo.training.rollout import RolloutConfig, prompts_of_step
 from lvrpo.training.run_directory import CONFIG, MANIFEST, SUMMARY, RunDirectory
 from lvrpo.training.sources import Parts
 from lvrpo.training.trackers import require_trackers
@@ -69,6 +69,8 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         )
     policy = load_policy(base, config.device, weights_dtype(config, base))
     config.require_policy_fit(policy.segment_kinds, tasks)
+    if not getattr(policy, "masked_text", False):  # optional
+        _require_no_masked_text(config)
     if config.adapter is not None:
         if not isinstance(policy, AdaptablePolicy):
             raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
@@ -79,6 +81,17 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
     if (check := getattr(policy, "check_sampling", None)) is not None:  # optional
         check(config.sampling(0))
     return configure_policy(policy, config), base
+
+
+def _require_no_masked_text(config: TrainConfig) -> None:
+    """Raises InputError for settings of masked texts."""
+    for name in ("block_length", "tokens_per_step"):
+        value = getattr(config.rollout, name)  # a field of RolloutConfig
+        if value != RolloutConfig.model_fields[name].default:
+            raise InputError(
+                f"rollout.{name}={value}: is of policies that write by masked decoding, and policy={config.policy} "
+                "writes token after token: leave it out"
+            )
 
 
 def configure_policy(policy: Policy, config: TrainConfig) -> Policy:

@@ -83,6 +83,8 @@ class Validator:
             image_size=rollout.image_size,
             image_temperature=rollout.image_temperature,
             choice_temperature=rollout.choice_temperature,
+            block_length=rollout.block_length,
+            tokens_per_step=rollout.tokens_per_step,
         )
 
     def score(self, policies: Policies) -> dict[TaskKind, list[float]]:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lvrpo.policies.base import Sampling
+from lvrpo.policies.magvit.autoencoder import Magvit, MagvitConfig
+from lvrpo.policies.magvit.layout import square
 from lvrpo.policies.showo.checkpoint import empty_transformer
-from lvrpo.policies.showo.layout import Layout, square
-from lvrpo.policies.showo.magvit import Magvit, MagvitConfig
+from lvrpo.policies.showo.layout import ShowoLayout
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.sampling import masked_counts
 from lvrpo.types import MaskedSegment, Prompt, TextSegment, Trajectory
@@ -65,7 +66,7 @@ def policy(settings: dict[str, Any]) -> ShowoPolicy:
     fill(magvit)
     fill(model, "showo.")
     files = {"tokenizer.json": (VECTORS / "tokenizer.json").read_bytes()}
-    layout = Layout.from_files(files, VECTORS, stored["llm_vocab_size"], stored["codebook_size"])
+    layout = ShowoLayout.from_files(files, VECTORS, stored["llm_vocab_size"], stored["codebook_size"])
     return ShowoPolicy(model, magvit, layout, stored)
 
 

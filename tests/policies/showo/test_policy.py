@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from lvrpo.errors import InputError
 from lvrpo.policies.base import MaskedScoring, Sampling, missing_members
 from lvrpo.policies.loading import load_policy
-from lvrpo.policies.showo.checkpoint import AUTOENCODER, LANGUAGE
+from lvrpo.policies.magvit.checkpoint import AUTOENCODER
+from lvrpo.policies.showo.checkpoint import LANGUAGE
 from lvrpo.policies.showo.create import ShowoSizes, create_showo
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.types import Group, MaskedSegment, Prompt, TextSegment, Trajectory
@@ -244,7 +245,7 @@ def test_parts_may_lie_elsewhere(folder: Path, showo: ShowoPolicy, monkeypatch: 
     shutil.move(f"model/{LANGUAGE}", "language")
     shutil.move(f"model/{AUTOENCODER}", "autoencoder")
     change_json("config.json", llm_model_path="language")(Path("model"))
-    monkeypatch.setattr("lvrpo.policies.showo.checkpoint.AUTOENCODER_ID", "autoencoder")
+    monkeypatch.setattr("lvrpo.policies.magvit.checkpoint.AUTOENCODER_ID", "autoencoder")
     found = load_policy("model")
     assert isinstance(found, ShowoPolicy)
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in showo.state_dict().items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -10,11 +9,12 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 
-from lvrpo.config import Config
 from lvrpo.policies.byte_level import learn_tokenizer
-from lvrpo.policies.showo.checkpoint import CONFIG, LANGUAGE, empty_transformer
-from lvrpo.policies.showo.layout import HEAD, MARKERS, Layout
-from lvrpo.policies.showo.magvit import GROUPS, Magvit, MagvitConfig
+from lvrpo.policies.magvit.autoencoder import Magvit
+from lvrpo.policies.magvit.checkpoint import CONFIG
+from lvrpo.policies.magvit.create import MagvitSizes
+from lvrpo.policies.showo.checkpoint import LANGUAGE, empty_transformer
+from lvrpo.policies.showo.layout import HEAD, MARKERS, ShowoLayout
 from lvrpo.policies.showo.policy import ShowoPolicy
 from lvrpo.policies.transformers_checkpoint import json_bytes
 from lvrpo.policies.transformers_library import transformers_library
@@ -23,39 +23,18 @@ from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRA
 END = "<|endoftext|>"
 
 
-class ShowoSizes(Config):
+class ShowoSizes(MagvitSizes):
     """Sizes of a random Show-o; the defaults are for tests and first runs on a CPU."""
 
-    width: int = Field(default=64, ge=4, le=65_536)
-    depth: int = Field(default=2, ge=1, le=1000)
-    heads: int = Field(default=4, ge=1, le=1000)
-    mlp_width: int = Field(default=128, ge=1, le=1_000_000)
-    vocabulary_size: int = Field(default=512, ge=320, le=1_000_000)
-    """Text tokens at most."""
     positions: int = Field(default=512, ge=HEAD + 3, le=1_000_000)
-    image_size: int = Field(default=32, ge=8, le=1024)
-    """Side of a picture that is read or drawn."""
-    patch_size: int = Field(default=8, ge=2, le=64)
-    """A power of two: pixels along a side of an image token."""
-    bits: int = Field(default=6, ge=1, le=16)
-    """Bits of an image token: there are 2 ** bits tokens."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size}: must be a power of two: use 8 or 16")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size}: must be a multiple of patch_size={self.patch_size}")
         if self.width % (4 * self.heads):
             raise ValueError(f"heads={self.heads}: a width of {self.width} must be a multiple of 4 x heads")
         if self.positions < HEAD + self.image_tokens + 2:
             raise ValueError(f"positions={self.positions}: a drawing takes {HEAD + self.image_tokens + 2}: use more")
         return self
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
@@ -77,20 +56,10 @@ def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
         "bos_token_id": tokenizer.token_to_id(END),
         "eos_token_id": tokenizer.token_to_id(END),
     }
-    levels = round(math.log2(sizes.patch_size)) + 1
-    once = (1,) * levels
-    magvit = MagvitConfig(
-        ch=GROUPS,
-        z_channels=sizes.bits,
-        encoder_ch_mult=once,
-        encoder_num_res_blocks=once,
-        decoder_ch_mult=once,
-        decoder_num_res_blocks=once,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
         shapes = empty_transformer(transformers, phi, vocabulary, Path("showo-tiny"))
-        model, autoencoder = transformers.PhiForCausalLM(shapes.config), Magvit(magvit)
+        model, autoencoder = transformers.PhiForCausalLM(shapes.config), Magvit(sizes.autoencoder)
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": END}
     files = {
         "tokenizer.json": tokenizer.to_str().encode(),
@@ -108,5 +77,5 @@ def create_showo(sizes: ShowoSizes, texts: Sequence[str] = ()) -> ShowoPolicy:
         "vocab_size": vocabulary,
         "w_clip_vit": False,
     }
-    layout = Layout.from_files(files, Path("showo-tiny"), text_size, codes)
+    layout = ShowoLayout.from_files(files, Path("showo-tiny"), text_size, codes)
     return ShowoPolicy(model, autoencoder, layout, stored)

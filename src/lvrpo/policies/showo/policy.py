@@ -1,89 +1,41 @@
-"""Show-o as a policy: reads pictures and answers, thinks, and draws masked image tokens with guidance."""
+"""Show-o as a policy: answers by causal text after pictures that it reads whole; drawings are those of its base."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from lvrpo.errors import InputError
 from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling
 from lvrpo.policies.decoding import Decoder, generate_text, read_rows
-from lvrpo.policies.defaults import TokenPolicy
+from lvrpo.policies.magvit.layout import Rows
+from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
-from lvrpo.policies.showo.layout import HEAD, Layout, Rows, square
-from lvrpo.policies.showo.magvit import Magvit
+from lvrpo.policies.showo.layout import HEAD, ShowoLayout
 from lvrpo.policies.tile_codebook import TileCodebook
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, THINK_THEN_DRAW, TransformersPolicy
-from lvrpo.sampling import derive_seed, guide_logits, token_scores, uniform_noise
-from lvrpo.types import (
-    Group,
-    Image,
-    LogitGuidance,
-    OutputKind,
-    Part,
-    Parts,
-    Prompt,
-    Segment,
-    SegmentKind,
-    SegmentLogprobs,
-    TaskKind,
-    TextSegment,
-)
-
-OUTPUTS: tuple[tuple[OutputKind, ...], ...] = (("text",), ("image",), ("text", "image"))
-CAPTION = HEAD - 3
-"""Maximum text tokens of a drawing's row, without its task and two end tokens."""
-KEPT = 4096
-"""Read pictures whose codes are remembered."""
+from lvrpo.sampling import derive_seed, token_scores, uniform_noise
+from lvrpo.types import Segment, SegmentLogprobs, TaskKind, TextSegment
 
 
-class ShowoPolicy(TokenPolicy, TransformersPolicy):
+class ShowoPolicy(MagvitPolicy[ShowoLayout]):
     """Show-o of any size whose pictures are read as image tokens: showlab/show-o and show-o-512x512.
 
-    The transformer is ``PhiForCausalLM`` of transformers under Show-o's attention mask. Guidance is classifier-free:
-    the unconditional branch has an empty text. With ``("text", "image")`` the plan follows the prompt's text in the row
-    of the drawing.
+    The transformer is ``PhiForCausalLM`` of transformers under Show-o's attention mask.
     """
 
-    segment_kinds: tuple[SegmentKind, ...] = ("text", "masked")
-    tasks: tuple[TaskKind, ...] = ("understand", "generate", "reason")
-    """Without ``edit``, which it was not trained for."""
+    kind: ClassVar[str] = "a Show-o"
     adapter_patterns: ClassVar[Mapping[Modules, str]] = {
         "attention": r"model\.model\.(?P<expert>layers)\.\d+\.self_attn\.([qkv]_proj|dense)",
         "mlp": r"model\.model\.(?P<expert>layers)\.\d+\.mlp\.(fc1|fc2)",
     }
 
-    def __init__(
-        self,
-        model: Any,
-        magvit: Magvit,
-        layout: Layout,
-        stored: Mapping[str, Any],
-        tiles: TileCodebook | None = None,
-    ) -> None:
-        """``model``: a PhiForCausalLM; ``stored``: the content of config.json.
-
-        Any: of an optional package; decoded JSON. The autoencoder stays frozen and float32.
-        """
-        super().__init__(model)
-        self.magvit = magvit.eval().requires_grad_(False)
-        self.layout = layout
-        self.stored = dict(stored)
-        self.end_id = layout.end
-        self.image_tokens = int(stored["num_vq_tokens"])
-        self.text_tokens = torch.arange(layout.mask + 1) < layout.text_size
-        self.tiles = tiles
-        self._codes: dict[bytes, torch.Tensor] = {}
-
     @property
-    def drawn_side(self) -> int:
-        """Side of a drawing in pixels."""
-        return round(self.image_tokens**0.5) * self.magvit.config.patch_size
+    def caption_limit(self) -> int:
+        """Without its task and two end tokens."""
+        return HEAD - 3
 
     def default_sampling(self, task: TaskKind) -> Sampling:
         """The published settings: 50 steps at guidance 5, which is 6 here (``guide_logits``)."""
@@ -94,50 +46,11 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
             choice_temperature=1.0,
         )
 
-    def choice_temperature(self, sampling: Sampling, step: int) -> float:
-        """Multiplied by 1 - (s + 1) / num_steps at every step s, as Show-o does; the last is 0."""
-        temperature = sampling.choice_temperature
-        for s in range(step + 1):
-            temperature *= 1 - (s + 1) / sampling.num_steps
-        return temperature
+    # --- texts ---
 
-    def check_text(self, text: str) -> None:
-        """Raises InputError where a text holds a marker of the model."""
-        self.layout.check_text(text)
-
-    # --- rollout ---
-
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
-        """See ``Policy.sample``; raises InputError for what a Show-o cannot do."""
-        for prompt in prompts:
-            self._check(prompt, sampling)
-        return super().sample(prompts, sampling, seeds)
-
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
-        named = f"prompt {prompt.id!r}"
-        pictures = sum(isinstance(part, torch.Tensor) for part in prompt.parts)
-        if prompt.output not in OUTPUTS:
-            raise InputError(f"{named}: a Show-o answers, draws, or thinks and draws, not {', '.join(prompt.output)}")
-        if "image" in prompt.output and pictures:
-            raise InputError(f"{named}: a Show-o draws from text alone, not from a picture: leave the picture out")
-        if prompt.task == "understand" and not pictures:
-            raise InputError(f"{named}: task 'understand' needs a picture: give one")
-        if pictures > 1:
-            raise InputError(f"{named}: {pictures} pictures: a Show-o reads one: give one")
-        side = self.drawn_side
-        if "image" in prompt.output and sampling.image_size not in (None, (side, side)):
-            raise InputError(f"image_size={sampling.image_size}: this model draws {side} x {side}: leave the size out")
-        rows = []
-        if "text" in prompt.output:
-            rows.append((len(self.segment_context(prompt, (), "text")), sampling.max_new_tokens, self.positions))
-        if "image" in prompt.output:
-            plan = sampling.max_new_tokens if "text" in prompt.output else 0
-            rows.append((len(self.segment_context(prompt, (), "masked")) - 3, plan, CAPTION))
-        for length, new, limit in rows:
-            if length + new > limit:
-                after = f" and {new} after them (max_new_tokens)" if new else ""
-                raise InputError(f"{named}: {length} tokens{after}, the limit is {limit}: shorten it")
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of an answer, which one space parts from its question."""
+        return self.layout.encode(f" {text}")
 
     def _sample_text(self, contexts: list[list[int]], seeds: Sequence[int], sampling: Sampling) -> Iterable[Segment]:
         """Samples text with a KV cache; every distinct context is read once."""
@@ -163,80 +76,6 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         x, valid = self.model.model.embed_tokens(rows.ids.to(self.device)), rows.valid.long().to(self.device)
         return read_rows(self.model.model, x, valid, rows.places.to(self.device), rows.seen[:, None].to(self.device))
 
-    # --- tokens ---
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of an answer, which one space parts from its question."""
-        return self.layout.encode(f" {text}")
-
-    def decode_text(self, ids: Sequence[int]) -> str:
-        """The text of ids, the end token skipped."""
-        return self.layout.decode(ids)
-
-    @torch.no_grad()
-    def encode_image(self, image: Image) -> torch.Tensor:
-        """The codes of a picture of any size, int64 (N,), on the CPU; those of equal pictures are remembered."""
-        key = hashlib.blake2b(image.cpu().contiguous().numpy().tobytes(), digest_size=16).digest() + bytes(
-            str(tuple(image.shape)), "ascii"
-        )
-        if key not in self._codes:
-            if len(self._codes) >= KEPT:
-                self._codes.pop(next(iter(self._codes)))
-            self._codes[key] = self._encoded(square(image, self.drawn_side))
-        return self._codes[key]
-
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self.tiles is not None:
-            return self.tiles.encode([pixels / 2 + 0.5])[0]
-        with torch.autocast(self.device.type, enabled=False):
-            return self.magvit.encode(pixels[None].to(self.device))[0].cpu()
-
-    @torch.no_grad()
-    def decode_image(self, codes: torch.Tensor) -> Image:
-        """The picture of codes (N,), on the CPU."""
-        if self.tiles is not None:
-            return self.tiles.decode(codes[None])[0]
-        with torch.autocast(self.device.type, enabled=False):
-            return (self.magvit.decode(codes[None].to(self.device))[0].cpu() / 2 + 0.5).clamp(0, 1)
-
-    def context_ids(self, parts: Parts, segments: Sequence[Segment] = ()) -> list[int]:
-        """The row before an answer; see ``segment_context`` for that before a drawing."""
-        codes = [self.encode_image(part) for part in parts if isinstance(part, torch.Tensor)]
-        return self.layout.question(codes[0] if codes else None, _text(parts))
-
-    def segment_context(self, prompt: Prompt, segments: Sequence[Segment], kind: SegmentKind) -> list[int]:
-        """The row before an answer or a plan, or before the image tokens of a drawing: the prompt, then its plan."""
-        if kind == "text":
-            first = {"reason": THINK_THEN_DRAW if "image" in prompt.output else THINK_THEN_ANSWER}.get(prompt.task)
-            return self.context_ids((*([first] if first else []), *prompt.parts))
-        text = self.layout.encode(_text(prompt.parts))
-        for segment in segments:
-            assert isinstance(segment, TextSegment)
-            text += segment.tokens[: -1 if segment.ended else None].tolist()
-        return self.layout.caption(text)
-
-    # --- the transformer ---
-
-    def _states(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The final states of rows, each (L, D)."""
-        found: list[torch.Tensor] = []
-        for part in self.cut([len(row) for row in rows]):
-            batch = self.layout.padded([rows[i] for i in part])
-            states = self._run(batch).last_hidden_state
-            found += [states[k, : len(rows[i])] for k, i in enumerate(part)]
-        return found
-
-    def _run(self, batch: Rows, **settings: Any) -> Any:
-        """Any: options and outputs of an optional package."""
-        with self.autocast(), self.checkpointing():
-            return self.model.model(
-                input_ids=batch.ids.to(self.device),
-                attention_mask=batch.seen[:, None].to(self.device),
-                position_ids=batch.places.to(self.device),
-                use_cache=False,
-                **settings,
-            )
-
     def next_logits(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """See ``TokenPolicy.next_logits``; over the whole vocabulary."""
         with self.autocast():
@@ -253,44 +92,6 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
             with self.autocast():
                 logits = self.model.lm_head(states[len(context) - 1 :])
             yield SegmentLogprobs(*token_scores(logits, own, segments[0].temperature, allowed))
-
-    def image_logits(
-        self, contexts: Sequence[Sequence[int]], tokens: torch.Tensor, masked: bool, scale: float, mode: LogitGuidance
-    ) -> torch.Tensor:
-        """See ``TokenPolicy.image_logits``; both branches of guidance are one batch unless one has no gradient."""
-        codes = tokens.tolist()
-        rows = [self.layout.drawing(context, row) for context, row in zip(contexts, codes, strict=True)]
-        if scale == 1 or mode == "none":
-            return guide_logits(self._code_logits(rows), None, scale, mode)
-        free = [self.layout.drawing(self.layout.caption([]), row) for row in codes]
-        if mode == "detach_uncond":
-            with torch.no_grad():
-                other = self._code_logits(free)
-            return guide_logits(self._code_logits(rows), other, scale, mode)
-        logits = self._code_logits([*rows, *free])
-        return guide_logits(logits[: len(rows)], logits[len(rows) :], scale, mode)
-
-    def _code_logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits of the image tokens of drawings, in their places: (B, N, K)."""
-        states = torch.stack([own[-self.image_tokens - 1 : -1] for own in self._states(rows)])
-        with self.autocast():
-            return self.model.lm_head(states)[..., self.layout.first_code : self.layout.mask]
-
-    @torch.no_grad()
-    def reading_states(self, parts: Sequence[Part], layer: int) -> list[torch.Tensor]:
-        """See ``Policy.reading_states``; after the last layer the states are normed."""
-        depth = len(self.model.model.layers)
-        if not 0 <= layer <= depth:
-            raise InputError(f"layer={layer}: the policy has {depth} layers")
-        found = []
-        for part in parts:
-            if isinstance(part, str):
-                row, own = [self.end_id, *self.layout.encode(part)], slice(1, None)
-            else:
-                row, own = self.layout.read(self.encode_image(part)), slice(2, -1)
-            out = self._run(self.layout.padded([row]), output_hidden_states=True)
-            found.append(out.hidden_states[layer][0, own])
-        return found
 
     # --- weights ---
 
@@ -316,7 +117,3 @@ class ShowoPolicy(TokenPolicy, TransformersPolicy):
         parts = load_showo(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
         sizes = parts[1].config
         return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size)).to(device)
-
-
-def _text(parts: Parts) -> str:
-    return "\n".join(part for part in parts if isinstance(part, str))

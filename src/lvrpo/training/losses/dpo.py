@@ -13,8 +13,8 @@ from lvrpo.policies.base import FlowPolicy
 from lvrpo.sampling import monte_carlo_logprob
 from lvrpo.training.losses.base import FrozenPolicy, GroupAdvantages, LossOutput, Member, Microbatch, has_kind
 from lvrpo.training.losses.flow import FlowObjective, NoisingConfig, add_noise
-from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_grid
-from lvrpo.types import Group, MaskedSegment, SegmentKind, Trajectory
+from lvrpo.training.losses.tokens import TokenLossConfig, TokenObjective, token_grid, token_segments
+from lvrpo.types import Group, ScoredSegment, SegmentKind, Trajectory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -117,10 +117,10 @@ def whole_logprobs(
 ) -> Float[torch.Tensor, " B"]:
     """The log-prob in nats of all segments of a kind in each trajectory; its estimate for likelihood=monte_carlo."""
     grid = token_grid(policy, trajectories, kind)
-    masked = [[s for s in trajectory.segments if isinstance(s, MaskedSegment)] for trajectory in trajectories]
-    if kind != "masked" or masked[0][0].likelihood == "path":
+    masked = [[s for s in token_segments(t, kind) if isinstance(s, ScoredSegment)] for t in trajectories]
+    if not masked[0] or masked[0][0].likelihood == "path":
         return torch.where(grid.mask, grid.logprobs, 0.0).sum(dim=1)
-    drawn = torch.tensor([sum(int((s.reveal_steps >= 0).sum()) for s in segments) for segments in masked])
+    drawn = torch.tensor([sum(int((s.reveal_steps[: len(s.tokens)] >= 0).sum()) for s in own) for own in masked])
     by_draw = (len(trajectories), -1, grid.mask.shape[1])
     return monte_carlo_logprob(grid.logprobs.view(by_draw), grid.mask.view(by_draw)) * drawn.to(grid.logprobs)
 

@@ -13,7 +13,7 @@ from lvrpo.config import Config
 from lvrpo.policies.base import RolloutPolicy
 from lvrpo.training.losses import base
 from lvrpo.training.losses.base import Objective
-from lvrpo.types import Group, MaskedSegment, SegmentKind, SegmentLogprobs, TokenSegment, Trajectory, segments_through
+from lvrpo.types import Group, ScoredSegment, SegmentKind, SegmentLogprobs, TokenSegment, Trajectory, segments_through
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -96,7 +96,7 @@ def token_segments(trajectory: Trajectory, kind: SegmentKind) -> list[TokenSegme
 def token_count(trajectory: Trajectory, kind: SegmentKind) -> int:
     """Number of scored tokens of a kind; over all draws of masked segments."""
     return sum(
-        int(segment.scored.sum()) if isinstance(segment, MaskedSegment) else segment.behavior_logprobs.numel()
+        int(segment.scored.sum()) if isinstance(segment, ScoredSegment) else segment.behavior_logprobs.numel()
         for segment in token_segments(trajectory, kind)
     )
 
@@ -114,7 +114,7 @@ def token_grid(policy: RolloutPolicy, trajectories: Sequence[Trajectory], kind: 
     anchor = [
         [s.behavior_logprobs if s.trainer_logprobs is None else s.trainer_logprobs for s in own] for own in segments
     ]
-    counted = [[segment.scored for segment in own if isinstance(segment, MaskedSegment)] for own in segments]
+    counted = [[segment.scored for segment in own if isinstance(segment, ScoredSegment)] for own in segments]
 
     rows = [1 if parts[0].ndim == 1 else len(parts[0]) for parts in behavior]
     tokens = [sum(part.shape[-1] for part in parts) for parts in behavior]
@@ -139,6 +139,6 @@ def token_grid(policy: RolloutPolicy, trajectories: Sequence[Trajectory], kind: 
         logprobs=grid(now),
         behavior=grid(behavior),
         anchor=grid(anchor),
-        mask=grid(counted) if kind == "masked" else valid,
+        mask=grid(counted) if counted[0] else valid,
         entropy=grid(entropy),
     )

@@ -1,0 +1,141 @@
+"""Files of a model with MAGVIT-v2 beside it: where its parts are, and tensors that fit the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lvrpo.atomic_io import read_tensors, require_finite, require_weights, write_atomic, write_tensors
+from lvrpo.config import Config, parse_section
+from lvrpo.errors import InputError
+from lvrpo.policies.bagel.checkpoint import find_tensors
+from lvrpo.policies.loading import cached_folder
+from lvrpo.policies.magvit.autoencoder import Magvit, MagvitConfig
+from lvrpo.policies.transformers_checkpoint import json_bytes
+from lvrpo.reading import read_json_object
+
+C = TypeVar("C", bound=Config)
+
+CONFIG, WEIGHTS = "config.json", "pytorch_model"
+STEMS = (WEIGHTS, "model", "diffusion_pytorch_model")
+"""Names of a file of weights, without .safetensors."""
+AUTOENCODER = "magvitv2"
+"""Folder of the autoencoder in that of a model."""
+AUTOENCODER_ID = "showlab/magvitv2"
+"""Hub id of the autoencoder, for folders that hold none."""
+
+
+def read_settings(kind: type[C], stored: Mapping[str, Any], path: Path) -> C:
+    """The fields of a file that are used. Any: decoded JSON."""
+    return parse_section(kind, {name: stored[name] for name in kind.model_fields if name in stored}, path)
+
+
+def find_part(folder: Path, name: str, source: str, field: str) -> Path:
+    """The folder of a part: inside that of the model, where the configuration says, or in the local Hub cache."""
+    if (folder / name).is_dir():
+        return folder / name
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return cached_folder(source)
+    except InputError:
+        raise InputError(
+            f"{folder}: holds no folder {name}, and its {field} {source} is not in the local Hub cache: run "
+            f"`hf download {source}`, or copy it to {folder / name}"
+        ) from None
+
+
+def load_weights(folder: Path, model: torch.nn.Module, names: Mapping[str, str], dtype: torch.dtype, what: str) -> None:
+    """Gives a module without storage the weights of a folder. ``names``: those in the files, by the module's own.
+
+    ``what``: the kind of model, in messages. Raises InputError, one line, unless the folder holds exactly these.
+    """
+    role = f"the weights of {what}"
+    _require_safetensors(folder, role)
+    found = find_tensors(folder, STEMS, role)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in names}
+    shapes = {names[name]: shape for name, shape in own.items()}
+    _require_fit(folder, shapes, {name: tensor.shape for name, tensor in found.items()}, what)
+    state = {name: found[names[name]].read(dtype) for name in own}
+    model.load_state_dict(state, assign=True, strict=False)
+
+
+def load_autoencoder(folder: Path, codebook_size: int) -> Magvit:
+    """MAGVIT-v2 of a model's folder, of its configuration or of the Hub cache, float32, on the CPU."""
+    part = find_part(folder, AUTOENCODER, AUTOENCODER_ID, "autoencoder")
+    path, what = part / CONFIG, "MAGVIT-v2"
+    sizes = read_settings(MagvitConfig, read_json_object(path), path)
+    if sizes.codes != codebook_size:
+        raise InputError(f"{path}: has {sizes.codes} codes, codebook_size={codebook_size}: use one model's files")
+    with torch.device("meta"):
+        magvit = Magvit(sizes)
+    _require_safetensors(part, f"the weights of {what}")
+    weights = next((part / f"{stem}.safetensors" for stem in STEMS if (part / f"{stem}.safetensors").is_file()), None)
+    if weights is None:
+        raise InputError(f"{part}: holds no {WEIGHTS}.safetensors, the weights of {what}: copy it there")
+    found, _ = read_tensors(weights, "fetch the file again")
+    found = {name: tensor for name, tensor in found.items() if not name.startswith("quantize.")}  # follows from sizes
+    shapes = {name: tuple(tensor.shape) for name, tensor in magvit.state_dict().items()}
+    _require_fit(part, shapes, {name: tuple(tensor.shape) for name, tensor in found.items()}, what)
+    for name, tensor in found.items():
+        require_weights(weights, name, tensor, "fetch the file again")
+    magvit.load_state_dict({name: found[name].float() for name in shapes}, assign=True)
+    return magvit
+
+
+def save_weights(state: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors under the names of the files; raises InputError for values that are not finite."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    for name, tensor in stored.items():
+        require_finite(file.parent, name, tensor, "resume from an earlier checkpoint")
+    write_tensors(file, stored, {"format": "pt"})
+
+
+def save_autoencoder(magvit: Magvit, folder: Path) -> None:
+    """Writes the folder of MAGVIT-v2 into that of a model."""
+    part = folder / AUTOENCODER
+    part.mkdir(exist_ok=True)
+    codes = {name: tensor.detach().cpu().contiguous() for name, tensor in magvit.state_dict().items()}
+    bits = torch.arange(magvit.config.z_channels - 1, -1, -1)
+    signs = (torch.arange(magvit.config.codes)[:, None] >> bits) & 1
+    codes |= {"quantize.embedding": signs.float() * 2 - 1, "quantize.power_vals": 2**bits}  # its makers' buffers
+    write_tensors(part / f"{WEIGHTS}.safetensors", codes, {"format": "pt"})
+    own = magvit.config.model_dump(exclude_defaults=True, mode="json")
+    write_atomic(part / CONFIG, json_bytes({"_class_name": "MAGVITv2", **own}))
+
+
+def require_square(num_vq_tokens: int) -> None:
+    """Raises ValueError for a number of image tokens that is not that of a square picture."""
+    if round(num_vq_tokens**0.5) ** 2 != num_vq_tokens:
+        raise ValueError(f"num_vq_tokens={num_vq_tokens}: must be a square number: pictures are square")
+
+
+def _require_safetensors(folder: Path, role: str) -> None:
+    """Raises InputError where weights are pickled alone."""
+    pickled = [path.name for stem in STEMS for path in folder.glob(f"{stem}*.bin*")]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: holds {role} as {sorted(pickled)[0]}, a pickle, which is not read: convert it to "
+            f"{WEIGHTS}.safetensors (docs/guides/showo.md)"
+        )
+
+
+def _require_fit(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Raises InputError unless a file holds exactly these tensors."""
+    if not shapes.keys() & stored.keys():
+        raise InputError(f"{folder}: holds the weights of another model: use the files of {what}")
+    if missing := sorted(shapes.keys() - stored.keys()):
+        raise InputError(f"{folder}: its weights lack {missing[0]} ({len(missing)} are missing): restore the folder")
+    if further := sorted(name for name in stored.keys() - shapes.keys() if not name.endswith("inv_freq")):
+        raise InputError(f"{folder}: its weights hold {further[0]}, which its configuration has not: use one model's")
+    for name, shape in shapes.items():
+        if stored[name] != shape:
+            raise InputError(
+                f"{folder}: {name} has shape {list(stored[name])}, its configuration says {list(shape)}: use the files "
+                "of one model"
+            )
