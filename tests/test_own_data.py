@@ -7,8 +7,10 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lvrpo.cli import main
 from lvrpo.commands.inputs import read_config
@@ -93,8 +95,13 @@ def test_the_yaml_and_the_rows_on_the_page_are_those_of_the_example(root: Path, 
 
 
 def test_the_python_of_the_page_works(page: str, capfd: Output) -> None:
-    reward, notebook = blocks(page, "python")
+    reward, own_task, notebook = blocks(page, "python")
     exec(reward, {})
+    made: dict[str, Any] = {}
+    exec(own_task, made)
+    task = made["Bright"]({"colors": ["red", "blue"]}, "train", 0)
+    assert task.prompts("generate", 2, start=3)[0].parts == ("a blue circle",)
+    assert (task.success(torch.ones(3, 8, 8)), task.success(torch.zeros(3, 8, 8))) == (True, False)
     names: dict[str, object] = {}
     exec(notebook, names)
     assert "'metric': 'reward'" in capfd.readouterr().out
