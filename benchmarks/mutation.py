@@ -80,6 +80,8 @@ TESTS: dict[str, tuple[str, ...]] = {
 """The modules, and the test files that must notice an error in them."""
 EQUIVALENT = {
     ("algorithms/objectives.py", ".clamp(min= 0)"): "0 / 0 of a row without tokens is masked, and detached before that",
+    ("sampling/tokens.py", ".cumsum(dim=1)"): "the last dimension of logits (B, V)",
+    ("sampling/tokens.py", "logits.device.type, 256 <<"): "the same bits in parts of any size",
     ("sampling/tokens.py", "-torch.inf, 1.0)"): "what stands there is multiplied by a probability of 0",
     ("sampling/tokens.py", "-torch.inf, -1.0)"): "what stands there is multiplied by a probability of 0",
 }

@@ -145,9 +145,24 @@ def tables() -> None:
     Path("leaving_rewards.py").write_text("import sys\nsys.exit(3)\n")
 
 
+DIGESTS: dict[tuple[str, int, int, int, int], str] = {}
+"""By path, inode, size and times: a file that is written or replaced has another time of its last change."""
+
+
 def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name != ".lock"}
+    found = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in names:
+            path = os.path.join(root, name)
+            if name == ".lock" or not os.path.isfile(path):
+                continue
+            s = os.stat(path)
+            key = path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+            if key not in DIGESTS:
+                DIGESTS[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            found[os.path.relpath(path, folder)] = DIGESTS[key]
+    return found
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,7 @@ def test_rewards_on_scales_of_their_own_by_hand() -> None:
     assert found[1, 0].tolist() == pytest.approx([-1.0, -1.0 / float(batch), -1.0, 0.0])
     apart = normalize_rewards(scores, mask, torch.tensor([0, 1]), ["batch"] * 4, eps=0.0)
     assert apart[:, 1, 0].tolist() == pytest.approx([1.0, 1.0])
+    assert float(normalize_rewards(scores, mask, batches, ["group"] * 4)[0, 1, 0]) == pytest.approx(0.5 / 0.5001)
     floored = normalize_rewards(scores, mask, batches, ["none"] * 4, std_floor=0.6)
     assert floored[:, :, 0].tolist() == [[0.0, 0.0], [-1.0, 1.0]]
 

@@ -26,7 +26,7 @@ def killed_copy(run: Path, step: int) -> Path:
     copy = run.with_name(f"{run.name}_killed")
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint_step(checkpoint) > step:
+        if (checkpoint_step(checkpoint) or 0) > step:
             shutil.rmtree(checkpoint)
     for file in ("summary.json", FINAL):
         (copy / file).unlink(missing_ok=True)

@@ -76,6 +76,9 @@ def test_decaying_window_by_hand() -> None:
     assert starts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 0, 0]
     assert decaying_window(6, 2, 9, **options) == (2, 3)
     assert [decaying_window(6, 2, i, **options, stride=2)[0] for i in range(7)] == [0, 0, 0, 0, 2, 2, 0]
+    # by default 25 iterations at each of 0 .. 13, then ceil(25 exp(-.1)) = 23 and ceil(25 exp(-.2)) = 21
+    starts = [decaying_window(25, 4, i)[0] for i in (0, 349, 350, 372, 373, 393, 394)]
+    assert starts == [0, 13, 14, 14, 15, 15, 16]
 
 
 def test_without_decay_the_window_slides() -> None:
@@ -151,6 +154,9 @@ def test_impossible_windows_are_refused() -> None:
         random_window(4, 4, 0)
     with pytest.raises(InputError, match=r"decay=-1.0, iteration=0: use"):
         decaying_window(4, 1, 0, decay=-1.0)
+    for wrong in ({"stride": 0}, {"iterations_at_start": 0}):
+        with pytest.raises(InputError, match="use 1 or more for the first two"):
+            decaying_window(4, 1, 0, **wrong)
     with pytest.raises(InputError, match=r"the window's end at 4 and 1 steps after it: use 0..3 and 1..1"):
         compressed_grid(4, 4, 1)
     with pytest.raises(InputError, match=r"end at 2 and 3 steps after it: use 0..3 and 1..2"):

@@ -74,15 +74,16 @@ def test_both_scores_are_those_of_the_two_functions() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("rows_of_allowed", [0, 1, 2])
+@pytest.mark.parametrize("rows_of_allowed", [0, 1, 2, 3])
 def test_scores_in_parts_are_those_of_one_pass(
     temperature: float, rows_of_allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients, for no mask, one of all rows, one per row."""
+    """Values and gradients, for no mask, one of all rows, one per row, one per place of every sequence."""
     generator = torch.Generator().manual_seed(0)
     logits, weights = torch.randn(3, 7, 12, generator=generator), torch.randn(2, 3, 7, generator=generator)
     tokens = torch.randint(0, 6, (3, 7), generator=generator)
-    masks = (None, torch.arange(12) < 6, torch.arange(12) < torch.randint(6, 12, (3, 7, 1), generator=generator))
+    last = torch.randint(6, 12, (3, 7, 1), generator=generator)
+    masks = (None, torch.arange(12) < 6, torch.arange(12) < last, torch.arange(12) < last[0])
     found = []
     for rows in (21, 4):  # in one part, in six
         monkeypatch.setitem(sampling_tokens.PART_BYTES, "cpu", 4 * 12 * rows)

@@ -225,20 +225,23 @@ def check(options: Options) -> None:
     from lvrpo.config import dump_config
     from lvrpo.policies.loading import pick_device
     from lvrpo.training.config import TrainConfig
-    from lvrpo.training.dry_run import dry_run, memory_needed
+    from lvrpo.training.dry_run import dry_run
     from lvrpo.training.memory import require_memory
     from lvrpo.training.preflight import require
+    from lvrpo.training.setup import estimate_run_memory
+    from lvrpo.training.sources import open_parts
 
     config = read_config(TrainConfig, options.config, options.overrides)
     if options.card is not None:
         _check_gpu_memory(config, options.card)
         return
     print(dump_config(config), end="")
-    memory = memory_needed(config)
+    parts = open_parts(config)  # what it refuses need not wait for the estimate
+    memory = estimate_run_memory(config, parts)
     if memory is not None:
         _print_memory(memory)
     require_memory(memory, pick_device(config.device), f"policy={config.policy}")
-    found = dry_run(config)
+    found = dry_run(config, parts)
     print("\nstep-0 contract")
     for check in found.checks:
         print(f"  {'ok    ' if check.ok else 'BROKEN'}  {check.check}: {check.value:.3g} (limit {check.limit:.3g})")

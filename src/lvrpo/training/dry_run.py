@@ -24,7 +24,7 @@ from lvrpo.training.preflight import Check, contract_checks
 from lvrpo.training.rollout import prompts_of_step, rollout
 from lvrpo.training.rollout_engine import EngineSampler, open_engine
 from lvrpo.training.setup import estimate_run_memory, open_policy, require_judge
-from lvrpo.training.sources import Parts, held_out_source, open_parts, training_source, validation_prompts
+from lvrpo.training.sources import Parts, held_out_source, training_source, validation_prompts
 from lvrpo.training.state import TrainState
 from lvrpo.training.trainer import train_step
 from lvrpo.training.validation import Validator
@@ -57,10 +57,9 @@ def memory_needed(config: TrainConfig, device: torch.device | None = None) -> Me
     )
 
 
-def dry_run(config: TrainConfig) -> DryRun:
-    """Loads all parts of a run, runs the preflight checks and times one small step and a validation."""
+def dry_run(config: TrainConfig, parts: Parts) -> DryRun:
+    """Loads the policy of a run, runs the preflight checks and times one small step and a validation."""
     torch.set_num_threads(config.threads)
-    parts = open_parts(config)
     require_judge(config, parts)
     policy, base = open_policy(config)
     parts.require_readable(policy)
