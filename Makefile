@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   evaluate the tiny base, align it, evaluate it again, write a report"
 	@echo "make test         run the tests (ARGS='-k name' or ARGS='-m slow' to choose)"
 	@echo "make check        formatting, lint, types, import order"
-	@echo "make format       format the code and mend what lint can mend"
+	@echo "make format       format the code, and fix what lint can fix"
 	@echo "make docs         write the generated pages of docs/reference from the docstrings"
 	@echo "make docs-site    build the documentation into build/site; make docs-serve shows it while you edit"
 	@echo "make clean        delete caches and build products; make distclean deletes $(VENV) too"

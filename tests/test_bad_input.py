@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -133,8 +134,12 @@ def tables() -> None:
         Path(f"{name}.jsonl").write_text(text + "\n" if text else "")
     Path("inside/leaves.jsonl").write_text(json.dumps({"image": "../red.png", "question": "what ?"}) + "\n")
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
+    Path("doubled.jsonl").write_text('{"task": "edit", ' + json.dumps(question)[1:] + "\n")
+    Path("packed.jsonl").write_bytes(gzip.compress(json.dumps(question).encode()))
+    Path("table.csv").write_text("prompt\na red circle\n")
     Path("blank.txt").write_text("\n\n")
     Path("broken.yaml").write_text("steps: [1\n")
+    Path("nothing.yaml").write_text("# to be written\n")
     Path("list.yaml").write_text("- steps\n")
     Path("twice.yaml").write_text("steps: 3\nsteps: 4\n")
     Path("loop.yaml").write_text("extends: loop.yaml\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from settings import SMALL
 
-from lvrpo.cli import COMMANDS, main
+from lvrpo.cli import COMMANDS, main, parse_command
 from lvrpo.commands.progress import Progress, clock, sparkline
 from lvrpo.config import load_config, shipped_configs
 from lvrpo.data.scenes import VOCABULARY
@@ -82,7 +84,7 @@ def test_the_report_shows_the_same_prompts_before_during_and_after(quickstart: t
 
 def test_quickstart_says_what_it_does_and_what_next(quickstart: tuple[Path, str]) -> None:
     _, printed = quickstart
-    for words in ("evaluate before", "align: 2 steps", "step 2/2", "evaluate after", "difference [95 %]"):
+    for words in ("evaluate before", "train: 2 steps", "step 2/2", "evaluate after", "difference [95 %]"):
         assert words in printed
     for words in ("report.html", "summary.json", "lvrpo generate runs/quickstart", "peak memory"):
         assert words in printed
@@ -122,7 +124,7 @@ def test_an_interrupted_quickstart_goes_on(small_base: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     (line,) = errors.splitlines()
-    assert line.endswith("go on with: lvrpo quickstart --resume run")
+    assert line.endswith("continue with: lvrpo quickstart --resume run")
     assert not Path("run/summary.json").exists()
     alignment = Trainer.resume(Path("run"))
     with alignment.run:
@@ -286,8 +288,14 @@ def test_help_is_quick_and_complete() -> None:
 def test_every_command_explains_itself(name: str, capfd: Output) -> None:
     assert main([*name.split(), "--help"]) == 0
     printed = capfd.readouterr().out
-    assert f"usage: lvrpo {name}" in printed
-    assert "lvrpo" in printed.rpartition("example")[2]  # the last lines are an example
+    assert printed.startswith(f"usage: lvrpo {name} ")
+    examples = re.findall(r"^  (.*lvrpo .*)$", printed.rpartition("\nexamples:\n")[2], flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        for command in re.sub(r"[#>].*", "", example).replace("-m lvrpo", "&& lvrpo").split("&&"):
+            program, *words = shlex.split(command)
+            if program == "lvrpo":
+                assert parse_command(words) is not None or "--config-help" in words  # which prints, and ends
 
 
 def test_version(capfd: Output) -> None:
@@ -301,6 +309,21 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m lvrpo data vocabulary | head -n 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "line"),
+    [
+        ("lvrpo --help > /dev/full", 1, "error: the output cannot be written: no space is left on its device"),
+        ("mkdir gone && cd gone && rmdir ../gone && lvrpo trian", 2, "error: command 'trian': unknown"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_line(script: str, code: int, line: str) -> None:
+    command = script.replace("lvrpo ", f"{sys.executable} -m lvrpo ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
 
 
 def test_main_works_outside_the_main_thread(capfd: Output) -> None:

@@ -20,6 +20,7 @@ from lvrpo.config import (
     parse_section,
 )
 from lvrpo.errors import InputError
+from lvrpo.strict_yaml import dump_yaml, parse_yaml
 from lvrpo.training.config import TrainConfig
 
 
@@ -193,7 +194,7 @@ def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
     assert whole.training.stages == Late(steps=1)
     later = load_config(Root, file, ["training.stages.kind=late", "training.stages={share: 0.1}"])
     assert later.training.stages == Early(share=0.1)  # in the order of the command line
-    asked = "training.stages.only_early: is of training.stages.kind=early, not of late: set that, or leave it out"
+    asked = "training.stages.only_early: applies to training.stages.kind=early, not to late: set that, or leave it out"
     assert error_of(Root, file, "training.stages.only_early=1", "training.stages.kind=late") == asked
     file.write_text(dump_config(late))
     assert load_config(Root, file) == late
@@ -204,11 +205,12 @@ def test_a_kind_chooses_the_class_of_a_section(tmp_path: Path) -> None:
     [
         (
             "{kind: late, only_early: 3}",
-            ".only_early: is of training.stages.kind=early, not of late: set that, or leave it out",
+            ".only_early: applies to training.stages.kind=early, not to late: set that, or leave it out",
         ),
         (
             "{only_late: true}",
-            ".only_late: is of training.stages.kind=late or latest, not of early: set one of them, or leave it out",
+            ".only_late: applies to training.stages.kind=late or latest, not to early: set one of them, or leave it "
+            "out",
         ),
         ("{kind: latr}", ".kind=latr: must be 'early', 'late' or 'latest': did you mean late?"),
         ("{kind: last}", ".kind=last: is called late"),
@@ -302,6 +304,11 @@ def test_extends_refuses_a_cycle_and_names_a_missing_parent(tmp_path: Path) -> N
     assert "extends itself (a.yaml -> b.yaml -> a.yaml): remove one 'extends'" in error_of(Root, tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
     assert error_of(Root, tmp_path / "a.yaml").startswith(f"{tmp_path / 'b.yaml'}: extends=c.yaml: no such file")
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", " \u2029 ", "\n\x85", "é", "\ufeff"])
+def test_a_text_of_any_separator_is_dumped_and_read(text: str) -> None:
+    assert parse_yaml(dump_yaml({"name": text, text: [text]}), "x") == {"name": text, text: [text]}
 
 
 @given(

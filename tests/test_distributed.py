@@ -401,8 +401,6 @@ def test_a_full_disk_of_one_rank_is_the_line_of_all(tmp_path: Path, background: 
     lines = run(tmp_path, 3, work.save_where_one_cannot, folder, background)
     assert (
         lines
-        == [
-            f"process 1 of 3: {folder}: cannot be written: No space left on device: mend that, or choose another folder"
-        ]
+        == [f"process 1 of 3: {folder}: cannot be written: No space left on device: fix that, or choose another folder"]
         * 3
     )

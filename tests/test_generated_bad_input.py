@@ -104,8 +104,8 @@ ROOTS = {
     ),
 }
 BY_OVERRIDES: dict[str, tuple[Model, tuple[str, ...]]] = {
-    "train": (TrainConfig, ("train", "empty.yaml", "policy=nowhere", "--out", "new")),
-    "pretrain": (PretrainConfig, ("pretrain", "empty.yaml", "init=nowhere", "--out", "new")),
+    "train": (TrainConfig, ("train", "seed.yaml", "policy=nowhere", "--out", "new")),
+    "pretrain": (PretrainConfig, ("pretrain", "seed.yaml", "init=nowhere", "--out", "new")),
     "init": (BagelSizes, ("init", "bagel-tiny", "new")),
     "init janus": (JanusSizes, ("init", "janus-tiny", "new")),
     "init emu3": (Emu3Sizes, ("init", "emu3-tiny", "new")),
@@ -134,7 +134,7 @@ def folder(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("small", "model"):
         shutil.copytree(small_base, folder / name)
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
-    (folder / "empty.yaml").write_text("")
+    (folder / "seed.yaml").write_text("seed: 0\n")
     return folder
 
 

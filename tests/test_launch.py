@@ -100,11 +100,11 @@ def test_the_desk_keeps_attempts_apart() -> None:
     ("ended", "kind", "line"),
     [
         (LaunchResult(2, "error: x: unknown"), InputError, "x: unknown"),
-        (LaunchResult(3, "not well: r: y"), UnhealthyRunError, "r: y"),
+        (LaunchResult(3, "not healthy: r: y"), UnhealthyRunError, "r: y"),
         (
-            LaunchResult(130, "go on with: lvrpo train --resume /r"),
+            LaunchResult(130, "continue with: lvrpo train --resume /r"),
             KeyboardInterrupt,
-            "go on with: lvrpo launch ray --workers N",
+            "continue with: lvrpo launch ray --workers N",
         ),
         (LaunchResult(-15, "", None, stopped=True), KeyboardInterrupt, "interrupted"),
         (
@@ -207,7 +207,7 @@ def test_interruptions_and_failures_end_as_those_of_train(small_base: Path) -> N
     process.send_signal(signal.SIGINT)
     output = finish(process, succeeds=False)
     assert process.returncode == 130
-    assert f"go on with: lvrpo launch ray --workers N --resume {run.absolute()}" in output
+    assert f"continue with: lvrpo launch ray --workers N --resume {run.absolute()}" in output
     assert 1 <= rows(run)[-1]["step"] < 200
 
     process = launched(*options, "--workers", 2, "--out", "no", "--benchmark", "nobody")
@@ -225,6 +225,6 @@ def test_interruptions_and_failures_end_as_those_of_train(small_base: Path) -> N
     process_of(run, 0).send_signal(signal.SIGKILL)
     output = finish(process, succeeds=False)
     assert process.returncode == 1
-    again = f"no restart is left: go on with lvrpo launch ray --workers N --resume {run}"
+    again = f"no restart is left: continue with lvrpo launch ray --workers N --resume {run}"
     assert output.splitlines()[-1] == f"error: a process ended with code -9: {again}"
     assert "Traceback" not in output

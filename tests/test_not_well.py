@@ -1,4 +1,4 @@
-"""Runs that end badly, late or not well: the words, the exit code, and what lies on the disk afterwards."""
+"""Runs that end badly, late or not healthy: the words, the exit code, and what lies on the disk afterwards."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_reward_that_dies_stops_the_run_with_a_checkpoint(
         assert train(name, out=name) == 1
         line = error(capfd)
         assert f"'own_rewards:{name}' failed on 24 of 24 outputs, max_failed=0.5: most often (24): {said}" in line
-        assert f"step 2 is saved: go on with lvrpo train --resume {name}" in line
+        assert f"step 2 is saved: continue with lvrpo train --resume {name}" in line
         assert sorted(path.name for path in Path(name, "checkpoints").iterdir()) == ["step_000000", "step_000002"]
         dies_at(10**9)
         assert main(["train", "--resume", name, "--no-evaluate", "--allow-code"]) == 0
@@ -148,11 +148,11 @@ def test_not_well_is_code_3_a_line_a_record_and_the_first_lines_of_the_report(
     monkeypatch.setattr(validation, "has_regressed", lambda now, before: True)
     assert train("Level", "validation.action=rollback") == 3
     line = error(capfd)
-    assert line.startswith("not well: run: validation, step 2: rolled back to step 0: ")
+    assert line.startswith("not healthy: run: validation, step 2: rolled back to step 0: ")
     summary = json.loads(Path("run/summary.json").read_text())
     assert [finding["kind"] for finding in summary["health"]["findings"]] == ["validation", "validation"]
     page = Path("run/report.html").read_text()
-    assert page.index("Not well: validation, step 2: rolled back") < page.index("<main>")
+    assert page.index("Not healthy: validation, step 2: rolled back") < page.index("<main>")
     assert main(["report", "run"]) == 0
     assert main(["audit", "run"]) == 0
 
@@ -382,14 +382,14 @@ def test_a_configuration_of_the_other_kind_is_named(capfd: pytest.CaptureFixture
     for arguments, said in (
         (
             ("train", "pretrain"),
-            "is a pretraining configuration (it has a section 'batch'): start it with lvrpo",
+            "is a supervised configuration (it has a section 'batch'): start it with lvrpo",
         ),
-        (("check", "pretrain"), "is a pretraining configuration"),
-        (("quickstart", "--config", "pretrain"), "is a pretraining configuration"),
-        (("train", "bagel_tiny_pretrain"), "is a pretraining configuration"),
+        (("check", "pretrain"), "is a supervised configuration"),
+        (("quickstart", "--config", "pretrain"), "is a supervised configuration"),
+        (("train", "bagel_tiny_pretrain"), "is a supervised configuration"),
         (
             ("pretrain", "quickstart"),
-            "is an alignment configuration (it has a section 'data'): start it with lvrpo",
+            "is an RL configuration (it has a section 'data'): start it with lvrpo",
         ),
     ):
         assert main(arguments) == 2

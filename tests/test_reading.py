@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lvrpo.cli import main, printable
+from lvrpo.commands.inputs import read_rows
 from lvrpo.errors import InputError
 from lvrpo.patterns import compile_pattern, full_match
 from lvrpo.reading import parse_json, read_bytes, read_text
@@ -208,3 +209,11 @@ def test_exponential_backtracking_times_out(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_no_expression(pattern: str) -> None:
     with pytest.raises(InputError, match=r"no regular expression|1000 are allowed"):
         compile_pattern(pattern)
+
+
+def test_a_row_may_hold_a_line_separator_that_is_no_newline() -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a\u2028b"}\r\n\n{"prompt": "c\x85"}\n', encoding="utf-8")
+    assert read_rows(Path("rows.jsonl")) == [
+        ("rows.jsonl:1", {"prompt": "a\u2028b"}),
+        ("rows.jsonl:3", {"prompt": "c\x85"}),
+    ]

@@ -1,4 +1,4 @@
-"""Align unified multimodal models by group-relative policy optimization.
+"""RL post-training of unified multimodal models by group-relative policy optimization.
 
 The names below are imported when they are first used, so that ``import lvrpo`` is quick.
 """
@@ -11,10 +11,13 @@ import sys
 if (
     sys.argv[:1] == ["-m"]  # which it is until the module is found
     and sys.orig_argv[-len(sys.argv)] in ("lvrpo", "-mlvrpo")
-    and sys.path[:1] in ([""], [os.getcwd()])
-    and os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ):
-    del sys.path[0]
+    try:
+        _here = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        _here = ""
+    if sys.path[:1] in ([""], [_here]) and _here != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+        del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -66,7 +66,7 @@ def train(
     out: Path | str | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Aligns a policy as ``lvrpo train`` does; returns the run directory and the results.
+    """Trains a policy as ``lvrpo train`` does; returns the run directory and the results.
 
         import lvrpo
 
@@ -78,17 +78,20 @@ def train(
         print(done.summary["validation"], done.report)
 
     ``config``: a configuration, a YAML file or a built-in name, changed by ``overrides`` (``section.key=value``).
-    ``prompts``: to train on, in place of its source; validation watches ``validation``, and ``test`` is measured before
-    and after. ``rewards``: in place of its rewards, each a name, a row, a function or a reward. ``success``: whether an
-    output of these prompts is right, a function of the same parameters as a reward's. ``out``: the run
-    directory (default: runs/NAME, or the next free number). Raises InputError before anything is written.
+    ``prompts``: the training prompts, instead of those of the configuration; validation scores ``validation``, and
+    ``test`` is measured before and after. ``rewards``: the rewards, instead of those of the configuration, each a name,
+    a dict like a row of the configuration, a function or a ``Reward``. ``success``: a function that says whether an
+    output of these prompts is right, with the parameters of a reward function. ``out``: the run directory (default:
+    runs/NAME, with a number if that exists). Raises InputError before anything is written.
     """
     lists: dict[Split, Sequence[Prompt] | None] = {"train": prompts, "validation": validation, "test": test}
     sources: dict[Split, PromptList] = {
         split: PromptList(rows, success) for split, rows in lists.items() if rows is not None
     }
     if sources and prompts is None:
-        raise InputError("prompts: validation and test are of a list of prompts to train on: give prompts too")
+        raise InputError(
+            "validation or test without prompts: they go with a list of training prompts: give prompts too"
+        )
     if success is not None and prompts is None:
         raise InputError("success: is of a list of prompts: give prompts too, or name it in data.success")
     own, given = _split_rewards(rewards)

@@ -32,6 +32,7 @@ MAX_LINE, MAX_WORD = 1000, 240
 """Maximum characters of an error message, and of a word in it."""
 
 DONE, FAILED, WRONG_INPUT, NOT_WELL, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes; NOT_WELL: done, but the run is not healthy."""
 
 
 def run() -> NoReturn:
@@ -51,7 +52,7 @@ def run() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 3 done, not well, 130 interrupted."""
+    """Runs one command; returns its exit code, one of those above."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with sigterm_as_interrupt(), one_line_warnings(), isolated_permissions():
@@ -130,9 +131,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return WRONG_INPUT, f"error: {error}"
     if isinstance(error, UnhealthyRunError):
-        return NOT_WELL, f"not well: {error}"
+        return NOT_WELL, f"not healthy: {error}"
     if isinstance(error, ContractError):
         return FAILED, f"error: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return FAILED, "error: the output cannot be written: no space is left on its device: free some"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         path = Path(os.fsdecode(error.filename))
         return WRONG_INPUT, f"error: {read_error_message(path, error, 'name another path')}"
@@ -230,19 +233,38 @@ def usage(group: str = "") -> str:
             lines += ["", f"{HEADINGS[name]}:"]
         lines.append(f"  {name.ljust(width)}{summary}")
     if group:
-        return "\n".join([f"usage: lvrpo {group}COMMAND [options]; lvrpo {group}COMMAND --help tells more", "", *lines])
+        return "\n".join(
+            [
+                f"usage: lvrpo {group}COMMAND [options]",
+                "",
+                f"lvrpo {group}COMMAND --help describes a command.",
+                "",
+                *lines,
+            ]
+        )
     return "\n".join(
         [
-            "lvrpo: align a model that reads pictures and draws them. Start with: lvrpo quickstart",
+            "usage: lvrpo COMMAND [options]",
             "",
-            "usage: lvrpo COMMAND [options]; lvrpo COMMAND --help tells more",
+            "RL post-training of models that both understand and generate images.",
             *lines,
             "",
-            "MODEL is a folder, a run, a built-in name (tiny), or a Hub id that lies in the local cache.",
-            "--debug shows where an error comes from; --version.",
-            "--allow-code lets names such as my_package.module:Class in a configuration run code (SECURITY.md);",
-            "--allow-code=my_package,other lets those packages, also where the folder of a model names them.",
-            "Exit codes: 0 done, 2 wrong input, 3 done but not well, 1 anything else, 130 interrupted.",
+            "Every command:",
+            "  --help             describe the command",
+            "  --debug            print the traceback of an error",
+            "  --allow-code[=PACKAGE[,PACKAGE]]",
+            "                     let a configuration, or with PACKAGE a model folder, run Python code that it names",
+            "                     as my_package.module:Class (SECURITY.md)",
+            "",
+            "lvrpo --version prints the version.",
+            "",
+            "examples:",
+            "  lvrpo quickstart --quick                       # start here",
+            '  lvrpo generate tiny --prompt "two red circles" --out drawings',
+            "  lvrpo train quickstart seed=1 --out runs/seed1",
+            "  lvrpo report runs/seed1",
+            "",
+            "Exit codes: 0 done, 1 failed, 2 wrong input, 3 done but the run is not healthy, 130 interrupted.",
         ]
     )
 
@@ -255,6 +277,8 @@ def unknown_command_message(argv: Sequence[str]) -> str:
         return f"option {first}: unknown: {f'did you mean {near}?' if near else 'options come after the command'}"
     inside = [name for name in COMMANDS if name.startswith(f"{first} ")]
     if inside:
-        return f"command {' '.join(argv[:2])!r}: unknown: use {' or '.join(f'lvrpo {name}' for name in inside)}"
+        near = nearest(" ".join(argv[:2]), inside)
+        hint = f"did you mean {near}?" if near else f"use {' or '.join(f'lvrpo {name}' for name in inside)}"
+        return f"command {' '.join(argv[:2])!r}: unknown: {hint}"
     near = nearest(first, COMMANDS)
     return f"command {first!r}: unknown: {f'did you mean {near}?' if near else 'lvrpo --help lists the commands'}"

@@ -368,7 +368,7 @@ _RULES = {
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
-    "string_pattern_mismatch": "must match {pattern}",
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first a letter or digit",
     "too_short": "must have at least {min_length} entries",
     "too_long": "must have at most {max_length} entries",
     "literal_error": "must be {expected}",
@@ -388,7 +388,9 @@ def _explain(cls: type[Config], error: dict[str, Any], location: Location) -> st
             section = ".".join(str(key) for key in location[:-1])
             which = "that" if len(of_kinds) == 1 else "one of them"
             kinds = " or ".join(of_kinds)
-            return f"{dotted}: is of {section}.kind={kinds}, not of {error['loc'][-2]}: set {which}, or leave it out"
+            return (
+                f"{dotted}: applies to {section}.kind={kinds}, not to {error['loc'][-2]}: set {which}, or leave it out"
+            )
         return f"{dotted}: unknown key: {_suggest_key(cls, location)}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
         return f"{dotted}={_show(value)}: must have more entries"

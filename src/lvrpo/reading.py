@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TEXT_BYTES = 1024 * MIB
 """Size limit of a text file."""
 JSON_BYTES = 256 * MIB
 """Size limit of a JSON file of a model or a run."""
+GZIP = b"\x1f\x8b"
+"""First bytes of a gzip file."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -95,10 +98,12 @@ def read_bytes(path: Path, remedy: str, max_bytes: int = TEXT_BYTES) -> bytes:
 
 def read_text(path: Path, remedy: str, max_bytes: int = TEXT_BYTES) -> str:
     """The UTF-8 text of a regular file, without a byte order mark; raises InputError."""
+    content = read_bytes(path, remedy, max_bytes)
     try:
-        return read_bytes(path, remedy, max_bytes).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+        hint = "decompress it first" if content.startswith(GZIP) else "save the file as UTF-8"
+        raise InputError(f"{path}: byte {error.start} is not UTF-8: {hint}") from None
 
 
 def read_json(path: Path, remedy: str = "restore the file", max_bytes: int = JSON_BYTES, finite: bool = True) -> Any:
@@ -114,16 +119,20 @@ def read_json_object(path: Path, remedy: str = "restore the file", finite: bool 
     return found
 
 
-def parse_json(text: str | bytes, where: str, remedy: str = "correct it", finite: bool = True) -> Any:
+def parse_json(
+    text: str | bytes, where: str, remedy: str = "correct it", finite: bool = True, unique_keys: bool = False
+) -> Any:
     """Parses JSON text. Any: JSON.
 
-    ``finite``: refuse nan and infinities; reports accept them as missing values.
-    Raises InputError with one line that begins with ``where``.
+    ``finite``: refuse nan and infinities; reports accept them as missing values. ``unique_keys``: refuse an object with
+    a key that stands twice, as rows that people write may have. Raises InputError with one line that begins with
+    ``where``.
     """
+    hook = partial(_require_unique, where) if unique_keys else None
     try:
-        return (
-            json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite) if finite else json.loads(text)
-        )
+        if not finite:
+            return json.loads(text, object_pairs_hook=hook)
+        return json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON at column {error.colno} ({error.msg}): {remedy}") from None
     except UnicodeDecodeError as error:
@@ -137,6 +146,15 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", finite
 
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _require_unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: key {twice!r} stands twice: keep one of the two")
+    return found
 
 
 def _parse_finite(text: str) -> float:

@@ -76,6 +76,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    """A text, in double quotes where a separator of YAML 1.1 would be read as a newline and folded to a space."""
+    quoted = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parses YAML text, refusing duplicate keys; raises InputError with one line that begins with ``where``."""
     try:

@@ -294,7 +294,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a picture that is damaged": (bad_picture, r"a\.tar: sample k1: target\.0: damaged picture"),
     "a shard that is cut off": (bad_cut_shard, r"cut\.tar: the archive is cut off"),
     "a row of a second file": (bad_second_file, r"p-1\.jsonl: row 2: no value in prompt"),
-    "a second file that cannot be read": (bad_json_in_one_of_two, r"p-1\.jsonl: cannot be read \(.*row 1\): mend"),
+    "a second file that cannot be read": (bad_json_in_one_of_two, r"p-1\.jsonl: cannot be read \(.*row 1\): fix"),
     "an unknown preset": (
         bad_row("a.jsonl", {"prompt": "x"}, preset="llav"),
         r"preset=llav: unknown: did you mean llava\?",
@@ -362,6 +362,9 @@ def test_check_shows_counts_problems_duplicates_and_leaks(capfd: pytest.CaptureF
         assert sheet.size[0] > 600
     sets = "data.datasets=[{path: pictures, preset: labels, train: train, test: 'train[:2]'}]"
     Path("own.yaml").write_text("extends: quickstart\ndata: {source: datasets}\n")
+    assert main(["data", "check", "train.jsonl"]) == 2  # again, as after a change of the rows
+    assert capfd.readouterr().err.startswith("error: 2 rows cannot be used")
+    assert Path("rows-2.png").exists()
     assert main(["data", "check", "own.yaml", sets, "--out", "sheet.png"]) == 2
     out, err = capfd.readouterr()
     assert "asks what" in err

@@ -203,7 +203,7 @@ def test_a_process_that_is_interrupted_at_a_random_item_resumes_to_the_same_tabl
 
     code, least, error = next(run for run in map(interrupted, range(5)) if run[0] != 0)  # it may end before the signal
     assert (code, least <= len(items.read_bytes().splitlines()) < 112) == (130, True), error
-    assert error.splitlines()[-1] == "interrupted: the same command goes on with what cut holds"
+    assert error.splitlines()[-1] == "interrupted: repeat the command to continue from cut"
     for folder in ("cut", "whole"):
         assert main(["evaluate", str(small_base), *options, folder]) == 0
     cut, whole = (json.loads(Path(folder, "results.json").read_text()) for folder in ("cut", "whole"))
@@ -292,8 +292,8 @@ def test_torchrun_evaluates_and_resumes_with_another_number(
     ("more", "says"),
     [
         ([], "add --out DIR"),
-        (["--tune", "t.json"], "--tune: is of one process"),
-        (["--lmms-eval", "x", "--out", "o"], "--lmms-eval: is of one process"),
+        (["--tune", "t.json"], "--tune: works in one process only"),
+        (["--lmms-eval", "x", "--out", "o"], "--lmms-eval: works in one process only"),
     ],
 )
 def test_what_several_processes_cannot_share(more: list[str], says: str) -> None:

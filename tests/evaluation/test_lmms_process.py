@@ -243,7 +243,7 @@ def test_what_is_missing_is_said_before_anything_runs(
         (["--lmms-args", "mode=edit"], "--lmms-args: belongs to --lmms-eval"),
         (["--lmms-install"], "--lmms-install: belongs to --lmms-eval"),
         (["--lmms-eval", "pope", "--out", "o", "--benchmark", "scenes"], "are two commands"),
-        (["--lmms-eval", "pope", "--out", "o", "--judge", "tiny"], "--judge: is of lvrpo's own benchmarks"),
+        (["--lmms-eval", "pope", "--out", "o", "--judge", "tiny"], "--judge: applies to lvrpo's own benchmarks only"),
         (["--lmms-eval", "pope", "--out", "o", "--guidance", "1,4"], "takes one scale"),
         (["--lmms-eval", "pope,pope", "--out", "o"], "task 'pope': named twice"),
         (["--lmms-eval", "pope", "--out", "o", "--lmms-args", "mode"], "write KEY=VALUE"),
@@ -309,7 +309,7 @@ def test_an_interrupt_ends_the_process_too(stub: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)
     started = time.monotonic()
     _, error = running.communicate(timeout=30)
-    assert (running.returncode, error.strip()) == (130, f"interrupted: the same command goes on with what {out} holds")
+    assert (running.returncode, error.strip()) == (130, f"interrupted: repeat the command to continue from {out}")
     assert time.monotonic() - started < process.GRACE_S
     assert log.exists()
 
@@ -358,7 +358,9 @@ def test_an_environment_is_made_of_the_pinned_list(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(process.subprocess, "run", run)
     monkeypatch.setattr(process.shutil, "which", lambda name: None)
-    with pytest.raises(ContractError, match="was not installed \\(code 1, see above\\): the same command goes on"):
+    with pytest.raises(
+        ContractError, match="was not installed \\(code 1, see above\\): repeat the command to continue"
+    ):
         process.install(tmp_path / "env")
     assert asked[0] == [sys.executable, "-m", "venv", str(tmp_path / "env")]
     assert asked[1][:5] == [str(tmp_path / "env" / "bin" / "python"), "-m", "pip", "install", "-r"]

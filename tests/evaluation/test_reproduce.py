@@ -142,7 +142,7 @@ def test_an_interrupted_job_goes_on(small: Path, counted: None, monkeypatch: pyt
     monkeypatch.setattr(Runner, "best_overrides", lambda self, row: ())
     with monkeypatch.context() as patch:
         patch.setattr(runner, "InterruptHandler", AtOnce)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="repeat the command to continue"):
             this.run_job(job)
     run = RunDirectory.read(Path("out") / job.folder)
     assert [row["step"] for row in run.metrics()] == [0, 1]

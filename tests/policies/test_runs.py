@@ -160,7 +160,7 @@ NO_EDITS = ("data.prompts_per_step.edit=1", "edit=1: policy=.* does understand, 
 NO_DRAWING = "reads pictures and does not draw them"
 REFUSED: list[tuple[str, str, str]] = [
     ("janus", *NO_EDITS),
-    ("janus", "rollout.num_steps=4", "rollout.num_steps=4: is of flow and masked"),
+    ("janus", "rollout.num_steps=4", "rollout.num_steps=4: applies to flow and masked"),
     ("janus", "rollout.image_size=[64, 64]", r"image_size=\(64, 64\): this model draws 32 x 32"),
     ("janus", "tokens=null", "tokens: policy=.* draws such segments, and nothing says how they are trained"),
     ("janus", "adapter={modules: [time]}", "no time of understand or generate: the model has attention .generate."),
@@ -301,7 +301,7 @@ RANDOM: list[tuple[str, tuple[str, ...], str]] = [
     ("sd3-tiny", ("depth=1", "seed=3"), "a random Stable Diffusion 3 of"),
 ]
 MISFITS: list[tuple[str, tuple[str, ...], str]] = [
-    *((kind, ("--train-autoencoder", "5"), "is of bagel-tiny") for kind, _, _ in RANDOM),
+    *((kind, ("--train-autoencoder", "5"), "applies to bagel-tiny only") for kind, _, _ in RANDOM),
     ("janus-tiny", ("image_size=36",), "image_size=36: must be a multiple of patch_size=8"),
     ("emu3-tiny", ("image_size=36",), "image_size=36: must be a multiple of 8"),
     ("emu3-tiny", ("heads=3",), "heads=3: a width of 64 is not divided evenly"),

@@ -232,12 +232,12 @@ def test_a_run_that_is_not_well_says_so_before_anything_else(tmp_path: Path, mak
     findings = [{"kind": "validation", "words": "validation, step 8: stopped: <b>edit</b> fell"}, {"kind": "odd"}, 3]
     write_json(run / "summary.json", {**summary, "health": {"well": False, "findings": findings}})
     page = page_of(run)
-    words = "Not well: validation, step 8: stopped: &lt;b&gt;edit&lt;/b&gt; fell."
-    assert page.count("Not well: ") == 1
+    words = "Not healthy: validation, step 8: stopped: &lt;b&gt;edit&lt;/b&gt; fell."
+    assert page.count("Not healthy: ") == 1
     assert page.index(words) < page.index("<main>")
     for odd in (None, [], "x", {"findings": 3}):
         write_json(run / "summary.json", {**summary, "health": odd})
-        assert "Not well" not in page_of(run)
+        assert "Not healthy" not in page_of(run)
 
 
 def test_a_ratio_of_1_is_explained(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_an_edit_without_questions_about_the_rest_is_masked(
         ({"ask": False, "questions": {}}, "ask=false: asks no questions"),
         ({"sure": 1.0}, "edit_consistency.options.sure=1.0: must be < 1"),
         ({"questions": {"stay_template": "x"}}, r"stay_template: must hold \{prompt\}"),
-        ({"questions": {"stay_template": None, "sure": 0.5}}, r"sure=0.5: is of questions about what should stay"),
+        ({"questions": {"stay_template": None, "sure": 0.5}}, r"sure=0.5: applies to questions about what should stay"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -99,7 +99,7 @@ def test_one_that_sleeps_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sys_exit_is_a_failure_as_any_other() -> None:
-    with pytest.raises(ContractError, match=r"'mine:Does' failed on 2 of 2 outputs, .*\(2\): SystemExit: 3: mend"):
+    with pytest.raises(ContractError, match=r"'mine:Does' failed on 2 of 2 outputs, .*\(2\): SystemExit: 3: fix"):
         scored(drawn(), lambda groups: sys.exit(3))
     table = scored(drawn(), lambda groups: sys.exit(3), max_failed=1)
     assert set(table.reasons.values()) == {"failed: SystemExit: 3"}
@@ -126,7 +126,7 @@ def test_more_than_half_of_a_step_stops_where_the_step_is_asked_about() -> None:
     groups = drawn()
     assert score_local([one], groups, None, most_failed=0.5).mask.sum() == 1  # type: ignore[arg-type]
     assert score_local([both], groups, None).mask.sum() == 0  # type: ignore[arg-type]
-    with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0.5: most often \(2\): away: mend"):
+    with pytest.raises(ContractError, match=r"failed on 2 of 2 outputs, max_failed=0.5: most often \(2\): away: fix"):
         score_local([both], groups, None, most_failed=0.5)  # type: ignore[arg-type]
 
 

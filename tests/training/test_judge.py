@@ -152,7 +152,7 @@ def test_a_refresh_needs_questions_with_answers() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["judge.decay=0.5"], "is of the slow average"),
+        (["judge.decay=0.5"], "applies to the slow average"),
         (["judge.kind=live"], "judge.kind"),
         (["judge.refresh_every=0"], "judge.refresh_every"),
     ],

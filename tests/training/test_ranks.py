@@ -60,7 +60,7 @@ def test_two_processes_compute_what_one_does_and_resume_bit_for_bit(small_base: 
     while halved.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
         time.sleep(0.02)
     os.kill(int(Path("halved/.lock").read_text()), signal.SIGINT)
-    assert "go on with: lvrpo train --resume halved" in finish(halved, succeeds=False)
+    assert "continue with: lvrpo train --resume halved" in finish(halved, succeeds=False)
     assert 1 <= rows(Path("halved"))[-1]["step"] < 4
     finish(start("train", "--resume", "halved", "--no-evaluate"))
     assert rows(Path("halved")) == shared

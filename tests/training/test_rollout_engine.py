@@ -171,7 +171,7 @@ def test_a_killed_engine_is_named_and_the_run_goes_on_bit_for_bit(
     trainer = Trainer.start(settings, killed)
     with monkeypatch.context() as patch:
         patch.setattr(ProcessEngine, "sample", sample)
-        lost = "^rollout engine: its process ended with exit code -9: .*; step 2 is saved: go on with lvrpo train"
+        lost = "^rollout engine: its process ended with exit code -9: .*; step 2 is saved: continue with lvrpo train"
         with trainer.run, pytest.raises(ContractError, match=lost):
             trainer.train()
     trainer = Trainer.resume(killed)
@@ -253,7 +253,7 @@ def test_groups_of_wrong_size_are_refused(lively_policy: Any, prompts: list[Prom
         def sample(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Group]:
             raise RuntimeError("no\nanswer")
 
-    with pytest.raises(ContractError, match=r"^rollout engine: sample failed: RuntimeError: no answer: mend it$"):
+    with pytest.raises(ContractError, match=r"^rollout engine: sample failed: RuntimeError: no answer: fix it$"):
         EngineSampler(Failing(lively_policy())).sample(prompts[:2], sampling, [0, 1])
     groups = EngineSampler(Copied(lively_policy())).sample(prompts[:2], sampling, [0, 1])
     assert all(t.prompt is prompt for prompt, group in zip(prompts, groups, strict=False) for t in group.trajectories)
@@ -309,7 +309,10 @@ def test_an_engine_is_closed_whatever_happens(lively_base: Path) -> None:
     [
         (("rollout.engine.kind=proces",), "rollout.engine.kind=proces: must be .*: did you mean process?"),
         (("rollout.engine.kind=custom",), "rollout.engine.name: is missing"),
-        (("rollout.engine.device=cpu",), "rollout.engine.device: is of rollout.engine.kind=process, not of policy"),
+        (
+            ("rollout.engine.device=cpu",),
+            "rollout.engine.device: applies to rollout.engine.kind=process, not to policy",
+        ),
         (
             (PROCESS, "rollout.sample_from=reference", "text.kind=dpo", "flow.kind=dpo"),
             "rollout.engine.kind=process: an engine has the trained weights, and with rollout.sample_from",

@@ -348,7 +348,9 @@ def test_a_configuration_of_another_version_is_distinguished_from_an_edit(
     monkeypatch.setattr(run_directory, "git_commit", lambda: None)
     line = refusal(RunDirectory.read(path).config, Root, ["seed=3"])
     assert line.startswith(f"{path}/config.yaml: was written by lvrpo ")
-    assert line.endswith(" at commit 0123456789, and has rate, which this version lacks: use that one, or start anew")
+    assert line.endswith(
+        " at commit 0123456789, and has rate, which this version lacks: use that version, or start a new run"
+    )
     assert RunDirectory.read(path).config(Older, ["seed=3"]) == Older(seed=3)
     (path / "config.yaml").write_text("rat: 1\n", encoding="utf-8")  # which no version wrote
     assert refusal(RunDirectory.read(path).config, Root).startswith(f"{path}/config.yaml: rat: unknown key")

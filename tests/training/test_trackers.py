@@ -276,7 +276,7 @@ def test_a_tracker_that_is_down_says_so_once(
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "warning: tracker trackio: ConnectionError: no route to host: the run goes on without it" in err
+    assert "warning: tracker trackio: ConnectionError: no route to host: the run continues without it" in err
     assert "noise" in (run / "trackers/trackio.log").read_text()
 
 

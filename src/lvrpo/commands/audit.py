@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run directory, finished or going on")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, with the curves")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, nargs="?", help="a run directory; the run may still be going on"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, with the curves")
     _judge_options(parser)
     leakage_options(parser)
     add_force(parser)
@@ -85,18 +87,17 @@ ROW_KEYS = ("name", "label", "options", "judge")
 
 def _judge_options(parser: Parser) -> None:
     """The options of a judge audit; None where not given."""
-    parser.add_argument("--judge", metavar="MODEL", help="instead of a run: try this model as a judge")
-    parser.add_argument(
-        "--samples", metavar="MODEL", help="rank what this model (or run) draws and answers itself, by every reward"
-    )
-    parser.add_argument(
+    group = parser.group("audit a judge, instead of a run")
+    group.add_argument("--judge", metavar="MODEL", help="test this model as a judge of outputs with one known error")
+    group.add_argument("--samples", metavar="MODEL", help="test it on outputs that this model (or run) samples instead")
+    group.add_argument(
         "--also",
         type=_reward_rows,
         metavar="REWARDS",
-        help="further rewards: NAME,NAME or [{name: ..., options: {...}}, NAME]",
+        help="more rewards: NAME,NAME or '[{name: NAME, options: {...}}, NAME]'",
     )
-    parser.add_argument("--n", type=positive, help="scenes, or prompts, per category (40)")
-    parser.add_argument("--seed", type=whole, help="of the scenes (0)")
+    group.add_argument("--n", type=positive, metavar="N", help="scenes, or prompts, per category (default: 40)")
+    group.add_argument("--seed", type=whole, metavar="N", help="random seed of the scenes (default: 0)")
     add_device(parser)
 
 
@@ -227,10 +228,12 @@ def _reward_rows(text: str) -> list[Any]:
 
 
 AUDIT = Command(
-    "what the rewards of a run really did: shares, correlations, drift, an alarm; what a judge can tell; or whether "
-    "train, validation and test are apart",
+    "audit the rewards of a run, a judge, or the overlap of train, validation and test",
     options,
     run,
-    "docs/concepts/reward_audit.md explains every number. The curves are in the report: lvrpo report RUN\n"
-    "example: lvrpo audit --data train.jsonl validation.jsonl test.jsonl",
+    "examples:\n"
+    "  lvrpo audit runs/quickstart                              # what each reward of a run caused\n"
+    "  lvrpo audit --judge tiny                                 # which errors a judge detects\n"
+    "  lvrpo audit --data train.jsonl validation.jsonl test.jsonl\n\n"
+    "docs/concepts/reward_audit.md explains every number; lvrpo report RUN draws the curves.",
 )

@@ -15,34 +15,35 @@ from lvrpo.reading import path_exists
 
 def published_options(parser: Parser) -> None:
     """Adds the options that published benchmarks need."""
-    parser.add_argument(
+    group = parser.group("published benchmarks")
+    group.add_argument(
         "--data",
         type=Path,
         metavar="DIR|hub|ID",
-        help="with a folder for each published benchmark; hub, or an id: the benchmark's data set of the Hub",
+        help="folder with a subfolder per benchmark; hub: the benchmark's data set on the Hub; or a Hub id",
     )
-    parser.add_argument("--detector", metavar="FOLDER", help="of transformers, for geneval")
-    parser.add_argument("--color-classifier", metavar="FOLDER", help="a CLIP or SigLIP, for geneval")
-    parser.add_argument(
+    group.add_argument("--detector", metavar="FOLDER", help="object detector of geneval, a transformers model")
+    group.add_argument("--color-classifier", metavar="FOLDER", help="CLIP or SigLIP model of geneval")
+    group.add_argument(
         "--thresholds",
         type=two_shares,
         metavar="OBJECT,COUNTING",
-        help="scores of the detector that count (default: .3,.9, GenEval's own, for Mask2Former)",
+        help="minimum detector scores (default: .3,.9, the official values, meant for Mask2Former)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--vlm",
         type=Path,
         metavar="FOLDER|FILE.yaml",
-        help="who judges the drawings of geneval2, dpg, wise, t2i_compbench: a model of transformers, or an endpoint",
+        help="VLM judge of geneval2, dpg, wise and t2i_compbench: a transformers model, or the YAML of an endpoint",
     )
-    parser.add_argument(
+    group.add_argument(
         "--geneval-layout",
         type=Path,
         metavar="DIR",
-        help="also write the pictures of geneval or geneval_vqa as GenEval's own code reads them (needs --out)",
+        help="also write the images in the layout of the official GenEval code (needs --out)",
     )
-    parser.add_argument(
-        "--guidance", type=guidances, metavar="X[,Y]", help="of published drawings, each scale (default: MODEL's own)"
+    group.add_argument(
+        "--guidance", type=guidances, metavar="X[,Y]", help="guidance scales, each measured (default: MODEL's own)"
     )
 
 
@@ -70,7 +71,7 @@ def resumable(out: Path | None) -> Iterator[None]:
     except KeyboardInterrupt:
         if out is None:
             raise
-        raise KeyboardInterrupt(f"interrupted: the same command goes on with what {out} holds") from None
+        raise KeyboardInterrupt(f"interrupted: repeat the command to continue from {out}") from None
 
 
 GENEVAL_FAMILY = ("geneval", "geneval_vqa")
@@ -134,5 +135,5 @@ BENCHMARK_LIST = Command(
     "list the published benchmarks and what each needs",
     lambda parser: None,
     list_benchmarks,
-    "example: lvrpo benchmarks; lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa",
+    "examples:\n  lvrpo benchmarks\n  lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa    # measure one of them",
 )

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 
 def _preview_options(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("scenes.png"), metavar="FILE", help="default: scenes.png")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("scenes.png"), metavar="FILE", help="where to write it (default: scenes.png)"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="split to show (default: test)"
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
     add_force(parser)
 
 
@@ -45,11 +49,9 @@ def vocabulary(options: Options) -> None:
 
 
 def _rows_options(parser: Parser) -> None:
-    parser.add_argument("name", metavar="BENCHMARK", help="of which format the file is: see lvrpo benchmarks")
-    parser.add_argument("file", type=Path, metavar="FILE", help="prompts in that format, official or not")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.jsonl", help="rows to train on or to validate by"
-    )
+    parser.add_argument("name", metavar="BENCHMARK", help="the benchmark whose format FILE has; see lvrpo benchmarks")
+    parser.add_argument("file", type=Path, metavar="FILE", help="prompts in that format")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where to write the rows")
     add_force(parser)
 
 
@@ -76,22 +78,24 @@ def rows(options: Options) -> None:
 
 
 BENCHMARK_ROWS = Command(
-    "prompts of a published benchmark as rows of your own, with its questions as facts",
+    "convert prompts of a published benchmark to training or validation rows",
     _rows_options,
     rows,
-    "example: lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl; reward and guard: self_vqa",
+    "examples:\n"
+    "  lvrpo data benchmark geneval evaluation_metadata.jsonl --out rows.jsonl\n\n"
+    "The questions of the benchmark become the field facts, which the reward self_vqa asks.",
 )
 PREVIEW = Command(
-    "one picture with examples of every category of the built-in world",
+    "draw examples of every category of the built-in world into one image",
     _preview_options,
     preview,
-    "example: lvrpo data preview --split train --out world.png",
+    "examples:\n  lvrpo data preview --split train --out world.png",
 )
 VOCABULARY = Command(
-    "the words of the built-in world, one a line",
+    "list the words of the built-in world",
     _vocabulary_options,
     vocabulary,
-    "example: lvrpo data vocabulary > words.txt",
+    "examples:\n  lvrpo data vocabulary > words.txt",
 )
 
 
@@ -107,15 +111,19 @@ LEAK_MESSAGES = {
 
 def leakage_options(parser: Parser) -> None:
     """The options of the audit of data; None where not given."""
-    parser.add_argument(
+    group = parser.group("compare the splits of the data, instead of a run")
+    group.add_argument(
         "--data",
         nargs="*",
         metavar="CONFIG|FILE",
-        help="instead of a run: are the splits apart? Of a configuration (default: quickstart, and the corpus of the "
-        "base), or of train.jsonl [validation.jsonl] test.jsonl",
+        help="the splits of a configuration (default: quickstart), or train.jsonl [validation.jsonl] test.jsonl",
     )
-    parser.add_argument("--steps", type=positive, metavar="N", help="training steps whose prompts count (the run's)")
-    parser.add_argument("--wording", action="append", metavar="TEXT", help="a beginning of texts that does not count")
+    group.add_argument(
+        "--steps", type=positive, metavar="N", help="training steps to compare (default: all of the run)"
+    )
+    group.add_argument(
+        "--wording", action="append", metavar="TEXT", help="a prefix of prompts to ignore, such as 'draw'"
+    )
 
 
 def refuse_leakage_options(options: Options) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +29,18 @@ SIDE = 128
 
 
 def check_options(parser: Parser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="CONFIG, a file or a glob of rows, a folder, or a Hub id")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a configuration, a file or glob of rows, a folder of images, or a Hub id"
+    )
     parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="of CONFIG section.key=value; else keys of a data set, such as preset=llava or columns.prompt=caption",
+        help="section.key=value of a configuration; else data set keys, such as preset=llava or columns.prompt=caption",
     )
-    parser.add_argument("--out", type=Path, default=Path("rows.png"), metavar="FILE", help="default: rows.png")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the contact sheet (default: rows.png, with a number if it exists)"
+    )
     add_force(parser)
 
 
@@ -47,7 +52,8 @@ def check(options: Options) -> None:
     from lvrpo.data.leakage import compared_rows, pixel_picture
     from lvrpo.data.preview import contact_sheet, png_bytes
 
-    file = options.out if options.out.suffix else options.out.with_suffix(".png")
+    out: Path = options.out or _unused_name(Path("rows.png"))
+    file = out if out.suffix else out.with_suffix(".png")
     require_png(file)
     refuse_existing([file], options.force)
     problems: list[str] = []
@@ -69,9 +75,15 @@ def check(options: Options) -> None:
     }
     leak = _print_overlaps(compared)
     if problems:
-        raise InputError(f"{len(problems)} rows cannot be used; the first: {problems[0]}")
+        raise InputError(f"{len(problems)} row{'s' * (len(problems) > 1)} cannot be used; the first: {problems[0]}")
     if leak is not None:
         raise InputError(leak)
+
+
+def _unused_name(path: Path) -> Path:
+    """The path, or with a number if it exists: a check is repeated until the rows are right."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not os.path.lexists(path) else next(each for each in names if not os.path.lexists(each))
 
 
 def _read_data(source: str, overrides: list[str]) -> DataConfig:
@@ -175,11 +187,12 @@ def _print_overlaps(splits: Mapping[str, list[ComparedPrompt]]) -> str | None:
 
 
 CHECK = Command(
-    "rows of your own: ten as pictures, counts per task, errors with file and row, duplicates, leaks between splits",
+    "check your own rows: a contact sheet, counts per task, errors, duplicates, overlap of splits",
     check_options,
     check,
-    "examples: lvrpo data check own.yaml\n"
-    "          lvrpo data check pictures preset=labels\n"
-    "          lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
-    "          lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
+    "examples:\n"
+    "  lvrpo data check own.yaml\n"
+    "  lvrpo data check pictures preset=labels\n"
+    "  lvrpo data check 'shards/train-*.tar' preset=captions --out rows.png\n"
+    "  lvrpo data check derek-thomas/ScienceQA preset=scienceqa 'train=train[:200]' streaming=true",
 )

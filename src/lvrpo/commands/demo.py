@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvrpo.commands.infer import prompt, sample
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, port, threads
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, add_threads, port
 from lvrpo.errors import InputError, LvrpoError
 
 if TYPE_CHECKING:
@@ -25,10 +25,15 @@ JUDGED = ("question", "right answer", "confidence")
 def _demo_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("--against", metavar="MODEL", help="another model beside it, with the same seeds")
-    parser.add_argument("--host", default=LOOPBACK, help=f"address to listen on ({LOOPBACK}: this machine alone)")
-    parser.add_argument("--port", type=port, default=7860, help="7860")
-    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
+    parser.add_argument("--against", metavar="MODEL", help="a second model to show side by side, with the same seeds")
+    parser.add_argument(
+        "--host",
+        default=LOOPBACK,
+        metavar="ADDRESS",
+        help=f"address to listen on (default: {LOOPBACK}, this machine only)",
+    )
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="port to listen on (default: 7860)")
+    add_threads(parser)
 
 
 def demo(options: Options) -> None:
@@ -217,9 +222,9 @@ def _library() -> Any:
 
 
 DEMO = Command(
-    "draw, ask, edit and think-then-draw in the browser; two models side by side",
+    "generate, ask and edit in the browser, with one model or two side by side",
     _demo_options,
     demo,
-    "example: lvrpo demo runs/quickstart --against tiny",
+    "examples:\n  lvrpo demo tiny\n  lvrpo demo runs/quickstart --against tiny",
 )
 """``lvrpo demo``."""

@@ -15,12 +15,13 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
+    add_threads,
+    add_timeout,
     names,
     num_steps,
     port,
     positive,
     refuse_existing,
-    threads,
     whole,
 )
 from lvrpo.errors import InputError
@@ -44,53 +45,55 @@ def evaluate_options(parser: Parser) -> None:
         "--benchmark",
         type=names,
         metavar="NAME[,NAME]",
-        help=f"{', '.join(BENCHMARKS)}; scenes: all (default); {', '.join(PUBLISHED)} (lvrpo benchmarks); FILE.jsonl",
+        help=f"built-in: {', '.join(BENCHMARKS)}, or scenes for all (the default); published: {', '.join(PUBLISHED)}; "
+        "or a file of rows, FILE.jsonl",
     )
-    published_options(parser)
-    lmms_options(parser)
-    parser.add_argument(
-        "--rewards",
-        metavar="CONFIG",
-        help="whose rewards score the rows of FILE.jsonl that have no answer (default: the run's own, of a run)",
-    )
-    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results, and the record of every sample")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep every output and score here; the same command resumes"
-    )
-    parser.add_argument(
-        "--against", metavar="BASE", help="evaluate this MODEL too: before, after and the paired difference"
-    )
+    parser.add_argument("--against", metavar="BASE", help="evaluate this model too, and print the paired difference")
     parser.add_argument(  # torchrun takes a --n for one of its own options
-        "--n", "--num-prompts", type=positive, help="prompts per benchmark (default: the benchmark's own)"
-    )
-    parser.add_argument("--samples", type=positive, metavar="N", help="of some prompts, for pass@k and best of n (16)")
-    parser.add_argument(
-        "--sampled-prompts", type=whole, default=280, metavar="N", help="so many prompts (default: 280)"
+        "--n", "--num-prompts", type=positive, metavar="N", help="prompts per benchmark (default: all that it has)"
     )
     parser.add_argument(
-        "--judge", metavar="MODEL", help="whose reading side judges drawings (default: that of --against, else MODEL's)"
+        "--out", type=Path, metavar="DIR", help="keep all outputs and scores here; repeat the command to resume"
     )
     parser.add_argument(
-        "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts"
+        "--json", type=Path, metavar="FILE", help="write the results and the score of every sample here"
     )
-    parser.add_argument("--tuned", type=Path, metavar="FILE", help="evaluate at the guidance and temperature of FILE")
-    parser.add_argument("--information", action="store_true", help="also bound what the experts know of each other")
     parser.add_argument(
+        "--judge", metavar="MODEL", help="model that judges generated images (default: BASE, else MODEL itself)"
+    )
+    parser.add_argument(
+        "--information", action="store_true", help="also estimate the mutual information of the experts"
+    )
+    add_timeout(parser)
+    add_force(parser)
+    sampling = parser.group("sampling")
+    sampling.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+    sampling.add_argument(
         "--num-steps",
         type=num_steps,
-        help="model evaluations per picture (default: 8; of published benchmarks: MODEL's)",
+        metavar="N",
+        help="sampling steps per image (default: 8; for published benchmarks MODEL's own)",
     )
-    parser.add_argument("--seed", type=whole, default=0, help="of noise and sampling (default: 0)")
-    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
-    parser.add_argument(
-        "--timeout-min",
-        type=positive,
-        default=30,
-        metavar="MIN",
-        help="minutes that one of several processes (torchrun) waits for the others (default: 30)",
+    sampling.add_argument(
+        "--samples", type=positive, metavar="N", help="samples per prompt for pass@k and best of n (default: 16)"
     )
-    add_force(parser)
+    sampling.add_argument(
+        "--sampled-prompts", type=whole, default=280, metavar="N", help="prompts with so many samples (default: 280)"
+    )
+    sampling.add_argument(
+        "--tune", type=Path, metavar="FILE", help="choose guidance and temperature on validation prompts, write FILE"
+    )
+    sampling.add_argument("--tuned", type=Path, metavar="FILE", help="use the guidance and temperature of FILE")
+    rows = parser.group("rows of your own (--benchmark FILE.jsonl)")
+    rows.add_argument(
+        "--rewards",
+        metavar="CONFIG",
+        help="configuration whose rewards score rows without an answer (default: that of the run)",
+    )
+    rows.add_argument("--root", type=Path, metavar="DIR", help="the folder of the images (default: that of FILE.jsonl)")
+    published_options(parser)
+    lmms_options(parser)
+    add_threads(parser)
 
 
 def require_divisible(options: Options) -> None:
@@ -100,7 +103,7 @@ def require_divisible(options: Options) -> None:
     given = {"tune": options.tune, "information": options.information, "lmms-eval": options.lmms_eval}
     name = next((name for name, value in given.items() if value), None)
     if world_size() > 1 and name is not None:
-        raise InputError(f"--{name}: is of one process: start it without torchrun")
+        raise InputError(f"--{name}: works in one process only: start it without torchrun")
     if world_size() > 1 and options.out is None:
         raise InputError("torchrun: several processes write their parts into a folder: add --out DIR")
 
@@ -356,9 +359,13 @@ def report(options: Options) -> None:
 
 
 def watch_options(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN", type=Path, help="a run directory, or the folder that holds several")
-    parser.add_argument("--port", type=port, default=8008, help="on the loopback address (8008); 0: a free one")
-    parser.add_argument("--every", type=positive, default=15, metavar="S", help="seconds between two looks (15)")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="a run directory, or a folder of several")
+    parser.add_argument(
+        "--port", type=port, default=8008, metavar="N", help="port on 127.0.0.1 (default: 8008; 0: any free port)"
+    )
+    parser.add_argument(
+        "--every", type=positive, default=15, metavar="S", help="refresh interval in seconds (default: 15)"
+    )
 
 
 def watch(options: Options) -> None:
@@ -374,8 +381,10 @@ def watch(options: Options) -> None:
 
 def compare_options(parser: Parser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--markdown", action="store_true", help="the table as markdown")
-    parser.add_argument("--over-seeds", action="store_true", help="the runs are seeds of one recipe: one row per task")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument(
+        "--over-seeds", action="store_true", help="treat the runs as seeds of one recipe: one row per task"
+    )
 
 
 def compare(options: Options) -> None:
@@ -403,35 +412,46 @@ def compare(options: Options) -> None:
 
 
 EVALUATE = Command(
-    "scores per category with 95 % intervals, pass@k, best of n, balanced accuracy",
+    "measure a model: scores with 95 % intervals, pass@k, best of n, balanced accuracy",
     evaluate_options,
     evaluate,
-    "example: lvrpo evaluate runs/quickstart --against tiny --out results\n"
-    "at a model's own best: lvrpo evaluate MODEL --tune best.json && lvrpo evaluate MODEL --tuned best.json",
+    "examples:\n"
+    "  lvrpo evaluate tiny --benchmark understand,edit --n 100\n"
+    "  lvrpo evaluate runs/quickstart --against tiny --out results           # before and after\n"
+    "  lvrpo evaluate tiny --tune best.json && lvrpo evaluate tiny --tuned best.json\n"
+    "  lvrpo evaluate MODEL --data DIR --benchmark geneval_vqa               # see lvrpo benchmarks",
 )
 
 
-REPORT = Command("write the HTML report of a run", report_options, report, "example: lvrpo report runs/quickstart")
+REPORT = Command("write the HTML report of a run", report_options, report, "examples:\n  lvrpo report runs/quickstart")
 WATCH = Command(
-    "the report in the browser while a run goes on, or an overview of several runs",
+    "show the report in the browser while a run goes on, or an overview of several runs",
     watch_options,
     watch,
-    "example: lvrpo watch runs; on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",
+    "examples:\n  lvrpo watch runs\n\nFor runs on another machine: ssh -L 8008:127.0.0.1:8008 MACHINE",
 )
 COMPARE = Command(
-    "several runs in one table",
+    "compare runs in one table",
     compare_options,
     compare,
-    "example: lvrpo compare runs/seed0 runs/seed1 --over-seeds",
+    "examples:\n  lvrpo compare runs/quickstart runs/own\n  lvrpo compare runs/seed0 runs/seed1 --over-seeds",
 )
 
 
 def information_options(parser: Parser) -> None:
     add_model(parser)
-    parser.add_argument("--pairs", type=positive, default=1024, help="held-out captions with pictures (1024)")
-    parser.add_argument("--negatives", type=positive, default=128, metavar="N", help="of a batch; ceiling log N (128)")
-    parser.add_argument("--seed", type=whole, default=0, help="of scenes, noise and critic (0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument(
+        "--pairs", type=positive, default=1024, metavar="N", help="held-out image-caption pairs (default: 1024)"
+    )
+    parser.add_argument(
+        "--negatives",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="negatives per pair; the bound is at most log N nats (default: 128)",
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     add_force(parser)
 
 
@@ -486,8 +506,8 @@ def print_information(options: Options) -> None:
 
 
 INFORMATION = Command(
-    "a lower bound of what reading and drawing expert know of each other (InfoNCE), before and after a run",
+    "estimate the mutual information of the understanding and generation experts (InfoNCE)",
     information_options,
     print_information,
-    "example: lvrpo information runs/quickstart --json information.json",
+    "examples:\n  lvrpo information runs/quickstart --json information.json",
 )

@@ -27,14 +27,14 @@ PIPELINE_TAGS = {
 
 
 def _push_options(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run, or the folder of a policy or an adapter")
-    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub; made, privately, if it is not there")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, or a model or adapter folder")
+    parser.add_argument("repo", metavar="ORG/NAME", help="the Hub repository; created as private if it does not exist")
     parser.add_argument(
-        "--license", metavar="ID", help="of the weights, such as apache-2.0 (default: that of the base)"
+        "--license", metavar="ID", help="license of the weights, such as apache-2.0 (default: that of the base)"
     )
-    parser.add_argument("--public", action="store_true", help="everybody may read it (default: private)")
-    parser.add_argument("--force", action="store_true", help="add a commit to a repository that holds files")
-    parser.add_argument("--card", action="store_true", help="print the model card and the files, send nothing")
+    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    parser.add_argument("--force", action="store_true", help="commit to a repository that already has files")
+    parser.add_argument("--card", action="store_true", help="print the model card and the file list, upload nothing")
 
 
 def push(options: Options) -> None:
@@ -72,7 +72,9 @@ def _send(repo: str, folder: Path, files: list[Path], card: str, public: bool, f
     names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
     owner = repo.partition("/")[0]
     if owner not in names:
-        raise InputError(f"push {repo}: the token is of {who['name']}, who cannot write there: use {', '.join(names)}")
+        raise InputError(
+            f"push {repo}: the token is of {who['name']}, which cannot write there: use {', '.join(names)}"
+        )
     with _hub_errors(repo):
         if api.repo_exists(repo, token=token):
             info = api.model_info(repo, token=token)
@@ -177,9 +179,9 @@ def _license_of(base: str) -> str | None:
 
 
 def _pull_options(parser: Parser) -> None:
-    parser.add_argument("repo", metavar="ORG/NAME", help="repository on the Hub")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
-    parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
+    parser.add_argument("repo", metavar="ORG/NAME", help="the Hub repository")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: main)")
 
 
 def pull(options: Options) -> None:
@@ -238,19 +240,22 @@ def _library() -> Any:
 
 
 PUSH = Command(
-    "send a policy or an adapter to the Hugging Face Hub, with a model card",
+    "upload a model or an adapter to the Hugging Face Hub, with a model card",
     _push_options,
     push,
     textwrap.dedent("""\
-        Private unless --public. The card holds the results and the recipe of the run, and the limits that are known.
-        example: lvrpo push runs/mine me/aligned --card; then without --card"""),
+        examples:
+          lvrpo push runs/mine me/my-model --card    # look at the card first
+          lvrpo push runs/mine me/my-model
+
+        The card states the results and the recipe of the run, its known limits, and the license of the base."""),
 )
 """``lvrpo push``."""
 
 PULL = Command(
-    "fetch a model of the Hugging Face Hub into a folder: weights, configuration and tokenizer, no code",
+    "download a model from the Hugging Face Hub: weights, configuration and tokenizer, no code",
     _pull_options,
     pull,
-    "example: lvrpo pull me/aligned models/aligned",
+    "examples:\n  lvrpo pull me/my-model models/my-model",
 )
 """``lvrpo pull``."""

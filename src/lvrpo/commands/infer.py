@@ -16,13 +16,13 @@ from lvrpo.commands.options import (
     add_base,
     add_force,
     add_model,
+    add_threads,
     guidance,
     max_new_tokens,
     num_steps,
     picture_size,
     refuse_existing,
     share,
-    threads,
     up_to,
     whole,
 )
@@ -37,46 +37,56 @@ MOST_CHARACTERS = 1_000_000
 """Limit of a text on the command line; a model's own limit is lower and in tokens."""
 CHUNK = 64
 """Prompts sampled at once."""
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".yaml", ".yml")
+"""Suffixes of files whose lines are no prompts."""
 RENORMS = ("none", "global", "channel", "text_channel")
 
 
 def _drawing_options(parser: Parser) -> None:
-    parser.add_argument("--seed", type=whole, default=0, help="default: 0")
-    parser.add_argument("--guidance", type=guidance, help="strength of the text (default: the model's own; 1: none)")
-    parser.add_argument(
-        "--renorm",
-        choices=RENORMS,
-        help="how guided velocities are brought back to the size of plain ones (default: the model's own)",
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
+    add_force(parser)
+    group = parser.group("sampling (default: the model's own settings)")
+    group.add_argument("--num-steps", type=num_steps, metavar="N", help="sampling steps per image")
+    group.add_argument(
+        "--guidance", type=guidance, metavar="X", help="classifier-free guidance scale of the text (1: no guidance)"
     )
-    parser.add_argument(
-        "--renorm-min", type=share, metavar="X", help="shrinks to no less than this share (default: 0; 1: never)"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--guidance-interval",
         type=share,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guides the steps at LOW < t <= HIGH, t from 1 (noise) to 0 (default: the model's own)",
+        help="guide only where LOW < t <= HIGH; t runs from 1 (noise) to 0 (image)",
     )
-    parser.add_argument("--num-steps", type=num_steps, help="model evaluations per picture (default: the model's own)")
+    group.add_argument(
+        "--renorm", choices=RENORMS, help="rescale the guided velocity to the norm of the conditional one: over what"
+    )
+    group.add_argument(
+        "--renorm-min", type=share, metavar="X", help="lower bound of that rescaling, from 0 to 1 (1: no rescaling)"
+    )
     _thinking_options(parser)
-    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
-    add_force(parser)
+    add_threads(parser)
 
 
 def _thinking_options(parser: Parser) -> None:
-    parser.add_argument("--think", action="store_true", help="let the model write a plan first")
-    parser.add_argument("--max-new-tokens", type=max_new_tokens, help="of a text (default: the model's own)")
+    group = parser.group("sampling (default: the model's own settings)")
+    group.add_argument("--think", action="store_true", help="let the model write its reasoning first")
+    group.add_argument("--max-new-tokens", type=max_new_tokens, metavar="N", help="maximum length of a text, in tokens")
 
 
 def _generate_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl rows with 'prompt'")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="00000.png ... and index.jsonl")
-    parser.add_argument("--count", type=up_to(10_000), default=1, help="pictures per prompt (default: 1)")
-    parser.add_argument("--size", type=picture_size, metavar="WxH", help="in pixels (default: the model's own)")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to generate")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl rows with 'prompt'"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where to write 00000.png ... and index.jsonl"
+    )
+    parser.add_argument("--count", type=up_to(10_000), default=1, metavar="N", help="images per prompt (default: 1)")
+    parser.add_argument(
+        "--size", type=picture_size, metavar="WxH", help="image size in pixels (default: the model's own)"
+    )
     _drawing_options(parser)
 
 
@@ -90,6 +100,11 @@ def generate(options: Options) -> None:
         texts = [options.prompt]
     elif options.prompts.suffix == ".jsonl":
         texts = _generation_prompts(options.prompts)
+    elif options.prompts.suffix in TABLES:
+        kind = options.prompts.suffix
+        raise InputError(
+            f"{options.prompts}: {kind} is no list of prompts: give a text file, a prompt per line, or .jsonl"
+        )
     else:
         texts = [line for _, line in read_lines(options.prompts)]
     numbers = range(len(texts) * options.count)
@@ -128,19 +143,21 @@ def _generation_prompts(table: Path) -> list[str]:
 def _ask_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("question", metavar="QUESTION", nargs="?")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="the picture that QUESTION is about")
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="a question about --image")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the image that QUESTION is about")
     parser.add_argument(
         "--questions",
         type=Path,
         metavar="FILE.jsonl",
-        help="rows with 'images' (beside or below the file) and 'prompt', as for training",
+        help="many questions: rows with 'images' and 'prompt', in the format of training rows",
     )
-    parser.add_argument("--root", type=Path, metavar="DIR", help="another folder of the pictures of FILE.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
-    _thinking_options(parser)
-    parser.add_argument("--threads", type=threads, default=1, help="on the CPU (default: 1)")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the folder of the images of FILE.jsonl (default: its own)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers here (default: standard output)")
     add_force(parser)
+    _thinking_options(parser)
+    add_threads(parser)
 
 
 def ask(options: Options) -> None:
@@ -236,11 +253,13 @@ def _question_rows(table: Path, side: int | None, root: Path | None) -> list[Que
 def _edit_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("instruction", metavar="INSTRUCTION")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the edited picture, PNG")
-    parser.add_argument("--image-guidance", type=guidance, help="strength of the picture (default: the model's own)")
+    parser.add_argument("instruction", metavar="INSTRUCTION", help="how to change the image")
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the image to edit")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the result, a PNG")
     _drawing_options(parser)
+    parser.group("sampling (default: the model's own settings)").add_argument(
+        "--image-guidance", type=guidance, metavar="X", help="classifier-free guidance scale of the image (1: none)"
+    )
 
 
 def edit(options: Options) -> None:
@@ -276,6 +295,8 @@ def prompt(task: Any, parts: tuple[Part, ...], output: Any, number: int) -> Prom
     from lvrpo.types import Prompt
 
     for part in parts:
+        if isinstance(part, str) and any(unicodedata.category(character) == "Cs" for character in part):
+            raise InputError(f"the text {part!a} is not UTF-8: use a UTF-8 locale, such as LANG=C.UTF-8")
         if isinstance(part, str) and all(unicodedata.category(character)[0] in "PZC" for character in part):
             raise InputError("the text is blank: write what to draw, ask or change")
         if isinstance(part, str) and len(part) > MOST_CHARACTERS:
@@ -320,20 +341,24 @@ def sample(policy: Policy, prompts: list[Prompt], options: Options, count: int =
 
 
 GENERATE = Command(
-    "draw pictures: 00000.png ... and index.jsonl",
+    "generate images from text",
     _generate_options,
     generate,
-    'example: lvrpo generate tiny --prompt "two red circles" --count 8 --out drawings',
+    "examples:\n"
+    '  lvrpo generate tiny --prompt "two red circles" --count 8 --out drawings\n'
+    "  lvrpo generate runs/quickstart --prompts prompts.txt --out drawings",
 )
 ASK = Command(
-    "answer questions about pictures",
+    "answer questions about images",
     _ask_options,
     ask,
-    'example: lvrpo ask tiny --image drawings/00000.png "what color is the circle?"',
+    "examples:\n"
+    '  lvrpo ask tiny --image drawings/00000.png "what color is the circle?"\n'
+    "  lvrpo ask runs/quickstart --questions questions.jsonl --out answers.jsonl",
 )
 EDIT = Command(
-    "change a picture by an instruction",
+    "edit an image by an instruction",
     _edit_options,
     edit,
-    'example: lvrpo edit tiny --image drawings/00000.png "remove the circle" --out edited.png',
+    'examples:\n  lvrpo edit tiny --image drawings/00000.png "remove the circle" --out edited.png',
 )

@@ -69,7 +69,8 @@ def require_new(folder: Path) -> None:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank."""
     text = read_text(path, "give a text file")
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # not splitlines: a row may hold other separators, such as U+2028
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{path}: is empty: write one line each")
     return lines
@@ -80,7 +81,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        row = parse_json(line, where, "one object per line")
+        row = parse_json(line, where, "one object per line", unique_keys=True)
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds {type(row).__name__}, not an object: one object per line")
         rows.append((where, row))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, create_model
 
-from lvrpo.config import KIND, Config, default_kind, read_tree, require_known_keys, shipped_configs
+from lvrpo.config import KIND, Config, default_kind, read_tree, read_yaml, require_known_keys, shipped_configs
 from lvrpo.errors import InputError
 
 KEYS = Path(__file__).parent.parent / "assets" / "keys.json"
@@ -23,10 +23,10 @@ KEYS = Path(__file__).parent.parent / "assets" / "keys.json"
 classes that it may hold, with ``many`` for a list of them, and ``default`` for the kind of a section that names none.
 """
 RUNS: Mapping[str, tuple[str, str]] = {
-    "TrainConfig": ("an alignment", "train"),
-    "PretrainConfig": ("a pretraining", "pretrain"),
+    "TrainConfig": ("an RL", "train"),
+    "PretrainConfig": ("a supervised", "pretrain"),
 }
-"""Per configuration class: what it configures, and the command that takes it."""
+"""Per configuration class: what messages call it, and the command that takes it."""
 
 
 @cache
@@ -61,6 +61,8 @@ def known_config(name: str, config: str | None, overrides: Sequence[str]) -> Pat
         raise InputError(f"CONFIG is missing: give a YAML file, or one of {', '.join(shipped_configs())}")
     path = find_config(config)
     _refuse_other_kind(name, config, path)
+    if not read_yaml(path):
+        raise InputError(f"{path}: is empty: write a setting, such as extends: quickstart")
     require_known_keys(key_class(name), path, overrides)
     return path
 
@@ -77,7 +79,7 @@ def find_config(name: str) -> Path:
     if path.is_dir():
         raise InputError(f"config {name!r}: is a folder: give a YAML file, or one of {', '.join(shipped)}")
     if "=" in name:
-        raise InputError(f"config {name!r}: an override stands where CONFIG belongs: name a YAML file before it")
+        raise InputError(f"config {name!r}: is an override: name a YAML file or a built-in configuration before it")
     near = difflib.get_close_matches(name, shipped, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(f"config {name!r}: no such file: {hint}give a YAML file, or one of {', '.join(shipped)}")

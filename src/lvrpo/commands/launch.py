@@ -26,13 +26,13 @@ from lvrpo.errors import ContractError, InputError, UnhealthyRunError
 from lvrpo.registry import ANY, allowed_code
 
 FINAL_CODES = (0, 2, 3, 130)
-"""Exit codes of ``lvrpo train`` after which a restart gains nothing: done, wrong input, not well, interrupted."""
+"""Exit codes of ``lvrpo train`` after which a restart gains nothing: done, wrong input, not healthy, interrupted."""
 POLL_S = 0.5
 GRACE_S = 30.0
 """Seconds until a process is killed once another has failed."""
 MAX_CONTROLLER_FAILURES = 10
 """Attempts of Ray to schedule all workers again, about one a minute."""
-FINAL_LINES = ("error: ", "not well: ", "interrupted")
+FINAL_LINES = ("error: ", "not healthy: ", "interrupted")
 """Prefixes of the line in which a process reports why it ends."""
 DIES_WITH_PARENT = (
     "import ctypes, os, sys; getattr(ctypes.CDLL(None), 'prctl', lambda *_: 0)(1, 9); "
@@ -314,27 +314,27 @@ def _follow(ray: Any, coordinator: Any, trainer: Any, max_failures: int) -> Laun
 def raise_for_result(result: LaunchResult, run: str) -> None:
     """Raises the error that gives the command the exit code of its processes."""
     code, again = result.code, f"lvrpo launch ray --workers N --resume {run}"
-    message = result.message.removeprefix("error: ").removeprefix("not well: ")
+    message = result.message.removeprefix("error: ").removeprefix("not healthy: ")
     if code == 130 or (result.stopped and code not in FINAL_CODES):
         raise KeyboardInterrupt(message.replace(f"lvrpo train --resume {run}", again) or "interrupted")
     if code not in FINAL_CODES or result.error is not None:
         what = f"a process ended with code {code}" if code else " ".join(str(result.error).split())[:200]
-        raise ContractError(f"{message or what}: no restart is left: go on with {again}")
+        raise ContractError(f"{message or what}: no restart is left: continue with {again}")
     if code:
         raise InputError(message) if code == 2 else UnhealthyRunError(message)
 
 
 def options(parser: Parser) -> None:
     train_options(parser)
-    parser.add_argument("--workers", type=positive, required=True, metavar="N", help="processes of the run")
+    parser.add_argument("--workers", type=positive, required=True, metavar="N", help="number of training processes")
     parser.add_argument(
-        "--max-failures", type=whole, default=3, metavar="K", help="restarts from the last checkpoint (default: 3)"
+        "--max-failures", type=whole, default=3, metavar="N", help="restarts before giving up (default: 3)"
     )
     parser.add_argument(
         "--gpus-per-worker",
         type=int,
         choices=(0, 1),
-        help="cards of a process (default: 1 in a cluster that has cards)",
+        help="GPUs per process (default: 1 if the cluster has GPUs)",
     )
 
 
@@ -368,10 +368,11 @@ def train_arguments(options: Options, allowed: Iterable[str]) -> list[str]:
 
 
 RAY = Command(
-    "align a policy on a Ray cluster: lvrpo launch ray CONFIG [section.key=value ...] --workers N",
+    "train a policy on a Ray cluster, restarting from the last checkpoint when a worker dies",
     options,
     run,
-    "example: lvrpo launch ray quickstart --workers 2 --out runs/shared; a worker or node that dies: the run is\n"
-    "restarted from its last checkpoint. CONFIG, the run and the working directory must be seen by all nodes.",
+    "examples:\n"
+    "  lvrpo launch ray quickstart --workers 2 --out runs/shared\n\n"
+    "CONFIG, the run directory and the working directory must be on a file system that all nodes share.",
     check_train_keys,
 )

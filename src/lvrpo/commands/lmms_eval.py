@@ -35,25 +35,28 @@ OF_OWN_BENCHMARKS = (
 
 def lmms_options(parser: Parser) -> None:
     """Adds the options of lmms-eval."""
-    parser.add_argument(
+    group = parser.group("lmms-eval")
+    group.add_argument(
         "--lmms-eval",
         type=names,
         metavar="TASK[,TASK]",
-        help="instead of --benchmark: tasks of lmms-eval by name or FILE.yaml, in an environment of its own",
+        help="tasks of lmms-eval by name or FILE.yaml, instead of --benchmark",
     )
-    parser.add_argument(
+    group.add_argument(
         "--lmms-env",
         type=Path,
         metavar="DIR|PYTHON",
-        help="that environment, or an interpreter that has lmms-eval (default: in the user's cache)",
+        help="the environment of lmms-eval, or its Python (default: in the user's cache)",
     )
-    parser.add_argument("--lmms-install", action="store_true", help="make it first (several GB, by uv or pip)")
-    parser.add_argument(
+    group.add_argument(
+        "--lmms-install", action="store_true", help="create that environment first (downloads several GB)"
+    )
+    group.add_argument(
         "--lmms-args",
         type=arguments,
         default={},
         metavar="KEY=VALUE[,..]",
-        help="how MODEL answers lmms-eval: mode=generate, think=True, batch_size=8, max_new_tokens=512",
+        help="arguments of the model, such as mode=generate,think=True,batch_size=8,max_new_tokens=512",
     )
 
 
@@ -76,7 +79,9 @@ def refuse_lmms_options(options: Options) -> None:
             raise InputError(f"--{name}: belongs to --lmms-eval: add it, or leave this out")
         return
     if name := next((name for name in OF_OWN_BENCHMARKS if getattr(options, name)), None):  # the parser's
-        raise InputError(f"--{name.replace('_', '-')}: is of lvrpo's own benchmarks: leave it out, or --lmms-eval")
+        raise InputError(
+            f"--{name.replace('_', '-')}: applies to lvrpo's own benchmarks only: leave it out, or --lmms-eval"
+        )
     if options.benchmark is not None:
         raise InputError("--benchmark and --lmms-eval: are two commands: give one of them")
     if options.out is None:

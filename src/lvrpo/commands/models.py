@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_model
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_model, nearest
 from lvrpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,25 +58,31 @@ KEPT_BYTES = 256 << 20
 
 
 def init_options(parser: Parser) -> None:
-    parser.add_argument("kind", metavar="KIND", help=f"what to make: {', '.join(KINDS)}")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
+    parser.add_argument("kind", metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="sizes, such as width=256 depth=6 seed=1")
     parser.add_argument(
         "--train-autoencoder",
         type=int,
         default=0,
         metavar="STEPS",
-        help="train the autoencoder on pictures of the built-in world (default: 0, random)",
+        help="train the autoencoder on built-in images for STEPS steps (default: 0: it stays random)",
     )
     parser.add_argument(
-        "--autoencoder-batch", type=int, default=8, metavar="N", help="pictures a step of it (default: 8)"
+        "--autoencoder-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images per step of --train-autoencoder (default: 8)",
     )
     parser.add_argument(
         "--tile-codebook",
         action="store_true",
-        help=f"of {', '.join(TILED)}: image tokens are tiles of the built-in world, not those of an autoencoder",
+        help=f"{', '.join(TILED)} only: use tiles of the built-in images as image tokens, without an autoencoder",
     )
-    parser.add_argument("--device", default="auto", help="where it is trained (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", help="where to train the autoencoder: auto, cpu or cuda (default: auto)"
+    )
 
 
 def check_sizes(options: Options) -> None:
@@ -92,13 +98,14 @@ def init(options: Options) -> None:
     from lvrpo.policies.loading import pick_device
 
     if options.kind not in KINDS:
-        raise InputError(f"kind {options.kind!r}: unknown: use {', '.join(KINDS)}")
+        near, known = nearest(options.kind, KINDS), ", ".join(KINDS)
+        raise InputError(f"kind {options.kind!r}: unknown: {f'did you mean {near}?' if near else f'use {known}'}")
     if options.train_autoencoder < 0:
         raise InputError(f"--train-autoencoder {options.train_autoencoder}: use 0 or more steps")
     if not 2 <= options.autoencoder_batch <= 1024:
         raise InputError(f"--autoencoder-batch {options.autoencoder_batch}: use 2 to 1024 pictures")
     if options.tile_codebook and options.kind not in TILED:
-        raise InputError(f"--tile-codebook: is of {', '.join(TILED)}, not of {options.kind}: leave it out")
+        raise InputError(f"--tile-codebook: applies to {', '.join(TILED)}, not to {options.kind}: leave it out")
     device = pick_device(options.device)
     folder: Path = options.folder
     require_new(folder)
@@ -157,7 +164,7 @@ def fresh_pipeline(options: Options, folder: Path) -> DiffusersPolicy:
 def refuse_autoencoder(options: Options) -> None:
     """Raises InputError where the options ask for an autoencoder that is trained."""
     if options.train_autoencoder:
-        raise InputError(f"--train-autoencoder {options.train_autoencoder}: is of bagel-tiny: leave it out")
+        raise InputError(f"--train-autoencoder {options.train_autoencoder}: applies to bagel-tiny only: leave it out")
 
 
 def train_on_scenes(policy: BagelPolicy, size: int, steps: int, batch: int) -> None:
@@ -249,10 +256,12 @@ def seen_objects(reading: Reading) -> tuple[object, ...]:
 
 
 INIT = Command(
-    "make a random model to pretrain",
+    "create a randomly initialized model of a known architecture",
     init_options,
     init,
-    "example: lvrpo init bagel-tiny models/bagel width=256 depth=6 image_size=64 --train-autoencoder 400",
+    "examples:\n"
+    "  lvrpo init janus-tiny models/janus width=64 depth=2 image_size=32\n"
+    "  lvrpo init bagel-tiny models/bagel width=256 depth=6 image_size=64 --train-autoencoder 400",
     check_sizes,
 )
 
@@ -260,7 +269,7 @@ INIT = Command(
 def export_options(parser: Parser) -> None:
     add_model(parser)
     add_base(parser)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or empty")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
 
 
 def export(options: Options) -> None:
@@ -280,9 +289,9 @@ def export(options: Options) -> None:
 
 
 EXPORT = Command(
-    "write a whole model, an adapter merged into its base",
+    "write a complete model folder, merging an adapter into its base",
     export_options,
     export,
-    "example: lvrpo export runs/bagel_lvrpo_lora models/aligned --dtype bfloat16",
+    "examples:\n  lvrpo export runs/bagel_lvrpo_lora models/aligned --dtype bfloat16",
 )
 """``lvrpo export``."""

@@ -64,9 +64,11 @@ KINDS: dict[str, dict[str, str]] = {
 
 
 def _new_reward_options(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the function and of its file")
-    parser.add_argument("--output", choices=OUTPUTS, default="image", help="what it scores (image)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: the current folder")
+    parser.add_argument("name", metavar="NAME", help="name of the function and of its file")
+    parser.add_argument("--output", choices=OUTPUTS, default="image", help="what the reward scores (default: image)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the files (default: the current one)"
+    )
     add_force(parser)
 
 
@@ -88,16 +90,18 @@ def _new_reward(options: Options) -> None:
 
 
 NEW_REWARD = Command(
-    "write a reward function and its test, to be filled in",
+    "write a template of a reward function, with its test",
     _new_reward_options,
     _new_reward,
-    "example: lvrpo new reward brightness && python -m pytest test_brightness.py",
+    "examples:\n"
+    "  lvrpo new reward brightness && python -m pytest test_brightness.py\n"
+    "  lvrpo new reward politeness --output text",
 )
 """``lvrpo new reward``."""
 
 
 def _completion_options(parser: Parser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
 
 
 def completion(options: Options) -> None:
@@ -128,11 +132,15 @@ class _Completed(Parser):
         super().__init__(parser.prog, "")
         self.add_argument = parser.add_argument  # type: ignore[method-assign]
 
+    def group(self, title: str) -> argparse._ActionsContainer:
+        """Completion has no headings."""
+        return self
+
 
 COMPLETION = Command(
-    "print the completion script of a shell",
+    "print a completion script for your shell",
     _completion_options,
     completion,
-    'example: eval "$(lvrpo completion bash)"',
+    'examples:\n  eval "$(lvrpo completion bash)"',
 )
 """``lvrpo completion``."""

@@ -29,11 +29,19 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog or None,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         )
+        self._positionals.title = "arguments"
+
+    def group(self, title: str) -> argparse._ActionsContainer:
+        """The options under a heading of their own in ``--help``; made at the first call."""
+        groups = [group for group in self._action_groups if group.title == title]
+        return groups[0] if groups else self.add_argument_group(title)
 
     def parse(self, arguments: Sequence[str]) -> Options:
         """The options; raises InputError, with the nearest name for an unknown option."""
+        self.usage = self.short_usage()
+        _refuse_empty(arguments)
         options, rest = self.parse_known_intermixed_args(list(arguments))
         if rest:
             name = rest[0].partition("=")[0]
@@ -45,8 +53,31 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"option {name}: unknown: {hint}")
         return options
 
+    def short_usage(self) -> str:
+        """The usage line: the arguments and the required options."""
+        formatter = self._get_formatter()
+        places = [formatter._format_args(each, str(each.metavar)) for each in self._get_positional_actions()]
+        required = [each for each in self._get_optional_actions() if each.required]
+        options = [f"{each.option_strings[0]} {each.metavar}" for each in required]
+        return " ".join([self.prog, *places, *options, "[options]"])
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required: "):  # argparse names optional positionals too
+            optional = {str(each.metavar) for each in self._get_positional_actions() if each.nargs in ("?", "*")}
+            names = [name for name in message.partition(": ")[2].split(", ") if name not in optional]
+            message = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
         raise InputError(f"{message}: see {self.prog} --help")
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raises InputError for an argument without a character: as a path it would be the current folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument[:-1] if argument.startswith("--") and argument.endswith("=") else before
+        if not argument or name is not before:
+            what = f"option {name}" if name.startswith("--") else "an argument"
+            raise InputError(
+                f"{what}: is empty: give it a value, or leave it out (is a variable of the shell not set?)"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,23 +189,47 @@ def names(text: str) -> list[str]:
 
 def add_model(parser: Parser) -> None:
     """MODEL and where it runs."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a run, a built-in name (tiny), or a Hub id")
-    parser.add_argument("--dtype", help="float32 or bfloat16, where the model has both (default: the model's own)")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model folder, a run directory, tiny (built in), or a Hub id in the local cache",
+    )
+    parser.group("model").add_argument(
+        "--dtype", help="float32 or bfloat16, if the model supports both (default: the model's own)"
+    )
     add_device(parser)
 
 
 def add_base(parser: Parser) -> None:
     """--base."""
-    parser.add_argument(
+    parser.group("model").add_argument(
         "--base",
         metavar="MODEL",
-        help="of an adapter: where its base lies now; of a fine-tuned BAGEL that leaves tensors out: the whole one",
+        help="the base model, if the base of an adapter was moved or a fine-tuned BAGEL folder lacks some tensors",
     )
 
 
 def add_device(parser: Parser) -> None:
     """--device."""
-    parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")
+    parser.group("model").add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default: auto)"
+    )
+
+
+def add_timeout(parser: Parser) -> None:
+    """--timeout-min."""
+    parser.add_argument(
+        "--timeout-min",
+        type=positive,
+        default=30,
+        metavar="MIN",
+        help="with torchrun: minutes that a process waits for the others (default: 30)",
+    )
+
+
+def add_threads(parser: Parser) -> None:
+    """--threads."""
+    parser.group("model").add_argument("--threads", type=threads, default=1, help="CPU threads (default: 1)")
 
 
 class ConfigHelp(argparse.Action):
@@ -204,16 +259,20 @@ def add_config(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -
         default=argparse.SUPPRESS,
         action=partial(ConfigHelp, cls=cls),  # type: ignore[arg-type]  # any callable that makes an action
         metavar="WORD",
-        help="print every setting, or those with WORD in their name, with type, default and description",
+        help="print every setting with its type, default and description; with WORD, only those that match",
     )
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes of single settings")
-    parser.unknown_hint = "settings of the configuration are written section.key=value, without dashes"
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="a YAML file, or a built-in name such as quickstart"
+    )
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="settings that replace those of CONFIG"
+    )
+    parser.unknown_hint = "write a setting of the configuration as section.key=value, without dashes"
 
 
 def add_force(parser: Parser) -> None:
     """--force."""
-    parser.add_argument("--force", action="store_true", help="write over files that exist")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:

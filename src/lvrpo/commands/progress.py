@@ -134,7 +134,9 @@ class Progress:
         return "-" if name.startswith("reward/") and name not in self.row else f"{self._recent(name):.3f}"
 
     def _recent(self, name: str) -> float:
-        last = self.history[name][-RECENT if not name.startswith("validation/") else -1 :]  # a look is a mean already
+        last = self.history[name][
+            -RECENT if not name.startswith("validation/") else -1 :
+        ]  # a validation score is a mean already
         return sum(last) / len(last)
 
 

@@ -54,16 +54,18 @@ QUICK_BASELINE = (
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("--config", default="quickstart", metavar="CONFIG", help="the alignment (default: quickstart)")
-    parser.add_argument("--seed", type=whole, help="of sampling and prompts (default: that of the configuration)")
-    parser.add_argument("--steps", type=positive, help="of the alignment and, in proportion, of the baseline")
-    parser.add_argument("--policy", metavar="MODEL", help="the base (default: that of the configuration)")
+    parser.add_argument(
+        "--config", default="quickstart", metavar="CONFIG", help="the training configuration (default: quickstart)"
+    )
+    parser.add_argument("--seed", type=whole, metavar="N", help="random seed (default: that of CONFIG)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="training steps; the baseline scales with them")
+    parser.add_argument("--policy", metavar="MODEL", help="the model to train (default: that of CONFIG)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the run directory (default: the next free one in runs/)"
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted quickstart")
-    parser.add_argument("--no-baseline", action="store_true", help="leave out the supervised baseline")
-    parser.add_argument("--quick", action="store_true", help="a few small steps, to see that everything works")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted quickstart")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the supervised baseline")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a few small steps; its numbers mean nothing")
 
 
 def _check_keys(options: Options) -> None:
@@ -108,7 +110,7 @@ def run(options: Options) -> None:
         except Interrupted:
             raise
         except KeyboardInterrupt:  # while it was evaluating
-            raise Interrupted(f"interrupted; go on with: lvrpo quickstart --resume {run.path}") from None
+            raise Interrupted(f"interrupted; continue with: lvrpo quickstart --resume {run.path}") from None
         print_tables(summary_tables(summary))
         watch.phase("done")
     print(_closing_message(run.path, summary, time.monotonic() - started))
@@ -173,9 +175,11 @@ def _closing_message(run: Path, summary: dict, seconds: float) -> str:
 
 
 QUICKSTART = Command(
-    "the main job on the built-in world: evaluate, align, evaluate again, report",
+    "evaluate the built-in tiny model, train it, evaluate it again, write a report",
     options,
     run,
-    "example: lvrpo quickstart --seed 1 --out runs/one",
+    "examples:\n"
+    "  lvrpo quickstart --quick                      # half a minute, to see that everything works\n"
+    "  lvrpo quickstart --seed 1 --out runs/seed1    # minutes on two cores",
     _check_keys,
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvrpo.commands.options import Command, Options, Parser, names, nearest, whole
+from lvrpo.commands.options import Command, Options, Parser, add_device, names, nearest, whole
 from lvrpo.errors import ContractError, InputError
 
 if TYPE_CHECKING:
@@ -22,20 +22,23 @@ def seeds(text: str) -> list[int]:
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="scenes, or a YAML file like it")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run directories (default: runs/reproduce/EXPERIMENT)")
-    parser.add_argument("--rows", type=names, metavar="NAME[,NAME]", help="of the table (default: all)")
-    parser.add_argument("--seeds", type=seeds, metavar="N[,N]", help="of the runs (default: all)")
-    parser.add_argument("--quick", action="store_true", help="some rows, one seed, few steps: not the evidence")
-    parser.add_argument("--table", action="store_true", help="write the page from the summaries that there are, no run")
-    parser.add_argument("--list", action="store_true", help="say which jobs are left, and run none")
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="scenes, or a YAML file of the same form")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run directories (default: runs/reproduce/EXPERIMENT)"
+    )
+    parser.add_argument("--rows", type=names, metavar="NAME[,NAME]", help="rows of the table to run (default: all)")
+    parser.add_argument("--seeds", type=seeds, metavar="N[,N]", help="seeds to run (default: all)")
+    parser.add_argument("--quick", action="store_true", help="smoke test: some rows, one seed, few steps")
+    parser.add_argument("--table", action="store_true", help="only write the results page from the existing summaries")
+    parser.add_argument("--list", action="store_true", help="only list the remaining jobs")
     parser.add_argument(
         "--summaries",
         type=Path,
         metavar="DIR",
-        help="a small file per run, and the page beside it as DIR.md (default: docs/results/EXPERIMENT in a checkout)",
+        help="folder for one summary file per run, with the page DIR.md beside it (default: docs/results/EXPERIMENT in "
+        "a checkout)",
     )
-    parser.add_argument("--device", default="auto", help="auto (a CUDA card if there is one), cpu or cuda")
+    add_device(parser)
 
 
 def run(options: Options) -> None:
@@ -102,7 +105,7 @@ def _find_experiment(name: str, quick: bool) -> Path:
     shipped = shipped_experiments()
     if Path(name).is_file():
         if quick:
-            raise InputError(f"--quick: is of the experiments that lvrpo ships, and {name} is a file: leave it out")
+            raise InputError(f"--quick: applies to the built-in experiments only, and {name} is a file: leave it out")
         return Path(name)
     if name not in shipped:
         near = nearest(name, shipped)
@@ -131,8 +134,11 @@ def log(line: str) -> None:
 
 
 REPRODUCE = Command(
-    "all evidence of the built-in world: runs, resumes and tabulates it job by job",
+    "rerun the published experiment job by job, and write its table",
     options,
     run,
-    "example: lvrpo reproduce scenes --quick; with a day or more: lvrpo reproduce scenes; the page alone: --table",
+    "examples:\n"
+    "  lvrpo reproduce scenes --quick                          # a smoke test, about 20 minutes\n"
+    "  lvrpo reproduce scenes                                  # a day or more; repeat the command to resume\n"
+    "  lvrpo reproduce scenes --rows lvrpo,best_of --seeds 0,1",
 )

@@ -26,13 +26,12 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def settings_text(cls: type[Config], word: str = "", width: int = 100) -> str:
     """Every setting whose path holds ``word``, as lines for a terminal; raises InputError where there is none."""
     rows = list(_rows(cls, "", set()))
-    found = [row for row in rows if word in row[0]]
+    found = [row for row in rows if word.lower() in row[0]]
     if not found:
         known = list(dict.fromkeys(part for path, *_ in rows for part in (path, path.rpartition(".")[2])))
-        near = next(iter(difflib.get_close_matches(word, known, n=1)), None)
-        raise InputError(
-            f"--config-help {word}: no such setting: {f'did you mean {near}?' if near else 'leave it out'}"
-        )
+        near = next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
+        hint = f"did you mean {near}?" if near else "use --config-help alone to list all settings"
+        raise InputError(f"--config-help {word}: no such setting: {hint}")
     return "\n".join(
         f"{path}  ({kind}; default {default})"
         + "".join(f"\n{line}" for line in textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    "))

@@ -108,6 +108,7 @@ def text_table(content: TextTable) -> Table:
     """A table of the report for the terminal."""
     table = Table(title=content.title, caption=content.note or None, box=None, header_style="dim", padding=(0, 1))
     table.title_justify = table.caption_justify = "left"
+    table.min_width = min(max(len(content.title), len(content.note)), 100)  # else they wrap to the width of the cells
     for head in content.heads:
         table.add_column(head, overflow="fold")
     for first, *rest in content.rows:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, gibibytes, names, positive
+from lvrpo.commands.options import Command, Options, Parser, add_base, add_config, add_timeout, gibibytes, names
 from lvrpo.errors import InputError, UnhealthyRunError
 from lvrpo.reading import path_exists
 
@@ -25,16 +25,10 @@ def train_options(parser: Parser) -> None:
         type=names,
         default=[],
         metavar="NAME[,NAME]",
-        help="what is measured before and after (default: scenes, or data.jsonl.test)",
+        help="what to measure before and after (default: scenes, or data.jsonl.test)",
     )
-    parser.add_argument("--no-evaluate", action="store_true", help="align only")
-    parser.add_argument(
-        "--timeout-min",
-        type=positive,
-        default=30,
-        metavar="MIN",
-        help="minutes that one of several processes (torchrun) waits for the others (default: 30)",
-    )
+    parser.add_argument("--no-evaluate", action="store_true", help="train only, measure nothing")
+    add_timeout(parser)
     add_base(parser)
 
 
@@ -45,7 +39,7 @@ def _pretrain_options(parser: Parser) -> None:
 def _run_options(parser: Parser, cls: str = "lvrpo.training.config:TrainConfig") -> None:
     add_config(parser, cls)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run; CONFIG may then be left out")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run; CONFIG is then optional")
 
 
 def check_train_keys(options: Options) -> None:
@@ -91,7 +85,7 @@ def _kept_step(trainer: Trainer, summary: dict[str, Any]) -> str:
 
 
 def require_well(run: Path, summary: Mapping[str, Any]) -> None:
-    """Raises UnhealthyRunError with every reason why a run that is done is not well. Any: what JSON holds."""
+    """Raises UnhealthyRunError with every reason why a run that is done is not healthy. Any: what JSON holds."""
     health = summary["health"]
     if not health["well"]:
         raise UnhealthyRunError(f"{run}: {'; '.join(finding['words'] for finding in health['findings'])}")
@@ -125,9 +119,7 @@ def start_run(options: Options) -> tuple[Trainer, Plan]:
     from lvrpo.training.trainer import Trainer
 
     if options.base is not None:
-        raise InputError(
-            f"--base {options.base}: is of a run that is resumed: a new one starts from policy={options.base}"
-        )
+        raise InputError(f"--base {options.base}: is for a resumed run: a new run starts from policy={options.base}")
     with relay_errors():
         config = read_config(TrainConfig, options.config, options.overrides)
         require_unseen(options.benchmark, config)
@@ -192,18 +184,24 @@ def _open_pretrainer(options: Options) -> Pretrainer:
 
 
 TRAIN = Command(
-    "align a policy: lvrpo train CONFIG [section.key=value ...]",
+    "train a policy with group-relative RL",
     train_options,
     train,
-    "example: lvrpo train quickstart seed=1 steps=80 --out runs/short\n"
-    "         lvrpo train --resume runs/short steps=160    # makes a finished run longer",
+    "examples:\n"
+    "  lvrpo train quickstart seed=1 steps=80 --out runs/short\n"
+    "  lvrpo train --resume runs/short                  # continues an interrupted run\n"
+    "  lvrpo train --resume runs/short steps=160        # makes a finished run longer\n"
+    "  lvrpo train quickstart --config-help kl_coef     # what a setting does\n"
+    "  torchrun --nproc-per-node 8 -m lvrpo train quickstart    # eight GPUs",
     check_train_keys,
 )
 PRETRAIN = Command(
-    "supervised training on the web corpus: the base, and the baseline",
+    "train a policy with supervised losses",
     _pretrain_options,
     pretrain,
-    "example: lvrpo pretrain pretrain name=my-base steps=2000",
+    "examples:\n"
+    "  lvrpo pretrain pretrain name=my-base steps=2000    # how the tiny base was made\n"
+    "  lvrpo pretrain continued --out runs/baseline       # the baseline of the quickstart",
     _check_pretrain_keys,
 )
 
@@ -214,8 +212,7 @@ def check_options(parser: Parser) -> None:
         "--card",
         type=gibibytes,
         metavar="GIB",
-        help="estimate the memory on a CUDA card with so many GiB free, and stop there; the card need not be there, "
-        "and of a BAGEL its json and tokenizer files are enough",
+        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights of a BAGEL",
     )
 
 
@@ -275,8 +272,8 @@ def _check_gpu_memory(config: TrainConfig, gib: float) -> None:
     memory = memory_needed(config, torch.device("cuda"))
     if memory is None:
         raise InputError(
-            f"--card {gib:g}: memory is estimated for BAGEL and the tiny policy alone, and policy={config.policy} is "
-            "of another kind: leave --card out; the guide of the model (docs/reference/models.md) may have sums"
+            f"--card {gib:g}: memory is estimated only for BAGEL and the tiny policy, not for policy={config.policy}: "
+            "leave --card out; the guide of the model (docs/reference/models.md) may have computed estimates"
         )
     _print_memory(memory)
     require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
@@ -284,11 +281,12 @@ def _check_gpu_memory(config: TrainConfig, gib: float) -> None:
 
 
 CHECK = Command(
-    "resolve a configuration, load data and model, run the step-0 contract, estimate time and memory",
+    "check a configuration: load data and model, run the step-0 checks, estimate time and memory",
     check_options,
     check,
-    "example: lvrpo check quickstart rollout.group_size=4\n"
-    "         lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n"
-    "of a model on the Hub, what --card needs is fetched with: hf download ID --include '*.json' '*.txt'",
+    "examples:\n"
+    "  lvrpo check quickstart rollout.group_size=4\n"
+    "  lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n\n"
+    "To fetch only what --card needs of a Hub model: hf download ID --include '*.json' '*.txt' --local-dir FOLDER",
     check_train_keys,
 )

@@ -68,7 +68,7 @@ def _read(
         where = f"{path}:{number}"
         find = partial(picture_path, path.parent, where=where, decode=decode, root=root)
         try:
-            found = parse_json(text, where, "one object per line")
+            found = parse_json(text, where, "one object per line", unique_keys=True)
             lines.append(make_line(found, where, f"{path.stem}:{number}", path.name, task, find))
         except InputError as error:
             if problems is None:

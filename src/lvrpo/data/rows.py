@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +193,7 @@ _TYPE_NAMES = ("str", "list[")
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    text = " ".join((repr(value) if isinstance(value, str) else json.dumps(value, default=repr)).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -229,9 +229,10 @@ def reading(where: str, quiet: bool) -> Iterator[None]:
             cause = cause.__cause__
         network = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         offline = network or "Hub" in type(error).__name__ or "Offline" in type(error).__name__
-        remedy = (
-            "check the id, the network and your login (hf auth login)" if offline and not quiet else "mend the file"
-        )
+        empty = type(cause).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError")
+        fix = "give a folder that holds data files" if empty else "fix the file"
+        hub = "no folder here has this name: check it, or the Hub id, the network and your login (hf auth login)"
+        remedy = hub if offline and not quiet else fix
         message = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise InputError(f"{where}: cannot be read ({type(cause).__name__}: {message}): {remedy}") from error
     finally:

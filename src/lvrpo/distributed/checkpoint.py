@@ -160,6 +160,6 @@ def _checkpoint_errors(folder: Path, doing: str) -> Iterator[None]:
         who = f"process {number} of {world_size()}: " if number else ""
         if isinstance(cause, OSError):
             raise InputError(
-                f"{who}{folder}: cannot be {doing}: {cause.strerror}: mend that, or choose another folder"
+                f"{who}{folder}: cannot be {doing}: {cause.strerror}: fix that, or choose another folder"
             ) from None
         raise ContractError(f"{who}{folder}: cannot be {doing}: {typed_first_line(cause)}") from None

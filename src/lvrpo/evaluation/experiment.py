@@ -256,7 +256,7 @@ class Experiment:
             baseline.start()
         evaluation = self._measure("before", "reference")
         if not trainer.finished:
-            self.progress.phase(f"align: {trainer.config.steps} steps")
+            self.progress.phase(f"train: {trainer.config.steps} steps")
             self._report_prompts = self._find_report_prompts()
         return evaluation
 

@@ -77,7 +77,7 @@ def measure_information(
         raise InputError(f"{type(policy).__name__} gives no hidden states of its experts: use another policy")
     if negatives < 2 or pairs < MIN_BATCHES * negatives:
         raise InputError(
-            f"pairs={pairs}, negatives={negatives}: needs 2 negatives, and {MIN_BATCHES} times as many pairs"
+            f"pairs={pairs}, negatives={negatives}: needs negatives >= 2 and pairs >= {MIN_BATCHES} x negatives"
         )
     size = policy.image_size or DEFAULT_SIZE
     states = [

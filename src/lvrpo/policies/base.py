@@ -56,12 +56,16 @@ class Sampling:
     temperature: float = 1.0
     """Temperature of text tokens; 0 is greedy (log-probs are then those of temperature 1)."""
     max_new_tokens: int = 24
+    """Maximum length of a text, in tokens."""
     num_steps: int = 8
     """Model evaluations per image; steps in which masked tokens are revealed. Image tokens take one each."""
     timestep_shift: float | None = None
     """Time shift of the grid; None: the policy's own."""
     sampler: Literal["ode", "flow_sde", "dance_sde", "cps"] = "ode"
+    """Rule of the steps in ``window``: flow_sde (arXiv:2505.05470), dance_sde (arXiv:2505.07818) and cps
+    (arXiv:2509.05952) add noise."""
     noise_level: float = 0.7
+    """Scale a of that noise."""
     window: tuple[int, ...] = ()
     """The steps sampled with noise and trained; all others follow the ODE."""
     solver: Literal["adams_bashforth", "dpm_solver", "euler"] = "adams_bashforth"
@@ -69,13 +73,17 @@ class Sampling:
     steps_after_window: int | None = None
     """Steps after the end of the window, equal in unshifted time; None: those of the grid."""
     guidance_scale: float = 1.0
+    """Classifier-free guidance scale of the text; 1: no guidance."""
     image_guidance_scale: float = 1.0
+    """Classifier-free guidance scale of the source image of an edit; 1: no guidance."""
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
+    """Shrinks the guided velocity to the norm of the conditional one (``sampling.guide``)."""
     guidance_renorm_min: float = 0.0
-    """Lower bound of the renorm factor; 1 switches renorming off."""
+    """Lower bound of the shrinking factor; 1 switches it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """(low, high): steps with low < t <= high are guided, the others run the conditional branch alone."""
+    """(low, high): steps with low < t <= high are guided; the others run only the conditional branch."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
+    """Reduction over the latent dimensions of the log-prob of a stochastic step."""
     shared_noise: bool = False
     """Whether the members of a group start from the same noise."""
     image_size: tuple[int, int] | None = None
@@ -246,7 +254,7 @@ class SavedPolicy(Protocol):
 
 @runtime_checkable
 class FlowPolicy(RolloutPolicy, Protocol):
-    """A policy that generates images by a flow and gives its velocity, which objectives of flows train."""
+    """A policy that generates images by a flow; flow losses train its velocity."""
 
     def velocity(
         self, trajectories: Sequence[Trajectory], x_t: torch.Tensor, t: torch.Tensor, guidance_scale: float = 1.0

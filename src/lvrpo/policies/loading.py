@@ -92,7 +92,7 @@ def _load_sharded_policy(folder: Path, device: str, dtype: str | None, base: str
     for name, tensor in found.items():
         parameter = parameters.get(name.removeprefix("ema/"))
         if parameter is None or parameter.shape != tensor.shape:
-            raise InputError(f"{folder}: {name} is of another model than {start}: use another checkpoint")
+            raise InputError(f"{folder}: {name} belongs to another model than {start}: use another checkpoint")
         parameter.data.copy_(tensor)
     return policy
 
@@ -120,7 +120,7 @@ def _load_adapted(folder: Path, device: str, dtype: str | None, given: str | Pat
         raise InputError(f"{folder}: its base {base} is an adapter itself: make one model of it with `lvrpo export`")
     policy = load_policy(base, device, dtype)
     if not isinstance(policy, AdaptablePolicy):
-        raise InputError(f"{folder}: its base {base} is of a kind that takes no adapter: name another base")
+        raise InputError(f"{folder}: its base {base} does not support adapters: name another base")
     load_adapter(policy, folder, base)
     return policy
 

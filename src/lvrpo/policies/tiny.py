@@ -99,9 +99,10 @@ class TinyTokenizer:
                     continue
                 ids.append(token)
                 if token == self.unknown_id:
-                    near = get_close_matches(word.lower(), self.vocabulary, n=1)
+                    words = set(self.vocabulary) - set(SPECIAL_TOKENS)
+                    near = get_close_matches(word.lower(), words, n=1)
                     hint = f"did you mean '{near[0]}'?" if near else "use the words of `lvrpo data vocabulary`"
-                    raise InputError(f"{word!r} in {text!r}: not among the {len(self)} words of this model: {hint}")
+                    raise InputError(f"{word!r} in {text!r}: not among the {len(words)} words of this model: {hint}")
             self._encoded[text] = ids
         return self._encoded[text]
 

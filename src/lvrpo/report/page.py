@@ -94,10 +94,10 @@ def render(run: RunRecord) -> str:
 
 
 def not_well(health: object) -> list[str]:
-    """The reasons why a finished run is not well."""
+    """The reasons why a finished run is not healthy."""
     findings = health.get("findings") if isinstance(health, Mapping) else None
     rows = findings if isinstance(findings, list) else []
-    return [f"Not well: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
+    return [f"Not healthy: {row['words']}." for row in rows if isinstance(row, Mapping) and row.get("words")]
 
 
 def _validation_history(run: RunRecord, keys: list[str]) -> list[ValidationRow]:

@@ -34,7 +34,7 @@ class RunRow:
 
     name: str
     state: str
-    """running, finished, not well, stopped."""
+    """running, finished, not healthy, stopped."""
     step: int | None
     steps: int | None
     headline: str
@@ -65,14 +65,14 @@ def overview(folder: Path) -> list[RunRow]:
 
 
 def run_state(path: Path) -> str:
-    """Whether a run is running, finished, not well (finished, exit code 3), or stopped before its end."""
+    """Whether a run is running, finished, not healthy (finished, exit code 3), or stopped before its end."""
     run = load_run(path)
     if _is_written(path):
         return "running"
     if not run.finished:
         return "stopped"
     health = run.summary.raw.get("health") if run.summary is not None else None
-    return "not well" if isinstance(health, Mapping) and health.get("well") is False else "finished"
+    return "not healthy" if isinstance(health, Mapping) and health.get("well") is False else "finished"
 
 
 def page(folder: Path, name: str = "") -> str:

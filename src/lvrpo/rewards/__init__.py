@@ -1,4 +1,4 @@
-"""Rewards: one per file, combined by ``table``."""
+"""The built-in rewards, by name; ``table`` combines the scores of several."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ REWARDS: Mapping[str, str] = {
     # the verifier of the prompt's world
     "scene_facts": "lvrpo.rewards.verifiable_image:SceneFacts",
 }
-"""Every reward by name; an own one is named ``my_package.module:Name`` (see ``function`` for the shortest way)."""
+"""Every built-in reward. One of your own is named ``my_package.module:Name``; ``function`` is the shortest way."""
 
 RENAMED: Mapping[str, str] = {
     "own_vqa": "self_vqa",

@@ -34,8 +34,8 @@ class Scores:
     failures: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """Reasons of missing scores, by (group, member); the value there is never used."""
     noise: torch.Tensor | None = None
-    """float32 (P, G): variance that a score owes to the draws of its estimate, once what all members of the group share
-    is taken away; nan where it was not estimated. None: the reward leaves nothing to chance."""
+    """float32 (P, G): variance of a score due to the random draws of its estimate, without what all group members
+    share; nan where it was not estimated. None: the reward is deterministic."""
 
 
 class Reward(Protocol):
@@ -43,14 +43,14 @@ class Reward(Protocol):
 
     Optional attributes:
 
-    - ``judges``, ("text",), ("image",) or both: the segments that it scores where a trajectory has text and an image;
-      without it, both.
-    - ``sides``, of "read" and "draw": the sides of the judge that it calls, () for rules and for other models; without
-      it, both. Judge drift is measured, and the judge refreshed, for rewards that call the judge.
-    - ``judged_by``: the model that judges beside the frozen policy, such as an endpoint or a folder. It is written into
-      every row of rewards and must hold no key.
-    - ``relative``, true: scores only compare the members of a group, so that held-out outputs, of which there is one
-      per prompt, are not scored.
+    - ``judges``: ("text",), ("image",) or both, the segments that it scores if a trajectory has a text and an image
+      (default: both).
+    - ``sides``: a tuple of "read" (understanding) and "draw" (generation), the sides of the judge that it calls; () for
+      rules and for other models (default: both). Judge drift is measured, and the judge refreshed, only for these.
+    - ``judged_by``: the model that judges instead of the frozen policy, such as an endpoint or a folder. It is written
+      into the records of the run, so it must not contain a key.
+    - ``relative``: true if scores only compare the members of a group. Held-out outputs, one per prompt, are then not
+      scored.
     """
 
     def applies(self, prompt: Prompt) -> bool:

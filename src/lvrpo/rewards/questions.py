@@ -119,7 +119,9 @@ class QuestionConfig(Config):
             if template is not None and "{prompt}" not in template:
                 raise ValueError(f"{name}: must hold {{prompt}}")
         if self.stay_template is None and "sure" in self.model_fields_set:
-            raise ValueError(f"sure={self.sure}: is of questions about what should stay: leave it out without them")
+            raise ValueError(
+                f"sure={self.sure}: applies to questions about what should stay: leave it out, or set stay_template"
+            )
         if (self.by == "endpoint") != (self.endpoint is not None):
             raise ValueError("by=endpoint and the section endpoint belong together: give both, or neither")
         return self

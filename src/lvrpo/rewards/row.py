@@ -34,11 +34,11 @@ class RayConfig(Config):
     """Actors of a reward in a Ray cluster."""
 
     num_gpus: float = Field(default=0.0, ge=0)
-    """Cards of each replica; a fraction shares one."""
+    """GPUs of each replica; a fraction shares a GPU."""
     num_cpus: float = Field(default=1.0, ge=0)
-    """Cores of each replica, as Ray counts them."""
+    """CPUs that Ray reserves for each replica."""
     replicas: int = Field(default=1, ge=1)
-    """Actors that score groups side by side; all processes of a run share them."""
+    """Number of actors that score groups in parallel; all processes of a run share them."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Limit for one group in seconds; then its actor is restarted, and the group has no scores of this reward."""
 
@@ -103,11 +103,11 @@ class RewardConfig(Config):
     on_failure: Literal["mask", "stop"] = "mask"
     """Handling of a failed score: mask it with its reason, or stop the run."""
     max_failed: float | None = Field(default=None, ge=0, le=1)
-    """Share of the reward's scores that are expected to fail: the step-0 contract allows as many, and a step in which
-    more failed stops the run. None: the contract allows none, half of a step's scores stop the run, and one in which
-    more than ``health.max_failed`` failed altogether is not well."""
+    """Maximum share of failed scores of the reward, in the step-0 checks and in each step; a larger share stops the
+    run. None: no score may fail in the step-0 checks, more than half failing in a step stops the run, and a run with
+    more than ``health.max_failed`` failed scores in total is not healthy (exit code 3)."""
     clip: tuple[float | None, float | None] | None = None
-    """[low, high], either may be null: what lies beyond counts as the end itself, and how often is recorded."""
+    """[low, high], bounds of the raw score, either may be null; the share of clipped scores is recorded."""
     normalize: Literal["group", "batch", "none"] | None = None
     """Normalization before rewards are summed; null: as ``advantages.kind`` defines. group: by the group's std;
     batch: by the std of all groups of the task; none: not at all."""

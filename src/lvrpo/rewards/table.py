@@ -137,5 +137,5 @@ def require_few_failures(sources: Sequence[RewardSource], table: RewardTable, mo
             reason, times = Counter(why.removeprefix("failed: ") for why in failed).most_common(1)[0]
             raise ContractError(
                 f"reward {source.config.title!r} failed on {len(failed)} of {tried} outputs, max_failed={limit}: most "
-                f"often ({times}): {' '.join(reason.split())}: mend the reward, or raise its max_failed"
+                f"often ({times}): {' '.join(reason.split())}: fix the reward, or raise its max_failed"
             )

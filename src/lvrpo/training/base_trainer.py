@@ -129,7 +129,7 @@ class BaseTrainer(ABC, Generic[C, S]):
                     self.save()
                     self.wait_for_checkpoint()
             if step and isinstance(error, LvrpoError) and run.checkpoint_dir(step).is_dir():
-                message = f"{error}; step {step} is saved: go on with lvrpo {self.command} --resume {run.path}"
+                message = f"{error}; step {step} is saved: continue with lvrpo {self.command} --resume {run.path}"
                 raise type(error)(message) from error
             raise
 
@@ -187,7 +187,7 @@ class BaseTrainer(ABC, Generic[C, S]):
         if self._interrupted:
             raise Interrupted(
                 f"interrupted after step {self.state.step} of {self.config.steps}; the checkpoint is written; "
-                f"go on with: lvrpo {command or self.command} --resume {self.run.path}"
+                f"continue with: lvrpo {command or self.command} --resume {self.run.path}"
             )
 
 

@@ -63,7 +63,7 @@ class DataConfig(Config):
     jsonl: JsonlConfig = JsonlConfig()
     """The files of the source "jsonl"."""
     datasets: tuple[DatasetConfig, ...] = ()
-    """The data sets of the source "datasets", whose rows are put together."""
+    """The data sets of the source "datasets", whose rows are combined."""
     prompts_per_step: dict[TaskKind, Count] = Field(
         default={"generate": 28, "understand": 64, "edit": 12, "reason": 24}, min_length=1
     )
@@ -256,8 +256,8 @@ class TrainConfig(Config):
             if not set(concerned) & set(segment_kinds) and value != RolloutConfig.model_fields[name].default:
                 shown = getattr(value, "kind", value)  # for sections
                 raise InputError(
-                    f"rollout.{name}={shown}: is of {' and '.join(concerned)}, and policy={self.policy} writes {kinds}:"
-                    " leave it out"
+                    f"rollout.{name}={shown}: applies to {' and '.join(concerned)}, and policy={self.policy} generates "
+                    f"{kinds}: leave it out"
                 )
         try:
             self._check_kinds(segment_kinds)

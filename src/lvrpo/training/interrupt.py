@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 def print_stopping() -> None:
     """Prints a notice, unbuffered because a signal handler may interrupt another print."""
     with suppress(OSError):
-        os.write(1, b"\nstopping after this step; once more stops at once\n")
+        os.write(1, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
 
 class InterruptHandler:

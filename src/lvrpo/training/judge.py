@@ -40,7 +40,7 @@ class JudgeConfig(Config):
     @model_validator(mode="after")
     def _decay_is_used(self) -> Self:
         if self.kind == "reference" and self.decay != type(self).model_fields["decay"].default:
-            raise ValueError(f"decay={self.decay}: is of the slow average: set kind to average, or leave it out")
+            raise ValueError(f"decay={self.decay}: applies to the slow average: set kind to average, or leave it out")
         return self
 
     def drift_due(self, step: int, validates: bool) -> bool:

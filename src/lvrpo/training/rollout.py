@@ -194,7 +194,8 @@ class RolloutConfig(Config):
     image_guidance_scale: float = Field(default=1.0, ge=1, le=1000)
     """Classifier-free guidance of the source image in edits; 1: none."""
     guidance_renorm: Literal["none", "global", "channel", "text_channel"] = "none"
-    """Limit of the norm of the guided velocity; see ``Sampling.guidance_renorm``."""
+    """Shrinks the guided velocity to the norm of the conditional one, over all tokens and channels (global) or the
+    channels of each token (channel, text_channel); text_channel (BAGEL's edits): of the text guidance alone."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Steps with low < t <= high are guided."""
     image_size: tuple[Side, Side] | None = None
@@ -221,13 +222,13 @@ class RolloutConfig(Config):
     """Dynamic sampling (DAPO, arXiv:2503.14476): groups without signal are replaced by groups of new prompts of the
     same task, at most this many groups per step."""
     sample_from: Literal["policy", "reference"] = "policy"
-    """reference: offline training, for off-policy objectives (dpo, best_of)."""
+    """The policy that samples. reference: offline training, for off-policy objectives (dpo, best_of)."""
     engine: Engine = PolicyEngineConfig()
     """The sampling program; if it is not the policy itself, ``importance_cap`` of token losses defaults to 2, and
     contract.json holds the divergence of its log-probs from the trainer's."""
     pool: int = Field(default=0, ge=0, le=1_000_000)
-    """Repeats the prompts of this many steps; 0: always new prompts. With sample_from=reference their outputs are
-    sampled once and kept in memory."""
+    """Number of steps whose prompts are repeated in turn; 0: new prompts in every step. With sample_from=reference
+    their outputs are sampled once and kept in memory."""
 
     def sampling(self, seed: int, step: int) -> Sampling:
         """The sampling parameters of a training step; the window is a function of (seed, step)."""

@@ -109,7 +109,7 @@ class EngineSampler:
         if found != sent:
             raise ContractError(
                 f"rollout engine: holds weights with checksum {found} after those with {sent} were sent: its outputs "
-                "would be of another policy: mend load_weights, or sample with rollout.engine.kind=policy"
+                "would be of another policy: fix load_weights, or sample with rollout.engine.kind=policy"
             )
         self.synced_checksum = sent
 
@@ -176,7 +176,7 @@ def _engine_errors(what: str) -> Iterator[None]:
     except LvrpoError:
         raise
     except Exception as error:  # user code may raise anything
-        raise ContractError(f"rollout engine: {what} failed: {describe_error(error)}: mend it") from error
+        raise ContractError(f"rollout engine: {what} failed: {describe_error(error)}: fix it") from error
 
 
 class ProcessEngine:

@@ -181,7 +181,7 @@ class RunDirectory:
                 key = str(error).removeprefix(f"{self.path / CONFIG}: ").partition(": ")[0]
                 raise InputError(
                     f"{self.path / CONFIG}: was written by {wrote}, and has {key}, which this version lacks: use that "
-                    "one, or start anew"
+                    "version, or start a new run"
                 ) from None
         return load_config(cls, self.path / CONFIG, overrides, allow_code=False)
 

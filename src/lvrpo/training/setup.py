@@ -73,7 +73,7 @@ def open_policy(config: TrainConfig) -> tuple[Policy, Path]:
         _require_no_masked_text(config)
     if config.adapter is not None:
         if not isinstance(policy, AdaptablePolicy):
-            raise InputError(f"adapter: {config.policy} is of a kind that takes none: leave the section out")
+            raise InputError(f"adapter: {config.policy} does not support adapters: leave the section out")
         is_name = config.policy in BUILT_IN or not Path(config.policy).exists()  # built in, or a Hub id
         name = config.policy if is_name else str(base.resolve())
         require_moved(policy, config.adapter, [k for k, s in config.sections(policy.segment_kinds).items() if s.weight])

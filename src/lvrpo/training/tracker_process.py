@@ -290,7 +290,7 @@ def main(run: Path, kind: str) -> int:
     except Exception as error:  # of libraries, the network, the disk: the run goes on
         importlib.import_module("traceback").print_exc()
         words = " ".join(describe_error(error).split())[:300]
-        line = f"warning: tracker {kind}: {words}: the run goes on without it (see {folder / f'{kind}.log'})\n"
+        line = f"warning: tracker {kind}: {words}: the run continues without it (see {folder / f'{kind}.log'})\n"
         os.write(console, line.encode())
         return 1
     return 0

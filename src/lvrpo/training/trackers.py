@@ -50,7 +50,7 @@ class WandbConfig(TrackerConfig):
 
     kind: Literal["wandb"]
     project: Text = "lvrpo"
-    """The project of the run, which has the name of its folder."""
+    """Name of the project; the run in it has the name of its folder."""
     entity: Text | None = None
     """The user or team; null: that of the key."""
     mode: Literal["online", "offline"] = "online"
@@ -62,7 +62,7 @@ class TrackioConfig(TrackerConfig):
 
     kind: Literal["trackio"]
     project: Text = "lvrpo"
-    """The project of the run, which has the name of its folder."""
+    """Name of the project; the run in it has the name of its folder."""
     space_id: Text | None = None
     """A Space such as user/name; null: on this machine."""
 

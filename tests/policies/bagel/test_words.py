@@ -26,6 +26,6 @@ def test_a_marker_in_a_text_is_plain_text(marker: str, words: BagelTokenizer) ->
 def test_a_marker_that_the_files_do_not_call_special_is_one_line(words: BagelTokenizer) -> None:
     tokenizer = Tokenizer.from_str(words.tokenizer.to_str().replace('"special":true', '"special":false'))
     tokenizer.add_tokens([AddedToken(MARKERS[1], special=False)])
-    with pytest.raises(InputError, match=r"holds a marker of the model .*leave it out, or mend the files") as caught:
+    with pytest.raises(InputError, match=r"holds a marker of the model .*leave it out, or fix the files") as caught:
         BagelTokenizer(tokenizer, words.vocabulary_size, {}).encode(f"a {MARKERS[1]} b")
     assert len(str(caught.value).splitlines()) == 1

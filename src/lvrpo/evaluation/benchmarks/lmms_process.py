@@ -121,7 +121,7 @@ def install(folder: Path) -> None:
             raise ContractError(f"{command[0]}: {error.strerror}: lmms-eval was not installed") from None
         if code:
             raise ContractError(
-                f"{folder}: lmms-eval was not installed (code {code}, see above): the same command goes on"
+                f"{folder}: lmms-eval was not installed (code {code}, see above): repeat the command to continue"
             )
 
 
@@ -153,7 +153,7 @@ def check_environment(python: Path, tasks: Sequence[HarnessTask]) -> str:
             raise InputError(f"{python}: {error.strerror}: name an interpreter of Python (--lmms-env)") from None
     lines = ended.stdout.strip().splitlines()
     if ended.returncode or not lines:
-        raise InputError(f"{python}: lmms-eval cannot be asked: {excerpt(ended.stderr)}: mend its environment")
+        raise InputError(f"{python}: lmms-eval cannot be asked: {excerpt(ended.stderr)}: fix its environment")
     found = parse_json(lines[-1], f"{python}: its answer", "name an interpreter of Python (--lmms-env)")
     remedy = "add --lmms-install, or name an environment that has it (--lmms-env)"
     if found["version"] is None:

@@ -345,7 +345,7 @@ class Runner:
             with InterruptHandler(print_stopping) as interrupted:
                 done = trainer.train(interrupted=interrupted)
             if not done or interrupted():
-                raise Interrupted(f"{folder}: interrupted, a checkpoint is written; the same command goes on with it")
+                raise Interrupted(f"{folder}: interrupted, a checkpoint is written; repeat the command to continue")
             if isinstance(trainer, Pretrainer):
                 return TrainedRun(trainer.state.average, trainer.state.step, trainer.state.seconds)
             findings = assess(trainer.run.metrics(), trainer.config.max_failed).findings

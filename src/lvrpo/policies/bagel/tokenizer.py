@@ -54,7 +54,7 @@ class BagelTokenizer:
         if not self._markers.isdisjoint(ids):
             raise InputError(
                 f"{text[:40]!r}: holds a marker of the model ({' '.join(MARKERS)}), which its tokenizer files do not "
-                "call special: leave it out, or mend the files"
+                "call special: leave it out, or fix the files"
             )
         if ids and max(ids) >= self.vocabulary_size:
             raise InputError(
