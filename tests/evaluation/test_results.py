@@ -8,18 +8,21 @@ from dataclasses import replace
 import pytest
 
 from lvrpo.errors import ContractError
-from lvrpo.evaluation.results import Row, benchmark_difference, benchmark_result, compare, measure
+from lvrpo.evaluation.results import PromptResult, benchmark_difference, benchmark_result, compare, measure
 from lvrpo.metrics import ReadBack
 from lvrpo.records import BenchmarkRecord, from_json
 from lvrpo.training.run_directory import json_text
 
 
-def drawings(successes: list[list[int]], judged: list[list[float | None]] | None = None) -> list[Row]:
-    return [Row(f"p{i}", tuple(map(float, row)), tuple(judged[i]) if judged else ()) for i, row in enumerate(successes)]
+def drawings(successes: list[list[int]], judged: list[list[float | None]] | None = None) -> list[PromptResult]:
+    return [
+        PromptResult(f"p{i}", tuple(map(float, row)), tuple(judged[i]) if judged else ())
+        for i, row in enumerate(successes)
+    ]
 
 
-def asked(form: str, right: str, given: str, cluster: str) -> Row:
-    return Row(cluster, (float(given == right),), form=form, right=right, answers=(given,))
+def asked(form: str, right: str, given: str, cluster: str) -> PromptResult:
+    return PromptResult(cluster, (float(given == right),), form=form, right=right, answers=(given,))
 
 
 BEFORE = drawings([[1, 0, 0, 0], [0, 0, 0, 0]], [[0.9, 0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]])

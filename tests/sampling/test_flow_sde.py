@@ -74,8 +74,9 @@ def test_steps_compute_in_float32() -> None:
 
 
 def test_cps_refuses_more_noise_than_there_is() -> None:
-    with pytest.raises(InputError, match=r"use 0..1$"):
-        STEPS["cps"](ONE, ONE, 0.5, 0.25, 1.3)
+    for outside in (-0.3, 1.3):
+        with pytest.raises(InputError, match=r"use 0..1$"):
+            STEPS["cps"](ONE, ONE, 0.5, 0.25, outside)
 
 
 # Closed-form physics: the data are N(MEAN, STD^2), so the best velocity is known and linear in the state.

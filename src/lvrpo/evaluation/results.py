@@ -52,7 +52,7 @@ Measures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptResult:
     """One prompt of a record: see ``BenchmarkRecord``."""
 
     cluster: str
@@ -186,10 +186,10 @@ def _take(values: Sequence[T], rows: Sequence[int]) -> list[T]:
     return [values[i] for i in rows]
 
 
-def _record_rows(record: BenchmarkRecord) -> list[Row]:
+def _record_rows(record: BenchmarkRecord) -> list[PromptResult]:
     """The rows of a record, prompt by prompt; [] for a record without samples."""
     return [
-        Row(
+        PromptResult(
             cluster=record.clusters[i],
             successes=successes if all(map(math.isfinite, successes)) else (),
             judged=record.judged[i] if record.judged else (),
@@ -202,7 +202,7 @@ def _record_rows(record: BenchmarkRecord) -> list[Row]:
     ]
 
 
-def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
+def measure(rows: Sequence[PromptResult], samples: int = 1) -> Measures:
     """pass_at_k, best_of, groups, agreement, balanced and forms, as far as the record holds them.
 
     pass@k, best of n and ``groups`` (spread of the samples) are over the prompts with the most samples. ``balanced``:
@@ -228,7 +228,7 @@ def measure(rows: Sequence[Row], samples: int = 1) -> Measures:
     return found
 
 
-def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Measures:
+def compare(before: Sequence[PromptResult], after: Sequence[PromptResult], samples: int = 1) -> Measures:
     """``after`` minus ``before``, paired by prompt: each with its interval and ``detectable`` effect.
 
     ``against_best_of``: one sample of ``after`` minus the best of ``BASELINE_BEST_OF`` of ``before`` by its judge.
@@ -276,19 +276,19 @@ def compare(before: Sequence[Row], after: Sequence[Row], samples: int = 1) -> Me
     return found
 
 
-def _pass_values(rows: Sequence[Row], k: int) -> list[float]:
+def _pass_values(rows: Sequence[PromptResult], k: int) -> list[float]:
     """pass@k of each prompt."""
     return [pass_at_k(len(row.successes), round(sum(row.successes)), k) for row in rows]
 
 
-def _best_values(rows: Sequence[Row], n: int) -> list[float]:
+def _best_values(rows: Sequence[PromptResult], n: int) -> list[float]:
     """Best of ``n`` by the judge, of each prompt; all of them must be judged."""
     return [best_of_n([score for score in row.judged if score is not None], row.successes, n) for row in rows]
 
 
-def _form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _form_rows(rows: Sequence[PromptResult]) -> dict[str, list[PromptResult]]:
     """The questions of each form, those with a right text and an answer."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[PromptResult]] = {}
     for row in rows:
         if row.form and row.right is not None and row.answers and row.successes:
             found.setdefault(row.form, []).append(row)
@@ -296,18 +296,18 @@ def _form_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _balanced_interval(
-    forms: Mapping[str, Sequence[Row]], samples: int, minus: Mapping[str, Sequence[Row]] | None = None
+    forms: Mapping[str, Sequence[PromptResult]], samples: int, minus: Mapping[str, Sequence[PromptResult]] | None = None
 ) -> Interval | None:
     """Mean over forms of the balanced accuracy, clusters resampled; None where no form has 2 to ``FEW_ANSWERS`` right
     answers. ``minus``: another policy's rows of the same questions, whose accuracy is subtracted.
 
         (1 / |F|) sum_f (1 / |A_f|) sum_{a in A_f} mean { s_i : form f, right answer a }
     """
-    cells: list[tuple[int, list[Row], list[float]]] = []
+    cells: list[tuple[int, list[PromptResult], list[float]]] = []
     used = [name for name, rows in forms.items() if _has_balanced_accuracy(rows)]
     for f, name in enumerate(used):
         earlier = minus[name] if minus is not None else [None] * len(forms[name])
-        by_answer: dict[str, tuple[list[Row], list[float]]] = {}
+        by_answer: dict[str, tuple[list[PromptResult], list[float]]] = {}
         for row, other in zip(forms[name], earlier, strict=True):
             rows, values = by_answer.setdefault(str(row.right), ([], []))
             rows.append(row)
@@ -339,7 +339,7 @@ def _balanced_interval(
 # --- inside ---
 
 
-def _answers(forms: Mapping[str, Sequence[Row]], samples: int) -> Measures:
+def _answers(forms: Mapping[str, Sequence[PromptResult]], samples: int) -> Measures:
     found: Measures = {}
     balanced = _balanced_interval(forms, samples)
     if balanced is not None:
@@ -358,7 +358,7 @@ def _answers(forms: Mapping[str, Sequence[Row]], samples: int) -> Measures:
     return found
 
 
-def _agreement(drawings: Sequence[Row]) -> Measures:
+def _agreement(drawings: Sequence[PromptResult]) -> Measures:
     backs = [row.read_back for row in drawings if row.read_back is not None]
     index = {name: i for i, name in enumerate(dict.fromkeys(row.cluster for row in drawings))}
     counts = np.zeros((len(index), 4))
@@ -382,36 +382,36 @@ def _agreement(drawings: Sequence[Row]) -> Measures:
     }
 
 
-def _max_samples(rows: Sequence[Row]) -> int:
+def _max_samples(rows: Sequence[PromptResult]) -> int:
     return max((len(row.successes) for row in rows), default=0)
 
 
-def _both(before: Sequence[Row], after: Sequence[Row]) -> tuple[int, int]:
+def _both(before: Sequence[PromptResult], after: Sequence[PromptResult]) -> tuple[int, int]:
     return _max_samples(before), _max_samples(after)
 
 
-def _has_judge(row: Row) -> bool:
+def _has_judge(row: PromptResult) -> bool:
     return len(row.judged) == len(row.successes) > 0 and None not in row.judged
 
 
-def _has_balanced_accuracy(rows: Sequence[Row]) -> bool:
+def _has_balanced_accuracy(rows: Sequence[PromptResult]) -> bool:
     return 2 <= len({row.right for row in rows}) <= FEW_ANSWERS
 
 
-def _given_answers(rows: Sequence[Row], samples: int) -> list[str]:
+def _given_answers(rows: Sequence[PromptResult], samples: int) -> list[str]:
     return [answer for row in rows for answer in row.answers[:samples]]
 
 
-def _mean_success(row: Row, samples: int) -> float:
+def _mean_success(row: PromptResult, samples: int) -> float:
     first = row.successes[:samples]
     return sum(first) / len(first)
 
 
-def _mean(rows: Sequence[Row], values: Sequence[float]) -> Measures:
+def _mean(rows: Sequence[PromptResult], values: Sequence[float]) -> Measures:
     return mean_interval(values, [row.cluster for row in rows]).as_dict()
 
 
-def _paired(rows: Sequence[Row], before: Sequence[float], after: Sequence[float]) -> Measures:
+def _paired(rows: Sequence[PromptResult], before: Sequence[float], after: Sequence[float]) -> Measures:
     clusters = [row.cluster for row in rows]
     found = paired_difference(before, after, clusters).as_dict()
     return {**found, "detectable": detectable_difference(before, after, clusters)}

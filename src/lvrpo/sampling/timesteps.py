@@ -119,7 +119,7 @@ def fast_window(num_steps: int, size: int, seed: int) -> tuple[int, ...]:
     Differs from the paper: the last step is never part of it.
     """
     _check_size(num_steps, size)
-    starts = max(1, min(num_steps // 2, num_steps - size))
+    starts = min(num_steps // 2, num_steps - size)
     start = random.Random(seed).randrange(starts)
     return tuple(range(start, start + size))
 

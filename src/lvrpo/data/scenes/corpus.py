@@ -117,7 +117,7 @@ class _Row:
 _drawn = lru_cache(maxsize=1024)(render)
 
 
-class Rows(Sequence[Example]):
+class LazyExamples(Sequence[Example]):
     """Examples that are drawn when they are read: rows about one picture, read one soon after the other, share it."""
 
     def __init__(self, rows: Sequence[_Row], size: int) -> None:
@@ -152,15 +152,15 @@ class WebCorpus:
     """Rows to imitate."""
 
     config: CorpusConfig
-    generate: Rows
+    generate: LazyExamples
     """Caption -> picture."""
-    caption: Rows
+    caption: LazyExamples
     """Picture and "describe the picture" -> caption."""
-    question: Rows
+    question: LazyExamples
     """Picture and question -> answer; those about one picture follow each other."""
-    edit: Rows
+    edit: LazyExamples
     """Picture and instruction -> picture."""
-    reason: Rows
+    reason: LazyExamples
     """Picture and question -> answer, or text -> answer and picture."""
     scenes: Sequence[Scene] = field(repr=False)
     """The scenes of the captions, in their order."""
@@ -213,7 +213,7 @@ class _Builder:
         edit = [self._edit(i) for i in range(c.edits)]
         reason = [self._reason(i) for i in range(c.reasons)]
         drawn, captions, asked, edits, reasons = (
-            Rows(rows, c.size) for rows in (generate, caption, questions, edit, reason)
+            LazyExamples(rows, c.size) for rows in (generate, caption, questions, edit, reason)
         )
         return WebCorpus(c, drawn, captions, asked, edits, reasons, scenes, self._rates())
 
