@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lvrpo.errors import InputError
 from lvrpo.sampling import (
+    block_steps,
     choose_revealed,
     derive_seed,
     mask_draws,
@@ -20,6 +21,7 @@ from lvrpo.sampling import (
     path_logprobs,
     sample_tokens,
     token_logprobs,
+    with_complements,
 )
 
 NAN = float("nan")
@@ -52,6 +54,21 @@ def test_masked_counts_by_hand() -> None:
     assert masked_counts(5, 1) == (0,)
     with pytest.raises(InputError, match=r"sampling.num_steps=5 for 4 masked tokens: use 1..4"):
         masked_counts(4, 5)
+
+
+def test_block_steps_by_hand() -> None:
+    """Blocks of 4, 4 and 2 places; ceil(4 / 3) = 2 steps fix 2 each, 5 tokens in 2 steps would be 3 and 2."""
+    whole, last = (range(4), range(4, 8)), range(8, 10)
+    assert block_steps(10, 4, 3) == (*((block, left) for block in whole for left in (2, 0)), (last, 0))
+    assert block_steps(5, 5, 3) == ((range(5), 2), (range(5), 0))
+    assert block_steps(3, 8, 1) == ((range(3), 2), (range(3), 1), (range(3), 0))
+    with pytest.raises(InputError, match="block_length=0, tokens_per_step=1: use 1 or more of all"):
+        block_steps(3, 0, 1)
+
+
+def test_complements_by_hand() -> None:
+    masks = torch.tensor([[[1, 0, 1], [1, 1, 1]]]).bool()
+    assert with_complements(masks).int().tolist() == [[[1, 0, 1], [0, 1, 0], [1, 1, 1], [1, 1, 1]]]
 
 
 @given(st.integers(1, 300), st.data())

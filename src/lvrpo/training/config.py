@@ -277,7 +277,8 @@ class TrainConfig(Config):
             self._check_drawn_tokens,
         ):
             check()
-        if self.tokens is None and self.masked is None:
+        by_flow = self.flow != NFTConfig() or self.rollout.guided_logprobs == "joint"  # else its section may be missing
+        if by_flow and self.tokens is None and self.masked is None:
             self._check_kinds(("text", "flow"))  # otherwise require_policy_fit checks them with the policy
         return self
 

@@ -167,6 +167,13 @@ def test_answers_are_decoded_block_by_block(mmada: MmadaPolicy, prompts: list[Pr
         assert bool(mmada.text_tokens[segment.tokens].all())
         assert segment.ended == (int(segment.tokens[-1]) in mmada.end_ids)
     assert len({tuple(answer(t).tokens.tolist()) for t in group.trajectories}) > 1
+    (merged,) = mmada.sample(
+        prompts[:1], replace(BASE, group_size=6, max_new_tokens=7, masked=MaskedScoring(steps_per_pass=3)), [0]
+    )
+    for one, other in zip(group.trajectories, merged.trajectories, strict=True):
+        assert torch.equal(answer(one).decoded, answer(other).decoded)
+        reached = answer(one).reveal_steps < 7
+        assert torch.equal(answer(one).reveal_steps[reached] // 3, answer(other).reveal_steps[reached])
 
 
 def test_a_text_ends_at_its_end_token(
