@@ -170,8 +170,8 @@ REFUSED: list[tuple[str, str, str]] = [
     ("showo", *NO_EDITS),
     ("showo", "masked=null", "masked: policy=.* draws such segments, and nothing says how they are trained"),
     ("showo", "adapter={modules: [tower]}", "no tower of understand or generate: the model has attention .generate."),
-    ("showo", "rollout.block_length=4", "rollout.block_length=4: is of policies that write by masked decoding, and"),
-    ("janus", "rollout.tokens_per_step=4", "rollout.tokens_per_step=4: is of masked, and policy="),
+    ("showo", "rollout.block_length=4", "rollout.block_length=4: applies to policies that write by masked decoding"),
+    ("janus", "rollout.tokens_per_step=4", "rollout.tokens_per_step=4: applies to masked, and policy="),
     ("mmada", *NO_EDITS),
     ("showo2", *NO_EDITS),
     (

@@ -89,7 +89,7 @@ def _require_no_masked_text(config: TrainConfig) -> None:
         value = getattr(config.rollout, name)  # a field of RolloutConfig
         if value != RolloutConfig.model_fields[name].default:
             raise InputError(
-                f"rollout.{name}={value}: is of policies that write by masked decoding, and policy={config.policy} "
+                f"rollout.{name}={value}: applies to policies that write by masked decoding; policy={config.policy} "
                 "writes token after token: leave it out"
             )
 
