@@ -137,7 +137,7 @@ BAD: list[tuple[tuple[str, ...], Sequence[SegmentKind] | None, str]] = [
     (
         ("rollout.masked_likelihood.schedule=uniform",),
         None,
-        "rollout.masked_likelihood.schedule: is of rollout.masked_likelihood.kind=monte_carlo or coupled, not of path",
+        "masked_likelihood.schedule: applies to rollout.masked_likelihood.kind=monte_carlo or coupled, not to path",
     ),
     (("rollout.masked_likelihood={kind: monte_carlo, draws: 0}",), None, "masked_likelihood.draws=0: must be >= 1"),
     (("rollout.masked_likelihood.kind=montecarlo",), None, "did you mean monte_carlo?"),
