@@ -269,7 +269,6 @@ def test_wrong_fields_are_named(make: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("config.json", {"model_type": "mmada"}, "an MMaDA, which draws with masked image tokens"),
         ("config.json", {"model_type": "multi_modality"}, "a Janus, which draws with image tokens"),
         ("config.json", {"model_type": "gpt2"}, "a model of type 'gpt2'"),
     ],

@@ -55,8 +55,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another shape": (change_weights(lambda s: s.update({EMBEDDING: torch.zeros(8, 64)})), "has shape [8, 64], "),
     "nan": (change_weights(lambda s: s[EMBEDDING].fill_(torch.nan)), f"{EMBEDDING} holds nan"),
     "another model": (
-        change_json("config.json", model_type="mmada", architectures=[]),
-        "an MMaDA, which draws with masked image tokens",
+        change_json("config.json", model_type="gpt2", architectures=[]),
+        "a model of type 'gpt2'",
     ),
     "its makers' layout": (
         change_json("config.json", model_type="multi_modality", architectures=[]),
