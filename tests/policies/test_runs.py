@@ -192,7 +192,7 @@ REFUSED: list[tuple[str, str, str]] = [
         f"rewards.self_vqa: scores pictures that are drawn, and policy=.* {NO_DRAWING}",
     ),
     ("qwen3_vl", "adapter={modules: [time]}", "no time of understand or generate: the model has attention "),
-    ("qwen3_vl", "rollout.guidance_scale=3", "rollout.guidance_scale=3.0: is of"),
+    ("qwen3_vl", "rollout.guidance_scale=3", "rollout.guidance_scale=3.0: applies to"),
     ("sd3", "data.prompts_per_step={generate: 1, reason: 1}", "prompts_per_step.reason=1: policy=.* does generate al"),
     ("sd3", "data.prompts_per_step={understand: 1}", "prompts_per_step.understand=1: policy=.* does generate alone"),
     ("sd3", "rollout.image_size=[32, 36]", r"image_size=\[32, 36\]: must be multiples of 8: use \[32, 32\]"),

@@ -121,7 +121,7 @@ def test_bad_files_and_options_are_one_line(folder: Path, tmp_path: Path, capsys
     for command, words in (
         (
             ["init", "bagel-tiny", str(tmp_path / "x"), "--tile-codebook"],
-            "is of janus-tiny, showo-tiny, mmada-tiny, not of bagel",
+            "applies to janus-tiny, showo-tiny, mmada-tiny, not to bagel",
         ),
         (["init", "janus-tiny", str(tmp_path / "x"), "--tile-codebook", "image_size=24"], "image_size=24: scenes have"),
         (["init", "janus-tiny", str(tmp_path / "x"), "--tile-codebook", "codes=90000"], "different tiles: use fewer"),
