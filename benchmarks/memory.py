@@ -41,40 +41,103 @@ COMMON = [
 TASKS = "data.prompts_per_step={generate: 2, understand: 4}"
 DRAWINGS = "data.prompts_per_step={generate: 4}"
 BAGEL = ["rollout={group_size: 4, num_steps: 3, max_new_tokens: 24}"]
-SHAPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
+WORDS_AND_DRAWINGS = "data.prompts_per_step={generate: 2, understand: 4}"
+TOKENS = [
+    "rollout={group_size: 4, max_new_tokens: 24, guidance_scale: 3, guided_logprobs: detach_uncond}",
+    "text={kl_coef: 0.01}",
+]
+FLOW = [
+    "rollout={group_size: 4, max_new_tokens: 24, num_steps: 3, guidance_scale: 3, sampler: flow_sde, "
+    "window: {kind: full}, solver: euler}",
+    "flow={kind: flow_grpo, kl_coef: 0.01}",
+]
+SHAPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "tiny, a quarter of quickstart's step": (
-        None,
+        "tiny",
+        {},
         ["data.prompts_per_step={generate: 7, understand: 16, edit: 3, reason: 6}"],
     ),
-    "bagel 512 x 8, all weights": ({"width": 512, "depth": 8, "mlp_width": 1024}, [TASKS, *BAGEL]),
+    "bagel 512 x 8, all weights": ("bagel-tiny", {"width": 512, "depth": 8, "mlp_width": 1024}, [TASKS, *BAGEL]),
     "bagel 512 x 8, adamw_8bit": (
+        "bagel-tiny",
         {"width": 512, "depth": 8, "mlp_width": 1024},
         [TASKS, *BAGEL, "optimizer.kind=adamw_8bit"],
     ),
-    "bagel 512 x 8, offloaded": ({"width": 512, "depth": 8, "mlp_width": 1024}, [TASKS, *BAGEL, "offload=true"]),
+    "bagel 512 x 8, offloaded": (
+        "bagel-tiny",
+        {"width": 512, "depth": 8, "mlp_width": 1024},
+        [TASKS, *BAGEL, "offload=true"],
+    ),
     "bagel 512 x 8, offloaded, bfloat16": (
+        "bagel-tiny",
         {"width": 512, "depth": 8, "mlp_width": 1024},
         [TASKS, *BAGEL, "offload=true", "precision={compute: bfloat16}", "limits={gradient_checkpointing: true}"],
     ),
-    "bagel 768 x 8, LoRA": ({"width": 768, "depth": 8, "mlp_width": 2048}, [TASKS, *BAGEL, "adapter={rank: 8}"]),
+    "bagel 768 x 8, LoRA": (
+        "bagel-tiny",
+        {"width": 768, "depth": 8, "mlp_width": 2048},
+        [TASKS, *BAGEL, "adapter={rank: 8}"],
+    ),
     "bagel 768 x 8, LoRA on bfloat16": (
+        "bagel-tiny",
         {"width": 768, "depth": 8, "mlp_width": 2048},
         [TASKS, *BAGEL, "adapter={rank: 8}", "precision={weights: bfloat16}"],
     ),
     "bagel 256 x 6, 128 x 128 drawings": (
+        "bagel-tiny",
         {"width": 256, "depth": 6, "image_size": 128},
         [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}"],
     ),
     "bagel 256 x 6, two drawings at once": (
+        "bagel-tiny",
         {"width": 256, "depth": 6, "image_size": 128},
         [DRAWINGS, *BAGEL, "adapter={rank: 8}", "flow={timesteps_per_sample: 4}", "limits={microbatch_size: 2}"],
     ),
     "bagel 256 x 6, 30000 words": (
+        "bagel-tiny",
         {"width": 256, "depth": 6, "vocabulary_size": 30000},
         ["data.prompts_per_step={understand: 16}", "rollout={group_size: 8, max_new_tokens: 24}", "adapter={rank: 8}"],
     ),
+    "janus 256 x 4, 20000 words": (
+        "janus-tiny",
+        {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "codes": 4096, "image_size": 64},
+        [WORDS_AND_DRAWINGS, *TOKENS, "tokens={kind: grpo, kl_coef: 0.01}"],
+    ),
+    "janus 256 x 4, both branches with a gradient, LoRA": (
+        "janus-tiny",
+        {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "codes": 4096, "image_size": 64},
+        [WORDS_AND_DRAWINGS, *TOKENS, "rollout.guided_logprobs=joint", "tokens={kind: grpo}", "adapter={rank: 8}"],
+    ),
+    "emu3 256 x 4, 20000 words": (
+        "emu3-tiny",
+        {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "image_size": 64},
+        [WORDS_AND_DRAWINGS, *TOKENS, "tokens={kind: grpo, kl_coef: 0.01}"],
+    ),
+    "showo 256 x 4, 20000 words": (
+        "showo-tiny",
+        {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "bits": 12, "image_size": 64},
+        [
+            *(WORDS_AND_DRAWINGS, *TOKENS, "rollout.num_steps=3", "rollout.choice_temperature=1.0"),
+            "masked={kind: grpo, kl_coef: 0.01}",
+        ],
+    ),
+    "showo2 256 x 4, 20000 words": (
+        "showo2-tiny",
+        {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "head_width": 256, "image_size": 64},
+        [WORDS_AND_DRAWINGS, *FLOW],
+    ),
+    "sd3 256 x 4, LoRA": (
+        "sd3-tiny",
+        {"width": 256, "depth": 4, "heads": 4, "text_width": 256, "image_size": 64},
+        ["data.prompts_per_step={generate: 4}", *FLOW, "validation.prompts={generate: 4}", "adapter={rank: 8}"],
+    ),
+    "idefics3 256 x 4, 20000 words": (
+        "idefics3",
+        {"width": 256, "depth": 4, "vocabulary": 20000},
+        ["data.prompts_per_step={understand: 8}", "rollout={group_size: 4, max_new_tokens: 24}"],
+    ),
 }
-"""Name -> sizes of ``lvrpo init bagel-tiny`` (None: the shipped tiny policy), settings of the run."""
+"""Name -> what ``lvrpo init`` makes (tiny: the shipped policy; idefics3: a small one of the tests), its sizes, settings."""
 SPREAD = """
 import torch
 from lvrpo.rewards.base import Scores
@@ -114,23 +177,35 @@ def anonymous() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon: the measurement needs Linux")
 
 
-def never_end(eos: int) -> None:
-    """Texts are written up to their limit from now on: the estimate is of these."""
-    from lvrpo.policies.mot import generate
+def never_end(policy: Any) -> None:
+    """Texts are written up to their limit from now on: the estimate is of these. Any: of every kind here."""
+    from lvrpo.policies import decoding
 
-    plain = generate.sample_tokens
+    plain = decoding.sample_tokens
+    ends = getattr(policy, "end_ids", None) or [getattr(policy, "end_id", None) or policy.tokenizer.eos_id]
 
     def sample(logits: Any, *rest: Any) -> Any:  # Any: as in torch
-        logits[:, eos] = -float("inf")
+        for end in ends:
+            logits[:, end if end < logits.shape[1] else 0] = -float("inf")  # image tokens may be fewer
         return plain(logits, *rest)
 
-    generate.sample_tokens = sample
+    decoding.sample_tokens = sample
 
 
-def prepare(sizes: dict[str, Any] | None, folder: Path) -> str:
+def prepare(kind: str, sizes: dict[str, Any], folder: Path) -> str:
     """The policy of a shape."""
-    if sizes is None:
+    if kind == "tiny":
         return "tiny"
+    if kind == "idefics3":
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "doubles"))
+        from small_vlm import create_vlm
+
+        return str(create_vlm(kind, folder, **sizes))
+    if kind != "bagel-tiny":
+        from lvrpo.cli import main
+
+        assert main(["init", kind, str(folder), *(f"{name}={value}" for name, value in sizes.items())]) == 0
+        return str(folder)
     import torch
 
     from lvrpo.policies.bagel.create import BagelSizes, create_bagel
@@ -150,18 +225,19 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     import torch._dynamo  # an optimizer imports it at its first step
 
     from lvrpo.config import load_config
+    from lvrpo.registry import allow_code
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.dry_run import memory_needed
     from lvrpo.training.setup import require_extras
     from lvrpo.training.trainer import Trainer
 
     sys.path.insert(0, ".")
+    allow_code(["spread"])
     config = load_config(TrainConfig, None, settings)
     require_extras(config)
     out: dict[str, Any] = {}
     if parts in ("estimate", "both"):
         found = memory_needed(config)
-        assert found is not None
         out = {"predicted": found.peak, "worst": found.peak_phase}
     if parts == "estimate":
         return out
@@ -172,7 +248,7 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     if not cuda:
         memory.start()
     alignment = Trainer.start(config, Path("run"))
-    never_end(alignment.state.policies.policy.tokenizer.eos_id)  # type: ignore[attr-defined]  # of all kinds here
+    never_end(alignment.state.policies.policy)
     with alignment.run:
         alignment.train()
     return out | {"measured": torch.cuda.max_memory_allocated(config.device) if cuda else memory.result()}
@@ -180,10 +256,10 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
 
 def measure(name: str, device: str) -> float | None:
     """Prints the line of a shape; how far the prediction is off, None where there is none."""
-    sizes, extra = SHAPES[name]
+    kind, sizes, extra = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spread.py").write_text(SPREAD)
-        policy = prepare(sizes, Path(folder) / "policy")
+        policy = prepare(kind, sizes, Path(folder) / "policy")
         settings = [f"device={device}", f"policy={policy}", *COMMON, *extra]
         found: dict[str, Any] = {}
         # on a CPU what the estimate leaves in the heap would be taken for memory of the run

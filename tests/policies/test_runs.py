@@ -268,10 +268,9 @@ def test_commands_work_on_a_folder(name: str, family: Family, folder: Path, capf
     assert Path("drawn/00000.png").is_file() == (name != "qwen3_vl")
     assert name == "qwen3_vl" or Path("drawn/00000.png").stat().st_size > 100
     assert main(["check", family.recipe, *family.overrides(folder), "--allow-code"]) == 0
-    assert "contract" in capfd.readouterr().out
-    card = ["check", family.recipe, *family.overrides(folder), "device=auto", "--allow-code", "--card", "80"]
-    assert main(card) == 2
-    assert "memory is estimated for BAGEL and the tiny policy alone, and policy=" in capfd.readouterr().err
+    said = capfd.readouterr().out
+    assert "contract" in said
+    assert "at most, in the" in said
     for (command, *options), words in FAILS[name]:
         assert main([command, str(folder), *options]) == 2, (command, options)
         assert words in capfd.readouterr().err

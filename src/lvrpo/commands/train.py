@@ -212,7 +212,7 @@ def check_options(parser: Parser) -> None:
         "--card",
         type=gibibytes,
         metavar="GIB",
-        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights of a BAGEL",
+        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights of the model",
     )
 
 
@@ -223,7 +223,7 @@ def check(options: Options) -> None:
     from lvrpo.policies.loading import pick_device
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.dry_run import dry_run
-    from lvrpo.training.memory import require_memory
+    from lvrpo.training.memory import NotEstimatedError, require_memory
     from lvrpo.training.preflight import require
     from lvrpo.training.setup import estimate_run_memory
     from lvrpo.training.sources import open_parts
@@ -234,10 +234,14 @@ def check(options: Options) -> None:
         return
     print(dump_config(config), end="")
     parts = open_parts(config)  # what it refuses need not wait for the estimate
-    memory = estimate_run_memory(config, parts)
+    memory = None
+    try:
+        memory = estimate_run_memory(config, parts)
+    except NotEstimatedError as error:
+        print(f"\nmemory: {error}")
     if memory is not None:
         _print_memory(memory)
-    require_memory(memory, pick_device(config.device), f"policy={config.policy}")
+        require_memory(memory, pick_device(config.device), f"policy={config.policy}")
     found = dry_run(config, parts)
     print("\nstep-0 contract")
     for check in found.checks:
@@ -270,11 +274,6 @@ def _check_gpu_memory(config: TrainConfig, gib: float) -> None:
     if config.device == "cpu":
         raise InputError(f"device=cpu, and --card {gib:g}: leave one of them out")
     memory = memory_needed(config, torch.device("cuda"))
-    if memory is None:
-        raise InputError(
-            f"--card {gib:g}: memory is estimated only for BAGEL and the tiny policy, not for policy={config.policy}: "
-            "leave --card out; the guide of the model (docs/reference/models.md) may have computed estimates"
-        )
     _print_memory(memory)
     require_free_bytes(memory, round(gib * 2**30), "a card", f"policy={config.policy}")
     print(f"fits: {gib - memory.peak / 2**30:.1f} of {gib:g} GiB are left")

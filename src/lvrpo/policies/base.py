@@ -307,6 +307,22 @@ class SupervisedPolicy(Policy, Protocol):
         ...
 
 
+@runtime_checkable
+class DescribedPolicy(Protocol):
+    """A policy whose memory is estimated before its weights are loaded (``training.memory_estimate``)."""
+
+    max_tokens: int
+    """The most tokens of a batch without gradient, as ``Policy.limit_tokens`` sets it."""
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """The policy of a folder without its weights: parameters are on the meta device, tokenizers are read.
+
+        ``device``: the one whose default dtype is taken where ``dtype`` is None. Raises InputError as ``load`` does.
+        """
+        ...
+
+
 USED_BY: Mapping[str, str] = {
     "velocity": "objectives of flows",
     "timestep_shift": "objectives of flows",

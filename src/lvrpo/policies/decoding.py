@@ -7,7 +7,9 @@ N tokens of a picture.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +45,8 @@ class Decoder:
         """
         self.forward, self.cache, self.mask, self.positions, self.last = forward, cache, mask, positions, last
         self.padded = not bool(mask.all())
+        self.most = mask.shape[1]
+        """Places for which there is room, of ``reserve``."""
 
     def copy(self) -> Decoder:
         """The same rows, to grow by themselves; what was computed is shared."""
@@ -60,6 +64,7 @@ class Decoder:
         from lvrpo.policies.growing_cache import GrowingLayer
 
         layers = self.cache.layers
+        self.most = self.mask.shape[1] + places
         self.cache.layers = [GrowingLayer(old, places) if type(old) is DynamicLayer else old for old in layers]
 
     def select(self, rows: Sequence[int]) -> None:
@@ -74,6 +79,17 @@ class Decoder:
                 layer.reorder_cache(index)
         self.mask, self.last = self.mask[index], self.last[index]
         self.positions = self.positions.index_select(-2, index)
+
+    def skip(self) -> None:
+        """Fills all reserved places but the last with any keys and values, which takes no pass: for estimates."""
+        places = self.most - 1 - self.mask.shape[1]
+        if places < 1:
+            return
+        for layer in self.cache.layers:
+            if getattr(layer, "keys", None) is not None:  # a layer of transformers may keep a state instead
+                layer.update(*(x[:, :, :1].expand(-1, -1, places, -1) for x in (layer.keys, layer.values)))
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), places)], dim=1)
+        self.positions = self.positions + places
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """One more place per row, fed (R, ...), to (R, D)."""
@@ -128,6 +144,10 @@ class TokenDecoder(Protocol):
         """Repeats, drops or reorders the rows."""
         ...
 
+    def skip(self) -> None:
+        """Fills all reserved places but the last, for estimates of memory."""
+        ...
+
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """One more place per row, fed (R, ...), to (R, D), which is then ``last``."""
         ...
@@ -156,6 +176,8 @@ def generate_text(
     texts that ended leave the batch. ``tokens_per_wait``: after so many tokens they are fetched from the device; None:
     1 on a CPU, ``TOKENS_PER_WAIT`` on a GPU. With more than 1, members part at their first token.
     """
+    if _LAST_STEP_ALONE.get():
+        return _last_step_of_text(decoder, owner, embed, head, end_ids, uniforms, temperature, allowed)
     wait = tokens_per_wait or (TOKENS_PER_WAIT if uniforms.is_cuda else 1)
     texts: list[list[int]] = [[] for _ in owner]
     active, row_of = list(range(len(owner))), list(owner)  # members without an end token, and the row of each
@@ -203,6 +225,7 @@ def generate_image_tokens(
     (R, n, D): the token, and what ends its line.
     """
     B, N = uniforms.shape
+    alone = _LAST_STEP_ALONE.get()
     drawn: list[torch.Tensor] = []
     for i in range(N):
         if drawn:
@@ -210,7 +233,52 @@ def generate_image_tokens(
         logits = head(decoder.last)
         guided = guide_logits(logits[:B], logits[B:] if len(logits) > B else None, guidance_scale)
         drawn.append(sample_tokens(guided, uniforms[:, i], temperature))
+        if alone and i == 0:
+            decoder.skip()
+        if alone and i == 1:
+            return torch.stack([*drawn, *drawn[:1] * (N - 2)], dim=1)
     return torch.stack(drawn, dim=1)
+
+
+_LAST_STEP_ALONE: ContextVar[bool] = ContextVar("last_step_alone", default=False)
+
+
+@contextmanager
+def last_step_alone() -> Iterator[None]:
+    """Inside, of texts and image tokens only the first and the last step are computed, and tokens are any: for
+    estimates of memory. Texts have their full length and all differ."""
+    token = _LAST_STEP_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _LAST_STEP_ALONE.reset(token)
+
+
+def _last_step_of_text(
+    decoder: TokenDecoder,
+    owner: Sequence[int],
+    embed: Embed,
+    head: Head,
+    end_ids: Collection[int],
+    uniforms: torch.Tensor,
+    temperature: float,
+    allowed: torch.Tensor | None,
+) -> list[list[int]]:
+    """``generate_text`` inside ``last_step_alone``; takes as much memory, with members that part at once."""
+    B, N = uniforms.shape
+    for step in range(min(N, 2)):
+        logits = head(decoder.last) if step else _take(head(decoder.last), owner)
+        tokens = sample_tokens(logits, uniforms[:, step], temperature, allowed)
+        if step == 0 and N > 1:
+            decoder.select(owner)
+            decoder.skip()
+            decoder.step(embed(tokens))
+    if N > 1:
+        decoder.select(range(B)[::-1])  # texts that end make others move
+    free = torch.ones(logits.shape[-1], dtype=torch.bool) if allowed is None else allowed.cpu().clone()
+    free[list(end_ids)] = False
+    ids = free.nonzero()[:, 0].tolist()
+    return [[ids[(m * N + i) % len(ids)] for i in range(N)] for m in range(B)]
 
 
 def fill_gaps(rows: Sequence[int]) -> list[int]:

@@ -21,9 +21,9 @@ from lvrpo.policies.adapter import Modules
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import Decoder, generate_text
 from lvrpo.policies.defaults import with_behavior_logprobs
-from lvrpo.policies.transformers_checkpoint import line_of, load_model, read_config, save_model
+from lvrpo.policies.transformers_checkpoint import Reader, empty_model, line_of, load_model, read_config, save_model
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, by_length, default_dtype
 from lvrpo.reading import read_bytes
 from lvrpo.sampling import derive_seed, token_logprobs, token_scores, uniform_noise
 from lvrpo.types import (
@@ -441,7 +441,15 @@ class ImageTextToTextPolicy(TransformersPolicy):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
         files, tensors that are missing or do not fit, a model of another kind, and without transformers.
         """
-        folder, device = Path(folder), torch.device(device)
+        return cls._read_folder(Path(folder), device, dtype, load_model).to(device)
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``DescribedPolicy.from_config``."""
+        return cls._read_folder(Path(folder), device, dtype, empty_model)
+
+    @classmethod
+    def _read_folder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, read: Reader) -> Self:
         config = read_config(folder, KIND)
         if config.is_encoder_decoder:
             raise InputError(
@@ -449,8 +457,7 @@ class ImageTextToTextPolicy(TransformersPolicy):
                 "one that continues its prompt, such as a Qwen-VL"
             )
         chat = Chat.load(folder)
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return cls(load_model(folder, dtype or default, KIND), chat).to(device)
+        return cls(read(folder, dtype or default_dtype(device), KIND), chat)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

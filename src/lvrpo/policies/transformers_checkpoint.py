@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,23 @@ def load_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
     for name, tensor in model.state_dict().items():
         require_finite(folder, name, tensor, "fetch the files again")
     return model
+
+
+def empty_model(folder: Path, dtype: torch.dtype, what: str) -> Any:
+    """``load_model`` without weights, from config.json alone: its parameters are on the meta device.
+
+    Raises InputError, one line. Any: of an optional package.
+    """
+    transformers, config = transformers_library(what), read_config(folder, what)
+    try:
+        with quiet_loading(transformers), torch.device("meta"):
+            return transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    except Exception as error:  # models of transformers check their sizes in many ways
+        raise InputError(f"{folder / CONFIG}: {line_of(error)}: restore the file") from None
+
+
+Reader = Callable[[Path, torch.dtype, str], Any]
+"""``load_model`` or ``empty_model``."""
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -123,6 +123,11 @@ class TransformersPolicy(AdaptablePolicy):
         return name.removeprefix("model.")
 
 
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype of weights that are loaded without a dtype: float32 on a CPU, bfloat16 elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 TOGETHER = 1024
 """Rows are parted by their lengths where so many tokens, padding included, remain together."""
 

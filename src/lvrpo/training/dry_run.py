@@ -47,7 +47,7 @@ class DryRun:
     disk_mib: float
 
 
-def memory_needed(config: TrainConfig, device: torch.device | None = None) -> MemoryEstimate | None:
+def memory_needed(config: TrainConfig, device: torch.device | None = None) -> MemoryEstimate:
     """``estimate_run_memory`` of a configuration."""
     source = training_source(config)
     validation, test = (held_out_source(config, split) for split in ("validation", "test"))

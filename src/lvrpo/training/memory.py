@@ -14,6 +14,11 @@ import torch
 
 from lvrpo.errors import InputError
 
+
+class NotEstimatedError(InputError):
+    """A policy whose memory cannot be estimated, and why, in one line."""
+
+
 LARGE_MODEL_DIVISOR = 64
 """A model below 1 / ``LARGE_MODEL_DIVISOR`` of the free memory is trained without an estimate."""
 
@@ -53,10 +58,8 @@ class MemoryEstimate:
         return [f"{size / 2**30:9.3f}  {name}" for name, size in rows if size >= 2**16]
 
 
-def require_memory(estimate: MemoryEstimate | None, device: torch.device, what: str) -> None:
+def require_memory(estimate: MemoryEstimate, device: torch.device, what: str) -> None:
     """Raises InputError, with a remedy, if the estimate exceeds the free device or host memory."""
-    if estimate is None:
-        return
     available = psutil.virtual_memory().available
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available
     require_free_bytes(estimate, free, str(device), what)
@@ -80,7 +83,7 @@ def require_free_bytes(estimate: MemoryEstimate, free: int, where: str, what: st
 def is_large_model(folder: Path, device: torch.device) -> bool:
     """Whether memory should be estimated before a model is loaded (``LARGE_MODEL_DIVISOR``)."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) * LARGE_MODEL_DIVISOR > free
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors")) * LARGE_MODEL_DIVISOR > free
 
 
 def _remedy(estimate: MemoryEstimate) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,7 +33,7 @@ from lvrpo.rewards.base import SIDES
 from lvrpo.sampling import derive_seed
 from lvrpo.training.checkpoint import fingerprint
 from lvrpo.training.config import TrainConfig
-from lvrpo.training.memory import MemoryEstimate, is_large_model, require_memory
+from lvrpo.training.memory import MemoryEstimate, NotEstimatedError, is_large_model, require_memory
 from lvrpo.training.memory_estimate import estimate_memory
 from lvrpo.training.optimizer import eight_bit_library
 from lvrpo.training.policies import weights_dtype
@@ -110,11 +111,11 @@ def load_run_policy(model: Path, config: TrainConfig, base: str | None) -> Polic
     return configure_policy(load_policy(folder, config.device, weights_dtype(config, folder), base), config)
 
 
-def estimate_run_memory(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate | None:
-    """Memory estimate at the sizes of the first step, without loading weights; None: not available for the policy.
+def estimate_run_memory(config: TrainConfig, parts: Parts, device: torch.device | None = None) -> MemoryEstimate:
+    """Memory estimate at the sizes of the first step, without loading weights.
 
     ``device`` overrides that of the configuration; it need not exist. Raises InputError for a row that the policy
-    cannot read.
+    cannot read, NotEstimatedError where there is no estimate for the policy.
     """
     require_extras(config)
     held_out = [prompt for prompts in parts.validator.prompts.values() for prompt in prompts]
@@ -142,7 +143,8 @@ def require_enough_memory(config: TrainConfig, parts: Parts) -> None:
     """Raises InputError, with a remedy, if a large model would not fit into memory; small models are not checked."""
     device = pick_device(config.device)
     if is_large_model(policy_folder(config.policy), device):
-        require_memory(estimate_run_memory(config, parts), device, f"policy={config.policy}")
+        with suppress(NotEstimatedError):
+            require_memory(estimate_run_memory(config, parts), device, f"policy={config.policy}")
 
 
 def require_extras(config: TrainConfig) -> None:

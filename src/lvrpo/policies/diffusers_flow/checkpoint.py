@@ -34,13 +34,18 @@ COPIED = (".json", ".txt", ".model", ".safetensors", ".jinja")
 """Endings of the files of a frozen part."""
 
 
-def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None) -> FlowPipeline:
-    """The pipeline of a folder, on the device; raises InputError, one line."""
+def load_pipeline(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, *, weights: bool = True
+) -> FlowPipeline:
+    """The pipeline of a folder, on the device; without ``weights``, its parameters are on the meta device.
+
+    Raises InputError, one line.
+    """
     with quiet_diffusers():  # parts of diffusers are imported when they are first asked for
-        return _load_pipeline(folder, device, dtype)
+        return _load_pipeline(folder, device, dtype, weights)
 
 
-def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None) -> FlowPipeline:
+def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None, weights: bool) -> FlowPipeline:
     name = require_supported(folder)
     adapter: type[FlowPipeline] = resolve("pipeline", name, PIPELINES)
     diffusers = diffusers_library()
@@ -55,9 +60,11 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None
                 f"{folder / INDEX}: {part} is a {cls.__name__}, a {name} has a {adapter.transformer_class}: restore it"
             )
         wanted = (dtype or low) if part == TRAINED else torch.float32 if part == "vae" else low
-        parts[part] = None if cls is None else _load_part(folder / part, cls, wanted)
+        parts[part] = None if cls is None else _load_part(folder / part, cls, wanted, weights)
         if isinstance(parts[part], nn.Module):
-            parts[part].requires_grad_(part == TRAINED).eval().to(device)
+            parts[part].requires_grad_(part == TRAINED).eval()
+            if weights:
+                parts[part].to(device)
     try:
         pipe = getattr(diffusers, name)(**parts)
     except (ValueError, TypeError, AttributeError) as error:
@@ -85,19 +92,38 @@ def _part_class(folder: Path, index: dict[str, Any], part: str, optional: bool) 
     return cls
 
 
-def _load_part(folder: Path, cls: Any, dtype: torch.dtype) -> Any:
-    """One part of a pipeline on the CPU. Any: a class, and an object, of an optional package."""
+def empty_part(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of diffusers or transformers as the json files of its folder describe it, on the meta device.
+
+    Any: a class, and an object, of an optional package.
+    """
+    if cls.__module__.startswith("diffusers."):
+        config = cls.load_config(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            return cls.from_config(config).to(dtype)
+    config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
+    with torch.device("meta"):
+        return cls(config).to(dtype)
+
+
+def _load_part(folder: Path, cls: Any, dtype: torch.dtype, weights: bool) -> Any:
+    """One part of a pipeline on the CPU, or without ``weights`` on the meta device.
+
+    Any: a class, and an object, of an optional package.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: fetch the whole pipeline")
     options: dict[str, Any] = {}
     read = cls.from_pretrained
     is_model = issubclass(cls, nn.Module)
-    if is_model:
+    if is_model and weights:
         stem = WEIGHTS if cls.__module__.startswith("diffusers.") else "model"
         find_tensors(folder, (stem,), "its weights")  # headers: a file that is cut off, or numbers that are no weights
         name = "torch_dtype" if stem == WEIGHTS else "dtype"
         options = {name: dtype, "use_safetensors": True, "output_loading_info": True}
     try:
+        if is_model and not weights:
+            return empty_part(cls, folder, dtype)
         found = read(str(folder), local_files_only=True, **options)
     except Exception as error:  # both libraries raise many kinds, of many packages
         raise InputError(f"{folder}: cannot be loaded ({line_of(error)}): restore the folder") from None

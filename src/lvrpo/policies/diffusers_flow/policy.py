@@ -299,6 +299,18 @@ class DiffusersPolicy(AdaptablePolicy):
         pipeline = load_pipeline(Path(folder), torch.device(device), dtype)
         return cls(pipeline.pipe.transformer, pipeline)
 
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``DescribedPolicy.from_config``."""
+        pipeline = load_pipeline(Path(folder), torch.device(device), dtype, weights=False)
+        return cls(pipeline.pipe.transformer, pipeline)
+
+    @property
+    def frozen_parts(self) -> list[nn.Module]:
+        """Text encoders and autoencoder, which are no submodules."""
+        parts = [getattr(self.pipeline.pipe, name, None) for name in self.pipeline.components]
+        return [part for part in parts if isinstance(part, nn.Module)]
+
 
 GUIDANCE: Mapping[str, str] = {
     "embedded": "a guidance scale as an input, and one branch",

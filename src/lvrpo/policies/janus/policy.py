@@ -15,7 +15,8 @@ from lvrpo.policies.base import Sampling
 from lvrpo.policies.image_tokens import ImageTokenPolicy, Row
 from lvrpo.policies.janus.processor import PATCH, Processor
 from lvrpo.policies.tile_codebook import TileCodebook
-from lvrpo.policies.transformers_checkpoint import CONFIG, load_model, save_model
+from lvrpo.policies.transformers_checkpoint import CONFIG, Reader, empty_model, load_model, save_model
+from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.reading import read_json_object
 from lvrpo.types import Image, OutputKind, Part, Parts, TaskKind
 
@@ -190,17 +191,24 @@ class JanusPolicy(ImageTokenPolicy):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for another model's
         folder, missing or damaged files, tensors that are missing or do not fit, and without transformers.
         """
-        folder, device = Path(folder), torch.device(device)
+        return cls._read_folder(Path(folder), device, dtype, load_model).to(device)
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``DescribedPolicy.from_config``."""
+        return cls._read_folder(Path(folder), device, dtype, empty_model)
+
+    @classmethod
+    def _read_folder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, read: Reader) -> Self:
         kind = read_json_object(folder / CONFIG).get("model_type")
         if kind != "janus":
             raise InputError(f"{folder}: holds a model of type {kind!r}, not 'janus': give another one")
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = load_model(folder, dtype or default, "a Janus")
+        model = read(folder, dtype or default_dtype(device), "a Janus")
         vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
         processor = Processor.load(folder, vision.num_image_tokens, vision.image_size, vocabulary)
         patch_size = round(vision.image_size / vision.num_image_tokens**0.5)
         tiles = TileCodebook.load(folder, model.config.vq_config.num_embeddings, patch_size)
-        return cls(model, processor, tiles).to(device)
+        return cls(model, processor, tiles)
 
 
 def _expert_of(name: str) -> str:

@@ -63,8 +63,11 @@ def load_weights(folder: Path, model: torch.nn.Module, names: Mapping[str, str],
     model.load_state_dict(state, assign=True, strict=False)
 
 
-def load_autoencoder(folder: Path, codebook_size: int) -> Magvit:
-    """MAGVIT-v2 of a model's folder, of its configuration or of the Hub cache, float32, on the CPU."""
+def load_autoencoder(folder: Path, codebook_size: int, *, weights: bool = True) -> Magvit:
+    """MAGVIT-v2 of a model's folder, of its configuration or of the Hub cache, float32, on the CPU.
+
+    ``weights``: whether they are read; parameters are on the meta device otherwise.
+    """
     part = find_part(folder, AUTOENCODER, AUTOENCODER_ID, "autoencoder")
     path, what = part / CONFIG, "MAGVIT-v2"
     sizes = read_settings(MagvitConfig, read_json_object(path), path)
@@ -72,16 +75,18 @@ def load_autoencoder(folder: Path, codebook_size: int) -> Magvit:
         raise InputError(f"{path}: has {sizes.codes} codes, codebook_size={codebook_size}: use one model's files")
     with torch.device("meta"):
         magvit = Magvit(sizes)
+    if not weights:
+        return magvit
     _require_safetensors(part, f"the weights of {what}")
-    weights = next((part / f"{stem}.safetensors" for stem in STEMS if (part / f"{stem}.safetensors").is_file()), None)
-    if weights is None:
+    file = next((part / f"{stem}.safetensors" for stem in STEMS if (part / f"{stem}.safetensors").is_file()), None)
+    if file is None:
         raise InputError(f"{part}: holds no {WEIGHTS}.safetensors, the weights of {what}: copy it there")
-    found, _ = read_tensors(weights, "fetch the file again")
+    found, _ = read_tensors(file, "fetch the file again")
     found = {name: tensor for name, tensor in found.items() if not name.startswith("quantize.")}  # follows from sizes
     shapes = {name: tuple(tensor.shape) for name, tensor in magvit.state_dict().items()}
     _require_fit(part, shapes, {name: tuple(tensor.shape) for name, tensor in found.items()}, what)
     for name, tensor in found.items():
-        require_weights(weights, name, tensor, "fetch the file again")
+        require_weights(file, name, tensor, "fetch the file again")
     magvit.load_state_dict({name: found[name].float() for name in shapes}, assign=True)
     return magvit
 

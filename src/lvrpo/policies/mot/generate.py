@@ -166,6 +166,11 @@ class Decoder:
         self.last = transformer.reading_norm(x)
         return self.last
 
+    def skip(self) -> None:
+        """See ``decoding.TokenDecoder``."""
+        places = self.room - 1 - self.length
+        self.length, self.rope = self.length + places, self.rope + places
+
     @torch.no_grad()
     def select(self, rows: Sequence[int]) -> None:
         """Repeats, drops or reorders the rows by copying; all rows in order are not copied."""

@@ -62,22 +62,28 @@ class ShowoConfig(Config):
         return self
 
 
-def load_showo(folder: Path, dtype: torch.dtype) -> tuple[Any, Magvit, ShowoLayout, dict[str, Any]]:
+def load_showo(
+    folder: Path, dtype: torch.dtype, *, weights: bool = True
+) -> tuple[Any, Magvit, ShowoLayout, dict[str, Any]]:
     """Transformer at a dtype, autoencoder (float32), layout and config.json of a folder, on the CPU.
 
-    Any: of an optional package; decoded JSON. Raises InputError, one line, for what is missing, damaged or does not
-    fit.
+    ``weights``: whether they are read; parameters are on the meta device otherwise. Any: of an optional package;
+    decoded JSON. Raises InputError, one line, for what is missing, damaged or does not fit.
     """
     transformers = transformers_library("a Show-o")
     stored = read_json_object(folder / CONFIG)
     config = read_settings(ShowoConfig, stored, folder / CONFIG)
     language = find_part(folder, LANGUAGE, config.llm_model_path, "llm_model_path")
-    magvit = load_autoencoder(folder, config.codebook_size)
+    magvit = load_autoencoder(folder, config.codebook_size, weights=weights)
     layout = ShowoLayout.load(language, config.llm_vocab_size, config.codebook_size)
     phi = read_json_object(language / CONFIG)
     if phi.get("model_type") != "phi":
         raise InputError(f"{language}: holds a model of type {phi.get('model_type')!r}, not 'phi': use that of Phi-1.5")
     model = empty_transformer(transformers, phi, config.vocab_size, language / CONFIG)
+    if not weights:
+        state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        return model, magvit, layout, stored
     names = {name: PREFIX + name for name in model.state_dict()}
     load_weights(folder, model, names, dtype, "a Show-o")
     return model, magvit, layout, stored

@@ -16,6 +16,7 @@ from lvrpo.policies.magvit.policy import MagvitPolicy
 from lvrpo.policies.showo.checkpoint import load_showo, save_showo
 from lvrpo.policies.showo.layout import HEAD, ShowoLayout
 from lvrpo.policies.tile_codebook import TileCodebook
+from lvrpo.policies.transformers_policy import default_dtype
 from lvrpo.sampling import derive_seed, token_scores, uniform_noise
 from lvrpo.types import Segment, SegmentLogprobs, TaskKind, TextSegment
 
@@ -113,7 +114,17 @@ class ShowoPolicy(MagvitPolicy[ShowoLayout]):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
         files, tensors that are missing or do not fit, and without transformers.
         """
-        folder, device = Path(folder), torch.device(device)
-        parts = load_showo(folder, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+        return cls._read_folder(Path(folder), device, dtype, weights=True).to(device)
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``DescribedPolicy.from_config``."""
+        return cls._read_folder(Path(folder), device, dtype, weights=False)
+
+    @classmethod
+    def _read_folder(
+        cls, folder: Path, device: torch.device | str, dtype: torch.dtype | None, *, weights: bool
+    ) -> Self:
+        parts = load_showo(folder, dtype or default_dtype(device), weights=weights)
         sizes = parts[1].config
-        return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size)).to(device)
+        return cls(*parts, TileCodebook.load(folder, sizes.codes, sizes.patch_size))

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from lvrpo.atomic_io import write_atomic, write_tensors
 from lvrpo.errors import InputError
 from lvrpo.policies.bagel.checkpoint import StoredTensor, find_tensors
-from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, link_file, quiet_diffusers
+from lvrpo.policies.diffusers_flow.checkpoint import diffusers_library, empty_part, link_file, quiet_diffusers
 from lvrpo.policies.showo2.model import Showo2Model, Showo2Sizes
 from lvrpo.policies.transformers_checkpoint import json_bytes, line_of
 from lvrpo.policies.transformers_library import quiet_loading, transformers_library
@@ -56,8 +56,12 @@ class Parts:
         return self
 
 
-def load_parts(folder: Path, dtype: torch.dtype) -> tuple[Showo2Model, Parts]:
-    """The network at a dtype on the CPU, and its parts; raises InputError, one line."""
+def load_parts(folder: Path, dtype: torch.dtype, *, weights: bool = True) -> tuple[Showo2Model, Parts]:
+    """The network at a dtype on the CPU, and its parts; raises InputError, one line.
+
+    ``weights``: whether they are read; otherwise parameters are on the meta device, and sizes that no json file names
+    are those of the weights if they are there, or else the published ones.
+    """
     config = read_json_object(folder / CONFIG)
     if config.get("_class_name") != CLASS:
         raise InputError(
@@ -66,20 +70,23 @@ def load_parts(folder: Path, dtype: torch.dtype) -> tuple[Showo2Model, Parts]:
     files = {
         name: read_bytes(folder / name, "copy it from the published model (docs/guides/showo2.md)") for name in COPIED
     }
-    stored = find_tensors(folder, STEMS, "the weights of a Show-o2 (docs/guides/showo2.md shows how to convert them)")
+    found = weights or any(folder.glob("*.safetensors"))
+    need = "the weights of a Show-o2 (docs/guides/showo2.md shows how to convert them)"
+    stored = find_tensors(folder, STEMS, need) if found else {}
     llm, vision = _configs(folder)
-    sizes = _sizes(folder, config, stored)
+    sizes = _sizes(folder, config, stored if found else None, llm.vocab_size)
     llm.vocab_size = sizes.vocabulary
     with torch.device("meta"):
         model = Showo2Model(sizes, llm, vision)
-    state = _read(folder, stored, model, dtype)
+    empty = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state = _read(folder, stored, model, dtype) if weights else empty
     model.load_state_dict(state, strict=False, assign=True)
     if llm.tie_word_embeddings:
         model.showo.lm_head.weight = model.get_input_embeddings().weight
     model.make_rotary()
     tokenizer = _tokenizer(folder, files["llm/tokenizer.json"])
     return model, Parts(
-        config, tokenizer, token_ids(folder, tokenizer, sizes.vocabulary), _vae(folder / VAE), files, folder
+        config, tokenizer, token_ids(folder, tokenizer, sizes.vocabulary), _vae(folder / VAE, weights), files, folder
     )
 
 
@@ -100,11 +107,21 @@ def _configs(folder: Path) -> tuple[Any, Any]:
     return llm, vision
 
 
-def _sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Showo2Sizes:
+PUBLISHED_HEAD = (8192, 2048)
+"""Inner and outer width of the flow head of every published Show-o2."""
+
+
+def _sizes(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None, vocabulary: int
+) -> Showo2Sizes:
+    """``vocabulary``: of the language model, which a Show-o2 may resize."""
     try:
-        head = stored["diffusion_head_a.0.mlp.gate_proj.weight"].shape
+        head, rows = PUBLISHED_HEAD, int(config.get("llm_vocab_size") or vocabulary)
+        if stored is not None:
+            head = stored["diffusion_head_a.0.mlp.gate_proj.weight"].shape
+            rows = stored["showo.model.embed_tokens.weight"].shape[0]
         return Showo2Sizes(
-            vocabulary=stored["showo.model.embed_tokens.weight"].shape[0],
+            vocabulary=rows,
             width=int(config["hidden_size"]),
             vision_width=int(config["clip_latent_dim"]),
             patch=int(config["patch_size"]),
@@ -157,13 +174,16 @@ def token_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int) -> dict[str, 
     return found
 
 
-def _vae(folder: Path) -> Any:
-    """The autoencoder, float32, on the CPU. Any: of an optional package."""
+def _vae(folder: Path, weights: bool) -> Any:
+    """The autoencoder, float32, on the CPU; without ``weights`` on the meta device. Any: of an optional package."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: copy the autoencoder of Wan 2.1 in the layout of diffusers there")
-    find_tensors(folder, ("diffusion_pytorch_model",), "its weights")
+    if weights:
+        find_tensors(folder, ("diffusion_pytorch_model",), "its weights")
     try:
         with quiet_diffusers():
+            if not weights:
+                return empty_part(diffusers_library().AutoencoderKLWan, folder, torch.float32)
             return diffusers_library().AutoencoderKLWan.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
             )

@@ -33,7 +33,7 @@ from lvrpo.policies.flow import (
 from lvrpo.policies.latent_cache import LatentCache
 from lvrpo.policies.showo2.checkpoint import Parts, load_parts, save_parts
 from lvrpo.policies.showo2.model import Rows, Showo2Model, place_rows, to_latents
-from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy
+from lvrpo.policies.transformers_policy import THINK_THEN_ANSWER, TransformersPolicy, default_dtype
 from lvrpo.sampling import derive_seed, guide, token_entropy, token_logprobs, uniform_noise
 from lvrpo.types import (
     SEGMENT_KINDS,
@@ -475,9 +475,12 @@ class Showo2Policy(TransformersPolicy):
         ``dtype``: None is float32 on a CPU, bfloat16 elsewhere. Raises InputError, one line, for missing or damaged
         files, tensors that are missing or do not fit, and without transformers or diffusers.
         """
-        device = torch.device(device)
-        model, parts = load_parts(Path(folder), dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
-        return cls(model, parts).to(device)
+        return cls(*load_parts(Path(folder), dtype or default_dtype(device))).to(device)
+
+    @classmethod
+    def from_config(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """See ``DescribedPolicy.from_config``."""
+        return cls(*load_parts(Path(folder), dtype or default_dtype(device), weights=False))
 
 
 def _expert_of(name: str) -> str:

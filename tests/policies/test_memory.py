@@ -1,0 +1,146 @@
+"""The memory of a run of every family, estimated from json and tokenizer files, against real steps of small models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from small_vlm import without_videos
+
+from lvrpo.cli import main
+from lvrpo.config import load_config, shipped_configs
+from lvrpo.policies.base import Policy
+from lvrpo.policies.loading import load_policy
+from lvrpo.training.config import TrainConfig
+from lvrpo.training.dry_run import memory_needed
+from lvrpo.training.live_bytes import LiveBytes, LiveBytesOfCode, fake_weights
+from lvrpo.training.losses import objectives_of
+from lvrpo.training.losses.base import GroupAdvantages, Microbatch
+from lvrpo.training.memory import MemoryEstimate
+from lvrpo.training.policies import policy_module
+from lvrpo.training.rollout import prompts_of_step
+from lvrpo.training.sources import training_source
+from lvrpo.types import Group
+
+SMALL = (
+    "rewards=[{name: exact_answer}]",
+    "rollout.group_size=2",
+    "rollout.max_new_tokens=6",
+    "limits={microbatch_size: 1, gradient_checkpointing: false}",
+    "validation.prompts={generate: 0, understand: 0, edit: 0, reason: 0}",
+)
+ONE = "data.prompts_per_step={generate: %d, understand: %d, edit: 0, reason: 0}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_alone() -> Iterator[None]:
+    """See ``without_videos``."""
+    with without_videos():
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def described(folder: Path, place: Path) -> Path:
+    """A folder without its weights."""
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    return place
+
+
+def config_of(family: Family, folder: Path, *further: str) -> TrainConfig:
+    tasks = ONE % (family.recipe != "qwen3_vl_2b", family.recipe != "sd35_medium")
+    flow = ["flow.top_bottom_k=1"] if family.recipe in ("showo2_1p5b", "sd35_medium") else []
+    settings = [*family.overrides(folder), *SMALL, tasks, *flow, *further]
+    return load_config(TrainConfig, shipped_configs()[family.recipe], settings)
+
+
+def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
+    """The peaks of the phases of a real step, of live tensors."""
+    module, found = policy_module(policy), {}
+    config.limits.apply(policy)
+    prompts = prompts_of_step(training_source(config), config, 0)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    groups: list[Group] = []
+    for prompt in prompts:
+        name = "drawings" if prompt.output == ("image",) else "text"
+        with LiveBytes(module.state_dict(keep_vars=True).values()) as live:
+            groups += policy.sample([prompt], config.sampling(0), [5])
+        found[f"rollout of {name}"] = live.peak
+    assert all(not getattr(s, "ended", False) for g in groups for t in g.trajectories for s in t.segments)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    for objective in objectives_of(config, policy.segment_kinds):
+        members = objective.select_members(groups, GroupAdvantages.all_valid(torch.tensor([[-1.0, 1.0]] * len(groups))))
+        batch = Microbatch(members[0].trajectory.prompt.task, objective.kind, 0, members, 1.0)
+        if objective.output == "image":
+            batch = replace(batch, members=members[:1])  # limits.microbatch_size
+        with LiveBytes([*module.state_dict(keep_vars=True).values(), *gradients]) as live:
+            with torch.no_grad():
+                frozen = {name: objective.reference_outputs(name, policy, batch) for name in objective.frozen_policies}
+            objective.loss(policy, replace(batch, frozen=frozen)).loss.backward()
+        found[f"replay of {'drawings' if objective.output == 'image' else 'text'}"] = live.peak
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_phases_without_weights_are_those_of_a_real_step(name: str, place: Path, tmp_path: Path) -> None:
+    """A term that is left out, such as the logits or the cache, is more than the tolerance."""
+    family = FAMILIES[name]
+    folder = family.folder(place / name)
+    estimate = memory_needed(config_of(family, described(folder, tmp_path / "described"), "precision={}"))
+    policy = load_policy(folder)
+    found = measured(policy, config_of(family, folder, "precision={}"))
+    assert {phase: peak for phase, peak in estimate.transient.items() if phase in found} == pytest.approx(
+        found, rel=0.1
+    )
+    assert found.keys() == estimate.transient.keys()
+    by_hand(policy, estimate)
+
+
+def by_hand(policy: Policy, estimate: MemoryEstimate) -> None:
+    """Weights are stored once where they are shared; frozen parts have no copies, gradients or moments."""
+    module = policy_module(policy)
+    frozen = getattr(policy, "frozen_parts", [])
+    tensors = {id(t): t for part in (module, *frozen) for t in part.state_dict(keep_vars=True).values()}
+    trained = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert estimate.persistent["weights"] == sum(t.nbytes for t in tensors.values())
+    assert estimate.persistent["frozen and averaged weights"] == 2 * trained
+    assert estimate.persistent["moments"] == 2 * trained
+    assert estimate.gradients == trained
+
+
+def test_a_card_that_is_too_small_is_refused_without_weights(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = FAMILIES["janus"]
+    folder = described(family.folder(place / "janus"), tmp_path / "described")
+    settings = [*family.overrides(folder), *SMALL, ONE % (0, 1), "device=auto"]
+    assert main(["check", family.recipe, *settings, "--card", "80"]) == 0
+    assert capsys.readouterr().out.endswith("of 80 GiB are left\n")
+    assert main(["check", family.recipe, *settings, "--card", "0.01"]) == 2
+    assert "on a card, 0.0 GiB are free: set offload=true, or train an adapter" in capsys.readouterr().err
+
+
+def test_code_that_looks_at_values_runs_on_fake_weights() -> None:
+    layer = torch.nn.Linear(8, 4, device="meta")
+    layer.register_buffer("table", torch.empty(5, dtype=torch.int64, device="meta"))
+    fake_weights([layer])
+    rows, kept = torch.ones(3, 8), torch.tensor([True, False, True])
+    with LiveBytesOfCode([*layer.parameters(), *layer.buffers()]) as live:
+        y = layer(rows)  # 48 bytes
+        chosen = y.argmax(dim=1)  # 24
+        assert (live.now, chosen.tolist()) == (72, [0, 0, 0])
+        assert (y.sum().item(), rows[kept].sum().item()) == (1.0, 16.0)
+        assert y[kept].shape == (2, 4)
+        y[kept].sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.table.tolist() == [0] * 5
