@@ -47,8 +47,7 @@ TOKENS = [
     "text={kl_coef: 0.01}",
 ]
 FLOW = [
-    "rollout={group_size: 4, max_new_tokens: 24, num_steps: 3, guidance_scale: 3, sampler: flow_sde, "
-    "window: {kind: full}, solver: euler}",
+    "rollout={group_size: 4, num_steps: 3, guidance_scale: 3, sampler: flow_sde, window: {kind: full}, solver: euler}",
     "flow={kind: flow_grpo, kl_coef: 0.01}",
 ]
 SHAPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -124,7 +123,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "showo2 256 x 4, 20000 words": (
         "showo2-tiny",
         {"width": 256, "depth": 4, "mlp_width": 512, "vocabulary_size": 20000, "head_width": 256, "image_size": 64},
-        [WORDS_AND_DRAWINGS, *FLOW],
+        [WORDS_AND_DRAWINGS, *FLOW, "rollout.max_new_tokens=24"],
     ),
     "sd3 256 x 4, LoRA": (
         "sd3-tiny",
@@ -137,7 +136,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["data.prompts_per_step={understand: 8}", "rollout={group_size: 4, max_new_tokens: 24}"],
     ),
 }
-"""Name -> what ``lvrpo init`` makes (tiny: the shipped policy; idefics3: a small one of the tests), its sizes, settings."""
+"""Name -> what ``lvrpo init`` makes (tiny: the shipped policy; idefics3: one of the tests), its sizes, settings."""
 SPREAD = """
 import torch
 from lvrpo.rewards.base import Scores
@@ -177,19 +176,18 @@ def anonymous() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon: the measurement needs Linux")
 
 
-def never_end(policy: Any) -> None:
-    """Texts are written up to their limit from now on: the estimate is of these. Any: of every kind here."""
+def never_end() -> None:
+    """Texts are written up to their limit from now on, whatever tokens are in them: the estimate is of these."""
     from lvrpo.policies import decoding
 
-    plain = decoding.sample_tokens
-    ends = getattr(policy, "end_ids", None) or [getattr(policy, "end_id", None) or policy.tokenizer.eos_id]
+    plain = decoding.generate_text
 
-    def sample(logits: Any, *rest: Any) -> Any:  # Any: as in torch
-        for end in ends:
-            logits[:, end if end < logits.shape[1] else 0] = -float("inf")  # image tokens may be fewer
-        return plain(logits, *rest)
+    def generate(decoder: Any, owner: Any, embed: Any, head: Any, end_ids: Any, *rest: Any) -> Any:  # Any: as there
+        return plain(decoder, owner, embed, head, (), *rest)
 
-    decoding.sample_tokens = sample
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lvrpo.policies.") and getattr(module, "generate_text", None) is plain:
+            module.generate_text = generate  # type: ignore[attr-defined]
 
 
 def prepare(kind: str, sizes: dict[str, Any], folder: Path) -> str:
@@ -225,6 +223,8 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     import torch._dynamo  # an optimizer imports it at its first step
 
     from lvrpo.config import load_config
+    from lvrpo.policies.loading import policy_class, policy_folder
+    from lvrpo.policies.mot.policy import MoTPolicy
     from lvrpo.registry import allow_code
     from lvrpo.training.config import TrainConfig
     from lvrpo.training.dry_run import memory_needed
@@ -241,6 +241,9 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
         out = {"predicted": found.peak, "worst": found.peak_phase}
     if parts == "estimate":
         return out
+    kind = policy_class(folder := policy_folder(config.policy))
+    if not issubclass(kind, MoTPolicy):
+        kind.from_config(folder)  # imports packages, whose code is not counted
     cuda = config.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats(torch.zeros(1, device=config.device).device)
@@ -248,7 +251,7 @@ def work(parts: str, settings: list[str]) -> dict[str, Any]:
     if not cuda:
         memory.start()
     alignment = Trainer.start(config, Path("run"))
-    never_end(alignment.state.policies.policy)
+    never_end()
     with alignment.run:
         alignment.train()
     return out | {"measured": torch.cuda.max_memory_allocated(config.device) if cuda else memory.result()}

@@ -96,7 +96,9 @@ def test_phases_without_weights_are_those_of_a_real_step(name: str, place: Path,
     """A term that is left out, such as the logits or the cache, is more than the tolerance."""
     family = FAMILIES[name]
     folder = family.folder(place / name)
-    estimate = memory_needed(config_of(family, described(folder, tmp_path / "described"), "precision={}"))
+    # the sizes of a Show-o2's flow head are in its weights alone
+    bare = folder if name == "showo2" else described(folder, tmp_path / "described")
+    estimate = memory_needed(config_of(family, bare, "precision={}"))
     policy = load_policy(folder)
     found = measured(policy, config_of(family, folder, "precision={}"))
     assert {phase: peak for phase, peak in estimate.transient.items() if phase in found} == pytest.approx(

@@ -266,14 +266,14 @@ def _last_step_of_text(
 ) -> list[list[int]]:
     """``generate_text`` inside ``last_step_alone``; takes as much memory, with members that part at once."""
     B, N = uniforms.shape
-    for step in range(min(N, 2)):
-        logits = head(decoder.last) if step else _take(head(decoder.last), owner)
-        tokens = sample_tokens(logits, uniforms[:, step], temperature, allowed)
-        if step == 0 and N > 1:
-            decoder.select(owner)
-            decoder.skip()
-            decoder.step(embed(tokens))
+    logits = _take(head(decoder.last), owner)
+    tokens = sample_tokens(logits, uniforms[:, 0], temperature, allowed)
     if N > 1:
+        decoder.select(owner)
+        decoder.skip()
+        decoder.step(embed(tokens))
+        logits = head(decoder.last)
+        sample_tokens(logits, uniforms[:, 1], temperature, allowed)
         decoder.select(range(B)[::-1])  # texts that end make others move
     free = torch.ones(logits.shape[-1], dtype=torch.bool) if allowed is None else allowed.cpu().clone()
     free[list(end_ids)] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +95,20 @@ def token_scores(
 
 
 PART_BYTES = {"cpu": 4 << 20}
-"""Of logits in float32 that are normalized at a time, so that they stay in the cache of a CPU; elsewhere 256 MiB."""
+"""Of logits in float32 that are normalized at a time, so that they stay in the cache of a CPU."""
+OTHER_PART_BYTES = 256 << 20
+"""The same on other devices."""
+
+
+@contextmanager
+def parts_as_on(device: str) -> Iterator[None]:
+    """Inside, tensors on a CPU are normalized in parts as large as on another device: for estimates of memory."""
+    before = PART_BYTES["cpu"]
+    PART_BYTES["cpu"] = PART_BYTES.get(device, OTHER_PART_BYTES)
+    try:
+        yield
+    finally:
+        PART_BYTES["cpu"] = before
 
 
 def _scores(
@@ -109,7 +124,7 @@ def _scores(
     )
     if forbidden is not None and forbidden.ndim > 1:
         forbidden = forbidden.expand(logits.shape).reshape(-1, V)
-    count = max(1, PART_BYTES.get(logits.device.type, 256 << 20) // (4 * V))
+    count = max(1, PART_BYTES.get(logits.device.type, OTHER_PART_BYTES) // (4 * V))
     found = []
     for i, part in enumerate(flat.split(count)):
         rows = slice(i * count, (i + 1) * count)

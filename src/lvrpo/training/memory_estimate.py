@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lvrpo.errors import InputError
-from lvrpo.policies.adapter import has_adapter, inject_adapter
+from lvrpo.policies.adapter import AdaptablePolicy, has_adapter, inject_adapter
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import DTYPES, pick_device, policy_class, policy_folder
 from lvrpo.policies.mot.attention import forget_packings
@@ -77,8 +77,8 @@ def estimate_policy(
     """``estimate_memory`` of a policy on the meta device, which is modified."""
     module = policy_module(policy)
     whole = tensor_bytes(module.state_dict(keep_vars=True).values())
-    with torch.device("meta"):
-        if config.adapter is not None:
+    if config.adapter is not None and isinstance(module, AdaptablePolicy):
+        with torch.device("meta"):
             inject_adapter(module, config.adapter)
     kind = (device or pick_device(config.device)).type
     forget_packings()

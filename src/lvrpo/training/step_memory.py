@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lvrpo.distributed import world_size
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import DTYPES
+from lvrpo.rewards.base import SIDES
 from lvrpo.rewards.table import IN_PYTHON, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import uses_old_policy
@@ -142,7 +143,9 @@ class StepMemory(ABC):
         return tensors + [p.grad for p in self.trained if p.grad is not None]
 
     def asks_judge(self) -> bool:
-        """Whether a reward asks the judge about drawings."""
+        """Whether a reward may ask the judge about drawings."""
+        if "read" not in getattr(self.module, "judging_sides", SIDES):  # optional in a class
+            return False
         rows = [r for r in self.config.rewards if r.where is None and not r.name.startswith(f"{IN_PYTHON}:")]
         return any(source.judge is not None or "read" in source.sides for source in build_rewards(rows))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lvrpo.policies.base import Sampling, TokenCounts
 from lvrpo.policies.decoding import last_step_alone
+from lvrpo.sampling.tokens import parts_as_on
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.live_bytes import LiveBytesOfCode, fake_weights
 from lvrpo.training.losses import objectives_of
@@ -38,7 +39,7 @@ class CodeMemory(StepMemory):
         self.groups: list[Group] = []
 
     def phases(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> dict[str, int]:
-        with self.live, torch.no_grad(), last_step_alone():
+        with self.live, torch.no_grad(), last_step_alone(), parts_as_on(self.device):
             self._measure_phases(prompts, validation)
         return self.peaks
 
