@@ -14,7 +14,7 @@ from lvrpo.distributed import world_size
 from lvrpo.policies.base import Policy
 from lvrpo.policies.loading import DTYPES
 from lvrpo.rewards.base import SIDES
-from lvrpo.rewards.table import IN_PYTHON, build_rewards
+from lvrpo.rewards.table import IN_PYTHON, TASK_REWARD, build_rewards
 from lvrpo.training.config import TrainConfig
 from lvrpo.training.losses import uses_old_policy
 from lvrpo.training.losses.base import GroupAdvantages, Member, Objective
@@ -146,7 +146,8 @@ class StepMemory(ABC):
         """Whether a reward may ask the judge about drawings."""
         if "read" not in getattr(self.module, "judging_sides", SIDES):  # optional in a class
             return False
-        rows = [r for r in self.config.rewards if r.where is None and not r.name.startswith(f"{IN_PYTHON}:")]
+        rows = [r for r in self.config.rewards if r.where is None and r.name != TASK_REWARD]
+        rows = [r for r in rows if not r.name.startswith(f"{IN_PYTHON}:")]
         return any(source.judge is not None or "read" in source.sides for source in build_rewards(rows))
 
     def largest_microbatch(self, groups: Sequence[Group], objective: Objective) -> tuple[list[Member], int]:
