@@ -18,7 +18,7 @@ from lvrpo.training.losses import objectives_of
 from lvrpo.training.losses.base import Microbatch, Objective
 from lvrpo.training.step_memory import NAMES, StepMemory, name_of, tensor_bytes
 from lvrpo.training.validation import Validator
-from lvrpo.types import Fact, FlowSegment, Group, Prompt, Segment, Trajectory
+from lvrpo.types import Fact, FlowSegment, Group, MaskedSegment, Prompt, Segment, TextSegment, Trajectory
 
 T = TypeVar("T")
 
@@ -88,7 +88,8 @@ class CodeMemory(StepMemory):
         each = self._tokens(replace(first.trajectories[0], prompt=longest[0])) * len(first.trajectories)
         at_once = -(-self.module.max_tokens // each)  # type: ignore[operator]  # of DescribedPolicy
         groups = [first] if at_once == 1 or len(longest) == 1 else sample(longest[:at_once])
-        groups = [replace(group, trajectories=tuple(map(_with_real_image, group.trajectories))) for group in groups]
+        steps = sampling.num_steps
+        groups = [replace(g, trajectories=tuple(_with_values(t, steps) for t in g.trajectories)) for g in groups]
         for prompt in longest[len(groups) :]:
             groups.append(Group(prompt, tuple(replace(t, prompt=prompt) for t in groups[0].trajectories)))
         return groups
@@ -140,9 +141,16 @@ def _alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
     return list(classes.values())
 
 
-def _with_real_image(trajectory: Trajectory) -> Trajectory:
-    """A judge may read pixel values: of an image of zeros."""
-    segments = [replace(s, image=torch.zeros(s.image.shape)) if hasattr(s, "image") else s for s in trajectory.segments]  # type: ignore[union-attr,call-arg]
+def _with_values(trajectory: Trajectory, num_steps: int) -> Trajectory:
+    """Values that others look at: pixels of zeros for a judge, and steps of which each reveals some tokens."""
+    segments: list[Segment] = []
+    for segment in trajectory.segments:
+        if not isinstance(segment, TextSegment):
+            segment = replace(segment, image=torch.zeros(segment.image.shape))
+        if isinstance(segment, MaskedSegment):
+            count = len(segment.tokens)
+            segment = replace(segment, reveal_steps=torch.arange(count) * min(num_steps, count) // count)
+        segments.append(segment)
     return replace(trajectory, segments=tuple(segments))
 
 
