@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,6 @@ def pictures_alone() -> Iterator[None]:
     """See ``without_videos``."""
     with without_videos():
         yield
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
 
 
 def described(folder: Path, place: Path) -> Path:
@@ -92,10 +87,12 @@ def measured(policy: Policy, config: TrainConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_phases_without_weights_are_those_of_a_real_step(name: str, place: Path, tmp_path: Path) -> None:
+def test_phases_without_weights_are_those_of_a_real_step(
+    name: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """A term that is left out, such as the logits or the cache, is more than the tolerance."""
     family = FAMILIES[name]
-    folder = family.folder(place / name)
+    folder = family_folder(name)
     # the sizes of a Show-o2's flow head are in its weights alone
     bare = folder if name == "showo2" else described(folder, tmp_path / "described")
     estimate = memory_needed(config_of(family, bare, "precision={}"))
@@ -121,10 +118,10 @@ def by_hand(policy: Policy, estimate: MemoryEstimate) -> None:
 
 
 def test_a_card_that_is_too_small_is_refused_without_weights(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     family = FAMILIES["janus"]
-    folder = described(family.folder(place / "janus"), tmp_path / "described")
+    folder = described(family_folder("janus"), tmp_path / "described")
     settings = [*family.overrides(folder), *SMALL, ONE % (0, 1), "device=auto"]
     assert main(["check", family.recipe, *settings, "--card", "80"]) == 0
     assert capsys.readouterr().out.endswith("of 80 GiB are left\n")
