@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, not_counted: Iterable[torch.Tensor], device: str = "cpu") -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self._phase = 0
         self.device = device
         self._known = {tensor.untyped_storage()._cdata for tensor in not_counted}
 
@@ -58,11 +58,17 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key, size)
+        weakref.finalize(storage, self._freed, key, size, self._phase)
 
-    def _freed(self, key: int, size: int) -> None:
+    def restart(self) -> None:
+        """Counts from 0: neither what is alive now, which may be garbage, nor that it is freed later."""
+        self.now = self.peak = 0
+        self._phase += 1
+
+    def _freed(self, key: int, size: int, phase: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        if phase == self._phase:
+            self.now -= size
 
 
 class LiveBytesOfCode(LiveBytes):

@@ -65,13 +65,13 @@ class CodeMemory(StepMemory):
         return device, host
 
     def _measure(self, name: str, run: Callable[[], T], gradient: bool = False) -> T:
-        """Runs a phase and records its peak above what is alive before."""
-        before = self.live.peak = self.live.now
+        """Runs a phase and records its peak."""
+        self.live.restart()
         with torch.set_grad_enabled(gradient):
             found = run()
         if self.in_rounds:
             self.module.zero_grad(set_to_none=True)
-        self.peaks[name] = max(self.peaks.get(name, 0), self.live.peak - before)
+        self.peaks[name] = max(self.peaks.get(name, 0), self.live.peak)
         return found
 
     # --- rollout ---
