@@ -212,7 +212,7 @@ def check_options(parser: Parser) -> None:
         "--card",
         type=gibibytes,
         metavar="GIB",
-        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights of the model",
+        help="only estimate whether the run fits a GPU with GIB free; needs neither the GPU nor the weights",
     )
 
 
@@ -286,6 +286,6 @@ CHECK = Command(
     "examples:\n"
     "  lvrpo check quickstart rollout.group_size=4\n"
     "  lvrpo check bagel_lvrpo_lora policy=FOLDER --card 78\n\n"
-    "To fetch only what --card needs of a Hub model: hf download ID --include '*.json' '*.txt' '*.jinja' --local-dir FOLDER",
+    "To fetch only what --card needs: hf download ID --include '*.json' '*.txt' '*.jinja' --local-dir FOLDER",
     check_train_keys,
 )
