@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from lvrpo.cli import main
 from lvrpo.config import parse_section
 from lvrpo.data.base import Task
 from lvrpo.data.jsonl import JsonlConfig, JsonlPrompts
+from lvrpo.data.table_reading import reading
 from lvrpo.data.tables import DatasetConfig, DatasetPrompts
 from lvrpo.errors import InputError
 from lvrpo.types import Prompt
@@ -342,6 +344,24 @@ def test_without_the_library_the_command_that_installs_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(InputError, match=r"needs the package datasets: install it with pip install 'lvrpo\[data\]'"):
         source(train=jsonl("a.jsonl", {}))
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (
+            ConnectionError("no route"),
+            "no folder here has this name: check it, or the Hub id, the network and your login",
+        ),
+        (FileNotFoundError("gone"), "fix the file"),
+    ],
+)
+def test_an_error_of_the_network_names_the_path_and_the_hub(error: OSError, remedy: str) -> None:
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    with pytest.raises(InputError, match=rf"^name: cannot be read \(.*\): {remedy}"), reading("name", quiet=False):
+        raise error
+    assert hub.level == before
 
 
 # --- lvrpo data check ---

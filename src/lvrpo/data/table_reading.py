@@ -231,8 +231,8 @@ def reading(where: str, quiet: bool) -> Iterator[None]:
         offline = network or "Hub" in type(error).__name__ or "Offline" in type(error).__name__
         empty = type(cause).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError")
         fix = "give a folder that holds data files" if empty else "fix the file"
-        hub = "no folder here has this name: check it, or the Hub id, the network and your login (hf auth login)"
-        remedy = hub if offline and not quiet else fix
+        elsewhere = "no folder here has this name: check it, or the Hub id, the network and your login (hf auth login)"
+        remedy = elsewhere if offline and not quiet else fix
         message = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise InputError(f"{where}: cannot be read ({type(cause).__name__}: {message}): {remedy}") from error
     finally:
